@@ -1,0 +1,158 @@
+//! Settings: what a file, the environment and flags say, validated once, as plain types that any module may read.
+//!
+//! It knows no other module of this crate.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use secrecy::SecretString;
+use url::Url;
+
+/// Everything that was configured. Maps are keyed by the names that logs and metrics use.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub projects: BTreeMap<String, Project>,
+    pub targets: BTreeMap<String, Target>,
+}
+
+/// One LiveKit project or server: where it is, how to sign in, how much of it the canary may use.
+#[derive(Debug, Clone)]
+pub struct Project {
+    /// `ws`, `wss`, `http` or `https`; the signal socket and the server API share host and port.
+    pub url: Url,
+    pub api_key: String,
+    pub api_secret: SecretString,
+    /// PEM certificates trusted besides the built-in public roots.
+    pub ca_file: Option<PathBuf>,
+    /// LiveKit Cloud's project id (`p_…`), for links to a room's session.
+    pub cloud_project: Option<String>,
+    /// Longest wait for one answer of the server API.
+    pub api_timeout: Duration,
+    /// Most rooms of this project that the canary holds open at once.
+    pub max_rooms: usize,
+}
+
+/// One agent on a project: how it is called, how often, and what is expected of it.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Key of [`Config::projects`].
+    pub project: String,
+    /// The name that the agent registered under; `None` only with [`DispatchMode::Automatic`].
+    pub agent_name: Option<String>,
+    pub dispatch: Dispatch,
+    /// Attributes of the echo participant, beside `canary=true`, which is always set.
+    pub attributes: BTreeMap<String, String>,
+    pub batch: Batch,
+    pub deadlines: Deadlines,
+    pub echo: Echo,
+    pub speech: Speech,
+    pub expect: Expect,
+    /// How long a deleted room is re-checked where no agent was seen: a late agent re-creates it.
+    pub late_agent_window: Duration,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Dispatch {
+    pub mode: DispatchMode,
+    /// Handed to the agent's job; any text.
+    pub metadata: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DispatchMode {
+    /// The canary calls `CreateDispatch` for the named agent once its own media is up.
+    #[default]
+    Explicit,
+    /// LiveKit itself sends the unnamed agent to every new room.
+    Automatic,
+}
+
+#[derive(Debug, Clone)]
+pub struct Batch {
+    pub rooms: usize,
+    pub ramp: Ramp,
+    pub stay: Stay,
+    /// `together`: from the ramp's end; `one_by_one`: from the agent's join in that room.
+    pub hold: Duration,
+    /// After this many rooms without an agent the rest doesn't open; 0 turns it off.
+    pub stop_after_no_shows: usize,
+}
+
+/// When the next room of a batch opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ramp {
+    /// When the agent has joined the room before, that probe has ended, or its join deadline has passed.
+    #[default]
+    AfterJoin,
+}
+
+/// How long the rooms of a batch stay open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Stay {
+    #[default]
+    Together,
+    OneByOne,
+}
+
+/// The longest that each step may take.
+#[derive(Debug, Clone)]
+pub struct Deadlines {
+    /// From the connection attempt to the join response.
+    pub signal: Duration,
+    /// From the join response to both transports up and the echo track published.
+    pub media: Duration,
+    /// From [`DispatchSent`](crate::probe::Milestone::DispatchSent) to the agent's join.
+    pub join: Duration,
+    /// From the agent's join to its audio track.
+    pub track: Duration,
+    /// From the agent's join to its first speech.
+    pub speech: Duration,
+    /// From the end of the echo to the agent's reply.
+    pub reply: Duration,
+    /// For leaving and deleting one room.
+    pub cleanup: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct Echo {
+    pub mode: EchoMode,
+    pub delay: Duration,
+    /// Utterances echoed in `turn` mode; each costs the agent a turn of STT, LLM and TTS.
+    pub max_turns: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EchoMode {
+    /// Plays a whole utterance once, `delay` after it ended.
+    #[default]
+    Turn,
+    /// Passes the agent's audio back, `delay` later, without a pause.
+    Continuous,
+}
+
+/// What counts as speech.
+#[derive(Debug, Clone)]
+pub struct Speech {
+    /// RMS level of a 20 ms frame, in dB relative to full scale, above which it is speech.
+    pub threshold_dbfs: f32,
+    /// Consecutive frames above the threshold that start an utterance.
+    pub min_frames: u32,
+    /// Time without a speech frame that ends an utterance.
+    pub end_silence: Duration,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Expect {
+    /// Whether the agent must answer the echo.
+    pub reply: bool,
+    pub agent_may_leave: AgentMayLeave,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AgentMayLeave {
+    #[default]
+    Never,
+    AfterSpeech,
+    AfterReply,
+}

@@ -1,0 +1,18 @@
+//! An always-on canary for LiveKit voice agents.
+//!
+//! The modules, in the order that data flows:
+//!
+//! ```text
+//! config ─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON)
+//!                          │ ▲ RoomEvent{at}
+//!                          ▼ │
+//!                  livekit::{engine, api} ─ws/udp/https─► LiveKit
+//!                  janitor owns every room name
+//! ```
+
+pub mod batch;
+pub mod cli;
+pub mod config;
+pub mod janitor;
+pub mod livekit;
+pub mod probe;

@@ -1,0 +1,154 @@
+//! What puts a participant into a room: an actor that joins, publishes the echo track, listens to the agent, and says
+//! what it sees. A failed join is an event, and a panic in one participant harms no other.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::RoomName;
+use super::net::Endpoint;
+use super::signal::SignalError;
+use super::token::Keys;
+use crate::config::{Echo, Speech};
+
+/// All that a participant needs to know before it starts.
+#[derive(Clone)]
+pub struct JoinRequest {
+    pub endpoint: Endpoint,
+    pub keys: Keys,
+    pub room: RoomName,
+    pub identity: String,
+    pub attributes: BTreeMap<String, String>,
+    /// The target's agent name; `None` takes any agent.
+    pub agent_name: Option<String>,
+    /// Room settings in the token, where the room is not created beforehand (automatic dispatch).
+    pub room_config: Option<livekit_protocol::RoomConfiguration>,
+    pub echo: Echo,
+    pub speech: Speech,
+    pub signal_timeout: Duration,
+}
+
+/// A running participant. Dropping it ends the actor without ceremony.
+pub struct Participant {
+    pub events: mpsc::Receiver<RoomEvent>,
+}
+
+/// Something seen in the room, stamped on first receipt in our code.
+#[derive(Debug, Clone)]
+pub struct RoomEvent {
+    pub at: Instant,
+    pub seen: Seen,
+}
+
+#[derive(Debug, Clone)]
+pub enum Seen {
+    /// The upgrade request of the signal socket is about to be written, after TLS.
+    SignalRequested,
+    SignalConnected {
+        room_sid: String,
+        server_version: String,
+        region: String,
+        node: String,
+    },
+    /// Both peer connections are up.
+    MediaConnected,
+    /// The server acknowledged the echo track.
+    EchoPublished,
+    AgentJoined {
+        agent: Agent,
+        in_join_response: bool,
+    },
+    /// The agent's `lk.agent.state` attribute changed.
+    AgentState(String),
+    AgentTrackSubscribed {
+        track_sid: String,
+    },
+    /// The first RTP packet of the agent's audio.
+    AgentFirstAudio,
+    /// An utterance of the agent began; stamped at the arrival of its first frame.
+    SpeechStarted,
+    /// It ended; stamped at the arrival of its last speech frame.
+    SpeechEnded,
+    EchoStarted,
+    EchoEnded,
+    AgentLeft {
+        reason: String,
+    },
+    /// A second agent of the target's name.
+    AgentDuplicate {
+        identity: String,
+    },
+    /// Somebody who is neither us nor the agent.
+    OtherJoined {
+        identity: String,
+        kind: String,
+        agent_name: Option<String>,
+    },
+    /// The last event, always.
+    Ended {
+        why: Ended,
+        audio: AudioStats,
+    },
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Agent {
+    pub identity: String,
+    pub sid: String,
+    pub name: Option<String>,
+    /// The server's own stamp of the join, Unix milliseconds.
+    pub joined_at_ms: i64,
+}
+
+/// Why a participant is no longer in its room.
+#[derive(Debug, Clone)]
+pub enum Ended {
+    /// We left, as asked.
+    Left,
+    Signal(SignalError),
+    /// The server's `Leave`, by its reason (`ROOM_DELETED`, `PARTICIPANT_REMOVED`, `DUPLICATE_IDENTITY`, …).
+    Removed {
+        reason: String,
+    },
+    /// The server refused or never acknowledged the echo track.
+    PublishFailed(String),
+    /// ICE or DTLS never came up, or broke.
+    MediaFailed {
+        transport: &'static str,
+        detail: String,
+    },
+    /// A fault of ours, a panic included.
+    Internal(String),
+}
+
+/// What RTP told of the agent's audio. `None` where no packet came.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct AudioStats {
+    pub packets: u64,
+    pub lost: u64,
+    /// Interarrival jitter (RFC 3550, 6.4.1).
+    pub jitter: Option<Duration>,
+}
+
+/// Which client stack joins. Today there is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    #[default]
+    Native,
+}
+
+impl Engine {
+    /// Starts a participant and returns at once.
+    pub fn join(self, _request: JoinRequest) -> Participant {
+        todo!("engine")
+    }
+}
+
+impl Participant {
+    /// Asks the actor to leave; `Seen::Ended` follows on `events` within the actor's own short deadline.
+    pub fn leave(&self) {
+        todo!("engine")
+    }
+}
