@@ -51,3 +51,8 @@ pub enum Progress {
     /// The outcome is final; leaving and deleting follow.
     Settled(Outcome),
 }
+
+impl Progress {
+    /// The most that one probe tells: each milestone once, the join, the outcome.
+    pub const MOST: usize = Milestone::ALL.len() + 2;
+}

@@ -40,6 +40,78 @@ pub enum Reason {
     Internal,
 }
 
+impl Reason {
+    /// Every reason; a plan limit once, with a kind that stands for all.
+    pub const ALL: [Self; 19] = [
+        Self::AgentNoShow,
+        Self::DispatchUnanswered,
+        Self::AgentNoTrack,
+        Self::AgentSilent,
+        Self::AgentNoReply,
+        Self::AgentLeftEarly,
+        Self::AgentDuplicate,
+        Self::RoomCreateFailed,
+        Self::DispatchFailed,
+        Self::SignalFailed,
+        Self::SignalLost,
+        Self::PublishFailed,
+        Self::Unreachable,
+        Self::MediaFailed,
+        Self::Removed,
+        Self::PlanLimit(LimitKind::Other),
+        Self::AuthRejected,
+        Self::ConfigRejected,
+        Self::Internal,
+    ];
+
+    /// The label value in metrics and the `reason` in output.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::AgentNoShow => "agent_no_show",
+            Self::DispatchUnanswered => "dispatch_unanswered",
+            Self::AgentNoTrack => "agent_no_track",
+            Self::AgentSilent => "agent_silent",
+            Self::AgentNoReply => "agent_no_reply",
+            Self::AgentLeftEarly => "agent_left_early",
+            Self::AgentDuplicate => "agent_duplicate",
+            Self::RoomCreateFailed => "room_create_failed",
+            Self::DispatchFailed => "dispatch_failed",
+            Self::SignalFailed => "signal_failed",
+            Self::SignalLost => "signal_lost",
+            Self::PublishFailed => "publish_failed",
+            Self::Unreachable => "unreachable",
+            Self::MediaFailed => "media_failed",
+            Self::Removed => "removed",
+            Self::PlanLimit(_) => "plan_limit",
+            Self::AuthRejected => "auth_rejected",
+            Self::ConfigRejected => "config_rejected",
+            Self::Internal => "internal",
+        }
+    }
+
+    pub fn origin(self) -> Origin {
+        match self {
+            Self::AgentNoShow
+            | Self::AgentNoTrack
+            | Self::AgentSilent
+            | Self::AgentNoReply
+            | Self::AgentLeftEarly
+            | Self::AgentDuplicate => Origin::Agent,
+            Self::DispatchUnanswered => Origin::Undetermined,
+            Self::RoomCreateFailed
+            | Self::DispatchFailed
+            | Self::SignalFailed
+            | Self::SignalLost
+            | Self::PublishFailed => Origin::Livekit,
+            Self::Unreachable | Self::MediaFailed => Origin::Network,
+            Self::Removed => Origin::External,
+            Self::PlanLimit(_) => Origin::Limit,
+            Self::AuthRejected | Self::ConfigRejected => Origin::Config,
+            Self::Internal => Origin::Canary,
+        }
+    }
+}
+
 /// Who is at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
@@ -53,6 +125,32 @@ pub enum Origin {
     Canary,
 }
 
+impl Origin {
+    pub const ALL: [Self; 8] = [
+        Self::Agent,
+        Self::Undetermined,
+        Self::Livekit,
+        Self::Network,
+        Self::External,
+        Self::Limit,
+        Self::Config,
+        Self::Canary,
+    ];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Undetermined => "undetermined",
+            Self::Livekit => "livekit",
+            Self::Network => "network",
+            Self::External => "external",
+            Self::Limit => "limit",
+            Self::Config => "config",
+            Self::Canary => "canary",
+        }
+    }
+}
+
 /// Which limit of the plan or the server the service named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LimitKind {
@@ -64,6 +162,32 @@ pub enum LimitKind {
     Node,
     Room,
     Other,
+}
+
+impl LimitKind {
+    pub const ALL: [Self; 8] = [
+        Self::Connections,
+        Self::ApiRate,
+        Self::AgentSessions,
+        Self::Inference,
+        Self::Quota,
+        Self::Node,
+        Self::Room,
+        Self::Other,
+    ];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::ApiRate => "api_rate",
+            Self::AgentSessions => "agent_sessions",
+            Self::Inference => "inference",
+            Self::Quota => "quota",
+            Self::Node => "node",
+            Self::Room => "room",
+            Self::Other => "other",
+        }
+    }
 }
 
 /// What was seen at and around a failure; kept for successes as well, where there is any.

@@ -26,6 +26,46 @@ pub enum Milestone {
     RoomDeleted,
 }
 
+impl Milestone {
+    /// In the order of a probe that goes well.
+    pub const ALL: [Self; 14] = [
+        Self::Started,
+        Self::RoomCreated,
+        Self::SignalConnected,
+        Self::MediaConnected,
+        Self::EchoPublished,
+        Self::DispatchSent,
+        Self::DispatchAccepted,
+        Self::AgentJoined,
+        Self::AgentListening,
+        Self::AgentTrackSubscribed,
+        Self::AgentFirstAudio,
+        Self::AgentSpoke,
+        Self::Left,
+        Self::RoomDeleted,
+    ];
+
+    /// The name in output and history.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Started => "Started",
+            Self::RoomCreated => "RoomCreated",
+            Self::SignalConnected => "SignalConnected",
+            Self::MediaConnected => "MediaConnected",
+            Self::EchoPublished => "EchoPublished",
+            Self::DispatchSent => "DispatchSent",
+            Self::DispatchAccepted => "DispatchAccepted",
+            Self::AgentJoined => "AgentJoined",
+            Self::AgentListening => "AgentListening",
+            Self::AgentTrackSubscribed => "AgentTrackSubscribed",
+            Self::AgentFirstAudio => "AgentFirstAudio",
+            Self::AgentSpoke => "AgentSpoke",
+            Self::Left => "Left",
+            Self::RoomDeleted => "RoomDeleted",
+        }
+    }
+}
+
 /// A named time between two milestones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Span {
@@ -42,8 +82,93 @@ pub enum Span {
     Reply,
 }
 
-#[derive(Debug, Clone, Default)]
-pub struct Timeline {}
+impl Span {
+    pub const ALL: [Self; 10] = [
+        Self::RoomCreate,
+        Self::Signal,
+        Self::Media,
+        Self::Publish,
+        Self::Dispatch,
+        Self::AgentJoin,
+        Self::AgentTrack,
+        Self::FirstAudio,
+        Self::FirstSpeech,
+        Self::Reply,
+    ];
+
+    /// The label value in metrics and the key in output.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::RoomCreate => "room_create",
+            Self::Signal => "signal",
+            Self::Media => "media",
+            Self::Publish => "publish",
+            Self::Dispatch => "dispatch",
+            Self::AgentJoin => "agent_join",
+            Self::AgentTrack => "agent_track",
+            Self::FirstAudio => "first_audio",
+            Self::FirstSpeech => "first_speech",
+            Self::Reply => "reply",
+        }
+    }
+}
+
+/// First-seen marks; a later sight of the same thing changes nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Timeline {
+    marks: [Option<Instant>; Milestone::ALL.len()],
+}
+
+impl Timeline {
+    /// Says whether this was the first sight.
+    pub fn mark(&mut self, milestone: Milestone, at: Instant) -> bool {
+        let mark = &mut self.marks[milestone as usize];
+        let first = mark.is_none();
+        mark.get_or_insert(at);
+        first
+    }
+
+    pub fn get(&self, milestone: Milestone) -> Option<Instant> {
+        self.marks[milestone as usize]
+    }
+
+    /// The marks there are, in the order of [`Milestone::ALL`].
+    pub fn marks(&self) -> impl Iterator<Item = (Milestone, Instant)> + '_ {
+        Milestone::ALL
+            .into_iter()
+            .filter_map(|milestone| Some((milestone, self.get(milestone)?)))
+    }
+
+    /// From the probe's start; `None` where either is missing or they are reversed.
+    pub fn since_started(&self, milestone: Milestone) -> Option<Duration> {
+        self.between(Milestone::Started, milestone)
+    }
+
+    /// `None`, never zero, where an end is missing or the span runs backwards. [`Span::Reply`] is always `None` here:
+    /// see [`Turn::reply_delay`].
+    pub fn span(&self, span: Span) -> Option<Duration> {
+        use Milestone as M;
+        let (from, to) = match span {
+            Span::RoomCreate => (M::Started, M::RoomCreated),
+            // With automatic dispatch nothing is created: the way in begins with the connection.
+            Span::Signal if self.get(M::RoomCreated).is_none() => (M::Started, M::SignalConnected),
+            Span::Signal => (M::RoomCreated, M::SignalConnected),
+            Span::Media => (M::SignalConnected, M::MediaConnected),
+            Span::Publish => (M::SignalConnected, M::EchoPublished),
+            Span::Dispatch => (M::DispatchSent, M::DispatchAccepted),
+            Span::AgentJoin => (M::DispatchSent, M::AgentJoined),
+            Span::AgentTrack => (M::AgentJoined, M::AgentTrackSubscribed),
+            Span::FirstAudio => (M::DispatchSent, M::AgentFirstAudio),
+            Span::FirstSpeech => (M::DispatchSent, M::AgentSpoke),
+            Span::Reply => return None,
+        };
+        self.between(from, to)
+    }
+
+    fn between(&self, from: Milestone, to: Milestone) -> Option<Duration> {
+        self.get(to)?.checked_duration_since(self.get(from)?)
+    }
+}
 
 /// An utterance of the agent, its echo, and the reply.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -60,6 +185,114 @@ pub struct Turn {
 impl Turn {
     /// From the end of the echo to the reply; `None` where either is missing, they are reversed, or speech overlapped.
     pub fn reply_delay(&self) -> Option<Duration> {
-        todo!("probe")
+        if self.overlap {
+            return None;
+        }
+        self.replied?.checked_duration_since(self.echo_ended?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(base: Instant, millis: u64) -> Instant {
+        base + Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn first_sight_of_a_milestone_stays() {
+        let base = Instant::now();
+        let mut timeline = Timeline::default();
+        assert!(timeline.mark(Milestone::AgentJoined, at(base, 5)));
+        assert!(!timeline.mark(Milestone::AgentJoined, at(base, 3)));
+        assert_eq!(timeline.get(Milestone::AgentJoined), Some(at(base, 5)));
+        assert_eq!(timeline.marks().count(), 1);
+    }
+
+    #[test]
+    fn milestones_stand_at_their_own_index() {
+        for (index, milestone) in Milestone::ALL.into_iter().enumerate() {
+            assert_eq!(milestone as usize, index);
+            assert_eq!(milestone.label(), format!("{milestone:?}"));
+        }
+    }
+
+    #[test]
+    fn span_labels_are_distinct_snake_case() {
+        let mut labels = Span::ALL.map(Span::label).to_vec();
+        assert!(labels.iter().all(|label| {
+            label
+                .chars()
+                .all(|char| char.is_ascii_lowercase() || char == '_')
+        }));
+        labels.sort_unstable();
+        labels.dedup();
+        assert_eq!(labels.len(), Span::ALL.len());
+    }
+
+    #[test]
+    fn missing_or_backward_span_is_none_never_zero() {
+        let base = Instant::now();
+        let mut timeline = Timeline::default();
+        assert_eq!(timeline.span(Span::AgentJoin), None);
+        timeline.mark(Milestone::AgentJoined, at(base, 400));
+        assert_eq!(timeline.span(Span::AgentJoin), None);
+        timeline.mark(Milestone::DispatchSent, at(base, 401));
+        assert_eq!(timeline.span(Span::AgentJoin), None);
+    }
+
+    #[test]
+    fn every_span_but_reply_runs_between_its_milestones() {
+        let base = Instant::now();
+        let mut timeline = Timeline::default();
+        for (index, milestone) in Milestone::ALL.into_iter().enumerate() {
+            timeline.mark(milestone, at(base, 1 << index));
+        }
+        let spans = Span::ALL.map(|span| timeline.span(span).map(|span| span.as_millis()));
+        let expected = [
+            Some(2 - 1),
+            Some(4 - 2),
+            Some(8 - 4),
+            Some(16 - 4),
+            Some(64 - 32),
+            Some(128 - 32),
+            Some(512 - 128),
+            Some(1024 - 32),
+            Some(2048 - 32),
+            None,
+        ];
+        assert_eq!(spans, expected);
+    }
+
+    #[test]
+    fn signal_span_begins_at_the_start_where_no_room_was_created() {
+        let base = Instant::now();
+        let mut timeline = Timeline::default();
+        timeline.mark(Milestone::Started, base);
+        timeline.mark(Milestone::SignalConnected, at(base, 30));
+        assert_eq!(timeline.span(Span::Signal), Some(Duration::from_millis(30)));
+        assert_eq!(
+            timeline.since_started(Milestone::SignalConnected),
+            Some(Duration::from_millis(30))
+        );
+    }
+
+    #[test]
+    fn reply_delay_needs_a_reply_after_an_echo_without_overlap() {
+        let base = Instant::now();
+        let mut turn = Turn {
+            echo_ended: Some(at(base, 100)),
+            replied: Some(at(base, 900)),
+            ..Turn::default()
+        };
+        assert_eq!(turn.reply_delay(), Some(Duration::from_millis(800)));
+        turn.overlap = true;
+        assert_eq!(turn.reply_delay(), None);
+        turn.overlap = false;
+        turn.replied = Some(at(base, 99));
+        assert_eq!(turn.reply_delay(), None);
+        turn.replied = None;
+        assert_eq!(turn.reply_delay(), None);
     }
 }
