@@ -9,6 +9,14 @@ use std::time::Duration;
 use secrecy::SecretString;
 use url::Url;
 
+mod document;
+mod problem;
+mod section;
+mod validate;
+
+pub use document::Draft;
+pub use problem::{Problem, Problems};
+
 /// Everything that was configured. Maps are keyed by the names that logs and metrics use.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -33,8 +41,13 @@ pub struct Project {
     pub max_rooms: usize,
 }
 
+impl Project {
+    pub const DEFAULT_API_TIMEOUT: Duration = Duration::from_secs(10);
+    pub const DEFAULT_MAX_ROOMS: usize = 5;
+}
+
 /// One agent on a project: how it is called, how often, and what is expected of it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Target {
     /// Key of [`Config::projects`].
     pub project: String,
@@ -52,7 +65,25 @@ pub struct Target {
     pub late_agent_window: Duration,
 }
 
-#[derive(Debug, Clone, Default)]
+impl Default for Target {
+    /// The defaults of every key that has one; `project` and `agent_name` are the caller's to fill.
+    fn default() -> Self {
+        Self {
+            project: String::new(),
+            agent_name: None,
+            dispatch: Dispatch::default(),
+            attributes: BTreeMap::new(),
+            batch: Batch::default(),
+            deadlines: Deadlines::default(),
+            echo: Echo::default(),
+            speech: Speech::default(),
+            expect: Expect::default(),
+            late_agent_window: Duration::from_mins(1),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
     /// Handed to the agent's job; any text.
@@ -68,7 +99,12 @@ pub enum DispatchMode {
     Automatic,
 }
 
-#[derive(Debug, Clone)]
+impl DispatchMode {
+    pub const NAMES: &[(&str, Self)] =
+        &[("explicit", Self::Explicit), ("automatic", Self::Automatic)];
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     pub rooms: usize,
     pub ramp: Ramp,
@@ -79,12 +115,35 @@ pub struct Batch {
     pub stop_after_no_shows: usize,
 }
 
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            rooms: 3,
+            ramp: Ramp::default(),
+            stay: Stay::default(),
+            hold: Duration::from_secs(15),
+            stop_after_no_shows: 2,
+        }
+    }
+}
+
 /// When the next room of a batch opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Ramp {
     /// When the agent has joined the room before, that probe has ended, or its join deadline has passed.
     #[default]
     AfterJoin,
+}
+
+impl Ramp {
+    pub const NAMES: &[(&str, Self)] = &[("after_join", Self::AfterJoin)];
+
+    /// The name that the config and the results use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AfterJoin => "after_join",
+        }
+    }
 }
 
 /// How long the rooms of a batch stay open.
@@ -95,8 +154,13 @@ pub enum Stay {
     OneByOne,
 }
 
+impl Stay {
+    pub const NAMES: &[(&str, Self)] =
+        &[("together", Self::Together), ("one_by_one", Self::OneByOne)];
+}
+
 /// The longest that each step may take.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deadlines {
     /// From the connection attempt to the join response.
     pub signal: Duration,
@@ -114,12 +178,36 @@ pub struct Deadlines {
     pub cleanup: Duration,
 }
 
-#[derive(Debug, Clone)]
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            signal: Duration::from_secs(10),
+            media: Duration::from_secs(15),
+            join: Duration::from_secs(30),
+            track: Duration::from_secs(10),
+            speech: Duration::from_secs(20),
+            reply: Duration::from_secs(20),
+            cleanup: Duration::from_secs(10),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Echo {
     pub mode: EchoMode,
     pub delay: Duration,
     /// Utterances echoed in `turn` mode; each costs the agent a turn of STT, LLM and TTS.
     pub max_turns: u32,
+}
+
+impl Default for Echo {
+    fn default() -> Self {
+        Self {
+            mode: EchoMode::default(),
+            delay: Duration::from_secs(1),
+            max_turns: 1,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -131,8 +219,12 @@ pub enum EchoMode {
     Continuous,
 }
 
+impl EchoMode {
+    pub const NAMES: &[(&str, Self)] = &[("turn", Self::Turn), ("continuous", Self::Continuous)];
+}
+
 /// What counts as speech.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Speech {
     /// RMS level of a 20 ms frame, in dB relative to full scale, above which it is speech.
     pub threshold_dbfs: f32,
@@ -142,7 +234,17 @@ pub struct Speech {
     pub end_silence: Duration,
 }
 
-#[derive(Debug, Clone, Default)]
+impl Default for Speech {
+    fn default() -> Self {
+        Self {
+            threshold_dbfs: -45.0,
+            min_frames: 3,
+            end_silence: Duration::from_millis(600),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Expect {
     /// Whether the agent must answer the echo.
     pub reply: bool,
@@ -155,4 +257,12 @@ pub enum AgentMayLeave {
     Never,
     AfterSpeech,
     AfterReply,
+}
+
+impl AgentMayLeave {
+    pub const NAMES: &[(&str, Self)] = &[
+        ("never", Self::Never),
+        ("after_speech", Self::AfterSpeech),
+        ("after_reply", Self::AfterReply),
+    ];
 }

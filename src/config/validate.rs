@@ -1,0 +1,405 @@
+//! Every key with its default, its range and its meaning; turns raw settings into [`Config`].
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use url::Url;
+
+use super::document::{Draft, Fallback, Table};
+use super::problem::{Place, Problem, alternatives, shown, similar};
+use super::section::{Section, Taken, Text};
+use super::{
+    AgentMayLeave, Batch, Config, Deadlines, Dispatch, DispatchMode, Echo, EchoMode, Expect,
+    Project, Ramp, Speech, Stay, Target,
+};
+
+/// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
+const LONGEST: Duration = Duration::from_hours(1);
+const SHORTEST: Duration = Duration::from_millis(1);
+const MOST_ROOMS: usize = 10_000;
+/// A secret's file is a line of text; more than this is the wrong file.
+const SECRET_FILE_LIMIT: u64 = 64 * 1024;
+
+pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
+    let fallback = draft.fallback;
+    let mut root = Section::root(draft.root, problems);
+    let mut project_entries = root.named("projects");
+    let target_entries = root.named("targets");
+    // Without a word about projects the environment alone describes the one there is.
+    if project_entries.is_empty() {
+        project_entries.push(("default".to_owned(), None, Table::new()));
+    }
+    root.finish();
+
+    let mut projects = BTreeMap::new();
+    let mut max_rooms = BTreeMap::new();
+    for (name, place, table) in project_entries {
+        let mut section = Section::of("project", &name, place, table, problems);
+        let limit = section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MOST_ROOMS);
+        max_rooms.insert(name.clone(), limit);
+        if let Some(project) = project(section, limit, &fallback) {
+            projects.insert(name, project);
+        }
+    }
+    let targets = target_entries
+        .into_iter()
+        .map(|(name, place, table)| {
+            let section = Section::of("target", &name, place, table, problems);
+            (name, target(section, &max_rooms))
+        })
+        .collect();
+    Config { projects, targets }
+}
+
+fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> Option<Project> {
+    let url = server_url(&mut section, fallback.url.as_deref());
+    let api_key = credential(
+        &mut section,
+        ["api_key", "api_key_file", "LIVEKIT_API_KEY"],
+        fallback.api_key.as_deref(),
+    );
+    let api_secret = credential(
+        &mut section,
+        ["api_secret", "api_secret_file", "LIVEKIT_API_SECRET"],
+        fallback.api_secret.as_deref(),
+    );
+    let ca_file = ca_file(&mut section);
+    let cloud_project = cloud_project(&mut section);
+    let api_timeout = section.duration(
+        "api_timeout",
+        Project::DEFAULT_API_TIMEOUT,
+        SHORTEST..=LONGEST,
+    );
+    section.finish();
+    Some(Project {
+        url: url?,
+        api_key: api_key?,
+        api_secret: api_secret?.into(),
+        ca_file,
+        cloud_project,
+        api_timeout,
+        max_rooms,
+    })
+}
+
+/// Messages about the URL don't repeat it: it may hold credentials.
+fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> {
+    let text = match (section.text("url"), fallback) {
+        (Taken::Text(text), _) => text,
+        (Taken::Broken, _) => return None,
+        (Taken::Missing, Some(url)) => Text {
+            value: url.to_owned(),
+            place: Some(Place::Environment("LIVEKIT_URL".to_owned())),
+        },
+        (Taken::Missing, None) => {
+            section.missing("url", "set it here, or LIVEKIT_URL in the environment");
+            return None;
+        }
+    };
+    let hint = "write it as \"wss://host\" or \"ws://host:7880\"";
+    let url = match Url::parse(&text.value) {
+        Ok(url) => url,
+        Err(error) => {
+            section.problem("url", text.place, format!("not a URL: {error}"), hint);
+            return None;
+        }
+    };
+    let mistake = if !matches!(url.scheme(), "ws" | "wss" | "http" | "https") {
+        "its scheme is none of ws, wss, http and https"
+    } else if !url.username().is_empty() || url.password().is_some() {
+        "it holds credentials, which belong in api_key and api_secret"
+    } else if url.query().is_some() || url.fragment().is_some() {
+        "it holds a query or a fragment, which a LiveKit URL has not"
+    } else {
+        return Some(url);
+    };
+    section.problem("url", text.place, mistake.to_owned(), hint);
+    None
+}
+
+/// A key or a secret: written here, in a file named here, or offered by the environment.
+fn credential(
+    section: &mut Section<'_>,
+    [key, file_key, variable]: [&'static str; 3],
+    fallback: Option<&str>,
+) -> Option<String> {
+    match (section.text(key), section.text(file_key)) {
+        (Taken::Broken, _) | (_, Taken::Broken) => None,
+        (Taken::Text(inline), Taken::Text(file)) => {
+            // An override by the environment beats what a file says, under whichever of the two keys.
+            match (is_override(&inline), is_override(&file)) {
+                (true, false) => not_empty(section, key, inline),
+                (false, true) => from_file(section, file_key, file),
+                _ => {
+                    let message = format!("{file_key} is set as well");
+                    section.problem(key, inline.place, message, "keep one of the two");
+                    None
+                }
+            }
+        }
+        (Taken::Text(inline), Taken::Missing) => not_empty(section, key, inline),
+        (Taken::Missing, Taken::Text(file)) => from_file(section, file_key, file),
+        (Taken::Missing, Taken::Missing) => {
+            if fallback.is_none() {
+                let hint = format!("set it or {file_key} here, or {variable} in the environment");
+                section.missing(key, &hint);
+            }
+            fallback.map(str::to_owned)
+        }
+    }
+}
+
+fn is_override(text: &Text) -> bool {
+    matches!(text.place, Some(Place::Environment(_)))
+}
+
+fn not_empty(section: &mut Section<'_>, key: &'static str, text: Text) -> Option<String> {
+    if !text.value.trim().is_empty() {
+        return Some(text.value);
+    }
+    let hint = "leave the key out to take it from the environment";
+    section.problem(key, text.place, "empty".to_owned(), hint);
+    None
+}
+
+/// The file's name isn't repeated in messages either: it may be the secret itself, under the wrong key.
+fn from_file(section: &mut Section<'_>, key: &'static str, text: Text) -> Option<String> {
+    let path = text.path();
+    let mut content = String::new();
+    let read = std::fs::File::open(&path)
+        .and_then(|file| file.take(SECRET_FILE_LIMIT).read_to_string(&mut content));
+    let mistake = match read {
+        Err(error) => format!("can't read this file: {error}"),
+        Ok(_) if content.trim().is_empty() => "this file is empty".to_owned(),
+        Ok(_) => {
+            let line = content.strip_suffix('\n').unwrap_or(&content);
+            return Some(line.strip_suffix('\r').unwrap_or(line).to_owned());
+        }
+    };
+    let hint = "name a readable file that holds nothing else";
+    section.problem(key, text.place, mistake, hint);
+    None
+}
+
+fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
+    let Taken::Text(text) = section.text("ca_file") else {
+        return None;
+    };
+    let path = text.path();
+    let certificates =
+        CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let mistake = match certificates {
+        Ok(certificates) if certificates.is_empty() => "this file holds no certificate".to_owned(),
+        Ok(_) => return Some(path),
+        Err(error) => format!("can't read certificates from this file: {error}"),
+    };
+    let hint = "name a file of PEM blocks that begin with -----BEGIN CERTIFICATE-----";
+    section.problem("ca_file", text.place, mistake, hint);
+    None
+}
+
+fn cloud_project(section: &mut Section<'_>) -> Option<String> {
+    let Taken::Text(text) = section.text("cloud_project") else {
+        return None;
+    };
+    let well_formed = text.value.strip_prefix("p_").is_some_and(|id| {
+        !id.is_empty()
+            && id
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    });
+    if well_formed {
+        return Some(text.value);
+    }
+    let message = "not a project id of LiveKit Cloud".to_owned();
+    let hint = "it begins with p_ and stands in the address of the project's dashboard";
+    section.problem("cloud_project", text.place, message, hint);
+    None
+}
+
+fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Target {
+    let default = Target::default();
+    let project = project_of(&mut section, max_rooms);
+    let agent_name = match section.text("agent_name") {
+        Taken::Text(text) => {
+            if text.value.trim().is_empty() {
+                let hint = "set the name that the agent registers under";
+                section.problem("agent_name", text.place, "empty".to_owned(), hint);
+            }
+            Some(text.value)
+        }
+        // Empty rather than absent, so that it isn't reported missing as well.
+        Taken::Broken => Some(String::new()),
+        Taken::Missing => None,
+    };
+    let dispatch = dispatch(section.table("dispatch"));
+    if dispatch.mode == DispatchMode::Explicit && agent_name.is_none() {
+        section.missing(
+            "agent_name",
+            "explicit dispatch names the agent it calls: set the name that the agent registers under",
+        );
+    }
+    let batch = batch(
+        section.table("batch"),
+        project
+            .as_ref()
+            .and_then(|name| max_rooms.get(name).map(|limit| (name.as_str(), *limit))),
+    );
+    let target = Target {
+        project: project.unwrap_or_default(),
+        agent_name,
+        dispatch,
+        attributes: attributes(section.table("attributes")),
+        batch,
+        deadlines: deadlines(section.table("deadlines")),
+        echo: echo(section.table("echo")),
+        speech: speech(section.table("speech")),
+        expect: expect(section.table("expect")),
+        late_agent_window: section.duration(
+            "late_agent_window",
+            default.late_agent_window,
+            Duration::ZERO..=LONGEST,
+        ),
+    };
+    section.finish();
+    target
+}
+
+fn project_of(section: &mut Section<'_>, projects: &BTreeMap<String, usize>) -> Option<String> {
+    let names: Vec<&str> = projects.keys().map(String::as_str).collect();
+    match section.text("project") {
+        Taken::Broken => None,
+        Taken::Text(text) if projects.contains_key(&text.value) => Some(text.value),
+        Taken::Text(text) => {
+            let message = format!("{} is not a configured project", shown(&text.value));
+            let hint = match similar(&text.value, &names) {
+                Some(name) => format!("did you mean {name:?}?"),
+                None => format!("configured: {}", alternatives(&names)),
+            };
+            section.problem("project", text.place, message, &hint);
+            None
+        }
+        Taken::Missing => {
+            if let [only] = names[..] {
+                return Some(only.to_owned());
+            }
+            let hint = format!("there are several: set it to {}", alternatives(&names));
+            section.missing("project", &hint);
+            None
+        }
+    }
+}
+
+fn dispatch(mut section: Section<'_>) -> Dispatch {
+    let mode = section.choice("mode", DispatchMode::NAMES, "way to dispatch");
+    let metadata = match section.text("metadata") {
+        Taken::Text(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
+            let message = "automatic dispatch carries no metadata".to_owned();
+            let hint = "leave it out, or set mode = \"explicit\"";
+            section.problem("metadata", text.place, message, hint);
+            String::new()
+        }
+        Taken::Text(text) => text.value,
+        Taken::Missing | Taken::Broken => String::new(),
+    };
+    section.finish();
+    Dispatch { mode, metadata }
+}
+
+fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
+    let mut attributes = BTreeMap::new();
+    for (key, text) in section.all_texts() {
+        // LiveKit and its agents act on their own attributes (`lk.simulator` changes a worker's behaviour).
+        if key.starts_with("lk.") || key == "canary" {
+            let message = "reserved".to_owned();
+            let hint = "LiveKit owns lk.*, and canary=true is always set";
+            section.problem(&key, text.place, message, hint);
+        } else {
+            attributes.insert(key, text.value);
+        }
+    }
+    attributes
+}
+
+fn batch(mut section: Section<'_>, project: Option<(&str, usize)>) -> Batch {
+    let default = Batch::default();
+    let place = section.place_of("rooms");
+    let batch = Batch {
+        rooms: section.number("rooms", default.rooms, 1..=MOST_ROOMS),
+        ramp: section.choice("ramp", Ramp::NAMES, "ramp"),
+        stay: section.choice("stay", Stay::NAMES, "way to stay"),
+        hold: section.duration("hold", default.hold, Duration::ZERO..=LONGEST),
+        stop_after_no_shows: section.number(
+            "stop_after_no_shows",
+            default.stop_after_no_shows,
+            0..=MOST_ROOMS,
+        ),
+    };
+    if let Some((name, limit)) = project
+        && batch.stay == Stay::Together
+        && batch.rooms > limit
+    {
+        let message = format!(
+            "{} rooms open together, and project {name:?} allows {limit}",
+            batch.rooms
+        );
+        let hint = format!(
+            "lower it, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
+             stay = \"one_by_one\""
+        );
+        section.problem("rooms", place, message, &hint);
+    }
+    section.finish();
+    batch
+}
+
+fn deadlines(mut section: Section<'_>) -> Deadlines {
+    let default = Deadlines::default();
+    let mut duration = |key, default| section.duration(key, default, SHORTEST..=LONGEST);
+    let deadlines = Deadlines {
+        signal: duration("signal", default.signal),
+        media: duration("media", default.media),
+        join: duration("join", default.join),
+        track: duration("track", default.track),
+        speech: duration("speech", default.speech),
+        reply: duration("reply", default.reply),
+        cleanup: duration("cleanup", default.cleanup),
+    };
+    section.finish();
+    deadlines
+}
+
+fn echo(mut section: Section<'_>) -> Echo {
+    let default = Echo::default();
+    let echo = Echo {
+        mode: section.choice("mode", EchoMode::NAMES, "way to echo"),
+        delay: section.duration("delay", default.delay, Duration::ZERO..=LONGEST),
+        max_turns: section.number("max_turns", default.max_turns, 1..=1000),
+    };
+    section.finish();
+    echo
+}
+
+fn speech(mut section: Section<'_>) -> Speech {
+    let default = Speech::default();
+    let speech = Speech {
+        threshold_dbfs: section.number("threshold_dbfs", default.threshold_dbfs, -90.0..=-1.0),
+        min_frames: section.number("min_frames", default.min_frames, 1..=50),
+        end_silence: section.duration("end_silence", default.end_silence, SHORTEST..=LONGEST),
+    };
+    section.finish();
+    speech
+}
+
+fn expect(mut section: Section<'_>) -> Expect {
+    let expect = Expect {
+        reply: section.boolean("reply", Expect::default().reply),
+        agent_may_leave: section.choice("agent_may_leave", AgentMayLeave::NAMES, "moment"),
+    };
+    section.finish();
+    expect
+}
