@@ -1,20 +1,55 @@
 //! The owner of every room name until that room is gone: on success, failure, timeout, cancel and panic alike.
 //!
 //! It knows rooms and dispatches; it knows no outcome.
+//!
+//! A deletion is not the end of a room. Two things bring it back, both seen on livekit-server 1.13.5:
+//!
+//! - A request that was in flight when its probe was dropped (`CreateRoom`, `CreateDispatch` or a join, each of which
+//!   creates a missing room).
+//! - A late agent. `DeleteDispatch` has the worker end the job, but a livekit-agents 1.8.9 worker lets the entrypoint
+//!   run on for 15 s first, and an entrypoint that connects in that time re-creates the room with default settings:
+//!   it stays for 5 minutes after the agent. Deleted once more, it does not come back.
+//!
+//! So a deleted room in doubt is looked for by its exact name until its window is over, at most 5 s apart.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::livekit::RoomName;
-use crate::livekit::api::Api;
+use crate::livekit::api::{Api, ApiError, Call};
+
+/// Least `late_agent_window` that outlasts the 15 s which a livekit-agents worker grants a job that was ended, and its
+/// connection (about 2.5 s more at worst on two busy cores).
+pub const SHORTEST_SURE_WINDOW: Duration = Duration::from_secs(20);
+
+/// First pause between two tries of a deletion; it doubles from there.
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 
 /// The handle through which probes hand their rooms over. Cheap to clone.
 #[derive(Clone)]
-pub struct Janitor {}
+pub struct Janitor {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Every room that is owned and not yet vouched for. A name leaves only when its room is gone for good.
+    rooms: Mutex<BTreeMap<RoomName, Standing>>,
+    /// Owns the clean-up tasks; each lease holds a token of it, so that it is empty only when all is done.
+    tasks: TaskTracker,
+    runtime: Handle,
+}
 
 /// The right to a room's name. Dropping it, in whatever way, has the janitor delete the room.
-pub struct RoomLease {}
+pub struct RoomLease {
+    owned: Option<Owned>,
+}
 
 /// What became of a room.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,40 +71,447 @@ pub struct LeftBehind {
 }
 
 impl Janitor {
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn start() -> Self {
-        todo!("janitor")
+        let tasks = TaskTracker::new();
+        tasks.close();
+        Self {
+            shared: Arc::new(Shared {
+                rooms: Mutex::default(),
+                tasks,
+                runtime: Handle::current(),
+            }),
+        }
     }
 
     /// Takes a room name over before the room can exist.
     ///
-    /// `late_agent_window`: how long the deleted room is re-checked where no agent was seen in it.
+    /// `cleanup` bounds one deletion, retries included. `late_agent_window`: how long the deleted room is re-checked
+    /// where an agent may still come; see [`SHORTEST_SURE_WINDOW`].
     pub fn own(
         &self,
-        _room: RoomName,
-        _api: Api,
-        _cleanup: Duration,
-        _late_agent_window: Duration,
+        room: RoomName,
+        api: Api,
+        cleanup: Duration,
+        late_agent_window: Duration,
     ) -> RoomLease {
-        todo!("janitor")
+        self.shared.note(&room, Standing::Leased);
+        RoomLease {
+            owned: Some(Owned {
+                shared: Arc::clone(&self.shared),
+                _token: self.shared.tasks.token(),
+                room,
+                api,
+                cleanup,
+                late_agent_window,
+                dispatches: Vec::new(),
+                agent: Agent::CanNotCome,
+            }),
+        }
     }
 
     /// Waits until every room is gone and every re-check is over, or `deadline`; names what is left.
-    pub async fn close(self, _deadline: Instant) -> Vec<LeftBehind> {
-        todo!("janitor")
+    ///
+    /// A near deadline ends the re-checks early. What is under way then goes on for as long as the runtime does.
+    pub async fn close(self, deadline: Instant) -> Vec<LeftBehind> {
+        // Whether all was done or the time is up, the register says the same.
+        let _elapsed = timeout_at(deadline, self.shared.tasks.wait()).await;
+        let now = Instant::now();
+        let rooms = self.shared.lock();
+        let left = rooms.iter().map(|(room, standing)| LeftBehind {
+            room: room.clone(),
+            why: standing.describe(now),
+        });
+        left.collect()
     }
 }
 
 impl RoomLease {
-    pub fn dispatched(&mut self, _dispatch_id: String) {
-        todo!("janitor")
+    /// Says that from now on an agent may come: the request that makes LiveKit dispatch is about to be written.
+    pub fn agent_may_come(&mut self) {
+        let owned = self.owned();
+        if owned.agent == Agent::CanNotCome {
+            owned.agent = Agent::MayCome;
+        }
     }
 
+    /// A dispatch that the room's deletion must end first.
+    pub fn dispatched(&mut self, dispatch_id: String) {
+        self.agent_may_come();
+        self.owned().dispatches.push(dispatch_id);
+    }
+
+    /// The agent is in the room and will be put out with it: nobody can come late.
     pub fn agent_seen(&mut self) {
-        todo!("janitor")
+        self.owned().agent = Agent::Came;
     }
 
     /// Deletes the dispatch and the room now and says what became of them; re-checks go on behind it.
-    pub async fn delete(self) -> Deletion {
-        todo!("janitor")
+    ///
+    /// Takes `cleanup` at most. Dropping the future stops nothing.
+    pub async fn delete(mut self) -> Deletion {
+        let (told, deletion) = oneshot::channel();
+        if let Some(owned) = self.owned.take() {
+            owned.clean_up(Some(told));
+        }
+        deletion.await.unwrap_or_else(|_| Deletion::NotDeleted {
+            why: "the janitor's own task failed".to_owned(),
+        })
+    }
+
+    fn owned(&mut self) -> &mut Owned {
+        self.owned.as_mut().expect("taken only when the lease ends")
+    }
+}
+
+impl Drop for RoomLease {
+    fn drop(&mut self) {
+        if let Some(owned) = self.owned.take() {
+            owned.clean_up(None);
+        }
+    }
+}
+
+/// What would have to be said of a room if the process ended now.
+#[derive(Debug, Clone)]
+enum Standing {
+    Leased,
+    Deleting,
+    NotDeleted {
+        why: String,
+    },
+    /// Deleted, and looked for until the window is over.
+    Watched {
+        since: Instant,
+        until: Instant,
+    },
+    /// Deleted, but the last re-check did not find it gone.
+    Unknown {
+        why: String,
+    },
+}
+
+impl Standing {
+    fn describe(&self, now: Instant) -> String {
+        match self {
+            Self::Leased => "its probe had not ended".to_owned(),
+            Self::Deleting => "its deletion was still under way".to_owned(),
+            Self::NotDeleted { why } => format!("not deleted: {why}"),
+            Self::Watched { since, until } => format!(
+                "deleted, but watched for only {} of {} s: a late agent would re-create it",
+                (now - *since).as_secs(),
+                (*until - *since).as_secs()
+            ),
+            Self::Unknown { why } => {
+                format!("deleted, but a late agent may have re-created it: {why}")
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<RoomName, Standing>> {
+        // Each change is a single insert or remove, so a panic elsewhere leaves nothing half done.
+        self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, room: &RoomName, standing: Standing) {
+        self.lock().insert(room.clone(), standing);
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Agent {
+    CanNotCome,
+    MayCome,
+    Came,
+}
+
+/// A room, all that its deletion needs, and the claim on the janitor's time.
+struct Owned {
+    shared: Arc<Shared>,
+    _token: TaskTrackerToken,
+    room: RoomName,
+    api: Api,
+    cleanup: Duration,
+    late_agent_window: Duration,
+    dispatches: Vec<String>,
+    agent: Agent,
+}
+
+/// How a deletion went, seen from the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Gone {
+    /// It was there and was deleted.
+    Confirmed,
+    /// The server knew no such room: it had closed, or it is yet to be created by a request still in flight.
+    NotFound,
+}
+
+impl Owned {
+    fn clean_up(self, told: Option<oneshot::Sender<Deletion>>) {
+        let shared = Arc::clone(&self.shared);
+        shared.note(&self.room, Standing::Deleting);
+        let task = self.deleted_for_good(told);
+        shared.tasks.spawn_on(task, &shared.runtime);
+    }
+
+    async fn deleted_for_good(self, told: Option<oneshot::Sender<Deletion>>) {
+        let dropped = told.is_none();
+        // What is not known is the server's own dispatch, or one whose answer never came.
+        let unknown = self.agent == Agent::MayCome && self.dispatches.is_empty();
+        let known = (!unknown).then_some(self.dispatches.as_slice());
+        let gone = self.delete(known).await;
+        let window = self.window(dropped, gone.as_ref().ok().copied());
+        if let Some(told) = told {
+            let deletion = match &gone {
+                Ok(_) => Deletion::Deleted { at: Instant::now() },
+                Err(why) => Deletion::NotDeleted { why: why.clone() },
+            };
+            if told.send(deletion).is_err() {
+                tracing::debug!(room = %self.room, "nobody waited for the room's deletion");
+            }
+        }
+        match self.watch(window, gone.map(drop)).await {
+            None => {
+                self.shared.lock().remove(&self.room);
+            }
+            Some(left) => self.shared.note(&self.room, left),
+        }
+    }
+
+    /// Ends the jobs of these dispatches, or of all that the server lists, then deletes the room; that takes `cleanup` at
+    /// most. In this order: the server forgets the dispatches of a deleted room, and a job that was not ended
+    /// re-creates it.
+    async fn delete(&self, dispatches: Option<&[String]>) -> Result<Gone, String> {
+        let now = Instant::now();
+        self.end_dispatches(dispatches, now + self.cleanup / 2)
+            .await;
+        let gone = persist(now + self.cleanup, || self.api.delete_room(&self.room)).await;
+        match gone {
+            Ok(()) => Ok(Gone::Confirmed),
+            Err(error) if error.is_not_found() => Ok(Gone::NotFound),
+            Err(error) => {
+                let why = error.to_string();
+                tracing::warn!(room = %self.room, why, "the room could not be deleted");
+                Err(why)
+            }
+        }
+    }
+
+    /// Failing here is no failure: the room's deletion follows, and the re-checks find whom it doesn't stop.
+    async fn end_dispatches(&self, known: Option<&[String]>, deadline: Instant) {
+        let ended = async {
+            let ids = if let Some(ids) = known {
+                ids.to_vec()
+            } else {
+                let listed = self.api.list_dispatch(&self.room).await.result?;
+                listed.into_iter().map(|dispatch| dispatch.id).collect()
+            };
+            for id in ids {
+                self.end_dispatch(&id).await?;
+            }
+            Ok::<_, ApiError>(())
+        };
+        match timeout_at(deadline, ended).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(room = %self.room, %error, "the room's dispatch could not be deleted");
+            }
+            Err(_) => tracing::debug!(room = %self.room, "no time to delete the room's dispatch"),
+        }
+    }
+
+    async fn end_dispatch(&self, id: &str) -> Result<(), ApiError> {
+        match self.api.delete_dispatch(&self.room, id).await.result {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// How long the room can come back.
+    fn window(&self, dropped: bool, gone: Option<Gone>) -> Duration {
+        match gone {
+            // As long as for a late agent: the server may answer again.
+            None => self.late_agent_window.max(self.cleanup),
+            Some(_) if self.agent == Agent::MayCome => self.late_agent_window.max(self.cleanup),
+            // A request that creates the room may still be in flight.
+            Some(_) if dropped => self.cleanup,
+            Some(Gone::NotFound) if self.agent != Agent::Came => self.cleanup,
+            Some(_) => Duration::ZERO,
+        }
+    }
+
+    /// Looks for the room until its window is over, and deletes it where it is found; says what is left in doubt.
+    async fn watch(&self, window: Duration, mut deleted: Result<(), String>) -> Option<Standing> {
+        let mut watch = Watch::new(Instant::now(), window);
+        let mut doubt = None;
+        while let Some(at) = watch.next {
+            self.shared.note(
+                &self.room,
+                match &deleted {
+                    Ok(()) => Standing::Watched {
+                        since: watch.since,
+                        until: watch.until,
+                    },
+                    Err(why) => Standing::NotDeleted { why: why.clone() },
+                },
+            );
+            sleep_until(at).await;
+            let names = std::slice::from_ref(&self.room);
+            let listed = persist(at + self.cleanup, || self.api.list_rooms(names)).await;
+            doubt = match listed {
+                Ok(rooms) if rooms.is_empty() => {
+                    deleted = Ok(());
+                    watch.checked(Instant::now());
+                    None
+                }
+                Ok(_) => {
+                    let came_back = deleted.is_ok();
+                    deleted = self.delete(None).await.map(drop);
+                    if came_back && deleted.is_ok() {
+                        tracing::warn!(room = %self.room, "a deleted room had come back and was deleted again");
+                    }
+                    watch.found(Instant::now());
+                    Some("it had come back at the last re-check".to_owned())
+                }
+                Err(error) => {
+                    watch.checked(Instant::now());
+                    Some(format!("the last re-check failed: {error}"))
+                }
+            };
+        }
+        match (deleted, doubt) {
+            (Err(why), _) => Some(Standing::NotDeleted { why }),
+            (Ok(()), Some(why)) => Some(Standing::Unknown { why }),
+            (Ok(()), None) => None,
+        }
+    }
+}
+
+/// When to look for a deleted room: 1, 2 and 4 s apart, then every 5 s, and once more at the window's end.
+#[derive(Debug)]
+struct Watch {
+    window: Duration,
+    since: Instant,
+    until: Instant,
+    next: Option<Instant>,
+    pause: Duration,
+}
+
+impl Watch {
+    const FIRST_PAUSE: Duration = Duration::from_secs(1);
+    /// Bounds how long a room that came back can live, and what it can cost.
+    const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+    /// A room that keeps coming back can't hold the janitor for ever.
+    const MOST_WINDOWS: u32 = 3;
+
+    fn new(now: Instant, window: Duration) -> Self {
+        let mut watch = Self {
+            window,
+            since: now,
+            until: now + window,
+            next: Some(now),
+            pause: Self::FIRST_PAUSE,
+        };
+        watch.checked(now);
+        watch
+    }
+
+    fn checked(&mut self, now: Instant) {
+        self.next = (now < self.until).then(|| (now + self.pause).min(self.until));
+        self.pause = (self.pause * 2).min(Self::LONGEST_PAUSE);
+    }
+
+    /// The room was there and has been deleted again: its window begins anew.
+    fn found(&mut self, now: Instant) {
+        let latest = self.since + self.window * Self::MOST_WINDOWS;
+        self.until = (now + self.window).min(latest);
+        self.pause = Self::FIRST_PAUSE;
+        self.checked(now);
+    }
+}
+
+/// Repeats a call until it is answered, or refused in earnest, or the deadline passes. This is clean-up, not
+/// measurement: a retry hides nothing that anybody measures.
+async fn persist<T, Fut>(deadline: Instant, call: impl Fn() -> Fut) -> Result<T, ApiError>
+where
+    Fut: Future<Output = Call<T>>,
+{
+    let started = Instant::now();
+    let mut pause = FIRST_BACKOFF;
+    loop {
+        let Ok(answer) = timeout_at(deadline, call()).await else {
+            return Err(ApiError::Timeout(started.elapsed()));
+        };
+        let error = match answer.result {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let next = Instant::now() + pause_before_retry(&error).unwrap_or(pause);
+        if !may_pass(&error) || next >= deadline {
+            return Err(error);
+        }
+        sleep_until(next).await;
+        pause *= 2;
+    }
+}
+
+/// Whether the same call may fare better a moment later.
+fn may_pass(error: &ApiError) -> bool {
+    match error {
+        ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => true,
+        ApiError::Refused(refusal) => {
+            !error.is_not_found() && (refusal.status == 429 || refusal.status >= 500)
+        }
+        ApiError::Protocol(_) => false,
+    }
+}
+
+fn pause_before_retry(error: &ApiError) -> Option<Duration> {
+    match error {
+        ApiError::Refused(refusal) => refusal.retry_after,
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The seconds since the deletion at which a room is looked for; found there at those in `found`.
+    fn looks(window: u64, found: &[u64]) -> Vec<u64> {
+        let start = Instant::now();
+        let mut watch = Watch::new(start, Duration::from_secs(window));
+        let mut looks = Vec::new();
+        while let Some(at) = watch.next {
+            let second = (at - start).as_secs();
+            looks.push(second);
+            if found.contains(&second) {
+                watch.found(at);
+            } else {
+                watch.checked(at);
+            }
+        }
+        looks
+    }
+
+    #[test]
+    fn a_room_in_doubt_is_looked_for_at_growing_intervals_and_at_the_windows_end() {
+        assert_eq!(looks(20, &[]), [1, 3, 7, 12, 17, 20]);
+        assert_eq!(looks(6, &[]), [1, 3, 6]);
+        assert_eq!(looks(0, &[]), []);
+    }
+
+    #[test]
+    fn a_room_that_came_back_is_looked_for_a_whole_window_longer() {
+        assert_eq!(looks(20, &[7]), [1, 3, 7, 8, 10, 14, 19, 24, 27]);
+    }
+
+    #[test]
+    fn a_room_that_keeps_coming_back_holds_the_janitor_for_three_windows_at_most() {
+        let always: Vec<u64> = (0..1000).collect();
+        assert_eq!(looks(20, &always).last(), Some(&60));
     }
 }
