@@ -6,6 +6,7 @@ use std::fmt;
 
 pub mod api;
 pub mod engine;
+mod exchange;
 pub mod net;
 pub mod signal;
 pub mod token;

@@ -1,14 +1,27 @@
 //! One way to a LiveKit host: DNS, TCP, then TLS for `wss`/`https`, each failure named by its stage.
 //!
 //! The signal socket and the server API both open their connections here, so that a host that can't be reached is
-//! told from a request that was refused.
+//! told from a request that was refused. What is said over a connection is [`super::exchange`]'s.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
-use tokio_rustls::rustls;
-use url::Url;
+use anyhow::{Context as _, bail, ensure};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsConnector, rustls};
+use url::{Host, Url};
+
+pub use super::exchange::Refusal;
 
 /// A LiveKit host and how to trust it. Cheap to clone.
 #[derive(Clone)]
@@ -18,7 +31,7 @@ pub struct Endpoint {
 }
 
 /// Why no connection came up, by stage.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     #[error("DNS lookup of {host} failed: {error}")]
     Dns { host: String, error: String },
@@ -28,28 +41,302 @@ pub enum ConnectError {
     Tls { host: String, error: String },
 }
 
-/// What a refused HTTP request or WebSocket upgrade said.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    pub status: u16,
-    /// Twirp's `code`, where the body was Twirp JSON.
-    pub twirp_code: Option<String>,
-    /// Twirp's `msg`, or the first KiB of the body as text; never a token.
-    pub message: String,
-    /// `Retry-After` in seconds or as a date, resolved to seconds from receipt.
-    pub retry_after: Option<std::time::Duration>,
+impl Endpoint {
+    /// `ca_file` holds PEM certificates that are trusted besides the public roots, which are built in.
+    ///
+    /// # Errors
+    /// A URL of another scheme or without a host; a `ca_file` that can't be read or holds no certificate.
+    pub fn new(url: &Url, ca_file: Option<&Path>) -> anyhow::Result<Self> {
+        let secure = match url.scheme() {
+            "wss" | "https" => true,
+            "ws" | "http" => false,
+            other => bail!("scheme {other:?} is none of wss, ws, https, http"),
+        };
+        ensure!(url.host().is_some(), "the URL names no host");
+        let roots = roots(ca_file)?;
+        let tls = secure.then(|| client_config(roots)).transpose()?;
+        let mut url = url.clone();
+        // Credentials in the URL are no part of LiveKit's protocol, and must not reach an error text.
+        url.set_username("").ok();
+        url.set_password(None).ok();
+        url.set_query(None);
+        url.set_fragment(None);
+        Ok(Self { url, tls })
+    }
+
+    /// Opens a connection: DNS, TCP, TLS. Until `deadline`, but always with the stage that it got stuck in.
+    pub(crate) async fn connect(&self, deadline: Instant) -> Result<Stream, ConnectError> {
+        let started = Instant::now();
+        let addresses = self.resolve(started, deadline).await?;
+        let tcp = self.dial(&addresses, deadline).await?;
+        let (local, peer) = tcp
+            .set_nodelay(true)
+            .and_then(|()| Ok((tcp.local_addr()?, tcp.peer_addr()?)))
+            .map_err(|error| ConnectError::Tcp {
+                address: self.authority(),
+                error: error.to_string(),
+            })?;
+        let io = match &self.tls {
+            None => Io::Plain(tcp),
+            Some(config) => Io::Tls(Box::new(self.secure(config, tcp, deadline).await?)),
+        };
+        Ok(Stream { local, peer, io })
+    }
+
+    /// The path of a request: `path` below the base path of the project's URL.
+    pub(crate) fn target(&self, path: &str) -> String {
+        format!("{}{path}", self.url.path().trim_end_matches('/'))
+    }
+
+    /// Host, and port where it isn't the scheme's own: the `Host` header.
+    pub(crate) fn authority(&self) -> String {
+        match self.url.port() {
+            Some(port) => format!("{}:{port}", self.host()),
+            None => self.host().to_owned(),
+        }
+    }
+
+    fn host(&self) -> &str {
+        self.url
+            .host_str()
+            .expect("an endpoint's URL has a host: `new` checks it")
+    }
+
+    async fn resolve(
+        &self,
+        started: Instant,
+        deadline: Instant,
+    ) -> Result<Vec<SocketAddr>, ConnectError> {
+        let port = self
+            .url
+            .port_or_known_default()
+            .expect("ws, wss, http and https have default ports, and `new` takes no other scheme");
+        let failed = |error| ConnectError::Dns {
+            host: self.host().to_owned(),
+            error,
+        };
+        let domain = match self.url.host() {
+            Some(Host::Ipv4(ip)) => return Ok(vec![(ip, port).into()]),
+            Some(Host::Ipv6(ip)) => return Ok(vec![(ip, port).into()]),
+            _ => self.host(),
+        };
+        let addresses: Vec<_> = timeout_at(deadline, lookup_host((domain, port)))
+            .await
+            .map_err(|_| failed(timed_out(started)))?
+            .map_err(|error| failed(error.to_string()))?
+            .collect();
+        if addresses.is_empty() {
+            return Err(failed("the name has no address".to_owned()));
+        }
+        Ok(addresses)
+    }
+
+    /// Tries the addresses in the resolver's order. Each may take its share of what is left of the time, so that a
+    /// dead first address leaves some for the next.
+    async fn dial(
+        &self,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+    ) -> Result<TcpStream, ConnectError> {
+        let mut errors = Vec::new();
+        for (tried, address) in addresses.iter().enumerate() {
+            let started = Instant::now();
+            let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+            let share = deadline.saturating_duration_since(started) / left;
+            match timeout_at(started + share, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => errors.push((address, error.to_string())),
+                Err(_) => errors.push((address, timed_out(started))),
+            }
+        }
+        Err(tcp_error(self.authority(), errors))
+    }
+
+    async fn secure(
+        &self,
+        config: &Arc<rustls::ClientConfig>,
+        tcp: TcpStream,
+        deadline: Instant,
+    ) -> Result<TlsStream<TcpStream>, ConnectError> {
+        let started = Instant::now();
+        let failed = |error| ConnectError::Tls {
+            host: self.host().to_owned(),
+            error,
+        };
+        let name = match self.url.host() {
+            Some(Host::Ipv4(ip)) => ServerName::from(std::net::IpAddr::V4(ip)),
+            Some(Host::Ipv6(ip)) => ServerName::from(std::net::IpAddr::V6(ip)),
+            _ => ServerName::try_from(self.host().to_owned())
+                .map_err(|_| failed("the host is no valid name for a certificate".to_owned()))?,
+        };
+        let connector = TlsConnector::from(Arc::clone(config));
+        timeout_at(deadline, connector.connect(name, tcp))
+            .await
+            .map_err(|_| failed(timed_out(started)))?
+            .map_err(|error| failed(tls_error(&error)))
+    }
 }
 
-impl Endpoint {
-    /// # Errors
-    /// A `ca_file` that can't be read or holds no certificate.
-    pub fn new(_url: &Url, _ca_file: Option<&Path>) -> anyhow::Result<Self> {
-        todo!("net")
+fn tcp_error(authority: String, mut errors: Vec<(&SocketAddr, String)>) -> ConnectError {
+    if errors.len() == 1
+        && let Some((address, error)) = errors.pop()
+    {
+        return ConnectError::Tcp {
+            address: address.to_string(),
+            error,
+        };
     }
+    let each: Vec<_> = errors
+        .iter()
+        .map(|(address, error)| format!("{address}: {error}"))
+        .collect();
+    ConnectError::Tcp {
+        address: authority,
+        error: each.join("; "),
+    }
+}
+
+fn timed_out(started: Instant) -> String {
+    format!("timed out after {}", rounded(started.elapsed()))
+}
+
+/// A duration for people: to the millisecond, without trailing zeros.
+pub(super) fn rounded(duration: Duration) -> String {
+    let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    format!("{:?}", Duration::from_millis(millis))
+}
+
+fn roots(ca_file: Option<&Path>) -> anyhow::Result<rustls::RootCertStore> {
+    let mut roots = rustls::RootCertStore {
+        roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
+    };
+    let Some(file) = ca_file else {
+        return Ok(roots);
+    };
+    let before = roots.len();
+    let pem = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        let certificate =
+            certificate.with_context(|| format!("{} is not valid PEM", file.display()))?;
+        roots.add(certificate).with_context(|| {
+            format!("{} holds a certificate that can't be used", file.display())
+        })?;
+    }
+    ensure!(
+        roots.len() > before,
+        "{} holds no PEM certificate",
+        file.display()
+    );
+    Ok(roots)
+}
+
+/// The provider is named, never the process's default: a dependency that turns on a second one must change nothing.
+fn client_config(roots: rustls::RootCertStore) -> anyhow::Result<Arc<rustls::ClientConfig>> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+/// A failed handshake in words for the person who must mend it.
+fn tls_error(error: &io::Error) -> String {
+    use rustls::{CertificateError as Certificate, Error};
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<Error>());
+    match inner {
+        Some(Error::InvalidCertificate(certificate)) => match certificate {
+            Certificate::UnknownIssuer => {
+                "the certificate's issuer is not trusted (a private CA goes into ca_file)"
+                    .to_owned()
+            }
+            Certificate::ExpiredContext { not_after, .. } => {
+                format!("the certificate expired at {}", utc(*not_after))
+            }
+            Certificate::NotValidYetContext { not_before, .. } => format!(
+                "the certificate is not valid before {} (or this machine's clock is wrong)",
+                utc(*not_before)
+            ),
+            Certificate::NotValidForNameContext { presented, .. } if !presented.is_empty() => {
+                format!(
+                    "the certificate is for another name: {}",
+                    presented.join(", ")
+                )
+            }
+            Certificate::NotValidForName | Certificate::NotValidForNameContext { .. } => {
+                "the certificate is for another name".to_owned()
+            }
+            other => format!("the certificate is not acceptable: {other}"),
+        },
+        Some(Error::InvalidMessage(_)) => "the port does not speak TLS".to_owned(),
+        Some(other) => other.to_string(),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "the host closed the connection".to_owned()
+        }
+        None => error.to_string(),
+    }
+}
+
+fn utc(time: UnixTime) -> String {
+    i64::try_from(time.as_secs())
+        .ok()
+        .and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0))
+        .map_or_else(
+            || "a time out of range".to_owned(),
+            |time| time.format("%Y-%m-%d %H:%M:%S UTC").to_string(),
+        )
 }
 
 /// A connected byte stream, plain or TLS, and the two addresses of its TCP connection.
 pub struct Stream {
     pub local: SocketAddr,
     pub peer: SocketAddr,
+    io: Io,
+}
+
+enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().io {
+            Io::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Io::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().io {
+            Io::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Io::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().io {
+            Io::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Io::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().io {
+            Io::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Io::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
 }

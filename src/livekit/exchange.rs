@@ -1,0 +1,255 @@
+//! One HTTP/1.1 request and its answer on a connection of its own, and what a refusal said.
+//!
+//! The server API and the WebSocket upgrade both go through here: so both keep status, body and `Retry-After`, and
+//! neither lets a token into a text.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use http::header::{LOCATION, RETRY_AFTER};
+use http::{HeaderMap, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::time::{Instant, timeout_at};
+
+use super::net::Stream;
+
+/// Most bytes of an answer's body that are read.
+const BODY_LIMIT: usize = 1 << 20;
+/// Most bytes of a refusal's text that are kept.
+const TEXT_LIMIT: usize = 1 << 10;
+/// Most bytes of an answer's header section; hyper's own limit is 400 KiB.
+const HEAD_LIMIT: usize = 64 << 10;
+
+/// What a refused HTTP request or WebSocket upgrade said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub status: u16,
+    /// Twirp's `code`, where the body was Twirp JSON.
+    pub twirp_code: Option<String>,
+    /// Twirp's `msg`, or the first KiB of the body as text; never a token.
+    pub message: String,
+    /// `Retry-After` in seconds or as a date, resolved to seconds from receipt.
+    pub retry_after: Option<Duration>,
+}
+
+/// An HTTP answer.
+pub(super) struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+    /// The body is whole: within the limit, and neither cut off nor late.
+    pub complete: bool,
+    /// After 101: the connection, and what was already read of the other protocol.
+    pub upgraded: Option<(Stream, Bytes)>,
+}
+
+/// Why there is no answer at all.
+#[derive(Debug)]
+pub(super) enum ExchangeError {
+    Timeout,
+    /// The connection broke before the head of the answer was complete.
+    Broken(String),
+    /// Whatever came, it was no HTTP.
+    Malformed(String),
+}
+
+/// Sends `request` and reads the answer.
+///
+/// A refusal whose body is late or breaks off is still a refusal: only the head must come before `deadline`.
+pub(super) async fn exchange(
+    stream: Stream,
+    request: Request<Full<Bytes>>,
+    deadline: Instant,
+) -> Result<Answer, ExchangeError> {
+    let (mut sender, connection) = http1::Builder::new()
+        .max_header_size(HEAD_LIMIT)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| failed(&error))?;
+    let talk = async move {
+        let response = timeout_at(deadline, sender.send_request(request))
+            .await
+            .map_err(|_| ExchangeError::Timeout)?
+            .map_err(|error| failed(&error))?;
+        let (head, body) = response.into_parts();
+        let (body, complete) = if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            (Bytes::new(), true)
+        } else {
+            read(body, deadline).await
+        };
+        Ok(Answer {
+            status: head.status,
+            headers: head.headers,
+            body,
+            complete,
+            upgraded: None,
+        })
+    };
+    let mut talk = pin!(talk);
+    let mut connection = Box::pin(connection);
+    // The connection does the work while the talk waits for it; its own errors reach the talk.
+    let mut ended = false;
+    let mut answer = poll_fn(|cx| {
+        if !ended {
+            ended = connection.as_mut().poll(cx).is_ready();
+        }
+        talk.as_mut().poll(cx)
+    })
+    .await?;
+    if answer.status == StatusCode::SWITCHING_PROTOCOLS {
+        if !ended {
+            timeout_at(deadline, connection.as_mut())
+                .await
+                .map_err(|_| ExchangeError::Timeout)?
+                .map_err(|error| failed(&error))?;
+        }
+        let parts = (*std::pin::Pin::into_inner(connection)).into_parts();
+        answer.upgraded = Some((parts.io.into_inner(), parts.read_buf));
+    }
+    Ok(answer)
+}
+
+/// What of a body comes before `deadline`, up to the limit; and whether that is all of it.
+async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, bool) {
+    let mut bytes = BytesMut::new();
+    loop {
+        match timeout_at(deadline, body.frame()).await {
+            Ok(None) => return (bytes.freeze(), true),
+            Ok(Some(Ok(frame))) => {
+                let Some(data) = frame.data_ref() else {
+                    continue;
+                };
+                let room = BODY_LIMIT - bytes.len();
+                bytes.extend_from_slice(&data[..data.len().min(room)]);
+                if data.len() > room {
+                    return (bytes.freeze(), false);
+                }
+            }
+            Ok(Some(Err(_))) | Err(_) => return (bytes.freeze(), false),
+        }
+    }
+}
+
+fn failed(error: &hyper::Error) -> ExchangeError {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    if error.is_parse() {
+        ExchangeError::Malformed(text)
+    } else {
+        ExchangeError::Broken(text)
+    }
+}
+
+/// Twirp's error body: <https://twitchtv.github.io/twirp/docs/spec_v7.html#error-responses>
+#[derive(Deserialize)]
+struct TwirpError {
+    code: String,
+    #[serde(default)]
+    msg: String,
+}
+
+impl Answer {
+    pub(super) fn refusal(&self) -> Refusal {
+        let twirp: Option<TwirpError> = serde_json::from_slice(&self.body).ok();
+        let (twirp_code, text) = match twirp {
+            Some(error) => (Some(presentable(&error.code)), error.msg),
+            None => (None, String::from_utf8_lossy(&self.body).into_owned()),
+        };
+        let mut message = presentable(&text);
+        if message.is_empty() {
+            message = self.headline();
+        }
+        Refusal {
+            status: self.status.as_u16(),
+            twirp_code,
+            message,
+            retry_after: self
+                .headers
+                .get(RETRY_AFTER)
+                .and_then(|value| retry_after(value.to_str().ok()?, Utc::now())),
+        }
+    }
+
+    /// Stands in for a body that says nothing: where a redirect leads, or the status in words.
+    fn headline(&self) -> String {
+        let location = self
+            .headers
+            .get(LOCATION)
+            .filter(|_| self.status.is_redirection())
+            .and_then(|value| value.to_str().ok());
+        match location {
+            // A query could hold anything.
+            Some(to) => {
+                let to = to.split(['?', '#']).next().unwrap_or_default();
+                format!("redirected to {}", presentable(to))
+            }
+            None => self
+                .status
+                .canonical_reason()
+                .unwrap_or("no text")
+                .to_owned(),
+        }
+    }
+}
+
+/// A number of seconds or an HTTP date (RFC 9110, 10.2.3); a date in the past is zero.
+fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
+    let value = value.trim();
+    if let Ok(seconds) = value.parse::<u64>() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = DateTime::parse_from_rfc2822(value).ok()?;
+    Some(
+        date.signed_duration_since(now)
+            .to_std()
+            .unwrap_or(Duration::ZERO),
+    )
+}
+
+/// A server's text for people: no token, no control characters, white space in runs of one, at most 1 KiB.
+///
+/// livekit-server answers a bad signature with the whole token in its text.
+pub(super) fn presentable(text: &str) -> String {
+    let mut shown = String::new();
+    for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
+        if word.is_empty() {
+            continue;
+        }
+        if !shown.is_empty() {
+            shown.push(' ');
+        }
+        redact(word, &mut shown);
+        if shown.len() > TEXT_LIMIT {
+            shown.truncate(shown.floor_char_boundary(TEXT_LIMIT));
+            break;
+        }
+    }
+    shown
+}
+
+/// Copies `word` to `out` without what looks like a JWT: its header is JSON, which begins `eyJ` in Base64.
+fn redact(word: &str, out: &mut String) {
+    let is_token =
+        |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '=' | '%');
+    let mut rest = word;
+    while let Some(start) = rest.find("eyJ") {
+        let token = rest[start..]
+            .find(|c| !is_token(c))
+            .unwrap_or(rest.len() - start);
+        out.push_str(&rest[..start]);
+        out.push_str("[token]");
+        rest = &rest[start + token..];
+    }
+    out.push_str(rest);
+}
