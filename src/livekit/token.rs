@@ -1,10 +1,141 @@
 //! Access tokens: short-lived, with no more grants than one call or one participant needs.
 
-use secrecy::SecretString;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
 
-/// The key pair that signs tokens; `Debug` shows neither half of the secret.
-#[derive(Debug, Clone)]
+use livekit_api::access_token::{AccessToken, AccessTokenError, VideoGrants};
+use livekit_protocol as proto;
+use secrecy::{ExposeSecret, SecretString};
+
+use super::RoomName;
+
+/// A token is used at once and the server looks at it only once, so its life is nothing but an allowance for clocks
+/// that differ: this much, plus the server's own minute.
+const LIFE: Duration = Duration::from_secs(600);
+
+/// The key pair that signs tokens; `Debug` does not show the secret.
+#[derive(Clone)]
 pub struct Keys {
-    pub api_key: String,
-    pub api_secret: SecretString,
+    api_key: String,
+    api_secret: SecretString,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    #[error("the API key is empty")]
+    EmptyKey,
+    #[error("the API secret is empty")]
+    EmptySecret,
+    #[error("a participant's token needs a room and an identity")]
+    Nobody,
+}
+
+/// What one call of the server API needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Permission<'a> {
+    /// Creates and deletes rooms.
+    RoomCreate,
+    RoomList,
+    /// Participants and dispatches of one room.
+    RoomAdmin(&'a RoomName),
+}
+
+impl Keys {
+    /// # Errors
+    /// Either half is empty.
+    pub fn new(
+        api_key: impl Into<String>,
+        api_secret: impl Into<SecretString>,
+    ) -> Result<Self, TokenError> {
+        let (api_key, api_secret) = (api_key.into(), api_secret.into());
+        if api_key.is_empty() {
+            return Err(TokenError::EmptyKey);
+        }
+        if api_secret.expose_secret().is_empty() {
+            return Err(TokenError::EmptySecret);
+        }
+        Ok(Self {
+            api_key,
+            api_secret,
+        })
+    }
+
+    /// A token that joins `room` as a standard participant: it may publish a microphone and subscribe, no more.
+    ///
+    /// With `room_config` the token may create the room as well: a server with `auto_create: false` refuses the join
+    /// of a room that doesn't exist yet unless the token has that grant.
+    ///
+    /// # Errors
+    /// [`TokenError::Nobody`] where room or identity is empty.
+    pub fn participant(
+        &self,
+        room: &RoomName,
+        identity: &str,
+        attributes: &BTreeMap<String, String>,
+        room_config: Option<&proto::RoomConfiguration>,
+    ) -> Result<SecretString, TokenError> {
+        if room.0.is_empty() || identity.is_empty() {
+            return Err(TokenError::Nobody);
+        }
+        let grants = VideoGrants {
+            room_join: true,
+            room: room.0.clone(),
+            room_create: room_config.is_some(),
+            can_publish: Some(true),
+            can_publish_sources: vec!["microphone".to_owned()],
+            can_publish_data: Some(false),
+            can_subscribe: Some(true),
+            ..VideoGrants::default()
+        };
+        let mut token = self
+            .token(grants)
+            .with_identity(identity)
+            .with_attributes(attributes.clone());
+        if let Some(config) = room_config {
+            token = token.with_room_config(config.clone());
+        }
+        Ok(sign(token))
+    }
+
+    pub(super) fn api(&self, permission: Permission<'_>) -> SecretString {
+        let grants = match permission {
+            Permission::RoomCreate => VideoGrants {
+                room_create: true,
+                ..VideoGrants::default()
+            },
+            Permission::RoomList => VideoGrants {
+                room_list: true,
+                ..VideoGrants::default()
+            },
+            Permission::RoomAdmin(room) => VideoGrants {
+                room_admin: true,
+                room: room.0.clone(),
+                ..VideoGrants::default()
+            },
+        };
+        sign(self.token(grants))
+    }
+
+    fn token(&self, grants: VideoGrants) -> AccessToken {
+        AccessToken::with_api_key(&self.api_key, self.api_secret.expose_secret())
+            .with_ttl(LIFE)
+            .with_grants(grants)
+    }
+}
+
+fn sign(token: AccessToken) -> SecretString {
+    let jwt: Result<String, AccessTokenError> = token.to_jwt();
+    jwt.expect(
+        "neither key nor secret, neither room nor identity is empty, and claims are plain data",
+    )
+    .into()
+}
+
+impl fmt::Debug for Keys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keys")
+            .field("api_key", &self.api_key)
+            .finish_non_exhaustive()
+    }
 }
