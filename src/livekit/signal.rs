@@ -1,16 +1,71 @@
 //! The signal connection: a WebSocket that carries LiveKit's protobufs. One attempt, no failover, bounded frames;
 //! the token never appears in an error.
 
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::task::Poll;
 use std::time::Duration;
 
+use bytes::Bytes;
+use chrono::Utc;
+use futures_util::{FutureExt, SinkExt, StreamExt};
+use http::header::{
+    AUTHORIZATION, CONNECTION, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
+    SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use http::{HeaderMap, HeaderValue, Request, StatusCode};
+use http_body_util::Full;
 use livekit_protocol as proto;
+use prost::Message as _;
+use proto::signal_request::Message as Outgoing;
+use proto::signal_response::Message as Incoming;
+use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error as SocketError, Message, error::ProtocolError};
 
-use super::net::{ConnectError, Endpoint, Refusal};
+use super::exchange::{Answer, ExchangeError, exchange, presentable};
+use super::net::{ConnectError, Endpoint, Refusal, Stream, rounded};
+
+/// The signal protocol that this client speaks. 18 would mean negotiated data channels, which it doesn't do.
+const PROTOCOL_VERSION: u32 = 16;
+/// The upstream Rust SDK whose behaviour this client follows; servers keep work-arounds by SDK and version.
+const SDK_VERSION: &str = "0.10.0";
+/// Largest message accepted. A join response with a few participants takes some KiB.
+const MESSAGE_LIMIT: usize = 1 << 20;
+/// Most bytes that may wait for a server that doesn't read.
+const BACKLOG_LIMIT: usize = 1 << 20;
+/// Most messages in one second; a room of three sends some tens while it is being joined.
+const RATE_LIMIT: u32 = 1000;
 
 /// An open signal connection, after the join response.
-pub struct Signal {}
+pub struct Signal {
+    socket: WebSocketStream<Stream>,
+    /// Something was queued that the socket may not have taken yet.
+    unflushed: bool,
+    ping: Interval,
+    ping_timeout: Duration,
+    /// When the last message came.
+    heard_at: Instant,
+    /// Milliseconds, as the last pong told it; the server keeps statistics of it.
+    rtt: i64,
+    rate: Rate,
+}
+
+/// What a join brings.
+pub struct Joined {
+    pub signal: Signal,
+    pub response: Box<proto::JoinResponse>,
+    /// When the join response was read.
+    pub at: Instant,
+    /// Our end of the TCP connection: the address that routes to the server.
+    pub local: SocketAddr,
+    pub peer: SocketAddr,
+}
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SignalError {
@@ -18,6 +73,7 @@ pub enum SignalError {
     Unreachable(#[from] ConnectError),
     #[error("the signal connection was refused with HTTP {}: {}", .0.status, .0.message)]
     Refused(Refusal),
+    /// The connection came up, but the upgrade or the join response did not come in time.
     #[error("no join response within {0:?}")]
     JoinTimeout(Duration),
     /// `Leave` before the join response.
@@ -33,34 +89,364 @@ pub enum SignalError {
 }
 
 impl Signal {
-    /// Connects and waits for the join response. `requested` is told the time just before the upgrade is written.
+    /// Connects and waits for the join response, for `timeout` from DNS to that response.
+    ///
+    /// `requested` is told the time just before the upgrade is written, after TLS. It stays silent where no connection
+    /// came up.
     pub async fn connect(
-        _endpoint: &Endpoint,
-        _token: &secrecy::SecretString,
-        _timeout: Duration,
-        _requested: oneshot::Sender<Instant>,
-    ) -> Result<(Self, Box<proto::JoinResponse>, std::net::SocketAddr), SignalError> {
-        todo!("signal")
+        endpoint: &Endpoint,
+        token: &SecretString,
+        timeout: Duration,
+        requested: oneshot::Sender<Instant>,
+    ) -> Result<Joined, SignalError> {
+        let deadline = Instant::now() + timeout;
+        let stream = endpoint.connect(deadline).await?;
+        let (local, peer) = (stream.local, stream.peer);
+        let key = generate_key();
+        let request = upgrade_request(endpoint, token, &key);
+        // A caller that no longer listens doesn't want to know.
+        requested.send(Instant::now()).ok();
+        let answer = exchange(stream, request, deadline)
+            .await
+            .map_err(|error| match error {
+                ExchangeError::Timeout => SignalError::JoinTimeout(timeout),
+                ExchangeError::Broken(text) => SignalError::Closed(text),
+                ExchangeError::Malformed(text) => SignalError::Protocol(text),
+            })?;
+        let mut signal = Self::open(answer, &key).await?;
+        let (at, first) = timeout_at(deadline, signal.next_message())
+            .await
+            .map_err(|_| SignalError::JoinTimeout(timeout))??;
+        let response = match first {
+            Incoming::Join(response) => Box::new(response),
+            Incoming::Leave(leave) => {
+                return Err(SignalError::LeftBeforeJoin {
+                    reason: leave_reason(&leave),
+                });
+            }
+            _ => {
+                let text = "the first message was no join response".to_owned();
+                return Err(SignalError::Protocol(text));
+            }
+        };
+        signal.heard_at = at;
+        signal.keep_alive_as(&response);
+        Ok(Joined {
+            signal,
+            response,
+            at,
+            local,
+            peer,
+        })
     }
 
-    /// The next message and when its frame was read. Answers pings and keeps the ping deadline by itself.
+    async fn open(answer: Answer, key: &str) -> Result<Self, SignalError> {
+        if answer.status != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(SignalError::Refused(answer.refusal()));
+        }
+        if !accepts(&answer.headers, key) {
+            let text = "the answer to the upgrade is not a WebSocket's".to_owned();
+            return Err(SignalError::Protocol(text));
+        }
+        let (stream, read_ahead) = answer
+            .upgraded
+            .expect("an answer of status 101 carries its connection");
+        // The defaults would allocate 128 KiB a room for reading alone.
+        let config = WebSocketConfig::default()
+            .read_buffer_size(8 << 10)
+            .write_buffer_size(0)
+            .max_write_buffer_size(BACKLOG_LIMIT)
+            .max_message_size(Some(MESSAGE_LIMIT))
+            .max_frame_size(Some(MESSAGE_LIMIT));
+        let socket = WebSocketStream::from_partially_read(
+            stream,
+            read_ahead.to_vec(),
+            Role::Client,
+            Some(config),
+        )
+        .await;
+        let now = Instant::now();
+        Ok(Self {
+            socket,
+            unflushed: false,
+            ping: pings(Duration::from_secs(5)),
+            ping_timeout: Duration::from_secs(15),
+            heard_at: now,
+            rtt: 0,
+            rate: Rate::new(now),
+        })
+    }
+
+    /// Takes over the server's own figures, within reason: zero means that it names none.
+    fn keep_alive_as(&mut self, response: &proto::JoinResponse) {
+        let seconds = |given: i32, default: u64| {
+            let given = u64::try_from(given).ok().filter(|given| *given > 0);
+            Duration::from_secs(given.unwrap_or(default).min(60))
+        };
+        let every = seconds(response.ping_interval, 5);
+        self.ping = pings(every);
+        self.ping_timeout = seconds(response.ping_timeout, 15).max(2 * every);
+    }
+
+    /// The next message and when its frame was read. Pings and their deadline are kept in here, so it must be polled
+    /// for as long as the connection is to live.
     ///
     /// Cancel-safe.
-    pub async fn recv(
-        &mut self,
-    ) -> Result<(Instant, proto::signal_response::Message), SignalError> {
-        todo!("signal")
+    pub async fn recv(&mut self) -> Result<(Instant, Incoming), SignalError> {
+        loop {
+            let give_up = self.heard_at + self.ping_timeout;
+            tokio::select! {
+                // What has come counts before a deadline that passed meanwhile.
+                biased;
+                message = next_message(&mut self.socket, &mut self.unflushed, &mut self.rate) => {
+                    let (at, message) = message?;
+                    self.heard_at = at;
+                    if let Some(message) = self.sift(message) {
+                        return Ok((at, message));
+                    }
+                }
+                () = sleep_until(give_up) => {
+                    return Err(SignalError::PingTimeout(self.ping_timeout));
+                }
+                _ = self.ping.tick() => self.send_ping()?,
+            }
+        }
     }
 
-    pub async fn send(
-        &mut self,
-        _message: proto::signal_request::Message,
-    ) -> Result<(), SignalError> {
-        todo!("signal")
+    /// Queues a message and writes what the socket takes; [`recv`](Self::recv) writes the rest. It never waits, so it
+    /// needs no deadline: a server that reads nothing meets the ping deadline, or before that the limit of the backlog.
+    ///
+    /// # Errors
+    /// [`SignalError::Closed`] where the connection is gone, or a MiB already waits to be written.
+    pub fn send(&mut self, message: Outgoing) -> Result<(), SignalError> {
+        let request = proto::SignalRequest {
+            message: Some(message),
+        };
+        self.queue(Message::Binary(request.encode_to_vec().into()))
     }
 
     /// Sends `Leave` and closes the socket, within `timeout`.
-    pub async fn leave(self, _timeout: Duration) {
-        todo!("signal")
+    pub async fn leave(mut self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let leave = proto::LeaveRequest {
+            reason: proto::DisconnectReason::ClientInitiated.into(),
+            action: proto::leave_request::Action::Disconnect.into(),
+            ..proto::LeaveRequest::default()
+        };
+        let closing = async {
+            self.send(Outgoing::Leave(leave)).ok()?;
+            self.socket.close(None).await.ok()?;
+            // The server's own close: until then it may not have read the `Leave`.
+            while let Some(Ok(_)) = self.socket.next().await {}
+            Some(())
+        };
+        // Nothing more can be done for a connection that is already gone, or doesn't end in time.
+        timeout_at(deadline, closing).await.ok();
+    }
+
+    async fn next_message(&mut self) -> Result<(Instant, Incoming), SignalError> {
+        next_message(&mut self.socket, &mut self.unflushed, &mut self.rate).await
+    }
+
+    /// Keeps back what is this connection's own business.
+    fn sift(&mut self, message: Incoming) -> Option<Incoming> {
+        match message {
+            Incoming::Pong(_) => None,
+            Incoming::PongResp(pong) => {
+                let rtt = Utc::now().timestamp_millis() - pong.last_ping_timestamp;
+                self.rtt = rtt.clamp(0, 60_000);
+                None
+            }
+            // For reconnecting, which a canary doesn't do: it stays out of reach of every log.
+            Incoming::RefreshToken(_) => None,
+            other => Some(other),
+        }
+    }
+
+    /// Both forms, as upstream's SDKs do: servers before protocol 8 answer only the first.
+    fn send_ping(&mut self) -> Result<(), SignalError> {
+        let timestamp = Utc::now().timestamp_millis();
+        self.send(Outgoing::Ping(timestamp))?;
+        self.send(Outgoing::PingReq(proto::Ping {
+            timestamp,
+            rtt: self.rtt,
+        }))
+    }
+
+    fn queue(&mut self, message: Message) -> Result<(), SignalError> {
+        self.unflushed = true;
+        self.socket
+            .start_send_unpin(message)
+            .map_err(|error| socket_error(&error))?;
+        match self.socket.flush().now_or_never() {
+            Some(Ok(())) => self.unflushed = false,
+            Some(Err(error)) => return Err(socket_error(&error)),
+            None => {}
+        }
+        Ok(())
+    }
+}
+
+/// Reads up to the next protobuf message. A function of the parts, so that [`Signal::recv`] can wait for its timers
+/// beside it.
+///
+/// Cancel-safe: the only await is a poll function that keeps no state of its own.
+async fn next_message(
+    socket: &mut WebSocketStream<Stream>,
+    unflushed: &mut bool,
+    rate: &mut Rate,
+) -> Result<(Instant, Incoming), SignalError> {
+    loop {
+        let frame = poll_fn(|cx| {
+            if *unflushed && let Poll::Ready(flushed) = socket.poll_flush_unpin(cx) {
+                *unflushed = false;
+                if let Err(error) = flushed {
+                    return Poll::Ready(Some(Err(error)));
+                }
+            }
+            socket.poll_next_unpin(cx)
+        })
+        .await;
+        let at = Instant::now();
+        let frame = match frame {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => return Err(socket_error(&error)),
+            None => return Err(SignalError::Closed("end of stream".to_owned())),
+        };
+        rate.count(at)?;
+        match frame {
+            Message::Binary(bytes) => {
+                if let Some(message) = decode(&bytes)? {
+                    return Ok((at, message));
+                }
+            }
+            Message::Close(frame) => return Err(closed(frame.as_ref())),
+            Message::Text(_) => {
+                let text = "a text frame, where only protobufs were agreed on".to_owned();
+                return Err(SignalError::Protocol(text));
+            }
+            // The socket answers pings by itself on its next poll.
+            Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
+        }
+    }
+}
+
+/// `None` for a message of a kind that is newer than our protobufs.
+fn decode(bytes: &Bytes) -> Result<Option<Incoming>, SignalError> {
+    proto::SignalResponse::decode(bytes.clone())
+        .map(|response| response.message)
+        .map_err(|error| SignalError::Protocol(format!("an undecodable message: {error}")))
+}
+
+fn closed(frame: Option<&tokio_tungstenite::tungstenite::protocol::CloseFrame>) -> SignalError {
+    SignalError::Closed(match frame {
+        None => "by the server, without a code".to_owned(),
+        Some(frame) if frame.reason.is_empty() => format!("code {}", u16::from(frame.code)),
+        Some(frame) => format!(
+            "code {}: {}",
+            u16::from(frame.code),
+            presentable(&frame.reason)
+        ),
+    })
+}
+
+fn socket_error(error: &SocketError) -> SignalError {
+    match error {
+        SocketError::Io(error) => SignalError::Closed(error.to_string()),
+        SocketError::ConnectionClosed | SocketError::AlreadyClosed => {
+            SignalError::Closed("it was closed before".to_owned())
+        }
+        SocketError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
+            SignalError::Closed("the server cut it without a word".to_owned())
+        }
+        SocketError::WriteBufferFull(_) => SignalError::Closed(format!(
+            "the server reads nothing: {BACKLOG_LIMIT} bytes wait for it"
+        )),
+        other => SignalError::Protocol(other.to_string()),
+    }
+}
+
+/// The reason's name in the protobufs (`ROOM_DELETED`, `JOIN_FAILURE`, …).
+pub fn leave_reason(leave: &proto::LeaveRequest) -> String {
+    proto::DisconnectReason::try_from(leave.reason).map_or_else(
+        |_| format!("reason {}", leave.reason),
+        |reason| reason.as_str_name().to_owned(),
+    )
+}
+
+/// The token goes into a header, which livekit-server reads before the query: so no URL ever carries it.
+fn upgrade_request(endpoint: &Endpoint, token: &SecretString, key: &str) -> Request<Full<Bytes>> {
+    let query = format!(
+        "auto_subscribe=1&adaptive_stream=0&protocol={PROTOCOL_VERSION}&sdk=rust&version={SDK_VERSION}"
+    );
+    Request::get(format!("{}?{query}", endpoint.target("/rtc")))
+        .header(HOST, endpoint.authority())
+        .header(CONNECTION, "Upgrade")
+        .header(UPGRADE, "websocket")
+        .header(SEC_WEBSOCKET_VERSION, "13")
+        .header(SEC_WEBSOCKET_KEY, key)
+        .header(AUTHORIZATION, bearer(token))
+        .body(Full::default())
+        .expect("the path of a URL, a host and fixed headers make a request")
+}
+
+pub(super) fn bearer(token: &SecretString) -> HeaderValue {
+    let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose_secret()))
+        .expect("a JWT is Base64 and dots");
+    value.set_sensitive(true);
+    value
+}
+
+/// RFC 6455, 4.1: what the client must verify in the answer.
+fn accepts(headers: &HeaderMap, key: &str) -> bool {
+    // `Connection` is a list, and a proxy may have added to it.
+    let is = |name, wanted: &str| {
+        headers
+            .get(name)
+            .and_then(|value: &HeaderValue| value.to_str().ok())
+            .is_some_and(|value| {
+                value
+                    .split(',')
+                    .any(|one| one.trim().eq_ignore_ascii_case(wanted))
+            })
+    };
+    is(UPGRADE, "websocket")
+        && is(CONNECTION, "upgrade")
+        && headers
+            .get(SEC_WEBSOCKET_ACCEPT)
+            .is_some_and(|value| value == derive_accept_key(key.as_bytes()).as_str())
+}
+
+fn pings(every: Duration) -> Interval {
+    let mut pings = interval_at(Instant::now() + every, every);
+    pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    pings
+}
+
+/// Counts the frames of each second.
+struct Rate {
+    since: Instant,
+    frames: u32,
+}
+
+impl Rate {
+    fn new(since: Instant) -> Self {
+        Self { since, frames: 0 }
+    }
+
+    fn count(&mut self, at: Instant) -> Result<(), SignalError> {
+        let window = at.saturating_duration_since(self.since);
+        if window >= Duration::from_secs(1) {
+            *self = Self::new(at);
+        }
+        self.frames += 1;
+        if self.frames > RATE_LIMIT {
+            return Err(SignalError::Protocol(format!(
+                "{} messages within {}; a room sends some tens a second at most",
+                self.frames,
+                rounded(window)
+            )));
+        }
+        Ok(())
     }
 }
