@@ -1,5 +1,7 @@
-//! One room, from creation to deletion, as a plain state machine: answers and room events in, actions and an outcome
-//! out. It performs no I/O; [`driver`] carries its actions out.
+//! One room, from creation to deletion: a timeline and one outcome.
+//!
+//! `machine` decides, as a plain state machine: answers and room events in, actions out. It performs no I/O; [`driver`]
+//! carries its actions out.
 
 use tokio::time::Instant;
 
@@ -7,8 +9,10 @@ use crate::livekit::RoomName;
 use crate::livekit::engine::{Agent, AudioStats};
 
 pub mod driver;
+mod machine;
 mod outcome;
 mod timeline;
+mod turns;
 
 pub use outcome::{Evidence, Failure, LimitKind, Origin, Outcome, Reason};
 pub use timeline::{Milestone, Span, Timeline, Turn};

@@ -1,17 +1,44 @@
 //! Carries a probe's actions out and feeds answers, room events and deadlines back.
 
+use std::any::Any;
+use std::collections::VecDeque;
+use std::future::pending;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use livekit_protocol::RoomConfiguration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::machine::{Action, Input, Probe, expected_agent};
 use super::{Position, Progress, Report};
-use crate::config::{Project, Target};
-use crate::janitor::Janitor;
+use crate::config::{DispatchMode, Project, Target};
+use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
-use crate::livekit::api::Api;
-use crate::livekit::engine::Engine;
+use crate::livekit::api::{Api, NewRoom};
+use crate::livekit::engine::{
+    AudioStats, Ended, Engine, JoinRequest, Participant, RoomEvent, Seen,
+};
 use crate::livekit::net::Endpoint;
+
+/// The participant's identity. Each room has one of us, so it need not differ.
+const IDENTITY: &str = "canary-echo";
+
+/// The room's metadata: lets an agent, or whoever looks at the project's rooms, tell a probe from a call.
+const METADATA: &str = r#"{"canary":true}"#;
+
+/// How much longer than the join may take an empty room lives; it bounds what a crash of the canary leaves behind.
+const EMPTY_MARGIN: Duration = Duration::from_secs(30);
+
+/// How long a room lives on without us. Nobody comes back; an agent may want a moment to finish. Never 0, which LiveKit
+/// reads as its own default.
+const DEPARTURE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a probe works with; shared by all rooms of a batch.
 #[derive(Clone)]
@@ -63,19 +90,270 @@ impl Context {
     }
 }
 
-/// When the probe may end by itself: `None` until the batch knows.
-pub type HoldUntil = watch::Receiver<Option<tokio::time::Instant>>;
+/// When the probe may end by itself: `None` until the batch knows. Without a sender the hold is over.
+pub type HoldUntil = watch::Receiver<Option<Instant>>;
 
 /// Runs one probe to its end, room deleted or its deletion given up. Never panics: a panic inside becomes `internal`.
 ///
 /// Progress never holds the probe up: nothing is lost on a channel of [`Progress::MOST`] places or more.
 pub async fn run(
-    _context: Context,
-    _room: RoomName,
-    _position: Position,
-    _hold_until: HoldUntil,
-    _abort: CancellationToken,
-    _progress: mpsc::Sender<Progress>,
+    context: Context,
+    room: RoomName,
+    position: Position,
+    hold_until: HoldUntil,
+    abort: CancellationToken,
+    progress: mpsc::Sender<Progress>,
 ) -> Report {
-    todo!("driver")
+    let cleanup = context.target.deadlines.cleanup;
+    let mut driver = Driver::new(context, room, position, hold_until, abort, progress);
+    if let Err(panic) = AssertUnwindSafe(driver.drive()).catch_unwind().await {
+        driver
+            .inputs
+            .push_back(Input::Panicked(message_of(&*panic)));
+        // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then the
+        // report says what is known, and dropping the lease has the janitor delete the room.
+        let rest = AssertUnwindSafe(driver.drive()).catch_unwind();
+        if !matches!(timeout(3 * cleanup, rest).await, Ok(Ok(()))) {
+            tracing::error!(room = %driver.room, "a probe that crashed could not be ended in order");
+        }
+    }
+    driver.probe.into_report()
+}
+
+struct Driver {
+    context: Context,
+    room: RoomName,
+    probe: Probe,
+    /// Until the deletion is asked for.
+    lease: Option<RoomLease>,
+    /// Until its last event.
+    participant: Option<Participant>,
+    /// Calls under way; each ends with the input that it brings, within the deadline of what it calls.
+    calls: FuturesUnordered<BoxFuture<'static, Input>>,
+    /// Inputs that are due now, the first ones first.
+    inputs: VecDeque<Input>,
+    /// `None` once the batch has said its last word.
+    hold_until: Option<HoldUntil>,
+    /// `None` once it has been told.
+    abort: Option<CancellationToken>,
+    progress: mpsc::Sender<Progress>,
+}
+
+impl Driver {
+    fn new(
+        context: Context,
+        room: RoomName,
+        position: Position,
+        mut hold_until: HoldUntil,
+        abort: CancellationToken,
+        progress: mpsc::Sender<Progress>,
+    ) -> Self {
+        let target = &context.target;
+        let lease = context.janitor.own(
+            room.clone(),
+            context.api.clone(),
+            target.deadlines.cleanup,
+            target.late_agent_window,
+        );
+        let hold = *hold_until.borrow_and_update();
+        Self {
+            probe: Probe::new(Arc::clone(target), room.clone(), position),
+            lease: Some(lease),
+            participant: None,
+            calls: FuturesUnordered::new(),
+            inputs: VecDeque::from([Input::Start, Input::HoldUntil(hold)]),
+            hold_until: Some(hold_until),
+            abort: Some(abort),
+            progress,
+            room,
+            context,
+        }
+    }
+
+    async fn drive(&mut self) {
+        while !self.probe.is_over() {
+            let input = match self.inputs.pop_front() {
+                Some(input) => input,
+                None => self.next_input().await,
+            };
+            for action in self.probe.on(input, Instant::now()) {
+                self.carry_out(action);
+            }
+            let fault = self.probe.agent_joined() && self.context.fault.take().is_some();
+            assert!(!fault, "the fault that a test asked for");
+        }
+    }
+
+    /// What comes next; what was seen in the room comes before a deadline that it may have met.
+    async fn next_input(&mut self) -> Input {
+        let deadline = self.probe.next_deadline();
+        tokio::select! {
+            biased;
+            () = cancelled(&mut self.abort) => Input::Abort,
+            event = next_event(&mut self.participant) => Input::Room(event),
+            Some(input) = self.calls.next() => input,
+            until = changed(&mut self.hold_until) => Input::HoldUntil(until),
+            () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => Input::DeadlinePassed,
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::CreateRoom => {
+                let (api, room) = (self.context.api.clone(), self.new_room());
+                self.call(async move { Input::Created(api.create_room(&room).await) });
+            }
+            Action::Join => self.participant = Some(self.join()),
+            Action::Dispatch => self.dispatch(),
+            Action::ListDispatch => {
+                let (api, room) = (self.context.api.clone(), self.room.clone());
+                self.call(async move { Input::Listed(api.list_dispatch(&room).await) });
+            }
+            Action::KeepDispatch(id) => {
+                if let Some(lease) = &mut self.lease {
+                    lease.dispatched(id);
+                }
+            }
+            Action::AgentSeen => {
+                if let Some(lease) = &mut self.lease {
+                    lease.agent_seen();
+                }
+            }
+            Action::Leave => {
+                if let Some(participant) = &self.participant {
+                    participant.leave();
+                }
+            }
+            Action::DeleteRoom => {
+                let lease = self.lease.take();
+                self.call(async move {
+                    Input::Deleted(match lease {
+                        Some(lease) => lease.delete().await,
+                        None => Deletion::NotDeleted {
+                            why: "its deletion had been asked for before".to_owned(),
+                        },
+                    })
+                });
+            }
+            Action::Tell(progress) => {
+                if let Err(TrySendError::Full(lost)) = self.progress.try_send(progress) {
+                    tracing::warn!(room = %self.room, ?lost, "progress was lost: its channel is too small");
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, call: impl Future<Output = Input> + Send + 'static) {
+        self.calls.push(call.boxed());
+    }
+
+    fn dispatch(&mut self) {
+        self.agent_may_come();
+        let (api, room) = (self.context.api.clone(), self.room.clone());
+        let target = Arc::clone(&self.context.target);
+        self.call(async move {
+            let agent = target.agent_name.as_deref().unwrap_or_default();
+            Input::Dispatched(
+                api.create_dispatch(&room, agent, &target.dispatch.metadata)
+                    .await,
+            )
+        });
+    }
+
+    fn join(&mut self) -> Participant {
+        let target = Arc::clone(&self.context.target);
+        let automatic = target.dispatch.mode == DispatchMode::Automatic;
+        if automatic {
+            self.agent_may_come();
+        }
+        let mut attributes = target.attributes.clone();
+        attributes.insert("canary".to_owned(), "true".to_owned());
+        self.context.engine.join(JoinRequest {
+            endpoint: self.context.endpoint.clone(),
+            keys: self.context.api.keys.clone(),
+            room: self.room.clone(),
+            identity: IDENTITY.to_owned(),
+            attributes,
+            agent_name: expected_agent(&target).map(str::to_owned),
+            room_config: automatic.then(|| room_config(&self.new_room())),
+            echo: target.echo.clone(),
+            speech: target.speech.clone(),
+            signal_timeout: target.deadlines.signal,
+        })
+    }
+
+    fn agent_may_come(&mut self) {
+        if let Some(lease) = &mut self.lease {
+            lease.agent_may_come();
+        }
+    }
+
+    fn new_room(&self) -> NewRoom {
+        NewRoom {
+            name: self.room.clone(),
+            metadata: METADATA.to_owned(),
+            // It counts until the first participant has joined, and must outlast that in any case.
+            empty_timeout: self.context.target.deadlines.signal + EMPTY_MARGIN,
+            departure_timeout: DEPARTURE_TIMEOUT,
+            max_participants: 1,
+        }
+    }
+}
+
+/// The same settings in a token: the server applies them as it creates the room on our joining.
+fn room_config(room: &NewRoom) -> RoomConfiguration {
+    let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+    RoomConfiguration {
+        metadata: room.metadata.clone(),
+        empty_timeout: seconds(room.empty_timeout),
+        departure_timeout: seconds(room.departure_timeout),
+        max_participants: room.max_participants,
+        ..RoomConfiguration::default()
+    }
+}
+
+/// Resolves once; then never again.
+async fn cancelled(abort: &mut Option<CancellationToken>) {
+    match abort {
+        Some(token) => token.cancelled().await,
+        None => pending().await,
+    }
+    *abort = None;
+}
+
+/// The next event; a participant that ends without its last one has lost its task.
+async fn next_event(participant: &mut Option<Participant>) -> RoomEvent {
+    let Some(running) = participant else {
+        return pending().await;
+    };
+    let event = running.events.recv().await.unwrap_or_else(|| RoomEvent {
+        at: Instant::now(),
+        seen: Seen::Ended {
+            why: Ended::Internal("the participant's task ended without a word".to_owned()),
+            audio: AudioStats::default(),
+        },
+    });
+    if matches!(event.seen, Seen::Ended { .. }) {
+        *participant = None;
+    }
+    event
+}
+
+async fn changed(hold_until: &mut Option<HoldUntil>) -> Option<Instant> {
+    let Some(watched) = hold_until else {
+        return pending().await;
+    };
+    if watched.changed().await.is_ok() {
+        return *watched.borrow_and_update();
+    }
+    // Nobody is left who could end the hold.
+    let last = *watched.borrow();
+    *hold_until = None;
+    last.or_else(|| Some(Instant::now()))
+}
+
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".to_owned())
 }

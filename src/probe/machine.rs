@@ -1,0 +1,916 @@
+//! The state machine of one probe: answers, room events and deadlines in, actions out. No I/O, no clock of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::outcome::{Step, quote};
+use super::turns::Turns;
+use super::{Evidence, Failure, Milestone, Outcome, Position, Progress, Reason, Report, Timeline};
+use crate::config::{AgentMayLeave, DispatchMode, EchoMode, Target};
+use crate::janitor::Deletion;
+use crate::livekit::RoomName;
+use crate::livekit::api::{ApiError, Call, DispatchInfo, RoomInfo};
+use crate::livekit::engine::{Agent, AudioStats, Ended, RoomEvent, Seen};
+
+/// The engine's own deadline for signal comes first, for it knows more; this much later ours does.
+const ENGINE_GRACE: Duration = Duration::from_secs(2);
+
+/// Longest time after which a server that froze is known to be: one ping interval and the ping timeout.
+const SIGNAL_SILENCE: Duration = Duration::from_secs(20);
+
+/// Longest time from the agent's first word to the end of its echo, besides the delay: 30 s recorded, 30 s played,
+/// the silence around both. An echo that takes longer is a fault of ours.
+const ECHO_LONGEST: Duration = Duration::from_secs(65);
+
+/// Most entries of each list in the evidence: a crowded room must not grow a report without bound.
+const MOST_KEPT: usize = 20;
+
+/// What the driver feeds in.
+#[derive(Debug)]
+pub(super) enum Input {
+    /// The first one.
+    Start,
+    Created(Call<RoomInfo>),
+    Dispatched(Call<String>),
+    Listed(Call<Vec<DispatchInfo>>),
+    Room(RoomEvent),
+    /// `None` keeps the room open.
+    HoldUntil(Option<Instant>),
+    /// [`Probe::next_deadline`] has passed.
+    DeadlinePassed,
+    Abort,
+    Panicked(String),
+    Deleted(Deletion),
+}
+
+/// What the driver carries out.
+#[derive(Debug)]
+pub(super) enum Action {
+    CreateRoom,
+    Join,
+    Dispatch,
+    ListDispatch,
+    /// The dispatch's id, for whoever ends its jobs.
+    KeepDispatch(String),
+    /// An agent was seen in the room, in time or not.
+    AgentSeen,
+    Leave,
+    DeleteRoom,
+    Tell(Progress),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    /// `CreateRoom` is under way.
+    Creating,
+    Joining,
+    /// In the room; media or the echo track is still missing.
+    Connecting,
+    /// Our own way in is done: what is missing now is up to the agent.
+    Watching,
+    /// The agent missed a deadline. Before it is blamed LiveKit shows that it still answers, and what it dispatched.
+    LastLook {
+        missed: Missed,
+        at: Instant,
+    },
+    Leaving {
+        until: Instant,
+    },
+    Deleting,
+    Over,
+}
+
+/// What the agent owed by a deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missed {
+    Join,
+    Track,
+    Speech,
+    Reply,
+}
+
+/// A deadline, in the order of precedence where two fall together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Signal,
+    Media,
+    Agent(Missed),
+    /// The echo of what the agent said is still not over.
+    Echo,
+    /// All that is expected has come, and the room need not stay open.
+    Ok,
+    LastLook,
+    Leave,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DispatchCall {
+    NotSent,
+    UnderWay { since: Instant },
+    Answered,
+}
+
+/// What the agent did that may end the probe once our own way in is done.
+#[derive(Debug, Clone)]
+enum Incident {
+    Left { at: Instant, reason: String },
+    Duplicate { identity: String },
+}
+
+/// One room, from creation to deletion.
+#[derive(Debug)]
+pub(super) struct Probe {
+    target: Arc<Target>,
+    phase: Phase,
+    outcome: Option<Outcome>,
+    creating: bool,
+    dispatch: DispatchCall,
+    join_asked: Option<Instant>,
+    in_room: bool,
+    /// Since when media is up and the echo track published.
+    ready: Option<Instant>,
+    incident: Option<Incident>,
+    hold_until: Option<Instant>,
+    join_told: bool,
+    /// Names of agents that aren't the target's.
+    strays: Vec<String>,
+    turns: Turns,
+    report: Report,
+    actions: Vec<Action>,
+}
+
+impl Probe {
+    pub(super) fn new(target: Arc<Target>, room: RoomName, position: Position) -> Self {
+        Self {
+            phase: Phase::Idle,
+            outcome: None,
+            creating: false,
+            dispatch: DispatchCall::NotSent,
+            join_asked: None,
+            in_room: false,
+            ready: None,
+            incident: None,
+            hold_until: None,
+            join_told: false,
+            strays: Vec::new(),
+            turns: Turns::new(&target.echo),
+            report: Report {
+                room,
+                room_sid: None,
+                position,
+                outcome: Outcome::Failed(Failure::new(
+                    Reason::Internal,
+                    "the probe did not come to its end: a fault of the canary",
+                )),
+                evidence: Evidence::default(),
+                timeline: Timeline::default(),
+                turns: Vec::new(),
+                agent: None,
+                audio: AudioStats::default(),
+                join_upper_bound: false,
+            },
+            actions: Vec::new(),
+            target,
+        }
+    }
+
+    /// Takes one input and says what to do about it. Room events may come in any order.
+    pub(super) fn on(&mut self, input: Input, now: Instant) -> Vec<Action> {
+        match input {
+            Input::Start => self.start(now),
+            Input::Created(call) => self.created(call, now),
+            Input::Dispatched(call) => self.dispatched(call, now),
+            Input::Listed(call) => self.listed(call, now),
+            Input::Room(event) => {
+                // What passed before this was seen comes first, however late either is read.
+                self.expire(now, |due| due < event.at);
+                self.room_event(event, now);
+            }
+            Input::HoldUntil(until) => self.hold_until = until,
+            Input::DeadlinePassed => self.expire(now, |due| due <= now),
+            Input::Abort => self.settle(Outcome::Aborted, now),
+            Input::Panicked(message) => {
+                let detail = format!("the canary itself failed: {}", quote(&message));
+                self.fail(Failure::new(Reason::Internal, detail), now);
+            }
+            Input::Deleted(deletion) => self.deleted(deletion),
+        }
+        self.proceed(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.due().map(|(at, _)| at)
+    }
+
+    /// The outcome is final, and the room gone or given up.
+    pub(super) fn is_over(&self) -> bool {
+        self.phase == Phase::Over
+    }
+
+    pub(super) fn agent_joined(&self) -> bool {
+        self.report.agent.is_some()
+    }
+
+    pub(super) fn into_report(mut self) -> Report {
+        self.report.turns = self.turns.list().to_vec();
+        self.report
+    }
+
+    fn start(&mut self, now: Instant) {
+        self.mark(Milestone::Started, now);
+        match self.target.dispatch.mode {
+            DispatchMode::Explicit => {
+                self.phase = Phase::Creating;
+                self.creating = true;
+                self.actions.push(Action::CreateRoom);
+            }
+            DispatchMode::Automatic => self.join(now),
+        }
+    }
+
+    // Answers of the server API.
+
+    fn created(&mut self, call: Call<RoomInfo>, now: Instant) {
+        self.creating = false;
+        match call.result {
+            Ok(room) => {
+                self.mark(Milestone::RoomCreated, call.answered_at);
+                self.report.room_sid = Some(room.sid);
+                if self.phase == Phase::Creating {
+                    self.join(now);
+                }
+            }
+            Err(error) => self.fail_call(Step::CreateRoom, &error, now),
+        }
+    }
+
+    fn dispatched(&mut self, call: Call<String>, now: Instant) {
+        self.dispatch = DispatchCall::Answered;
+        if let Some(sent_at) = call.sent_at {
+            self.mark(Milestone::DispatchSent, sent_at);
+        }
+        match call.result {
+            Ok(id) => {
+                self.mark(Milestone::DispatchAccepted, call.answered_at);
+                self.actions.push(Action::KeepDispatch(id));
+            }
+            Err(error) => {
+                if self.agent_joined() {
+                    self.note("the agent joined although the dispatch call failed".to_owned());
+                }
+                self.fail_call(Step::Dispatch, &error, now);
+            }
+        }
+    }
+
+    fn fail_call(&mut self, step: Step, error: &ApiError, now: Instant) {
+        if self.outcome.is_none() {
+            let failure = Failure::of_api(step, error, &mut self.report.evidence);
+            self.fail(failure, now);
+        }
+    }
+
+    fn listed(&mut self, call: Call<Vec<DispatchInfo>>, now: Instant) {
+        let Phase::LastLook { missed, .. } = self.phase else {
+            return;
+        };
+        match call.result {
+            Ok(dispatches) => {
+                let lines = dispatches.iter().take(MOST_KEPT).map(dispatch_line);
+                self.report.evidence.dispatches = Some(lines.collect());
+                let job = self.accepted_job(&dispatches);
+                self.blame_agent(missed, job.as_deref(), now);
+            }
+            Err(error) => {
+                self.note(format!(
+                    "ListDispatch failed: {}",
+                    quote(&error.to_string())
+                ));
+                // A refusal shows that LiveKit is there. Where nothing answers, the signal connection will tell
+                // within its ping timeout whether it was LiveKit that went silent, not the agent.
+                if matches!(error, ApiError::Refused(_) | ApiError::Protocol(_)) {
+                    self.blame_agent(missed, None, now);
+                }
+            }
+        }
+    }
+
+    /// The job that a worker accepted for the target's agent.
+    fn accepted_job(&self, dispatches: &[DispatchInfo]) -> Option<String> {
+        let wanted = expected_agent(&self.target);
+        let job = dispatches
+            .iter()
+            .filter(|dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
+            .flat_map(|dispatch| &dispatch.jobs)
+            .next()?;
+        Some(format!("{} {}", job.id, job.status))
+    }
+
+    fn deleted(&mut self, deletion: Deletion) {
+        match deletion {
+            Deletion::Deleted { at } => {
+                self.mark(Milestone::RoomDeleted, at);
+            }
+            Deletion::NotDeleted { why } => self.note(format!("the room was not deleted: {why}")),
+        }
+        if self.phase == Phase::Deleting {
+            self.phase = Phase::Over;
+        }
+    }
+
+    // What is seen in the room.
+
+    fn room_event(&mut self, event: RoomEvent, now: Instant) {
+        let at = event.at;
+        match event.seen {
+            Seen::Ended { why, audio } => self.ended(why, audio, at, now),
+            seen if self.outcome.is_some() || matches!(self.phase, Phase::LastLook { .. }) => {
+                self.late(seen, at);
+            }
+            seen => self.timely(seen, at),
+        }
+    }
+
+    fn timely(&mut self, seen: Seen, at: Instant) {
+        match seen {
+            Seen::SignalRequested => {
+                if self.target.dispatch.mode == DispatchMode::Automatic {
+                    self.mark(Milestone::DispatchSent, at);
+                }
+            }
+            Seen::SignalConnected {
+                room_sid,
+                server_version,
+                region,
+                node,
+            } => {
+                self.mark(Milestone::SignalConnected, at);
+                self.report.room_sid = Some(room_sid);
+                self.note(format!(
+                    "joined LiveKit {server_version}, region {}, node {node}",
+                    if region.is_empty() {
+                        "unnamed"
+                    } else {
+                        &region
+                    }
+                ));
+            }
+            Seen::MediaConnected => self.mark(Milestone::MediaConnected, at),
+            Seen::EchoPublished => self.mark(Milestone::EchoPublished, at),
+            Seen::AgentJoined {
+                agent,
+                in_join_response,
+            } => self.agent_joined_at(agent, in_join_response, at),
+            Seen::AgentState(state) => {
+                if state == "listening" {
+                    self.mark(Milestone::AgentListening, at);
+                }
+            }
+            Seen::AgentTrackSubscribed { .. } => self.mark(Milestone::AgentTrackSubscribed, at),
+            Seen::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
+            Seen::SpeechStarted => {
+                self.mark(Milestone::AgentSpoke, at);
+                self.turns.speech_started(at);
+            }
+            Seen::SpeechEnded => self.turns.speech_ended(at),
+            Seen::EchoStarted => self.turns.echo_started(at),
+            Seen::EchoEnded => self.turns.echo_ended(at),
+            Seen::AgentLeft { reason } => {
+                self.incident.get_or_insert(Incident::Left { at, reason });
+            }
+            Seen::AgentDuplicate { identity } => {
+                self.incident
+                    .get_or_insert(Incident::Duplicate { identity });
+            }
+            Seen::OtherJoined {
+                identity,
+                kind,
+                agent_name,
+            } => self.other_joined(&identity, &kind, agent_name),
+            Seen::Ended { .. } => unreachable!("handled before"),
+        }
+    }
+
+    /// Past the verdict: it stands, and what a person may want to know is kept.
+    fn late(&mut self, seen: Seen, at: Instant) {
+        match seen {
+            Seen::AgentJoined { agent, .. } => {
+                self.actions.push(Action::AgentSeen);
+                self.saw(&agent.identity, "AGENT", agent.name.as_deref());
+                let after = self.since(Milestone::DispatchSent, at);
+                self.note(format!(
+                    "the agent ({}) joined{after}, too late to count",
+                    agent.identity
+                ));
+            }
+            Seen::AgentTrackSubscribed { .. } => {
+                let after = self.since(Milestone::AgentJoined, at);
+                self.note(format!(
+                    "the agent's audio track came{after}, too late to count"
+                ));
+            }
+            Seen::SpeechStarted if self.report.timeline.get(Milestone::AgentSpoke).is_none() => {
+                let after = self.since(Milestone::AgentJoined, at);
+                self.note(format!("the agent spoke{after}, too late to count"));
+            }
+            Seen::OtherJoined {
+                identity,
+                kind,
+                agent_name,
+            } => self.other_joined(&identity, &kind, agent_name),
+            _ => {}
+        }
+    }
+
+    fn agent_joined_at(&mut self, agent: Agent, in_join_response: bool, at: Instant) {
+        self.actions.push(Action::AgentSeen);
+        self.saw(&agent.identity, "AGENT", agent.name.as_deref());
+        if self.agent_joined() {
+            return;
+        }
+        if self.target.dispatch.mode == DispatchMode::Explicit
+            && self.dispatch == DispatchCall::NotSent
+        {
+            self.note("the agent was in the room before it was dispatched".to_owned());
+        }
+        self.report.join_upper_bound =
+            in_join_response && self.target.dispatch.mode == DispatchMode::Automatic;
+        self.report.agent = Some(agent);
+        self.mark(Milestone::AgentJoined, at);
+        self.tell_join(true);
+    }
+
+    fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<String>) {
+        self.saw(identity, kind, agent_name.as_deref());
+        if let Some(name) = agent_name
+            && self.strays.len() < MOST_KEPT
+            && !self.strays.contains(&name)
+        {
+            self.strays.push(name);
+        }
+    }
+
+    fn ended(&mut self, why: Ended, audio: AudioStats, at: Instant, now: Instant) {
+        self.in_room = false;
+        self.report.audio = audio;
+        if matches!(why, Ended::Left) {
+            self.mark(Milestone::Left, at);
+        }
+        if self.outcome.is_some() {
+            return;
+        }
+        let failure = self.failure_of(why);
+        if let Phase::LastLook { missed, .. } = self.phase
+            && !matches!(failure.reason, Reason::SignalLost | Reason::MediaFailed)
+        {
+            self.note(failure.detail);
+            self.blame_agent(missed, None, now);
+        } else {
+            self.fail(failure, now);
+        }
+    }
+
+    fn failure_of(&mut self, why: Ended) -> Failure {
+        let joined = self
+            .report
+            .timeline
+            .get(Milestone::SignalConnected)
+            .is_some();
+        let evidence = &mut self.report.evidence;
+        match why {
+            Ended::Left => Failure::new(
+                Reason::Internal,
+                "the participant left without being asked: a fault of the canary",
+            ),
+            Ended::Signal(error) if joined => Failure::of_lost_signal(&error, evidence),
+            Ended::Signal(error) => Failure::of_join(&error, evidence),
+            Ended::Removed { reason } => {
+                evidence.answer = Some(format!("Leave {reason}"));
+                Failure::of_leave(&reason)
+            }
+            Ended::PublishFailed(why) => {
+                evidence.step = Some("publish");
+                let why = quote(&why);
+                Failure::new(
+                    Reason::PublishFailed,
+                    format!("the echo track was not published: {why}; check LiveKit's log"),
+                )
+            }
+            Ended::MediaFailed { transport, detail } => {
+                evidence.step = Some("media");
+                let detail = quote(&detail);
+                Failure::new(
+                    Reason::MediaFailed,
+                    format!(
+                        "the {transport} transport failed: {detail}; check UDP and TCP between here and LiveKit's media ports"
+                    ),
+                )
+            }
+            Ended::Internal(why) => Failure::new(
+                Reason::Internal,
+                format!("the canary itself failed: {}", quote(&why)),
+            ),
+        }
+    }
+
+    // Progress and deadlines.
+
+    fn join(&mut self, now: Instant) {
+        self.phase = Phase::Joining;
+        self.join_asked = Some(now);
+        self.in_room = true;
+        self.actions.push(Action::Join);
+    }
+
+    /// Takes the steps that the marks now allow.
+    fn proceed(&mut self, now: Instant) {
+        let reached = |milestone| self.report.timeline.get(milestone);
+        if self.phase == Phase::Joining && reached(Milestone::SignalConnected).is_some() {
+            self.phase = Phase::Connecting;
+        }
+        if self.phase == Phase::Connecting
+            && let Some(media) = reached(Milestone::MediaConnected)
+            && let Some(publish) = reached(Milestone::EchoPublished)
+        {
+            self.phase = Phase::Watching;
+            self.ready = Some(media.max(publish));
+            if self.target.dispatch.mode == DispatchMode::Explicit {
+                self.dispatch = DispatchCall::UnderWay { since: now };
+                self.actions.push(Action::Dispatch);
+            }
+        }
+        if self.phase == Phase::Watching {
+            self.judge_incident(now);
+        }
+        // A call still under way could bring the room back after its deletion: CreateDispatch creates a missing room.
+        if matches!(self.phase, Phase::Leaving { .. }) && !self.in_room && !self.call_under_way() {
+            self.delete();
+        }
+    }
+
+    fn call_under_way(&self) -> bool {
+        self.creating || matches!(self.dispatch, DispatchCall::UnderWay { .. })
+    }
+
+    fn judge_incident(&mut self, now: Instant) {
+        match self.incident.clone() {
+            Some(Incident::Duplicate { identity }) => {
+                self.report.evidence.step = Some("agent");
+                let detail = format!(
+                    "a second agent of that name joined ({identity}): check for a second dispatch \
+                     (automatic beside explicit, or another program's)"
+                );
+                self.fail(Failure::new(Reason::AgentDuplicate, detail), now);
+            }
+            Some(Incident::Left { at, reason }) if !self.agent_may_have_left() => {
+                self.report.evidence.step = Some("agent");
+                let after = self.since(Milestone::AgentJoined, at);
+                let before = if !self.spoke() {
+                    "before it spoke"
+                } else if self.target.expect.agent_may_leave == AgentMayLeave::Never {
+                    "while the room was still open"
+                } else {
+                    "before it answered the echo"
+                };
+                let detail = format!(
+                    "the agent left ({reason}){after}, {before}: check its log for a crash, a restart or a hang-up"
+                );
+                self.fail(Failure::of_agent_leave(&reason, detail), now);
+            }
+            _ => {}
+        }
+    }
+
+    fn agent_may_have_left(&self) -> bool {
+        let allowed = match self.target.expect.agent_may_leave {
+            AgentMayLeave::Never => false,
+            AgentMayLeave::AfterSpeech => true,
+            AgentMayLeave::AfterReply => self.turns.answered(),
+        };
+        allowed && self.spoke() && (!self.target.expect.reply || self.turns.answered())
+    }
+
+    fn spoke(&self) -> bool {
+        self.report.timeline.get(Milestone::AgentSpoke).is_some()
+    }
+
+    /// The next deadline and what it is for.
+    fn due(&self) -> Option<(Instant, Due)> {
+        let deadlines = &self.target.deadlines;
+        match self.phase {
+            Phase::Idle | Phase::Creating | Phase::Deleting | Phase::Over => None,
+            Phase::Joining => Some((
+                self.join_asked? + deadlines.signal + ENGINE_GRACE,
+                Due::Signal,
+            )),
+            Phase::Connecting => {
+                let joined = self.report.timeline.get(Milestone::SignalConnected)?;
+                Some((joined + deadlines.media, Due::Media))
+            }
+            Phase::Watching => self.due_of_agent(),
+            Phase::LastLook { at, .. } => Some((at + SIGNAL_SILENCE, Due::LastLook)),
+            Phase::Leaving { until } => Some((until, Due::Leave)),
+        }
+    }
+
+    fn due_of_agent(&self) -> Option<(Instant, Due)> {
+        let deadlines = &self.target.deadlines;
+        let timeline = &self.report.timeline;
+        let Some(joined) = timeline.get(Milestone::AgentJoined) else {
+            return Some((
+                self.dispatch_base()? + deadlines.join,
+                Due::Agent(Missed::Join),
+            ));
+        };
+        // Its track can't come, nor will it speak, before our own transports are up.
+        let start = joined.max(self.ready?);
+        let Some(spoke) = timeline.get(Milestone::AgentSpoke) else {
+            let heard = [Milestone::AgentTrackSubscribed, Milestone::AgentFirstAudio];
+            return Some(if heard.iter().any(|mark| timeline.get(*mark).is_some()) {
+                (start + deadlines.speech, Due::Agent(Missed::Speech))
+            } else {
+                let track = deadlines.track.min(deadlines.speech);
+                (start + track, Due::Agent(Missed::Track))
+            });
+        };
+        if self.target.expect.reply {
+            if let Some(echo_ended) = self.turns.unanswered_since() {
+                return Some((echo_ended + deadlines.reply, Due::Agent(Missed::Reply)));
+            }
+            if !self.turns.answered() {
+                let over = spoke + self.target.echo.delay + ECHO_LONGEST;
+                return Some(match self.target.echo.mode {
+                    EchoMode::Turn => (over, Due::Echo),
+                    // The agent talks without a pause, over its own echo.
+                    EchoMode::Continuous => (over, Due::Agent(Missed::Reply)),
+                });
+            }
+        }
+        if matches!(self.dispatch, DispatchCall::UnderWay { .. }) {
+            return None;
+        }
+        match &self.incident {
+            Some(Incident::Left { at, .. }) => Some((*at, Due::Ok)),
+            _ => self.hold_until.map(|until| (until, Due::Ok)),
+        }
+    }
+
+    /// From when the agent's join counts.
+    fn dispatch_base(&self) -> Option<Instant> {
+        let sent = self.report.timeline.get(Milestone::DispatchSent);
+        sent.or(match self.dispatch {
+            DispatchCall::UnderWay { since } => Some(since),
+            _ => self.join_asked,
+        })
+    }
+
+    /// Acts on every deadline that `passed` covers, the earliest first.
+    fn expire(&mut self, now: Instant, passed: impl Fn(Instant) -> bool) {
+        while let Some((at, due)) = self.due().filter(|(at, _)| passed(*at)) {
+            self.pass(due, at, now);
+            self.proceed(now);
+        }
+    }
+
+    fn pass(&mut self, due: Due, at: Instant, now: Instant) {
+        let deadlines = &self.target.deadlines;
+        match due {
+            Due::Signal => {
+                let limit = deadlines.signal;
+                self.miss("signal", limit);
+                let detail = format!(
+                    "LiveKit sent no join response within {limit:?}: check its load and any proxy that holds WebSockets back"
+                );
+                self.fail(Failure::new(Reason::SignalFailed, detail), now);
+            }
+            Due::Media => self.media_missed(now),
+            Due::Agent(Missed::Join) if self.call_under_way() => {
+                let limit = deadlines.join;
+                self.miss("dispatch", limit);
+                let detail = format!(
+                    "CreateDispatch had no answer within {limit:?}, and no agent joined: check LiveKit's status and load"
+                );
+                self.fail(Failure::new(Reason::DispatchFailed, detail), now);
+            }
+            Due::Agent(missed) => {
+                if missed == Missed::Join {
+                    self.tell_join(false);
+                }
+                self.phase = Phase::LastLook { missed, at };
+                self.actions.push(Action::ListDispatch);
+            }
+            Due::Echo => {
+                let detail = "the agent spoke, but its echo never went out: a fault of the canary";
+                self.fail(Failure::new(Reason::Internal, detail), now);
+            }
+            Due::Ok => self.settle(Outcome::Ok, now),
+            Due::LastLook => {
+                if let Phase::LastLook { missed, .. } = self.phase {
+                    self.blame_agent(missed, None, now);
+                }
+            }
+            Due::Leave => {
+                self.note("leaving the room took too long and was given up".to_owned());
+                self.delete();
+            }
+        }
+    }
+
+    fn media_missed(&mut self, now: Instant) {
+        let limit = self.target.deadlines.media;
+        let timeline = &self.report.timeline;
+        let failure = if timeline.get(Milestone::MediaConnected).is_none() {
+            self.miss("media", limit);
+            let detail = format!(
+                "ICE and DTLS were not up within {limit:?} of the join response: check UDP and TCP between here and LiveKit's media ports"
+            );
+            Failure::new(Reason::MediaFailed, detail)
+        } else {
+            self.miss("publish", limit);
+            let detail = format!(
+                "LiveKit did not acknowledge the echo track within {limit:?} of the join response: check its log"
+            );
+            Failure::new(Reason::PublishFailed, detail)
+        };
+        self.fail(failure, now);
+    }
+
+    /// The verdict on an agent that missed its deadline; `job` is the one that a worker accepted.
+    fn blame_agent(&mut self, missed: Missed, job: Option<&str>, now: Instant) {
+        let deadlines = &self.target.deadlines;
+        let (step, limit) = match missed {
+            Missed::Join => ("agent_join", deadlines.join),
+            Missed::Track => ("agent_track", deadlines.track.min(deadlines.speech)),
+            Missed::Speech => ("agent_speech", deadlines.speech),
+            Missed::Reply => ("agent_reply", deadlines.reply),
+        };
+        let failure = match missed {
+            Missed::Join => self.no_agent(job),
+            Missed::Track => Failure::new(
+                Reason::AgentNoTrack,
+                format!(
+                    "the agent published no audio track within {limit:?} of joining: check that its session starts and that it has audio output"
+                ),
+            ),
+            Missed::Speech => {
+                let heard = self.report.timeline.get(Milestone::AgentFirstAudio);
+                let packets = match heard {
+                    Some(_) => "its track carried audio packets, but no speech in them",
+                    None => "no audio packet came on its track",
+                };
+                Failure::new(
+                    Reason::AgentSilent,
+                    format!(
+                        "the agent did not speak within {limit:?} of joining ({packets}): check its greeting and its TTS"
+                    ),
+                )
+            }
+            Missed::Reply => Failure::new(
+                Reason::AgentNoReply,
+                format!(
+                    "the agent did not answer within {limit:?} of the end of the echo: check its STT, LLM and turn detection"
+                ),
+            ),
+        };
+        self.miss(step, limit);
+        self.fail(failure, now);
+    }
+
+    fn no_agent(&self, job: Option<&str>) -> Failure {
+        let limit = self.target.deadlines.join;
+        if let Some(job) = job {
+            let detail = format!(
+                "a worker accepted the job ({job}), but no agent joined within {limit:?}: check that worker's log for a slow or failed start"
+            );
+            return Failure::new(Reason::AgentNoShow, detail);
+        }
+        let check = match expected_agent(&self.target) {
+            Some(name) => format!(
+                "check, in this order, that a worker registered as exactly \"{name}\", that it runs and is connected to this project, and that it is below its load limit"
+            ),
+            None => "check that an unnamed worker (automatic dispatch) runs, is connected to this project, and is below its load limit".to_owned(),
+        };
+        let strays = match self.strays.as_slice() {
+            [] => String::new(),
+            names => format!(
+                " (an agent of another name came: \"{}\")",
+                names.join("\", \"")
+            ),
+        };
+        let detail = format!(
+            "no agent joined within {limit:?} of the dispatch, and LiveKit lists no job{strays}: {check}"
+        );
+        Failure::new(Reason::DispatchUnanswered, detail)
+    }
+
+    // The end.
+
+    fn fail(&mut self, failure: Failure, now: Instant) {
+        self.settle(Outcome::Failed(failure), now);
+    }
+
+    /// The first outcome stands.
+    fn settle(&mut self, outcome: Outcome, now: Instant) {
+        if self.outcome.is_some() {
+            return;
+        }
+        self.tell_join(false);
+        self.report.outcome = outcome.clone();
+        self.outcome = Some(outcome.clone());
+        self.actions.push(Action::Tell(Progress::Settled(outcome)));
+        if self.in_room {
+            self.actions.push(Action::Leave);
+        }
+        self.phase = Phase::Leaving {
+            until: now + self.target.deadlines.cleanup,
+        };
+    }
+
+    fn delete(&mut self) {
+        self.phase = Phase::Deleting;
+        self.actions.push(Action::DeleteRoom);
+    }
+
+    // Keeping and telling.
+
+    fn mark(&mut self, milestone: Milestone, at: Instant) {
+        if self.report.timeline.mark(milestone, at) {
+            self.actions
+                .push(Action::Tell(Progress::Reached { milestone, at }));
+        }
+    }
+
+    fn tell_join(&mut self, joined: bool) {
+        if !self.join_told {
+            self.join_told = true;
+            self.actions
+                .push(Action::Tell(Progress::JoinSettled { joined }));
+        }
+    }
+
+    fn miss(&mut self, step: &'static str, limit: Duration) {
+        self.report.evidence.step = Some(step);
+        self.report.evidence.deadline_seconds = Some(limit.as_secs_f64());
+    }
+
+    fn note(&mut self, note: String) {
+        keep(&mut self.report.evidence.notes, note);
+    }
+
+    fn saw(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
+        let name = agent_name.map(|name| format!(", agent name \"{name}\""));
+        let line = format!("{identity} ({kind}{})", name.unwrap_or_default());
+        keep(&mut self.report.evidence.participants, line);
+    }
+
+    /// ` 1.234 s after the dispatch`, or nothing where that can't be told.
+    fn since(&self, milestone: Milestone, at: Instant) -> String {
+        let from = self.report.timeline.get(milestone);
+        let what = match milestone {
+            Milestone::AgentJoined => "its join",
+            _ => "the dispatch",
+        };
+        match from.and_then(|from| at.checked_duration_since(from)) {
+            Some(after) => format!(" {:.3} s after {what}", after.as_secs_f64()),
+            None => String::new(),
+        }
+    }
+}
+
+/// The name of the agent that counts. Automatic dispatch sends whoever registered without a name: any agent counts.
+pub(super) fn expected_agent(target: &Target) -> Option<&str> {
+    match target.dispatch.mode {
+        DispatchMode::Explicit => target.agent_name.as_deref(),
+        DispatchMode::Automatic => None,
+    }
+}
+
+fn keep(list: &mut Vec<String>, line: String) {
+    if list.len() < MOST_KEPT && !list.contains(&line) {
+        list.push(line);
+    }
+}
+
+fn dispatch_line(dispatch: &DispatchInfo) -> String {
+    let jobs: Vec<_> = dispatch
+        .jobs
+        .iter()
+        .take(MOST_KEPT)
+        .map(|job| match job.error.as_str() {
+            "" => format!("job {} {}", job.id, job.status),
+            error => format!("job {} {} ({})", job.id, job.status, quote(error)),
+        })
+        .collect();
+    let jobs = match jobs.as_slice() {
+        [] => "no job".to_owned(),
+        jobs => jobs.join(", "),
+    };
+    format!(
+        "{} for agent \"{}\": {jobs}",
+        dispatch.id, dispatch.agent_name
+    )
+}
