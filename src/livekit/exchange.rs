@@ -10,18 +10,19 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use http::header::{LOCATION, RETRY_AFTER};
-use http::{HeaderMap, Request, StatusCode};
+use http::{HeaderMap, HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::time::{Instant, timeout_at};
 
 use super::net::Stream;
 
 /// Most bytes of an answer's body that are read.
-const BODY_LIMIT: usize = 1 << 20;
+pub(super) const BODY_LIMIT: usize = 1 << 20;
 /// Most bytes of a refusal's text that are kept.
 const TEXT_LIMIT: usize = 1 << 10;
 /// Most bytes of an answer's header section; hyper's own limit is 400 KiB.
@@ -44,10 +45,21 @@ pub(super) struct Answer {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// The body is whole: within the limit, and neither cut off nor late.
-    pub complete: bool,
+    pub body_end: BodyEnd,
     /// After 101: the connection, and what was already read of the other protocol.
     pub upgraded: Option<(Stream, Bytes)>,
+}
+
+/// How the reading of a body ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BodyEnd {
+    Whole,
+    /// More than [`BODY_LIMIT`]; the rest is left unread.
+    TooLong,
+    /// The deadline passed in the middle of it.
+    Late,
+    /// The connection broke in the middle of it.
+    Cut,
 }
 
 /// Why there is no answer at all.
@@ -58,6 +70,14 @@ pub(super) enum ExchangeError {
     Broken(String),
     /// Whatever came, it was no HTTP.
     Malformed(String),
+}
+
+/// The `Authorization` of a token, marked so that `Debug` doesn't show it.
+pub(super) fn bearer(token: &SecretString) -> HeaderValue {
+    let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose_secret()))
+        .expect("a JWT is Base64 and dots");
+    value.set_sensitive(true);
+    value
 }
 
 /// Sends `request` and reads the answer.
@@ -79,8 +99,8 @@ pub(super) async fn exchange(
             .map_err(|_| ExchangeError::Timeout)?
             .map_err(|error| failed(&error))?;
         let (head, body) = response.into_parts();
-        let (body, complete) = if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            (Bytes::new(), true)
+        let (body, body_end) = if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            (Bytes::new(), BodyEnd::Whole)
         } else {
             read(body, deadline).await
         };
@@ -88,7 +108,7 @@ pub(super) async fn exchange(
             status: head.status,
             headers: head.headers,
             body,
-            complete,
+            body_end,
             upgraded: None,
         })
     };
@@ -116,12 +136,11 @@ pub(super) async fn exchange(
     Ok(answer)
 }
 
-/// What of a body comes before `deadline`, up to the limit; and whether that is all of it.
-async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, bool) {
+/// What of a body comes before `deadline`, up to the limit.
+async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, BodyEnd) {
     let mut bytes = BytesMut::new();
-    loop {
+    let end = loop {
         match timeout_at(deadline, body.frame()).await {
-            Ok(None) => return (bytes.freeze(), true),
             Ok(Some(Ok(frame))) => {
                 let Some(data) = frame.data_ref() else {
                     continue;
@@ -129,12 +148,15 @@ async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, bool) {
                 let room = BODY_LIMIT - bytes.len();
                 bytes.extend_from_slice(&data[..data.len().min(room)]);
                 if data.len() > room {
-                    return (bytes.freeze(), false);
+                    break BodyEnd::TooLong;
                 }
             }
-            Ok(Some(Err(_))) | Err(_) => return (bytes.freeze(), false),
+            Ok(None) => break BodyEnd::Whole,
+            Ok(Some(Err(_))) => break BodyEnd::Cut,
+            Err(_) => break BodyEnd::Late,
         }
-    }
+    };
+    (bytes.freeze(), end)
 }
 
 fn failed(error: &hyper::Error) -> ExchangeError {

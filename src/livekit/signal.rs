@@ -19,7 +19,7 @@ use livekit_protocol as proto;
 use prost::Message as _;
 use proto::signal_request::Message as Outgoing;
 use proto::signal_response::Message as Incoming;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at};
 use tokio_tungstenite::WebSocketStream;
@@ -28,7 +28,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, error::ProtocolError};
 
-use super::exchange::{Answer, ExchangeError, exchange, presentable};
+use super::exchange::{Answer, ExchangeError, bearer, exchange, presentable};
 use super::net::{ConnectError, Endpoint, Refusal, Stream, rounded};
 
 /// The signal protocol that this client speaks. 18 would mean negotiated data channels, which it doesn't do.
@@ -251,14 +251,13 @@ impl Signal {
     /// Keeps back what is this connection's own business.
     fn sift(&mut self, message: Incoming) -> Option<Incoming> {
         match message {
-            Incoming::Pong(_) => None,
             Incoming::PongResp(pong) => {
                 let rtt = Utc::now().timestamp_millis() - pong.last_ping_timestamp;
                 self.rtt = rtt.clamp(0, 60_000);
                 None
             }
-            // For reconnecting, which a canary doesn't do: it stays out of reach of every log.
-            Incoming::RefreshToken(_) => None,
+            // The new token is for reconnecting, which a canary doesn't do: it stays out of reach of every log.
+            Incoming::Pong(_) | Incoming::RefreshToken(_) => None,
             other => Some(other),
         }
     }
@@ -388,13 +387,6 @@ fn upgrade_request(endpoint: &Endpoint, token: &SecretString, key: &str) -> Requ
         .header(AUTHORIZATION, bearer(token))
         .body(Full::default())
         .expect("the path of a URL, a host and fixed headers make a request")
-}
-
-pub(super) fn bearer(token: &SecretString) -> HeaderValue {
-    let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose_secret()))
-        .expect("a JWT is Base64 and dots");
-    value.set_sensitive(true);
-    value
 }
 
 /// RFC 6455, 4.1: what the client must verify in the answer.

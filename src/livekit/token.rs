@@ -12,7 +12,7 @@ use super::RoomName;
 
 /// A token is used at once and the server looks at it only once, so its life is nothing but an allowance for clocks
 /// that differ: this much, plus the server's own minute.
-const LIFE: Duration = Duration::from_secs(600);
+const LIFE: Duration = Duration::from_mins(10);
 
 /// The key pair that signs tokens; `Debug` does not show the secret.
 #[derive(Clone)]
@@ -34,11 +34,11 @@ pub enum TokenError {
 /// What one call of the server API needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Permission<'a> {
-    /// Creates and deletes rooms.
-    RoomCreate,
-    RoomList,
+    /// Creating and deleting rooms.
+    Create,
+    List,
     /// Participants and dispatches of one room.
-    RoomAdmin(&'a RoomName),
+    Admin(&'a RoomName),
 }
 
 impl Keys {
@@ -100,15 +100,15 @@ impl Keys {
 
     pub(super) fn api(&self, permission: Permission<'_>) -> SecretString {
         let grants = match permission {
-            Permission::RoomCreate => VideoGrants {
+            Permission::Create => VideoGrants {
                 room_create: true,
                 ..VideoGrants::default()
             },
-            Permission::RoomList => VideoGrants {
+            Permission::List => VideoGrants {
                 room_list: true,
                 ..VideoGrants::default()
             },
-            Permission::RoomAdmin(room) => VideoGrants {
+            Permission::Admin(room) => VideoGrants {
                 room_admin: true,
                 room: room.0.clone(),
                 ..VideoGrants::default()
