@@ -2,9 +2,261 @@
 //!
 //! It knows no WebRTC.
 
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tokio::runtime::Runtime;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{DispatchMode, EchoMode, Problems, Project, Ramp};
+use crate::livekit::api::Api;
+use crate::livekit::net::Endpoint;
+use crate::livekit::token::Keys;
+
+mod check;
+mod json;
+mod once;
+mod progress;
+mod table;
+
+/// Production canary for LiveKit voice agents
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Once(Once),
+    Check(Check),
+}
+
+/// Open one batch of rooms now and tell what happened in each
+///
+/// Opens the rooms one after the other, has the agent join each, waits for its first words,
+/// echoes them, and deletes the rooms. Progress goes to stderr, the result to stdout.
+#[derive(Args)]
+#[command(after_help = ONCE_EPILOGUE, verbatim_doc_comment)]
+struct Once {
+    /// Settings to start from (TOML); without it: the environment and these flags
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// The target of the settings; needed where they have several
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+
+    /// The name that the agent registered under
+    #[arg(long, value_name = "NAME")]
+    agent_name: Option<String>,
+
+    /// Rooms to open [default: 3]
+    #[arg(long, value_name = "N")]
+    rooms: Option<usize>,
+
+    /// When the next room opens: once the agent has joined the one before, or won't
+    #[arg(long, value_name = "RAMP", value_parser = names(Ramp::NAMES))]
+    ramp: Option<String>,
+
+    /// How long the rooms stay open once the last has opened [default: 15s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    hold: Option<Duration>,
+
+    /// Pause between the agent's speech and its echo [default: 1s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    echo_delay: Option<Duration>,
+
+    /// Whole utterances once, or all that the agent says [default: turn]
+    #[arg(long, value_name = "MODE", value_parser = names(EchoMode::NAMES))]
+    echo_mode: Option<String>,
+
+    /// Longest wait for the agent's join [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    join_timeout: Option<Duration>,
+
+    /// Longest wait for the agent's first words, from its join [default: 20s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    speech_timeout: Option<Duration>,
+
+    /// Call the named agent, or rely on automatic dispatch [default: explicit]
+    #[arg(long, value_name = "MODE", value_parser = names(DispatchMode::NAMES))]
+    dispatch: Option<String>,
+
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+}
+
+const ONCE_EPILOGUE: &str = "\
+Credentials come from LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET where no file sets them.
+
+Exit status, the first that applies:
+  130  aborted by a signal
+    2  wrong usage, settings or credentials
+    1  the agent failed, or nobody answered the dispatch
+    3  a plan limit was met
+    4  inconclusive: only LiveKit, the network or the canary failed
+    0  every room ok";
+
+/// Validate the settings and print what was understood
+///
+/// Opens no room. Exit status: 0 all right; 2 wrong settings or credentials;
+/// 4 a server can't be reached or answers with an error.
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+struct Check {
+    /// Settings to check (TOML); without it: the environment alone
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Only this target and its project
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+
+    /// Also try each project's credentials by a call that changes nothing
+    #[arg(long)]
+    connect: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+fn names<T>(choices: &[(&'static str, T)]) -> PossibleValuesParser {
+    choices
+        .iter()
+        .map(|(name, _)| *name)
+        .collect::<Vec<_>>()
+        .into()
+}
+
+/// What the exit status says, for a caller that acts on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    Ok,
+    /// An agent failed, or nobody answered the dispatch.
+    Agent,
+    /// Usage, settings or credentials.
+    Config,
+    PlanLimit,
+    /// Nothing is said about the agent.
+    Inconclusive,
+    Aborted,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Ok => 0,
+            Exit::Agent => 1,
+            Exit::Config => 2,
+            Exit::PlanLimit => 3,
+            Exit::Inconclusive => 4,
+            Exit::Aborted => 130,
+        })
+    }
+}
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    todo!("cli")
+    install_panic_hook();
+    let exit = match CommandLine::parse().command {
+        Command::Once(once) => once::run(&once),
+        Command::Check(check) => check::run(&check),
+    };
+    exit.unwrap_or_else(|error| {
+        complain(&report(&error));
+        Exit::Config
+    })
+    .into()
+}
+
+/// Problems of the settings speak for themselves; any other error is told with its causes.
+fn report(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<Problems>() {
+        Some(problems) => problems.to_string(),
+        None => format!("error: {error:#}"),
+    }
+}
+
+fn no_such_target(name: &str, known: &[String]) -> Problems {
+    Problems::single(
+        format!("target {name:?} is not configured"),
+        match known {
+            [] => "no target is".to_owned(),
+            _ => format!("configured: {}", known.join(", ")),
+        },
+    )
+}
+
+fn environment() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os()
+}
+
+/// A panic of one probe is caught by its driver and told as its outcome: one line of log is enough here.
+fn install_panic_hook() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(place, "internal fault: {message}");
+    }));
+}
+
+/// Sends logs to `writer`: warnings and errors, or what `RUST_LOG` says.
+fn start_logging<W>(writer: W, colour: bool)
+where
+    W: for<'a> tracing_subscriber::fmt::MakeWriter<'a> + Send + Sync + 'static,
+{
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_ansi(colour)
+        .init();
+}
+
+/// Where a project is and how to sign in there; nothing is connected yet.
+fn access(project: &Project) -> anyhow::Result<(Endpoint, Api)> {
+    let endpoint = Endpoint::new(&project.url, project.ca_file.as_deref())?;
+    let keys = Keys::new(project.api_key.clone(), project.api_secret.clone())?;
+    let api = Api::new(endpoint.clone(), keys, project.api_timeout);
+    Ok((endpoint, api))
+}
+
+/// Two threads carry every room: the work is mostly waiting.
+fn runtime() -> anyhow::Result<Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?)
+}
+
+/// One message on stderr. A closed stderr is no reason to stop.
+fn complain(message: &str) {
+    let mut stderr = std::io::stderr().lock();
+    let written = writeln!(stderr, "{message}");
+    drop(written);
+}
+
+/// The result on stdout. Whoever closed the pipe has seen enough: that alone is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("can't write to stdout"))
+        }
+        _ => Ok(()),
+    }
 }

@@ -96,7 +96,7 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
             place: Some(Place::Environment("LIVEKIT_URL".to_owned())),
         },
         (Taken::Missing, None) => {
-            section.missing("url", "set it here, or LIVEKIT_URL in the environment");
+            section.missing("url", "set LIVEKIT_URL, or url in the settings");
             return None;
         }
     };
@@ -145,7 +145,7 @@ fn credential(
         (Taken::Missing, Taken::Text(file)) => from_file(section, file_key, file),
         (Taken::Missing, Taken::Missing) => {
             if fallback.is_none() {
-                let hint = format!("set it or {file_key} here, or {variable} in the environment");
+                let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
             }
             fallback.map(str::to_owned)
@@ -240,7 +240,7 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
     if dispatch.mode == DispatchMode::Explicit && agent_name.is_none() {
         section.missing(
             "agent_name",
-            "explicit dispatch names the agent it calls: set the name that the agent registers under",
+            "explicit dispatch calls an agent by the name that it registers under",
         );
     }
     let batch = batch(

@@ -1,0 +1,177 @@
+//! `check`: what the settings say, and whether the servers take the credentials.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use humantime::format_duration;
+
+use super::{Check, Exit, print};
+use crate::config::{Config, DispatchMode, Draft, EchoMode, Problems, Project, Stay, Target};
+use crate::livekit::RoomName;
+use crate::livekit::api::{Api, ApiError};
+
+/// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
+const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
+
+pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
+    let draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let mut config = draft.validate()?;
+    if let Some(name) = &args.target {
+        narrow(&mut config, name)?;
+    }
+    super::start_logging(std::io::stderr, false);
+    let mut text = String::new();
+    let mut exit = Exit::Ok;
+    let connections = if args.connect {
+        connect(&config)?
+    } else {
+        Vec::new()
+    };
+    for (index, (name, project)) in config.projects.iter().enumerate() {
+        describe_project(&mut text, name, project);
+        if let Some(connection) = connections.get(index) {
+            let (line, one) = connection_result(connection);
+            entry(&mut text, "connect", &line);
+            // Settings that are wrong somewhere say more than a server that is away.
+            if exit != Exit::Config && one != Exit::Ok {
+                exit = one;
+            }
+        }
+        text.push('\n');
+    }
+    for (name, target) in &config.targets {
+        describe_target(&mut text, name, target, &config.projects[&target.project]);
+        text.push('\n');
+    }
+    if config.targets.is_empty() {
+        text.push_str("no targets\n");
+    }
+    print(text.trim_end_matches('\n'))?;
+    print("\n")?;
+    Ok(exit)
+}
+
+fn narrow(config: &mut Config, target: &str) -> Result<(), Problems> {
+    let names: Vec<String> = config.targets.keys().cloned().collect();
+    config.targets.retain(|name, _| name == target);
+    let Some(target) = config.targets.values().next() else {
+        return Err(super::no_such_target(target, &names));
+    };
+    config.projects.retain(|name, _| *name == target.project);
+    Ok(())
+}
+
+/// One line of what was understood.
+fn entry(text: &mut String, key: &str, value: &str) {
+    writeln!(text, "  {key:<12}{value}").expect("writing to a string can't fail");
+}
+
+fn describe_project(text: &mut String, name: &str, project: &Project) {
+    writeln!(text, "project {name}").expect("writing to a string can't fail");
+    entry(text, "url", project.url.as_str());
+    if let Some(file) = &project.ca_file {
+        entry(text, "ca file", &file.display().to_string());
+    }
+    if let Some(id) = &project.cloud_project {
+        entry(text, "cloud", id);
+    }
+    entry(
+        text,
+        "rooms",
+        &format!("at most {} at once", project.max_rooms),
+    );
+}
+
+fn describe_target(text: &mut String, name: &str, target: &Target, project: &Project) {
+    writeln!(text, "target {name} on project {}", target.project)
+        .expect("writing to a string can't fail");
+    let agent = target.agent_name.as_deref().unwrap_or("any");
+    let dispatch = match target.dispatch.mode {
+        DispatchMode::Explicit => "explicit dispatch",
+        DispatchMode::Automatic => "automatic dispatch",
+    };
+    entry(text, "agent", &format!("{agent}, {dispatch}"));
+    let batch = &target.batch;
+    let stay = match batch.stay {
+        Stay::Together => "held together for",
+        Stay::OneByOne => "one by one, each held for",
+    };
+    let rooms = format!("{} rooms, {}", batch.rooms, batch.ramp.name());
+    entry(
+        text,
+        "batch",
+        &format!("{rooms}, {stay} {}", format_duration(batch.hold)),
+    );
+    let echo = &target.echo;
+    let delay = format_duration(echo.delay);
+    entry(
+        text,
+        "echo",
+        &match echo.mode {
+            EchoMode::Turn => format!("at most {} turns, each after {delay}", echo.max_turns),
+            EchoMode::Continuous => format!("continuous, after {delay}"),
+        },
+    );
+    let deadlines = &target.deadlines;
+    let [join, speech] = [deadlines.join, deadlines.speech].map(format_duration);
+    entry(
+        text,
+        "deadlines",
+        &format!("join {join}, first speech {speech}"),
+    );
+    let minutes = worst_case_agent_minutes(target, project);
+    entry(
+        text,
+        "worst case",
+        &format!("{minutes} agent minutes a batch"),
+    );
+}
+
+/// What a batch costs at most: each agent comes at once to its own room and as late as allowed to all that follow.
+/// Rounded up a room, as billing does.
+fn worst_case_agent_minutes(target: &Target, project: &Project) -> u128 {
+    let deadlines = &target.deadlines;
+    let one_join = project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join;
+    let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
+    (0..rooms)
+        .map(|later| match target.batch.stay {
+            Stay::Together => one_join.saturating_mul(later),
+            Stay::OneByOne => Duration::ZERO,
+        })
+        .map(|ramp| ramp + target.batch.hold + deadlines.cleanup)
+        .map(|in_room| in_room.as_millis().div_ceil(60_000))
+        .sum()
+}
+
+/// Asks each project for a room that doesn't exist: it takes valid credentials and changes nothing.
+fn connect(config: &Config) -> anyhow::Result<Vec<Result<(), ApiError>>> {
+    let apis = config
+        .projects
+        .values()
+        .map(|project| Ok(super::access(project)?.1))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let runtime = super::runtime()?;
+    let nobody = [RoomName("canary-check".to_owned())];
+    let calls = apis.iter().map(|api| async {
+        let call = api.list_rooms(&nobody).await;
+        call.result.map(drop)
+    });
+    let results = runtime.block_on(futures_util::future::join_all(calls));
+    runtime.shutdown_background();
+    Ok(results)
+}
+
+fn connection_result(result: &Result<(), ApiError>) -> (String, Exit) {
+    match result {
+        Ok(()) => ("ok".to_owned(), Exit::Ok),
+        Err(error) => {
+            let exit = match error {
+                ApiError::Refused(refusal) if SETTINGS_AT_FAULT.contains(&refusal.status) => {
+                    Exit::Config
+                }
+                _ => Exit::Inconclusive,
+            };
+            (format!("failed: {error}"), exit)
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The result of a batch as JSON. Seconds are numbers, what is missing is null; the README describes it.
+
+use std::time::Duration;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::{Serialize, Serializer};
+use tokio::time::Instant;
+
+use crate::batch::{BatchReport, ProbeReport};
+use crate::config::{Project, Target};
+use crate::probe::{Evidence, Milestone, Outcome, Position, Reason, Report, Span, Turn};
+
+#[derive(Serialize)]
+#[expect(
+    clippy::struct_field_names,
+    reason = "the field names are the document's keys"
+)]
+struct Batch<'a> {
+    batch_id: &'a str,
+    target: &'a str,
+    started_at: String,
+    ended_at: String,
+    ramp: &'static str,
+    probes: Vec<Probe<'a>>,
+    not_opened: Option<NotOpened<'a>>,
+    summary: Summary,
+}
+
+#[derive(Serialize)]
+struct NotOpened<'a> {
+    rooms: usize,
+    why: &'a str,
+}
+
+#[derive(Serialize)]
+struct Probe<'a> {
+    room: &'a str,
+    room_sid: Option<&'a str>,
+    started_at: String,
+    position: &'static str,
+    outcome: &'static str,
+    reason: Option<&'static str>,
+    origin: Option<&'static str>,
+    limit: Option<&'static str>,
+    detail: Option<&'a str>,
+    evidence: &'a Evidence,
+    join_delay_seconds: Option<f64>,
+    join_upper_bound: bool,
+    first_speech_delay_seconds: Option<f64>,
+    reply_delay_seconds: Option<f64>,
+    spans: InOrder,
+    milestones: InOrder,
+    turns: Vec<TurnMarks>,
+    agent: Option<Agent<'a>>,
+    audio: Audio,
+    url: Option<String>,
+}
+
+/// An object whose keys keep the order of time.
+struct InOrder(Vec<(&'static str, Option<f64>)>);
+
+impl Serialize for InOrder {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().copied())
+    }
+}
+
+/// Seconds since the probe's start.
+#[derive(Serialize)]
+struct TurnMarks {
+    agent_started: Option<f64>,
+    agent_ended: Option<f64>,
+    echo_started: Option<f64>,
+    echo_ended: Option<f64>,
+    replied: Option<f64>,
+    overlap: bool,
+}
+
+#[derive(Serialize)]
+struct Agent<'a> {
+    identity: &'a str,
+    name: Option<&'a str>,
+    /// The server's own stamp, Unix milliseconds: what a join delay can be checked against.
+    joined_at_ms: Option<i64>,
+}
+
+#[derive(Serialize)]
+struct Audio {
+    packets: u64,
+    lost: u64,
+    jitter_seconds: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Summary {
+    ok: usize,
+    failed: usize,
+    aborted: usize,
+    join_delay: JoinDelay,
+}
+
+#[derive(Serialize)]
+struct JoinDelay {
+    p50: Option<f64>,
+    p90: Option<f64>,
+    max: Option<f64>,
+}
+
+/// One JSON document, indented, with a newline at its end.
+pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
+    let summary = batch.summary();
+    let quantile = |of: fn(&crate::batch::Quantiles) -> Duration| {
+        summary
+            .join_delay
+            .as_ref()
+            .map(|delays| seconds(of(delays)))
+    };
+    let document = Batch {
+        batch_id: &batch.batch_id,
+        target: &batch.target,
+        started_at: wall_clock(batch.started_at),
+        ended_at: wall_clock(batch.ended_at),
+        ramp: target.batch.ramp.name(),
+        probes: batch
+            .probes
+            .iter()
+            .map(|report| probe(report, project))
+            .collect(),
+        not_opened: batch.not_opened.as_ref().map(|rest| NotOpened {
+            rooms: rest.rooms,
+            why: &rest.why,
+        }),
+        summary: Summary {
+            ok: summary.ok,
+            failed: summary.failed,
+            aborted: summary.aborted,
+            join_delay: JoinDelay {
+                p50: quantile(|delays| delays.p50),
+                p90: quantile(|delays| delays.p90),
+                max: quantile(|delays| delays.max),
+            },
+        },
+    };
+    let mut text = serde_json::to_string_pretty(&document)
+        .expect("plain structs with string keys always serialize");
+    text.push('\n');
+    text
+}
+
+fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
+    let report = &probe.report;
+    let span = |span| report.timeline.span(span).map(seconds);
+    let reply = report.turns.iter().find_map(Turn::reply_delay).map(seconds);
+    let failure = match &report.outcome {
+        Outcome::Failed(failure) => Some(failure),
+        Outcome::Ok | Outcome::Aborted => None,
+    };
+    Probe {
+        room: &report.room.0,
+        room_sid: report.room_sid.as_deref(),
+        started_at: wall_clock(probe.started_at),
+        position: match report.position {
+            Position::First => "first",
+            Position::Later => "later",
+        },
+        outcome: match report.outcome {
+            Outcome::Ok => "ok",
+            Outcome::Aborted => "aborted",
+            Outcome::Failed(_) => "failed",
+        },
+        reason: failure.map(|failure| failure.reason.label()),
+        origin: failure.map(|failure| failure.reason.origin().label()),
+        limit: failure.and_then(|failure| match failure.reason {
+            Reason::PlanLimit(kind) => Some(kind.label()),
+            _ => None,
+        }),
+        detail: failure.map(|failure| failure.detail.as_str()),
+        evidence: &report.evidence,
+        join_delay_seconds: span(Span::AgentJoin),
+        join_upper_bound: report.join_upper_bound,
+        first_speech_delay_seconds: span(Span::FirstSpeech),
+        reply_delay_seconds: reply,
+        spans: InOrder(Vec::from(Span::ALL.map(|one| match one {
+            Span::Reply => (one.label(), reply),
+            _ => (one.label(), span(one)),
+        }))),
+        milestones: InOrder(Vec::from(
+            Milestone::ALL
+                .map(|one| (one.label(), report.timeline.since_started(one).map(seconds))),
+        )),
+        turns: report
+            .turns
+            .iter()
+            .map(|turn| marks(report, turn))
+            .collect(),
+        agent: report.agent.as_ref().map(|agent| Agent {
+            identity: &agent.identity,
+            name: agent.name.as_deref(),
+            joined_at_ms: (agent.joined_at_ms > 0).then_some(agent.joined_at_ms),
+        }),
+        audio: Audio {
+            packets: report.audio.packets,
+            lost: report.audio.lost,
+            jitter_seconds: report.audio.jitter.map(seconds),
+        },
+        url: session_url(report, project),
+    }
+}
+
+fn marks(report: &Report, turn: &Turn) -> TurnMarks {
+    let started = report.timeline.get(Milestone::Started);
+    let since = |at: Option<Instant>| Some(seconds(at?.checked_duration_since(started?)?));
+    TurnMarks {
+        agent_started: since(turn.agent_started),
+        agent_ended: since(turn.agent_ended),
+        echo_started: since(turn.echo_started),
+        echo_ended: since(turn.echo_ended),
+        replied: since(turn.replied),
+        overlap: turn.overlap,
+    }
+}
+
+/// The page of this room's session in LiveKit Cloud, where the project is known.
+pub(super) fn session_url(report: &Report, project: &Project) -> Option<String> {
+    let cloud_project = project.cloud_project.as_ref()?;
+    let room_sid = report.room_sid.as_ref()?;
+    Some(format!(
+        "https://cloud.livekit.io/projects/{cloud_project}/sessions/{room_sid}"
+    ))
+}
+
+fn wall_clock(at: DateTime<Utc>) -> String {
+    at.to_rfc3339_opts(SecondsFormat::Micros, true)
+}
+
+/// To the microsecond: what lies below is the scheduler's noise.
+fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e6
+}

@@ -1,0 +1,279 @@
+//! `once`: one batch now.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::progress::Screen;
+use super::{Exit, Format, Once, complain, json, print, table};
+use crate::batch::{self, BatchReport};
+use crate::config::{Config, Draft, Problems, Project, Target};
+use crate::janitor::{self, Janitor};
+use crate::livekit::engine::Engine;
+use crate::probe::driver::{Context, Fault};
+use crate::probe::{Origin, Outcome};
+
+/// The target that flags and environment describe where no file does.
+const IMPLIED_TARGET: &str = "default";
+
+/// From the first signal: how long the batch may take to end itself, and when this process is gone, whatever hangs.
+const ABORT_BATCH: Duration = Duration::from_secs(3);
+const ABORT_ALL: Duration = Duration::from_millis(4500);
+/// From the second signal, or where the batch didn't end itself: for deletions under way.
+const LAST_DELETIONS: Duration = Duration::from_secs(2);
+
+const REFRESH: Duration = Duration::from_millis(200);
+/// What a reader of progress may lag behind: a full batch's worth of milestones.
+const EVENT_BACKLOG: usize = 1024;
+
+pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
+    let (name, config) = settings(args)?;
+    let (target, project) = chosen(&config, &name);
+    let fault = Fault::from_env()?;
+    let screen = Screen::new(target.batch.rooms);
+    super::start_logging(screen.log_writer(), Screen::colour());
+
+    let (endpoint, api) =
+        super::access(&project).with_context(|| format!("project {:?}", target.project))?;
+    let runtime = super::runtime()?;
+    let exit = runtime.block_on(async {
+        let context = Context {
+            project: Arc::clone(&project),
+            target: Arc::clone(&target),
+            endpoint,
+            api,
+            engine: Engine::default(),
+            janitor: Janitor::start(),
+            fault,
+        };
+        batch_of_rooms(&name, context, screen, args.format).await
+    });
+    // A DNS lookup that hangs can't be cancelled; everything else has ended by now.
+    runtime.shutdown_background();
+    exit
+}
+
+/// Flags over environment over file. The name is that of the one target to probe.
+fn settings(args: &Once) -> Result<(String, Config), Problems> {
+    let mut draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let name = choose_target(&draft, args.target.as_deref())?;
+    draft.ensure_target(&name);
+    let duration =
+        |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
+    let flags: [(&str, &[&str], Option<String>); 9] = [
+        ("--agent-name", &["agent_name"], args.agent_name.clone()),
+        (
+            "--rooms",
+            &["batch", "rooms"],
+            args.rooms.map(|rooms| rooms.to_string()),
+        ),
+        ("--ramp", &["batch", "ramp"], args.ramp.clone()),
+        ("--hold", &["batch", "hold"], duration(args.hold)),
+        (
+            "--echo-delay",
+            &["echo", "delay"],
+            duration(args.echo_delay),
+        ),
+        ("--echo-mode", &["echo", "mode"], args.echo_mode.clone()),
+        (
+            "--join-timeout",
+            &["deadlines", "join"],
+            duration(args.join_timeout),
+        ),
+        (
+            "--speech-timeout",
+            &["deadlines", "speech"],
+            duration(args.speech_timeout),
+        ),
+        ("--dispatch", &["dispatch", "mode"], args.dispatch.clone()),
+    ];
+    for (flag, key, value) in flags {
+        if let Some(value) = value {
+            draft.set_by_flag(&name, key, value, flag);
+        }
+    }
+    Ok((name, draft.validate()?))
+}
+
+fn choose_target(draft: &Draft, wanted: Option<&str>) -> Result<String, Problems> {
+    let names = draft.target_names();
+    match (wanted, &names[..]) {
+        (None, []) => Ok(IMPLIED_TARGET.to_owned()),
+        (None, [only]) => Ok(only.clone()),
+        (Some(wanted), []) if wanted == IMPLIED_TARGET => Ok(wanted.to_owned()),
+        (Some(wanted), names) if names.iter().any(|name| name == wanted) => Ok(wanted.to_owned()),
+        (None, names) => Err(Problems::single(
+            "the settings have several targets",
+            format!("choose one by --target: {}", names.join(", ")),
+        )),
+        (Some(wanted), names) => Err(super::no_such_target(wanted, names)),
+    }
+}
+
+fn chosen(config: &Config, name: &str) -> (Arc<Target>, Arc<Project>) {
+    let mut target = config.targets[name].clone();
+    // A person or a pipeline waits for this command: it looks for late agents for as short as makes sense.
+    target.late_agent_window = target.late_agent_window.min(janitor::SHORTEST_SURE_WINDOW);
+    let project = config.projects[&target.project].clone();
+    (Arc::new(target), Arc::new(project))
+}
+
+async fn batch_of_rooms(
+    name: &str,
+    context: Context,
+    screen: Screen,
+    format: Format,
+) -> anyhow::Result<Exit> {
+    let mut signals = Signals::new()?;
+    let janitor = context.janitor.clone();
+    let (target, project) = (Arc::clone(&context.target), Arc::clone(&context.project));
+    let (report, interrupted_at) = watch(name, context, screen, &mut signals).await;
+
+    if let Some(report) = &report {
+        print(&match format {
+            Format::Table => table::render(report, &project, table::terminal_width()),
+            Format::Json => json::render(report, &target, &project),
+        })?;
+    }
+    // The result is out; what remains is to vouch for the rooms.
+    let until = match (interrupted_at, &report) {
+        (None, _) => Instant::now() + target.late_agent_window + 2 * target.deadlines.cleanup,
+        (Some(at), Some(_)) => at + ABORT_ALL,
+        (Some(_), None) => Instant::now() + LAST_DELETIONS,
+    };
+    vouch(janitor, until, &target, &mut signals).await;
+    Ok(match report {
+        Some(report) if interrupted_at.is_none() => verdict(&report),
+        _ => Exit::Aborted,
+    })
+}
+
+/// Runs the batch and shows its progress. A first signal aborts it; a second one, or an abort that takes too long, drops
+/// it: there is no report then, and the janitor deletes the rooms.
+async fn watch(
+    name: &str,
+    context: Context,
+    mut screen: Screen,
+    signals: &mut Signals,
+) -> (Option<BatchReport>, Option<Instant>) {
+    let abort = CancellationToken::new();
+    let (sender, mut events) = mpsc::channel(EVENT_BACKLOG);
+    let mut running = Box::pin(batch::run(name, context, abort.clone(), sender));
+    let mut refresh = interval(REFRESH);
+    refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut interrupted_at = None;
+    let report = loop {
+        let hung = interrupted_at.map_or_else(far_off, |at| at + ABORT_BATCH);
+        tokio::select! {
+            // What happened is shown before the end is.
+            biased;
+            Some(event) = events.recv() => screen.show(event),
+            report = &mut running => break Some(report),
+            () = signals.next() => {
+                if interrupted_at.is_some() {
+                    break None;
+                }
+                interrupted_at = Some(Instant::now());
+                abort.cancel();
+                screen.say("stopping: deleting the rooms; a second signal ends at once");
+            }
+            () = sleep_until(hung), if interrupted_at.is_some() => break None,
+            _ = refresh.tick() => screen.refresh(),
+        }
+    };
+    while let Ok(event) = events.try_recv() {
+        screen.show(event);
+    }
+    screen.close();
+    if report.is_none() {
+        complain("warning: stopped before the rooms had ended; there is no result");
+    }
+    (report, interrupted_at)
+}
+
+/// Waits until every room is known to be gone, and names those that aren't. A signal ends the wait.
+async fn vouch(janitor: Janitor, until: Instant, target: &Target, signals: &mut Signals) {
+    let mut closing = Box::pin(janitor.clone().close(until));
+    let notice = sleep_until(Instant::now() + Duration::from_secs(1));
+    let left = tokio::select! {
+        left = &mut closing => left,
+        () = notice => {
+            let window = humantime::format_duration(target.late_agent_window);
+            complain(&format!(
+                "checking for {window} that no late agent brings a room back; Ctrl-C skips it"
+            ));
+            tokio::select! {
+                left = &mut closing => left,
+                () = signals.next() => janitor.close(Instant::now() + LAST_DELETIONS).await,
+            }
+        }
+        () = signals.next() => janitor.close(Instant::now() + LAST_DELETIONS).await,
+    };
+    for room in left {
+        complain(&format!(
+            "warning: room {} may be left behind: {}",
+            room.room, room.why
+        ));
+    }
+}
+
+/// The first that applies, so that a pipeline blames the deploy for nothing else than the agent.
+fn verdict(report: &BatchReport) -> Exit {
+    let outcomes = || report.probes.iter().map(|probe| &probe.report.outcome);
+    let any = |origins: &[Origin]| {
+        outcomes().any(|outcome| match outcome {
+            Outcome::Failed(failure) => origins.contains(&failure.reason.origin()),
+            Outcome::Ok | Outcome::Aborted => false,
+        })
+    };
+    if outcomes().any(|outcome| matches!(outcome, Outcome::Aborted)) {
+        Exit::Aborted
+    } else if any(&[Origin::Config]) {
+        Exit::Config
+    } else if any(&[Origin::Agent, Origin::Undetermined]) {
+        Exit::Agent
+    } else if any(&[Origin::Limit]) {
+        Exit::PlanLimit
+    } else if any(&[
+        Origin::Livekit,
+        Origin::Network,
+        Origin::External,
+        Origin::Canary,
+    ]) {
+        Exit::Inconclusive
+    } else {
+        Exit::Ok
+    }
+}
+
+fn far_off() -> Instant {
+    Instant::now() + Duration::from_hours(24)
+}
+
+/// SIGINT and SIGTERM, which mean the same here.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Cancel-safe.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! What a running batch shows on stderr: on a terminal a line per room that stays up to date, elsewhere a plain line per
+//! opening and per outcome.
+
+use std::io::{self, Write};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::time::Instant;
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::complain;
+use super::table::delay;
+use crate::batch::BatchEvent;
+use crate::probe::{Milestone, Outcome, Progress, Report, Span};
+
+pub(super) struct Screen {
+    rooms: usize,
+    /// On a terminal only.
+    live: Option<MultiProgress>,
+    lines: Vec<Line>,
+}
+
+/// One room on a terminal.
+struct Line {
+    bar: ProgressBar,
+    opened_at: Instant,
+    state: String,
+    ended: bool,
+}
+
+impl Screen {
+    pub(super) fn new(rooms: usize) -> Self {
+        let live =
+            is_terminal().then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
+        Self {
+            rooms,
+            live,
+            lines: Vec::new(),
+        }
+    }
+
+    /// Whether stderr takes colour; `NO_COLOR` is respected.
+    pub(super) fn colour() -> bool {
+        is_terminal() && console::colors_enabled_stderr()
+    }
+
+    /// Where logs go: above the live lines, which are redrawn.
+    pub(super) fn log_writer(&self) -> LogWriter {
+        LogWriter(self.live.clone())
+    }
+
+    pub(super) fn show(&mut self, event: BatchEvent) {
+        match event {
+            BatchEvent::Opened { index, room } => {
+                if let Some(live) = &self.live {
+                    let bar = live.add(ProgressBar::no_length());
+                    bar.set_style(style("cyan"));
+                    bar.set_prefix(format!("{:>3} {room}", index + 1));
+                    self.lines.push(Line {
+                        bar,
+                        opened_at: Instant::now(),
+                        state: "opening".to_owned(),
+                        ended: false,
+                    });
+                    self.refresh();
+                } else {
+                    complain(&format!(
+                        "room {} of {}: {room} opens",
+                        index + 1,
+                        self.rooms
+                    ));
+                }
+            }
+            BatchEvent::Progress { index, progress } => {
+                if let Some(line) = self.lines.get_mut(index) {
+                    line.advance(&progress);
+                }
+            }
+            BatchEvent::Ended { index, report } => {
+                let outcome = describe(&report);
+                if let Some(line) = self.lines.get_mut(index) {
+                    line.end(&report.outcome, outcome);
+                } else {
+                    complain(&format!("room {} of {}: {outcome}", index + 1, self.rooms));
+                }
+            }
+        }
+    }
+
+    /// Brings the running clocks up to date.
+    pub(super) fn refresh(&mut self) {
+        for line in self.lines.iter().filter(|line| !line.ended) {
+            let open_for = line.opened_at.elapsed().as_secs();
+            line.bar
+                .set_message(format!("{open_for:>3} s  {}", line.state));
+        }
+    }
+
+    pub(super) fn say(&self, message: &str) {
+        match &self.live {
+            Some(live) => live.suspend(|| complain(message)),
+            None => complain(message),
+        }
+    }
+
+    /// The table tells it all: where it goes to the same terminal, the live lines make room for it.
+    pub(super) fn close(self) {
+        if let Some(live) = &self.live {
+            if console::user_attended() {
+                for line in &self.lines {
+                    line.bar.finish_and_clear();
+                }
+                drop(live.clear());
+            } else {
+                for line in &self.lines {
+                    line.bar.abandon();
+                }
+            }
+        }
+    }
+}
+
+impl Line {
+    fn advance(&mut self, progress: &Progress) {
+        match progress {
+            Progress::Reached { milestone, at } => {
+                let since = at.saturating_duration_since(self.opened_at).as_secs_f64();
+                if let Some(phrase) = phrase(*milestone) {
+                    self.state = format!("{phrase} (at {since:.1} s)");
+                }
+            }
+            Progress::Settled(Outcome::Failed(failure)) => {
+                self.state = format!("{}, cleaning up", failure.reason.label());
+            }
+            Progress::Settled(Outcome::Aborted) => {
+                "aborted, cleaning up".clone_into(&mut self.state);
+            }
+            Progress::Settled(Outcome::Ok) | Progress::JoinSettled { .. } => {}
+        }
+    }
+
+    fn end(&mut self, outcome: &Outcome, description: String) {
+        self.ended = true;
+        self.bar.set_style(style(match outcome {
+            Outcome::Ok => "green",
+            Outcome::Aborted => "yellow",
+            Outcome::Failed(_) => "red",
+        }));
+        self.bar.abandon_with_message(description);
+    }
+}
+
+fn style(colour: &str) -> ProgressStyle {
+    ProgressStyle::with_template(&format!("{{prefix:.{colour}}}  {{wide_msg}}"))
+        .expect("the template is well-formed whatever the colour")
+}
+
+/// The state that a milestone leaves a room in; `None` where it changes nothing that a reader waits for.
+fn phrase(milestone: Milestone) -> Option<&'static str> {
+    Some(match milestone {
+        Milestone::Started => "opening",
+        Milestone::RoomCreated => "room created",
+        Milestone::SignalConnected => "connected, media not up yet",
+        Milestone::MediaConnected => "media up",
+        Milestone::EchoPublished => "echo published",
+        Milestone::DispatchSent => "waiting for the agent",
+        Milestone::AgentJoined => "agent joined",
+        Milestone::AgentTrackSubscribed => "agent's track subscribed",
+        Milestone::AgentSpoke => "agent spoke",
+        Milestone::Left => "left, cleaning up",
+        Milestone::RoomDeleted => "room deleted",
+        Milestone::DispatchAccepted | Milestone::AgentListening | Milestone::AgentFirstAudio => {
+            return None;
+        }
+    })
+}
+
+fn describe(report: &Report) -> String {
+    let joined = || match report.timeline.span(Span::AgentJoin) {
+        Some(_) => format!(
+            "agent joined after {}",
+            delay(report.timeline.span(Span::AgentJoin))
+        ),
+        None => "agent joined".to_owned(),
+    };
+    match &report.outcome {
+        Outcome::Ok => format!("ok, {}", joined()),
+        Outcome::Aborted => "aborted".to_owned(),
+        Outcome::Failed(failure) => {
+            let reason = failure.reason;
+            format!(
+                "failed: {} ({}): {}",
+                reason.label(),
+                reason.origin().label(),
+                failure.detail
+            )
+        }
+    }
+}
+
+/// Whether stderr can redraw lines.
+fn is_terminal() -> bool {
+    console::user_attended_stderr() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// Hands each log line to stderr whole, between two drawings of the live lines.
+pub(super) struct LogWriter(Option<MultiProgress>);
+
+pub(super) struct LogLine<'a> {
+    live: Option<&'a MultiProgress>,
+    text: Vec<u8>,
+}
+
+impl<'a> MakeWriter<'a> for LogWriter {
+    type Writer = LogLine<'a>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        LogLine {
+            live: self.0.as_ref(),
+            text: Vec::new(),
+        }
+    }
+}
+
+impl Write for LogLine<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.text.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for LogLine<'_> {
+    fn drop(&mut self) {
+        let text = String::from_utf8_lossy(&self.text);
+        let text = text.trim_end();
+        match self.live {
+            Some(live) => live.suspend(|| complain(text)),
+            None => complain(text),
+        }
+    }
+}

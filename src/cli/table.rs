@@ -1,0 +1,266 @@
+//! The result of a batch as a table for people: one row a room, then what failed and why.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+
+use super::json::session_url;
+use crate::batch::{BatchReport, ProbeReport};
+use crate::config::Project;
+use crate::probe::{Evidence, Failure, Milestone, Outcome, Reason, Report, Span, Turn};
+
+/// Below it, the table leaves out what matters least.
+const FULL_WIDTH: u16 = 120;
+
+/// Columns of the terminal that the result goes to; `None` where it goes elsewhere.
+pub(super) fn terminal_width() -> Option<u16> {
+    console::Term::stdout()
+        .size_checked()
+        .map(|(_rows, columns)| columns)
+}
+
+/// Ends with a newline. Times of day are UTC.
+pub(super) fn render(batch: &BatchReport, project: &Project, width: Option<u16>) -> String {
+    let mut text = String::new();
+    if !batch.probes.is_empty() {
+        text = rows(batch, width);
+        text.push_str("\n\n");
+    }
+    text.push_str(&summary(batch));
+    text.push('\n');
+    for (rooms, probe, failure) in failures(batch) {
+        text.push('\n');
+        text.push_str(&failure_block(&rooms, &probe.report, failure, project));
+    }
+    text
+}
+
+struct Column {
+    header: &'static str,
+    alignment: CellAlignment,
+    cell: fn(&ProbeReport) -> String,
+}
+
+/// Below [`FULL_WIDTH`] the table fits 80 columns: it leaves out what the other columns imply, and breaks room names.
+fn columns(narrow: bool) -> Vec<Column> {
+    let text = |header, cell| Column {
+        header,
+        alignment: CellAlignment::Left,
+        cell,
+    };
+    let number = |header, cell| Column {
+        header,
+        alignment: CellAlignment::Right,
+        cell,
+    };
+    let dispatched = text("dispatched\nat (UTC)", |probe| {
+        time(probe, Milestone::DispatchSent)
+    });
+    let join = number("join\ndelay", |probe| join_delay(&probe.report));
+    let speech = number("first\nspeech", |probe| {
+        delay(probe.report.timeline.span(Span::FirstSpeech))
+    });
+    let reply = number("reply", |probe| {
+        delay(probe.report.turns.iter().find_map(Turn::reply_delay))
+    });
+    let outcome = text("outcome", |probe| outcome(&probe.report).to_owned());
+    if narrow {
+        let room = text("room", |probe| {
+            let name = &probe.report.room.0;
+            match name.rsplit_once('-') {
+                Some((start, end)) => format!("{start}-\n{end}"),
+                None => name.clone(),
+            }
+        });
+        return vec![room, dispatched, join, speech, reply, outcome];
+    }
+    vec![
+        text("room", |probe| probe.report.room.to_string()),
+        dispatched,
+        text("joined\nat (UTC)", |probe| {
+            time(probe, Milestone::AgentJoined)
+        }),
+        join,
+        number("track sub-\nscribed", |probe| {
+            delay(track_delay(&probe.report))
+        }),
+        text("echo pub-\nlished", |probe| {
+            let published = probe.report.timeline.get(Milestone::EchoPublished);
+            if published.is_some() { "yes" } else { "-" }.to_owned()
+        }),
+        speech,
+        reply,
+        outcome,
+    ]
+}
+
+fn rows(batch: &BatchReport, width: Option<u16>) -> String {
+    let columns = columns(width.is_some_and(|width| width < FULL_WIDTH));
+    let rule = LineStyle::none().fill('-').junction('-');
+    let mut table = Table::new();
+    table.load_style(TableStyle::new().header_separator(rule));
+    let headers = columns.iter().map(|column| column.header);
+    table.set_header(std::iter::once("#").chain(headers));
+    for (index, probe) in batch.probes.iter().enumerate() {
+        let cells = columns.iter().map(|column| (column.cell)(probe));
+        table.add_row(std::iter::once((index + 1).to_string()).chain(cells));
+    }
+    let alignments = columns.iter().map(|column| column.alignment);
+    let alignments = std::iter::once(CellAlignment::Right).chain(alignments);
+    for (column, alignment) in table.column_iter_mut().zip(alignments) {
+        column.set_padding((0, 2)).set_cell_alignment(alignment);
+    }
+    table.trim_fmt()
+}
+
+/// Time of day of a milestone, from the wall clock of the probe's start and the monotonic clock since.
+fn time(probe: &ProbeReport, milestone: Milestone) -> String {
+    let since = probe.report.timeline.since_started(milestone);
+    let at: Option<DateTime<Utc>> = since.map(|since| probe.started_at + since);
+    at.map_or_else(|| "-".to_owned(), |at| at.format("%H:%M:%S").to_string())
+}
+
+/// Seconds to the millisecond, or `-`.
+pub(super) fn delay(duration: Option<Duration>) -> String {
+    duration.map_or_else(
+        || "-".to_owned(),
+        |duration| format!("{:.3} s", duration.as_secs_f64()),
+    )
+}
+
+fn join_delay(report: &Report) -> String {
+    let bound = if report.join_upper_bound { "≤ " } else { "" };
+    let span = report.timeline.span(Span::AgentJoin);
+    span.map_or_else(
+        || delay(None),
+        |span| format!("{bound}{}", delay(Some(span))),
+    )
+}
+
+/// From the dispatch, as the other delays, so that a row reads as one clock.
+fn track_delay(report: &Report) -> Option<Duration> {
+    let sent = report.timeline.get(Milestone::DispatchSent)?;
+    let subscribed = report.timeline.get(Milestone::AgentTrackSubscribed)?;
+    subscribed.checked_duration_since(sent)
+}
+
+fn outcome(report: &Report) -> &'static str {
+    match &report.outcome {
+        Outcome::Ok => "ok",
+        Outcome::Aborted => "aborted",
+        Outcome::Failed(failure) => failure.reason.label(),
+    }
+}
+
+fn summary(batch: &BatchReport) -> String {
+    let summary = batch.summary();
+    let mut text = format!("{} of {} rooms ok", summary.ok, batch.probes.len());
+    for (count, what) in [(summary.failed, "failed"), (summary.aborted, "aborted")] {
+        if count > 0 {
+            write!(text, ", {count} {what}").expect("writing to a string can't fail");
+        }
+    }
+    if let Some(delays) = summary.join_delay {
+        let [p50, p90, max] = [delays.p50, delays.p90, delays.max].map(|one| delay(Some(one)));
+        write!(text, "; join delay p50 {p50}, p90 {p90}, max {max}")
+            .expect("writing to a string can't fail");
+    }
+    if let Some(rest) = &batch.not_opened {
+        let rooms = if rest.rooms == 1 { "room" } else { "rooms" };
+        write!(text, "\n{} {rooms} did not open: {}", rest.rooms, rest.why)
+            .expect("writing to a string can't fail");
+    }
+    text
+}
+
+/// Failed rooms, where the same happened to several of them told once.
+fn failures(batch: &BatchReport) -> Vec<(Vec<usize>, &ProbeReport, &Failure)> {
+    let mut groups: Vec<(Vec<usize>, &ProbeReport, &Failure)> = Vec::new();
+    for (index, probe) in batch.probes.iter().enumerate() {
+        let Outcome::Failed(failure) = &probe.report.outcome else {
+            continue;
+        };
+        let same = groups.iter_mut().find(|(_, other, other_failure)| {
+            *other_failure == failure && other.report.evidence == probe.report.evidence
+        });
+        match same {
+            Some((rooms, ..)) => rooms.push(index + 1),
+            None => groups.push((vec![index + 1], probe, failure)),
+        }
+    }
+    groups
+}
+
+fn failure_block(rooms: &[usize], report: &Report, failure: &Failure, project: &Project) -> String {
+    let numbers: Vec<String> = rooms.iter().map(ToString::to_string).collect();
+    let rooms = if let [_] = rooms { "room" } else { "rooms" };
+    let mut lines = vec![
+        format!(
+            "{rooms} {}: {} (origin: {})",
+            numbers.join(", "),
+            reason(failure.reason),
+            failure.reason.origin().label()
+        ),
+        failure.detail.clone(),
+    ];
+    lines.extend(evidence(&report.evidence));
+    if let Some(url) = session_url(report, project) {
+        lines.push(format!("session: {url}"));
+    }
+    lines.join("\n  ") + "\n"
+}
+
+fn reason(reason: Reason) -> String {
+    match reason {
+        Reason::PlanLimit(kind) => format!("{} ({})", reason.label(), kind.label()),
+        _ => reason.label().to_owned(),
+    }
+}
+
+/// What a person needs to go on from here; the JSON has it all.
+fn evidence(evidence: &Evidence) -> Vec<String> {
+    let mut lines = Vec::new();
+    if let Some(step) = evidence.step {
+        let deadline = evidence
+            .deadline_seconds
+            .map_or_else(String::new, |seconds| format!(", deadline {seconds} s"));
+        lines.push(format!("step: {step}{deadline}"));
+    }
+    if let Some(status) = evidence.http_status {
+        let code = evidence.twirp_code.as_deref();
+        let code = code.map_or_else(String::new, |code| format!(", code {code}"));
+        lines.push(format!("HTTP status: {status}{code}"));
+    }
+    if let Some(answer) = &evidence.answer {
+        lines.push(format!("answer: {}", one_line(answer)));
+    }
+    if let Some(seconds) = evidence.retry_after_seconds {
+        lines.push(format!("retry after: {seconds} s"));
+    }
+    match evidence.dispatches.as_deref() {
+        Some([]) => lines.push("dispatches: none listed".to_owned()),
+        Some(listed) => lines.extend(listed.iter().map(|one| format!("dispatch: {one}"))),
+        None => {}
+    }
+    if !evidence.participants.is_empty() {
+        lines.push(format!("in the room: {}", evidence.participants.join(", ")));
+    }
+    lines.extend(evidence.notes.iter().map(|note| format!("note: {note}")));
+    lines.into_iter().map(|line| one_line(&line)).collect()
+}
+
+/// A server's words, without the control characters that could redraw a terminal, and not longer than a reader needs.
+fn one_line(text: &str) -> String {
+    const LONGEST: usize = 300;
+    let mut line: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(LONGEST)
+        .collect();
+    if text.chars().count() > LONGEST {
+        line.push('…');
+    }
+    line
+}
