@@ -1,0 +1,231 @@
+"""The voice agent that the scenarios deploy: a livekit-agents worker that needs no key of any model.
+
+What a job does is chosen by its dispatch metadata, a JSON object with `behaviour` (a key of BEHAVIOURS, default
+`greet`) and that behaviour's own settings. What a job saw goes to the file REPORT, one JSON object a line, each with
+`room`, `event` and `at` (Unix seconds). The worker itself is set up by the environment:
+
+  LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET   the server
+  AGENT_NAME      the name to register under; empty: unnamed, and LiveKit sends it to every new room
+  AGENT_LOAD      the load that it claims, 0 to 1 (a server passes over a worker above 0.7)
+  AGENT_EXECUTOR  `process` (default) or `thread`, as jobs run
+  AGENT_IDLE      processes kept warm
+  REPORT          path of the report
+"""
+
+import asyncio
+import json
+import logging
+import os
+import time
+import zlib
+
+import numpy as np
+
+from livekit import rtc
+from livekit.agents import Agent, AgentServer, AgentSession, JobContext, JobExecutorType
+
+SPEECH_RATE = 24_000
+LISTEN_RATE = 16_000
+FRAME_MS = 20
+# Below this RMS (of full scale 1.0) a frame is silence; the tone itself is at 0.35.
+AUDIBLE = 0.01
+# The part of a frame's energy that must lie at one frequency for it to be that tone.
+PURITY = 0.5
+# So many tone frames in a row begin an echo, so much silence ends it.
+BEGIN_FRAMES = 5
+END_SECONDS = 0.4
+
+
+def tone_of(room: str) -> int:
+    """The room's own frequency in Hz, so that a neighbour's echo isn't taken for one's own."""
+    return 400 + 50 * (zlib.crc32(room.encode()) % 20)
+
+
+def report(room: str, event: str, **details: object) -> None:
+    """Appends one line to the report; O_APPEND keeps the lines of several processes whole."""
+    line = json.dumps({"room": room, "event": event, "at": time.time(), **details}) + "\n"
+    fd = os.open(os.environ["REPORT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(fd, line.encode())
+    finally:
+        os.close(fd)
+
+
+async def tone(frequency: int, seconds: float):
+    """A tone in frames of 20 ms, as fast as it is taken."""
+    samples = SPEECH_RATE * FRAME_MS // 1000
+    for start in range(0, int(SPEECH_RATE * seconds), samples):
+        phase = np.arange(start, start + samples) * (2 * np.pi * frequency / SPEECH_RATE)
+        pcm = (np.sin(phase) * 0.5 * 32767).astype(np.int16)
+        yield rtc.AudioFrame(pcm.tobytes(), SPEECH_RATE, 1, samples)
+
+
+def is_tone(pcm: np.ndarray, frequency: int) -> bool:
+    """Goertzel's question, asked by a dot product: does most of this frame's energy lie at `frequency`?"""
+    signal = pcm.astype(np.float64) / 32768
+    energy = float(np.dot(signal, signal))
+    if energy / len(signal) < AUDIBLE**2:
+        return False
+    turns = np.exp(-2j * np.pi * frequency * np.arange(len(signal)) / LISTEN_RATE)
+    at_frequency = 2 * abs(np.dot(signal, turns)) ** 2 / len(signal)
+    return at_frequency / energy > PURITY
+
+
+async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None:
+    """Reports every stretch of the room's own tone in `track`, when it begins and when it has ended."""
+    frequency = tone_of(room)
+    began = None
+    frames = 0
+    last = 0.0
+    stream = rtc.AudioStream(track, sample_rate=LISTEN_RATE, num_channels=1, frame_size_ms=FRAME_MS)
+    async for event in stream:
+        now = time.time()
+        if is_tone(np.frombuffer(event.frame.data, dtype=np.int16), frequency):
+            frames += 1
+            last = now
+            if frames == BEGIN_FRAMES:
+                began = now - BEGIN_FRAMES * FRAME_MS / 1000
+                report(room, "echo_began", began=began)
+        elif now - last > END_SECONDS:
+            if began is not None:
+                seconds = frames * FRAME_MS / 1000
+                report(room, "echo_ended", began=began, ended=last, seconds=seconds)
+                heard.put_nowait(seconds)
+            began = None
+            frames = 0
+
+
+class Job:
+    """One job: its room, its order, and the echoes that it hears."""
+
+    def __init__(self, ctx: JobContext, order: dict):
+        self.ctx = ctx
+        self.order = order
+        self.room = ctx.job.room.name
+        self.heard = asyncio.Queue()
+        self.listening = []
+
+    async def connect(self) -> None:
+        await asyncio.sleep(self.order.get("connect_after", 0))
+        self.ctx.room.on("track_subscribed", self.subscribed)
+        report(self.room, "connecting")
+        await self.ctx.connect()
+        report(self.room, "connected", identity=self.ctx.room.local_participant.identity)
+
+    def subscribed(self, track, publication, participant) -> None:
+        report(
+            self.room,
+            "caller",
+            identity=participant.identity,
+            attributes=dict(participant.attributes),
+            source=rtc.TrackSource.Name(publication.source),
+        )
+        if track.kind == rtc.TrackKind.KIND_AUDIO:
+            self.listening.append(
+                asyncio.create_task(hear_echoes(self.room, track, self.heard))
+            )
+
+    async def session(self) -> AgentSession:
+        # vad=None: the bundled one costs CPU, and nothing here takes turns by it.
+        session = AgentSession(vad=None)
+        await session.start(agent=Agent(instructions=""), room=self.ctx.room, record=False)
+        return session
+
+    async def say(self, session: AgentSession, event: str) -> None:
+        seconds = self.order.get("seconds", 2)
+        began = time.time()
+        handle = session.say("(tone)", audio=tone(tone_of(self.room), seconds))
+        await handle.wait_for_playout()
+        report(self.room, event, began=began, ended=time.time())
+
+    async def publish(self) -> rtc.AudioSource:
+        source = rtc.AudioSource(SPEECH_RATE, 1)
+        track = rtc.LocalAudioTrack.create_audio_track("voice", source)
+        # Without DTX silence is sent as packets like any other sound.
+        options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
+        await self.ctx.room.local_participant.publish_track(track, options)
+        return source
+
+
+async def greet(job: Job) -> None:
+    """Speaks first, as every agent does that a canary can watch; listens for the rest of the call."""
+    await job.connect()
+    await job.say(await job.session(), "greeted")
+
+
+async def reply(job: Job) -> None:
+    """Greets, and answers the first echo once."""
+    await job.connect()
+    session = await job.session()
+    await job.say(session, "greeted")
+    await job.heard.get()
+    await job.say(session, "replied")
+
+
+async def leave(job: Job) -> None:
+    """Greets and hangs up `after` seconds later."""
+    await job.connect()
+    await job.say(await job.session(), "greeted")
+    await asyncio.sleep(job.order.get("after", 0))
+    job.ctx.shutdown("hangs up")
+
+
+async def never_connect(job: Job) -> None:
+    await asyncio.Event().wait()
+
+
+async def no_track(job: Job) -> None:
+    await job.connect()
+
+
+async def no_packets(job: Job) -> None:
+    await job.connect()
+    await job.publish()
+
+
+async def silence(job: Job) -> None:
+    await job.connect()
+    source = await job.publish()
+    samples = SPEECH_RATE * FRAME_MS // 1000
+    frame = rtc.AudioFrame(bytes(2 * samples), SPEECH_RATE, 1, samples)
+    while job.ctx.room.isconnected():
+        await source.capture_frame(frame)
+
+
+BEHAVIOURS = {
+    behaviour.__name__: behaviour
+    for behaviour in (greet, reply, leave, never_connect, no_track, no_packets, silence)
+}
+
+
+async def entrypoint(ctx: JobContext) -> None:
+    metadata = ctx.job.metadata
+    report(ctx.job.room.name, "job", pid=os.getpid(), metadata=metadata)
+    order = json.loads(metadata) if metadata else {}
+    await BEHAVIOURS[order.get("behaviour", "greet")](Job(ctx, order))
+
+
+def claimed_load(*_) -> float:
+    return float(os.environ.get("AGENT_LOAD", "0"))
+
+
+async def main() -> None:
+    executor = JobExecutorType[os.environ.get("AGENT_EXECUTOR", "process").upper()]
+    server = AgentServer(
+        job_executor_type=executor,
+        num_idle_processes=int(os.environ.get("AGENT_IDLE", "1")),
+        # A cold interpreter takes seconds on a loaded machine; the default of 10 s gives up on it.
+        initialize_process_timeout=60,
+        load_fnc=claimed_load,
+        load_threshold=0.7,
+        host="127.0.0.1",
+        port=0,
+        preload_modules=["numpy"],
+    )
+    server.rtc_session(entrypoint, agent_name=os.environ.get("AGENT_NAME", ""))
+    await server.run()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    asyncio.run(main())
