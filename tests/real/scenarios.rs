@@ -1,0 +1,708 @@
+//! The table of scenarios: what is done to the product, and what must come of it.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::canary::{Batch, Canary, Finished, Probe, Settings};
+use crate::stack::wait_for;
+use crate::stack::{AGENT, Agent, BUSY_AGENT, Event, KEY, SECRET, Site, Stack, TlsProxy, kill};
+
+/// What every scenario gets.
+pub struct Ground<'a> {
+    pub stack: Stack,
+    /// A server with [`AGENT`] and [`BUSY_AGENT`], shared by all scenarios that harm neither.
+    pub shared: &'a Site,
+}
+
+pub struct Scenario {
+    /// The sentence that is false where it fails.
+    pub name: &'static str,
+    pub expected: &'static str,
+    /// Does it, checks it, and says what was seen.
+    pub run: fn(&Ground) -> anyhow::Result<String>,
+}
+
+macro_rules! scenarios {
+    ($($name:ident: $expected:literal,)*) => {
+        /// The longest first, so that none of them is left alone at the end.
+        pub const SCENARIOS: &[Scenario] = &[
+            $(Scenario { name: stringify!($name), expected: $expected, run: $name },)*
+        ];
+    };
+}
+
+scenarios! {
+    killed_job_is_an_agent_that_left_early: "agent_left_early, exit 1",
+    killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1",
+    frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4",
+    late_agent_changes_no_verdict_and_leaves_nothing_behind: "no agent; 15 s later no room, exit 1",
+    five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0",
+    panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4",
+    delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s",
+    no_worker_at_all_is_dispatch_unanswered: "dispatch_unanswered, exit 1",
+    busy_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1",
+    wrong_agent_name_is_dispatch_unanswered: "dispatch_unanswered, exit 1",
+    agent_that_never_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1",
+    agent_without_packets_is_silent: "agent_silent with a join delay, exit 1",
+    agent_with_a_track_of_silence_is_silent: "agent_silent with a join delay, exit 1",
+    agent_without_a_track_has_no_track: "agent_no_track with a join delay, exit 1",
+    agent_that_hangs_up_left_early: "agent_left_early, exit 1",
+    agent_that_may_leave_after_speech_is_ok: "ok, exit 0",
+    second_agent_is_a_duplicate: "agent_duplicate, exit 1",
+    answering_agent_has_a_reply_delay: "ok with a reply delay, exit 0",
+    missing_reply_is_agent_no_reply: "agent_no_reply, exit 1",
+    continuous_echo_is_heard: "ok, echo heard, exit 0",
+    one_by_one_holds_each_room_from_its_own_join: "ok, each room for its own hold, exit 0",
+    metadata_and_attributes_reach_the_agent: "ok, canary=true seen, exit 0",
+    unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0",
+    server_off_loopback_is_ok: "ok, exit 0",
+    wss_with_a_private_authority_is_ok: "ok, exit 0",
+    untrusted_certificate_is_unreachable: "unreachable, exit 4",
+    certificate_for_another_name_is_unreachable: "unreachable, exit 4",
+    two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0",
+    room_deleted_by_somebody_else_is_removed: "removed, exit 4",
+    participant_removed_by_somebody_else_is_removed: "removed, exit 4",
+    killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4",
+    wrong_secret_is_a_config_error: "auth_rejected, exit 2",
+    unknown_host_is_unreachable: "unreachable, exit 4",
+    closed_port_is_unreachable: "unreachable, exit 4",
+    five_mistakes_are_reported_at_once: "five problems, exit 2",
+    ctrl_c_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
+    sigterm_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
+}
+
+// --- what all of them ask ---
+
+fn verdict(probe: &Probe) -> &str {
+    probe.reason.as_deref().unwrap_or(&probe.outcome)
+}
+
+/// Exit code and the verdict of every room.
+fn expect(finished: &Finished, code: i32, wanted: &[&str]) -> anyhow::Result<Batch> {
+    let batch = finished.batch()?;
+    let verdicts: Vec<_> = batch.probes.iter().map(verdict).collect();
+    ensure!(
+        finished.code == Some(code) && verdicts == wanted,
+        "expected {wanted:?} and exit {code}, seen {verdicts:?} and {}",
+        finished.all()
+    );
+    Ok(batch)
+}
+
+/// The server holds none of the batch's rooms.
+fn expect_gone(site: &Site, batch: &Batch) -> anyhow::Result<()> {
+    let rooms = site.api.rooms()?;
+    let left: Vec<_> = batch
+        .probes
+        .iter()
+        .filter(|probe| rooms.contains(&probe.room))
+        .collect();
+    ensure!(left.is_empty(), "still on the server: {left:?}");
+    Ok(())
+}
+
+/// All rooms ok, exit 0, nothing left on the server.
+fn expect_ok(site: &Site, finished: &Finished, rooms: usize) -> anyhow::Result<Batch> {
+    let batch = expect(finished, 0, &vec!["ok"; rooms])?;
+    expect_gone(site, &batch)?;
+    Ok(batch)
+}
+
+/// The agent in the room of this probe heard the whole of its own greeting, once, after it had spoken it.
+fn expect_heard(site: &Site, probe: &Probe) -> anyhow::Result<f64> {
+    let events = site.events()?;
+    let of_room = |name: &str| {
+        events
+            .iter()
+            .filter(|event| event.room() == probe.room && event.name() == name)
+            .collect::<Vec<_>>()
+    };
+    let (greeted, echoes) = (of_room("greeted"), of_room("echo_ended"));
+    ensure!(
+        greeted.len() == 1 && echoes.len() == 1,
+        "{}: {} greetings, {} echoes heard",
+        probe.room,
+        greeted.len(),
+        echoes.len()
+    );
+    let seconds = echoes[0].number("seconds")?;
+    ensure!(seconds > 1.8, "{}: only {seconds} s of 2 heard", probe.room);
+    let after = echoes[0].number("began")? - greeted[0].number("ended")?;
+    ensure!(
+        after > 0.0,
+        "{}: echoed {after} s into its greeting",
+        probe.room
+    );
+    Ok(after)
+}
+
+/// The least and the most of a figure over all probes, as text.
+fn range(batch: &Batch, figure: impl Fn(&Probe) -> Option<f64>) -> anyhow::Result<String> {
+    let figures: Option<Vec<_>> = batch.probes.iter().map(figure).collect();
+    let figures = figures.with_context(|| format!("a figure is missing: {batch:?}"))?;
+    let least = figures.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = figures.iter().copied().fold(0.0, f64::max);
+    Ok(format!("{least:.3}-{most:.3} s"))
+}
+
+fn joins(batch: &Batch) -> anyhow::Result<String> {
+    range(batch, |probe| probe.join_delay_seconds)
+}
+
+/// A report from the job of the scenario that put `tag` into its order.
+fn wait_for_job(site: &Site, tag: &str, event: &str) -> anyhow::Result<Event> {
+    let limit = Duration::from_secs(30);
+    let job = site.wait_for_event("the job to start", limit, |seen| {
+        seen.name() == "job" && seen.text("metadata").contains(tag)
+    })?;
+    if event == "job" {
+        return Ok(job);
+    }
+    site.wait_for_event(event, limit, |seen| {
+        seen.name() == event && seen.room() == job.room()
+    })
+}
+
+// --- it goes well ---
+
+fn five_rooms_open_in_order_and_the_agent_hears_every_echo(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let site = ground.shared;
+    let finished = Canary::once()
+        .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", "8s"])
+        .env("LIVEKIT_URL", &site.url)
+        .env("LIVEKIT_API_KEY", KEY)
+        .env("LIVEKIT_API_SECRET", SECRET)
+        .start()?
+        .finish()?;
+    let batch = expect_ok(site, &finished, 5)?;
+    for pair in batch.probes.windows(2) {
+        let (joined, sent) = (pair[0].at("AgentJoined")?, pair[1].at("DispatchSent")?);
+        ensure!(joined < sent, "{} opened too early", pair[1].room);
+    }
+    let positions: Vec<_> = batch.probes.iter().map(|probe| &*probe.position).collect();
+    ensure!(positions == ["first", "later", "later", "later", "later"]);
+    for probe in &batch.probes {
+        expect_heard(site, probe)?;
+    }
+    Ok(format!(
+        "5 ok, in order, 5 echoes heard, join {}",
+        joins(&batch)?
+    ))
+}
+
+fn delayed_agent_has_at_least_its_delay_as_join_delay(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Settings::new(ground.shared)
+        .order(&json!({"connect_after": 2.0}))
+        .set("batch.rooms", 3)
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 3)?;
+    for probe in &batch.probes {
+        ensure!(probe.join_delay_seconds >= Some(2.0), "{probe:?}");
+    }
+    Ok(format!("3 ok, join {}", joins(&batch)?))
+}
+
+fn answering_agent_has_a_reply_delay(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Settings::new(ground.shared)
+        .order(&json!({"behaviour": "reply"}))
+        .set("expect.reply", true)
+        .set("batch.hold", "12s")
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 1)?;
+    Ok(format!(
+        "ok, reply after {}",
+        range(&batch, |probe| probe.reply_delay_seconds)?
+    ))
+}
+
+fn continuous_echo_is_heard(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Settings::new(ground.shared)
+        .set("echo.mode", "continuous")
+        .set("echo.delay", "3s")
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 1)?;
+    let after = expect_heard(ground.shared, &batch.probes[0])?;
+    Ok(format!("ok, heard {after:.1} s after the greeting"))
+}
+
+fn one_by_one_holds_each_room_from_its_own_join(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Settings::new(ground.shared)
+        .set("batch.rooms", 3)
+        .set("batch.stay", "one_by_one")
+        .set("batch.hold", "6s")
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 3)?;
+    let open =
+        |probe: &Probe| Some(probe.seconds("Left").ok()? - probe.seconds("AgentJoined").ok()?);
+    for probe in &batch.probes {
+        let seconds = open(probe).context("never left")?;
+        ensure!((6.0..8.0).contains(&seconds), "held for {seconds} s");
+    }
+    Ok(format!("3 ok, each held for {}", range(&batch, open)?))
+}
+
+fn metadata_and_attributes_reach_the_agent(ground: &Ground) -> anyhow::Result<String> {
+    let order = json!({"behaviour": "greet", "note": "metadata arrives whole"});
+    let finished = Settings::new(ground.shared)
+        .order(&order)
+        .set("attributes.team", "blue")
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 1)?;
+    let job = wait_for_job(ground.shared, "metadata arrives whole", "job")?;
+    ensure!(job.room() == batch.probes[0].room);
+    ensure!(job.text("metadata") == order.to_string());
+    let caller = wait_for_job(ground.shared, "metadata arrives whole", "caller")?;
+    let attributes = caller.attributes();
+    ensure!(
+        attributes["canary"] == "true" && attributes["team"] == "blue",
+        "{attributes}"
+    );
+    ensure!(caller.text("source") == "SOURCE_MICROPHONE");
+    Ok(format!("ok, the agent saw {attributes}"))
+}
+
+fn unnamed_agent_comes_by_automatic_dispatch(ground: &Ground) -> anyhow::Result<String> {
+    let site = ground.stack.start(&[Agent::named("")])?;
+    let finished = Settings::new(&site)
+        .without("agent_name")
+        .set("dispatch.mode", "automatic")
+        .set("batch.rooms", 2)
+        .run()?;
+    let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
+    for probe in &batch.probes {
+        expect_heard(&site, probe)?;
+    }
+    Ok(format!("2 ok, join {}", joins(&batch)?))
+}
+
+fn server_off_loopback_is_ok(ground: &Ground) -> anyhow::Result<String> {
+    let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
+    let finished = Settings::new(&site).set("batch.rooms", 2).run()?;
+    let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
+    for probe in &batch.probes {
+        expect_heard(&site, probe)?;
+    }
+    Ok(format!("2 ok at {}, join {}", site.url, joins(&batch)?))
+}
+
+fn wss_with_a_private_authority_is_ok(ground: &Ground) -> anyhow::Result<String> {
+    let proxy = TlsProxy::start(ground.shared, "localhost")?;
+    let finished = Settings::new(ground.shared)
+        .project("url", proxy.url.as_str())
+        .project("ca_file", proxy.ca_file.display().to_string())
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 1)?;
+    expect_heard(ground.shared, &batch.probes[0])?;
+    Ok(format!("ok, join {}", joins(&batch)?))
+}
+
+fn two_batches_at_once_do_not_disturb_each_other(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared).set("batch.rooms", 2);
+    let (one, other) = (settings.once()?, settings.once()?);
+    let batches = [one.finish()?, other.finish()?];
+    for finished in &batches {
+        let batch = expect_ok(ground.shared, finished, 2)?;
+        for probe in &batch.probes {
+            expect_heard(ground.shared, probe)?;
+        }
+    }
+    Ok("2 + 2 ok, 4 echoes heard".to_owned())
+}
+
+fn agent_that_may_leave_after_speech_is_ok(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Settings::new(ground.shared)
+        .order(&json!({"behaviour": "leave"}))
+        .set("expect.agent_may_leave", "after_speech")
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 1)?;
+    Ok(format!("ok, join {}", joins(&batch)?))
+}
+
+// --- nobody comes ---
+
+/// No agent in any of two rooms, each within its join deadline (5 s) and two seconds more.
+fn expect_nobody(site: &Site, agent: &str) -> anyhow::Result<String> {
+    let finished = Settings::new(site)
+        .set("agent_name", agent)
+        .set("batch.rooms", 2)
+        .set("deadlines.join", "5s")
+        .run()?;
+    let batch = expect(&finished, 1, &["dispatch_unanswered"; 2])?;
+    expect_gone(site, &batch)?;
+    for probe in &batch.probes {
+        ensure!(probe.join_delay_seconds.is_none());
+        let seconds = probe.seconds("Left")? - probe.seconds("DispatchSent")?;
+        ensure!(seconds < 7.0, "{seconds} s for one room");
+    }
+    let seconds = range(&batch, |probe| probe.seconds("Left").ok())?;
+    Ok(format!("2 dispatch_unanswered, each after {seconds}"))
+}
+
+fn no_worker_at_all_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<String> {
+    expect_nobody(&ground.stack.start(&[])?, AGENT)
+}
+
+fn busy_worker_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<String> {
+    expect_nobody(ground.shared, BUSY_AGENT)
+}
+
+fn wrong_agent_name_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<String> {
+    expect_nobody(ground.shared, "no-such-agent")
+}
+
+fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let tag = "never-connects";
+    let running = Settings::new(ground.shared)
+        .order(&json!({"behaviour": "never_connect", "tag": tag}))
+        .set("deadlines.join", "5s")
+        .once()?;
+    let job = wait_for_job(ground.shared, tag, "job")?;
+    let listed = ground.shared.api.jobs(job.room())?;
+    let finished = running.finish()?;
+    let wanted = if listed > 0 {
+        "agent_no_show"
+    } else {
+        "dispatch_unanswered"
+    };
+    let batch = expect(&finished, 1, &[wanted])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok(format!("{wanted}; the server listed {listed} job(s)"))
+}
+
+fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let tag = "comes-late";
+    let running = Settings::new(ground.shared)
+        .order(&json!({"connect_after": 9, "tag": tag}))
+        .set("deadlines.join", "4s")
+        .once()?;
+    let job = wait_for_job(ground.shared, tag, "job")?;
+    let came_at = job.number("at")? + 9.0;
+    let finished = running.finish()?;
+    let batch = finished.batch()?;
+    let verdict = verdict(&batch.probes[0]).to_owned();
+    ensure!(
+        ["agent_no_show", "dispatch_unanswered"].contains(&&*verdict) && finished.code == Some(1),
+        "{}",
+        finished.all()
+    );
+    // The agent's own time of coming, and 15 s.
+    let until = came_at + 15.0;
+    wait_for(
+        "the late agent's time to pass",
+        Duration::from_secs(40),
+        || {
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "microseconds of this century fit"
+            )]
+            let now = chrono::Utc::now().timestamp_micros() as f64 / 1e6;
+            Ok((now > until).then_some(()))
+        },
+    )?;
+    expect_gone(ground.shared, &batch)?;
+    ensure!(ground.shared.api.participants(job.room())?.is_empty());
+    let connected = ground
+        .shared
+        .events()?
+        .iter()
+        .any(|event| event.room() == job.room() && event.name() == "connected");
+    Ok(format!(
+        "{verdict}, nothing left; the agent {} connect",
+        if connected { "did" } else { "didn't" }
+    ))
+}
+
+// --- somebody comes, and it goes wrong ---
+
+/// One room whose agent joins and then does as it is told; the verdict is on the agent, the join delay stands.
+fn expect_agent_fault(site: &Site, settings: &Settings, reason: &str) -> anyhow::Result<String> {
+    let finished = settings.run()?;
+    let batch = expect(&finished, 1, &[reason])?;
+    expect_gone(site, &batch)?;
+    let probe = &batch.probes[0];
+    ensure!(probe.origin.as_deref() == Some("agent"), "{probe:?}");
+    let seconds = finished.elapsed.as_secs_f64();
+    Ok(format!(
+        "{reason} after {seconds:.1} s, join {}",
+        joins(&batch)?
+    ))
+}
+
+fn fault(ground: &Ground, behaviour: &str, reason: &str) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared)
+        .order(&json!({"behaviour": behaviour}))
+        .set("deadlines.track", "4s")
+        .set("deadlines.speech", "5s");
+    expect_agent_fault(ground.shared, &settings, reason)
+}
+
+fn agent_without_packets_is_silent(ground: &Ground) -> anyhow::Result<String> {
+    fault(ground, "no_packets", "agent_silent")
+}
+
+fn agent_with_a_track_of_silence_is_silent(ground: &Ground) -> anyhow::Result<String> {
+    fault(ground, "silence", "agent_silent")
+}
+
+fn agent_without_a_track_has_no_track(ground: &Ground) -> anyhow::Result<String> {
+    fault(ground, "no_track", "agent_no_track")
+}
+
+fn agent_that_hangs_up_left_early(ground: &Ground) -> anyhow::Result<String> {
+    fault(ground, "leave", "agent_left_early")
+}
+
+fn missing_reply_is_agent_no_reply(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared)
+        .set("expect.reply", true)
+        .set("deadlines.reply", "3s")
+        .set("batch.hold", "15s");
+    expect_agent_fault(ground.shared, &settings, "agent_no_reply")
+}
+
+fn second_agent_is_a_duplicate(ground: &Ground) -> anyhow::Result<String> {
+    let tag = "has-a-twin";
+    let running = Settings::new(ground.shared)
+        .order(&json!({"tag": tag}))
+        .once()?;
+    let greeted = wait_for_job(ground.shared, tag, "greeted")?;
+    ground.shared.api.dispatch(greeted.room(), AGENT)?;
+    let batch = expect(&running.finish()?, 1, &["agent_duplicate"])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok(format!("agent_duplicate, join {}", joins(&batch)?))
+}
+
+fn killed_job_is_an_agent_that_left_early(ground: &Ground) -> anyhow::Result<String> {
+    let tag = "is-killed";
+    let running = Settings::new(ground.shared)
+        .order(&json!({"tag": tag}))
+        .set("batch.hold", "30s")
+        .once()?;
+    let job = wait_for_job(ground.shared, tag, "job")?;
+    wait_for_job(ground.shared, tag, "greeted")?;
+    kill(job.number("pid")?)?;
+    let killed = Instant::now();
+    let batch = expect(&running.finish()?, 1, &["agent_left_early"])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok(format!(
+        "agent_left_early, ended {:.1} s after the kill",
+        killed.elapsed().as_secs_f64()
+    ))
+}
+
+fn killed_worker_is_an_agent_that_left_early(ground: &Ground) -> anyhow::Result<String> {
+    let site = ground.stack.start(&[Agent::named(AGENT)])?;
+    let running = Settings::new(&site).set("batch.hold", "30s").once()?;
+    let limit = Duration::from_secs(30);
+    site.wait_for_event("greeted", limit, |event| event.name() == "greeted")?;
+    site.workers[0].signal(Signal::KILL)?;
+    let killed = Instant::now();
+    let batch = site.with_logs(expect(&running.finish()?, 1, &["agent_left_early"]))?;
+    expect_gone(&site, &batch)?;
+    Ok(format!(
+        "agent_left_early, ended {:.1} s after the kill",
+        killed.elapsed().as_secs_f64()
+    ))
+}
+
+fn room_deleted_by_somebody_else_is_removed(ground: &Ground) -> anyhow::Result<String> {
+    let tag = "room-is-deleted";
+    let running = Settings::new(ground.shared)
+        .order(&json!({"tag": tag}))
+        .once()?;
+    let greeted = wait_for_job(ground.shared, tag, "greeted")?;
+    ground.shared.api.delete_room(greeted.room())?;
+    let batch = expect(&running.finish()?, 4, &["removed"])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok(batch.probes[0].detail.clone().unwrap_or_default())
+}
+
+fn participant_removed_by_somebody_else_is_removed(ground: &Ground) -> anyhow::Result<String> {
+    let tag = "caller-is-removed";
+    let running = Settings::new(ground.shared)
+        .order(&json!({"tag": tag}))
+        .once()?;
+    let caller = wait_for_job(ground.shared, tag, "caller")?;
+    wait_for_job(ground.shared, tag, "greeted")?;
+    let identity = caller.text("identity");
+    ground
+        .shared
+        .api
+        .remove_participant(caller.room(), identity)?;
+    let batch = expect(&running.finish()?, 4, &["removed"])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok(batch.probes[0].detail.clone().unwrap_or_default())
+}
+
+/// Two rooms in mid-conversation on a site of their own, and what `harm` to its server makes of them.
+fn expect_signal_lost(
+    ground: &Ground,
+    harm: Signal,
+    limit: Duration,
+) -> anyhow::Result<(Batch, String)> {
+    let site = ground.stack.start(&[Agent::named(AGENT)])?;
+    let running = Settings::new(&site)
+        .project("api_timeout", "2s")
+        .set("deadlines.cleanup", "2s")
+        .set("batch.rooms", 2)
+        .set("batch.hold", "40s")
+        .once()?;
+    wait_for("two greetings", Duration::from_secs(40), || {
+        let events = site.events()?;
+        let greeted = events.iter().filter(|event| event.name() == "greeted");
+        Ok((greeted.count() == 2).then_some(()))
+    })?;
+    site.server.signal(harm)?;
+    let harmed = Instant::now();
+    let finished = running.finish()?;
+    let elapsed = harmed.elapsed();
+    let batch = site.with_logs(expect(&finished, 4, &["signal_lost"; 2]))?;
+    ensure!(elapsed < limit, "took {elapsed:?}");
+    for probe in &batch.probes {
+        ensure!(!probe.milestones.contains_key("RoomDeleted"), "{probe:?}");
+        let named = finished.stderr.contains(&probe.room);
+        ensure!(named, "{} isn't named: {}", probe.room, finished.all());
+    }
+    let seen = format!(
+        "2 signal_lost, ended after {:.1} s, rooms named",
+        elapsed.as_secs_f64()
+    );
+    Ok((batch, seen))
+}
+
+fn killed_server_is_signal_lost_at_once(ground: &Ground) -> anyhow::Result<String> {
+    // Verdict at once, then one refused attempt to delete.
+    expect_signal_lost(ground, Signal::KILL, Duration::from_secs(3)).map(|(_, seen)| seen)
+}
+
+fn frozen_server_is_signal_lost_and_its_rooms_are_named(ground: &Ground) -> anyhow::Result<String> {
+    // 20 s for the verdict, 2 s for the attempt to delete.
+    expect_signal_lost(ground, Signal::STOP, Duration::from_secs(22)).map(|(_, seen)| seen)
+}
+
+fn panicking_probe_harms_no_other(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Canary::once()
+        .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", "8s"])
+        .env("LIVEKIT_URL", &ground.shared.url)
+        .env("LIVEKIT_API_KEY", KEY)
+        .env("LIVEKIT_API_SECRET", SECRET)
+        .env("LIVEKIT_CANARY_FAULT", "panic:2")
+        .start()?
+        .finish()?;
+    let batch = expect(&finished, 4, &["ok", "ok", "internal", "ok", "ok"])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok("4 ok, 1 internal, five rooms gone".to_owned())
+}
+
+// --- we never get in ---
+
+fn expect_unreachable(settings: &Settings, says: &str) -> anyhow::Result<String> {
+    let finished = settings.run()?;
+    let batch = expect(&finished, 4, &["unreachable"])?;
+    let detail = batch.probes[0].detail.clone().unwrap_or_default();
+    ensure!(detail.contains(says), "{says:?} isn't in {detail:?}");
+    Ok(detail)
+}
+
+fn untrusted_certificate_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
+    let proxy = TlsProxy::start(ground.shared, "localhost")?;
+    let settings = Settings::new(ground.shared).project("url", proxy.url.as_str());
+    expect_unreachable(&settings, "TLS")
+}
+
+fn certificate_for_another_name_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
+    let proxy = TlsProxy::start(ground.shared, "elsewhere.test")?;
+    let settings = Settings::new(ground.shared)
+        .project("url", proxy.url.as_str())
+        .project("ca_file", proxy.ca_file.display().to_string());
+    expect_unreachable(&settings, "TLS")
+}
+
+fn unknown_host_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared).project("url", "ws://no-such-host.invalid:7880");
+    expect_unreachable(&settings, "no-such-host.invalid")
+}
+
+fn closed_port_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared).project("url", "ws://127.0.0.1:1");
+    expect_unreachable(&settings, "127.0.0.1:1")
+}
+
+fn wrong_secret_is_a_config_error(ground: &Ground) -> anyhow::Result<String> {
+    // Of the right one's length and start, so that the search for it in the output finds parts too.
+    let wrong = SECRET.replace("hold", "know");
+    let finished = Settings::new(ground.shared)
+        .project("api_secret", wrong.as_str())
+        .run()?;
+    ensure!(!finished.all().contains(&wrong), "{}", finished.all());
+    let batch = expect(&finished, 2, &["auth_rejected"])?;
+    Ok(batch.probes[0].detail.clone().unwrap_or_default())
+}
+
+fn five_mistakes_are_reported_at_once(_: &Ground) -> anyhow::Result<String> {
+    let config = r#"
+[projects.main]
+url = "ftp://example.test"
+api_key = "k"
+api_secret = "s"
+[targets.support]
+agent_name = "a"
+colour = "blue"
+[targets.support.batch]
+rooms = 0
+hold = "soon"
+[targets.support.echo]
+mode = "loud"
+"#;
+    let finished = Canary::once().config(config)?.start()?.finish()?;
+    ensure!(finished.code == Some(2), "{}", finished.all());
+    for mistake in ["url", "colour", "rooms", "hold", "mode"] {
+        ensure!(
+            finished.stderr.contains(mistake),
+            "no {mistake}: {}",
+            finished.stderr
+        );
+    }
+    ensure!(finished.stdout.is_empty());
+    Ok("all five named, exit 2".to_owned())
+}
+
+// --- we are told to stop ---
+
+fn expect_aborted(ground: &Ground, signal: Signal, tag: &str) -> anyhow::Result<String> {
+    let running = Settings::new(ground.shared)
+        .order(&json!({"tag": tag}))
+        .set("batch.rooms", 2)
+        .set("batch.hold", "60s")
+        .once()?;
+    wait_for_job(ground.shared, tag, "greeted")?;
+    running.signal(signal)?;
+    let signalled = Instant::now();
+    let finished = running.finish()?;
+    let elapsed = signalled.elapsed();
+    ensure!(elapsed < Duration::from_secs(5), "took {elapsed:?}");
+    let batch = expect(&finished, 130, &["aborted"; 2])?;
+    expect_gone(ground.shared, &batch)?;
+    Ok(format!(
+        "2 aborted, exit 130 after {:.2} s",
+        elapsed.as_secs_f64()
+    ))
+}
+
+fn ctrl_c_aborts_within_five_seconds(ground: &Ground) -> anyhow::Result<String> {
+    expect_aborted(ground, Signal::INT, "ctrl-c")
+}
+
+fn sigterm_aborts_within_five_seconds(ground: &Ground) -> anyhow::Result<String> {
+    expect_aborted(ground, Signal::TERM, "sigterm")
+}

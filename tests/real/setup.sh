@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Brings the real stack: livekit-server built from the pinned module, a Python environment with the pinned agent worker,
+# and the system tools that the scenarios use. Prints LIVEKIT_SERVER=… and PYTHON=… on stdout, all else on stderr.
+#
+# What is built stays in a cache folder, under a name that holds a hash of its pins; every step checks for itself, so an
+# empty cache, a full one and a half-written one all lead to the same stack.
+set -euo pipefail
+exec 3>&1 1>&2
+cd "$(dirname "$0")"
+
+cache="${XDG_CACHE_HOME:-$HOME/.cache}/livekit-canary"
+mkdir -p "$cache"
+# Two runs at the same time must not build into the same folder.
+exec 9>"$cache/lock"
+flock 9
+
+hash_of() { cat "$@" | sha256sum | cut -c1-16; }
+
+# A tool and the Debian package that brings it.
+missing=()
+need() { command -v "$1" >/dev/null || missing+=("$2"); }
+need haproxy haproxy
+need ip iproute2
+need setpriv util-linux
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "missing: ${missing[*]}; install them and run this again"
+    exit 1
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+server="$cache/livekit-server-$(hash_of go.mod go.sum)"
+if [ ! -x "$server" ]; then
+  command -v go >/dev/null || { echo "missing: go (1.26 or later)"; exit 1; }
+  echo "building livekit-server"
+  go build -o "$server.new" github.com/livekit/livekit-server/cmd/server
+  mv "$server.new" "$server"
+fi
+
+venv="$cache/agents-$( (python3 -VV; cat requirements.txt) | sha256sum | cut -c1-16)"
+if [ ! -e "$venv/complete" ]; then
+  echo "installing livekit-agents"
+  rm -rf "$venv"
+  python3 -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+  touch "$venv/complete"
+fi
+
+echo "LIVEKIT_SERVER=$server" >&3
+echo "PYTHON=$venv/bin/python" >&3

@@ -1,0 +1,506 @@
+//! The processes that a scenario runs against: servers, agent workers, a TLS proxy, each owned by a guard that ends it.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use crate::twirp;
+
+pub const KEY: &str = "scenario-key";
+/// No output of the product may ever hold it.
+pub const SECRET: &str = "scenario-secret-that-no-output-may-ever-hold";
+
+/// The name that a site's ordinary worker registers under.
+pub const AGENT: &str = "echo-tester";
+/// A worker that claims to be at full load.
+pub const BUSY_AGENT: &str = "busy-tester";
+
+/// What a scenario runs on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Stack {
+    /// livekit-server and a livekit-agents worker.
+    Real,
+}
+
+impl Stack {
+    pub const ALL: [Self; 1] = [Self::Real];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Real => "real",
+        }
+    }
+
+    /// Starts a server of this stack with workers of `agents`, and waits until all are ready.
+    pub fn start(self, agents: &[Agent]) -> anyhow::Result<Site> {
+        match self {
+            Self::Real => Site::start(agents, None),
+        }
+    }
+
+    /// The same on the far side of a veth pair, so that no address of it is loopback.
+    pub fn start_behind_veth(self, agents: &[Agent]) -> anyhow::Result<Site> {
+        match self {
+            Self::Real => Site::start(agents, Some(Namespace::create()?)),
+        }
+    }
+}
+
+/// A worker to start.
+#[derive(Clone, Copy)]
+pub struct Agent {
+    /// Empty: an unnamed worker, which LiveKit sends to every new room.
+    pub name: &'static str,
+    /// What it claims its load to be, 0 to 1.
+    pub load: f32,
+    /// `process` or `thread`: what each of its jobs runs in.
+    pub executor: &'static str,
+}
+
+impl Agent {
+    pub const fn named(name: &'static str) -> Self {
+        Self {
+            name,
+            load: 0.0,
+            executor: "process",
+        }
+    }
+}
+
+/// The programs of the real stack, as the set-up script names them.
+struct Tools {
+    server: String,
+    python: String,
+}
+
+impl Tools {
+    /// Runs the set-up script once a process.
+    fn get() -> anyhow::Result<&'static Self> {
+        static TOOLS: OnceLock<Tools> = OnceLock::new();
+        if let Some(tools) = TOOLS.get() {
+            return Ok(tools);
+        }
+        let output = Command::new(source("setup.sh"))
+            .stderr(Stdio::inherit())
+            .output()?;
+        ensure!(output.status.success(), "setup.sh: {}", output.status);
+        let output = String::from_utf8(output.stdout)?;
+        let value = |name: &str| {
+            output
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .map(str::to_owned)
+                .with_context(|| format!("setup.sh names no {name}"))
+        };
+        let tools = Self {
+            server: value("LIVEKIT_SERVER=")?,
+            python: value("PYTHON=")?,
+        };
+        Ok(TOOLS.get_or_init(|| tools))
+    }
+}
+
+fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/real")
+        .join(name)
+}
+
+/// One server with its workers; dropping it ends them all.
+pub struct Site {
+    /// What the product is told.
+    pub url: String,
+    pub api: twirp::Server,
+    pub server: Process,
+    pub workers: Vec<Process>,
+    /// Port of the server on its own address.
+    pub port: u16,
+    dir: TempDir,
+    /// Last, so that it goes after the processes that live in it.
+    namespace: Option<Namespace>,
+}
+
+impl Site {
+    fn start(agents: &[Agent], namespace: Option<Namespace>) -> anyhow::Result<Self> {
+        let tools = Tools::get()?;
+        let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
+        let port = free_ports()?;
+        let address = namespace
+            .as_ref()
+            .map_or(Ipv4Addr::LOCALHOST, |_| Namespace::INSIDE);
+        let config = dir.path().join("livekit.yaml");
+        fs::write(&config, server_config(address, port))?;
+
+        let mut command = within(namespace.as_ref(), &tools.server);
+        command.arg("--config").arg(&config);
+        let server = Process::spawn("livekit-server", command, dir.path())?;
+        let mut site = Self {
+            url: format!("ws://{address}:{port}"),
+            api: twirp::Server::new(format!("http://{address}:{port}")),
+            server,
+            workers: Vec::new(),
+            port,
+            dir,
+            namespace,
+        };
+        wait_for("livekit-server to answer", Duration::from_secs(30), || {
+            site.server.must_run()?;
+            Ok(site.api.rooms().is_ok().then_some(()))
+        })?;
+        for agent in agents {
+            site.workers.push(site.spawn(agent, tools)?);
+        }
+        for worker in &mut site.workers {
+            wait_for("the worker to register", Duration::from_mins(2), || {
+                worker.must_run()?;
+                let registered = worker.log()?.contains("registered worker");
+                Ok(registered.then_some(()))
+            })?;
+        }
+        Ok(site)
+    }
+
+    fn spawn(&self, agent: &Agent, tools: &Tools) -> anyhow::Result<Process> {
+        let mut command = within(self.namespace.as_ref(), &tools.python);
+        command
+            .arg(source("agent.py"))
+            .env("LIVEKIT_URL", &self.url)
+            .env("LIVEKIT_API_KEY", KEY)
+            .env("LIVEKIT_API_SECRET", SECRET)
+            .env("AGENT_NAME", agent.name)
+            .env("AGENT_LOAD", agent.load.to_string())
+            .env("AGENT_EXECUTOR", agent.executor)
+            .env("REPORT", self.report());
+        Process::spawn(&format!("agent-{}", agent.name), command, self.dir.path())
+    }
+
+    fn report(&self) -> PathBuf {
+        self.dir.path().join("report.jsonl")
+    }
+
+    /// Everything that the agents reported, oldest first.
+    pub fn events(&self) -> anyhow::Result<Vec<Event>> {
+        let report = match fs::read_to_string(self.report()) {
+            Ok(report) => report,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error.into()),
+        };
+        // A line that is still being written has no end yet.
+        let whole = report.rfind('\n').map_or("", |end| report.split_at(end).0);
+        whole
+            .lines()
+            .map(|line| Ok(Event(serde_json::from_str(line)?)))
+            .collect()
+    }
+
+    /// The first report that `wanted` takes, once it is there.
+    pub fn wait_for_event(
+        &self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> anyhow::Result<Event> {
+        wait_for(what, limit, || {
+            Ok(self.events()?.into_iter().find(|event| wanted(event)))
+        })
+    }
+
+    /// Adds the logs to an error, for a site that ends with its scenario.
+    pub fn with_logs<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
+        result.map_err(|error| anyhow::anyhow!("{error:#}\n{}", self.logs()))
+    }
+
+    /// The last lines of every log, for a person who looks for the cause of a failure.
+    pub fn logs(&self) -> String {
+        let processes = std::iter::once(&self.server).chain(&self.workers);
+        let tail = |process: &Process| {
+            let log = process.log().unwrap_or_else(|error| error.to_string());
+            let lines: Vec<_> = log.lines().collect();
+            let tail = lines[lines.len().saturating_sub(40)..].join("\n");
+            format!("--- {}\n{tail}\n", process.name)
+        };
+        processes.map(tail).collect()
+    }
+}
+
+/// One line of an agent's report.
+pub struct Event(Value);
+
+impl Event {
+    pub fn room(&self) -> &str {
+        self.text("room")
+    }
+
+    pub fn name(&self) -> &str {
+        self.text("event")
+    }
+
+    pub fn text(&self, key: &str) -> &str {
+        self.0[key].as_str().unwrap_or_default()
+    }
+
+    /// A figure; times are Unix seconds.
+    pub fn number(&self, key: &str) -> anyhow::Result<f64> {
+        self.0[key]
+            .as_f64()
+            .with_context(|| format!("no {key} in {}", self.0))
+    }
+
+    pub fn attributes(&self) -> &Value {
+        &self.0["attributes"]
+    }
+}
+
+fn server_config(address: Ipv4Addr, port: u16) -> String {
+    format!(
+        "port: {port}
+bind_addresses: [\"{address}\"]
+rtc:
+  tcp_port: {}
+  udp_port: {}
+  node_ip: {address}
+  use_external_ip: false
+  enable_loopback_candidate: {}
+keys:
+  {KEY}: {SECRET}
+",
+        port + 1,
+        port + 2,
+        address.is_loopback()
+    )
+}
+
+/// The first of three free ports in a row: API, media over TCP, media over UDP.
+pub fn free_ports() -> anyhow::Result<u16> {
+    static NEXT: AtomicU16 = AtomicU16::new(17_500);
+    for _ in 0..100 {
+        let port = NEXT.fetch_add(3, Ordering::Relaxed);
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+            && TcpListener::bind((Ipv4Addr::UNSPECIFIED, port + 1)).is_ok()
+            && UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port + 2)).is_ok();
+        if free {
+            return Ok(port);
+        }
+    }
+    bail!("no three free ports from 17500 on");
+}
+
+/// A process, its own process group, and a log of all it prints. Dropping it kills the group.
+pub struct Process {
+    pub name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    pub fn spawn(name: &str, mut command: Command, dir: &Path) -> anyhow::Result<Self> {
+        use std::os::unix::process::CommandExt as _;
+
+        let log = dir.join(format!("{name}.log"));
+        let file = fs::File::create(&log)?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("can't start {name}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            log,
+        })
+    }
+
+    /// Signals the process alone, not what it started.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    pub fn log(&self) -> anyhow::Result<String> {
+        Ok(String::from_utf8_lossy(&fs::read(&self.log)?).into_owned())
+    }
+
+    fn must_run(&mut self) -> anyhow::Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("{} ended: {status}\n{}", self.name, self.log()?),
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail only where everything is gone already.
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        let _ = self.child.wait();
+    }
+}
+
+/// Ends a process by its id, without a word.
+pub fn kill(pid: f64) -> anyhow::Result<()> {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a process id is an integer"
+    )]
+    let pid = Pid::from_raw(pid as i32).context("not a process id")?;
+    Ok(kill_process(pid, Signal::KILL)?)
+}
+
+/// A command that dies with the thread that started it, so that a killed test run leaves no server behind.
+fn within(namespace: Option<&Namespace>, program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]);
+    if let Some(namespace) = namespace {
+        command.args(["ip", "netns", "exec", &namespace.name]);
+    }
+    command.arg(program);
+    command
+}
+
+/// A network namespace, joined to ours by a veth pair.
+struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 231, 77, 1);
+    const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 231, 77, 2);
+
+    fn create() -> anyhow::Result<Self> {
+        let id = std::process::id();
+        let this = Self {
+            name: format!("canary-{id}"),
+        };
+        let (name, outer, inner) = (&this.name, format!("cnry{id}"), format!("cnri{id}"));
+        ip(&format!("netns add {name}"))?;
+        ip(&format!(
+            "link add {outer} type veth peer name {inner} netns {name}"
+        ))?;
+        ip(&format!("addr add {}/30 dev {outer}", Self::OUTSIDE))?;
+        ip(&format!("link set {outer} up"))?;
+        ip(&format!(
+            "-n {name} addr add {}/30 dev {inner}",
+            Self::INSIDE
+        ))?;
+        ip(&format!("-n {name} link set {inner} up"))?;
+        ip(&format!("-n {name} link set lo up"))?;
+        Ok(this)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // Takes the veth pair along. Fails only where creation had failed.
+        let _ = ip(&format!("netns del {}", self.name));
+    }
+}
+
+fn ip(arguments: &str) -> anyhow::Result<()> {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .context("ip")?;
+    ensure!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// A TLS proxy before a site, as LiveKit Cloud has one, with a certificate of a private authority.
+pub struct TlsProxy {
+    /// Host and port are what the certificate should be for: `localhost`.
+    pub url: String,
+    /// The authority's certificate.
+    pub ca_file: PathBuf,
+    _process: Process,
+    _dir: TempDir,
+}
+
+impl TlsProxy {
+    /// `name`: whom the certificate is for.
+    pub fn start(site: &Site, name: &str) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (authority, server) = certificates(name)?;
+        let ca_file = dir.path().join("ca.pem");
+        fs::write(&ca_file, authority)?;
+        fs::write(dir.path().join("server.pem"), server)?;
+        let port = free_ports()?;
+        let config = dir.path().join("haproxy.cfg");
+        fs::write(&config, proxy_config(dir.path(), port, site.port))?;
+        let mut command = within(None, "haproxy");
+        command.arg("-db").arg("-f").arg(&config);
+        let mut process = Process::spawn("haproxy", command, dir.path())?;
+        wait_for("haproxy to listen", Duration::from_secs(10), || {
+            process.must_run()?;
+            let connected = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port));
+            Ok(connected.is_ok().then_some(()))
+        })?;
+        Ok(Self {
+            url: format!("wss://localhost:{port}"),
+            ca_file,
+            _process: process,
+            _dir: dir,
+        })
+    }
+}
+
+fn proxy_config(dir: &Path, from: u16, to: u16) -> String {
+    format!(
+        "defaults
+  mode http
+  timeout connect 5s
+  timeout client 1m
+  timeout server 1m
+  timeout tunnel 1h
+frontend tls
+  bind 127.0.0.1:{from} ssl crt {}
+  default_backend livekit
+backend livekit
+  server livekit 127.0.0.1:{to}
+",
+        dir.join("server.pem").display()
+    )
+}
+
+/// An authority's certificate, and a server's certificate and key signed by it, all PEM.
+fn certificates(name: &str) -> anyhow::Result<(String, String)> {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+
+    let mut authority = CertificateParams::new(Vec::new())?;
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority_key = KeyPair::generate()?;
+    let authority_pem = authority.self_signed(&authority_key)?.pem();
+    let key = KeyPair::generate()?;
+    let issuer = Issuer::new(authority, authority_key);
+    let server = CertificateParams::new(vec![name.to_owned()])?.signed_by(&key, &issuer)?;
+    Ok((authority_pem, server.pem() + &key.serialize_pem()))
+}
+
+/// Asks again and again until there is an answer.
+pub fn wait_for<T>(
+    what: &str,
+    limit: Duration,
+    mut ask: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask()? {
+            return Ok(answer);
+        }
+        ensure!(start.elapsed() < limit, "waited {limit:?} for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

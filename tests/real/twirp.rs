@@ -1,0 +1,99 @@
+//! What the server itself says, asked by a client of its own: a mistake in the product's API client can't hide here.
+
+use anyhow::Context as _;
+use livekit_api::access_token::{AccessToken, VideoGrants};
+use serde_json::{Value, json};
+
+use crate::stack::{KEY, SECRET};
+
+/// A client of one server's Twirp API.
+#[derive(Clone)]
+pub struct Server {
+    agent: ureq::Agent,
+    base: String,
+}
+
+impl Server {
+    /// `base`: `http://host:port`.
+    pub fn new(base: String) -> Self {
+        let agent = ureq::Agent::config_builder()
+            .timeout_global(Some(std::time::Duration::from_secs(5)))
+            .build()
+            .into();
+        Self { agent, base }
+    }
+
+    /// Names of all rooms.
+    pub fn rooms(&self) -> anyhow::Result<Vec<String>> {
+        let answer = self.call("RoomService/ListRooms", "", &json!({}))?;
+        Ok(list(&answer, "rooms")
+            .iter()
+            .map(|room| text(room, "name"))
+            .collect())
+    }
+
+    /// The participants of a room; none where there is no such room.
+    pub fn participants(&self, room: &str) -> anyhow::Result<Vec<Value>> {
+        let answer = self.call("RoomService/ListParticipants", room, &json!({"room": room}))?;
+        Ok(list(&answer, "participants"))
+    }
+
+    /// How many jobs of agents the server lists for a room.
+    pub fn jobs(&self, room: &str) -> anyhow::Result<usize> {
+        let answer = self.call(
+            "AgentDispatchService/ListDispatch",
+            room,
+            &json!({"room": room}),
+        )?;
+        let dispatches = list(&answer, "agent_dispatches");
+        Ok(dispatches
+            .iter()
+            .map(|dispatch| list(&dispatch["state"], "jobs").len())
+            .sum())
+    }
+
+    pub fn delete_room(&self, room: &str) -> anyhow::Result<()> {
+        self.call("RoomService/DeleteRoom", room, &json!({"room": room}))
+            .map(drop)
+    }
+
+    pub fn remove_participant(&self, room: &str, identity: &str) -> anyhow::Result<()> {
+        let request = json!({"room": room, "identity": identity});
+        self.call("RoomService/RemoveParticipant", room, &request)
+            .map(drop)
+    }
+
+    pub fn dispatch(&self, room: &str, agent: &str) -> anyhow::Result<()> {
+        let request = json!({"room": room, "agent_name": agent});
+        self.call("AgentDispatchService/CreateDispatch", room, &request)
+            .map(drop)
+    }
+
+    fn call(&self, method: &str, room: &str, request: &Value) -> anyhow::Result<Value> {
+        let token = AccessToken::with_api_key(KEY, SECRET)
+            .with_grants(VideoGrants {
+                room_create: true,
+                room_list: true,
+                room_admin: true,
+                room: room.to_owned(),
+                ..VideoGrants::default()
+            })
+            .to_jwt()?;
+        let mut answer = self
+            .agent
+            .post(format!("{}/twirp/livekit.{method}", self.base))
+            .header("Authorization", format!("Bearer {token}"))
+            .send_json(request)
+            .with_context(|| method.to_owned())?;
+        Ok(answer.body_mut().read_json()?)
+    }
+}
+
+/// Protobuf's JSON leaves empty lists out.
+fn list(value: &Value, key: &str) -> Vec<Value> {
+    value[key].as_array().cloned().unwrap_or_default()
+}
+
+fn text(value: &Value, key: &str) -> String {
+    value[key].as_str().unwrap_or_default().to_owned()
+}
