@@ -576,8 +576,13 @@ impl Probe {
                 } else {
                     "before it answered the echo"
                 };
+                let said = if reason.is_empty() {
+                    "no reason given"
+                } else {
+                    &reason
+                };
                 let detail = format!(
-                    "the agent left ({reason}){after}, {before}: check its log for a crash, a restart or a hang-up"
+                    "the agent left ({said}){after}, {before}: check its log for a crash, a restart or a hang-up"
                 );
                 self.fail(Failure::of_agent_leave(&reason, detail), now);
             }
@@ -914,3 +919,6 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         dispatch.id, dispatch.agent_name
     )
 }
+
+#[cfg(test)]
+mod tests;

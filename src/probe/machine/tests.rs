@@ -1,0 +1,1246 @@
+use std::time::Duration;
+
+use super::*;
+use crate::config::Expect;
+use crate::livekit::api::JobInfo;
+use crate::livekit::net::{ConnectError, Refusal};
+use crate::livekit::signal::SignalError;
+use crate::probe::{LimitKind, Span, Turn};
+
+/// A probe and its clock, in milliseconds since the start.
+struct Script {
+    probe: Probe,
+    base: Instant,
+    asked: Vec<Action>,
+}
+
+fn explicit() -> Target {
+    Target {
+        agent_name: Some("support".to_owned()),
+        ..Target::default()
+    }
+}
+
+fn automatic() -> Target {
+    let mut target = Target::default();
+    target.dispatch.mode = DispatchMode::Automatic;
+    target
+}
+
+fn expecting(reply: bool, agent_may_leave: AgentMayLeave) -> Target {
+    Target {
+        expect: Expect {
+            reply,
+            agent_may_leave,
+        },
+        ..explicit()
+    }
+}
+
+fn agent() -> Agent {
+    Agent {
+        identity: "agent-1".to_owned(),
+        sid: "PA_1".to_owned(),
+        name: Some("support".to_owned()),
+        joined_at_ms: 0,
+    }
+}
+
+fn refusal(status: u16, code: Option<&str>, message: &str) -> Refusal {
+    Refusal {
+        status,
+        twirp_code: code.map(str::to_owned),
+        message: message.to_owned(),
+        retry_after: None,
+    }
+}
+
+fn dispatches(agent_name: &str, job: Option<&str>) -> Vec<DispatchInfo> {
+    let jobs = job.map(|status| JobInfo {
+        id: "AJ_1".to_owned(),
+        status: status.to_owned(),
+        error: String::new(),
+    });
+    vec![DispatchInfo {
+        id: "AD_1".to_owned(),
+        agent_name: agent_name.to_owned(),
+        jobs: jobs.into_iter().collect(),
+    }]
+}
+
+fn ping_timeout() -> Ended {
+    Ended::Signal(SignalError::PingTimeout(Duration::from_secs(15)))
+}
+
+impl Script {
+    fn new(target: Target) -> Self {
+        let probe = Probe::new(
+            Arc::new(target),
+            RoomName("canary-test".to_owned()),
+            Position::First,
+        );
+        let script = Self {
+            probe,
+            base: Instant::now(),
+            asked: Vec::new(),
+        };
+        script.feed(0, Input::Start)
+    }
+
+    fn time(&self, at: u64) -> Instant {
+        self.base + Duration::from_millis(at)
+    }
+
+    fn feed(mut self, at: u64, input: Input) -> Self {
+        let now = self.time(at);
+        self.asked.extend(self.probe.on(input, now));
+        self
+    }
+
+    fn see(self, at: u64, seen: Seen) -> Self {
+        let event = RoomEvent {
+            at: self.time(at),
+            seen,
+        };
+        self.feed(at, Input::Room(event))
+    }
+
+    /// Lets time pass: every deadline fires when it is due.
+    fn wait(mut self, until: u64) -> Self {
+        while let Some(due) = self
+            .probe
+            .next_deadline()
+            .filter(|due| *due <= self.time(until))
+        {
+            self.asked.extend(self.probe.on(Input::DeadlinePassed, due));
+        }
+        self
+    }
+
+    fn created(self, at: u64, result: Result<(), ApiError>) -> Self {
+        let call = Call {
+            sent_at: Some(self.time(1)),
+            answered_at: self.time(at),
+            result: result.map(|()| RoomInfo {
+                name: RoomName("canary-test".to_owned()),
+                sid: "RM_1".to_owned(),
+                metadata: String::new(),
+            }),
+        };
+        self.feed(at, Input::Created(call))
+    }
+
+    fn dispatched(self, sent: u64, at: u64, result: Result<(), ApiError>) -> Self {
+        let call = Call {
+            sent_at: Some(self.time(sent)),
+            answered_at: self.time(at),
+            result: result.map(|()| "AD_1".to_owned()),
+        };
+        self.feed(at, Input::Dispatched(call))
+    }
+
+    fn listed(self, at: u64, result: Result<Vec<DispatchInfo>, ApiError>) -> Self {
+        let call = Call {
+            sent_at: Some(self.time(at)),
+            answered_at: self.time(at),
+            result,
+        };
+        self.feed(at, Input::Listed(call))
+    }
+
+    fn signal(self, at: u64) -> Self {
+        self.see(
+            at,
+            Seen::SignalConnected {
+                room_sid: "RM_1".to_owned(),
+                server_version: "1.13.5".to_owned(),
+                region: String::new(),
+                node: "ND_1".to_owned(),
+            },
+        )
+    }
+
+    /// Media up and the echo track published.
+    fn up(self, at: u64) -> Self {
+        self.see(at, Seen::MediaConnected)
+            .see(at, Seen::EchoPublished)
+    }
+
+    fn joined(self, at: u64) -> Self {
+        self.see(
+            at,
+            Seen::AgentJoined {
+                agent: agent(),
+                in_join_response: false,
+            },
+        )
+    }
+
+    fn track(self, at: u64) -> Self {
+        let track_sid = "TR_1".to_owned();
+        self.see(at, Seen::AgentTrackSubscribed { track_sid })
+    }
+
+    fn left(self, at: u64, reason: &str) -> Self {
+        let reason = reason.to_owned();
+        self.see(at, Seen::AgentLeft { reason })
+    }
+
+    /// The agent says something from `start` to `end`.
+    fn speech(self, start: u64, end: u64) -> Self {
+        self.see(start, Seen::SpeechStarted)
+            .see(end, Seen::SpeechEnded)
+    }
+
+    fn echo(self, start: u64, end: u64) -> Self {
+        self.see(start, Seen::EchoStarted).see(end, Seen::EchoEnded)
+    }
+
+    fn hold(self, at: u64, until: u64) -> Self {
+        let until = Some(self.time(until));
+        self.feed(at, Input::HoldUntil(until))
+    }
+
+    fn ended(self, at: u64, why: Ended) -> Self {
+        let audio = AudioStats::default();
+        self.see(at, Seen::Ended { why, audio })
+    }
+
+    // The ways in that most tests share.
+
+    /// Room created at 10, signal at 40, all up at 100: the dispatch is asked for.
+    fn way_in(self) -> Self {
+        self.created(10, Ok(())).signal(40).up(100)
+    }
+
+    /// `way_in`, dispatch sent at 101 and accepted at 110.
+    fn waiting(self) -> Self {
+        self.way_in().dispatched(101, 110, Ok(()))
+    }
+
+    /// `waiting`, the agent joined at 500, its track at 520, first packet at 530.
+    fn with_agent(self) -> Self {
+        self.waiting()
+            .joined(500)
+            .track(520)
+            .see(530, Seen::AgentFirstAudio)
+    }
+
+    fn asked_for(&self, wanted: fn(&Action) -> bool) -> usize {
+        self.asked.iter().filter(|action| wanted(action)).count()
+    }
+
+    fn told_joins(&self) -> Vec<bool> {
+        let told = self.asked.iter().filter_map(|action| match action {
+            Action::Tell(Progress::JoinSettled { joined }) => Some(*joined),
+            _ => None,
+        });
+        told.collect()
+    }
+
+    fn is_settled(&self) -> bool {
+        self.probe.outcome.is_some()
+    }
+
+    /// Leaves and deletes as asked, and holds what is true of every probe that has ended.
+    fn report(mut self, at: u64) -> Report {
+        assert!(self.is_settled(), "no outcome at {at} ms");
+        if self.probe.in_room {
+            assert_eq!(self.asked_for(|action| matches!(action, Action::Leave)), 1);
+            self = self.ended(at, Ended::Left);
+        }
+        assert_eq!(
+            self.asked_for(|action| matches!(action, Action::DeleteRoom)),
+            1
+        );
+        assert_eq!(
+            self.asked_for(|action| matches!(action, Action::Tell(Progress::Settled(_)))),
+            1
+        );
+        assert_eq!(self.told_joins().len(), 1);
+        let gone = Deletion::Deleted { at: self.time(at) };
+        let script = self.feed(at, Input::Deleted(gone));
+        assert!(script.probe.is_over());
+        assert_eq!(script.probe.next_deadline(), None);
+        script.probe.into_report()
+    }
+
+    fn reason(self, at: u64) -> Reason {
+        reason_of(&self.report(at))
+    }
+}
+
+fn reason_of(report: &Report) -> Reason {
+    match &report.outcome {
+        Outcome::Failed(failure) => failure.reason,
+        other => panic!("not failed but {other:?}"),
+    }
+}
+
+fn millis(duration: Option<Duration>) -> Option<u128> {
+    duration.map(|duration| duration.as_millis())
+}
+
+const MINUTE: u64 = 60_000;
+
+// The whole way.
+
+#[test]
+fn probe_whose_agent_joins_and_speaks_is_ok_when_the_hold_is_over() {
+    let script = Script::new(explicit()).with_agent().speech(700, 2_000);
+    let script = script.echo(3_000, 4_300).speech(5_000, 6_000);
+    let script = script.wait(MINUTE);
+    assert!(!script.is_settled());
+    let report = script
+        .hold(MINUTE, MINUTE + 5_000)
+        .wait(MINUTE + 5_000)
+        .report(MINUTE + 5_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    assert_eq!(millis(report.timeline.span(Span::AgentJoin)), Some(399));
+    assert_eq!(millis(report.timeline.span(Span::FirstSpeech)), Some(599));
+    assert_eq!(
+        report
+            .turns
+            .iter()
+            .map(Turn::reply_delay)
+            .map(millis)
+            .collect::<Vec<_>>(),
+        [Some(700)]
+    );
+    assert_eq!(report.room_sid.as_deref(), Some("RM_1"));
+    assert_eq!(report.timeline.marks().count(), 13);
+}
+
+#[test]
+fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
+    let dispatches =
+        |script: &Script| script.asked_for(|action| matches!(action, Action::Dispatch));
+    let script = Script::new(explicit()).created(10, Ok(())).signal(40);
+    let script = script.see(60, Seen::EchoPublished);
+    assert_eq!(dispatches(&script), 0);
+    let script = script.see(90, Seen::MediaConnected);
+    assert_eq!(dispatches(&script), 1);
+}
+
+#[test]
+fn automatic_dispatch_creates_no_room_and_is_sent_with_the_signal_request() {
+    let script = Script::new(automatic());
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::CreateRoom)),
+        0
+    );
+    let script = script
+        .see(12, Seen::SignalRequested)
+        .signal(40)
+        .joined(300)
+        .up(350);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::Dispatch)),
+        0
+    );
+    let report = script
+        .hold(400, 0)
+        .track(400)
+        .speech(500, 800)
+        .wait(900)
+        .report(910);
+    assert_eq!(report.outcome, Outcome::Ok);
+    assert_eq!(millis(report.timeline.span(Span::AgentJoin)), Some(288));
+    assert_eq!(millis(report.timeline.span(Span::Signal)), Some(40));
+    assert!(!report.join_upper_bound);
+}
+
+// Any order.
+
+#[test]
+fn agent_that_joins_before_dispatch_returns_still_has_a_join_delay() {
+    let script = Script::new(explicit()).way_in().joined(300);
+    assert_eq!(script.told_joins(), [true]);
+    let script = script.track(320).speech(400, 900).hold(900, 0);
+    let script = script.wait(2_000);
+    assert!(!script.is_settled(), "the dispatch call is outstanding");
+    let report = script
+        .dispatched(101, 2_000, Ok(()))
+        .wait(2_000)
+        .report(2_100);
+    assert_eq!(report.outcome, Outcome::Ok);
+    assert_eq!(millis(report.timeline.span(Span::AgentJoin)), Some(199));
+}
+
+#[test]
+fn audio_before_the_track_event_counts_as_a_track() {
+    let script = Script::new(explicit()).waiting().joined(500);
+    let script = script.see(510, Seen::AgentFirstAudio).wait(15_000);
+    assert!(!script.is_settled());
+    let script = script.speech(16_000, 17_000).hold(17_000, 0).wait(17_000);
+    assert_eq!(script.report(17_001).outcome, Outcome::Ok);
+}
+
+#[test]
+fn agent_in_the_join_response_is_an_upper_bound_only_where_joining_dispatches() {
+    for (target, bound) in [(automatic(), true), (explicit(), false)] {
+        let script = Script::new(target).created(10, Ok(())).signal(40).see(
+            40,
+            Seen::AgentJoined {
+                agent: agent(),
+                in_join_response: true,
+            },
+        );
+        let report = script.feed(50, Input::Abort).report(60);
+        assert_eq!(report.join_upper_bound, bound);
+        assert!(report.timeline.get(Milestone::AgentJoined).is_some());
+    }
+}
+
+#[test]
+fn agent_that_was_there_before_its_dispatch_has_no_join_delay() {
+    let script = Script::new(explicit())
+        .created(10, Ok(()))
+        .signal(40)
+        .joined(50)
+        .up(100);
+    let script = script.dispatched(101, 110, Ok(())).feed(200, Input::Abort);
+    let report = script.report(210);
+    assert_eq!(report.timeline.span(Span::AgentJoin), None);
+    let notes = report.evidence.notes.join("; ");
+    assert!(notes.contains("before it was dispatched"), "{notes}");
+}
+
+#[test]
+fn what_passed_before_an_event_comes_first_however_late_it_is_read() {
+    // The track's deadline (10.5 s) passed before the track came (11 s), but the timer was late.
+    let script = Script::new(explicit()).waiting().joined(500).track(11_000);
+    let script = script.listed(11_001, Ok(Vec::new()));
+    assert_eq!(script.reason(11_010), Reason::AgentNoTrack);
+}
+
+#[test]
+fn event_seen_just_in_time_counts_though_it_is_read_after_the_deadline() {
+    let script = Script::new(explicit()).waiting();
+    let event = RoomEvent {
+        at: script.time(30_100),
+        seen: Seen::AgentJoined {
+            agent: agent(),
+            in_join_response: false,
+        },
+    };
+    let script = script.feed(30_200, Input::Room(event)).wait(30_300);
+    assert_eq!(script.told_joins(), [true]);
+    assert!(!script.is_settled());
+}
+
+// Verdicts on the agent.
+
+#[test]
+fn no_agent_and_no_job_is_dispatch_unanswered() {
+    let script = Script::new(explicit()).waiting().wait(30_101);
+    assert_eq!(script.told_joins(), [false]);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::ListDispatch)),
+        1
+    );
+    assert!(!script.is_settled());
+    let report = script
+        .listed(30_110, Ok(dispatches("support", None)))
+        .report(30_120);
+    assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
+    assert_eq!(report.evidence.step, Some("agent_join"));
+    assert_eq!(report.evidence.deadline_seconds, Some(30.0));
+    assert_eq!(
+        report.evidence.dispatches,
+        Some(vec!["AD_1 for agent \"support\": no job".to_owned()])
+    );
+}
+
+#[test]
+fn no_agent_but_an_accepted_job_is_agent_no_show() {
+    let script = Script::new(explicit()).waiting().wait(30_101);
+    let report = script
+        .listed(30_110, Ok(dispatches("support", Some("JS_RUNNING"))))
+        .report(30_120);
+    assert_eq!(reason_of(&report), Reason::AgentNoShow);
+    let Outcome::Failed(failure) = &report.outcome else {
+        unreachable!()
+    };
+    assert!(
+        failure.detail.contains("AJ_1 JS_RUNNING"),
+        "{}",
+        failure.detail
+    );
+}
+
+#[test]
+fn job_of_another_agent_does_not_make_a_no_show() {
+    let script = Script::new(explicit()).waiting().wait(30_101);
+    let script = script.listed(30_110, Ok(dispatches("", Some("JS_RUNNING"))));
+    assert_eq!(script.reason(30_120), Reason::DispatchUnanswered);
+}
+
+#[test]
+fn automatic_dispatch_takes_any_job() {
+    let script = Script::new(automatic())
+        .see(10, Seen::SignalRequested)
+        .signal(40)
+        .up(100);
+    let script = script.wait(30_009);
+    assert_eq!(script.told_joins(), [] as [bool; 0]);
+    let script = script.wait(30_010);
+    let script = script.listed(30_020, Ok(dispatches("", Some("JS_RUNNING"))));
+    assert_eq!(script.reason(30_030), Reason::AgentNoShow);
+}
+
+#[test]
+fn stray_agent_is_named_in_the_verdict() {
+    let script = Script::new(explicit()).waiting().see(
+        400,
+        Seen::OtherJoined {
+            identity: "agent-x".to_owned(),
+            kind: "AGENT".to_owned(),
+            agent_name: Some("suport".to_owned()),
+        },
+    );
+    let report = script
+        .wait(30_101)
+        .listed(30_110, Ok(Vec::new()))
+        .report(30_120);
+    let Outcome::Failed(failure) = &report.outcome else {
+        unreachable!()
+    };
+    assert!(
+        failure.detail.contains("another name came: \"suport\""),
+        "{}",
+        failure.detail
+    );
+    assert_eq!(
+        report.evidence.participants,
+        ["agent-x (AGENT, agent name \"suport\")"]
+    );
+}
+
+#[test]
+fn late_agent_changes_no_verdict_but_is_evidence() {
+    let script = Script::new(explicit())
+        .waiting()
+        .wait(30_101)
+        .joined(30_105);
+    let script = script.listed(30_110, Ok(Vec::new()));
+    assert_eq!(script.told_joins(), [false]);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::AgentSeen)),
+        1
+    );
+    let report = script.report(30_120);
+    assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
+    assert_eq!(report.timeline.get(Milestone::AgentJoined), None);
+    let notes = report.evidence.notes.join("; ");
+    assert!(
+        notes.contains("joined 30.004 s after the dispatch, too late"),
+        "{notes}"
+    );
+}
+
+#[test]
+fn list_dispatch_that_is_refused_is_noted_and_the_verdict_stands() {
+    let script = Script::new(explicit()).waiting().wait(30_101);
+    let error = ApiError::Refused(refusal(500, Some("internal"), "oops"));
+    let report = script.listed(30_110, Err(error)).report(30_120);
+    assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
+    assert_eq!(report.evidence.dispatches, None);
+    let notes = report.evidence.notes.join("; ");
+    assert!(
+        notes.contains("ListDispatch failed: refused with HTTP 500"),
+        "{notes}"
+    );
+}
+
+#[test]
+fn server_that_went_silent_is_blamed_before_the_agent() {
+    let silence = || Err(ApiError::Timeout(Duration::from_secs(5)));
+    let script = Script::new(explicit())
+        .waiting()
+        .wait(30_101)
+        .listed(35_101, silence());
+    assert!(!script.is_settled());
+    let script = script.ended(42_000, ping_timeout());
+    assert_eq!(script.reason(42_001), Reason::SignalLost);
+
+    let script = Script::new(explicit())
+        .waiting()
+        .wait(30_101)
+        .listed(35_101, silence());
+    let script = script.wait(50_100);
+    assert!(!script.is_settled());
+    assert_eq!(
+        script.wait(50_101).reason(50_110),
+        Reason::DispatchUnanswered
+    );
+}
+
+#[test]
+fn removal_during_the_last_look_does_not_save_the_agent() {
+    let script = Script::new(explicit()).waiting().wait(30_101);
+    let reason = "ROOM_DELETED".to_owned();
+    let script = script.ended(30_105, Ended::Removed { reason });
+    assert_eq!(script.reason(30_110), Reason::DispatchUnanswered);
+}
+
+#[test]
+fn agent_without_a_track_is_agent_no_track() {
+    let script = Script::new(explicit()).waiting().joined(500).wait(10_500);
+    let report = script
+        .listed(10_510, Ok(dispatches("support", Some("JS_RUNNING"))))
+        .report(10_520);
+    assert_eq!(reason_of(&report), Reason::AgentNoTrack);
+    assert!(report.timeline.span(Span::AgentJoin).is_some());
+}
+
+#[test]
+fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came() {
+    for (audio, words) in [
+        (true, "but no speech in them"),
+        (false, "no audio packet came"),
+    ] {
+        let mut script = Script::new(explicit()).waiting().joined(500).track(520);
+        if audio {
+            script = script.see(540, Seen::AgentFirstAudio);
+        }
+        let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
+        let report = script.report(20_520);
+        assert_eq!(reason_of(&report), Reason::AgentSilent);
+        let Outcome::Failed(failure) = &report.outcome else {
+            unreachable!()
+        };
+        assert!(failure.detail.contains(words), "{}", failure.detail);
+    }
+}
+
+#[test]
+fn agents_windows_begin_when_our_own_media_is_up() {
+    let script = Script::new(automatic())
+        .see(10, Seen::SignalRequested)
+        .signal(40);
+    let script = script.joined(100).up(9_000).wait(18_999);
+    assert!(matches!(script.probe.phase, Phase::Watching));
+    let script = script.wait(19_000).listed(19_010, Ok(Vec::new()));
+    assert_eq!(script.reason(19_020), Reason::AgentNoTrack);
+}
+
+#[test]
+fn agent_is_not_judged_while_our_own_media_is_missing() {
+    let mut target = automatic();
+    target.deadlines.join = Duration::from_secs(5);
+    let script = Script::new(target)
+        .see(10, Seen::SignalRequested)
+        .signal(40)
+        .wait(15_040);
+    assert_eq!(script.reason(15_050), Reason::MediaFailed);
+}
+
+#[test]
+fn missing_reply_is_a_failure_only_where_one_is_expected() {
+    for (reply, expected) in [(true, Some(Reason::AgentNoReply)), (false, None)] {
+        let script = Script::new(expecting(reply, AgentMayLeave::Never)).with_agent();
+        let script = script
+            .hold(600, 15_000)
+            .speech(700, 2_000)
+            .echo(3_000, 4_300);
+        let script = script.wait(24_300);
+        let report = if reply {
+            script.listed(24_310, Ok(Vec::new())).report(24_320)
+        } else {
+            script.report(24_320)
+        };
+        match expected {
+            Some(reason) => assert_eq!(reason_of(&report), reason),
+            None => assert_eq!(report.outcome, Outcome::Ok),
+        }
+    }
+}
+
+#[test]
+fn expected_reply_that_outlasts_the_hold_is_waited_for() {
+    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = script
+        .hold(600, 1_000)
+        .speech(700, 2_000)
+        .echo(3_000, 4_300)
+        .wait(20_000);
+    assert!(!script.is_settled());
+    let script = script.see(21_000, Seen::SpeechStarted).wait(21_000);
+    assert_eq!(script.report(21_010).outcome, Outcome::Ok);
+}
+
+#[test]
+fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
+    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = script.hold(600, 1_000).speech(700, 2_000);
+    let script = script
+        .see(3_000, Seen::EchoStarted)
+        .speech(3_500, 3_900)
+        .see(4_300, Seen::EchoEnded);
+    let script = script.see(6_000, Seen::SpeechStarted).wait(6_000);
+    let report = script.report(6_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    assert!(report.turns[0].overlap);
+    assert_eq!(report.turns[0].reply_delay(), None);
+}
+
+#[test]
+fn echo_that_never_goes_out_is_our_own_fault() {
+    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = script.see(700, Seen::SpeechStarted).wait(66_700);
+    assert_eq!(script.reason(66_710), Reason::Internal);
+}
+
+#[test]
+fn second_agent_is_agent_duplicate() {
+    let identity = "agent-2".to_owned();
+    let script = Script::new(explicit())
+        .with_agent()
+        .see(900, Seen::AgentDuplicate { identity });
+    assert_eq!(script.reason(910), Reason::AgentDuplicate);
+}
+
+#[test]
+fn agent_may_leave_when_its_target_says_so() {
+    use AgentMayLeave::{AfterReply, AfterSpeech, Never};
+    // Joined only, spoke, answered: whether leaving then is early.
+    let table = [
+        (Never, false, [true, true, true]),
+        (AfterSpeech, false, [true, false, false]),
+        (AfterReply, false, [true, true, false]),
+        (AfterSpeech, true, [true, true, false]),
+        (AfterReply, true, [true, true, false]),
+    ];
+    for (may_leave, reply, early) in table {
+        for (stage, early) in early.into_iter().enumerate() {
+            let mut script = Script::new(expecting(reply, may_leave)).with_agent();
+            if stage >= 1 {
+                script = script.speech(700, 2_000);
+            }
+            if stage >= 2 {
+                script = script.echo(3_000, 4_300).speech(5_000, 6_000);
+            }
+            let report = script
+                .left(7_000, "CLIENT_INITIATED")
+                .wait(7_000)
+                .report(7_010);
+            let case = format!("{may_leave:?}, reply {reply}, stage {stage}");
+            if early {
+                assert_eq!(reason_of(&report), Reason::AgentLeftEarly, "{case}");
+                let Outcome::Failed(failure) = &report.outcome else {
+                    unreachable!()
+                };
+                assert!(
+                    failure
+                        .detail
+                        .contains("(CLIENT_INITIATED) 6.500 s after its join"),
+                    "{}",
+                    failure.detail
+                );
+            } else {
+                assert_eq!(report.outcome, Outcome::Ok, "{case}");
+            }
+        }
+    }
+}
+
+#[test]
+fn agent_that_leaves_before_our_media_is_up_is_judged_once_it_is() {
+    let way_in = || {
+        Script::new(automatic())
+            .see(10, Seen::SignalRequested)
+            .signal(40)
+            .joined(60)
+            .left(80, "AGENT_ERROR")
+    };
+    assert!(!way_in().is_settled());
+    assert_eq!(way_in().up(100).reason(110), Reason::AgentLeftEarly);
+    assert_eq!(way_in().wait(15_040).reason(15_050), Reason::MediaFailed);
+}
+
+#[test]
+fn agent_that_left_with_the_room_or_the_server_is_not_blamed() {
+    for (why, reason) in [
+        ("ROOM_DELETED", Reason::Removed),
+        ("PARTICIPANT_REMOVED", Reason::Removed),
+        ("SERVER_SHUTDOWN", Reason::SignalLost),
+        ("CONNECTION_TIMEOUT", Reason::AgentLeftEarly),
+        ("", Reason::AgentLeftEarly),
+    ] {
+        let script = Script::new(explicit()).with_agent().left(900, why);
+        assert_eq!(script.reason(910), reason, "{why}");
+    }
+}
+
+// The hold.
+
+#[test]
+fn hold_that_is_over_before_the_agent_spoke_waits_for_speech_or_its_deadline() {
+    let script = Script::new(explicit())
+        .with_agent()
+        .hold(600, 1_000)
+        .wait(20_499);
+    assert!(!script.is_settled());
+    let spoke = script.see(20_500, Seen::SpeechStarted).wait(20_500);
+    assert_eq!(spoke.report(20_510).outcome, Outcome::Ok);
+
+    let script = Script::new(explicit())
+        .with_agent()
+        .hold(600, 1_000)
+        .wait(20_500);
+    assert_eq!(
+        script.listed(20_510, Ok(Vec::new())).reason(20_520),
+        Reason::AgentSilent
+    );
+}
+
+#[test]
+fn hold_can_be_set_after_the_fact_and_moved() {
+    let script = Script::new(explicit())
+        .with_agent()
+        .speech(700, 900)
+        .wait(10 * MINUTE);
+    assert!(!script.is_settled());
+    let script = script.hold(10 * MINUTE, 20 * MINUTE).wait(15 * MINUTE);
+    assert!(!script.is_settled());
+    let script = script.hold(15 * MINUTE, 5 * MINUTE).wait(15 * MINUTE);
+    assert_eq!(script.report(15 * MINUTE).outcome, Outcome::Ok);
+}
+
+#[test]
+fn failure_during_the_hold_is_found() {
+    let script = Script::new(explicit())
+        .with_agent()
+        .speech(700, 900)
+        .hold(900, 30_000);
+    let script = script.wait(20_000).left(20_000, "CONNECTION_TIMEOUT");
+    assert_eq!(script.reason(20_010), Reason::AgentLeftEarly);
+}
+
+// Our own way in, LiveKit and the network.
+
+#[test]
+fn every_failed_step_has_its_reason() {
+    let dns = || ConnectError::Dns {
+        host: "nowhere.invalid".to_owned(),
+        error: "no such host".to_owned(),
+    };
+    let timeout = || ApiError::Timeout(Duration::from_secs(10));
+    let lost = |error: SignalError| {
+        Script::new(explicit())
+            .with_agent()
+            .ended(900, Ended::Signal(error))
+    };
+    let removed = |reason: &str| {
+        let reason = reason.to_owned();
+        Script::new(explicit())
+            .with_agent()
+            .ended(900, Ended::Removed { reason })
+    };
+    let joining = |error: SignalError| {
+        Script::new(explicit())
+            .created(10, Ok(()))
+            .ended(30, Ended::Signal(error))
+    };
+    let table = [
+        (
+            Script::new(explicit()).created(10, Err(dns().into())),
+            Reason::Unreachable,
+            Some("create_room"),
+        ),
+        (
+            Script::new(explicit()).created(10, Err(timeout())),
+            Reason::RoomCreateFailed,
+            Some("create_room"),
+        ),
+        (
+            Script::new(explicit())
+                .way_in()
+                .dispatched(101, 9_000, Err(timeout())),
+            Reason::DispatchFailed,
+            Some("dispatch"),
+        ),
+        (
+            Script::new(explicit()).way_in().wait(30_100),
+            Reason::DispatchFailed,
+            Some("dispatch"),
+        ),
+        (joining(dns().into()), Reason::Unreachable, Some("signal")),
+        (
+            joining(SignalError::Closed("reset".to_owned())),
+            Reason::SignalFailed,
+            Some("signal"),
+        ),
+        (
+            joining(SignalError::LeftBeforeJoin {
+                reason: "JOIN_FAILURE".to_owned(),
+            }),
+            Reason::PlanLimit(LimitKind::Room),
+            Some("signal"),
+        ),
+        (
+            Script::new(explicit()).created(10, Ok(())).wait(12_010),
+            Reason::SignalFailed,
+            Some("signal"),
+        ),
+        (
+            Script::new(explicit())
+                .created(10, Ok(()))
+                .signal(40)
+                .wait(15_040),
+            Reason::MediaFailed,
+            Some("media"),
+        ),
+        (
+            Script::new(explicit())
+                .created(10, Ok(()))
+                .signal(40)
+                .see(60, Seen::MediaConnected)
+                .wait(15_040),
+            Reason::PublishFailed,
+            Some("publish"),
+        ),
+        (
+            Script::new(explicit())
+                .with_agent()
+                .ended(900, ping_timeout()),
+            Reason::SignalLost,
+            Some("signal"),
+        ),
+        (
+            lost(SignalError::Closed("reset".to_owned())),
+            Reason::SignalLost,
+            Some("signal"),
+        ),
+        (
+            lost(SignalError::Protocol("a frame too large".to_owned())),
+            Reason::SignalLost,
+            Some("signal"),
+        ),
+        (removed("ROOM_DELETED"), Reason::Removed, None),
+        (removed("DUPLICATE_IDENTITY"), Reason::Removed, None),
+        (removed("SERVER_SHUTDOWN"), Reason::SignalLost, None),
+        (removed("CONNECTION_TIMEOUT"), Reason::MediaFailed, None),
+        (
+            Script::new(explicit())
+                .with_agent()
+                .ended(900, Ended::PublishFailed("no permission".to_owned())),
+            Reason::PublishFailed,
+            Some("publish"),
+        ),
+        (
+            Script::new(explicit()).with_agent().ended(
+                900,
+                Ended::MediaFailed {
+                    transport: "subscriber",
+                    detail: "ICE disconnected".to_owned(),
+                },
+            ),
+            Reason::MediaFailed,
+            Some("media"),
+        ),
+        (
+            Script::new(explicit())
+                .with_agent()
+                .ended(900, Ended::Internal("a panic".to_owned())),
+            Reason::Internal,
+            None,
+        ),
+        (
+            Script::new(explicit()).with_agent().ended(900, Ended::Left),
+            Reason::Internal,
+            None,
+        ),
+        (
+            Script::new(explicit())
+                .with_agent()
+                .feed(900, Input::Panicked("a panic".to_owned())),
+            Reason::Internal,
+            None,
+        ),
+    ];
+    for (index, (script, reason, step)) in table.into_iter().enumerate() {
+        let report = script.report(MINUTE);
+        assert_eq!(reason_of(&report), reason, "row {index}");
+        assert_eq!(report.evidence.step, step, "row {index}");
+    }
+}
+
+#[test]
+fn first_terminal_event_stands() {
+    let script = Script::new(explicit())
+        .with_agent()
+        .left(900, "CLIENT_INITIATED");
+    let script = script.feed(905, Input::Abort).ended(910, ping_timeout());
+    assert_eq!(script.reason(920), Reason::AgentLeftEarly);
+}
+
+// The end.
+
+#[test]
+fn abort_ends_every_phase_at_once_and_is_no_failure() {
+    let phases = [
+        Script::new(automatic()),
+        Script::new(explicit()).created(10, Ok(())),
+        Script::new(explicit()).created(10, Ok(())).signal(40),
+        Script::new(explicit()).waiting(),
+        Script::new(explicit()).waiting().wait(30_101),
+        Script::new(explicit()).with_agent(),
+        Script::new(explicit()).with_agent().speech(700, 900),
+    ];
+    for script in phases {
+        let report = script.feed(31_000, Input::Abort).report(31_010);
+        assert_eq!(report.outcome, Outcome::Aborted);
+        assert!(report.timeline.get(Milestone::Left).is_some());
+        assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
+    }
+}
+
+#[test]
+fn room_is_not_deleted_while_a_call_could_still_bring_it_back() {
+    let deletes = |script: &Script| script.asked_for(|action| matches!(action, Action::DeleteRoom));
+    let script = Script::new(explicit()).feed(5, Input::Abort);
+    assert!(script.is_settled());
+    assert_eq!(deletes(&script), 0);
+    let script = script.created(20, Ok(()));
+    assert_eq!(script.asked_for(|action| matches!(action, Action::Join)), 0);
+    assert_eq!(script.report(30).outcome, Outcome::Aborted);
+
+    let script = Script::new(explicit())
+        .way_in()
+        .feed(105, Input::Abort)
+        .ended(110, Ended::Left);
+    assert_eq!(deletes(&script), 0);
+    let script = script.dispatched(101, 120, Ok(()));
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::KeepDispatch(_))),
+        1
+    );
+    assert_eq!(script.report(130).outcome, Outcome::Aborted);
+}
+
+#[test]
+fn leaving_that_hangs_is_given_up_and_the_room_deleted() {
+    let script = Script::new(explicit())
+        .with_agent()
+        .feed(1_000, Input::Abort)
+        .wait(10_999);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::DeleteRoom)),
+        0
+    );
+    let script = script.wait(11_000);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::DeleteRoom)),
+        1
+    );
+    let why = "no answer".to_owned();
+    let script = script.feed(12_000, Input::Deleted(Deletion::NotDeleted { why }));
+    assert!(script.probe.is_over());
+    let report = script.probe.into_report();
+    assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    let notes = report.evidence.notes.join("; ");
+    assert!(notes.contains("not deleted: no answer"), "{notes}");
+}
+
+#[test]
+fn progress_tells_each_milestone_once_and_no_more_than_promised() {
+    let script = Script::new(explicit())
+        .with_agent()
+        .joined(600)
+        .speech(700, 900)
+        .speech(950, 990);
+    let script = script.see(995, Seen::AgentState("listening".to_owned()));
+    let script = script.hold(1_000, 0).wait(1_000).ended(1_010, Ended::Left);
+    let gone = Deletion::Deleted {
+        at: script.time(1_020),
+    };
+    let script = script.feed(1_020, Input::Deleted(gone));
+    let told = script.asked_for(|action| matches!(action, Action::Tell(_)));
+    assert_eq!(told, Progress::MOST);
+}
+
+#[test]
+fn evidence_is_bounded_in_a_crowded_room() {
+    let mut script = Script::new(explicit()).waiting();
+    for guest in 0..1_000 {
+        script = script.see(
+            200,
+            Seen::OtherJoined {
+                identity: format!("guest-{guest}"),
+                kind: "STANDARD".to_owned(),
+                agent_name: Some(format!("name-{guest}")),
+            },
+        );
+    }
+    let report = script.feed(300, Input::Abort).report(310);
+    assert_eq!(report.evidence.participants.len(), MOST_KEPT);
+}
+
+/// Whatever comes, in whatever order, with whatever stamps: one outcome, one deletion, and an end.
+#[test]
+fn any_order_of_events_ends_in_one_outcome() {
+    for seed in 0..20_000 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let target = Target {
+            agent_name: Some("support".to_owned()),
+            ..match random.u8(..4) {
+                0 => automatic(),
+                1 => expecting(true, AgentMayLeave::AfterReply),
+                2 => expecting(random.bool(), AgentMayLeave::AfterSpeech),
+                _ => explicit(),
+            }
+        };
+        let mut target = target;
+        if random.u8(..4) == 0 {
+            target.echo.mode = EchoMode::Continuous;
+        }
+        let mut script = Script::new(target);
+        let mut at = 0;
+        for _ in 0..random.usize(..40) {
+            at += random.u64(..4_000);
+            let input = random_input(&mut random, &script, at);
+            script = script.feed(at, input);
+            if random.bool() {
+                script = script.wait(at);
+            }
+        }
+        at = finish(&mut script, at);
+        assert!(script.probe.is_over(), "seed {seed} still runs at {at}");
+        let settled =
+            script.asked_for(|action| matches!(action, Action::Tell(Progress::Settled(_))));
+        let deleted = script.asked_for(|action| matches!(action, Action::DeleteRoom));
+        assert_eq!(
+            (settled, deleted, script.told_joins().len()),
+            (1, 1, 1),
+            "seed {seed}"
+        );
+        let told = script.asked_for(|action| matches!(action, Action::Tell(_)));
+        assert!(told <= Progress::MOST, "seed {seed}");
+    }
+}
+
+fn random_input(random: &mut fastrand::Rng, script: &Script, at: u64) -> Input {
+    let stamp = script.time(at.saturating_sub(random.u64(..2_000)));
+    let call_ok = random.u8(..8) != 0;
+    let error = || ApiError::Timeout(Duration::from_secs(10));
+    let seen = match random.u8(..24) {
+        0 => {
+            return Input::Created(Call {
+                sent_at: Some(stamp),
+                answered_at: stamp,
+                result: if call_ok {
+                    Ok(RoomInfo {
+                        name: RoomName(String::new()),
+                        sid: String::new(),
+                        metadata: String::new(),
+                    })
+                } else {
+                    Err(error())
+                },
+            });
+        }
+        1 => {
+            return Input::Dispatched(Call {
+                sent_at: Some(stamp),
+                answered_at: stamp,
+                result: if call_ok {
+                    Ok("AD_1".to_owned())
+                } else {
+                    Err(error())
+                },
+            });
+        }
+        2 => {
+            return Input::Listed(Call {
+                sent_at: Some(stamp),
+                answered_at: stamp,
+                result: if call_ok {
+                    Ok(dispatches("support", random.bool().then_some("JS_RUNNING")))
+                } else {
+                    Err(error())
+                },
+            });
+        }
+        3 => return Input::HoldUntil(random.bool().then_some(stamp)),
+        4 if random.u8(..8) == 0 => return Input::Abort,
+        5 if random.u8(..8) == 0 => return Input::Panicked(String::new()),
+        6 if random.u8(..4) == 0 => Seen::Ended {
+            why: match random.u8(..5) {
+                0 => Ended::Left,
+                1 => ping_timeout(),
+                2 => Ended::Removed {
+                    reason: "ROOM_DELETED".to_owned(),
+                },
+                3 => Ended::PublishFailed(String::new()),
+                _ => Ended::Internal(String::new()),
+            },
+            audio: AudioStats::default(),
+        },
+        7 => Seen::SignalRequested,
+        8 | 9 => Seen::SignalConnected {
+            room_sid: String::new(),
+            server_version: String::new(),
+            region: String::new(),
+            node: String::new(),
+        },
+        10 | 11 => Seen::MediaConnected,
+        12 | 13 => Seen::EchoPublished,
+        14 => Seen::AgentJoined {
+            agent: agent(),
+            in_join_response: random.bool(),
+        },
+        15 => Seen::AgentState("listening".to_owned()),
+        16 => Seen::AgentTrackSubscribed {
+            track_sid: String::new(),
+        },
+        17 => Seen::AgentFirstAudio,
+        18 => Seen::SpeechStarted,
+        19 => Seen::SpeechEnded,
+        20 => Seen::EchoStarted,
+        21 => Seen::EchoEnded,
+        22 if random.bool() => Seen::AgentLeft {
+            reason: String::new(),
+        },
+        23 if random.bool() => Seen::AgentDuplicate {
+            identity: String::new(),
+        },
+        _ => Seen::OtherJoined {
+            identity: String::new(),
+            kind: String::new(),
+            agent_name: None,
+        },
+    };
+    Input::Room(RoomEvent { at: stamp, seen })
+}
+
+/// Answers what is outstanding, as the driver does, and lets every deadline fire.
+fn finish(script: &mut Script, mut at: u64) -> u64 {
+    for _ in 0..50 {
+        at += 10_000;
+        let stamp = script.time(at);
+        let mut inputs = vec![Input::HoldUntil(Some(stamp)), Input::DeadlinePassed];
+        if script.probe.creating {
+            inputs.push(Input::Created(Call {
+                sent_at: None,
+                answered_at: stamp,
+                result: Err(ApiError::Broken(String::new())),
+            }));
+        }
+        if matches!(script.probe.dispatch, DispatchCall::UnderWay { .. }) {
+            inputs.push(Input::Dispatched(Call {
+                sent_at: None,
+                answered_at: stamp,
+                result: Ok(String::new()),
+            }));
+        }
+        if script.probe.phase == Phase::Deleting {
+            inputs.push(Input::Deleted(Deletion::Deleted { at: stamp }));
+        }
+        for input in inputs {
+            script.asked.extend(script.probe.on(input, stamp));
+        }
+    }
+    at
+}
