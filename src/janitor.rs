@@ -8,7 +8,8 @@
 //!   creates a missing room).
 //! - A late agent. `DeleteDispatch` has the worker end the job, but a livekit-agents 1.8.9 worker lets the entrypoint
 //!   run on for 15 s first, and an entrypoint that connects in that time re-creates the room with default settings:
-//!   it stays for 5 minutes after the agent. Deleted once more, it does not come back.
+//!   it stays for 5 minutes after the agent. Deleted once more, it does not come back, unless automatic dispatch sends
+//!   another agent to it: see [`Owned::drain`].
 //!
 //! So a deleted room in doubt is looked for by its exact name until its window is over, at most 5 s apart.
 
@@ -347,17 +348,9 @@ impl Owned {
     async fn watch(&self, window: Duration, mut deleted: Result<(), String>) -> Option<Standing> {
         let mut watch = Watch::new(Instant::now(), window);
         let mut doubt = None;
+        let mut returns = 0;
         while let Some(at) = watch.next {
-            self.shared.note(
-                &self.room,
-                match &deleted {
-                    Ok(()) => Standing::Watched {
-                        since: watch.since,
-                        until: watch.until,
-                    },
-                    Err(why) => Standing::NotDeleted { why: why.clone() },
-                },
-            );
+            self.note(&watch, &deleted);
             sleep_until(at).await;
             let names = std::slice::from_ref(&self.room);
             let listed = persist(at + self.cleanup, || self.api.list_rooms(names)).await;
@@ -368,11 +361,14 @@ impl Owned {
                     None
                 }
                 Ok(_) => {
-                    let came_back = deleted.is_ok();
-                    deleted = self.delete(None).await.map(drop);
-                    if came_back && deleted.is_ok() {
-                        tracing::warn!(room = %self.room, "a deleted room had come back and was deleted again");
+                    if deleted.is_ok() {
+                        returns += 1;
+                        tracing::warn!(room = %self.room, returns, "a deleted room came back");
                     }
+                    if returns > 1 {
+                        self.drain(window).await;
+                    }
+                    deleted = self.delete(None).await.map(drop);
                     watch.found(Instant::now());
                     Some("it had come back at the last re-check".to_owned())
                 }
@@ -387,6 +383,30 @@ impl Owned {
             (Ok(()), Some(why)) => Some(Standing::Unknown { why }),
             (Ok(()), None) => None,
         }
+    }
+
+    /// Ends the jobs of a room that keeps coming back, and leaves it standing until they are over.
+    ///
+    /// Each re-creation makes LiveKit send the project's unnamed agent anew, whose job outlives its dispatch by 15 s: an
+    /// agent that starts up in less would find the room deleted and re-create it, without end. Into a room that still
+    /// stands it comes and goes.
+    async fn drain(&self, window: Duration) {
+        let why = "it came back twice; the jobs that re-create it are being ended".to_owned();
+        self.shared.note(&self.room, Standing::NotDeleted { why });
+        let now = Instant::now();
+        self.end_dispatches(None, now + self.cleanup).await;
+        sleep_until(now + window.min(SHORTEST_SURE_WINDOW)).await;
+    }
+
+    fn note(&self, watch: &Watch, deleted: &Result<(), String>) {
+        let standing = match deleted {
+            Ok(()) => Standing::Watched {
+                since: watch.since,
+                until: watch.until,
+            },
+            Err(why) => Standing::NotDeleted { why: why.clone() },
+        };
+        self.shared.note(&self.room, standing);
     }
 }
 
@@ -478,7 +498,393 @@ fn pause_before_retry(error: &ApiError) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
+    use livekit_protocol as proto;
+    use prost::Message as _;
+    use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::task::JoinSet;
+    use url::Url;
+
     use super::*;
+    use crate::livekit::net::Endpoint;
+    use crate::livekit::token::Keys;
+
+    const ROOM: &str = "canary-test-1";
+    /// Of deletions that are answered at once: far more than they take.
+    const AMPLE: Duration = Duration::from_secs(10);
+    /// Of windows and deadlines that have to pass for the test to end.
+    const BRIEF: Duration = Duration::from_millis(50);
+
+    /// What the scripted server says to one call.
+    #[derive(Clone)]
+    enum Answer {
+        Ok(Vec<u8>),
+        Refused(u16, &'static str),
+        /// None, for ever.
+        Silence,
+    }
+
+    fn done() -> Answer {
+        Answer::Ok(Vec::new())
+    }
+
+    fn rooms(names: &[&str]) -> Answer {
+        let room = |name: &&str| proto::Room {
+            name: (*name).to_owned(),
+            ..proto::Room::default()
+        };
+        let rooms = names.iter().map(room).collect();
+        Answer::Ok(proto::ListRoomsResponse { rooms }.encode_to_vec())
+    }
+
+    fn dispatches(ids: &[&str]) -> Answer {
+        let dispatch = |id: &&str| proto::AgentDispatch {
+            id: (*id).to_owned(),
+            ..proto::AgentDispatch::default()
+        };
+        let agent_dispatches = ids.iter().map(dispatch).collect();
+        Answer::Ok(proto::ListAgentDispatchResponse { agent_dispatches }.encode_to_vec())
+    }
+
+    /// A server that answers each method from its own script, the last answer for ever, and notes what it was asked.
+    struct Scripted {
+        api: Api,
+        calls: Arc<Mutex<Vec<String>>>,
+        _serving: JoinSet<()>,
+    }
+
+    impl Scripted {
+        async fn start(script: &[(&str, &[Answer])]) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}", listener.local_addr().unwrap());
+            let mut script: HashMap<String, Vec<Answer>> = script
+                .iter()
+                .map(|(method, answers)| ((*method).to_owned(), answers.to_vec()))
+                .collect();
+            let calls = Arc::new(Mutex::new(Vec::new()));
+            let noted = Arc::clone(&calls);
+            let mut serving = JoinSet::new();
+            serving.spawn(async move {
+                let mut silent = Vec::new();
+                loop {
+                    let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+                    let method = read_request(&mut stream).await;
+                    let answers = script.get_mut(&method).expect("a scripted method");
+                    noted.lock().unwrap().push(method);
+                    let answer = match answers.len() {
+                        1 => answers[0].clone(),
+                        _ => answers.remove(0),
+                    };
+                    match answer {
+                        Answer::Ok(body) => respond(stream, 200, "protobuf", &body).await,
+                        Answer::Refused(status, code) => {
+                            let body = format!(r#"{{"code":"{code}","msg":"as scripted"}}"#);
+                            respond(stream, status, "json", body.as_bytes()).await;
+                        }
+                        Answer::Silence => silent.push(stream),
+                    }
+                }
+            });
+            let keys = Keys {
+                api_key: "key".to_owned(),
+                api_secret: "secret".to_owned().into(),
+            };
+            let endpoint = Endpoint::new(&Url::parse(&url).unwrap(), None).unwrap();
+            Self {
+                api: Api::new(endpoint, keys, AMPLE),
+                calls,
+                _serving: serving,
+            }
+        }
+
+        fn lease(&self, janitor: &Janitor, cleanup: Duration, window: Duration) -> RoomLease {
+            janitor.own(RoomName(ROOM.to_owned()), self.api.clone(), cleanup, window)
+        }
+
+        fn calls(&self) -> Vec<String> {
+            self.calls.lock().unwrap().clone()
+        }
+    }
+
+    /// Reads one request and gives its Twirp method.
+    async fn read_request(stream: &mut BufReader<TcpStream>) -> String {
+        let mut line = String::new();
+        stream.read_line(&mut line).await.unwrap();
+        let path = line.split(' ').nth(1).unwrap();
+        let method = path.rsplit('/').next().unwrap().to_owned();
+        let mut length = 0;
+        loop {
+            line.clear();
+            stream.read_line(&mut line).await.unwrap();
+            let Some((name, value)) = line.split_once(':') else {
+                break;
+            };
+            if name.eq_ignore_ascii_case("content-length") {
+                length = value.trim().parse().unwrap();
+            }
+        }
+        stream.read_exact(&mut vec![0; length]).await.unwrap();
+        method
+    }
+
+    async fn respond(mut stream: BufReader<TcpStream>, status: u16, format: &str, body: &[u8]) {
+        let head = format!(
+            "HTTP/1.1 {status} As scripted\r\ncontent-type: application/{format}\r\n\
+             content-length: {}\r\nconnection: close\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body).await.unwrap();
+    }
+
+    async fn close(janitor: Janitor, within: Duration) -> Vec<String> {
+        let left = janitor.close(Instant::now() + within).await;
+        let say = |left: LeftBehind| {
+            assert_eq!(left.room.0, ROOM);
+            left.why
+        };
+        left.into_iter().map(say).collect()
+    }
+
+    fn is_deleted(deletion: &Deletion) -> bool {
+        matches!(deletion, Deletion::Deleted { .. })
+    }
+
+    #[tokio::test]
+    async fn the_dispatch_ends_before_the_room_and_a_seen_agent_leaves_nothing_to_re_check() {
+        let script: &[(&str, &[Answer])] =
+            &[("DeleteDispatch", &[done()]), ("DeleteRoom", &[done()])];
+        let server = Scripted::start(script).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, AMPLE, AMPLE);
+        lease.agent_may_come();
+        lease.dispatched("AD_1".to_owned());
+        lease.agent_seen();
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        assert_eq!(server.calls(), ["DeleteDispatch", "DeleteRoom"]);
+    }
+
+    #[tokio::test]
+    async fn a_panic_a_cancel_or_a_delete_that_nobody_awaits_still_deletes_the_room() {
+        for end in ["panic", "cancel", "half a delete"] {
+            let script: &[(&str, &[Answer])] =
+                &[("DeleteRoom", &[done()]), ("ListRooms", &[rooms(&[])])];
+            let server = Scripted::start(script).await;
+            let janitor = Janitor::start();
+            let lease = server.lease(&janitor, BRIEF, BRIEF);
+            let mut probe = JoinSet::new();
+            probe.spawn(async move {
+                let lease = lease;
+                match end {
+                    "panic" => panic!("scripted"),
+                    "cancel" => std::future::pending().await,
+                    _ => {
+                        let polled_once = tokio::time::timeout(Duration::ZERO, lease.delete());
+                        assert!(polled_once.await.is_err());
+                    }
+                }
+            });
+            if end == "cancel" {
+                probe.abort_all();
+            }
+            let ended = probe.join_next().await.unwrap();
+            assert_eq!(ended.is_ok(), end == "half a delete", "{end}");
+            assert_eq!(close(janitor, AMPLE).await, [""; 0], "{end}");
+            assert_eq!(server.calls()[0], "DeleteRoom", "{end}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_room_whose_creation_was_in_flight_when_its_lease_was_dropped_is_deleted_once_it_is_there()
+     {
+        let server = Scripted::start(&[
+            ("DeleteRoom", &[Answer::Refused(404, "not_found"), done()]),
+            ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
+            ("ListDispatch", &[dispatches(&[])]),
+        ])
+        .await;
+        let janitor = Janitor::start();
+        drop(server.lease(&janitor, BRIEF, Duration::ZERO));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        let calls = server.calls();
+        let deletions = calls.iter().filter(|call| *call == "DeleteRoom");
+        assert_eq!(deletions.count(), 2, "{calls:?}");
+        assert_eq!(calls.last().unwrap(), "ListRooms");
+    }
+
+    #[tokio::test]
+    async fn a_room_that_a_late_agent_brought_back_is_deleted_with_its_dispatches() {
+        let server = Scripted::start(&[
+            ("DeleteDispatch", &[done()]),
+            ("DeleteRoom", &[done()]),
+            ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
+            ("ListDispatch", &[dispatches(&["AD_2", "AD_3"])]),
+        ])
+        .await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
+        lease.dispatched("AD_1".to_owned());
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        assert_eq!(
+            server.calls(),
+            [
+                "DeleteDispatch",
+                "DeleteRoom",
+                "ListRooms",
+                "ListDispatch",
+                "DeleteDispatch",
+                "DeleteDispatch",
+                "DeleteRoom",
+                "ListRooms"
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_room_that_comes_back_twice_keeps_standing_until_the_jobs_that_re_create_it_are_ended()
+     {
+        let server = Scripted::start(&[
+            ("DeleteDispatch", &[done()]),
+            ("DeleteRoom", &[done()]),
+            ("ListRooms", &[rooms(&[ROOM]), rooms(&[ROOM]), rooms(&[])]),
+            ("ListDispatch", &[dispatches(&["AD_2"])]),
+        ])
+        .await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
+        lease.dispatched("AD_1".to_owned());
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        let calls = server.calls().join(" ");
+        let ended = "ListDispatch DeleteDispatch";
+        let first = format!("ListRooms {ended} DeleteRoom");
+        let second = format!("ListRooms {ended} {ended} DeleteRoom ListRooms");
+        assert_eq!(calls, format!("DeleteDispatch DeleteRoom {first} {second}"));
+    }
+
+    #[tokio::test]
+    async fn a_dispatch_whose_id_nobody_knows_is_looked_up_and_ended() {
+        let server = Scripted::start(&[
+            ("ListDispatch", &[dispatches(&["AD_9"])]),
+            ("DeleteDispatch", &[Answer::Refused(404, "not_found")]),
+            ("DeleteRoom", &[done()]),
+            ("ListRooms", &[rooms(&[])]),
+        ])
+        .await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
+        lease.agent_may_come();
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        assert_eq!(
+            server.calls()[..3],
+            ["ListDispatch", "DeleteDispatch", "DeleteRoom"]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_passing_fault_is_retried_and_a_refusal_in_earnest_is_not() {
+        let unavailable = Answer::Refused(503, "unavailable");
+        let script: &[(&str, &[Answer])] =
+            &[("DeleteRoom", &[unavailable.clone(), unavailable, done()])];
+        let server = Scripted::start(script).await;
+        let janitor = Janitor::start();
+        assert!(is_deleted(
+            &server.lease(&janitor, AMPLE, AMPLE).delete().await
+        ));
+        assert_eq!(server.calls().len(), 3);
+
+        let denied = Answer::Refused(403, "permission_denied");
+        let script: &[(&str, &[Answer])] = &[
+            ("DeleteRoom", std::slice::from_ref(&denied)),
+            ("ListRooms", std::slice::from_ref(&denied)),
+        ];
+        let server = Scripted::start(script).await;
+        let deletion = server.lease(&janitor, AMPLE, AMPLE).delete().await;
+        assert!(!is_deleted(&deletion), "{deletion:?}");
+        assert_eq!(server.calls(), ["DeleteRoom"]);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_answer_leaves_the_room_named_and_never_claimed_deleted() {
+        let script: &[(&str, &[Answer])] = &[
+            ("DeleteRoom", &[Answer::Silence]),
+            ("ListRooms", &[Answer::Silence]),
+        ];
+        let server = Scripted::start(script).await;
+        let janitor = Janitor::start();
+        let lease = server.lease(&janitor, BRIEF, BRIEF);
+        let Deletion::NotDeleted { why } = lease.delete().await else {
+            panic!("claimed deleted")
+        };
+        assert!(why.starts_with("no answer within"), "{why}");
+        let left = close(janitor, AMPLE).await;
+        assert_eq!(left, [format!("not deleted: {why}")]);
+    }
+
+    #[tokio::test]
+    async fn a_room_that_could_be_deleted_only_later_is_not_left_behind() {
+        let server = Scripted::start(&[
+            ("DeleteRoom", &[Answer::Silence, done()]),
+            ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
+            ("ListDispatch", &[dispatches(&[])]),
+        ])
+        .await;
+        let janitor = Janitor::start();
+        let deletion = server.lease(&janitor, BRIEF, BRIEF).delete().await;
+        assert!(!is_deleted(&deletion), "{deletion:?}");
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+    }
+
+    #[tokio::test]
+    async fn a_close_before_the_windows_end_names_the_rooms_that_it_can_not_vouch_for() {
+        let script: &[(&str, &[Answer])] = &[
+            ("DeleteDispatch", &[done()]),
+            ("DeleteRoom", &[done()]),
+            ("ListRooms", &[rooms(&[])]),
+        ];
+        let server = Scripted::start(script).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, AMPLE, Duration::from_mins(1));
+        lease.dispatched("AD_1".to_owned());
+        assert!(is_deleted(&lease.delete().await));
+        let left = close(janitor, BRIEF).await;
+        let why = "deleted, but watched for only 0 of 60 s: a late agent would re-create it";
+        assert_eq!(left, [why]);
+    }
+
+    #[tokio::test]
+    async fn a_room_whose_last_re_check_failed_is_not_vouched_for() {
+        let denied = Answer::Refused(403, "permission_denied");
+        let script: &[(&str, &[Answer])] = &[
+            ("DeleteDispatch", &[done()]),
+            ("DeleteRoom", &[done()]),
+            ("ListRooms", &[denied]),
+        ];
+        let server = Scripted::start(script).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
+        lease.dispatched("AD_1".to_owned());
+        assert!(is_deleted(&lease.delete().await));
+        let left = close(janitor, AMPLE).await;
+        assert!(
+            left[0].contains("the last re-check failed: refused with HTTP 403"),
+            "{left:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_close_while_a_probe_still_holds_its_room_names_it() {
+        let server = Scripted::start(&[("DeleteRoom", &[done()])]).await;
+        let janitor = Janitor::start();
+        let lease = server.lease(&janitor, AMPLE, AMPLE);
+        assert_eq!(close(janitor, BRIEF).await, ["its probe had not ended"]);
+        drop(lease);
+    }
 
     /// The seconds since the deletion at which a room is looked for; found there at those in `found`.
     fn looks(window: u64, found: &[u64]) -> Vec<u64> {
