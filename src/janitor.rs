@@ -6,7 +6,7 @@
 //!
 //! - A request that was in flight when its probe was dropped (`CreateRoom`, `CreateDispatch` or a join, each of which
 //!   creates a missing room).
-//! - A late agent. `DeleteDispatch` has the worker end the job, but a livekit-agents 1.8.9 worker lets the entrypoint
+//! - A late agent, the target's or the unnamed one that LiveKit sends to every room. `DeleteDispatch` has the worker end the job, but a livekit-agents 1.8.9 worker lets the entrypoint
 //!   run on for 15 s first, and an entrypoint that connects in that time re-creates the room with default settings:
 //!   it stays for 5 minutes after the agent. Deleted once more, it does not come back, unless automatic dispatch sends
 //!   another agent to it: see [`Owned::drain`].
@@ -62,6 +62,8 @@ pub enum Deletion {
     NotDeleted {
         why: String,
     },
+    /// It had never been created.
+    NothingThere,
 }
 
 /// A room that the janitor can't vouch for.
@@ -107,7 +109,8 @@ impl Janitor {
                 cleanup,
                 late_agent_window,
                 dispatches: Vec::new(),
-                agent: Agent::CanNotCome,
+                agent_seen: false,
+                not_created: false,
             }),
         }
     }
@@ -129,23 +132,21 @@ impl Janitor {
 }
 
 impl RoomLease {
-    /// Says that from now on an agent may come: the request that makes LiveKit dispatch is about to be written.
-    pub fn agent_may_come(&mut self) {
-        let owned = self.owned();
-        if owned.agent == Agent::CanNotCome {
-            owned.agent = Agent::MayCome;
-        }
+    /// Says that there is no room: the only request that would have created it never reached LiveKit or was refused.
+    pub fn not_created(&mut self) {
+        self.owned().not_created = true;
     }
 
     /// A dispatch that the room's deletion must end first.
     pub fn dispatched(&mut self, dispatch_id: String) {
-        self.agent_may_come();
         self.owned().dispatches.push(dispatch_id);
     }
 
-    /// The agent is in the room and will be put out with it: nobody can come late.
+    /// The agent is in the room and will be put out with it: it can't come late.
+    ///
+    /// Without this one may always come: LiveKit sends the project's unnamed agent to every room that is created.
     pub fn agent_seen(&mut self) {
-        self.owned().agent = Agent::Came;
+        self.owned().agent_seen = true;
     }
 
     /// Deletes the dispatch and the room now and says what became of them; re-checks go on behind it.
@@ -222,13 +223,6 @@ impl Shared {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Agent {
-    CanNotCome,
-    MayCome,
-    Came,
-}
-
 /// A room, all that its deletion needs, and the claim on the janitor's time.
 struct Owned {
     shared: Arc<Shared>,
@@ -238,16 +232,8 @@ struct Owned {
     cleanup: Duration,
     late_agent_window: Duration,
     dispatches: Vec<String>,
-    agent: Agent,
-}
-
-/// How a deletion went, seen from the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Gone {
-    /// It was there and was deleted.
-    Confirmed,
-    /// The server knew no such room: it had closed, or it is yet to be created by a request still in flight.
-    NotFound,
+    agent_seen: bool,
+    not_created: bool,
 }
 
 impl Owned {
@@ -260,21 +246,23 @@ impl Owned {
 
     async fn deleted_for_good(self, told: Option<oneshot::Sender<Deletion>>) {
         let dropped = told.is_none();
-        // What is not known is the server's own dispatch, or one whose answer never came.
-        let unknown = self.agent == Agent::MayCome && self.dispatches.is_empty();
-        let known = (!unknown).then_some(self.dispatches.as_slice());
-        let gone = self.delete(known).await;
-        let window = self.window(dropped, gone.as_ref().ok().copied());
+        let deleted = if self.not_created {
+            Ok(())
+        } else {
+            self.delete(&self.dispatches, !self.agent_seen).await
+        };
+        let window = self.window(dropped, &deleted);
         if let Some(told) = told {
-            let deletion = match &gone {
-                Ok(_) => Deletion::Deleted { at: Instant::now() },
+            let deletion = match &deleted {
+                _ if self.not_created => Deletion::NothingThere,
+                Ok(()) => Deletion::Deleted { at: Instant::now() },
                 Err(why) => Deletion::NotDeleted { why: why.clone() },
             };
             if told.send(deletion).is_err() {
                 tracing::debug!(room = %self.room, "nobody waited for the room's deletion");
             }
         }
-        match self.watch(window, gone.map(drop)).await {
+        match self.watch(window, deleted).await {
             None => {
                 self.shared.lock().remove(&self.room);
             }
@@ -282,36 +270,50 @@ impl Owned {
         }
     }
 
-    /// Ends the jobs of these dispatches, or of all that the server lists, then deletes the room; that takes `cleanup` at
-    /// most. In this order: the server forgets the dispatches of a deleted room, and a job that was not ended
-    /// re-creates it.
-    async fn delete(&self, dispatches: Option<&[String]>) -> Result<Gone, String> {
+    /// How long the room can come back.
+    fn window(&self, dropped: bool, deleted: &Result<(), String>) -> Duration {
+        if self.not_created {
+            Duration::ZERO
+        } else if !self.agent_seen || deleted.is_err() {
+            // As long for a failed deletion: the server may answer again.
+            self.late_agent_window.max(self.cleanup)
+        } else if dropped {
+            // A call that creates a missing room may have been in flight.
+            self.cleanup
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    /// Ends the jobs of the known dispatches and, if asked to, of all that the server lists (its own, and those whose
+    /// answer never came), then deletes the room; that takes `cleanup` at most. In this order: the server forgets the
+    /// dispatches of a deleted room, and a job that was not ended re-creates it.
+    async fn delete(&self, dispatches: &[String], list: bool) -> Result<(), String> {
         let now = Instant::now();
-        self.end_dispatches(dispatches, now + self.cleanup / 2)
+        self.end_dispatches(dispatches, list, now + self.cleanup / 2)
             .await;
-        let gone = persist(now + self.cleanup, || self.api.delete_room(&self.room)).await;
-        match gone {
-            Ok(()) => Ok(Gone::Confirmed),
-            Err(error) if error.is_not_found() => Ok(Gone::NotFound),
-            Err(error) => {
+        let deleted = persist(now + self.cleanup, || self.api.delete_room(&self.room)).await;
+        match deleted {
+            Err(error) if !error.is_not_found() => {
                 let why = error.to_string();
                 tracing::warn!(room = %self.room, why, "the room could not be deleted");
                 Err(why)
             }
+            _ => Ok(()),
         }
     }
 
     /// Failing here is no failure: the room's deletion follows, and the re-checks find whom it doesn't stop.
-    async fn end_dispatches(&self, known: Option<&[String]>, deadline: Instant) {
+    async fn end_dispatches(&self, known: &[String], list: bool, deadline: Instant) {
         let ended = async {
-            let ids = if let Some(ids) = known {
-                ids.to_vec()
-            } else {
+            for id in known {
+                self.end_dispatch(id).await?;
+            }
+            if list {
                 let listed = self.api.list_dispatch(&self.room).await.result?;
-                listed.into_iter().map(|dispatch| dispatch.id).collect()
-            };
-            for id in ids {
-                self.end_dispatch(&id).await?;
+                for dispatch in listed.iter().filter(|found| !known.contains(&found.id)) {
+                    self.end_dispatch(&dispatch.id).await?;
+                }
             }
             Ok::<_, ApiError>(())
         };
@@ -328,19 +330,6 @@ impl Owned {
         match self.api.delete_dispatch(&self.room, id).await.result {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),
-        }
-    }
-
-    /// How long the room can come back.
-    fn window(&self, dropped: bool, gone: Option<Gone>) -> Duration {
-        match gone {
-            // As long as for a late agent: the server may answer again.
-            None => self.late_agent_window.max(self.cleanup),
-            Some(_) if self.agent == Agent::MayCome => self.late_agent_window.max(self.cleanup),
-            // A request that creates the room may still be in flight.
-            Some(_) if dropped => self.cleanup,
-            Some(Gone::NotFound) if self.agent != Agent::Came => self.cleanup,
-            Some(_) => Duration::ZERO,
         }
     }
 
@@ -368,7 +357,7 @@ impl Owned {
                     if returns > 1 {
                         self.drain(window).await;
                     }
-                    deleted = self.delete(None).await.map(drop);
+                    deleted = self.delete(&[], true).await;
                     watch.found(Instant::now());
                     Some("it had come back at the last re-check".to_owned())
                 }
@@ -394,7 +383,7 @@ impl Owned {
         let why = "it came back twice; the jobs that re-create it are being ended".to_owned();
         self.shared.note(&self.room, Standing::NotDeleted { why });
         let now = Instant::now();
-        self.end_dispatches(None, now + self.cleanup).await;
+        self.end_dispatches(&[], true, now + self.cleanup).await;
         sleep_until(now + window.min(SHORTEST_SURE_WINDOW)).await;
     }
 
@@ -418,14 +407,15 @@ struct Watch {
     until: Instant,
     next: Option<Instant>,
     pause: Duration,
+    /// A room that keeps coming back can't hold the janitor for ever.
+    restarts_left: u8,
 }
 
 impl Watch {
     const FIRST_PAUSE: Duration = Duration::from_secs(1);
     /// Bounds how long a room that came back can live, and what it can cost.
     const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-    /// A room that keeps coming back can't hold the janitor for ever.
-    const MOST_WINDOWS: u32 = 3;
+    const MOST_RESTARTS: u8 = 3;
 
     fn new(now: Instant, window: Duration) -> Self {
         let mut watch = Self {
@@ -434,6 +424,7 @@ impl Watch {
             until: now + window,
             next: Some(now),
             pause: Self::FIRST_PAUSE,
+            restarts_left: Self::MOST_RESTARTS,
         };
         watch.checked(now);
         watch
@@ -444,11 +435,13 @@ impl Watch {
         self.pause = (self.pause * 2).min(Self::LONGEST_PAUSE);
     }
 
-    /// The room was there and has been deleted again: its window begins anew.
+    /// The room was there and has been deleted again: its window begins anew, three times at most.
     fn found(&mut self, now: Instant) {
-        let latest = self.since + self.window * Self::MOST_WINDOWS;
-        self.until = (now + self.window).min(latest);
-        self.pause = Self::FIRST_PAUSE;
+        if let Some(left) = self.restarts_left.checked_sub(1) {
+            self.restarts_left = left;
+            self.until = now + self.window;
+            self.pause = Self::FIRST_PAUSE;
+        }
         self.checked(now);
     }
 }
@@ -499,6 +492,9 @@ fn pause_before_retry(error: &ApiError) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::task::Poll;
 
     use livekit_protocol as proto;
     use prost::Message as _;
@@ -512,8 +508,10 @@ mod tests {
     use crate::livekit::token::Keys;
 
     const ROOM: &str = "canary-test-1";
-    /// Of deletions that are answered at once: far more than they take.
+    /// Of what never has to pass.
     const AMPLE: Duration = Duration::from_secs(10);
+    /// Of deletions that are answered at once, and of the windows that are as long as a deletion may take.
+    const ENOUGH: Duration = Duration::from_millis(500);
     /// Of windows and deadlines that have to pass for the test to end.
     const BRIEF: Duration = Duration::from_millis(50);
 
@@ -548,7 +546,8 @@ mod tests {
         Answer::Ok(proto::ListAgentDispatchResponse { agent_dispatches }.encode_to_vec())
     }
 
-    /// A server that answers each method from its own script, the last answer for ever, and notes what it was asked.
+    /// A server that answers each method from its own script, the last answer for ever, and what is not scripted with
+    /// an empty message (done, no rooms, no dispatches); and notes what it was asked.
     struct Scripted {
         api: Api,
         calls: Arc<Mutex<Vec<String>>>,
@@ -571,12 +570,12 @@ mod tests {
                 loop {
                     let mut stream = BufReader::new(listener.accept().await.unwrap().0);
                     let method = read_request(&mut stream).await;
-                    let answers = script.get_mut(&method).expect("a scripted method");
-                    noted.lock().unwrap().push(method);
-                    let answer = match answers.len() {
-                        1 => answers[0].clone(),
-                        _ => answers.remove(0),
+                    let answer = match script.get_mut(&method) {
+                        None => done(),
+                        Some(answers) if answers.len() == 1 => answers[0].clone(),
+                        Some(answers) => answers.remove(0),
                     };
+                    noted.lock().unwrap().push(method);
                     match answer {
                         Answer::Ok(body) => respond(stream, 200, "protobuf", &body).await,
                         Answer::Refused(status, code) => {
@@ -587,10 +586,7 @@ mod tests {
                     }
                 }
             });
-            let keys = Keys {
-                api_key: "key".to_owned(),
-                api_secret: "secret".to_owned().into(),
-            };
+            let keys = Keys::new("key", "secret").unwrap();
             let endpoint = Endpoint::new(&Url::parse(&url).unwrap(), None).unwrap();
             Self {
                 api: Api::new(endpoint, keys, AMPLE),
@@ -654,12 +650,9 @@ mod tests {
 
     #[tokio::test]
     async fn the_dispatch_ends_before_the_room_and_a_seen_agent_leaves_nothing_to_re_check() {
-        let script: &[(&str, &[Answer])] =
-            &[("DeleteDispatch", &[done()]), ("DeleteRoom", &[done()])];
-        let server = Scripted::start(script).await;
+        let server = Scripted::start(&[]).await;
         let janitor = Janitor::start();
         let mut lease = server.lease(&janitor, AMPLE, AMPLE);
-        lease.agent_may_come();
         lease.dispatched("AD_1".to_owned());
         lease.agent_seen();
         assert!(is_deleted(&lease.delete().await));
@@ -668,13 +661,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_room_that_was_never_created_is_not_asked_for() {
+        let server = Scripted::start(&[]).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, AMPLE, AMPLE);
+        lease.not_created();
+        assert_eq!(lease.delete().await, Deletion::NothingThere);
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        assert_eq!(server.calls(), [""; 0]);
+    }
+
+    #[tokio::test]
     async fn a_panic_a_cancel_or_a_delete_that_nobody_awaits_still_deletes_the_room() {
         for end in ["panic", "cancel", "half a delete"] {
-            let script: &[(&str, &[Answer])] =
-                &[("DeleteRoom", &[done()]), ("ListRooms", &[rooms(&[])])];
-            let server = Scripted::start(script).await;
+            let server = Scripted::start(&[]).await;
             let janitor = Janitor::start();
-            let lease = server.lease(&janitor, BRIEF, BRIEF);
+            let lease = server.lease(&janitor, ENOUGH, BRIEF);
             let mut probe = JoinSet::new();
             probe.spawn(async move {
                 let lease = lease;
@@ -682,8 +684,9 @@ mod tests {
                     "panic" => panic!("scripted"),
                     "cancel" => std::future::pending().await,
                     _ => {
-                        let polled_once = tokio::time::timeout(Duration::ZERO, lease.delete());
-                        assert!(polled_once.await.is_err());
+                        let mut deletion = pin!(lease.delete());
+                        let once = poll_fn(|context| Poll::Ready(deletion.as_mut().poll(context)));
+                        assert!(once.await.is_pending());
                     }
                 }
             });
@@ -693,7 +696,8 @@ mod tests {
             let ended = probe.join_next().await.unwrap();
             assert_eq!(ended.is_ok(), end == "half a delete", "{end}");
             assert_eq!(close(janitor, AMPLE).await, [""; 0], "{end}");
-            assert_eq!(server.calls()[0], "DeleteRoom", "{end}");
+            let calls = server.calls();
+            assert!(calls.contains(&"DeleteRoom".to_owned()), "{end}: {calls:?}");
         }
     }
 
@@ -703,11 +707,10 @@ mod tests {
         let server = Scripted::start(&[
             ("DeleteRoom", &[Answer::Refused(404, "not_found"), done()]),
             ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
-            ("ListDispatch", &[dispatches(&[])]),
         ])
         .await;
         let janitor = Janitor::start();
-        drop(server.lease(&janitor, BRIEF, Duration::ZERO));
+        drop(server.lease(&janitor, ENOUGH, Duration::ZERO));
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
         let calls = server.calls();
         let deletions = calls.iter().filter(|call| *call == "DeleteRoom");
@@ -716,106 +719,73 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_room_that_a_late_agent_brought_back_is_deleted_with_its_dispatches() {
+    async fn where_no_agent_was_seen_the_dispatches_that_nobody_knows_of_end_too() {
         let server = Scripted::start(&[
-            ("DeleteDispatch", &[done()]),
-            ("DeleteRoom", &[done()]),
-            ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
-            ("ListDispatch", &[dispatches(&["AD_2", "AD_3"])]),
+            ("ListDispatch", &[dispatches(&["AD_1", "AD_2"])]),
+            ("DeleteDispatch", &[Answer::Refused(404, "not_found")]),
         ])
         .await;
         let janitor = Janitor::start();
-        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
+        let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
         lease.dispatched("AD_1".to_owned());
         assert!(is_deleted(&lease.delete().await));
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
-        assert_eq!(
-            server.calls(),
-            [
-                "DeleteDispatch",
-                "DeleteRoom",
-                "ListRooms",
-                "ListDispatch",
-                "DeleteDispatch",
-                "DeleteDispatch",
-                "DeleteRoom",
-                "ListRooms"
-            ]
-        );
+        let calls = server.calls().join(" ");
+        let expected = "DeleteDispatch ListDispatch DeleteDispatch DeleteRoom ListRooms";
+        assert_eq!(calls, expected);
+    }
+
+    #[tokio::test]
+    async fn a_room_that_a_late_agent_brought_back_is_deleted_again() {
+        let server = Scripted::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
+        let janitor = Janitor::start();
+        let lease = server.lease(&janitor, ENOUGH, BRIEF);
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        let deletion = "ListDispatch DeleteRoom ListRooms";
+        let calls = server.calls().join(" ");
+        assert_eq!(calls, format!("{deletion} {deletion}"));
     }
 
     #[tokio::test]
     async fn a_room_that_comes_back_twice_keeps_standing_until_the_jobs_that_re_create_it_are_ended()
      {
-        let server = Scripted::start(&[
-            ("DeleteDispatch", &[done()]),
-            ("DeleteRoom", &[done()]),
-            ("ListRooms", &[rooms(&[ROOM]), rooms(&[ROOM]), rooms(&[])]),
-            ("ListDispatch", &[dispatches(&["AD_2"])]),
-        ])
-        .await;
+        let back = rooms(&[ROOM]);
+        let server = Scripted::start(&[("ListRooms", &[back.clone(), back, rooms(&[])])]).await;
         let janitor = Janitor::start();
-        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
-        lease.dispatched("AD_1".to_owned());
+        let lease = server.lease(&janitor, ENOUGH, BRIEF);
         assert!(is_deleted(&lease.delete().await));
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        let deletion = "ListDispatch DeleteRoom ListRooms";
         let calls = server.calls().join(" ");
-        let ended = "ListDispatch DeleteDispatch";
-        let first = format!("ListRooms {ended} DeleteRoom");
-        let second = format!("ListRooms {ended} {ended} DeleteRoom ListRooms");
-        assert_eq!(calls, format!("DeleteDispatch DeleteRoom {first} {second}"));
-    }
-
-    #[tokio::test]
-    async fn a_dispatch_whose_id_nobody_knows_is_looked_up_and_ended() {
-        let server = Scripted::start(&[
-            ("ListDispatch", &[dispatches(&["AD_9"])]),
-            ("DeleteDispatch", &[Answer::Refused(404, "not_found")]),
-            ("DeleteRoom", &[done()]),
-            ("ListRooms", &[rooms(&[])]),
-        ])
-        .await;
-        let janitor = Janitor::start();
-        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
-        lease.agent_may_come();
-        assert!(is_deleted(&lease.delete().await));
-        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
         assert_eq!(
-            server.calls()[..3],
-            ["ListDispatch", "DeleteDispatch", "DeleteRoom"]
+            calls,
+            format!("{deletion} {deletion} ListDispatch {deletion}")
         );
     }
 
     #[tokio::test]
     async fn a_passing_fault_is_retried_and_a_refusal_in_earnest_is_not() {
         let unavailable = Answer::Refused(503, "unavailable");
-        let script: &[(&str, &[Answer])] =
-            &[("DeleteRoom", &[unavailable.clone(), unavailable, done()])];
-        let server = Scripted::start(script).await;
-        let janitor = Janitor::start();
-        assert!(is_deleted(
-            &server.lease(&janitor, AMPLE, AMPLE).delete().await
-        ));
-        assert_eq!(server.calls().len(), 3);
-
         let denied = Answer::Refused(403, "permission_denied");
-        let script: &[(&str, &[Answer])] = &[
-            ("DeleteRoom", std::slice::from_ref(&denied)),
-            ("ListRooms", std::slice::from_ref(&denied)),
-        ];
-        let server = Scripted::start(script).await;
-        let deletion = server.lease(&janitor, AMPLE, AMPLE).delete().await;
-        assert!(!is_deleted(&deletion), "{deletion:?}");
-        assert_eq!(server.calls(), ["DeleteRoom"]);
+        let deletions = &[unavailable.clone(), unavailable, denied];
+        let server = Scripted::start(&[("DeleteRoom", deletions)]).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, AMPLE, AMPLE);
+        lease.agent_seen();
+        let deletion = lease.delete().await;
+        assert!(
+            matches!(&deletion, Deletion::NotDeleted { why } if why.contains("403")),
+            "{deletion:?}"
+        );
+        assert_eq!(server.calls(), ["DeleteRoom"; 3]);
     }
 
     #[tokio::test]
     async fn a_server_that_does_not_answer_leaves_the_room_named_and_never_claimed_deleted() {
-        let script: &[(&str, &[Answer])] = &[
-            ("DeleteRoom", &[Answer::Silence]),
-            ("ListRooms", &[Answer::Silence]),
-        ];
-        let server = Scripted::start(script).await;
+        let silence = &[Answer::Silence];
+        let methods = ["ListDispatch", "DeleteRoom", "ListRooms"];
+        let server = Scripted::start(&methods.map(|method| (method, &silence[..]))).await;
         let janitor = Janitor::start();
         let lease = server.lease(&janitor, BRIEF, BRIEF);
         let Deletion::NotDeleted { why } = lease.delete().await else {
@@ -831,26 +801,19 @@ mod tests {
         let server = Scripted::start(&[
             ("DeleteRoom", &[Answer::Silence, done()]),
             ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
-            ("ListDispatch", &[dispatches(&[])]),
         ])
         .await;
         let janitor = Janitor::start();
-        let deletion = server.lease(&janitor, BRIEF, BRIEF).delete().await;
+        let deletion = server.lease(&janitor, ENOUGH, BRIEF).delete().await;
         assert!(!is_deleted(&deletion), "{deletion:?}");
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
     }
 
     #[tokio::test]
     async fn a_close_before_the_windows_end_names_the_rooms_that_it_can_not_vouch_for() {
-        let script: &[(&str, &[Answer])] = &[
-            ("DeleteDispatch", &[done()]),
-            ("DeleteRoom", &[done()]),
-            ("ListRooms", &[rooms(&[])]),
-        ];
-        let server = Scripted::start(script).await;
+        let server = Scripted::start(&[]).await;
         let janitor = Janitor::start();
-        let mut lease = server.lease(&janitor, AMPLE, Duration::from_mins(1));
-        lease.dispatched("AD_1".to_owned());
+        let lease = server.lease(&janitor, AMPLE, Duration::from_mins(1));
         assert!(is_deleted(&lease.delete().await));
         let left = close(janitor, BRIEF).await;
         let why = "deleted, but watched for only 0 of 60 s: a late agent would re-create it";
@@ -859,16 +822,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_room_whose_last_re_check_failed_is_not_vouched_for() {
-        let denied = Answer::Refused(403, "permission_denied");
-        let script: &[(&str, &[Answer])] = &[
-            ("DeleteDispatch", &[done()]),
-            ("DeleteRoom", &[done()]),
-            ("ListRooms", &[denied]),
-        ];
-        let server = Scripted::start(script).await;
+        let denied = &[Answer::Refused(403, "permission_denied")];
+        let server = Scripted::start(&[("ListRooms", denied)]).await;
         let janitor = Janitor::start();
-        let mut lease = server.lease(&janitor, BRIEF, BRIEF);
-        lease.dispatched("AD_1".to_owned());
+        let lease = server.lease(&janitor, ENOUGH, BRIEF);
         assert!(is_deleted(&lease.delete().await));
         let left = close(janitor, AMPLE).await;
         assert!(
@@ -879,7 +836,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_close_while_a_probe_still_holds_its_room_names_it() {
-        let server = Scripted::start(&[("DeleteRoom", &[done()])]).await;
+        let server = Scripted::start(&[]).await;
         let janitor = Janitor::start();
         let lease = server.lease(&janitor, AMPLE, AMPLE);
         assert_eq!(close(janitor, BRIEF).await, ["its probe had not ended"]);
@@ -916,8 +873,9 @@ mod tests {
     }
 
     #[test]
-    fn a_room_that_keeps_coming_back_holds_the_janitor_for_three_windows_at_most() {
+    fn a_room_that_keeps_coming_back_holds_the_janitor_for_four_windows_at_most() {
         let always: Vec<u64> = (0..1000).collect();
-        assert_eq!(looks(20, &always).last(), Some(&60));
+        assert_eq!(looks(20, &always), [1, 2, 3, 4, 6, 10, 15, 20, 23]);
+        assert_eq!(looks(2, &[2, 4, 6, 8]).last(), Some(&8));
     }
 }

@@ -21,11 +21,12 @@ use super::{Position, Progress, Report};
 use crate::config::{DispatchMode, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
-use crate::livekit::api::{Api, NewRoom};
+use crate::livekit::api::{Api, ApiError, NewRoom};
 use crate::livekit::engine::{
     AudioStats, Ended, Engine, JoinRequest, Participant, RoomEvent, Seen,
 };
-use crate::livekit::net::Endpoint;
+use crate::livekit::net::{Endpoint, Refusal};
+use crate::livekit::signal::SignalError;
 
 /// The participant's identity. Each room has one of us, so it need not differ.
 const IDENTITY: &str = "canary-echo";
@@ -176,6 +177,11 @@ impl Driver {
                 Some(input) => input,
                 None => self.next_input().await,
             };
+            if self.creation_failed(&input)
+                && let Some(lease) = &mut self.lease
+            {
+                lease.not_created();
+            }
             for action in self.probe.on(input, Instant::now()) {
                 self.carry_out(action);
             }
@@ -194,6 +200,30 @@ impl Driver {
             Some(input) = self.calls.next() => input,
             until = changed(&mut self.hold_until) => Input::HoldUntil(until),
             () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => Input::DeadlinePassed,
+        }
+    }
+
+    /// Whether the one request that creates the room never reached LiveKit or was refused: then there is no room to
+    /// delete, and trying to would only fail in the same way.
+    fn creation_failed(&self, input: &Input) -> bool {
+        match input {
+            Input::Created(call) => match &call.result {
+                Err(ApiError::Refused(refusal)) => refuses_for_good(refusal),
+                Err(_) => call.sent_at.is_none(),
+                Ok(_) => false,
+            },
+            Input::Room(RoomEvent {
+                seen:
+                    Seen::Ended {
+                        why: Ended::Signal(error),
+                        ..
+                    },
+                ..
+            }) if self.context.target.dispatch.mode == DispatchMode::Automatic => match error {
+                SignalError::Refused(refusal) => refuses_for_good(refusal),
+                error => matches!(error, SignalError::Unreachable(_)),
+            },
+            _ => false,
         }
     }
 
@@ -248,7 +278,6 @@ impl Driver {
     }
 
     fn dispatch(&mut self) {
-        self.agent_may_come();
         let (api, room) = (self.context.api.clone(), self.room.clone());
         let target = Arc::clone(&self.context.target);
         self.call(async move {
@@ -263,9 +292,6 @@ impl Driver {
     fn join(&mut self) -> Participant {
         let target = Arc::clone(&self.context.target);
         let automatic = target.dispatch.mode == DispatchMode::Automatic;
-        if automatic {
-            self.agent_may_come();
-        }
         let mut attributes = target.attributes.clone();
         attributes.insert("canary".to_owned(), "true".to_owned());
         self.context.engine.join(JoinRequest {
@@ -282,12 +308,6 @@ impl Driver {
         })
     }
 
-    fn agent_may_come(&mut self) {
-        if let Some(lease) = &mut self.lease {
-            lease.agent_may_come();
-        }
-    }
-
     fn new_room(&self) -> NewRoom {
         NewRoom {
             name: self.room.clone(),
@@ -298,6 +318,11 @@ impl Driver {
             max_participants: 1,
         }
     }
+}
+
+/// A refusal before anything was done; not a conflict, a timeout or a fault of the server.
+fn refuses_for_good(refusal: &Refusal) -> bool {
+    matches!(refusal.status, 400 | 401 | 403 | 404 | 429)
 }
 
 /// The same settings in a token: the server applies them as it creates the room on our joining.

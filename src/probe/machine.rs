@@ -316,6 +316,7 @@ impl Probe {
                 self.mark(Milestone::RoomDeleted, at);
             }
             Deletion::NotDeleted { why } => self.note(format!("the room was not deleted: {why}")),
+            Deletion::NothingThere => {}
         }
         if self.phase == Phase::Deleting {
             self.phase = Phase::Over;
