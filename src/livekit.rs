@@ -9,6 +9,8 @@ pub mod engine;
 mod exchange;
 pub mod net;
 pub mod signal;
+#[cfg(test)]
+mod test_server;
 pub mod token;
 
 /// A room's name, which is also its key: LiveKit has one live room of a name.

@@ -275,3 +275,59 @@ fn redact(word: &str, out: &mut String) {
     }
     out.push_str(rest);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn retry(value: &str) -> Option<u64> {
+        let now = DateTime::parse_from_rfc3339("2026-11-24T10:00:00Z").unwrap();
+        retry_after(value, now.into()).map(|wait| wait.as_secs())
+    }
+
+    #[test]
+    fn retry_after_is_read_as_seconds_and_as_a_date() {
+        assert_eq!(retry("120"), Some(120));
+        assert_eq!(retry(" 5 "), Some(5));
+        assert_eq!(retry("Tue, 24 Nov 2026 10:01:30 GMT"), Some(90));
+        assert_eq!(retry("Tue, 24 Nov 2026 09:00:00 GMT"), Some(0));
+        assert_eq!(retry("soon"), None);
+        assert_eq!(retry("-3"), None);
+    }
+
+    #[test]
+    fn tokens_and_control_characters_never_stay_in_a_text() {
+        assert_eq!(
+            presentable("invalid token: eyJ0eXAi.eyJleHAi.lSt_TAg-x, error: \x1b[31mbad\r\n"),
+            "invalid token: [token], error: [31mbad"
+        );
+        assert_eq!(
+            presentable("/rtc?access_token=eyJhbGci.eyJ2aWRl.AbC&x=\"eyJhbGci\""),
+            "/rtc?access_token=[token]&x=\"[token]\""
+        );
+    }
+
+    #[test]
+    fn a_long_text_is_cut_at_one_kib_between_characters() {
+        let shown = presentable(&"€".repeat(2000));
+        assert_eq!(shown, "€".repeat(TEXT_LIMIT / 3));
+    }
+
+    #[test]
+    fn a_redirect_says_where_to_without_the_query() {
+        let answer = Answer {
+            status: StatusCode::MOVED_PERMANENTLY,
+            headers: HeaderMap::from_iter([(
+                LOCATION,
+                HeaderValue::from_static("https://example.com/rtc?access_token=hidden"),
+            )]),
+            body: Bytes::new(),
+            body_end: BodyEnd::Whole,
+            upgraded: None,
+        };
+        assert_eq!(
+            answer.refusal().message,
+            "redirected to https://example.com/rtc"
+        );
+    }
+}

@@ -139,3 +139,88 @@ impl fmt::Debug for Keys {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use livekit_api::access_token::{Claims, TokenVerifier};
+
+    use super::super::test_server::{SECRET, keys};
+    use super::*;
+
+    fn verified(token: &SecretString) -> Claims {
+        TokenVerifier::with_api_key("some-key", SECRET)
+            .verify(token.expose_secret())
+            .unwrap()
+    }
+
+    fn room() -> RoomName {
+        RoomName("canary-1".to_owned())
+    }
+
+    fn participant(config: Option<&proto::RoomConfiguration>) -> Claims {
+        let attributes = BTreeMap::from([("canary".to_owned(), "true".to_owned())]);
+        verified(
+            &keys()
+                .participant(&room(), "echo", &attributes, config)
+                .unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_participant_may_join_its_room_publish_a_microphone_and_subscribe_and_no_more() {
+        let claims = participant(None);
+        assert_eq!(
+            claims.video,
+            VideoGrants {
+                room_join: true,
+                room: "canary-1".to_owned(),
+                can_publish: Some(true),
+                can_publish_sources: vec!["microphone".to_owned()],
+                can_publish_data: Some(false),
+                can_subscribe: Some(true),
+                ..VideoGrants::default()
+            }
+        );
+        assert_eq!(claims.sub, "echo");
+        assert_eq!(claims.attributes["canary"], "true");
+        // An empty kind is a standard participant.
+        assert_eq!(claims.kind, "");
+        assert_eq!(claims.room_config, None);
+    }
+
+    #[test]
+    fn room_settings_travel_in_the_token_with_the_grant_to_create_the_room() {
+        let config = proto::RoomConfiguration {
+            empty_timeout: 30,
+            metadata: "canary".to_owned(),
+            ..proto::RoomConfiguration::default()
+        };
+        let claims = participant(Some(&config));
+        assert!(claims.video.room_create);
+        assert_eq!(claims.room_config, Some(config));
+    }
+
+    #[test]
+    fn a_token_expires_within_minutes() {
+        let claims = participant(None);
+        assert!(claims.exp - claims.nbf <= 600);
+    }
+
+    #[test]
+    fn a_pair_with_an_empty_half_or_a_participant_without_a_name_gets_no_token() {
+        assert_eq!(Keys::new("", SECRET).err(), Some(TokenError::EmptyKey));
+        assert_eq!(
+            Keys::new("some-key", "").err(),
+            Some(TokenError::EmptySecret)
+        );
+        let nobody = keys().participant(&room(), "", &BTreeMap::new(), None);
+        assert_eq!(nobody.err(), Some(TokenError::Nobody));
+    }
+
+    #[test]
+    fn debug_shows_the_key_and_not_the_secret() {
+        let shown = format!("{:?}", keys());
+        assert!(shown.contains("some-key"));
+        assert!(!shown.contains(SECRET));
+    }
+}
