@@ -78,6 +78,11 @@ impl Fault {
             None => anyhow::bail!("LIVEKIT_CANARY_FAULT: expected panic:<index>"),
         }
     }
+
+    fn of_room(self, room: usize) -> Option<Self> {
+        let Self::Panic { index } = self;
+        (index == room).then_some(self)
+    }
 }
 
 impl Context {
@@ -85,7 +90,7 @@ impl Context {
     #[must_use]
     pub fn of_room(&self, index: usize) -> Self {
         Self {
-            fault: self.fault.filter(|fault| *fault == Fault::Panic { index }),
+            fault: self.fault.and_then(|fault| fault.of_room(index)),
             ..self.clone()
         }
     }
@@ -105,20 +110,8 @@ pub async fn run(
     abort: CancellationToken,
     progress: mpsc::Sender<Progress>,
 ) -> Report {
-    let cleanup = context.target.deadlines.cleanup;
-    let mut driver = Driver::new(context, room, position, hold_until, abort, progress);
-    if let Err(panic) = AssertUnwindSafe(driver.drive()).catch_unwind().await {
-        driver
-            .inputs
-            .push_back(Input::Panicked(message_of(&*panic)));
-        // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then the
-        // report says what is known, and dropping the lease has the janitor delete the room.
-        let rest = AssertUnwindSafe(driver.drive()).catch_unwind();
-        if !matches!(timeout(3 * cleanup, rest).await, Ok(Ok(()))) {
-            tracing::error!(room = %driver.room, "a probe that crashed could not be ended in order");
-        }
-    }
-    driver.probe.into_report()
+    let driver = Driver::new(context, room, position, hold_until, abort, progress);
+    driver.to_the_end().await
 }
 
 struct Driver {
@@ -169,6 +162,22 @@ impl Driver {
             room,
             context,
         }
+    }
+
+    async fn to_the_end(mut self) -> Report {
+        if let Err(panic) = AssertUnwindSafe(self.drive()).catch_unwind().await {
+            let message = message_of(&*panic);
+            tracing::error!(room = %self.room, message, "a probe crashed");
+            self.inputs.push_front(Input::Panicked(message));
+            // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then
+            // the report says what is known, and dropping the lease has the janitor delete the room.
+            let most = 3 * self.context.target.deadlines.cleanup;
+            let rest = AssertUnwindSafe(self.drive()).catch_unwind();
+            if !matches!(timeout(most, rest).await, Ok(Ok(()))) {
+                tracing::error!(room = %self.room, "a probe that crashed could not be ended in order");
+            }
+        }
+        self.probe.into_report()
     }
 
     async fn drive(&mut self) {
@@ -381,4 +390,228 @@ fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a panic without a message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use secrecy::SecretString;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::task::JoinSet;
+    use url::Url;
+
+    use super::*;
+    use crate::livekit::token::Keys;
+    use crate::probe::{Milestone, Outcome, Reason};
+
+    /// A server API that answers every call with `answer`, and remembers which were made.
+    struct Server {
+        url: Url,
+        calls: Arc<Mutex<Vec<String>>>,
+        _task: JoinSet<()>,
+    }
+
+    const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+    const LIMIT: &str =
+        "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
+
+    impl Server {
+        async fn start(answer: &'static str) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}", listener.local_addr().unwrap());
+            let calls = Arc::default();
+            let mut task = JoinSet::new();
+            task.spawn(serve(listener, answer, Arc::clone(&calls)));
+            Self {
+                url: url.parse().unwrap(),
+                calls,
+                _task: task,
+            }
+        }
+
+        fn calls(&self) -> Vec<String> {
+            self.calls.lock().unwrap().clone()
+        }
+    }
+
+    async fn serve(listener: TcpListener, answer: &str, calls: Arc<Mutex<Vec<String>>>) {
+        while let Ok((stream, _)) = listener.accept().await {
+            let method = read_request(stream, answer).await;
+            calls.lock().unwrap().push(method);
+        }
+    }
+
+    /// Answers one request, read to its end: closing a socket with unread bytes would reset the connection.
+    async fn read_request(mut stream: TcpStream, answer: &str) -> String {
+        let mut request = Vec::new();
+        let mut most = usize::MAX;
+        while request.len() < most {
+            assert_ne!(stream.read_buf(&mut request).await.unwrap(), 0);
+            let text = String::from_utf8_lossy(&request);
+            if let Some((head, _)) = text.split_once("\r\n\r\n") {
+                let length = head
+                    .lines()
+                    .find_map(|line| line.strip_prefix("content-length: "));
+                let body: usize = length.map_or(0, |length| length.parse().unwrap());
+                most = head.len() + 4 + body;
+            }
+        }
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        let text = String::from_utf8_lossy(&request);
+        let path = text.split(' ').nth(1).unwrap_or_default();
+        path.rsplit('/').next().unwrap_or_default().to_owned()
+    }
+
+    fn context(url: &Url) -> Context {
+        let (key, secret) = ("devkey", SecretString::from("secret"));
+        let endpoint = Endpoint::new(url, None).unwrap();
+        let keys = Keys::new(key, secret.clone()).unwrap();
+        let mut target = Target {
+            agent_name: Some("support".to_owned()),
+            ..Target::default()
+        };
+        target.deadlines.cleanup = Duration::from_millis(300);
+        Context {
+            project: Arc::new(Project {
+                url: url.clone(),
+                api_key: key.to_owned(),
+                api_secret: secret,
+                ca_file: None,
+                cloud_project: None,
+                api_timeout: Duration::from_secs(5),
+                max_rooms: 1,
+            }),
+            target: Arc::new(target),
+            api: Api::new(endpoint.clone(), keys, Duration::from_secs(5)),
+            endpoint,
+            engine: Engine::default(),
+            janitor: Janitor::start(),
+            fault: None,
+        }
+    }
+
+    struct Started {
+        driver: Driver,
+        abort: CancellationToken,
+        progress: mpsc::Receiver<Progress>,
+        _hold: watch::Sender<Option<Instant>>,
+    }
+
+    fn start(url: &Url) -> Started {
+        let (hold, held) = watch::channel(None);
+        let (told, progress) = mpsc::channel(Progress::MOST);
+        let abort = CancellationToken::new();
+        let room = RoomName("canary-test".to_owned());
+        Started {
+            driver: Driver::new(
+                context(url),
+                room,
+                Position::First,
+                held,
+                abort.clone(),
+                told,
+            ),
+            abort,
+            progress,
+            _hold: hold,
+        }
+    }
+
+    fn reason(report: &Report) -> Reason {
+        match &report.outcome {
+            Outcome::Failed(failure) => failure.reason,
+            other => panic!("not failed but {other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn refused_room_is_reported_with_its_evidence() {
+        let server = Server::start(LIMIT).await;
+        let started = start(&server.url);
+        let report = started.driver.to_the_end().await;
+        assert_eq!(reason(&report).label(), "plan_limit");
+        assert_eq!(report.evidence.retry_after_seconds, Some(7.0));
+        assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+        let notes = report.evidence.notes.join("; ");
+        assert!(notes.contains("the room was not deleted"), "{notes}");
+    }
+
+    #[tokio::test]
+    async fn unreachable_server_settles_join_and_outcome_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        drop(listener);
+        let mut started = start(&url.parse().unwrap());
+        let report = started.driver.to_the_end().await;
+        assert_eq!(reason(&report), Reason::Unreachable);
+        let mut told = Vec::new();
+        started.progress.recv_many(&mut told, Progress::MOST).await;
+        assert!(
+            matches!(
+                told.as_slice(),
+                [
+                    Progress::Reached {
+                        milestone: Milestone::Started,
+                        ..
+                    },
+                    Progress::JoinSettled { joined: false },
+                    Progress::Settled(_),
+                ]
+            ),
+            "{told:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn aborted_probe_deletes_its_room_after_the_calls_that_could_create_it() {
+        let server = Server::start(EMPTY_OK).await;
+        let started = start(&server.url);
+        started.abort.cancel();
+        let report = started.driver.to_the_end().await;
+        assert_eq!(report.outcome, Outcome::Aborted);
+        assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
+        assert_eq!(server.calls(), ["CreateRoom", "DeleteRoom"]);
+    }
+
+    #[tokio::test]
+    async fn panic_is_internal_and_the_room_is_deleted_nevertheless() {
+        let server = Server::start(EMPTY_OK).await;
+        let mut started = start(&server.url);
+        started.driver.call(async { panic!("of a test") });
+        let report = started.driver.to_the_end().await;
+        assert_eq!(reason(&report), Reason::Internal);
+        assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
+        assert_eq!(
+            server.calls().last().map(String::as_str),
+            Some("DeleteRoom")
+        );
+    }
+
+    #[tokio::test]
+    async fn probe_that_crashes_again_and_again_still_reports() {
+        let server = Server::start(EMPTY_OK).await;
+        let mut started = start(&server.url);
+        started.driver.call(async { panic!("of a test") });
+        started.driver.call(async { panic!("of a test, again") });
+        let report = started.driver.to_the_end().await;
+        assert_eq!(reason(&report), Reason::Internal);
+    }
+
+    #[tokio::test]
+    async fn hold_that_nobody_can_end_is_over() {
+        let (hold, held) = watch::channel(None);
+        let mut held = Some(held);
+        drop(hold);
+        assert!(changed(&mut held).await.is_some());
+        assert!(held.is_none());
+    }
+
+    #[test]
+    fn fault_stays_with_the_room_that_it_is_meant_for() {
+        let fault = Fault::Panic { index: 2 };
+        assert_eq!(fault.of_room(2), Some(fault));
+        assert_eq!(fault.of_room(1), None);
+    }
 }

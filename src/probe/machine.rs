@@ -290,9 +290,9 @@ impl Probe {
                     "ListDispatch failed: {}",
                     quote(&error.to_string())
                 ));
-                // A refusal shows that LiveKit is there. Where nothing answers, the signal connection will tell
-                // within its ping timeout whether it was LiveKit that went silent, not the agent.
-                if matches!(error, ApiError::Refused(_) | ApiError::Protocol(_)) {
+                // Where the room's server may not have answered, the signal connection will tell within its ping
+                // timeout whether it was LiveKit that went silent, not the agent.
+                if shows_life(&error) {
                     self.blame_agent(missed, None, now);
                 }
             }
@@ -892,6 +892,16 @@ pub(super) fn expected_agent(target: &Target) -> Option<&str> {
     match target.dispatch.mode {
         DispatchMode::Explicit => target.agent_name.as_deref(),
         DispatchMode::Automatic => None,
+    }
+}
+
+/// Whether a failed call proves that the room's server is alive: a proxy, or another node that asks it in vain, says
+/// 502 to 504.
+fn shows_life(error: &ApiError) -> bool {
+    match error {
+        ApiError::Refused(refusal) => !matches!(refusal.status, 502..=504),
+        ApiError::Protocol(_) => true,
+        ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => false,
     }
 }
 

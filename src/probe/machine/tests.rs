@@ -555,7 +555,20 @@ fn list_dispatch_that_is_refused_is_noted_and_the_verdict_stands() {
 
 #[test]
 fn server_that_went_silent_is_blamed_before_the_agent() {
-    let silence = || Err(ApiError::Timeout(Duration::from_secs(5)));
+    for silence in [
+        ApiError::Timeout(Duration::from_secs(5)),
+        ApiError::Refused(refusal(
+            503,
+            Some("unavailable"),
+            "no response from servers",
+        )),
+    ] {
+        blamed_if_it_answers_no_pings(&silence);
+    }
+}
+
+fn blamed_if_it_answers_no_pings(silence: &ApiError) {
+    let silence = || Err(silence.clone());
     let script = Script::new(explicit())
         .waiting()
         .wait(30_101)
@@ -820,81 +833,73 @@ fn failure_during_the_hold_is_found() {
 
 // Our own way in, LiveKit and the network.
 
+fn assert_reasons(table: impl IntoIterator<Item = (Script, Reason, Option<&'static str>)>) {
+    for (row, (script, reason, step)) in table.into_iter().enumerate() {
+        let report = script.report(MINUTE);
+        assert_eq!(reason_of(&report), reason, "row {row}");
+        assert_eq!(report.evidence.step, step, "row {row}");
+    }
+}
+
 #[test]
-fn every_failed_step_has_its_reason() {
+fn failed_call_or_join_has_the_reason_of_its_step() {
     let dns = || ConnectError::Dns {
         host: "nowhere.invalid".to_owned(),
         error: "no such host".to_owned(),
     };
-    let timeout = || ApiError::Timeout(Duration::from_secs(10));
-    let lost = |error: SignalError| {
+    let timeout = || Err(ApiError::Timeout(Duration::from_secs(10)));
+    let create = |result| Script::new(explicit()).created(10, result);
+    let dispatch = |result| {
         Script::new(explicit())
-            .with_agent()
-            .ended(900, Ended::Signal(error))
+            .way_in()
+            .dispatched(101, 9_000, result)
     };
-    let removed = |reason: &str| {
-        let reason = reason.to_owned();
-        Script::new(explicit())
-            .with_agent()
-            .ended(900, Ended::Removed { reason })
+    let join = |error: SignalError| create(Ok(())).ended(30, Ended::Signal(error));
+    let turned_away = SignalError::LeftBeforeJoin {
+        reason: "JOIN_FAILURE".to_owned(),
     };
-    let joining = |error: SignalError| {
-        Script::new(explicit())
-            .created(10, Ok(()))
-            .ended(30, Ended::Signal(error))
-    };
-    let table = [
+    assert_reasons([
         (
-            Script::new(explicit()).created(10, Err(dns().into())),
+            create(Err(dns().into())),
             Reason::Unreachable,
             Some("create_room"),
         ),
         (
-            Script::new(explicit()).created(10, Err(timeout())),
+            create(timeout()),
             Reason::RoomCreateFailed,
             Some("create_room"),
         ),
         (
-            Script::new(explicit())
-                .way_in()
-                .dispatched(101, 9_000, Err(timeout())),
+            dispatch(timeout()),
             Reason::DispatchFailed,
             Some("dispatch"),
         ),
+        (join(dns().into()), Reason::Unreachable, Some("signal")),
         (
-            Script::new(explicit()).way_in().wait(30_100),
-            Reason::DispatchFailed,
-            Some("dispatch"),
-        ),
-        (joining(dns().into()), Reason::Unreachable, Some("signal")),
-        (
-            joining(SignalError::Closed("reset".to_owned())),
+            join(SignalError::Closed("reset".to_owned())),
             Reason::SignalFailed,
             Some("signal"),
         ),
         (
-            joining(SignalError::LeftBeforeJoin {
-                reason: "JOIN_FAILURE".to_owned(),
-            }),
+            join(turned_away),
             Reason::PlanLimit(LimitKind::Room),
             Some("signal"),
         ),
+    ]);
+}
+
+#[test]
+fn step_of_our_own_that_takes_too_long_has_its_reason() {
+    let created = || Script::new(explicit()).created(10, Ok(()));
+    assert_reasons([
+        (created().wait(12_010), Reason::SignalFailed, Some("signal")),
         (
-            Script::new(explicit()).created(10, Ok(())).wait(12_010),
-            Reason::SignalFailed,
-            Some("signal"),
-        ),
-        (
-            Script::new(explicit())
-                .created(10, Ok(()))
-                .signal(40)
-                .wait(15_040),
+            created().signal(40).wait(15_040),
             Reason::MediaFailed,
             Some("media"),
         ),
         (
-            Script::new(explicit())
-                .created(10, Ok(()))
+            created()
                 .signal(40)
                 .see(60, Seen::MediaConnected)
                 .wait(15_040),
@@ -902,19 +907,36 @@ fn every_failed_step_has_its_reason() {
             Some("publish"),
         ),
         (
-            Script::new(explicit())
-                .with_agent()
-                .ended(900, ping_timeout()),
-            Reason::SignalLost,
-            Some("signal"),
+            Script::new(explicit()).way_in().wait(30_100),
+            Reason::DispatchFailed,
+            Some("dispatch"),
         ),
+    ]);
+}
+
+#[test]
+fn participant_that_ends_has_the_reason_of_its_end() {
+    let ended = |why| Script::new(explicit()).with_agent().ended(900, why);
+    let lost = |error| ended(Ended::Signal(error));
+    let removed = |reason: &str| {
+        ended(Ended::Removed {
+            reason: reason.to_owned(),
+        })
+    };
+    let media = Ended::MediaFailed {
+        transport: "subscriber",
+        detail: "ICE disconnected".to_owned(),
+    };
+    let panicked = Input::Panicked("a panic".to_owned());
+    assert_reasons([
+        (ended(ping_timeout()), Reason::SignalLost, Some("signal")),
         (
             lost(SignalError::Closed("reset".to_owned())),
             Reason::SignalLost,
             Some("signal"),
         ),
         (
-            lost(SignalError::Protocol("a frame too large".to_owned())),
+            lost(SignalError::Protocol("too large".to_owned())),
             Reason::SignalLost,
             Some("signal"),
         ),
@@ -923,48 +945,23 @@ fn every_failed_step_has_its_reason() {
         (removed("SERVER_SHUTDOWN"), Reason::SignalLost, None),
         (removed("CONNECTION_TIMEOUT"), Reason::MediaFailed, None),
         (
-            Script::new(explicit())
-                .with_agent()
-                .ended(900, Ended::PublishFailed("no permission".to_owned())),
+            ended(Ended::PublishFailed("refused".to_owned())),
             Reason::PublishFailed,
             Some("publish"),
         ),
+        (ended(media), Reason::MediaFailed, Some("media")),
         (
-            Script::new(explicit()).with_agent().ended(
-                900,
-                Ended::MediaFailed {
-                    transport: "subscriber",
-                    detail: "ICE disconnected".to_owned(),
-                },
-            ),
-            Reason::MediaFailed,
-            Some("media"),
-        ),
-        (
-            Script::new(explicit())
-                .with_agent()
-                .ended(900, Ended::Internal("a panic".to_owned())),
+            ended(Ended::Internal("a panic".to_owned())),
             Reason::Internal,
             None,
         ),
+        (ended(Ended::Left), Reason::Internal, None),
         (
-            Script::new(explicit()).with_agent().ended(900, Ended::Left),
+            Script::new(explicit()).with_agent().feed(900, panicked),
             Reason::Internal,
             None,
         ),
-        (
-            Script::new(explicit())
-                .with_agent()
-                .feed(900, Input::Panicked("a panic".to_owned())),
-            Reason::Internal,
-            None,
-        ),
-    ];
-    for (index, (script, reason, step)) in table.into_iter().enumerate() {
-        let report = script.report(MINUTE);
-        assert_eq!(reason_of(&report), reason, "row {index}");
-        assert_eq!(report.evidence.step, step, "row {index}");
-    }
+    ]);
 }
 
 #[test]
@@ -1083,16 +1080,12 @@ fn evidence_is_bounded_in_a_crowded_room() {
 fn any_order_of_events_ends_in_one_outcome() {
     for seed in 0..20_000 {
         let mut random = fastrand::Rng::with_seed(seed);
-        let target = Target {
-            agent_name: Some("support".to_owned()),
-            ..match random.u8(..4) {
-                0 => automatic(),
-                1 => expecting(true, AgentMayLeave::AfterReply),
-                2 => expecting(random.bool(), AgentMayLeave::AfterSpeech),
-                _ => explicit(),
-            }
+        let mut target = match random.u8(..4) {
+            0 => automatic(),
+            1 => expecting(true, AgentMayLeave::AfterReply),
+            2 => expecting(random.bool(), AgentMayLeave::AfterSpeech),
+            _ => explicit(),
         };
-        let mut target = target;
         if random.u8(..4) == 0 {
             target.echo.mode = EchoMode::Continuous;
         }
