@@ -22,7 +22,14 @@ import zlib
 import numpy as np
 
 from livekit import rtc
-from livekit.agents import Agent, AgentServer, AgentSession, JobContext, JobExecutorType
+from livekit.agents import (
+    Agent,
+    AgentServer,
+    AgentSession,
+    AutoSubscribe,
+    JobContext,
+    JobExecutorType,
+)
 
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
@@ -51,9 +58,9 @@ def report(room: str, event: str, **details: object) -> None:
         os.close(fd)
 
 
-async def tone(frequency: int, seconds: float):
-    """A tone in frames of 20 ms, as fast as it is taken."""
-    samples = SPEECH_RATE * FRAME_MS // 1000
+async def tone(frequency: int, seconds: float, frame_ms: int = FRAME_MS):
+    """A tone in frames, as fast as they are taken."""
+    samples = SPEECH_RATE * frame_ms // 1000
     for start in range(0, int(SPEECH_RATE * seconds), samples):
         phase = np.arange(start, start + samples) * (2 * np.pi * frequency / SPEECH_RATE)
         pcm = (np.sin(phase) * 0.5 * 32767).astype(np.int16)
@@ -192,9 +199,19 @@ async def silence(job: Job) -> None:
         await source.capture_frame(frame)
 
 
+async def talk(job: Job) -> None:
+    """Speaks without a pause and hears nothing: cheap enough for many rooms in one process."""
+    await job.ctx.connect(auto_subscribe=AutoSubscribe.SUBSCRIBE_NONE)
+    source = await job.publish()
+    report(job.room, "talking")
+    while job.ctx.room.isconnected():
+        async for frame in tone(tone_of(job.room), 1, frame_ms=100):
+            await source.capture_frame(frame)
+
+
 BEHAVIOURS = {
     behaviour.__name__: behaviour
-    for behaviour in (greet, reply, leave, never_connect, no_track, no_packets, silence)
+    for behaviour in (greet, reply, leave, never_connect, no_track, no_packets, silence, talk)
 }
 
 

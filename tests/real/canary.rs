@@ -152,7 +152,7 @@ impl Canary {
 
 /// The product at work.
 pub struct Running {
-    child: Child,
+    pub child: Child,
     started: Instant,
     stdout: PathBuf,
     stderr: PathBuf,
@@ -235,8 +235,8 @@ pub struct Probe {
     pub started_at: chrono::DateTime<chrono::Utc>,
     pub join_delay_seconds: Option<f64>,
     pub reply_delay_seconds: Option<f64>,
-    /// Seconds since its start.
-    pub milestones: BTreeMap<String, f64>,
+    /// Seconds since its start; null where it was never reached.
+    pub milestones: BTreeMap<String, Option<f64>>,
 }
 
 impl Probe {
@@ -255,6 +255,7 @@ impl Probe {
         self.milestones
             .get(milestone)
             .copied()
+            .flatten()
             .with_context(|| format!("{}: never reached {milestone}", self.room))
     }
 }

@@ -1,0 +1,15 @@
+# What CI runs.
+check:
+    .ci/run
+
+# Tests that need a Rust toolchain alone.
+test:
+    cargo test
+
+# The scenarios on the real stack, all or those whose name contains FILTER. Needs Go, Python and root.
+real FILTER="":
+    cargo test --test real -- {{FILTER}}
+
+# CPU, memory and accuracy against the real stack.
+bench:
+    cargo bench --bench real
