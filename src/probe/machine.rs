@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::outcome::{Step, quote};
 use super::turns::Turns;
 use super::{Evidence, Failure, Milestone, Outcome, Position, Progress, Reason, Report, Timeline};
-use crate::config::{AgentMayLeave, DispatchMode, EchoMode, Target};
+use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::api::{ApiError, Call, DispatchInfo, RoomInfo};
@@ -20,9 +20,12 @@ const ENGINE_GRACE: Duration = Duration::from_secs(2);
 /// Longest time after which a server that froze is known to be: one ping interval and the ping timeout.
 const SIGNAL_SILENCE: Duration = Duration::from_secs(20);
 
-/// Longest time from the agent's first word to the end of its echo, besides the delay: 30 s recorded, 30 s played,
-/// the silence around both. An echo that takes longer is a fault of ours.
-const ECHO_LONGEST: Duration = Duration::from_secs(65);
+/// Longest time from the end of the agent's speech to the end of its echo, besides the delay, and longest play of one
+/// that has begun: 30 s are recorded. An echo that takes longer is a fault of ours.
+const ECHO_LONGEST: Duration = Duration::from_secs(40);
+
+/// How long the agent may talk, where its answer to an echo is expected, without a pause that lets the echo begin.
+const TALK_LONGEST: Duration = Duration::from_mins(2);
 
 /// Most entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MOST_KEPT: usize = 20;
@@ -89,6 +92,8 @@ enum Missed {
     Join,
     Track,
     Speech,
+    /// A pause for the echo.
+    Pause,
     Reply,
 }
 
@@ -648,11 +653,9 @@ impl Probe {
                 return Some((echo_ended + deadlines.reply, Due::Agent(Missed::Reply)));
             }
             if !self.turns.answered() {
-                let over = spoke + self.target.echo.delay + ECHO_LONGEST;
-                return Some(match self.target.echo.mode {
-                    EchoMode::Turn => (over, Due::Echo),
-                    // The agent talks without a pause, over its own echo.
-                    EchoMode::Continuous => (over, Due::Agent(Missed::Reply)),
+                return Some(match self.turns.echo_since() {
+                    Some(since) => (since + self.target.echo.delay + ECHO_LONGEST, Due::Echo),
+                    None => (spoke + TALK_LONGEST, Due::Agent(Missed::Pause)),
                 });
             }
         }
@@ -752,6 +755,7 @@ impl Probe {
             Missed::Join => ("agent_join", deadlines.join),
             Missed::Track => ("agent_track", deadlines.track.min(deadlines.speech)),
             Missed::Speech => ("agent_speech", deadlines.speech),
+            Missed::Pause => ("agent_reply", TALK_LONGEST),
             Missed::Reply => ("agent_reply", deadlines.reply),
         };
         let failure = match missed {
@@ -775,6 +779,12 @@ impl Probe {
                     ),
                 )
             }
+            Missed::Pause => Failure::new(
+                Reason::AgentNoReply,
+                format!(
+                    "the agent talked for {limit:?} without a pause for the echo that it should answer: check its greeting, or raise speech.threshold_dbfs where it plays background sound"
+                ),
+            ),
             Missed::Reply => Failure::new(
                 Reason::AgentNoReply,
                 format!(

@@ -19,6 +19,8 @@ pub(super) struct Turns {
     list: Vec<Turn>,
     /// The start of the utterance that goes on.
     speaking: Option<Instant>,
+    /// The end of the last one.
+    spoke_until: Option<Instant>,
     /// The end of an echo that nothing answered yet; in continuous mode possibly ahead.
     unanswered: Option<Instant>,
     answered: bool,
@@ -32,6 +34,7 @@ impl Turns {
             most: usize::try_from(echo.max_turns).unwrap_or(usize::MAX),
             list: Vec::new(),
             speaking: None,
+            spoke_until: None,
             unanswered: None,
             answered: false,
         }
@@ -45,6 +48,16 @@ impl Turns {
     /// The end of the last echo, while nothing answered it.
     pub(super) fn unanswered_since(&self) -> Option<Instant> {
         self.unanswered
+    }
+
+    /// Since when an echo has been owed or playing; `None` while the agent still talks before it.
+    pub(super) fn echo_since(&self) -> Option<Instant> {
+        let turn = self.list.last();
+        match turn.and_then(|turn| turn.echo_started) {
+            Some(started) => Some(started),
+            None if self.speaking.is_some() => None,
+            None => self.spoke_until,
+        }
     }
 
     pub(super) fn list(&self) -> &[Turn] {
@@ -76,6 +89,7 @@ impl Turns {
 
     pub(super) fn speech_ended(&mut self, at: Instant) {
         self.speaking = None;
+        self.spoke_until = Some(at);
         if self.mode == EchoMode::Continuous {
             if !self.answered {
                 self.unanswered.get_or_insert(at + self.delay);

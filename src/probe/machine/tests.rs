@@ -701,8 +701,33 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
 #[test]
 fn echo_that_never_goes_out_is_our_own_fault() {
     let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
-    let script = script.see(700, Seen::SpeechStarted).wait(66_700);
-    assert_eq!(script.reason(66_710), Reason::Internal);
+    let script = script.speech(700, 2_000).wait(42_999);
+    assert!(!script.is_settled());
+    assert_eq!(script.wait(43_000).reason(43_010), Reason::Internal);
+}
+
+#[test]
+fn agent_that_never_pauses_gives_no_reply() {
+    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = script.speech(700, 60_000).see(60_900, Seen::SpeechStarted);
+    let script = script.wait(120_699);
+    assert!(!script.is_settled());
+    let script = script.wait(120_700).listed(120_710, Ok(Vec::new()));
+    assert_eq!(script.reason(120_720), Reason::AgentNoReply);
+}
+
+#[test]
+fn long_greeting_still_gets_its_echo_and_reply() {
+    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = script
+        .hold(600, 1_000)
+        .speech(700, 100_000)
+        .echo(101_000, 131_000);
+    let script = script
+        .wait(140_000)
+        .see(141_000, Seen::SpeechStarted)
+        .wait(141_000);
+    assert_eq!(script.report(141_010).outcome, Outcome::Ok);
 }
 
 #[test]
@@ -1087,7 +1112,7 @@ fn any_order_of_events_ends_in_one_outcome() {
             _ => explicit(),
         };
         if random.u8(..4) == 0 {
-            target.echo.mode = EchoMode::Continuous;
+            target.echo.mode = crate::config::EchoMode::Continuous;
         }
         let mut script = Script::new(target);
         let mut at = 0;
