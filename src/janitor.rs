@@ -456,7 +456,10 @@ where
     let mut pause = FIRST_BACKOFF;
     loop {
         let Ok(answer) = timeout_at(deadline, call()).await else {
-            return Err(ApiError::Timeout(started.elapsed()));
+            let waited = started.elapsed();
+            // To the millisecond, for the message.
+            let waited = Duration::new(waited.as_secs(), waited.subsec_millis() * 1_000_000);
+            return Err(ApiError::Timeout(waited));
         };
         let error = match answer.result {
             Ok(value) => return Ok(value),
