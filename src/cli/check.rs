@@ -8,7 +8,7 @@ use humantime::format_duration;
 use super::{Check, Exit, print};
 use crate::config::{Config, DispatchMode, Draft, EchoMode, Problems, Project, Stay, Target};
 use crate::livekit::RoomName;
-use crate::livekit::api::{Api, ApiError};
+use crate::livekit::api::ApiError;
 
 /// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
 const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
@@ -108,7 +108,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target, project: &Pro
         text,
         "echo",
         &match echo.mode {
-            EchoMode::Turn => format!("at most {} turns, each after {delay}", echo.max_turns),
+            EchoMode::Turn => format!("turns: at most {}, each after {delay}", echo.max_turns),
             EchoMode::Continuous => format!("continuous, after {delay}"),
         },
     );

@@ -121,7 +121,7 @@ impl<'a> Section<'a> {
             table
         } else {
             let message = "a table belongs here".to_owned();
-            let hint = format!("begin it with a line [… .{key}], or write {key}.KEY = VALUE");
+            let hint = format!("write {key}.KEY = VALUE, or begin a table of that name");
             self.problem(key, entry.place.clone(), message, &hint);
             Table::new()
         };
@@ -207,14 +207,13 @@ impl<'a> Section<'a> {
         let Taken::Text(text) = self.text(key) else {
             return default;
         };
-        match text.value.trim().parse() {
+        let message = match text.value.trim().parse() {
             Ok(number) if range.contains(&number) => return number,
-            _ => {
-                let message = format!("{} is not a number in range", shown(&text.value));
-                let hint = format!("from {} to {}", range.start(), range.end());
-                self.problem(key, text.place, message, &hint);
-            }
-        }
+            Ok(_) => format!("{} is out of range", shown(&text.value)),
+            Err(_) => format!("{} is not a number that fits", shown(&text.value)),
+        };
+        let hint = format!("from {} to {}", range.start(), range.end());
+        self.problem(key, text.place, message, &hint);
         default
     }
 
@@ -254,7 +253,15 @@ impl<'a> Section<'a> {
         C::default()
     }
 
+    /// Not reported where an unknown key was probably meant to be this one: that is one mistake, not two.
     pub(super) fn missing(&mut self, key: &str, hint: &str) {
+        if self
+            .table
+            .keys()
+            .any(|left| similar(left, &[key]).is_some())
+        {
+            return;
+        }
         let place = self.place.clone();
         self.problem(key, place, "missing".to_owned(), hint);
     }
