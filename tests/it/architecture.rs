@@ -1,0 +1,197 @@
+//! Who may know whom, held against the `crate::` paths of the sources.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A file, or a folder with its file, and the modules of this crate that its code may name.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("config", &[]),
+    ("livekit/net", &[]),
+    ("livekit", &["config", "livekit"]),
+    ("janitor", &["livekit"]),
+    ("probe/timeline", &[]),
+    // The state machine names what it is told, and does no I/O: only the driver knows the API and the engine's actor.
+    ("probe", &["config", "janitor", "livekit", "probe"]),
+    ("batch", &["config", "janitor", "livekit", "probe"]),
+    ("cli", &["batch", "config", "janitor", "livekit", "probe"]),
+    ("main", &[]),
+    ("lib", &[]),
+];
+
+/// What the probe's core may take from `livekit`: plain types that say what happened.
+const TYPES_FOR_THE_PROBE: &[&str] = &[
+    "livekit::RoomName",
+    "livekit::api::ApiError",
+    "livekit::api::Call",
+    "livekit::api::DispatchInfo",
+    "livekit::api::RoomInfo",
+    "livekit::engine::Agent",
+    "livekit::engine::AudioStats",
+    "livekit::engine::Ended",
+    "livekit::engine::RoomEvent",
+    "livekit::engine::Seen",
+    "livekit::net::ConnectError",
+    "livekit::net::Refusal",
+    "livekit::signal::SignalError",
+];
+
+struct Source {
+    /// `probe/driver` for `src/probe/driver.rs`.
+    name: String,
+    code: String,
+}
+
+/// Every file of `src` without tests and comments: those may name whom they like.
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    files
+        .into_iter()
+        .map(|file| {
+            let text = fs::read_to_string(&file).unwrap();
+            let code = text.split("#[cfg(test)]").next().unwrap();
+            let name = file.strip_prefix(&root).unwrap().with_extension("");
+            Source {
+                name: name.to_str().unwrap().to_owned(),
+                code: code
+                    .lines()
+                    .map(|line| line.split("//").next().unwrap())
+                    .collect::<Vec<_>>()
+                    .join("\n"),
+            }
+        })
+        .collect()
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs")
+            && !path.ends_with("tests.rs")
+        {
+            files.push(path);
+        }
+    }
+}
+
+/// Every `crate::` path, with the braces of `use` unfolded one level deep at a time.
+fn paths(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (start, _) in code.match_indices("crate::") {
+        unfold("", &code[start + "crate::".len()..], &mut found);
+    }
+    found
+}
+
+/// Adds the paths that `rest` begins with to `found`, and returns what follows them.
+fn unfold<'a>(prefix: &str, rest: &'a str, found: &mut BTreeSet<String>) -> &'a str {
+    let rest = rest.trim_start();
+    if let Some(mut rest) = rest.strip_prefix('{') {
+        loop {
+            rest = unfold(prefix, rest, found).trim_start();
+            match rest.strip_prefix(',') {
+                Some(more) if !more.trim_start().starts_with('}') => rest = more,
+                Some(more) => return more.trim_start().trim_start_matches('}'),
+                None => return rest.trim_start_matches('}'),
+            }
+        }
+    }
+    let end = rest
+        .find(|c: char| !c.is_alphanumeric() && c != '_')
+        .unwrap_or(rest.len());
+    let (word, after) = rest.split_at(end);
+    let path = if prefix.is_empty() {
+        word.to_owned()
+    } else {
+        format!("{prefix}::{word}")
+    };
+    if let Some(deeper) = after.strip_prefix("::") {
+        return unfold(&path, deeper, found);
+    }
+    found.insert(path);
+    after
+}
+
+/// The rule for a file: the longest that its name or folder begins with.
+fn allowed(name: &str) -> &'static [&'static str] {
+    let matches = |rule: &str| name == rule || name.starts_with(&format!("{rule}/"));
+    let rule = ARROWS
+        .iter()
+        .filter(|(rule, _)| matches(rule))
+        .max_by_key(|(rule, _)| rule.len());
+    let (_, modules) = rule.unwrap_or_else(|| panic!("no arrow is drawn for src/{name}.rs"));
+    modules
+}
+
+#[test]
+fn module_knows_only_whom_it_may() {
+    for source in sources() {
+        for path in paths(&source.code) {
+            let module = path.split("::").next().unwrap();
+            let own = source.name.split('/').next().unwrap();
+            assert!(
+                module == own || allowed(&source.name).contains(&module),
+                "src/{}.rs names crate::{path}",
+                source.name
+            );
+        }
+    }
+}
+
+#[test]
+fn probe_core_knows_no_io() {
+    for source in sources() {
+        let core = source.name == "probe" || source.name.starts_with("probe/");
+        if !core || source.name == "probe/driver" {
+            continue;
+        }
+        for path in paths(&source.code) {
+            assert!(
+                !path.starts_with("livekit") || TYPES_FOR_THE_PROBE.contains(&path.as_str()),
+                "src/{}.rs names crate::{path}",
+                source.name
+            );
+        }
+        for io in [
+            "tokio::net",
+            "tokio::fs",
+            "tokio::spawn",
+            "std::net",
+            "std::fs",
+            "sleep",
+        ] {
+            assert!(
+                !source.code.contains(io),
+                "src/{}.rs does I/O: {io}",
+                source.name
+            );
+        }
+    }
+}
+
+#[test]
+fn only_the_command_line_prints() {
+    for source in sources()
+        .iter()
+        .filter(|source| !source.name.starts_with("cli"))
+    {
+        for print in ["println!", "print!(", "stdout()", "stderr()"] {
+            assert!(
+                !source.code.contains(print),
+                "src/{}.rs: {print}",
+                source.name
+            );
+        }
+    }
+}
+
+#[test]
+fn nested_braces_are_unfolded() {
+    let code = "use crate::a::{b::{C, D}, e::F,};\nlet x = crate::g::h();";
+    let expected = ["a::b::C", "a::b::D", "a::e::F", "g::h"].map(str::to_owned);
+    assert_eq!(paths(code), BTreeSet::from(expected));
+}

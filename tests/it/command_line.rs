@@ -1,0 +1,347 @@
+//! What the commands print and how they exit, as far as that needs no LiveKit server.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use insta::assert_snapshot;
+
+use crate::{Run, canary};
+
+const SECRET: &str = "an-API-secret-that-nobody-may-see";
+
+/// Runs `once` or `check` against `url`, from an empty folder.
+fn against(url: &str, args: &[&str]) -> Run {
+    let folder = tempfile::tempdir().unwrap();
+    let variables = [
+        ("LIVEKIT_URL", url),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", SECRET),
+    ];
+    let run = canary(folder.path(), args, &variables);
+    assert!(!run.output().contains(SECRET), "{}", run.output());
+    assert!(
+        !run.output().contains("eyJ"),
+        "a token was printed: {}",
+        run.output()
+    );
+    run
+}
+
+/// A loopback URL at which nobody listens.
+fn closed_port() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("ws://{}", listener.local_addr().unwrap())
+}
+
+/// A server that answers every request like this; the URL to reach it by.
+fn server_that_answers(answer: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("ws://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            thread::spawn(move || {
+                let mut request = vec![0; 64 * 1024];
+                // One read holds the small request; the answer doesn't depend on it.
+                let read = stream.read(&mut request).unwrap();
+                if read > 0 {
+                    stream.write_all(answer.as_bytes()).unwrap();
+                }
+            });
+        }
+    });
+    url
+}
+
+const UNAUTHORIZED: &str = "HTTP/1.1 401 Unauthorized\r\ncontent-type: text/plain\r\n\
+                            content-length: 13\r\nconnection: close\r\n\r\ninvalid token";
+const TOO_MANY: &str = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: text/plain\r\nretry-after: 7\r\n\
+                        content-length: 9\r\nconnection: close\r\n\r\nslow down";
+const ROOMS: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\n\
+                     content-length: 0\r\nconnection: close\r\n\r\n";
+
+#[test]
+fn help_says_what_each_command_does() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, args) in [
+        ("help", &["--help"][..]),
+        ("help_once", &["once", "--help"]),
+        ("help_check", &["check", "--help"]),
+    ] {
+        let run = canary(folder.path(), args, &[]);
+        assert_eq!(run.code, Some(0));
+        assert_snapshot!(name, run.stdout);
+    }
+}
+
+#[test]
+fn no_flag_takes_a_secret() {
+    let folder = tempfile::tempdir().unwrap();
+    for flag in ["--api-secret", "--api-key", "--secret", "--token"] {
+        let run = canary(folder.path(), ["once", flag, SECRET], &[]);
+        assert_eq!(run.code, Some(2));
+        assert!(!run.output().contains(SECRET), "{}", run.output());
+    }
+}
+
+#[test]
+fn wrong_usage_exits_2() {
+    let folder = tempfile::tempdir().unwrap();
+    for args in [
+        &["once", "--rooms", "few"][..],
+        &["once", "--hold", "15"],
+        &["once", "--ramp", "bursts"],
+        &["twice"],
+        &[],
+    ] {
+        let run = canary(folder.path(), args, &[]);
+        assert_eq!(run.code, Some(2), "{args:?}: {}", run.output());
+        assert_eq!(run.stdout, "", "{args:?}");
+    }
+}
+
+#[test]
+fn missing_credentials_name_the_variables() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = canary(folder.path(), ["once"], &[]);
+    assert_eq!(run.code, Some(2));
+    assert_snapshot!(run.stderr);
+}
+
+#[test]
+fn mistake_in_a_flag_names_the_flag() {
+    let run = against(
+        "ws://127.0.0.1:1",
+        &[
+            "once",
+            "--agent-name",
+            "a",
+            "--rooms",
+            "6",
+            "--join-timeout",
+            "0s",
+        ],
+    );
+    assert_eq!(run.code, Some(2));
+    assert_snapshot!(run.stderr);
+}
+
+#[test]
+fn dotenv_file_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let dotenv = "LIVEKIT_URL=ws://127.0.0.1:1\nLIVEKIT_API_KEY=a\nLIVEKIT_API_SECRET=b\n";
+    std::fs::write(folder.path().join(".env"), dotenv).unwrap();
+    let run = canary(folder.path(), ["check"], &[]);
+    assert_eq!(run.code, Some(2));
+}
+
+const TWO_TARGETS: &str = r#"
+[projects.acme]
+url = "wss://acme.example"
+api_key = "key"
+api_secret = "an-API-secret-that-nobody-may-see"
+cloud_project = "p_acme"
+
+[targets.support]
+agent_name = "support-agent"
+
+[targets.sales]
+dispatch.mode = "automatic"
+batch = { rooms = 7, stay = "one_by_one", hold = "1m" }
+echo.mode = "continuous"
+"#;
+
+fn with_two_targets(args: &[&str]) -> Run {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("canary.toml"), TWO_TARGETS).unwrap();
+    let args = [args, &["--config", "canary.toml"]].concat();
+    let run = canary(folder.path(), args, &[]);
+    assert!(!run.output().contains(SECRET), "{}", run.output());
+    run
+}
+
+#[test]
+fn once_asks_which_of_several_targets() {
+    let run = with_two_targets(&["once"]);
+    assert_eq!(run.code, Some(2));
+    assert_snapshot!(run.stderr);
+}
+
+#[test]
+fn unknown_target_is_told() {
+    for command in ["once", "check"] {
+        let run = with_two_targets(&[command, "--target", "suport"]);
+        assert_eq!(run.code, Some(2));
+        assert_snapshot!("unknown_target", run.stderr);
+    }
+}
+
+#[test]
+fn check_prints_what_was_understood() {
+    let run = with_two_targets(&["check"]);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    assert_snapshot!(run.stdout);
+}
+
+#[test]
+fn check_of_one_target_leaves_the_others_out() {
+    let run = with_two_targets(&["check", "--target", "sales"]);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    assert!(!run.stdout.contains("support"), "{}", run.stdout);
+}
+
+#[test]
+fn closed_port_is_inconclusive_and_told_once() {
+    let run = against(&closed_port(), &["once", "--agent-name", "my-agent"]);
+    assert_eq!(run.code, Some(4), "{}", run.output());
+    assert_eq!(
+        run.stdout.matches("unreachable (origin: network)").count(),
+        1,
+        "{}",
+        run.stdout
+    );
+}
+
+#[test]
+fn unknown_host_is_inconclusive_and_told_once() {
+    let run = against(
+        "wss://nonexistent.invalid",
+        &["once", "--agent-name", "my-agent"],
+    );
+    assert_eq!(run.code, Some(4), "{}", run.output());
+    assert_eq!(
+        run.stdout.matches("unreachable (origin: network)").count(),
+        1,
+        "{}",
+        run.stdout
+    );
+    assert!(run.stdout.contains("nonexistent.invalid"), "{}", run.stdout);
+}
+
+#[test]
+fn rejected_credentials_exit_2() {
+    let run = against(
+        &server_that_answers(UNAUTHORIZED),
+        &["once", "--agent-name", "my-agent"],
+    );
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert!(
+        run.stdout.contains("auth_rejected (origin: config)"),
+        "{}",
+        run.stdout
+    );
+}
+
+#[test]
+fn plan_limit_exits_3_and_the_rest_does_not_open() {
+    let run = against(
+        &server_that_answers(TOO_MANY),
+        &["once", "--agent-name", "my-agent"],
+    );
+    assert_eq!(run.code, Some(3), "{}", run.output());
+    assert!(
+        run.stdout.contains("2 rooms did not open"),
+        "{}",
+        run.stdout
+    );
+}
+
+#[test]
+fn json_of_a_failed_batch_is_whole() {
+    let run = against(
+        &closed_port(),
+        &["once", "--agent-name", "my-agent", "--format", "json"],
+    );
+    assert_eq!(run.code, Some(4), "{}", run.output());
+    let batch: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!(batch["target"], "default");
+    assert_eq!(batch["ramp"], "after_join");
+    assert_eq!(batch["summary"]["failed"], 1);
+    assert_eq!(batch["not_opened"]["rooms"], 2);
+    let probe = &batch["probes"][0];
+    assert_eq!(probe["outcome"], "failed");
+    assert_eq!(probe["reason"], "unreachable");
+    assert_eq!(probe["origin"], "network");
+    assert!(probe["join_delay_seconds"].is_null());
+    assert!(
+        probe["milestones"]
+            .as_object()
+            .unwrap()
+            .contains_key("AgentJoined")
+    );
+    assert_eq!(probe["milestones"]["Started"], 0.0);
+}
+
+#[test]
+fn progress_off_a_terminal_is_plain_lines() {
+    let run = against(&closed_port(), &["once", "--agent-name", "my-agent"]);
+    assert!(!run.output().contains('\u{1b}'), "{}", run.output());
+    assert!(
+        run.stderr.starts_with("room 1 of 3: canary-"),
+        "{}",
+        run.stderr
+    );
+    assert!(
+        run.stderr
+            .contains("room 1 of 3: failed: unreachable (network)"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+fn check_connects_and_says_why_not() {
+    for (url, code, line) in [
+        (server_that_answers(ROOMS), 0, "ok"),
+        (
+            server_that_answers(UNAUTHORIZED),
+            2,
+            "failed: refused with HTTP 401",
+        ),
+        (
+            server_that_answers(TOO_MANY),
+            4,
+            "failed: refused with HTTP 429",
+        ),
+        (closed_port(), 4, "failed: TCP connection"),
+        (
+            "wss://nonexistent.invalid".to_owned(),
+            4,
+            "failed: DNS lookup",
+        ),
+    ] {
+        let run = against(&url, &["check", "--connect"]);
+        assert_eq!(run.code, Some(code), "{}", run.output());
+        let line = format!("  connect     {line}");
+        assert!(
+            run.stdout.contains(&line),
+            "{line:?} is not in\n{}",
+            run.stdout
+        );
+    }
+}
+
+#[test]
+fn closed_stdout_is_no_panic() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
+        .args(["once", "--agent-name", "my-agent", "--format", "json"])
+        .env_clear()
+        .env("LIVEKIT_URL", closed_port())
+        .env("LIVEKIT_API_KEY", "devkey")
+        .env("LIVEKIT_API_SECRET", SECRET)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(4), "{stderr}");
+    assert!(
+        !stderr.contains("panicked") && !stderr.contains("internal fault"),
+        "{stderr}"
+    );
+}

@@ -1,0 +1,400 @@
+//! What people see of a wrong configuration, and that the documented defaults are the true ones.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use insta::assert_snapshot;
+use livekit_canary::config::{Config, Draft, Project, Target};
+use secrecy::ExposeSecret;
+use tempfile::TempDir;
+
+use crate::canary;
+
+const SECRET: &str = "an-API-secret-that-nobody-may-see";
+const KEY: &str = "APIkeyThatNobodyMaySee";
+
+const CREDENTIALS: [(&str, &str); 3] = [
+    ("LIVEKIT_URL", "wss://canary.example"),
+    ("LIVEKIT_API_KEY", KEY),
+    ("LIVEKIT_API_SECRET", SECRET),
+];
+
+fn folder_with(settings: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("canary.toml"), settings).unwrap();
+    folder
+}
+
+/// The complaint of `check` about these settings, with credentials in the environment.
+fn complaint(settings: &str) -> String {
+    complaint_with(settings, &CREDENTIALS)
+}
+
+fn complaint_with(settings: &str, variables: &[(&str, &str)]) -> String {
+    let folder = folder_with(settings);
+    let run = canary(
+        folder.path(),
+        ["check", "--config", "canary.toml"],
+        variables,
+    );
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert_eq!(run.stdout, "");
+    assert!(!run.stderr.contains(SECRET), "{}", run.stderr);
+    assert!(!run.stderr.contains(KEY), "{}", run.stderr);
+    run.stderr
+}
+
+fn read(settings: &str, variables: &[(&str, &str)]) -> Config {
+    let folder = folder_with(settings);
+    read_file(&folder.path().join("canary.toml"), variables)
+}
+
+fn read_file(file: &Path, variables: &[(&str, &str)]) -> Config {
+    let draft = Draft::read(Some(file), environment(variables));
+    draft
+        .unwrap()
+        .validate()
+        .map_err(|problems| problems.to_string())
+        .unwrap()
+}
+
+fn environment(variables: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
+    let owned = |(name, value): &(&str, &str)| (OsString::from(name), OsString::from(value));
+    variables.iter().map(owned).collect()
+}
+
+/// A target that is right, to add one mistake to.
+fn target_with(more: &str) -> String {
+    format!("[targets.support]\nagent_name = \"my-agent\"\n{more}\n")
+}
+
+#[test]
+fn five_mistakes_are_reported_at_once() {
+    assert_snapshot!(complaint(
+        r#"
+[projects.acme]
+url = "ftp://livekit.example"
+max_rooms = 2
+
+[targets.support]
+project = "acne"
+agent_nam = "my-agent"
+
+[targets.support.batch]
+ramp = "bursts"
+hold = "15"
+"#
+    ));
+}
+
+#[test]
+fn file_that_is_not_toml_is_one_error_with_line_and_column() {
+    assert_snapshot!(complaint(
+        "[projects.acme]\nurl = \"wss://a\nmax_rooms = 3\n"
+    ));
+}
+
+#[test]
+fn duplicate_key_is_told() {
+    assert_snapshot!(complaint("[projects.acme]\nmax_rooms = 3\nmax_rooms = 4\n"));
+}
+
+#[test]
+fn missing_file_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = canary(folder.path(), ["check", "--config", "nowhere.toml"], &[]);
+    assert_eq!(run.code, Some(2));
+    assert_snapshot!(run.stderr);
+}
+
+#[test]
+fn unknown_keys_are_told_without_their_values() {
+    let settings = target_with(&format!(
+        "api_secrets = \"{SECRET}\"\n[projects.acme]\napi_secert = \"{SECRET}\"\n[target]\n"
+    ));
+    assert_snapshot!(complaint(&settings));
+}
+
+#[test]
+fn secret_under_a_wrong_key_is_not_shown() {
+    for key in [
+        "url",
+        "api_key_file",
+        "api_secret_file",
+        "ca_file",
+        "cloud_project",
+        "api_timeout",
+        "max_rooms",
+    ] {
+        complaint(&format!("[projects.acme]\n{key} = \"{SECRET}\"\n"));
+    }
+    for key in [
+        "project",
+        "late_agent_window",
+        "batch.rooms",
+        "batch.ramp",
+        "batch.hold",
+        "expect.reply",
+        "batch",
+    ] {
+        complaint(&target_with(&format!("{key} = \"{SECRET}\"")));
+    }
+    complaint(&format!("[projects.acme]\napi_secret = \"{SECRET}\n"));
+    complaint(&format!("{SECRET}\n"));
+}
+
+#[test]
+fn credentials_in_the_url_are_refused_and_not_shown() {
+    assert_snapshot!(complaint(&format!(
+        "[projects.acme]\nurl = \"wss://{KEY}:{SECRET}@livekit.example\"\n"
+    )));
+}
+
+#[test]
+fn bad_names_are_told() {
+    assert_snapshot!(complaint(
+        "[projects.Acme_1]\n[targets.\"the support\"]\nagent_name = \"a\"\n"
+    ));
+}
+
+#[test]
+fn numbers_out_of_range_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "batch.rooms = 0\necho.max_turns = 0\nspeech.threshold_dbfs = 3\nspeech.min_frames = \"many\""
+    )));
+}
+
+#[test]
+fn durations_out_of_range_or_without_unit_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "deadlines.join = \"0s\"\ndeadlines.speech = 20\necho.delay = \"10 parsecs\"\nbatch.hold = \"3 days\""
+    )));
+}
+
+#[test]
+fn unknown_choices_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "dispatch.mode = \"auto\"\necho.mode = \"turns\"\nbatch.stay = \"for_ever\"\nexpect.agent_may_leave = \"whenever\"\nexpect.reply = \"perhaps\""
+    )));
+}
+
+#[test]
+fn tables_and_values_that_stand_in_for_each_other_are_told() {
+    assert_snapshot!(complaint(
+        "targets = 3\n[projects.acme]\nmax_rooms = [1, 2]\nurl.host = \"a\"\n"
+    ));
+    assert_snapshot!(complaint("[targets]\nsupport = 3\n"));
+    assert_snapshot!(complaint(&target_with("batch = 3")));
+}
+
+#[test]
+fn explicit_dispatch_without_an_agent_name_is_told() {
+    assert_snapshot!(complaint("[targets.support]\n"));
+    assert_snapshot!(complaint("[targets.support]\nagent_name = \"\"\n"));
+}
+
+#[test]
+fn metadata_that_automatic_dispatch_would_drop_is_told() {
+    assert_snapshot!(complaint(
+        "[targets.support]\ndispatch.mode = \"automatic\"\ndispatch.metadata = \"vip\"\n"
+    ));
+}
+
+#[test]
+fn more_rooms_together_than_the_project_allows_are_told() {
+    assert_snapshot!(complaint(&target_with("batch.rooms = 6")));
+}
+
+#[test]
+fn more_rooms_one_by_one_than_the_project_allows_at_once_are_right() {
+    let config = read(
+        &target_with("batch.rooms = 6\nbatch.stay = \"one_by_one\""),
+        &CREDENTIALS,
+    );
+    assert_eq!(config.targets["support"].batch.rooms, 6);
+}
+
+#[test]
+fn reserved_attributes_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
+    )));
+}
+
+#[test]
+fn project_that_could_be_either_is_told() {
+    assert_snapshot!(complaint(
+        "[projects.a]\n[projects.b]\n[targets.support]\nagent_name = \"x\"\n"
+    ));
+}
+
+#[test]
+fn credentials_that_contradict_or_lack_are_told() {
+    assert_snapshot!(complaint_with(
+        "[projects.acme]\nurl = \"wss://a.example\"\napi_key = \"\"\napi_secret = \"x\"\napi_secret_file = \"y\"\n[projects.other]\n",
+        &[]
+    ));
+}
+
+#[test]
+fn secret_files_that_are_no_use_are_told() {
+    assert_snapshot!(complaint(
+        "[projects.acme]\napi_key_file = \"canary.toml.missing\"\napi_secret_file = \"/dev/null\"\n"
+    ));
+}
+
+#[test]
+fn certificate_file_without_certificates_is_told() {
+    assert_snapshot!(complaint("[projects.acme]\nca_file = \"canary.toml\"\n"));
+}
+
+#[test]
+fn cloud_project_of_another_form_is_told() {
+    assert_snapshot!(complaint("[projects.acme]\ncloud_project = \"acme\"\n"));
+}
+
+#[test]
+fn mistake_in_the_environment_names_its_variable() {
+    let name = "LIVEKIT_CANARY__targets__support__batch__rooms";
+    let unknown = "LIVEKIT_CANARY__targets__support__bach__rooms";
+    let mut variables = CREDENTIALS.to_vec();
+    variables.extend([(name, "five"), (unknown, SECRET)]);
+    assert_snapshot!(complaint_with(&target_with(""), &variables));
+}
+
+#[test]
+fn environment_overrides_any_key_of_the_file() {
+    let mut variables = CREDENTIALS.to_vec();
+    variables.extend([
+        ("LIVEKIT_CANARY__targets__support__batch__rooms", "5"),
+        ("LIVEKIT_CANARY__TARGETS__SUPPORT__EXPECT__REPLY", "true"),
+        ("LIVEKIT_CANARY__targets__support__attributes__Tier", "gold"),
+        ("LIVEKIT_CANARY__projects__big_one__api_secret", "12345"),
+    ]);
+    let settings = "[projects.big-one]\napi_secret_file = \"missing\"\n";
+    let config = read(
+        &format!("{settings}{}", target_with("batch.rooms = 2")),
+        &variables,
+    );
+    let support = &config.targets["support"];
+    assert_eq!(support.batch.rooms, 5);
+    assert!(support.expect.reply);
+    assert_eq!(
+        support.attributes,
+        BTreeMap::from([("Tier".to_owned(), "gold".to_owned())])
+    );
+    assert_eq!(
+        config.projects["big-one"].api_secret.expose_secret(),
+        "12345"
+    );
+}
+
+#[test]
+fn plain_variables_fill_only_what_no_file_sets() {
+    let config = read(
+        "[projects.acme]\nurl = \"ws://here:7880\"\napi_key = 5\n",
+        &CREDENTIALS,
+    );
+    let acme = &config.projects["acme"];
+    assert_eq!(acme.url.as_str(), "ws://here:7880/");
+    assert_eq!(acme.api_key, "5");
+    assert_eq!(acme.api_secret.expose_secret(), SECRET);
+}
+
+#[test]
+fn secret_from_a_file_loses_its_newline_only() {
+    let folder = folder_with("[projects.acme]\napi_secret_file = \"secret\"\n");
+    std::fs::write(folder.path().join("secret"), " with spaces \r\n").unwrap();
+    let config = read_file(&folder.path().join("canary.toml"), &CREDENTIALS);
+    assert_eq!(
+        config.projects["acme"].api_secret.expose_secret(),
+        " with spaces "
+    );
+}
+
+#[test]
+fn numbers_and_booleans_may_be_strings() {
+    let config = read(
+        &target_with("batch.rooms = \"0x4\"\n").replace("0x4", "4"),
+        &CREDENTIALS,
+    );
+    assert_eq!(config.targets["support"].batch.rooms, 4);
+    let config = read(
+        &target_with("batch.rooms = 0x4\nexpect.reply = \"yes\""),
+        &CREDENTIALS,
+    );
+    assert_eq!(config.targets["support"].batch.rooms, 4);
+    assert!(config.targets["support"].expect.reply);
+}
+
+#[test]
+fn settings_shown_for_debugging_hide_the_secret() {
+    let config = read(&target_with(""), &CREDENTIALS);
+    assert!(!format!("{config:?}").contains(SECRET));
+}
+
+fn sample() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("config/canary.toml")
+}
+
+#[test]
+fn sample_file_shows_the_defaults_of_the_code() {
+    let mut variables = CREDENTIALS.to_vec();
+    variables.push(("LIVEKIT_CANARY__targets__support__agent_name", "my-agent"));
+    let config = read_file(&sample(), &variables);
+    let expected = Target {
+        project: "main".to_owned(),
+        agent_name: Some("my-agent".to_owned()),
+        ..Target::default()
+    };
+    assert_eq!(config.targets["support"], expected);
+    let project = &config.projects["main"];
+    assert_eq!(project.api_timeout, Project::DEFAULT_API_TIMEOUT);
+    assert_eq!(project.max_rooms, Project::DEFAULT_MAX_ROOMS);
+
+    let bare = read(&target_with(""), &CREDENTIALS);
+    let code = Target {
+        project: "default".to_owned(),
+        ..expected
+    };
+    assert_eq!(
+        bare.targets["support"], code,
+        "the reader's defaults are the types'"
+    );
+    assert!(bare.targets["support"].late_agent_window > Duration::ZERO);
+}
+
+/// An unknown key makes the reader list the keys that it knows in that table.
+#[test]
+fn sample_file_shows_every_key() {
+    let sample = std::fs::read_to_string(sample()).unwrap();
+    let tables: Vec<&str> = sample
+        .lines()
+        .filter_map(|line| line.strip_prefix('[')?.strip_suffix(']'))
+        .collect();
+    for table in tables
+        .iter()
+        .filter(|table| !table.ends_with(".attributes"))
+    {
+        let broken = sample.replace(&format!("[{table}]"), &format!("[{table}]\nqqqqqq = 1"));
+        let complaint = complaint(&broken);
+        let (_, after) = complaint.split_once("unknown key").unwrap();
+        let (_, known) = after.split_once("known here: ").unwrap();
+        for key in known.lines().next().unwrap().split(", ") {
+            let own = body(&sample, table);
+            let shown = own.lines().any(|line| {
+                line.trim_start_matches('#')
+                    .starts_with(&format!("{key} ="))
+            }) || tables.contains(&format!("{table}.{key}").as_str());
+            assert!(shown, "{table}.{key} is not in the sample");
+        }
+    }
+}
+
+/// The lines of one table.
+fn body<'a>(text: &'a str, table: &str) -> &'a str {
+    let (_, after) = text.split_once(&format!("[{table}]\n")).unwrap();
+    after.split("\n[").next().unwrap()
+}
