@@ -8,6 +8,8 @@
 //!                          ▼ │
 //!                  livekit::{engine, api} ─ws/udp/https─► LiveKit
 //!                  janitor owns every room name
+//!
+//! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
 //! ```
 
 pub mod batch;
@@ -16,3 +18,4 @@ pub mod config;
 pub mod janitor;
 pub mod livekit;
 pub mod probe;
+pub mod sandbox;

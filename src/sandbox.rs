@@ -1,0 +1,177 @@
+//! An embedded, loopback-only LiveKit server with a demo agent and faults, for demos, fire drills and tests.
+//!
+//! It behaves towards a client as livekit-server 1.13.5 does, and shares no code with the client side of this crate:
+//! otherwise one misreading of the protocol would cancel out. Audio only; no TURN, no TCP media, no simulcast.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use secrecy::{ExposeSecret, SecretString};
+use tokio::net::{TcpListener, UdpSocket};
+use tokio_util::sync::CancellationToken;
+
+mod agent;
+mod demux;
+pub mod fault;
+mod peer;
+mod registry;
+mod room;
+mod server;
+mod signal;
+mod token;
+mod twirp;
+
+use demux::Demux;
+use fault::Rule;
+use peer::Net;
+use registry::Shared;
+
+pub use registry::Heard;
+
+/// The longest that tasks may take to end after shutdown; none of them waits for the network by then.
+const DRAIN: Duration = Duration::from_secs(3);
+/// The largest datagram; DTLS and RTP stay below 1500.
+const MAX_DATAGRAM: usize = 2048;
+
+/// How a sandbox is set up.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The TCP port on 127.0.0.1; 0 takes a free one.
+    pub port: u16,
+    pub api_key: String,
+    pub api_secret: SecretString,
+    /// The name that the demo agent registers under; an empty one is dispatched to every new room by itself.
+    pub agent_name: String,
+    /// Utterances that the agent answers in one room.
+    pub max_replies: u32,
+    pub faults: Vec<Rule>,
+}
+
+impl Default for Settings {
+    /// The key pair of `livekit-server --dev`, and an agent named `demo`.
+    fn default() -> Self {
+        Self {
+            port: 0,
+            api_key: "devkey".to_owned(),
+            api_secret: SecretString::from("secret"),
+            agent_name: "demo".to_owned(),
+            max_replies: 3,
+            faults: Vec::new(),
+        }
+    }
+}
+
+/// A sandbox that is bound and not yet running.
+pub struct Sandbox {
+    listener: TcpListener,
+    address: SocketAddr,
+    shared: Arc<Shared>,
+}
+
+/// A running sandbox's controls.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl Sandbox {
+    /// Binds the TCP port and the one UDP port, both on loopback.
+    ///
+    /// # Errors
+    /// A port that is taken, or no loopback.
+    pub async fn bind(settings: Settings) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
+        let address = listener.local_addr()?;
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let net = Net {
+            address: socket.local_addr()?,
+            socket,
+            demux: Arc::new(Demux::default()),
+        };
+        Ok(Self {
+            listener,
+            address,
+            shared: Arc::new(Shared::new(settings, net)),
+        })
+    }
+
+    /// What a client connects to.
+    pub fn url(&self) -> String {
+        format!("ws://{}", self.address)
+    }
+
+    pub fn api_key(&self) -> &str {
+        &self.shared.settings.api_key
+    }
+
+    pub fn api_secret(&self) -> &SecretString {
+        &self.shared.settings.api_secret
+    }
+
+    pub fn handle(&self) -> Handle {
+        Handle {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// Serves until `shutdown`, then ends every room with `Leave` and waits for its tasks.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let shared = self.shared;
+        let tracker = &shared.tracker;
+        tracker.spawn(server::serve(self.listener, Arc::clone(&shared)));
+        tracker.spawn(receive(Arc::clone(&shared.net), shared.shutdown.clone()));
+        shutdown.cancelled().await;
+        shared.shutdown.cancel();
+        tracker.close();
+        if tokio::time::timeout(DRAIN, tracker.wait()).await.is_err() {
+            tracing::warn!(tasks = tracker.len(), "the sandbox left tasks behind");
+        }
+    }
+}
+
+impl Handle {
+    /// Replaces the faults; rooms that exist keep theirs, but for their HTTP and signal faults.
+    pub fn set_faults(&self, rules: Vec<Rule>) {
+        self.shared.set_faults(rules);
+    }
+
+    /// Names of the rooms that are open now.
+    pub fn rooms(&self) -> Vec<String> {
+        let rooms = self.shared.open_rooms();
+        rooms.into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// How many room names the sandbox has seen: the number of the latest one.
+    pub fn rooms_seen(&self) -> u64 {
+        self.shared.rooms_seen()
+    }
+
+    /// What the agents heard, oldest first; the latest 10 000 utterances are kept.
+    pub fn heard(&self) -> Vec<Heard> {
+        self.shared.heard()
+    }
+}
+
+impl Shared {
+    fn secret(&self) -> &str {
+        self.settings.api_secret.expose_secret()
+    }
+}
+
+/// Reads the one UDP socket and hands each datagram to its room.
+async fn receive(net: Arc<Net>, shutdown: CancellationToken) {
+    let mut buffer = [0; MAX_DATAGRAM];
+    loop {
+        let received = tokio::select! {
+            () = shutdown.cancelled() => return,
+            received = net.socket.recv_from(&mut buffer) => received,
+        };
+        match received {
+            Ok((size, source)) => net.demux.dispatch(source, &buffer[..size]),
+            // A client's closed port comes back as an error of the next read.
+            Err(error) => tracing::debug!(%error, "the UDP socket reported an error"),
+        }
+    }
+}

@@ -1,0 +1,599 @@
+//! The demo agent: what it does when, as a plain state machine. It lives inside the SFU; the room carries its actions
+//! out, and tells it what its caller does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::fault::{Fault, Faults};
+
+/// An Opus frame is 20 ms of audio.
+pub(crate) const FRAME: Duration = Duration::from_millis(20);
+
+/// Frames above this size are speech: what a client sends in silence is 3 B (DTX) to 55 B (an encoder's start), and
+/// speech at the usual bit rates is more.
+const SPEECH_BYTES: usize = 60;
+/// Consecutive frames of speech that start an utterance.
+const SPEECH_FRAMES: u32 = 3;
+/// Quiet that ends one.
+const END_OF_UTTERANCE: Duration = Duration::from_millis(600);
+/// From the end of an utterance, as the agent sees it, to its reply.
+const REPLY_DELAY: Duration = Duration::from_millis(500);
+/// A real agent takes some 100 ms from listening to its first word.
+const BEFORE_GREETING: Duration = Duration::from_millis(100);
+
+/// The agent's voice: 20 ms Opus frames, encoded once.
+pub(crate) struct Voice {
+    greeting: Vec<Arc<[u8]>>,
+    reply: Vec<Arc<[u8]>>,
+    silence: Arc<[u8]>,
+}
+
+impl Voice {
+    pub(crate) fn load() -> Self {
+        Self {
+            greeting: frames(include_bytes!("greeting.opusframes")),
+            reply: frames(include_bytes!("reply.opusframes")),
+            // A mono 20 ms CELT frame without energy: what a decoder hears as silence.
+            silence: Arc::from([0xf8, 0xff, 0xfe].as_slice()),
+        }
+    }
+}
+
+/// Reads frames that are each preceded by their length, two bytes, big-endian.
+fn frames(mut bytes: &[u8]) -> Vec<Arc<[u8]>> {
+    let mut frames = Vec::new();
+    while let [high, low, rest @ ..] = bytes {
+        let (frame, rest) = rest.split_at(usize::from(u16::from_be_bytes([*high, *low])));
+        frames.push(Arc::from(frame));
+        bytes = rest;
+    }
+    frames
+}
+
+/// How one agent behaves in one room.
+#[derive(Debug, Clone)]
+pub(crate) struct Script {
+    /// Whether a worker takes the job.
+    pub accepts: bool,
+    pub joins: bool,
+    /// From the dispatch to the join.
+    pub join_delay: Duration,
+    /// Waits for its room's deletion, and so much longer, before it connects.
+    pub late: Option<Duration>,
+    pub duplicate: bool,
+    track: Track,
+    leaves_after: Option<Duration>,
+    /// `None`: never answers.
+    reply_delay: Option<Duration>,
+    max_replies: u32,
+    error: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Track {
+    None,
+    WithoutPackets,
+    Silent,
+    Speaking,
+}
+
+impl Script {
+    pub(crate) fn new(faults: &Faults, max_replies: u32) -> Self {
+        let mut script = Self {
+            accepts: true,
+            joins: true,
+            // What a worker with a warm process takes.
+            join_delay: Duration::from_millis(fastrand::u64(120..320)),
+            late: None,
+            duplicate: false,
+            track: Track::Speaking,
+            leaves_after: None,
+            reply_delay: Some(REPLY_DELAY),
+            max_replies,
+            error: None,
+        };
+        for fault in faults.iter() {
+            match fault {
+                Fault::JoinDelay(delay) => script.join_delay = *delay,
+                Fault::NeverAccepts => script.accepts = false,
+                Fault::NeverJoins => script.joins = false,
+                Fault::NoTrack => script.track = Track::None,
+                Fault::SilentTrack => script.track = Track::Silent,
+                Fault::NoPackets => script.track = Track::WithoutPackets,
+                Fault::LeavesEarly(after) => script.leaves_after = Some(*after),
+                Fault::Duplicate => script.duplicate = true,
+                Fault::LateAfterDeletion(after) => script.late = Some(*after),
+                Fault::SlowReply(delay) => script.reply_delay = Some(*delay),
+                Fault::NoReply => script.reply_delay = None,
+                Fault::InferenceError(text) => script.error = Some(text.clone()),
+                Fault::NoMedia | Fault::Http { .. } | Fault::Signal { .. } => {}
+            }
+        }
+        script
+    }
+}
+
+/// What the room does for its agent.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Act {
+    /// Its media is up: the others see it now.
+    Appear,
+    Publish,
+    /// Sets `lk.agent.state`.
+    State(&'static str),
+    /// Sends one frame; `first` marks the start of an utterance.
+    Send {
+        frame: Arc<[u8]>,
+        first: bool,
+    },
+    Heard(Utterance),
+    /// Reports an error on its session stream.
+    Report(String),
+    Leave,
+}
+
+/// What the agent heard its caller say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Utterance {
+    pub frames: u32,
+    /// From its first to its last frame.
+    pub duration: Duration,
+    /// It began while the agent itself spoke: no turn of the caller's.
+    pub over_agent: bool,
+}
+
+pub(crate) struct Agent {
+    script: Script,
+    voice: Arc<Voice>,
+    phase: Phase,
+    /// When the phase ends by itself.
+    until: Option<Instant>,
+    subscribed: bool,
+    caller_published: bool,
+    next_frame: Option<Instant>,
+    speech_sent: Duration,
+    ear: Ear,
+    replies: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Joined; its media comes up.
+    Connecting,
+    /// Seen by all; its session starts.
+    Starting,
+    /// Published; waits for its caller.
+    Waiting,
+    BeforeGreeting,
+    Speaking {
+        clip: Clip,
+        frame: usize,
+    },
+    Listening,
+    Thinking,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Clip {
+    Greeting,
+    Reply,
+}
+
+impl Agent {
+    /// An agent that joins now.
+    pub(crate) fn new(script: Script, voice: Arc<Voice>, now: Instant) -> Self {
+        Self {
+            script,
+            voice,
+            phase: Phase::Connecting,
+            until: Some(now + Duration::from_millis(fastrand::u64(30..80))),
+            subscribed: false,
+            caller_published: false,
+            next_frame: None,
+            speech_sent: Duration::ZERO,
+            ear: Ear::default(),
+            replies: 0,
+        }
+    }
+
+    /// When [`on_time`](Self::on_time) is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        [self.until, self.next_frame, self.ear.deadline()]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// The caller's audio track is there.
+    pub(crate) fn on_caller_published(&mut self) {
+        self.caller_published = true;
+    }
+
+    /// A caller has subscribed to the agent's track.
+    pub(crate) fn on_subscribed(&mut self, now: Instant) {
+        self.subscribed = true;
+        if matches!(self.script.track, Track::Silent | Track::Speaking) {
+            self.next_frame.get_or_insert(now);
+        }
+    }
+
+    /// A frame of the caller's audio arrived.
+    pub(crate) fn on_caller_frame(&mut self, bytes: usize, now: Instant) {
+        let speaking = matches!(self.phase, Phase::Speaking { .. });
+        self.ear.on_frame(bytes, speaking, now);
+    }
+
+    /// Does what is due at `now`.
+    pub(crate) fn on_time(&mut self, now: Instant) -> Vec<Act> {
+        let mut acts = Vec::new();
+        if self.until.is_some_and(|until| until <= now) {
+            self.until = None;
+            self.next_phase(now, &mut acts);
+        }
+        if self.phase == Phase::Waiting && self.subscribed && self.caller_published {
+            self.greet(now, &mut acts);
+        }
+        if let Some(utterance) = self.ear.on_time(now) {
+            acts.push(Act::Heard(utterance));
+            self.answer(utterance, now, &mut acts);
+        }
+        self.send_due_frames(now, &mut acts);
+        acts
+    }
+
+    fn next_phase(&mut self, now: Instant, acts: &mut Vec<Act>) {
+        match self.phase {
+            Phase::Connecting => {
+                self.phase = Phase::Starting;
+                self.until = Some(now + Duration::from_millis(fastrand::u64(20..50)));
+                acts.push(Act::Appear);
+            }
+            Phase::Starting => {
+                self.phase = Phase::Waiting;
+                acts.push(Act::State("initializing"));
+                if self.script.track != Track::None {
+                    acts.push(Act::Publish);
+                }
+            }
+            Phase::BeforeGreeting => self.speak(Clip::Greeting, acts),
+            Phase::Thinking => self.speak(Clip::Reply, acts),
+            Phase::Waiting | Phase::Speaking { .. } | Phase::Listening => {}
+        }
+    }
+
+    fn greet(&mut self, now: Instant, acts: &mut Vec<Act>) {
+        acts.push(Act::State("listening"));
+        if let Some(error) = self.script.error.take() {
+            acts.push(Act::Report(error));
+            self.script.track = Track::Silent;
+        }
+        if self.script.track == Track::Speaking {
+            self.phase = Phase::BeforeGreeting;
+            self.until = Some(now + BEFORE_GREETING);
+        } else {
+            self.phase = Phase::Listening;
+        }
+    }
+
+    fn speak(&mut self, clip: Clip, acts: &mut Vec<Act>) {
+        self.phase = Phase::Speaking { clip, frame: 0 };
+        acts.push(Act::State("speaking"));
+    }
+
+    fn answer(&mut self, utterance: Utterance, now: Instant, acts: &mut Vec<Act>) {
+        let may = self.phase == Phase::Listening
+            && !utterance.over_agent
+            && self.replies < self.script.max_replies
+            && self.script.track == Track::Speaking;
+        if let (true, Some(delay)) = (may, self.script.reply_delay) {
+            self.replies += 1;
+            self.phase = Phase::Thinking;
+            self.until = Some(now + delay);
+            acts.push(Act::State("thinking"));
+        }
+    }
+
+    fn send_due_frames(&mut self, now: Instant, acts: &mut Vec<Act>) {
+        while let Some(due) = self.next_frame.filter(|due| *due <= now) {
+            // After a stall of the process, go on from now rather than send a burst.
+            let late = now - due > FRAME * 10;
+            self.next_frame = Some(if late { now } else { due } + FRAME);
+            let (frame, first) = self.next_audio(acts);
+            acts.push(Act::Send { frame, first });
+            if self
+                .script
+                .leaves_after
+                .is_some_and(|after| self.speech_sent >= after)
+            {
+                self.next_frame = None;
+                acts.push(Act::Leave);
+            }
+        }
+    }
+
+    fn next_audio(&mut self, acts: &mut Vec<Act>) -> (Arc<[u8]>, bool) {
+        let Phase::Speaking { clip, frame } = self.phase else {
+            return (Arc::clone(&self.voice.silence), false);
+        };
+        let frames = match clip {
+            Clip::Greeting => &self.voice.greeting,
+            Clip::Reply => &self.voice.reply,
+        };
+        let Some(audio) = frames.get(frame) else {
+            self.phase = Phase::Listening;
+            acts.push(Act::State("listening"));
+            return (Arc::clone(&self.voice.silence), false);
+        };
+        self.phase = Phase::Speaking {
+            clip,
+            frame: frame + 1,
+        };
+        self.speech_sent += FRAME;
+        (Arc::clone(audio), frame == 0)
+    }
+}
+
+/// Hears utterances by the size of their frames.
+#[derive(Default)]
+struct Ear {
+    /// Frames of speech in a row, before an utterance.
+    run: u32,
+    run_started: Option<Instant>,
+    utterance: Option<Open>,
+}
+
+struct Open {
+    started: Instant,
+    last: Instant,
+    frames: u32,
+    over_agent: bool,
+}
+
+impl Ear {
+    fn on_frame(&mut self, bytes: usize, agent_speaks: bool, now: Instant) {
+        if bytes <= SPEECH_BYTES {
+            self.run = 0;
+            return;
+        }
+        if let Some(open) = &mut self.utterance {
+            open.last = now;
+            open.frames += 1;
+            return;
+        }
+        if self.run == 0 {
+            self.run_started = Some(now);
+        }
+        self.run += 1;
+        if self.run == SPEECH_FRAMES {
+            self.utterance = Some(Open {
+                started: self.run_started.unwrap_or(now),
+                last: now,
+                frames: self.run,
+                over_agent: agent_speaks,
+            });
+            self.run = 0;
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.utterance
+            .as_ref()
+            .map(|open| open.last + END_OF_UTTERANCE)
+    }
+
+    fn on_time(&mut self, now: Instant) -> Option<Utterance> {
+        self.deadline().filter(|deadline| *deadline <= now)?;
+        let open = self.utterance.take()?;
+        Some(Utterance {
+            frames: open.frames,
+            duration: open.last - open.started + FRAME,
+            over_agent: open.over_agent,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An agent under `faults`, run by hand on a clock of its own.
+    struct Stage {
+        agent: Agent,
+        now: Instant,
+        acts: Vec<(Duration, Act)>,
+        start: Instant,
+    }
+
+    impl Stage {
+        fn new(faults: &[&str]) -> Self {
+            let rules: Vec<_> = faults.iter().map(|text| text.parse().unwrap()).collect();
+            let script = Script::new(&Faults::of_room(&rules, 1), 2);
+            let now = Instant::now();
+            Self {
+                agent: Agent::new(script, Arc::new(Voice::load()), now),
+                now,
+                acts: Vec::new(),
+                start: now,
+            }
+        }
+
+        fn run(&mut self, time: Duration) {
+            self.run_hearing(time, None);
+        }
+
+        /// Lets time pass, with a frame of `bytes` every 20 ms.
+        fn run_hearing(&mut self, time: Duration, bytes: Option<usize>) {
+            let end = self.now + time;
+            while self.now < end {
+                self.now += Duration::from_millis(5);
+                let on_frame = (self.now - self.start).as_millis().is_multiple_of(20);
+                if let (Some(bytes), true) = (bytes, on_frame) {
+                    self.agent.on_caller_frame(bytes, self.now);
+                }
+                let at = self.now - self.start;
+                let acts = self.agent.on_time(self.now);
+                self.acts.extend(acts.into_iter().map(|act| (at, act)));
+            }
+        }
+
+        fn meet(&mut self) {
+            self.run(Duration::from_millis(300));
+            self.agent.on_caller_published();
+            self.agent.on_subscribed(self.now);
+        }
+
+        fn states(&self) -> Vec<&'static str> {
+            self.acts
+                .iter()
+                .filter_map(|(_, act)| match act {
+                    Act::State(state) => Some(*state),
+                    _ => None,
+                })
+                .collect()
+        }
+
+        fn heard(&self) -> Vec<Utterance> {
+            self.acts
+                .iter()
+                .filter_map(|(_, act)| match act {
+                    Act::Heard(utterance) => Some(*utterance),
+                    _ => None,
+                })
+                .collect()
+        }
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn an_agent_speaks_only_once_it_is_subscribed_and_its_caller_published() {
+        let mut stage = Stage::new(&[]);
+        stage.run(SECOND);
+        assert_eq!(stage.states(), ["initializing"]);
+        stage.agent.on_caller_published();
+        stage.run(SECOND);
+        assert_eq!(stage.states(), ["initializing"]);
+        stage.agent.on_subscribed(stage.now);
+        stage.run(SECOND * 4);
+        assert_eq!(
+            stage.states(),
+            ["initializing", "listening", "speaking", "listening"]
+        );
+    }
+
+    #[test]
+    fn an_utterance_is_answered_once() {
+        let mut stage = Stage::new(&[]);
+        stage.meet();
+        stage.run(SECOND * 4);
+        stage.run_hearing(SECOND, Some(100));
+        stage.run_hearing(SECOND * 4, Some(3));
+        let heard = stage.heard();
+        assert_eq!(heard.len(), 1);
+        assert_eq!(heard[0].frames, 50);
+        assert_eq!(
+            stage.states()[3..],
+            ["listening", "thinking", "speaking", "listening"]
+        );
+    }
+
+    #[test]
+    fn replies_are_bounded() {
+        let mut stage = Stage::new(&[]);
+        stage.meet();
+        stage.run(SECOND * 4);
+        for _ in 0..4 {
+            stage.run_hearing(SECOND, Some(100));
+            stage.run(SECOND * 4);
+        }
+        let thinking = stage.states().iter().filter(|s| **s == "thinking").count();
+        assert_eq!((stage.heard().len(), thinking), (4, 2));
+    }
+
+    #[test]
+    fn what_it_hears_while_it_speaks_gets_no_answer() {
+        let mut stage = Stage::new(&[]);
+        stage.meet();
+        stage.run(Duration::from_millis(500));
+        stage.run_hearing(SECOND, Some(100));
+        stage.run(SECOND * 4);
+        assert!(stage.heard()[0].over_agent);
+        assert!(!stage.states().contains(&"thinking"));
+    }
+
+    #[test]
+    fn silence_and_comfort_noise_are_not_heard() {
+        let mut stage = Stage::new(&[]);
+        stage.meet();
+        stage.run_hearing(SECOND * 5, Some(55));
+        assert_eq!(stage.heard(), []);
+    }
+
+    #[test]
+    fn a_silent_track_sends_frames_and_no_speech() {
+        let mut stage = Stage::new(&["silent_track"]);
+        stage.meet();
+        stage.run(SECOND * 3);
+        let sizes: Vec<usize> = stage
+            .acts
+            .iter()
+            .filter_map(|(_, act)| match act {
+                Act::Send { frame, .. } => Some(frame.len()),
+                _ => None,
+            })
+            .collect();
+        assert!(sizes.len() >= 149 && sizes.iter().all(|size| *size == 3));
+        assert!(!stage.states().contains(&"speaking"));
+    }
+
+    #[test]
+    fn a_track_without_packets_is_published_and_stays_empty() {
+        let mut stage = Stage::new(&["no_packets"]);
+        stage.meet();
+        stage.run(SECOND * 3);
+        assert!(stage.acts.iter().any(|(_, act)| *act == Act::Publish));
+        let sends = stage
+            .acts
+            .iter()
+            .any(|(_, act)| matches!(act, Act::Send { .. }));
+        assert!(!sends);
+    }
+
+    #[test]
+    fn an_agent_that_leaves_early_leaves_within_its_greeting() {
+        let mut stage = Stage::new(&["leaves_early=500ms"]);
+        stage.meet();
+        stage.run(SECOND * 3);
+        let leaves = stage
+            .acts
+            .iter()
+            .filter(|(_, act)| *act == Act::Leave)
+            .count();
+        assert_eq!(leaves, 1);
+        assert!(
+            !stage
+                .acts
+                .iter()
+                .any(|(at, _)| *at > Duration::from_secs(1))
+        );
+    }
+
+    #[test]
+    fn an_inference_error_is_reported_and_silences_the_agent() {
+        let mut stage = Stage::new(&["inference_error=quota"]);
+        stage.meet();
+        stage.run(SECOND * 3);
+        let report = Act::Report("quota".to_owned());
+        assert!(stage.acts.iter().any(|(_, act)| *act == report));
+        assert!(!stage.states().contains(&"speaking"));
+    }
+
+    #[test]
+    fn the_greeting_lasts_two_to_three_seconds_of_audible_frames() {
+        let greeting = Voice::load().greeting;
+        assert!((100..150).contains(&greeting.len()));
+        assert!(greeting.iter().all(|frame| frame.len() > SPEECH_BYTES));
+    }
+}

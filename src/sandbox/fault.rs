@@ -1,0 +1,489 @@
+//! Faults as data: what goes wrong, in which rooms, and the compact text that says so.
+//!
+//! A rule reads `[roomN:]FAULT[=VALUE]`; without `roomN:` it holds for every room. Rooms are numbered from 1 in the
+//! order in which the sandbox first hears of their names.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// One fault and the rooms that it holds for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Rule {
+    pub rooms: Rooms,
+    pub fault: Fault,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rooms {
+    All,
+    /// The n-th room of this sandbox, from 1.
+    Nth(u64),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// The agent joins this long after its dispatch.
+    JoinDelay(Duration),
+    /// No worker takes the job: the dispatch never lists one.
+    NeverAccepts,
+    /// A worker takes the job and never joins.
+    NeverJoins,
+    /// The agent joins without an audio track.
+    NoTrack,
+    /// Its track carries nothing but silence.
+    SilentTrack,
+    /// Its track never carries a packet.
+    NoPackets,
+    /// It leaves after this much of its greeting.
+    LeavesEarly(Duration),
+    /// A second agent of its name joins.
+    Duplicate,
+    /// It connects this long after its room was deleted, and so re-creates the room.
+    LateAfterDeletion(Duration),
+    /// It takes this long to answer what it heard.
+    SlowReply(Duration),
+    /// It hears, and never answers.
+    NoReply,
+    /// It reports this error on its session stream, and says nothing.
+    InferenceError(String),
+    /// No datagram is answered: ICE never comes up.
+    NoMedia,
+    Http {
+        step: HttpStep,
+        answer: Answer,
+    },
+    Signal {
+        step: SignalStep,
+        action: Action,
+    },
+}
+
+/// An HTTP request that can go wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpStep {
+    /// Any call of the server API.
+    Api,
+    CreateRoom,
+    DeleteRoom,
+    CreateDispatch,
+    ListDispatch,
+    DeleteDispatch,
+    /// The upgrade request of the signal socket.
+    Upgrade,
+}
+
+/// A moment on the signal socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SignalStep {
+    BeforeJoin,
+    AfterJoin,
+}
+
+/// What an HTTP request gets instead of its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// 429, as Twirp JSON or as a proxy's HTML page.
+    TooMany {
+        retry_after: Option<Duration>,
+        html: bool,
+    },
+    /// Twirp's `resource_exhausted`, saying that agent sessions are used up.
+    ResourceExhausted,
+    /// 503 in livekit-server's words for a full node.
+    NodeLimit,
+    /// A bare 500.
+    ServerError,
+    Drop,
+    Hang,
+    Flood,
+}
+
+/// What happens on the signal socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// `Leave` with `JOIN_FAILURE`.
+    Leave,
+    Drop,
+    Hang,
+    Flood,
+}
+
+/// For `--help`: every fault with its form.
+pub const SYNTAX: &str = "\
+A fault is [roomN:]NAME[=VALUE]; without roomN: it holds for every room. Rooms count from 1.
+The agent:
+  join_delay=2s            joins late
+  never_accepts            no worker takes the job
+  never_joins              a worker takes the job and never joins
+  no_track                 joins without an audio track
+  silent_track             its track carries silence only
+  no_packets               its track carries nothing
+  leaves_early=500ms       leaves after so much of its greeting
+  duplicate                a second agent joins
+  late_after_deletion=1s   connects so long after its room was deleted
+  slow_reply=5s            answers late
+  no_reply                 never answers
+  inference_error[=TEXT]   reports an inference error (429) and falls silent
+The service:
+  no_media                 ICE never comes up
+  STEP=ANSWER              STEP: api, create_room, delete_room, create_dispatch, list_dispatch, delete_dispatch,
+                           upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, 503, 500, drop, hang,
+                           flood
+  STEP=ACTION              STEP: before_join, after_join; ACTION: leave, drop, hang, flood";
+
+const INFERENCE_ERROR: &str =
+    "message='inference_quota_exceeded', status_code=429, retryable=False, body=None";
+
+/// Why a text is no fault.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("fault {text:?}: {problem}")]
+pub struct FaultError {
+    text: String,
+    problem: String,
+}
+
+impl FromStr for Rule {
+    type Err = FaultError;
+
+    fn from_str(text: &str) -> Result<Self, FaultError> {
+        parse(text).map_err(|problem| FaultError {
+            text: text.to_owned(),
+            problem,
+        })
+    }
+}
+
+impl TryFrom<String> for Rule {
+    type Error = FaultError;
+
+    fn try_from(text: String) -> Result<Self, FaultError> {
+        text.parse()
+    }
+}
+
+impl From<Rule> for String {
+    fn from(rule: Rule) -> Self {
+        rule.to_string()
+    }
+}
+
+fn parse(text: &str) -> Result<Rule, String> {
+    let (rooms, fault) = match text.strip_prefix("room").and_then(|t| t.split_once(':')) {
+        Some((number, fault)) => (Rooms::Nth(parse_number(number)?), fault),
+        None => (Rooms::All, text),
+    };
+    let (name, value) = match fault.split_once('=') {
+        Some((name, value)) => (name.trim(), Some(value.trim())),
+        None => (fault.trim(), None),
+    };
+    Ok(Rule {
+        rooms,
+        fault: parse_fault(name, value)?,
+    })
+}
+
+fn parse_number(number: &str) -> Result<u64, String> {
+    match number.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err(format!(
+            "\"room{number}\" is not a room; rooms count from 1, as in room2:no_track"
+        )),
+    }
+}
+
+fn parse_fault(name: &str, value: Option<&str>) -> Result<Fault, String> {
+    let duration = || {
+        let value = value.ok_or_else(|| format!("needs a duration, as in {name}=2s"))?;
+        parse_duration(value)
+    };
+    let plain = |fault: Fault| match value {
+        None => Ok(fault),
+        Some(_) => Err(format!("{name} takes no value")),
+    };
+    match name {
+        "join_delay" => Ok(Fault::JoinDelay(duration()?)),
+        "leaves_early" => Ok(Fault::LeavesEarly(duration()?)),
+        "late_after_deletion" => Ok(Fault::LateAfterDeletion(duration()?)),
+        "slow_reply" => Ok(Fault::SlowReply(duration()?)),
+        "never_accepts" => plain(Fault::NeverAccepts),
+        "never_joins" => plain(Fault::NeverJoins),
+        "no_track" => plain(Fault::NoTrack),
+        "silent_track" => plain(Fault::SilentTrack),
+        "no_packets" => plain(Fault::NoPackets),
+        "duplicate" => plain(Fault::Duplicate),
+        "no_reply" => plain(Fault::NoReply),
+        "no_media" => plain(Fault::NoMedia),
+        "inference_error" => Ok(Fault::InferenceError(
+            value.unwrap_or(INFERENCE_ERROR).to_owned(),
+        )),
+        _ => parse_step(name, value),
+    }
+}
+
+fn parse_step(name: &str, value: Option<&str>) -> Result<Fault, String> {
+    let missing = || format!("needs a value, as in {name}=drop");
+    if let Some((step, _)) = HTTP_STEPS.iter().find(|(_, text)| *text == name) {
+        let answer = parse_answer(value.ok_or_else(missing)?)?;
+        return Ok(Fault::Http {
+            step: *step,
+            answer,
+        });
+    }
+    let step = match name {
+        "before_join" => SignalStep::BeforeJoin,
+        "after_join" => SignalStep::AfterJoin,
+        _ => return Err(format!("{name:?} is not the name of a fault")),
+    };
+    let action = match value.ok_or_else(missing)? {
+        "leave" => Action::Leave,
+        "drop" => Action::Drop,
+        "hang" => Action::Hang,
+        "flood" => Action::Flood,
+        other => {
+            return Err(format!("{other:?} is none of leave, drop, hang, flood"));
+        }
+    };
+    Ok(Fault::Signal { step, action })
+}
+
+fn parse_answer(value: &str) -> Result<Answer, String> {
+    let mut parts = value.split(',').map(str::trim);
+    let head = parts.next().unwrap_or_default();
+    let (mut retry_after, mut html) = (None, false);
+    for option in parts {
+        match option.split_once('=') {
+            _ if head != "429" => return Err(format!("{head} takes no options")),
+            Some(("retry_after", after)) => retry_after = Some(parse_duration(after)?),
+            None if option == "html" => html = true,
+            _ => return Err(format!("{option:?} is neither retry_after=5s nor html")),
+        }
+    }
+    match head {
+        "429" => Ok(Answer::TooMany { retry_after, html }),
+        "resource_exhausted" => Ok(Answer::ResourceExhausted),
+        "503" => Ok(Answer::NodeLimit),
+        "500" => Ok(Answer::ServerError),
+        "drop" => Ok(Answer::Drop),
+        "hang" => Ok(Answer::Hang),
+        "flood" => Ok(Answer::Flood),
+        _ => Err(format!(
+            "{head:?} is none of 429, resource_exhausted, 503, 500, drop, hang, flood"
+        )),
+    }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|_| format!("{text:?} is not a duration; write 2s, 500ms or 1m"))
+}
+
+const HTTP_STEPS: [(HttpStep, &str); 7] = [
+    (HttpStep::Api, "api"),
+    (HttpStep::CreateRoom, "create_room"),
+    (HttpStep::DeleteRoom, "delete_room"),
+    (HttpStep::CreateDispatch, "create_dispatch"),
+    (HttpStep::ListDispatch, "list_dispatch"),
+    (HttpStep::DeleteDispatch, "delete_dispatch"),
+    (HttpStep::Upgrade, "upgrade"),
+];
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Rooms::Nth(number) = self.rooms {
+            write!(f, "room{number}:")?;
+        }
+        self.fault.fmt(f)
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let timed = |f: &mut fmt::Formatter<'_>, name, time: &Duration| {
+            write!(f, "{name}={}", compact(*time))
+        };
+        match self {
+            Self::JoinDelay(time) => timed(f, "join_delay", time),
+            Self::LeavesEarly(time) => timed(f, "leaves_early", time),
+            Self::LateAfterDeletion(time) => timed(f, "late_after_deletion", time),
+            Self::SlowReply(time) => timed(f, "slow_reply", time),
+            Self::NeverAccepts => f.write_str("never_accepts"),
+            Self::NeverJoins => f.write_str("never_joins"),
+            Self::NoTrack => f.write_str("no_track"),
+            Self::SilentTrack => f.write_str("silent_track"),
+            Self::NoPackets => f.write_str("no_packets"),
+            Self::Duplicate => f.write_str("duplicate"),
+            Self::NoReply => f.write_str("no_reply"),
+            Self::NoMedia => f.write_str("no_media"),
+            Self::InferenceError(text) => write!(f, "inference_error={text}"),
+            Self::Http { step, answer } => {
+                let name = HTTP_STEPS.iter().find(|(known, _)| known == step);
+                write!(f, "{}={answer}", name.map_or("api", |(_, name)| name))
+            }
+            Self::Signal { step, action } => {
+                let step = match step {
+                    SignalStep::BeforeJoin => "before_join",
+                    SignalStep::AfterJoin => "after_join",
+                };
+                let action = match action {
+                    Action::Leave => "leave",
+                    Action::Drop => "drop",
+                    Action::Hang => "hang",
+                    Action::Flood => "flood",
+                };
+                write!(f, "{step}={action}")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooMany { retry_after, html } => {
+                f.write_str("429")?;
+                if let Some(after) = retry_after {
+                    write!(f, ",retry_after={}", compact(*after))?;
+                }
+                f.write_str(if *html { ",html" } else { "" })
+            }
+            Self::ResourceExhausted => f.write_str("resource_exhausted"),
+            Self::NodeLimit => f.write_str("503"),
+            Self::ServerError => f.write_str("500"),
+            Self::Drop => f.write_str("drop"),
+            Self::Hang => f.write_str("hang"),
+            Self::Flood => f.write_str("flood"),
+        }
+    }
+}
+
+fn compact(time: Duration) -> String {
+    humantime::format_duration(time)
+        .to_string()
+        .replace(' ', "")
+}
+
+/// The faults of one room.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Faults(Vec<Fault>);
+
+impl Faults {
+    /// Those of `rules` that hold for room `number`.
+    pub(crate) fn of_room(rules: &[Rule], number: u64) -> Self {
+        let holds = |rule: &&Rule| match rule.rooms {
+            Rooms::All => true,
+            Rooms::Nth(nth) => nth == number,
+        };
+        Self(
+            rules
+                .iter()
+                .filter(holds)
+                .map(|rule| rule.fault.clone())
+                .collect(),
+        )
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Fault> {
+        self.0.iter()
+    }
+
+    pub(crate) fn has(&self, fault: &Fault) -> bool {
+        self.0.contains(fault)
+    }
+
+    /// What request `step` gets instead of its answer.
+    pub(crate) fn answer(&self, step: HttpStep) -> Option<&Answer> {
+        self.iter().find_map(|fault| match fault {
+            Fault::Http { step: at, answer }
+                if *at == step || (*at == HttpStep::Api && step != HttpStep::Upgrade) =>
+            {
+                Some(answer)
+            }
+            _ => None,
+        })
+    }
+
+    pub(crate) fn action(&self, at: SignalStep) -> Option<Action> {
+        self.iter().find_map(|fault| match fault {
+            Fault::Signal { step, action } if *step == at => Some(*action),
+            _ => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fault_reads_back_as_it_was_written() {
+        let texts = [
+            "join_delay=2s",
+            "room2:no_track",
+            "never_accepts",
+            "never_joins",
+            "silent_track",
+            "no_packets",
+            "leaves_early=500ms",
+            "duplicate",
+            "late_after_deletion=1m",
+            "slow_reply=5s",
+            "no_reply",
+            "no_media",
+            "inference_error=quota",
+            "api=429,retry_after=5s,html",
+            "create_room=429",
+            "room7:create_dispatch=resource_exhausted",
+            "list_dispatch=hang",
+            "delete_dispatch=500",
+            "delete_room=drop",
+            "upgrade=503",
+            "before_join=leave",
+            "after_join=flood",
+        ];
+        for text in texts {
+            let rule: Rule = text.parse().unwrap();
+            assert_eq!(rule.to_string(), text);
+            let json = serde_json::to_string(&rule).unwrap();
+            assert_eq!(serde_json::from_str::<Rule>(&json).unwrap(), rule);
+        }
+    }
+
+    #[test]
+    fn a_wrong_fault_says_what_is_wrong_with_it() {
+        let problem = |text: &str| text.parse::<Rule>().unwrap_err().to_string();
+        assert_eq!(
+            problem("jion_delay=2s"),
+            "fault \"jion_delay=2s\": \"jion_delay\" is not the name of a fault"
+        );
+        assert!(problem("join_delay").contains("join_delay=2s"));
+        assert!(problem("join_delay=soon").contains("not a duration"));
+        assert!(problem("room0:no_track").contains("count from 1"));
+        assert!(problem("no_track=1").contains("takes no value"));
+        assert!(problem("api=418").contains("none of 429"));
+        assert!(problem("api=503,html").contains("takes no options"));
+        assert!(problem("before_join=429").contains("none of leave"));
+    }
+
+    #[test]
+    fn a_numbered_fault_holds_for_its_room_only() {
+        let rules = [
+            "room2:no_track".parse().unwrap(),
+            "no_reply".parse().unwrap(),
+        ];
+        assert!(Faults::of_room(&rules, 2).has(&Fault::NoTrack));
+        assert!(!Faults::of_room(&rules, 1).has(&Fault::NoTrack));
+        assert!(Faults::of_room(&rules, 1).has(&Fault::NoReply));
+    }
+
+    #[test]
+    fn an_api_fault_spares_the_signal_upgrade() {
+        let rules = ["api=drop".parse().unwrap()];
+        let faults = Faults::of_room(&rules, 1);
+        assert_eq!(faults.answer(HttpStep::CreateRoom), Some(&Answer::Drop));
+        assert_eq!(faults.answer(HttpStep::Upgrade), None);
+    }
+}

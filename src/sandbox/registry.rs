@@ -1,0 +1,255 @@
+//! What all rooms share: which rooms are open, their numbers, the faults, and the record of what agents heard.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::Settings;
+use super::agent::Voice;
+use super::fault::{Faults, Rule};
+use super::peer::Net;
+use super::room::{Command, NewRoom, Room};
+
+const MAX_ROOMS: usize = 2000;
+/// Room names whose number is remembered.
+const MAX_NUMBERS: usize = 10_000;
+/// Utterances kept for [`Handle::heard`](super::Handle::heard).
+const MAX_HEARD: usize = 10_000;
+const COMMAND_QUEUE: usize = 256;
+/// Two seconds of a few participants' audio.
+const DATAGRAM_QUEUE: usize = 512;
+
+/// An utterance that a demo agent heard its caller say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heard {
+    pub room: String,
+    pub agent: String,
+    /// 20 ms frames of speech.
+    pub frames: u32,
+    /// From its first to its last frame.
+    pub duration: Duration,
+    /// It began while the agent itself spoke; such an utterance gets no reply.
+    pub over_agent: bool,
+}
+
+pub(crate) struct Shared {
+    pub settings: Settings,
+    pub net: Arc<Net>,
+    pub voice: Arc<Voice>,
+    pub node_id: String,
+    /// Owns every task of the sandbox.
+    pub tracker: TaskTracker,
+    pub shutdown: CancellationToken,
+    faults: Mutex<Vec<Rule>>,
+    rooms: Mutex<Rooms>,
+    heard: Mutex<VecDeque<Heard>>,
+}
+
+#[derive(Default)]
+struct Rooms {
+    open: HashMap<String, RoomHandle>,
+    numbers: HashMap<String, u64>,
+    /// Names in the order of their numbers.
+    named: VecDeque<String>,
+    last_number: u64,
+    last_id: u64,
+}
+
+/// A way to talk to a room's task.
+#[derive(Clone)]
+pub(crate) struct RoomHandle {
+    id: u64,
+    commands: mpsc::Sender<Command>,
+}
+
+/// The sandbox holds as many rooms as it may.
+#[derive(Debug)]
+pub(crate) struct TooManyRooms;
+
+impl RoomHandle {
+    /// Asks the room; `None` where it has closed.
+    pub(crate) async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Tells the room something; whether it is still there.
+    pub(crate) async fn send(&self, command: Command) -> bool {
+        self.commands.send(command).await.is_ok()
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(settings: Settings, net: Net) -> Self {
+        Self {
+            faults: Mutex::new(settings.faults.clone()),
+            settings,
+            net: Arc::new(net),
+            voice: Arc::new(Voice::load()),
+            node_id: guid("ND_"),
+            tracker: TaskTracker::new(),
+            shutdown: CancellationToken::new(),
+            rooms: Mutex::default(),
+            heard: Mutex::default(),
+        }
+    }
+
+    /// The livekit-server that the sandbox behaves as.
+    #[expect(clippy::unused_self, reason = "the version is the sandbox's")]
+    pub(crate) fn version(&self) -> &'static str {
+        "1.13.5"
+    }
+
+    /// The faults of the room of this name, which gets its number here where it is new.
+    pub(crate) fn faults(&self, room: &str) -> Faults {
+        let number = lock(&self.rooms).number(room);
+        Faults::of_room(&lock(&self.faults), number)
+    }
+
+    /// The faults that hold for all rooms, for calls that name none.
+    pub(crate) fn common_faults(&self) -> Faults {
+        Faults::of_room(&lock(&self.faults), 0)
+    }
+
+    pub(crate) fn set_faults(&self, rules: Vec<Rule>) {
+        *lock(&self.faults) = rules;
+    }
+
+    /// The open room of this name, created where there is none.
+    pub(crate) fn open(
+        self: &Arc<Self>,
+        name: &str,
+        new: NewRoom,
+    ) -> Result<RoomHandle, TooManyRooms> {
+        let faults = self.faults(name);
+        let mut rooms = lock(&self.rooms);
+        if let Some(room) = rooms.open.get(name) {
+            return Ok(room.clone());
+        }
+        if rooms.open.len() >= MAX_ROOMS {
+            return Err(TooManyRooms);
+        }
+        rooms.last_id += 1;
+        let id = rooms.last_id;
+        let (commands, command_queue) = mpsc::channel(COMMAND_QUEUE);
+        let (datagrams, datagram_queue) = mpsc::channel(DATAGRAM_QUEUE);
+        let handle = RoomHandle { id, commands };
+        rooms.open.insert(name.to_owned(), handle.clone());
+        drop(rooms);
+        let room = Room::new(Arc::clone(self), id, name, new, faults, datagrams);
+        self.tracker.spawn(room.run(command_queue, datagram_queue));
+        Ok(handle)
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<RoomHandle> {
+        lock(&self.rooms).open.get(name).cloned()
+    }
+
+    /// Closes the way to the room of this name, and hands it over to be told.
+    pub(crate) fn take(&self, name: &str) -> Option<RoomHandle> {
+        lock(&self.rooms).open.remove(name)
+    }
+
+    /// Forgets a room that has closed, unless another of its name has taken its place.
+    pub(crate) fn forget(&self, name: &str, id: u64) {
+        let mut rooms = lock(&self.rooms);
+        if rooms.open.get(name).is_some_and(|room| room.id == id) {
+            rooms.open.remove(name);
+        }
+    }
+
+    pub(crate) fn open_rooms(&self) -> Vec<(String, RoomHandle)> {
+        let rooms = lock(&self.rooms);
+        let all = rooms.open.iter();
+        all.map(|(name, room)| (name.clone(), room.clone()))
+            .collect()
+    }
+
+    pub(crate) fn rooms_seen(&self) -> u64 {
+        lock(&self.rooms).last_number
+    }
+
+    pub(crate) fn record(&self, heard: Heard) {
+        tracing::info!(
+            room = heard.room,
+            frames = heard.frames,
+            milliseconds = heard.duration.as_millis(),
+            over_agent = heard.over_agent,
+            "the demo agent heard its caller"
+        );
+        let mut record = lock(&self.heard);
+        if record.len() == MAX_HEARD {
+            record.pop_front();
+        }
+        record.push_back(heard);
+    }
+
+    pub(crate) fn heard(&self) -> Vec<Heard> {
+        lock(&self.heard).iter().cloned().collect()
+    }
+}
+
+impl Rooms {
+    fn number(&mut self, name: &str) -> u64 {
+        if let Some(number) = self.numbers.get(name) {
+            return *number;
+        }
+        if self.named.len() == MAX_NUMBERS
+            && let Some(oldest) = self.named.pop_front()
+        {
+            self.numbers.remove(&oldest);
+        }
+        self.last_number += 1;
+        self.numbers.insert(name.to_owned(), self.last_number);
+        self.named.push_back(name.to_owned());
+        self.last_number
+    }
+}
+
+/// The data behind a lock is valid between statements, so a panic elsewhere doesn't spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An id in LiveKit's form: a prefix and twelve random letters and digits.
+pub(crate) fn guid(prefix: &str) -> String {
+    let random = std::iter::repeat_with(fastrand::alphanumeric).take(12);
+    prefix.chars().chain(random).collect()
+}
+
+pub(crate) fn unix_millis() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_room_keeps_its_number_and_the_next_name_gets_the_next() {
+        let mut rooms = Rooms::default();
+        assert_eq!(
+            [rooms.number("a"), rooms.number("b"), rooms.number("a")],
+            [1, 2, 1]
+        );
+    }
+
+    #[test]
+    fn numbers_of_old_rooms_are_forgotten_before_they_fill_the_memory() {
+        let mut rooms = Rooms::default();
+        for name in 0..=MAX_NUMBERS {
+            rooms.number(&name.to_string());
+        }
+        assert_eq!(rooms.numbers.len(), MAX_NUMBERS);
+        assert_eq!(rooms.number("0"), u64::try_from(MAX_NUMBERS).unwrap() + 2);
+    }
+}

@@ -1,0 +1,1281 @@
+//! One room: its participants, their tracks and who hears whom, its dispatches and its agents. A task of its own owns
+//! all of it; others send it commands.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use livekit_protocol as proto;
+use prost::Message as _;
+use proto::signal_request::Message as Up;
+use proto::signal_response::Message as Down;
+use str0m::media::Mid;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::agent::{Act, Agent, Script};
+use super::demux::{Datagram, PeerId, Side};
+use super::fault::{Fault, Faults};
+use super::peer::{Audio, NewTrack, Offer, Peer, PeerEvent, first_mid, track_ids};
+use super::registry::{Heard, Shared, guid, unix_millis};
+
+/// livekit-server's defaults, in seconds.
+pub(crate) const DEFAULT_EMPTY_TIMEOUT: u32 = 300;
+pub(crate) const DEFAULT_DEPARTURE_TIMEOUT: u32 = 20;
+
+/// How long a participant outlives its signal socket, for a reconnect that this server never grants.
+const SIGNAL_GRACE: Duration = Duration::from_secs(20);
+/// Signal messages that may wait for a client; one that lets more pile up is dropped.
+const SIGNAL_QUEUE: usize = 256;
+const MAX_PARTICIPANTS: usize = 64;
+const MAX_DISPATCHES: usize = 64;
+const MAX_TRACKS: usize = 16;
+
+/// Who joins: what its token says, and how it wants to be served.
+#[derive(Debug)]
+pub(crate) struct Newcomer {
+    pub identity: String,
+    pub name: String,
+    pub metadata: String,
+    pub attributes: std::collections::HashMap<String, String>,
+    pub permission: proto::ParticipantPermission,
+    pub kind: proto::participant_info::Kind,
+    pub auto_subscribe: bool,
+    pub client_protocol: i32,
+}
+
+/// A seat in the room: the number to speak under, and what the server says.
+pub(crate) struct Joined {
+    pub number: u64,
+    pub join: Box<proto::JoinResponse>,
+    pub messages: mpsc::Receiver<Down>,
+}
+
+/// The room holds as many participants as it may.
+#[derive(Debug)]
+pub(crate) struct RoomFull;
+
+pub(crate) enum Command {
+    Join(Box<Newcomer>, oneshot::Sender<Result<Joined, RoomFull>>),
+    Signal(u64, Box<Up>),
+    SignalClosed(u64),
+    Info(oneshot::Sender<proto::Room>),
+    SetMetadata(String, oneshot::Sender<proto::Room>),
+    Participants(oneshot::Sender<Vec<proto::ParticipantInfo>>),
+    /// Whether there was such a participant.
+    Remove(String, oneshot::Sender<bool>),
+    /// `None`: the room holds too many dispatches.
+    Dispatch(
+        Box<proto::AgentDispatch>,
+        oneshot::Sender<Option<proto::AgentDispatch>>,
+    ),
+    ListDispatch(oneshot::Sender<Vec<proto::AgentDispatch>>),
+    DeleteDispatch(String, oneshot::Sender<Option<proto::AgentDispatch>>),
+    JobAccepted(Box<proto::Job>),
+    /// An agent's process has reached the room.
+    AgentJoin(Box<proto::Job>, Box<Script>),
+    Close(oneshot::Sender<()>),
+}
+
+/// What a room is created with.
+#[derive(Debug, Default)]
+pub(crate) struct NewRoom {
+    pub empty_timeout: u32,
+    pub departure_timeout: u32,
+    pub max_participants: u32,
+    pub metadata: String,
+    pub agents: Vec<proto::RoomAgentDispatch>,
+}
+
+struct Participant {
+    number: u64,
+    info: proto::ParticipantInfo,
+    auto_subscribe: bool,
+    out: mpsc::Sender<Down>,
+    publisher: Peer,
+    subscriber: Peer,
+    tracks: Vec<Track>,
+    subscriptions: Vec<Subscription>,
+    signal_lost: Option<Instant>,
+}
+
+/// A track that a participant publishes.
+struct Track {
+    cid: String,
+    info: proto::TrackInfo,
+    mid: Option<Mid>,
+    /// Its first packet has come: the others see it.
+    live: bool,
+    subscription_told: bool,
+}
+
+/// A track that a participant receives.
+struct Subscription {
+    track_sid: String,
+    mid: Mid,
+    /// The client has answered the offer that holds it.
+    live: bool,
+    /// The source's sequence number and time at the first packet sent here.
+    base: Option<(u64, u32)>,
+}
+
+/// An agent in the room.
+struct Seat {
+    info: proto::ParticipantInfo,
+    agent: Agent,
+    dispatch_id: String,
+    visible: bool,
+    seq: u64,
+    time: u32,
+}
+
+struct Dispatch {
+    info: proto::AgentDispatch,
+    /// Ends the jobs that have not joined yet.
+    cancel: CancellationToken,
+}
+
+pub(crate) struct Room {
+    shared: Arc<Shared>,
+    id: u64,
+    info: proto::Room,
+    faults: Faults,
+    participants: Vec<Participant>,
+    seats: Vec<Seat>,
+    dispatches: Vec<Dispatch>,
+    datagrams: mpsc::Sender<Datagram>,
+    next_number: u64,
+    somebody_joined: bool,
+    /// When the last participant other than an agent left, or the room's creation.
+    empty_since: Option<Instant>,
+    /// Participants to remove once the events at hand are dealt with.
+    leaving: Vec<(u64, Option<proto::DisconnectReason>)>,
+    closed: CancellationToken,
+}
+
+impl Room {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        id: u64,
+        name: &str,
+        new: NewRoom,
+        faults: Faults,
+        datagrams: mpsc::Sender<Datagram>,
+    ) -> Self {
+        let created = unix_millis();
+        let or_default = |value: u32, default: u32| if value > 0 { value } else { default };
+        let mut room = Self {
+            info: proto::Room {
+                sid: guid("RM_"),
+                name: name.to_owned(),
+                empty_timeout: or_default(new.empty_timeout, DEFAULT_EMPTY_TIMEOUT),
+                departure_timeout: or_default(new.departure_timeout, DEFAULT_DEPARTURE_TIMEOUT),
+                max_participants: new.max_participants,
+                metadata: new.metadata,
+                creation_time: created / 1000,
+                creation_time_ms: created,
+                enabled_codecs: vec![codec("audio/opus")],
+                ..proto::Room::default()
+            },
+            shared,
+            id,
+            faults,
+            participants: Vec::new(),
+            seats: Vec::new(),
+            dispatches: Vec::new(),
+            datagrams,
+            next_number: 0,
+            somebody_joined: false,
+            empty_since: Some(Instant::now()),
+            leaving: Vec::new(),
+            closed: CancellationToken::new(),
+        };
+        // A room without named agents dispatches the unnamed one.
+        let mut agents = new.agents;
+        if agents.is_empty() {
+            agents.push(proto::RoomAgentDispatch::default());
+        }
+        for agent in agents {
+            room.add_dispatch(proto::AgentDispatch {
+                id: guid("AD_"),
+                agent_name: agent.agent_name,
+                metadata: agent.metadata,
+                ..proto::AgentDispatch::default()
+            });
+        }
+        room
+    }
+
+    /// Runs the room until it closes.
+    pub(crate) async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut datagrams: mpsc::Receiver<Datagram>,
+    ) {
+        let shutdown = self.shared.shutdown.clone();
+        while !self.closed.is_cancelled() {
+            let deadline = self.deadline();
+            tokio::select! {
+                () = shutdown.cancelled() => self.close(proto::DisconnectReason::ServerShutdown),
+                command = commands.recv() => match command {
+                    Some(command) => self.on_command(command, Instant::now()),
+                    None => self.close(proto::DisconnectReason::RoomClosed),
+                },
+                Some(datagram) = datagrams.recv() => self.on_datagram(&datagram),
+                () = tokio::time::sleep_until(deadline) => {}
+            }
+            self.on_time(Instant::now());
+        }
+    }
+
+    fn deadline(&self) -> Instant {
+        let peers = self
+            .participants
+            .iter()
+            .flat_map(|p| [p.publisher.deadline, p.subscriber.deadline]);
+        let lost = self
+            .participants
+            .iter()
+            .filter_map(|p| p.signal_lost.map(|at| at + SIGNAL_GRACE));
+        let agents = self.seats.iter().filter_map(|seat| seat.agent.deadline());
+        peers
+            .chain(lost)
+            .chain(agents)
+            .chain(self.expiry())
+            .min()
+            .unwrap_or_else(|| Instant::now() + Duration::from_mins(1))
+    }
+
+    /// When an empty room closes by itself; agents don't keep it open.
+    fn expiry(&self) -> Option<Instant> {
+        let timeout = if self.somebody_joined {
+            self.info.departure_timeout
+        } else {
+            self.info.empty_timeout
+        };
+        self.empty_since
+            .map(|since| since + Duration::from_secs(timeout.into()))
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        for participant in &mut self.participants {
+            for peer in [&mut participant.publisher, &mut participant.subscriber] {
+                if peer.deadline <= now {
+                    peer.tell_time(now);
+                }
+            }
+            if participant
+                .signal_lost
+                .is_some_and(|at| at + SIGNAL_GRACE <= now)
+            {
+                self.leaving.push((participant.number, None));
+            }
+        }
+        self.settle(now);
+        self.run_agents(now);
+        self.settle(now);
+        if self.expiry().is_some_and(|expiry| expiry <= now) {
+            self.close(proto::DisconnectReason::RoomClosed);
+        }
+    }
+
+    fn on_datagram(&mut self, datagram: &Datagram) {
+        if self.faults.has(&Fault::NoMedia) {
+            return;
+        }
+        let PeerId { participant, side } = datagram.peer;
+        if let Some(participant) = self
+            .participants
+            .iter_mut()
+            .find(|p| p.number == participant)
+        {
+            participant.peer(side).on_datagram(datagram);
+        }
+    }
+
+    /// Deals with what peer connections reported, until all is quiet.
+    fn settle(&mut self, now: Instant) {
+        loop {
+            let next = self
+                .participants
+                .iter_mut()
+                .enumerate()
+                .find_map(|(at, p)| {
+                    [Side::Publisher, Side::Subscriber]
+                        .into_iter()
+                        .find_map(|side| Some((at, side, p.peer(side).events.pop_front()?)))
+                });
+            if let Some((at, side, event)) = next {
+                self.on_peer_event(at, side, event, now);
+            } else if let Some((number, reason)) = self.leaving.pop() {
+                self.remove(number, reason, now);
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn on_peer_event(&mut self, at: usize, side: Side, event: PeerEvent, now: Instant) {
+        match event {
+            PeerEvent::Connected => {
+                // The subscriber connection is the primary one.
+                if side == Side::Subscriber {
+                    let participant = &mut self.participants[at];
+                    participant.info.state = proto::participant_info::State::Active.into();
+                    self.announce(at);
+                }
+            }
+            PeerEvent::Disconnected => {
+                let participant = &self.participants[at];
+                if participant.signal_lost.is_some() {
+                    self.leaving.push((participant.number, None));
+                }
+            }
+            PeerEvent::Audio(audio) => self.on_audio(at, &audio, now),
+            PeerEvent::Data { packet, reliable } => self.on_data(at, &packet, reliable, now),
+        }
+    }
+
+    fn on_audio(&mut self, at: usize, audio: &Audio, now: Instant) {
+        let participant = &mut self.participants[at];
+        let Some(track) = participant
+            .tracks
+            .iter_mut()
+            .find(|track| track.mid == Some(audio.mid))
+        else {
+            return;
+        };
+        let first = !std::mem::replace(&mut track.live, true);
+        let sid = track.info.sid.clone();
+        let microphone = track.info.source == i32::from(proto::TrackSource::Microphone);
+        if first {
+            self.on_track_live(at, audio.mid, now);
+        }
+        if microphone {
+            for seat in &mut self.seats {
+                seat.agent.on_caller_frame(audio.payload.len(), now);
+            }
+        }
+        self.forward(&sid, audio, now);
+    }
+
+    fn on_track_live(&mut self, at: usize, mid: Mid, now: Instant) {
+        let participant = &mut self.participants[at];
+        for track in participant.tracks.iter_mut().filter(|t| t.mid == Some(mid)) {
+            "audio/opus".clone_into(&mut track.info.mime_type);
+            track.info.mid = mid.to_string();
+            for codec in &mut track.info.codecs {
+                codec.mime_type.clone_from(&track.info.mime_type);
+                codec.mid.clone_from(&track.info.mid);
+            }
+        }
+        participant.info.is_publisher = true;
+        self.announce(at);
+        self.agents_listen(now);
+        self.renegotiate(now);
+    }
+
+    /// Lets the agents in the room subscribe to callers' microphones: an agent hears no other source.
+    fn agents_listen(&mut self, now: Instant) {
+        if self.seats.is_empty() {
+            return;
+        }
+        let live: Vec<String> = self
+            .participants
+            .iter()
+            .flat_map(|p| &p.tracks)
+            .filter(|t| t.live && t.info.source == i32::from(proto::TrackSource::Microphone))
+            .map(|t| t.info.sid.clone())
+            .collect();
+        for sid in &live {
+            self.tell_subscribed(sid, now);
+        }
+        if !live.is_empty() {
+            for seat in &mut self.seats {
+                seat.agent.on_caller_published();
+            }
+        }
+    }
+
+    /// Tells a track's owner of its first subscriber.
+    fn tell_subscribed(&mut self, track_sid: &str, now: Instant) {
+        for seat in &mut self.seats {
+            if seat.info.tracks.iter().any(|track| track.sid == track_sid) {
+                seat.agent.on_subscribed(now);
+            }
+        }
+        for participant in &mut self.participants {
+            let Some(track) = participant
+                .tracks
+                .iter_mut()
+                .find(|track| track.info.sid == track_sid)
+            else {
+                continue;
+            };
+            if !std::mem::replace(&mut track.subscription_told, true) {
+                let track_sid = track_sid.to_owned();
+                participant.tell(Down::TrackSubscribed(proto::TrackSubscribed { track_sid }));
+            }
+        }
+    }
+
+    /// Sends one packet of a track to all who receive it.
+    fn forward(&mut self, track_sid: &str, audio: &Audio, now: Instant) {
+        for participant in &mut self.participants {
+            let Some(subscription) = participant
+                .subscriptions
+                .iter_mut()
+                .find(|s| s.live && s.track_sid == track_sid)
+            else {
+                continue;
+            };
+            // SRTP wants a sequence that starts within its first 65536.
+            let (seq, time) = *subscription.base.get_or_insert((audio.seq, audio.time));
+            let Some(distance) = audio.seq.checked_sub(seq) else {
+                continue;
+            };
+            let rebased = Audio {
+                mid: subscription.mid,
+                seq: distance + 1,
+                time: audio.time.wrapping_sub(time),
+                marker: audio.marker,
+                payload: Arc::clone(&audio.payload),
+            };
+            let mid = subscription.mid;
+            participant.subscriber.send_audio(mid, &rebased, now);
+        }
+    }
+
+    /// Passes a client's data packet on, signed with its sender.
+    fn on_data(&mut self, at: usize, packet: &[u8], reliable: bool, now: Instant) {
+        let Ok(mut packet) = proto::DataPacket::decode(packet) else {
+            return;
+        };
+        let sender = &self.participants[at];
+        let number = sender.number;
+        packet
+            .participant_identity
+            .clone_from(&sender.info.identity);
+        packet.participant_sid.clone_from(&sender.info.sid);
+        self.send_data(&packet, reliable, Some(number), now);
+    }
+
+    fn send_data(
+        &mut self,
+        packet: &proto::DataPacket,
+        reliable: bool,
+        except: Option<u64>,
+        now: Instant,
+    ) {
+        let to = &packet.destination_identities;
+        let bytes = packet.encode_to_vec();
+        for participant in &mut self.participants {
+            let meant = to.is_empty() || to.contains(&participant.info.identity);
+            if meant && Some(participant.number) != except {
+                participant.subscriber.send_data(&bytes, reliable, now);
+            }
+        }
+    }
+
+    fn run_agents(&mut self, now: Instant) {
+        let mut at = 0;
+        while at < self.seats.len() {
+            let due = self.seats[at]
+                .agent
+                .deadline()
+                .is_some_and(|due| due <= now);
+            // An agent that waits for its caller has no deadline, and costs nothing to ask.
+            let acts = if due || self.seats[at].agent.deadline().is_none() {
+                self.seats[at].agent.on_time(now)
+            } else {
+                Vec::new()
+            };
+            let mut left = false;
+            for act in acts {
+                left |= self.act(at, act, now);
+            }
+            if left {
+                self.agent_leaves(at, now);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// Does what an agent wants; whether it leaves.
+    fn act(&mut self, at: usize, act: Act, now: Instant) -> bool {
+        let seat = &mut self.seats[at];
+        match act {
+            Act::Appear => {
+                seat.visible = true;
+                seat.info.state = proto::participant_info::State::Active.into();
+                self.announce_agent(at);
+            }
+            Act::Publish => {
+                seat.info.tracks.push(agent_track());
+                seat.info.is_publisher = true;
+                self.announce_agent(at);
+                self.renegotiate(now);
+            }
+            Act::State(state) => {
+                let attributes = &mut seat.info.attributes;
+                attributes.insert("lk.agent.state".to_owned(), state.to_owned());
+                self.announce_agent(at);
+            }
+            Act::Send { frame, first } => self.send_agent_frame(at, frame, first, now),
+            Act::Heard(utterance) => self.shared.record(Heard {
+                room: self.info.name.clone(),
+                agent: seat.info.identity.clone(),
+                frames: utterance.frames,
+                duration: utterance.duration,
+                over_agent: utterance.over_agent,
+            }),
+            Act::Report(error) => {
+                let sender = seat.info.identity.clone();
+                for packet in error_stream(&sender, &error) {
+                    self.send_data(&packet, true, None, now);
+                }
+            }
+            Act::Leave => return true,
+        }
+        false
+    }
+
+    fn send_agent_frame(&mut self, at: usize, payload: Arc<[u8]>, first: bool, now: Instant) {
+        let seat = &mut self.seats[at];
+        let Some(sid) = seat.info.tracks.first().map(|track| track.sid.clone()) else {
+            return;
+        };
+        seat.seq += 1;
+        seat.time = seat.time.wrapping_add(960);
+        let audio = Audio {
+            mid: Mid::from("0"),
+            seq: seat.seq,
+            time: seat.time,
+            marker: first,
+            payload,
+        };
+        self.forward(&sid, &audio, now);
+    }
+
+    fn agent_leaves(&mut self, at: usize, now: Instant) {
+        let mut seat = self.seats.remove(at);
+        seat.info.state = proto::participant_info::State::Disconnected.into();
+        seat.info.disconnect_reason = proto::DisconnectReason::ClientInitiated.into();
+        seat.info.version += 1;
+        self.broadcast(&seat.info);
+        self.renegotiate(now);
+    }
+
+    fn announce_agent(&mut self, at: usize) {
+        let seat = &mut self.seats[at];
+        seat.info.version += 1;
+        if seat.visible {
+            let info = seat.info.clone();
+            self.broadcast(&info);
+        }
+    }
+
+    /// Tells everybody, the participant itself included, how a participant stands.
+    fn announce(&mut self, at: usize) {
+        let participant = &mut self.participants[at];
+        participant.info.version += 1;
+        participant.info.tracks = participant
+            .tracks
+            .iter()
+            .filter(|track| track.live)
+            .map(|track| track.info.clone())
+            .collect();
+        let info = participant.info.clone();
+        self.broadcast(&info);
+    }
+
+    fn broadcast(&mut self, info: &proto::ParticipantInfo) {
+        for participant in &mut self.participants {
+            let update = proto::ParticipantUpdate {
+                participants: vec![info.clone()],
+            };
+            participant.tell(Down::Update(update));
+        }
+    }
+
+    /// Offers each client the tracks that it lacks, and takes away those that are gone.
+    fn renegotiate(&mut self, now: Instant) {
+        let mut tracks: Vec<(String, String)> = Vec::new();
+        for participant in &self.participants {
+            let live = participant.tracks.iter().filter(|track| track.live);
+            tracks.extend(live.map(|t| (participant.info.sid.clone(), t.info.sid.clone())));
+        }
+        for seat in self.seats.iter().filter(|seat| seat.visible) {
+            let owner = &seat.info.sid;
+            tracks.extend(
+                seat.info
+                    .tracks
+                    .iter()
+                    .map(|t| (owner.clone(), t.sid.clone())),
+            );
+        }
+        for participant in &mut self.participants {
+            participant.negotiate(&tracks, now);
+        }
+    }
+
+    fn on_command(&mut self, command: Command, now: Instant) {
+        // A caller that has gone away needs no answer: hence the ignored sends.
+        match command {
+            Command::Join(newcomer, reply) => drop(reply.send(self.join(&newcomer, now))),
+            Command::Signal(number, message) => self.on_signal(number, *message, now),
+            Command::SignalClosed(number) => {
+                for p in self.participants.iter_mut().filter(|p| p.number == number) {
+                    p.signal_lost = Some(now);
+                }
+            }
+            Command::Info(reply) => drop(reply.send(self.info())),
+            Command::SetMetadata(metadata, reply) => {
+                self.info.metadata = metadata;
+                let room = self.info();
+                for participant in &mut self.participants {
+                    let room = Some(room.clone());
+                    participant.tell(Down::RoomUpdate(proto::RoomUpdate { room }));
+                }
+                drop(reply.send(room));
+            }
+            Command::Participants(reply) => drop(reply.send(self.everybody())),
+            Command::Remove(identity, reply) => drop(reply.send(self.expel(&identity, now))),
+            Command::Dispatch(dispatch, reply) => drop(reply.send(self.add_dispatch(*dispatch))),
+            Command::ListDispatch(reply) => {
+                let all = self.dispatches.iter().map(|d| d.info.clone()).collect();
+                drop(reply.send(all));
+            }
+            Command::DeleteDispatch(id, reply) => {
+                drop(reply.send(self.delete_dispatch(&id, now)));
+            }
+            Command::JobAccepted(job) => self.job_accepted(*job),
+            Command::AgentJoin(job, script) => self.agent_joins(&job, *script, now),
+            Command::Close(reply) => {
+                self.close(proto::DisconnectReason::RoomDeleted);
+                // Nobody to tell where the caller has gone away.
+                if reply.send(()).is_err() {
+                    tracing::debug!("a room was deleted for a caller that went away");
+                }
+            }
+        }
+    }
+
+    fn info(&self) -> proto::Room {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let publishers = self.participants.iter().filter(|p| p.info.is_publisher);
+        proto::Room {
+            // As livekit-server counts: agents are no participants here.
+            num_participants: count(self.participants.len()),
+            num_publishers: count(publishers.count()),
+            ..self.info.clone()
+        }
+    }
+
+    fn everybody(&self) -> Vec<proto::ParticipantInfo> {
+        let people = self.participants.iter().map(|p| &p.info);
+        people
+            .chain(self.seats.iter().map(|seat| &seat.info))
+            .cloned()
+            .collect()
+    }
+
+    fn join(&mut self, newcomer: &Newcomer, now: Instant) -> Result<Joined, RoomFull> {
+        let twin = self
+            .participants
+            .iter()
+            .find(|p| p.info.identity == newcomer.identity)
+            .map(|p| p.number);
+        if let Some(twin) = twin {
+            self.remove(twin, Some(proto::DisconnectReason::DuplicateIdentity), now);
+        }
+        let limit = match self.info.max_participants {
+            0 => MAX_PARTICIPANTS,
+            limit => MAX_PARTICIPANTS.min(usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS)),
+        };
+        let is_agent = newcomer.kind == proto::participant_info::Kind::Agent;
+        if !is_agent && self.participants.len() >= limit {
+            return Err(RoomFull);
+        }
+        let number = self.next_number;
+        self.next_number += 1;
+        let (out, messages) = mpsc::channel(SIGNAL_QUEUE);
+        let peer = |side| {
+            let id = PeerId {
+                participant: number,
+                side,
+            };
+            Peer::new(id, &self.shared.net, self.datagrams.clone(), now)
+        };
+        let participant = Participant {
+            number,
+            info: newcomer_info(newcomer),
+            auto_subscribe: newcomer.auto_subscribe,
+            out,
+            publisher: peer(Side::Publisher),
+            subscriber: peer(Side::Subscriber),
+            tracks: Vec::new(),
+            subscriptions: Vec::new(),
+            signal_lost: None,
+        };
+        let join = Box::new(self.join_response(&participant.info));
+        self.participants.push(participant);
+        self.somebody_joined = true;
+        self.empty_since = None;
+        self.renegotiate(now);
+        Ok(Joined {
+            number,
+            join,
+            messages,
+        })
+    }
+
+    fn join_response(&self, info: &proto::ParticipantInfo) -> proto::JoinResponse {
+        proto::JoinResponse {
+            room: Some(self.info()),
+            participant: Some(info.clone()),
+            other_participants: self.everybody(),
+            server_version: self.shared.version().to_owned(),
+            subscriber_primary: true,
+            ping_timeout: 15,
+            ping_interval: 5,
+            server_info: Some(proto::ServerInfo {
+                version: self.shared.version().to_owned(),
+                protocol: 17,
+                node_id: self.shared.node_id.clone(),
+                agent_protocol: 1,
+                ..proto::ServerInfo::default()
+            }),
+            enabled_publish_codecs: vec![codec("audio/opus")],
+            // The client negotiates its publisher connection at once.
+            fast_publish: true,
+            ..proto::JoinResponse::default()
+        }
+    }
+
+    fn on_signal(&mut self, number: u64, message: Up, now: Instant) {
+        let Some(at) = self.participants.iter().position(|p| p.number == number) else {
+            return;
+        };
+        match message {
+            Up::Offer(offer) => self.on_offer(at, &offer, now),
+            Up::Answer(answer) => self.on_answer(at, &answer, now),
+            Up::Trickle(trickle) => {
+                let side = if trickle.target == i32::from(proto::SignalTarget::Subscriber) {
+                    Side::Subscriber
+                } else {
+                    Side::Publisher
+                };
+                let peer = self.participants[at].peer(side);
+                peer.add_candidate(&trickle.candidate_init, now);
+            }
+            Up::AddTrack(request) => self.participants[at].add_track(request),
+            Up::Mute(mute) => {
+                let tracks = &mut self.participants[at].tracks;
+                for track in tracks.iter_mut().filter(|t| t.info.sid == mute.sid) {
+                    track.info.muted = mute.muted;
+                }
+                self.announce(at);
+            }
+            Up::Leave(_) => self.leaving.push((number, None)),
+            _ => {}
+        }
+    }
+
+    fn on_offer(&mut self, at: usize, offer: &proto::SessionDescription, now: Instant) {
+        let participant = &mut self.participants[at];
+        match participant.publisher.accept_offer(&offer.sdp, now) {
+            Ok(sdp) => {
+                for (mid, cid) in track_ids(&offer.sdp) {
+                    for track in participant.tracks.iter_mut().filter(|t| t.cid == cid) {
+                        track.mid = Some(Mid::from(mid.as_str()));
+                    }
+                }
+                let answer = proto::SessionDescription {
+                    r#type: "answer".to_owned(),
+                    sdp,
+                    id: offer.id,
+                    ..proto::SessionDescription::default()
+                };
+                participant.tell(Down::Answer(answer));
+                participant.trickle(Side::Publisher, first_mid(&offer.sdp));
+            }
+            Err(error) => self.bad_description(at, &error),
+        }
+    }
+
+    fn on_answer(&mut self, at: usize, answer: &proto::SessionDescription, now: Instant) {
+        let participant = &mut self.participants[at];
+        let accepted = participant
+            .subscriber
+            .accept_answer(answer.id, &answer.sdp, now);
+        match accepted {
+            Ok(true) => {
+                let mut began = Vec::new();
+                for subscription in participant.subscriptions.iter_mut().filter(|s| !s.live) {
+                    subscription.live = true;
+                    began.push(subscription.track_sid.clone());
+                }
+                for track_sid in began {
+                    self.tell_subscribed(&track_sid, now);
+                }
+                // What came meanwhile waited for this answer.
+                self.renegotiate(now);
+            }
+            Ok(false) => tracing::debug!("an answer to an offer that is no longer open"),
+            Err(error) => self.bad_description(at, &error),
+        }
+    }
+
+    fn bad_description(&mut self, at: usize, error: &str) {
+        let number = self.participants[at].number;
+        tracing::warn!(
+            room = self.info.name,
+            error,
+            "a client's session description is unusable"
+        );
+        self.leaving
+            .push((number, Some(proto::DisconnectReason::UnknownReason)));
+    }
+
+    /// Removes a participant; `reason` makes a `Leave` to it, `None` means that it went by itself.
+    fn remove(&mut self, number: u64, reason: Option<proto::DisconnectReason>, now: Instant) {
+        let Some(at) = self.participants.iter().position(|p| p.number == number) else {
+            return;
+        };
+        let mut gone = self.participants.remove(at);
+        if let Some(reason) = reason {
+            gone.tell(leave(reason));
+        }
+        gone.info.state = proto::participant_info::State::Disconnected.into();
+        gone.info.version += 1;
+        gone.info.disconnect_reason = reason
+            .unwrap_or(proto::DisconnectReason::ClientInitiated)
+            .into();
+        self.broadcast(&gone.info);
+        if self.participants.is_empty() {
+            self.empty_since = Some(now);
+        }
+        self.renegotiate(now);
+    }
+
+    fn expel(&mut self, identity: &str, now: Instant) -> bool {
+        let found = self
+            .participants
+            .iter()
+            .find(|p| p.info.identity == identity)
+            .map(|p| p.number);
+        if let Some(number) = found {
+            self.remove(
+                number,
+                Some(proto::DisconnectReason::ParticipantRemoved),
+                now,
+            );
+            return true;
+        }
+        match self.seats.iter().position(|s| s.info.identity == identity) {
+            Some(at) => {
+                self.agent_leaves(at, now);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn add_dispatch(&mut self, mut info: proto::AgentDispatch) -> Option<proto::AgentDispatch> {
+        if self.dispatches.len() >= MAX_DISPATCHES {
+            return None;
+        }
+        info.room.clone_from(&self.info.name);
+        info.state = Some(proto::AgentDispatchState {
+            created_at: unix_millis() * 1_000_000,
+            ..proto::AgentDispatchState::default()
+        });
+        let cancel = CancellationToken::new();
+        if info.agent_name == self.shared.settings.agent_name {
+            let script = Script::new(&self.faults, self.shared.settings.max_replies);
+            let launch = |script: Script| {
+                let job = Box::new(new_job(&info, &self.info));
+                let (shared, cancel) = (Arc::clone(&self.shared), cancel.clone());
+                let errand = Errand {
+                    job,
+                    script,
+                    cancel,
+                    room_closed: self.closed.clone(),
+                };
+                self.shared.tracker.spawn(errand.run(shared));
+            };
+            if script.duplicate {
+                let mut second = script.clone();
+                second.join_delay += Duration::from_millis(300);
+                launch(second);
+            }
+            launch(script);
+        }
+        self.dispatches.push(Dispatch {
+            info: info.clone(),
+            cancel,
+        });
+        Some(info)
+    }
+
+    fn delete_dispatch(&mut self, id: &str, now: Instant) -> Option<proto::AgentDispatch> {
+        let at = self.dispatches.iter().position(|d| d.info.id == id)?;
+        let dispatch = self.dispatches.remove(at);
+        dispatch.cancel.cancel();
+        while let Some(at) = self.seats.iter().position(|s| s.dispatch_id == id) {
+            self.agent_leaves(at, now);
+        }
+        Some(dispatch.info)
+    }
+
+    fn job_accepted(&mut self, job: proto::Job) {
+        let dispatch = self
+            .dispatches
+            .iter_mut()
+            .find(|dispatch| dispatch.info.id == job.dispatch_id);
+        if let Some(state) = dispatch.and_then(|dispatch| dispatch.info.state.as_mut()) {
+            state.jobs.push(job);
+        }
+    }
+
+    fn agent_joins(&mut self, job: &proto::Job, script: Script, now: Instant) {
+        let seat = Seat {
+            info: agent_info(job),
+            agent: Agent::new(script, Arc::clone(&self.shared.voice), now),
+            dispatch_id: job.dispatch_id.clone(),
+            visible: false,
+            seq: 0,
+            time: 0,
+        };
+        self.seats.push(seat);
+        self.agents_listen(now);
+    }
+
+    fn close(&mut self, reason: proto::DisconnectReason) {
+        for participant in &mut self.participants {
+            participant.tell(leave(reason));
+        }
+        self.participants.clear();
+        self.seats.clear();
+        self.shared.forget(&self.info.name, self.id);
+        self.closed.cancel();
+    }
+}
+
+impl Participant {
+    fn peer(&mut self, side: Side) -> &mut Peer {
+        match side {
+            Side::Publisher => &mut self.publisher,
+            Side::Subscriber => &mut self.subscriber,
+        }
+    }
+
+    /// Sends a message; a client that reads none until its queue is full is treated as gone.
+    fn tell(&mut self, message: Down) {
+        if self.out.try_send(message).is_err() && self.signal_lost.is_none() {
+            self.signal_lost = Some(Instant::now());
+        }
+    }
+
+    fn trickle(&mut self, side: Side, mid: &str) {
+        let target = match side {
+            Side::Publisher => proto::SignalTarget::Publisher,
+            Side::Subscriber => proto::SignalTarget::Subscriber,
+        };
+        let candidate_init = self.peer(side).candidate_init(mid);
+        self.tell(Down::Trickle(proto::TrickleRequest {
+            candidate_init,
+            target: target.into(),
+            r#final: true,
+        }));
+    }
+
+    fn add_track(&mut self, request: proto::AddTrackRequest) {
+        if self.tracks.len() >= MAX_TRACKS || self.tracks.iter().any(|t| t.cid == request.cid) {
+            return;
+        }
+        let info = proto::TrackInfo {
+            sid: guid("TR_AM"),
+            r#type: request.r#type,
+            name: request.name,
+            muted: request.muted,
+            source: request.source,
+            codecs: vec![proto::SimulcastCodecInfo {
+                cid: request.cid.clone(),
+                ..proto::SimulcastCodecInfo::default()
+            }],
+            stream: "camera".to_owned(),
+            ..proto::TrackInfo::default()
+        };
+        self.tracks.push(Track {
+            cid: request.cid.clone(),
+            info: info.clone(),
+            mid: None,
+            live: false,
+            subscription_told: false,
+        });
+        self.tell(Down::TrackPublished(proto::TrackPublishedResponse {
+            cid: request.cid,
+            track: Some(info),
+        }));
+    }
+
+    /// Makes what this client receives equal to `tracks` (owner and track ids), its own left out.
+    fn negotiate(&mut self, tracks: &[(String, String)], now: Instant) {
+        let wanted: Vec<&(String, String)> = tracks
+            .iter()
+            .filter(|(owner, _)| self.auto_subscribe && *owner != self.info.sid)
+            .collect();
+        let new: Vec<&(String, String)> = wanted
+            .iter()
+            .filter(|(_, track)| !self.subscriptions.iter().any(|s| s.track_sid == *track))
+            .copied()
+            .collect();
+        let stopped: Vec<Mid> = self
+            .subscriptions
+            .iter()
+            .filter(|s| !wanted.iter().any(|(_, track)| *track == s.track_sid))
+            .map(|s| s.mid)
+            .collect();
+        let lines: Vec<NewTrack> = new
+            .iter()
+            .map(|(owner, track)| NewTrack {
+                stream_id: format!("{owner}|{track}"),
+                track_id: track.clone(),
+            })
+            .collect();
+        let Some(offer) = self.subscriber.offer(&lines, &stopped, now) else {
+            return;
+        };
+        self.subscriptions.retain(|s| !stopped.contains(&s.mid));
+        for ((owner, track), mid) in new.iter().zip(&offer.mids) {
+            self.subscriptions.push(Subscription {
+                track_sid: track.clone(),
+                mid: *mid,
+                live: false,
+                base: None,
+            });
+            self.tell(Down::SubscriptionPermissionUpdate(
+                proto::SubscriptionPermissionUpdate {
+                    participant_sid: owner.clone(),
+                    track_sid: track.clone(),
+                    allowed: true,
+                },
+            ));
+        }
+        self.send_offer(offer);
+    }
+
+    fn send_offer(&mut self, offer: Offer) {
+        let mid_to_track_id = self
+            .subscriptions
+            .iter()
+            .map(|s| (s.mid.to_string(), s.track_sid.clone()))
+            .collect();
+        let mid = first_mid(&offer.sdp).to_owned();
+        self.tell(Down::Offer(proto::SessionDescription {
+            r#type: "offer".to_owned(),
+            sdp: offer.sdp,
+            id: offer.id,
+            mid_to_track_id,
+        }));
+        if offer.id == 1 {
+            self.trickle(Side::Subscriber, &mid);
+        }
+    }
+}
+
+/// One job of a worker: accepted, started, and on its way to the room.
+struct Errand {
+    job: Box<proto::Job>,
+    script: Script,
+    cancel: CancellationToken,
+    room_closed: CancellationToken,
+}
+
+impl Errand {
+    async fn run(self, shared: Arc<Shared>) {
+        let shutdown = shared.shutdown.clone();
+        // Ends with the process whatever it waits for.
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.travel(shared) => {}
+        }
+    }
+
+    async fn travel(self, shared: Arc<Shared>) {
+        let dispatched = Instant::now();
+        if !self.script.accepts {
+            return;
+        }
+        let accepts_after = Duration::from_millis(fastrand::u64(5..25));
+        tokio::time::sleep(accepts_after).await;
+        let room = self.job.room.as_ref().map(|room| room.name.clone());
+        let name = room.unwrap_or_default();
+        if let Some(room) = shared.find(&name) {
+            room.send(Command::JobAccepted(self.job.clone())).await;
+        }
+        if !self.script.joins {
+            return;
+        }
+        if let Some(late) = self.script.late {
+            self.room_closed.cancelled().await;
+            tokio::time::sleep(late).await;
+        } else {
+            tokio::select! {
+                () = self.cancel.cancelled() => return,
+                () = tokio::time::sleep_until(dispatched + self.script.join_delay) => {}
+            }
+        }
+        // Connecting creates the room where it is missing, as a token with roomJoin may.
+        if let Ok(room) = shared.open(&name, NewRoom::default()) {
+            let script = Box::new(self.script);
+            room.send(Command::AgentJoin(self.job, script)).await;
+        }
+    }
+}
+
+fn leave(reason: proto::DisconnectReason) -> Down {
+    Down::Leave(proto::LeaveRequest {
+        reason: reason.into(),
+        ..proto::LeaveRequest::default()
+    })
+}
+
+fn codec(mime: &str) -> proto::Codec {
+    proto::Codec {
+        mime: mime.to_owned(),
+        ..proto::Codec::default()
+    }
+}
+
+fn newcomer_info(newcomer: &Newcomer) -> proto::ParticipantInfo {
+    let joined = unix_millis();
+    proto::ParticipantInfo {
+        sid: guid("PA_"),
+        identity: newcomer.identity.clone(),
+        name: newcomer.name.clone(),
+        metadata: newcomer.metadata.clone(),
+        attributes: newcomer.attributes.clone(),
+        joined_at: joined / 1000,
+        joined_at_ms: joined,
+        permission: Some(newcomer.permission.clone()),
+        kind: newcomer.kind.into(),
+        client_protocol: newcomer.client_protocol,
+        ..proto::ParticipantInfo::default()
+    }
+}
+
+/// The server sets `lk.agent_name`, the worker `lk.agent.name`.
+fn agent_info(job: &proto::Job) -> proto::ParticipantInfo {
+    let joined = unix_millis();
+    let mut attributes = std::collections::HashMap::new();
+    if !job.agent_name.is_empty() {
+        attributes.insert("lk.agent_name".to_owned(), job.agent_name.clone());
+        attributes.insert("lk.agent.name".to_owned(), job.agent_name.clone());
+    }
+    let identity = job.state.as_ref().map(|s| s.participant_identity.clone());
+    proto::ParticipantInfo {
+        sid: guid("PA_"),
+        identity: identity.unwrap_or_default(),
+        state: proto::participant_info::State::Joined.into(),
+        joined_at: joined / 1000,
+        joined_at_ms: joined,
+        kind: proto::participant_info::Kind::Agent.into(),
+        attributes,
+        permission: Some(proto::ParticipantPermission {
+            can_subscribe: true,
+            can_publish: true,
+            can_publish_data: true,
+            can_update_metadata: true,
+            ..proto::ParticipantPermission::default()
+        }),
+        ..proto::ParticipantInfo::default()
+    }
+}
+
+fn agent_track() -> proto::TrackInfo {
+    proto::TrackInfo {
+        sid: guid("TR_AM"),
+        name: "roomio_audio".to_owned(),
+        source: proto::TrackSource::Microphone.into(),
+        mime_type: "audio/opus".to_owned(),
+        mid: "0".to_owned(),
+        stream: "camera".to_owned(),
+        ..proto::TrackInfo::default()
+    }
+}
+
+fn new_job(dispatch: &proto::AgentDispatch, room: &proto::Room) -> proto::Job {
+    let id = guid("AJ_");
+    proto::Job {
+        dispatch_id: dispatch.id.clone(),
+        room: Some(room.clone()),
+        metadata: dispatch.metadata.clone(),
+        agent_name: dispatch.agent_name.clone(),
+        state: Some(proto::JobState {
+            status: proto::JobStatus::JsRunning.into(),
+            started_at: unix_millis() * 1_000_000,
+            participant_identity: format!("agent-{id}"),
+            worker_id: "AW_sandbox".to_owned(),
+            ..proto::JobState::default()
+        }),
+        id,
+        ..proto::Job::default()
+    }
+}
+
+/// An error as an `AgentSession` reports it: a byte stream of one chunk that holds an `AgentSessionMessage`.
+fn error_stream(sender: &str, error: &str) -> Vec<proto::DataPacket> {
+    use proto::agent::{AgentSessionEvent, AgentSessionMessage};
+    use proto::agent::{agent_session_event, agent_session_message};
+    use proto::data_packet::Value;
+    use proto::data_stream;
+
+    let message = AgentSessionMessage {
+        message: Some(agent_session_message::Message::Event(AgentSessionEvent {
+            event: Some(agent_session_event::Event::Error(
+                agent_session_event::Error {
+                    message: error.to_owned(),
+                },
+            )),
+            ..AgentSessionEvent::default()
+        })),
+    };
+    let content = message.encode_to_vec();
+    let stream_id = guid("ST_");
+    let header = data_stream::Header {
+        stream_id: stream_id.clone(),
+        timestamp: unix_millis(),
+        topic: "lk.agent.session".to_owned(),
+        mime_type: "application/octet-stream".to_owned(),
+        total_length: u64::try_from(content.len()).ok(),
+        content_header: Some(data_stream::header::ContentHeader::ByteHeader(
+            data_stream::ByteHeader::default(),
+        )),
+        ..data_stream::Header::default()
+    };
+    let chunk = data_stream::Chunk {
+        stream_id: stream_id.clone(),
+        content,
+        ..data_stream::Chunk::default()
+    };
+    let trailer = data_stream::Trailer {
+        stream_id,
+        ..data_stream::Trailer::default()
+    };
+    [
+        Value::StreamHeader(header),
+        Value::StreamChunk(chunk),
+        Value::StreamTrailer(trailer),
+    ]
+    .into_iter()
+    .map(|value| proto::DataPacket {
+        participant_identity: sender.to_owned(),
+        value: Some(value),
+        ..proto::DataPacket::default()
+    })
+    .collect()
+}

@@ -1,0 +1,602 @@
+//! HTTP on one port: the signal socket's upgrade, `validate`, and the server API over Twirp.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use livekit_api::access_token::Claims;
+use livekit_protocol as proto;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use super::fault::{Answer, Faults, HttpStep, SignalStep};
+use super::registry::{RoomHandle, Shared, TooManyRooms, guid};
+use super::room::{Command, Joined, NewRoom, Newcomer, RoomFull};
+use super::signal::{self, Opening};
+use super::token::{Denied, authenticate, check_join};
+use super::twirp::{TwirpError, Wire, response};
+
+pub(crate) type Body = BoxBody<Bytes, Infallible>;
+
+const MAX_CONNECTIONS: usize = 4096;
+const MAX_BODY: usize = 1 << 20;
+/// Also how long a kept connection may be idle; clients pool theirs.
+const HEADER_TIMEOUT: Duration = Duration::from_mins(5);
+/// How long a fault hangs before it gives the connection up.
+pub(crate) const HANG: Duration = Duration::from_mins(2);
+
+/// Ends the connection without an answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection is dropped, as the fault demands")]
+pub(crate) struct Dropped;
+
+/// Why a call gets no ordinary answer.
+enum Interrupt {
+    Answer(Box<Response<Body>>),
+    Drop,
+}
+
+impl From<TwirpError> for Interrupt {
+    fn from(error: TwirpError) -> Self {
+        Self::Answer(Box::new(error.into_response()))
+    }
+}
+
+impl From<TooManyRooms> for Interrupt {
+    fn from(_: TooManyRooms) -> Self {
+        TwirpError::exhausted("the sandbox holds as many rooms as it may").into()
+    }
+}
+
+/// Accepts connections until shutdown.
+pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            () = shared.shutdown.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: give connections time to end.
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            continue;
+        };
+        let connection = connection(stream, Arc::clone(&shared));
+        shared.tracker.spawn(async move {
+            connection.await;
+            drop(permit);
+        });
+    }
+}
+
+async fn connection(stream: TcpStream, shared: Arc<Shared>) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY could not be set");
+    }
+    let shutdown = shared.shutdown.clone();
+    let service = hyper::service::service_fn(move |request| {
+        let shared = Arc::clone(&shared);
+        async move { answer(&shared, request).await }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        ended = connection => if let Err(error) = ended {
+            tracing::debug!(%error, "a connection ended early");
+        }
+    }
+}
+
+async fn answer(
+    shared: &Arc<Shared>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Dropped> {
+    let path = request.uri().path().to_owned();
+    let result = route(shared, request, &path).await;
+    let mut response = match result {
+        Ok(response) => response,
+        Err(Interrupt::Answer(response)) => *response,
+        Err(Interrupt::Drop) => return Err(Dropped),
+    };
+    if matches!(path.as_str(), "/rtc/validate" | "/rtc/v1/validate") {
+        // Browsers validate from any page.
+        let any = HeaderValue::from_static("*");
+        response
+            .headers_mut()
+            .insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, any);
+    }
+    Ok(response)
+}
+
+async fn route(
+    shared: &Arc<Shared>,
+    request: Request<Incoming>,
+    path: &str,
+) -> Result<Response<Body>, Interrupt> {
+    let query = Query::of(&request);
+    let authorization = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .map(|value| value.to_str().unwrap_or_default());
+    let claims = authenticate(
+        &shared.settings.api_key,
+        shared.secret(),
+        authorization,
+        query.get("access_token"),
+    )?;
+    match path {
+        "/" => Ok(plain(StatusCode::OK, "OK")),
+        "/rtc" => join(shared, request, claims, &query).await,
+        // No single peer connection here: clients fall back to /rtc on a 404.
+        "/rtc/v1" => Ok(response(StatusCode::NOT_FOUND, "", "")),
+        "/rtc/validate" => {
+            check_join(claims.as_ref())?;
+            Ok(plain(StatusCode::OK, "success"))
+        }
+        "/rtc/v1/validate" => {
+            check_join(claims.as_ref())?;
+            Ok(plain(StatusCode::BAD_REQUEST, "join_request is required"))
+        }
+        _ => match path.strip_prefix("/twirp/livekit.") {
+            Some(method)
+                if method.starts_with("RoomService/")
+                    || method.starts_with("AgentDispatchService/") =>
+            {
+                let method = method.to_owned();
+                twirp(shared, request, claims, &method, path).await
+            }
+            _ => Ok(plain(StatusCode::NOT_FOUND, "404 page not found\n")),
+        },
+    }
+}
+
+impl From<Denied> for Interrupt {
+    fn from(denied: Denied) -> Self {
+        Self::Answer(Box::new(plain(denied.status, denied.text)))
+    }
+}
+
+fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response<Body> {
+    response(status, "text/plain; charset=utf-8", text)
+}
+
+/// The query's parameters.
+struct Query(Vec<(String, String)>);
+
+impl Query {
+    fn of(request: &Request<Incoming>) -> Self {
+        let query = request.uri().query().unwrap_or_default();
+        Self(
+            url::form_urlencoded::parse(query.as_bytes())
+                .into_owned()
+                .collect(),
+        )
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        let found = self.0.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    /// Go's reading of a flag: `1` or `true`.
+    fn flag(&self, name: &str, default: bool) -> bool {
+        match self.get(name) {
+            None | Some("") => default,
+            Some(value) => matches!(value, "1" | "true"),
+        }
+    }
+}
+
+async fn join(
+    shared: &Arc<Shared>,
+    mut request: Request<Incoming>,
+    claims: Option<Claims>,
+    query: &Query,
+) -> Result<Response<Body>, Interrupt> {
+    let Some(accept) = websocket_accept(&request) else {
+        return Ok(response(StatusCode::NOT_FOUND, "", ""));
+    };
+    let claims = check_join(claims.as_ref())?;
+    let name = claims.video.room.clone();
+    let faults = shared.faults(&name);
+    interrupt(&faults, HttpStep::Upgrade).await?;
+
+    let opening = if let Some(action) = faults.action(SignalStep::BeforeJoin) {
+        Opening::Misbehave(action)
+    } else if query.flag("reconnect", false) {
+        // This server keeps no session to resume.
+        Opening::StateMismatch
+    } else {
+        let (room, joined) = enter(shared, &name, claims, query).await?;
+        Opening::Session {
+            room,
+            joined,
+            fault: faults.action(SignalStep::AfterJoin),
+        }
+    };
+    let upgrade = hyper::upgrade::on(&mut request);
+    let shutdown = shared.shutdown.clone();
+    shared
+        .tracker
+        .spawn(signal::run(upgrade, opening, shutdown));
+
+    let mut switch = response(StatusCode::SWITCHING_PROTOCOLS, "", "");
+    let headers = switch.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    if let Ok(accept) = HeaderValue::from_str(&accept) {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    Ok(switch)
+}
+
+/// Takes a seat in the room, which is created where it is missing.
+async fn enter(
+    shared: &Arc<Shared>,
+    name: &str,
+    claims: &Claims,
+    query: &Query,
+) -> Result<(RoomHandle, Joined), Interrupt> {
+    // A room can close between finding it and joining it; the next one is new.
+    for _ in 0..3 {
+        let new = claims.room_config.clone().map(from_token);
+        let room = shared.open(name, new.unwrap_or_default())?;
+        let newcomer = Box::new(newcomer(claims, query));
+        match room.ask(|reply| Command::Join(newcomer, reply)).await {
+            Some(Ok(joined)) => return Ok((room, joined)),
+            Some(Err(RoomFull)) => break,
+            None => {}
+        }
+    }
+    // What the real server makes of a full room.
+    Err(Denied {
+        status: StatusCode::INTERNAL_SERVER_ERROR,
+        text: "connection closed by media".to_owned(),
+    }
+    .into())
+}
+
+fn from_token(config: proto::RoomConfiguration) -> NewRoom {
+    NewRoom {
+        empty_timeout: config.empty_timeout,
+        departure_timeout: config.departure_timeout,
+        max_participants: config.max_participants,
+        metadata: config.metadata,
+        agents: config.agents,
+    }
+}
+
+fn newcomer(claims: &Claims, query: &Query) -> Newcomer {
+    let is_agent = claims.video.agent || claims.kind == "agent";
+    let number = |name: &str| query.get(name).and_then(|value| value.parse().ok());
+    Newcomer {
+        identity: claims.sub.clone(),
+        name: claims.name.clone(),
+        metadata: claims.metadata.clone(),
+        attributes: claims.attributes.clone(),
+        permission: proto::ParticipantPermission {
+            can_subscribe: claims.video.can_subscribe(),
+            can_publish: claims.video.can_publish(),
+            can_publish_data: claims.video.can_publish_data(),
+            can_update_metadata: claims.video.can_update_own_metadata(),
+            ..proto::ParticipantPermission::default()
+        },
+        kind: if is_agent {
+            proto::participant_info::Kind::Agent
+        } else {
+            proto::participant_info::Kind::Standard
+        },
+        auto_subscribe: query.flag("auto_subscribe", true) && claims.video.can_subscribe(),
+        client_protocol: number("client_protocol").unwrap_or_default(),
+    }
+}
+
+/// `Sec-WebSocket-Accept` for an upgrade request; `None` where it is none.
+fn websocket_accept(request: &Request<Incoming>) -> Option<String> {
+    let headers = request.headers();
+    let names_websocket = headers
+        .get(header::UPGRADE)?
+        .to_str()
+        .ok()?
+        .eq_ignore_ascii_case("websocket");
+    let key = headers.get(header::SEC_WEBSOCKET_KEY)?;
+    names_websocket
+        .then(|| tokio_tungstenite::tungstenite::handshake::derive_accept_key(key.as_bytes()))
+}
+
+/// Does to a request what the room's faults demand.
+async fn interrupt(faults: &Faults, step: HttpStep) -> Result<(), Interrupt> {
+    let Some(answer) = faults.answer(step) else {
+        return Ok(());
+    };
+    let answer = match answer {
+        Answer::TooMany { retry_after, html } => too_many(step, *retry_after, *html),
+        Answer::ResourceExhausted => {
+            TwirpError::exhausted("agent sessions limit exceeded").into_response()
+        }
+        Answer::NodeLimit => plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "node has exceeded its configured limit",
+        ),
+        Answer::ServerError => plain(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
+        Answer::Drop => return Err(Interrupt::Drop),
+        Answer::Hang => {
+            tokio::time::sleep(HANG).await;
+            return Err(Interrupt::Drop);
+        }
+        Answer::Flood => flood(),
+    };
+    Err(Interrupt::Answer(Box::new(answer)))
+}
+
+fn too_many(step: HttpStep, retry_after: Option<Duration>, html: bool) -> Response<Body> {
+    const PAGE: &str = "<html><head><title>429 Too Many Requests</title></head><body>\
+                        <h1>429 Too Many Requests</h1></body></html>\n";
+    let mut answer = if html {
+        response(StatusCode::TOO_MANY_REQUESTS, "text/html", PAGE)
+    } else if step == HttpStep::Upgrade {
+        plain(
+            StatusCode::TOO_MANY_REQUESTS,
+            "too many concurrent connections",
+        )
+    } else {
+        TwirpError::exhausted("rate limit exceeded").into_response()
+    };
+    if let Some(after) = retry_after {
+        let seconds = HeaderValue::from(after.as_secs());
+        answer.headers_mut().insert(header::RETRY_AFTER, seconds);
+    }
+    answer
+}
+
+/// An answer that never seems to end: 256 MiB.
+fn flood() -> Response<Body> {
+    const CHUNK: usize = 64 << 10;
+    let chunk = Bytes::from(vec![b' '; CHUNK]);
+    let chunks = std::iter::repeat_n(chunk, 4096).map(|chunk| Ok(Frame::data(chunk)));
+    let body = StreamBody::new(futures_util::stream::iter(chunks));
+    let mut response = Response::new(BodyExt::boxed(body));
+    let json = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response
+}
+
+async fn twirp(
+    shared: &Arc<Shared>,
+    request: Request<Incoming>,
+    claims: Option<Claims>,
+    method: &str,
+    path: &str,
+) -> Result<Response<Body>, Interrupt> {
+    let verb = request.method().clone();
+    if verb != Method::POST {
+        let msg = format!(
+            "unsupported method {:?} (only POST is allowed)",
+            verb.as_str()
+        );
+        return Err(TwirpError::bad_route(verb.as_str(), path, msg).into());
+    }
+    let wire = Wire::of(request.headers())
+        .map_err(|msg| TwirpError::bad_route(verb.as_str(), path, msg))?;
+    let body = Limited::new(request.into_body(), MAX_BODY).collect().await;
+    let body = body.map_err(|_| Interrupt::Drop)?.to_bytes();
+    let call = Call {
+        shared,
+        claims,
+        wire,
+        body,
+    };
+    match method {
+        "RoomService/CreateRoom" => call.create_room().await,
+        "RoomService/ListRooms" => call.list_rooms().await,
+        "RoomService/DeleteRoom" => call.delete_room().await,
+        "RoomService/UpdateRoomMetadata" => call.update_room_metadata().await,
+        "RoomService/ListParticipants" => call.list_participants().await,
+        "RoomService/GetParticipant" => call.get_participant().await,
+        "RoomService/RemoveParticipant" => call.remove_participant().await,
+        "AgentDispatchService/CreateDispatch" => call.create_dispatch().await,
+        "AgentDispatchService/ListDispatch" => call.list_dispatch().await,
+        "AgentDispatchService/DeleteDispatch" => call.delete_dispatch().await,
+        _ => {
+            let msg = format!("no handler for path {path:?}");
+            Err(TwirpError::bad_route(verb.as_str(), path, msg).into())
+        }
+    }
+}
+
+/// One call of the server API.
+struct Call<'a> {
+    shared: &'a Arc<Shared>,
+    claims: Option<Claims>,
+    wire: Wire,
+    body: Bytes,
+}
+
+type Answered = Result<Response<Body>, Interrupt>;
+
+impl Call<'_> {
+    fn permit(&self, granted: impl Fn(&Claims) -> bool) -> Result<(), TwirpError> {
+        if self.claims.as_ref().is_some_and(granted) {
+            Ok(())
+        } else {
+            Err(TwirpError::permission_denied())
+        }
+    }
+
+    fn permit_admin(&self, room: &str) -> Result<(), TwirpError> {
+        self.permit(|claims| claims.video.room_admin && claims.video.room == room)
+    }
+
+    async fn fault(&self, step: HttpStep, room: &str) -> Result<(), Interrupt> {
+        interrupt(&self.shared.faults(room), step).await
+    }
+
+    /// The room of this name, or the error that the real server gives where nobody serves it.
+    fn room(&self, name: &str) -> Result<RoomHandle, TwirpError> {
+        self.shared.find(name).ok_or_else(TwirpError::no_room)
+    }
+
+    async fn create_room(&self) -> Answered {
+        let request: proto::CreateRoomRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::CreateRoom, &request.name).await?;
+        self.permit(|claims| claims.video.room_create)?;
+        let new = NewRoom {
+            empty_timeout: request.empty_timeout,
+            departure_timeout: request.departure_timeout,
+            max_participants: request.max_participants,
+            metadata: request.metadata,
+            agents: request.agents,
+        };
+        // A room that exists stays as it is.
+        let room = self.shared.open(&request.name, new)?;
+        let info = room.ask(Command::Info).await;
+        Ok(self.wire.encode(&info.ok_or_else(TwirpError::no_room)?))
+    }
+
+    async fn list_rooms(&self) -> Answered {
+        let request: proto::ListRoomsRequest = self.wire.decode(&self.body)?;
+        match request.names.first() {
+            Some(name) => self.fault(HttpStep::Api, name).await?,
+            None => interrupt(&self.shared.common_faults(), HttpStep::Api).await?,
+        }
+        self.permit(|claims| claims.video.room_list)?;
+        let mut rooms = Vec::new();
+        for (name, room) in self.shared.open_rooms() {
+            if request.names.is_empty() || request.names.contains(&name) {
+                rooms.extend(room.ask(Command::Info).await);
+            }
+        }
+        Ok(self.wire.encode(&proto::ListRoomsResponse { rooms }))
+    }
+
+    async fn delete_room(&self) -> Answered {
+        let request: proto::DeleteRoomRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::DeleteRoom, &request.room).await?;
+        self.permit(|claims| claims.video.room_create)?;
+        let missing = || TwirpError::not_found("requested room does not exist");
+        let room = self.shared.take(&request.room).ok_or_else(missing)?;
+        room.ask(Command::Close).await;
+        Ok(self.wire.encode(&proto::DeleteRoomResponse::default()))
+    }
+
+    async fn update_room_metadata(&self) -> Answered {
+        let request: proto::UpdateRoomMetadataRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::Api, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let metadata = request.metadata;
+        let room = self.room(&request.room)?;
+        let info = room
+            .ask(|reply| Command::SetMetadata(metadata, reply))
+            .await;
+        Ok(self.wire.encode(&info.ok_or_else(TwirpError::no_room)?))
+    }
+
+    async fn participants(&self, room: &str) -> Vec<proto::ParticipantInfo> {
+        match self.shared.find(room) {
+            Some(room) => room.ask(Command::Participants).await.unwrap_or_default(),
+            None => Vec::new(),
+        }
+    }
+
+    async fn list_participants(&self) -> Answered {
+        let request: proto::ListParticipantsRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::Api, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let participants = self.participants(&request.room).await;
+        let answer = proto::ListParticipantsResponse { participants };
+        Ok(self.wire.encode(&answer))
+    }
+
+    async fn get_participant(&self) -> Answered {
+        let request: proto::RoomParticipantIdentity = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::Api, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let found = self
+            .participants(&request.room)
+            .await
+            .into_iter()
+            .find(|participant| participant.identity == request.identity);
+        let missing = || TwirpError::not_found("participant does not exist");
+        Ok(self.wire.encode(&found.ok_or_else(missing)?))
+    }
+
+    async fn remove_participant(&self) -> Answered {
+        let request: proto::RoomParticipantIdentity = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::Api, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let removed = match self.shared.find(&request.room) {
+            Some(room) => {
+                let identity = request.identity;
+                room.ask(|reply| Command::Remove(identity, reply)).await
+            }
+            None => None,
+        };
+        if removed != Some(true) {
+            return Err(TwirpError::not_found("participant does not exist").into());
+        }
+        Ok(self
+            .wire
+            .encode(&proto::RemoveParticipantResponse::default()))
+    }
+
+    async fn create_dispatch(&self) -> Answered {
+        let request: proto::CreateAgentDispatchRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::CreateDispatch, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let dispatch = Box::new(proto::AgentDispatch {
+            id: guid("AD_"),
+            agent_name: request.agent_name,
+            metadata: request.metadata,
+            ..proto::AgentDispatch::default()
+        });
+        // As on the real server, a missing room is created.
+        let room = self.shared.open(&request.room, NewRoom::default())?;
+        let made = room.ask(|reply| Command::Dispatch(dispatch, reply)).await;
+        let made = made.ok_or_else(TwirpError::no_room)?;
+        let full = || TwirpError::exhausted("the room holds as many dispatches as it may");
+        Ok(self.wire.encode(&made.ok_or_else(full)?))
+    }
+
+    async fn list_dispatch(&self) -> Answered {
+        let request: proto::ListAgentDispatchRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::ListDispatch, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let room = self.room(&request.room)?;
+        let all = room.ask(Command::ListDispatch).await;
+        let mut agent_dispatches = all.ok_or_else(TwirpError::no_room)?;
+        if !request.dispatch_id.is_empty() {
+            agent_dispatches.retain(|dispatch| dispatch.id == request.dispatch_id);
+        }
+        let answer = proto::ListAgentDispatchResponse { agent_dispatches };
+        Ok(self.wire.encode(&answer))
+    }
+
+    async fn delete_dispatch(&self) -> Answered {
+        let request: proto::DeleteAgentDispatchRequest = self.wire.decode(&self.body)?;
+        self.fault(HttpStep::DeleteDispatch, &request.room).await?;
+        self.permit_admin(&request.room)?;
+        let room = self.room(&request.room)?;
+        let id = request.dispatch_id;
+        let deleted = room.ask(|reply| Command::DeleteDispatch(id, reply)).await;
+        let deleted = deleted.ok_or_else(TwirpError::no_room)?;
+        let missing = || TwirpError::not_found("dispatch ID not found");
+        Ok(self.wire.encode(&deleted.ok_or_else(missing)?))
+    }
+}

@@ -1,0 +1,217 @@
+//! The signal socket of one participant: frames in, frames out, pings, and the faults that a socket can have.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use livekit_protocol as proto;
+use prost::Message as _;
+use proto::signal_request::Message as Up;
+use proto::signal_response::Message as Down;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::{
+    CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::fault::Action;
+use super::registry::{RoomHandle, unix_millis};
+use super::room::{Command, Joined};
+use super::server::HANG;
+
+/// The largest message that a client may send; a session description is some 20 KiB.
+const MAX_MESSAGE: usize = 1 << 20;
+const UPGRADE_TIMEOUT: Duration = Duration::from_secs(10);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The announced ping timeout, and a little more for the way.
+const SILENCE: Duration = Duration::from_secs(20);
+/// Messages of a flood: some 200 MB.
+const FLOOD_MESSAGES: usize = 200_000;
+
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+
+/// How a signal socket begins.
+pub(crate) enum Opening {
+    Session {
+        room: RoomHandle,
+        joined: Joined,
+        fault: Option<Action>,
+    },
+    /// A reconnect that can't be resumed: the client is told to connect anew.
+    StateMismatch,
+    /// The fault that comes before the join response.
+    Misbehave(Action),
+}
+
+/// Serves one signal socket to its end.
+pub(crate) async fn run(upgrade: OnUpgrade, opening: Opening, shutdown: CancellationToken) {
+    let upgraded = tokio::time::timeout(UPGRADE_TIMEOUT, upgrade).await;
+    let socket = match upgraded {
+        Ok(Ok(upgraded)) => Some(websocket(upgraded).await),
+        _ => None,
+    };
+    match (opening, socket) {
+        (
+            Opening::Session {
+                room,
+                joined,
+                fault,
+            },
+            socket,
+        ) => {
+            let number = joined.number;
+            if let Some(mut socket) = socket {
+                let served = serve(&mut socket, &room, joined, fault, &shutdown).await;
+                if served.is_err() {
+                    tracing::debug!("a signal socket broke");
+                }
+            }
+            room.send(Command::SignalClosed(number)).await;
+        }
+        (Opening::StateMismatch, Some(mut socket)) => {
+            let message = Down::Leave(proto::LeaveRequest {
+                can_reconnect: true,
+                reason: proto::DisconnectReason::StateMismatch.into(),
+                action: proto::leave_request::Action::Reconnect.into(),
+                ..proto::LeaveRequest::default()
+            });
+            if send(&mut socket, message).await.is_ok() {
+                close(&mut socket).await;
+            }
+        }
+        (Opening::Misbehave(action), Some(mut socket)) => {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = misbehave(&mut socket, action) => {}
+            }
+        }
+        (_, None) => {}
+    }
+}
+
+async fn websocket(upgraded: Upgraded) -> Socket {
+    let mut config = WebSocketConfig::default();
+    config.max_message_size = Some(MAX_MESSAGE);
+    config.max_frame_size = Some(MAX_MESSAGE);
+    WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await
+}
+
+/// The socket is no longer of use.
+struct Broken;
+
+async fn serve(
+    socket: &mut Socket,
+    room: &RoomHandle,
+    mut joined: Joined,
+    fault: Option<Action>,
+    shutdown: &CancellationToken,
+) -> Result<(), Broken> {
+    send(socket, Down::Join(*joined.join)).await?;
+    if let Some(action) = fault {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = misbehave(socket, action) => {}
+        }
+        return Ok(());
+    }
+    loop {
+        tokio::select! {
+            message = joined.messages.recv() => {
+                let Some(message) = message else {
+                    // The room has let the participant go; what it had to say is said.
+                    close(socket).await;
+                    return Ok(());
+                };
+                send(socket, message).await?;
+            }
+            frame = tokio::time::timeout(SILENCE, socket.next()) => {
+                let Ok(Some(Ok(frame))) = frame else {
+                    return Err(Broken);
+                };
+                match frame {
+                    Message::Binary(bytes) => on_request(socket, room, joined.number, &bytes).await?,
+                    Message::Close(_) => return Ok(()),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+async fn on_request(
+    socket: &mut Socket,
+    room: &RoomHandle,
+    number: u64,
+    bytes: &[u8],
+) -> Result<(), Broken> {
+    let request = proto::SignalRequest::decode(bytes).map_err(|_| Broken)?;
+    match request.message {
+        Some(Up::Ping(_)) => send(socket, Down::Pong(unix_millis())).await,
+        Some(Up::PingReq(request)) => {
+            let pong = proto::Pong {
+                last_ping_timestamp: request.timestamp,
+                timestamp: unix_millis(),
+            };
+            send(socket, Down::PongResp(pong)).await
+        }
+        // A room that has closed also closes the queue of messages, which ends the socket.
+        Some(message) => {
+            room.send(Command::Signal(number, Box::new(message))).await;
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+async fn send(socket: &mut Socket, message: Down) -> Result<(), Broken> {
+    let message = proto::SignalResponse {
+        message: Some(message),
+    };
+    let frame = Message::Binary(message.encode_to_vec().into());
+    match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(Broken),
+    }
+}
+
+async fn close(socket: &mut Socket) {
+    let normal = CloseFrame {
+        code: CloseCode::Normal,
+        reason: "".into(),
+    };
+    let closed = tokio::time::timeout(WRITE_TIMEOUT, socket.close(Some(normal))).await;
+    if !matches!(closed, Ok(Ok(()))) {
+        tracing::debug!("a signal socket was gone before it could be closed");
+    }
+}
+
+async fn misbehave(socket: &mut Socket, action: Action) {
+    match action {
+        Action::Leave => {
+            let message = Down::Leave(proto::LeaveRequest {
+                reason: proto::DisconnectReason::JoinFailure.into(),
+                ..proto::LeaveRequest::default()
+            });
+            if send(socket, message).await.is_ok() {
+                close(socket).await;
+            }
+        }
+        Action::Drop => {}
+        Action::Hang => tokio::time::sleep(HANG).await,
+        Action::Flood => {
+            for _ in 0..FLOOD_MESSAGES {
+                let message = Down::RoomUpdate(proto::RoomUpdate {
+                    room: Some(proto::Room {
+                        metadata: "flood ".repeat(170),
+                        ..proto::Room::default()
+                    }),
+                });
+                if send(socket, message).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
