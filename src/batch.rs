@@ -816,6 +816,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_dropped_batch_drops_its_probes_and_with_them_their_leases() {
+        let (probe_lives, mut dropped) = mpsc::channel::<()>(1);
+        let open = move |_, opening| {
+            let alive = probe_lives.clone();
+            async move {
+                let report = joins(SECOND, opening).await;
+                drop(alive);
+                report
+            }
+        };
+        let (events, _reader) = mpsc::channel(1);
+        let plan = plan(3, Stay::Together);
+        let running = Running::new(plan, CancellationToken::new(), events, open);
+        let cut_short = tokio::time::timeout(3 * SECOND, running.run());
+        assert!(cut_short.await.is_err());
+        assert_eq!(dropped.recv().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn more_rooms_than_the_cap_are_named_as_not_opened() {
         let mut plan = plan(5, Stay::Together);
         plan.max_rooms = 3;

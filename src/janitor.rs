@@ -6,10 +6,10 @@
 //!
 //! - A request that was in flight when its probe was dropped (`CreateRoom`, `CreateDispatch` or a join, each of which
 //!   creates a missing room).
-//! - A late agent, the target's or the unnamed one that LiveKit sends to every room. `DeleteDispatch` has the worker end the job, but a livekit-agents 1.8.9 worker lets the entrypoint
-//!   run on for 15 s first, and an entrypoint that connects in that time re-creates the room with default settings:
-//!   it stays for 5 minutes after the agent. Deleted once more, it does not come back, unless automatic dispatch sends
-//!   another agent to it: see [`Owned::drain`].
+//! - A late agent, the target's or the unnamed one that LiveKit sends to every room. `DeleteDispatch` has the worker end
+//!   the job, but a livekit-agents 1.8.9 worker lets the entrypoint run on for 15 s first, and an entrypoint that
+//!   connects in that time re-creates the room with default settings: it stays for 5 minutes after the agent. Deleted
+//!   once more, it does not come back, unless automatic dispatch sends another agent to it: see [`Owned::drain`].
 //!
 //! So a deleted room in doubt is looked for by its exact name until its window is over, at most 5 s apart.
 
@@ -350,14 +350,8 @@ impl Owned {
                     None
                 }
                 Ok(_) => {
-                    if deleted.is_ok() {
-                        returns += 1;
-                        tracing::warn!(room = %self.room, returns, "a deleted room came back");
-                    }
-                    if returns > 1 {
-                        self.drain(window).await;
-                    }
-                    deleted = self.delete(&[], true).await;
+                    returns += u32::from(deleted.is_ok());
+                    deleted = self.delete_again(returns, window).await;
                     watch.found(Instant::now());
                     Some("it had come back at the last re-check".to_owned())
                 }
@@ -374,14 +368,25 @@ impl Owned {
         }
     }
 
+    /// Deletes the room that was found where there should be none, whoever came `returns` times and re-created it.
+    async fn delete_again(&self, returns: u32, window: Duration) -> Result<(), String> {
+        if returns > 0 {
+            tracing::warn!(room = %self.room, returns, "a deleted room came back");
+            let why = "a late agent re-created it, and its deletion was still under way".to_owned();
+            self.shared.note(&self.room, Standing::NotDeleted { why });
+        }
+        if returns > 1 {
+            self.drain(window).await;
+        }
+        self.delete(&[], true).await
+    }
+
     /// Ends the jobs of a room that keeps coming back, and leaves it standing until they are over.
     ///
     /// Each re-creation makes LiveKit send the project's unnamed agent anew, whose job outlives its dispatch by 15 s: an
     /// agent that starts up in less would find the room deleted and re-create it, without end. Into a room that still
     /// stands it comes and goes.
     async fn drain(&self, window: Duration) {
-        let why = "it came back twice; the jobs that re-create it are being ended".to_owned();
-        self.shared.note(&self.room, Standing::NotDeleted { why });
         let now = Instant::now();
         self.end_dispatches(&[], true, now + self.cleanup).await;
         sleep_until(now + window.min(SHORTEST_SURE_WINDOW)).await;
