@@ -5,10 +5,14 @@
 use std::fmt;
 
 pub mod api;
+mod echo;
 pub mod engine;
 mod exchange;
 pub mod net;
+mod roster;
+mod rtp;
 pub mod signal;
+mod speech;
 #[cfg(test)]
 mod test_server;
 pub mod token;

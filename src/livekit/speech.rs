@@ -1,0 +1,395 @@
+//! Hears speech: decodes Opus, and says when an utterance began and ended. A plain state machine; it reads no clock.
+//!
+//! Nothing on the wire says it as well: payload sizes mislead (silence at start-up is as long as speech), the server
+//! forwards no audio levels, and its speaker updates come half a second late.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use ropus::{Channels, DecodeMode, Decoder};
+use tokio::time::Instant;
+
+use super::rtp::Position;
+use crate::config::Speech;
+
+/// Samples of the 20 ms window that is judged, at 48 kHz mono.
+const WINDOW: usize = 960;
+
+/// Samples of the longest Opus packet, 120 ms.
+const LONGEST: usize = 5760;
+
+/// A packet this short carries no sound: discontinuous transmission (RFC 6716, 3.1 and what `WebRTC` sends).
+const DTX_BYTES: usize = 3;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// An utterance began; stamped at the arrival of its first frame.
+    Started(Instant),
+    /// It ended; stamped at the arrival of its last speech frame.
+    Ended(Instant),
+}
+
+/// Tells speech from silence in one track.
+pub(crate) struct Detector {
+    settings: Speech,
+    /// Sum of squares above which a window is speech.
+    threshold: f64,
+    decoder: Option<Decoder>,
+    pcm: Box<[i16; LONGEST]>,
+    window: Window,
+    /// Media time at which the next packet begins if nothing was left out.
+    expected: u64,
+    /// Consecutive windows of speech before an utterance counts, and the arrival of the first.
+    run: Option<(u32, Instant)>,
+    /// Arrival of the last speech frame; there is one while an utterance lasts.
+    last_speech: Option<Instant>,
+}
+
+/// The 20 ms of sound being collected.
+#[derive(Default)]
+struct Window {
+    samples: usize,
+    energy: f64,
+    began: Option<Instant>,
+}
+
+impl Detector {
+    pub(crate) fn new(settings: Speech) -> Self {
+        let level = 10_f64.powf(f64::from(settings.threshold_dbfs) / 20.0) * 32_768.0;
+        Self {
+            settings,
+            threshold: level * level * 960.0,
+            decoder: None,
+            pcm: Box::new([0; LONGEST]),
+            window: Window::default(),
+            expected: 0,
+            run: None,
+            last_speech: None,
+        }
+    }
+
+    /// Takes a packet of the track in, whatever its bytes.
+    pub(crate) fn on_packet(
+        &mut self,
+        at: Instant,
+        position: Position,
+        payload: &[u8],
+    ) -> impl Iterator<Item = Heard> + use<> {
+        let ended = self.on_time(at);
+        // What was lost or not sent isn't speech, so what is consecutive starts anew.
+        if !position.follows || position.time > self.expected + WINDOW as u64 / 2 {
+            self.interrupt();
+        }
+        let samples = self.decode(payload);
+        self.expected = position.time + samples as u64;
+        let mut started = None;
+        let mut rest = 0;
+        while rest < samples {
+            let taken = (samples - rest).min(WINDOW - self.window.samples);
+            let energy = energy(&self.pcm[rest..rest + taken]);
+            rest += taken;
+            let began = *self.window.began.get_or_insert(at);
+            self.window.samples += taken;
+            self.window.energy += energy;
+            if self.window.samples == WINDOW {
+                let speech = self.window.energy > self.threshold;
+                self.window = Window::default();
+                started = started.or(self.judge(began, speech));
+            }
+        }
+        [ended, started].into_iter().flatten()
+    }
+
+    /// The end of an utterance is also a matter of time: a muted track and a killed agent send nothing.
+    pub(crate) fn on_time(&mut self, now: Instant) -> Option<Heard> {
+        let last = self.last_speech?;
+        (now >= last + self.settings.end_silence).then(|| {
+            self.last_speech = None;
+            self.run = None;
+            Heard::Ended(last)
+        })
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        Some(self.last_speech? + self.settings.end_silence)
+    }
+
+    /// The last frames may be the start of an utterance that isn't one yet.
+    pub(crate) fn on_the_verge(&self) -> bool {
+        self.last_speech.is_none() && self.run.is_some()
+    }
+
+    fn judge(&mut self, at: Instant, speech: bool) -> Option<Heard> {
+        if !speech {
+            self.run = None;
+            return None;
+        }
+        if self.last_speech.is_some() {
+            self.last_speech = Some(at);
+            return None;
+        }
+        let (frames, first) = self.run.unwrap_or((0, at));
+        if frames + 1 < self.settings.min_frames {
+            self.run = Some((frames + 1, first));
+            return None;
+        }
+        self.run = None;
+        self.last_speech = Some(at);
+        Some(Heard::Started(first))
+    }
+
+    fn interrupt(&mut self) {
+        self.window = Window::default();
+        self.run = None;
+    }
+
+    /// Samples decoded into `pcm`; none of a packet that carries or yields no sound.
+    fn decode(&mut self, payload: &[u8]) -> usize {
+        if payload.len() <= DTX_BYTES {
+            self.interrupt();
+            return 0;
+        }
+        let decoder = match &mut self.decoder {
+            Some(decoder) => decoder,
+            none => match Decoder::new(48_000, Channels::Mono) {
+                Ok(decoder) => none.insert(decoder),
+                Err(_) => return 0,
+            },
+        };
+        let pcm = &mut self.pcm[..];
+        // The bytes are a stranger's: not even a decoder's panic may end the probe.
+        let decoded = catch_unwind(AssertUnwindSafe(|| {
+            decoder.decode(payload, pcm, DecodeMode::Normal)
+        }));
+        if let Ok(Ok(samples)) = decoded {
+            return samples.min(LONGEST);
+        }
+        self.decoder = None;
+        self.interrupt();
+        0
+    }
+}
+
+fn energy(pcm: &[i16]) -> f64 {
+    pcm.iter().map(|&sample| f64::from(sample).powi(2)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ropus::{Application, Encoder};
+
+    use super::*;
+
+    const FRAME: Duration = Duration::from_millis(20);
+
+    /// A track, encoded for real, one packet after the other.
+    struct Track {
+        encoder: Encoder,
+        samples: usize,
+        phase: usize,
+        now: Instant,
+        time: u64,
+        detector: Detector,
+        heard: Vec<Heard>,
+    }
+
+    impl Track {
+        fn new(millis: usize, settings: Speech) -> Self {
+            let encoder = Encoder::builder(48_000, Channels::Mono, Application::Voip);
+            Self {
+                encoder: encoder.build().unwrap(),
+                samples: 48 * millis,
+                phase: 0,
+                now: Instant::now(),
+                time: 0,
+                detector: Detector::new(settings),
+                heard: Vec::new(),
+            }
+        }
+
+        fn encode(&mut self, amplitude: f64) -> Vec<u8> {
+            let pcm: Vec<i16> = (self.phase..self.phase + self.samples)
+                .map(|i| {
+                    let angle = i as f64 * 440.0 * std::f64::consts::TAU / 48_000.0;
+                    #[expect(
+                        clippy::cast_possible_truncation,
+                        reason = "amplitudes of the tests fit"
+                    )]
+                    let sample = (angle.sin() * amplitude) as i16;
+                    sample
+                })
+                .collect();
+            self.phase += self.samples;
+            let mut packet = vec![0; 1500];
+            let length = self.encoder.encode(&pcm, &mut packet).unwrap();
+            packet.truncate(length);
+            packet
+        }
+
+        /// Sends `count` packets; says when the first arrived.
+        fn send(&mut self, count: usize, amplitude: f64) -> Instant {
+            let first = self.now;
+            for _ in 0..count {
+                let packet = self.encode(amplitude);
+                self.deliver(&packet, true);
+            }
+            first
+        }
+
+        fn deliver(&mut self, packet: &[u8], follows: bool) {
+            let position = Position {
+                time: self.time,
+                follows,
+            };
+            self.heard
+                .extend(self.detector.on_packet(self.now, position, packet));
+            self.skip();
+        }
+
+        fn skip(&mut self) {
+            self.time += self.samples as u64;
+            self.now += Duration::from_millis(self.samples as u64 / 48);
+        }
+
+        fn wait_for_deadline(&mut self) {
+            if let Some(deadline) = self.detector.next_deadline() {
+                assert_eq!(self.detector.on_time(deadline - FRAME / 20), None);
+                self.heard.extend(self.detector.on_time(deadline));
+            }
+        }
+    }
+
+    const LOUD: f64 = 8_000.0;
+    const QUIET: f64 = 60.0;
+
+    #[test]
+    fn utterance_is_stamped_at_its_first_and_last_frame() {
+        let mut track = Track::new(20, Speech::default());
+        track.send(25, 0.0);
+        let first = track.send(50, LOUD);
+        // Opus spreads its last frame a little into the next packet.
+        let after = track.send(60, 0.0);
+        let [Heard::Started(started), Heard::Ended(ended)] = track.heard[..] else {
+            panic!("{:?}", track.heard);
+        };
+        assert_eq!(started, first);
+        assert!(ended >= after - FRAME && ended <= after + FRAME);
+    }
+
+    #[test]
+    fn sound_below_the_threshold_is_not_speech() {
+        let mut track = Track::new(20, Speech::default());
+        track.send(100, QUIET);
+        assert_eq!(track.heard, []);
+        assert_eq!(track.detector.next_deadline(), None);
+    }
+
+    #[test]
+    fn two_loud_frames_are_a_click_and_not_speech() {
+        let settings = Speech {
+            min_frames: 4,
+            ..Speech::default()
+        };
+        let mut track = Track::new(20, settings);
+        for _ in 0..10 {
+            track.send(2, LOUD);
+            track.send(5, 0.0);
+        }
+        assert_eq!(track.heard, []);
+    }
+
+    #[test]
+    fn utterance_ends_by_time_when_packets_stop() {
+        let mut track = Track::new(20, Speech::default());
+        track.send(10, LOUD);
+        let last = track.now - FRAME;
+        track.wait_for_deadline();
+        assert_eq!(track.heard.last(), Some(&Heard::Ended(last)));
+        assert_eq!(track.detector.next_deadline(), None);
+    }
+
+    #[test]
+    fn pause_shorter_than_the_end_silence_is_within_one_utterance() {
+        let mut track = Track::new(20, Speech::default());
+        track.send(10, LOUD);
+        track.send(25, 0.0);
+        track.send(10, LOUD);
+        assert_eq!(track.heard.len(), 1);
+        track.wait_for_deadline();
+        assert_eq!(track.heard.len(), 2);
+    }
+
+    #[test]
+    fn speech_after_an_end_that_no_timer_saw_is_two_utterances() {
+        let mut track = Track::new(20, Speech::default());
+        track.send(10, LOUD);
+        for _ in 0..50 {
+            track.skip();
+        }
+        track.send(10, LOUD);
+        assert!(matches!(
+            track.heard[..],
+            [Heard::Started(_), Heard::Ended(_), Heard::Started(_)]
+        ));
+    }
+
+    #[test]
+    fn every_packet_length_is_judged_in_windows_of_20_ms() {
+        for millis in [10, 20, 40, 60] {
+            let mut track = Track::new(millis, Speech::default());
+            track.send(600 / millis, 0.0);
+            let first = track.send(600 / millis, LOUD);
+            assert_eq!(track.heard, [Heard::Started(first)], "{millis} ms");
+        }
+    }
+
+    #[test]
+    fn lost_packet_and_dtx_break_what_is_consecutive() {
+        for dtx in [false, true] {
+            let mut track = Track::new(20, Speech::default());
+            for _ in 0..10 {
+                let packet = track.encode(LOUD);
+                if dtx {
+                    track.deliver(&[0x78, 0, 0], true);
+                } else {
+                    track.skip();
+                }
+                track.deliver(&packet, dtx);
+                let packet = track.encode(LOUD);
+                track.deliver(&packet, true);
+            }
+            assert_eq!(track.heard, [], "dtx: {dtx}");
+        }
+    }
+
+    #[test]
+    fn pause_in_media_time_breaks_what_is_consecutive() {
+        let mut track = Track::new(20, Speech::default());
+        for _ in 0..5 {
+            track.send(2, LOUD);
+            track.skip();
+        }
+        assert_eq!(track.heard, []);
+    }
+
+    #[test]
+    fn corrupt_payloads_neither_panic_nor_deafen() {
+        let mut track = Track::new(20, Speech::default());
+        let mut random = fastrand::Rng::with_seed(7);
+        for _ in 0..3_000 {
+            let length = random.usize(0..200);
+            let packet: Vec<u8> = std::iter::repeat_with(|| random.u8(..))
+                .take(length)
+                .collect();
+            track.deliver(&packet, true);
+        }
+        track.wait_for_deadline();
+        track.heard.clear();
+        track.send(40, 0.0);
+        track.wait_for_deadline();
+        track.heard.clear();
+        track.send(10, LOUD);
+        assert!(matches!(track.heard[..], [Heard::Started(_)]));
+    }
+}
