@@ -9,6 +9,8 @@ mod echo;
 pub mod engine;
 mod exchange;
 pub mod net;
+mod participant;
+mod peer;
 mod roster;
 mod rtp;
 pub mod signal;

@@ -1,17 +1,27 @@
 //! What puts a participant into a room: an actor that joins, publishes the echo track, listens to the agent, and says
 //! what it sees. A failed join is an event, and a panic in one participant harms no other.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::RoomName;
 use super::net::Endpoint;
+use super::participant;
+use super::rtp::Receiver;
 use super::signal::SignalError;
 use super::token::Keys;
 use crate::config::{Echo, Speech};
+
+/// Events that may wait to be read. A busy call has some tens; who falls behind this far no longer reads.
+const EVENTS: usize = 256;
 
 /// All that a participant needs to know before it starts.
 #[derive(Clone)]
@@ -33,6 +43,8 @@ pub struct JoinRequest {
 /// A running participant. Dropping it ends the actor without ceremony.
 pub struct Participant {
     pub events: mpsc::Receiver<RoomEvent>,
+    leave: CancellationToken,
+    _actor: AbortOnDropHandle<()>,
 }
 
 /// Something seen in the room, stamped on first receipt in our code.
@@ -140,15 +152,59 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Starts a participant and returns at once.
-    pub fn join(self, _request: JoinRequest) -> Participant {
-        todo!("engine")
+    /// Starts a participant and returns at once; must be called on a Tokio runtime.
+    pub fn join(self, request: JoinRequest) -> Participant {
+        let (sender, events) = mpsc::channel(EVENTS);
+        let leave = CancellationToken::new();
+        let actor = tokio::spawn(supervise(request, sender, leave.clone()));
+        Participant {
+            events,
+            leave,
+            _actor: AbortOnDropHandle::new(actor),
+        }
     }
 }
 
 impl Participant {
     /// Asks the actor to leave; `Seen::Ended` follows on `events` within the actor's own short deadline.
     pub fn leave(&self) {
-        todo!("engine")
+        self.leave.cancel();
     }
+}
+
+/// Runs the actor and sends its last event, whatever becomes of it.
+async fn supervise(
+    request: JoinRequest,
+    events: mpsc::Sender<RoomEvent>,
+    leave: CancellationToken,
+) {
+    // A place for the last event, kept from the start: it must not depend on how far the reader is.
+    let Ok(last) = events.clone().reserve_owned().await else {
+        return;
+    };
+    let mut voice = Receiver::default();
+    let actor = participant::run(request, events, leave, &mut voice);
+    // Only the counters outlive a panic, and they are plain numbers.
+    let why = AssertUnwindSafe(actor)
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Ended::Internal(panic_text(panic.as_ref())));
+    last.send(RoomEvent {
+        at: Instant::now(),
+        seen: Seen::Ended {
+            why,
+            audio: voice.stats(),
+        },
+    });
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!(
+        "the participant panicked: {}",
+        text.unwrap_or("without a text")
+    )
 }

@@ -213,6 +213,11 @@ impl Signal {
         }
     }
 
+    /// When the server was last heard, pongs included.
+    pub fn heard_at(&self) -> Instant {
+        self.heard_at
+    }
+
     /// Queues a message and writes what the socket takes; [`recv`](Self::recv) writes the rest. It never waits, so it
     /// needs no deadline: a server that reads nothing meets the ping deadline, or before that the limit of the backlog.
     ///

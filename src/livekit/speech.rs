@@ -157,10 +157,10 @@ impl Detector {
         };
         let pcm = &mut self.pcm[..];
         // The bytes are a stranger's: not even a decoder's panic may end the probe.
-        let decoded = catch_unwind(AssertUnwindSafe(|| {
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
             decoder.decode(payload, pcm, DecodeMode::Normal)
         }));
-        if let Ok(Ok(samples)) = decoded {
+        if let Ok(Ok(samples)) = outcome {
             return samples.min(LONGEST);
         }
         self.decoder = None;
@@ -211,12 +211,10 @@ mod tests {
         fn encode(&mut self, amplitude: f64) -> Vec<u8> {
             let pcm: Vec<i16> = (self.phase..self.phase + self.samples)
                 .map(|i| {
-                    let angle = i as f64 * 440.0 * std::f64::consts::TAU / 48_000.0;
-                    #[expect(
-                        clippy::cast_possible_truncation,
-                        reason = "amplitudes of the tests fit"
-                    )]
-                    let sample = (angle.sin() * amplitude) as i16;
+                    let cycle = f64::from(u16::try_from(i * 11 % 1_200).unwrap()) / 1_200.0;
+                    let sample = (cycle * std::f64::consts::TAU).sin() * amplitude;
+                    #[expect(clippy::cast_possible_truncation, reason = "amplitudes here fit")]
+                    let sample = sample as i16;
                     sample
                 })
                 .collect();

@@ -1,0 +1,623 @@
+//! The native participant: one task that owns a signal connection, two peer connections, and the state machines that
+//! hear and echo. Everything it sees goes out as an event, stamped where it was read.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use livekit_protocol as proto;
+use proto::signal_request::Message as Request;
+use proto::signal_response::Message as Response;
+use str0m::media::Mid;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::echo::{self, Echo};
+use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
+use super::peer::{self, Broken, Datagram, Happening, Outgoing, Packet, Peer, PeerError};
+use super::roster::Roster;
+use super::rtp::{self, Receiver};
+use super::signal::{Joined, Signal, SignalError, leave_reason};
+use super::speech::{Detector, Heard};
+
+/// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a transport may be down while the signal connection lives. ICE itself takes some ten seconds to give up.
+const MEDIA_GRACE: Duration = Duration::from_secs(6);
+
+/// The same while the signal connection is quiet too: then the server or the whole network is gone, and the ping
+/// deadline (15 s) gives the better verdict.
+const SILENT_GRACE: Duration = Duration::from_secs(20);
+
+/// Largest datagram taken; the path's MTU is below it.
+const DATAGRAM: usize = 2_048;
+
+/// Streams whose m-line is remembered; a probe's room has one or two.
+const MOST_STREAMS: usize = 16;
+
+/// The number of our one offer.
+const OFFER: u32 = 1;
+
+/// The way out for what is seen.
+struct Outlet {
+    events: mpsc::Sender<RoomEvent>,
+}
+
+impl Outlet {
+    fn tell(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+        self.pass(RoomEvent { at, seen })
+    }
+
+    /// Never waits: an event that waited would hold up the media.
+    fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
+        self.events.try_send(event).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Ended::Internal("the participant's events are not being read".to_owned())
+            }
+            mpsc::error::TrySendError::Closed(_) => Ended::Left,
+        })
+    }
+}
+
+/// Joins, echoes and listens until something ends it. The last event is the caller's to send.
+pub(super) async fn run(
+    request: JoinRequest,
+    events: mpsc::Sender<RoomEvent>,
+    leave: CancellationToken,
+    voice: &mut Receiver,
+) -> Ended {
+    let outlet = Outlet { events };
+    let joining = async {
+        let joined = connect(&request, &outlet).await?;
+        Box::pin(Session::start(&request, outlet, voice, joined)).await
+    };
+    let mut session = tokio::select! {
+        biased;
+        () = leave.cancelled() => return Ended::Left,
+        session = joining => match session {
+            Ok(session) => session,
+            Err(why) => return why,
+        },
+    };
+    let why = session.serve(&leave).await.unwrap_or_else(|why| why);
+    // A connection that is gone or that the server ended takes no farewell.
+    if !matches!(why, Ended::Signal(_) | Ended::Removed { .. }) {
+        session.signal.leave(LEAVE_TIMEOUT).await;
+    }
+    why
+}
+
+async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended> {
+    let token = request
+        .keys
+        .participant(
+            &request.room,
+            &request.identity,
+            &request.attributes,
+            request.room_config.as_ref(),
+        )
+        .map_err(|error| Ended::Internal(error.to_string()))?;
+    let (requested, mut request_sent) = oneshot::channel();
+    let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
+    tokio::pin!(connecting);
+    let early = tokio::select! {
+        biased;
+        sent = &mut request_sent => match sent {
+            Ok(at) => {
+                outlet.tell(at, Seen::SignalRequested)?;
+                None
+            }
+            Err(_) => None,
+        },
+        joined = &mut connecting => Some(joined),
+    };
+    let joined = match early {
+        Some(joined) => joined,
+        None => connecting.await,
+    };
+    joined.map_err(Ended::Signal)
+}
+
+/// A participant in its room.
+struct Session<'a> {
+    outlet: Outlet,
+    signal: Signal,
+    publisher: Peer,
+    subscriber: Peer,
+    roster: Roster,
+    voice: &'a mut Receiver,
+    speech: Detector,
+    echo: Echo,
+    track: Track,
+    listening: Listening,
+    media_told: bool,
+}
+
+/// Our echo track.
+struct Track {
+    /// The client's id of the track: the same in `AddTrack` and in the offer's msid.
+    cid: String,
+    mid: Mid,
+    /// The server's id, once it acknowledged the track.
+    sid: Option<String>,
+    sequence: u64,
+    /// A moment and the RTP timestamp that belongs to it.
+    origin: (Instant, u32),
+    last: Option<u64>,
+}
+
+/// Which packets are the agent's voice.
+#[derive(Default)]
+struct Listening {
+    /// The m-line and track of the agent's voice.
+    to: Option<(Mid, String)>,
+    /// M-lines of the streams seen; learnt anew after each negotiation.
+    streams: Vec<(u32, Option<Mid>)>,
+    first_audio_told: bool,
+}
+
+enum Step {
+    Left,
+    Message(Result<(Instant, Box<Response>), SignalError>),
+    Publisher(Datagram),
+    Subscriber(Datagram),
+    Time,
+}
+
+impl<'a> Session<'a> {
+    /// Starts publishing at once, without waiting for the acknowledgement: the server takes the requests in order.
+    async fn start(
+        request: &JoinRequest,
+        outlet: Outlet,
+        voice: &'a mut Receiver,
+        joined: Joined,
+    ) -> Result<Box<Self>, Ended> {
+        let Joined {
+            signal,
+            response,
+            at,
+            local,
+            ..
+        } = joined;
+        let response = *response;
+        let room = response.room.unwrap_or_default();
+        let server = response.server_info.unwrap_or_default();
+        outlet.tell(
+            at,
+            Seen::SignalConnected {
+                room_sid: room.sid,
+                server_version: server.version,
+                region: server.region,
+                node: server.node_id,
+            },
+        )?;
+        let own = response.participant.unwrap_or_default();
+        if own.permission.is_some_and(|it| !it.can_publish) {
+            let why = "the token does not allow this participant to publish".to_owned();
+            return Err(Ended::PublishFailed(why));
+        }
+        let peer = async |target| {
+            let peer = Peer::new(target, local.ip()).await;
+            peer.map_err(|error| media_failed(peer::name(target), &error))
+        };
+        let mut publisher = peer(proto::SignalTarget::Publisher).await?;
+        let subscriber = peer(proto::SignalTarget::Subscriber).await?;
+        let cid = format!("echo-{:016x}", fastrand::u64(..));
+        let (mid, offer) = publisher.offer_track("echo", &cid, OFFER);
+        let identity = if own.identity.is_empty() {
+            request.identity.clone()
+        } else {
+            own.identity
+        };
+        let mut session = Box::new(Self {
+            outlet,
+            signal,
+            publisher,
+            subscriber,
+            roster: Roster::new(identity, request.agent_name.clone()),
+            voice,
+            speech: Detector::new(request.speech.clone()),
+            echo: Echo::new(request.echo.clone()),
+            track: Track {
+                cid,
+                mid,
+                sid: None,
+                // Below 2^16, or the stack would need its rollover counter told to the server.
+                sequence: fastrand::u64(1..1 << 15),
+                origin: (Instant::now(), fastrand::u32(..)),
+                last: None,
+            },
+            listening: Listening::default(),
+            media_told: false,
+        });
+        session.publish(offer)?;
+        session.on_participants(at, response.other_participants, true)?;
+        Ok(session)
+    }
+
+    fn publish(&mut self, offer: String) -> Result<(), Ended> {
+        self.send(Request::AddTrack(proto::AddTrackRequest {
+            cid: self.track.cid.clone(),
+            name: "echo".to_owned(),
+            r#type: proto::TrackType::Audio.into(),
+            // An agent listens to a microphone and to nothing else.
+            source: proto::TrackSource::Microphone.into(),
+            disable_red: true,
+            ..proto::AddTrackRequest::default()
+        }))?;
+        self.send(Request::Offer(description("offer", offer, OFFER)))?;
+        self.publisher.wake(Instant::now());
+        Ok(())
+    }
+
+    async fn serve(&mut self, leave: &CancellationToken) -> Result<Ended, Ended> {
+        let mut buffer = [0; DATAGRAM];
+        let timer = sleep_until(Instant::now());
+        tokio::pin!(timer);
+        loop {
+            let now = Instant::now();
+            self.settle(now)?;
+            let deadline = self.next_deadline(now);
+            if timer.deadline() != deadline {
+                timer.as_mut().reset(deadline);
+            }
+            // What has come goes before the timers: a deadline that passed while we were not running proves nothing.
+            let step = tokio::select! {
+                biased;
+                () = leave.cancelled() => Step::Left,
+                message = self.signal.recv() => {
+                    Step::Message(message.map(|(at, message)| (at, Box::new(message))))
+                }
+                step = datagram(&self.publisher, &self.subscriber, &mut buffer) => step,
+                () = &mut timer => Step::Time,
+            };
+            match step {
+                Step::Left => return Ok(Ended::Left),
+                Step::Message(message) => {
+                    let (at, message) = message.map_err(Ended::Signal)?;
+                    self.on_message(at, *message).await?;
+                }
+                Step::Publisher(datagram) => {
+                    receive(&mut self.publisher, &datagram, &buffer)?;
+                }
+                Step::Subscriber(datagram) => {
+                    receive(&mut self.subscriber, &datagram, &buffer)?;
+                }
+                Step::Time => {
+                    if let Some(heard) = self.speech.on_time(Instant::now()) {
+                        self.on_heard(heard)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Does all that is due now.
+    fn settle(&mut self, now: Instant) -> Result<(), Ended> {
+        while let Some(happening) = poll(&mut self.subscriber, now)? {
+            match happening {
+                Happening::Connected => self.on_connected(now)?,
+                Happening::Packet(packet) => self.on_packet(&packet)?,
+            }
+        }
+        while let Some(happening) = poll(&mut self.publisher, now)? {
+            if let Happening::Connected = happening {
+                self.echo.open(now);
+                self.on_connected(now)?;
+            }
+        }
+        self.play(now)?;
+        for peer in [&self.publisher, &self.subscriber] {
+            if let Some(broken) = peer.broken()
+                && now >= self.give_up_at(broken)
+            {
+                return Err(Ended::MediaFailed {
+                    transport: peer.name(),
+                    detail: broken.how.to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn next_deadline(&self, now: Instant) -> Instant {
+        let peers = [&self.publisher, &self.subscriber];
+        let broken = peers.iter().filter_map(|peer| peer.broken());
+        let optional = [self.speech.next_deadline(), self.echo.next_deadline()];
+        let deadlines = peers.iter().map(|peer| peer.next_deadline());
+        deadlines
+            .chain(optional.into_iter().flatten())
+            .chain(broken.map(|broken| self.give_up_at(broken)))
+            .min()
+            .unwrap_or(now)
+    }
+
+    /// When a broken transport is given up. With a server that is silent everywhere the signal's verdict comes first.
+    fn give_up_at(&self, broken: Broken) -> Instant {
+        let alive = self.signal.heard_at() > broken.since;
+        broken.since + if alive { MEDIA_GRACE } else { SILENT_GRACE }
+    }
+
+    fn on_connected(&mut self, now: Instant) -> Result<(), Ended> {
+        if !self.media_told && self.publisher.connected() && self.subscriber.connected() {
+            self.media_told = true;
+            self.outlet.tell(now, Seen::MediaConnected)?;
+        }
+        Ok(())
+    }
+
+    async fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
+        match message {
+            Response::Answer(answer) => self.on_answer(answer).await,
+            Response::Offer(offer) => self.on_offer(at, offer).await,
+            Response::Trickle(trickle) => self.on_trickle(&trickle).await,
+            Response::Update(update) => self.on_participants(at, update.participants, false),
+            Response::TrackPublished(published) if published.cid == self.track.cid => {
+                let first = self.track.sid.is_none();
+                self.track.sid = Some(published.track.unwrap_or_default().sid);
+                if first {
+                    self.outlet.tell(at, Seen::EchoPublished)?;
+                }
+                Ok(())
+            }
+            Response::TrackUnpublished(gone)
+                if Some(&gone.track_sid) == self.track.sid.as_ref() =>
+            {
+                let why = "the server took the echo track down".to_owned();
+                Err(Ended::PublishFailed(why))
+            }
+            Response::RequestResponse(response) => refused(&response),
+            Response::Leave(leave) => Err(Ended::Removed {
+                reason: leave_reason(&leave),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    async fn on_answer(&mut self, answer: proto::SessionDescription) -> Result<(), Ended> {
+        let accepted = self.publisher.accept_answer(answer.id, &answer.sdp).await;
+        let candidates = accepted.map_err(|error| media_failed("publisher", &error))?;
+        self.trickle(proto::SignalTarget::Publisher, candidates)
+    }
+
+    /// Offers are answered one after the other, each under its own number: the server may send the next one before it
+    /// has our answer to the last.
+    async fn on_offer(
+        &mut self,
+        at: Instant,
+        offer: proto::SessionDescription,
+    ) -> Result<(), Ended> {
+        let accepted = self.subscriber.accept_offer(&offer.sdp).await;
+        let (answer, candidates) = accepted.map_err(|error| media_failed("subscriber", &error))?;
+        self.send(Request::Answer(description("answer", answer, offer.id)))?;
+        self.trickle(proto::SignalTarget::Subscriber, candidates)?;
+        self.listening.streams.clear();
+        self.listen(at)
+    }
+
+    async fn on_trickle(&mut self, trickle: &proto::TrickleRequest) -> Result<(), Ended> {
+        let Ok(init) = serde_json::from_str::<serde_json::Value>(&trickle.candidate_init) else {
+            return Ok(());
+        };
+        let Some(line) = init["candidate"].as_str() else {
+            return Ok(());
+        };
+        let peer = match trickle.target() {
+            proto::SignalTarget::Publisher => &mut self.publisher,
+            proto::SignalTarget::Subscriber => &mut self.subscriber,
+        };
+        let candidates = peer.add_candidate(line).await;
+        self.trickle(trickle.target(), candidates)
+    }
+
+    fn trickle(
+        &mut self,
+        target: proto::SignalTarget,
+        candidates: Vec<String>,
+    ) -> Result<(), Ended> {
+        for candidate in candidates {
+            let init =
+                serde_json::json!({ "candidate": candidate, "sdpMid": "0", "sdpMLineIndex": 0 });
+            self.send(Request::Trickle(proto::TrickleRequest {
+                candidate_init: init.to_string(),
+                target: target.into(),
+                r#final: false,
+            }))?;
+        }
+        // Each description and candidate is a change that the stack acts on only when it is told the time.
+        let now = Instant::now();
+        self.publisher.wake(now);
+        self.subscriber.wake(now);
+        Ok(())
+    }
+
+    fn on_participants(
+        &mut self,
+        at: Instant,
+        participants: Vec<proto::ParticipantInfo>,
+        in_join_response: bool,
+    ) -> Result<(), Ended> {
+        for event in self.roster.update(at, participants, in_join_response) {
+            self.outlet.pass(event)?;
+        }
+        self.listen(at)
+    }
+
+    /// Settles which m-line carries the agent's voice: participants and descriptions come in any order.
+    fn listen(&mut self, at: Instant) -> Result<(), Ended> {
+        let tracks = self.subscriber.tracks();
+        if let Some((mid, sid)) = &self.listening.to
+            && tracks.get(mid) == Some(sid)
+            && self.roster.voice().any(|voice| voice == sid)
+        {
+            return Ok(());
+        }
+        let found = self.roster.voice().find_map(|voice| {
+            let mut tracks = tracks.iter();
+            tracks.find(|(_, sid)| *sid == voice)
+        });
+        self.listening.to = found.map(|(mid, sid)| (*mid, sid.clone()));
+        match &self.listening.to {
+            Some((_, sid)) => self.outlet.tell(
+                at,
+                Seen::AgentTrackSubscribed {
+                    track_sid: sid.clone(),
+                },
+            ),
+            None => Ok(()),
+        }
+    }
+
+    fn on_packet(&mut self, packet: &Packet) -> Result<(), Ended> {
+        // A packet without a payload is padding, with which a server probes the path.
+        if packet.payload.is_empty() || !self.is_voice(packet.head.ssrc) {
+            return Ok(());
+        }
+        let at = packet.at;
+        if !self.listening.first_audio_told {
+            self.listening.first_audio_told = true;
+            self.outlet.tell(at, Seen::AgentFirstAudio)?;
+        }
+        let Some(position) = self.voice.on_packet(at, packet.head) else {
+            return Ok(());
+        };
+        self.echo.on_packet(at, position.time, &packet.payload);
+        for heard in self.speech.on_packet(at, position, &packet.payload) {
+            self.on_heard(heard)?;
+        }
+        Ok(())
+    }
+
+    fn is_voice(&mut self, ssrc: u32) -> bool {
+        let Some((wanted, _)) = &self.listening.to else {
+            return false;
+        };
+        let streams = &mut self.listening.streams;
+        if let Some((_, mid)) = streams.iter().find(|(it, _)| *it == ssrc) {
+            return mid.as_ref() == Some(wanted);
+        }
+        let mid = self.subscriber.mid_of(ssrc);
+        if streams.len() < MOST_STREAMS {
+            streams.push((ssrc, mid));
+        }
+        mid.as_ref() == Some(wanted)
+    }
+
+    fn on_heard(&mut self, heard: Heard) -> Result<(), Ended> {
+        match heard {
+            Heard::Started(at) => {
+                self.echo.on_speech_started(at);
+                self.outlet.tell(at, Seen::SpeechStarted)
+            }
+            Heard::Ended(at) => {
+                self.echo.on_speech_ended(at);
+                self.outlet.tell(at, Seen::SpeechEnded)
+            }
+        }
+    }
+
+    /// Sends what the echo has due.
+    fn play(&mut self, now: Instant) -> Result<(), Ended> {
+        while let Some(out) = self.echo.poll(now, self.speech.on_the_verge()) {
+            match out {
+                echo::Out::Started => self.outlet.tell(now, Seen::EchoStarted)?,
+                echo::Out::Ended => self.outlet.tell(now, Seen::EchoEnded)?,
+                echo::Out::Send {
+                    due,
+                    payload,
+                    resumes,
+                } => self.send_packet(now, due, payload, resumes),
+            }
+        }
+        Ok(())
+    }
+
+    fn send_packet(&mut self, now: Instant, due: Instant, payload: Arc<[u8]>, resumes: bool) {
+        let mid = self.track.mid;
+        let Some(payload_type) = self.publisher.payload_type(mid) else {
+            return;
+        };
+        let (sequence, timestamp) = self.track.next(due);
+        let packet = Outgoing {
+            payload_type,
+            sequence,
+            timestamp,
+            at: now,
+            marker: resumes,
+            silent: *payload == echo::SILENCE,
+            payload,
+        };
+        self.publisher.write(mid, packet);
+    }
+
+    fn send(&mut self, message: Request) -> Result<(), Ended> {
+        self.signal.send(message).map_err(Ended::Signal)
+    }
+}
+
+impl Track {
+    /// Sequence number and RTP timestamp of the packet that is due at `due`. Timestamps keep the track's own clock, so
+    /// that a pause is a pause, and never stand still.
+    fn next(&mut self, due: Instant) -> (u64, u32) {
+        let (epoch, base) = self.origin;
+        let by_clock = rtp::ticks(due.saturating_duration_since(epoch));
+        let ticks = self.last.map_or(by_clock, |last| by_clock.max(last + 1));
+        self.last = Some(ticks);
+        self.sequence += 1;
+        #[expect(clippy::cast_possible_truncation, reason = "RTP timestamps wrap")]
+        let timestamp = base.wrapping_add(ticks as u32);
+        (self.sequence, timestamp)
+    }
+}
+
+async fn datagram(publisher: &Peer, subscriber: &Peer, buffer: &mut [u8]) -> Step {
+    poll_fn(|cx| {
+        if let Poll::Ready(datagram) = subscriber.poll_recv(cx, buffer) {
+            return Poll::Ready(Step::Subscriber(datagram));
+        }
+        publisher.poll_recv(cx, buffer).map(Step::Publisher)
+    })
+    .await
+}
+
+fn receive(peer: &mut Peer, datagram: &Datagram, buffer: &[u8]) -> Result<(), Ended> {
+    peer.on_datagram(Instant::now(), datagram, buffer)
+        .map_err(|error| media_failed(peer.name(), &error))
+}
+
+fn poll(peer: &mut Peer, now: Instant) -> Result<Option<Happening>, Ended> {
+    peer.poll(now)
+        .map_err(|error| media_failed(peer.name(), &error))
+}
+
+fn refused(response: &proto::RequestResponse) -> Result<(), Ended> {
+    use proto::request_response::{Reason, Request as About};
+    let fine = matches!(response.reason(), Reason::Ok | Reason::Queued);
+    if fine || !matches!(response.request, Some(About::AddTrack(_))) {
+        return Ok(());
+    }
+    let reason = response.reason().as_str_name();
+    Err(Ended::PublishFailed(format!(
+        "{reason}: {}",
+        response.message
+    )))
+}
+
+fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
+    proto::SessionDescription {
+        r#type: kind.to_owned(),
+        sdp,
+        id,
+        ..proto::SessionDescription::default()
+    }
+}
+
+fn media_failed(transport: &'static str, error: &PeerError) -> Ended {
+    Ended::MediaFailed {
+        transport,
+        detail: error.to_string(),
+    }
+}

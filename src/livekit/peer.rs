@@ -1,0 +1,543 @@
+//! One of a participant's two peer connections: a sans-IO WebRTC stack with its UDP sockets. It knows SDP, ICE and RTP;
+//! it knows no room, no agent and no signal connection.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use livekit_protocol::SignalTarget;
+use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
+use str0m::media::{Direction, MediaKind, Mid, Pt};
+use str0m::net::{Protocol, Receive};
+use str0m::rtp::{Extension, ExtensionMap, ExtensionValues, RtpPacket, RtpWrite};
+use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
+use tokio::io::ReadBuf;
+use tokio::net::UdpSocket;
+use tokio::time::Instant;
+
+use super::rtp::Head;
+
+/// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
+const MOST_SOCKETS: usize = 4;
+
+/// Candidates taken from the server; one that offers more doesn't mean us well.
+const MOST_CANDIDATES: usize = 64;
+
+/// Rounds of output and due timers within one call; more would be a timer that never moves on.
+const MOST_ROUNDS: usize = 32;
+
+/// What came of a peer connection.
+#[derive(Debug)]
+pub(crate) enum Happening {
+    /// ICE and DTLS are up.
+    Connected,
+    Packet(Packet),
+}
+
+/// A received RTP packet.
+#[derive(Debug)]
+pub(crate) struct Packet {
+    pub(crate) at: Instant,
+    pub(crate) head: Head,
+    pub(crate) payload: Arc<[u8]>,
+}
+
+/// A peer connection that can't go on. Its text names no address and quotes no SDP.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PeerError {
+    #[error("the server's {0} is not understood")]
+    Sdp(&'static str),
+    #[error("the server's {0} came without an offer of ours")]
+    Unexpected(&'static str),
+    #[error("no local UDP address reaches the server")]
+    NoRoute,
+    #[error(transparent)]
+    Stack(#[from] RtcError),
+}
+
+/// Why a transport that was up is not.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Broken {
+    pub(crate) since: Instant,
+    pub(crate) how: &'static str,
+}
+
+pub(crate) struct Peer {
+    rtc: Box<Rtc>,
+    target: SignalTarget,
+    sockets: Vec<Socket>,
+    /// When the stack next wants to be told the time.
+    timeout: Instant,
+    connected: bool,
+    broken: Option<Broken>,
+    pending: Option<(u32, SdpPendingOffer)>,
+    candidates: usize,
+    /// Track by m-line, of the latest offer.
+    tracks: HashMap<Mid, String>,
+}
+
+struct Socket {
+    udp: UdpSocket,
+    local: SocketAddr,
+}
+
+/// Where a datagram came from and how long it is.
+pub(crate) struct Datagram {
+    socket: usize,
+    from: SocketAddr,
+    length: usize,
+}
+
+impl Peer {
+    /// Both sides start with a host candidate on `local`, the address that reaches the signal connection's server.
+    ///
+    /// # Errors
+    /// [`PeerError::NoRoute`] where no UDP socket can be bound there.
+    pub(crate) async fn new(target: SignalTarget, local: IpAddr) -> Result<Self, PeerError> {
+        let mut extensions = ExtensionMap::empty();
+        extensions.set(1, Extension::AudioLevel);
+        extensions.set(4, Extension::RtpMid);
+        let now = Instant::now();
+        // Without RED: in RTP mode the stack would hand it out raw, and nobody could hear its echo.
+        let rtc = Rtc::builder()
+            .clear_codecs()
+            .enable_opus(true, false)
+            .set_extension_map(extensions)
+            .set_rtp_mode(true)
+            .build(now.into_std());
+        let mut peer = Self {
+            rtc: Box::new(rtc),
+            target,
+            sockets: Vec::new(),
+            timeout: now,
+            connected: false,
+            broken: None,
+            pending: None,
+            candidates: 0,
+            tracks: HashMap::new(),
+        };
+        peer.listen(local).await.ok_or(PeerError::NoRoute)?;
+        Ok(peer)
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        name(self.target)
+    }
+
+    pub(crate) fn connected(&self) -> bool {
+        self.connected
+    }
+
+    pub(crate) fn broken(&self) -> Option<Broken> {
+        self.broken
+    }
+
+    /// Offers one audio track to send; `id` comes back in the answer.
+    pub(crate) fn offer_track(&mut self, stream: &str, track: &str, id: u32) -> (Mid, String) {
+        let mut api = self.rtc.sdp_api();
+        let mid = api.add_media(
+            MediaKind::Audio,
+            Direction::SendOnly,
+            Some(stream.to_owned()),
+            Some(track.to_owned()),
+            None,
+        );
+        let (offer, pending) = api.apply().expect("a track was added");
+        self.pending = Some((id, pending));
+        (mid, offer.to_sdp_string())
+    }
+
+    /// Takes the answer to our offer `id`; 0 is a server that doesn't number them.
+    pub(crate) async fn accept_answer(
+        &mut self,
+        id: u32,
+        sdp: &str,
+    ) -> Result<Vec<String>, PeerError> {
+        let (_, pending) = self
+            .pending
+            .take_if(|(offered, _)| id == 0 || id == *offered)
+            .ok_or(PeerError::Unexpected("answer"))?;
+        let answer = SdpAnswer::from_sdp_string(sdp).map_err(|_| PeerError::Sdp("answer"))?;
+        self.rtc
+            .sdp_api()
+            .accept_answer(pending, answer)
+            .map_err(|error| sdp_error(error, "answer"))?;
+        Ok(self.reach_all(sdp).await)
+    }
+
+    /// Takes an offer; returns our answer, and candidates of ours that the answer doesn't have.
+    pub(crate) async fn accept_offer(
+        &mut self,
+        sdp: &str,
+    ) -> Result<(String, Vec<String>), PeerError> {
+        let offer = SdpOffer::from_sdp_string(sdp).map_err(|_| PeerError::Sdp("offer"))?;
+        let answer = self
+            .rtc
+            .sdp_api()
+            .accept_offer(offer)
+            .map_err(|error| sdp_error(error, "offer"))?;
+        self.tracks = tracks(sdp);
+        let candidates = self.reach_all(sdp).await;
+        Ok((answer.to_sdp_string(), candidates))
+    }
+
+    /// Takes a candidate of the server's; returns those of ours that it called for.
+    pub(crate) async fn add_candidate(&mut self, line: &str) -> Vec<String> {
+        let Some(candidate) = self.usable(line) else {
+            return Vec::new();
+        };
+        let remote = candidate.addr();
+        self.rtc.add_remote_candidate(candidate);
+        self.reach(remote).await.into_iter().collect()
+    }
+
+    /// The track of an m-line of the latest offer.
+    pub(crate) fn tracks(&self) -> &HashMap<Mid, String> {
+        &self.tracks
+    }
+
+    /// The m-line that a stream of packets belongs to.
+    pub(crate) fn mid_of(&mut self, ssrc: u32) -> Option<Mid> {
+        let mut api = self.rtc.direct_api();
+        api.stream_rx(&ssrc.into()).map(|stream| stream.mid())
+    }
+
+    /// Opus's payload type, once it is agreed on.
+    pub(crate) fn payload_type(&self, mid: Mid) -> Option<Pt> {
+        self.rtc.media(mid)?.remote_pts().first().copied()
+    }
+
+    /// Queues a packet of our track; [`poll`](Self::poll) sends it.
+    pub(crate) fn write(&mut self, mid: Mid, packet: Outgoing) {
+        let mut api = self.rtc.direct_api();
+        let Some(stream) = api.stream_tx_by_mid(mid, None) else {
+            return;
+        };
+        let levels = ExtensionValues {
+            audio_level: Some(if packet.silent { -127 } else { -20 }),
+            voice_activity: Some(!packet.silent),
+            ..ExtensionValues::default()
+        };
+        let rtp = RtpWrite::new(
+            packet.payload_type,
+            packet.sequence.into(),
+            packet.timestamp,
+            packet.at.into_std(),
+            packet.payload,
+        );
+        stream.write_rtp(rtp.marker(packet.marker).ext_vals(levels));
+        // The stack sends on a timer, which is due now.
+        self.timeout = packet.at;
+    }
+
+    /// Waits for a datagram on any of the sockets. Only one task may poll.
+    pub(crate) fn poll_recv(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Datagram> {
+        for (socket, Socket { udp, .. }) in self.sockets.iter().enumerate() {
+            let mut buf = ReadBuf::new(buffer);
+            // An error here is an ICMP answer to something sent before: the next datagram may be well.
+            while let Poll::Ready(received) = udp.poll_recv_from(cx, &mut buf) {
+                if let Ok(from) = received {
+                    let length = buf.filled().len();
+                    return Poll::Ready(Datagram {
+                        socket,
+                        from,
+                        length,
+                    });
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Takes a datagram in. One at a time: the stack wants its output polled after each.
+    pub(crate) fn on_datagram(
+        &mut self,
+        at: Instant,
+        datagram: &Datagram,
+        buffer: &[u8],
+    ) -> Result<(), PeerError> {
+        let destination = self.sockets[datagram.socket].local;
+        let bytes = &buffer[..datagram.length];
+        // Anybody can send here: what isn't STUN, DTLS or SRTP is nothing to us.
+        let Ok(receive) = Receive::new(Protocol::Udp, datagram.from, destination, bytes) else {
+            return Ok(());
+        };
+        let input = Input::Receive(at.into_std(), receive);
+        if self.rtc.accepts(&input) {
+            self.rtc.handle_input(input)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is to be sent, keeps the stack's timers, and says what happened; to be called until it says `None`.
+    ///
+    /// # Errors
+    /// DTLS failed, or the stack gave up.
+    pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<Happening>, PeerError> {
+        for _ in 0..MOST_ROUNDS {
+            if self.timeout <= now {
+                self.rtc.handle_input(Input::Timeout(now.into_std()))?;
+            }
+            loop {
+                match self.rtc.poll_output()? {
+                    Output::Timeout(at) => {
+                        self.timeout = Instant::from_std(at);
+                        break;
+                    }
+                    Output::Transmit(packet) => {
+                        self.transmit(packet.source, packet.destination, &packet.contents);
+                    }
+                    Output::Event(event) => {
+                        if let Some(happening) = self.on_event(now, event) {
+                            return Ok(Some(happening));
+                        }
+                    }
+                }
+            }
+            if self.timeout > now {
+                return Ok(None);
+            }
+        }
+        // Never spin: whatever is due is due a moment later.
+        self.timeout = now + std::time::Duration::from_millis(1);
+        Ok(None)
+    }
+
+    /// After a change: the stack acts on the next telling of the time.
+    pub(crate) fn wake(&mut self, now: Instant) {
+        self.timeout = now;
+    }
+
+    pub(crate) fn next_deadline(&self) -> Instant {
+        self.timeout
+    }
+
+    fn on_event(&mut self, now: Instant, event: Event) -> Option<Happening> {
+        match event {
+            Event::Connected => {
+                self.connected = true;
+                Some(Happening::Connected)
+            }
+            Event::RtpPacket(packet) => Some(Happening::Packet(packet.into())),
+            Event::IceConnectionStateChange(state) => {
+                let lost = self.connected && state == IceConnectionState::Disconnected;
+                self.broken = lost.then_some(Broken {
+                    since: now,
+                    how: "ICE lost its connection: the server answers no more checks",
+                });
+                None
+            }
+            Event::Closed => {
+                self.broken = Some(Broken {
+                    since: now,
+                    how: "the server closed the transport",
+                });
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// UDP promises nothing: what a full buffer or a missing route drops is lost like any other packet.
+    fn transmit(&self, source: SocketAddr, destination: SocketAddr, bytes: &[u8]) {
+        let same = |it: &&Socket| it.local.ip() == source.ip() && it.local.port() == source.port();
+        if let Some(socket) = self.sockets.iter().find(same)
+            && let Err(error) = socket.udp.try_send_to(bytes, destination)
+        {
+            tracing::trace!(transport = self.name(), %error, "a datagram was not sent");
+        }
+    }
+
+    /// Whether we can do anything with a candidate: UDP, and not one too many.
+    fn usable(&mut self, line: &str) -> Option<Candidate> {
+        let candidate = Candidate::from_sdp_string(line.trim()).ok()?;
+        (candidate.proto() == Protocol::Udp && self.candidates < MOST_CANDIDATES).then(|| {
+            self.candidates += 1;
+            candidate
+        })
+    }
+
+    /// Sees to it that the candidates of a description, which the stack has taken already, can be reached.
+    async fn reach_all(&mut self, sdp: &str) -> Vec<String> {
+        let mut ours = Vec::new();
+        for line in sdp.lines() {
+            let Some(candidate) = line.strip_prefix("a=").and_then(|it| self.usable(it)) else {
+                continue;
+            };
+            ours.extend(self.reach(candidate.addr()).await);
+        }
+        ours
+    }
+
+    /// Opens a socket on the local address that routes to `remote`, unless there is one.
+    async fn reach(&mut self, remote: SocketAddr) -> Option<String> {
+        let local = route_to(remote).await?;
+        let known = self.sockets.iter().any(|it| it.local.ip() == local);
+        if known || self.sockets.len() >= MOST_SOCKETS {
+            return None;
+        }
+        self.listen(local).await
+    }
+
+    /// Binds a socket to `local` and offers it as a host candidate.
+    async fn listen(&mut self, local: IpAddr) -> Option<String> {
+        let udp = UdpSocket::bind((local, 0)).await.ok()?;
+        // A new socket counts as unwritable until the reactor has seen it; the first check would be lost.
+        udp.writable().await.ok()?;
+        let local = udp.local_addr().ok()?;
+        let candidate = Candidate::host(local, Protocol::Udp).ok()?;
+        let line = candidate.to_sdp_string();
+        self.rtc.add_local_candidate(candidate)?;
+        self.sockets.push(Socket { udp, local });
+        Some(line)
+    }
+}
+
+impl From<RtpPacket> for Packet {
+    fn from(packet: RtpPacket) -> Self {
+        Self {
+            at: Instant::from_std(packet.timestamp),
+            head: Head {
+                ssrc: *packet.header.ssrc,
+                sequence: *packet.seq_no,
+                timestamp: packet.header.timestamp,
+            },
+            payload: packet.payload,
+        }
+    }
+}
+
+/// `publisher` or `subscriber`.
+pub(crate) fn name(target: SignalTarget) -> &'static str {
+    match target {
+        SignalTarget::Publisher => "publisher",
+        SignalTarget::Subscriber => "subscriber",
+    }
+}
+
+/// A packet of our track.
+pub(crate) struct Outgoing {
+    pub(crate) payload_type: Pt,
+    pub(crate) sequence: u64,
+    pub(crate) timestamp: u32,
+    pub(crate) at: Instant,
+    pub(crate) marker: bool,
+    pub(crate) silent: bool,
+    pub(crate) payload: Arc<[u8]>,
+}
+
+/// The local address that packets to `remote` leave from. A connected UDP socket tells, without sending anything.
+async fn route_to(remote: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match remote {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).await.ok()?;
+    socket.connect(remote).await.ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+/// The stack's own text may quote the description, and with it the credentials of ICE.
+fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
+    match error {
+        RtcError::Sdp(_) | RtcError::RemoteSdp(_) => PeerError::Sdp(what),
+        other => PeerError::Stack(other),
+    }
+}
+
+/// The tracks that an offer sends, by m-line. LiveKit's stream id is `<participant sid>|<track sid>`, and its track id
+/// the track's sid.
+fn tracks(sdp: &str) -> HashMap<Mid, String> {
+    let mut tracks = HashMap::new();
+    for section in sdp.split("\nm=").skip(1) {
+        let stopped = section.split(' ').nth(1) == Some("0");
+        let attribute = |name: &str| {
+            let mut lines = section.lines().filter_map(|line| line.strip_prefix("a="));
+            lines
+                .find_map(|line| line.strip_prefix(name))
+                .map(str::trim)
+        };
+        let silent = ["inactive", "recvonly"]
+            .into_iter()
+            .any(|it| attribute(it).is_some());
+        let (Some(mid), Some(names)) = (attribute("mid:"), attribute("msid:")) else {
+            continue;
+        };
+        let (stream, track) = names.split_once(' ').unwrap_or((names, ""));
+        let sid = stream.split_once('|').map_or(track, |(_, sid)| sid);
+        if !stopped && !silent && !sid.is_empty() {
+            tracks.insert(Mid::from(mid), sid.to_owned());
+        }
+    }
+    tracks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tracks_are_read_from_the_lines_that_send() {
+        let sdp = "v=0\r\na=group:BUNDLE 0 1 2 3\r\n\
+            m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=mid:0\r\n\
+            m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:1\r\na=sendrecv\r\na=msid:PA_a|TR_voice TR_voice\r\n\
+            m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:2\r\na=inactive\r\na=msid:PA_a|TR_gone TR_gone\r\n\
+            m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=msid:stream TR_plain\r\na=mid:3\r\na=sendonly\r\n\
+            m=audio 0 UDP/TLS/RTP/SAVPF 111\r\na=mid:4\r\na=sendonly\r\na=msid:PA_a|TR_stopped x\r\n";
+        let expected = [("1", "TR_voice"), ("3", "TR_plain")];
+        assert_eq!(
+            tracks(sdp),
+            expected
+                .into_iter()
+                .map(|(mid, sid)| (Mid::from(mid), sid.to_owned()))
+                .collect()
+        );
+    }
+
+    #[tokio::test]
+    async fn local_address_follows_the_route() {
+        let loopback: SocketAddr = "127.0.0.1:9".parse().unwrap();
+        assert_eq!(route_to(loopback).await, Some(loopback.ip()));
+    }
+
+    #[tokio::test]
+    async fn candidates_are_bounded_and_of_a_kind_that_can_be_used() {
+        let mut peer = Peer::new(SignalTarget::Subscriber, Ipv4Addr::LOCALHOST.into())
+            .await
+            .unwrap();
+        for line in [
+            "",
+            "candidate:1 1 tcp 1 127.0.0.1 7881 typ host tcptype passive",
+            "candidate:1 1 udp 1 abc.local 7881 typ host",
+            "candidate",
+        ] {
+            peer.add_candidate(line).await;
+        }
+        assert_eq!(peer.candidates, 0);
+        for port in 1..1000 {
+            let line = format!("candidate:1 1 udp 1 127.0.0.1 {port} typ host");
+            assert_eq!(peer.add_candidate(&line).await, [""; 0]);
+        }
+        assert_eq!(peer.candidates, MOST_CANDIDATES);
+        assert_eq!(peer.sockets.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn datagrams_of_strangers_change_nothing() {
+        let mut peer = Peer::new(SignalTarget::Subscriber, Ipv4Addr::LOCALHOST.into())
+            .await
+            .unwrap();
+        let now = Instant::now();
+        for first in 0..=255_u8 {
+            let bytes = [first; 64];
+            let datagram = Datagram {
+                socket: 0,
+                from: "127.0.0.1:9".parse().unwrap(),
+                length: bytes.len(),
+            };
+            peer.on_datagram(now, &datagram, &bytes).unwrap();
+        }
+        assert!(peer.poll(now).unwrap().is_none());
+    }
+}
