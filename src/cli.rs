@@ -22,6 +22,8 @@ mod check;
 mod json;
 mod once;
 mod progress;
+#[cfg(test)]
+mod sample;
 mod table;
 
 /// Production canary for LiveKit voice agents

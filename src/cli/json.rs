@@ -237,3 +237,64 @@ fn wall_clock(at: DateTime<Utc>) -> String {
 fn seconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e6
 }
+
+#[cfg(test)]
+mod tests {
+    use insta::assert_snapshot;
+    use serde_json::Value;
+
+    use super::super::sample::{WELL, batch, mixed, probe as sample_probe, project};
+    use super::*;
+    use crate::config::Target;
+
+    fn rendered(batch: &BatchReport) -> Value {
+        serde_json::from_str(&render(batch, &Target::default(), &project())).unwrap()
+    }
+
+    #[test]
+    fn document_has_the_shape_that_the_readme_shows() {
+        let readme = include_str!("../../README.md");
+        let (_, after) = readme.split_once("```json\n").unwrap();
+        let (example, _) = after.split_once("```").unwrap();
+        let example: Value = serde_json::from_str(example).unwrap();
+        assert_same_keys(&example, &rendered(&mixed()), "");
+    }
+
+    fn assert_same_keys(example: &Value, real: &Value, path: &str) {
+        match (example, real) {
+            (Value::Object(example), Value::Object(real)) => {
+                let keys =
+                    |map: &serde_json::Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
+                assert_eq!(keys(example), keys(real), "at {path}");
+                for (key, value) in example {
+                    assert_same_keys(value, &real[key], &format!("{path}.{key}"));
+                }
+            }
+            (Value::Array(example), Value::Array(real)) if !example.is_empty() => {
+                assert_same_keys(&example[0], &real[0], &format!("{path}[]"));
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn document_of_a_mixed_batch_stays_as_it_is() {
+        assert_snapshot!(render(&mixed(), &Target::default(), &project()));
+    }
+
+    #[test]
+    fn session_without_a_cloud_project_has_no_url() {
+        let report = batch(
+            vec![sample_probe(1, Outcome::Ok, Evidence::default(), WELL)],
+            None,
+        );
+        let own_server = Project {
+            cloud_project: None,
+            ..project()
+        };
+        let text = render(&report, &Target::default(), &own_server);
+        let document: Value = serde_json::from_str(&text).unwrap();
+        assert!(document["probes"][0]["url"].is_null());
+        assert!(document["not_opened"].is_null());
+    }
+}

@@ -277,3 +277,47 @@ impl Signals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::{batch, failed, probe};
+    use super::*;
+    use crate::probe::{Evidence, LimitKind, Reason};
+
+    fn verdict_on(outcomes: &[Outcome]) -> Exit {
+        let rooms = outcomes
+            .iter()
+            .map(|outcome| probe(1, outcome.clone(), Evidence::default(), &[]));
+        verdict(&batch(rooms.collect(), None))
+    }
+
+    #[test]
+    fn deploy_is_blamed_only_for_the_agent() {
+        let of = |reason| failed(reason, "");
+        let limit = of(Reason::PlanLimit(LimitKind::Room));
+        for (outcomes, exit) in [
+            (vec![Outcome::Ok, Outcome::Ok], Exit::Ok),
+            (vec![Outcome::Ok, of(Reason::AgentSilent)], Exit::Agent),
+            (vec![of(Reason::DispatchUnanswered)], Exit::Agent),
+            (vec![Outcome::Ok, limit.clone()], Exit::PlanLimit),
+            (vec![limit, of(Reason::AgentNoShow)], Exit::Agent),
+            (
+                vec![of(Reason::SignalLost), Outcome::Ok],
+                Exit::Inconclusive,
+            ),
+            (vec![of(Reason::Internal)], Exit::Inconclusive),
+            (vec![of(Reason::Removed)], Exit::Inconclusive),
+            (vec![of(Reason::Unreachable)], Exit::Inconclusive),
+            (
+                vec![of(Reason::AgentSilent), of(Reason::AuthRejected)],
+                Exit::Config,
+            ),
+            (
+                vec![of(Reason::AuthRejected), Outcome::Aborted],
+                Exit::Aborted,
+            ),
+        ] {
+            assert_eq!(verdict_on(&outcomes), exit, "{outcomes:?}");
+        }
+    }
+}

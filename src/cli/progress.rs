@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::complain;
-use super::table::delay;
+use super::table::{delay, printable};
 use crate::batch::BatchEvent;
 use crate::probe::{Milestone, Outcome, Progress, Report, Span};
 
@@ -175,24 +175,17 @@ fn phrase(milestone: Milestone) -> Option<&'static str> {
 }
 
 fn describe(report: &Report) -> String {
-    let joined = || match report.timeline.span(Span::AgentJoin) {
-        Some(_) => format!(
-            "agent joined after {}",
-            delay(report.timeline.span(Span::AgentJoin))
-        ),
-        None => "agent joined".to_owned(),
-    };
     match &report.outcome {
-        Outcome::Ok => format!("ok, {}", joined()),
+        Outcome::Ok => {
+            let join = delay(report.timeline.span(Span::AgentJoin));
+            let speech = delay(report.timeline.span(Span::FirstSpeech));
+            format!("ok: agent joined after {join}, spoke after {speech}")
+        }
         Outcome::Aborted => "aborted".to_owned(),
         Outcome::Failed(failure) => {
-            let reason = failure.reason;
-            format!(
-                "failed: {} ({}): {}",
-                reason.label(),
-                reason.origin().label(),
-                failure.detail
-            )
+            let (reason, origin) = (failure.reason, failure.reason.origin());
+            let detail = printable(&failure.detail);
+            format!("failed: {} ({}): {detail}", reason.label(), origin.label())
         }
     }
 }

@@ -30,9 +30,9 @@ pub(super) fn render(batch: &BatchReport, project: &Project, width: Option<u16>)
     }
     text.push_str(&summary(batch));
     text.push('\n');
-    for (rooms, probe, failure) in failures(batch) {
+    for group in failures(batch) {
         text.push('\n');
-        text.push_str(&failure_block(&rooms, &probe.report, failure, project));
+        text.push_str(&group.block(batch, project));
     }
     text
 }
@@ -110,7 +110,7 @@ fn rows(batch: &BatchReport, width: Option<u16>) -> String {
     let alignments = columns.iter().map(|column| column.alignment);
     let alignments = std::iter::once(CellAlignment::Right).chain(alignments);
     for (column, alignment) in table.column_iter_mut().zip(alignments) {
-        column.set_padding((0, 2)).set_cell_alignment(alignment);
+        column.set_padding((0, 1)).set_cell_alignment(alignment);
     }
     table.trim_fmt()
 }
@@ -169,47 +169,69 @@ fn summary(batch: &BatchReport) -> String {
     }
     if let Some(rest) = &batch.not_opened {
         let rooms = if rest.rooms == 1 { "room" } else { "rooms" };
-        write!(text, "\n{} {rooms} did not open: {}", rest.rooms, rest.why)
-            .expect("writing to a string can't fail");
+        write!(
+            text,
+            "\n{} {rooms} did not open: {}",
+            rest.rooms,
+            printable(&rest.why)
+        )
+        .expect("writing to a string can't fail");
     }
     text
 }
 
-/// Failed rooms, where the same happened to several of them told once.
-fn failures(batch: &BatchReport) -> Vec<(Vec<usize>, &ProbeReport, &Failure)> {
-    let mut groups: Vec<(Vec<usize>, &ProbeReport, &Failure)> = Vec::new();
+/// Rooms to which the same happened, told once.
+struct FailedAlike<'a> {
+    /// Indices of the batch's probes.
+    rooms: Vec<usize>,
+    failure: &'a Failure,
+    evidence: &'a Evidence,
+}
+
+fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
+    let mut groups: Vec<FailedAlike<'_>> = Vec::new();
     for (index, probe) in batch.probes.iter().enumerate() {
+        let evidence = &probe.report.evidence;
         let Outcome::Failed(failure) = &probe.report.outcome else {
             continue;
         };
-        let same = groups.iter_mut().find(|(_, other, other_failure)| {
-            *other_failure == failure && other.report.evidence == probe.report.evidence
-        });
-        match same {
-            Some((rooms, ..)) => rooms.push(index + 1),
-            None => groups.push((vec![index + 1], probe, failure)),
+        let alike =
+            |group: &&mut FailedAlike<'_>| group.failure == failure && group.evidence == evidence;
+        match groups.iter_mut().find(alike) {
+            Some(group) => group.rooms.push(index),
+            None => groups.push(FailedAlike {
+                rooms: vec![index],
+                failure,
+                evidence,
+            }),
         }
     }
     groups
 }
 
-fn failure_block(rooms: &[usize], report: &Report, failure: &Failure, project: &Project) -> String {
-    let numbers: Vec<String> = rooms.iter().map(ToString::to_string).collect();
-    let rooms = if let [_] = rooms { "room" } else { "rooms" };
-    let mut lines = vec![
-        format!(
-            "{rooms} {}: {} (origin: {})",
-            numbers.join(", "),
-            reason(failure.reason),
-            failure.reason.origin().label()
-        ),
-        failure.detail.clone(),
-    ];
-    lines.extend(evidence(&report.evidence));
-    if let Some(url) = session_url(report, project) {
-        lines.push(format!("session: {url}"));
+impl FailedAlike<'_> {
+    fn block(&self, batch: &BatchReport, project: &Project) -> String {
+        let numbers = self.rooms.iter().map(|index| (index + 1).to_string());
+        let rooms = if self.rooms.len() == 1 {
+            "room"
+        } else {
+            "rooms"
+        };
+        let mut lines = vec![
+            format!(
+                "{rooms} {}: {} (origin: {})",
+                numbers.collect::<Vec<_>>().join(", "),
+                reason(self.failure.reason),
+                self.failure.reason.origin().label()
+            ),
+            printable(&self.failure.detail),
+        ];
+        lines.extend(evidence(self.evidence));
+        let reports = self.rooms.iter().map(|index| &batch.probes[*index].report);
+        let sessions = reports.filter_map(|report| session_url(report, project));
+        lines.extend(sessions.map(|url| format!("session: {url}")));
+        lines.join("\n  ") + "\n"
     }
-    lines.join("\n  ") + "\n"
 }
 
 fn reason(reason: Reason) -> String {
@@ -234,7 +256,7 @@ fn evidence(evidence: &Evidence) -> Vec<String> {
         lines.push(format!("HTTP status: {status}{code}"));
     }
     if let Some(answer) = &evidence.answer {
-        lines.push(format!("answer: {}", one_line(answer)));
+        lines.push(format!("answer: {answer}"));
     }
     if let Some(seconds) = evidence.retry_after_seconds {
         lines.push(format!("retry after: {seconds} s"));
@@ -251,16 +273,53 @@ fn evidence(evidence: &Evidence) -> Vec<String> {
     lines.into_iter().map(|line| one_line(&line)).collect()
 }
 
-/// A server's words, without the control characters that could redraw a terminal, and not longer than a reader needs.
+/// Not longer than a reader needs.
 fn one_line(text: &str) -> String {
     const LONGEST: usize = 300;
-    let mut line: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(LONGEST)
-        .collect();
+    let mut line: String = printable(text).chars().take(LONGEST).collect();
     if text.chars().count() > LONGEST {
         line.push('…');
     }
     line
+}
+
+/// A server's words without the control characters that could redraw a terminal.
+pub(super) fn printable(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use insta::assert_snapshot;
+
+    use super::super::sample::{WELL, batch, mixed, probe, project};
+    use super::*;
+
+    #[test]
+    fn every_room_has_a_row_and_every_kind_of_failure_a_block() {
+        assert_snapshot!(render(&mixed(), &project(), None));
+    }
+
+    #[test]
+    fn narrow_terminal_gets_what_fits_80_columns() {
+        let text = render(&mixed(), &project(), Some(80));
+        let rows = text.split("\n\n").next().unwrap();
+        let widest = rows.lines().map(|line| line.chars().count()).max();
+        assert!(widest <= Some(80), "{rows}");
+        assert_snapshot!(text);
+    }
+
+    #[test]
+    fn batch_that_went_well_is_a_table_and_one_line() {
+        let rooms = vec![
+            probe(1, Outcome::Ok, Evidence::default(), WELL),
+            probe(2, Outcome::Ok, Evidence::default(), WELL),
+        ];
+        assert_snapshot!(render(&batch(rooms, None), &project(), None));
+    }
+
+    #[test]
+    fn words_of_a_server_cannot_redraw_the_terminal() {
+        assert!(!render(&mixed(), &project(), None).contains('\u{1b}'));
+    }
 }

@@ -1,0 +1,177 @@
+//! A batch as the tests of its renderings need it: one room went well, and the others failed, each in its own way.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tokio::time::Instant;
+
+use crate::batch::{BatchReport, NotOpened, ProbeReport};
+use crate::config::Project;
+use crate::livekit::RoomName;
+use crate::livekit::engine::{Agent, AudioStats};
+use crate::probe::{
+    Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
+};
+
+fn start_of_day() -> DateTime<Utc> {
+    DateTime::from_timestamp(1_790_000_000, 123_456_000).expect("a time that chrono knows")
+}
+
+pub(super) fn project() -> Project {
+    Project {
+        url: "wss://acme.livekit.cloud".parse().unwrap(),
+        api_key: "key".to_owned(),
+        api_secret: "secret".to_owned().into(),
+        ca_file: None,
+        cloud_project: Some("p_acme".to_owned()),
+        api_timeout: Project::DEFAULT_API_TIMEOUT,
+        max_rooms: Project::DEFAULT_MAX_ROOMS,
+    }
+}
+
+pub(super) fn failed(reason: Reason, detail: &str) -> Outcome {
+    Outcome::Failed(Failure {
+        reason,
+        detail: detail.to_owned(),
+    })
+}
+
+/// One room; `marks` are milliseconds since its start.
+pub(super) fn probe(
+    number: u8,
+    outcome: Outcome,
+    evidence: Evidence,
+    marks: &[(Milestone, u64)],
+) -> ProbeReport {
+    let base = Instant::now();
+    let at = |millis| base + Duration::from_millis(millis);
+    let mut timeline = Timeline::default();
+    timeline.mark(Milestone::Started, base);
+    for (milestone, millis) in marks {
+        timeline.mark(*milestone, at(*millis));
+    }
+    let spoke = timeline.get(Milestone::AgentSpoke).is_some();
+    let turn = Turn {
+        agent_started: Some(at(1000)),
+        agent_ended: Some(at(3000)),
+        echo_started: Some(at(4000)),
+        echo_ended: Some(at(6000)),
+        replied: Some(at(7250)),
+        overlap: false,
+    };
+    let report = Report {
+        room: RoomName(format!("canary-0a1b2-{number:x}c3d4e5f6g7h8")),
+        room_sid: Some(format!("RM_{number}")),
+        position: if number == 1 {
+            Position::First
+        } else {
+            Position::Later
+        },
+        outcome,
+        evidence,
+        turns: if spoke { vec![turn] } else { Vec::new() },
+        agent: timeline.get(Milestone::AgentJoined).map(|_| Agent {
+            identity: "agent-AJ_1".to_owned(),
+            sid: "PA_1".to_owned(),
+            name: Some("my-agent".to_owned()),
+            joined_at_ms: 1_790_000_000_645,
+        }),
+        audio: AudioStats {
+            packets: if spoke { 900 } else { 0 },
+            lost: 0,
+            jitter: spoke.then_some(Duration::from_micros(1250)),
+        },
+        timeline,
+        join_upper_bound: false,
+    };
+    ProbeReport {
+        report,
+        started_at: start_of_day() + Duration::from_secs(u64::from(number)),
+    }
+}
+
+pub(super) fn batch(probes: Vec<ProbeReport>, not_opened: Option<NotOpened>) -> BatchReport {
+    BatchReport {
+        batch_id: "20260921T141320-0a1b2-c3d4".to_owned(),
+        target: "support".to_owned(),
+        started_at: start_of_day(),
+        ended_at: start_of_day() + Duration::from_secs(40),
+        probes,
+        not_opened,
+    }
+}
+
+/// Every milestone of a room that went well.
+pub(super) const WELL: &[(Milestone, u64)] = &[
+    (Milestone::RoomCreated, 12),
+    (Milestone::SignalConnected, 40),
+    (Milestone::MediaConnected, 180),
+    (Milestone::EchoPublished, 150),
+    (Milestone::DispatchSent, 181),
+    (Milestone::DispatchAccepted, 190),
+    (Milestone::AgentJoined, 693),
+    (Milestone::AgentListening, 720),
+    (Milestone::AgentTrackSubscribed, 730),
+    (Milestone::AgentFirstAudio, 790),
+    (Milestone::AgentSpoke, 1000),
+    (Milestone::Left, 16_000),
+    (Milestone::RoomDeleted, 16_020),
+];
+
+pub(super) fn mixed() -> BatchReport {
+    let no_show = Evidence {
+        step: Some("agent_join"),
+        deadline_seconds: Some(30.0),
+        dispatches: Some(vec![
+            "AD_1 for \"my-agent\": job AJ_1 JS_RUNNING".to_owned(),
+        ]),
+        participants: vec!["observer (STANDARD)".to_owned()],
+        ..Evidence::default()
+    };
+    let limited = Evidence {
+        step: Some("create_room"),
+        http_status: Some(429),
+        twirp_code: Some("resource_exhausted".to_owned()),
+        answer: Some("slow\ndown\u{1b}[2J".to_owned()),
+        retry_after_seconds: Some(7.0),
+        ..Evidence::default()
+    };
+    let way_in = &WELL[..6];
+    let failure = |reason, detail| failed(reason, detail);
+    batch(
+        vec![
+            probe(1, Outcome::Ok, Evidence::default(), WELL),
+            probe(
+                2,
+                failure(
+                    Reason::AgentNoShow,
+                    "a worker accepted the job, but no agent joined within 30s",
+                ),
+                no_show.clone(),
+                way_in,
+            ),
+            probe(
+                3,
+                failure(
+                    Reason::AgentNoShow,
+                    "a worker accepted the job, but no agent joined within 30s",
+                ),
+                no_show,
+                way_in,
+            ),
+            probe(
+                4,
+                failure(
+                    Reason::PlanLimit(LimitKind::ApiRate),
+                    "CreateRoom met a limit: HTTP 429",
+                ),
+                limited,
+                &[],
+            ),
+        ],
+        Some(NotOpened {
+            rooms: 1,
+            why: "a plan limit was met".to_owned(),
+        }),
+    )
+}
