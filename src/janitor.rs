@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -42,6 +42,8 @@ pub struct Janitor {
 struct Shared {
     /// Every room that is owned and not yet vouched for. A name leaves only when its room is gone for good.
     rooms: Mutex<BTreeMap<RoomName, Standing>>,
+    /// Told at each change of a room's standing.
+    changed: Notify,
     /// Owns the clean-up tasks; each lease holds a token of it, so that it is empty only when all is done.
     tasks: TaskTracker,
     runtime: Handle,
@@ -82,6 +84,7 @@ impl Janitor {
         Self {
             shared: Arc::new(Shared {
                 rooms: Mutex::default(),
+                changed: Notify::new(),
                 tasks,
                 runtime: Handle::current(),
             }),
@@ -117,10 +120,27 @@ impl Janitor {
 
     /// Waits until every room is gone and every re-check is over, or `deadline`; names what is left.
     ///
-    /// A near deadline ends the re-checks early. What is under way then goes on for as long as the runtime does.
+    /// A room whose deletion failed has had its time and is not waited for. A near deadline ends the re-checks early.
+    /// What is under way then goes on for as long as the runtime does.
     pub async fn close(self, deadline: Instant) -> Vec<LeftBehind> {
+        let all_decided = async {
+            loop {
+                let changed = self.shared.changed.notified();
+                if self.shared.lock().values().all(Standing::is_decided) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        // A clean-up task that panicked decides nothing any more, but it ends.
+        let all_done = async {
+            tokio::select! {
+                () = all_decided => {}
+                () = self.shared.tasks.wait() => {}
+            }
+        };
         // Whether all was done or the time is up, the register says the same.
-        let _elapsed = timeout_at(deadline, self.shared.tasks.wait()).await;
+        let _elapsed = timeout_at(deadline, all_done).await;
         let now = Instant::now();
         let rooms = self.shared.lock();
         let left = rooms.iter().map(|(room, standing)| LeftBehind {
@@ -180,6 +200,8 @@ impl Drop for RoomLease {
 enum Standing {
     Leased,
     Deleting,
+    /// It came back after its deletion.
+    DeletingAgain,
     NotDeleted {
         why: String,
     },
@@ -195,10 +217,17 @@ enum Standing {
 }
 
 impl Standing {
+    fn is_decided(&self) -> bool {
+        matches!(self, Self::NotDeleted { .. } | Self::Unknown { .. })
+    }
+
     fn describe(&self, now: Instant) -> String {
         match self {
             Self::Leased => "its probe had not ended".to_owned(),
             Self::Deleting => "its deletion was still under way".to_owned(),
+            Self::DeletingAgain => {
+                "a late agent re-created it, and its deletion was still under way".to_owned()
+            }
             Self::NotDeleted { why } => format!("not deleted: {why}"),
             Self::Watched { since, until } => format!(
                 "deleted, but watched for only {} of {} s: a late agent would re-create it",
@@ -220,6 +249,12 @@ impl Shared {
 
     fn note(&self, room: &RoomName, standing: Standing) {
         self.lock().insert(room.clone(), standing);
+        self.changed.notify_waiters();
+    }
+
+    fn forget(&self, room: &RoomName) {
+        self.lock().remove(room);
+        self.changed.notify_waiters();
     }
 }
 
@@ -263,9 +298,7 @@ impl Owned {
             }
         }
         match self.watch(window, deleted).await {
-            None => {
-                self.shared.lock().remove(&self.room);
-            }
+            None => self.shared.forget(&self.room),
             Some(left) => self.shared.note(&self.room, left),
         }
     }
@@ -372,8 +405,7 @@ impl Owned {
     async fn delete_again(&self, returns: u32, window: Duration) -> Result<(), String> {
         if returns > 0 {
             tracing::warn!(room = %self.room, returns, "a deleted room came back");
-            let why = "a late agent re-created it, and its deletion was still under way".to_owned();
-            self.shared.note(&self.room, Standing::NotDeleted { why });
+            self.shared.note(&self.room, Standing::DeletingAgain);
         }
         if returns > 1 {
             self.drain(window).await;
@@ -805,7 +837,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_room_that_could_be_deleted_only_later_is_not_left_behind() {
+    async fn a_room_whose_deletion_failed_is_named_at_once() {
+        let server = Scripted::start(&[("DeleteRoom", &[Answer::Silence])]).await;
+        let janitor = Janitor::start();
+        let lease = server.lease(&janitor, BRIEF, Duration::from_hours(1));
+        let deletion = lease.delete().await;
+        assert!(!is_deleted(&deletion), "{deletion:?}");
+        let left = close(janitor, Duration::from_hours(1)).await;
+        assert!(left[0].starts_with("not deleted: no answer"), "{left:?}");
+    }
+
+    #[tokio::test]
+    async fn a_room_whose_deletion_failed_is_deleted_when_the_server_is_back() {
         let server = Scripted::start(&[
             ("DeleteRoom", &[Answer::Silence, done()]),
             ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
@@ -814,6 +857,7 @@ mod tests {
         let janitor = Janitor::start();
         let deletion = server.lease(&janitor, ENOUGH, BRIEF).delete().await;
         assert!(!is_deleted(&deletion), "{deletion:?}");
+        janitor.shared.tasks.wait().await;
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
     }
 
