@@ -75,6 +75,7 @@ pub(super) fn probe(
             sid: "PA_1".to_owned(),
             name: Some("my-agent".to_owned()),
             joined_at_ms: 1_790_000_000_645,
+            joined: None,
         }),
         audio: AudioStats {
             packets: if spoke { 900 } else { 0 },

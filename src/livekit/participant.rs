@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::echo::{self, Echo};
 use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
 use super::peer::{self, Broken, Datagram, Happening, Outgoing, Packet, Peer, PeerError};
-use super::roster::Roster;
+use super::roster::{Roster, ServerClock};
 use super::rtp::{self, Receiver};
 use super::signal::{Joined, Signal, SignalError, leave_reason};
 use super::speech::{Detector, Heard};
@@ -71,8 +71,9 @@ pub(super) async fn run(
 ) -> Ended {
     let outlet = Outlet { events };
     let joining = async {
-        let joined = connect(&request, &outlet).await?;
-        Box::pin(Session::start(&request, outlet, voice, joined)).await
+        let (requested_at, joined) = connect(&request, &outlet).await?;
+        let started = Session::start(&request, outlet, voice, requested_at, joined);
+        Box::pin(started).await
     };
     let mut session = tokio::select! {
         biased;
@@ -90,7 +91,8 @@ pub(super) async fn run(
     why
 }
 
-async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended> {
+/// Connects; says when the upgrade was requested, which is also told as an event at once.
+async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<(Instant, Joined), Ended> {
     let token = request
         .keys
         .participant(
@@ -100,25 +102,18 @@ async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended
             request.room_config.as_ref(),
         )
         .map_err(|error| Ended::Internal(error.to_string()))?;
-    let (requested, mut request_sent) = oneshot::channel();
+    let (requested, request_sent) = oneshot::channel();
     let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
-    tokio::pin!(connecting);
-    let early = tokio::select! {
-        biased;
-        sent = &mut request_sent => match sent {
-            Ok(at) => {
-                outlet.tell(at, Seen::SignalRequested)?;
-                None
-            }
-            Err(_) => None,
-        },
-        joined = &mut connecting => Some(joined),
+    let telling = async {
+        match request_sent.await {
+            Ok(at) => outlet.tell(at, Seen::SignalRequested).map(|()| Some(at)),
+            // No connection came up: the other half says why.
+            Err(_) => Ok(None),
+        }
     };
-    let joined = match early {
-        Some(joined) => joined,
-        None => connecting.await,
-    };
-    joined.map_err(Ended::Signal)
+    let (joined, requested_at) = tokio::join!(connecting, telling);
+    let joined = joined.map_err(Ended::Signal)?;
+    Ok((requested_at?.unwrap_or(joined.at), joined))
 }
 
 /// A participant in its room.
@@ -173,6 +168,7 @@ impl<'a> Session<'a> {
         request: &JoinRequest,
         outlet: Outlet,
         voice: &'a mut Receiver,
+        requested_at: Instant,
         joined: Joined,
     ) -> Result<Box<Self>, Ended> {
         let Joined {
@@ -195,6 +191,11 @@ impl<'a> Session<'a> {
             },
         )?;
         let own = response.participant.unwrap_or_default();
+        // The server stamped our own join at some time between our request and its answer.
+        let clock = ServerClock {
+            ours: requested_at + at.saturating_duration_since(requested_at) / 2,
+            theirs: own.joined_at_ms,
+        };
         if own.permission.is_some_and(|it| !it.can_publish) {
             let why = "the token does not allow this participant to publish".to_owned();
             return Err(Ended::PublishFailed(why));
@@ -217,7 +218,7 @@ impl<'a> Session<'a> {
             signal,
             publisher,
             subscriber,
-            roster: Roster::new(identity, request.agent_name.clone()),
+            roster: Roster::new(identity, request.agent_name.clone(), clock),
             voice,
             speech: Detector::new(request.speech.clone()),
             echo: Echo::new(request.echo.clone()),

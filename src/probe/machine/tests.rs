@@ -43,6 +43,7 @@ fn agent() -> Agent {
         sid: "PA_1".to_owned(),
         name: Some("support".to_owned()),
         joined_at_ms: 0,
+        joined: None,
     }
 }
 
