@@ -27,6 +27,9 @@ const ECHO_LONGEST: Duration = Duration::from_secs(40);
 /// How long the agent may talk, where its answer to an echo is expected, without a pause that lets the echo begin.
 const TALK_LONGEST: Duration = Duration::from_mins(2);
 
+/// The kind of participant that agents are, as LiveKit names it.
+const AGENT: &str = "AGENT";
+
 /// Most entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MOST_KEPT: usize = 20;
 
@@ -140,7 +143,7 @@ pub(super) struct Probe {
     incident: Option<Incident>,
     hold_until: Option<Instant>,
     join_told: bool,
-    /// Names of agents that aren't the target's.
+    /// Agents that aren't the target's, by their quoted names.
     strays: Vec<String>,
     turns: Turns,
     report: Report,
@@ -396,7 +399,7 @@ impl Probe {
                 identity,
                 kind,
                 agent_name,
-            } => self.other_joined(&identity, &kind, agent_name),
+            } => self.other_joined(&identity, &kind, agent_name.as_deref()),
             Seen::Ended { .. } => unreachable!("handled before"),
         }
     }
@@ -406,7 +409,7 @@ impl Probe {
         match seen {
             Seen::AgentJoined { agent, .. } => {
                 self.actions.push(Action::AgentSeen);
-                self.saw(&agent.identity, "AGENT", agent.name.as_deref());
+                self.saw(&agent.identity, AGENT, agent.name.as_deref());
                 let after = self.since(Milestone::DispatchSent, at);
                 self.note(format!(
                     "the agent ({}) joined{after}, too late to count",
@@ -427,14 +430,14 @@ impl Probe {
                 identity,
                 kind,
                 agent_name,
-            } => self.other_joined(&identity, &kind, agent_name),
+            } => self.other_joined(&identity, &kind, agent_name.as_deref()),
             _ => {}
         }
     }
 
     fn agent_joined_at(&mut self, agent: Agent, in_join_response: bool, at: Instant) {
         self.actions.push(Action::AgentSeen);
-        self.saw(&agent.identity, "AGENT", agent.name.as_deref());
+        self.saw(&agent.identity, AGENT, agent.name.as_deref());
         if self.agent_joined() {
             return;
         }
@@ -450,13 +453,13 @@ impl Probe {
         self.tell_join(true);
     }
 
-    fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<String>) {
-        self.saw(identity, kind, agent_name.as_deref());
-        if let Some(name) = agent_name
-            && self.strays.len() < MOST_KEPT
-            && !self.strays.contains(&name)
-        {
-            self.strays.push(name);
+    fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
+        self.saw(identity, kind, agent_name);
+        if kind == AGENT {
+            let stray = agent_name.map_or("one without a name".to_owned(), |name| {
+                format!("\"{name}\"")
+            });
+            keep(&mut self.strays, stray);
         }
     }
 
@@ -806,19 +809,20 @@ impl Probe {
         }
         let check = match expected_agent(&self.target) {
             Some(name) => format!(
-                "check, in this order, that a worker registered as exactly \"{name}\", that it runs and is connected to this project, and that it is below its load limit"
+                "check, in this order, that a worker registered as exactly \"{name}\", that it runs and is connected to this project, that it is below its load limit, and that its log shows no job that failed before it connected"
             ),
-            None => "check that an unnamed worker (automatic dispatch) runs, is connected to this project, and is below its load limit".to_owned(),
+            None => "check that an unnamed worker runs, is connected to this project and is below its load limit, and that its log shows no job that failed before it connected".to_owned(),
+        };
+        let listed = match self.report.evidence.dispatches {
+            Some(_) => "LiveKit lists no accepted job",
+            None => "LiveKit did not say whether a worker accepted the job",
         };
         let strays = match self.strays.as_slice() {
             [] => String::new(),
-            names => format!(
-                " (an agent of another name came: \"{}\")",
-                names.join("\", \"")
-            ),
+            strays => format!(" (another agent came: {})", strays.join(", ")),
         };
         let detail = format!(
-            "no agent joined within {limit:?} of the dispatch, and LiveKit lists no job{strays}: {check}"
+            "no agent joined within {limit:?} of the dispatch, and {listed}{strays}: {check}"
         );
         Failure::new(Reason::DispatchUnanswered, detail)
     }

@@ -492,30 +492,24 @@ fn automatic_dispatch_takes_any_job() {
 
 #[test]
 fn stray_agent_is_named_in_the_verdict() {
-    let script = Script::new(explicit()).waiting().see(
-        400,
-        Seen::OtherJoined {
+    for (name, words) in [
+        (Some("suport"), "another agent came: \"suport\")"),
+        (None, "another agent came: one without a name)"),
+    ] {
+        let stray = Seen::OtherJoined {
             identity: "agent-x".to_owned(),
             kind: "AGENT".to_owned(),
-            agent_name: Some("suport".to_owned()),
-        },
-    );
-    let report = script
-        .wait(30_101)
-        .listed(30_110, Ok(Vec::new()))
-        .report(30_120);
-    let Outcome::Failed(failure) = &report.outcome else {
-        unreachable!()
-    };
-    assert!(
-        failure.detail.contains("another name came: \"suport\""),
-        "{}",
-        failure.detail
-    );
-    assert_eq!(
-        report.evidence.participants,
-        ["agent-x (AGENT, agent name \"suport\")"]
-    );
+            agent_name: name.map(str::to_owned),
+        };
+        let script = Script::new(explicit()).waiting().see(400, stray);
+        let script = script.wait(30_101).listed(30_110, Ok(Vec::new()));
+        let report = script.report(30_120);
+        let Outcome::Failed(failure) = &report.outcome else {
+            unreachable!()
+        };
+        assert!(failure.detail.contains(words), "{}", failure.detail);
+        assert_eq!(report.evidence.participants.len(), 1);
+    }
 }
 
 #[test]
@@ -547,6 +541,14 @@ fn list_dispatch_that_is_refused_is_noted_and_the_verdict_stands() {
     let report = script.listed(30_110, Err(error)).report(30_120);
     assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
     assert_eq!(report.evidence.dispatches, None);
+    let Outcome::Failed(failure) = &report.outcome else {
+        unreachable!()
+    };
+    assert!(
+        failure.detail.contains("LiveKit did not say"),
+        "{}",
+        failure.detail
+    );
     let notes = report.evidence.notes.join("; ");
     assert!(
         notes.contains("ListDispatch failed: refused with HTTP 500"),
