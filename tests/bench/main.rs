@@ -3,7 +3,6 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
@@ -24,34 +23,33 @@ mod stack;
 mod twirp;
 
 use canary::{Running, Settings};
-use stack::{AGENT, Agent, Site, Stack, wait_for};
+use stack::{AGENT, Agent, KEY, Process, SECRET, Site, Stack, wait_for};
 
-/// The name of the worker that speaks without a pause, all rooms in one process.
+/// The name of the agent that speaks without a pause, all rooms in one process.
 const TALKER: &str = "talker";
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
 const ROOMS: [u32; 3] = [1, 10, 50];
 /// Rooms whose join is compared with the server's own stamp.
 const JOINS: u32 = 50;
+/// Samples a second.
+const RATE: u16 = 48_000;
 /// Packets of Opus that one room brings in a minute.
 const PACKETS_A_MINUTE: u32 = 50 * 60;
 
 fn main() -> anyhow::Result<()> {
-    let decoding = decoding()?;
-    println!("decoding: {decoding:.3} CPU s per room-minute (ropus, 20 ms packets, mono)");
-
-    let talker = Agent {
-        executor: "thread",
-        ..Agent::named(TALKER)
-    };
-    let site = Stack::Real.start(&[Agent::named(AGENT), talker])?;
+    let packets = speech()?;
+    let decoding = decoding(&packets)?;
+    let site = Stack::Real.start(&[Agent::named(AGENT)])?;
     let accuracy = accuracy(&site)?;
+    let talker = start_talker(&site, &packets)?;
     let loads = ROOMS
         .iter()
-        .map(|rooms| load(&site, *rooms))
+        .map(|rooms| load(&site, &talker, *rooms))
         .collect::<anyhow::Result<Vec<_>>>()?;
 
-    println!("\n{JOINS} joins, |AgentJoined - joined_at|: {accuracy}");
+    println!("\ndecoding: {decoding:.3} CPU s per room-minute");
+    println!("{JOINS} joins, |AgentJoined - joined_at|: {accuracy}");
     println!(
         "\nrooms | CPU s per room-minute | of it transport | CPU % of a core | RSS MB | threads"
     );
@@ -78,28 +76,31 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// One second of something like voiced speech: Opus packets of 20 ms, mono.
+fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
+    let mut encoder =
+        Encoder::builder(u32::from(RATE), Channels::Mono, Application::Voip).build()?;
+    (0..50_u16)
+        .map(|frame| {
+            let samples = (frame * 960..(frame + 1) * 960)
+                .map(|index| {
+                    let at = f32::from(index) / f32::from(RATE) * std::f32::consts::TAU;
+                    0.3 * (at * 180.0).sin() + 0.2 * (at * 1270.0).sin()
+                })
+                .collect::<Vec<_>>();
+            let mut packet = vec![0; 1500];
+            let length = encoder.encode_float(&samples, &mut packet)?;
+            packet.truncate(length);
+            Ok(packet)
+        })
+        .collect()
+}
+
 /// CPU seconds for decoding what one room's agent says in one minute.
 ///
 /// It is measured apart because it can't be turned off in a run: speech is what the canary listens for.
-fn decoding() -> anyhow::Result<f64> {
-    const RATE: u16 = 48_000;
+fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
-    let mut encoder =
-        Encoder::builder(u32::from(RATE), Channels::Mono, Application::Voip).build()?;
-    let mut packets = Vec::new();
-    for frame in 0..50_u16 {
-        let samples = (frame * 960..(frame + 1) * 960)
-            .map(|index| {
-                // Two tones that beat, like voiced speech.
-                let at = f32::from(index) / f32::from(RATE) * std::f32::consts::TAU;
-                0.3 * (at * 180.0).sin() + 0.2 * (at * 1270.0).sin()
-            })
-            .collect::<Vec<_>>();
-        let mut packet = vec![0; 1500];
-        let length = encoder.encode_float(&samples, &mut packet)?;
-        packet.truncate(length);
-        packets.push(packet);
-    }
     let mut decoder = Decoder::new(u32::from(RATE), Channels::Mono)?;
     let mut pcm = vec![0_i16; 5760];
     let before = cpu_seconds("self")?;
@@ -111,6 +112,27 @@ fn decoding() -> anyhow::Result<f64> {
         decoder.decode(packet, &mut pcm, ropus::DecodeMode::Normal)?;
     }
     Ok((cpu_seconds("self")? - before) / f64::from(MINUTES))
+}
+
+/// Starts the agent that all rooms of the load share.
+fn start_talker(site: &Site, packets: &[Vec<u8>]) -> anyhow::Result<Process> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("packets");
+    let mut data = Vec::new();
+    for packet in packets {
+        data.extend(u16::try_from(packet.len())?.to_be_bytes());
+        data.extend(packet);
+    }
+    fs::write(&file, data)?;
+    let mut command = stack::command(&stack::program("TALKER")?);
+    command
+        .args([&site.url, TALKER])
+        .arg(&file)
+        .env("LIVEKIT_API_KEY", KEY)
+        .env("LIVEKIT_API_SECRET", SECRET);
+    let mut talker = Process::spawn(TALKER, command, site.dir())?;
+    talker.wait_for_line("registered worker", Duration::from_secs(10))?;
+    Ok(talker)
 }
 
 /// How far the canary's stamps lie from the server's.
@@ -196,24 +218,27 @@ impl Load {
     }
 }
 
-fn load(site: &Site, rooms: u32) -> anyhow::Result<Load> {
+fn load(site: &Site, talker: &Process, rooms: u32) -> anyhow::Result<Load> {
     println!("load: {rooms} room(s)");
-    let before = talking(site)?;
+    let before = talking(talker)?;
     let running = Settings::new(site)
         .project("max_rooms", rooms)
         .set("agent_name", TALKER)
-        .order(&json!({"behaviour": "talk"}))
         .set("batch.rooms", rooms)
         .set("batch.hold", "5m")
         .set("echo.mode", "continuous")
         .once()?;
     wait_for("all agents to talk", Duration::from_mins(3), || {
-        let talking = talking(site)?;
-        Ok((talking.difference(&before).count() == rooms as usize).then_some(()))
+        Ok((talking(talker)? == before + rooms as usize).then_some(()))
     })?;
     // The last room's own start, and the echo's delay of one second.
     pause(Duration::from_secs(3));
     measure(running, rooms)
+}
+
+/// In how many rooms the talker has begun.
+fn talking(talker: &Process) -> anyhow::Result<usize> {
+    Ok(talker.log()?.matches("talking").count())
 }
 
 fn measure(running: Running, rooms: u32) -> anyhow::Result<Load> {
@@ -235,13 +260,6 @@ fn measure(running: Running, rooms: u32) -> anyhow::Result<Load> {
         ensure!(packets >= expected, "speech didn't flow: {probe}");
     }
     Ok(load)
-}
-
-/// The rooms in which an agent has begun to talk.
-fn talking(site: &Site) -> anyhow::Result<BTreeSet<String>> {
-    let events = site.events()?;
-    let talking = events.iter().filter(|event| event.name() == "talking");
-    Ok(talking.map(|event| event.room().to_owned()).collect())
 }
 
 fn pause(length: Duration) {

@@ -7,8 +7,6 @@ What a job does is chosen by its dispatch metadata, a JSON object with `behaviou
   LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET   the server
   AGENT_NAME      the name to register under; empty: unnamed, and LiveKit sends it to every new room
   AGENT_LOAD      the load that it claims, 0 to 1 (a server passes over a worker above 0.7)
-  AGENT_EXECUTOR  `process` (default) or `thread`, as jobs run
-  AGENT_IDLE      processes kept warm
   REPORT          path of the report
 """
 
@@ -22,14 +20,7 @@ import zlib
 import numpy as np
 
 from livekit import rtc
-from livekit.agents import (
-    Agent,
-    AgentServer,
-    AgentSession,
-    AutoSubscribe,
-    JobContext,
-    JobExecutorType,
-)
+from livekit.agents import Agent, AgentServer, AgentSession, JobContext
 
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
@@ -58,9 +49,9 @@ def report(room: str, event: str, **details: object) -> None:
         os.close(fd)
 
 
-async def tone(frequency: int, seconds: float, frame_ms: int = FRAME_MS):
-    """A tone in frames, as fast as they are taken."""
-    samples = SPEECH_RATE * frame_ms // 1000
+async def tone(frequency: int, seconds: float):
+    """A tone in frames of 20 ms, as fast as they are taken."""
+    samples = SPEECH_RATE * FRAME_MS // 1000
     for start in range(0, int(SPEECH_RATE * seconds), samples):
         phase = np.arange(start, start + samples) * (2 * np.pi * frequency / SPEECH_RATE)
         pcm = (np.sin(phase) * 0.5 * 32767).astype(np.int16)
@@ -145,13 +136,13 @@ class Job:
         await handle.wait_for_playout()
         report(self.room, event, began=began, ended=time.time())
 
-    async def publish(self) -> rtc.AudioSource:
-        source = rtc.AudioSource(SPEECH_RATE, 1)
-        track = rtc.LocalAudioTrack.create_audio_track("voice", source)
-        # Without DTX silence is sent as packets like any other sound.
+    async def publish(self, queue_ms: int) -> None:
+        """Publishes a voice that is given nothing to say: with a queue it sends silence, without one nothing at all."""
+        self.source = rtc.AudioSource(SPEECH_RATE, 1, queue_size_ms=queue_ms)
+        track = rtc.LocalAudioTrack.create_audio_track("voice", self.source)
+        # With DTX hardly any packet of silence would be sent.
         options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
         await self.ctx.room.local_participant.publish_track(track, options)
-        return source
 
 
 async def greet(job: Job) -> None:
@@ -187,31 +178,17 @@ async def no_track(job: Job) -> None:
 
 async def no_packets(job: Job) -> None:
     await job.connect()
-    await job.publish()
+    await job.publish(queue_ms=0)
 
 
 async def silence(job: Job) -> None:
     await job.connect()
-    source = await job.publish()
-    samples = SPEECH_RATE * FRAME_MS // 1000
-    frame = rtc.AudioFrame(bytes(2 * samples), SPEECH_RATE, 1, samples)
-    while job.ctx.room.isconnected():
-        await source.capture_frame(frame)
-
-
-async def talk(job: Job) -> None:
-    """Speaks without a pause and hears nothing: cheap enough for many rooms in one process."""
-    await job.ctx.connect(auto_subscribe=AutoSubscribe.SUBSCRIBE_NONE)
-    source = await job.publish()
-    report(job.room, "talking")
-    while job.ctx.room.isconnected():
-        async for frame in tone(tone_of(job.room), 1, frame_ms=100):
-            await source.capture_frame(frame)
+    await job.publish(queue_ms=1000)
 
 
 BEHAVIOURS = {
     behaviour.__name__: behaviour
-    for behaviour in (greet, reply, leave, never_connect, no_track, no_packets, silence, talk)
+    for behaviour in (greet, reply, leave, never_connect, no_track, no_packets, silence)
 }
 
 
@@ -227,10 +204,8 @@ def claimed_load(*_) -> float:
 
 
 async def main() -> None:
-    executor = JobExecutorType[os.environ.get("AGENT_EXECUTOR", "process").upper()]
     server = AgentServer(
-        job_executor_type=executor,
-        num_idle_processes=int(os.environ.get("AGENT_IDLE", "1")),
+        num_idle_processes=1,
         # A cold interpreter takes seconds on a loaded machine; the default of 10 s gives up on it.
         initialize_process_timeout=60,
         load_fnc=claimed_load,

@@ -7,10 +7,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use chrono::{DateTime, Utc};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use tempfile::TempDir;
-use tokio::time::Instant;
 use toml::{Table, Value};
 
 use crate::stack::{AGENT, KEY, SECRET, Site, wait_for};
@@ -72,7 +72,8 @@ impl Settings {
         self
     }
 
-    fn text(&self) -> String {
+    /// The file.
+    pub fn text(&self) -> String {
         let mut file = Table::new();
         let named = |name: &str, table: &Table| {
             let mut outer = Table::new();
@@ -142,7 +143,6 @@ impl Canary {
             .spawn()?;
         Ok(Running {
             child,
-            started: Instant::now(),
             stdout,
             stderr,
             _dir: self.dir,
@@ -153,7 +153,6 @@ impl Canary {
 /// The product at work.
 pub struct Running {
     pub child: Child,
-    started: Instant,
     stdout: PathBuf,
     stderr: PathBuf,
     _dir: TempDir,
@@ -174,7 +173,6 @@ impl Running {
         let status = waited.with_context(|| stderr.clone())?;
         let finished = Finished {
             code: status.code(),
-            elapsed: self.started.elapsed(),
             stdout,
             stderr,
         };
@@ -199,7 +197,6 @@ impl Drop for Running {
 pub struct Finished {
     /// `None`: ended by a signal.
     pub code: Option<i32>,
-    pub elapsed: Duration,
     pub stdout: String,
     pub stderr: String,
 }
@@ -221,6 +218,7 @@ impl Finished {
 /// The JSON of `once`, as far as scenarios look at it.
 #[derive(Debug, Deserialize)]
 pub struct Batch {
+    pub ended_at: DateTime<Utc>,
     pub probes: Vec<Probe>,
 }
 
@@ -232,22 +230,23 @@ pub struct Probe {
     pub reason: Option<String>,
     pub origin: Option<String>,
     pub detail: Option<String>,
-    pub started_at: chrono::DateTime<chrono::Utc>,
+    pub started_at: DateTime<Utc>,
     pub join_delay_seconds: Option<f64>,
     pub reply_delay_seconds: Option<f64>,
     /// Seconds since its start; null where it was never reached.
     pub milestones: BTreeMap<String, Option<f64>>,
+    pub audio: Audio,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Audio {
+    pub packets: u64,
 }
 
 impl Probe {
     /// When a milestone was reached, in Unix seconds.
     pub fn at(&self, milestone: &str) -> anyhow::Result<f64> {
-        #[expect(
-            clippy::cast_precision_loss,
-            reason = "microseconds of this century fit"
-        )]
-        let start = self.started_at.timestamp_micros() as f64 / 1e6;
-        Ok(start + self.seconds(milestone)?)
+        Ok(unix_seconds(self.started_at) + self.seconds(milestone)?)
     }
 
     /// When a milestone was reached, in seconds since the probe's start.
@@ -258,4 +257,13 @@ impl Probe {
             .flatten()
             .with_context(|| format!("{}: never reached {milestone}", self.room))
     }
+}
+
+/// A wall clock, as agents and logs print it.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "microseconds of this century fit"
+)]
+pub fn unix_seconds(at: DateTime<Utc>) -> f64 {
+    at.timestamp_micros() as f64 / 1e6
 }

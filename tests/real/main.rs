@@ -59,7 +59,8 @@ fn main() -> anyhow::Result<ExitCode> {
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
 
-    let rows = rows.lock().expect("no trial panics while it adds its row");
+    let mut rows = rows.lock().expect("no trial panics while it adds its row");
+    rows.sort_by_key(|row| SCENARIOS.iter().position(|one| one.name == row.scenario));
     let mut failed = rows.iter().filter(|row| !row.passed).count();
     for (stack, site) in &sites {
         // Every scenario is over: whatever is there now was left behind.
@@ -95,8 +96,8 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn shared_site(stack: Stack) -> anyhow::Result<Site> {
     let busy = Agent {
+        name: BUSY_AGENT,
         load: 1.0,
-        ..Agent::named(BUSY_AGENT)
     };
     stack.start(&[Agent::named(AGENT), busy])
 }

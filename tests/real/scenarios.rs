@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use chrono::Utc;
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::canary::{Batch, Canary, Finished, Probe, Settings};
+use crate::canary::{Batch, Canary, Finished, Probe, Settings, unix_seconds};
 use crate::stack::wait_for;
 use crate::stack::{AGENT, Agent, BUSY_AGENT, Event, KEY, SECRET, Site, Stack, TlsProxy, kill};
 
@@ -70,7 +71,9 @@ scenarios! {
     wrong_secret_is_a_config_error: "auth_rejected, exit 2",
     unknown_host_is_unreachable: "unreachable, exit 4",
     closed_port_is_unreachable: "unreachable, exit 4",
-    five_mistakes_are_reported_at_once: "five problems, exit 2",
+    table_has_a_row_for_every_room: "a row for every room, exit 1",
+    check_tries_the_credentials: "exit 0; wrong secret: exit 2",
+    five_mistakes_are_reported_at_once: "five errors, exit 2",
     ctrl_c_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
     sigterm_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
 }
@@ -356,6 +359,24 @@ fn wrong_agent_name_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<St
     expect_nobody(ground.shared, "no-such-agent")
 }
 
+fn table_has_a_row_for_every_room(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared)
+        .set("agent_name", "no-such-agent")
+        .set("batch.rooms", 2)
+        .set("deadlines.join", "2s");
+    let finished = Canary::new(&["once"])?
+        .config(&settings.text())?
+        .start()?
+        .finish()?;
+    ensure!(finished.code == Some(1), "{}", finished.all());
+    let rows = finished
+        .stdout
+        .lines()
+        .filter(|line| line.contains("canary-") && line.contains("dispatch_unanswered"));
+    ensure!(rows.count() == 2, "{}", finished.all());
+    Ok("2 rows dispatch_unanswered, exit 1".to_owned())
+}
+
 fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
     ground: &Ground,
 ) -> anyhow::Result<String> {
@@ -400,14 +421,7 @@ fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
     wait_for(
         "the late agent's time to pass",
         Duration::from_secs(40),
-        || {
-            #[expect(
-                clippy::cast_precision_loss,
-                reason = "microseconds of this century fit"
-            )]
-            let now = chrono::Utc::now().timestamp_micros() as f64 / 1e6;
-            Ok((now > until).then_some(()))
-        },
+        || Ok((unix_seconds(Utc::now()) > until).then_some(())),
     )?;
     expect_gone(ground.shared, &batch)?;
     ensure!(ground.shared.api.participants(job.room())?.is_empty());
@@ -425,41 +439,55 @@ fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
 // --- somebody comes, and it goes wrong ---
 
 /// One room whose agent joins and then does as it is told; the verdict is on the agent, the join delay stands.
-fn expect_agent_fault(site: &Site, settings: &Settings, reason: &str) -> anyhow::Result<String> {
+fn expect_agent_fault(
+    site: &Site,
+    settings: &Settings,
+    reason: &str,
+) -> anyhow::Result<(Batch, String)> {
     let finished = settings.run()?;
     let batch = expect(&finished, 1, &[reason])?;
     expect_gone(site, &batch)?;
     let probe = &batch.probes[0];
     ensure!(probe.origin.as_deref() == Some("agent"), "{probe:?}");
-    let seconds = finished.elapsed.as_secs_f64();
-    Ok(format!(
-        "{reason} after {seconds:.1} s, join {}",
+    let seconds = probe.seconds("Left")?;
+    let packets = probe.audio.packets;
+    let seen = format!(
+        "{reason} after {seconds:.1} s, join {}, {packets} packets of audio",
         joins(&batch)?
-    ))
+    );
+    Ok((batch, seen))
 }
 
-fn fault(ground: &Ground, behaviour: &str, reason: &str) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared)
+fn faulty(ground: &Ground, behaviour: &str) -> Settings {
+    Settings::new(ground.shared)
         .order(&json!({"behaviour": behaviour}))
         .set("deadlines.track", "4s")
-        .set("deadlines.speech", "5s");
-    expect_agent_fault(ground.shared, &settings, reason)
+        .set("deadlines.speech", "5s")
 }
 
 fn agent_without_packets_is_silent(ground: &Ground) -> anyhow::Result<String> {
-    fault(ground, "no_packets", "agent_silent")
+    let settings = faulty(ground, "no_packets");
+    let (batch, seen) = expect_agent_fault(ground.shared, &settings, "agent_silent")?;
+    ensure!(batch.probes[0].audio.packets == 0, "{seen}");
+    Ok(seen)
 }
 
 fn agent_with_a_track_of_silence_is_silent(ground: &Ground) -> anyhow::Result<String> {
-    fault(ground, "silence", "agent_silent")
+    let settings = faulty(ground, "silence");
+    let (batch, seen) = expect_agent_fault(ground.shared, &settings, "agent_silent")?;
+    // 50 a second, for 5 s.
+    ensure!(batch.probes[0].audio.packets > 100, "{seen}");
+    Ok(seen)
 }
 
 fn agent_without_a_track_has_no_track(ground: &Ground) -> anyhow::Result<String> {
-    fault(ground, "no_track", "agent_no_track")
+    let settings = faulty(ground, "no_track");
+    Ok(expect_agent_fault(ground.shared, &settings, "agent_no_track")?.1)
 }
 
 fn agent_that_hangs_up_left_early(ground: &Ground) -> anyhow::Result<String> {
-    fault(ground, "leave", "agent_left_early")
+    let settings = faulty(ground, "leave");
+    Ok(expect_agent_fault(ground.shared, &settings, "agent_left_early")?.1)
 }
 
 fn missing_reply_is_agent_no_reply(ground: &Ground) -> anyhow::Result<String> {
@@ -467,7 +495,7 @@ fn missing_reply_is_agent_no_reply(ground: &Ground) -> anyhow::Result<String> {
         .set("expect.reply", true)
         .set("deadlines.reply", "3s")
         .set("batch.hold", "15s");
-    expect_agent_fault(ground.shared, &settings, "agent_no_reply")
+    Ok(expect_agent_fault(ground.shared, &settings, "agent_no_reply")?.1)
 }
 
 fn second_agent_is_a_duplicate(ground: &Ground) -> anyhow::Result<String> {
@@ -544,12 +572,8 @@ fn participant_removed_by_somebody_else_is_removed(ground: &Ground) -> anyhow::R
     Ok(batch.probes[0].detail.clone().unwrap_or_default())
 }
 
-/// Two rooms in mid-conversation on a site of their own, and what `harm` to its server makes of them.
-fn expect_signal_lost(
-    ground: &Ground,
-    harm: Signal,
-    limit: Duration,
-) -> anyhow::Result<(Batch, String)> {
+/// Two rooms in mid-conversation on a site of their own, and what `harm` to its server makes of them within `limit`.
+fn expect_signal_lost(ground: &Ground, harm: Signal, limit: f64) -> anyhow::Result<String> {
     let site = ground.stack.start(&[Agent::named(AGENT)])?;
     let running = Settings::new(&site)
         .project("api_timeout", "2s")
@@ -563,31 +587,30 @@ fn expect_signal_lost(
         Ok((greeted.count() == 2).then_some(()))
     })?;
     site.server.signal(harm)?;
-    let harmed = Instant::now();
+    let harmed = unix_seconds(Utc::now());
     let finished = running.finish()?;
-    let elapsed = harmed.elapsed();
     let batch = site.with_logs(expect(&finished, 4, &["signal_lost"; 2]))?;
-    ensure!(elapsed < limit, "took {elapsed:?}");
+    // The process goes on trying to delete the rooms; the batch is over when all verdicts are in.
+    let seconds = unix_seconds(batch.ended_at) - harmed;
+    ensure!(seconds < limit, "took {seconds} s");
     for probe in &batch.probes {
         ensure!(probe.seconds("RoomDeleted").is_err(), "{probe:?}");
         let named = finished.stderr.contains(&probe.room);
         ensure!(named, "{} isn't named: {}", probe.room, finished.all());
     }
-    let seen = format!(
-        "2 signal_lost, ended after {:.1} s, rooms named",
-        elapsed.as_secs_f64()
-    );
-    Ok((batch, seen))
+    Ok(format!(
+        "2 signal_lost, batch over after {seconds:.1} s, rooms named"
+    ))
 }
 
 fn killed_server_is_signal_lost_at_once(ground: &Ground) -> anyhow::Result<String> {
-    // Verdict at once, then one refused attempt to delete.
-    expect_signal_lost(ground, Signal::KILL, Duration::from_secs(3)).map(|(_, seen)| seen)
+    // The verdict at once, and the attempts to delete.
+    expect_signal_lost(ground, Signal::KILL, 3.0)
 }
 
 fn frozen_server_is_signal_lost_and_its_rooms_are_named(ground: &Ground) -> anyhow::Result<String> {
     // 20 s for the verdict, 2 s for the attempt to delete.
-    expect_signal_lost(ground, Signal::STOP, Duration::from_secs(22)).map(|(_, seen)| seen)
+    expect_signal_lost(ground, Signal::STOP, 22.0)
 }
 
 fn panicking_probe_harms_no_other(ground: &Ground) -> anyhow::Result<String> {
@@ -647,6 +670,21 @@ fn wrong_secret_is_a_config_error(ground: &Ground) -> anyhow::Result<String> {
     ensure!(!finished.all().contains(&wrong), "{}", finished.all());
     let batch = expect(&finished, 2, &["auth_rejected"])?;
     Ok(batch.probes[0].detail.clone().unwrap_or_default())
+}
+
+fn check_tries_the_credentials(ground: &Ground) -> anyhow::Result<String> {
+    let check = |secret: &str| {
+        let settings = Settings::new(ground.shared).project("api_secret", secret);
+        Canary::new(&["check", "--connect"])?
+            .config(&settings.text())?
+            .start()?
+            .finish()
+    };
+    let right = check(SECRET)?;
+    ensure!(right.code == Some(0), "{}", right.all());
+    let wrong = check("another-secret-of-at-least-32-characters")?;
+    ensure!(wrong.code == Some(2), "{}", wrong.all());
+    Ok("exit 0; wrong secret: exit 2".to_owned())
 }
 
 fn five_mistakes_are_reported_at_once(_: &Ground) -> anyhow::Result<String> {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Brings the real stack: livekit-server built from the pinned module, a Python environment with the pinned agent worker,
-# and the system tools that the scenarios use. Prints LIVEKIT_SERVER=… and PYTHON=… on stdout, all else on stderr.
+# the benchmark's agent, and the system tools that the scenarios use. Prints LIVEKIT_SERVER=…, TALKER=… and PYTHON=… on
+# stdout, all else on stderr.
 #
 # What is built stays in a cache folder, under a name that holds a hash of its pins; every step checks for itself, so an
 # empty cache, a full one and a half-written one all lead to the same stack.
@@ -32,13 +33,19 @@ if [ ${#missing[@]} -gt 0 ]; then
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-server="$cache/livekit-server-$(hash_of go.mod go.sum)"
-if [ ! -x "$server" ]; then
-  command -v go >/dev/null || { echo "missing: go (1.26 or later)"; exit 1; }
-  echo "building livekit-server"
-  go build -o "$server.new" github.com/livekit/livekit-server/cmd/server
-  mv "$server.new" "$server"
-fi
+# build NAME SOURCES PACKAGE: prints where the program is, built from SOURCES.
+build() {
+  local program="$cache/$1-$(hash_of $2)"
+  if [ ! -x "$program" ]; then
+    command -v go >/dev/null || { echo "missing: go (1.26 or later)" >&2; exit 1; }
+    echo "building $1" >&2
+    go build -o "$program.new" "$3" >&2
+    mv "$program.new" "$program"
+  fi
+  echo "$program"
+}
+server=$(build livekit-server "go.mod go.sum" github.com/livekit/livekit-server/cmd/server)
+talker=$(build talker "go.mod go.sum talker/main.go" ./talker)
 
 venv="$cache/agents-$( (python3 -VV; cat requirements.txt) | sha256sum | cut -c1-16)"
 if [ ! -e "$venv/complete" ]; then
@@ -50,4 +57,5 @@ if [ ! -e "$venv/complete" ]; then
 fi
 
 echo "LIVEKIT_SERVER=$server" >&3
+echo "TALKER=$talker" >&3
 echo "PYTHON=$venv/bin/python" >&3

@@ -63,51 +63,31 @@ pub struct Agent {
     pub name: &'static str,
     /// What it claims its load to be, 0 to 1.
     pub load: f32,
-    /// `process` or `thread`: what each of its jobs runs in.
-    pub executor: &'static str,
 }
 
 impl Agent {
     pub const fn named(name: &'static str) -> Self {
-        Self {
-            name,
-            load: 0.0,
-            executor: "process",
-        }
+        Self { name, load: 0.0 }
     }
 }
 
-/// The programs of the real stack, as the set-up script names them.
-struct Tools {
-    server: String,
-    python: String,
-}
-
-impl Tools {
-    /// Runs the set-up script once a process.
-    fn get() -> anyhow::Result<&'static Self> {
-        static TOOLS: OnceLock<Tools> = OnceLock::new();
-        if let Some(tools) = TOOLS.get() {
-            return Ok(tools);
-        }
+/// A program of the real stack, by the name that the set-up script prints it under. The script runs once a process.
+pub fn program(name: &str) -> anyhow::Result<String> {
+    static SET_UP: OnceLock<String> = OnceLock::new();
+    if SET_UP.get().is_none() {
         let output = Command::new(source("setup.sh"))
             .stderr(Stdio::inherit())
             .output()?;
         ensure!(output.status.success(), "setup.sh: {}", output.status);
-        let output = String::from_utf8(output.stdout)?;
-        let value = |name: &str| {
-            output
-                .lines()
-                .find_map(|line| line.strip_prefix(name))
-                .map(str::to_owned)
-                .with_context(|| format!("setup.sh names no {name}"))
-        };
-        let tools = Self {
-            server: value("LIVEKIT_SERVER=")?,
-            python: value("PYTHON=")?,
-        };
-        Ok(TOOLS.get_or_init(|| tools))
+        SET_UP.get_or_init(|| String::from_utf8_lossy(&output.stdout).into_owned());
     }
+    let programs = SET_UP.get().context("set up above")?;
+    let program = programs
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    program
+        .map(str::to_owned)
+        .with_context(|| format!("setup.sh names no {name}"))
 }
 
 fn source(name: &str) -> PathBuf {
@@ -132,7 +112,6 @@ pub struct Site {
 
 impl Site {
     fn start(agents: &[Agent], namespace: Option<Namespace>) -> anyhow::Result<Self> {
-        let tools = Tools::get()?;
         let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
         let port = free_ports()?;
         let address = namespace
@@ -141,7 +120,7 @@ impl Site {
         let config = dir.path().join("livekit.yaml");
         fs::write(&config, server_config(address, port))?;
 
-        let mut command = within(namespace.as_ref(), &tools.server);
+        let mut command = within(namespace.as_ref(), &program("LIVEKIT_SERVER")?);
         command.arg("--config").arg(&config);
         let server = Process::spawn("livekit-server", command, dir.path())?;
         let mut site = Self {
@@ -158,20 +137,16 @@ impl Site {
             Ok(site.api.rooms().is_ok().then_some(()))
         })?;
         for agent in agents {
-            site.workers.push(site.spawn(agent, tools)?);
+            site.workers.push(site.spawn(agent)?);
         }
         for worker in &mut site.workers {
-            wait_for("the worker to register", Duration::from_mins(2), || {
-                worker.must_run()?;
-                let registered = worker.log()?.contains("registered worker");
-                Ok(registered.then_some(()))
-            })?;
+            worker.wait_for_line("registered worker", Duration::from_mins(2))?;
         }
         Ok(site)
     }
 
-    fn spawn(&self, agent: &Agent, tools: &Tools) -> anyhow::Result<Process> {
-        let mut command = within(self.namespace.as_ref(), &tools.python);
+    fn spawn(&self, agent: &Agent) -> anyhow::Result<Process> {
+        let mut command = within(self.namespace.as_ref(), &program("PYTHON")?);
         command
             .arg(source("agent.py"))
             .env("LIVEKIT_URL", &self.url)
@@ -179,13 +154,17 @@ impl Site {
             .env("LIVEKIT_API_SECRET", SECRET)
             .env("AGENT_NAME", agent.name)
             .env("AGENT_LOAD", agent.load.to_string())
-            .env("AGENT_EXECUTOR", agent.executor)
             .env("REPORT", self.report());
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir.path())
     }
 
+    /// Where its processes keep their files, as long as it lives.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     fn report(&self) -> PathBuf {
-        self.dir.path().join("report.jsonl")
+        self.dir().join("report.jsonl")
     }
 
     /// Everything that the agents reported, oldest first.
@@ -331,6 +310,15 @@ impl Process {
         Ok(String::from_utf8_lossy(&fs::read(&self.log)?).into_owned())
     }
 
+    /// Waits until it has written `text` to its log.
+    pub fn wait_for_line(&mut self, text: &str, limit: Duration) -> anyhow::Result<()> {
+        let what = format!("{} to say {text:?}", self.name);
+        wait_for(&what, limit, || {
+            self.must_run()?;
+            Ok(self.log()?.contains(text).then_some(()))
+        })
+    }
+
     fn must_run(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -358,6 +346,10 @@ pub fn kill(pid: f64) -> anyhow::Result<()> {
 }
 
 /// A command that dies with the thread that started it, so that a killed test run leaves no server behind.
+pub fn command(program: &str) -> Command {
+    within(None, program)
+}
+
 fn within(namespace: Option<&Namespace>, program: &str) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]);
@@ -440,9 +432,9 @@ impl TlsProxy {
         let port = free_ports()?;
         let config = dir.path().join("haproxy.cfg");
         fs::write(&config, proxy_config(dir.path(), port, site.port))?;
-        let mut command = within(None, "haproxy");
-        command.arg("-db").arg("-f").arg(&config);
-        let mut process = Process::spawn("haproxy", command, dir.path())?;
+        let mut haproxy = command("haproxy");
+        haproxy.arg("-db").arg("-f").arg(&config);
+        let mut process = Process::spawn("haproxy", haproxy, dir.path())?;
         wait_for("haproxy to listen", Duration::from_secs(10), || {
             process.must_run()?;
             let connected = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port));
