@@ -17,6 +17,7 @@ use crate::config::{DispatchMode, EchoMode, Problems, Project, Ramp};
 use crate::livekit::api::Api;
 use crate::livekit::net::Endpoint;
 use crate::livekit::token::Keys;
+use crate::sandbox::fault::Rule;
 
 mod check;
 mod json;
@@ -24,6 +25,7 @@ mod once;
 mod progress;
 #[cfg(test)]
 mod sample;
+mod sandbox;
 mod table;
 
 /// Production canary for LiveKit voice agents
@@ -38,6 +40,7 @@ struct CommandLine {
 enum Command {
     Once(Once),
     Check(Check),
+    Sandbox(SandboxArgs),
 }
 
 /// Open one batch of rooms now and tell what happened in each
@@ -127,6 +130,26 @@ struct Check {
     connect: bool,
 }
 
+/// Run a LiveKit server with a demo agent on this machine, until Ctrl-C
+///
+/// Listens on 127.0.0.1 only and prints the URL and the key pair that `once` needs. The agent greets,
+/// listens and replies; faults make it and the server fail as real ones do.
+#[derive(Args)]
+#[command(after_help = crate::sandbox::fault::SYNTAX, verbatim_doc_comment)]
+struct SandboxArgs {
+    /// TCP port; 0 takes a free one
+    #[arg(long, default_value_t = 7880)]
+    port: u16,
+
+    /// What goes wrong, as told below; may be given several times
+    #[arg(long = "fault", value_name = "FAULT")]
+    faults: Vec<Rule>,
+
+    /// The name that the agent registers under; an empty one is sent to every new room
+    #[arg(long, value_name = "NAME", default_value = "demo")]
+    agent_name: String,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
     Table,
@@ -174,6 +197,7 @@ pub fn main() -> ExitCode {
     let exit = match CommandLine::parse().command {
         Command::Once(once) => once::run(&once),
         Command::Check(check) => check::run(&check),
+        Command::Sandbox(args) => sandbox::run(&args),
     };
     exit.unwrap_or_else(|error| {
         complain(&report(&error));

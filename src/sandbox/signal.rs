@@ -10,10 +10,10 @@ use prost::Message as _;
 use proto::signal_request::Message as Up;
 use proto::signal_response::Message as Down;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::{
     CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode,
 };
+use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::sync::CancellationToken;
 
 use super::fault::Action;
@@ -25,6 +25,8 @@ use super::server::HANG;
 const MAX_MESSAGE: usize = 1 << 20;
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(10);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+/// For a client to answer a close; shorter than the sandbox's own drain.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The announced ping timeout, and a little more for the way.
 const SILENCE: Duration = Duration::from_secs(20);
 /// Messages of a flood: some 200 MB.
@@ -176,14 +178,24 @@ async fn send(socket: &mut Socket, message: Down) -> Result<(), Broken> {
     }
 }
 
+/// Closes the socket, and reads what is still on its way: unread bytes would make the kernel reset the connection, and
+/// the client would lose the `Leave` before it.
 async fn close(socket: &mut Socket) {
     let normal = CloseFrame {
         code: CloseCode::Normal,
         reason: "".into(),
     };
-    let closed = tokio::time::timeout(WRITE_TIMEOUT, socket.close(Some(normal))).await;
-    if !matches!(closed, Ok(Ok(()))) {
-        tracing::debug!("a signal socket was gone before it could be closed");
+    let closing = async {
+        socket.close(Some(normal)).await?;
+        while let Some(frame) = socket.next().await {
+            frame?;
+        }
+        Ok::<(), tungstenite::Error>(())
+    };
+    match tokio::time::timeout(CLOSE_TIMEOUT, closing).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a signal socket broke while it closed"),
+        Err(_) => tracing::debug!("a client left its signal socket half open"),
     }
 }
 

@@ -14,7 +14,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     // The state machine names what it is told, and does no I/O: only the driver knows the API and the engine's actor.
     ("probe", &["config", "janitor", "livekit", "probe"]),
     ("batch", &["config", "janitor", "livekit", "probe"]),
-    ("cli", &["batch", "config", "janitor", "livekit", "probe"]),
+    (
+        "cli",
+        &["batch", "config", "janitor", "livekit", "probe", "sandbox"],
+    ),
+    // Shares no code with the client side.
+    ("sandbox", &[]),
     ("main", &[]),
     ("lib", &[]),
 ];

@@ -69,6 +69,7 @@ fn help_says_what_each_command_does() {
         ("help", &["--help"][..]),
         ("help_once", &["once", "--help"]),
         ("help_check", &["check", "--help"]),
+        ("help_sandbox", &["sandbox", "--help"]),
     ] {
         let run = canary(folder.path(), args, &[]);
         assert_eq!(run.code, Some(0));

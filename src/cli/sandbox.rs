@@ -1,0 +1,59 @@
+//! `sandbox`: a LiveKit server on loopback with a demo agent, until it is told to stop.
+
+use secrecy::{ExposeSecret, SecretString};
+use tokio_util::sync::CancellationToken;
+
+use super::{Exit, SandboxArgs, print};
+use crate::sandbox::{Sandbox, Settings};
+
+pub(super) fn run(args: &SandboxArgs) -> anyhow::Result<Exit> {
+    super::start_logging(std::io::stderr, false);
+    super::runtime()?.block_on(serve(args))
+}
+
+async fn serve(args: &SandboxArgs) -> anyhow::Result<Exit> {
+    let defaults = Settings::default();
+    let settings = Settings {
+        port: args.port,
+        agent_name: args.agent_name.clone(),
+        faults: args.faults.clone(),
+        ..defaults
+    };
+    let sandbox = Sandbox::bind(settings)
+        .await
+        .map_err(|error| anyhow::Error::new(error).context("can't bind to loopback"))?;
+    print(&introduction(
+        &sandbox.url(),
+        sandbox.api_key(),
+        sandbox.api_secret(),
+    ))?;
+    let shutdown = CancellationToken::new();
+    let serving = sandbox.run(shutdown.clone());
+    tokio::pin!(serving);
+    tokio::select! {
+        () = &mut serving => {}
+        signal = terminated() => {
+            signal?;
+            shutdown.cancel();
+            serving.await;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// The key pair is the sandbox's own and opens nothing but this loopback port: it may be shown.
+fn introduction(url: &str, key: &str, secret: &SecretString) -> String {
+    format!(
+        "LIVEKIT_URL={url}\nLIVEKIT_API_KEY={key}\nLIVEKIT_API_SECRET={}\n",
+        secret.expose_secret()
+    )
+}
+
+/// Ctrl-C or SIGTERM.
+async fn terminated() -> std::io::Result<()> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => interrupted,
+        _ = terminate.recv() => Ok(()),
+    }
+}
