@@ -11,7 +11,9 @@ use std::time::Duration;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{EnvFilter, filter_fn};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::prelude::*;
 
 use crate::config::{DispatchMode, EchoMode, Problems, Project, Ramp};
 use crate::livekit::api::Api;
@@ -237,17 +239,22 @@ fn install_panic_hook() {
     }));
 }
 
-/// Sends logs to `writer`: warnings and errors, or what `RUST_LOG` says.
+/// Sends our own logs to `writer`: warnings and errors, or what `RUST_LOG` says.
+///
+/// No other crate's, whatever it says: at their finer levels the WebSocket and WebRTC stacks write tokens, ICE passwords
+/// and SDPs.
 fn start_logging<W>(writer: W, colour: bool)
 where
-    W: for<'a> tracing_subscriber::fmt::MakeWriter<'a> + Send + Sync + 'static,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let wanted = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    let ours = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
+    let layer = tracing_subscriber::fmt::layer()
         .with_writer(writer)
         .with_ansi(colour)
-        .init();
+        .with_filter(wanted)
+        .with_filter(ours);
+    tracing_subscriber::registry().with(layer).init();
 }
 
 /// Where a project is and how to sign in there; nothing is connected yet.

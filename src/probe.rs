@@ -14,6 +14,7 @@ mod outcome;
 mod timeline;
 mod turns;
 
+pub use machine::longest_verdict;
 pub use outcome::{Evidence, Failure, LimitKind, Origin, Outcome, Reason};
 pub use timeline::{Milestone, Span, Timeline, Turn};
 

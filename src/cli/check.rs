@@ -9,6 +9,7 @@ use super::{Check, Exit, print};
 use crate::config::{Config, DispatchMode, Draft, EchoMode, Problems, Project, Stay, Target};
 use crate::livekit::RoomName;
 use crate::livekit::api::ApiError;
+use crate::probe::longest_verdict;
 
 /// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
 const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
@@ -138,7 +139,7 @@ fn worst_case_agent_minutes(target: &Target, project: &Project) -> u128 {
             Stay::Together => one_join.saturating_mul(later),
             Stay::OneByOne => Duration::ZERO,
         })
-        .map(|ramp| ramp + target.batch.hold + deadlines.cleanup)
+        .map(|ramp| (ramp + target.batch.hold).max(longest_verdict(target)) + deadlines.cleanup)
         .map(|in_room| in_room.as_millis().div_ceil(60_000))
         .sum()
 }

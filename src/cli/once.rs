@@ -13,7 +13,7 @@ use super::progress::Screen;
 use super::{Exit, Format, Once, complain, json, print, table};
 use crate::batch::{self, BatchReport};
 use crate::config::{Config, Draft, Problems, Project, Target};
-use crate::janitor::{self, Janitor};
+use crate::janitor::{self, Janitor, LeftBehind};
 use crate::livekit::engine::Engine;
 use crate::probe::driver::{Context, Fault};
 use crate::probe::{Origin, Outcome};
@@ -22,11 +22,12 @@ use crate::probe::{Origin, Outcome};
 const IMPLIED_TARGET: &str = "default";
 
 /// From the first signal: how long the batch may take to end itself, and when this process is gone, whatever hangs.
-const ABORT_BATCH: Duration = Duration::from_secs(3);
-const ABORT_ALL: Duration = Duration::from_millis(4500);
+const ABORT_BATCH: Duration = Duration::from_millis(2500);
+const ABORT_ALL: Duration = Duration::from_secs(4);
 /// From the second signal, or where the batch didn't end itself: for deletions under way.
 const LAST_DELETIONS: Duration = Duration::from_secs(2);
 
+const NOTICEABLE: Duration = Duration::from_secs(1);
 const REFRESH: Duration = Duration::from_millis(200);
 /// What a reader of progress may lag behind: a full batch's worth of milestones.
 const EVENT_BACKLOG: usize = 1024;
@@ -144,9 +145,13 @@ async fn batch_of_rooms(
     let until = match (interrupted_at, &report) {
         (None, _) => Instant::now() + target.late_agent_window + 2 * target.deadlines.cleanup,
         (Some(at), Some(_)) => at + ABORT_ALL,
-        (Some(_), None) => Instant::now() + LAST_DELETIONS,
+        (Some(at), None) => (at + ABORT_ALL).min(Instant::now() + LAST_DELETIONS),
     };
-    vouch(janitor, until, &target, &mut signals).await;
+    let notice = interrupted_at.is_none().then(|| {
+        let window = humantime::format_duration(target.late_agent_window);
+        format!("making sure for about {window} that no room is left behind; Ctrl-C skips it")
+    });
+    vouch(janitor, until, notice, &mut signals).await;
     Ok(match report {
         Some(report) if interrupted_at.is_none() => verdict(&report),
         _ => Exit::Aborted,
@@ -196,29 +201,34 @@ async fn watch(
     (report, interrupted_at)
 }
 
-/// Waits until every room is known to be gone, and names those that aren't. A signal ends the wait.
-async fn vouch(janitor: Janitor, until: Instant, target: &Target, signals: &mut Signals) {
+/// Waits until every room is known to be gone, and names those that aren't. A wait that can be noticed is explained by
+/// `notice`. A signal ends it.
+async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals: &mut Signals) {
+    let noticed_at = Instant::now() + NOTICEABLE;
     let mut closing = Box::pin(janitor.clone().close(until));
-    let notice = sleep_until(Instant::now() + Duration::from_secs(1));
-    let left = tokio::select! {
-        left = &mut closing => left,
-        () = notice => {
-            let window = humantime::format_duration(target.late_agent_window);
-            complain(&format!(
-                "checking for {window} that no late agent brings a room back; Ctrl-C skips it"
-            ));
+    let first = tokio::select! {
+        left = &mut closing => Some(left),
+        () = signals.next() => None,
+        () = sleep_until(noticed_at) => {
+            if let Some(notice) = notice {
+                complain(&notice);
+            }
             tokio::select! {
-                left = &mut closing => left,
-                () = signals.next() => janitor.close(Instant::now() + LAST_DELETIONS).await,
+                left = closing => Some(left),
+                () = signals.next() => None,
             }
         }
-        () = signals.next() => janitor.close(Instant::now() + LAST_DELETIONS).await,
     };
-    for room in left {
-        complain(&format!(
-            "warning: room {} may be left behind: {}",
-            room.room, room.why
-        ));
+    let left = match first {
+        Some(left) => left,
+        None => {
+            janitor
+                .close(until.min(Instant::now() + LAST_DELETIONS))
+                .await
+        }
+    };
+    for LeftBehind { room, why } in left {
+        complain(&format!("warning: room {room} may be left behind: {why}"));
     }
 }
 

@@ -157,7 +157,6 @@ fn style(colour: &str) -> ProgressStyle {
 /// The state that a milestone leaves a room in; `None` where it changes nothing that a reader waits for.
 fn phrase(milestone: Milestone) -> Option<&'static str> {
     Some(match milestone {
-        Milestone::Started => "opening",
         Milestone::RoomCreated => "room created",
         Milestone::SignalConnected => "connected, media not up yet",
         Milestone::MediaConnected => "media up",
@@ -168,9 +167,10 @@ fn phrase(milestone: Milestone) -> Option<&'static str> {
         Milestone::AgentSpoke => "agent spoke",
         Milestone::Left => "left, cleaning up",
         Milestone::RoomDeleted => "room deleted",
-        Milestone::DispatchAccepted | Milestone::AgentListening | Milestone::AgentFirstAudio => {
-            return None;
-        }
+        Milestone::Started
+        | Milestone::DispatchAccepted
+        | Milestone::AgentListening
+        | Milestone::AgentFirstAudio => return None,
     })
 }
 

@@ -32,7 +32,7 @@ pub(super) fn render(batch: &BatchReport, project: &Project, width: Option<u16>)
     text.push('\n');
     for group in failures(batch) {
         text.push('\n');
-        text.push_str(&group.block(batch, project));
+        text.push_str(&block(&group, batch, project));
     }
     text
 }
@@ -180,58 +180,63 @@ fn summary(batch: &BatchReport) -> String {
     text
 }
 
-/// Rooms to which the same happened, told once.
-struct FailedAlike<'a> {
-    /// Indices of the batch's probes.
-    rooms: Vec<usize>,
-    failure: &'a Failure,
-    evidence: &'a Evidence,
-}
+/// Rooms to which the same happened, by their index: told once.
+type FailedAlike<'a> = (Vec<usize>, &'a Failure);
 
 fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
     let mut groups: Vec<FailedAlike<'_>> = Vec::new();
     for (index, probe) in batch.probes.iter().enumerate() {
-        let evidence = &probe.report.evidence;
         let Outcome::Failed(failure) = &probe.report.outcome else {
             continue;
         };
-        let alike =
-            |group: &&mut FailedAlike<'_>| group.failure == failure && group.evidence == evidence;
-        match groups.iter_mut().find(alike) {
-            Some(group) => group.rooms.push(index),
-            None => groups.push(FailedAlike {
-                rooms: vec![index],
-                failure,
-                evidence,
-            }),
+        match groups.iter_mut().find(|(_, other)| *other == failure) {
+            Some((rooms, _)) => rooms.push(index),
+            None => groups.push((vec![index], failure)),
         }
     }
     groups
 }
 
-impl FailedAlike<'_> {
-    fn block(&self, batch: &BatchReport, project: &Project) -> String {
-        let numbers = self.rooms.iter().map(|index| (index + 1).to_string());
-        let rooms = if self.rooms.len() == 1 {
-            "room"
-        } else {
-            "rooms"
-        };
-        let mut lines = vec![
-            format!(
-                "{rooms} {}: {} (origin: {})",
-                numbers.collect::<Vec<_>>().join(", "),
-                reason(self.failure.reason),
-                self.failure.reason.origin().label()
-            ),
-            printable(&self.failure.detail),
-        ];
-        lines.extend(evidence(self.evidence));
-        let reports = self.rooms.iter().map(|index| &batch.probes[*index].report);
-        let sessions = reports.filter_map(|report| session_url(report, project));
-        lines.extend(sessions.map(|url| format!("session: {url}")));
-        lines.join("\n  ") + "\n"
+fn block((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Project) -> String {
+    let numbers: Vec<String> = rooms.iter().map(|index| (index + 1).to_string()).collect();
+    let plural = if rooms.len() == 1 { "room" } else { "rooms" };
+    let mut text = format!(
+        "{plural} {}: {} (origin: {})\n",
+        numbers.join(", "),
+        reason(failure.reason),
+        failure.reason.origin().label()
+    );
+    let reports = rooms.iter().map(|index| &batch.probes[*index].report);
+    let first = reports.clone().next();
+    let mut lines = wrapped(&printable(&failure.detail));
+    // It differs from room to room in nothing but the names of things.
+    lines.extend(first.map_or_else(Vec::new, |report| evidence(&report.evidence)));
+    lines
+        .extend(reports.filter_map(|report| {
+            session_url(report, project).map(|url| format!("session: {url}"))
+        }));
+    for line in lines {
+        writeln!(text, "  {line}").expect("writing to a string can't fail");
     }
+    text
+}
+
+/// Breaks a sentence between words, so that it is readable whatever the terminal's width.
+fn wrapped(sentence: &str) -> Vec<String> {
+    const WIDTH: usize = 78;
+    let mut lines = vec![String::new()];
+    for word in sentence.split_whitespace() {
+        let line = lines.last_mut().expect("it begins with one and only grows");
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.chars().count() + 1 + word.chars().count() <= WIDTH {
+            line.push(' ');
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
 }
 
 fn reason(reason: Reason) -> String {

@@ -167,7 +167,8 @@ impl Driver {
     async fn run_to_the_end(mut self) -> Report {
         if let Err(panic) = AssertUnwindSafe(self.drive()).catch_unwind().await {
             let message = message_of(&*panic);
-            tracing::error!(room = %self.room, message, "a probe crashed");
+            // The panic hook has logged it, with its place.
+            tracing::debug!(room = %self.room, message, "a probe crashed");
             self.inputs.push_front(Input::Panicked(message));
             // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then
             // the report says what is known, and dropping the lease has the janitor delete the room.

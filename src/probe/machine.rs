@@ -33,6 +33,18 @@ const AGENT: &str = "AGENT";
 /// Most entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MOST_KEPT: usize = 20;
 
+/// From the agent's join, the longest that its room stays open for a verdict, whatever the hold; cleaning up comes on
+/// top. What a room can cost rests on it.
+pub fn longest_verdict(target: &Target) -> Duration {
+    let deadlines = &target.deadlines;
+    let reply = if target.expect.reply {
+        TALK_LONGEST + target.echo.delay + ECHO_LONGEST + deadlines.reply
+    } else {
+        Duration::ZERO
+    };
+    deadlines.speech + reply + SIGNAL_SILENCE
+}
+
 /// What the driver feeds in.
 #[derive(Debug)]
 pub(super) enum Input {

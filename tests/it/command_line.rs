@@ -236,6 +236,31 @@ fn rejected_credentials_exit_2() {
 }
 
 #[test]
+fn finest_logs_hold_no_secret() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = server_that_answers(UNAUTHORIZED);
+    let variables = [
+        ("LIVEKIT_URL", url.as_str()),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", SECRET),
+        ("RUST_LOG", "trace"),
+    ];
+    // Automatic dispatch begins with the signal connection, explicit dispatch with a call: both carry a token.
+    for args in [
+        &["once", "--agent-name", "a"][..],
+        &["once", "--dispatch", "automatic"],
+    ] {
+        let run = canary(folder.path(), args, &variables);
+        assert_eq!(run.code, Some(2), "{}", run.output());
+        assert!(
+            !run.output().contains(SECRET) && !run.output().contains("eyJ"),
+            "{}",
+            run.output()
+        );
+    }
+}
+
+#[test]
 fn plan_limit_exits_3_and_the_rest_does_not_open() {
     let run = against(
         &server_that_answers(TOO_MANY),
