@@ -235,7 +235,11 @@ fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         let message = panic.payload_as_str().unwrap_or("no message");
-        tracing::error!(place, "internal fault: {message}");
+        if tracing::dispatcher::has_been_set() {
+            tracing::error!(place, "internal fault: {message}");
+        } else {
+            complain(&format!("error: internal fault: {message}, at {place:?}"));
+        }
     }));
 }
 

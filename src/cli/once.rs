@@ -135,13 +135,13 @@ async fn batch_of_rooms(
     let (target, project) = (Arc::clone(&context.target), Arc::clone(&context.project));
     let (report, interrupted_at) = watch(name, context, screen, &mut signals).await;
 
-    if let Some(report) = &report {
+    let printed = report.as_ref().map_or(Ok(()), |report| {
         print(&match format {
             Format::Table => table::render(report, &project, table::terminal_width()),
             Format::Json => json::render(report, &target, &project),
-        })?;
-    }
-    // The result is out; what remains is to vouch for the rooms.
+        })
+    });
+    // What remains is to vouch for the rooms, also where the result met a full disk.
     let until = match (interrupted_at, &report) {
         (None, _) => Instant::now() + target.late_agent_window + 2 * target.deadlines.cleanup,
         (Some(at), Some(_)) => at + ABORT_ALL,
@@ -152,6 +152,10 @@ async fn batch_of_rooms(
         format!("making sure for about {window} that no room is left behind; Ctrl-C skips it")
     });
     vouch(janitor, until, notice, &mut signals).await;
+    if let Err(error) = printed {
+        complain(&super::report(&error));
+        return Ok(Exit::Inconclusive);
+    }
     Ok(match report {
         Some(report) if interrupted_at.is_none() => verdict(&report),
         _ => Exit::Aborted,
