@@ -5,6 +5,7 @@
 mod architecture;
 mod command_line;
 mod readme;
+mod sandbox;
 mod settings;
 
 use std::ffi::OsStr;

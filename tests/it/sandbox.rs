@@ -1,0 +1,267 @@
+//! The sandbox and the canary against each other: two readings of the protocol that share no code.
+
+use std::thread;
+
+use livekit_canary::sandbox::{Handle, Sandbox, Settings};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use crate::canary;
+
+/// Short deadlines: what fails on loopback fails for good.
+const CONFIG: &str = r#"
+[projects.sandbox]
+api_timeout = "2s"
+[targets.demo]
+late_agent_window = "1s"
+[targets.demo.batch]
+hold = "6s"
+[targets.demo.deadlines]
+signal = "2s"
+media = "5s"
+join = "3s"
+track = "2s"
+speech = "4s"
+reply = "8s"
+cleanup = "3s"
+[targets.demo.echo]
+delay = "500ms"
+[targets.demo.expect]
+reply = true
+"#;
+
+/// A running sandbox; it ends when this is dropped.
+struct Stage {
+    url: String,
+    handle: Handle,
+    shutdown: CancellationToken,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Stage {
+    fn new(agent_name: &str, faults: &[&str]) -> Self {
+        let settings = Settings {
+            agent_name: agent_name.to_owned(),
+            faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Settings::default()
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let sandbox = runtime.block_on(Sandbox::bind(settings)).unwrap();
+        let (url, handle) = (sandbox.url(), sandbox.handle());
+        let shutdown = CancellationToken::new();
+        let stop = shutdown.clone();
+        let thread = thread::spawn(move || runtime.block_on(sandbox.run(stop)));
+        Self {
+            url,
+            handle,
+            shutdown,
+            thread: Some(thread),
+        }
+    }
+
+    /// Runs `once` against it: its exit status and the probes of its report.
+    fn once(&self, flags: &[&str]) -> (Option<i32>, Vec<Value>) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("canary.toml"), CONFIG).unwrap();
+        let mut args = vec!["once", "--config", "canary.toml", "--format", "json"];
+        args.extend(flags);
+        let variables = [
+            ("LIVEKIT_URL", self.url.as_str()),
+            ("LIVEKIT_API_KEY", "devkey"),
+            ("LIVEKIT_API_SECRET", "secret"),
+        ];
+        let run = canary(folder.path(), args, &variables);
+        assert!(!run.output().contains("eyJ"), "a token: {}", run.output());
+        let report: Value = serde_json::from_str(&run.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", run.output()));
+        (run.code, report["probes"].as_array().unwrap().clone())
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// A probe's reason and, for a limit, its kind; `ok` where it went well.
+fn verdict(probe: &Value) -> String {
+    let text = |key: &str| probe[key].as_str().unwrap_or_default();
+    match (text("outcome"), text("limit")) {
+        ("failed", "") => text("reason").to_owned(),
+        ("failed", limit) => format!("{}/{limit}", text("reason")),
+        (outcome, _) => outcome.to_owned(),
+    }
+}
+
+#[test]
+fn rooms_are_ok_and_the_agent_hears_every_echo() {
+    let stage = Stage::new("demo", &[]);
+    let (code, probes) = stage.once(&["--agent-name", "demo", "--rooms", "3"]);
+    let verdicts: Vec<String> = probes.iter().map(verdict).collect();
+    assert_eq!(
+        (code, verdicts),
+        (Some(0), vec!["ok".to_owned(); 3]),
+        "{probes:#?}"
+    );
+    for probe in &probes {
+        assert!(probe["join_delay_seconds"].is_f64());
+        assert!(probe["reply_delay_seconds"].is_f64());
+        let heard = stage.handle.heard();
+        let heard = heard.iter().filter(|heard| heard.room == probe["room"]);
+        assert!(heard.clone().all(|heard| !heard.over_agent));
+        assert_eq!(heard.count(), 1, "{probe:#?}");
+    }
+    assert_eq!(stage.handle.rooms(), Vec::<String>::new());
+}
+
+#[test]
+fn milestones_come_in_the_real_servers_order() {
+    let stage = Stage::new("demo", &[]);
+    let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
+    let mut marks: Vec<(f64, &str)> = probes[0]["milestones"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, at)| (at.as_f64().unwrap(), name.as_str()))
+        .collect();
+    marks.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let position = |name: &str| marks.iter().position(|(_, mark)| *mark == name).unwrap();
+    let order = [
+        "RoomCreated",
+        "SignalConnected",
+        "MediaConnected",
+        "DispatchSent",
+        "AgentJoined",
+        "AgentTrackSubscribed",
+        "AgentFirstAudio",
+        "AgentSpoke",
+        "Left",
+    ];
+    let positions: Vec<usize> = order.iter().map(|name| position(name)).collect();
+    assert!(positions.is_sorted(), "{marks:?}");
+}
+
+#[test]
+fn an_unnamed_agent_is_sent_to_a_room_that_a_token_opens() {
+    let stage = Stage::new("", &[]);
+    let (code, probes) = stage.once(&["--dispatch", "automatic", "--rooms", "1"]);
+    assert_eq!(
+        (code, verdict(&probes[0])),
+        (Some(0), "ok".to_owned()),
+        "{probes:#?}"
+    );
+}
+
+/// A fault and what the canary must make of it.
+const FAULTS: &[(&str, &str)] = &[
+    ("join_delay=1500ms", "ok"),
+    ("never_accepts", "dispatch_unanswered"),
+    ("never_joins", "agent_no_show"),
+    ("late_after_deletion=300ms", "agent_no_show"),
+    ("no_track", "agent_no_track"),
+    ("silent_track", "agent_silent"),
+    ("no_packets", "agent_silent"),
+    ("leaves_early=500ms", "agent_left_early"),
+    ("duplicate", "agent_duplicate"),
+    ("no_reply", "agent_no_reply"),
+    ("slow_reply=20s", "agent_no_reply"),
+    ("no_media", "media_failed"),
+    ("create_room=429,retry_after=7s", "plan_limit/api_rate"),
+    ("create_room=429,html", "plan_limit/api_rate"),
+    ("create_dispatch=429", "plan_limit/api_rate"),
+    (
+        "create_dispatch=resource_exhausted",
+        "plan_limit/agent_sessions",
+    ),
+    ("upgrade=429", "plan_limit/connections"),
+    ("upgrade=503", "plan_limit/node"),
+    ("before_join=leave", "plan_limit/room"),
+    ("create_room=500", "room_create_failed"),
+    ("create_room=drop", "room_create_failed"),
+    ("create_room=hang", "room_create_failed"),
+    ("create_room=flood", "room_create_failed"),
+    ("create_dispatch=500", "dispatch_failed"),
+    ("create_dispatch=drop", "dispatch_failed"),
+    ("create_dispatch=hang", "dispatch_failed"),
+    ("create_dispatch=flood", "dispatch_failed"),
+    ("upgrade=500", "signal_failed"),
+    ("upgrade=drop", "signal_failed"),
+    ("upgrade=hang", "signal_failed"),
+    ("upgrade=flood", "signal_failed"),
+    ("before_join=drop", "signal_failed"),
+    ("before_join=hang", "signal_failed"),
+    ("before_join=flood", "signal_failed"),
+    ("after_join=drop", "signal_lost"),
+    ("after_join=flood", "signal_lost"),
+    // livekit-server says JOIN_FAILURE after a join where the media never came up.
+    ("after_join=leave", "media_failed"),
+];
+
+/// Sandboxes that run side by side.
+const SIDE_BY_SIDE: usize = 8;
+
+#[test]
+fn every_fault_ends_in_its_reason() {
+    let wrong: Vec<String> = thread::scope(|scope| {
+        let lanes: Vec<_> = (0..SIDE_BY_SIDE)
+            .map(|lane| {
+                scope.spawn(move || {
+                    let mine = FAULTS.iter().skip(lane).step_by(SIDE_BY_SIDE);
+                    mine.filter_map(|(fault, expected)| differs(fault, expected))
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        lanes
+            .into_iter()
+            .flat_map(|lane| lane.join().unwrap())
+            .collect()
+    });
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+fn differs(fault: &str, expected: &str) -> Option<String> {
+    let stage = Stage::new("demo", &[fault]);
+    let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
+    let got = verdict(&probes[0]);
+    (got != expected).then(|| format!("{fault}: {got}, not {expected}: {}", probes[0]["detail"]))
+}
+
+#[test]
+fn a_fault_of_one_room_spares_the_others() {
+    let stage = Stage::new("demo", &["room2:no_track"]);
+    let (code, probes) = stage.once(&["--agent-name", "demo", "--rooms", "3"]);
+    let verdicts: Vec<String> = probes.iter().map(verdict).collect();
+    assert_eq!(
+        (code, verdicts.as_slice()),
+        (
+            Some(1),
+            ["ok", "agent_no_track", "ok"].map(String::from).as_slice()
+        )
+    );
+}
+
+#[test]
+fn a_wrong_secret_is_a_matter_of_the_settings() {
+    let stage = Stage::new("demo", &[]);
+    let folder = tempfile::tempdir().unwrap();
+    let variables = [
+        ("LIVEKIT_URL", stage.url.as_str()),
+        ("LIVEKIT_API_KEY", "devkey"),
+        (
+            "LIVEKIT_API_SECRET",
+            "not the secret of this sandbox, surely",
+        ),
+    ];
+    let run = canary(folder.path(), ["once", "--agent-name", "demo"], &variables);
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    // The server's answer quotes the whole token.
+    assert!(!run.output().contains("eyJ"), "{}", run.output());
+}
