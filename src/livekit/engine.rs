@@ -189,11 +189,7 @@ async fn supervise(
     };
     let mut voice = Receiver::default();
     let actor = participant::run(request, events, leave, &mut voice);
-    // Only the counters outlive a panic, and they are plain numbers.
-    let why = AssertUnwindSafe(actor)
-        .catch_unwind()
-        .await
-        .unwrap_or_else(|panic| Ended::Internal(panic_text(panic.as_ref())));
+    let why = caught(Box::pin(actor)).await;
     last.send(RoomEvent {
         at: Instant::now(),
         seen: Seen::Ended {
@@ -201,6 +197,14 @@ async fn supervise(
             audio: voice.stats(),
         },
     });
+}
+
+/// Only the counters of the voice outlive a panic, and they are plain numbers.
+async fn caught(actor: impl Future<Output = Ended>) -> Ended {
+    AssertUnwindSafe(actor)
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Ended::Internal(panic_text(panic.as_ref())))
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {
@@ -212,4 +216,101 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
         "the participant panicked: {}",
         text.unwrap_or("without a text")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn request(port: u16) -> JoinRequest {
+        let url = format!("ws://127.0.0.1:{port}").parse().unwrap();
+        JoinRequest {
+            endpoint: Endpoint::new(&url, None).unwrap(),
+            keys: Keys::new("key", "secret").unwrap(),
+            room: RoomName("room".to_owned()),
+            identity: "canary".to_owned(),
+            attributes: BTreeMap::new(),
+            agent_name: None,
+            room_config: None,
+            echo: Echo::default(),
+            speech: Speech::default(),
+            signal_timeout: Duration::from_secs(10),
+        }
+    }
+
+    /// The events up to the end of the channel.
+    async fn all(mut participant: Participant) -> Vec<Seen> {
+        let mut seen = Vec::new();
+        while let Some(event) = participant.events.recv().await {
+            seen.push(event.seen);
+        }
+        seen
+    }
+
+    #[tokio::test]
+    async fn failed_join_is_an_event_and_the_last() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let seen = all(Engine::Native.join(request(port))).await;
+        assert!(
+            matches!(
+                &seen[..],
+                [Seen::Ended {
+                    why: Ended::Signal(SignalError::Unreachable(_)),
+                    ..
+                }]
+            ),
+            "{seen:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn leave_before_the_server_answers_ends_the_actor() {
+        // It takes connections and says nothing.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut participant = Engine::Native.join(request(port));
+        let first = participant.events.recv().await.unwrap();
+        assert!(matches!(first.seen, Seen::SignalRequested));
+        participant.leave();
+        let seen = all(participant).await;
+        assert!(
+            matches!(
+                seen[..],
+                [Seen::Ended {
+                    why: Ended::Left,
+                    ..
+                }]
+            ),
+            "{seen:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn dropped_participant_lets_go_of_its_connection() {
+        use tokio::io::AsyncReadExt;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let participant = Engine::Native.join(request(port));
+        let (mut connection, _) = listener.accept().await.unwrap();
+        drop(participant);
+        let mut sent = Vec::new();
+        connection.read_to_end(&mut sent).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn panic_in_the_actor_is_its_end() {
+        let actor = async {
+            tokio::task::yield_now().await;
+            panic!("a fault of ours")
+        };
+        let why = caught(actor).await;
+        assert!(
+            matches!(&why, Ended::Internal(text) if text.contains("a fault of ours")),
+            "{why:?}"
+        );
+    }
 }

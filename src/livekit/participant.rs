@@ -25,7 +25,7 @@ use super::speech::{Detector, Heard};
 /// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a transport may be down while the signal connection lives. ICE itself takes some ten seconds to give up.
+/// How long a transport may be down while the signal connection lives, which a ping every five seconds shows.
 const MEDIA_GRACE: Duration = Duration::from_secs(6);
 
 /// The same while the signal connection is quiet too: then the server or the whole network is gone, and the ping
@@ -287,11 +287,7 @@ impl<'a> Session<'a> {
                 Step::Subscriber(datagram) => {
                     receive(&mut self.subscriber, &datagram, &buffer)?;
                 }
-                Step::Time => {
-                    if let Some(heard) = self.speech.on_time(Instant::now()) {
-                        self.on_heard(heard)?;
-                    }
-                }
+                Step::Time => self.on_time(Instant::now())?,
             }
         }
     }
@@ -311,8 +307,16 @@ impl<'a> Session<'a> {
             }
         }
         self.play(now)?;
+        Ok(())
+    }
+
+    /// What only passing time brings; asked when nothing is left to read.
+    fn on_time(&mut self, now: Instant) -> Result<(), Ended> {
+        if let Some(heard) = self.speech.on_time(now) {
+            self.on_heard(heard)?;
+        }
         for peer in [&self.publisher, &self.subscriber] {
-            if let Some(broken) = peer.broken()
+            if let Some(broken) = peer.broken(now)
                 && now >= self.give_up_at(broken)
             {
                 return Err(Ended::MediaFailed {
@@ -324,14 +328,13 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// A broken transport needs no deadline of its own: ICE wants to be told the time every second.
     fn next_deadline(&self, now: Instant) -> Instant {
         let peers = [&self.publisher, &self.subscriber];
-        let broken = peers.iter().filter_map(|peer| peer.broken());
         let optional = [self.speech.next_deadline(), self.echo.next_deadline()];
         let deadlines = peers.iter().map(|peer| peer.next_deadline());
         deadlines
             .chain(optional.into_iter().flatten())
-            .chain(broken.map(|broken| self.give_up_at(broken)))
             .min()
             .unwrap_or(now)
     }
@@ -620,5 +623,60 @@ fn media_failed(transport: &'static str, error: &PeerError) -> Ended {
     Ended::MediaFailed {
         transport,
         detail: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unread_events_end_the_participant_and_leave_the_last_its_place() {
+        let (events, mut reader) = mpsc::channel(3);
+        let last = events.clone().try_reserve_owned().unwrap();
+        let outlet = Outlet { events };
+        let now = Instant::now();
+        assert!(outlet.tell(now, Seen::EchoStarted).is_ok());
+        assert!(outlet.tell(now, Seen::EchoEnded).is_ok());
+        let full = outlet.tell(now, Seen::MediaConnected);
+        assert!(matches!(full, Err(Ended::Internal(_))));
+        last.send(RoomEvent {
+            at: now,
+            seen: Seen::SpeechEnded,
+        });
+        let order: Vec<_> = std::iter::from_fn(|| reader.try_recv().ok()).collect();
+        assert_eq!(order.len(), 3);
+        assert!(matches!(order[2].seen, Seen::SpeechEnded));
+    }
+
+    #[test]
+    fn timestamps_keep_the_clock_and_never_stand_still() {
+        let epoch = Instant::now();
+        let mut track = Track {
+            cid: String::new(),
+            mid: Mid::from("0"),
+            sid: None,
+            sequence: 7,
+            origin: (epoch, u32::MAX - 959),
+            last: None,
+        };
+        assert_eq!(track.next(epoch), (8, u32::MAX - 959));
+        assert_eq!(track.next(epoch + Duration::from_millis(20)), (9, 0));
+        assert_eq!(track.next(epoch), (10, 1));
+        assert_eq!(track.next(epoch + Duration::from_secs(1)), (11, 47_040));
+    }
+
+    #[test]
+    fn only_a_refusal_of_the_track_is_one() {
+        use proto::request_response::{Reason, Request as About};
+        let response = |reason: Reason, request| proto::RequestResponse {
+            reason: reason.into(),
+            request,
+            ..proto::RequestResponse::default()
+        };
+        let track = || Some(About::AddTrack(proto::AddTrackRequest::default()));
+        assert!(refused(&response(Reason::NotAllowed, track())).is_err());
+        assert!(refused(&response(Reason::Queued, track())).is_ok());
+        assert!(refused(&response(Reason::NotAllowed, None)).is_ok());
     }
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use livekit_protocol::SignalTarget;
 use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
@@ -26,6 +27,14 @@ const MOST_CANDIDATES: usize = 64;
 
 /// Rounds of output and due timers within one call; more would be a timer that never moves on.
 const MOST_ROUNDS: usize = 32;
+
+/// How often and how long ICE asks an unresponsive server before it gives a path up: some eight seconds, where the
+/// stack's defaults take over twenty and a probe would blame the agent's silence on the agent.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+const MOST_CHECKS: usize = 8;
+
+/// A transport on which nothing at all came for so long is down: the server answers a check every second.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// What came of a peer connection.
 #[derive(Debug)]
@@ -71,6 +80,8 @@ pub(crate) struct Peer {
     timeout: Instant,
     connected: bool,
     broken: Option<Broken>,
+    /// When the server last sent something that is its own.
+    heard_at: Instant,
     pending: Option<(u32, SdpPendingOffer)>,
     candidates: usize,
     /// Track by m-line, of the latest offer.
@@ -100,12 +111,14 @@ impl Peer {
         extensions.set(4, Extension::RtpMid);
         let now = Instant::now();
         // Without RED: in RTP mode the stack would hand it out raw, and nobody could hear its echo.
-        let rtc = Rtc::builder()
+        let mut config = Rtc::builder()
             .clear_codecs()
             .enable_opus(true, false)
             .set_extension_map(extensions)
-            .set_rtp_mode(true)
-            .build(now.into_std());
+            .set_rtp_mode(true);
+        config.set_max_stun_rto(CHECK_EVERY);
+        config.set_max_stun_retransmits(MOST_CHECKS);
+        let rtc = config.build(now.into_std());
         let mut peer = Self {
             rtc: Box::new(rtc),
             target,
@@ -113,6 +126,7 @@ impl Peer {
             timeout: now,
             connected: false,
             broken: None,
+            heard_at: now,
             pending: None,
             candidates: 0,
             tracks: HashMap::new(),
@@ -129,8 +143,14 @@ impl Peer {
         self.connected
     }
 
-    pub(crate) fn broken(&self) -> Option<Broken> {
-        self.broken
+    /// Whether the transport was up and is not; to be asked when no datagram is waiting to be read.
+    pub(crate) fn broken(&self, now: Instant) -> Option<Broken> {
+        let quiet_at = self.heard_at + QUIET;
+        let quiet = (self.connected && now >= quiet_at).then_some(Broken {
+            since: quiet_at,
+            how: "nothing came from the server any more",
+        });
+        self.broken.or(quiet)
     }
 
     /// Offers one audio track to send; `id` comes back in the answer.
@@ -265,6 +285,7 @@ impl Peer {
         };
         let input = Input::Receive(at.into_std(), receive);
         if self.rtc.accepts(&input) {
+            self.heard_at = at;
             self.rtc.handle_input(input)?;
         }
         Ok(())
@@ -300,7 +321,7 @@ impl Peer {
             }
         }
         // Never spin: whatever is due is due a moment later.
-        self.timeout = now + std::time::Duration::from_millis(1);
+        self.timeout = now + Duration::from_millis(1);
         Ok(None)
     }
 
