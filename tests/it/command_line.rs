@@ -1,11 +1,12 @@
 //! What the commands print and how they exit, as far as that needs no LiveKit server.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::thread;
 
 use insta::assert_snapshot;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{Run, canary};
 
@@ -347,6 +348,48 @@ fn check_connects_and_says_why_not() {
             run.stdout
         );
     }
+}
+
+#[test]
+fn interrupt_ends_a_batch_whose_server_hangs() {
+    signal_ends_a_hanging_batch(Signal::INT);
+}
+
+#[test]
+fn termination_ends_a_batch_whose_server_hangs() {
+    signal_ends_a_hanging_batch(Signal::TERM);
+}
+
+/// The server takes connections and says nothing; the room that it may have created is named.
+fn signal_ends_a_hanging_batch(signal: Signal) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
+        .args(["once", "--agent-name", "my-agent"])
+        .env_clear()
+        .env(
+            "LIVEKIT_URL",
+            format!("ws://{}", listener.local_addr().unwrap()),
+        )
+        .env("LIVEKIT_API_KEY", "devkey")
+        .env("LIVEKIT_API_SECRET", SECRET)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut opening = String::new();
+    stderr.read_line(&mut opening).unwrap();
+    assert!(opening.ends_with("opens\n"), "{opening}");
+    kill_process(Pid::from_child(&child), signal).unwrap();
+    let mut rest = String::new();
+    stderr.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest}");
+    assert!(rest.starts_with("stopping: deleting the rooms"), "{rest}");
+    assert!(
+        rest.contains("warning: room canary-"),
+        "the room isn't named: {rest}"
+    );
 }
 
 #[test]
