@@ -102,12 +102,6 @@ impl Shared {
         }
     }
 
-    /// The livekit-server that the sandbox behaves as.
-    #[expect(clippy::unused_self, reason = "the version is the sandbox's")]
-    pub(crate) fn version(&self) -> &'static str {
-        "1.13.5"
-    }
-
     /// The faults of the room of this name, which gets its number here where it is new.
     pub(crate) fn faults(&self, room: &str) -> Faults {
         let number = lock(&self.rooms).number(room);

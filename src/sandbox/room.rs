@@ -19,7 +19,9 @@ use super::fault::{Fault, Faults};
 use super::peer::{Audio, NewTrack, Offer, Peer, PeerEvent, first_mid, track_ids};
 use super::registry::{Heard, Shared, guid, unix_millis};
 
-/// livekit-server's defaults, in seconds.
+/// The livekit-server that the sandbox behaves as.
+const SERVER_VERSION: &str = "1.13.5";
+/// Its defaults, in seconds.
 pub(crate) const DEFAULT_EMPTY_TIMEOUT: u32 = 300;
 pub(crate) const DEFAULT_DEPARTURE_TIMEOUT: u32 = 20;
 
@@ -664,13 +666,21 @@ impl Room {
 
     fn info(&self) -> proto::Room {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let publishers = self.participants.iter().filter(|p| p.info.is_publisher);
+        let everybody = self.everybody();
+        let publishers = everybody.iter().filter(|info| info.is_publisher);
         proto::Room {
-            // As livekit-server counts: agents are no participants here.
-            num_participants: count(self.participants.len()),
+            // As livekit-server counts: agents are no participants here, but publishers.
+            num_participants: count(self.people()),
             num_publishers: count(publishers.count()),
             ..self.info.clone()
         }
+    }
+
+    /// Participants other than agents: the only ones that count for limits and keep the room open.
+    fn people(&self) -> usize {
+        let agent = i32::from(proto::participant_info::Kind::Agent);
+        let people = self.participants.iter().filter(|p| p.info.kind != agent);
+        people.count()
     }
 
     fn everybody(&self) -> Vec<proto::ParticipantInfo> {
@@ -692,10 +702,10 @@ impl Room {
         }
         let limit = match self.info.max_participants {
             0 => MAX_PARTICIPANTS,
-            limit => MAX_PARTICIPANTS.min(usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS)),
+            limit => usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS),
         };
         let is_agent = newcomer.kind == proto::participant_info::Kind::Agent;
-        if !is_agent && self.participants.len() >= limit {
+        if (!is_agent && self.people() >= limit) || self.participants.len() >= MAX_PARTICIPANTS {
             return Err(RoomFull);
         }
         let number = self.next_number;
@@ -721,8 +731,10 @@ impl Room {
         };
         let join = Box::new(self.join_response(&participant.info));
         self.participants.push(participant);
-        self.somebody_joined = true;
-        self.empty_since = None;
+        if !is_agent {
+            self.somebody_joined = true;
+            self.empty_since = None;
+        }
         self.renegotiate(now);
         Ok(Joined {
             number,
@@ -736,12 +748,12 @@ impl Room {
             room: Some(self.info()),
             participant: Some(info.clone()),
             other_participants: self.everybody(),
-            server_version: self.shared.version().to_owned(),
+            server_version: SERVER_VERSION.to_owned(),
             subscriber_primary: true,
             ping_timeout: 15,
             ping_interval: 5,
             server_info: Some(proto::ServerInfo {
-                version: self.shared.version().to_owned(),
+                version: SERVER_VERSION.to_owned(),
                 protocol: 17,
                 node_id: self.shared.node_id.clone(),
                 agent_protocol: 1,
@@ -854,8 +866,8 @@ impl Room {
             .unwrap_or(proto::DisconnectReason::ClientInitiated)
             .into();
         self.broadcast(&gone.info);
-        if self.participants.is_empty() {
-            self.empty_since = Some(now);
+        if self.people() == 0 {
+            self.empty_since.get_or_insert(now);
         }
         self.renegotiate(now);
     }
