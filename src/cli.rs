@@ -92,7 +92,8 @@ struct Once {
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     speech_timeout: Option<Duration>,
 
-    /// Call the named agent, or rely on automatic dispatch [default: explicit]
+    /// What sends the agent: CreateDispatch, CreateRoom, our token, or LiveKit by itself
+    /// [default: explicit]
     #[arg(long, value_name = "MODE", value_parser = names(DispatchMode::NAMES))]
     dispatch: Option<String>,
 

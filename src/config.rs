@@ -51,7 +51,7 @@ impl Project {
 pub struct Target {
     /// Key of [`Config::projects`].
     pub project: String,
-    /// The name that the agent registered under; `None` only with [`DispatchMode::Automatic`].
+    /// The name that the agent registered under; only [`DispatchMode::Automatic`] does without.
     pub agent_name: Option<String>,
     pub dispatch: Dispatch,
     /// Attributes of the echo participant, beside `canary=true`, which is always set.
@@ -86,22 +86,46 @@ impl Default for Target {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
-    /// Handed to the agent's job; any text.
+    /// Handed to the agent's job; any text. Empty with [`DispatchMode::Automatic`], which carries none.
     pub metadata: String,
 }
 
+/// What makes LiveKit send the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DispatchMode {
     /// The canary calls `CreateDispatch` for the named agent once its own media is up.
     #[default]
     Explicit,
-    /// LiveKit itself sends the unnamed agent to every new room.
+    /// `CreateRoom` names the agent.
+    Room,
+    /// The token that the canary joins with names the agent; joining creates the room.
+    Token,
+    /// LiveKit itself sends the unnamed agent to every new room; joining creates it.
     Automatic,
 }
 
 impl DispatchMode {
-    pub const NAMES: &[(&str, Self)] =
-        &[("explicit", Self::Explicit), ("automatic", Self::Automatic)];
+    pub const NAMES: &[(&str, Self)] = &[
+        ("explicit", Self::Explicit),
+        ("room", Self::Room),
+        ("token", Self::Token),
+        ("automatic", Self::Automatic),
+    ];
+
+    /// The name that the config and the results use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Explicit => "explicit",
+            Self::Room => "room",
+            Self::Token => "token",
+            Self::Automatic => "automatic",
+        }
+    }
+
+    /// Whether joining creates the room, with the settings that the token carries.
+    pub fn joins_to_create(self) -> bool {
+        matches!(self, Self::Token | Self::Automatic)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -284,7 +284,9 @@ impl Owned {
         let deleted = if self.not_created {
             Ok(())
         } else {
-            self.delete(&self.dispatches, !self.agent_seen).await
+            // Only `CreateDispatch` tells an id: of other dispatches, and where its answer never came, the list does.
+            let list = !self.agent_seen || self.dispatches.is_empty();
+            self.delete(&self.dispatches, list).await
         };
         let window = self.window(dropped, &deleted);
         if let Some(told) = told {
@@ -776,6 +778,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_dispatch_whose_id_nobody_told_ends_though_its_agent_was_seen() {
+        let listed = &[dispatches(&["AD_1"])];
+        let server = Scripted::start(&[("ListDispatch", listed)]).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, AMPLE, AMPLE);
+        lease.agent_seen();
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        let expected = ["ListDispatch", "DeleteDispatch", "DeleteRoom"];
+        assert_eq!(server.calls(), expected);
+    }
+
+    #[tokio::test]
     async fn a_room_that_a_late_agent_brought_back_is_deleted_again() {
         let server = Scripted::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
         let janitor = Janitor::start();
@@ -812,13 +827,14 @@ mod tests {
         let server = Scripted::start(&[("DeleteRoom", deletions)]).await;
         let janitor = Janitor::start();
         let mut lease = server.lease(&janitor, AMPLE, AMPLE);
+        lease.dispatched("AD_1".to_owned());
         lease.agent_seen();
         let deletion = lease.delete().await;
         assert!(
             matches!(&deletion, Deletion::NotDeleted { why } if why.contains("403")),
             "{deletion:?}"
         );
-        assert_eq!(server.calls(), ["DeleteRoom"; 3]);
+        assert_eq!(server.calls()[1..], ["DeleteRoom"; 3]);
     }
 
     #[tokio::test]

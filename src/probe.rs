@@ -37,8 +37,8 @@ pub struct Report {
     pub turns: Vec<Turn>,
     pub agent: Option<Agent>,
     pub audio: AudioStats,
-    /// The agent was already in the join response of a room that dispatches at creation: the join delay is an upper
-    /// bound.
+    /// The agent was dispatched before we were in the room, and already in the join response: the join delay is an
+    /// upper bound.
     pub join_upper_bound: bool,
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use humantime::format_duration;
 
 use super::{Check, Exit, print};
-use crate::config::{Config, DispatchMode, Draft, EchoMode, Problems, Project, Stay, Target};
+use crate::config::{Config, Draft, EchoMode, Problems, Project, Stay, Target};
 use crate::livekit::RoomName;
 use crate::livekit::api::ApiError;
 use crate::probe::longest_verdict;
@@ -87,11 +87,8 @@ fn describe_target(text: &mut String, name: &str, target: &Target, project: &Pro
     writeln!(text, "target {name} on project {}", target.project)
         .expect("writing to a string can't fail");
     let agent = target.agent_name.as_deref().unwrap_or("any");
-    let dispatch = match target.dispatch.mode {
-        DispatchMode::Explicit => "explicit dispatch",
-        DispatchMode::Automatic => "automatic dispatch",
-    };
-    entry(text, "agent", &format!("{agent}, {dispatch}"));
+    let dispatch = target.dispatch.mode.name();
+    entry(text, "agent", &format!("{agent}, {dispatch} dispatch"));
     let batch = &target.batch;
     let stay = match batch.stay {
         Stay::Together => "held together for",

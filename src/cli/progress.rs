@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::complain;
-use super::table::{delay, printable};
+use super::table::{delay, join_delay, printable};
 use crate::batch::BatchEvent;
 use crate::probe::{Milestone, Outcome, Progress, Report, Span};
 
@@ -177,7 +177,7 @@ fn phrase(milestone: Milestone) -> Option<&'static str> {
 fn describe(report: &Report) -> String {
     match &report.outcome {
         Outcome::Ok => {
-            let join = delay(report.timeline.span(Span::AgentJoin));
+            let join = join_delay(report);
             let speech = delay(report.timeline.span(Span::FirstSpeech));
             format!("ok: agent joined after {join}, spoke after {speech}")
         }

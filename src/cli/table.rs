@@ -130,7 +130,8 @@ pub(super) fn delay(duration: Option<Duration>) -> String {
     )
 }
 
-fn join_delay(report: &Report) -> String {
+/// Marked where it is but an upper bound.
+pub(super) fn join_delay(report: &Report) -> String {
     let bound = if report.join_upper_bound { "≤ " } else { "" };
     let span = report.timeline.span(Span::AgentJoin);
     span.map_or_else(

@@ -237,11 +237,12 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
         Taken::Missing => None,
     };
     let dispatch = dispatch(section.table("dispatch"));
-    if dispatch.mode == DispatchMode::Explicit && agent_name.is_none() {
-        section.missing(
-            "agent_name",
-            "explicit dispatch calls an agent by the name that it registers under",
+    if dispatch.mode != DispatchMode::Automatic && agent_name.is_none() {
+        let hint = format!(
+            "{} dispatch calls an agent by the name that it registers under",
+            dispatch.mode.name()
         );
+        section.missing("agent_name", &hint);
     }
     let batch = batch(
         section.table("batch"),
@@ -299,7 +300,8 @@ fn dispatch(mut section: Section<'_>) -> Dispatch {
     let metadata = match section.text("metadata") {
         Taken::Text(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
             let message = "automatic dispatch carries no metadata".to_owned();
-            let hint = "leave it out, or set mode = \"explicit\"";
+            let hint =
+                "leave it out, or dispatch by name: mode = \"explicit\", \"room\" or \"token\"";
             section.problem("metadata", text.place, message, hint);
             String::new()
         }

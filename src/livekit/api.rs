@@ -61,6 +61,16 @@ pub struct NewRoom {
     pub empty_timeout: Duration,
     pub departure_timeout: Duration,
     pub max_participants: u32,
+    /// Dispatched as the room is created; none leaves it to the project's unnamed agent.
+    pub agents: Vec<NamedAgent>,
+}
+
+/// An agent to dispatch, by the name that it registered under.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedAgent {
+    pub name: String,
+    /// Handed to its job.
+    pub metadata: String,
 }
 
 #[derive(Debug, Clone)]
@@ -112,6 +122,7 @@ impl Api {
             empty_timeout: whole_seconds(room.empty_timeout),
             departure_timeout: whole_seconds(room.departure_timeout),
             max_participants: room.max_participants,
+            agents: room.agents.iter().cloned().map(Into::into).collect(),
             ..proto::CreateRoomRequest::default()
         };
         self.call("RoomService/CreateRoom", Permission::Create, &request)
@@ -296,6 +307,16 @@ impl<T> Call<T> {
             sent_at: self.sent_at,
             answered_at: self.answered_at,
             result: self.result.map(convert),
+        }
+    }
+}
+
+impl From<NamedAgent> for proto::RoomAgentDispatch {
+    fn from(agent: NamedAgent) -> Self {
+        Self {
+            agent_name: agent.name,
+            metadata: agent.metadata,
+            ..Self::default()
         }
     }
 }
@@ -503,6 +524,7 @@ mod tests {
             empty_timeout: Duration::from_secs(30),
             departure_timeout: Duration::from_secs(2),
             max_participants: 1,
+            agents: Vec::new(),
         };
         api.create_room(&new).await.result.unwrap();
         api.list_rooms(std::slice::from_ref(&room))

@@ -33,7 +33,7 @@ pub struct JoinRequest {
     pub attributes: BTreeMap<String, String>,
     /// The target's agent name; `None` takes any agent.
     pub agent_name: Option<String>,
-    /// Room settings in the token, where the room is not created beforehand (automatic dispatch).
+    /// Room settings in the token, where joining creates the room.
     pub room_config: Option<livekit_protocol::RoomConfiguration>,
     pub echo: Echo,
     pub speech: Speech,

@@ -21,7 +21,7 @@ use super::{Position, Progress, Report};
 use crate::config::{DispatchMode, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
-use crate::livekit::api::{Api, ApiError, NewRoom};
+use crate::livekit::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::engine::{
     AudioStats, Ended, Engine, JoinRequest, Participant, RoomEvent, Seen,
 };
@@ -229,7 +229,7 @@ impl Driver {
                         ..
                     },
                 ..
-            }) if self.context.target.dispatch.mode == DispatchMode::Automatic => match error {
+            }) if self.context.target.dispatch.mode.joins_to_create() => match error {
                 SignalError::Refused(refusal) => refuses_for_good(refusal),
                 error => matches!(error, SignalError::Unreachable(_)),
             },
@@ -243,7 +243,10 @@ impl Driver {
                 let (api, room) = (self.context.api.clone(), self.new_room());
                 self.call(async move { Input::Created(api.create_room(&room).await) });
             }
-            Action::Join => self.participant = Some(self.join()),
+            Action::Join => {
+                let request = self.join_request();
+                self.participant = Some(self.context.engine.join(request));
+            }
             Action::Dispatch => self.dispatch(),
             Action::ListDispatch => {
                 let (api, room) = (self.context.api.clone(), self.room.clone());
@@ -299,23 +302,23 @@ impl Driver {
         });
     }
 
-    fn join(&mut self) -> Participant {
-        let target = Arc::clone(&self.context.target);
-        let automatic = target.dispatch.mode == DispatchMode::Automatic;
+    fn join_request(&self) -> JoinRequest {
+        let target = &self.context.target;
+        let creates = target.dispatch.mode.joins_to_create();
         let mut attributes = target.attributes.clone();
         attributes.insert("canary".to_owned(), "true".to_owned());
-        self.context.engine.join(JoinRequest {
+        JoinRequest {
             endpoint: self.context.endpoint.clone(),
             keys: self.context.api.keys.clone(),
             room: self.room.clone(),
             identity: IDENTITY.to_owned(),
             attributes,
-            agent_name: expected_agent(&target).map(str::to_owned),
-            room_config: automatic.then(|| room_config(&self.new_room())),
+            agent_name: expected_agent(target).map(str::to_owned),
+            room_config: creates.then(|| room_config(self.new_room())),
             echo: target.echo.clone(),
             speech: target.speech.clone(),
             signal_timeout: target.deadlines.signal,
-        })
+        }
     }
 
     fn new_room(&self) -> NewRoom {
@@ -326,7 +329,19 @@ impl Driver {
             empty_timeout: self.context.target.deadlines.signal + EMPTY_MARGIN,
             departure_timeout: DEPARTURE_TIMEOUT,
             max_participants: 1,
+            agents: agents(&self.context.target),
         }
+    }
+}
+
+/// Whom the request that creates the room dispatches.
+fn agents(target: &Target) -> Vec<NamedAgent> {
+    match target.dispatch.mode {
+        DispatchMode::Room | DispatchMode::Token => vec![NamedAgent {
+            name: target.agent_name.clone().unwrap_or_default(),
+            metadata: target.dispatch.metadata.clone(),
+        }],
+        DispatchMode::Explicit | DispatchMode::Automatic => Vec::new(),
     }
 }
 
@@ -336,13 +351,14 @@ fn refuses_for_good(refusal: &Refusal) -> bool {
 }
 
 /// The same settings in a token: the server applies them as it creates the room on our joining.
-fn room_config(room: &NewRoom) -> RoomConfiguration {
+fn room_config(room: NewRoom) -> RoomConfiguration {
     let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
     RoomConfiguration {
-        metadata: room.metadata.clone(),
+        metadata: room.metadata,
         empty_timeout: seconds(room.empty_timeout),
         departure_timeout: seconds(room.departure_timeout),
         max_participants: room.max_participants,
+        agents: room.agents.into_iter().map(Into::into).collect(),
         ..RoomConfiguration::default()
     }
 }
@@ -608,6 +624,42 @@ mod tests {
         drop(hold);
         assert!(changed(&mut until).await.is_some());
         assert!(until.is_none());
+    }
+
+    #[tokio::test]
+    async fn agent_is_named_in_the_request_that_creates_the_room_unless_it_is_called_later() {
+        let url = "http://127.0.0.1:1".parse().unwrap();
+        for (mode, in_room, in_token) in [
+            (DispatchMode::Explicit, false, None),
+            (DispatchMode::Room, true, None),
+            (DispatchMode::Token, true, Some(true)),
+            (DispatchMode::Automatic, false, Some(false)),
+        ] {
+            let mut started = start(&url);
+            let mut target = Target::clone(&started.driver.context.target);
+            target.dispatch.mode = mode;
+            target.dispatch.metadata = "vip".to_owned();
+            started.driver.context.target = Arc::new(target);
+            let driver = &started.driver;
+
+            let agent = NamedAgent {
+                name: "support".to_owned(),
+                metadata: "vip".to_owned(),
+            };
+            let expected = Vec::from_iter(in_room.then_some(agent));
+            assert_eq!(driver.new_room().agents, expected, "{mode:?}");
+            let config = driver.join_request().room_config;
+            assert_eq!(
+                config.as_ref().map(|config| config
+                    .agents
+                    .iter()
+                    .any(|agent| agent.agent_name == "support" && agent.metadata == "vip")),
+                in_token,
+                "{mode:?}"
+            );
+            let metadata = config.map(|config| config.metadata);
+            assert_eq!(metadata, in_token.map(|_| METADATA.to_owned()));
+        }
     }
 
     #[test]

@@ -126,6 +126,18 @@ enum Due {
     Leave,
 }
 
+/// What the last look found of the target's dispatch.
+#[derive(Debug)]
+enum Listing {
+    /// `ListDispatch` gave no answer.
+    Unknown,
+    NoDispatch,
+    /// Dispatched, and no worker is known to have accepted.
+    NoJob,
+    /// A worker had accepted this one.
+    Job(String),
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum DispatchCall {
     NotSent,
@@ -243,12 +255,12 @@ impl Probe {
     fn start(&mut self, now: Instant) {
         self.mark(Milestone::Started, now);
         match self.target.dispatch.mode {
-            DispatchMode::Explicit => {
+            DispatchMode::Explicit | DispatchMode::Room => {
                 self.phase = Phase::Creating;
                 self.creating = true;
                 self.actions.push(Action::CreateRoom);
             }
-            DispatchMode::Automatic => self.join(now),
+            DispatchMode::Token | DispatchMode::Automatic => self.join(now),
         }
     }
 
@@ -256,9 +268,16 @@ impl Probe {
 
     fn created(&mut self, call: Call<RoomInfo>, now: Instant) {
         self.creating = false;
+        let dispatches = self.target.dispatch.mode == DispatchMode::Room;
+        if let Some(sent_at) = call.sent_at.filter(|_| dispatches) {
+            self.mark(Milestone::DispatchSent, sent_at);
+        }
         match call.result {
             Ok(room) => {
                 self.mark(Milestone::RoomCreated, call.answered_at);
+                if dispatches {
+                    self.mark(Milestone::DispatchAccepted, call.answered_at);
+                }
                 self.report.room_sid = Some(room.sid);
                 if self.phase == Phase::Creating {
                     self.join(now);
@@ -302,8 +321,8 @@ impl Probe {
             Ok(dispatches) => {
                 let lines = dispatches.iter().take(MOST_KEPT).map(dispatch_line);
                 self.report.evidence.dispatches = Some(lines.collect());
-                let job = self.accepted_job(&dispatches);
-                self.blame_agent(missed, job.as_deref(), now);
+                let listing = self.listing(&dispatches);
+                self.blame_agent(missed, &listing, now);
             }
             Err(error) => {
                 self.note(format!(
@@ -313,21 +332,26 @@ impl Probe {
                 // Where the room's server may not have answered, the signal connection will tell within its ping
                 // timeout whether it was LiveKit that went silent, not the agent.
                 if shows_life(&error) {
-                    self.blame_agent(missed, None, now);
+                    self.blame_agent(missed, &Listing::Unknown, now);
                 }
             }
         }
     }
 
-    /// The job that a worker accepted for the target's agent.
-    fn accepted_job(&self, dispatches: &[DispatchInfo]) -> Option<String> {
+    /// What these dispatches say of the target's agent.
+    fn listing(&self, dispatches: &[DispatchInfo]) -> Listing {
         let wanted = expected_agent(&self.target);
-        let job = dispatches
+        let mut own = dispatches
             .iter()
             .filter(|dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
-            .flat_map(|dispatch| &dispatch.jobs)
-            .next()?;
-        Some(format!("{} {}", job.id, job.status))
+            .peekable();
+        if own.peek().is_none() {
+            return Listing::NoDispatch;
+        }
+        match own.flat_map(|dispatch| &dispatch.jobs).next() {
+            Some(job) => Listing::Job(format!("{} {}", job.id, job.status)),
+            None => Listing::NoJob,
+        }
     }
 
     fn deleted(&mut self, deletion: Deletion) {
@@ -359,7 +383,7 @@ impl Probe {
     fn timely(&mut self, seen: Seen, at: Instant) {
         match seen {
             Seen::SignalRequested => {
-                if self.target.dispatch.mode == DispatchMode::Automatic {
+                if self.target.dispatch.mode.joins_to_create() {
                     self.mark(Milestone::DispatchSent, at);
                 }
             }
@@ -370,6 +394,10 @@ impl Probe {
                 node,
             } => {
                 self.mark(Milestone::SignalConnected, at);
+                // The answer to the request that named the agent. With automatic dispatch nobody was named.
+                if self.target.dispatch.mode == DispatchMode::Token {
+                    self.mark(Milestone::DispatchAccepted, at);
+                }
                 self.report.room_sid = Some(room_sid);
                 self.note(format!(
                     "joined LiveKit {server_version}, region {}, node {node}",
@@ -458,8 +486,9 @@ impl Probe {
         {
             self.note("the agent was in the room before it was dispatched".to_owned());
         }
+        // It came between the dispatch and our own coming, nobody here saw when.
         self.report.join_upper_bound =
-            in_join_response && self.target.dispatch.mode == DispatchMode::Automatic;
+            in_join_response && self.target.dispatch.mode != DispatchMode::Explicit;
         self.report.agent = Some(agent);
         self.mark(Milestone::AgentJoined, at);
         self.tell_join(true);
@@ -489,7 +518,7 @@ impl Probe {
             && !matches!(failure.reason, Reason::SignalLost | Reason::MediaFailed)
         {
             self.note(failure.detail);
-            self.blame_agent(missed, None, now);
+            self.blame_agent(missed, &Listing::Unknown, now);
         } else {
             self.fail(failure, now);
         }
@@ -734,7 +763,7 @@ impl Probe {
             Due::Ok => self.settle(Outcome::Ok, now),
             Due::LastLook => {
                 if let Phase::LastLook { missed, .. } = self.phase {
-                    self.blame_agent(missed, None, now);
+                    self.blame_agent(missed, &Listing::Unknown, now);
                 }
             }
             Due::Leave => {
@@ -763,8 +792,8 @@ impl Probe {
         self.fail(failure, now);
     }
 
-    /// The verdict on an agent that missed its deadline; `job` is the one that a worker accepted.
-    fn blame_agent(&mut self, missed: Missed, job: Option<&str>, now: Instant) {
+    /// The verdict on an agent that missed its deadline.
+    fn blame_agent(&mut self, missed: Missed, listing: &Listing, now: Instant) {
         let deadlines = &self.target.deadlines;
         let (step, limit) = match missed {
             Missed::Join => ("agent_join", deadlines.join),
@@ -774,7 +803,7 @@ impl Probe {
             Missed::Reply => ("agent_reply", deadlines.reply),
         };
         let failure = match missed {
-            Missed::Join => self.no_agent(job),
+            Missed::Join => self.no_agent(listing),
             Missed::Track => Failure::new(
                 Reason::AgentNoTrack,
                 format!(
@@ -811,9 +840,9 @@ impl Probe {
         self.fail(failure, now);
     }
 
-    fn no_agent(&self, job: Option<&str>) -> Failure {
+    fn no_agent(&self, listing: &Listing) -> Failure {
         let limit = self.target.deadlines.join;
-        if let Some(job) = job {
+        if let Listing::Job(job) = listing {
             let detail = format!(
                 "a worker accepted the job ({job}), but no agent joined within {limit:?}: check that worker's log for a slow or failed start"
             );
@@ -825,9 +854,16 @@ impl Probe {
             ),
             None => "check that an unnamed worker runs, is connected to this project and is below its load limit, and that its log shows no job that failed before it connected".to_owned(),
         };
-        let listed = match self.report.evidence.dispatches {
-            Some(_) => "LiveKit lists no accepted job",
-            None => "LiveKit did not say whether a worker accepted the job",
+        let listed = match (listing, self.target.dispatch.mode) {
+            (Listing::NoDispatch, DispatchMode::Room) => {
+                "LiveKit lists no dispatch of it (does this server dispatch whom CreateRoom names?)"
+            }
+            (Listing::NoDispatch, DispatchMode::Token) => {
+                "LiveKit lists no dispatch of it (does this server dispatch whom a token names?)"
+            }
+            (Listing::NoDispatch, _) => "LiveKit lists no dispatch of it",
+            (Listing::NoJob | Listing::Job(_), _) => "LiveKit lists no accepted job",
+            (Listing::Unknown, _) => "LiveKit did not say whether a worker accepted the job",
         };
         let strays = match self.strays.as_slice() {
             [] => String::new(),
@@ -916,7 +952,9 @@ impl Probe {
 /// The name of the agent that counts. Automatic dispatch sends whoever registered without a name: any agent counts.
 pub(super) fn expected_agent(target: &Target) -> Option<&str> {
     match target.dispatch.mode {
-        DispatchMode::Explicit => target.agent_name.as_deref(),
+        DispatchMode::Explicit | DispatchMode::Room | DispatchMode::Token => {
+            target.agent_name.as_deref()
+        }
         DispatchMode::Automatic => None,
     }
 }

@@ -13,8 +13,11 @@ pub enum Milestone {
     /// Both transports are up.
     MediaConnected,
     EchoPublished,
-    /// Just before the request that makes LiveKit dispatch.
+    /// Just before the request that makes LiveKit dispatch: `CreateDispatch`; `CreateRoom` where that names the agent;
+    /// else the upgrade of the signal socket, as joining creates the room.
     DispatchSent,
+    /// The answer to that request, where it named an agent: with dispatch by token, the join response. It proves
+    /// nothing of the agent.
     DispatchAccepted,
     AgentJoined,
     AgentListening,
@@ -150,7 +153,7 @@ impl Timeline {
         use Milestone as M;
         let (from, to) = match span {
             Span::RoomCreate => (M::Started, M::RoomCreated),
-            // With automatic dispatch nothing is created: the way in begins with the connection.
+            // Where joining creates the room, the way in begins with the connection.
             Span::Signal if self.get(M::RoomCreated).is_none() => (M::Started, M::SignalConnected),
             Span::Signal => (M::RoomCreated, M::SignalConnected),
             Span::Media => (M::SignalConnected, M::MediaConnected),

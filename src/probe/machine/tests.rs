@@ -27,6 +27,12 @@ fn automatic() -> Target {
     target
 }
 
+fn named(mode: DispatchMode) -> Target {
+    let mut target = explicit();
+    target.dispatch.mode = mode;
+    target
+}
+
 fn expecting(reply: bool, agent_may_leave: AgentMayLeave) -> Target {
     Target {
         expect: Expect {
@@ -351,6 +357,70 @@ fn automatic_dispatch_creates_no_room_and_is_sent_with_the_signal_request() {
     assert!(!report.join_upper_bound);
 }
 
+#[test]
+fn dispatch_by_room_is_sent_and_accepted_with_create_room() {
+    let script = Script::new(named(DispatchMode::Room)).way_in().joined(300);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::Dispatch)),
+        0
+    );
+    let script = script.hold(400, 0).track(400).speech(500, 800).wait(900);
+    let report = script.report(910);
+    assert_eq!(report.outcome, Outcome::Ok);
+    // CreateRoom was sent at 1 and answered at 10.
+    assert_eq!(millis(report.timeline.span(Span::Dispatch)), Some(9));
+    assert_eq!(millis(report.timeline.span(Span::AgentJoin)), Some(299));
+    assert!(!report.join_upper_bound);
+}
+
+#[test]
+fn dispatch_by_token_creates_no_room_and_is_accepted_with_the_join_response() {
+    let script = Script::new(named(DispatchMode::Token));
+    let script = script.see(12, Seen::SignalRequested).signal(40).up(100);
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::CreateRoom | Action::Dispatch)),
+        0
+    );
+    let script = script.joined(300).hold(400, 0).track(400);
+    let report = script.speech(500, 800).wait(900).report(910);
+    assert_eq!(report.outcome, Outcome::Ok);
+    assert_eq!(millis(report.timeline.span(Span::Dispatch)), Some(28));
+    assert_eq!(millis(report.timeline.span(Span::AgentJoin)), Some(288));
+    assert_eq!(report.timeline.get(Milestone::RoomCreated), None);
+}
+
+#[test]
+fn room_that_could_not_be_created_says_when_its_dispatch_was_sent() {
+    let script = Script::new(named(DispatchMode::Room));
+    let report = script
+        .created(5_000, Err(ApiError::Timeout(Duration::from_secs(5))))
+        .report(5_010);
+    assert_eq!(reason_of(&report), Reason::RoomCreateFailed);
+    assert!(report.timeline.get(Milestone::DispatchSent).is_some());
+    assert_eq!(report.timeline.get(Milestone::DispatchAccepted), None);
+}
+
+#[test]
+fn join_deadline_of_dispatch_by_room_counts_from_create_room_once_our_own_media_is_up() {
+    let late = |up| {
+        Script::new(named(DispatchMode::Room))
+            .created(20_000, Ok(()))
+            .signal(26_000)
+            .wait(up)
+            .up(up)
+    };
+    let script = late(27_000).wait(30_000);
+    assert!(script.told_joins().is_empty());
+    assert_eq!(script.wait(30_001).told_joins(), [false]);
+    // Media came up after the deadline: only then is the agent judged, and at once.
+    let script = late(35_000);
+    assert!(script.told_joins().is_empty());
+    let script = script.wait(35_000);
+    assert_eq!(script.told_joins(), [false]);
+    let script = script.listed(35_010, Ok(dispatches("support", Some("JS_RUNNING"))));
+    assert_eq!(script.reason(35_020), Reason::AgentNoShow);
+}
+
 // Any order.
 
 #[test]
@@ -378,8 +448,13 @@ fn audio_before_the_track_event_counts_as_a_track() {
 }
 
 #[test]
-fn agent_in_the_join_response_is_an_upper_bound_only_where_joining_dispatches() {
-    for (target, bound) in [(automatic(), true), (explicit(), false)] {
+fn agent_in_the_join_response_is_an_upper_bound_unless_it_is_dispatched_after_it() {
+    for (target, bound) in [
+        (explicit(), false),
+        (named(DispatchMode::Room), true),
+        (named(DispatchMode::Token), true),
+        (automatic(), true),
+    ] {
         let script = Script::new(target).created(10, Ok(())).signal(40).see(
             40,
             Seen::AgentJoined {
@@ -475,6 +550,41 @@ fn job_of_another_agent_does_not_make_a_no_show() {
     let script = Script::new(explicit()).waiting().wait(30_101);
     let script = script.listed(30_110, Ok(dispatches("", Some("JS_RUNNING"))));
     assert_eq!(script.reason(30_120), Reason::DispatchUnanswered);
+}
+
+#[test]
+fn dispatch_that_is_not_listed_is_told_from_one_without_a_job() {
+    let detail = |mode, listed| {
+        let script = Script::new(named(mode));
+        let script = match mode {
+            DispatchMode::Explicit => script.waiting(),
+            DispatchMode::Room => script.way_in(),
+            _ => script.see(20, Seen::SignalRequested).signal(40).up(100),
+        };
+        let script = script.wait(30_101);
+        let report = script.listed(30_110, Ok(listed)).report(30_120);
+        assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
+        match report.outcome {
+            Outcome::Failed(failure) => failure.detail,
+            other => panic!("{other:?}"),
+        }
+    };
+    for (mode, who) in [
+        (DispatchMode::Room, "whom CreateRoom names"),
+        (DispatchMode::Token, "whom a token names"),
+    ] {
+        let detail = detail(mode, dispatches("", None));
+        assert!(detail.contains("lists no dispatch"), "{detail}");
+        assert!(detail.contains(who), "{detail}");
+    }
+    for mode in [
+        DispatchMode::Explicit,
+        DispatchMode::Room,
+        DispatchMode::Token,
+    ] {
+        let detail = detail(mode, dispatches("support", None));
+        assert!(detail.contains("lists no accepted job"), "{detail}");
+    }
 }
 
 #[test]
@@ -1108,8 +1218,10 @@ fn evidence_is_bounded_in_a_crowded_room() {
 fn any_order_of_events_ends_in_one_outcome() {
     for seed in 0..20_000 {
         let mut random = fastrand::Rng::with_seed(seed);
-        let mut target = match random.u8(..4) {
+        let mut target = match random.u8(..6) {
             0 => automatic(),
+            3 => named(DispatchMode::Room),
+            4 => named(DispatchMode::Token),
             1 => expecting(true, AgentMayLeave::AfterReply),
             2 => expecting(random.bool(), AgentMayLeave::AfterSpeech),
             _ => explicit(),
