@@ -377,6 +377,26 @@ fn table_has_a_row_for_every_room(ground: &Ground) -> anyhow::Result<String> {
     Ok("2 rows dispatch_unanswered, exit 1".to_owned())
 }
 
+/// The verdict that the server's own list of jobs calls for, where no agent comes to `room`. The list is watched until the
+/// product deletes the dispatch, because the server lists a running job at once, later or never, as luck has it.
+fn expected_of_nobody(site: &Site, room: &str) -> anyhow::Result<&'static str> {
+    let mut last = 0;
+    wait_for(
+        "the dispatch to be deleted",
+        Duration::from_secs(30),
+        || {
+            let listed = site.api.jobs(room, AGENT)?;
+            last = listed.unwrap_or(last);
+            Ok(listed.is_none().then_some(()))
+        },
+    )?;
+    Ok(if last > 0 {
+        "agent_no_show"
+    } else {
+        "dispatch_unanswered"
+    })
+}
+
 fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
     ground: &Ground,
 ) -> anyhow::Result<String> {
@@ -386,16 +406,10 @@ fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
         .set("deadlines.join", "5s")
         .once()?;
     let job = wait_for_job(ground.shared, tag, "job")?;
-    let listed = ground.shared.api.jobs(job.room())?;
-    let finished = running.finish()?;
-    let wanted = if listed > 0 {
-        "agent_no_show"
-    } else {
-        "dispatch_unanswered"
-    };
-    let batch = expect(&finished, 1, &[wanted])?;
+    let wanted = expected_of_nobody(ground.shared, job.room())?;
+    let batch = expect(&running.finish()?, 1, &[wanted])?;
     expect_gone(ground.shared, &batch)?;
-    Ok(format!("{wanted}; the server listed {listed} job(s)"))
+    Ok(format!("{wanted}, as the server listed its jobs"))
 }
 
 fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
@@ -403,36 +417,20 @@ fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
 ) -> anyhow::Result<String> {
     let tag = "comes-late";
     let running = Settings::new(ground.shared)
-        .order(&json!({"connect_after": 9, "tag": tag}))
-        .set("deadlines.join", "4s")
+        .order(&json!({"connect_after": 10, "tag": tag}))
+        .set("deadlines.join", "5s")
         .once()?;
     let job = wait_for_job(ground.shared, tag, "job")?;
-    let came_at = job.number("at")? + 9.0;
-    let finished = running.finish()?;
-    let batch = finished.batch()?;
-    let verdict = verdict(&batch.probes[0]).to_owned();
-    ensure!(
-        ["agent_no_show", "dispatch_unanswered"].contains(&&*verdict) && finished.code == Some(1),
-        "{}",
-        finished.all()
-    );
-    // The agent's own time of coming, and 15 s.
-    let until = came_at + 15.0;
-    wait_for(
-        "the late agent's time to pass",
-        Duration::from_secs(40),
-        || Ok((unix_seconds(Utc::now()) > until).then_some(())),
-    )?;
+    let wanted = expected_of_nobody(ground.shared, job.room())?;
+    let batch = expect(&running.finish()?, 1, &[wanted])?;
+    let came = wait_for_job(ground.shared, tag, "connecting")?.number("at")?;
+    wait_for("15 s since it came", Duration::from_secs(40), || {
+        Ok((unix_seconds(Utc::now()) > came + 15.0).then_some(()))
+    })?;
     expect_gone(ground.shared, &batch)?;
     ensure!(ground.shared.api.participants(job.room())?.is_empty());
-    let connected = ground
-        .shared
-        .events()?
-        .iter()
-        .any(|event| event.room() == job.room() && event.name() == "connected");
     Ok(format!(
-        "{verdict}, nothing left; the agent {} connect",
-        if connected { "did" } else { "didn't" }
+        "{wanted}; the agent came and is gone, and its room"
     ))
 }
 
@@ -705,14 +703,14 @@ mode = "loud"
     let finished = Canary::once().config(config)?.start()?.finish()?;
     ensure!(finished.code == Some(2), "{}", finished.all());
     for mistake in ["url", "colour", "rooms", "hold", "mode"] {
-        ensure!(
-            finished.stderr.contains(mistake),
-            "no {mistake}: {}",
-            finished.stderr
-        );
+        let named = finished.stderr.contains(mistake);
+        ensure!(named, "no {mistake}: {}", finished.stderr);
     }
+    let lines = finished.stderr.lines();
+    let errors = lines.filter(|line| line.starts_with("error:")).count();
+    ensure!(errors == 5, "{errors} errors: {}", finished.stderr);
     ensure!(finished.stdout.is_empty());
-    Ok("all five named, exit 2".to_owned())
+    Ok("five errors, exit 2".to_owned())
 }
 
 // --- we are told to stop ---

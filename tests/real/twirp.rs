@@ -38,18 +38,19 @@ impl Server {
         Ok(list(&answer, "participants"))
     }
 
-    /// How many jobs of agents the server lists for a room.
-    pub fn jobs(&self, room: &str) -> anyhow::Result<usize> {
-        let answer = self.call(
-            "AgentDispatchService/ListDispatch",
-            room,
-            &json!({"room": room}),
-        )?;
+    /// How many jobs the server lists for the dispatch of `agent` to a room; `None` where there is no such dispatch.
+    pub fn jobs(&self, room: &str, agent: &str) -> anyhow::Result<Option<usize>> {
+        let method = "AgentDispatchService/ListDispatch";
+        let answer = match self.call(method, room, &json!({"room": room})) {
+            Ok(answer) => answer,
+            Err(error) if is_not_found(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
         let dispatches = list(&answer, "agent_dispatches");
-        Ok(dispatches
+        let dispatch = dispatches
             .iter()
-            .map(|dispatch| list(&dispatch["state"], "jobs").len())
-            .sum())
+            .find(|dispatch| dispatch["agent_name"] == agent);
+        Ok(dispatch.map(|dispatch| list(&dispatch["state"], "jobs").len()))
     }
 
     pub fn delete_room(&self, room: &str) -> anyhow::Result<()> {
@@ -87,6 +88,14 @@ impl Server {
             .with_context(|| method.to_owned())?;
         Ok(answer.body_mut().read_json()?)
     }
+}
+
+/// Whether the server has no such room: it says so, or no node of it answers for the room.
+fn is_not_found(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(ureq::Error::StatusCode(404 | 503))
+    )
 }
 
 /// Protobuf's JSON leaves empty lists out.
