@@ -92,8 +92,7 @@ struct Once {
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     speech_timeout: Option<Duration>,
 
-    /// What sends the agent: CreateDispatch, CreateRoom, our token, or LiveKit by itself
-    /// [default: explicit]
+    /// What names the agent: a call of its own, the room, our token, or nothing [default: explicit]
     #[arg(long, value_name = "MODE", value_parser = names(DispatchMode::NAMES))]
     dispatch: Option<String>,
 
