@@ -9,10 +9,10 @@ use std::time::Duration;
 use chrono::{DateTime, SubsecRound, Utc};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{self, JoinError, JoinSet};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Stay;
+use crate::config::{self, Stay};
 use crate::livekit::RoomName;
 use crate::livekit::engine::AudioStats;
 use crate::probe::driver::{self, Context, HoldUntil};
@@ -87,6 +87,8 @@ pub async fn run(
     let plan = Plan {
         rooms: context.target.batch.rooms,
         max_rooms: context.project.max_rooms,
+        ramp: context.target.batch.ramp,
+        interval: context.target.batch.interval,
         stay: context.target.batch.stay,
         hold: context.target.batch.hold,
         stop_after_no_shows: context.target.batch.stop_after_no_shows,
@@ -179,6 +181,8 @@ fn base32(mut bits: u64, digits: usize) -> String {
 struct Plan {
     rooms: usize,
     max_rooms: usize,
+    ramp: config::Ramp,
+    interval: Duration,
     stay: Stay,
     hold: Duration,
     stop_after_no_shows: usize,
@@ -193,17 +197,20 @@ enum Stage {
     Ended,
 }
 
-/// Decides when the next room opens; `after_join`, the only ramp today.
+/// Decides when the next room opens.
 ///
-/// `together`: when the join of the room before is decided. `one_by_one`: when the room before is gone, so that never
-/// more than one is open, which is what a plan of one concurrent session needs.
+/// `after_join`, rooms staying `together`: when the join of the room before is decided. `one_by_one`: when the room
+/// before is gone, so that never more than one is open, which is what a plan of one concurrent session needs. An agent
+/// that did not come decides nothing by itself: the probe's outcome does, which follows at once and may be a rejection
+/// after which no room may open.
 ///
-/// An agent that did not come decides nothing by itself: the probe's outcome does, which follows at once and may be a
-/// rejection after which no room may open.
+/// `interval` and `burst` don't look at the room before; whatever stops a ramp stops `interval` too.
 #[derive(Debug)]
 struct Ramp {
     plan: Plan,
     stages: Vec<Stage>,
+    /// When the last room opened.
+    opened: Option<Instant>,
     /// Rooms without an agent since the last one with an agent.
     no_shows: usize,
     stopped: Option<String>,
@@ -214,23 +221,16 @@ impl Ramp {
         Self {
             plan,
             stages: Vec::new(),
+            opened: None,
             no_shows: 0,
             stopped: None,
         }
     }
 
     /// Counts the next room as open and says its index, if it may open now.
-    fn open_next(&mut self) -> Option<usize> {
+    fn open_next(&mut self, now: Instant) -> Option<usize> {
         let index = self.stages.len();
-        if self.stopped.is_some() || index == self.plan.rooms {
-            return None;
-        }
-        let ready = match (self.plan.stay, self.stages.last()) {
-            (_, None) => true,
-            (Stay::Together, Some(before)) => *before != Stage::Joining,
-            (Stay::OneByOne, Some(before)) => *before == Stage::Ended,
-        };
-        if !ready {
+        if !self.has_more() || !self.is_ready(now) {
             return None;
         }
         // Rooms that stay together only close once the ramp is over: waiting for a free place would be for ever.
@@ -243,7 +243,32 @@ impl Ramp {
             return None;
         }
         self.stages.push(Stage::Joining);
+        self.opened = Some(now);
         Some(index)
+    }
+
+    fn has_more(&self) -> bool {
+        self.stopped.is_none() && self.stages.len() < self.plan.rooms
+    }
+
+    fn is_ready(&self, now: Instant) -> bool {
+        let Some(before) = self.stages.last() else {
+            return true;
+        };
+        match (self.plan.ramp, self.plan.stay) {
+            (config::Ramp::AfterJoin, Stay::Together) => *before != Stage::Joining,
+            (config::Ramp::AfterJoin, Stay::OneByOne) => *before == Stage::Ended,
+            (config::Ramp::Interval, _) => self.due().is_some_and(|due| due <= now),
+            (config::Ramp::Burst, _) => true,
+        }
+    }
+
+    /// When the next room opens if nothing but time has to pass.
+    fn due(&self) -> Option<Instant> {
+        let timed = self.plan.ramp == config::Ramp::Interval && self.has_more();
+        self.opened
+            .filter(|_| timed)
+            .map(|opened| opened + self.plan.interval)
     }
 
     fn joined(&mut self, index: usize) {
@@ -282,10 +307,9 @@ impl Ramp {
         self.stopped.get_or_insert(why);
     }
 
-    /// No room opens any more, and the last one's join is decided.
+    /// No room opens any more, and every join is decided.
     fn is_over(&self) -> bool {
-        (self.stopped.is_some() || self.stages.len() == self.plan.rooms)
-            && self.stages.last() != Some(&Stage::Joining)
+        !self.has_more() && !self.stages.contains(&Stage::Joining)
     }
 
     fn not_opened(self) -> Option<NotOpened> {
@@ -365,11 +389,12 @@ where
         let abort = self.abort.clone();
         let mut aborted = false;
         loop {
-            while let Some(index) = self.ramp.open_next() {
+            while let Some(index) = self.ramp.open_next(Instant::now()) {
                 self.open(index, told.clone());
             }
             self.hold_together_once_over();
-            if self.tasks.is_empty() {
+            let due = self.ramp.due();
+            if self.tasks.is_empty() && due.is_none() {
                 break;
             }
             // Progress before endings: a probe has told all of its progress before its task ends.
@@ -381,6 +406,7 @@ where
                 }
                 Some((index, progress)) = progress.recv() => self.progressed(index, progress),
                 Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
             }
         }
         let reports = self.probes.into_iter().map(|probe| ProbeReport {
@@ -558,9 +584,18 @@ mod tests {
         Plan {
             rooms,
             max_rooms: 10,
+            ramp: config::Ramp::AfterJoin,
+            interval: SECOND,
             stay,
             hold: 10 * SECOND,
             stop_after_no_shows: 2,
+        }
+    }
+
+    fn plan_of(ramp: config::Ramp, rooms: usize) -> Plan {
+        Plan {
+            ramp,
+            ..plan(rooms, Stay::Together)
         }
     }
 
@@ -604,7 +639,7 @@ mod tests {
                 .wait_for(Option::is_some)
                 .await
                 .map(|until| *until);
-            tokio::time::sleep_until(until.unwrap().unwrap()).await;
+            sleep_until(until.unwrap().unwrap()).await;
         };
         let outcome = tokio::select! {
             () = held => Outcome::Ok,
@@ -639,7 +674,7 @@ mod tests {
         abort: CancellationToken,
         script: impl Fn(usize, Opening) -> Probe,
     ) -> Ran {
-        let (events, seen) = mpsc::channel(1000);
+        let (events, seen) = mpsc::channel(10_000);
         let times = Arc::new(Mutex::new(Vec::<OpenedAndEnded>::new()));
         let began = Instant::now();
         let open = |index, opening| {
@@ -687,6 +722,91 @@ mod tests {
         let ran = run_scripted(plan, CancellationToken::new(), script).await;
         assert_eq!(ran.times, [(0, Some(12)), (12, Some(24)), (24, Some(36))]);
         assert_eq!(ran.not_opened, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_last_join() {
+        let script = |index, opening| match index {
+            1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, opening)) as Probe,
+            _ => Box::pin(joins(5 * SECOND, opening)),
+        };
+        let plan = plan_of(config::Ramp::Interval, 3);
+        let ran = run_scripted(plan, CancellationToken::new(), script).await;
+        // The second room, opened at 1, is decided last, at 10.
+        assert_eq!(ran.times, [(0, Some(20)), (1, Some(11)), (2, Some(20))]);
+        assert_eq!(ran.not_opened, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn interval_outlasts_a_time_without_any_room_open() {
+        let script =
+            |_, opening| Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+        let mut plan = plan_of(config::Ramp::Interval, 3);
+        plan.interval = 5 * SECOND;
+        plan.stop_after_no_shows = 0;
+        let ran = run_scripted(plan, CancellationToken::new(), script).await;
+        assert_eq!(ran.times, [(0, Some(2)), (5, Some(7)), (10, Some(12))]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
+        let no_shows =
+            |_, opening| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+        let plan = || plan_of(config::Ramp::Interval, 9);
+        let ran = run_scripted(plan(), CancellationToken::new(), no_shows).await;
+        // The second no-show is known 5 ms after the fourth room opened.
+        assert_eq!(why(&ran), (5, "no agent came to 2 rooms in a row"));
+
+        let limit = Reason::PlanLimit(LimitKind::Connections);
+        let rejected = move |index, opening| match index {
+            1 => Box::pin(fails(SECOND / 2, limit, opening)) as Probe,
+            _ => Box::pin(joins(20 * SECOND, opening)),
+        };
+        let ran = run_scripted(plan(), CancellationToken::new(), rejected).await;
+        assert_eq!(why(&ran), (7, "a plan limit was met: as scripted"));
+
+        let all_join = |_, opening| Box::pin(joins(20 * SECOND, opening)) as Probe;
+        let mut capped = plan();
+        capped.max_rooms = 3;
+        let ran = run_scripted(capped, CancellationToken::new(), all_join).await;
+        assert_eq!(why(&ran), (6, "the project's max_rooms is 3"));
+
+        let abort = CancellationToken::new();
+        let stop = async {
+            sleep(3 * SECOND / 2).await;
+            abort.cancel();
+        };
+        let running = run_scripted(plan(), abort.clone(), all_join);
+        let (ran, ()) = tokio::join!(running, stop);
+        assert_eq!(ran.outcomes, [Outcome::Aborted, Outcome::Aborted]);
+        assert_eq!(why(&ran), (7, "the batch was aborted"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
+        let script = |index, opening| match index {
+            0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe,
+            _ => Box::pin(joins(2 * SECOND, opening)),
+        };
+        let plan = plan_of(config::Ramp::Burst, 4);
+        let ran = run_scripted(plan, CancellationToken::new(), script).await;
+        let (failed, held) = ((0, Some(2)), (0, Some(12)));
+        assert_eq!(ran.times, [failed, failed, held, held]);
+        assert_eq!(ran.not_opened, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn burst_of_two_hundred_loses_no_room_and_no_event() {
+        let mut plan = plan_of(config::Ramp::Burst, 200);
+        plan.max_rooms = 200;
+        let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+        let mut ran = run_scripted(plan, CancellationToken::new(), script).await;
+        assert_eq!(ran.outcomes, vec![Outcome::Ok; 200]);
+        let mut ended = 0;
+        while let Ok(event) = ran.events.try_recv() {
+            ended += usize::from(matches!(event, BatchEvent::Ended { .. }));
+        }
+        assert_eq!(ended, 200);
     }
 
     #[tokio::test(start_paused = true)]

@@ -47,8 +47,8 @@ enum Command {
 
 /// Open one batch of rooms now and tell what happened in each
 ///
-/// Opens the rooms one after the other, has the agent join each, waits for its first words,
-/// echoes them, and deletes the rooms. Progress goes to stderr, the result to stdout.
+/// Opens the rooms, has the agent join each, waits for its first words, echoes them, and
+/// deletes the rooms. Progress goes to stderr, the result to stdout.
 #[derive(Args)]
 #[command(after_help = ONCE_EPILOGUE, verbatim_doc_comment)]
 struct Once {
@@ -68,11 +68,15 @@ struct Once {
     #[arg(long, value_name = "N")]
     rooms: Option<usize>,
 
-    /// When the next room opens: once the agent has joined the one before, or won't
+    /// When the next room opens: after the agent's join (the default), at intervals, or all at once
     #[arg(long, value_name = "RAMP", value_parser = names(Ramp::NAMES))]
     ramp: Option<String>,
 
-    /// How long the rooms stay open once the last has opened [default: 15s]
+    /// From one room to the next with --ramp interval [default: 1s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    ramp_interval: Option<Duration>,
+
+    /// How long the rooms stay open once the last agent has joined, or won't [default: 15s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     hold: Option<Duration>,
 

@@ -132,10 +132,12 @@ impl DispatchMode {
 pub struct Batch {
     pub rooms: usize,
     pub ramp: Ramp,
+    /// Only [`Ramp::Interval`] looks at it.
+    pub interval: Duration,
     pub stay: Stay,
     /// `together`: from the ramp's end; `one_by_one`: from the agent's join in that room.
     pub hold: Duration,
-    /// After this many rooms without an agent the rest doesn't open; 0 turns it off.
+    /// After this many rooms without an agent the rest doesn't open; 0 turns it off. [`Ramp::Burst`] leaves no rest.
     pub stop_after_no_shows: usize,
 }
 
@@ -144,6 +146,7 @@ impl Default for Batch {
         Self {
             rooms: 3,
             ramp: Ramp::default(),
+            interval: Duration::from_secs(1),
             stay: Stay::default(),
             hold: Duration::from_secs(15),
             stop_after_no_shows: 2,
@@ -157,15 +160,25 @@ pub enum Ramp {
     /// When the agent has joined the room before, that probe has ended, or its join deadline has passed.
     #[default]
     AfterJoin,
+    /// [`Batch::interval`] after the room before, whatever became of that one.
+    Interval,
+    /// At once.
+    Burst,
 }
 
 impl Ramp {
-    pub const NAMES: &[(&str, Self)] = &[("after_join", Self::AfterJoin)];
+    pub const NAMES: &[(&str, Self)] = &[
+        ("after_join", Self::AfterJoin),
+        ("interval", Self::Interval),
+        ("burst", Self::Burst),
+    ];
 
     /// The name that the config and the results use.
     pub fn name(self) -> &'static str {
         match self {
             Self::AfterJoin => "after_join",
+            Self::Interval => "interval",
+            Self::Burst => "burst",
         }
     }
 }
@@ -175,6 +188,7 @@ impl Ramp {
 pub enum Stay {
     #[default]
     Together,
+    /// Never two at once; only with [`Ramp::AfterJoin`].
     OneByOne,
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use humantime::format_duration;
 
 use super::{Check, Exit, print};
-use crate::config::{Config, Draft, EchoMode, Problems, Project, Stay, Target};
+use crate::config::{Config, Draft, EchoMode, Problems, Project, Ramp, Stay, Target};
 use crate::livekit::RoomName;
 use crate::livekit::api::ApiError;
 use crate::probe::longest_verdict;
@@ -94,7 +94,11 @@ fn describe_target(text: &mut String, name: &str, target: &Target, project: &Pro
         Stay::Together => "held together for",
         Stay::OneByOne => "one by one, each held for",
     };
-    let rooms = format!("{} rooms, {}", batch.rooms, batch.ramp.name());
+    let ramp = match batch.ramp {
+        Ramp::AfterJoin | Ramp::Burst => batch.ramp.name().to_owned(),
+        Ramp::Interval => format!("one every {}", format_duration(batch.interval)),
+    };
+    let rooms = format!("{} rooms, {ramp}", batch.rooms);
     entry(
         text,
         "batch",
@@ -132,9 +136,14 @@ fn worst_case_agent_minutes(target: &Target, project: &Project) -> u128 {
     let one_join = project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join;
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     (0..rooms)
-        .map(|later| match target.batch.stay {
-            Stay::Together => one_join.saturating_mul(later),
-            Stay::OneByOne => Duration::ZERO,
+        .map(|later| match (target.batch.stay, target.batch.ramp) {
+            (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(later),
+            (Stay::Together, Ramp::Interval | Ramp::Burst) if rooms == 1 => Duration::ZERO,
+            (Stay::Together, Ramp::Interval) => {
+                target.batch.interval.saturating_mul(later) + one_join
+            }
+            (Stay::Together, Ramp::Burst) => one_join,
+            (Stay::OneByOne, _) => Duration::ZERO,
         })
         .map(|ramp| (ramp + target.batch.hold).max(longest_verdict(target)) + deadlines.cleanup)
         .map(|in_room| in_room.as_millis().div_ceil(60_000))

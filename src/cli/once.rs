@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::progress::Screen;
 use super::{Exit, Format, Once, complain, json, print, table};
 use crate::batch::{self, BatchReport};
-use crate::config::{Config, Draft, Problems, Project, Target};
+use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LeftBehind};
 use crate::livekit::engine::Engine;
 use crate::probe::driver::{Context, Fault};
-use crate::probe::{Origin, Outcome};
+use crate::probe::{Origin, Outcome, Progress};
 
 /// The target that flags and environment describe where no file does.
 const IMPLIED_TARGET: &str = "default";
@@ -29,8 +29,6 @@ const LAST_DELETIONS: Duration = Duration::from_secs(2);
 
 const NOTICEABLE: Duration = Duration::from_secs(1);
 const REFRESH: Duration = Duration::from_millis(200);
-/// What a reader of progress may lag behind: a full batch's worth of milestones.
-const EVENT_BACKLOG: usize = 1024;
 
 pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
     let (name, config) = settings(args)?;
@@ -66,7 +64,7 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 9] = [
+    let flags: [(&str, &[&str], Option<String>); 10] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
         (
             "--rooms",
@@ -74,6 +72,11 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
             args.rooms.map(|rooms| rooms.to_string()),
         ),
         ("--ramp", &["batch", "ramp"], args.ramp.clone()),
+        (
+            "--ramp-interval",
+            &["batch", "interval"],
+            duration(args.ramp_interval),
+        ),
         ("--hold", &["batch", "hold"], duration(args.hold)),
         (
             "--echo-delay",
@@ -98,7 +101,19 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
             draft.set_by_flag(&name, key, value, flag);
         }
     }
-    Ok((name, draft.validate()?))
+    let config = draft.validate()?;
+    let ramp = config.targets[&name].batch.ramp;
+    // In a file the key may wait for its ramp; a flag that does nothing is a mistake.
+    if args.ramp_interval.is_some() && ramp != Ramp::Interval {
+        return Err(Problems::single(
+            format!(
+                "--ramp-interval changes nothing: the ramp is {}",
+                ramp.name()
+            ),
+            "add --ramp interval".to_owned(),
+        ));
+    }
+    Ok((name, config))
 }
 
 fn choose_target(draft: &Draft, wanted: Option<&str>) -> Result<String, Problems> {
@@ -171,7 +186,9 @@ async fn watch(
     signals: &mut Signals,
 ) -> (Option<BatchReport>, Option<Instant>) {
     let abort = CancellationToken::new();
-    let (sender, mut events) = mpsc::channel(EVENT_BACKLOG);
+    // All that a batch can tell: a room's opening, its progress and its end. So nothing is lost, however it comes.
+    let most = context.target.batch.rooms * (Progress::MOST + 2);
+    let (sender, mut events) = mpsc::channel(most);
     let mut running = Box::pin(batch::run(name, context, abort.clone(), sender));
     let mut refresh = interval(REFRESH);
     refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -329,10 +329,11 @@ fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
 
 fn batch(mut section: Section<'_>, project: Option<(&str, usize)>) -> Batch {
     let default = Batch::default();
-    let place = section.place_of("rooms");
+    let [rooms_place, ramp_place] = ["rooms", "ramp"].map(|key| section.place_of(key));
     let batch = Batch {
         rooms: section.number("rooms", default.rooms, 1..=MOST_ROOMS),
         ramp: section.choice("ramp", Ramp::NAMES, "ramp"),
+        interval: section.duration("interval", default.interval, SHORTEST..=LONGEST),
         stay: section.choice("stay", Stay::NAMES, "way to stay"),
         hold: section.duration("hold", default.hold, Duration::ZERO..=LONGEST),
         stop_after_no_shows: section.number(
@@ -353,7 +354,13 @@ fn batch(mut section: Section<'_>, project: Option<(&str, usize)>) -> Batch {
             "lower it, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
              stay = \"one_by_one\""
         );
-        section.problem("rooms", place, message, &hint);
+        section.problem("rooms", rooms_place, message, &hint);
+    }
+    if batch.stay == Stay::OneByOne && batch.ramp != Ramp::AfterJoin {
+        let ramp = batch.ramp.name();
+        let message = format!("{ramp:?} opens rooms beside each other, and stay is \"one_by_one\"");
+        let hint = "set it to \"after_join\", or stay to \"together\"";
+        section.problem("ramp", ramp_place, message, hint);
     }
     section.finish();
     batch

@@ -131,6 +131,25 @@ fn mistake_in_a_flag_names_the_flag() {
 }
 
 #[test]
+fn ramp_interval_without_its_ramp_is_told() {
+    let flags = ["once", "--agent-name", "a", "--ramp-interval", "2s"];
+    for more in [&[][..], &["--ramp", "burst"]] {
+        let run = against("ws://127.0.0.1:1", &[&flags, more].concat());
+        assert_eq!(run.code, Some(2), "{}", run.output());
+        assert!(
+            run.stderr.contains("--ramp-interval changes nothing"),
+            "{}",
+            run.stderr
+        );
+    }
+    let run = against(
+        &closed_port(),
+        &[&flags[..], &["--ramp", "interval"]].concat(),
+    );
+    assert_eq!(run.code, Some(4), "{}", run.output());
+}
+
+#[test]
 fn dotenv_file_is_not_read() {
     let folder = tempfile::tempdir().unwrap();
     let dotenv = "LIVEKIT_URL=ws://127.0.0.1:1\nLIVEKIT_API_KEY=a\nLIVEKIT_API_SECRET=b\n";

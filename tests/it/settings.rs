@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use insta::assert_snapshot;
-use livekit_canary::config::{Config, Draft, Project, Target};
+use livekit_canary::config::{Config, DispatchMode, Draft, Project, Ramp, Target};
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
 
@@ -205,6 +205,50 @@ fn metadata_that_automatic_dispatch_would_drop_is_told() {
 #[test]
 fn more_rooms_together_than_the_project_allows_are_told() {
     assert_snapshot!(complaint(&target_with("batch.rooms = 6")));
+}
+
+#[test]
+fn ramp_that_opens_rooms_beside_each_other_is_not_one_by_one() {
+    for ramp in ["interval", "burst"] {
+        let settings = format!("batch.stay = \"one_by_one\"\nbatch.ramp = \"{ramp}\"");
+        assert_snapshot!(
+            format!("ramp_{ramp}_is_not_one_by_one"),
+            complaint(&target_with(&settings))
+        );
+    }
+}
+
+#[test]
+fn interval_may_wait_in_the_file_for_its_ramp() {
+    for (more, ramp) in [
+        ("", Ramp::AfterJoin),
+        ("batch.ramp = \"interval\"", Ramp::Interval),
+    ] {
+        let settings = target_with(&format!("batch.interval = \"250ms\"\n{more}"));
+        let batch = &read(&settings, &CREDENTIALS).targets["support"].batch;
+        assert_eq!(batch.ramp, ramp);
+        assert_eq!(batch.interval, Duration::from_millis(250));
+    }
+}
+
+#[test]
+fn every_mode_of_dispatch_but_automatic_takes_metadata() {
+    for (name, mode) in DispatchMode::NAMES {
+        let settings = target_with(&format!(
+            "dispatch = {{ mode = \"{name}\", metadata = \"{}\" }}",
+            if *mode == DispatchMode::Automatic {
+                ""
+            } else {
+                "vip"
+            }
+        ));
+        let dispatch = &read(&settings, &CREDENTIALS).targets["support"].dispatch;
+        assert_eq!((dispatch.mode, dispatch.mode.name()), (*mode, *name));
+        assert_eq!(
+            dispatch.metadata.is_empty(),
+            *mode == DispatchMode::Automatic
+        );
+    }
 }
 
 #[test]
