@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
 use tracing_subscriber::filter::{EnvFilter, filter_fn};
@@ -22,6 +22,7 @@ use crate::livekit::token::Keys;
 use crate::sandbox::fault::Rule;
 
 mod check;
+mod demo;
 mod json;
 mod once;
 mod progress;
@@ -42,6 +43,7 @@ struct CommandLine {
 enum Command {
     Once(Once),
     Check(Check),
+    Demo(Demo),
     Sandbox(SandboxArgs),
 }
 
@@ -136,6 +138,29 @@ struct Check {
     connect: bool,
 }
 
+/// See the canary at work on this machine, with nothing to sign up for
+///
+/// Starts a LiveKit server with a demo agent on a free loopback port, and runs a batch against it every few
+/// seconds, until Ctrl-C. After two good batches, every other one meets a fault: it is announced, and followed
+/// by what the canary makes of it. Uses no settings, and nothing but 127.0.0.1.
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+struct Demo {
+    /// One batch without a fault, then exit as `once` does
+    #[arg(long)]
+    once: bool,
+
+    /// From the start of a batch to the start of the next, which waits for its end
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "10s",
+          conflicts_with = "once")]
+    every: Duration,
+
+    /// Rooms of a batch, 1 to 5
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=5),
+          default_value_t = 3)]
+    rooms: usize,
+}
+
 /// Run a LiveKit server with a demo agent on this machine, until Ctrl-C
 ///
 /// Listens on 127.0.0.1 only and prints the URL and the key pair that `once` needs. The agent greets,
@@ -203,6 +228,7 @@ pub fn main() -> ExitCode {
     let exit = match CommandLine::parse().command {
         Command::Once(once) => once::run(&once),
         Command::Check(check) => check::run(&check),
+        Command::Demo(args) => demo::run(&args),
         Command::Sandbox(args) => sandbox::run(&args),
     };
     exit.unwrap_or_else(|error| {
@@ -290,14 +316,18 @@ fn complain(message: &str) {
 
 /// The result on stdout. Whoever closed the pipe has seen enough: that alone is no error.
 fn print(text: &str) -> anyhow::Result<()> {
+    print_unless_closed(text).map(drop)
+}
+
+/// Whether anyone still reads stdout, for a command that goes on for as long as somebody does.
+fn print_unless_closed(text: &str) -> anyhow::Result<bool> {
     let mut stdout = std::io::stdout().lock();
     match stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
     {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(anyhow::Error::new(error).context("can't write to stdout"))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(anyhow::Error::new(error).context("can't write to stdout")),
     }
 }

@@ -23,9 +23,9 @@ const IMPLIED_TARGET: &str = "default";
 
 /// From the first signal: how long the batch may take to end itself, and when this process is gone, whatever hangs.
 const ABORT_BATCH: Duration = Duration::from_millis(2500);
-const ABORT_ALL: Duration = Duration::from_secs(4);
+pub(super) const ABORT_ALL: Duration = Duration::from_secs(4);
 /// From the second signal, or where the batch didn't end itself: for deletions under way.
-const LAST_DELETIONS: Duration = Duration::from_secs(2);
+pub(super) const LAST_DELETIONS: Duration = Duration::from_secs(2);
 
 const NOTICEABLE: Duration = Duration::from_secs(1);
 const REFRESH: Duration = Duration::from_millis(200);
@@ -142,13 +142,13 @@ fn chosen(config: &Config, name: &str) -> (Arc<Target>, Arc<Project>) {
 async fn batch_of_rooms(
     name: &str,
     context: Context,
-    screen: Screen,
+    mut screen: Screen,
     format: Format,
 ) -> anyhow::Result<Exit> {
     let mut signals = Signals::new()?;
     let janitor = context.janitor.clone();
     let (target, project) = (Arc::clone(&context.target), Arc::clone(&context.project));
-    let (report, interrupted_at) = watch(name, context, screen, &mut signals).await;
+    let (report, interrupted_at) = watch(name, context, &mut screen, &mut signals).await;
 
     let printed = report.as_ref().map_or(Ok(()), |report| {
         print(&match format {
@@ -179,10 +179,10 @@ async fn batch_of_rooms(
 
 /// Runs the batch and shows its progress. A first signal aborts it; a second one, or an abort that takes too long, drops
 /// it: there is no report then, and the janitor deletes the rooms.
-async fn watch(
+pub(super) async fn watch(
     name: &str,
     context: Context,
-    mut screen: Screen,
+    screen: &mut Screen,
     signals: &mut Signals,
 ) -> (Option<BatchReport>, Option<Instant>) {
     let abort = CancellationToken::new();
@@ -224,7 +224,12 @@ async fn watch(
 
 /// Waits until every room is known to be gone, and names those that aren't. A wait that can be noticed is explained by
 /// `notice`. A signal ends it.
-async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals: &mut Signals) {
+pub(super) async fn vouch(
+    janitor: Janitor,
+    until: Instant,
+    notice: Option<String>,
+    signals: &mut Signals,
+) {
     let noticed_at = Instant::now() + NOTICEABLE;
     let mut closing = Box::pin(janitor.clone().close(until));
     let first = tokio::select! {
@@ -254,7 +259,7 @@ async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals
 }
 
 /// The first that applies, so that a pipeline blames the deploy for nothing else than the agent.
-fn verdict(report: &BatchReport) -> Exit {
+pub(super) fn verdict(report: &BatchReport) -> Exit {
     let outcomes = || report.probes.iter().map(|probe| &probe.report.outcome);
     let any = |origins: &[Origin]| {
         outcomes().any(|outcome| match outcome {
@@ -287,13 +292,13 @@ fn far_off() -> Instant {
 }
 
 /// SIGINT and SIGTERM, which mean the same here.
-struct Signals {
+pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Signals {
-    fn new() -> anyhow::Result<Self> {
+    pub(super) fn new() -> anyhow::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
@@ -301,7 +306,7 @@ impl Signals {
     }
 
     /// Cancel-safe.
-    async fn next(&mut self) {
+    pub(super) async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}

@@ -38,6 +38,20 @@ impl Screen {
         }
     }
 
+    /// Shows nothing where it can't redraw lines: for results that follow at once and tell as much.
+    pub(super) fn live_only(rooms: usize) -> Self {
+        let target = if is_terminal() {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        Self {
+            rooms,
+            live: Some(MultiProgress::with_draw_target(target)),
+            lines: Vec::new(),
+        }
+    }
+
     /// Whether stderr takes colour; `NO_COLOR` is respected.
     pub(super) fn colour() -> bool {
         is_terminal() && console::colors_enabled_stderr()
@@ -103,18 +117,19 @@ impl Screen {
     }
 
     /// The table tells it all: where it goes to the same terminal, the live lines make room for it.
-    pub(super) fn close(self) {
-        if let Some(live) = &self.live {
+    /// The screen is then ready for another batch.
+    pub(super) fn close(&mut self) {
+        for line in self.lines.drain(..) {
             if console::user_attended() {
-                for line in &self.lines {
-                    line.bar.finish_and_clear();
-                }
-                drop(live.clear());
+                line.bar.finish_and_clear();
             } else {
-                for line in &self.lines {
-                    line.bar.abandon();
-                }
+                line.bar.abandon();
             }
+        }
+        if let Some(live) = &self.live
+            && console::user_attended()
+        {
+            drop(live.clear());
         }
     }
 }

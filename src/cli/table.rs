@@ -1,6 +1,6 @@
 //! The result of a batch as a table for people: one row a room, then what failed and why.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -35,6 +35,13 @@ pub(super) fn render(batch: &BatchReport, project: &Project, width: Option<u16>)
         text.push_str(&block(&group, batch, project));
     }
     text
+}
+
+/// What failed and why, without the evidence.
+pub(super) fn reasons(batch: &BatchReport) -> String {
+    let groups = failures(batch);
+    let heads = groups.iter().map(|(rooms, failure)| head(rooms, failure));
+    heads.collect()
 }
 
 struct Column {
@@ -147,7 +154,7 @@ fn track_delay(report: &Report) -> Option<Duration> {
     subscribed.checked_duration_since(sent)
 }
 
-fn outcome(report: &Report) -> &'static str {
+pub(super) fn outcome(report: &Report) -> &'static str {
     match &report.outcome {
         Outcome::Ok => "ok",
         Outcome::Aborted => "aborted",
@@ -155,7 +162,7 @@ fn outcome(report: &Report) -> &'static str {
     }
 }
 
-fn summary(batch: &BatchReport) -> String {
+pub(super) fn summary(batch: &BatchReport) -> String {
     let summary = batch.summary();
     let mut text = format!("{} of {} rooms ok", summary.ok, batch.probes.len());
     for (count, what) in [(summary.failed, "failed"), (summary.aborted, "aborted")] {
@@ -198,7 +205,8 @@ fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
     groups
 }
 
-fn block((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Project) -> String {
+/// The rooms, reason, origin and detail.
+fn head(rooms: &[usize], failure: &Failure) -> String {
     let numbers: Vec<String> = rooms.iter().map(|index| (index + 1).to_string()).collect();
     let plural = if rooms.len() == 1 { "room" } else { "rooms" };
     let mut text = format!(
@@ -207,19 +215,28 @@ fn block((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Proj
         reason(failure.reason),
         failure.reason.origin().label()
     );
+    push_indented(&mut text, wrapped(&printable(&failure.detail)));
+    text
+}
+
+fn block((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Project) -> String {
+    let mut text = head(rooms, failure);
     let reports = rooms.iter().map(|index| &batch.probes[*index].report);
-    let first = reports.clone().next();
-    let mut lines = wrapped(&printable(&failure.detail));
     // It differs from room to room in nothing but the names of things.
-    lines.extend(first.map_or_else(Vec::new, |report| evidence(&report.evidence)));
-    lines
-        .extend(reports.filter_map(|report| {
-            session_url(report, project).map(|url| format!("session: {url}"))
-        }));
+    let first = reports.clone().next();
+    push_indented(
+        &mut text,
+        first.map_or_else(Vec::new, |report| evidence(&report.evidence)),
+    );
+    let urls = reports.filter_map(|report| session_url(report, project));
+    push_indented(&mut text, urls.map(|url| format!("session: {url}")));
+    text
+}
+
+pub(super) fn push_indented<L: Display>(text: &mut String, lines: impl IntoIterator<Item = L>) {
     for line in lines {
         writeln!(text, "  {line}").expect("writing to a string can't fail");
     }
-    text
 }
 
 /// Breaks a sentence between words, so that it is readable whatever the terminal's width.
@@ -240,7 +257,7 @@ fn wrapped(sentence: &str) -> Vec<String> {
     lines
 }
 
-fn reason(reason: Reason) -> String {
+pub(super) fn reason(reason: Reason) -> String {
     match reason {
         Reason::PlanLimit(kind) => format!("{} ({})", reason.label(), kind.label()),
         _ => reason.label().to_owned(),

@@ -4,6 +4,7 @@
 
 mod architecture;
 mod command_line;
+mod demo;
 mod readme;
 mod sandbox;
 mod settings;

@@ -1,0 +1,535 @@
+//! `demo`: the sandbox and the canary in one process, batch after batch, with faults by turns.
+//!
+//! What is announced is what the sandbox was told; what follows is what the canary found out by itself. Where the two
+//! differ, the demo says so.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use chrono::Utc;
+use console::style;
+use secrecy::ExposeSecret;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use super::once::{ABORT_ALL, LAST_DELETIONS, Signals, verdict, vouch, watch};
+use super::progress::Screen;
+use super::{Demo, Exit, print_unless_closed, table};
+use crate::batch::{BatchReport, ProbeReport};
+use crate::config::{Config, Draft, Problems};
+use crate::janitor::Janitor;
+use crate::livekit::engine::Engine;
+use crate::probe::driver::Context;
+use crate::probe::{LimitKind, Outcome, Reason, Span, Turn};
+use crate::sandbox::fault::{Rooms, Rule};
+use crate::sandbox::{Handle, Sandbox, Settings};
+
+const TARGET: &str = "demo";
+
+/// Loopback answers at once, so what is late by seconds won't come. Each is the shortest that leaves a busy machine
+/// some room, so that no fault takes longer than a good call.
+const SETTINGS: &[(&[&str], &str)] = &[
+    (&["agent_name"], "demo"),
+    (&["batch", "hold"], "1s"),
+    (&["deadlines", "signal"], "4s"),
+    (&["deadlines", "media"], "5s"),
+    (&["deadlines", "join"], "5s"),
+    (&["deadlines", "track"], "3s"),
+    (&["deadlines", "speech"], "4s"),
+    (&["deadlines", "reply"], "4s"),
+    (&["deadlines", "cleanup"], "2s"),
+    (&["echo", "delay"], "500ms"),
+    (&["expect", "reply"], "true"),
+    (&["late_agent_window"], "1s"),
+];
+
+/// Batches without a fault before the first that has one; from there on they alternate.
+const GOOD_AT_FIRST: usize = 2;
+
+/// A fault that is played for one batch, and what the canary must make of it.
+struct Drill {
+    /// Follows "fault:" or "fault in room 2:".
+    what: &'static str,
+    fault: &'static str,
+    rooms: Affected,
+    expected: Expected,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Affected {
+    All,
+    /// The second, where there is one: so the table shows what the fault changes.
+    One,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Expected {
+    Ok,
+    OkLate(Duration),
+    Failed(Reason),
+}
+
+/// In the order of playing: what a person knows by sight first, and no two of a kind in a row.
+const DRILLS: &[Drill] = &[
+    Drill {
+        what: "the agent takes 3 s to join",
+        fault: "join_delay=3s",
+        rooms: Affected::One,
+        expected: Expected::OkLate(Duration::from_secs(3)),
+    },
+    Drill {
+        what: "the agent joins and stays silent",
+        fault: "silent_track",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::AgentSilent),
+    },
+    Drill {
+        what: "the signal connection is refused by HTTP 429 with Retry-After",
+        fault: "upgrade=429,retry_after=30s",
+        rooms: Affected::All,
+        expected: Expected::Failed(Reason::PlanLimit(LimitKind::Connections)),
+    },
+    Drill {
+        what: "no worker accepts the job",
+        fault: "never_accepts",
+        rooms: Affected::All,
+        expected: Expected::Failed(Reason::DispatchUnanswered),
+    },
+    Drill {
+        what: "the agent leaves in the middle of its greeting",
+        fault: "leaves_early=800ms",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::AgentLeftEarly),
+    },
+    Drill {
+        what: "the signal connection drops after the join",
+        fault: "after_join=drop",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::SignalLost),
+    },
+    Drill {
+        what: "the agent joins without an audio track",
+        fault: "no_track",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::AgentNoTrack),
+    },
+    Drill {
+        what: "the server is above its node limit and answers 503",
+        fault: "upgrade=503",
+        rooms: Affected::All,
+        expected: Expected::Failed(Reason::PlanLimit(LimitKind::Node)),
+    },
+    Drill {
+        what: "a second agent joins",
+        fault: "duplicate",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::AgentDuplicate),
+    },
+    Drill {
+        what: "no media packet gets through",
+        fault: "no_media",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::MediaFailed),
+    },
+    Drill {
+        what: "a worker accepts the job and never joins",
+        fault: "never_joins",
+        rooms: Affected::All,
+        expected: Expected::Failed(Reason::AgentNoShow),
+    },
+    Drill {
+        what: "the agent never answers what it hears",
+        fault: "no_reply",
+        rooms: Affected::One,
+        expected: Expected::Failed(Reason::AgentNoReply),
+    },
+    Drill {
+        what: "the plan's agent sessions are used up",
+        fault: "create_dispatch=resource_exhausted",
+        rooms: Affected::All,
+        expected: Expected::Failed(Reason::PlanLimit(LimitKind::AgentSessions)),
+    },
+];
+
+impl Drill {
+    /// What is played in batch `number`, counted from 1.
+    fn of_batch(number: usize) -> Option<&'static Self> {
+        let faulty = number.checked_sub(GOOD_AT_FIRST + 1)?;
+        faulty
+            .is_multiple_of(2)
+            .then(|| &DRILLS[faulty / 2 % DRILLS.len()])
+    }
+
+    /// Index of the one affected room of a batch; `None` where all are.
+    fn only_room(&self, rooms: usize) -> Option<usize> {
+        (self.rooms == Affected::One).then(|| rooms.min(2) - 1)
+    }
+
+    /// `seen`: the rooms that the sandbox has numbered so far.
+    fn rule(&self, rooms: usize, seen: u64) -> Rule {
+        let mut rule: Rule = self.fault.parse().expect("a test reads every fault");
+        if let Some(index) = self.only_room(rooms) {
+            rule.rooms = Rooms::Nth(seen + index as u64 + 1);
+        }
+        rule
+    }
+
+    fn announcement(&self, rooms: usize) -> String {
+        match self.only_room(rooms) {
+            Some(index) if rooms > 1 => format!("fault in room {}: {}", index + 1, self.what),
+            _ => format!("fault: {}", self.what),
+        }
+    }
+}
+
+impl Expected {
+    fn of_room(drill: Option<&Drill>, index: usize, rooms: usize) -> Self {
+        match drill {
+            Some(drill) if drill.only_room(rooms).is_none_or(|only| only == index) => {
+                drill.expected
+            }
+            _ => Self::Ok,
+        }
+    }
+
+    fn is_met_by(self, probe: &ProbeReport) -> bool {
+        let report = &probe.report;
+        match (self, &report.outcome) {
+            (Self::Ok, Outcome::Ok) => true,
+            (Self::OkLate(least), Outcome::Ok) => {
+                let join = report.timeline.span(Span::AgentJoin);
+                join.is_some_and(|join| join >= least)
+            }
+            (Self::Failed(reason), Outcome::Failed(failure)) => failure.reason == reason,
+            _ => false,
+        }
+    }
+
+    fn describe(self) -> String {
+        match self {
+            Self::Ok => "ok".to_owned(),
+            Self::OkLate(least) => format!("ok, with a join delay of {least:?} or more"),
+            Self::Failed(reason) => table::reason(reason),
+        }
+    }
+}
+
+pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
+    let screen = Screen::live_only(args.rooms);
+    super::start_logging(screen.log_writer(), Screen::colour());
+    super::runtime()?.block_on(perform(args, screen))
+}
+
+async fn perform(args: &Demo, screen: Screen) -> anyhow::Result<Exit> {
+    let signals = Signals::new()?;
+    let sandbox = Sandbox::bind(Settings::default())
+        .await
+        .context("can't bind to loopback")?;
+    let stage = Stage {
+        context: context(&sandbox, args.rooms)?,
+        handle: sandbox.handle(),
+        url: sandbox.url(),
+        screen,
+        signals,
+    };
+    let shutdown = CancellationToken::new();
+    let serving = tokio::spawn(sandbox.run(shutdown.clone()));
+    let exit = stage.play(args).await;
+    shutdown.cancel();
+    serving.await.context("the sandbox died")?;
+    exit
+}
+
+/// The settings are read as a user's are, but from here alone: no environment can send the demo to a real project.
+fn settings(sandbox: &Sandbox, rooms: usize) -> Result<Config, Problems> {
+    let variables = [
+        ("LIVEKIT_URL", sandbox.url()),
+        ("LIVEKIT_API_KEY", sandbox.api_key().to_owned()),
+        (
+            "LIVEKIT_API_SECRET",
+            sandbox.api_secret().expose_secret().to_owned(),
+        ),
+    ];
+    let variables = variables.map(|(name, value)| (name.into(), value.into()));
+    let mut draft = Draft::read(None, variables)?;
+    for (key, value) in SETTINGS {
+        draft.set_by_flag(TARGET, key, (*value).to_owned(), TARGET);
+    }
+    draft.set_by_flag(TARGET, &["batch", "rooms"], rooms.to_string(), "--rooms");
+    draft.validate()
+}
+
+fn context(sandbox: &Sandbox, rooms: usize) -> anyhow::Result<Context> {
+    let config = settings(sandbox, rooms)?;
+    let target = config.targets[TARGET].clone();
+    let project = config.projects[&target.project].clone();
+    let (endpoint, api) = super::access(&project)?;
+    Ok(Context {
+        project: Arc::new(project),
+        target: Arc::new(target),
+        endpoint,
+        api,
+        engine: Engine::default(),
+        janitor: Janitor::start(),
+        fault: None,
+    })
+}
+
+/// Everything that the batches share.
+struct Stage {
+    context: Context,
+    handle: Handle,
+    url: String,
+    screen: Screen,
+    signals: Signals,
+}
+
+/// Why there is no next batch.
+enum End {
+    /// `--once`.
+    Done(Exit),
+    Interrupted,
+    /// By a second signal, or because the rooms took too long to end.
+    Dropped,
+    /// Nobody reads the output any more.
+    Closed,
+}
+
+impl Stage {
+    async fn play(mut self, args: &Demo) -> anyhow::Result<Exit> {
+        let end = self.batches(args).await;
+        let patience = match end {
+            Ok(End::Dropped) => LAST_DELETIONS,
+            _ => ABORT_ALL,
+        };
+        let until = Instant::now() + patience;
+        vouch(self.context.janitor, until, None, &mut self.signals).await;
+        let end = end?;
+        if matches!(end, End::Interrupted | End::Dropped) {
+            let left = match self.handle.rooms().len() {
+                0 => "none is left".to_owned(),
+                left => format!("{left} are left"),
+            };
+            let opened = self.handle.rooms_seen();
+            print_unless_closed(&format!("Stopped. Of the {opened} rooms opened, {left}.\n"))?;
+        }
+        Ok(match end {
+            End::Done(exit) => exit,
+            End::Interrupted | End::Dropped if args.once => Exit::Aborted,
+            End::Interrupted | End::Dropped | End::Closed => Exit::Ok,
+        })
+    }
+
+    async fn batches(&mut self, args: &Demo) -> anyhow::Result<End> {
+        if !print_unless_closed(&introduction(args, &self.url))? {
+            return Ok(End::Closed);
+        }
+        let mut ticks = interval(args.every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut number = 0;
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = self.signals.next() => return Ok(End::Interrupted),
+            }
+            number += 1;
+            if let Some(end) = self.batch(number, args).await? {
+                return Ok(end);
+            }
+        }
+    }
+
+    async fn batch(&mut self, number: usize, args: &Demo) -> anyhow::Result<Option<End>> {
+        let drill = Drill::of_batch(number);
+        let rules = drill.map(|drill| drill.rule(args.rooms, self.handle.rooms_seen()));
+        self.handle.set_faults(rules.into_iter().collect());
+        if !print_unless_closed(&heading(number, drill, args.rooms))? {
+            return Ok(Some(End::Closed));
+        }
+        let context = self.context.clone();
+        let watching = watch(TARGET, context, &mut self.screen, &mut self.signals);
+        let report = match watching.await {
+            (Some(report), None) => report,
+            (Some(_), Some(_)) => return Ok(Some(End::Interrupted)),
+            (None, _) => return Ok(Some(End::Dropped)),
+        };
+        let mut text = rows(&report);
+        let said = [table::summary(&report), table::reasons(&report)];
+        for said in &said {
+            table::push_indented(&mut text, said.lines());
+        }
+        text.push_str(&judgement(drill, &report, args.rooms));
+        let read = print_unless_closed(&text)?;
+        Ok(match (args.once, read) {
+            (true, _) => Some(End::Done(verdict(&report))),
+            (false, true) => None,
+            (false, false) => Some(End::Closed),
+        })
+    }
+}
+
+fn introduction(args: &Demo, url: &str) -> String {
+    let rooms = match args.rooms {
+        1 => "1 room".to_owned(),
+        rooms => format!("{rooms} rooms"),
+    };
+    let (often, then) = if args.once {
+        (String::new(), String::new())
+    } else {
+        (
+            format!(" every {}", humantime::format_duration(args.every)),
+            format!(
+                "The first {GOOD_AT_FIRST} batches go well, then every other one meets a fault. \
+                 Ctrl-C ends the demo.\n"
+            ),
+        )
+    };
+    format!(
+        "A LiveKit server with a demo agent runs on this machine, at {url}.\n\
+         The canary opens {rooms}{often}. In each it calls the agent, waits for its first words,\n\
+         plays them back to it and waits for the reply. Join delay and first speech count from\n\
+         the call, reply from the end of what was played back.\n{then}"
+    )
+}
+
+fn heading(number: usize, drill: Option<&Drill>, rooms: usize) -> String {
+    let what = match drill {
+        Some(drill) => style(drill.announcement(rooms)).yellow(),
+        None => style("no fault".to_owned()),
+    };
+    let time = Utc::now().format("%H:%M:%S");
+    let batch = style(format!("Batch {number}")).bold();
+    format!("\n{batch}, {time} UTC, {}\n", what.bold())
+}
+
+/// Fewer columns than the table of `once`, so that batch below batch is easy to compare.
+fn rows(batch: &BatchReport) -> String {
+    let head = format!(
+        "  {:>4}  {:>10}  {:>12}  {:>7}  outcome",
+        "room", "join delay", "first speech", "reply"
+    );
+    let rows = batch
+        .probes
+        .iter()
+        .enumerate()
+        .map(|(index, probe)| row(index, probe));
+    std::iter::once(format!("{}\n", style(head).dim()))
+        .chain(rows)
+        .collect()
+}
+
+fn row(index: usize, probe: &ProbeReport) -> String {
+    let report = &probe.report;
+    let outcome = style(table::outcome(report));
+    format!(
+        "  {:>4}  {:>10}  {:>12}  {:>7}  {}\n",
+        index + 1,
+        table::join_delay(report),
+        table::delay(report.timeline.span(Span::FirstSpeech)),
+        table::delay(report.turns.iter().find_map(Turn::reply_delay)),
+        match report.outcome {
+            Outcome::Ok => outcome.green(),
+            Outcome::Aborted => outcome.yellow(),
+            Outcome::Failed(_) => outcome.red(),
+        }
+    )
+}
+
+/// Whether the canary said of each room what was played there.
+fn judgement(drill: Option<&Drill>, batch: &BatchReport, rooms: usize) -> String {
+    let wrong: Vec<String> = batch
+        .probes
+        .iter()
+        .enumerate()
+        .filter_map(|(index, probe)| {
+            let expected = Expected::of_room(drill, index, rooms);
+            (!expected.is_met_by(probe))
+                .then(|| format!("room {} should be {}", index + 1, expected.describe()))
+        })
+        .collect();
+    let judgement = if wrong.is_empty() {
+        style("As expected.".to_owned()).green()
+    } else {
+        style(format!("NOT what was played: {}.", wrong.join(", "))).red()
+    };
+    format!("  {judgement}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::{WELL, batch, failed, probe};
+    use super::*;
+    use crate::probe::Evidence;
+
+    fn silent_in(room: u8, rooms: u8) -> BatchReport {
+        let outcome = |index| {
+            if index == room {
+                failed(Reason::AgentSilent, "no speech")
+            } else {
+                Outcome::Ok
+            }
+        };
+        let probes = (1..=rooms).map(|room| probe(room, outcome(room), Evidence::default(), WELL));
+        batch(probes.collect(), None)
+    }
+
+    fn drill(fault: &str) -> &'static Drill {
+        DRILLS.iter().find(|drill| drill.fault == fault).unwrap()
+    }
+
+    #[test]
+    fn every_drill_has_a_fault_that_the_sandbox_knows() {
+        for drill in DRILLS {
+            assert_eq!(drill.rule(3, 0).fault.to_string(), drill.fault);
+        }
+    }
+
+    #[test]
+    fn every_drill_is_played_with_a_good_batch_between() {
+        let good = |number| Drill::of_batch(number).is_none();
+        assert!(good(1) && good(2));
+        let last = GOOD_AT_FIRST + 2 * DRILLS.len();
+        for number in GOOD_AT_FIRST + 1..=last {
+            assert_eq!(good(number), (number - GOOD_AT_FIRST).is_multiple_of(2));
+        }
+        let played = (1..=last).filter_map(Drill::of_batch);
+        let faults: Vec<&str> = played.map(|drill| drill.fault).collect();
+        assert_eq!(
+            faults,
+            DRILLS.iter().map(|drill| drill.fault).collect::<Vec<_>>()
+        );
+        assert_eq!(Drill::of_batch(last + 1).unwrap().fault, DRILLS[0].fault);
+    }
+
+    #[test]
+    fn rooms_of_earlier_batches_are_counted_where_one_room_is_meant() {
+        let silent = drill("silent_track");
+        assert_eq!(silent.rule(3, 6).to_string(), "room8:silent_track");
+        assert_eq!(silent.rule(1, 6).to_string(), "room7:silent_track");
+        assert_eq!(
+            drill("never_accepts").rule(3, 6).to_string(),
+            "never_accepts"
+        );
+    }
+
+    #[test]
+    fn what_the_canary_says_is_held_against_what_was_played() {
+        let silent = drill("silent_track");
+        let good =
+            |drill, report: &BatchReport| judgement(drill, report, 3).contains("As expected");
+        assert!(good(Some(silent), &silent_in(2, 3)));
+        assert!(good(None, &silent_in(0, 3)));
+        assert!(!good(Some(silent), &silent_in(0, 3)), "a missed fault");
+        assert!(!good(Some(silent), &silent_in(3, 3)), "another room");
+        assert!(
+            !good(Some(drill("no_track")), &silent_in(2, 3)),
+            "another reason"
+        );
+        assert!(!good(None, &silent_in(1, 3)), "a false alarm");
+        assert!(
+            !good(Some(drill("join_delay=3s")), &silent_in(0, 3)),
+            "a short join delay"
+        );
+    }
+}
