@@ -30,6 +30,9 @@ const TALK_LONGEST: Duration = Duration::from_mins(2);
 /// The kind of participant that agents are, as LiveKit names it.
 const AGENT: &str = "AGENT";
 
+/// From how much on the server's news of a join was late enough to be worth a note.
+const LATE_NEWS: Duration = Duration::from_millis(500);
+
 /// Most entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MOST_KEPT: usize = 20;
 
@@ -489,9 +492,37 @@ impl Probe {
         // It came between the dispatch and our own coming, nobody here saw when.
         self.report.join_upper_bound =
             in_join_response && self.target.dispatch.mode != DispatchMode::Explicit;
+        let joined = self.join_of(&agent, at);
         self.report.agent = Some(agent);
-        self.mark(Milestone::AgentJoined, at);
+        self.mark(Milestone::AgentJoined, joined);
         self.tell_join(true);
+    }
+
+    /// When an agent that was first seen at `seen` joined, by the server's own stamp.
+    ///
+    /// The server tells of a participant that publishes nothing and changes no attribute only with the next batch, up to
+    /// three seconds later (livekit-server's `SubscriberUpdates`); that is no delay of the agent's. A stamp from before
+    /// the dispatch is a wrong clock, and of an upper bound only the bound was measured.
+    fn join_of(&mut self, agent: &Agent, seen: Instant) -> Instant {
+        let dispatched = match self.dispatch {
+            DispatchCall::UnderWay { since } => Some(since),
+            _ => self.report.timeline.get(Milestone::DispatchSent),
+        };
+        let stamp = agent
+            .joined
+            .filter(|joined| dispatched.is_some_and(|at| at <= *joined));
+        let joined = match stamp {
+            Some(joined) if !self.report.join_upper_bound => joined.min(seen),
+            _ => return seen,
+        };
+        let late = seen - joined;
+        if late >= LATE_NEWS {
+            self.note(format!(
+                "LiveKit told of the agent {:.3} s after it had joined",
+                late.as_secs_f64()
+            ));
+        }
+        joined
     }
 
     fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {

@@ -19,6 +19,7 @@ pub enum Milestone {
     /// The answer to that request, where it named an agent: with dispatch by token, the join response. It proves
     /// nothing of the agent.
     DispatchAccepted,
+    /// By the server's stamp, where it gives one; else the first sight.
     AgentJoined,
     AgentListening,
     AgentTrackSubscribed,

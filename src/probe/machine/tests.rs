@@ -183,6 +183,17 @@ impl Script {
         )
     }
 
+    /// First seen `at`; the server's own stamp says `joined`.
+    fn stamped(self, joined: u64, at: u64, in_join_response: bool) -> Self {
+        let joined = Some(self.time(joined));
+        let agent = Agent { joined, ..agent() };
+        let seen = Seen::AgentJoined {
+            agent,
+            in_join_response,
+        };
+        self.see(at, seen)
+    }
+
     fn track(self, at: u64) -> Self {
         let track_sid = "TR_1".to_owned();
         self.see(at, Seen::AgentTrackSubscribed { track_sid })
@@ -439,6 +450,32 @@ fn agent_that_joins_before_dispatch_returns_still_has_a_join_delay() {
 }
 
 #[test]
+fn news_of_the_join_that_the_server_held_back_is_no_delay_of_the_agents() {
+    let script = Script::new(explicit())
+        .way_in()
+        .dispatched(101, 110, Ok(()));
+    let script = script.stamped(600, 2_900, false);
+    let script = script.track(2_900).speech(3_000, 3_500).hold(3_500, 0);
+    let report = script.wait(3_500).report(3_600);
+    assert_eq!(millis(report.timeline.span(Span::AgentJoin)), Some(499));
+    let notes = report.evidence.notes.join("\n");
+    assert!(notes.contains("2.300 s after it had joined"), "{notes}");
+}
+
+#[test]
+fn stamp_from_before_the_dispatch_or_after_the_first_sight_is_not_believed() {
+    for (stamp, delay) in [(90, 499), (700, 499)] {
+        let script = Script::new(explicit())
+            .way_in()
+            .dispatched(101, 110, Ok(()));
+        let script = script.stamped(stamp, 600, false).track(610);
+        let script = script.speech(700, 900).hold(900, 0).wait(900);
+        let span = script.report(1_000).timeline.span(Span::AgentJoin);
+        assert_eq!(millis(span), Some(delay), "stamp {stamp}");
+    }
+}
+
+#[test]
 fn audio_before_the_track_event_counts_as_a_track() {
     let script = Script::new(explicit()).waiting().joined(500);
     let script = script.see(510, Seen::AgentFirstAudio).wait(15_000);
@@ -455,16 +492,12 @@ fn agent_in_the_join_response_is_an_upper_bound_unless_it_is_dispatched_after_it
         (named(DispatchMode::Token), true),
         (automatic(), true),
     ] {
-        let script = Script::new(target).created(10, Ok(())).signal(40).see(
-            40,
-            Seen::AgentJoined {
-                agent: agent(),
-                in_join_response: true,
-            },
-        );
+        let script = Script::new(target).created(10, Ok(())).signal(40);
+        let script = script.stamped(20, 40, true);
+        let seen = script.time(40);
         let report = script.feed(50, Input::Abort).report(60);
         assert_eq!(report.join_upper_bound, bound);
-        assert!(report.timeline.get(Milestone::AgentJoined).is_some());
+        assert_eq!(report.timeline.get(Milestone::AgentJoined), Some(seen));
     }
 }
 
