@@ -1,17 +1,17 @@
 //! One tree of raw values from a TOML file, the environment and flags, where each value knows its place.
 //!
-//! The crate `config` isn't used for this: it loses places, lower-cases every key (attribute names too) and stops at
-//! the first mistake.
+//! The crate `config` holds and merges it; the origin of a value is its place, in the words of messages. The crate's own
+//! sources and builder aren't used: they know no lines, lower-case the names of attributes and drop the origins of
+//! tables.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
-use std::sync::Arc;
 
+use config::{Map, Source, Value, ValueKind};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::problem::{Place, Problem, Problems};
+use super::problem::{Problem, Problems, from_variable};
 use super::{Config, validate};
 
 const OVERRIDE_PREFIX: &str = "LIVEKIT_CANARY__";
@@ -24,25 +24,9 @@ pub(super) struct Fallback {
     pub(super) api_secret: Option<String>,
 }
 
-pub(super) type Table = BTreeMap<String, Entry>;
-
-pub(super) struct Entry {
-    pub(super) place: Option<Place>,
-    pub(super) value: Value,
-}
-
-pub(super) enum Value {
-    /// Strings, numbers and booleans alike: the reader of a key decides what it takes them for, so that `5` and
-    /// `"5"` mean the same.
-    Text(String),
-    Table(Table),
-    /// No key takes a list.
-    List,
-}
-
 /// Raw settings, not validated yet.
 pub struct Draft {
-    pub(super) root: Table,
+    pub(super) settings: config::Config,
     pub(super) fallback: Fallback,
     problems: Vec<Problem>,
 }
@@ -57,35 +41,51 @@ impl Draft {
         file: Option<&Path>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, Problems> {
-        let root = file.map(read_file).transpose()?.unwrap_or_default();
+        let mut settings = config::Config::default();
+        if let Some(path) = file {
+            settings.cache = read_file(path)?.into();
+        }
         let mut draft = Self {
-            root,
+            settings,
             fallback: Fallback::default(),
             problems: Vec::new(),
         };
         for (name, value) in environment {
             draft.take_variable(&name, value);
         }
+        draft.settings.cache = located(draft.settings.cache);
         Ok(draft)
     }
 
     pub fn target_names(&self) -> Vec<String> {
-        match self.root.get("targets").map(|entry| &entry.value) {
-            Some(Value::Table(targets)) => targets.keys().cloned().collect(),
-            _ => Vec::new(),
-        }
+        let targets = self.settings.get_table("targets").unwrap_or_default();
+        let mut names: Vec<String> = targets.into_keys().collect();
+        names.sort();
+        names
     }
 
     /// Makes sure that this target exists, with nothing but defaults so far.
     pub fn ensure_target(&mut self, name: &str) {
-        table_at(&mut self.root, &["targets", name], None);
+        self.lay(&["targets", name], Map::<String, Value>::new().into());
     }
 
     /// Overrides a key of a target by a flag of the command line.
     pub fn set_by_flag(&mut self, target: &str, key: &[&str], value: String, flag: &str) {
         let mut path = vec!["targets", target];
         path.extend(key);
-        set(&mut self.root, &path, value, Place::Flag(flag.to_owned()));
+        let origin = format!("{flag} on the command line");
+        self.lay(&path, Value::new(Some(&origin), value));
+    }
+
+    /// Lays one value over the settings: tables on its way are kept, anything else there gives way to it.
+    fn lay(&mut self, path: &[&str], value: Value) {
+        let mut layer = config::Config::default();
+        layer.cache = path.iter().rfold(value, |inner, key| {
+            Map::from([((*key).to_owned(), inner)]).into()
+        });
+        layer
+            .collect_to(&mut self.settings.cache)
+            .expect("a table in memory can be read");
     }
 
     /// # Errors
@@ -115,7 +115,7 @@ impl Draft {
         }
         let Ok(value) = value.into_string() else {
             self.problems.push(Problem {
-                place: Some(Place::Environment(name.to_owned())),
+                place: Some(from_variable(name)),
                 subject: String::new(),
                 message: format!("{name} is not UTF-8"),
                 hint: None,
@@ -125,12 +125,7 @@ impl Draft {
         if let Some(path) = path {
             let path = override_path(path);
             let path: Vec<&str> = path.iter().map(String::as_str).collect();
-            set(
-                &mut self.root,
-                &path,
-                value,
-                Place::Environment(name.to_owned()),
-            );
+            self.lay(&path, Value::new(Some(&from_variable(name)), value));
         } else if !value.is_empty() {
             match name {
                 "LIVEKIT_URL" => self.fallback.url = Some(value),
@@ -160,35 +155,20 @@ fn override_path(path: &str) -> Vec<String> {
         .collect()
 }
 
-fn set(root: &mut Table, path: &[&str], value: String, place: Place) {
-    let (key, parents) = path.split_last().expect("split() yields at least one part");
-    table_at(root, parents, Some(&place)).insert(
-        (*key).to_owned(),
-        Entry {
-            place: Some(place),
-            value: Value::Text(value),
-        },
-    );
+/// Merging keeps no origin of a table that only variables make: the first of them is its place.
+fn located(value: Value) -> Value {
+    let origin = value.origin().map(str::to_owned);
+    let ValueKind::Table(table) = value.kind else {
+        return value;
+    };
+    let inner = table.into_iter().map(|(key, value)| (key, located(value)));
+    let table: Map<String, Value> = inner.collect();
+    let first = || table.values().filter_map(Value::origin).min();
+    let origin = origin.or_else(|| first().map(str::to_owned));
+    Value::new(origin.as_ref(), table)
 }
 
-/// The table at `path`, made where it is missing or something else stands there.
-fn table_at<'a>(root: &'a mut Table, path: &[&str], place: Option<&Place>) -> &'a mut Table {
-    path.iter().fold(root, |table, key| {
-        let entry = table.entry((*key).to_owned()).or_insert_with(|| Entry {
-            place: place.cloned(),
-            value: Value::Table(Table::new()),
-        });
-        if !matches!(entry.value, Value::Table(_)) {
-            entry.value = Value::Table(Table::new());
-        }
-        match &mut entry.value {
-            Value::Table(table) => table,
-            _ => unreachable!("it was made a table just above"),
-        }
-    })
-}
-
-fn read_file(path: &Path) -> Result<Table, Problem> {
+fn read_file(path: &Path) -> Result<Map<String, Value>, Problem> {
     let problem = |place, message| Problem {
         place,
         subject: String::new(),
@@ -197,51 +177,42 @@ fn read_file(path: &Path) -> Result<Table, Problem> {
     };
     let text = std::fs::read_to_string(path)
         .map_err(|error| problem(None, format!("can't read {}: {error}", path.display())))?;
-    let shared: Arc<Path> = path.into();
+    let place = |offset| format!("{}:{}", path.display(), position(&text, offset).0);
     let document = DeTable::parse(&text).map_err(|error| {
         // Only the parser's message: its full text repeats the line, which may hold a secret.
         let start = error.span().map_or(0, |span| span.start);
-        let (line, column) = position(&text, start);
-        let place = Place::File {
-            path: Arc::clone(&shared),
-            line,
-        };
+        let (_, column) = position(&text, start);
         problem(
-            Some(place),
+            Some(place(start)),
             format!("not TOML: {}, at column {column}", error.message()),
         )
     })?;
-    Ok(convert(document.into_inner(), &text, &shared))
+    Ok(convert(document.into_inner(), &place))
 }
 
-fn convert(table: DeTable<'_>, text: &str, path: &Arc<Path>) -> Table {
+fn convert(table: DeTable<'_>, place: &impl Fn(usize) -> String) -> Map<String, Value> {
     table
         .into_iter()
         .map(|(key, value)| {
-            let entry = Entry {
-                place: Some(Place::File {
-                    path: Arc::clone(path),
-                    line: position(text, key.span().start).0,
-                }),
-                value: convert_value(value, text, path),
-            };
-            (key.into_inner().into_owned(), entry)
+            let origin = place(key.span().start);
+            let value = Value::new(Some(&origin), convert_value(value, place));
+            (key.into_inner().into_owned(), value)
         })
         .collect()
 }
 
-fn convert_value(value: Spanned<DeValue<'_>>, text: &str, path: &Arc<Path>) -> Value {
+fn convert_value(value: Spanned<DeValue<'_>>, place: &impl Fn(usize) -> String) -> ValueKind {
     match value.into_inner() {
-        DeValue::String(string) => Value::Text(string.into_owned()),
-        DeValue::Boolean(boolean) => Value::Text(boolean.to_string()),
-        DeValue::Integer(integer) => Value::Text(
-            i128::from_str_radix(integer.as_str(), integer.radix())
-                .map_or_else(|_| integer.as_str().to_owned(), |number| number.to_string()),
-        ),
-        DeValue::Float(float) => Value::Text(float.as_str().to_owned()),
-        DeValue::Datetime(datetime) => Value::Text(datetime.to_string()),
-        DeValue::Table(table) => Value::Table(convert(table, text, path)),
-        DeValue::Array(_) => Value::List,
+        DeValue::String(string) => string.into_owned().into(),
+        DeValue::Boolean(boolean) => boolean.into(),
+        DeValue::Integer(integer) => i128::from_str_radix(integer.as_str(), integer.radix())
+            .map_or_else(|_| integer.as_str().into(), ValueKind::from),
+        // As it is written: an attribute's value is text.
+        DeValue::Float(float) => float.as_str().into(),
+        DeValue::Datetime(datetime) => datetime.to_string().into(),
+        DeValue::Table(table) => convert(table, place).into(),
+        // No key takes a list.
+        DeValue::Array(_) => ValueKind::Array(Vec::new()),
     }
 }
 

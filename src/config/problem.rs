@@ -2,30 +2,23 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
 
-/// Where a value was set.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Place {
-    File { path: Arc<Path>, line: usize },
-    Environment(String),
-    Flag(String),
+/// The place of what an environment variable sets.
+pub(super) fn from_variable(name: &str) -> String {
+    format!("environment variable {name}")
 }
 
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File { path, line } => write!(f, "{}:{line}", path.display()),
-            Self::Environment(name) => write!(f, "environment variable {name}"),
-            Self::Flag(name) => write!(f, "{name} on the command line"),
-        }
-    }
+/// File and line of a place in a file, which alone is written `path:line`.
+pub(super) fn in_file(place: &str) -> Option<(&Path, usize)> {
+    let (path, line) = place.rsplit_once(':')?;
+    Some((Path::new(path), line.parse().ok()?))
 }
 
 /// One mistake: whose it is, what it is, where it stands and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    pub(super) place: Option<Place>,
+    /// Where the value was set, for people: file and line, a variable or a flag.
+    pub(super) place: Option<String>,
     /// The owner and the key, such as `target "support": batch.ramp`; empty for the file itself.
     pub(super) subject: String,
     pub(super) message: String,
@@ -55,8 +48,13 @@ pub struct Problems(Vec<Problem>);
 
 impl Problems {
     pub(super) fn new(mut problems: Vec<Problem>) -> Self {
-        // What has no place of its own comes last; a stable sort keeps the order of reading among equals.
-        problems.sort_by_cached_key(|problem| (problem.place.is_none(), problem.place.clone()));
+        // Lines, variables, flags, and last what has no place; a stable sort keeps the order of reading among equals.
+        problems.sort_by_cached_key(|problem| {
+            let place = problem.place.clone();
+            let line = place.as_deref().and_then(in_file).map(|(_, line)| line);
+            let flag = place.as_ref().is_some_and(|place| place.starts_with("--"));
+            (place.is_none(), line.unwrap_or(usize::MAX), flag, place)
+        });
         Self(problems)
     }
 

@@ -3,30 +3,39 @@
 //! A key is known because somebody asks for it; whatever is left over in [`Section::finish`] is an unknown key. Values
 //! of unknown keys are never repeated in a message: a secret may stand under the wrong key.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::document::{Entry, Table, Value};
-use super::problem::{Place, Problem, alternatives, shown, similar};
+use config::{Map, Value};
+
+use super::problem::{Problem, alternatives, in_file, shown, similar};
+
+/// In the order of names, unlike the maps of `config`: messages come in the same order each time.
+pub(super) type Table = BTreeMap<String, Value>;
+
+fn table_of(value: Value) -> Option<Table> {
+    Some(value.into_table().ok()?.into_iter().collect())
+}
+
+fn place_of(value: &Value) -> Option<String> {
+    value.origin().map(str::to_owned)
+}
 
 pub(super) struct Text {
     pub(super) value: String,
-    pub(super) place: Option<Place>,
+    pub(super) place: Option<String>,
 }
 
 impl Text {
     /// As a path: relative to the folder of the file that says it.
     pub(super) fn path(&self) -> PathBuf {
-        match &self.place {
-            Some(Place::File { path, .. }) => path
-                .parent()
-                .unwrap_or_else(|| Path::new(""))
-                .join(&self.value),
-            _ => PathBuf::from(&self.value),
-        }
+        let file = self.place.as_deref().and_then(in_file);
+        let folder = file.and_then(|(path, _)| path.parent());
+        folder.unwrap_or_else(|| Path::new("")).join(&self.value)
     }
 }
 
@@ -42,7 +51,7 @@ pub(super) struct Section<'a> {
     owner: String,
     /// `batch.`, or empty.
     path: String,
-    place: Option<Place>,
+    place: Option<String>,
     /// What has not been read yet.
     table: Table,
     known: Vec<String>,
@@ -50,12 +59,12 @@ pub(super) struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    pub(super) fn root(table: Table, problems: &'a mut Vec<Problem>) -> Self {
+    pub(super) fn root(settings: Value, problems: &'a mut Vec<Problem>) -> Self {
         Self {
             owner: String::new(),
             path: String::new(),
             place: None,
-            table,
+            table: table_of(settings).unwrap_or_default(),
             known: Vec::new(),
             problems,
         }
@@ -64,7 +73,7 @@ impl<'a> Section<'a> {
     pub(super) fn of(
         kind: &str,
         name: &str,
-        place: Option<Place>,
+        place: Option<String>,
         table: Table,
         problems: &'a mut Vec<Problem>,
     ) -> Self {
@@ -90,22 +99,23 @@ impl<'a> Section<'a> {
     }
 
     /// The tables under `key`, by name.
-    pub(super) fn named(&mut self, key: &'static str) -> Vec<(String, Option<Place>, Table)> {
+    pub(super) fn named(&mut self, key: &'static str) -> Vec<(String, Option<String>, Table)> {
         let outer = self.table(key);
         let entries = outer.table.into_iter();
         let problems = outer.problems;
         entries
-            .filter_map(|(name, entry)| match entry.value {
-                Value::Table(table) => Some((name, entry.place, table)),
-                Value::Text(_) | Value::List => {
-                    problems.push(Problem {
-                        place: entry.place,
-                        subject: format!("{key}.{name}"),
-                        message: "a table belongs here".to_owned(),
-                        hint: Some(format!("begin it with [{key}.NAME]")),
-                    });
-                    None
+            .filter_map(|(name, value)| {
+                let place = place_of(&value);
+                if let Some(table) = table_of(value) {
+                    return Some((name, place, table));
                 }
+                problems.push(Problem {
+                    place,
+                    subject: format!("{key}.{name}"),
+                    message: "a table belongs here".to_owned(),
+                    hint: Some(format!("begin it with [{key}.NAME]")),
+                });
+                None
             })
             .collect()
     }
@@ -113,22 +123,19 @@ impl<'a> Section<'a> {
     /// The table under `key`; an empty one where it is missing or broken.
     pub(super) fn table(&mut self, key: &'static str) -> Section<'_> {
         self.known.push(key.to_owned());
-        let entry = self.table.remove(key).unwrap_or(Entry {
-            place: None,
-            value: Value::Table(Table::new()),
-        });
-        let table = if let Value::Table(table) = entry.value {
-            table
-        } else {
+        let value = self.table.remove(key);
+        let value = value.unwrap_or_else(|| Map::<String, Value>::new().into());
+        let place = place_of(&value);
+        let table = table_of(value).unwrap_or_else(|| {
             let message = "a table belongs here".to_owned();
             let hint = format!("write {key}.KEY = VALUE, or begin a table of that name");
-            self.problem(key, entry.place.clone(), message, &hint);
+            self.problem(key, place.clone(), message, &hint);
             Table::new()
-        };
+        });
         Section {
             owner: self.owner.clone(),
             path: format!("{}{key}.", self.path),
-            place: entry.place,
+            place,
             table,
             known: Vec::new(),
             problems: self.problems,
@@ -152,22 +159,21 @@ impl<'a> Section<'a> {
     }
 
     fn take(&mut self, key: &str) -> Taken {
-        let Some(entry) = self.table.remove(key) else {
+        let Some(value) = self.table.remove(key) else {
             return Taken::Missing;
         };
-        if let Value::Text(value) = entry.value {
-            return Taken::Text(Text {
-                value,
-                place: entry.place,
-            });
+        let place = place_of(&value);
+        // Strings, numbers and booleans alike: `5` and `"5"` mean the same.
+        if let Ok(value) = value.into_string() {
+            return Taken::Text(Text { value, place });
         }
         let message = "one value belongs here, not a table or a list".to_owned();
-        self.problem(key, entry.place, message, "write KEY = VALUE");
+        self.problem(key, place, message, "write KEY = VALUE");
         Taken::Broken
     }
 
-    pub(super) fn place_of(&self, key: &str) -> Option<Place> {
-        self.table.get(key).and_then(|entry| entry.place.clone())
+    pub(super) fn place_of(&self, key: &str) -> Option<String> {
+        self.table.get(key).and_then(place_of)
     }
 
     pub(super) fn duration(
@@ -266,7 +272,13 @@ impl<'a> Section<'a> {
         self.problem(key, place, "missing".to_owned(), hint);
     }
 
-    pub(super) fn problem(&mut self, key: &str, place: Option<Place>, message: String, hint: &str) {
+    pub(super) fn problem(
+        &mut self,
+        key: &str,
+        place: Option<String>,
+        message: String,
+        hint: &str,
+    ) {
         let key = format!("{}{key}", self.path);
         let subject = if self.owner.is_empty() {
             key
@@ -283,13 +295,13 @@ impl<'a> Section<'a> {
 
     /// Reports whatever no reader asked for. Its value may be a misplaced secret: it is not repeated.
     pub(super) fn finish(mut self) {
-        for (key, entry) in std::mem::take(&mut self.table) {
+        for (key, value) in std::mem::take(&mut self.table) {
             let known: Vec<&str> = self.known.iter().map(String::as_str).collect();
             let hint = match similar(&key, &known) {
                 Some(name) => format!("did you mean {name:?}?"),
                 None => format!("known here: {}", known.join(", ")),
             };
-            self.problem(&key, entry.place, "unknown key".to_owned(), &hint);
+            self.problem(&key, place_of(&value), "unknown key".to_owned(), &hint);
         }
     }
 }

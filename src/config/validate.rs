@@ -9,9 +9,9 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use url::Url;
 
-use super::document::{Draft, Fallback, Table};
-use super::problem::{Place, Problem, alternatives, shown, similar};
-use super::section::{Section, Taken, Text};
+use super::document::{Draft, Fallback};
+use super::problem::{Problem, alternatives, from_variable, in_file, shown, similar};
+use super::section::{Section, Table, Taken, Text};
 use super::{
     AgentMayLeave, Batch, Config, Deadlines, Dispatch, DispatchMode, Echo, EchoMode, Expect,
     Project, Ramp, Speech, Stay, Target,
@@ -26,7 +26,7 @@ const SECRET_FILE_LIMIT: u64 = 64 * 1024;
 
 pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let fallback = draft.fallback;
-    let mut root = Section::root(draft.root, problems);
+    let mut root = Section::root(draft.settings.cache, problems);
     let mut project_entries = root.named("projects");
     let target_entries = root.named("targets");
     // Without a word about projects the environment alone describes the one there is.
@@ -93,7 +93,7 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
         (Taken::Broken, _) => return None,
         (Taken::Missing, Some(url)) => Text {
             value: url.to_owned(),
-            place: Some(Place::Environment("LIVEKIT_URL".to_owned())),
+            place: Some(from_variable("LIVEKIT_URL")),
         },
         (Taken::Missing, None) => {
             section.missing("url", "set LIVEKIT_URL, or url in the settings");
@@ -154,7 +154,7 @@ fn credential(
 }
 
 fn is_override(text: &Text) -> bool {
-    matches!(text.place, Some(Place::Environment(_)))
+    text.place.as_deref().and_then(in_file).is_none()
 }
 
 fn not_empty(section: &mut Section<'_>, key: &'static str, text: Text) -> Option<String> {
