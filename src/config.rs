@@ -35,6 +35,7 @@ pub struct Project {
     pub ca_file: Option<PathBuf>,
     /// LiveKit Cloud's project id (`p_…`), for links to a room's session.
     pub cloud_project: Option<String>,
+    pub ice: Ice,
     /// Longest wait for one answer of the server API.
     pub api_timeout: Duration,
     /// Most rooms of this project that the canary holds open at once.
@@ -44,6 +45,19 @@ pub struct Project {
 impl Project {
     pub const DEFAULT_API_TIMEOUT: Duration = Duration::from_secs(10);
     pub const DEFAULT_MAX_ROOMS: usize = 5;
+}
+
+/// What media may run over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ice {
+    /// UDP, and TCP where UDP doesn't get through.
+    #[default]
+    All,
+    Tcp,
+}
+
+impl Ice {
+    pub const NAMES: &[(&str, Self)] = &[("all", Self::All), ("tcp", Self::Tcp)];
 }
 
 /// One agent on a project: how it is called, how often, and what is expected of it.

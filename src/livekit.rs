@@ -8,6 +8,7 @@ pub mod api;
 mod echo;
 pub mod engine;
 mod exchange;
+mod ice_tcp;
 pub mod net;
 mod participant;
 mod peer;

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use crate::batch::{BatchReport, NotOpened, ProbeReport};
-use crate::config::Project;
+use crate::config::{Ice, Project};
 use crate::livekit::RoomName;
 use crate::livekit::engine::{Agent, AudioStats};
 use crate::probe::{
@@ -24,6 +24,7 @@ pub(super) fn project() -> Project {
         api_secret: "secret".to_owned().into(),
         ca_file: None,
         cloud_project: Some("p_acme".to_owned()),
+        ice: Ice::default(),
         api_timeout: Project::DEFAULT_API_TIMEOUT,
         max_rooms: Project::DEFAULT_MAX_ROOMS,
     }

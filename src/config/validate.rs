@@ -13,7 +13,7 @@ use super::document::{Draft, Fallback};
 use super::problem::{Problem, alternatives, from_variable, in_file, shown, similar};
 use super::section::{Section, Table, Taken, Text};
 use super::{
-    AgentMayLeave, Batch, Config, Deadlines, Dispatch, DispatchMode, Echo, EchoMode, Expect,
+    AgentMayLeave, Batch, Config, Deadlines, Dispatch, DispatchMode, Echo, EchoMode, Expect, Ice,
     Project, Ramp, Speech, Stay, Target,
 };
 
@@ -69,6 +69,7 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
     );
     let ca_file = ca_file(&mut section);
     let cloud_project = cloud_project(&mut section);
+    let ice = section.choice("ice", Ice::NAMES, "choice of media transports");
     let api_timeout = section.duration(
         "api_timeout",
         Project::DEFAULT_API_TIMEOUT,
@@ -81,6 +82,7 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
         api_secret: api_secret?.into(),
         ca_file,
         cloud_project,
+        ice,
         api_timeout,
         max_rooms,
     })

@@ -18,7 +18,7 @@ use super::participant;
 use super::rtp::Receiver;
 use super::signal::SignalError;
 use super::token::Keys;
-use crate::config::{Echo, Speech};
+use crate::config::{Echo, Ice, Speech};
 
 /// Events that may wait to be read. A busy call has some tens; who falls behind this far no longer reads.
 const EVENTS: usize = 256;
@@ -38,6 +38,7 @@ pub struct JoinRequest {
     pub echo: Echo,
     pub speech: Speech,
     pub signal_timeout: Duration,
+    pub ice: Ice,
 }
 
 /// A running participant. Dropping it ends the actor without ceremony.
@@ -66,6 +67,8 @@ pub enum Seen {
     },
     /// Both peer connections are up.
     MediaConnected,
+    /// They are up over TCP, though UDP was tried first.
+    UdpBlocked,
     /// The server acknowledged the echo track.
     EchoPublished,
     AgentJoined {
@@ -237,6 +240,7 @@ mod tests {
             echo: Echo::default(),
             speech: Speech::default(),
             signal_timeout: Duration::from_secs(10),
+            ice: Ice::default(),
         }
     }
 

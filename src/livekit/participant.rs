@@ -16,11 +16,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::echo::{self, Echo};
 use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
-use super::peer::{self, Broken, Datagram, Happening, Outgoing, Packet, Peer, PeerError};
+use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
 use super::roster::{Roster, ServerClock};
 use super::rtp::{self, Receiver};
 use super::signal::{Joined, Signal, SignalError, leave_reason};
 use super::speech::{Detector, Heard};
+use crate::config::Ice;
 
 /// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -129,6 +130,8 @@ struct Session<'a> {
     track: Track,
     listening: Listening,
     media_told: bool,
+    /// Media over TCP is a fallback, not what was asked for.
+    udp_tried: bool,
 }
 
 /// Our echo track.
@@ -157,8 +160,8 @@ struct Listening {
 enum Step {
     Left,
     Message(Result<(Instant, Box<Response>), SignalError>),
-    Publisher(Datagram),
-    Subscriber(Datagram),
+    Publisher(Arrival),
+    Subscriber(Arrival),
     Time,
 }
 
@@ -201,7 +204,7 @@ impl<'a> Session<'a> {
             return Err(Ended::PublishFailed(why));
         }
         let peer = async |target| {
-            let peer = Peer::new(target, local.ip()).await;
+            let peer = Peer::new(target, local.ip(), request.ice).await;
             peer.map_err(|error| media_failed(peer::name(target), &error))
         };
         let mut publisher = peer(proto::SignalTarget::Publisher).await?;
@@ -233,6 +236,7 @@ impl<'a> Session<'a> {
             },
             listening: Listening::default(),
             media_told: false,
+            udp_tried: request.ice == Ice::All,
         });
         session.publish(offer)?;
         session.on_participants(at, response.other_participants, true)?;
@@ -272,7 +276,7 @@ impl<'a> Session<'a> {
                 message = self.signal.recv() => {
                     Step::Message(message.map(|(at, message)| (at, Box::new(message))))
                 }
-                step = datagram(&self.publisher, &self.subscriber, &mut buffer) => step,
+                step = arrival(&mut self.publisher, &mut self.subscriber, &mut buffer) => step,
                 () = &mut timer => Step::Time,
             };
             match step {
@@ -281,12 +285,8 @@ impl<'a> Session<'a> {
                     let (at, message) = message.map_err(Ended::Signal)?;
                     self.on_message(at, *message).await?;
                 }
-                Step::Publisher(datagram) => {
-                    receive(&mut self.publisher, &datagram, &buffer)?;
-                }
-                Step::Subscriber(datagram) => {
-                    receive(&mut self.subscriber, &datagram, &buffer)?;
-                }
+                Step::Publisher(arrival) => receive(&mut self.publisher, &arrival, &buffer)?,
+                Step::Subscriber(arrival) => receive(&mut self.subscriber, &arrival, &buffer)?,
                 Step::Time => self.on_time(Instant::now())?,
             }
         }
@@ -349,6 +349,10 @@ impl<'a> Session<'a> {
         if !self.media_told && self.publisher.connected() && self.subscriber.connected() {
             self.media_told = true;
             self.outlet.tell(now, Seen::MediaConnected)?;
+            let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
+            if over_tcp && self.udp_tried {
+                self.outlet.tell(now, Seen::UdpBlocked)?;
+            }
         }
         Ok(())
     }
@@ -577,18 +581,18 @@ impl Track {
     }
 }
 
-async fn datagram(publisher: &Peer, subscriber: &Peer, buffer: &mut [u8]) -> Step {
+async fn arrival(publisher: &mut Peer, subscriber: &mut Peer, buffer: &mut [u8]) -> Step {
     poll_fn(|cx| {
-        if let Poll::Ready(datagram) = subscriber.poll_recv(cx, buffer) {
-            return Poll::Ready(Step::Subscriber(datagram));
+        if let Poll::Ready(arrival) = subscriber.poll_recv(cx, buffer) {
+            return Poll::Ready(Step::Subscriber(arrival));
         }
         publisher.poll_recv(cx, buffer).map(Step::Publisher)
     })
     .await
 }
 
-fn receive(peer: &mut Peer, datagram: &Datagram, buffer: &[u8]) -> Result<(), Ended> {
-    peer.on_datagram(Instant::now(), datagram, buffer)
+fn receive(peer: &mut Peer, arrival: &Arrival, buffer: &[u8]) -> Result<(), Ended> {
+    peer.on_arrival(Instant::now(), arrival, buffer)
         .map_err(|error| media_failed(peer.name(), &error))
 }
 

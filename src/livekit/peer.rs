@@ -1,5 +1,5 @@
-//! One of a participant's two peer connections: a sans-IO WebRTC stack with its UDP sockets. It knows SDP, ICE and RTP;
-//! it knows no room, no agent and no signal connection.
+//! One of a participant's two peer connections: a sans-IO WebRTC stack with its sockets. It knows SDP, ICE and RTP; it
+//! knows no room, no agent and no signal connection.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -10,20 +10,34 @@ use std::time::Duration;
 use livekit_protocol::SignalTarget;
 use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
 use str0m::media::{Direction, MediaKind, Mid, Pt};
-use str0m::net::{Protocol, Receive};
+use str0m::net::{Protocol, Receive, TcpType, Transmit};
 use str0m::rtp::{Extension, ExtensionMap, ExtensionValues, RtpPacket, RtpWrite};
 use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
 use tokio::io::ReadBuf;
 use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
+use super::ice_tcp::{Came, Connection};
 use super::rtp::Head;
+use crate::config::Ice;
 
 /// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
 const MOST_SOCKETS: usize = 4;
 
 /// Candidates taken from the server; one that offers more doesn't mean us well.
 const MOST_CANDIDATES: usize = 64;
+
+/// Connections for media over TCP of one peer connection: a server offers one address, or a few.
+const MOST_CONNECTIONS: usize = 4;
+
+/// How long UDP is tried alone. It takes some round trips, and a TCP connection that nobody needs costs the server.
+const UDP_ALONE: Duration = Duration::from_secs(1);
+
+/// The port of a candidate that connects rather than listens (RFC 6544, 4.5).
+const NO_PORT: u16 = 9;
+
+/// The highest first byte of a STUN message, which DTLS and SRTP stay above (RFC 7983).
+const STUN: u8 = 3;
 
 /// Rounds of output and due timers within one call; more would be a timer that never moves on.
 const MOST_ROUNDS: usize = 32;
@@ -75,10 +89,16 @@ pub(crate) struct Broken {
 pub(crate) struct Peer {
     rtc: Box<Rtc>,
     target: SignalTarget,
+    ice: Ice,
     sockets: Vec<Socket>,
+    tcp: Tcp,
     /// When the stack next wants to be told the time.
     timeout: Instant,
+    /// ICE has a path, and DTLS or media may have gone over it.
+    path: bool,
     connected: bool,
+    /// What the last of our own packets, rather than a check, went over.
+    carrier: Option<Protocol>,
     broken: Option<Broken>,
     /// When the server last sent something that is its own.
     heard_at: Instant,
@@ -93,19 +113,40 @@ struct Socket {
     local: SocketAddr,
 }
 
-/// Where a datagram came from and how long it is.
-pub(crate) struct Datagram {
-    socket: usize,
-    from: SocketAddr,
-    length: usize,
+/// The way round blocked UDP: connections to the server's passive candidates.
+#[derive(Default)]
+struct Tcp {
+    /// Candidates that are not connected to yet.
+    offered: Vec<Candidate>,
+    /// When they are to be, unless ICE has a path by then.
+    due: Option<Instant>,
+    connections: Vec<(Candidate, Connection)>,
+}
+
+/// What the network brought.
+pub(crate) enum Arrival {
+    Datagram {
+        proto: Protocol,
+        from: SocketAddr,
+        to: SocketAddr,
+        length: usize,
+    },
+    /// A connection came up, from this address of ours.
+    Opened(IpAddr),
+    /// The connection to this candidate ended, or never came up.
+    Closed(Candidate),
 }
 
 impl Peer {
-    /// Both sides start with a host candidate on `local`, the address that reaches the signal connection's server.
+    /// Starts with a UDP host candidate on `local`, the address that reaches the signal connection's server.
     ///
     /// # Errors
     /// [`PeerError::NoRoute`] where no UDP socket can be bound there.
-    pub(crate) async fn new(target: SignalTarget, local: IpAddr) -> Result<Self, PeerError> {
+    pub(crate) async fn new(
+        target: SignalTarget,
+        local: IpAddr,
+        ice: Ice,
+    ) -> Result<Self, PeerError> {
         let mut extensions = ExtensionMap::empty();
         extensions.set(1, Extension::AudioLevel);
         extensions.set(4, Extension::RtpMid);
@@ -122,16 +163,22 @@ impl Peer {
         let mut peer = Self {
             rtc: Box::new(rtc),
             target,
+            ice,
             sockets: Vec::new(),
+            tcp: Tcp::default(),
             timeout: now,
+            path: false,
             connected: false,
+            carrier: None,
             broken: None,
             heard_at: now,
             pending: None,
             candidates: 0,
             tracks: HashMap::new(),
         };
-        peer.listen(local).await.ok_or(PeerError::NoRoute)?;
+        if ice == Ice::All {
+            peer.listen(local).await.ok_or(PeerError::NoRoute)?;
+        }
         Ok(peer)
     }
 
@@ -141,6 +188,11 @@ impl Peer {
 
     pub(crate) fn connected(&self) -> bool {
         self.connected
+    }
+
+    /// Whether TCP carries the media.
+    pub(crate) fn over_tcp(&self) -> bool {
+        self.carrier == Some(Protocol::Tcp)
     }
 
     /// Whether the transport was up and is not; to be asked when no datagram is waiting to be read.
@@ -207,9 +259,8 @@ impl Peer {
         let Some(candidate) = self.usable(line) else {
             return Vec::new();
         };
-        let remote = candidate.addr();
-        self.rtc.add_remote_candidate(candidate);
-        self.reach(remote).await.into_iter().collect()
+        self.rtc.add_remote_candidate(candidate.clone());
+        self.reach(candidate).await.into_iter().collect()
     }
 
     /// The track of an m-line of the latest offer.
@@ -251,38 +302,63 @@ impl Peer {
         self.timeout = packet.at;
     }
 
-    /// Waits for a datagram on any of the sockets. Only one task may poll.
-    pub(crate) fn poll_recv(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Datagram> {
-        for (socket, Socket { udp, .. }) in self.sockets.iter().enumerate() {
+    /// Waits for what comes on any of the sockets. Only one task may poll.
+    pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
+        for Socket { udp, local } in &self.sockets {
             let mut buf = ReadBuf::new(buffer);
             // An error here is an ICMP answer to something sent before: the next datagram may be well.
             while let Poll::Ready(received) = udp.poll_recv_from(cx, &mut buf) {
                 if let Ok(from) = received {
-                    let length = buf.filled().len();
-                    return Poll::Ready(Datagram {
-                        socket,
+                    return Poll::Ready(Arrival::Datagram {
+                        proto: Protocol::Udp,
                         from,
-                        length,
+                        to: *local,
+                        length: buf.filled().len(),
                     });
                 }
             }
         }
-        Poll::Pending
+        self.tcp.poll(cx, buffer)
     }
 
-    /// Takes a datagram in. One at a time: the stack wants its output polled after each.
-    pub(crate) fn on_datagram(
+    /// Takes in what came. One at a time: the stack wants its output polled after each.
+    pub(crate) fn on_arrival(
         &mut self,
         at: Instant,
-        datagram: &Datagram,
+        arrival: &Arrival,
         buffer: &[u8],
     ) -> Result<(), PeerError> {
-        let destination = self.sockets[datagram.socket].local;
-        let bytes = &buffer[..datagram.length];
-        // Anybody can send here: what isn't STUN, DTLS or SRTP is nothing to us.
-        let Ok(receive) = Receive::new(Protocol::Udp, datagram.from, destination, bytes) else {
-            return Ok(());
-        };
+        match arrival {
+            Arrival::Datagram {
+                proto,
+                from,
+                to,
+                length,
+            } => {
+                // Anybody can send here: what isn't STUN, DTLS or SRTP is nothing to us.
+                match Receive::new(*proto, *from, *to, &buffer[..*length]) {
+                    Ok(receive) => self.on_receive(at, receive),
+                    Err(_) => Ok(()),
+                }
+            }
+            // The server isn't told: it would do nothing with a candidate that connects, and takes the address from
+            // the first check.
+            Arrival::Opened(local) => {
+                if let Some(candidate) = active_candidate(*local) {
+                    self.rtc.add_local_candidate(candidate);
+                }
+                self.wake(at);
+                Ok(())
+            }
+            Arrival::Closed(remote) => {
+                self.rtc.direct_api().invalidate_candidate(remote);
+                self.wake(at);
+                Ok(())
+            }
+        }
+    }
+
+    fn on_receive(&mut self, at: Instant, receive: Receive<'_>) -> Result<(), PeerError> {
         let input = Input::Receive(at.into_std(), receive);
         if self.rtc.accepts(&input) {
             self.heard_at = at;
@@ -296,6 +372,9 @@ impl Peer {
     /// # Errors
     /// DTLS failed, or the stack gave up.
     pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<Happening>, PeerError> {
+        if !self.path {
+            self.tcp.connect(now);
+        }
         for _ in 0..MOST_ROUNDS {
             if self.timeout <= now {
                 self.rtc.handle_input(Input::Timeout(now.into_std()))?;
@@ -306,9 +385,7 @@ impl Peer {
                         self.timeout = Instant::from_std(at);
                         break;
                     }
-                    Output::Transmit(packet) => {
-                        self.transmit(packet.source, packet.destination, &packet.contents);
-                    }
+                    Output::Transmit(packet) => self.transmit(&packet),
                     Output::Event(event) => {
                         if let Some(happening) = self.on_event(now, event) {
                             return Ok(Some(happening));
@@ -331,7 +408,8 @@ impl Peer {
     }
 
     pub(crate) fn next_deadline(&self) -> Instant {
-        self.timeout
+        let due = self.tcp.due.filter(|_| !self.path);
+        due.map_or(self.timeout, |due| due.min(self.timeout))
     }
 
     fn on_event(&mut self, now: Instant, event: Event) -> Option<Happening> {
@@ -342,6 +420,7 @@ impl Peer {
             }
             Event::RtpPacket(packet) => Some(Happening::Packet(packet.into())),
             Event::IceConnectionStateChange(state) => {
+                self.path |= state.is_connected();
                 let lost = self.connected && state == IceConnectionState::Disconnected;
                 self.broken = lost.then_some(Broken {
                     since: now,
@@ -361,19 +440,32 @@ impl Peer {
     }
 
     /// UDP promises nothing: what a full buffer or a missing route drops is lost like any other packet.
-    fn transmit(&self, source: SocketAddr, destination: SocketAddr, bytes: &[u8]) {
+    fn transmit(&mut self, packet: &Transmit) {
+        let (source, bytes) = (packet.source, &*packet.contents);
+        if bytes.first().is_some_and(|first| *first > STUN) {
+            self.carrier = Some(packet.proto);
+        }
+        if packet.proto == Protocol::Tcp {
+            self.tcp.send(packet.destination, bytes);
+            return;
+        }
         let same = |it: &&Socket| it.local.ip() == source.ip() && it.local.port() == source.port();
         if let Some(socket) = self.sockets.iter().find(same)
-            && let Err(error) = socket.udp.try_send_to(bytes, destination)
+            && let Err(error) = socket.udp.try_send_to(bytes, packet.destination)
         {
             tracing::trace!(transport = self.name(), %error, "a datagram was not sent");
         }
     }
 
-    /// Whether we can do anything with a candidate: UDP, and not one too many.
+    /// Whether we can do anything with a candidate: UDP where we may, TCP where it listens, and not one too many.
     fn usable(&mut self, line: &str) -> Option<Candidate> {
         let candidate = Candidate::from_sdp_string(line.trim()).ok()?;
-        (candidate.proto() == Protocol::Udp && self.candidates < MOST_CANDIDATES).then(|| {
+        let usable = match candidate.proto() {
+            Protocol::Udp => self.ice == Ice::All,
+            Protocol::Tcp => candidate.tcptype() == Some(TcpType::Passive),
+            _ => false,
+        };
+        (usable && self.candidates < MOST_CANDIDATES).then(|| {
             self.candidates += 1;
             candidate
         })
@@ -386,14 +478,23 @@ impl Peer {
             let Some(candidate) = line.strip_prefix("a=").and_then(|it| self.usable(it)) else {
                 continue;
             };
-            ours.extend(self.reach(candidate.addr()).await);
+            ours.extend(self.reach(candidate).await);
         }
         ours
     }
 
-    /// Opens a socket on the local address that routes to `remote`, unless there is one.
-    async fn reach(&mut self, remote: SocketAddr) -> Option<String> {
-        let local = route_to(remote).await?;
+    /// Opens a socket on the local address that routes to `remote`, unless there is one; one over TCP only once it is
+    /// needed.
+    async fn reach(&mut self, remote: Candidate) -> Option<String> {
+        if remote.proto() == Protocol::Tcp {
+            let wait = match self.ice {
+                Ice::All => UDP_ALONE,
+                Ice::Tcp => Duration::ZERO,
+            };
+            self.tcp.offer(remote, Instant::now() + wait);
+            return None;
+        }
+        let local = route_to(remote.addr()).await?;
         let known = self.sockets.iter().any(|it| it.local.ip() == local);
         if known || self.sockets.len() >= MOST_SOCKETS {
             return None;
@@ -413,6 +514,65 @@ impl Peer {
         self.sockets.push(Socket { udp, local });
         Some(line)
     }
+}
+
+impl Tcp {
+    /// Takes a candidate, unless it is known. The first one says when to connect.
+    fn offer(&mut self, remote: Candidate, due: Instant) {
+        let connections = self.connections.iter().map(|(remote, _)| remote);
+        let mut known = self.offered.iter().chain(connections);
+        let room = self.offered.len() + self.connections.len() < MOST_CONNECTIONS;
+        if room && known.all(|it| it.addr() != remote.addr()) {
+            self.offered.push(remote);
+            self.due.get_or_insert(due);
+        }
+    }
+
+    fn connect(&mut self, now: Instant) {
+        if self.due.take_if(|due| *due <= now).is_some() {
+            let begun = self.offered.drain(..).map(|remote| {
+                let connection = Connection::to(remote.addr());
+                (remote, connection)
+            });
+            self.connections.extend(begun);
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
+        for (remote, connection) in &mut self.connections {
+            if let Poll::Ready(came) = connection.poll(cx, buffer) {
+                return Poll::Ready(match came {
+                    Came::Opened(local) => Arrival::Opened(local),
+                    Came::Datagram { to, length } => Arrival::Datagram {
+                        proto: Protocol::Tcp,
+                        from: remote.addr(),
+                        to: SocketAddr::new(to, NO_PORT),
+                        length,
+                    },
+                    Came::Closed => Arrival::Closed(remote.clone()),
+                });
+            }
+        }
+        Poll::Pending
+    }
+
+    fn send(&mut self, remote: SocketAddr, bytes: &[u8]) {
+        let mut connections = self.connections.iter_mut();
+        if let Some((_, connection)) = connections.find(|(it, _)| it.addr() == remote) {
+            connection.send(bytes);
+        }
+    }
+}
+
+/// The candidate of all connections from `local`. Each has a port of its own, which the stack need not know: it tells
+/// connections apart by the server's address.
+fn active_candidate(local: IpAddr) -> Option<Candidate> {
+    Candidate::builder()
+        .tcp()
+        .host(SocketAddr::new(local, NO_PORT))
+        .tcptype(TcpType::Active)
+        .build()
+        .ok()
 }
 
 impl From<RtpPacket> for Packet {
@@ -524,12 +684,18 @@ mod tests {
 
     #[tokio::test]
     async fn candidates_are_bounded_and_of_a_kind_that_can_be_used() {
-        let mut peer = Peer::new(SignalTarget::Subscriber, Ipv4Addr::LOCALHOST.into())
-            .await
-            .unwrap();
+        let mut peer = Peer::new(
+            SignalTarget::Subscriber,
+            Ipv4Addr::LOCALHOST.into(),
+            Ice::All,
+        )
+        .await
+        .unwrap();
         for line in [
             "",
-            "candidate:1 1 tcp 1 127.0.0.1 7881 typ host tcptype passive",
+            "candidate:1 1 tcp 1 127.0.0.1 7881 typ host tcptype active",
+            "candidate:1 1 tcp 1 127.0.0.1 7881 typ host",
+            "candidate:1 1 ssltcp 1 127.0.0.1 7881 typ host",
             "candidate:1 1 udp 1 abc.local 7881 typ host",
             "candidate",
         ] {
@@ -544,20 +710,87 @@ mod tests {
         assert_eq!(peer.sockets.len(), 1);
     }
 
+    const PASSIVE: &str = "candidate:1 1 tcp 1 127.0.0.1 1 typ host tcptype passive";
+
+    #[tokio::test]
+    async fn udp_has_a_second_before_tcp_is_connected() {
+        let mut peer = Peer::new(
+            SignalTarget::Publisher,
+            Ipv4Addr::LOCALHOST.into(),
+            Ice::All,
+        )
+        .await
+        .unwrap();
+        for _ in 0..3 {
+            peer.add_candidate(PASSIVE).await;
+        }
+        let due = peer.tcp.due.unwrap();
+        peer.poll(due - Duration::from_millis(1)).unwrap();
+        assert!(peer.tcp.connections.is_empty());
+        assert!(peer.next_deadline() <= due);
+        peer.poll(due).unwrap();
+        assert_eq!(peer.tcp.connections.len(), 1);
+        // Renegotiation tells of the same candidates again.
+        peer.add_candidate(PASSIVE).await;
+        assert!(peer.tcp.due.is_none());
+    }
+
+    #[tokio::test]
+    async fn udp_that_has_a_path_makes_tcp_needless() {
+        let mut peer = Peer::new(
+            SignalTarget::Publisher,
+            Ipv4Addr::LOCALHOST.into(),
+            Ice::All,
+        )
+        .await
+        .unwrap();
+        peer.add_candidate(PASSIVE).await;
+        let due = peer.tcp.due.unwrap();
+        peer.path = true;
+        peer.poll(due).unwrap();
+        assert!(peer.tcp.connections.is_empty());
+        assert!(peer.next_deadline() > due, "a deadline that nothing meets");
+    }
+
+    #[tokio::test]
+    async fn tcp_alone_connects_at_once_and_opens_no_udp_socket() {
+        let mut peer = Peer::new(
+            SignalTarget::Publisher,
+            Ipv4Addr::LOCALHOST.into(),
+            Ice::Tcp,
+        )
+        .await
+        .unwrap();
+        peer.add_candidate("candidate:1 1 udp 1 127.0.0.1 1 typ host")
+            .await;
+        for port in 1..100 {
+            let line = format!("candidate:1 1 tcp 1 127.0.0.1 {port} typ host tcptype passive");
+            peer.add_candidate(&line).await;
+        }
+        peer.poll(Instant::now()).unwrap();
+        assert!(peer.sockets.is_empty());
+        assert_eq!(peer.tcp.connections.len(), MOST_CONNECTIONS);
+    }
+
     #[tokio::test]
     async fn datagrams_of_strangers_change_nothing() {
-        let mut peer = Peer::new(SignalTarget::Subscriber, Ipv4Addr::LOCALHOST.into())
-            .await
-            .unwrap();
+        let mut peer = Peer::new(
+            SignalTarget::Subscriber,
+            Ipv4Addr::LOCALHOST.into(),
+            Ice::All,
+        )
+        .await
+        .unwrap();
         let now = Instant::now();
         for first in 0..=255_u8 {
             let bytes = [first; 64];
-            let datagram = Datagram {
-                socket: 0,
+            let datagram = Arrival::Datagram {
+                proto: Protocol::Udp,
                 from: "127.0.0.1:9".parse().unwrap(),
+                to: peer.sockets[0].local,
                 length: bytes.len(),
             };
-            peer.on_datagram(now, &datagram, &bytes).unwrap();
+            peer.on_arrival(now, &datagram, &bytes).unwrap();
         }
         assert!(peer.poll(now).unwrap().is_none());
     }

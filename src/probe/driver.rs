@@ -318,6 +318,7 @@ impl Driver {
             echo: target.echo.clone(),
             speech: target.speech.clone(),
             signal_timeout: target.deadlines.signal,
+            ice: self.context.project.ice,
         }
     }
 
@@ -497,6 +498,7 @@ mod tests {
                 api_secret: secret,
                 ca_file: None,
                 cloud_project: None,
+                ice: crate::config::Ice::default(),
                 api_timeout: Duration::from_secs(5),
                 max_rooms: 1,
             }),

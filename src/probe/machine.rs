@@ -412,6 +412,10 @@ impl Probe {
                 ));
             }
             Seen::MediaConnected => self.mark(Milestone::MediaConnected, at),
+            Seen::UdpBlocked => self.note(
+                "media runs over TCP: UDP doesn't get through, check the firewalls between here and LiveKit's media ports"
+                    .to_owned(),
+            ),
             Seen::EchoPublished => self.mark(Milestone::EchoPublished, at),
             Seen::AgentJoined {
                 agent,

@@ -125,6 +125,7 @@ fn secret_under_a_wrong_key_is_not_shown() {
         "api_secret_file",
         "ca_file",
         "cloud_project",
+        "ice",
         "api_timeout",
         "max_rooms",
     ] {
