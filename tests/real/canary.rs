@@ -230,12 +230,18 @@ pub struct Probe {
     pub reason: Option<String>,
     pub origin: Option<String>,
     pub detail: Option<String>,
+    pub evidence: Evidence,
     pub started_at: DateTime<Utc>,
     pub join_delay_seconds: Option<f64>,
     pub reply_delay_seconds: Option<f64>,
     /// Seconds since its start; null where it was never reached.
     pub milestones: BTreeMap<String, Option<f64>>,
     pub audio: Audio,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Evidence {
+    pub notes: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -61,6 +61,9 @@ scenarios! {
     metadata_and_attributes_reach_the_agent: "ok, canary=true seen, exit 0",
     unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0",
     server_off_loopback_is_ok: "ok, exit 0",
+    blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0",
+    blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4",
+    tcp_alone_is_ok: "2 ok over TCP, exit 0",
     wss_with_a_private_authority_is_ok: "ok, exit 0",
     untrusted_certificate_is_unreachable: "unreachable, exit 4",
     certificate_for_another_name_is_unreachable: "unreachable, exit 4",
@@ -289,9 +292,69 @@ fn server_off_loopback_is_ok(ground: &Ground) -> anyhow::Result<String> {
     let finished = Settings::new(&site).set("batch.rooms", 2).run()?;
     let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
     for probe in &batch.probes {
+        ensure!(!notes_blocked_udp(probe), "{:?}", probe.evidence);
         expect_heard(&site, probe)?;
     }
     Ok(format!("2 ok at {}, join {}", site.url, joins(&batch)?))
+}
+
+const UDP_BLOCKED: &str = "media runs over TCP: UDP doesn't get through";
+
+fn notes_blocked_udp(probe: &Probe) -> bool {
+    let mut notes = probe.evidence.notes.iter();
+    notes.any(|note| note.contains(UDP_BLOCKED))
+}
+
+/// How long media took to come up, after the join response.
+fn media(probe: &Probe) -> anyhow::Result<f64> {
+    Ok(probe.seconds("MediaConnected")? - probe.seconds("SignalConnected")?)
+}
+
+fn blocked_udp_is_a_call_over_tcp_that_says_so(ground: &Ground) -> anyhow::Result<String> {
+    let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
+    site.block_udp()?;
+    let finished = Settings::new(&site).set("batch.rooms", 2).run()?;
+    let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
+    for probe in &batch.probes {
+        ensure!(notes_blocked_udp(probe), "{:?}", probe.evidence);
+        expect_heard(&site, probe)?;
+    }
+    let media = range(&batch, |probe| media(probe).ok())?;
+    Ok(format!("2 ok, noted, media up after {media}"))
+}
+
+fn blocked_udp_and_tcp_is_media_failed_within_its_deadline(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let site = ground.stack.start_behind_veth(&[])?;
+    site.block_udp()?;
+    site.block_media_over_tcp()?;
+    let finished = Settings::new(&site).run()?;
+    let batch = site.with_logs(expect(&finished, 4, &["media_failed"]))?;
+    expect_gone(&site, &batch)?;
+    let probe = &batch.probes[0];
+    ensure!(probe.origin.as_deref() == Some("network"), "{probe:?}");
+    let seconds = unix_seconds(batch.ended_at) - probe.at("SignalConnected")?;
+    // The deadline, and the time to leave and delete.
+    ensure!(seconds < 17.0, "over {seconds} s after the join response");
+    Ok(format!(
+        "media_failed, over {seconds:.1} s after the join response"
+    ))
+}
+
+fn tcp_alone_is_ok(ground: &Ground) -> anyhow::Result<String> {
+    let finished = Settings::new(ground.shared)
+        .project("ice", "tcp")
+        .set("batch.rooms", 2)
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 2)?;
+    for probe in &batch.probes {
+        // It was asked for, so it is no finding.
+        ensure!(!notes_blocked_udp(probe), "{:?}", probe.evidence);
+        expect_heard(ground.shared, probe)?;
+    }
+    let media = range(&batch, |probe| media(probe).ok())?;
+    Ok(format!("2 ok, media up after {media}"))
 }
 
 fn wss_with_a_private_authority_is_ok(ground: &Ground) -> anyhow::Result<String> {

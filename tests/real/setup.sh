@@ -22,6 +22,7 @@ missing=()
 need() { command -v "$1" >/dev/null || missing+=("$2"); }
 need haproxy haproxy
 need ip iproute2
+need iptables iptables
 need setpriv util-linux
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then

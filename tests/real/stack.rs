@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -116,7 +116,7 @@ impl Site {
         let port = free_ports()?;
         let address = namespace
             .as_ref()
-            .map_or(Ipv4Addr::LOCALHOST, |_| Namespace::INSIDE);
+            .map_or(Ipv4Addr::LOCALHOST, |namespace| namespace.address);
         let config = dir.path().join("livekit.yaml");
         fs::write(&config, server_config(address, port))?;
 
@@ -156,6 +156,21 @@ impl Site {
             .env("AGENT_LOAD", agent.load.to_string())
             .env("REPORT", self.report());
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir.path())
+    }
+
+    /// Blocks UDP to a site behind a veth pair.
+    pub fn block_udp(&self) -> anyhow::Result<()> {
+        self.block("-p udp")
+    }
+
+    /// Blocks media over TCP to a site behind a veth pair.
+    pub fn block_media_over_tcp(&self) -> anyhow::Result<()> {
+        self.block(&format!("-p tcp --dport {}", self.port + 1))
+    }
+
+    fn block(&self, what: &str) -> anyhow::Result<()> {
+        let namespace = self.namespace.as_ref();
+        namespace.context("not behind a veth pair")?.block(what)
     }
 
     /// Where its processes keep their files, as long as it lives.
@@ -363,31 +378,44 @@ fn within(namespace: Option<&Namespace>, program: &str) -> Command {
 /// A network namespace, joined to ours by a veth pair.
 struct Namespace {
     name: String,
+    /// The address of its end.
+    address: Ipv4Addr,
+    /// The device of its end.
+    device: String,
 }
 
 impl Namespace {
-    const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 231, 77, 1);
-    const INSIDE: Ipv4Addr = Ipv4Addr::new(10, 231, 77, 2);
-
     fn create() -> anyhow::Result<Self> {
-        let id = std::process::id();
+        static NEXT: AtomicU8 = AtomicU8::new(77);
+        let net = NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{}{net}", std::process::id());
         let this = Self {
             name: format!("canary-{id}"),
+            address: Ipv4Addr::new(10, 231, net, 2),
+            device: format!("cni{id}"),
         };
-        let (name, outer, inner) = (&this.name, format!("cnry{id}"), format!("cnri{id}"));
+        let (name, outer, inner) = (&this.name, format!("cno{id}"), &this.device);
         ip(&format!("netns add {name}"))?;
         ip(&format!(
             "link add {outer} type veth peer name {inner} netns {name}"
         ))?;
-        ip(&format!("addr add {}/30 dev {outer}", Self::OUTSIDE))?;
+        ip(&format!("addr add 10.231.{net}.1/30 dev {outer}"))?;
         ip(&format!("link set {outer} up"))?;
         ip(&format!(
             "-n {name} addr add {}/30 dev {inner}",
-            Self::INSIDE
+            this.address
         ))?;
         ip(&format!("-n {name} link set {inner} up"))?;
         ip(&format!("-n {name} link set lo up"))?;
         Ok(this)
+    }
+
+    /// Drops what comes from our side and fits `what`, as a firewall does: without an answer.
+    fn block(&self, what: &str) -> anyhow::Result<()> {
+        let Self { name, device, .. } = self;
+        ip(&format!(
+            "netns exec {name} iptables -w -A INPUT -i {device} {what} -j DROP"
+        ))
     }
 }
 
