@@ -3,6 +3,7 @@
 //! What is announced is what the sandbox was told; what follows is what the canary found out by itself. Where the two
 //! differ, the demo says so.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use crate::config::{Config, Draft, Problems};
 use crate::janitor::Janitor;
 use crate::livekit::engine::Engine;
 use crate::probe::driver::Context;
-use crate::probe::{LimitKind, Outcome, Reason, Span, Turn};
+use crate::probe::{LimitKind, Outcome, Reason, Span};
 use crate::sandbox::fault::{Rooms, Rule};
 use crate::sandbox::{Handle, Sandbox, Settings};
 
@@ -216,7 +217,7 @@ impl Expected {
 }
 
 pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
-    let screen = Screen::live_only(args.rooms);
+    let screen = Screen::live_table(args.rooms);
     super::start_logging(screen.log_writer(), Screen::colour());
     super::runtime()?.block_on(perform(args, screen))
 }
@@ -405,35 +406,13 @@ fn heading(number: usize, drill: Option<&Drill>, rooms: usize) -> String {
 
 /// Fewer columns than the table of `once`, so that batch below batch is easy to compare.
 fn rows(batch: &BatchReport) -> String {
-    let head = format!(
-        "  {:>4}  {:>10}  {:>12}  {:>7}  outcome",
-        "room", "join delay", "first speech", "reply"
-    );
-    let rows = batch
-        .probes
-        .iter()
-        .enumerate()
-        .map(|(index, probe)| row(index, probe));
-    std::iter::once(format!("{}\n", style(head).dim()))
-        .chain(rows)
-        .collect()
-}
-
-fn row(index: usize, probe: &ProbeReport) -> String {
-    let report = &probe.report;
-    let outcome = style(table::outcome(report));
-    format!(
-        "  {:>4}  {:>10}  {:>12}  {:>7}  {}\n",
-        index + 1,
-        table::join_delay(report),
-        table::delay(report.timeline.span(Span::FirstSpeech)),
-        table::delay(report.turns.iter().find_map(Turn::reply_delay)),
-        match report.outcome {
-            Outcome::Ok => outcome.green(),
-            Outcome::Aborted => outcome.yellow(),
-            Outcome::Failed(_) => outcome.red(),
-        }
-    )
+    let head = format!("  room  {}", table::BRIEF_HEAD);
+    let mut text = format!("{}\n", style(head).dim());
+    for (index, probe) in batch.probes.iter().enumerate() {
+        let row = table::brief_of(&probe.report);
+        writeln!(text, "  {:>4}  {row}", index + 1).expect("writing to a string can't fail");
+    }
+    text
 }
 
 /// Whether the canary said of each room what was played there.

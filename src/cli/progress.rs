@@ -7,15 +7,18 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::complain;
 use super::table::{delay, join_delay, printable};
+use super::{complain, table};
 use crate::batch::BatchEvent;
-use crate::probe::{Milestone, Outcome, Progress, Report, Span};
+use crate::probe::{Milestone, Outcome, Progress, Report, Span, Timeline};
 
 pub(super) struct Screen {
     rooms: usize,
     /// On a terminal only.
     live: Option<MultiProgress>,
+    /// Lines are rows of [`table::brief`] that fill up.
+    as_table: bool,
+    head: Option<ProgressBar>,
     lines: Vec<Line>,
 }
 
@@ -24,6 +27,8 @@ struct Line {
     bar: ProgressBar,
     opened_at: Instant,
     state: String,
+    /// The row so far, where lines are rows.
+    row: Option<Timeline>,
     ended: bool,
 }
 
@@ -34,12 +39,15 @@ impl Screen {
         Self {
             rooms,
             live,
+            as_table: false,
+            head: None,
             lines: Vec::new(),
         }
     }
 
-    /// Shows nothing where it can't redraw lines: for results that follow at once and tell as much.
-    pub(super) fn live_only(rooms: usize) -> Self {
+    /// A table that fills up, where lines can be redrawn; elsewhere nothing, for results that follow at once and tell as
+    /// much.
+    pub(super) fn live_table(rooms: usize) -> Self {
         let target = if is_terminal() {
             ProgressDrawTarget::stderr()
         } else {
@@ -48,6 +56,8 @@ impl Screen {
         Self {
             rooms,
             live: Some(MultiProgress::with_draw_target(target)),
+            as_table: true,
+            head: None,
             lines: Vec::new(),
         }
     }
@@ -66,13 +76,25 @@ impl Screen {
         match event {
             BatchEvent::Opened { index, room } => {
                 if let Some(live) = &self.live {
+                    if self.as_table && self.head.is_none() {
+                        let head = live.add(ProgressBar::no_length());
+                        head.set_style(style("dim"));
+                        head.set_prefix("  room");
+                        head.set_message(console::style(table::BRIEF_HEAD).dim().to_string());
+                        self.head = Some(head);
+                    }
                     let bar = live.add(ProgressBar::no_length());
                     bar.set_style(style("cyan"));
-                    bar.set_prefix(format!("{:>3} {room}", index + 1));
+                    bar.set_prefix(if self.as_table {
+                        format!("  {:>4}", index + 1)
+                    } else {
+                        format!("{:>3} {room}", index + 1)
+                    });
                     self.lines.push(Line {
                         bar,
                         opened_at: Instant::now(),
                         state: "opening".to_owned(),
+                        row: self.as_table.then(Timeline::default),
                         ended: false,
                     });
                     self.refresh();
@@ -90,10 +112,10 @@ impl Screen {
                 }
             }
             BatchEvent::Ended { index, report } => {
-                let outcome = describe(&report);
                 if let Some(line) = self.lines.get_mut(index) {
-                    line.end(&report.outcome, outcome);
+                    line.end(&report);
                 } else {
+                    let outcome = describe(&report);
                     complain(&format!("room {} of {}: {outcome}", index + 1, self.rooms));
                 }
             }
@@ -104,8 +126,10 @@ impl Screen {
     pub(super) fn refresh(&mut self) {
         for line in self.lines.iter().filter(|line| !line.ended) {
             let open_for = line.opened_at.elapsed().as_secs();
-            line.bar
-                .set_message(format!("{open_for:>3} s  {}", line.state));
+            line.bar.set_message(match &line.row {
+                Some(row) => table::brief(row, None, format!("{}, {open_for} s", line.state)),
+                None => format!("{open_for:>3} s  {}", line.state),
+            });
         }
     }
 
@@ -119,11 +143,12 @@ impl Screen {
     /// The table tells it all: where it goes to the same terminal, the live lines make room for it.
     /// The screen is then ready for another batch.
     pub(super) fn close(&mut self) {
-        for line in self.lines.drain(..) {
+        let lines = self.lines.drain(..).map(|line| line.bar);
+        for bar in self.head.take().into_iter().chain(lines) {
             if console::user_attended() {
-                line.bar.finish_and_clear();
+                bar.finish_and_clear();
             } else {
-                line.bar.abandon();
+                bar.abandon();
             }
         }
         if let Some(live) = &self.live
@@ -139,7 +164,11 @@ impl Line {
         match progress {
             Progress::Reached { milestone, at } => {
                 let since = at.saturating_duration_since(self.opened_at).as_secs_f64();
-                if let Some(phrase) = phrase(*milestone) {
+                let phrase = phrase(*milestone);
+                if let Some(row) = &mut self.row {
+                    row.mark(*milestone, *at);
+                    self.state = phrase.map_or(std::mem::take(&mut self.state), str::to_owned);
+                } else if let Some(phrase) = phrase {
                     self.state = format!("{phrase} (at {since:.1} s)");
                 }
             }
@@ -153,9 +182,13 @@ impl Line {
         }
     }
 
-    fn end(&mut self, outcome: &Outcome, description: String) {
+    fn end(&mut self, report: &Report) {
         self.ended = true;
-        self.bar.set_style(style(match outcome {
+        let description = match &self.row {
+            Some(_) => table::brief_of(report),
+            None => describe(report),
+        };
+        self.bar.set_style(style(match report.outcome {
             Outcome::Ok => "green",
             Outcome::Aborted => "yellow",
             Outcome::Failed(_) => "red",

@@ -9,7 +9,7 @@ use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use super::json::session_url;
 use crate::batch::{BatchReport, ProbeReport};
 use crate::config::Project;
-use crate::probe::{Evidence, Failure, Milestone, Outcome, Reason, Report, Span, Turn};
+use crate::probe::{Evidence, Failure, Milestone, Outcome, Reason, Report, Span, Timeline, Turn};
 
 /// Below it, the table leaves out what matters least.
 const FULL_WIDTH: u16 = 120;
@@ -103,6 +103,28 @@ fn columns(narrow: bool) -> Vec<Column> {
     ]
 }
 
+/// Above the rows of [`brief`].
+pub(super) const BRIEF_HEAD: &str = "join delay  first speech    reply  outcome";
+
+/// A room as a line of fixed columns, finished or not, for where only a glance is given to it.
+pub(super) fn brief(timeline: &Timeline, reply: Option<Duration>, outcome: impl Display) -> String {
+    let join = delay(timeline.span(Span::AgentJoin));
+    let speech = delay(timeline.span(Span::FirstSpeech));
+    format!("{join:>10}  {speech:>12}  {:>7}  {outcome}", delay(reply))
+}
+
+/// The row of a room that has ended; its outcome has the colour that stdout takes.
+pub(super) fn brief_of(report: &Report) -> String {
+    let outcome = console::style(outcome(report));
+    let outcome = match report.outcome {
+        Outcome::Ok => outcome.green(),
+        Outcome::Aborted => outcome.yellow(),
+        Outcome::Failed(_) => outcome.red(),
+    };
+    let reply = report.turns.iter().find_map(Turn::reply_delay);
+    brief(&report.timeline, reply, outcome)
+}
+
 fn rows(batch: &BatchReport, width: Option<u16>) -> String {
     let columns = columns(width.is_some_and(|width| width < FULL_WIDTH));
     let rule = LineStyle::none().fill('-').junction('-');
@@ -154,7 +176,7 @@ fn track_delay(report: &Report) -> Option<Duration> {
     subscribed.checked_duration_since(sent)
 }
 
-pub(super) fn outcome(report: &Report) -> &'static str {
+fn outcome(report: &Report) -> &'static str {
     match &report.outcome {
         Outcome::Ok => "ok",
         Outcome::Aborted => "aborted",
