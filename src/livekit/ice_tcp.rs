@@ -198,7 +198,7 @@ mod tests {
         let (mut connection, mut server) = connected().await;
         let sending = async {
             server.write_all(b"\x00\x00\xff\xff").await.unwrap();
-            server.write_all(&[7; 0xffff]).await.unwrap();
+            server.write_all(&vec![7; 0xffff]).await.unwrap();
             server.write_all(b"\x00\x04next").await.unwrap();
         };
         let ((), heard) = tokio::join!(sending, next(&mut connection));
