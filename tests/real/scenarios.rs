@@ -63,6 +63,7 @@ scenarios! {
     server_off_loopback_is_ok: "ok, exit 0",
     blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0",
     blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4",
+    broken_connection_with_media_is_media_failed: "media_failed within 10 s, exit 4",
     tcp_alone_is_ok: "2 ok over TCP, exit 0",
     wss_with_a_private_authority_is_ok: "ok, exit 0",
     untrusted_certificate_is_unreachable: "unreachable, exit 4",
@@ -340,6 +341,26 @@ fn blocked_udp_and_tcp_is_media_failed_within_its_deadline(
     Ok(format!(
         "media_failed, over {seconds:.1} s after the join response"
     ))
+}
+
+fn broken_connection_with_media_is_media_failed(ground: &Ground) -> anyhow::Result<String> {
+    let tag = "media-breaks";
+    let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
+    let running = Settings::new(&site)
+        .project("ice", "tcp")
+        .order(&json!({"tag": tag}))
+        .set("batch.hold", "30s")
+        .once()?;
+    wait_for_job(&site, tag, "greeted")?;
+    site.reset_media_over_tcp()?;
+    let broken = Instant::now();
+    let batch = site.with_logs(expect(&running.finish()?, 4, &["media_failed"]))?;
+    let seconds = broken.elapsed().as_secs_f64();
+    expect_gone(&site, &batch)?;
+    // The signal connection lives, so the verdict waits for the transport to come back.
+    ensure!(seconds < 10.0, "over {seconds} s after the break");
+    let detail = batch.probes[0].detail.clone().unwrap_or_default();
+    Ok(format!("{detail}; over {seconds:.1} s after the break"))
 }
 
 fn tcp_alone_is_ok(ground: &Ground) -> anyhow::Result<String> {

@@ -158,19 +158,27 @@ impl Site {
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir.path())
     }
 
-    /// Blocks UDP to a site behind a veth pair.
+    /// Drops UDP to a site behind a veth pair, as a firewall does: without an answer.
     pub fn block_udp(&self) -> anyhow::Result<()> {
-        self.block("-p udp")
+        self.filter("-p udp -j DROP")
     }
 
-    /// Blocks media over TCP to a site behind a veth pair.
+    /// Does the same to media over TCP.
     pub fn block_media_over_tcp(&self) -> anyhow::Result<()> {
-        self.block(&format!("-p tcp --dport {}", self.port + 1))
+        self.filter(&format!("-p tcp --dport {} -j DROP", self.port + 1))
     }
 
-    fn block(&self, what: &str) -> anyhow::Result<()> {
+    /// Breaks every connection with media, and each new one.
+    pub fn reset_media_over_tcp(&self) -> anyhow::Result<()> {
+        let port = self.port + 1;
+        self.filter(&format!(
+            "-p tcp --dport {port} -j REJECT --reject-with tcp-reset"
+        ))
+    }
+
+    fn filter(&self, rule: &str) -> anyhow::Result<()> {
         let namespace = self.namespace.as_ref();
-        namespace.context("not behind a veth pair")?.block(what)
+        namespace.context("not behind a veth pair")?.filter(rule)
     }
 
     /// Where its processes keep their files, as long as it lives.
@@ -386,12 +394,15 @@ struct Namespace {
 
 impl Namespace {
     fn create() -> anyhow::Result<Self> {
-        static NEXT: AtomicU8 = AtomicU8::new(77);
-        let net = NEXT.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{}{net}", std::process::id());
+        static CREATED: AtomicU8 = AtomicU8::new(0);
+        let number = CREATED.fetch_add(1, Ordering::Relaxed);
+        let process = std::process::id();
+        let id = format!("{process}{number}");
+        // A net of its own (/30) for each, of this run and of another at the same time.
+        let (net, host) = (process % 256, number * 4);
         let this = Self {
             name: format!("canary-{id}"),
-            address: Ipv4Addr::new(10, 231, net, 2),
+            address: format!("10.231.{net}.{}", host + 2).parse()?,
             device: format!("cni{id}"),
         };
         let (name, outer, inner) = (&this.name, format!("cno{id}"), &this.device);
@@ -399,7 +410,10 @@ impl Namespace {
         ip(&format!(
             "link add {outer} type veth peer name {inner} netns {name}"
         ))?;
-        ip(&format!("addr add 10.231.{net}.1/30 dev {outer}"))?;
+        ip(&format!(
+            "addr add 10.231.{net}.{}/30 dev {outer}",
+            host + 1
+        ))?;
         ip(&format!("link set {outer} up"))?;
         ip(&format!(
             "-n {name} addr add {}/30 dev {inner}",
@@ -410,11 +424,11 @@ impl Namespace {
         Ok(this)
     }
 
-    /// Drops what comes from our side and fits `what`, as a firewall does: without an answer.
-    fn block(&self, what: &str) -> anyhow::Result<()> {
+    /// A rule for what comes from our side.
+    fn filter(&self, rule: &str) -> anyhow::Result<()> {
         let Self { name, device, .. } = self;
         ip(&format!(
-            "netns exec {name} iptables -w -A INPUT -i {device} {what} -j DROP"
+            "netns exec {name} iptables -w -A INPUT -i {device} {rule}"
         ))
     }
 }
