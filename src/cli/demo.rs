@@ -29,7 +29,7 @@ use crate::sandbox::{Handle, Sandbox, Settings};
 const TARGET: &str = "demo";
 
 /// Loopback answers at once, so what is late by seconds won't come. Each is the shortest that leaves a busy machine
-/// some room, so that no fault takes longer than a good call.
+/// some room, so that a fault takes little longer than a good call.
 const SETTINGS: &[(&[&str], &str)] = &[
     (&["agent_name"], "demo"),
     (&["batch", "hold"], "1s"),
@@ -86,7 +86,7 @@ const DRILLS: &[Drill] = &[
         expected: Expected::Failed(Reason::AgentSilent),
     },
     Drill {
-        what: "the signal connection is refused by HTTP 429 with Retry-After",
+        what: "the signal connection gets HTTP 429, Retry-After",
         fault: "upgrade=429,retry_after=30s",
         rooms: Affected::All,
         expected: Expected::Failed(Reason::PlanLimit(LimitKind::Connections)),
@@ -98,13 +98,13 @@ const DRILLS: &[Drill] = &[
         expected: Expected::Failed(Reason::DispatchUnanswered),
     },
     Drill {
-        what: "the agent leaves in the middle of its greeting",
+        what: "the agent leaves while it greets",
         fault: "leaves_early=800ms",
         rooms: Affected::One,
         expected: Expected::Failed(Reason::AgentLeftEarly),
     },
     Drill {
-        what: "the signal connection drops after the join",
+        what: "the signal connection drops",
         fault: "after_join=drop",
         rooms: Affected::One,
         expected: Expected::Failed(Reason::SignalLost),
@@ -116,7 +116,7 @@ const DRILLS: &[Drill] = &[
         expected: Expected::Failed(Reason::AgentNoTrack),
     },
     Drill {
-        what: "the server is above its node limit and answers 503",
+        what: "the server's node is full, HTTP 503",
         fault: "upgrade=503",
         rooms: Affected::All,
         expected: Expected::Failed(Reason::PlanLimit(LimitKind::Node)),
@@ -382,15 +382,15 @@ fn introduction(args: &Demo, url: &str) -> String {
             format!(" every {}", humantime::format_duration(args.every)),
             format!(
                 "The first {GOOD_AT_FIRST} batches go well, then every other one meets a fault. \
-                 Ctrl-C ends the demo.\n"
+                 Ctrl-C ends it.\n"
             ),
         )
     };
     format!(
-        "A LiveKit server with a demo agent runs on this machine, at {url}.\n\
-         The canary opens {rooms}{often}. In each it calls the agent, waits for its first words,\n\
-         plays them back to it and waits for the reply. Join delay and first speech count from\n\
-         the call, reply from the end of what was played back.\n{then}"
+        "A LiveKit server with a demo agent runs on this machine ({url}).\n\
+         The canary opens {rooms}{often}. In each it calls the agent, waits for\n\
+         its first words, plays them back to it and waits for the reply. Join delay and\n\
+         first speech count from the call, reply from the end of what was played back.\n{then}"
     )
 }
 
@@ -461,6 +461,17 @@ mod tests {
     fn every_drill_has_a_fault_that_the_sandbox_knows() {
         for drill in DRILLS {
             assert_eq!(drill.rule(3, 0).fault.to_string(), drill.fault);
+        }
+    }
+
+    #[test]
+    fn every_heading_fits_80_columns() {
+        for drill in DRILLS {
+            let heading = heading(999, Some(drill), 3);
+            assert!(
+                console::measure_text_width(heading.trim()) <= 80,
+                "{heading}"
+            );
         }
     }
 

@@ -263,7 +263,8 @@ pub(super) fn push_indented<L: Display>(text: &mut String, lines: impl IntoItera
 
 /// Breaks a sentence between words, so that it is readable whatever the terminal's width.
 fn wrapped(sentence: &str) -> Vec<String> {
-    const WIDTH: usize = 78;
+    /// With its indents it fits 80 columns, in the demo too.
+    const WIDTH: usize = 76;
     let mut lines = vec![String::new()];
     for word in sentence.split_whitespace() {
         let line = lines.last_mut().expect("it begins with one and only grows");

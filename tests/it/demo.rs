@@ -34,6 +34,7 @@ fn faults_follow_good_batches_and_an_interrupt_ends_it_well() {
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        .stderr(Stdio::null())
         .spawn()
         .unwrap();
     let pid = Pid::from_child(&child);
