@@ -19,12 +19,16 @@ use crate::config::{DispatchMode, EchoMode, Problems, Project, Ramp};
 use crate::livekit::api::Api;
 use crate::livekit::net::Endpoint;
 use crate::livekit::token::Keys;
+use crate::probe::{Origin, Outcome};
 use crate::sandbox::fault::Rule;
 
 mod check;
 mod demo;
 mod json;
+mod junit;
+mod markdown;
 mod once;
+mod phrasing;
 mod progress;
 #[cfg(test)]
 mod sample;
@@ -183,8 +187,14 @@ struct SandboxArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
+    /// For a terminal
     Table,
+    /// All that was found out, for programs
     Json,
+    /// For a comment on a pull request
+    Markdown,
+    /// For a CI system's test report
+    Junit,
 }
 
 fn names<T>(choices: &[(&'static str, T)]) -> PossibleValuesParser {
@@ -207,6 +217,24 @@ enum Exit {
     /// Nothing is said about the agent.
     Inconclusive,
     Aborted,
+}
+
+impl Exit {
+    /// What one room's outcome says.
+    fn of(outcome: &Outcome) -> Self {
+        match outcome {
+            Outcome::Ok => Self::Ok,
+            Outcome::Aborted => Self::Aborted,
+            Outcome::Failed(failure) => match failure.reason.origin() {
+                Origin::Agent | Origin::Undetermined => Self::Agent,
+                Origin::Limit => Self::PlanLimit,
+                Origin::Config => Self::Config,
+                Origin::Livekit | Origin::Network | Origin::External | Origin::Canary => {
+                    Self::Inconclusive
+                }
+            },
+        }
+    }
 }
 
 impl From<Exit> for ExitCode {

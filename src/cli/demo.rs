@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::once::{ABORT_ALL, LAST_DELETIONS, Signals, verdict, vouch, watch};
 use super::progress::Screen;
-use super::{Demo, Exit, print_unless_closed, table};
+use super::{Demo, Exit, phrasing, print_unless_closed, table};
 use crate::batch::{BatchReport, ProbeReport};
 use crate::config::{Config, Draft, Problems};
 use crate::janitor::Janitor;
@@ -211,7 +211,7 @@ impl Expected {
         match self {
             Self::Ok => "ok".to_owned(),
             Self::OkLate(least) => format!("ok, with a join delay of {least:?} or more"),
-            Self::Failed(reason) => table::reason(reason),
+            Self::Failed(reason) => phrasing::reason(reason),
         }
     }
 }
@@ -356,7 +356,7 @@ impl Stage {
             (None, _) => return Ok(Some(End::Dropped)),
         };
         let mut text = rows(&report);
-        let said = [table::summary(&report), table::reasons(&report)];
+        let said = [phrasing::summary(&report), table::reasons(&report)];
         for said in &said {
             table::push_indented(&mut text, said.lines());
         }

@@ -220,10 +220,15 @@ fn marks(report: &Report, turn: &Turn) -> TurnMarks {
     }
 }
 
-/// The page of this room's session in LiveKit Cloud, where the project is known.
+/// The page of this room's session in LiveKit Cloud, where the project is known. A room id of another form than
+/// LiveKit's, which is a server's word, makes no link.
 pub(super) fn session_url(report: &Report, project: &Project) -> Option<String> {
     let cloud_project = project.cloud_project.as_ref()?;
-    let room_sid = report.room_sid.as_ref()?;
+    let well_formed = |sid: &&String| {
+        sid.bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    };
+    let room_sid = report.room_sid.as_ref().filter(well_formed)?;
     Some(format!(
         "https://cloud.livekit.io/projects/{cloud_project}/sessions/{room_sid}"
     ))

@@ -10,13 +10,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::progress::Screen;
-use super::{Exit, Format, Once, complain, json, print, table};
+use super::{Exit, Format, Once, complain, json, junit, markdown, print, table};
 use crate::batch::{self, BatchReport};
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LeftBehind};
 use crate::livekit::engine::Engine;
+use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
-use crate::probe::{Origin, Outcome, Progress};
 
 /// The target that flags and environment describe where no file does.
 const IMPLIED_TARGET: &str = "default";
@@ -154,6 +154,8 @@ async fn batch_of_rooms(
         print(&match format {
             Format::Table => table::render(report, &project, table::terminal_width()),
             Format::Json => json::render(report, &target, &project),
+            Format::Markdown => markdown::render(report, &target, &project),
+            Format::Junit => junit::render(report, &target, &project),
         })
     });
     // What remains is to vouch for the rooms, also where the result met a full disk.
@@ -260,31 +262,20 @@ pub(super) async fn vouch(
 
 /// The first that applies, so that a pipeline blames the deploy for nothing else than the agent.
 pub(super) fn verdict(report: &BatchReport) -> Exit {
-    let outcomes = || report.probes.iter().map(|probe| &probe.report.outcome);
-    let any = |origins: &[Origin]| {
-        outcomes().any(|outcome| match outcome {
-            Outcome::Failed(failure) => origins.contains(&failure.reason.origin()),
-            Outcome::Ok | Outcome::Aborted => false,
-        })
+    let exits = || {
+        let probes = report.probes.iter();
+        probes.map(|probe| Exit::of(&probe.report.outcome))
     };
-    if outcomes().any(|outcome| matches!(outcome, Outcome::Aborted)) {
-        Exit::Aborted
-    } else if any(&[Origin::Config]) {
-        Exit::Config
-    } else if any(&[Origin::Agent, Origin::Undetermined]) {
-        Exit::Agent
-    } else if any(&[Origin::Limit]) {
-        Exit::PlanLimit
-    } else if any(&[
-        Origin::Livekit,
-        Origin::Network,
-        Origin::External,
-        Origin::Canary,
-    ]) {
-        Exit::Inconclusive
-    } else {
-        Exit::Ok
-    }
+    let precedence = [
+        Exit::Aborted,
+        Exit::Config,
+        Exit::Agent,
+        Exit::PlanLimit,
+        Exit::Inconclusive,
+    ];
+    let mut precedence = precedence.into_iter();
+    let first = precedence.find(|exit| exits().any(|one| one == *exit));
+    first.unwrap_or(Exit::Ok)
 }
 
 fn far_off() -> Instant {
@@ -318,7 +309,7 @@ impl Signals {
 mod tests {
     use super::super::sample::{batch, failed, probe};
     use super::*;
-    use crate::probe::{Evidence, LimitKind, Reason};
+    use crate::probe::{Evidence, LimitKind, Outcome, Reason};
 
     fn verdict_on(outcomes: &[Outcome]) -> Exit {
         let rooms = outcomes

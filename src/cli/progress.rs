@@ -7,7 +7,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::table::{delay, join_delay, printable};
+use super::phrasing::{delay, join_delay, printable};
 use super::{complain, table};
 use crate::batch::BatchEvent;
 use crate::probe::{Milestone, Outcome, Progress, Report, Span, Timeline};

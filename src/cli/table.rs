@@ -3,13 +3,16 @@
 use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::json::session_url;
+use super::phrasing::{
+    FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
+    track_delay, which,
+};
 use crate::batch::{BatchReport, ProbeReport};
 use crate::config::Project;
-use crate::probe::{Evidence, Failure, Milestone, Outcome, Reason, Report, Span, Timeline, Turn};
+use crate::probe::{Failure, Milestone, Outcome, Report, Span, Timeline, Turn};
 
 /// Below it, the table leaves out what matters least.
 const FULL_WIDTH: u16 = 120;
@@ -144,96 +147,11 @@ fn rows(batch: &BatchReport, width: Option<u16>) -> String {
     table.trim_fmt()
 }
 
-/// Time of day of a milestone, from the wall clock of the probe's start and the monotonic clock since.
-fn time(probe: &ProbeReport, milestone: Milestone) -> String {
-    let since = probe.report.timeline.since_started(milestone);
-    let at: Option<DateTime<Utc>> = since.map(|since| probe.started_at + since);
-    at.map_or_else(|| "-".to_owned(), |at| at.format("%H:%M:%S").to_string())
-}
-
-/// Seconds to the millisecond, or `-`.
-pub(super) fn delay(duration: Option<Duration>) -> String {
-    duration.map_or_else(
-        || "-".to_owned(),
-        |duration| format!("{:.3} s", duration.as_secs_f64()),
-    )
-}
-
-/// Marked where it is but an upper bound.
-pub(super) fn join_delay(report: &Report) -> String {
-    let bound = if report.join_upper_bound { "≤ " } else { "" };
-    let span = report.timeline.span(Span::AgentJoin);
-    span.map_or_else(
-        || delay(None),
-        |span| format!("{bound}{}", delay(Some(span))),
-    )
-}
-
-/// From the dispatch, as the other delays, so that a row reads as one clock.
-fn track_delay(report: &Report) -> Option<Duration> {
-    let sent = report.timeline.get(Milestone::DispatchSent)?;
-    let subscribed = report.timeline.get(Milestone::AgentTrackSubscribed)?;
-    subscribed.checked_duration_since(sent)
-}
-
-fn outcome(report: &Report) -> &'static str {
-    match &report.outcome {
-        Outcome::Ok => "ok",
-        Outcome::Aborted => "aborted",
-        Outcome::Failed(failure) => failure.reason.label(),
-    }
-}
-
-pub(super) fn summary(batch: &BatchReport) -> String {
-    let summary = batch.summary();
-    let mut text = format!("{} of {} rooms ok", summary.ok, batch.probes.len());
-    for (count, what) in [(summary.failed, "failed"), (summary.aborted, "aborted")] {
-        if count > 0 {
-            write!(text, ", {count} {what}").expect("writing to a string can't fail");
-        }
-    }
-    if let Some(delays) = summary.join_delay {
-        let [p50, p90, max] = [delays.p50, delays.p90, delays.max].map(|one| delay(Some(one)));
-        write!(text, "; join delay p50 {p50}, p90 {p90}, max {max}")
-            .expect("writing to a string can't fail");
-    }
-    if let Some(rest) = &batch.not_opened {
-        let rooms = if rest.rooms == 1 { "room" } else { "rooms" };
-        write!(
-            text,
-            "\n{} {rooms} did not open: {}",
-            rest.rooms,
-            printable(&rest.why)
-        )
-        .expect("writing to a string can't fail");
-    }
-    text
-}
-
-/// Rooms to which the same happened, by their index: told once.
-type FailedAlike<'a> = (Vec<usize>, &'a Failure);
-
-fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
-    let mut groups: Vec<FailedAlike<'_>> = Vec::new();
-    for (index, probe) in batch.probes.iter().enumerate() {
-        let Outcome::Failed(failure) = &probe.report.outcome else {
-            continue;
-        };
-        match groups.iter_mut().find(|(_, other)| *other == failure) {
-            Some((rooms, _)) => rooms.push(index),
-            None => groups.push((vec![index], failure)),
-        }
-    }
-    groups
-}
-
 /// The rooms, reason, origin and detail.
 fn head(rooms: &[usize], failure: &Failure) -> String {
-    let numbers: Vec<String> = rooms.iter().map(|index| (index + 1).to_string()).collect();
-    let plural = if rooms.len() == 1 { "room" } else { "rooms" };
     let mut text = format!(
-        "{plural} {}: {} (origin: {})\n",
-        numbers.join(", "),
+        "{}: {} (origin: {})\n",
+        which(rooms),
         reason(failure.reason),
         failure.reason.origin().label()
     );
@@ -280,66 +198,13 @@ fn wrapped(sentence: &str) -> Vec<String> {
     lines
 }
 
-pub(super) fn reason(reason: Reason) -> String {
-    match reason {
-        Reason::PlanLimit(kind) => format!("{} ({})", reason.label(), kind.label()),
-        _ => reason.label().to_owned(),
-    }
-}
-
-/// What a person needs to go on from here; the JSON has it all.
-fn evidence(evidence: &Evidence) -> Vec<String> {
-    let mut lines = Vec::new();
-    if let Some(step) = evidence.step {
-        let deadline = evidence
-            .deadline_seconds
-            .map_or_else(String::new, |seconds| format!(", deadline {seconds} s"));
-        lines.push(format!("step: {step}{deadline}"));
-    }
-    if let Some(status) = evidence.http_status {
-        let code = evidence.twirp_code.as_deref();
-        let code = code.map_or_else(String::new, |code| format!(", code {code}"));
-        lines.push(format!("HTTP status: {status}{code}"));
-    }
-    if let Some(answer) = &evidence.answer {
-        lines.push(format!("answer: {answer}"));
-    }
-    if let Some(seconds) = evidence.retry_after_seconds {
-        lines.push(format!("retry after: {seconds} s"));
-    }
-    match evidence.dispatches.as_deref() {
-        Some([]) => lines.push("dispatches: none listed".to_owned()),
-        Some(listed) => lines.extend(listed.iter().map(|one| format!("dispatch: {one}"))),
-        None => {}
-    }
-    if !evidence.participants.is_empty() {
-        lines.push(format!("in the room: {}", evidence.participants.join(", ")));
-    }
-    lines.extend(evidence.notes.iter().map(|note| format!("note: {note}")));
-    lines.into_iter().map(|line| one_line(&line)).collect()
-}
-
-/// Not longer than a reader needs.
-fn one_line(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let mut line: String = printable(text).chars().take(LONGEST).collect();
-    if text.chars().count() > LONGEST {
-        line.push('…');
-    }
-    line
-}
-
-/// A server's words without the control characters that could redraw a terminal.
-pub(super) fn printable(text: &str) -> String {
-    text.replace(char::is_control, " ")
-}
-
 #[cfg(test)]
 mod tests {
     use insta::assert_snapshot;
 
     use super::super::sample::{WELL, batch, mixed, probe, project};
     use super::*;
+    use crate::probe::Evidence;
 
     #[test]
     fn every_room_has_a_row_and_every_kind_of_failure_a_block() {
