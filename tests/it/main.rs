@@ -5,6 +5,8 @@
 mod architecture;
 mod command_line;
 mod demo;
+#[path = "../real/gate.rs"]
+mod gate;
 mod readme;
 mod sandbox;
 mod settings;

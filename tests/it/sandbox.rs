@@ -1,12 +1,20 @@
 //! The sandbox and the canary against each other: two readings of the protocol that share no code.
 
 use std::thread;
+use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta, Utc};
+use livekit_canary::livekit::RoomName;
+use livekit_canary::livekit::api::Api;
+use livekit_canary::livekit::net::Endpoint;
+use livekit_canary::livekit::token::Keys;
 use livekit_canary::sandbox::{Handle, Sandbox, Settings};
 use serde_json::Value;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::canary;
+use crate::gate::Gate;
 
 /// Short deadlines: what fails on loopback fails for good.
 const CONFIG: &str = r#"
@@ -64,21 +72,51 @@ impl Stage {
 
     /// Runs `once` against it: its exit status and the probes of its report.
     fn once(&self, flags: &[&str]) -> (Option<i32>, Vec<Value>) {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("canary.toml"), CONFIG).unwrap();
-        let mut args = vec!["once", "--config", "canary.toml", "--format", "json"];
-        args.extend(flags);
-        let variables = [
-            ("LIVEKIT_URL", self.url.as_str()),
-            ("LIVEKIT_API_KEY", "devkey"),
-            ("LIVEKIT_API_SECRET", "secret"),
-        ];
-        let run = canary(folder.path(), args, &variables);
-        assert!(!run.output().contains("eyJ"), "a token: {}", run.output());
-        let report: Value = serde_json::from_str(&run.stdout)
-            .unwrap_or_else(|error| panic!("{error}: {}", run.output()));
-        (run.code, report["probes"].as_array().unwrap().clone())
+        let (code, report) = once(&self.url, flags);
+        (code, report["probes"].as_array().unwrap().clone())
     }
+
+    /// Until an agent is in the one room there is.
+    fn wait_for_an_agent(&self) {
+        let endpoint = Endpoint::new(&self.url.parse().unwrap(), None).unwrap();
+        let keys = Keys::new("devkey", "secret").unwrap();
+        let api = Api::new(endpoint, keys, Duration::from_secs(2));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let is_there = || {
+            let room = RoomName(self.handle.rooms().pop()?);
+            let listed = runtime.block_on(api.list_participants(&room)).result.ok()?;
+            listed
+                .iter()
+                .find(|someone| someone.kind == "AGENT")
+                .map(drop)
+        };
+        let limit = Instant::now() + Duration::from_secs(20);
+        while is_there().is_none() {
+            assert!(Instant::now() < limit, "no agent came");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Runs `once` against the server at `url`: its exit status and its report.
+fn once(url: &str, flags: &[&str]) -> (Option<i32>, Value) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("canary.toml"), CONFIG).unwrap();
+    let mut args = vec!["once", "--config", "canary.toml", "--format", "json"];
+    args.extend(flags);
+    let variables = [
+        ("LIVEKIT_URL", url),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", "secret"),
+    ];
+    let run = canary(folder.path(), args, &variables);
+    assert!(!run.output().contains("eyJ"), "a token: {}", run.output());
+    let report = serde_json::from_str(&run.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", run.output()));
+    (run.code, report)
 }
 
 impl Drop for Stage {
@@ -148,15 +186,152 @@ fn milestones_come_in_the_real_servers_order() {
     assert!(positions.is_sorted(), "{marks:?}");
 }
 
+/// How each way to dispatch goes, in the order of time; automatic dispatch names nobody, so that nothing is accepted.
+const DISPATCHES: &[(&str, &str, &[&str])] = &[
+    (
+        "explicit",
+        "demo",
+        &[
+            "RoomCreated",
+            "SignalConnected",
+            "MediaConnected",
+            "DispatchSent",
+            "AgentJoined",
+        ],
+    ),
+    (
+        "room",
+        "demo",
+        &[
+            "DispatchSent",
+            "DispatchAccepted",
+            "SignalConnected",
+            "MediaConnected",
+            "AgentJoined",
+        ],
+    ),
+    (
+        "token",
+        "demo",
+        &[
+            "DispatchSent",
+            "DispatchAccepted",
+            "MediaConnected",
+            "AgentJoined",
+        ],
+    ),
+    (
+        "automatic",
+        "",
+        &[
+            "DispatchSent",
+            "SignalConnected",
+            "MediaConnected",
+            "AgentJoined",
+        ],
+    ),
+];
+
 #[test]
-fn an_unnamed_agent_is_sent_to_a_room_that_a_token_opens() {
-    let stage = Stage::new("", &[]);
-    let (code, probes) = stage.once(&["--dispatch", "automatic", "--rooms", "1"]);
-    assert_eq!(
-        (code, verdict(&probes[0])),
-        (Some(0), "ok".to_owned()),
-        "{probes:#?}"
-    );
+fn every_way_to_dispatch_brings_the_agent() {
+    side_by_side(DISPATCHES, |(mode, agent, order)| {
+        // Later than the canary's own media, so that the order is the same each time.
+        let stage = Stage::new(agent, &["join_delay=1s"]);
+        let mut flags = vec!["--rooms", "1", "--dispatch", mode];
+        if !agent.is_empty() {
+            flags.extend(["--agent-name", agent]);
+        }
+        let (code, probes) = stage.once(&flags);
+        let probe = &probes[0];
+        assert_eq!((code, &*verdict(probe)), (Some(0), "ok"), "{probe:#?}");
+        let milestones = &probe["milestones"];
+        let marks = order
+            .iter()
+            .map(|name| milestones[name].as_f64().expect(name));
+        assert!(marks.is_sorted(), "{probe:#?}");
+        assert_eq!(milestones["DispatchAccepted"].is_f64(), !agent.is_empty());
+        let created = matches!(*mode, "explicit" | "room");
+        assert_eq!(milestones["RoomCreated"].is_f64(), created, "{mode}");
+        assert_eq!(probe["join_upper_bound"], false, "{mode}");
+    });
+}
+
+#[test]
+fn agent_that_is_there_before_the_canary_gives_an_upper_bound() {
+    let stage = Stage::new("demo", &[]);
+    let server = stage.url.strip_prefix("ws://").unwrap().parse().unwrap();
+    let gate = Gate::before(server).unwrap();
+    let (code, report) = thread::scope(|scope| {
+        let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", "room"];
+        let url = format!("ws://{}", gate.address);
+        let running = scope.spawn(move || once(&url, &flags));
+        stage.wait_for_an_agent();
+        gate.open();
+        running.join().unwrap()
+    });
+    let probe = &report["probes"][0];
+    assert_eq!((code, &*verdict(probe)), (Some(0), "ok"), "{probe:#?}");
+    assert_eq!(probe["join_upper_bound"], true, "{probe:#?}");
+    let milestones = &probe["milestones"];
+    assert_eq!(milestones["AgentJoined"], milestones["SignalConnected"]);
+    assert_eq!(report["summary"]["join_delay"]["p50"], Value::Null);
+}
+
+#[test]
+fn agent_that_was_dispatched_with_the_room_and_does_not_come_leaves_nothing_behind() {
+    let cases = [
+        ("room", "never_accepts", "dispatch_unanswered"),
+        ("room", "late_after_deletion=300ms", "agent_no_show"),
+        ("token", "never_accepts", "dispatch_unanswered"),
+        ("token", "late_after_deletion=300ms", "agent_no_show"),
+    ];
+    side_by_side(&cases, |(mode, fault, expected)| {
+        let stage = Stage::new("demo", &[fault]);
+        let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", mode];
+        let (code, probes) = stage.once(&flags);
+        assert_eq!(
+            (code, &*verdict(&probes[0])),
+            (Some(1), *expected),
+            "{mode} {fault}"
+        );
+        assert_eq!(stage.handle.rooms(), Vec::<String>::new(), "{mode} {fault}");
+    });
+}
+
+#[test]
+fn interval_and_burst_open_rooms_before_the_agent_has_come_to_any() {
+    side_by_side(&[("interval", 200), ("burst", 0)], |(ramp, apart)| {
+        let stage = Stage::new("demo", &["join_delay=3s"]);
+        let interval = format!("{apart}ms");
+        let mut flags = vec!["--agent-name", "demo", "--rooms", "5", "--ramp", ramp];
+        if *apart > 0 {
+            flags.extend(["--ramp-interval", interval.as_str()]);
+        }
+        flags.extend(["--join-timeout", "10s"]);
+        let (code, probes) = stage.once(&flags);
+        assert_eq!(code, Some(0), "{probes:#?}");
+        let started: Vec<DateTime<Utc>> = probes.iter().map(started_at).collect();
+        let joined = probes[0]["milestones"]["AgentJoined"].as_f64().unwrap();
+        let first_join = started[0] + Duration::from_secs_f64(joined);
+        assert!(started.iter().all(|at| *at < first_join), "{started:?}");
+        // The wall clock is read a little after the timer, each time.
+        let least = TimeDelta::milliseconds(apart / 2);
+        let mut pairs = started.windows(2);
+        assert!(pairs.all(|pair| pair[1] - pair[0] >= least), "{started:?}");
+    });
+}
+
+fn side_by_side<T: Sync>(cases: &[T], case: impl Fn(&T) + Sync) {
+    thread::scope(|scope| {
+        for one in cases {
+            let case = &case;
+            scope.spawn(move || case(one));
+        }
+    });
+}
+
+fn started_at(probe: &Value) -> DateTime<Utc> {
+    probe["started_at"].as_str().unwrap().parse().unwrap()
 }
 
 /// A fault and what the canary must make of it.

@@ -1,0 +1,81 @@
+//! A proxy before a LiveKit server that keeps the signal connection waiting until it is opened: an agent can be in the
+//! room before the canary is.
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+
+/// Dropping it opens it for good, so that nobody waits for ever.
+pub struct Gate {
+    /// Host and port to tell the canary.
+    pub address: SocketAddr,
+    opened: Arc<Opened>,
+}
+
+#[derive(Default)]
+struct Opened {
+    is: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Closed, before the server at `server`.
+    pub fn before(server: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let gate = Self {
+            address: listener.local_addr()?,
+            opened: Arc::default(),
+        };
+        let opened = Arc::clone(&gate.opened);
+        // Ends with the process; a connection whose ends are gone ends by itself.
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let opened = Arc::clone(&opened);
+                thread::spawn(move || pass(client, server, &opened));
+            }
+        });
+        Ok(gate)
+    }
+
+    pub fn open(&self) {
+        *self
+            .opened
+            .is
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = true;
+        self.opened.changed.notify_all();
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+impl Opened {
+    fn wait(&self) {
+        let is = self.is.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(is, |is| !*is));
+    }
+}
+
+fn pass(mut client: TcpStream, server: SocketAddr, opened: &Opened) -> io::Result<()> {
+    let mut first = [0; 16 * 1024];
+    let read = client.read(&mut first)?;
+    // The path of the signal socket: `/rtc`, and `/rtc/v1` for a single peer connection.
+    if first[..read].starts_with(b"GET /rtc") {
+        opened.wait();
+    }
+    let mut upstream = TcpStream::connect(server)?;
+    upstream.write_all(&first[..read])?;
+    let (mut from, mut to) = (client.try_clone()?, upstream.try_clone()?);
+    thread::spawn(move || {
+        let copied = io::copy(&mut from, &mut to);
+        drop(to.shutdown(Shutdown::Write));
+        copied
+    });
+    io::copy(&mut upstream, &mut client)?;
+    client.shutdown(Shutdown::Write)
+}
