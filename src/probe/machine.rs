@@ -505,7 +505,7 @@ impl Probe {
     /// When an agent that was first seen at `seen` joined, by the server's own stamp.
     ///
     /// The server tells of a participant that publishes nothing and changes no attribute only with the next batch, up to
-    /// three seconds later (livekit-server's `SubscriberUpdates`); that is no delay of the agent's. A stamp from before
+    /// three seconds later (`subscriberUpdateInterval` in livekit-server's room.go); that is no delay of the agent's. A stamp from before
     /// the dispatch is a wrong clock, and of an upper bound only the bound was measured.
     fn join_of(&mut self, agent: &Agent, seen: Instant) -> Instant {
         let dispatched = match self.dispatch {
