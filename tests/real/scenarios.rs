@@ -60,6 +60,10 @@ scenarios! {
     one_by_one_holds_each_room_from_its_own_join: "ok, each room for its own hold, exit 0",
     metadata_and_attributes_reach_the_agent: "ok, canary=true seen, exit 0",
     unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0",
+    agent_comes_by_create_room: "ok, metadata seen, exit 0",
+    agent_comes_by_token: "ok, metadata seen, exit 0",
+    interval_opens_rooms_whatever_the_agent_does: "3 ok, 2 s apart, exit 0",
+    burst_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0",
     server_off_loopback_is_ok: "ok, exit 0",
     blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0",
     blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4",
@@ -286,6 +290,62 @@ fn unnamed_agent_comes_by_automatic_dispatch(ground: &Ground) -> anyhow::Result<
         expect_heard(&site, probe)?;
     }
     Ok(format!("2 ok, join {}", joins(&batch)?))
+}
+
+/// The named agent, and its metadata, without a CreateDispatch of ours.
+fn expect_dispatched(ground: &Ground, mode: &str) -> anyhow::Result<String> {
+    let tag = format!("comes by {mode}");
+    let finished = Settings::new(ground.shared)
+        .order(&json!({"tag": tag}))
+        .set("dispatch.mode", mode)
+        .set("batch.rooms", 2)
+        .run()?;
+    let batch = expect_ok(ground.shared, &finished, 2)?;
+    for probe in &batch.probes {
+        expect_heard(ground.shared, probe)?;
+    }
+    wait_for_job(ground.shared, &tag, "job")?;
+    Ok(format!("2 ok, join {}", joins(&batch)?))
+}
+
+fn agent_comes_by_create_room(ground: &Ground) -> anyhow::Result<String> {
+    expect_dispatched(ground, "room")
+}
+
+fn agent_comes_by_token(ground: &Ground) -> anyhow::Result<String> {
+    expect_dispatched(ground, "token")
+}
+
+/// When each of three rooms opened, in seconds since the first did.
+fn openings(ground: &Ground, settings: Settings) -> anyhow::Result<Vec<f64>> {
+    let finished = settings.set("batch.rooms", 3).run()?;
+    let batch = expect_ok(ground.shared, &finished, 3)?;
+    let opened = batch
+        .probes
+        .iter()
+        .map(|probe| unix_seconds(probe.started_at));
+    let opened: Vec<_> = opened.collect();
+    Ok(opened.iter().map(|at| at - opened[0]).collect())
+}
+
+fn interval_opens_rooms_whatever_the_agent_does(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared)
+        .order(&json!({"connect_after": 3}))
+        .set("batch.ramp", "interval")
+        .set("batch.interval", "2s");
+    let opened = openings(ground, settings)?;
+    let apart = opened
+        .windows(2)
+        .all(|pair| (1.9..3.0).contains(&(pair[1] - pair[0])));
+    ensure!(apart, "opened at {opened:?}");
+    Ok(format!("3 ok, opened at {opened:.2?} s"))
+}
+
+fn burst_opens_all_rooms_at_once(ground: &Ground) -> anyhow::Result<String> {
+    let settings = Settings::new(ground.shared).set("batch.ramp", "burst");
+    let opened = openings(ground, settings)?;
+    ensure!(opened.iter().all(|at| *at < 1.0), "opened at {opened:?}");
+    Ok(format!("3 ok, opened at {opened:.2?} s"))
 }
 
 fn server_off_loopback_is_ok(ground: &Ground) -> anyhow::Result<String> {
