@@ -168,6 +168,10 @@ async def leave(job: Job) -> None:
     job.ctx.shutdown("hangs up")
 
 
+async def nothing(job: Job) -> None:
+    """Ends its job at once."""
+
+
 async def never_connect(job: Job) -> None:
     await asyncio.Event().wait()
 
@@ -188,7 +192,7 @@ async def silence(job: Job) -> None:
 
 BEHAVIOURS = {
     behaviour.__name__: behaviour
-    for behaviour in (greet, reply, leave, never_connect, no_track, no_packets, silence)
+    for behaviour in (greet, reply, leave, nothing, never_connect, no_track, no_packets, silence)
 }
 
 

@@ -129,9 +129,10 @@ fn trial(scenario: &'static Scenario, stack: Stack, site: Arc<Site>, rows: Rows)
         rows.lock()
             .expect("no trial panics while it adds its row")
             .push(row);
-        result
-            .map(drop)
-            .map_err(|error| Failed::from(format!("{error:#}")))
+        result.map(drop).map_err(|error| {
+            let error = format!("{error:#}");
+            Failed::from(format!("{error}\n{}", site.logs_about(&error)))
+        })
     })
 }
 

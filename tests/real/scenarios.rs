@@ -292,7 +292,7 @@ fn unnamed_agent_comes_by_automatic_dispatch(ground: &Ground) -> anyhow::Result<
     Ok(format!("2 ok, join {}", joins(&batch)?))
 }
 
-/// The named agent, and its metadata, without a CreateDispatch of ours.
+/// The named agent, and its metadata, without a `CreateDispatch` of ours.
 fn expect_dispatched(ground: &Ground, mode: &str) -> anyhow::Result<String> {
     let tag = format!("comes by {mode}");
     let finished = Settings::new(ground.shared)
@@ -646,7 +646,7 @@ fn second_agent_is_a_duplicate(ground: &Ground) -> anyhow::Result<String> {
         .order(&json!({"tag": tag}))
         .once()?;
     let greeted = wait_for_job(ground.shared, tag, "greeted")?;
-    ground.shared.api.dispatch(greeted.room(), AGENT)?;
+    ground.shared.api.dispatch(greeted.room(), AGENT, "")?;
     let batch = expect(&running.finish()?, 1, &["agent_duplicate"])?;
     expect_gone(ground.shared, &batch)?;
     Ok(format!("agent_duplicate, join {}", joins(&batch)?))

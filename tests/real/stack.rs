@@ -1,5 +1,6 @@
 //! The processes that a scenario runs against: servers, agent workers, a TLS proxy, each owned by a guard that ends it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -142,7 +143,32 @@ impl Site {
         for worker in &mut site.workers {
             worker.wait_for_line("registered worker", Duration::from_mins(2))?;
         }
+        for agent in agents.iter().filter(|agent| agent.load < 0.5) {
+            site.prove(agent)?;
+        }
         Ok(site)
+    }
+
+    /// Waits until a job reaches the agent: livekit-server drops one that it is asked for within some 100 ms of the
+    /// worker's registration.
+    fn prove(&self, agent: &Agent) -> anyhow::Result<()> {
+        for attempt in 0..10 {
+            let room = format!("proof-{}-{attempt}", agent.name);
+            if agent.name.is_empty() {
+                self.api.create_room(&room)?;
+            } else {
+                self.api
+                    .dispatch(&room, agent.name, r#"{"behaviour": "nothing"}"#)?;
+            }
+            let came = self.wait_for_event("a job", Duration::from_secs(2), |event| {
+                event.room() == room
+            });
+            self.api.delete_room(&room)?;
+            if came.is_ok() {
+                return Ok(());
+            }
+        }
+        bail!("no job reached {:?}\n{}", agent.name, self.logs());
     }
 
     fn spawn(&self, agent: &Agent) -> anyhow::Result<Process> {
@@ -224,14 +250,32 @@ impl Site {
 
     /// The last lines of every log, for a person who looks for the cause of a failure.
     pub fn logs(&self) -> String {
-        let processes = std::iter::once(&self.server).chain(&self.workers);
-        let tail = |process: &Process| {
-            let log = process.log().unwrap_or_else(|error| error.to_string());
+        self.each_log(|log| {
             let lines: Vec<_> = log.lines().collect();
-            let tail = lines[lines.len().saturating_sub(40)..].join("\n");
-            format!("--- {}\n{tail}\n", process.name)
+            lines[lines.len().saturating_sub(40)..].join("\n")
+        })
+    }
+
+    /// The lines of every log about the rooms that `text` names.
+    pub fn logs_about(&self, text: &str) -> String {
+        let of_name = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        let rooms: BTreeSet<_> = text
+            .split(|c| !of_name(c))
+            .filter(|word| word.starts_with("canary-"))
+            .collect();
+        self.each_log(|log| {
+            let about = |line: &&str| rooms.iter().any(|room| line.contains(room));
+            log.lines().filter(about).collect::<Vec<_>>().join("\n")
+        })
+    }
+
+    fn each_log(&self, part: impl Fn(&str) -> String) -> String {
+        let part_of = |process: &Process| {
+            let log = process.log().unwrap_or_else(|error| error.to_string());
+            format!("--- {}\n{}\n", process.name, part(&log))
         };
-        processes.map(tail).collect()
+        let processes = std::iter::once(&self.server).chain(&self.workers);
+        processes.map(part_of).collect::<Vec<_>>().concat()
     }
 }
 

@@ -64,8 +64,13 @@ impl Server {
             .map(drop)
     }
 
-    pub fn dispatch(&self, room: &str, agent: &str) -> anyhow::Result<()> {
-        let request = json!({"room": room, "agent_name": agent});
+    pub fn create_room(&self, room: &str) -> anyhow::Result<()> {
+        self.call("RoomService/CreateRoom", room, &json!({"name": room}))
+            .map(drop)
+    }
+
+    pub fn dispatch(&self, room: &str, agent: &str, metadata: &str) -> anyhow::Result<()> {
+        let request = json!({"room": room, "agent_name": agent, "metadata": metadata});
         self.call("AgentDispatchService/CreateDispatch", room, &request)
             .map(drop)
     }
