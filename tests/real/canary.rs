@@ -233,6 +233,7 @@ pub struct Probe {
     pub evidence: Evidence,
     pub started_at: DateTime<Utc>,
     pub join_delay_seconds: Option<f64>,
+    pub join_upper_bound: bool,
     pub reply_delay_seconds: Option<f64>,
     /// Seconds since its start; null where it was never reached.
     pub milestones: BTreeMap<String, Option<f64>>,

@@ -15,6 +15,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::time::Instant;
 
 mod canary;
+mod gate;
 mod scenarios;
 mod stack;
 mod twirp;

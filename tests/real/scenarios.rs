@@ -1,5 +1,6 @@
 //! The table of scenarios: what is done to the product, and what must come of it.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -9,6 +10,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::canary::{Batch, Canary, Finished, Probe, Settings, unix_seconds};
+use crate::gate::Gate;
 use crate::stack::wait_for;
 use crate::stack::{AGENT, Agent, BUSY_AGENT, Event, KEY, SECRET, Site, Stack, TlsProxy, kill};
 
@@ -84,6 +86,10 @@ scenarios! {
     five_mistakes_are_reported_at_once: "five errors, exit 2",
     ctrl_c_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
     sigterm_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
+    late_agent_of_create_room_leaves_nothing_behind: "no agent; 15 s later no room, exit 1",
+    late_agent_of_a_token_leaves_nothing_behind: "no agent; 15 s later no room, exit 1",
+    room_and_token_that_name_nobodys_agent_are_unanswered: "dispatch_unanswered, exit 1",
+    agent_that_is_there_before_the_canary_is_an_upper_bound: "ok, an upper bound, exit 0",
 }
 
 // --- what all of them ask ---
@@ -348,6 +354,31 @@ fn burst_opens_all_rooms_at_once(ground: &Ground) -> anyhow::Result<String> {
     Ok(format!("3 ok, opened at {opened:.2?} s"))
 }
 
+fn agent_that_is_there_before_the_canary_is_an_upper_bound(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let site = ground.shared;
+    let gate = Gate::before(SocketAddr::from((Ipv4Addr::LOCALHOST, site.port)))?;
+    let tag = "is-there-first";
+    let running = Settings::new(site)
+        .order(&json!({"tag": tag}))
+        .project("url", format!("ws://{}", gate.address))
+        .set("dispatch.mode", "room")
+        // The gate's time counts.
+        .set("deadlines.signal", "30s")
+        .set("deadlines.join", "60s")
+        .once()?;
+    wait_for_job(site, tag, "connected")?;
+    gate.open();
+    let finished = running.finish()?;
+    let batch = expect_ok(site, &finished, 1)?;
+    let probe = &batch.probes[0];
+    ensure!(probe.join_upper_bound, "{probe:?}");
+    ensure!(probe.seconds("AgentJoined")? >= probe.seconds("SignalConnected")?);
+    expect_heard(site, probe)?;
+    Ok(format!("ok, joined within {}, echo heard", joins(&batch)?))
+}
+
 fn server_off_loopback_is_ok(ground: &Ground) -> anyhow::Result<String> {
     let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
     let finished = Settings::new(&site).set("batch.rooms", 2).run()?;
@@ -503,6 +534,26 @@ fn wrong_agent_name_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<St
     expect_nobody(ground.shared, "no-such-agent")
 }
 
+fn room_and_token_that_name_nobodys_agent_are_unanswered(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let started = ["room", "token"].map(|mode| {
+        let settings = Settings::new(ground.shared)
+            .set("agent_name", "no-such-agent")
+            .set("dispatch.mode", mode)
+            .set("deadlines.join", "3s");
+        (mode, settings.once())
+    });
+    for (mode, running) in started {
+        let batch = expect(&running?.finish()?, 1, &["dispatch_unanswered"])?;
+        expect_gone(ground.shared, &batch)?;
+        let detail = batch.probes[0].detail.clone().unwrap_or_default();
+        // Not that it lists no dispatch: the server took it.
+        ensure!(detail.contains("no accepted job"), "{mode}: {detail}");
+    }
+    Ok("both dispatch_unanswered, both dispatches listed".to_owned())
+}
+
 fn table_has_a_row_for_every_room(ground: &Ground) -> anyhow::Result<String> {
     let settings = Settings::new(ground.shared)
         .set("agent_name", "no-such-agent")
@@ -559,9 +610,22 @@ fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
 fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
     ground: &Ground,
 ) -> anyhow::Result<String> {
-    let tag = "comes-late";
+    expect_late(ground, "explicit")
+}
+
+fn late_agent_of_create_room_leaves_nothing_behind(ground: &Ground) -> anyhow::Result<String> {
+    expect_late(ground, "room")
+}
+
+fn late_agent_of_a_token_leaves_nothing_behind(ground: &Ground) -> anyhow::Result<String> {
+    expect_late(ground, "token")
+}
+
+fn expect_late(ground: &Ground, dispatch: &str) -> anyhow::Result<String> {
+    let tag = &format!("comes late by {dispatch}");
     let running = Settings::new(ground.shared)
         .order(&json!({"connect_after": 10, "tag": tag}))
+        .set("dispatch.mode", dispatch)
         .set("deadlines.join", "5s")
         .once()?;
     let job = wait_for_job(ground.shared, tag, "job")?;
