@@ -3,7 +3,7 @@
 //! The modules, in the order that data flows:
 //!
 //! ```text
-//! config ─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON)
+//! config ─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON, Markdown, JUnit)
 //!                          │ ▲ RoomEvent{at}
 //!                          ▼ │
 //!                  livekit::{engine, api} ─ws/udp/https─► LiveKit

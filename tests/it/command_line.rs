@@ -208,6 +208,37 @@ fn check_prints_what_was_understood() {
 }
 
 #[test]
+fn check_counts_the_agents_that_a_ramp_brings_together() {
+    let folder = tempfile::tempdir().unwrap();
+    // One room's join takes 1 min at most, by the other deadlines here.
+    let settings = |ramp: &str| {
+        format!(
+            "[projects.acme]\nurl = \"ws://a.example\"\napi_key = \"k\"\napi_secret = \"s\"\napi_timeout = \"10s\"\n\
+             [targets.support]\nagent_name = \"a\"\n\
+             deadlines = {{ signal = \"10s\", media = \"10s\", join = \"20s\", cleanup = \"10s\" }}\n\
+             batch = {{ rooms = 3, hold = \"50s\", {ramp} }}\n"
+        )
+    };
+    for (ramp, shown, minutes) in [
+        // Held for one minute, clean-up included, and as long as the joins of the rooms after take.
+        ("ramp = \"after_join\"", "3 rooms, after_join", 1 + 2 + 3),
+        (
+            "ramp = \"interval\", interval = \"1m\"",
+            "3 rooms, one every 1m",
+            2 + 3 + 4,
+        ),
+        ("ramp = \"burst\"", "3 rooms, burst", 2 + 2 + 2),
+    ] {
+        std::fs::write(folder.path().join("canary.toml"), settings(ramp)).unwrap();
+        let run = canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
+        assert_eq!(run.code, Some(0), "{}", run.output());
+        assert!(run.stdout.contains(shown), "{}", run.stdout);
+        let worst = format!("{minutes} agent minutes");
+        assert!(run.stdout.contains(&worst), "{ramp}: {}", run.stdout);
+    }
+}
+
+#[test]
 fn check_of_one_target_leaves_the_others_out() {
     let run = with_two_targets(&["check", "--target", "sales"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
