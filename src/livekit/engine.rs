@@ -115,7 +115,8 @@ pub struct Agent {
     pub name: Option<String>,
     /// The server's own stamp of the join, Unix milliseconds.
     pub joined_at_ms: i64,
-    /// That stamp on our clock, never later than the first sight; `None` where the server gives none.
+    /// That stamp on our clock, never later than the first sight; `None` where the server gives none, or has not yet
+    /// told its clock.
     ///
     /// The server tells of a participant that neither publishes nor changes an attribute only every three seconds, so
     /// the first sight can come that much after the join.

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::echo::{self, Echo};
 use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
 use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
-use super::roster::{Roster, ServerClock};
+use super::roster::Roster;
 use super::rtp::{self, Receiver};
 use super::signal::{Joined, Signal, SignalError, leave_reason};
 use super::speech::{Detector, Heard};
@@ -72,9 +72,8 @@ pub(super) async fn run(
 ) -> Ended {
     let outlet = Outlet { events };
     let joining = async {
-        let (requested_at, joined) = connect(&request, &outlet).await?;
-        let started = Session::start(&request, outlet, voice, requested_at, joined);
-        Box::pin(started).await
+        let joined = connect(&request, &outlet).await?;
+        Box::pin(Session::start(&request, outlet, voice, joined)).await
     };
     let mut session = tokio::select! {
         biased;
@@ -92,8 +91,8 @@ pub(super) async fn run(
     why
 }
 
-/// Connects; says when the upgrade was requested, which is also told as an event at once.
-async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<(Instant, Joined), Ended> {
+/// Connects; when the upgrade was requested is told at once.
+async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended> {
     let token = request
         .keys
         .participant(
@@ -107,14 +106,14 @@ async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<(Instant, Joi
     let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
     let telling = async {
         match request_sent.await {
-            Ok(at) => outlet.tell(at, Seen::SignalRequested).map(|()| Some(at)),
+            Ok(at) => outlet.tell(at, Seen::SignalRequested),
             // No connection came up: the other half says why.
-            Err(_) => Ok(None),
+            Err(_) => Ok(()),
         }
     };
-    let (joined, requested_at) = tokio::join!(connecting, telling);
-    let joined = joined.map_err(Ended::Signal)?;
-    Ok((requested_at?.unwrap_or(joined.at), joined))
+    let (joined, told) = tokio::join!(connecting, telling);
+    told?;
+    joined.map_err(Ended::Signal)
 }
 
 /// A participant in its room.
@@ -171,7 +170,6 @@ impl<'a> Session<'a> {
         request: &JoinRequest,
         outlet: Outlet,
         voice: &'a mut Receiver,
-        requested_at: Instant,
         joined: Joined,
     ) -> Result<Box<Self>, Ended> {
         let Joined {
@@ -194,11 +192,6 @@ impl<'a> Session<'a> {
             },
         )?;
         let own = response.participant.unwrap_or_default();
-        // The server stamped our own join at some time between our request and its answer.
-        let clock = ServerClock {
-            ours: requested_at + at.saturating_duration_since(requested_at) / 2,
-            theirs: own.joined_at_ms,
-        };
         if own.permission.is_some_and(|it| !it.can_publish) {
             let why = "the token does not allow this participant to publish".to_owned();
             return Err(Ended::PublishFailed(why));
@@ -221,7 +214,7 @@ impl<'a> Session<'a> {
             signal,
             publisher,
             subscriber,
-            roster: Roster::new(identity, request.agent_name.clone(), clock),
+            roster: Roster::new(identity, request.agent_name.clone()),
             voice,
             speech: Detector::new(request.speech.clone()),
             echo: Echo::new(request.echo.clone()),
@@ -448,7 +441,13 @@ impl<'a> Session<'a> {
         participants: Vec<proto::ParticipantInfo>,
         in_join_response: bool,
     ) -> Result<(), Ended> {
-        for event in self.roster.update(at, participants, in_join_response) {
+        for mut event in self.roster.update(at, participants, in_join_response) {
+            if let (Seen::AgentJoined { agent, .. }, Some(clock)) =
+                (&mut event.seen, self.signal.clock())
+            {
+                let joined = clock.ours(agent.joined_at_ms);
+                agent.joined = joined.map(|joined| joined.min(event.at));
+            }
             self.outlet.pass(event)?;
         }
         self.listen(at)

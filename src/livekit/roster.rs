@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::time::Duration;
 
 use livekit_protocol::participant_info::{Kind, State};
 use livekit_protocol::{DisconnectReason, ParticipantInfo, TrackInfo, TrackSource, TrackType};
@@ -22,32 +21,8 @@ const STATE: &str = "lk.agent.state";
 /// An avatar's or another helper's: it speaks for the agent of that identity and isn't one itself.
 const ON_BEHALF: &str = "lk.publish_on_behalf";
 
-/// A moment on our clock and on the server's.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct ServerClock {
-    pub(crate) ours: Instant,
-    /// Unix milliseconds; 0 where the server stamps nothing.
-    pub(crate) theirs: i64,
-}
-
-impl ServerClock {
-    /// Our moment of a stamp of the server's. Cloud's nodes keep their clocks together better than a join is exact.
-    fn ours(self, stamp: i64) -> Option<Instant> {
-        if self.theirs == 0 || stamp == 0 {
-            return None;
-        }
-        let apart = Duration::from_millis(stamp.abs_diff(self.theirs));
-        if stamp < self.theirs {
-            self.ours.checked_sub(apart)
-        } else {
-            self.ours.checked_add(apart)
-        }
-    }
-}
-
 pub(crate) struct Roster {
     own_identity: String,
-    clock: ServerClock,
     agent_name: Option<String>,
     /// By session id: an identity may come back in another session.
     present: HashMap<String, Member>,
@@ -73,14 +48,9 @@ enum Role {
 
 impl Roster {
     /// `agent_name`: the target's; `None` takes any agent.
-    pub(crate) fn new(
-        own_identity: String,
-        agent_name: Option<String>,
-        clock: ServerClock,
-    ) -> Self {
+    pub(crate) fn new(own_identity: String, agent_name: Option<String>) -> Self {
         Self {
             own_identity,
-            clock,
             agent_name,
             present: HashMap::new(),
             agent: None,
@@ -196,17 +166,15 @@ impl Roster {
             }
             (None, _) => {
                 self.agent = Some(sid.to_owned());
-                let clock = self.clock;
                 let member = self.member(sid)?;
                 member.role = Role::Agent;
-                let joined = clock.ours(member.info.joined_at_ms);
                 Some(Seen::AgentJoined {
                     agent: Agent {
                         identity,
                         sid: sid.to_owned(),
                         name: agent_name(&member.info).map(str::to_owned),
                         joined_at_ms: member.info.joined_at_ms,
-                        joined: joined.map(|joined| joined.min(member.first_seen)),
+                        joined: None,
                     },
                     in_join_response,
                 })
@@ -284,6 +252,8 @@ fn other(info: &ParticipantInfo) -> Seen {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn participant(sid: &str, kind: Kind, attributes: &[(&str, &str)]) -> ParticipantInfo {
@@ -328,14 +298,9 @@ mod tests {
 
     impl Room {
         fn new(agent_name: Option<&str>) -> Self {
-            let start = Instant::now();
-            let clock = ServerClock {
-                ours: start,
-                theirs: 1_000_000,
-            };
             Self {
-                roster: Roster::new("me".to_owned(), agent_name.map(str::to_owned), clock),
-                start,
+                roster: Roster::new("me".to_owned(), agent_name.map(str::to_owned)),
+                start: Instant::now(),
                 millis: 0,
             }
         }
@@ -402,22 +367,6 @@ mod tests {
                 ..
             }]
         ));
-    }
-
-    #[test]
-    fn servers_stamp_is_read_on_our_clock_and_never_lies_after_the_first_sight() {
-        for (stamp, expected) in [(1_000_003, Some(3)), (1_000_090, Some(10)), (0, None)] {
-            let mut room = Room::new(None);
-            let mut info = agent("PA_1");
-            info.joined_at_ms = stamp;
-            let now = room.start + Duration::from_millis(10);
-            let events = room.roster.update(now, vec![info], false);
-            let Seen::AgentJoined { agent, .. } = &events[0].seen else {
-                panic!("{events:?}");
-            };
-            let expected = expected.map(|millis| room.start + Duration::from_millis(millis));
-            assert_eq!(agent.joined, expected);
-        }
     }
 
     #[test]

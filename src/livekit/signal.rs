@@ -21,7 +21,7 @@ use proto::signal_request::Message as Outgoing;
 use proto::signal_response::Message as Incoming;
 use secrecy::SecretString;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -51,9 +51,36 @@ pub struct Signal {
     ping_timeout: Duration,
     /// When the last message came.
     heard_at: Instant,
-    /// Milliseconds, as the last pong told it; the server keeps statistics of it.
-    rtt: i64,
+    /// The last ping: its timestamp, which comes back in the pong, and when it was sent.
+    pinged: Option<(i64, Instant)>,
+    /// As the last pong told it; the server keeps statistics of it.
+    rtt: Duration,
+    clock: Option<ServerClock>,
     rate: Rate,
+}
+
+/// A moment on the server's clock and on ours, from a ping and its pong.
+#[derive(Debug, Clone, Copy)]
+pub struct ServerClock {
+    ours: Instant,
+    /// Unix milliseconds.
+    theirs: i64,
+    /// From ping to pong; the two moments lie at most half of it apart.
+    rtt: Duration,
+}
+
+impl ServerClock {
+    /// Our moment of a stamp of the server's, in Unix milliseconds; `None` for 0, which is no stamp.
+    ///
+    /// Cloud's nodes keep their clocks together better than a join is exact.
+    pub fn ours(self, stamp: i64) -> Option<Instant> {
+        let apart = Duration::from_millis(stamp.abs_diff(self.theirs));
+        match stamp {
+            0 => None,
+            _ if stamp < self.theirs => self.ours.checked_sub(apart),
+            _ => self.ours.checked_add(apart),
+        }
+    }
 }
 
 /// What a join brings.
@@ -172,7 +199,9 @@ impl Signal {
             ping: pings(Duration::from_secs(5)),
             ping_timeout: Duration::from_secs(15),
             heard_at: now,
-            rtt: 0,
+            pinged: None,
+            rtt: Duration::ZERO,
+            clock: None,
             rate: Rate::new(now),
         })
     }
@@ -201,7 +230,7 @@ impl Signal {
                 message = next_message(&mut self.socket, &mut self.unflushed, &mut self.rate) => {
                     let (at, message) = message?;
                     self.heard_at = at;
-                    if let Some(message) = self.sift(message) {
+                    if let Some(message) = self.sift(at, message) {
                         return Ok((at, message));
                     }
                 }
@@ -216,6 +245,11 @@ impl Signal {
     /// When the server was last heard, pongs included.
     pub fn heard_at(&self) -> Instant {
         self.heard_at
+    }
+
+    /// The server's clock, as the quickest pong told it; `None` until one has come.
+    pub fn clock(&self) -> Option<ServerClock> {
+        self.clock
     }
 
     /// Queues a message and writes what the socket takes; [`recv`](Self::recv) writes the rest. It never waits, so it
@@ -254,11 +288,10 @@ impl Signal {
     }
 
     /// Keeps back what is this connection's own business.
-    fn sift(&mut self, message: Incoming) -> Option<Incoming> {
+    fn sift(&mut self, at: Instant, message: Incoming) -> Option<Incoming> {
         match message {
             Incoming::PongResp(pong) => {
-                let rtt = Utc::now().timestamp_millis() - pong.last_ping_timestamp;
-                self.rtt = rtt.clamp(0, 60_000);
+                self.on_pong(at, &pong);
                 None
             }
             // The new token is for reconnecting, which a canary doesn't do: it stays out of reach of every log.
@@ -267,13 +300,31 @@ impl Signal {
         }
     }
 
+    fn on_pong(&mut self, at: Instant, pong: &proto::Pong) {
+        let answered = self
+            .pinged
+            .take_if(|(timestamp, _)| *timestamp == pong.last_ping_timestamp);
+        let Some((_, sent)) = answered else {
+            return;
+        };
+        self.rtt = at.saturating_duration_since(sent);
+        if pong.timestamp > 0 && self.clock.is_none_or(|known| self.rtt < known.rtt) {
+            self.clock = Some(ServerClock {
+                ours: sent + self.rtt / 2,
+                theirs: pong.timestamp,
+                rtt: self.rtt,
+            });
+        }
+    }
+
     /// Both forms, as upstream's SDKs do: servers before protocol 8 answer only the first.
     fn send_ping(&mut self) -> Result<(), SignalError> {
         let timestamp = Utc::now().timestamp_millis();
+        self.pinged = Some((timestamp, Instant::now()));
         self.send(Outgoing::Ping(timestamp))?;
         self.send(Outgoing::PingReq(proto::Ping {
             timestamp,
-            rtt: self.rtt,
+            rtt: i64::try_from(self.rtt.as_millis()).unwrap_or(i64::MAX),
         }))
     }
 
@@ -414,8 +465,9 @@ fn accepts(headers: &HeaderMap, key: &str) -> bool {
             .is_some_and(|value| value == derive_accept_key(key.as_bytes()).as_str())
 }
 
+/// The first at once: its pong tells the server's clock before an agent can have joined.
 fn pings(every: Duration) -> Interval {
-    let mut pings = interval_at(Instant::now() + every, every);
+    let mut pings = interval(every);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     pings
 }
@@ -866,6 +918,35 @@ mod tests {
         tokio::time::pause();
         let (_, message) = joined.signal.recv().await.unwrap();
         assert_eq!(sid(&message), "TR_alive");
+    }
+
+    #[tokio::test]
+    async fn quickest_pong_tells_the_servers_clock() {
+        let server = joining(|socket| async move { drop(socket) }).await;
+        let mut signal = join(&server).await.signal;
+        assert!(signal.clock().is_none());
+        let start = Instant::now();
+        let mut pong = |sent: u64, took: u64, stamp| {
+            let sent = start + Duration::from_millis(sent);
+            signal.pinged = Some((7, sent));
+            let pong = proto::Pong {
+                last_ping_timestamp: 7,
+                timestamp: stamp,
+            };
+            signal.on_pong(sent + Duration::from_millis(took), &pong);
+            // A pong that answers nothing changes nothing.
+            signal.on_pong(start, &pong);
+            signal.clock()
+        };
+        assert!(pong(0, 1, 0).is_none(), "a server that stamps nothing");
+        pong(0, 80, 1_000_050);
+        pong(5_000, 20, 1_005_010);
+        let clock = pong(10_000, 60, 1_010_059).unwrap();
+        for (stamp, ours) in [(1_000_600, 600), (1_007_000, 7_000)] {
+            let expected = start + Duration::from_millis(ours);
+            assert_eq!(clock.ours(stamp), Some(expected), "{stamp}");
+        }
+        assert_eq!(clock.ours(0), None);
     }
 
     #[tokio::test]

@@ -508,10 +508,8 @@ impl Probe {
     /// three seconds later (`subscriberUpdateInterval` in livekit-server's room.go); that is no delay of the agent's. A stamp from before
     /// the dispatch is a wrong clock, and of an upper bound only the bound was measured.
     fn join_of(&mut self, agent: &Agent, seen: Instant) -> Instant {
-        let dispatched = match self.dispatch {
-            DispatchCall::UnderWay { since } => Some(since),
-            _ => self.report.timeline.get(Milestone::DispatchSent),
-        };
+        // Unknown while the dispatch call is under way: then only the first sight is sure to come after it.
+        let dispatched = self.report.timeline.get(Milestone::DispatchSent);
         let stamp = agent
             .joined
             .filter(|joined| dispatched.is_some_and(|at| at <= *joined));
