@@ -154,6 +154,8 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
         let heard = stage.handle.heard();
         let heard = heard.iter().filter(|heard| heard.room == probe["room"]);
         assert!(heard.clone().all(|heard| !heard.over_agent));
+        // Its greeting has 125 frames; a busy machine may lose some of them.
+        assert!(heard.clone().all(|heard| heard.frames > 100));
         assert_eq!(heard.count(), 1, "{probe:#?}");
     }
     assert_eq!(stage.handle.rooms(), Vec::<String>::new());
