@@ -246,9 +246,7 @@ impl<'a> Session<'a> {
             disable_red: true,
             ..proto::AddTrackRequest::default()
         }))?;
-        self.send(Request::Offer(description("offer", offer, OFFER)))?;
-        self.publisher.wake(Instant::now());
-        Ok(())
+        self.send(Request::Offer(description("offer", offer, OFFER)))
     }
 
     async fn serve(&mut self, leave: &CancellationToken) -> Result<Ended, Ended> {
@@ -293,13 +291,14 @@ impl<'a> Session<'a> {
                 Happening::Packet(packet) => self.on_packet(&packet)?,
             }
         }
+        // Before the publisher is polled, which sends it: otherwise every packet would take a round of its own.
+        self.play(now)?;
         while let Some(happening) = poll(&mut self.publisher, now)? {
             if let Happening::Connected = happening {
                 self.echo.open(now);
                 self.on_connected(now)?;
             }
         }
-        self.play(now)?;
         Ok(())
     }
 
@@ -428,10 +427,6 @@ impl<'a> Session<'a> {
                 r#final: false,
             }))?;
         }
-        // Each description and candidate is a change that the stack acts on only when it is told the time.
-        let now = Instant::now();
-        self.publisher.wake(now);
-        self.subscriber.wake(now);
         Ok(())
     }
 

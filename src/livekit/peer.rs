@@ -94,6 +94,8 @@ pub(crate) struct Peer {
     tcp: Tcp,
     /// When the stack next wants to be told the time.
     timeout: Instant,
+    /// The stack took something in, and its output hasn't been polled to the end since.
+    unpolled: bool,
     /// ICE has a path, and DTLS or media may have gone over it.
     path: bool,
     connected: bool,
@@ -167,6 +169,7 @@ impl Peer {
             sockets: Vec::new(),
             tcp: Tcp::default(),
             timeout: now,
+            unpolled: true,
             path: false,
             connected: false,
             carrier: None,
@@ -217,6 +220,7 @@ impl Peer {
         );
         let (offer, pending) = api.apply().expect("a track was added");
         self.pending = Some((id, pending));
+        self.wake(Instant::now());
         (mid, offer.to_sdp_string())
     }
 
@@ -235,7 +239,9 @@ impl Peer {
             .sdp_api()
             .accept_answer(pending, answer)
             .map_err(|error| sdp_error(error, "answer"))?;
-        Ok(self.reach_all(sdp).await)
+        let candidates = self.reach_all(sdp).await;
+        self.wake(Instant::now());
+        Ok(candidates)
     }
 
     /// Takes an offer; returns our answer, and candidates of ours that the answer doesn't have.
@@ -251,6 +257,7 @@ impl Peer {
             .map_err(|error| sdp_error(error, "offer"))?;
         self.tracks = tracks(sdp);
         let candidates = self.reach_all(sdp).await;
+        self.wake(Instant::now());
         Ok((answer.to_sdp_string(), candidates))
     }
 
@@ -260,7 +267,9 @@ impl Peer {
             return Vec::new();
         };
         self.rtc.add_remote_candidate(candidate.clone());
-        self.reach(candidate).await.into_iter().collect()
+        let ours = self.reach(candidate).await;
+        self.wake(Instant::now());
+        ours.into_iter().collect()
     }
 
     /// The track of an m-line of the latest offer.
@@ -362,6 +371,7 @@ impl Peer {
         let input = Input::Receive(at.into_std(), receive);
         if self.rtc.accepts(&input) {
             self.heard_at = at;
+            self.unpolled = true;
             self.rtc.handle_input(input)?;
         }
         Ok(())
@@ -375,6 +385,11 @@ impl Peer {
         if !self.path {
             self.tcp.connect(now);
         }
+        // Nothing can have come of nothing: most rounds of a participant are about its other peer connection.
+        if !self.unpolled && self.timeout > now {
+            return Ok(None);
+        }
+        self.unpolled = true;
         for _ in 0..MOST_ROUNDS {
             if self.timeout <= now {
                 self.rtc.handle_input(Input::Timeout(now.into_std()))?;
@@ -394,16 +409,18 @@ impl Peer {
                 }
             }
             if self.timeout > now {
+                self.unpolled = false;
                 return Ok(None);
             }
         }
         // Never spin: whatever is due is due a moment later.
         self.timeout = now + Duration::from_millis(1);
+        self.unpolled = false;
         Ok(None)
     }
 
-    /// After a change: the stack acts on the next telling of the time.
-    pub(crate) fn wake(&mut self, now: Instant) {
+    /// After a description or a candidate: the stack acts on such a change only when it is told the time.
+    fn wake(&mut self, now: Instant) {
         self.timeout = now;
     }
 
@@ -676,6 +693,12 @@ mod tests {
         );
     }
 
+    async fn peer(target: SignalTarget, ice: Ice) -> Peer {
+        Peer::new(target, Ipv4Addr::LOCALHOST.into(), ice)
+            .await
+            .unwrap()
+    }
+
     #[tokio::test]
     async fn local_address_follows_the_route() {
         let loopback: SocketAddr = "127.0.0.1:9".parse().unwrap();
@@ -684,13 +707,7 @@ mod tests {
 
     #[tokio::test]
     async fn candidates_are_bounded_and_of_a_kind_that_can_be_used() {
-        let mut peer = Peer::new(
-            SignalTarget::Subscriber,
-            Ipv4Addr::LOCALHOST.into(),
-            Ice::All,
-        )
-        .await
-        .unwrap();
+        let mut peer = peer(SignalTarget::Subscriber, Ice::All).await;
         for line in [
             "",
             "candidate:1 1 tcp 1 127.0.0.1 7881 typ host tcptype active",
@@ -714,13 +731,7 @@ mod tests {
 
     #[tokio::test]
     async fn udp_has_a_second_before_tcp_is_connected() {
-        let mut peer = Peer::new(
-            SignalTarget::Publisher,
-            Ipv4Addr::LOCALHOST.into(),
-            Ice::All,
-        )
-        .await
-        .unwrap();
+        let mut peer = peer(SignalTarget::Publisher, Ice::All).await;
         for _ in 0..3 {
             peer.add_candidate(PASSIVE).await;
         }
@@ -737,13 +748,7 @@ mod tests {
 
     #[tokio::test]
     async fn udp_that_has_a_path_makes_tcp_needless() {
-        let mut peer = Peer::new(
-            SignalTarget::Publisher,
-            Ipv4Addr::LOCALHOST.into(),
-            Ice::All,
-        )
-        .await
-        .unwrap();
+        let mut peer = peer(SignalTarget::Publisher, Ice::All).await;
         peer.add_candidate(PASSIVE).await;
         let due = peer.tcp.due.unwrap();
         peer.path = true;
@@ -754,13 +759,7 @@ mod tests {
 
     #[tokio::test]
     async fn tcp_alone_connects_at_once_and_opens_no_udp_socket() {
-        let mut peer = Peer::new(
-            SignalTarget::Publisher,
-            Ipv4Addr::LOCALHOST.into(),
-            Ice::Tcp,
-        )
-        .await
-        .unwrap();
+        let mut peer = peer(SignalTarget::Publisher, Ice::Tcp).await;
         peer.add_candidate("candidate:1 1 udp 1 127.0.0.1 1 typ host")
             .await;
         for port in 1..100 {
@@ -774,13 +773,7 @@ mod tests {
 
     #[tokio::test]
     async fn datagrams_of_strangers_change_nothing() {
-        let mut peer = Peer::new(
-            SignalTarget::Subscriber,
-            Ipv4Addr::LOCALHOST.into(),
-            Ice::All,
-        )
-        .await
-        .unwrap();
+        let mut peer = peer(SignalTarget::Subscriber, Ice::All).await;
         let now = Instant::now();
         for first in 0..=255_u8 {
             let bytes = [first; 64];
