@@ -14,11 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Stay};
 use crate::livekit::RoomName;
-use crate::livekit::engine::AudioStats;
+use crate::livekit::engine::panic_message;
 use crate::probe::driver::{self, Context, HoldUntil};
-use crate::probe::{
-    Evidence, Failure, Milestone, Outcome, Position, Progress, Reason, Report, Span, Timeline,
-};
+use crate::probe::{Failure, Milestone, Outcome, Position, Progress, Reason, Report, Span};
 
 /// Everything that one batch found out.
 #[derive(Debug, Clone)]
@@ -538,33 +536,17 @@ async fn pass_on(told: &mpsc::Sender<(usize, Progress)>, index: usize, progress:
 fn crashed(room: RoomName, position: Position, error: JoinError) -> Report {
     let detail = match error.try_into_panic() {
         Ok(panic) => {
-            let text = panic
-                .downcast_ref::<&str>()
-                .map(|text| (*text).to_owned())
-                .or_else(|| panic.downcast_ref::<String>().cloned());
-            format!(
-                "the canary's own probe crashed: {}",
-                text.as_deref().unwrap_or("no message")
-            )
+            let text = panic_message(&*panic).unwrap_or("no message");
+            format!("the canary's own probe crashed: {text}")
         }
         Err(error) => format!("the canary's own probe was stopped: {error}"),
     };
     tracing::error!(%room, "{detail}");
-    Report {
-        room,
-        room_sid: None,
-        position,
-        outcome: Outcome::Failed(Failure {
-            reason: Reason::Internal,
-            detail,
-        }),
-        evidence: Evidence::default(),
-        timeline: Timeline::default(),
-        turns: Vec::new(),
-        agent: None,
-        audio: AudioStats::default(),
-        join_upper_bound: false,
-    }
+    let failure = Failure {
+        reason: Reason::Internal,
+        detail,
+    };
+    Report::new(room, position, Outcome::Failed(failure))
 }
 
 #[cfg(test)]
@@ -575,7 +557,7 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
-    use crate::probe::LimitKind;
+    use crate::probe::{LimitKind, Timeline};
 
     type Probe = Pin<Box<dyn Future<Output = Report> + Send>>;
 
@@ -608,18 +590,7 @@ mod tests {
     }
 
     fn report(opening: &Opening, outcome: Outcome) -> Report {
-        Report {
-            room: opening.room.clone(),
-            room_sid: None,
-            position: opening.position,
-            outcome,
-            evidence: Evidence::default(),
-            timeline: Timeline::default(),
-            turns: Vec::new(),
-            agent: None,
-            audio: AudioStats::default(),
-            join_upper_bound: false,
-        }
+        Report::new(opening.room.clone(), opening.position, outcome)
     }
 
     async fn say(opening: &Opening, progress: Progress) {

@@ -42,6 +42,24 @@ pub struct Report {
     pub join_upper_bound: bool,
 }
 
+impl Report {
+    /// A report of nothing seen yet.
+    pub(crate) fn new(room: RoomName, position: Position, outcome: Outcome) -> Self {
+        Self {
+            room,
+            room_sid: None,
+            position,
+            outcome,
+            evidence: Evidence::default(),
+            timeline: Timeline::default(),
+            turns: Vec::new(),
+            agent: None,
+            audio: AudioStats::default(),
+            join_upper_bound: false,
+        }
+    }
+}
+
 /// What a probe tells while it runs, for live progress and for the ramp.
 #[derive(Debug, Clone)]
 pub enum Progress {

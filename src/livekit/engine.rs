@@ -208,18 +208,16 @@ async fn caught(actor: impl Future<Output = Ended>) -> Ended {
     AssertUnwindSafe(actor)
         .catch_unwind()
         .await
-        .unwrap_or_else(|panic| Ended::Internal(panic_text(panic.as_ref())))
+        .unwrap_or_else(|panic| {
+            let text = panic_message(panic.as_ref()).unwrap_or("without a text");
+            Ended::Internal(format!("the participant panicked: {text}"))
+        })
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    format!(
-        "the participant panicked: {}",
-        text.unwrap_or("without a text")
-    )
+/// What a panic said, where it said it in words.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> Option<&str> {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
 }
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
 //! Carries a probe's actions out and feeds answers, room events and deadlines back.
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::future::pending;
 use std::panic::AssertUnwindSafe;
@@ -23,7 +22,7 @@ use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
 use crate::livekit::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::engine::{
-    AudioStats, Ended, Engine, JoinRequest, Participant, RoomEvent, Seen,
+    AudioStats, Ended, Engine, JoinRequest, Participant, RoomEvent, Seen, panic_message,
 };
 use crate::livekit::net::{Endpoint, Refusal};
 use crate::livekit::signal::SignalError;
@@ -166,7 +165,9 @@ impl Driver {
 
     async fn run_to_the_end(mut self) -> Report {
         if let Err(panic) = AssertUnwindSafe(self.drive()).catch_unwind().await {
-            let message = message_of(&*panic);
+            let message = panic_message(&*panic)
+                .unwrap_or("a panic without a message")
+                .to_owned();
             // The panic hook has logged it, with its place.
             tracing::debug!(room = %self.room, message, "a probe crashed");
             self.inputs.push_front(Input::Panicked(message));
@@ -402,12 +403,6 @@ async fn changed(hold_until: &mut Option<HoldUntil>) -> Option<Instant> {
     let last = *watched.borrow();
     *hold_until = None;
     last.or_else(|| Some(Instant::now()))
-}
-
-fn message_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".to_owned())
 }
 
 #[cfg(test)]

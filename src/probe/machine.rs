@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::outcome::{Step, quote};
 use super::turns::Turns;
-use super::{Evidence, Failure, Milestone, Outcome, Position, Progress, Reason, Report, Timeline};
+use super::{Failure, Milestone, Outcome, Position, Progress, Reason, Report};
 use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
@@ -192,21 +192,14 @@ impl Probe {
             join_told: false,
             strays: Vec::new(),
             turns: Turns::new(&target.echo),
-            report: Report {
+            report: Report::new(
                 room,
-                room_sid: None,
                 position,
-                outcome: Outcome::Failed(Failure::new(
+                Outcome::Failed(Failure::new(
                     Reason::Internal,
                     "the probe did not come to its end: a fault of the canary",
                 )),
-                evidence: Evidence::default(),
-                timeline: Timeline::default(),
-                turns: Vec::new(),
-                agent: None,
-                audio: AudioStats::default(),
-                join_upper_bound: false,
-            },
+            ),
             actions: Vec::new(),
             target,
         }
