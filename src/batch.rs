@@ -18,6 +18,10 @@ use crate::livekit::engine::panic_message;
 use crate::probe::driver::{self, Context, HoldUntil};
 use crate::probe::{Failure, Milestone, Outcome, Position, Progress, Reason, Report, Span};
 
+pub(crate) mod json;
+#[cfg(test)]
+pub(crate) mod sample;
+
 /// Everything that one batch found out.
 #[derive(Debug, Clone)]
 pub struct BatchReport {

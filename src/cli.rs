@@ -24,14 +24,11 @@ use crate::sandbox::fault::Rule;
 
 mod check;
 mod demo;
-mod json;
 mod junit;
 mod markdown;
 mod once;
 mod phrasing;
 mod progress;
-#[cfg(test)]
-mod sample;
 mod sandbox;
 mod table;
 

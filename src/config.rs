@@ -3,9 +3,12 @@
 //! It knows no other module of this crate.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chrono_tz::Tz;
+use croner::Cron;
 use secrecy::SecretString;
 use url::Url;
 
@@ -20,8 +23,82 @@ pub use problem::{Problem, Problems};
 /// Everything that was configured. Maps are keyed by the names that logs and metrics use.
 #[derive(Debug, Clone)]
 pub struct Config {
+    pub daemon: Daemon,
     pub projects: BTreeMap<String, Project>,
     pub targets: BTreeMap<String, Target>,
+}
+
+/// What only `run` looks at.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Daemon {
+    pub http: Http,
+    pub history: History,
+    pub lifetime: Lifetime,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Http {
+    pub listen: SocketAddr,
+    /// TLS and users, in the format of Prometheus' exporter-toolkit.
+    pub web_config_file: Option<PathBuf>,
+    /// Whether POST is answered on any address, without users too.
+    pub enable_lifecycle: bool,
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9787)),
+            web_config_file: None,
+            enable_lifecycle: false,
+        }
+    }
+}
+
+/// What is kept on disk, and for how long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// Folder of the history, the budget ledger and the journal of rooms; one process at a time.
+    pub dir: PathBuf,
+    /// Batches without a failure.
+    pub keep: Duration,
+    /// Batches with one.
+    pub keep_failures: Duration,
+    /// Above this size the oldest batches go, those without a failure first.
+    pub max_megabytes: u64,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        const DAY: Duration = Duration::from_hours(24);
+        Self {
+            dir: PathBuf::from("state"),
+            keep: 30 * DAY,
+            keep_failures: 180 * DAY,
+            max_megabytes: 512,
+        }
+    }
+}
+
+/// How the daemon begins and ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lifetime {
+    /// A target's first batch waits so long, so that a scrape has seen its counters at zero.
+    pub startup_delay: Duration,
+    /// On SIGTERM, running probes get so long to end by themselves.
+    pub drain_grace: Duration,
+    /// After the last room is gone, HTTP is answered so long for one more scrape.
+    pub shutdown_linger: Duration,
+}
+
+impl Default for Lifetime {
+    fn default() -> Self {
+        Self {
+            startup_delay: Duration::from_mins(1),
+            drain_grace: Duration::from_secs(30),
+            shutdown_linger: Duration::from_secs(5),
+        }
+    }
 }
 
 /// One LiveKit project or server: where it is, how to sign in, how much of it the canary may use.
@@ -40,6 +117,35 @@ pub struct Project {
     pub api_timeout: Duration,
     /// Most rooms of this project that the canary holds open at once.
     pub max_rooms: usize,
+    pub budget: Budget,
+    pub backoff: Backoff,
+}
+
+/// Most agent time that all targets of a project may use, as LiveKit bills it: whole minutes a session.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Budget {
+    /// A UTC day; `None` sets no limit.
+    pub agent_time_per_day: Option<Duration>,
+    /// A UTC calendar month; `None` sets no limit.
+    pub agent_time_per_month: Option<Duration>,
+}
+
+/// How long a project's batches rest after a plan limit was met, where the answer had no `Retry-After`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backoff {
+    /// After the first rejection; it doubles with each one that follows.
+    pub first: Duration,
+    /// Never longer, `Retry-After` included.
+    pub longest: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            first: Duration::from_mins(1),
+            longest: Duration::from_hours(1),
+        }
+    }
 }
 
 impl Project {
@@ -70,6 +176,8 @@ pub struct Target {
     pub dispatch: Dispatch,
     /// Attributes of the echo participant, beside `canary=true`, which is always set.
     pub attributes: BTreeMap<String, String>,
+    pub schedule: Schedule,
+    pub objectives: Objectives,
     pub batch: Batch,
     pub deadlines: Deadlines,
     pub echo: Echo,
@@ -87,12 +195,57 @@ impl Default for Target {
             agent_name: None,
             dispatch: Dispatch::default(),
             attributes: BTreeMap::new(),
+            schedule: Schedule::default(),
+            objectives: Objectives::default(),
             batch: Batch::default(),
             deadlines: Deadlines::default(),
             echo: Echo::default(),
             speech: Speech::default(),
             expect: Expect::default(),
             late_agent_window: Duration::from_mins(1),
+        }
+    }
+}
+
+/// When a target's batches start.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Schedule {
+    /// From one start to the next, counted from a moment that differs from target to target.
+    Every(Duration),
+    /// As crontab reads it, on the wall clock of `zone`.
+    Cron { expression: Box<Cron>, zone: Tz },
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self::Every(Duration::from_mins(15))
+    }
+}
+
+/// What share of probes must be good, and what good means.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Objectives {
+    /// Share of probes that must be ok, above 0 and below 1.
+    pub availability: f64,
+    /// Share of probes whose agent must join within `join_within`.
+    pub join: f64,
+    pub join_within: Duration,
+    /// Share of probes whose agent must speak within `first_speech_within`.
+    pub first_speech: f64,
+    pub first_speech_within: Duration,
+    /// Share of probes that must be ok, failures of LiveKit, the network and plan limits counted.
+    pub service: f64,
+}
+
+impl Default for Objectives {
+    fn default() -> Self {
+        Self {
+            availability: 0.99,
+            join: 0.99,
+            join_within: Duration::from_secs(5),
+            first_speech: 0.99,
+            first_speech_within: Duration::from_secs(8),
+            service: 0.99,
         }
     }
 }

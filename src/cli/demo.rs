@@ -437,8 +437,8 @@ fn judgement(drill: Option<&Drill>, batch: &BatchReport, rooms: usize) -> String
 
 #[cfg(test)]
 mod tests {
-    use super::super::sample::{WELL, batch, failed, probe};
     use super::*;
+    use crate::batch::sample::{WELL, batch, failed, probe};
     use crate::probe::Evidence;
 
     fn silent_in(room: u8, rooms: u8) -> BatchReport {

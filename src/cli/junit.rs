@@ -6,8 +6,8 @@
 use quick_junit::{NonSuccessKind, Property, Report, TestCase, TestCaseStatus, TestSuite};
 
 use super::Exit;
-use super::json::session_url;
 use super::phrasing::{evidence, printable, reason};
+use crate::batch::json::session_url;
 use crate::batch::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
 use crate::probe::{Failure, Outcome, Span, Turn};
@@ -148,8 +148,8 @@ fn seconds(name: &str, duration: std::time::Duration) -> Property {
 mod tests {
     use insta::assert_snapshot;
 
-    use super::super::sample::{WELL, batch, failed, mixed, probe, project};
     use super::*;
+    use crate::batch::sample::{WELL, batch, failed, mixed, probe, project};
     use crate::probe::{Evidence, LimitKind, Reason};
 
     fn rendered(batch: &BatchReport) -> String {

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 
 use humantime::format_duration;
 
-use super::json::session_url;
 use super::phrasing::{
     FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
     track_delay, which,
 };
+use crate::batch::json::session_url;
 use crate::batch::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
 use crate::probe::{Milestone, Report, Span, Turn};
@@ -130,9 +130,9 @@ mod tests {
     use insta::assert_snapshot;
     use pulldown_cmark::{Event, Options, Parser, Tag};
 
-    use super::super::sample::{WELL, batch, failed, mixed, probe, project};
     use super::*;
     use crate::batch::NotOpened;
+    use crate::batch::sample::{WELL, batch, failed, mixed, probe, project};
     use crate::probe::{Evidence, Outcome, Reason};
 
     #[test]

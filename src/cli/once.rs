@@ -10,8 +10,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::progress::Screen;
-use super::{Exit, Format, Once, complain, json, junit, markdown, print, table};
-use crate::batch::{self, BatchReport};
+use super::{Exit, Format, Once, complain, junit, markdown, print, table};
+use crate::batch::{self, BatchReport, json};
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LeftBehind};
 use crate::livekit::engine::Engine;
@@ -307,8 +307,8 @@ impl Signals {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sample::{batch, failed, probe};
     use super::*;
+    use crate::batch::sample::{batch, failed, probe};
     use crate::probe::{Evidence, LimitKind, Outcome, Reason};
 
     fn verdict_on(outcomes: &[Outcome]) -> Exit {

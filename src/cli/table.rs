@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
-use super::json::session_url;
 use super::phrasing::{
     FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
     track_delay, which,
 };
+use crate::batch::json::session_url;
 use crate::batch::{BatchReport, ProbeReport};
 use crate::config::Project;
 use crate::probe::{Failure, Milestone, Outcome, Report, Span, Timeline, Turn};
@@ -202,8 +202,8 @@ fn wrapped(sentence: &str) -> Vec<String> {
 mod tests {
     use insta::assert_snapshot;
 
-    use super::super::sample::{WELL, batch, mixed, probe, project};
     use super::*;
+    use crate::batch::sample::{WELL, batch, mixed, probe, project};
     use crate::probe::Evidence;
 
     #[test]

@@ -172,6 +172,11 @@ impl<'a> Section<'a> {
         Taken::Broken
     }
 
+    /// Whether a key that was not read yet is there.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
     pub(super) fn place_of(&self, key: &str) -> Option<String> {
         self.table.get(key).and_then(place_of)
     }

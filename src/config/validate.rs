@@ -5,6 +5,9 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chrono_tz::Tz;
+use croner::Cron;
+use croner::parser::{CronParser, Seconds, Year};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use url::Url;
@@ -13,14 +16,20 @@ use super::document::{Draft, Fallback};
 use super::problem::{Problem, alternatives, from_variable, in_file, shown, similar};
 use super::section::{Section, Table, Taken, Text};
 use super::{
-    AgentMayLeave, Batch, Config, Deadlines, Dispatch, DispatchMode, Echo, EchoMode, Expect, Ice,
-    Project, Ramp, Speech, Stay, Target,
+    AgentMayLeave, Backoff, Batch, Budget, Config, Daemon, Deadlines, Dispatch, DispatchMode, Echo,
+    EchoMode, Expect, History, Http, Ice, Lifetime, Objectives, Project, Ramp, Schedule, Speech,
+    Stay, Target,
 };
 
 /// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
 const LONGEST: Duration = Duration::from_hours(1);
 const SHORTEST: Duration = Duration::from_millis(1);
 const MOST_ROOMS: usize = 10_000;
+const DAY: Duration = Duration::from_hours(24);
+const LONGEST_KEPT: Duration = Duration::from_hours(24 * 3660);
+/// A batch more seldom than that watches nothing.
+const LONGEST_INTERVAL: Duration = Duration::from_hours(24 * 31);
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 /// A secret's file is a line of text; more than this is the wrong file.
 const SECRET_FILE_LIMIT: u64 = 64 * 1024;
 
@@ -29,6 +38,11 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let mut root = Section::root(draft.settings.cache, problems);
     let mut project_entries = root.named("projects");
     let target_entries = root.named("targets");
+    let daemon = Daemon {
+        http: http(root.table("http")),
+        history: history(root.table("history")),
+        lifetime: lifetime(root.table("lifetime")),
+    };
     // Without a word about projects the environment alone describes the one there is.
     if project_entries.is_empty() {
         project_entries.push(("default".to_owned(), None, Table::new()));
@@ -52,7 +66,64 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             (name, target(section, &max_rooms))
         })
         .collect();
-    Config { projects, targets }
+    Config {
+        daemon,
+        projects,
+        targets,
+    }
+}
+
+fn http(mut section: Section<'_>) -> Http {
+    let default = Http::default();
+    let listen = match section.text("listen") {
+        Taken::Text(text) => text.value.parse().unwrap_or_else(|_| {
+            let message = format!("{} is not an address with a port", shown(&text.value));
+            let hint = "write it as \"0.0.0.0:9787\" or \"[::]:9787\"";
+            section.problem("listen", text.place, message, hint);
+            default.listen
+        }),
+        Taken::Missing | Taken::Broken => default.listen,
+    };
+    let web_config_file = match section.text("web_config_file") {
+        Taken::Text(text) => Some(text.path()),
+        Taken::Missing | Taken::Broken => None,
+    };
+    let enable_lifecycle = section.boolean("enable_lifecycle", default.enable_lifecycle);
+    section.finish();
+    Http {
+        listen,
+        web_config_file,
+        enable_lifecycle,
+    }
+}
+
+fn history(mut section: Section<'_>) -> History {
+    let default = History::default();
+    let dir = match section.text("dir") {
+        Taken::Text(text) => text.path(),
+        Taken::Missing | Taken::Broken => default.dir,
+    };
+    let mut duration = |key, default| section.duration(key, default, DAY..=LONGEST_KEPT);
+    let history = History {
+        dir,
+        keep: duration("keep", default.keep),
+        keep_failures: duration("keep_failures", default.keep_failures),
+        max_megabytes: section.number("max_megabytes", default.max_megabytes, 8..=1_000_000),
+    };
+    section.finish();
+    history
+}
+
+fn lifetime(mut section: Section<'_>) -> Lifetime {
+    let default = Lifetime::default();
+    let mut duration = |key, default| section.duration(key, default, Duration::ZERO..=LONGEST);
+    let lifetime = Lifetime {
+        startup_delay: duration("startup_delay", default.startup_delay),
+        drain_grace: duration("drain_grace", default.drain_grace),
+        shutdown_linger: duration("shutdown_linger", default.shutdown_linger),
+    };
+    section.finish();
+    lifetime
 }
 
 fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> Option<Project> {
@@ -75,6 +146,8 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
         Project::DEFAULT_API_TIMEOUT,
         SHORTEST..=LONGEST,
     );
+    let budget = budget(section.table("budget"));
+    let backoff = backoff(section.table("backoff"));
     section.finish();
     Some(Project {
         url: url?,
@@ -85,7 +158,39 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
         ice,
         api_timeout,
         max_rooms,
+        budget,
+        backoff,
     })
+}
+
+fn budget(mut section: Section<'_>) -> Budget {
+    let mut limit = |key| {
+        // Without a default there is no limit; the one given here is only what a broken value leaves.
+        let set = section.has(key);
+        let limit = section.duration(key, DAY, Duration::from_mins(1)..=LONGEST_KEPT);
+        set.then_some(limit)
+    };
+    let budget = Budget {
+        agent_time_per_day: limit("agent_time_per_day"),
+        agent_time_per_month: limit("agent_time_per_month"),
+    };
+    section.finish();
+    budget
+}
+
+fn backoff(mut section: Section<'_>) -> Backoff {
+    let default = Backoff::default();
+    let place = section.place_of("longest");
+    let backoff = Backoff {
+        first: section.duration("first", default.first, SHORTEST..=LONGEST),
+        longest: section.duration("longest", default.longest, SHORTEST..=DAY),
+    };
+    if backoff.longest < backoff.first {
+        let message = "shorter than first".to_owned();
+        section.problem("longest", place, message, "make it at least as long");
+    }
+    section.finish();
+    backoff
 }
 
 /// Messages about the URL don't repeat it: it may hold credentials.
@@ -257,6 +362,8 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
         agent_name,
         dispatch,
         attributes: attributes(section.table("attributes")),
+        schedule: schedule(section.table("schedule")),
+        objectives: objectives(section.table("objectives")),
         batch,
         deadlines: deadlines(section.table("deadlines")),
         echo: echo(section.table("echo")),
@@ -327,6 +434,95 @@ fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
         }
     }
     attributes
+}
+
+fn schedule(mut section: Section<'_>) -> Schedule {
+    let [cron_place, zone_place] = ["cron", "time_zone"].map(|key| section.place_of(key));
+    let every_is_set = section.has("every");
+    let every = match Schedule::default() {
+        Schedule::Every(default) => default,
+        Schedule::Cron { .. } => unreachable!("the default is an interval"),
+    };
+    let every = section.duration("every", every, SHORTEST_INTERVAL..=LONGEST_INTERVAL);
+    let zone = match section.text("time_zone") {
+        Taken::Text(text) => Some(text),
+        Taken::Missing | Taken::Broken => None,
+    };
+    let schedule = match section.text("cron") {
+        Taken::Text(text) if every_is_set => {
+            let message = "every is set as well".to_owned();
+            section.problem("cron", text.place, message, "keep one of the two");
+            Schedule::Every(every)
+        }
+        Taken::Text(text) => {
+            let zone = zone.map_or(Tz::UTC, |zone| time_zone(&mut section, &zone));
+            match cron(&text.value) {
+                Ok(expression) => Schedule::Cron {
+                    expression: Box::new(expression),
+                    zone,
+                },
+                Err(why) => {
+                    let message = format!("{:?} is not a cron expression: {why}", text.value);
+                    let hint = "five fields (minute, hour, day of month, month, day of week), or six with seconds \
+                                first";
+                    section.problem("cron", cron_place, message, hint);
+                    Schedule::Every(every)
+                }
+            }
+        }
+        Taken::Missing if zone.is_some() => {
+            let message = "an interval has no time zone".to_owned();
+            section.problem(
+                "time_zone",
+                zone_place,
+                message,
+                "leave it out, or set cron",
+            );
+            Schedule::Every(every)
+        }
+        Taken::Missing | Taken::Broken => Schedule::Every(every),
+    };
+    section.finish();
+    schedule
+}
+
+fn time_zone(section: &mut Section<'_>, text: &Text) -> Tz {
+    text.value.parse().unwrap_or_else(|_| {
+        let message = format!("{} is not a time zone", shown(&text.value));
+        let hint = "take a name of the IANA database, such as \"UTC\" or \"Europe/Berlin\"";
+        section.problem("time_zone", text.place.clone(), message, hint);
+        Tz::UTC
+    })
+}
+
+/// Where both the day of the month and the day of the week are restricted, either will do, as in crontab.
+fn cron(expression: &str) -> Result<Cron, String> {
+    CronParser::builder()
+        .seconds(Seconds::Optional)
+        .year(Year::Disallowed)
+        .dom_and_dow(false)
+        .build()
+        .parse(expression)
+        .map_err(|error| error.to_string())
+}
+
+fn objectives(mut section: Section<'_>) -> Objectives {
+    let default = Objectives::default();
+    let mut within = |key, default| section.duration(key, default, SHORTEST..=LONGEST);
+    let join_within = within("join_within", default.join_within);
+    let first_speech_within = within("first_speech_within", default.first_speech_within);
+    // An objective of 1 has no error budget, and no alert can be made of it.
+    let mut share = |key, default| section.number(key, default, 0.01..=0.9999);
+    let objectives = Objectives {
+        availability: share("availability", default.availability),
+        join: share("join", default.join),
+        join_within,
+        first_speech: share("first_speech", default.first_speech),
+        first_speech_within,
+        service: share("service", default.service),
+    };
+    section.finish();
+    objectives
 }
 
 fn batch(mut section: Section<'_>, project: Option<(&str, usize)>) -> Batch {

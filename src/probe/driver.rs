@@ -496,6 +496,8 @@ mod tests {
                 ice: crate::config::Ice::default(),
                 api_timeout: Duration::from_secs(5),
                 max_rooms: 1,
+                budget: crate::config::Budget::default(),
+                backoff: crate::config::Backoff::default(),
             }),
             target: Arc::new(target),
             api: Api::new(endpoint.clone(), keys, Duration::from_secs(5)),

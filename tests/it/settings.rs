@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use insta::assert_snapshot;
-use livekit_canary::config::{Config, DispatchMode, Draft, Project, Ramp, Target};
+use livekit_canary::config::{
+    Backoff, Budget, Config, Daemon, DispatchMode, Draft, History, Project, Ramp, Target,
+};
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
 
@@ -398,6 +400,16 @@ fn sample_file_shows_the_defaults_of_the_code() {
     let project = &config.projects["main"];
     assert_eq!(project.api_timeout, Project::DEFAULT_API_TIMEOUT);
     assert_eq!(project.max_rooms, Project::DEFAULT_MAX_ROOMS);
+    assert_eq!(project.budget, Budget::default());
+    assert_eq!(project.backoff, Backoff::default());
+    let daemon = Daemon {
+        history: History {
+            dir: sample().with_file_name("state"),
+            ..History::default()
+        },
+        ..Daemon::default()
+    };
+    assert_eq!(config.daemon, daemon);
 
     let bare = read(&target_with(""), &CREDENTIALS);
     let code = Target {

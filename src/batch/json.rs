@@ -6,7 +6,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Serialize, Serializer};
 use tokio::time::Instant;
 
-use crate::batch::{BatchReport, ProbeReport};
+use super::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
 use crate::probe::{Evidence, Milestone, Outcome, Position, Reason, Report, Span, Turn};
 
@@ -107,9 +107,9 @@ struct JoinDelay {
 }
 
 /// One JSON document, indented, with a newline at its end.
-pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
+pub(crate) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
     let summary = batch.summary();
-    let quantile = |of: fn(&crate::batch::Quantiles) -> Duration| {
+    let quantile = |of: fn(&super::Quantiles) -> Duration| {
         summary
             .join_delay
             .as_ref()
@@ -222,7 +222,7 @@ fn marks(report: &Report, turn: &Turn) -> TurnMarks {
 
 /// The page of this room's session in LiveKit Cloud, where the project is known. A room id of another form than
 /// LiveKit's, which is a server's word, makes no link.
-pub(super) fn session_url(report: &Report, project: &Project) -> Option<String> {
+pub(crate) fn session_url(report: &Report, project: &Project) -> Option<String> {
     let cloud_project = project.cloud_project.as_ref()?;
     let well_formed = |sid: &&String| {
         sid.bytes()

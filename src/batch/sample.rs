@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use crate::batch::{BatchReport, NotOpened, ProbeReport};
-use crate::config::{Ice, Project};
+use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
 use crate::livekit::engine::{Agent, AudioStats};
 use crate::probe::{
@@ -17,7 +17,7 @@ fn start_of_day() -> DateTime<Utc> {
     DateTime::from_timestamp(1_790_000_000, 123_456_000).expect("a time that chrono knows")
 }
 
-pub(super) fn project() -> Project {
+pub(crate) fn project() -> Project {
     Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
         api_key: "key".to_owned(),
@@ -27,10 +27,12 @@ pub(super) fn project() -> Project {
         ice: Ice::default(),
         api_timeout: Project::DEFAULT_API_TIMEOUT,
         max_rooms: Project::DEFAULT_MAX_ROOMS,
+        budget: Budget::default(),
+        backoff: Backoff::default(),
     }
 }
 
-pub(super) fn failed(reason: Reason, detail: &str) -> Outcome {
+pub(crate) fn failed(reason: Reason, detail: &str) -> Outcome {
     Outcome::Failed(Failure {
         reason,
         detail: detail.to_owned(),
@@ -38,7 +40,7 @@ pub(super) fn failed(reason: Reason, detail: &str) -> Outcome {
 }
 
 /// One room; `marks` are milliseconds since its start.
-pub(super) fn probe(
+pub(crate) fn probe(
     number: u8,
     outcome: Outcome,
     evidence: Evidence,
@@ -92,7 +94,7 @@ pub(super) fn probe(
     }
 }
 
-pub(super) fn batch(probes: Vec<ProbeReport>, not_opened: Option<NotOpened>) -> BatchReport {
+pub(crate) fn batch(probes: Vec<ProbeReport>, not_opened: Option<NotOpened>) -> BatchReport {
     BatchReport {
         batch_id: "20260921T141320-0a1b2-c3d4".to_owned(),
         target: "support".to_owned(),
@@ -104,7 +106,7 @@ pub(super) fn batch(probes: Vec<ProbeReport>, not_opened: Option<NotOpened>) -> 
 }
 
 /// Every milestone of a room that went well.
-pub(super) const WELL: &[(Milestone, u64)] = &[
+pub(crate) const WELL: &[(Milestone, u64)] = &[
     (Milestone::RoomCreated, 12),
     (Milestone::SignalConnected, 40),
     (Milestone::MediaConnected, 180),
@@ -120,7 +122,7 @@ pub(super) const WELL: &[(Milestone, u64)] = &[
     (Milestone::RoomDeleted, 16_020),
 ];
 
-pub(super) fn mixed() -> BatchReport {
+pub(crate) fn mixed() -> BatchReport {
     let no_show = Evidence {
         step: Some("agent_join"),
         deadline_seconds: Some(30.0),
