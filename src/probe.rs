@@ -3,6 +3,8 @@
 //! `machine` decides, as a plain state machine: answers and room events in, actions out. It performs no I/O; [`driver`]
 //! carries its actions out.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
@@ -58,6 +60,28 @@ impl Report {
             join_upper_bound: false,
         }
     }
+
+    /// The agent time that LiveKit bills for this room: from the agent's join to the room's end, in whole minutes.
+    /// `None` where no agent came.
+    ///
+    /// An agent that left before the room ended cost less; a budget is better told too much than too little.
+    pub fn billed(&self) -> Option<Duration> {
+        let joined = self.timeline.get(Milestone::AgentJoined)?;
+        let last_seen = || self.timeline.marks().map(|(_, at)| at).max();
+        // Its job may outlast our leaving, but not the room. Where the deletion failed, the agent left after us.
+        let ended = [Milestone::RoomDeleted, Milestone::Left]
+            .into_iter()
+            .find_map(|end| self.timeline.get(end))
+            .or_else(last_seen)?;
+        Some(whole_minutes(ended.saturating_duration_since(joined)))
+    }
+}
+
+/// Agent time as LiveKit bills it: each minute that has begun, and one for a session of no length.
+pub fn whole_minutes(session: Duration) -> Duration {
+    const MINUTE: Duration = Duration::from_mins(1);
+    let whole = session.as_nanos().div_ceil(MINUTE.as_nanos()).max(1);
+    MINUTE.saturating_mul(u32::try_from(whole).unwrap_or(u32::MAX))
 }
 
 /// What a probe tells while it runs, for live progress and for the ramp.
@@ -78,4 +102,71 @@ pub enum Progress {
 impl Progress {
     /// The most that one probe tells: each milestone once, the join, the outcome.
     pub const MOST: usize = Milestone::ALL.len() + 2;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A probe whose marks are seconds after its start.
+    fn report(marks: &[(Milestone, u64)]) -> Report {
+        let room = RoomName("canary-0a1b2-1c3d4e5f6g7h8".to_owned());
+        let mut report = Report::new(room, Position::First, Outcome::Ok);
+        let base = Instant::now();
+        report.timeline.mark(Milestone::Started, base);
+        for (milestone, seconds) in marks {
+            let at = base + Duration::from_secs(*seconds);
+            report.timeline.mark(*milestone, at);
+        }
+        report
+    }
+
+    fn billed_minutes(marks: &[(Milestone, u64)]) -> Option<u64> {
+        report(marks).billed().map(|billed| {
+            assert_eq!(billed.as_millis() % 60_000, 0, "{billed:?}");
+            billed.as_secs() / 60
+        })
+    }
+
+    #[test]
+    fn begun_minutes_are_billed_from_the_agents_join_to_the_rooms_end() {
+        use Milestone::{AgentJoined, Left, RoomDeleted};
+        let ends = |left, deleted| {
+            billed_minutes(&[(AgentJoined, 30), (Left, left), (RoomDeleted, deleted)])
+        };
+        assert_eq!(ends(45, 46), Some(1));
+        assert_eq!(ends(89, 90), Some(1));
+        assert_eq!(ends(90, 91), Some(2));
+        assert_eq!(ends(209, 211), Some(4));
+    }
+
+    #[test]
+    fn without_a_deletion_our_leaving_ends_the_bill_and_else_what_was_seen_last() {
+        use Milestone::{AgentJoined, AgentSpoke, Left};
+        assert_eq!(billed_minutes(&[(AgentJoined, 1), (Left, 62)]), Some(2));
+        assert_eq!(
+            billed_minutes(&[(AgentJoined, 1), (AgentSpoke, 63)]),
+            Some(2)
+        );
+        assert_eq!(billed_minutes(&[(AgentJoined, 1)]), Some(1));
+    }
+
+    #[test]
+    fn room_without_an_agent_costs_nothing() {
+        use Milestone::{DispatchAccepted, Left, RoomDeleted};
+        let marks = [(DispatchAccepted, 1), (Left, 31), (RoomDeleted, 32)];
+        assert_eq!(billed_minutes(&marks), None);
+    }
+
+    #[test]
+    fn session_of_no_length_costs_a_minute_and_a_boundless_one_does_not_overflow() {
+        assert_eq!(whole_minutes(Duration::ZERO), Duration::from_mins(1));
+        assert_eq!(
+            whole_minutes(Duration::from_mins(3)),
+            Duration::from_mins(3)
+        );
+        let just_over = Duration::from_mins(3) + Duration::from_nanos(1);
+        assert_eq!(whole_minutes(just_over), Duration::from_mins(4));
+        assert!(whole_minutes(Duration::MAX) > Duration::from_hours(24 * 365));
+    }
 }
