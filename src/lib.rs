@@ -9,12 +9,14 @@
 //!                  livekit::{engine, api} ─ws/udp/https─► LiveKit
 //!                  janitor owns every room name
 //!
+//! http: metrics, health, page and API of the daemon; knows none of the above but config
 //! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
 //! ```
 
 pub mod batch;
 pub mod cli;
 pub mod config;
+pub mod http;
 pub mod janitor;
 pub mod livekit;
 pub mod probe;
