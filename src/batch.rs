@@ -49,6 +49,42 @@ pub struct NotOpened {
     pub why: String,
 }
 
+/// What a batch comes to as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchResult {
+    /// Every room that opened.
+    Ok,
+    /// Some rooms ok, some failed.
+    Degraded,
+    /// No room ok.
+    Failed,
+    /// The service named a limit, whatever else happened: what the rest would have shown is not known.
+    Limited,
+    /// We were told to stop.
+    Aborted,
+}
+
+impl BatchResult {
+    pub const ALL: [Self; 5] = [
+        Self::Ok,
+        Self::Degraded,
+        Self::Failed,
+        Self::Limited,
+        Self::Aborted,
+    ];
+
+    /// The label value in metrics and the `result` in output.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Degraded => "degraded",
+            Self::Failed => "failed",
+            Self::Limited => "limited",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
 /// How the probes of a batch ended, and how long their agents took to join.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
@@ -122,6 +158,36 @@ pub async fn run(
 }
 
 impl BatchReport {
+    /// A batch that was aborted is not judged by the rooms that had ended before; nor is one that never opened a room.
+    pub fn result(&self) -> BatchResult {
+        let any = |wanted: fn(&Outcome) -> bool| {
+            let mut outcomes = self.probes.iter().map(|probe| &probe.report.outcome);
+            outcomes.any(wanted)
+        };
+        let ok = any(|outcome| *outcome == Outcome::Ok);
+        let failed = any(|outcome| matches!(outcome, Outcome::Failed(_)));
+        if any(|outcome| *outcome == Outcome::Aborted) {
+            BatchResult::Aborted
+        } else if any(is_plan_limit) {
+            BatchResult::Limited
+        } else {
+            match (ok, failed) {
+                (true, false) => BatchResult::Ok,
+                (true, true) => BatchResult::Degraded,
+                (false, true) => BatchResult::Failed,
+                (false, false) => BatchResult::Aborted,
+            }
+        }
+    }
+
+    /// The share of rooms that were ok; aborted ones don't count. `None` where that leaves none.
+    pub fn success_ratio(&self) -> Option<f64> {
+        let summary = self.summary();
+        let [ok, ended] = [summary.ok, summary.ok + summary.failed]
+            .map(|rooms| f64::from(u32::try_from(rooms).unwrap_or(u32::MAX)));
+        (ended > 0.0).then(|| ok / ended)
+    }
+
     /// The join delays are those of every probe whose agent joined, whatever its outcome, without upper bounds.
     pub fn summary(&self) -> Summary {
         let count = |wanted: fn(&Outcome) -> bool| {
@@ -140,6 +206,10 @@ impl BatchReport {
             join_delay: Quantiles::of(delays.collect()),
         }
     }
+}
+
+fn is_plan_limit(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Failed(failure) if matches!(failure.reason, Reason::PlanLimit(_)))
 }
 
 impl Quantiles {
@@ -1015,6 +1085,32 @@ mod tests {
         let summary = batch.summary();
         assert_eq!((summary.ok, summary.failed, summary.aborted), (0, 2, 0));
         assert_eq!(summary.join_delay.unwrap().max, SECOND);
+    }
+
+    #[test]
+    fn result_of_a_batch_follows_from_its_rooms() {
+        let ok = || Outcome::Ok;
+        let silent = || failed(Reason::AgentSilent);
+        let limited = || failed(Reason::PlanLimit(LimitKind::Quota));
+        let result = |outcomes: Vec<Outcome>| {
+            let probes = outcomes.into_iter().map(|outcome| ProbeReport {
+                report: Report::new(new_room_name(), Position::First, outcome),
+                started_at: Utc::now(),
+            });
+            sample::batch(probes.collect(), None).result()
+        };
+        assert_eq!(result(vec![ok(), ok()]), BatchResult::Ok);
+        assert_eq!(result(vec![ok(), silent()]), BatchResult::Degraded);
+        assert_eq!(result(vec![silent(), silent()]), BatchResult::Failed);
+        assert_eq!(
+            result(vec![ok(), silent(), limited()]),
+            BatchResult::Limited
+        );
+        assert_eq!(
+            result(vec![limited(), Outcome::Aborted]),
+            BatchResult::Aborted
+        );
+        assert_eq!(result(Vec::new()), BatchResult::Aborted);
     }
 
     #[test]

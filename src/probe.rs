@@ -27,6 +27,18 @@ pub enum Position {
     Later,
 }
 
+impl Position {
+    pub const ALL: [Self; 2] = [Self::First, Self::Later];
+
+    /// The label value in metrics and the `position` in output.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Later => "later",
+        }
+    }
+}
+
 /// Everything that one probe found out.
 #[derive(Debug, Clone)]
 pub struct Report {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
-use crate::probe::{Evidence, Milestone, Outcome, Position, Reason, Report, Span, Turn};
+use crate::probe::{Evidence, Milestone, Outcome, Reason, Report, Span, Turn};
 
 #[derive(Serialize)]
 #[expect(
@@ -159,10 +159,7 @@ fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
         room: &report.room.0,
         room_sid: report.room_sid.as_deref(),
         started_at: wall_clock(probe.started_at),
-        position: match report.position {
-            Position::First => "first",
-            Position::Later => "later",
-        },
+        position: report.position.label(),
         outcome: match report.outcome {
             Outcome::Ok => "ok",
             Outcome::Aborted => "aborted",
