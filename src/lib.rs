@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! config ─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON, Markdown, JUnit)
-//!                          │ ▲ RoomEvent{at}
+//!                          │ ▲ RoomEvent{at}   └─► metrics
 //!                          ▼ │
 //!                  livekit::{engine, api} ─ws/udp/https─► LiveKit
 //!                  janitor owns every room name
@@ -19,5 +19,6 @@ pub mod config;
 pub mod http;
 pub mod janitor;
 pub mod livekit;
+pub mod metrics;
 pub mod probe;
 pub mod sandbox;

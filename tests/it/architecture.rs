@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     // The state machine names what it is told, and does no I/O: only the driver knows the API and the engine's actor.
     ("probe", &["config", "janitor", "livekit", "probe"]),
     ("batch", &["config", "janitor", "livekit", "probe"]),
+    ("metrics", &["batch", "config", "probe"]),
     // Shows what it is handed: no probe, no batch.
     ("http", &["config", "http"]),
     (

@@ -1,0 +1,641 @@
+//! Every series that `/metrics` shows, with its buckets and its HELP.
+//!
+//! It measures no time: what it counts was measured before.
+//!
+//! Each target has a registry of its own, and so have each project and the process. So a removed target takes all of its
+//! series with it, whatever still holds its handle: what that updates, nobody gathers. The `prometheus` crate's own
+//! removal wants each tuple of label values, and the next update brings the series back.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use prometheus::proto::MetricFamily;
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, TextEncoder,
+};
+
+use crate::batch::{BatchReport, BatchResult};
+use crate::config::{Objectives, Project, Target};
+use crate::probe::{LimitKind, Outcome, Position, Reason, Report, Span};
+
+mod catalogue;
+mod family;
+mod slo;
+
+pub use catalogue::{CATALOGUE, DELAYS, Definition, JITTERS, Kind, PREFIX};
+pub use slo::{Sli, Verdict};
+
+use family::Families;
+
+/// The media type of [`Metrics::render`].
+pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+
+/// What this binary is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Build {
+    pub version: String,
+    pub revision: String,
+    pub rustc: String,
+    pub engine: String,
+}
+
+/// What held a batch back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SkipCause {
+    /// The one before still ran.
+    Overlap,
+    /// It could have cost more agent time than is left.
+    Budget,
+    /// The project rests after a plan limit.
+    Backoff,
+    Paused,
+}
+
+impl SkipCause {
+    pub const ALL: [Self; 4] = [Self::Overlap, Self::Budget, Self::Backoff, Self::Paused];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Overlap => "overlap",
+            Self::Budget => "budget",
+            Self::Backoff => "backoff",
+            Self::Paused => "paused",
+        }
+    }
+}
+
+/// Which part of the canary had a fault that it survived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InternalError {
+    /// A probe ended `internal`; [`TargetMetrics::probe`] counts it.
+    Probe,
+    Batch,
+    Janitor,
+    History,
+    Http,
+}
+
+impl InternalError {
+    pub const ALL: [Self; 5] = [
+        Self::Probe,
+        Self::Batch,
+        Self::Janitor,
+        Self::History,
+        Self::Http,
+    ];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Probe => "probe",
+            Self::Batch => "batch",
+            Self::Janitor => "janitor",
+            Self::History => "history",
+            Self::Http => "http",
+        }
+    }
+}
+
+/// What a budget counts over, by UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Period {
+    Day,
+    Month,
+}
+
+impl Period {
+    pub const ALL: [Self; 2] = [Self::Day, Self::Month];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Month => "month",
+        }
+    }
+}
+
+/// All series of this process. Cheap to clone.
+#[derive(Clone)]
+pub struct Metrics {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    process: Process,
+    live: Mutex<Live>,
+}
+
+/// What is gathered, by name.
+#[derive(Default)]
+struct Live {
+    targets: BTreeMap<String, TargetMetrics>,
+    projects: BTreeMap<String, ProjectMetrics>,
+}
+
+struct Process {
+    standard: Families,
+    families: Families,
+    internal_errors: IntCounterVec,
+    history_dropped: IntCounter,
+    history_degraded: Gauge,
+    reload_successful: Gauge,
+    reload_success_at: Gauge,
+}
+
+impl Metrics {
+    pub fn new(build: &Build) -> Self {
+        let families = Families::of_process();
+        let internal_errors = families.counters(
+            &catalogue::INTERNAL_ERRORS,
+            InternalError::ALL.map(|kind| [kind.label()]),
+        );
+        families
+            .gauges(&catalogue::BUILD_INFO)
+            .with_label_values(&[
+                build.version.as_str(),
+                &build.revision,
+                &build.rustc,
+                &build.engine,
+            ])
+            .set(1.0);
+        let history_degraded = families.gauge(&catalogue::HISTORY_DEGRADED);
+        history_degraded.set(0.0);
+        let process = Process {
+            standard: Families::about_process(),
+            internal_errors,
+            history_dropped: families.counter(&catalogue::HISTORY_DROPPED),
+            history_degraded,
+            reload_successful: families.gauge(&catalogue::RELOAD_SUCCESSFUL),
+            reload_success_at: families.gauge(&catalogue::RELOAD_SUCCESS_AT),
+            families,
+        };
+        Self {
+            inner: Arc::new(Inner {
+                process,
+                live: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The handle of a target by these settings; all of its counters exist from now on.
+    ///
+    /// A target that is there already keeps its counters: this is how changed settings are told, too. One that was
+    /// removed begins at zero again.
+    pub fn target(
+        &self,
+        name: &str,
+        target: &Target,
+        project: &Project,
+        drill: bool,
+    ) -> TargetMetrics {
+        let mut live = self.live();
+        match live.targets.entry(name.to_owned()) {
+            Entry::Occupied(there) => {
+                there.get().configure(target, project, drill);
+                there.get().clone()
+            }
+            Entry::Vacant(place) => {
+                let probe_errors = self.internal_errors(InternalError::Probe);
+                let metrics = TargetMetrics::new(name, probe_errors);
+                metrics.configure(target, project, drill);
+                place.insert(metrics).clone()
+            }
+        }
+    }
+
+    /// Takes the target's series off; its handles may live on.
+    pub fn remove_target(&self, name: &str) {
+        self.live().targets.remove(name);
+    }
+
+    /// The handle of a project by these settings, new or there already.
+    pub fn project(&self, name: &str, project: &Project) -> ProjectMetrics {
+        let mut live = self.live();
+        let place = live.projects.entry(name.to_owned());
+        let metrics = place.or_insert_with(|| ProjectMetrics::new(name));
+        metrics.configure(project);
+        metrics.clone()
+    }
+
+    /// Takes the project's series off; its handles may live on.
+    pub fn remove_project(&self, name: &str) {
+        self.live().projects.remove(name);
+    }
+
+    pub fn internal_error(&self, kind: InternalError) {
+        self.internal_errors(kind).inc();
+    }
+
+    pub fn history_dropped(&self, records: u64) {
+        self.inner.process.history_dropped.inc_by(records);
+    }
+
+    pub fn history_degraded(&self, degraded: bool) {
+        self.inner.process.history_degraded.set(flag(degraded));
+    }
+
+    /// The settings were loaded, at the start or later.
+    pub fn config_loaded(&self, at: DateTime<Utc>) {
+        let _together = self.inner.process.families.together();
+        self.inner.process.reload_successful.set(1.0);
+        self.inner.process.reload_success_at.set(timestamp(at));
+    }
+
+    /// New settings were refused; the old ones run on.
+    pub fn config_refused(&self) {
+        self.inner.process.reload_successful.set(0.0);
+    }
+
+    /// Everything in Prometheus' text format 0.0.4: each family once, sorted by name, its series by project or target.
+    ///
+    /// Waits for no probe and no disk: only for series that move together, which takes them microseconds.
+    #[expect(clippy::missing_panics_doc, reason = "there is none, as it says")]
+    pub fn render(&self) -> String {
+        let mut merged: BTreeMap<String, MetricFamily> = BTreeMap::new();
+        let mut merge = |families: Vec<MetricFamily>| {
+            for mut family in families {
+                match merged.entry(family.name().to_owned()) {
+                    Entry::Vacant(place) => {
+                        place.insert(family);
+                    }
+                    Entry::Occupied(mut place) => {
+                        let series = place.get_mut().mut_metric();
+                        series.append(family.mut_metric());
+                    }
+                }
+            }
+        };
+        merge(self.inner.process.standard.gather());
+        merge(self.inner.process.families.gather());
+        let (targets, projects) = {
+            let live = self.live();
+            let targets: Vec<_> = live.targets.values().cloned().collect();
+            let projects: Vec<_> = live.projects.values().cloned().collect();
+            (targets, projects)
+        };
+        for project in projects {
+            merge(project.0.families.gather());
+        }
+        for target in targets {
+            merge(target.0.families.gather());
+        }
+        let families: Vec<_> = merged.into_values().collect();
+        TextEncoder::new()
+            .encode_to_string(&families)
+            .expect("every family that is gathered has a name and a series")
+    }
+
+    fn internal_errors(&self, kind: InternalError) -> IntCounter {
+        let errors = &self.inner.process.internal_errors;
+        errors.with_label_values(&[kind.label()])
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        // Each change is a single insert or remove, so a panic elsewhere leaves nothing half done.
+        self.inner
+            .live
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The series of one target. Cheap to clone.
+#[derive(Clone)]
+pub struct TargetMetrics(Arc<TargetSeries>);
+
+struct TargetSeries {
+    families: Families,
+    probes: IntCounter,
+    aborted: IntCounter,
+    failures: IntCounterVec,
+    limits: IntCounterVec,
+    eligible: IntCounterVec,
+    good: IntCounterVec,
+    batches: IntCounterVec,
+    skipped: IntCounterVec,
+    billed: IntCounter,
+    packets: IntCounter,
+    packets_lost: IntCounter,
+    leaked: IntCounter,
+    swept: IntCounter,
+    probe_errors: IntCounter,
+    join_delay: HistogramVec,
+    first_speech_delay: Histogram,
+    reply_delay: Histogram,
+    span_duration: HistogramVec,
+    jitter: Histogram,
+    in_flight: Gauge,
+    last_tick: Gauge,
+    next_batch: Gauge,
+    last_completed: Gauge,
+    last_success_ratio: Gauge,
+    interval: Gauge,
+    slo_threshold: GaugeVec,
+    slo_objective: GaugeVec,
+    paused: Gauge,
+    info: GaugeVec,
+}
+
+/// The spans that have no histogram of their own.
+fn other_spans() -> impl Iterator<Item = Span> {
+    Span::ALL.into_iter().filter(|span| match span {
+        Span::AgentJoin | Span::FirstSpeech | Span::Reply => false,
+        Span::RoomCreate
+        | Span::Signal
+        | Span::Media
+        | Span::Publish
+        | Span::Dispatch
+        | Span::AgentTrack
+        | Span::FirstAudio => true,
+    })
+}
+
+impl TargetMetrics {
+    fn new(name: &str, probe_errors: IntCounter) -> Self {
+        let families = Families::of("target", name);
+        let slis = Sli::ALL.map(|sli| [sli.label()]);
+        let in_flight = families.gauge(&catalogue::IN_FLIGHT);
+        in_flight.set(0.0);
+        let paused = families.gauge(&catalogue::PAUSED);
+        paused.set(0.0);
+        Self(Arc::new(TargetSeries {
+            probes: families.counter(&catalogue::PROBES),
+            aborted: families.counter(&catalogue::PROBES_ABORTED),
+            failures: families.counters(
+                &catalogue::FAILURES,
+                Reason::ALL.map(|reason| [reason.label(), reason.origin().label()]),
+            ),
+            limits: families.counters(
+                &catalogue::LIMITS,
+                LimitKind::ALL.map(|kind| [kind.label()]),
+            ),
+            eligible: families.counters(&catalogue::ELIGIBLE, slis),
+            good: families.counters(&catalogue::GOOD, slis),
+            batches: families.counters(
+                &catalogue::BATCHES,
+                BatchResult::ALL.map(|result| [result.label()]),
+            ),
+            skipped: families.counters(
+                &catalogue::SKIPPED,
+                SkipCause::ALL.map(|cause| [cause.label()]),
+            ),
+            billed: families.counter(&catalogue::BILLED),
+            packets: families.counter(&catalogue::PACKETS),
+            packets_lost: families.counter(&catalogue::PACKETS_LOST),
+            leaked: families.counter(&catalogue::LEAKED),
+            swept: families.counter(&catalogue::SWEPT),
+            probe_errors,
+            join_delay: families.histograms(
+                &catalogue::JOIN_DELAY,
+                Position::ALL.map(|position| [position.label()]),
+            ),
+            first_speech_delay: families.histogram(&catalogue::FIRST_SPEECH_DELAY),
+            reply_delay: families.histogram(&catalogue::REPLY_DELAY),
+            span_duration: families.histograms(
+                &catalogue::SPAN_DURATION,
+                other_spans().map(|span| [span.label()]),
+            ),
+            jitter: families.histogram(&catalogue::JITTER),
+            in_flight,
+            last_tick: families.gauge(&catalogue::LAST_TICK),
+            next_batch: families.gauge(&catalogue::NEXT_BATCH),
+            last_completed: families.gauge(&catalogue::LAST_COMPLETED),
+            last_success_ratio: families.gauge(&catalogue::LAST_SUCCESS_RATIO),
+            interval: families.gauge(&catalogue::INTERVAL),
+            slo_threshold: families.gauges(&catalogue::SLO_THRESHOLD),
+            slo_objective: families.gauges(&catalogue::SLO_OBJECTIVE),
+            paused,
+            info: families.gauges(&catalogue::TARGET_INFO),
+            families,
+        }))
+    }
+
+    fn configure(&self, target: &Target, project: &Project, drill: bool) {
+        let series = &self.0;
+        let _together = series.families.together();
+        for sli in Sli::ALL {
+            let label = [sli.label()];
+            let objective = sli.objective(&target.objectives);
+            series
+                .slo_objective
+                .with_label_values(&label)
+                .set(objective);
+            if let Some(threshold) = sli.threshold(&target.objectives) {
+                let gauge = series.slo_threshold.with_label_values(&label);
+                gauge.set(threshold.as_secs_f64());
+            }
+        }
+        // The settings before have become another series.
+        series.info.reset();
+        series
+            .info
+            .with_label_values(&[
+                target.project.as_str(),
+                project.url.as_str(),
+                target.agent_name.as_deref().unwrap_or_default(),
+                target.dispatch.mode.name(),
+                if drill { "true" } else { "false" },
+            ])
+            .set(1.0);
+    }
+
+    /// Counts a room as open for as long as the guard lives.
+    pub fn room_opened(&self) -> OpenRoom {
+        self.0.in_flight.inc();
+        OpenRoom(Arc::clone(&self.0))
+    }
+
+    /// Counts a probe whose outcome is final, once: no scrape sees a part of it.
+    pub fn probe(&self, report: &Report, objectives: &Objectives) {
+        let series = &self.0;
+        let _together = series.families.together();
+        series.count_outcome(&report.outcome);
+        for sli in Sli::ALL {
+            let label = [sli.label()];
+            match sli.judge(report, objectives) {
+                Verdict::NotEligible => continue,
+                Verdict::Bad => {}
+                Verdict::Good => series.good.with_label_values(&label).inc(),
+            }
+            series.eligible.with_label_values(&label).inc();
+        }
+        series.observe_delays(report);
+        if let Some(billed) = report.billed() {
+            series.billed.inc_by(billed.as_secs());
+        }
+        series.packets.inc_by(report.audio.packets);
+        series.packets_lost.inc_by(report.audio.lost);
+        if let Some(jitter) = report.audio.jitter {
+            series.jitter.observe(jitter.as_secs_f64());
+        }
+    }
+
+    /// Counts a batch that has ended; its probes are counted by themselves.
+    pub fn batch(&self, report: &BatchReport) {
+        let series = &self.0;
+        let _together = series.families.together();
+        let result = report.result();
+        series.batches.with_label_values(&[result.label()]).inc();
+        if result == BatchResult::Aborted {
+            return;
+        }
+        series.last_completed.set(timestamp(report.ended_at));
+        if let Some(ratio) = report.success_ratio() {
+            series.last_success_ratio.set(ratio);
+        }
+    }
+
+    /// What the history knows of a batch before a restart.
+    pub fn restore_last_batch(&self, completed_at: DateTime<Utc>) {
+        self.0.last_completed.set(timestamp(completed_at));
+    }
+
+    pub fn skipped(&self, cause: SkipCause) {
+        self.0.skipped.with_label_values(&[cause.label()]).inc();
+    }
+
+    pub fn tick(&self, at: DateTime<Utc>) {
+        self.0.last_tick.set(timestamp(at));
+    }
+
+    /// `None` where no batch is due any more.
+    pub fn next_batch(&self, at: Option<DateTime<Utc>>) {
+        self.0.next_batch.set(at.map_or(f64::NAN, timestamp));
+    }
+
+    /// The longest time between two batches in the next seven days; `None` where there are no two.
+    pub fn interval(&self, longest: Option<Duration>) {
+        let seconds = longest.map_or(f64::NAN, |longest| longest.as_secs_f64());
+        self.0.interval.set(seconds);
+    }
+
+    pub fn paused(&self, paused: bool) {
+        self.0.paused.set(flag(paused));
+    }
+
+    /// Rooms that the janitor can't vouch for.
+    pub fn leaked(&self, rooms: u64) {
+        self.0.leaked.inc_by(rooms);
+    }
+
+    /// Rooms of dead boots that are gone now.
+    pub fn swept(&self, rooms: u64) {
+        self.0.swept.inc_by(rooms);
+    }
+}
+
+impl TargetSeries {
+    fn count_outcome(&self, outcome: &Outcome) {
+        let failure = match outcome {
+            Outcome::Aborted => return self.aborted.inc(),
+            Outcome::Ok => return self.probes.inc(),
+            Outcome::Failed(failure) => failure,
+        };
+        self.probes.inc();
+        let reason = failure.reason;
+        self.failures
+            .with_label_values(&[reason.label(), reason.origin().label()])
+            .inc();
+        match reason {
+            Reason::PlanLimit(kind) => self.limits.with_label_values(&[kind.label()]).inc(),
+            Reason::Internal => self.probe_errors.inc(),
+            _ => {}
+        }
+    }
+
+    /// Whatever the outcome: delays of successes alone would flatter.
+    fn observe_delays(&self, report: &Report) {
+        let span = |span| report.timeline.span(span);
+        if let Some(delay) = span(Span::AgentJoin).filter(|_| !report.join_upper_bound) {
+            let position = [report.position.label()];
+            let histogram = self.join_delay.with_label_values(&position);
+            histogram.observe(delay.as_secs_f64());
+        }
+        if let Some(delay) = span(Span::FirstSpeech) {
+            self.first_speech_delay.observe(delay.as_secs_f64());
+        }
+        for turn in &report.turns {
+            if let Some(delay) = turn.reply_delay() {
+                self.reply_delay.observe(delay.as_secs_f64());
+            }
+        }
+        for other in other_spans() {
+            if let Some(duration) = span(other) {
+                let histogram = self.span_duration.with_label_values(&[other.label()]);
+                histogram.observe(duration.as_secs_f64());
+            }
+        }
+    }
+}
+
+/// A room that counts as open; dropping it, in whatever way, ends that.
+#[must_use = "dropping it counts the room as closed"]
+pub struct OpenRoom(Arc<TargetSeries>);
+
+impl Drop for OpenRoom {
+    fn drop(&mut self) {
+        self.0.in_flight.dec();
+    }
+}
+
+/// The series of one project. Cheap to clone.
+#[derive(Clone)]
+pub struct ProjectMetrics(Arc<ProjectSeries>);
+
+struct ProjectSeries {
+    families: Families,
+    backoff_until: Gauge,
+    budget: GaugeVec,
+    budget_used: GaugeVec,
+}
+
+impl ProjectMetrics {
+    fn new(name: &str) -> Self {
+        let families = Families::of("project", name);
+        let budget_used = families.gauges(&catalogue::BUDGET_USED);
+        for period in Period::ALL {
+            let gauge = budget_used.with_label_values(&[period.label()]);
+            gauge.set(f64::NAN);
+        }
+        Self(Arc::new(ProjectSeries {
+            backoff_until: families.gauge(&catalogue::BACKOFF_UNTIL),
+            budget: families.gauges(&catalogue::BUDGET),
+            budget_used,
+            families,
+        }))
+    }
+
+    fn configure(&self, project: &Project) {
+        for period in Period::ALL {
+            let limit = match period {
+                Period::Day => project.budget.agent_time_per_day,
+                Period::Month => project.budget.agent_time_per_month,
+            };
+            let seconds = limit.map_or(f64::NAN, |limit| limit.as_secs_f64());
+            let gauge = self.0.budget.with_label_values(&[period.label()]);
+            gauge.set(seconds);
+        }
+    }
+
+    /// Agent time used or reserved in the current period.
+    pub fn budget_used(&self, period: Period, used: Duration) {
+        let gauge = self.0.budget_used.with_label_values(&[period.label()]);
+        gauge.set(used.as_secs_f64());
+    }
+
+    /// `None` where nothing holds batches back.
+    pub fn backoff_until(&self, until: Option<DateTime<Utc>>) {
+        self.0.backoff_until.set(until.map_or(f64::NAN, timestamp));
+    }
+}
+
+fn flag(set: bool) -> f64 {
+    if set { 1.0 } else { 0.0 }
+}
+
+/// Seconds since the Unix epoch.
+fn timestamp(at: DateTime<Utc>) -> f64 {
+    (at - DateTime::UNIX_EPOCH).as_seconds_f64()
+}

@@ -1,0 +1,997 @@
+//! What `/metrics` shows: the catalogue is a contract, and every series of it exists from the start.
+
+#![expect(
+    clippy::float_cmp,
+    reason = "what is written is what is read, to the last bit"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use livekit_canary::batch::{BatchReport, BatchResult, ProbeReport};
+use livekit_canary::config::{Backoff, Budget, DispatchMode, Ice, Objectives, Project, Target};
+use livekit_canary::livekit::RoomName;
+use livekit_canary::livekit::engine::AudioStats;
+use livekit_canary::metrics::{
+    Build, CATALOGUE, DELAYS, Definition, InternalError, Kind, Metrics, PREFIX, Period, SkipCause,
+    Sli, TargetMetrics,
+};
+use livekit_canary::probe::{
+    Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
+};
+use tokio::time::Instant;
+
+fn metrics() -> Metrics {
+    Metrics::new(&Build {
+        version: "0.1.0".to_owned(),
+        revision: "0a1b2c3".to_owned(),
+        rustc: "1.95.0".to_owned(),
+        engine: "native".to_owned(),
+    })
+}
+
+fn project() -> Project {
+    Project {
+        url: "wss://acme.livekit.cloud".parse().unwrap(),
+        api_key: "the-key".to_owned(),
+        api_secret: "the-secret".to_owned().into(),
+        ca_file: None,
+        cloud_project: None,
+        ice: Ice::default(),
+        api_timeout: Project::DEFAULT_API_TIMEOUT,
+        max_rooms: Project::DEFAULT_MAX_ROOMS,
+        budget: Budget::default(),
+        backoff: Backoff::default(),
+    }
+}
+
+fn target() -> Target {
+    Target {
+        project: "acme".to_owned(),
+        agent_name: Some("my-agent".to_owned()),
+        ..Target::default()
+    }
+}
+
+/// These metrics with one project and one target on it.
+fn with_a_target() -> (Metrics, TargetMetrics) {
+    let metrics = metrics();
+    metrics.project("acme", &project());
+    let support = metrics.target("support", &target(), &project(), false);
+    (metrics, support)
+}
+
+/// A probe that went well.
+fn report() -> Report {
+    let base = Instant::now();
+    let at = |millis| base + Duration::from_millis(millis);
+    let mut timeline = Timeline::default();
+    for (milestone, millis) in [
+        (Milestone::Started, 0),
+        (Milestone::RoomCreated, 50),
+        (Milestone::SignalConnected, 150),
+        (Milestone::MediaConnected, 400),
+        (Milestone::EchoPublished, 350),
+        (Milestone::DispatchSent, 400),
+        (Milestone::DispatchAccepted, 425),
+        (Milestone::AgentJoined, 1_150),
+        (Milestone::AgentTrackSubscribed, 1_250),
+        (Milestone::AgentFirstAudio, 1_275),
+        (Milestone::AgentSpoke, 2_400),
+        (Milestone::Left, 62_000),
+        (Milestone::RoomDeleted, 62_500),
+    ] {
+        timeline.mark(milestone, at(millis));
+    }
+    let turn = |echo_ended, replied| Turn {
+        echo_ended: Some(at(echo_ended)),
+        replied: Some(at(replied)),
+        ..Turn::default()
+    };
+    Report {
+        room: RoomName("canary-0a1b2-1c3d4e5f6g7h8".to_owned()),
+        room_sid: None,
+        position: Position::First,
+        outcome: Outcome::Ok,
+        evidence: Evidence::default(),
+        timeline,
+        turns: vec![turn(10_000, 11_250), turn(20_000, 22_500)],
+        agent: None,
+        audio: AudioStats {
+            packets: 900,
+            lost: 3,
+            jitter: Some(Duration::from_millis(4)),
+        },
+        join_upper_bound: false,
+    }
+}
+
+fn failed(reason: Reason) -> Outcome {
+    Outcome::Failed(Failure {
+        reason,
+        detail: "as the test has it".to_owned(),
+    })
+}
+
+/// A probe that failed before anything was seen.
+fn failed_at_once(reason: Reason) -> Report {
+    Report {
+        outcome: failed(reason),
+        timeline: Timeline::default(),
+        turns: Vec::new(),
+        audio: AudioStats::default(),
+        ..report()
+    }
+}
+
+fn batch(outcomes: impl IntoIterator<Item = Outcome>) -> BatchReport {
+    let probes = outcomes.into_iter().map(|outcome| ProbeReport {
+        report: Report {
+            outcome,
+            ..report()
+        },
+        started_at: moment(),
+    });
+    BatchReport {
+        batch_id: "20260921T141320-0a1b2-c3d4".to_owned(),
+        target: "support".to_owned(),
+        started_at: moment(),
+        ended_at: moment() + TimeDelta::seconds(40),
+        probes: probes.collect(),
+        not_opened: None,
+    }
+}
+
+fn moment() -> DateTime<Utc> {
+    DateTime::from_timestamp(1_790_000_000, 250_000_000).unwrap()
+}
+
+/// One line of the text format.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Sample {
+    name: String,
+    labels: BTreeMap<String, String>,
+    value: String,
+}
+
+/// What a scrape says, read by the rules of the text format 0.0.4 as far as these series need them.
+#[derive(Debug, Default)]
+struct Scrape {
+    /// TYPE and HELP by family, in the order in which they came.
+    families: Vec<(String, String, String)>,
+    samples: Vec<Sample>,
+}
+
+impl Scrape {
+    fn take(metrics: &Metrics) -> Self {
+        Self::read(&metrics.render())
+    }
+
+    fn read(text: &str) -> Self {
+        let mut scrape = Self::default();
+        let mut help = None;
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                assert_eq!(help.replace(rest.split_once(' ').unwrap()), None, "{line}");
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = rest.split_once(' ').unwrap();
+                let (helped, help) = help.take().unwrap();
+                assert_eq!(helped, name);
+                let family = (name.to_owned(), kind.to_owned(), help.to_owned());
+                scrape.families.push(family);
+            } else {
+                let sample = sample(line);
+                let (family, ..) = scrape.families.last().unwrap();
+                assert!(sample.name.starts_with(family), "{line} under {family}");
+                scrape.samples.push(sample);
+            }
+        }
+        scrape
+    }
+
+    /// The value of the series of this name whose labels include these.
+    fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let wanted = |sample: &&Sample| {
+            let has = |(label, value): &(&str, &str)| {
+                sample.labels.get(*label).is_some_and(|is| is == value)
+            };
+            sample.name == format!("{PREFIX}_{name}") && labels.iter().all(has)
+        };
+        let found: Vec<&Sample> = self.samples.iter().filter(wanted).collect();
+        let [sample] = found[..] else {
+            panic!("{} series are {name}{labels:?}", found.len());
+        };
+        sample.value.parse().unwrap()
+    }
+
+    /// The label values of a family's series, `target` and `project` apart, in the order of the catalogue.
+    fn label_values(&self, family: &str) -> BTreeSet<Vec<&str>> {
+        let definition = CATALOGUE.iter().find(|one| one.name == family).unwrap();
+        let within = definition
+            .labels
+            .iter()
+            .filter(|label| !["target", "project"].contains(*label));
+        self.family(family)
+            .map(|sample| {
+                let values = within.clone().map(|label| sample.labels[*label].as_str());
+                values.collect()
+            })
+            .collect()
+    }
+
+    /// The series of a family, histograms by their count.
+    fn family(&self, family: &str) -> impl Iterator<Item = &Sample> {
+        let name = format!("{PREFIX}_{family}");
+        let count = format!("{name}_count");
+        self.samples
+            .iter()
+            .filter(move |sample| sample.name == name || sample.name == count)
+    }
+
+    fn sum(&self, family: &str) -> f64 {
+        let values = self
+            .family(family)
+            .map(|sample| sample.value.parse::<f64>());
+        values.map(Result::unwrap).sum()
+    }
+}
+
+fn sample(line: &str) -> Sample {
+    let (series, value) = line.rsplit_once(' ').unwrap();
+    let (name, labels) = match series.split_once('{') {
+        Some((name, labels)) => (name, labels.strip_suffix('}').unwrap()),
+        None => (series, ""),
+    };
+    let mut read = BTreeMap::new();
+    // No label value here has a comma or a quote in it.
+    for label in labels.split(',').filter(|label| !label.is_empty()) {
+        let (label, value) = label.split_once('=').unwrap();
+        let value = value.strip_prefix('"').unwrap().strip_suffix('"').unwrap();
+        let twice = read.insert(label.to_owned(), value.to_owned());
+        assert_eq!(twice, None, "{line}");
+    }
+    Sample {
+        name: name.to_owned(),
+        labels: read,
+        value: value.to_owned(),
+    }
+}
+
+#[test]
+fn catalogue_stays_as_it_is() {
+    let lines = CATALOGUE.iter().map(|family| {
+        let labels = family.labels.join(", ");
+        let buckets = match family.kind {
+            Kind::Histogram(buckets) => format!("\n  {buckets:?}"),
+            Kind::Counter | Kind::Gauge => String::new(),
+        };
+        format!(
+            "{}_{}{{{labels}}} {}{buckets}\n  {}",
+            PREFIX,
+            family.name,
+            family.kind.label(),
+            family.help,
+        )
+    });
+    insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn every_family_of_the_catalogue_is_there_before_anything_has_happened() {
+    let metrics = metrics();
+    metrics.project("acme", &project());
+    metrics.target("support", &target(), &project(), false);
+    let scrape = Scrape::take(&metrics);
+    let ours: Vec<_> = scrape
+        .families
+        .iter()
+        .filter(|(name, ..)| name.starts_with(PREFIX))
+        .cloned()
+        .collect();
+    let mut expected: Vec<_> = CATALOGUE
+        .iter()
+        .map(|family| {
+            let name = format!("{PREFIX}_{}", family.name);
+            let kind = family.kind.label().to_owned();
+            (name, kind, family.help.to_owned())
+        })
+        .collect();
+    expected.sort();
+    assert_eq!(ours, expected);
+}
+
+#[test]
+fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
+    let (metrics, _support) = with_a_target();
+    let scrape = Scrape::take(&metrics);
+    for family in CATALOGUE {
+        let expected: BTreeSet<&str> = family.labels.iter().copied().collect();
+        assert!(
+            scrape.family(family.name).next().is_some(),
+            "{}",
+            family.name
+        );
+        for sample in scrape.family(family.name) {
+            let labels: BTreeSet<&str> = sample.labels.keys().map(String::as_str).collect();
+            assert_eq!(labels, expected, "{}", family.name);
+        }
+    }
+}
+
+#[test]
+fn every_label_value_exists_at_zero_before_anything_has_happened() {
+    let (metrics, _support) = with_a_target();
+    let scrape = Scrape::take(&metrics);
+    for family in CATALOGUE {
+        for sample in scrape.family(family.name) {
+            if family.kind != Kind::Gauge {
+                assert_eq!(sample.value, "0", "{sample:?}");
+            }
+        }
+    }
+    let one = |labels: &[&'static str]| labels.iter().map(|label| vec![*label]).collect();
+    let reasons = Reason::ALL.map(|reason| vec![reason.label(), reason.origin().label()]);
+    let expected: &[(&str, BTreeSet<Vec<&str>>)] = &[
+        ("probe_failures_total", reasons.into_iter().collect()),
+        (
+            "plan_limit_rejections_total",
+            one(&LimitKind::ALL.map(LimitKind::label)),
+        ),
+        ("slo_eligible_total", one(&Sli::ALL.map(Sli::label))),
+        ("slo_good_total", one(&Sli::ALL.map(Sli::label))),
+        (
+            "batches_total",
+            one(&BatchResult::ALL.map(BatchResult::label)),
+        ),
+        (
+            "batches_skipped_total",
+            one(&["overlap", "budget", "backoff", "paused"]),
+        ),
+        ("agent_join_delay_seconds", one(&["first", "later"])),
+        (
+            "span_duration_seconds",
+            one(&[
+                "room_create",
+                "signal",
+                "media",
+                "publish",
+                "dispatch",
+                "agent_track",
+                "first_audio",
+            ]),
+        ),
+        (
+            "internal_errors_total",
+            one(&InternalError::ALL.map(InternalError::label)),
+        ),
+        ("slo_threshold_seconds", one(&["join", "first_speech"])),
+        ("slo_objective_ratio", one(&Sli::ALL.map(Sli::label))),
+        ("agent_budget_seconds", one(&["day", "month"])),
+        ("agent_budget_used_seconds", one(&["day", "month"])),
+    ];
+    for (family, values) in expected {
+        assert_eq!(scrape.label_values(family), *values, "{family}");
+    }
+}
+
+#[test]
+fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
+    let (metrics, _support) = with_a_target();
+    let scrape = Scrape::take(&metrics);
+    let is_nan = |family: &str| {
+        let values: BTreeSet<bool> = scrape
+            .family(family)
+            .map(|sample| sample.value == "NaN")
+            .collect();
+        assert_eq!(values.len(), 1, "{family}");
+        values.contains(&true)
+    };
+    let unknown: Vec<&str> = CATALOGUE
+        .iter()
+        .map(|family| family.name)
+        .filter(|family| is_nan(family))
+        .collect();
+    assert_eq!(
+        unknown,
+        [
+            "last_tick_timestamp_seconds",
+            "next_batch_timestamp_seconds",
+            "last_batch_completed_timestamp_seconds",
+            "last_batch_success_ratio",
+            "batch_interval_seconds",
+            "backoff_until_timestamp_seconds",
+            "agent_budget_seconds",
+            "agent_budget_used_seconds",
+            "config_last_reload_successful",
+            "config_last_reload_success_timestamp_seconds",
+        ]
+    );
+}
+
+#[test]
+fn buckets_are_one_ladder_from_a_tenth_to_three_hundred_seconds() {
+    let (metrics, _support) = with_a_target();
+    let scrape = Scrape::take(&metrics);
+    let delays = [
+        "agent_join_delay",
+        "first_speech_delay",
+        "reply_delay",
+        "span_duration",
+    ];
+    for delay in delays {
+        let name = format!("{PREFIX}_{delay}_seconds_bucket");
+        let mut ladders: BTreeMap<Vec<&str>, Vec<&str>> = BTreeMap::new();
+        for sample in scrape.samples.iter().filter(|sample| sample.name == name) {
+            let labels = sample.labels.iter().filter(|(label, _)| *label != "le");
+            let series = labels.map(|(_, value)| value.as_str()).collect();
+            ladders
+                .entry(series)
+                .or_default()
+                .push(&sample.labels["le"]);
+        }
+        assert!(!ladders.is_empty(), "{delay}");
+        for ladder in ladders.values() {
+            let (infinity, bounds) = ladder.split_last().unwrap();
+            assert_eq!(*infinity, "+Inf");
+            let bounds: Vec<f64> = bounds.iter().map(|bound| bound.parse().unwrap()).collect();
+            assert_eq!(bounds, DELAYS, "{delay}");
+        }
+    }
+    assert_eq!(DELAYS.first(), Some(&0.1));
+    assert_eq!(DELAYS.last(), Some(&300.0));
+    let Objectives {
+        join_within,
+        first_speech_within,
+        ..
+    } = Objectives::default();
+    // Else the share below a threshold would be interpolated.
+    for threshold in [join_within, first_speech_within] {
+        assert!(DELAYS.contains(&threshold.as_secs_f64()), "{threshold:?}");
+    }
+}
+
+#[test]
+fn names_follow_the_rules_of_prometheus() {
+    for Definition {
+        name,
+        labels,
+        kind,
+        help,
+    } in CATALOGUE
+    {
+        assert_eq!(
+            name.ends_with("_total"),
+            *kind == Kind::Counter,
+            "{name} is a {}",
+            kind.label()
+        );
+        if matches!(kind, Kind::Histogram(_)) {
+            assert!(name.ends_with("_seconds"), "{name}");
+        }
+        // What promtool calls other than base units, and what a histogram's own series are called.
+        for word in [
+            "minutes", "hours", "days", "millis", "ms", "percent", "bucket", "count", "sum",
+        ] {
+            assert!(!name.split('_').any(|part| part == word), "{name}");
+        }
+        let plain = |c: char| c.is_ascii_lowercase() || c == '_';
+        assert!(name.chars().all(plain), "{name}");
+        assert!(
+            labels.iter().all(|label| label.chars().all(plain)),
+            "{name}"
+        );
+        assert!(
+            help.ends_with('.') && !help.contains('\n'),
+            "{name}: {help}"
+        );
+    }
+    let names: BTreeSet<&str> = CATALOGUE.iter().map(|family| family.name).collect();
+    assert_eq!(names.len(), CATALOGUE.len());
+}
+
+#[test]
+fn probe_that_went_well_is_counted_in_everything_that_it_shows() {
+    let (metrics, support) = with_a_target();
+    support.probe(&report(), &Objectives::default());
+    let scrape = Scrape::take(&metrics);
+    assert_eq!(scrape.value("probes_total", &[]), 1.0);
+    assert_eq!(scrape.value("probes_aborted_total", &[]), 0.0);
+    assert_eq!(scrape.sum("probe_failures_total"), 0.0);
+    for sli in Sli::ALL {
+        let sli = [("sli", sli.label())];
+        assert_eq!(scrape.value("slo_eligible_total", &sli), 1.0);
+        assert_eq!(scrape.value("slo_good_total", &sli), 1.0);
+    }
+    // From 1.15 s to 62.5 s.
+    assert_eq!(scrape.value("agent_billed_seconds_total", &[]), 120.0);
+    assert_eq!(scrape.value("agent_audio_packets_total", &[]), 900.0);
+    assert_eq!(scrape.value("agent_audio_packets_lost_total", &[]), 3.0);
+    assert_eq!(scrape.value("agent_audio_jitter_seconds_sum", &[]), 0.004);
+    let first = [("position", "first")];
+    assert_eq!(scrape.value("agent_join_delay_seconds_sum", &first), 0.75);
+    assert_eq!(scrape.sum("agent_join_delay_seconds"), 1.0);
+    let bucket = |le| {
+        let labels = [("position", "first"), ("le", le)];
+        scrape.value("agent_join_delay_seconds_bucket", &labels)
+    };
+    assert_eq!(
+        (bucket("0.5"), bucket("0.75"), bucket("300")),
+        (0.0, 1.0, 1.0)
+    );
+    assert_eq!(scrape.value("first_speech_delay_seconds_sum", &[]), 2.0);
+    assert_eq!(scrape.value("reply_delay_seconds_count", &[]), 2.0);
+    assert_eq!(scrape.value("reply_delay_seconds_sum", &[]), 3.75);
+    let spans = [
+        ("room_create", 0.05),
+        ("signal", 0.1),
+        ("media", 0.25),
+        ("publish", 0.2),
+        ("dispatch", 0.025),
+        ("agent_track", 0.1),
+        ("first_audio", 0.875),
+    ];
+    for (span, seconds) in spans {
+        let span = [("span", span)];
+        assert_eq!(scrape.value("span_duration_seconds_count", &span), 1.0);
+        assert_eq!(scrape.value("span_duration_seconds_sum", &span), seconds);
+    }
+}
+
+#[test]
+fn failure_is_counted_once_under_its_reason_and_origin() {
+    for reason in Reason::ALL {
+        let (metrics, support) = with_a_target();
+        support.probe(&failed_at_once(reason), &Objectives::default());
+        let scrape = Scrape::take(&metrics);
+        let labels = [
+            ("reason", reason.label()),
+            ("origin", reason.origin().label()),
+        ];
+        assert_eq!(scrape.value("probe_failures_total", &labels), 1.0);
+        assert_eq!(scrape.sum("probe_failures_total"), 1.0);
+        assert_eq!(scrape.value("probes_total", &[]), 1.0);
+        let limited = matches!(reason, Reason::PlanLimit(_));
+        let limits = scrape.sum("plan_limit_rejections_total");
+        assert_eq!(limits, if limited { 1.0 } else { 0.0 }, "{reason:?}");
+        let ours = scrape.value("internal_errors_total", &[("kind", "probe")]);
+        let internal = reason == Reason::Internal;
+        assert_eq!(ours, if internal { 1.0 } else { 0.0 }, "{reason:?}");
+        // Nothing was measured, and nothing is made up.
+        for histogram in CATALOGUE
+            .iter()
+            .filter(|one| matches!(one.kind, Kind::Histogram(_)))
+        {
+            assert_eq!(scrape.sum(histogram.name), 0.0, "{}", histogram.name);
+        }
+        assert_eq!(scrape.value("agent_billed_seconds_total", &[]), 0.0);
+    }
+}
+
+#[test]
+fn limit_is_counted_under_its_kind() {
+    let (metrics, support) = with_a_target();
+    for (times, kind) in LimitKind::ALL.into_iter().enumerate() {
+        for _ in 0..=times {
+            let report = failed_at_once(Reason::PlanLimit(kind));
+            support.probe(&report, &Objectives::default());
+        }
+    }
+    let scrape = Scrape::take(&metrics);
+    for (times, kind) in LimitKind::ALL.into_iter().enumerate() {
+        let limit = [("limit", kind.label())];
+        let counted = scrape.value("plan_limit_rejections_total", &limit);
+        assert_eq!(
+            counted,
+            f64::from(u32::try_from(times + 1).unwrap()),
+            "{kind:?}"
+        );
+    }
+}
+
+#[test]
+fn delays_are_observed_whatever_the_outcome() {
+    let (metrics, support) = with_a_target();
+    for outcome in [
+        failed(Reason::AgentNoReply),
+        failed(Reason::SignalLost),
+        Outcome::Aborted,
+    ] {
+        let report = Report {
+            outcome,
+            position: Position::Later,
+            ..report()
+        };
+        support.probe(&report, &Objectives::default());
+    }
+    let scrape = Scrape::take(&metrics);
+    let later = [("position", "later")];
+    assert_eq!(scrape.value("agent_join_delay_seconds_count", &later), 3.0);
+    assert_eq!(scrape.value("first_speech_delay_seconds_count", &[]), 3.0);
+    // An aborted call costs as much as any.
+    assert_eq!(scrape.value("agent_billed_seconds_total", &[]), 360.0);
+    assert_eq!(scrape.value("probes_total", &[]), 2.0);
+    assert_eq!(scrape.value("probes_aborted_total", &[]), 1.0);
+}
+
+#[test]
+fn upper_bound_is_no_join_delay() {
+    let (metrics, support) = with_a_target();
+    let report = Report {
+        join_upper_bound: true,
+        ..report()
+    };
+    support.probe(&report, &Objectives::default());
+    let scrape = Scrape::take(&metrics);
+    assert_eq!(scrape.sum("agent_join_delay_seconds"), 0.0);
+    assert_eq!(scrape.value("probes_total", &[]), 1.0);
+}
+
+#[test]
+fn aborted_probe_counts_in_no_service_level() {
+    let (metrics, support) = with_a_target();
+    let report = Report {
+        outcome: Outcome::Aborted,
+        ..report()
+    };
+    support.probe(&report, &Objectives::default());
+    let scrape = Scrape::take(&metrics);
+    assert_eq!(scrape.sum("slo_eligible_total"), 0.0);
+    assert_eq!(scrape.sum("slo_good_total"), 0.0);
+}
+
+#[test]
+fn batch_is_counted_by_its_result_and_only_a_completed_one_is_the_last() {
+    let (metrics, support) = with_a_target();
+    let limited = || failed(Reason::PlanLimit(LimitKind::Quota));
+    support.batch(&batch([
+        Outcome::Ok,
+        failed(Reason::AgentSilent),
+        limited(),
+        Outcome::Ok,
+    ]));
+    let mut aborted = batch([Outcome::Ok, Outcome::Aborted]);
+    aborted.ended_at = moment() + TimeDelta::hours(1);
+    support.batch(&aborted);
+    let scrape = Scrape::take(&metrics);
+    let of = |result| scrape.value("batches_total", &[("result", result)]);
+    assert_eq!((of("limited"), of("aborted")), (1.0, 1.0));
+    assert_eq!(scrape.sum("batches_total"), 2.0);
+    let completed = scrape.value("last_batch_completed_timestamp_seconds", &[]);
+    assert_eq!(completed, 1_790_000_040.25);
+    assert_eq!(scrape.value("last_batch_success_ratio", &[]), 0.5);
+}
+
+#[test]
+fn what_the_daemon_tells_of_a_target_is_shown() {
+    let (metrics, support) = with_a_target();
+    support.tick(moment());
+    support.next_batch(Some(moment() + TimeDelta::minutes(15)));
+    support.interval(Some(Duration::from_mins(15)));
+    support.paused(true);
+    support.leaked(2);
+    support.swept(3);
+    support.restore_last_batch(moment() - TimeDelta::seconds(10));
+    support.skipped(SkipCause::Budget);
+    let open = [support.room_opened(), support.room_opened()];
+    let scrape = Scrape::take(&metrics);
+    let value = |name| scrape.value(name, &[]);
+    assert_eq!(value("last_tick_timestamp_seconds"), 1_790_000_000.25);
+    assert_eq!(value("next_batch_timestamp_seconds"), 1_790_000_900.25);
+    assert_eq!(value("batch_interval_seconds"), 900.0);
+    assert_eq!(value("target_paused"), 1.0);
+    assert_eq!(value("rooms_leaked_total"), 2.0);
+    assert_eq!(value("rooms_swept_total"), 3.0);
+    assert_eq!(
+        value("last_batch_completed_timestamp_seconds"),
+        1_789_999_990.25
+    );
+    assert_eq!(value("rooms_in_flight"), 2.0);
+    let skipped = scrape.value("batches_skipped_total", &[("cause", "budget")]);
+    assert_eq!((skipped, scrape.sum("batches_skipped_total")), (1.0, 1.0));
+
+    drop(open);
+    support.next_batch(None);
+    support.interval(None);
+    support.paused(false);
+    let scrape = Scrape::take(&metrics);
+    let value = |name| scrape.value(name, &[]);
+    assert_eq!(value("rooms_in_flight"), 0.0);
+    assert_eq!(value("target_paused"), 0.0);
+    assert!(value("next_batch_timestamp_seconds").is_nan());
+    assert!(value("batch_interval_seconds").is_nan());
+}
+
+#[test]
+fn room_of_a_probe_that_panics_is_not_open_for_ever() {
+    let (metrics, support) = with_a_target();
+    let crashed = thread::spawn(move || {
+        let _open = support.room_opened();
+        panic!("as a test has it");
+    });
+    assert!(crashed.join().is_err());
+    assert_eq!(Scrape::take(&metrics).value("rooms_in_flight", &[]), 0.0);
+}
+
+#[test]
+fn what_the_daemon_tells_of_a_project_and_of_itself_is_shown() {
+    let metrics = metrics();
+    let mut settings = project();
+    settings.budget.agent_time_per_day = Some(Duration::from_hours(1));
+    let acme = metrics.project("acme", &settings);
+    acme.budget_used(Period::Day, Duration::from_mins(7));
+    acme.backoff_until(Some(moment()));
+    metrics.history_dropped(4);
+    metrics.history_degraded(true);
+    metrics.internal_error(InternalError::Janitor);
+    metrics.config_loaded(moment());
+    let scrape = Scrape::take(&metrics);
+    let of = |name, period| scrape.value(name, &[("project", "acme"), ("period", period)]);
+    assert_eq!(of("agent_budget_seconds", "day"), 3600.0);
+    assert!(of("agent_budget_seconds", "month").is_nan());
+    assert_eq!(of("agent_budget_used_seconds", "day"), 420.0);
+    assert!(of("agent_budget_used_seconds", "month").is_nan());
+    let value = |name| scrape.value(name, &[]);
+    assert_eq!(value("backoff_until_timestamp_seconds"), 1_790_000_000.25);
+    assert_eq!(value("history_dropped_total"), 4.0);
+    assert_eq!(value("history_degraded"), 1.0);
+    assert_eq!(
+        scrape.value("internal_errors_total", &[("kind", "janitor")]),
+        1.0
+    );
+    assert_eq!(value("config_last_reload_successful"), 1.0);
+    let loaded = "config_last_reload_success_timestamp_seconds";
+    assert_eq!(value(loaded), 1_790_000_000.25);
+
+    // A limit that is taken back, a back-off that is over, and settings that were refused.
+    metrics.project("acme", &project());
+    acme.backoff_until(None);
+    metrics.config_refused();
+    let scrape = Scrape::take(&metrics);
+    assert!(
+        scrape
+            .value("agent_budget_seconds", &[("period", "day")])
+            .is_nan()
+    );
+    assert_eq!(
+        scrape.value("agent_budget_used_seconds", &[("period", "day")]),
+        420.0
+    );
+    let value = |name| scrape.value(name, &[]);
+    assert!(value("backoff_until_timestamp_seconds").is_nan());
+    assert_eq!(value("config_last_reload_successful"), 0.0);
+    assert_eq!(value(loaded), 1_790_000_000.25);
+
+    metrics.remove_project("acme");
+    acme.budget_used(Period::Month, Duration::from_mins(7));
+    assert!(!metrics.render().contains("acme"));
+}
+
+#[test]
+fn changed_settings_of_a_target_keep_its_counters() {
+    let (metrics, support) = with_a_target();
+    support.probe(&report(), &Objectives::default());
+    let mut changed = target();
+    changed.agent_name = None;
+    changed.dispatch.mode = DispatchMode::Automatic;
+    changed.objectives.join_within = Duration::from_millis(500);
+    changed.objectives.availability = 0.9;
+    let again = metrics.target("support", &changed, &project(), true);
+    again.probe(&report(), &changed.objectives);
+    // A handle from before is as good.
+    support.probe(&report(), &changed.objectives);
+
+    let scrape = Scrape::take(&metrics);
+    assert_eq!(scrape.value("probes_total", &[]), 3.0);
+    let join = [("sli", "join")];
+    assert_eq!(scrape.value("slo_eligible_total", &join), 3.0);
+    assert_eq!(scrape.value("slo_good_total", &join), 1.0);
+    assert_eq!(scrape.value("slo_threshold_seconds", &join), 0.5);
+    let availability = [("sli", "availability")];
+    assert_eq!(scrape.value("slo_objective_ratio", &availability), 0.9);
+    let info: Vec<&Sample> = scrape.family("target_info").collect();
+    let [info] = info[..] else {
+        panic!("the settings before are still there: {info:?}");
+    };
+    let labels = [
+        ("agent_name", ""),
+        ("dispatch", "automatic"),
+        ("drill", "true"),
+        ("project", "acme"),
+        ("target", "support"),
+        ("url", "wss://acme.livekit.cloud/"),
+    ];
+    let labels = labels.map(|(label, value)| (label.to_owned(), value.to_owned()));
+    assert_eq!(info.labels, BTreeMap::from(labels));
+    assert_eq!(info.value, "1");
+}
+
+#[test]
+fn series_of_a_removed_target_disappear_and_no_late_handle_brings_them_back() {
+    let (metrics, support) = with_a_target();
+    metrics.target("sales", &target(), &project(), false);
+    let open = support.room_opened();
+    metrics.remove_target("support");
+    support.probe(&report(), &Objectives::default());
+    support.batch(&batch([Outcome::Ok]));
+    support.tick(moment());
+    support.skipped(SkipCause::Overlap);
+    drop(open);
+    let text = metrics.render();
+    assert!(!text.contains("support"), "{text}");
+    assert!(text.contains("target=\"sales\""));
+
+    let anew = metrics.target("support", &target(), &project(), false);
+    support.probe(&report(), &Objectives::default());
+    let value = || Scrape::take(&metrics).value("probes_total", &[("target", "support")]);
+    assert_eq!(value(), 0.0);
+    anew.probe(&report(), &Objectives::default());
+    assert_eq!(value(), 1.0);
+}
+
+#[test]
+fn targets_never_mix() {
+    let (metrics, support) = with_a_target();
+    let sales = metrics.target("sales", &target(), &project(), false);
+    let of_sales = |metrics: &Metrics| {
+        let mut samples = Scrape::take(metrics).samples;
+        samples.retain(|sample| {
+            sample
+                .labels
+                .get("target")
+                .is_some_and(|name| name == "sales")
+        });
+        samples.sort();
+        samples
+    };
+    let before = of_sales(&metrics);
+    support.probe(&report(), &Objectives::default());
+    support.batch(&batch([Outcome::Ok]));
+    support.tick(moment());
+    let _open = support.room_opened();
+    assert_eq!(of_sales(&metrics), before);
+    sales.probe(&report(), &Objectives::default());
+    assert_ne!(of_sales(&metrics), before);
+}
+
+#[test]
+fn each_series_is_there_once_and_families_are_sorted() {
+    let (metrics, _support) = with_a_target();
+    metrics.project("other", &project());
+    metrics.target("sales", &target(), &project(), false);
+    let scrape = Scrape::take(&metrics);
+    let names: Vec<&String> = scrape.families.iter().map(|(name, ..)| name).collect();
+    assert!(names.is_sorted());
+    let series: BTreeSet<_> = scrape
+        .samples
+        .iter()
+        .map(|sample| (&sample.name, &sample.labels))
+        .collect();
+    assert_eq!(series.len(), scrape.samples.len());
+}
+
+#[test]
+fn process_is_described_as_usual() {
+    let scrape = Scrape::take(&metrics());
+    let value = |name: &str| {
+        let sample = scrape.samples.iter().find(|sample| sample.name == name);
+        sample.unwrap().value.parse::<f64>().unwrap()
+    };
+    for name in [
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "process_open_fds",
+        "process_max_fds",
+        "process_threads",
+        "process_start_time_seconds",
+    ] {
+        assert!(value(name) > 0.0, "{name}");
+    }
+    assert!(value("process_cpu_seconds_total") >= 0.0);
+}
+
+#[test]
+fn words_of_a_setting_stay_within_their_quotes() {
+    let metrics = metrics();
+    let mut odd = target();
+    odd.agent_name = Some("a\"b\\c\nd".to_owned());
+    metrics.target("support", &odd, &project(), false);
+    let text = metrics.render();
+    let line = text.lines().find(|line| line.contains("_target_info{"));
+    let expected = r#"agent_name="a\"b\\c\nd""#;
+    assert!(line.unwrap().contains(expected), "{line:?}");
+}
+
+#[test]
+fn secrets_are_no_labels() {
+    let (metrics, support) = with_a_target();
+    let report = Report {
+        outcome: Outcome::Failed(Failure {
+            reason: Reason::AuthRejected,
+            detail: "the-detail".to_owned(),
+        }),
+        ..report()
+    };
+    support.probe(&report, &Objectives::default());
+    let text = metrics.render();
+    for word in ["the-key", "the-secret", "the-detail", "canary-0a1b2"] {
+        assert!(!text.contains(word), "{word}");
+    }
+}
+
+#[test]
+fn target_that_was_removed_before_a_scrape_is_never_in_it() {
+    const TARGETS: usize = 300;
+    let metrics = metrics();
+    // All targets below this are removed; all from it on may be there or not.
+    let removed = AtomicUsize::new(0);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..TARGETS {
+                let name = format!("t-{number}");
+                let handle = metrics.target(&name, &target(), &project(), false);
+                handle.probe(&report(), &Objectives::default());
+                metrics.remove_target(&name);
+                removed.store(number + 1, Ordering::SeqCst);
+                handle.probe(&report(), &Objectives::default());
+            }
+            over.store(true, Ordering::SeqCst);
+        });
+        while !over.load(Ordering::SeqCst) {
+            let gone = removed.load(Ordering::SeqCst);
+            let scrape = Scrape::take(&metrics);
+            for sample in &scrape.samples {
+                let Some(name) = sample.labels.get("target") else {
+                    continue;
+                };
+                let number: usize = name.strip_prefix("t-").unwrap().parse().unwrap();
+                assert!(number >= gone, "{name} was among the {gone} removed ones");
+            }
+        }
+    });
+    assert!(!metrics.render().contains("target="));
+}
+
+#[test]
+fn no_scrape_sees_a_part_of_a_probe() {
+    const PROBES: u32 = 500;
+    let (metrics, support) = with_a_target();
+    let probing = AtomicUsize::new(2);
+    thread::scope(|scope| {
+        for outcome in [Outcome::Ok, failed(Reason::AgentNoReply)] {
+            let report = Report {
+                outcome,
+                ..report()
+            };
+            let (support, probing) = (&support, &probing);
+            scope.spawn(move || {
+                for _ in 0..PROBES {
+                    support.probe(&report, &Objectives::default());
+                }
+                probing.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+        loop {
+            let last = probing.load(Ordering::SeqCst) == 0;
+            let scrape = Scrape::take(&metrics);
+            let probes = scrape.value("probes_total", &[]);
+            let ok = probes - scrape.sum("probe_failures_total");
+            let of = |name, sli| scrape.value(name, &[("sli", sli)]);
+            assert_eq!(of("slo_eligible_total", "availability"), probes);
+            assert_eq!(of("slo_good_total", "availability"), ok);
+            assert_eq!(of("slo_good_total", "join"), probes);
+            assert_eq!(scrape.sum("agent_join_delay_seconds"), probes);
+            assert_eq!(
+                scrape.value("agent_billed_seconds_total", &[]),
+                120.0 * probes
+            );
+            if last {
+                assert_eq!(probes, f64::from(2 * PROBES));
+                break;
+            }
+        }
+    });
+}
