@@ -18,10 +18,13 @@ use crate::probe::{Evidence, Milestone, Outcome, Reason, Report, Span, Turn};
 struct Batch<'a> {
     batch_id: &'a str,
     target: &'a str,
+    project: &'a str,
     started_at: String,
     ended_at: String,
+    result: &'static str,
     ramp: &'static str,
-    probes: Vec<Probe<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probes: Option<Vec<Probe<'a>>>,
     not_opened: Option<NotOpened<'a>>,
     summary: Summary,
 }
@@ -108,6 +111,29 @@ struct JoinDelay {
 
 /// One JSON document, indented, with a newline at its end.
 pub(crate) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
+    let probes = batch.probes.iter().map(|one| probe(one, project));
+    let document = Batch {
+        probes: Some(probes.collect()),
+        ..without_probes(batch, target)
+    };
+    let mut text = serde_json::to_string_pretty(&document).expect(SERIALIZES);
+    text.push('\n');
+    text
+}
+
+/// The same document without its probes, on one line.
+pub(crate) fn head(batch: &BatchReport, target: &Target) -> String {
+    serde_json::to_string(&without_probes(batch, target)).expect(SERIALIZES)
+}
+
+/// One of its probes, on one line.
+pub(crate) fn of_probe(report: &ProbeReport, project: &Project) -> String {
+    serde_json::to_string(&probe(report, project)).expect(SERIALIZES)
+}
+
+const SERIALIZES: &str = "plain structs with string keys always serialize";
+
+fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> Batch<'a> {
     let summary = batch.summary();
     let quantile = |of: fn(&super::Quantiles) -> Duration| {
         summary
@@ -115,17 +141,15 @@ pub(crate) fn render(batch: &BatchReport, target: &Target, project: &Project) ->
             .as_ref()
             .map(|delays| seconds(of(delays)))
     };
-    let document = Batch {
+    Batch {
         batch_id: &batch.batch_id,
         target: &batch.target,
+        project: &target.project,
         started_at: wall_clock(batch.started_at),
         ended_at: wall_clock(batch.ended_at),
+        result: batch.result().label(),
         ramp: target.batch.ramp.name(),
-        probes: batch
-            .probes
-            .iter()
-            .map(|report| probe(report, project))
-            .collect(),
+        probes: None,
         not_opened: batch.not_opened.as_ref().map(|rest| NotOpened {
             rooms: rest.rooms,
             why: &rest.why,
@@ -140,11 +164,7 @@ pub(crate) fn render(batch: &BatchReport, target: &Target, project: &Project) ->
                 max: quantile(|delays| delays.max),
             },
         },
-    };
-    let mut text = serde_json::to_string_pretty(&document)
-        .expect("plain structs with string keys always serialize");
-    text.push('\n');
-    text
+    }
 }
 
 fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
