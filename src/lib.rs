@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! config ─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON, Markdown, JUnit)
-//!                          │ ▲ RoomEvent{at}   └─► metrics
+//!                          │ ▲ RoomEvent{at}   └─► metrics, history
 //!                          ▼ │
 //!                  livekit::{engine, api} ─ws/udp/https─► LiveKit
 //!                  janitor owns every room name
@@ -16,6 +16,7 @@
 pub mod batch;
 pub mod cli;
 pub mod config;
+pub mod history;
 pub mod http;
 pub mod janitor;
 pub mod livekit;

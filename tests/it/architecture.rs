@@ -15,6 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("probe", &["config", "janitor", "livekit", "probe"]),
     ("batch", &["config", "janitor", "livekit", "probe"]),
     ("metrics", &["batch", "config", "probe"]),
+    ("history", &["batch", "config", "livekit", "probe"]),
     // Shows what it is handed: no probe, no batch.
     ("http", &["config", "http"]),
     (
@@ -175,6 +176,22 @@ fn probe_core_knows_no_io() {
             assert!(
                 !source.code.contains(io),
                 "src/{}.rs does I/O: {io}",
+                source.name
+            );
+        }
+    }
+}
+
+#[test]
+fn history_knows_no_more_of_livekit_than_a_rooms_name() {
+    for source in sources() {
+        if !source.name.starts_with("history") {
+            continue;
+        }
+        for path in paths(&source.code) {
+            assert!(
+                !path.starts_with("livekit") || path == "livekit::RoomName",
+                "src/{}.rs names crate::{path}",
                 source.name
             );
         }

@@ -1,0 +1,265 @@
+//! Reading the history: on a connection of its own that writes nothing, off the async threads, one query at a time.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use rusqlite::types::ToSql;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
+use serde_json::value::RawValue;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::store::{FILE, time};
+
+/// For one query, the wait for its turn included.
+const READ_WITHIN: Duration = Duration::from_secs(5);
+
+/// Most batches of one answer.
+pub const MOST_BATCHES: usize = 200;
+
+/// Which batches to give, the latest first.
+#[derive(Debug, Clone, Default)]
+pub struct BatchFilter {
+    pub target: Option<String>,
+    /// As [`BatchResult::label`](crate::batch::BatchResult::label) has it.
+    pub result: Option<String>,
+    /// A batch's id: only those that started before it. The last one of an answer asks for the next.
+    pub before: Option<String>,
+    /// At most [`MOST_BATCHES`].
+    pub limit: usize,
+}
+
+/// The last batch of a target that was not aborted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastBatch {
+    pub batch_id: String,
+    pub started_at: DateTime<Utc>,
+    pub ended_at: DateTime<Utc>,
+    pub result: String,
+    pub ok: usize,
+    pub failed: usize,
+    pub aborted: usize,
+}
+
+/// What the history holds of a target, to be held against counters.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// By result.
+    pub batches: BTreeMap<String, u64>,
+    /// By outcome: `ok`, `aborted`, or the reason of a failure.
+    pub probes: BTreeMap<String, u64>,
+    /// Rooms in the journal.
+    pub rooms: u64,
+    /// Agent time in the ledger.
+    pub agent_time: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("the history had no answer within {READ_WITHIN:?}")]
+    Busy,
+    #[error("the history can't be read")]
+    Failed(#[source] rusqlite::Error),
+}
+
+#[derive(Clone)]
+pub(super) struct Reader {
+    path: PathBuf,
+    /// Opened with the first query, and anew after one that failed.
+    connection: Arc<Mutex<Option<Connection>>>,
+    turn: Arc<Semaphore>,
+}
+
+impl Reader {
+    pub fn new(dir: &Path) -> Self {
+        Self {
+            path: dir.join(FILE),
+            connection: Arc::default(),
+            turn: Arc::new(Semaphore::new(1)),
+        }
+    }
+
+    /// Runs one query. Where its time is up it runs on alone, and the next one waits for it.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, ReadError> {
+        let reader = self.clone();
+        let answer = async move {
+            let turn = Arc::clone(&reader.turn).acquire_owned().await;
+            tokio::task::spawn_blocking(move || {
+                let _turn = turn;
+                reader.run(query)
+            })
+            .await
+        };
+        match timeout(READ_WITHIN, answer).await {
+            Ok(Ok(answer)) => answer.map_err(ReadError::Failed),
+            Ok(Err(_)) | Err(_) => Err(ReadError::Busy),
+        }
+    }
+
+    fn run<T>(
+        &self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let mut kept = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let connection = match kept.take() {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        let answer = query(&connection)?;
+        *kept = Some(connection);
+        Ok(answer)
+    }
+
+    fn connect(&self) -> rusqlite::Result<Connection> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags)?;
+        connection.busy_timeout(READ_WITHIN)?;
+        Ok(connection)
+    }
+}
+
+pub(super) fn batches(
+    connection: &Connection,
+    filter: &BatchFilter,
+) -> rusqlite::Result<Vec<Box<RawValue>>> {
+    let limit = i64::try_from(filter.limit.min(MOST_BATCHES)).unwrap_or(0);
+    let conditions = [
+        ("target = ?", &filter.target),
+        ("result = ?", &filter.result),
+        ("id < ?", &filter.before),
+    ];
+    let mut sql = "SELECT head FROM batches WHERE true".to_owned();
+    let mut values: Vec<&dyn ToSql> = Vec::new();
+    for (condition, value) in &conditions {
+        if let Some(value) = value {
+            sql.push_str(" AND ");
+            sql.push_str(condition);
+            values.push(value);
+        }
+    }
+    sql.push_str(" ORDER BY id DESC LIMIT ?");
+    values.push(&limit);
+    let mut statement = connection.prepare(&sql)?;
+    let heads = statement.query_map(&values[..], |row| json(row, 0))?;
+    heads.collect()
+}
+
+/// With its probes.
+pub(super) fn batch(connection: &Connection, id: &str) -> rusqlite::Result<Option<Box<RawValue>>> {
+    let head = "SELECT head FROM batches WHERE id = ?1";
+    let head: Option<String> = connection
+        .query_row(head, [id], |row| row.get(0))
+        .optional()?;
+    let Some(head) = head else {
+        return Ok(None);
+    };
+    let mut statement =
+        connection.prepare("SELECT document FROM probes WHERE batch = ?1 ORDER BY place")?;
+    let probes = statement.query_map([id], |row| row.get::<_, String>(0))?;
+    let probes: Vec<String> = probes.collect::<rusqlite::Result<_>>()?;
+    let with_probes = add(&head, &format!("\"probes\":[{}]", probes.join(",")));
+    raw(with_probes, 0).map(Some)
+}
+
+/// With the batch that it belongs to.
+pub(super) fn probe(
+    connection: &Connection,
+    room: &str,
+) -> rusqlite::Result<Option<Box<RawValue>>> {
+    let sql =
+        "SELECT document, batch, target FROM probes JOIN batches ON id = batch WHERE room = ?1";
+    let found = connection.query_row(sql, [room], |row| {
+        let document: String = row.get(0)?;
+        let quoted = |text: String| serde_json::Value::String(text).to_string();
+        let (batch, target) = (quoted(row.get(1)?), quoted(row.get(2)?));
+        let fields = format!("\"batch_id\":{batch},\"target\":{target}");
+        raw(add(&document, &fields), 0)
+    });
+    found.optional()
+}
+
+pub(super) fn last_completed(
+    connection: &Connection,
+    target: &str,
+) -> rusqlite::Result<Option<LastBatch>> {
+    let sql = "SELECT id, started_at, ended_at, result, ok, failed, aborted FROM batches
+               WHERE target = ?1 AND result <> 'aborted' ORDER BY id DESC LIMIT 1";
+    let count = |row: &rusqlite::Row<'_>, column| {
+        let count: i64 = row.get(column)?;
+        Ok::<_, rusqlite::Error>(usize::try_from(count).unwrap_or(0))
+    };
+    let last = connection.query_row(sql, [target], |row| {
+        Ok(LastBatch {
+            batch_id: row.get(0)?,
+            started_at: time(row.get(1)?),
+            ended_at: time(row.get(2)?),
+            result: row.get(3)?,
+            ok: count(row, 4)?,
+            failed: count(row, 5)?,
+            aborted: count(row, 6)?,
+        })
+    });
+    last.optional()
+}
+
+pub(super) fn has_seen_agent(
+    connection: &Connection,
+    target: &str,
+    agent_name: &str,
+) -> rusqlite::Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM agents_seen WHERE target = ?1 AND agent_name = ?2)";
+    connection.query_row(sql, [target, agent_name], |row| row.get(0))
+}
+
+pub(super) fn counts(connection: &Connection, target: &str) -> rusqlite::Result<Counts> {
+    let grouped = |sql: &str| -> rusqlite::Result<BTreeMap<String, u64>> {
+        let mut statement = connection.prepare(sql)?;
+        let groups = statement.query_map([target], |row| Ok((row.get(0)?, unsigned(row, 1)?)))?;
+        groups.collect()
+    };
+    let (rooms, seconds) = connection.query_row(
+        "SELECT count(*), coalesce(sum(coalesce(settled, reserved)), 0) FROM rooms WHERE target = ?1",
+        params![target],
+        |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)),
+    )?;
+    Ok(Counts {
+        batches: grouped("SELECT result, count(*) FROM batches WHERE target = ?1 GROUP BY 1")?,
+        probes: grouped(
+            "SELECT coalesce(reason, outcome), count(*) FROM probes JOIN batches ON id = batch
+             WHERE target = ?1 GROUP BY 1",
+        )?,
+        rooms,
+        agent_time: Duration::from_secs(seconds),
+    })
+}
+
+fn unsigned(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<u64> {
+    row.get::<_, i64>(column).map(i64::unsigned_abs)
+}
+
+/// The document, which is an object of at least one field, with more fields at its end.
+fn add(document: &str, fields: &str) -> String {
+    let open = document.strip_suffix('}').unwrap_or(document);
+    format!("{open},{fields}}}")
+}
+
+fn json(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Box<RawValue>> {
+    raw(row.get(column)?, column)
+}
+
+/// What is no JSON is a value that we did not write.
+fn raw(text: String, column: usize) -> rusqlite::Result<Box<RawValue>> {
+    RawValue::from_string(text).map_err(|error| {
+        let kind = rusqlite::types::Type::Text;
+        rusqlite::Error::FromSqlConversionFailure(column, kind, Box::new(error))
+    })
+}

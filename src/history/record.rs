@@ -1,0 +1,114 @@
+//! A batch as the history keeps it: columns to search by, and JSON documents that are handed out as they are.
+
+use chrono::{DateTime, Utc};
+use rusqlite::{Transaction, params};
+
+use super::store::millis;
+use crate::batch::{BatchReport, Summary, json};
+use crate::config::{Project, Target};
+use crate::probe::{Milestone, Outcome};
+
+#[derive(Debug)]
+pub(super) struct Record {
+    id: String,
+    target: String,
+    project: String,
+    started_at: DateTime<Utc>,
+    ended_at: DateTime<Utc>,
+    result: &'static str,
+    summary: Summary,
+    head: String,
+    probes: Vec<Probe>,
+    /// The name by which an agent of this target was expected, where one came.
+    agent_seen: Option<String>,
+}
+
+#[derive(Debug)]
+struct Probe {
+    room: String,
+    outcome: &'static str,
+    reason: Option<&'static str>,
+    started_at: DateTime<Utc>,
+    document: String,
+}
+
+impl Record {
+    pub fn of(batch: &BatchReport, target: &Target, project: &Project) -> Self {
+        let probes = batch.probes.iter().map(|probe| {
+            let (outcome, reason) = match &probe.report.outcome {
+                Outcome::Ok => ("ok", None),
+                Outcome::Aborted => ("aborted", None),
+                Outcome::Failed(failure) => ("failed", Some(failure.reason.label())),
+            };
+            Probe {
+                room: probe.report.room.0.clone(),
+                outcome,
+                reason,
+                started_at: probe.started_at,
+                document: json::of_probe(probe, project),
+            }
+        });
+        let mut timelines = batch.probes.iter().map(|probe| &probe.report.timeline);
+        let seen = timelines.any(|timeline| timeline.get(Milestone::AgentJoined).is_some());
+        Self {
+            id: batch.batch_id.clone(),
+            target: batch.target.clone(),
+            project: target.project.clone(),
+            started_at: batch.started_at,
+            ended_at: batch.ended_at,
+            result: batch.result().label(),
+            summary: batch.summary(),
+            head: json::head(batch, target),
+            probes: probes.collect(),
+            agent_seen: seen.then(|| target.agent_name.clone().unwrap_or_default()),
+        }
+    }
+
+    /// Once recorded, a batch stays as it is.
+    pub fn insert(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+        let count = |rooms: usize| i64::try_from(rooms).unwrap_or(i64::MAX);
+        let inserted = transaction.execute(
+            "INSERT INTO batches
+             (id, target, project, started_at, ended_at, result, ok, failed, aborted, head)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10) ON CONFLICT DO NOTHING",
+            params![
+                self.id,
+                self.target,
+                self.project,
+                millis(self.started_at),
+                millis(self.ended_at),
+                self.result,
+                count(self.summary.ok),
+                count(self.summary.failed),
+                count(self.summary.aborted),
+                self.head,
+            ],
+        )?;
+        if inserted == 0 {
+            return Ok(());
+        }
+        let mut statement = transaction.prepare(
+            "INSERT INTO probes (room, batch, place, outcome, reason, started_at, document)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?;
+        for (place, probe) in self.probes.iter().enumerate() {
+            statement.execute(params![
+                probe.room,
+                self.id,
+                count(place),
+                probe.outcome,
+                probe.reason,
+                millis(probe.started_at),
+                probe.document,
+            ])?;
+        }
+        if let Some(agent_name) = &self.agent_seen {
+            transaction.execute(
+                "INSERT INTO agents_seen (target, agent_name, first_seen_at) VALUES (?1, ?2, ?3)
+                 ON CONFLICT DO NOTHING",
+                params![self.target, agent_name, millis(self.started_at)],
+            )?;
+        }
+        Ok(())
+    }
+}
