@@ -135,11 +135,11 @@ fn write_project(page: &mut String, project: &ProjectStatus, now: DateTime<Utc>)
     }
     page.push_str("<td>");
     for budget in &project.budgets {
-        let (used, period) = (budget.used_seconds.div_ceil(60), Escaped(budget.period));
-        match budget.limit_seconds {
-            Some(limit) => write!(page, "{used} of {} min this {period}<br>", limit / 60)?,
-            None => write!(page, "{used} min this {period}<br>")?,
+        write!(page, "{}", budget.used_seconds.div_ceil(60))?;
+        if let Some(limit) = budget.limit_seconds {
+            write!(page, " of {}", limit / 60)?;
         }
+        write!(page, " min in this {}<br>", Escaped(budget.period))?;
     }
     page.push('\n');
     Ok(())

@@ -28,9 +28,7 @@ impl Users {
     pub(super) fn new(hashes: BTreeMap<String, String>) -> Result<Self, String> {
         let mut highest = 0;
         for (name, hash) in &hashes {
-            let parts: HashParts = hash
-                .parse()
-                .map_err(|error| format!("basic_auth_users: {name:?}: no bcrypt hash: {error}"))?;
+            let parts: HashParts = hash.parse().map_err(|_| not_a_hash(name))?;
             let cost = parts.get_cost();
             // The crate would refuse a lower one at every request.
             if !(4..=HIGHEST_COST).contains(&cost) {
@@ -48,6 +46,11 @@ impl Users {
     pub(super) fn is_empty(&self) -> bool {
         self.hashes.is_empty()
     }
+}
+
+/// A password in plain text, most often: it is not repeated.
+pub(super) fn not_a_hash(name: &str) -> String {
+    format!("basic_auth_users: {name:?}: not a bcrypt hash; `htpasswd -nB USER` prints one")
 }
 
 /// How many checks run at once: each takes a core for tens of milliseconds, beside probes that keep time.
@@ -241,7 +244,7 @@ mod tests {
     fn hash_that_is_none_is_refused_by_the_users_name_alone() {
         let hash = bcrypt::hash("secret", 4).unwrap();
         for (hash, said) in [
-            ("hunter2".to_owned(), "no bcrypt hash"),
+            ("hunter2".to_owned(), "not a bcrypt hash"),
             (hash.replacen("$04$", "$17$", 1), "cost 17"),
             (hash.replacen("$04$", "$03$", 1), "cost 3"),
         ] {

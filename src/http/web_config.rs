@@ -12,6 +12,7 @@ use std::sync::Arc;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Map, Value};
+use serde_saphyr::UserMessageFormatter;
 use tokio::sync::Mutex;
 use tokio::task;
 use tokio_rustls::rustls::crypto::aws_lc_rs;
@@ -19,7 +20,7 @@ use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{ServerConfig, SupportedProtocolVersion};
 use tracing::{info, warn};
 
-use super::users::Users;
+use super::users::{Users, not_a_hash};
 use crate::config;
 
 /// How HTTP is protected: TLS and users, if a file sets them, and whether POST needs neither.
@@ -187,7 +188,12 @@ impl Text {
             None | Some(Value::Null) => BTreeMap::new(),
             Some(section) => users(section)?,
         };
-        nothing_left(&root, "", UNSUPPORTED)?;
+        nothing_left(
+            &root,
+            "",
+            "tls_server_config and basic_auth_users",
+            UNSUPPORTED,
+        )?;
         if tls.is_none() && users.is_empty() {
             return Err(
                 "sets neither tls_server_config nor basic_auth_users, and so protects nothing; \
@@ -210,8 +216,11 @@ impl Text {
 fn parse(yaml: &str) -> Result<Map<String, Value>, String> {
     // A snippet of the file would show hashes.
     let options = serde_saphyr::options! { with_snippet: false };
-    let root: Option<Value> = serde_saphyr::from_str_with_options(yaml, options)
-        .map_err(|error| format!("not valid YAML: {error}"))?;
+    let root: Option<Value> =
+        serde_saphyr::from_str_with_options(yaml, options).map_err(|error| {
+            let text = error.render_with_formatter(&UserMessageFormatter);
+            format!("not valid YAML: {text}")
+        })?;
     match root {
         None | Some(Value::Null) => Ok(Map::new()),
         Some(Value::Object(root)) => Ok(root),
@@ -225,7 +234,7 @@ fn users(section: Value) -> Result<BTreeMap<String, String>, String> {
     };
     let users = section.into_iter().map(|(name, hash)| match hash {
         Value::String(hash) => Ok((name, hash)),
-        _ => Err(format!("basic_auth_users: {name:?}: no bcrypt hash")),
+        _ => Err(not_a_hash(&name)),
     });
     users.collect()
 }
@@ -234,15 +243,18 @@ fn users(section: Value) -> Result<BTreeMap<String, String>, String> {
 fn nothing_left(
     section: &Map<String, Value>,
     prefix: &str,
+    supported: &str,
     unsupported: &[&str],
 ) -> Result<(), String> {
-    match section.keys().next() {
-        None => Ok(()),
-        Some(key) if unsupported.contains(&key.as_str()) => {
-            Err(format!("{prefix}{key} is not supported"))
-        }
-        Some(key) => Err(format!("{prefix}{key} is not a known key")),
-    }
+    let Some(key) = section.keys().next() else {
+        return Ok(());
+    };
+    let verdict = if unsupported.contains(&key.as_str()) {
+        "is not supported"
+    } else {
+        "is not a known key"
+    };
+    Err(format!("{prefix}{key} {verdict}; use {supported}"))
 }
 
 impl TlsText {
@@ -259,7 +271,12 @@ impl TlsText {
         let certificate = text("cert_file")?;
         let key = text("key_file")?;
         let min_version = text("min_version")?;
-        nothing_left(&section, PREFIX, UNSUPPORTED_TLS)?;
+        nothing_left(
+            &section,
+            PREFIX,
+            "cert_file, key_file and min_version",
+            UNSUPPORTED_TLS,
+        )?;
         let only_tls13 = match min_version.as_deref() {
             None | Some("TLS12") => false,
             Some("TLS13") => true,
@@ -319,5 +336,85 @@ impl TlsText {
                 })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Arc::new(config))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex as Lock;
+
+    use tracing_subscriber::fmt::MakeWriter;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Lock<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl MakeWriter<'_> for Log {
+        type Writer = Self;
+
+        fn make_writer(&self) -> Self {
+            self.clone()
+        }
+    }
+
+    impl Log {
+        /// The lines since the last call.
+        fn take(&self) -> Vec<String> {
+            let bytes = std::mem::take(&mut *self.0.lock().unwrap());
+            let text = String::from_utf8(bytes).unwrap();
+            text.lines().map(str::to_owned).collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn new_version_is_logged_once_whether_good_or_broken_and_without_its_hashes() {
+        let log = Log::default();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(log.clone())
+            .finish();
+        let _default = tracing::subscriber::set_default(subscriber);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.yml");
+        let hash = bcrypt::hash("secret", 4).unwrap();
+        let users = |hash: &str| format!("basic_auth_users: {{ alice: \"{hash}\" }}");
+        fs::write(&path, users(&hash)).unwrap();
+        let web = WebConfig::load(&config::Http {
+            web_config_file: Some(path.clone()),
+            ..config::Http::default()
+        })
+        .unwrap();
+        for (text, said) in [
+            (users(&hash), None),
+            (users(&hash[1..]), Some("not a bcrypt hash")),
+            (String::new(), Some("protects nothing")),
+            (
+                users(&bcrypt::hash("other", 4).unwrap()),
+                Some("read again"),
+            ),
+        ] {
+            fs::write(&path, text).unwrap();
+            for _ in 0..3 {
+                web.current().await;
+            }
+            let lines = log.take();
+            assert_eq!(lines.len(), usize::from(said.is_some()), "{lines:?}");
+            for line in &lines {
+                assert!(said.is_some_and(|said| line.contains(said)), "{line}");
+                assert!(!line.contains(&hash[7..]), "{line}");
+            }
+        }
     }
 }

@@ -7,6 +7,7 @@ mod command_line;
 mod demo;
 #[path = "../real/gate.rs"]
 mod gate;
+mod http;
 mod metrics;
 mod readme;
 mod sandbox;
