@@ -50,6 +50,8 @@ pub struct Report {
     pub timeline: Timeline,
     pub turns: Vec<Turn>,
     pub agent: Option<Agent>,
+    /// Agents of the target that came too late to count, or as a second one: each is a session that LiveKit bills.
+    pub other_agents: u32,
     pub audio: AudioStats,
     /// The agent was dispatched before we were in the room, and already in the join response: the join delay is an
     /// upper bound.
@@ -68,16 +70,27 @@ impl Report {
             timeline: Timeline::default(),
             turns: Vec::new(),
             agent: None,
+            other_agents: 0,
             audio: AudioStats::default(),
             join_upper_bound: false,
         }
     }
 
-    /// The agent time that LiveKit bills for this room: from the agent's join to the room's end, in whole minutes.
-    /// `None` where no agent came.
+    /// The agent time that LiveKit bills for this room: from the agent's join to the room's end, in whole minutes; a
+    /// minute for each other agent, on whose sight the room ends. `None` where no agent came.
     ///
-    /// An agent that left before the room ended cost less; a budget is better told too much than too little.
+    /// An agent that left before the room ended cost less; a budget is better told too much than too little. Strays of
+    /// another name aren't known well enough to count.
     pub fn billed(&self) -> Option<Duration> {
+        let others = whole_minutes(Duration::ZERO) * self.other_agents;
+        match self.agent_session() {
+            Some(session) => Some(whole_minutes(session) + others),
+            None if self.other_agents > 0 => Some(others),
+            None => None,
+        }
+    }
+
+    fn agent_session(&self) -> Option<Duration> {
         let joined = self.timeline.get(Milestone::AgentJoined)?;
         let last_seen = || self.timeline.marks().map(|(_, at)| at).max();
         // Its job may outlast our leaving, but not the room. Where the deletion failed, the agent left after us.
@@ -85,7 +98,7 @@ impl Report {
             .into_iter()
             .find_map(|end| self.timeline.get(end))
             .or_else(last_seen)?;
-        Some(whole_minutes(ended.saturating_duration_since(joined)))
+        Some(ended.saturating_duration_since(joined))
     }
 }
 
@@ -161,6 +174,16 @@ mod tests {
             Some(2)
         );
         assert_eq!(billed_minutes(&[(AgentJoined, 1)]), Some(1));
+    }
+
+    #[test]
+    fn agent_that_is_late_or_a_second_one_costs_a_minute_of_its_own() {
+        let mut late = report(&[(Milestone::Left, 31), (Milestone::RoomDeleted, 32)]);
+        late.other_agents = 1;
+        assert_eq!(late.billed(), Some(Duration::from_mins(1)));
+        let mut twice = report(&[(Milestone::AgentJoined, 1), (Milestone::RoomDeleted, 62)]);
+        twice.other_agents = 2;
+        assert_eq!(twice.billed(), Some(Duration::from_mins(4)));
     }
 
     #[test]

@@ -80,6 +80,7 @@ pub(crate) fn probe(
             joined_at_ms: 1_790_000_000_645,
             joined: None,
         }),
+        other_agents: 0,
         audio: AudioStats {
             packets: if spoke { 900 } else { 0 },
             lost: 0,

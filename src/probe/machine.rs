@@ -432,6 +432,7 @@ impl Probe {
                 self.incident.get_or_insert(Incident::Left { at, reason });
             }
             Seen::AgentDuplicate { identity } => {
+                self.report.other_agents += 1;
                 self.incident
                     .get_or_insert(Incident::Duplicate { identity });
             }
@@ -447,7 +448,9 @@ impl Probe {
     /// Past the verdict: it stands, and what a person may want to know is kept.
     fn late(&mut self, seen: Seen, at: Instant) {
         match seen {
+            Seen::AgentDuplicate { .. } => self.report.other_agents += 1,
             Seen::AgentJoined { agent, .. } => {
+                self.report.other_agents += 1;
                 self.actions.push(Action::AgentSeen);
                 self.saw(&agent.identity, AGENT, agent.name.as_deref());
                 let after = self.since(Milestone::DispatchSent, at);

@@ -100,6 +100,7 @@ fn report() -> Report {
         timeline,
         turns: vec![turn(10_000, 11_250), turn(20_000, 22_500)],
         agent: None,
+        other_agents: 0,
         audio: AudioStats {
             packets: 900,
             lost: 3,

@@ -670,6 +670,7 @@ fn late_agent_changes_no_verdict_but_is_evidence() {
     let report = script.report(30_120);
     assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
     assert_eq!(report.timeline.get(Milestone::AgentJoined), None);
+    assert_eq!(report.billed(), Some(Duration::from_mins(1)));
     let notes = report.evidence.notes.join("; ");
     assert!(
         notes.contains("joined 30.004 s after the dispatch, too late"),
@@ -882,7 +883,21 @@ fn second_agent_is_agent_duplicate() {
     let script = Script::new(explicit())
         .with_agent()
         .see(900, Seen::AgentDuplicate { identity });
-    assert_eq!(script.reason(910), Reason::AgentDuplicate);
+    let report = script.report(910);
+    assert_eq!(reason_of(&report), Reason::AgentDuplicate);
+    assert_eq!(report.billed(), Some(Duration::from_mins(2)));
+}
+
+#[test]
+fn second_agent_past_the_verdict_is_billed_too() {
+    let identity = "agent-2".to_owned();
+    let script = Script::new(explicit())
+        .with_agent()
+        .feed(900, Input::Abort)
+        .see(910, Seen::AgentDuplicate { identity });
+    let report = script.report(920);
+    assert_eq!(report.outcome, Outcome::Aborted);
+    assert_eq!(report.billed(), Some(Duration::from_mins(2)));
 }
 
 #[test]
