@@ -250,7 +250,8 @@ impl Metrics {
 
     /// Everything in Prometheus' text format 0.0.4: each family once, sorted by name, its series by project or target.
     ///
-    /// Waits for no probe and no disk: only for series that move together, which takes them microseconds.
+    /// Waits for no probe and no disk: only for series that move together, which takes them microseconds. With fifty
+    /// targets it is some milliseconds of work, 1.3 MB: a server does it off the async threads.
     #[expect(clippy::missing_panics_doc, reason = "there is none, as it says")]
     pub fn render(&self) -> String {
         let mut merged: BTreeMap<String, MetricFamily> = BTreeMap::new();

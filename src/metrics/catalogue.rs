@@ -90,7 +90,7 @@ catalogue! {
     BATCHES: "batches_total" ["target" "result"] Kind::Counter;
     /// Ticks that started no batch, by what held it back.
     SKIPPED: "batches_skipped_total" ["target" "cause"] Kind::Counter;
-    /// Agent time as LiveKit bills it: from the agent's join to the room's end, in whole minutes.
+    /// Agent time as LiveKit bills it: from an agent's join to the room's end, in whole minutes a session.
     BILLED: "agent_billed_seconds_total" ["target"] Kind::Counter;
     /// RTP packets of the agent's audio that arrived.
     PACKETS: "agent_audio_packets_total" ["target"] Kind::Counter;
@@ -129,7 +129,7 @@ catalogue! {
     LAST_SUCCESS_RATIO: "last_batch_success_ratio" ["target"] Kind::Gauge;
     /// Longest time between two batches in the next seven days.
     INTERVAL: "batch_interval_seconds" ["target"] Kind::Gauge;
-    /// Longest delay from the dispatch that is good.
+    /// Longest delay from the dispatch that is good, for the join and the first speech.
     SLO_THRESHOLD: "slo_threshold_seconds" ["target" "sli"] Kind::Gauge;
     /// Share of eligible probes that must be good.
     SLO_OBJECTIVE: "slo_objective_ratio" ["target" "sli"] Kind::Gauge;

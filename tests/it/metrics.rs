@@ -17,7 +17,7 @@ use livekit_canary::livekit::RoomName;
 use livekit_canary::livekit::engine::AudioStats;
 use livekit_canary::metrics::{
     Build, CATALOGUE, DELAYS, Definition, InternalError, Kind, Metrics, PREFIX, Period, SkipCause,
-    Sli, TargetMetrics,
+    Sli, TargetMetrics, Verdict,
 };
 use livekit_canary::probe::{
     Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
@@ -221,6 +221,12 @@ impl Scrape {
                 values.collect()
             })
             .collect()
+    }
+
+    /// The values of a label over all series.
+    fn values_of(&self, label: &str) -> BTreeSet<&str> {
+        let values = self.samples.iter().map(|sample| sample.labels.get(label));
+        values.flatten().map(String::as_str).collect()
     }
 
     /// The series of a family, histograms by their count.
@@ -995,4 +1001,119 @@ fn no_scrape_sees_a_part_of_a_probe() {
             }
         }
     });
+}
+
+const README: &str = include_str!("../../README.md");
+
+/// The rows of the README's table with this head, as cells.
+fn readme_table(head: &str) -> Vec<Vec<&'static str>> {
+    let (_, table) = README.split_once(head).unwrap();
+    let rows = table.lines().skip(2).take_while(|row| row.starts_with('|'));
+    rows.map(|row| {
+        let cells = row.strip_prefix('|').unwrap().strip_suffix('|').unwrap();
+        cells.split('|').map(str::trim).collect()
+    })
+    .collect()
+}
+
+/// The words in backquotes.
+fn quoted(cell: &str) -> Vec<&str> {
+    cell.split('`').skip(1).step_by(2).collect()
+}
+
+#[test]
+fn readme_lists_the_catalogue() {
+    let listed = readme_table("| name | type | labels | means |");
+    let expected = CATALOGUE.iter().map(|family| {
+        let labels = family.labels.iter().map(|label| format!("`{label}`"));
+        vec![
+            format!("`{}`", family.name),
+            family.kind.label().to_owned(),
+            labels.collect::<Vec<_>>().join(", "),
+            family.help.to_owned(),
+        ]
+    });
+    assert_eq!(listed, expected.collect::<Vec<_>>());
+}
+
+#[test]
+fn readme_lists_every_label_value() {
+    let (metrics, _support) = with_a_target();
+    let scrape = Scrape::take(&metrics);
+    let rows = readme_table("| label | values |");
+    for row in &rows {
+        let [labels, values] = row[..] else {
+            panic!("{row:?} has not two cells");
+        };
+        // Tables and tests of their own hold what another section lists.
+        if !values.contains("](#") && values != "`true`, `false`" {
+            let [label] = quoted(labels)[..] else {
+                panic!("{labels} is not one label");
+            };
+            let listed: BTreeSet<&str> = quoted(values).into_iter().collect();
+            assert_eq!(listed, scrape.values_of(label), "{label}");
+        }
+    }
+    // Free words: those of the settings and of the build.
+    let free = [
+        "target",
+        "project",
+        "url",
+        "agent_name",
+        "version",
+        "revision",
+        "rustc",
+        "engine",
+    ];
+    let explained: BTreeSet<&str> = rows.iter().flat_map(|row| quoted(row[0])).collect();
+    for label in CATALOGUE.iter().flat_map(|family| family.labels) {
+        assert!(free.contains(label) || explained.contains(label), "{label}");
+    }
+}
+
+#[test]
+fn readme_says_which_failures_count_in_which_service_level() {
+    let objectives = Objectives::default();
+    let expected = Sli::ALL.map(|sli| {
+        let counts = |reason: &Reason| {
+            let report = failed_at_once(*reason);
+            sli.judge(&report, &objectives) != Verdict::NotEligible
+        };
+        let reasons = Reason::ALL.into_iter().filter(counts);
+        let origins: BTreeSet<&str> = reasons.map(|reason| reason.origin().label()).collect();
+        (sli.label(), origins)
+    });
+    let rows = readme_table("| sli | a probe is good | failures that count, by origin |");
+    let listed: Vec<_> = rows
+        .iter()
+        .map(|row| (quoted(row[0])[0], quoted(row[2]).into_iter().collect()))
+        .collect();
+    assert_eq!(listed, expected);
+}
+
+#[test]
+fn good_probes_are_eligible_ones_whatever_they_saw() {
+    let (metrics, support) = with_a_target();
+    let objectives = Objectives::default();
+    let mut outcomes: Vec<Outcome> = Reason::ALL.into_iter().map(failed).collect();
+    outcomes.extend([Outcome::Ok, Outcome::Aborted]);
+    for outcome in outcomes {
+        for report in [report(), failed_at_once(Reason::Internal)] {
+            for join_upper_bound in [false, true] {
+                let report = Report {
+                    outcome: outcome.clone(),
+                    join_upper_bound,
+                    ..report.clone()
+                };
+                support.probe(&report, &objectives);
+                let scrape = Scrape::take(&metrics);
+                for sli in Sli::ALL {
+                    let of = |name| scrape.value(name, &[("sli", sli.label())]);
+                    let (good, eligible) = (of("slo_good_total"), of("slo_eligible_total"));
+                    assert!(good <= eligible, "{report:?}");
+                    assert!(eligible <= scrape.value("probes_total", &[]), "{report:?}");
+                }
+            }
+        }
+    }
 }
