@@ -12,6 +12,7 @@ use croner::Cron;
 use secrecy::SecretString;
 use url::Url;
 
+mod cron;
 mod document;
 mod problem;
 mod section;

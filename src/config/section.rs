@@ -172,11 +172,7 @@ impl<'a> Section<'a> {
         Taken::Broken
     }
 
-    /// Whether a key that was not read yet is there.
-    pub(super) fn has(&self, key: &str) -> bool {
-        self.table.contains_key(key)
-    }
-
+    /// Of a key that was not read yet.
     pub(super) fn place_of(&self, key: &str) -> Option<String> {
         self.table.get(key).and_then(place_of)
     }

@@ -5,13 +5,13 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use chrono_tz::Tz;
-use croner::Cron;
-use croner::parser::{CronParser, Seconds, Year};
+use chrono_tz::{TZ_VARIANTS, Tz};
+use humantime::format_duration;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use url::Url;
 
+use super::cron;
 use super::document::{Draft, Fallback};
 use super::problem::{Problem, alternatives, from_variable, in_file, shown, similar};
 use super::section::{Section, Table, Taken, Text};
@@ -26,9 +26,10 @@ const LONGEST: Duration = Duration::from_hours(1);
 const SHORTEST: Duration = Duration::from_millis(1);
 const MOST_ROOMS: usize = 10_000;
 const DAY: Duration = Duration::from_hours(24);
-const LONGEST_KEPT: Duration = Duration::from_hours(24 * 3660);
+/// Ten years.
+const LONGEST_KEPT: Duration = Duration::from_hours(10 * 8766);
 /// A batch more seldom than that watches nothing.
-const LONGEST_INTERVAL: Duration = Duration::from_hours(24 * 31);
+const LONGEST_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 /// A secret's file is a line of text; more than this is the wrong file.
 const SECRET_FILE_LIMIT: u64 = 64 * 1024;
@@ -84,10 +85,7 @@ fn http(mut section: Section<'_>) -> Http {
         }),
         Taken::Missing | Taken::Broken => default.listen,
     };
-    let web_config_file = match section.text("web_config_file") {
-        Taken::Text(text) => Some(text.path()),
-        Taken::Missing | Taken::Broken => None,
-    };
+    let web_config_file = path(&mut section, "web_config_file");
     let enable_lifecycle = section.boolean("enable_lifecycle", default.enable_lifecycle);
     section.finish();
     Http {
@@ -97,12 +95,27 @@ fn http(mut section: Section<'_>) -> Http {
     }
 }
 
+/// A file or folder that need not exist yet.
+fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
+    let Taken::Text(text) = section.text(key) else {
+        return None;
+    };
+    if !text.value.trim().is_empty() {
+        return Some(text.path());
+    }
+    section.problem(
+        key,
+        text.place,
+        "empty".to_owned(),
+        "name a path, or leave the key out",
+    );
+    None
+}
+
 fn history(mut section: Section<'_>) -> History {
     let default = History::default();
-    let dir = match section.text("dir") {
-        Taken::Text(text) => text.path(),
-        Taken::Missing | Taken::Broken => default.dir,
-    };
+    let [keep_place, failures_place] = ["keep", "keep_failures"].map(|key| section.place_of(key));
+    let dir = path(&mut section, "dir").unwrap_or(default.dir);
     let mut duration = |key, default| section.duration(key, default, DAY..=LONGEST_KEPT);
     let history = History {
         dir,
@@ -110,6 +123,16 @@ fn history(mut section: Section<'_>) -> History {
         keep_failures: duration("keep_failures", default.keep_failures),
         max_megabytes: section.number("max_megabytes", default.max_megabytes, 8..=1_000_000),
     };
+    if history.keep_failures < history.keep {
+        let message = "shorter than keep".to_owned();
+        let hint = "failures are what anyone looks back for: keep them at least as long";
+        section.problem(
+            "keep_failures",
+            failures_place.or(keep_place),
+            message,
+            hint,
+        );
+    }
     section.finish();
     history
 }
@@ -164,16 +187,23 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
 }
 
 fn budget(mut section: Section<'_>) -> Budget {
+    let month_place = section.place_of("agent_time_per_month");
     let mut limit = |key| {
-        // Without a default there is no limit; the one given here is only what a broken value leaves.
-        let set = section.has(key);
-        let limit = section.duration(key, DAY, Duration::from_mins(1)..=LONGEST_KEPT);
-        set.then_some(limit)
+        // Zero is out of range, so that it stands for a value that is missing or wrong: there is no default.
+        let limit = section.duration(key, Duration::ZERO, Duration::from_mins(1)..=LONGEST_KEPT);
+        (!limit.is_zero()).then_some(limit)
     };
     let budget = Budget {
         agent_time_per_day: limit("agent_time_per_day"),
         agent_time_per_month: limit("agent_time_per_month"),
     };
+    if let (Some(day), Some(month)) = (budget.agent_time_per_day, budget.agent_time_per_month)
+        && month < day
+    {
+        let message = "less than agent_time_per_day".to_owned();
+        let hint = "the smaller one holds for the day as well: leave the other out";
+        section.problem("agent_time_per_month", month_place, message, hint);
+    }
     section.finish();
     budget
 }
@@ -357,15 +387,16 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
             .as_ref()
             .and_then(|name| max_rooms.get(name).map(|limit| (name.as_str(), *limit))),
     );
+    let deadlines = deadlines(section.table("deadlines"));
     let target = Target {
         project: project.unwrap_or_default(),
         agent_name,
         dispatch,
         attributes: attributes(section.table("attributes")),
         schedule: schedule(section.table("schedule")),
-        objectives: objectives(section.table("objectives")),
+        objectives: objectives(section.table("objectives"), &deadlines),
         batch,
-        deadlines: deadlines(section.table("deadlines")),
+        deadlines,
         echo: echo(section.table("echo")),
         speech: speech(section.table("speech")),
         expect: expect(section.table("expect")),
@@ -437,80 +468,103 @@ fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
 }
 
 fn schedule(mut section: Section<'_>) -> Schedule {
-    let [cron_place, zone_place] = ["cron", "time_zone"].map(|key| section.place_of(key));
-    let every_is_set = section.has("every");
-    let every = match Schedule::default() {
-        Schedule::Every(default) => default,
-        Schedule::Cron { .. } => unreachable!("the default is an interval"),
+    let Schedule::Every(default) = Schedule::default() else {
+        unreachable!("the default is an interval")
     };
-    let every = section.duration("every", every, SHORTEST_INTERVAL..=LONGEST_INTERVAL);
-    let zone = match section.text("time_zone") {
-        Taken::Text(text) => Some(text),
-        Taken::Missing | Taken::Broken => None,
-    };
-    let schedule = match section.text("cron") {
-        Taken::Text(text) if every_is_set => {
-            let message = "every is set as well".to_owned();
-            section.problem("cron", text.place, message, "keep one of the two");
-            Schedule::Every(every)
-        }
-        Taken::Text(text) => {
-            let zone = zone.map_or(Tz::UTC, |zone| time_zone(&mut section, &zone));
-            match cron(&text.value) {
-                Ok(expression) => Schedule::Cron {
-                    expression: Box::new(expression),
-                    zone,
-                },
-                Err(why) => {
-                    let message = format!("{:?} is not a cron expression: {why}", text.value);
-                    let hint = "five fields (minute, hour, day of month, month, day of week), or six with seconds \
-                                first";
-                    section.problem("cron", cron_place, message, hint);
-                    Schedule::Every(every)
+    let every_place = section.place_of("every");
+    let every = section.duration("every", default, SHORTEST_INTERVAL..=LONGEST_INTERVAL);
+    let [cron, zone] = ["cron", "time_zone"].map(|key| section.text(key));
+    let schedule = match cron {
+        Taken::Text(cron) => {
+            // As with secrets, an override by the environment beats what a file says under the other key.
+            let overrides =
+                every_place.map(|place| (in_file(&place).is_none(), is_override(&cron)));
+            match overrides {
+                Some((true, false)) => None,
+                None | Some((false, true)) => by_wall_clock(&mut section, cron, zone),
+                Some(_) => {
+                    let message = "every is set as well".to_owned();
+                    section.problem("cron", cron.place, message, "keep one of the two");
+                    None
                 }
             }
         }
-        Taken::Missing if zone.is_some() => {
-            let message = "an interval has no time zone".to_owned();
-            section.problem(
-                "time_zone",
-                zone_place,
-                message,
-                "leave it out, or set cron",
-            );
-            Schedule::Every(every)
+        Taken::Missing => {
+            if let Taken::Text(zone) = zone {
+                let message = "an interval has no time zone".to_owned();
+                section.problem(
+                    "time_zone",
+                    zone.place,
+                    message,
+                    "leave it out, or set cron",
+                );
+            }
+            None
         }
-        Taken::Missing | Taken::Broken => Schedule::Every(every),
+        Taken::Broken => None,
     };
     section.finish();
-    schedule
+    schedule.unwrap_or(Schedule::Every(every))
 }
 
-fn time_zone(section: &mut Section<'_>, text: &Text) -> Tz {
-    text.value.parse().unwrap_or_else(|_| {
-        let message = format!("{} is not a time zone", shown(&text.value));
-        let hint = "take a name of the IANA database, such as \"UTC\" or \"Europe/Berlin\"";
-        section.problem("time_zone", text.place.clone(), message, hint);
-        Tz::UTC
-    })
+fn by_wall_clock(section: &mut Section<'_>, cron: Text, zone: Taken) -> Option<Schedule> {
+    let zone = match zone {
+        Taken::Text(zone) => time_zone(section, zone),
+        Taken::Missing => Some(Tz::UTC),
+        Taken::Broken => None,
+    };
+    match cron::read(&cron.value) {
+        Ok(expression) => Some(Schedule::Cron {
+            expression: Box::new(expression),
+            zone: zone?,
+        }),
+        Err(mistake) => {
+            let shown = shown(&cron.value);
+            let message = format!("{shown} is not a cron expression: {}", mistake.message);
+            section.problem("cron", cron.place, message, &mistake.hint);
+            None
+        }
+    }
 }
 
-/// Where both the day of the month and the day of the week are restricted, either will do, as in crontab.
-fn cron(expression: &str) -> Result<Cron, String> {
-    CronParser::builder()
-        .seconds(Seconds::Optional)
-        .year(Year::Disallowed)
-        .dom_and_dow(false)
-        .build()
-        .parse(expression)
-        .map_err(|error| error.to_string())
+fn time_zone(section: &mut Section<'_>, text: Text) -> Option<Tz> {
+    if let Ok(zone) = text.value.parse() {
+        return Some(zone);
+    }
+    let message = format!("{} is not a time zone", shown(&text.value));
+    // Among 600 names, a short word is near to any.
+    let names: Vec<&str> = TZ_VARIANTS.iter().map(|zone| zone.name()).collect();
+    let similar = similar(&text.value, &names);
+    let hint = match similar.filter(|_| text.value.contains('/')) {
+        Some(name) => format!("did you mean {name:?}?"),
+        None => "take a name of the IANA database, such as \"UTC\" or \"Europe/Berlin\"".to_owned(),
+    };
+    section.problem("time_zone", text.place, message, &hint);
+    None
 }
 
-fn objectives(mut section: Section<'_>) -> Objectives {
+fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
     let default = Objectives::default();
-    let mut within = |key, default| section.duration(key, default, SHORTEST..=LONGEST);
-    let join_within = within("join_within", default.join_within);
-    let first_speech_within = within("first_speech_within", default.first_speech_within);
+    // The default may lie beyond a short deadline: then whoever comes at all comes in time.
+    let mut within = |key, default, deadline| {
+        let place = section.place_of(key);
+        let within = section.duration(key, default, SHORTEST..=LONGEST);
+        if place.is_some() && within > deadline {
+            let message = "longer than the deadlines leave".to_owned();
+            let hint = format!(
+                "who has not come after {} is a failure anyway",
+                format_duration(deadline)
+            );
+            section.problem(key, place, message, &hint);
+        }
+        within
+    };
+    let join_within = within("join_within", default.join_within, deadlines.join);
+    let first_speech_within = within(
+        "first_speech_within",
+        default.first_speech_within,
+        deadlines.join + deadlines.speech,
+    );
     // An objective of 1 has no error budget, and no alert can be made of it.
     let mut share = |key, default| section.number(key, default, 0.01..=0.9999);
     let objectives = Objectives {

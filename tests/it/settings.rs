@@ -5,9 +5,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
-    Backoff, Budget, Config, Daemon, DispatchMode, Draft, History, Project, Ramp, Target,
+    Backoff, Budget, Config, Daemon, DispatchMode, Draft, History, Project, Ramp, Schedule, Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -130,8 +131,25 @@ fn secret_under_a_wrong_key_is_not_shown() {
         "ice",
         "api_timeout",
         "max_rooms",
+        "budget",
+        "budget.agent_time_per_day",
+        "budget.agent_time_per_month",
+        "backoff.first",
+        "backoff.longest",
     ] {
         complaint(&format!("[projects.acme]\n{key} = \"{SECRET}\"\n"));
+    }
+    for key in [
+        "http.listen",
+        "http.enable_lifecycle",
+        "history.keep",
+        "history.keep_failures",
+        "history.max_megabytes",
+        "lifetime.startup_delay",
+        "lifetime.drain_grace",
+        "lifetime.shutdown_linger",
+    ] {
+        complaint(&format!("{key} = \"{SECRET}\"\n"));
     }
     for key in [
         "project",
@@ -141,9 +159,16 @@ fn secret_under_a_wrong_key_is_not_shown() {
         "batch.hold",
         "expect.reply",
         "batch",
+        "schedule",
+        "schedule.every",
+        "schedule.cron",
+        "objectives.availability",
+        "objectives.join_within",
     ] {
         complaint(&target_with(&format!("{key} = \"{SECRET}\"")));
     }
+    complaint(&on_clock("* * * * *", SECRET));
+    complaint(&on_clock(&[SECRET; 5].join(" "), "UTC"));
     complaint(&format!("[projects.acme]\napi_secret = \"{SECRET}\n"));
     complaint(&format!("{SECRET}\n"));
 }
@@ -219,6 +244,204 @@ fn ramp_that_opens_rooms_beside_each_other_is_not_one_by_one() {
             complaint(&target_with(&settings))
         );
     }
+}
+
+/// A target whose batches start by this expression in this zone.
+fn on_clock(cron: &str, zone: &str) -> String {
+    target_with(&format!(
+        "schedule = {{ cron = \"{cron}\", time_zone = \"{zone}\" }}"
+    ))
+}
+
+#[test]
+fn mistake_in_a_cron_expression_is_told_by_its_field() {
+    for (name, expression) in [
+        ("second", "60 0 9 * * *"),
+        ("minute", "61 * * * *"),
+        ("minute_as_a_list", "0,15,,45 * * * *"),
+        ("minute_as_a_step", "*/0 * * * *"),
+        ("hour", "0 24 * * *"),
+        ("hour_as_a_range", "0 18-8 * * *"),
+        ("day_of_month", "0 9 0 * *"),
+        ("month", "0 9 1 13 *"),
+        ("month_by_a_weekday", "0 9 1 mon *"),
+        ("day_of_week", "0 9 * * monday"),
+        ("day_of_week_with_a_plus", "0 9 1 * +mon"),
+    ] {
+        let complaint = complaint(&on_clock(expression, "Europe/Berlin"));
+        assert_snapshot!(format!("cron_with_a_wrong_{name}"), complaint);
+    }
+}
+
+#[test]
+fn cron_expression_of_another_form_is_told() {
+    for (name, expression) in [
+        ("too_few_fields", "0 9 * *"),
+        ("a_year", "0 0 9 * * * 2027"),
+        ("nothing", ""),
+        ("an_unknown_nickname", "@reboot"),
+        ("a_day_that_never_comes", "0 9 31 2,4 *"),
+    ] {
+        let complaint = complaint(&on_clock(expression, "UTC"));
+        assert_snapshot!(format!("cron_with_{name}"), complaint);
+    }
+}
+
+#[test]
+fn time_zone_that_is_none_is_told_beside_a_wrong_expression() {
+    assert_snapshot!(complaint(&on_clock("0 25 * * *", "Europe/Berlim")));
+}
+
+#[test]
+fn time_zone_of_no_place_is_told() {
+    assert_snapshot!(complaint(&on_clock("0 9 * * *", "here")));
+}
+
+#[test]
+fn time_zone_of_an_interval_is_told() {
+    let settings = "schedule = { every = \"5m\", time_zone = \"UTC\" }";
+    assert_snapshot!(complaint(&target_with(settings)));
+}
+
+#[test]
+fn interval_beside_a_cron_expression_is_told() {
+    let settings = "schedule = { every = \"5m\", cron = \"*/5 * * * *\" }";
+    assert_snapshot!(complaint(&target_with(settings)));
+}
+
+#[test]
+fn interval_out_of_range_is_told() {
+    for (name, every) in [("short", "500ms"), ("long", "40d"), ("bare", "900")] {
+        let complaint = complaint(&target_with(&format!("schedule.every = \"{every}\"")));
+        assert_snapshot!(format!("interval_{name}"), complaint);
+    }
+}
+
+#[test]
+fn schedule_that_is_no_table_is_told() {
+    assert_snapshot!(complaint(&target_with("schedule = \"*/5 * * * *\"")));
+}
+
+#[test]
+fn objectives_out_of_range_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "objectives = { availability = 99.5, join = 1, first_speech = \"nan\", service = 0 }"
+    )));
+}
+
+#[test]
+fn objective_in_per_cent_is_told() {
+    assert_snapshot!(complaint(&target_with("objectives.availability = \"99%\"")));
+}
+
+#[test]
+fn thresholds_out_of_range_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "objectives = { join_within = \"0s\", first_speech_within = 8 }"
+    )));
+}
+
+#[test]
+fn threshold_that_no_deadline_leaves_time_for_is_told() {
+    assert_snapshot!(complaint(&target_with(
+        "objectives = { join_within = \"31s\", first_speech_within = \"51s\" }"
+    )));
+}
+
+#[test]
+fn budget_out_of_range_is_told() {
+    assert_snapshot!(complaint(
+        "[projects.acme.budget]\nagent_time_per_day = \"30s\"\nagent_time_per_month = \"100\"\n"
+    ));
+}
+
+#[test]
+fn budget_of_a_month_below_that_of_a_day_is_told() {
+    assert_snapshot!(complaint(
+        "[projects.acme.budget]\nagent_time_per_day = \"5h\"\nagent_time_per_month = \"4h\"\n"
+    ));
+}
+
+#[test]
+fn backoff_out_of_range_is_told() {
+    assert_snapshot!(complaint(
+        "[projects.acme.backoff]\nfirst = \"2h\"\nlongest = \"2d\"\n"
+    ));
+}
+
+#[test]
+fn backoff_that_shrinks_is_told() {
+    assert_snapshot!(complaint("[projects.acme.backoff]\nlongest = \"30s\"\n"));
+}
+
+#[test]
+fn address_to_listen_on_without_a_host_is_told() {
+    for (name, listen) in [
+        ("port", ":9787"),
+        ("name", "localhost:9787"),
+        ("host", "0.0.0.0"),
+    ] {
+        let complaint = complaint(&format!("[http]\nlisten = \"{listen}\"\n"));
+        assert_snapshot!(format!("listen_on_a_{name}"), complaint);
+    }
+}
+
+#[test]
+fn switch_that_is_neither_on_nor_off_is_told() {
+    assert_snapshot!(complaint(
+        "[http]\nenable_lifecycle = \"perhaps\"\nweb_config_file = \"\"\n"
+    ));
+}
+
+#[test]
+fn history_that_keeps_too_little_or_too_much_is_told() {
+    assert_snapshot!(complaint(
+        "[history]\ndir = \" \"\nkeep = \"12h\"\nkeep_failures = \"20y\"\nmax_megabytes = 1\n"
+    ));
+}
+
+#[test]
+fn history_that_forgets_failures_first_is_told() {
+    assert_snapshot!(complaint(
+        "[history]\nkeep = \"90d\"\nkeep_failures = \"60d\"\n"
+    ));
+}
+
+#[test]
+fn lifetime_out_of_range_is_told() {
+    assert_snapshot!(complaint(
+        "[lifetime]\nstartup_delay = \"2h\"\ndrain_grace = 30\nshutdown_linger = \"-5s\"\n"
+    ));
+}
+
+#[test]
+fn keys_that_the_tables_of_the_daemon_do_not_know_are_told() {
+    assert_snapshot!(complaint(&target_with(
+        "schedule.evry = \"5m\"\nobjectives.reply = 0.9\n\
+         [http]\nport = 9787\n[history]\nmax_mb = 8\n[lifetime]\ngrace = \"5s\"\n\
+         [projects.acme.budget]\nagent_time = \"5h\"\n[projects.acme.backoff]\nmax = \"1h\""
+    )));
+}
+
+#[test]
+fn schedule_by_the_environment_beats_the_other_key_of_the_file() {
+    let schedule = |settings: &str, key: &str, value: &str| {
+        let mut variables = CREDENTIALS.to_vec();
+        let name = format!("LIVEKIT_CANARY__targets__support__schedule__{key}");
+        variables.push((&name, value));
+        read(&target_with(settings), &variables).targets["support"]
+            .schedule
+            .clone()
+    };
+    let every = "schedule.every = \"15m\"";
+    let nightly = schedule(every, "cron", "0 3 * * *");
+    assert!(
+        matches!(nightly, Schedule::Cron { zone: Tz::UTC, .. }),
+        "{nightly:?}"
+    );
+    let cron = "schedule = { cron = \"0 3 * * *\", time_zone = \"Europe/Berlin\" }";
+    let often = schedule(cron, "every", "20s");
+    assert_eq!(often, Schedule::Every(Duration::from_secs(20)));
 }
 
 #[test]
