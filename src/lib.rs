@@ -3,11 +3,11 @@
 //! The modules, in the order that data flows:
 //!
 //! ```text
-//! config ─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON, Markdown, JUnit)
-//!                          │ ▲ RoomEvent{at}   └─► metrics, history
-//!                          ▼ │
-//!                  livekit::{engine, api} ─ws/udp/https─► LiveKit
-//!                  janitor owns every room name
+//! config ─► schedule ─tick─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON, Markdown, JUnit)
+//!                                           │ ▲ RoomEvent{at}   └─► metrics, history
+//!                                           ▼ │
+//!                                   livekit::{engine, api} ─ws/udp/https─► LiveKit
+//!                                   janitor owns every room name
 //!
 //! http: metrics, health, page and API of the daemon; knows none of the above but config
 //! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
@@ -23,3 +23,4 @@ pub mod livekit;
 pub mod metrics;
 pub mod probe;
 pub mod sandbox;
+pub mod schedule;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 /// A file, or a folder with its file, and the modules of this crate that its code may name.
 const ARROWS: &[(&str, &[&str])] = &[
     ("config", &[]),
+    ("schedule", &["config"]),
     ("livekit/net", &[]),
     ("livekit", &["config", "livekit"]),
     ("janitor", &["livekit"]),

@@ -1,0 +1,634 @@
+//! Ticks as they come, on the wall clock.
+//!
+//! [`Agenda`] decides, without waiting for anything; tokio-cron-scheduler carries the waiting: a one-shot job at a time,
+//! armed at the nearest tick of all targets, or for a second where none is nearer. So the same job is the heartbeat: if
+//! it comes no more, no tick would.
+//!
+//! The scheduler looks at its jobs every 500 ms and counts in whole seconds, always rounded down here, so that a tick is
+//! at most those 500 ms late. It compares with its own wall clock: where that was set back, its job stays away, and is
+//! armed anew after [`PATIENCE`].
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, timeout};
+use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{next_tick, offset};
+use crate::config::Schedule;
+
+/// Longest time from one beat of the scheduler to the next.
+const BEAT: Duration = Duration::from_secs(1);
+/// A job that has not come after so long won't: it is armed anew.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A scheduler without a beat for so long is given up.
+const SILENCE: Duration = Duration::from_secs(30);
+/// A target has one tick on its way at most, so that only more targets than this could fill the channel.
+const CHANNEL: usize = 1024;
+
+/// A batch is due.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tick {
+    pub target: String,
+    /// When it was due. After a suspend or a forward jump of the clock: the first that was missed, and the only one that
+    /// is caught up with.
+    pub due: DateTime<Utc>,
+    /// How much later than that it was, on the wall clock.
+    pub late: Duration,
+    /// Ticks of this target since the one before that came while that one was not [handled](Ticker::handled), or found
+    /// the channel full. Nobody else tells of them: they are skipped for overlap.
+    pub dropped: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("can't start the scheduler")]
+pub struct StartError(#[from] JobSchedulerError);
+
+/// Delivers the ticks of all targets. Dropping it ends them; the scheduler's own tasks last as long as the runtime.
+pub struct Ticker {
+    agenda: Arc<Mutex<Agenda>>,
+    /// What is armed may be too late by now.
+    changed: Arc<Notify>,
+    beats: watch::Receiver<Instant>,
+    clock: Clock,
+    _carrier: AbortOnDropHandle<()>,
+}
+
+type Clock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
+
+impl Ticker {
+    /// Starts the scheduler, without any target, on the wall clock that `clock` tells.
+    ///
+    /// The scheduler is never held up: what a slow reader of the channel can't take is dropped and counted, as
+    /// [`Tick::dropped`] has it. A tick that waited for its reader would start a batch at some other time than the
+    /// schedule says, and those after it in a burst.
+    ///
+    /// # Errors
+    /// The scheduler doesn't start.
+    pub async fn start(
+        clock: impl Fn() -> DateTime<Utc> + Send + Sync + 'static,
+    ) -> Result<(Self, mpsc::Receiver<Tick>), StartError> {
+        let scheduler = JobScheduler::new().await?;
+        scheduler.start().await?;
+        Ok(Self::on(scheduler, Arc::new(clock)))
+    }
+
+    fn on(scheduler: JobScheduler, clock: Clock) -> (Self, mpsc::Receiver<Tick>) {
+        let (ticks, receiver) = mpsc::channel(CHANNEL);
+        let (beat, beats) = watch::channel(Instant::now());
+        let agenda = Arc::new(Mutex::new(Agenda::new(clock(), ticks)));
+        let changed = Arc::new(Notify::new());
+        let carrier = Carrier {
+            scheduler,
+            clock: Arc::clone(&clock),
+            agenda: Arc::clone(&agenda),
+            changed: Arc::clone(&changed),
+            beat,
+        };
+        let ticker = Self {
+            agenda,
+            changed,
+            beats,
+            clock,
+            _carrier: AbortOnDropHandle::new(tokio::spawn(carrier.run())),
+        };
+        (ticker, receiver)
+    }
+
+    /// Adds a target, or gives it another schedule; one that has this schedule already goes on undisturbed.
+    ///
+    /// Its first tick is the schedule's first that comes after now and not before `first_not_before`.
+    pub fn set(&self, target: &str, schedule: &Schedule, first_not_before: DateTime<Utc>) {
+        let now = (self.clock)();
+        lock(&self.agenda).set(target, schedule, now, first_not_before);
+        self.changed.notify_one();
+    }
+
+    /// From now on `target` has no ticks; one that was delivered may still stand in the channel.
+    pub fn remove(&self, target: &str) {
+        lock(&self.agenda).entries.remove(target);
+    }
+
+    /// When the next batch of `target` is due; in the past while a tick that was delivered is not handled.
+    pub fn next(&self, target: &str) -> Option<DateTime<Utc>> {
+        let agenda = lock(&self.agenda);
+        let entry = agenda.entries.get(target)?;
+        entry.unhandled.or(entry.next)
+    }
+
+    /// Tells that the batch of this tick was started, or skipped for a reason. Until then no other comes for its target.
+    pub fn handled(&self, tick: &Tick) {
+        if let Some(entry) = lock(&self.agenda).entries.get_mut(&tick.target)
+            && entry.unhandled == Some(tick.due)
+        {
+            entry.unhandled = None;
+        }
+    }
+
+    /// When the scheduler last showed that it is alive. It does at least every two seconds.
+    pub fn last_beat(&self) -> Instant {
+        *self.beats.borrow()
+    }
+
+    /// Resolves when the scheduler has shown no life for 30 s: no tick will ever come again.
+    pub async fn stopped(&self) {
+        let mut beats = self.beats.clone();
+        while beats.changed().await.is_ok() {}
+    }
+}
+
+fn lock(agenda: &Mutex<Agenda>) -> MutexGuard<'_, Agenda> {
+    agenda
+        .lock()
+        .expect("nobody panics with the agenda in hand")
+}
+
+/// Which ticks are due, and which come next.
+struct Agenda {
+    entries: BTreeMap<String, Entry>,
+    ticks: mpsc::Sender<Tick>,
+    /// The wall clock as it was last seen; never set back but by a clock that was.
+    seen: DateTime<Utc>,
+}
+
+struct Entry {
+    schedule: Schedule,
+    offset: Duration,
+    /// `None` where the schedule has no tick any more.
+    next: Option<DateTime<Utc>>,
+    /// When `next` was set: so long a wait is usual for this target.
+    planned_at: DateTime<Utc>,
+    /// The tick that was delivered and not handled.
+    unhandled: Option<DateTime<Utc>>,
+    dropped: u64,
+}
+
+impl Agenda {
+    fn new(now: DateTime<Utc>, ticks: mpsc::Sender<Tick>) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            ticks,
+            seen: now,
+        }
+    }
+
+    fn set(
+        &mut self,
+        target: &str,
+        schedule: &Schedule,
+        now: DateTime<Utc>,
+        first_not_before: DateTime<Utc>,
+    ) {
+        let former = self.entries.remove(target);
+        let entry = match former {
+            Some(former) if former.schedule == *schedule => former,
+            former => {
+                let offset = match schedule {
+                    Schedule::Every(every) => offset(target, *every),
+                    Schedule::Cron { .. } => Duration::ZERO,
+                };
+                let just_before = first_not_before - TimeDelta::nanoseconds(1);
+                Entry {
+                    next: next_tick(schedule, offset, now.max(just_before)),
+                    schedule: schedule.clone(),
+                    offset,
+                    planned_at: now,
+                    unhandled: former.as_ref().and_then(|former| former.unhandled),
+                    dropped: former.map_or(0, |former| former.dropped),
+                }
+            }
+        };
+        self.entries.insert(target.to_owned(), entry);
+    }
+
+    /// Delivers what is due, each target's tick once, however many came while nobody looked.
+    fn look(&mut self, now: DateTime<Utc>) {
+        let set_back = now < self.seen;
+        self.seen = now;
+        for (target, entry) in &mut self.entries {
+            if set_back {
+                entry.clock_was_set_back(now);
+            }
+            let Some(due) = entry.next.filter(|due| *due <= now) else {
+                continue;
+            };
+            let tick = Tick {
+                target: target.clone(),
+                due,
+                late: (now - due)
+                    .to_std()
+                    .expect("what is due is not in the future"),
+                dropped: entry.dropped,
+            };
+            if entry.unhandled.is_none() && self.ticks.try_send(tick).is_ok() {
+                entry.unhandled = Some(due);
+                entry.dropped = 0;
+            } else {
+                entry.dropped += 1;
+            }
+            entry.plan(now);
+        }
+    }
+
+    /// How long nothing is due.
+    fn quiet(&self, now: DateTime<Utc>) -> Duration {
+        let nearest = self.entries.values().filter_map(|entry| entry.next).min();
+        nearest.map_or(BEAT, |nearest| {
+            (nearest - now).to_std().unwrap_or(Duration::ZERO)
+        })
+    }
+}
+
+impl Entry {
+    fn plan(&mut self, now: DateTime<Utc>) {
+        self.next = next_tick(&self.schedule, self.offset, now);
+        self.planned_at = now;
+    }
+
+    /// Ticks that have been don't come again, as in vixie cron, where that makes the wait at most twice as long as it was
+    /// to be: a clock put right by seconds, or a nightly batch. Otherwise the target would fall silent for as long as
+    /// the clock was set back, and goes by the new time at once: what then comes at a time that was seen before is a
+    /// batch of its own.
+    fn clock_was_set_back(&mut self, now: DateTime<Utc>) {
+        if let Some(next) = self.next
+            && next - now > (next - self.planned_at) * 2
+        {
+            self.plan(now);
+        }
+    }
+}
+
+/// Keeps a job armed, and looks at the agenda when it comes.
+struct Carrier {
+    scheduler: JobScheduler,
+    clock: Clock,
+    agenda: Arc<Mutex<Agenda>>,
+    changed: Arc<Notify>,
+    beat: watch::Sender<Instant>,
+}
+
+impl Carrier {
+    /// Ends when the scheduler is given up.
+    async fn run(self) {
+        let (came, mut coming) = watch::channel(0_u64);
+        let mut serial = 0;
+        while self.beat.borrow().elapsed() < SILENCE {
+            let wait = {
+                let mut agenda = lock(&self.agenda);
+                let now = (self.clock)();
+                agenda.look(now);
+                agenda.quiet(now).min(BEAT)
+            };
+            serial += 1;
+            // Its tasks may be dead, and then it never answers.
+            let armed = timeout(PATIENCE, self.arm(wait, serial, came.clone())).await;
+            if let Ok(Err(error)) = armed {
+                tracing::warn!("the scheduler took no job: {error}");
+            }
+            tokio::select! {
+                beat = timeout(PATIENCE, coming.wait_for(|latest| *latest == serial)) => {
+                    if let Ok(Ok(_)) = beat {
+                        self.beat.send_replace(Instant::now());
+                    }
+                }
+                () = self.changed.notified() => {}
+            }
+        }
+        tracing::error!("the scheduler has stopped");
+    }
+
+    /// An earlier job that still comes has a lower serial and changes nothing.
+    async fn arm(
+        &self,
+        wait: Duration,
+        serial: u64,
+        came: watch::Sender<u64>,
+    ) -> Result<(), JobSchedulerError> {
+        let whole_seconds = Duration::from_secs(wait.as_secs());
+        let job = Job::new_one_shot(whole_seconds, move |_, _| {
+            came.send_if_modified(|latest| {
+                let newer = *latest < serial;
+                *latest = serial.max(*latest);
+                newer
+            });
+        })?;
+        self.scheduler.add(job).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    use tokio::sync::mpsc::error::TryRecvError;
+
+    use super::*;
+
+    const QUARTER: Duration = Duration::from_mins(15);
+
+    fn at(rfc3339: &str) -> DateTime<Utc> {
+        rfc3339.parse().unwrap()
+    }
+
+    /// An agenda whose reader takes every tick at once, on a clock that the test sets.
+    struct Simulation {
+        agenda: Agenda,
+        ticks: mpsc::Receiver<Tick>,
+        now: DateTime<Utc>,
+    }
+
+    impl Simulation {
+        fn at(now: &str) -> Self {
+            let (sender, ticks) = mpsc::channel(4);
+            Self {
+                agenda: Agenda::new(at(now), sender),
+                ticks,
+                now: at(now),
+            }
+        }
+
+        fn set(&mut self, target: &str, schedule: &Schedule) {
+            self.agenda.set(target, schedule, self.now, self.now);
+        }
+
+        /// Sets the clock, and looks once.
+        fn jump_to(&mut self, now: &str) -> Vec<Tick> {
+            self.now = at(now);
+            self.look()
+        }
+
+        fn look(&mut self) -> Vec<Tick> {
+            self.agenda.look(self.now);
+            let mut taken = Vec::new();
+            while let Ok(tick) = self.ticks.try_recv() {
+                let entry = self.agenda.entries.get_mut(&tick.target).unwrap();
+                entry.unhandled = None;
+                taken.push(tick);
+            }
+            taken
+        }
+
+        /// Lets this time pass, looking every second; the time of day of each tick.
+        fn run(&mut self, time: Duration) -> Vec<String> {
+            let mut due = Vec::new();
+            for _ in 0..time.as_secs() {
+                self.now += TimeDelta::seconds(1);
+                due.extend(
+                    self.look()
+                        .iter()
+                        .map(|tick| tick.due.format("%H:%M").to_string()),
+                );
+            }
+            due
+        }
+
+        fn next(&self, target: &str) -> DateTime<Utc> {
+            self.agenda.entries[target].next.unwrap()
+        }
+    }
+
+    /// An interval whose ticks come with the quarters of the hour, and a target that doesn't shift them.
+    fn quarters() -> (String, Schedule) {
+        let mut names = (0..10_000).map(|number| format!("t{number}"));
+        let name = names.find(|name| offset(name, QUARTER) == Duration::ZERO);
+        (name.unwrap(), Schedule::Every(QUARTER))
+    }
+
+    fn nightly() -> Schedule {
+        Schedule::Cron {
+            expression: "0 3 * * *".parse().map(Box::new).unwrap(),
+            zone: chrono_tz::UTC,
+        }
+    }
+
+    #[test]
+    fn tick_comes_when_it_is_due_and_once() {
+        let mut simulation = Simulation::at("2026-11-24T10:00:00Z");
+        let (target, schedule) = quarters();
+        simulation.set(&target, &schedule);
+        assert_eq!(simulation.jump_to("2026-11-24T10:14:59.9Z"), []);
+        let expected = Tick {
+            target: target.clone(),
+            due: at("2026-11-24T10:15:00Z"),
+            late: Duration::from_millis(400),
+            dropped: 0,
+        };
+        assert_eq!(simulation.jump_to("2026-11-24T10:15:00.4Z"), [expected]);
+        assert_eq!(simulation.jump_to("2026-11-24T10:15:01Z"), []);
+        assert_eq!(simulation.next(&target), at("2026-11-24T10:30:00Z"));
+    }
+
+    /// A suspend is a clock that goes forward while nobody looks.
+    #[test]
+    fn forward_jump_is_caught_up_with_by_one_tick_of_each_target() {
+        let mut simulation = Simulation::at("2026-11-24T10:14:00Z");
+        let (target, schedule) = quarters();
+        simulation.set(&target, &schedule);
+        simulation.set("nightly", &nightly());
+        let ticks = simulation.jump_to("2026-11-24T12:14:00Z");
+        let [tick] = &ticks[..] else {
+            panic!("{ticks:?}");
+        };
+        assert_eq!(tick.due, at("2026-11-24T10:15:00Z"));
+        assert_eq!(tick.late, Duration::from_mins(119));
+        assert_eq!(tick.dropped, 0, "what never came was not dropped");
+        assert_eq!(
+            simulation.run(Duration::from_mins(32)),
+            ["12:15", "12:30", "12:45"]
+        );
+        let ticks = simulation.jump_to("2026-11-28T12:50:00Z");
+        assert_eq!(ticks.len(), 2, "{ticks:?}");
+        assert_eq!(simulation.next("nightly"), at("2026-11-29T03:00:00Z"));
+    }
+
+    #[test]
+    fn clock_set_back_by_hours_neither_repeats_a_tick_at_once_nor_silences_the_target() {
+        let mut simulation = Simulation::at("2026-11-24T11:40:00Z");
+        let (target, schedule) = quarters();
+        simulation.set(&target, &schedule);
+        assert_eq!(simulation.run(Duration::from_mins(21)), ["11:45", "12:00"]);
+        assert_eq!(simulation.jump_to("2026-11-24T10:01:00Z"), []);
+        let ticks = simulation.run(Duration::from_hours(1));
+        assert_eq!(ticks, ["10:15", "10:30", "10:45", "11:00"]);
+    }
+
+    #[test]
+    fn clock_put_right_by_seconds_repeats_no_tick() {
+        let mut simulation = Simulation::at("2026-11-24T11:50:00Z");
+        let (target, schedule) = quarters();
+        simulation.set(&target, &schedule);
+        assert_eq!(simulation.run(Duration::from_mins(10)), ["12:00"]);
+        simulation.now += TimeDelta::seconds(5);
+        assert_eq!(simulation.jump_to("2026-11-24T11:59:55Z"), []);
+        assert_eq!(simulation.run(Duration::from_mins(16)), ["12:15"]);
+    }
+
+    #[test]
+    fn nightly_tick_that_has_been_does_not_come_again_in_the_same_night() {
+        let mut simulation = Simulation::at("2026-11-24T02:59:00Z");
+        simulation.set("nightly", &nightly());
+        assert_eq!(simulation.run(Duration::from_mins(31)), ["03:00"]);
+        assert_eq!(simulation.jump_to("2026-11-24T01:30:00Z"), []);
+        assert_eq!(
+            simulation.run(Duration::from_hours(2)),
+            Vec::<String>::new()
+        );
+        assert_eq!(simulation.next("nightly"), at("2026-11-25T03:00:00Z"));
+    }
+
+    #[test]
+    fn clock_that_was_years_ahead_at_the_start_does_not_silence_a_target() {
+        let mut simulation = Simulation::at("2036-11-24T10:00:00Z");
+        let (target, schedule) = quarters();
+        simulation.set(&target, &schedule);
+        simulation.set("nightly", &nightly());
+        simulation.jump_to("2026-11-24T10:01:00Z");
+        assert_eq!(simulation.next(&target), at("2026-11-24T10:15:00Z"));
+        assert_eq!(simulation.next("nightly"), at("2026-11-25T03:00:00Z"));
+    }
+
+    #[test]
+    fn first_tick_waits_until_it_may_come() {
+        let mut simulation = Simulation::at("2026-11-24T10:14:30Z");
+        let (target, schedule) = quarters();
+        let now = simulation.now;
+        for (not_before, first) in [
+            ("2026-11-24T10:15:00Z", "2026-11-24T10:15:00Z"),
+            ("2026-11-24T10:15:30Z", "2026-11-24T10:30:00Z"),
+            // Past already.
+            ("2026-11-24T09:00:00Z", "2026-11-24T10:15:00Z"),
+        ] {
+            simulation
+                .agenda
+                .set(&target, &schedule, now, at(not_before));
+            assert_eq!(
+                simulation.next(&target),
+                at(first),
+                "not before {not_before}"
+            );
+            simulation.agenda.entries.clear();
+        }
+    }
+
+    #[test]
+    fn target_set_again_is_moved_by_another_schedule_only() {
+        let mut simulation = Simulation::at("2026-11-24T10:14:30Z");
+        let (target, schedule) = quarters();
+        simulation.set(&target, &schedule);
+        let later = at("2026-11-24T20:00:00Z");
+        let now = simulation.now;
+        simulation.agenda.set(&target, &schedule, now, later);
+        assert_eq!(simulation.next(&target), at("2026-11-24T10:15:00Z"));
+        simulation.agenda.set(&target, &nightly(), now, now);
+        assert_eq!(simulation.next(&target), at("2026-11-25T03:00:00Z"));
+    }
+
+    #[test]
+    fn ticks_of_a_target_that_is_not_handled_are_dropped_and_told_with_the_next() {
+        let (sender, mut ticks) = mpsc::channel(4);
+        let mut agenda = Agenda::new(at("2026-11-24T10:00:00Z"), sender);
+        let (target, schedule) = quarters();
+        agenda.set(&target, &schedule, agenda.seen, agenda.seen);
+        for time in ["10:15", "10:30", "10:45"] {
+            agenda.look(at(&format!("2026-11-24T{time}:00Z")));
+        }
+        let first = ticks.try_recv().unwrap();
+        assert_eq!(first.due, at("2026-11-24T10:15:00Z"));
+        assert_eq!(ticks.try_recv(), Err(TryRecvError::Empty));
+        agenda.entries.get_mut(&target).unwrap().unhandled = None;
+        agenda.look(at("2026-11-24T11:00:00Z"));
+        let next = ticks.try_recv().unwrap();
+        assert_eq!((next.due, next.dropped), (at("2026-11-24T11:00:00Z"), 2));
+    }
+
+    #[test]
+    fn full_channel_drops_and_counts_and_holds_nobody_up() {
+        let mut simulation = Simulation::at("2026-11-24T02:59:59Z");
+        // The channel takes four.
+        let targets = ["a", "b", "c", "d", "e"];
+        for target in targets {
+            simulation.set(target, &nightly());
+        }
+        assert_eq!(simulation.jump_to("2026-11-24T03:00:00Z").len(), 4);
+        let dropped = targets.map(|target| simulation.agenda.entries[target].dropped);
+        assert_eq!(dropped, [0, 0, 0, 0, 1]);
+        assert_eq!(simulation.next("e"), at("2026-11-25T03:00:00Z"));
+        simulation.ticks.close();
+        assert_eq!(simulation.jump_to("2026-11-25T03:00:00Z"), []);
+    }
+
+    /// By how many seconds a wall clock was changed, and that clock.
+    fn changed_clock() -> (Arc<AtomicI64>, impl Fn() -> DateTime<Utc> + Send + Sync) {
+        let change = Arc::new(AtomicI64::new(0));
+        let seconds = Arc::clone(&change);
+        let clock = move || Utc::now() + TimeDelta::seconds(seconds.load(Ordering::Relaxed));
+        (change, clock)
+    }
+
+    #[tokio::test]
+    async fn scheduler_carries_the_ticks_one_by_one() {
+        let (ticker, mut ticks) = Ticker::start(Utc::now).await.unwrap();
+        ticker.set("a", &Schedule::Every(Duration::from_secs(1)), Utc::now());
+        let first = ticks.recv().await.unwrap();
+        assert_eq!(ticker.next("a"), Some(first.due), "it is not handled yet");
+        ticker.handled(&first);
+        assert!(ticker.next("a") > Some(first.due));
+        let second = ticks.recv().await.unwrap();
+        assert!(second.due > first.due);
+        // Of another tick than the one at hand nothing is taken back.
+        ticker.handled(&first);
+        assert_eq!(ticker.next("a"), Some(second.due));
+        ticker.remove("a");
+        assert_eq!(ticker.next("a"), None);
+        ticker.handled(&second);
+    }
+
+    #[tokio::test]
+    async fn changed_clock_is_noticed_without_a_tick_at_hand() {
+        let month = TimeDelta::days(30);
+        let (change, clock) = changed_clock();
+        let (ticker, mut ticks) = Ticker::start(clock).await.unwrap();
+        ticker.set("a", &Schedule::Every(month.to_std().unwrap()), Utc::now());
+        let next = ticker.next("a").unwrap();
+        change.store((month * 2).num_seconds(), Ordering::Relaxed);
+        let tick = ticks.recv().await.unwrap();
+        assert_eq!(tick.due, next);
+        ticker.handled(&tick);
+        assert_eq!(ticker.next("a"), Some(next + month * 2));
+        change.store(0, Ordering::Relaxed);
+        ticker.set("b", &Schedule::Every(Duration::from_secs(1)), Utc::now());
+        ticks.recv().await.unwrap();
+        assert_eq!(ticker.next("a"), Some(next), "it goes by the new time");
+    }
+
+    #[tokio::test]
+    async fn spent_jobs_do_not_pile_up() {
+        let scheduler = JobScheduler::new().await.unwrap();
+        scheduler.start().await.unwrap();
+        let context = scheduler.context();
+        let (ticker, mut ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
+        ticker.set("a", &Schedule::Every(Duration::from_secs(1)), Utc::now());
+        for _ in 0..4 {
+            let tick = ticks.recv().await.unwrap();
+            ticker.handled(&tick);
+        }
+        let jobs = context.metadata_storage.write().await.list_next_ticks();
+        let jobs = jobs.await.unwrap();
+        assert!(jobs.len() <= 3, "{jobs:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn scheduler_that_never_beats_is_given_up_after_30_s() {
+        let begun = Instant::now();
+        // It was not started.
+        let scheduler = JobScheduler::new().await.unwrap();
+        let (ticker, _ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
+        ticker.stopped().await;
+        assert!(begun.elapsed() >= SILENCE);
+        assert!(ticker.last_beat() <= begun + Duration::from_millis(1));
+    }
+}

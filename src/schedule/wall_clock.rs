@@ -1,0 +1,335 @@
+//! A cron expression on the wall clock of a time zone.
+//!
+//! croner reads the expression and says which days match. Its own search isn't used: in a repeated hour it can answer
+//! with a time before the one it was asked from, and it takes no expression of several times as particular ones. Zones
+//! change by whole minutes, so the search goes by minutes: an expression has certain minutes, and in each of them the
+//! same seconds.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use chrono::{
+    DateTime, Datelike, NaiveDate, NaiveDateTime, NaiveTime, Offset, TimeDelta, TimeZone, Timelike,
+    Utc,
+};
+use chrono_tz::Tz;
+use croner::Cron;
+use croner::errors::CronError;
+
+use super::Gaps;
+
+const MINUTE: TimeDelta = TimeDelta::minutes(1);
+const DAY: TimeDelta = TimeDelta::days(1);
+/// A fifth Monday of February can be so far away; whatever doesn't come in this time never does.
+const HORIZON: TimeDelta = TimeDelta::days(40 * 366);
+
+pub(super) struct WallClock<'a> {
+    expression: &'a Cron,
+    zone: Tz,
+    hours: Set,
+    minutes: Set,
+    seconds: Set,
+    /// It names its times, without a `*` in hour or minute: each comes once, whatever the clock does.
+    particular: bool,
+}
+
+/// At most a day in which the zone keeps its offset, as an expression sees it.
+struct Stretch {
+    begin: DateTime<Utc>,
+    /// What the wall clock is ahead of UTC.
+    ahead: TimeDelta,
+    /// The times on the wall clock that count; for particular times without those that it shows again.
+    wall: Range<NaiveDateTime>,
+    /// The times that the change of the clock at `begin` left out, for particular times alone.
+    skipped: Option<Range<NaiveDateTime>>,
+}
+
+impl Stretch {
+    fn end(&self) -> DateTime<Utc> {
+        (self.wall.end - self.ahead).and_utc()
+    }
+
+    fn instant(&self, wall: NaiveDateTime) -> DateTime<Utc> {
+        (wall - self.ahead).and_utc()
+    }
+
+    /// What counts from `from` on.
+    fn wall_from(&self, from: DateTime<Utc>) -> Range<NaiveDateTime> {
+        self.wall.start.max(from.naive_utc() + self.ahead)..self.wall.end
+    }
+}
+
+impl<'a> WallClock<'a> {
+    pub(super) fn new(expression: &'a Cron, zone: Tz) -> Self {
+        let pattern = &expression.pattern;
+        Self {
+            expression,
+            zone,
+            hours: Set::of(24, |hour| pattern.hour_match(hour)),
+            minutes: Set::of(60, |minute| pattern.minute_match(minute)),
+            seconds: Set::of(60, |second| pattern.second_match(second)),
+            particular: !pattern.hours.from_wildcard && !pattern.minutes.from_wildcard,
+        }
+    }
+
+    pub(super) fn next_after(&self, after: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let this = minute_of(after);
+        let left = self.seconds.first_from(after.second() + 1);
+        let from = if left.is_some() { this } else { this + MINUTE };
+        let minute = self.next_minute(from)?;
+        let second = left
+            .filter(|_| minute == this)
+            .or(self.seconds.first_from(0))?;
+        Some(minute + seconds(second))
+    }
+
+    /// How many ticks lie from `begin`, which begins a minute, to before `end`, which does too.
+    pub(super) fn ticks_in(&self, begin: DateTime<Utc>, end: DateTime<Utc>) -> u64 {
+        let stretches = self.stretches(begin);
+        let minutes: u64 = stretches
+            .take_while(|stretch| stretch.begin < end)
+            .map(|stretch| {
+                let mut wall = stretch.wall_from(begin);
+                wall.end = wall.end.min(end.naive_utc() + stretch.ahead);
+                let made_up = self.makes_up(&stretch, begin) && {
+                    // What was due at that minute anyway is one tick with it.
+                    let first = stretch.wall.start;
+                    self.first_in(first..first + MINUTE).is_none()
+                };
+                self.matches_in(wall) + u64::from(made_up)
+            })
+            .sum();
+        minutes * self.seconds.len()
+    }
+
+    /// The gaps that begin before `until`, and the wait from `from` to the first tick.
+    pub(super) fn gaps(&self, from: DateTime<Utc>, until: DateTime<Utc>) -> Option<Gaps> {
+        let first = self.next_after(from)?;
+        let [begin, end] = [self.seconds.first_from(0)?, self.seconds.last()?].map(seconds);
+        let longest = distance(from, first);
+        let mut found: Vec<Duration> = Vec::new();
+        if first < until {
+            found.extend(
+                self.seconds
+                    .gaps()
+                    .map(|gap| Duration::from_secs(gap.into())),
+            );
+        }
+        // From minute to minute: a tick each second of a week would be many.
+        let mut minute = minute_of(first);
+        while minute + end < until {
+            let next = self.next_minute(minute + MINUTE)?;
+            found.push(distance(minute + end, next + begin));
+            minute = next;
+        }
+        Some(Gaps {
+            shortest: found.iter().copied().min().unwrap_or(longest),
+            longest: found.iter().copied().fold(longest, Duration::max),
+        })
+    }
+
+    /// The first minute with ticks that doesn't begin before `from`, which begins a minute.
+    fn next_minute(&self, from: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        self.stretches(from)
+            .take_while(|stretch| stretch.begin <= from + HORIZON)
+            .find_map(|stretch| {
+                if self.makes_up(&stretch, from) {
+                    return Some(stretch.begin);
+                }
+                let found = self.first_in(stretch.wall_from(from))?;
+                Some(stretch.instant(found))
+            })
+    }
+
+    /// Whether ticks that the change of the clock skipped come as the stretch begins.
+    fn makes_up(&self, stretch: &Stretch, from: DateTime<Utc>) -> bool {
+        let skipped = stretch.skipped.clone();
+        stretch.begin >= from && skipped.is_some_and(|skipped| self.first_in(skipped).is_some())
+    }
+
+    /// Those that end after `from`. The day before is looked at as well, for the change of the clock that `from` may
+    /// stand in the repeated hour of.
+    fn stretches(&self, from: DateTime<Utc>) -> impl Iterator<Item = Stretch> {
+        let mut begin = from - DAY;
+        let mut before = self.ahead_at(begin);
+        std::iter::repeat_with(move || {
+            let ahead = self.ahead_at(begin);
+            let end = self.next_change(begin, begin + DAY);
+            let mut stretch = Stretch {
+                begin,
+                ahead,
+                wall: begin.naive_utc() + ahead..end.naive_utc() + ahead,
+                skipped: None,
+            };
+            if self.particular {
+                let unchanged = begin.naive_utc() + before;
+                if before < ahead {
+                    stretch.skipped = Some(unchanged..stretch.wall.start);
+                }
+                // What the clock shows once more has been.
+                stretch.wall.start = stretch.wall.start.max(unchanged);
+            }
+            begin = end;
+            before = ahead;
+            stretch
+        })
+        .skip_while(move |stretch| stretch.end() <= from)
+    }
+
+    fn ahead_at(&self, instant: DateTime<Utc>) -> TimeDelta {
+        let offset = self.zone.offset_from_utc_datetime(&instant.naive_utc());
+        TimeDelta::seconds(offset.fix().local_minus_utc().into())
+    }
+
+    /// When the zone's offset changes after `from`, or `until` where it doesn't before.
+    fn next_change(&self, from: DateTime<Utc>, until: DateTime<Utc>) -> DateTime<Utc> {
+        let ahead = self.ahead_at(from);
+        if self.ahead_at(until) == ahead {
+            return until;
+        }
+        let (mut unchanged, mut changed) = (from, until);
+        while changed - unchanged > MINUTE {
+            let middle = minute_of(unchanged + (changed - unchanged) / 2);
+            if self.ahead_at(middle) == ahead {
+                unchanged = middle;
+            } else {
+                changed = middle;
+            }
+        }
+        changed
+    }
+
+    fn first_in(&self, wall: Range<NaiveDateTime>) -> Option<NaiveDateTime> {
+        let first_day = wall.start.date();
+        let found = days(&wall).find_map(|day| {
+            let earliest = if day == first_day {
+                wall.start.time()
+            } else {
+                NaiveTime::MIN
+            };
+            let time = self
+                .first_time(earliest)
+                .filter(|_| self.day_matches(day))?;
+            Some(day.and_time(time))
+        });
+        found.filter(|found| *found < wall.end)
+    }
+
+    /// The first time of a matching day, not before `earliest`, which begins a minute.
+    fn first_time(&self, earliest: NaiveTime) -> Option<NaiveTime> {
+        let (hour, minute) = (earliest.hour(), earliest.minute());
+        let in_this_hour = self.minutes.first_from(minute);
+        let (hour, minute) = match in_this_hour.filter(|_| self.hours.has(hour)) {
+            Some(minute) => (hour, minute),
+            None => (
+                self.hours.first_from(hour + 1)?,
+                self.minutes.first_from(0)?,
+            ),
+        };
+        NaiveTime::from_hms_opt(hour, minute, 0)
+    }
+
+    /// How many matching minutes the wall clock shows in this time.
+    fn matches_in(&self, wall: Range<NaiveDateTime>) -> u64 {
+        if wall.is_empty() {
+            return 0;
+        }
+        let all = self.hours.len() * self.minutes.len();
+        let before = |time: NaiveTime| {
+            let in_this_hour = if self.hours.has(time.hour()) {
+                self.minutes.below(time.minute())
+            } else {
+                0
+            };
+            self.hours.below(time.hour()) * self.minutes.len() + in_this_hour
+        };
+        days(&wall)
+            .filter(|day| self.day_matches(*day))
+            .map(|day| {
+                let end = if day == wall.end.date() {
+                    before(wall.end.time())
+                } else {
+                    all
+                };
+                let begin = if day == wall.start.date() {
+                    before(wall.start.time())
+                } else {
+                    0
+                };
+                end - begin
+            })
+            .sum()
+    }
+
+    fn day_matches(&self, day: NaiveDate) -> bool {
+        let pattern = &self.expression.pattern;
+        let month = pattern.month_match(day.month());
+        month.is_ok_and(|matches| matches)
+            && pattern
+                .day_match(day.year(), day.month(), day.day())
+                .is_ok_and(|matches| matches)
+    }
+}
+
+/// Numbers below 64.
+#[derive(Clone, Copy)]
+struct Set(u64);
+
+impl Set {
+    fn of(size: u32, matches: impl Fn(u32) -> Result<bool, CronError>) -> Self {
+        let members = (0..size).filter(|number| matches(*number).is_ok_and(|matches| matches));
+        Self(members.fold(0, |set, number| set | 1 << number))
+    }
+
+    fn has(self, number: u32) -> bool {
+        self.first_from(number) == Some(number)
+    }
+
+    fn first_from(self, number: u32) -> Option<u32> {
+        let rest = self.0 & u64::MAX.checked_shl(number)?;
+        (rest != 0).then(|| rest.trailing_zeros())
+    }
+
+    fn last(self) -> Option<u32> {
+        self.0.checked_ilog2()
+    }
+
+    fn below(self, number: u32) -> u64 {
+        (self.0 & !(u64::MAX << number)).count_ones().into()
+    }
+
+    fn len(self) -> u64 {
+        self.0.count_ones().into()
+    }
+
+    /// From each member to the next.
+    fn gaps(self) -> impl Iterator<Item = u32> {
+        let next = move |member: &u32| self.first_from(member + 1);
+        let members = std::iter::successors(self.first_from(0), next);
+        members.filter_map(move |member| Some(self.first_from(member + 1)? - member))
+    }
+}
+
+/// Every day that some of this time lies in, and that on which it ends.
+fn days(wall: &Range<NaiveDateTime>) -> impl Iterator<Item = NaiveDate> {
+    let last = wall.end.date();
+    wall.start
+        .date()
+        .iter_days()
+        .take_while(move |day| *day <= last)
+}
+
+fn minute_of(instant: DateTime<Utc>) -> DateTime<Utc> {
+    let minute = instant
+        .with_second(0)
+        .and_then(|minute| minute.with_nanosecond(0));
+    minute.expect("UTC shows every second")
+}
+
+fn seconds(count: u32) -> TimeDelta {
+    TimeDelta::seconds(count.into())
+}
+
+fn distance(from: DateTime<Utc>, to: DateTime<Utc>) -> Duration {
+    (to - from).to_std().expect("ticks follow each other")
+}
