@@ -319,8 +319,8 @@ impl History {
     }
 
     /// The document of a probe, by its room's name.
-    pub async fn probe(&self, room: RoomName) -> Result<Option<Box<RawValue>>, ReadError> {
-        let query = move |connection: &_| read::probe(connection, &room.0);
+    pub async fn probe(&self, room: String) -> Result<Option<Box<RawValue>>, ReadError> {
+        let query = move |connection: &_| read::probe(connection, &room);
         self.reader.read(query).await
     }
 

@@ -42,8 +42,11 @@ use route::Route;
 use users::Passwords;
 use web_config::Protection;
 
+use crate::history::History;
+
 mod access;
 mod answer;
+mod api;
 mod health;
 mod page;
 mod route;
@@ -53,8 +56,8 @@ mod web_config;
 
 pub use health::{Health, Pulse};
 pub use status::{
-    BatchRefused, BudgetStatus, Control, LastBatch, LastReload, NoSuchTarget, ProjectStatus,
-    ReloadRefused, Stage, Status, TargetStatus,
+    BatchRefused, BudgetStatus, Control, LastReload, NoSuchTarget, ProjectStatus, ReloadRefused,
+    Stage, Status, TargetStatus,
 };
 pub use web_config::WebConfig;
 
@@ -64,6 +67,7 @@ pub struct Sources {
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
     pub status: watch::Receiver<Arc<Status>>,
     pub health: Health,
+    pub history: History,
     pub control: mpsc::Sender<Control>,
 }
 
@@ -255,6 +259,9 @@ impl Site {
             Refusal::new(StatusCode::NOT_FOUND, text)
         })?;
         route.check(&head.method)?;
+        if route.takes_no_query() {
+            api::query(&head.uri, [])?;
+        }
         if route.changes() {
             self.permit_change(&head.headers, &protection)?;
             expect_no_body(body).await?;
@@ -270,6 +277,9 @@ impl Site {
             Route::Healthy => Ok(healthy(&self.sources.health)),
             Route::Ready => Ok(ready(status().stage)),
             Route::Targets => Ok(json(StatusCode::OK, &*status())),
+            Route::Batches => api::batches(&self.sources.history, &head.uri).await,
+            Route::Batch(id) => api::batch(&self.sources.history, id).await,
+            Route::Probe(room) => api::probe(&self.sources.history, room).await,
             Route::Reload => self.reload().await,
             Route::RunBatch(target) => self.run_batch(target).await,
             Route::Pause(target) => self.set_paused(target, true).await,

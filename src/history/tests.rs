@@ -720,7 +720,7 @@ async fn a_batch_and_a_probe_come_back_as_the_documents_that_were_rendered() {
     assert_eq!(kept, rendered);
 
     let one = mixed.probes[1].report.room.clone();
-    let kept = run.history.probe(one).await.unwrap().unwrap();
+    let kept = run.history.probe(one.0).await.unwrap().unwrap();
     let kept: serde_json::Value = serde_json::from_str(kept.get()).unwrap();
     let expected = rendered["probes"][1].as_object_mut().unwrap();
     expected.insert("batch_id".to_owned(), mixed.batch_id.clone().into());
@@ -734,7 +734,7 @@ async fn a_batch_and_a_probe_come_back_as_the_documents_that_were_rendered() {
             .unwrap()
             .is_none()
     );
-    assert!(run.history.probe(room("none")).await.unwrap().is_none());
+    assert!(run.history.probe(room("none").0).await.unwrap().is_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -870,9 +870,9 @@ async fn batches_with_a_failure_are_kept_longer_than_those_without() {
     forget(&mut run, &settings);
     assert_eq!(ids(&run.history, all()).await, ["b3", "b2"]);
     let gone = RoomName("canary-b1-0".to_owned());
-    assert!(run.history.probe(gone).await.unwrap().is_none());
+    assert!(run.history.probe(gone.0).await.unwrap().is_none());
     let kept = RoomName("canary-b2-0".to_owned());
-    assert!(run.history.probe(kept).await.unwrap().is_some());
+    assert!(run.history.probe(kept.0).await.unwrap().is_some());
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,11 +1,12 @@
 //! What an answer looks like: JSON, plain text, a page, and every refusal as `{"error": "…"}`.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 use http_body_util::Full;
 use serde::Serialize;
-use std::time::Duration;
 
 pub(super) type Answer = Response<Full<Bytes>>;
 
@@ -49,6 +50,11 @@ impl Refusal {
             text: text.into(),
             header: None,
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn text(&self) -> &str {
+        &self.text
     }
 
     pub(super) fn with(self, name: HeaderName, value: HeaderValue) -> Self {

@@ -12,6 +12,10 @@ pub(super) enum Route<'a> {
     Healthy,
     Ready,
     Targets,
+    Batches,
+    Batch(&'a str),
+    /// By the name of its room.
+    Probe(&'a str),
     Reload,
     /// Open a batch of this target.
     RunBatch(&'a str),
@@ -37,6 +41,9 @@ impl<'a> Route<'a> {
     fn of_api(segments: &[&'a str]) -> Option<Self> {
         match *segments {
             ["targets"] => Some(Self::Targets),
+            ["batches"] => Some(Self::Batches),
+            ["batches", id] => Some(Self::Batch(id)),
+            ["probes", id] => Some(Self::Probe(id)),
             ["targets", name, "batches"] => Some(Self::RunBatch(name)),
             ["targets", name, "pause"] => Some(Self::Pause(name)),
             ["targets", name, "resume"] => Some(Self::Resume(name)),
@@ -47,6 +54,14 @@ impl<'a> Route<'a> {
     /// An orchestrator's probes have no password.
     pub(super) fn is_for_everybody(self) -> bool {
         matches!(self, Self::Healthy | Self::Ready)
+    }
+
+    /// A query here is a mistake. Scrapers and orchestrators may add one of their own to what isn't API.
+    pub(super) fn takes_no_query(self) -> bool {
+        !matches!(
+            self,
+            Self::Page | Self::Metrics | Self::Healthy | Self::Ready | Self::Batches
+        )
     }
 
     /// Whether it does something, and so takes POST alone.

@@ -6,6 +6,8 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use tokio::sync::oneshot;
 
+use crate::history::LastBatch;
+
 /// A moment of the daemon: the page shows it, and `/api/v1/targets` is it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Status {
@@ -46,18 +48,6 @@ pub struct TargetStatus {
     pub last_batch: Option<LastBatch>,
     /// Why a batch would not open now: back-off or budget, as a sentence.
     pub held_back: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub struct LastBatch {
-    pub batch_id: String,
-    pub started_at: DateTime<Utc>,
-    pub ended_at: DateTime<Utc>,
-    /// The label that `batches_total` has.
-    pub result: String,
-    pub ok: usize,
-    pub failed: usize,
-    pub aborted: usize,
 }
 
 #[derive(Debug, Clone, Serialize)]

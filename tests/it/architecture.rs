@@ -18,7 +18,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("metrics", &["batch", "config", "probe"]),
     ("history", &["batch", "config", "livekit", "probe"]),
     // Shows what it is handed: no probe, no batch.
-    ("http", &["config", "http"]),
+    ("http", &["config", "history"]),
     (
         "cli",
         &["batch", "config", "janitor", "livekit", "probe", "sandbox"],

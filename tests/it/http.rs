@@ -14,9 +14,10 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use livekit_canary::config;
+use livekit_canary::history::{History, LastBatch};
 use livekit_canary::http::{
-    BatchRefused, BudgetStatus, Control, Health, LastBatch, LastReload, NoSuchTarget,
-    ProjectStatus, ReloadRefused, Sources, Stage, Status, TargetStatus, WebConfig, serve,
+    BatchRefused, BudgetStatus, Control, Health, LastReload, NoSuchTarget, ProjectStatus,
+    ReloadRefused, Sources, Stage, Status, TargetStatus, WebConfig, serve,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls_pki_types::{CertificateDer, ServerName};
@@ -26,7 +27,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::rustls::{
     ClientConfig, RootCertStore, SupportedProtocolVersion, crypto, version,
 };
@@ -92,6 +93,7 @@ struct Server {
     control: mpsc::Receiver<Control>,
     shutdown: CancellationToken,
     task: JoinHandle<()>,
+    _state: TempDir,
 }
 
 impl Server {
@@ -116,10 +118,16 @@ impl Server {
         let (status, status_receiver) = watch::channel(Arc::new(status()));
         let (control_sender, control) = mpsc::channel(1);
         let health = Health::default();
+        let state = tempfile::tempdir().unwrap();
+        let history = History::open(&config::History {
+            dir: state.path().to_owned(),
+            ..config::History::default()
+        });
         let sources = Sources {
             metrics: Arc::new(metrics),
             status: status_receiver,
             health: health.clone(),
+            history: history.unwrap(),
             control: control_sender,
         };
         let web = WebConfig::load(http).unwrap();
@@ -131,6 +139,7 @@ impl Server {
             control,
             shutdown: shutdown.clone(),
             task: tokio::spawn(serve(listener, web, sources, shutdown)),
+            _state: state,
         }
     }
 
@@ -268,6 +277,17 @@ async fn every_path_answers_in_its_content_type_and_is_stored_nowhere() {
         ("/-/ready", "text/plain; charset=utf-8", "ready\n"),
         ("/", "text/html; charset=utf-8", "support-agent"),
         ("/api/v1/targets", "application/json", "support-agent"),
+        (
+            "/api/v1/batches?limit=1",
+            "application/json",
+            "{\"batches\":[],\"next_before\":null}\n",
+        ),
+        // What isn't API takes any query: a scraper may add one of its own.
+        (
+            "/metrics?a=b",
+            "text/plain; version=0.0.4; charset=utf-8",
+            SERIES,
+        ),
     ] {
         let reply = server.get(path).await;
         assert_eq!(reply.status, StatusCode::OK, "{path}");
@@ -330,6 +350,28 @@ async fn unknown_path_is_404_and_wrong_method_405_with_those_allowed() {
             "{method} {path}"
         );
     }
+}
+
+#[tokio::test]
+async fn api_says_what_there_is_not_and_what_it_does_not_understand() {
+    let mut server = Server::start().await;
+    for path in ["/api/v1/batches/none", "/api/v1/probes/none"] {
+        let (status, error) = server.get(path).await.error();
+        assert_eq!(status, 404);
+        assert!(error.contains("/api/v1/batches"), "{error}");
+    }
+    for path in [
+        "/api/v1/batches?limit=many",
+        "/api/v1/batches/none?limit=1",
+        "/api/v1/targets?name=support",
+        "/api/v1/probes/none?x",
+    ] {
+        assert_eq!(server.get(path).await.error().0, 400, "{path}");
+    }
+    let run = "/api/v1/targets/support/batches?rooms=5";
+    let unknown = "query key \"rooms\" is not known: this path takes no query";
+    assert_eq!(server.post(run).await.error(), (400, unknown.to_owned()));
+    assert!(server.control.try_recv().is_err());
 }
 
 #[tokio::test]
@@ -776,8 +818,9 @@ async fn one_client_more_than_there_are_slots_waits_for_one() {
     assert_eq!(asked.await.status, StatusCode::OK);
 }
 
-#[tokio::test]
-async fn shutdown_lets_an_answer_finish_and_closes_what_is_idle() {
+#[tokio::test(start_paused = true)]
+async fn shutdown_lets_an_answer_finish_and_closes_what_is_idle_at_once() {
+    let begun = Instant::now();
     let mut server = Server::start().await;
     let (mut idle, mut idle_tasks) = client(server.tcp().await).await;
     let asked = request(Method::GET, "/-/healthy");
@@ -795,6 +838,8 @@ async fn shutdown_lets_an_answer_finish_and_closes_what_is_idle() {
     assert_eq!(reply.status, StatusCode::OK);
     timeout(GIVE_UP, &mut server.task).await.unwrap().unwrap();
     timeout(GIVE_UP, idle_tasks.join_next()).await.unwrap();
+    // On paused time: nothing had to be waited for.
+    assert!(begun.elapsed() < Duration::from_secs(1));
     assert!(TcpStream::connect(server.address).await.is_err());
 }
 
@@ -1007,6 +1052,11 @@ async fn tls_is_spoken_with_the_certificate_of_the_file_and_users_still_asked_fo
         let reply = ask(stream, get_as("/metrics", "alice", "secret")).await;
         assert_eq!(reply.text(), SERIES);
     }
+    let stream = authority.connect(&server, &BOTH).await.unwrap();
+    let reply = ask(stream, request(Method::GET, "/metrics")).await;
+    assert_eq!(reply.status, StatusCode::UNAUTHORIZED);
+    // A version without users opens nothing.
+    web.write(TLS, &[]);
     let stream = authority.connect(&server, &BOTH).await.unwrap();
     let reply = ask(stream, request(Method::GET, "/metrics")).await;
     assert_eq!(reply.status, StatusCode::UNAUTHORIZED);
