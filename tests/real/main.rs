@@ -21,7 +21,10 @@ mod stack;
 mod twirp;
 
 use scenarios::{Ground, SCENARIOS, Scenario};
-use stack::{AGENT, Agent, BUSY_AGENT, Site, Stack};
+use stack::{AGENT, Agent, BUSY_AGENT, Namespace, Site, Stack};
+
+/// Scenarios that start one.
+const SITES_BEHIND_VETH: usize = 4;
 
 /// What became of one scenario on one stack.
 struct Row {
@@ -49,6 +52,7 @@ fn main() -> anyhow::Result<ExitCode> {
     }
 
     let rows = Rows::default();
+    let _namespaces = Namespace::prepare(SITES_BEHIND_VETH)?;
     let sites = Stack::ALL
         .into_iter()
         .map(|stack| Ok((stack, Arc::new(shared_site(stack)?))))

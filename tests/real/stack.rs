@@ -5,8 +5,8 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -52,7 +52,7 @@ impl Stack {
     /// The same on the far side of a veth pair, so that no address of it is loopback.
     pub fn start_behind_veth(self, agents: &[Agent]) -> anyhow::Result<Site> {
         match self {
-            Self::Real => Site::start(agents, Some(Namespace::create()?)),
+            Self::Real => Site::start(agents, Some(Namespace::take()?)),
         }
     }
 }
@@ -108,11 +108,11 @@ pub struct Site {
     pub port: u16,
     dir: TempDir,
     /// Last, so that it goes after the processes that live in it.
-    namespace: Option<Namespace>,
+    namespace: Option<Arc<Namespace>>,
 }
 
 impl Site {
-    fn start(agents: &[Agent], namespace: Option<Namespace>) -> anyhow::Result<Self> {
+    fn start(agents: &[Agent], namespace: Option<Arc<Namespace>>) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
         let port = free_ports()?;
         let address = namespace
@@ -121,7 +121,7 @@ impl Site {
         let config = dir.path().join("livekit.yaml");
         fs::write(&config, server_config(address, port))?;
 
-        let mut command = within(namespace.as_ref(), &program("LIVEKIT_SERVER")?);
+        let mut command = within(namespace.as_deref(), &program("LIVEKIT_SERVER")?);
         command.arg("--config").arg(&config);
         let server = Process::spawn("livekit-server", command, dir.path())?;
         let mut site = Self {
@@ -172,7 +172,7 @@ impl Site {
     }
 
     fn spawn(&self, agent: &Agent) -> anyhow::Result<Process> {
-        let mut command = within(self.namespace.as_ref(), &program("PYTHON")?);
+        let mut command = within(self.namespace.as_deref(), &program("PYTHON")?);
         command
             .arg(source("agent.py"))
             .env("LIVEKIT_URL", &self.url)
@@ -427,8 +427,14 @@ fn within(namespace: Option<&Namespace>, program: &str) -> Command {
     command
 }
 
+/// Namespaces that no site has taken yet.
+static NAMESPACES: Mutex<Vec<Weak<Namespace>>> = Mutex::new(Vec::new());
+
 /// A network namespace, joined to ours by a veth pair.
-struct Namespace {
+///
+/// Where an interface comes or goes, the WebRTC stack of every agent on the machine looks for new paths, and some calls
+/// lose seconds of audio. So all of them are there before the first agent starts, and until the last has ended.
+pub struct Namespace {
     name: String,
     /// The address of its end.
     address: Ipv4Addr,
@@ -437,6 +443,21 @@ struct Namespace {
 }
 
 impl Namespace {
+    /// Creates `count` of them for sites to take; they last as long as what is returned.
+    pub fn prepare(count: usize) -> anyhow::Result<Vec<Arc<Self>>> {
+        let created = (0..count).map(|_| Ok(Arc::new(Self::create()?)));
+        let created = created.collect::<anyhow::Result<Vec<_>>>()?;
+        let mut left = NAMESPACES.lock().expect("no push panics");
+        left.extend(created.iter().map(Arc::downgrade));
+        Ok(created)
+    }
+
+    fn take() -> anyhow::Result<Arc<Self>> {
+        let left = NAMESPACES.lock().expect("no pop panics").pop();
+        left.and_then(|it| it.upgrade())
+            .context("more sites behind a veth pair than were prepared")
+    }
+
     fn create() -> anyhow::Result<Self> {
         static CREATED: AtomicU8 = AtomicU8::new(0);
         let number = CREATED.fetch_add(1, Ordering::Relaxed);
