@@ -87,6 +87,7 @@ pub struct Leftover {
 pub struct Reservation {
     shared: Arc<Shared>,
     room: RoomName,
+    worst_case: Duration,
     opened: bool,
 }
 
@@ -257,6 +258,7 @@ impl History {
         let reservation = Reservation {
             shared: Arc::clone(&self.shared),
             room: room.clone(),
+            worst_case,
             opened: false,
         };
         self.shared.written(change).await;
@@ -350,6 +352,10 @@ impl History {
 }
 
 impl Reservation {
+    pub fn worst_case(&self) -> Duration {
+        self.worst_case
+    }
+
     /// From here on there may be a room.
     pub fn opened(&mut self) {
         self.opened = true;

@@ -16,6 +16,7 @@
 pub mod batch;
 pub mod cli;
 pub mod config;
+pub mod guard;
 pub mod history;
 pub mod http;
 pub mod janitor;

@@ -7,9 +7,9 @@ use humantime::format_duration;
 
 use super::{Check, Exit, print};
 use crate::config::{Config, Draft, EchoMode, Problems, Project, Ramp, Stay, Target};
+use crate::guard::worst_cases;
 use crate::livekit::RoomName;
 use crate::livekit::api::ApiError;
-use crate::probe::longest_verdict;
 
 /// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
 const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
@@ -121,33 +121,13 @@ fn describe_target(text: &mut String, name: &str, target: &Target, project: &Pro
         "deadlines",
         &format!("join {join}, first speech {speech}"),
     );
-    let minutes = worst_case_agent_minutes(target, project);
+    let worst: Duration = worst_cases(target, project).iter().sum();
+    let minutes = worst.as_secs() / 60;
     entry(
         text,
         "worst case",
         &format!("{minutes} agent minutes a batch"),
     );
-}
-
-/// What a batch costs at most: each agent comes at once to its own room and as late as allowed to all that follow.
-/// Rounded up a room, as billing does.
-fn worst_case_agent_minutes(target: &Target, project: &Project) -> u128 {
-    let deadlines = &target.deadlines;
-    let one_join = project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join;
-    let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
-    (0..rooms)
-        .map(|later| match (target.batch.stay, target.batch.ramp) {
-            (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(later),
-            (Stay::Together, Ramp::Interval | Ramp::Burst) if rooms == 1 => Duration::ZERO,
-            (Stay::Together, Ramp::Interval) => {
-                target.batch.interval.saturating_mul(later) + one_join
-            }
-            (Stay::Together, Ramp::Burst) => one_join,
-            (Stay::OneByOne, _) => Duration::ZERO,
-        })
-        .map(|ramp| (ramp + target.batch.hold).max(longest_verdict(target)) + deadlines.cleanup)
-        .map(|in_room| in_room.as_millis().div_ceil(60_000))
-        .sum()
 }
 
 /// Asks each project for a room that doesn't exist: it takes valid credentials and changes nothing.

@@ -173,11 +173,6 @@ impl Ledger {
         });
     }
 
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
     fn changed(&mut self, room: &RoomName) -> u64 {
         self.change += 1;
         if let Some(kept) = self.rows.get_mut(room) {
@@ -203,4 +198,11 @@ impl Ledger {
 
 pub(super) fn first_of_month(day: NaiveDate) -> NaiveDate {
     day - Days::new(u64::from(day.day0()))
+}
+
+#[cfg(test)]
+impl Ledger {
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
 }

@@ -13,6 +13,20 @@ use crate::probe::{Evidence, Outcome, Reason};
 const MINUTE: Duration = Duration::from_mins(1);
 const DAY: Duration = Duration::from_hours(24);
 
+impl History {
+    /// A history that no disk ever takes, and that knows all that was used.
+    pub(crate) fn in_memory(clock: Clock) -> Self {
+        let settings = config::History {
+            dir: "Cargo.toml/is-no-folder".into(),
+            ..config::History::default()
+        };
+        let (history, _never_runs) = Self::prepare(&settings, clock).expect("nobody locks it");
+        assert!(history.is_degraded());
+        history.accept_lost_ledger();
+        history
+    }
+}
+
 /// A folder and a clock, and what runs of the program leave there.
 struct Disk {
     dir: TempDir,

@@ -14,14 +14,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("probe/timeline", &[]),
     // The state machine names what it is told, and does no I/O: only the driver knows the API and the engine's actor.
     ("probe", &["config", "janitor", "livekit", "probe"]),
-    ("batch", &["config", "janitor", "livekit", "probe"]),
+    (
+        "batch",
+        &["config", "guard", "history", "janitor", "livekit", "probe"],
+    ),
     ("metrics", &["batch", "config", "probe"]),
     ("history", &["batch", "config", "livekit", "probe"]),
+    ("guard", &["config", "history", "livekit", "probe"]),
     // Shows what it is handed: no probe, no batch.
     ("http", &["config", "history"]),
     (
         "cli",
-        &["batch", "config", "janitor", "livekit", "probe", "sandbox"],
+        &[
+            "batch", "config", "guard", "janitor", "livekit", "probe", "sandbox",
+        ],
     ),
     // Shares no code with the client side.
     ("sandbox", &[]),
@@ -184,9 +190,9 @@ fn probe_core_knows_no_io() {
 }
 
 #[test]
-fn history_knows_no_more_of_livekit_than_a_rooms_name() {
+fn history_and_guard_know_no_more_of_livekit_than_a_rooms_name() {
     for source in sources() {
-        if !source.name.starts_with("history") {
+        if !["history", "guard"].contains(&source.name.split('/').next().unwrap()) {
             continue;
         }
         for path in paths(&source.code) {

@@ -210,17 +210,17 @@ fn check_prints_what_was_understood() {
 #[test]
 fn check_counts_the_agents_that_a_ramp_brings_together() {
     let folder = tempfile::tempdir().unwrap();
-    // One room's join takes 1 min at most, by the other deadlines here.
+    // One room's join takes 1 min at most, by the other deadlines here and 5 s for the journal.
     let settings = |ramp: &str| {
         format!(
             "[projects.acme]\nurl = \"ws://a.example\"\napi_key = \"k\"\napi_secret = \"s\"\napi_timeout = \"10s\"\n\
              [targets.support]\nagent_name = \"a\"\n\
-             deadlines = {{ signal = \"10s\", media = \"10s\", join = \"20s\", cleanup = \"10s\" }}\n\
-             batch = {{ rooms = 3, hold = \"50s\", {ramp} }}\n"
+             deadlines = {{ signal = \"10s\", media = \"10s\", join = \"15s\", cleanup = \"10s\" }}\n\
+             batch = {{ rooms = 3, hold = \"40s\", {ramp} }}\n"
         )
     };
     for (ramp, shown, minutes) in [
-        // Held for one minute, clean-up included, and as long as the joins of the rooms after take.
+        // Held for one minute, leaving and deletion included, and as long as the joins of the rooms after take.
         ("ramp = \"after_join\"", "3 rooms, after_join", 1 + 2 + 3),
         (
             "ramp = \"interval\", interval = \"1m\"",

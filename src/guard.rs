@@ -1,0 +1,454 @@
+//! The guard rails of a project, shared by its targets: rooms at once, agent time, rest after a plan limit.
+//!
+//! All are settings. A refusal of ours is no plan limit: that is only what the service said.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Datelike, Days, Months, NaiveTime, Utc};
+use humantime::format_duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::config::{Backoff, Budget, Project, Ramp, Stay, Target};
+use crate::history::{History, RESERVE_WITHIN, Reservation, Used};
+use crate::livekit::RoomName;
+use crate::probe::{LimitKind, longest_verdict, whole_minutes};
+
+/// The guard rails of one project. Cheap to clone.
+#[derive(Clone)]
+pub struct Guard {
+    shared: Arc<Shared>,
+}
+
+/// What the budget counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Period {
+    /// A UTC day.
+    Day,
+    /// A UTC calendar month.
+    Month,
+}
+
+impl Period {
+    pub const ALL: [Self; 2] = [Self::Day, Self::Month];
+
+    /// The label value in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Month => "month",
+        }
+    }
+
+    fn limit(self, budget: &Budget) -> Option<Duration> {
+        match self {
+            Self::Day => budget.agent_time_per_day,
+            Self::Month => budget.agent_time_per_month,
+        }
+    }
+
+    fn of(self, used: &Used) -> Duration {
+        match self {
+            Self::Day => used.day,
+            Self::Month => used.month,
+        }
+    }
+
+    /// When the next one begins.
+    fn end(self, now: DateTime<Utc>) -> DateTime<Utc> {
+        let today = now.date_naive();
+        let next = match self {
+            Self::Day => today + Days::new(1),
+            Self::Month => today - Days::new(u64::from(today.day0())) + Months::new(1),
+        };
+        next.and_time(NaiveTime::MIN).and_utc()
+    }
+}
+
+/// Why no room may open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    Budget {
+        period: Period,
+        used: Duration,
+        /// What the room could use at worst.
+        worst_case: Duration,
+        limit: Duration,
+        resets_at: DateTime<Utc>,
+    },
+    Backoff {
+        until: DateTime<Utc>,
+    },
+    /// There is a budget, and what of it was used is not known.
+    LedgerLost,
+}
+
+impl Refusal {
+    /// The `cause` of a skipped batch.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Budget { .. } | Self::LedgerLost => "budget",
+            Self::Backoff { .. } => "backoff",
+        }
+    }
+
+    /// When it may be worth to ask again; `None` where time alone changes nothing.
+    pub fn until(&self) -> Option<DateTime<Utc>> {
+        match self {
+            Self::Budget { resets_at, .. } => Some(*resets_at),
+            Self::Backoff { until } => Some(*until),
+            Self::LedgerLost => None,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Budget {
+                period,
+                used,
+                worst_case,
+                limit,
+                resets_at,
+            } => write!(
+                f,
+                "the project's agent time of this UTC {} is used up: {} of {}, and one more room could use {}; it counts \
+                 anew from {}",
+                period.label(),
+                format_duration(*used),
+                format_duration(*limit),
+                format_duration(*worst_case),
+                minute(*resets_at)
+            ),
+            Self::Backoff { until } => write!(
+                f,
+                "the project rests until {} after a plan limit was met",
+                until.format("%Y-%m-%d %H:%M:%S UTC")
+            ),
+            Self::LedgerLost => f.write_str(
+                "the record of used agent time was lost, and the project has a budget: see the log, then run with \
+                 --accept-lost-ledger to count from zero",
+            ),
+        }
+    }
+}
+
+fn minute(at: DateTime<Utc>) -> impl fmt::Display {
+    at.format("%Y-%m-%d %H:%M UTC")
+}
+
+/// The right to hold so many rooms of a project open at once, until it is dropped.
+#[must_use = "dropped at once, it is the right to nothing"]
+pub struct Places {
+    shared: Arc<Shared>,
+    count: usize,
+    /// The rejections that the project had met when the batch began.
+    rejections: u64,
+}
+
+struct Shared {
+    project: String,
+    history: History,
+    state: Mutex<State>,
+    /// Told at each change of the queue for places.
+    moved: Notify,
+}
+
+struct State {
+    budget: Budget,
+    backoff: Backoff,
+    max_rooms: usize,
+    taken: usize,
+    /// Who waits for places, the first to come first.
+    queue: VecDeque<u64>,
+    next_ticket: u64,
+    /// All that were ever met.
+    rejections: u64,
+    /// Back-offs since the last batch that met none.
+    in_a_row: u32,
+    resting_until: Option<Instant>,
+}
+
+impl Guard {
+    pub fn new(name: &str, project: &Project, history: History) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                project: name.to_owned(),
+                history,
+                state: Mutex::new(State {
+                    budget: project.budget.clone(),
+                    backoff: project.backoff.clone(),
+                    max_rooms: project.max_rooms,
+                    taken: 0,
+                    queue: VecDeque::new(),
+                    next_ticket: 0,
+                    rejections: 0,
+                    in_a_row: 0,
+                    resting_until: None,
+                }),
+                moved: Notify::new(),
+            }),
+        }
+    }
+
+    /// Takes changed settings. Rooms that are open stay so.
+    pub fn configure(&self, project: &Project) {
+        let mut state = self.shared.lock();
+        state.budget = project.budget.clone();
+        state.backoff = project.backoff.clone();
+        state.max_rooms = project.max_rooms;
+        drop(state);
+        self.shared.moved.notify_waiters();
+    }
+
+    /// Waits for the right to hold this batch's rooms open, or as many of them as the project may ever hold; whoever
+    /// came first is served first. Cancel-safe.
+    pub async fn places(&self, target: &Target) -> Places {
+        let wanted = rooms_at_once(target);
+        let turn = Turn::queue(&self.shared);
+        loop {
+            let moved = self.shared.moved.notified();
+            if let Some(places) = turn.take(wanted) {
+                return places;
+            }
+            moved.await;
+        }
+    }
+
+    /// What would refuse a room now; nothing is reserved.
+    pub fn refusal(&self, worst_case: Duration) -> Option<Refusal> {
+        let used = self.shared.history.used(&self.shared.project);
+        let now = self.shared.history.now();
+        self.check_rest(now)
+            .and_then(|()| self.check_budget(&used, worst_case, now))
+            .err()
+    }
+
+    /// Reserves the agent time that a room may use and journals its name, before it can exist.
+    ///
+    /// # Errors
+    /// No room may open now.
+    pub async fn reserve(
+        &self,
+        room: &RoomName,
+        target: &str,
+        worst_case: Duration,
+    ) -> Result<Reservation, Refusal> {
+        let Shared {
+            project, history, ..
+        } = &*self.shared;
+        let admit = |used: &Used, now| {
+            self.check_rest(now)?;
+            self.check_budget(used, worst_case, now)
+        };
+        history
+            .reserve(room, project, target, worst_case, admit)
+            .await
+    }
+
+    /// The service named a limit: no room of the project opens for a while.
+    ///
+    /// Rooms that were open already may meet it too; that makes the rest no longer unless the service says so.
+    pub fn rejected(&self, limit: LimitKind, retry_after: Option<Duration>) {
+        let now = Instant::now();
+        let mut state = self.shared.lock();
+        state.rejections += 1;
+        let resting_until = state.resting_until.filter(|until| *until > now);
+        let until = match (retry_after, resting_until) {
+            (Some(after), _) => now + after.min(state.backoff.longest),
+            (None, None) => now + exponential(&state.backoff, state.in_a_row),
+            (None, Some(until)) => until,
+        };
+        if resting_until.is_none() {
+            state.in_a_row = state.in_a_row.saturating_add(1);
+        }
+        if resting_until.is_none_or(|before| before < until) {
+            state.resting_until = Some(until);
+            let rest = format_duration(Duration::from_secs((until - now).as_secs())).to_string();
+            tracing::warn!(
+                project = self.shared.project,
+                limit = limit.label(),
+                "a plan limit was met: no room opens for {rest}"
+            );
+        }
+    }
+
+    /// `None` where the project does not rest.
+    pub fn backoff_until(&self) -> Option<DateTime<Utc>> {
+        self.resting_until(self.shared.history.now())
+    }
+
+    /// Agent time used so far, open rooms counted at their worst.
+    pub fn used(&self, period: Period) -> Duration {
+        period.of(&self.shared.history.used(&self.shared.project))
+    }
+
+    pub fn limit(&self, period: Period) -> Option<Duration> {
+        period.limit(&self.shared.lock().budget)
+    }
+
+    fn resting_until(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let until = self.shared.lock().resting_until?;
+        let left = until.checked_duration_since(Instant::now())?;
+        (!left.is_zero()).then(|| now + left)
+    }
+
+    fn check_rest(&self, now: DateTime<Utc>) -> Result<(), Refusal> {
+        match self.resting_until(now) {
+            Some(until) => Err(Refusal::Backoff { until }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_budget(
+        &self,
+        used: &Used,
+        worst_case: Duration,
+        now: DateTime<Utc>,
+    ) -> Result<(), Refusal> {
+        for period in Period::ALL {
+            let Some(limit) = self.limit(period) else {
+                continue;
+            };
+            if used.ledger_lost {
+                return Err(Refusal::LedgerLost);
+            }
+            let used = period.of(used);
+            if used + worst_case > limit {
+                return Err(Refusal::Budget {
+                    period,
+                    used,
+                    worst_case,
+                    limit,
+                    resets_at: period.end(now),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Places {
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The batch has ended, and none of its rooms met a plan limit. Where no other batch of the project met one in the
+    /// meantime either, the next back-off is as short as the first.
+    pub fn none_rejected(&self) {
+        let mut state = self.shared.lock();
+        if state.rejections == self.rejections {
+            state.in_a_row = 0;
+        }
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.shared.lock().taken -= self.count;
+        self.shared.moved.notify_waiters();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change is complete before anything in it could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place in the queue, given up when it is dropped.
+struct Turn<'a> {
+    shared: &'a Arc<Shared>,
+    ticket: u64,
+}
+
+impl<'a> Turn<'a> {
+    fn queue(shared: &'a Arc<Shared>) -> Self {
+        let mut state = shared.lock();
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        state.queue.push_back(ticket);
+        Self { shared, ticket }
+    }
+
+    fn take(&self, wanted: usize) -> Option<Places> {
+        let mut state = self.shared.lock();
+        let count = wanted.min(state.max_rooms);
+        let first = state.queue.front() == Some(&self.ticket);
+        if !first || state.taken + count > state.max_rooms {
+            return None;
+        }
+        state.taken += count;
+        Some(Places {
+            shared: Arc::clone(self.shared),
+            count,
+            rejections: state.rejections,
+        })
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.queue.retain(|ticket| *ticket != self.ticket);
+        drop(state);
+        self.shared.moved.notify_waiters();
+    }
+}
+
+/// The most rooms that a batch holds open at once.
+pub fn rooms_at_once(target: &Target) -> usize {
+    match target.batch.stay {
+        Stay::Together => target.batch.rooms,
+        Stay::OneByOne => 1,
+    }
+}
+
+/// The most agent time that each room of a batch can be billed for, in the order of opening: its agent comes at once,
+/// and as late as allowed to all rooms that follow.
+pub fn worst_cases(target: &Target, project: &Project) -> Vec<Duration> {
+    let deadlines = &target.deadlines;
+    // A room's creation and a last look at its dispatches are the calls that its join is decided by.
+    let one_join = project.api_timeout * 2
+        + deadlines.signal
+        + deadlines.media
+        + deadlines.join
+        + RESERVE_WITHIN;
+    let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
+    let ramp_after = |index: u32| {
+        let later = rooms - 1 - index;
+        match (target.batch.stay, target.batch.ramp) {
+            (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(later),
+            (Stay::Together, Ramp::Interval | Ramp::Burst) if rooms == 1 => Duration::ZERO,
+            (Stay::Together, Ramp::Interval) => {
+                target.batch.interval.saturating_mul(later) + one_join
+            }
+            (Stay::Together, Ramp::Burst) => one_join,
+            (Stay::OneByOne, _) => Duration::ZERO,
+        }
+    };
+    (0..rooms)
+        .map(|index| {
+            let held = (ramp_after(index) + target.batch.hold).max(longest_verdict(target));
+            // Leaving may take as long, and so may deleting.
+            whole_minutes(held + deadlines.cleanup * 2)
+        })
+        .collect()
+}
+
+/// Twice as long each time, and up to a quarter more, so that two canaries don't come back together.
+fn exponential(backoff: &Backoff, times: u32) -> Duration {
+    let factor = 2_u32.saturating_pow(times.min(31));
+    let plain = backoff.first.saturating_mul(factor).min(backoff.longest);
+    plain
+        .mul_f64(1.0 + fastrand::f64() / 4.0)
+        .min(backoff.longest)
+}
+
+#[cfg(test)]
+mod tests;
