@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::{StreamExt as _, stream};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep_until, timeout_at};
@@ -33,6 +34,24 @@ pub const SHORTEST_SURE_WINDOW: Duration = Duration::from_secs(20);
 /// First pause between two tries of a deletion; it doubles from there.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 
+/// For one deletion of the sweep, retries included.
+const SWEEP_CLEANUP: Duration = Duration::from_secs(10);
+
+/// Deletions of the sweep at a time: nobody waits for them.
+const SWEEP_AT_ONCE: usize = 4;
+
+/// Told of each room when the janitor has done with it; must not block.
+pub type Register = Arc<dyn Fn(&RoomName, Fate<'_>) + Send + Sync>;
+
+/// How the janitor has done with a room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate<'a> {
+    /// Gone for good.
+    Gone,
+    /// It may stand, or come back.
+    LeftBehind { why: &'a str },
+}
+
 /// The handle through which probes hand their rooms over. Cheap to clone.
 #[derive(Clone)]
 pub struct Janitor {
@@ -47,6 +66,7 @@ struct Shared {
     /// Owns the clean-up tasks; each lease holds a token of it, so that it is empty only when all is done.
     tasks: TaskTracker,
     runtime: Handle,
+    register: Register,
 }
 
 /// The right to a room's name. Dropping it, in whatever way, has the janitor delete the room.
@@ -68,6 +88,14 @@ pub enum Deletion {
     NothingThere,
 }
 
+/// What became of the rooms of dead runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Gone; re-checks go on.
+    pub deleted: Vec<RoomName>,
+    pub left: Vec<LeftBehind>,
+}
+
 /// A room that the janitor can't vouch for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeftBehind {
@@ -79,6 +107,14 @@ impl Janitor {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start() -> Self {
+        Self::start_with(Arc::new(|_, _| {}))
+    }
+
+    /// Tells `register` of each room that it has done with, before [`Janitor::close`] returns.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_with(register: Register) -> Self {
         let tasks = TaskTracker::new();
         tasks.close();
         Self {
@@ -87,6 +123,7 @@ impl Janitor {
                 changed: Notify::new(),
                 tasks,
                 runtime: Handle::current(),
+                register,
             }),
         }
     }
@@ -116,6 +153,28 @@ impl Janitor {
                 not_created: false,
             }),
         }
+    }
+
+    /// Deletes rooms that runs of this program left behind which are dead now, a few at a time; a room that isn't there is
+    /// a success. Each is re-checked, and told to the register, like any other.
+    ///
+    /// Takes 10 s for four rooms at most. Dropping the future leaves alone the rooms that it has not come to.
+    pub async fn sweep(&self, api: &Api, rooms: Vec<RoomName>) -> Swept {
+        let deletions = rooms.into_iter().map(|room| async {
+            // An agent that was on its way may still come.
+            let window = SHORTEST_SURE_WINDOW;
+            let lease = self.own(room.clone(), api.clone(), SWEEP_CLEANUP, window);
+            (room, lease.delete().await)
+        });
+        let mut deletions = stream::iter(deletions).buffered(SWEEP_AT_ONCE);
+        let mut swept = Swept::default();
+        while let Some((room, deletion)) = deletions.next().await {
+            match deletion {
+                Deletion::Deleted { .. } | Deletion::NothingThere => swept.deleted.push(room),
+                Deletion::NotDeleted { why } => swept.left.push(LeftBehind { room, why }),
+            }
+        }
+        swept
     }
 
     /// Waits until every room is gone and every re-check is over, or `deadline`; names what is left.
@@ -299,9 +358,17 @@ impl Owned {
                 tracing::debug!(room = %self.room, "nobody waited for the room's deletion");
             }
         }
+        // Told before it is noted: whoever waits for the janitor finds the register complete.
         match self.watch(window, deleted).await {
-            None => self.shared.forget(&self.room),
-            Some(left) => self.shared.note(&self.room, left),
+            None => {
+                (self.shared.register)(&self.room, Fate::Gone);
+                self.shared.forget(&self.room);
+            }
+            Some(left) => {
+                let why = left.describe(Instant::now());
+                (self.shared.register)(&self.room, Fate::LeftBehind { why: &why });
+                self.shared.note(&self.room, left);
+            }
         }
     }
 
@@ -909,6 +976,86 @@ mod tests {
         let lease = server.lease(&janitor, AMPLE, AMPLE);
         assert_eq!(close(janitor, BRIEF).await, ["its probe had not ended"]);
         drop(lease);
+    }
+
+    /// A janitor, and what it tells its register.
+    fn registering() -> (Janitor, Arc<Mutex<Vec<String>>>) {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let register = Arc::clone(&told);
+        let janitor = Janitor::start_with(Arc::new(move |room: &RoomName, fate: Fate<'_>| {
+            register.lock().unwrap().push(format!("{room} {fate:?}"));
+        }));
+        (janitor, told)
+    }
+
+    #[tokio::test]
+    async fn a_room_is_told_to_be_gone_only_when_its_re_checks_are_over() {
+        let server = Scripted::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
+        let (janitor, told) = registering();
+        let lease = server.lease(&janitor, ENOUGH, BRIEF);
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(*told.lock().unwrap(), [""; 0]);
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        assert_eq!(*told.lock().unwrap(), ["canary-test-1 Gone"]);
+    }
+
+    #[tokio::test]
+    async fn a_room_that_nobody_can_vouch_for_is_told_as_such_and_one_that_never_was_as_gone() {
+        let denied = &[Answer::Refused(403, "permission_denied")];
+        let server = Scripted::start(&[("ListRooms", denied)]).await;
+        let (janitor, told) = registering();
+        drop(server.lease(&janitor, ENOUGH, BRIEF));
+        assert_eq!(close(janitor, AMPLE).await.len(), 1);
+        let said = told.lock().unwrap()[0].clone();
+        assert!(
+            said.contains("LeftBehind") && said.contains("403"),
+            "{said}"
+        );
+
+        let (janitor, told) = registering();
+        let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
+        lease.not_created();
+        lease.delete().await;
+        close(janitor, AMPLE).await;
+        assert_eq!(*told.lock().unwrap(), ["canary-test-1 Gone"]);
+    }
+
+    #[tokio::test]
+    async fn a_sweep_deletes_what_there_is_and_names_what_it_could_not() {
+        let server = Scripted::start(&[(
+            "DeleteRoom",
+            &[
+                done(),
+                Answer::Refused(404, "not_found"),
+                Answer::Refused(403, "permission_denied"),
+            ],
+        )])
+        .await;
+        let janitor = Janitor::start();
+        let names = ["one", "two", "three"].map(|name| RoomName(name.to_owned()));
+        let mut swept = Swept::default();
+        // One after the other, as the server is scripted.
+        for name in names {
+            let one = janitor.sweep(&server.api, vec![name]).await;
+            swept.deleted.extend(one.deleted);
+            swept.left.extend(one.left);
+        }
+        let deleted: Vec<&str> = swept.deleted.iter().map(|room| room.0.as_str()).collect();
+        assert_eq!(deleted, ["one", "two"]);
+        assert_eq!(swept.left[0].room.0, "three");
+        assert!(swept.left[0].why.contains("403"), "{:?}", swept.left);
+    }
+
+    #[tokio::test]
+    async fn a_sweep_of_many_rooms_deletes_them_all() {
+        let server = Scripted::start(&[]).await;
+        let janitor = Janitor::start();
+        let names: Vec<RoomName> = (0..20).map(|n| RoomName(format!("room-{n}"))).collect();
+        let swept = janitor.sweep(&server.api, names.clone()).await;
+        assert_eq!((swept.deleted, swept.left), (names, Vec::new()));
+        let calls = server.calls();
+        let deletions = calls.iter().filter(|call| *call == "DeleteRoom");
+        assert_eq!(deletions.count(), 20);
     }
 
     /// The seconds since the deletion at which a room is looked for; found there at those in `found`.
