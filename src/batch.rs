@@ -7,12 +7,17 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use chrono::{DateTime, SubsecRound, Utc};
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesOrdered;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, Stay};
+use crate::config::{self, Project, Stay, Target};
+use crate::guard::{Guard, Places, Refusal, worst_cases};
+use crate::history::Reservation;
 use crate::livekit::RoomName;
 use crate::livekit::engine::panic_message;
 use crate::probe::driver::{self, Context, HoldUntil};
@@ -47,6 +52,8 @@ pub struct ProbeReport {
 pub struct NotOpened {
     pub rooms: usize,
     pub why: String,
+    /// Where a guard rail refused the next one.
+    pub refusal: Option<Refusal>,
 }
 
 /// What a batch comes to as a whole.
@@ -113,18 +120,24 @@ pub enum BatchEvent {
 
 /// Runs one batch to its end; a cancelled `abort` ends it early, every probe `aborted`, every room deleted.
 ///
+/// It starts once the project's `guard` has places for its rooms, and asks it before each of them. Without a guard every
+/// room may open, and none is journalled.
+///
 /// `events` never holds the batch up: what a slow or gone reader can't take is lost to it, but not to the report.
 /// Dropping the future drops the probes, and the janitor deletes their rooms.
 pub async fn run(
     target: &str,
     context: Context,
+    guard: Option<Guard>,
     abort: CancellationToken,
     events: mpsc::Sender<BatchEvent>,
 ) -> BatchReport {
+    let rails = Rails::of(target, &context.target, &context.project, guard, &abort).await;
+    let max_rooms = rails.places.as_ref().map(Places::count);
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
         rooms: context.target.batch.rooms,
-        max_rooms: context.project.max_rooms,
+        max_rooms: max_rooms.unwrap_or(context.project.max_rooms),
         ramp: context.target.batch.ramp,
         interval: context.target.batch.interval,
         stay: context.target.batch.stay,
@@ -141,7 +154,8 @@ pub async fn run(
             opening.progress,
         )
     };
-    let (probes, not_opened) = Running::new(plan, abort, events, open).run().await;
+    let running = Running::new(plan, rails, abort, events, open);
+    let (probes, not_opened) = running.run().await;
     BatchReport {
         batch_id: format!(
             "{}-{}-{}",
@@ -285,7 +299,15 @@ struct Ramp {
     opened: Option<Instant>,
     /// Rooms without an agent since the last one with an agent.
     no_shows: usize,
-    stopped: Option<String>,
+    stopped: Option<Stop>,
+    /// Rooms that were to open, but have not yet, stay shut too.
+    halted: bool,
+}
+
+#[derive(Debug)]
+struct Stop {
+    why: String,
+    refusal: Option<Refusal>,
 }
 
 impl Ramp {
@@ -296,6 +318,7 @@ impl Ramp {
             opened: None,
             no_shows: 0,
             stopped: None,
+            halted: false,
         }
     }
 
@@ -354,7 +377,7 @@ impl Ramp {
         if let Outcome::Failed(failure) = outcome
             && let Some(why) = stops_the_batch(failure)
         {
-            self.stop(why.to_owned());
+            self.halt(why.to_owned());
         }
         if self.stages[index] != Stage::Joining {
             return;
@@ -362,7 +385,7 @@ impl Ramp {
         self.stages[index] = Stage::Decided;
         self.no_shows += 1;
         if self.no_shows == self.plan.stop_after_no_shows {
-            self.stop(match self.no_shows {
+            self.halt(match self.no_shows {
                 1 => "no agent came to a room".to_owned(),
                 n => format!("no agent came to {n} rooms in a row"),
             });
@@ -376,7 +399,20 @@ impl Ramp {
 
     /// The first reason stands.
     fn stop(&mut self, why: String) {
-        self.stopped.get_or_insert(why);
+        self.stopped.get_or_insert(Stop { why, refusal: None });
+    }
+
+    fn halt(&mut self, why: String) {
+        self.stop(why);
+        self.halted = true;
+    }
+
+    fn refused(&mut self, refusal: Refusal) {
+        self.stopped.get_or_insert(Stop {
+            why: refusal.to_string(),
+            refusal: Some(refusal),
+        });
+        self.halted = true;
     }
 
     /// No room opens any more, and every join is decided.
@@ -386,11 +422,14 @@ impl Ramp {
 
     fn not_opened(self) -> Option<NotOpened> {
         let rooms = self.plan.rooms - self.stages.len();
-        (rooms > 0).then(|| NotOpened {
-            rooms,
-            why: self
-                .stopped
-                .expect("a ramp ends early only where it was stopped"),
+        (rooms > 0).then(|| {
+            let stop = self.stopped;
+            let stop = stop.expect("a ramp ends early only where it was stopped");
+            NotOpened {
+                rooms,
+                why: stop.why,
+                refusal: stop.refusal,
+            }
         })
     }
 }
@@ -417,19 +456,90 @@ struct Opening {
     progress: mpsc::Sender<Progress>,
 }
 
+/// What the project's guard grants a batch; everything where there is none.
+struct Rails {
+    guard: Option<Guard>,
+    /// Held until the batch has ended.
+    places: Option<Places>,
+    target: String,
+    worst_cases: Vec<Duration>,
+}
+
+impl Rails {
+    /// Waits until the batch may hold its rooms open. An abort ends the wait: nothing opens after it.
+    async fn of(
+        name: &str,
+        target: &Target,
+        project: &Project,
+        guard: Option<Guard>,
+        abort: &CancellationToken,
+    ) -> Self {
+        let places = match &guard {
+            Some(guard) => {
+                let places = guard.places(target);
+                abort.run_until_cancelled(places).await
+            }
+            None => None,
+        };
+        Self {
+            guard,
+            places,
+            target: name.to_owned(),
+            worst_cases: worst_cases(target, project),
+        }
+    }
+
+    fn reserve(&self, index: usize) -> BoxFuture<'static, Asked> {
+        let (guard, target) = (self.guard.clone(), self.target.clone());
+        let worst_case = self.worst_cases.get(index).copied().unwrap_or_default();
+        let room = new_room_name();
+        Box::pin(async move {
+            let reservation = match guard {
+                Some(guard) => guard.reserve(&room, &target, worst_case).await.map(Some),
+                None => Ok(None),
+            };
+            Asked {
+                index,
+                room,
+                reservation,
+            }
+        })
+    }
+
+    fn rejected(&self, outcome: &Outcome, retry_after: Option<Duration>) {
+        if let (Some(guard), Outcome::Failed(failure)) = (&self.guard, outcome)
+            && let Reason::PlanLimit(limit) = failure.reason
+        {
+            guard.rejected(limit, retry_after);
+        }
+    }
+}
+
+/// Whether a room may open.
+struct Asked {
+    index: usize,
+    room: RoomName,
+    reservation: Result<Option<Reservation>, Refusal>,
+}
+
 struct OpenedProbe {
     room: RoomName,
     started_at: DateTime<Utc>,
     hold_until: watch::Sender<Option<Instant>>,
+    /// Until the probe has ended; dropped before that, the room's worst case stands.
+    reservation: Option<Reservation>,
     report: Option<Report>,
 }
 
 /// A batch at work: the thin loop around [`Ramp`] that owns the probes' tasks.
 struct Running<F> {
     ramp: Ramp,
+    rails: Rails,
     open: F,
     abort: CancellationToken,
     events: mpsc::Sender<BatchEvent>,
+    /// Rooms that the guard is asked for, in the order of opening.
+    asked: FuturesOrdered<BoxFuture<'static, Asked>>,
     probes: Vec<OpenedProbe>,
     tasks: JoinSet<Report>,
     index_of: HashMap<task::Id, usize>,
@@ -442,15 +552,18 @@ where
 {
     fn new(
         plan: Plan,
+        rails: Rails,
         abort: CancellationToken,
         events: mpsc::Sender<BatchEvent>,
         open: F,
     ) -> Self {
         Self {
             ramp: Ramp::new(plan),
+            rails,
             open,
             abort,
             events,
+            asked: FuturesOrdered::new(),
             probes: Vec::new(),
             tasks: JoinSet::new(),
             index_of: HashMap::new(),
@@ -460,28 +573,34 @@ where
     async fn run(mut self) -> (Vec<ProbeReport>, Option<NotOpened>) {
         let (told, mut progress) = mpsc::channel(Progress::MOST);
         let abort = self.abort.clone();
-        let mut aborted = false;
         loop {
+            let aborted = abort.is_cancelled();
+            if aborted {
+                self.ramp.halt("the batch was aborted".to_owned());
+            }
             while let Some(index) = self.ramp.open_next(Instant::now()) {
-                self.open(index, told.clone());
+                self.asked.push_back(self.rails.reserve(index));
+            }
+            if self.ramp.halted {
+                self.asked = FuturesOrdered::new();
+                self.ramp.stages.truncate(self.probes.len());
             }
             self.hold_together_once_over();
             let due = self.ramp.due();
-            if self.tasks.is_empty() && due.is_none() {
+            if self.tasks.is_empty() && self.asked.is_empty() && due.is_none() {
                 break;
             }
             // Progress before endings: a probe has told all of its progress before its task ends.
             tokio::select! {
                 biased;
-                () = abort.cancelled(), if !aborted => {
-                    aborted = true;
-                    self.ramp.stop("the batch was aborted".to_owned());
-                }
+                () = abort.cancelled(), if !aborted => {}
                 Some((index, progress)) = progress.recv() => self.progressed(index, progress),
                 Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
+                Some(asked) = self.asked.next() => self.answered(asked, told.clone()),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
             }
         }
+        self.tell_guard_of_no_rejection();
         let reports = self.probes.into_iter().map(|probe| ProbeReport {
             report: probe.report.expect("every task has ended with a report"),
             started_at: probe.started_at,
@@ -489,14 +608,30 @@ where
         (reports.collect(), self.ramp.not_opened())
     }
 
-    fn open(&mut self, index: usize, told: mpsc::Sender<(usize, Progress)>) {
-        let room = new_room_name();
+    fn answered(&mut self, asked: Asked, told: mpsc::Sender<(usize, Progress)>) {
+        match asked.reservation {
+            Ok(reservation) => self.open(asked.index, asked.room, reservation, told),
+            Err(refusal) => self.ramp.refused(refusal),
+        }
+    }
+
+    fn open(
+        &mut self,
+        index: usize,
+        room: RoomName,
+        mut reservation: Option<Reservation>,
+        told: mpsc::Sender<(usize, Progress)>,
+    ) {
+        if let Some(reservation) = &mut reservation {
+            reservation.opened();
+        }
         let (hold_until, held) = watch::channel(None);
         let (progress, seen) = mpsc::channel(Progress::MOST);
         self.probes.push(OpenedProbe {
             room: room.clone(),
             started_at: Utc::now().trunc_subsecs(6),
             hold_until,
+            reservation,
             report: None,
         });
         self.tell(BatchEvent::Opened {
@@ -520,7 +655,13 @@ where
     fn progressed(&mut self, index: usize, progress: Progress) {
         match &progress {
             Progress::JoinSettled { joined: true } => self.ramp.joined(index),
-            Progress::Settled(outcome) => self.ramp.settled(index, outcome),
+            Progress::Settled {
+                outcome,
+                retry_after,
+            } => {
+                self.ramp.settled(index, outcome);
+                self.rails.rejected(outcome, *retry_after);
+            }
             Progress::Reached {
                 milestone: Milestone::AgentJoined,
                 at,
@@ -535,8 +676,15 @@ where
     fn ended(&mut self, ended: Result<(task::Id, Report), JoinError>) {
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
         let index = self.index_of[&id];
+        let reservation = self.probes[index].reservation.take();
         let report = match ended {
-            Ok((_, report)) => report,
+            Ok((_, report)) => {
+                if let Some(reservation) = reservation {
+                    settle(reservation, &report);
+                }
+                report
+            }
+            // Nobody knows what its agent did: its worst case stands.
             Err(error) => crashed(self.probes[index].room.clone(), position(index), error),
         };
         self.ramp.ended(index, &report.outcome);
@@ -545,6 +693,16 @@ where
             report: Box::new(report.clone()),
         });
         self.probes[index].report = Some(report);
+    }
+
+    fn tell_guard_of_no_rejection(&self) {
+        let mut reports = self.probes.iter().filter_map(|probe| probe.report.as_ref());
+        if let Some(places) = &self.rails.places
+            && !self.probes.is_empty()
+            && !reports.any(|report| is_plan_limit(&report.outcome))
+        {
+            places.none_rejected();
+        }
     }
 
     fn hold_together_once_over(&self) {
@@ -570,6 +728,17 @@ where
             tracing::trace!("the reader of the batch's progress is slow or gone");
         }
     }
+}
+
+/// Where the room's deletion is not known, its agent may stay on in it: then not less than the worst case.
+fn settle(reservation: Reservation, report: &Report) {
+    let billed = match report.billed() {
+        Some(billed) if report.timeline.get(Milestone::RoomDeleted).is_none() => {
+            billed.max(reservation.worst_case())
+        }
+        billed => billed.unwrap_or_default(),
+    };
+    reservation.settle(billed);
 }
 
 fn position(index: usize) -> Position {
@@ -631,11 +800,14 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
+    use crate::guard::Period;
+    use crate::history::History;
     use crate::probe::{LimitKind, Timeline};
 
     type Probe = Pin<Box<dyn Future<Output = Report> + Send>>;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const MINUTE: Duration = Duration::from_mins(1);
 
     fn plan(rooms: usize, stay: Stay) -> Plan {
         Plan {
@@ -667,6 +839,13 @@ mod tests {
         Report::new(opening.room.clone(), opening.position, outcome)
     }
 
+    fn settled(outcome: Outcome) -> Progress {
+        Progress::Settled {
+            outcome,
+            retry_after: None,
+        }
+    }
+
     async fn say(opening: &Opening, progress: Progress) {
         opening.progress.send(progress).await.unwrap();
     }
@@ -691,7 +870,7 @@ mod tests {
             () = held => Outcome::Ok,
             () = abort.cancelled() => Outcome::Aborted,
         };
-        say(&opening, Progress::Settled(outcome.clone())).await;
+        say(&opening, settled(outcome.clone())).await;
         report(&opening, outcome)
     }
 
@@ -700,7 +879,7 @@ mod tests {
         sleep(delay).await;
         say(&opening, Progress::JoinSettled { joined: false }).await;
         sleep(Duration::from_millis(5)).await;
-        say(&opening, Progress::Settled(failed(reason))).await;
+        say(&opening, settled(failed(reason))).await;
         sleep(SECOND).await;
         report(&opening, failed(reason))
     }
@@ -715,8 +894,26 @@ mod tests {
         events: mpsc::Receiver<BatchEvent>,
     }
 
+    fn no_rails() -> Rails {
+        Rails {
+            guard: None,
+            places: None,
+            target: "support".to_owned(),
+            worst_cases: Vec::new(),
+        }
+    }
+
     async fn run_scripted(
         plan: Plan,
+        abort: CancellationToken,
+        script: impl Fn(usize, Opening) -> Probe,
+    ) -> Ran {
+        run_guarded(plan, no_rails(), abort, script).await
+    }
+
+    async fn run_guarded(
+        plan: Plan,
+        rails: Rails,
         abort: CancellationToken,
         script: impl Fn(usize, Opening) -> Probe,
     ) -> Ran {
@@ -736,7 +933,7 @@ mod tests {
                 report
             }
         };
-        let (probes, not_opened) = Running::new(plan, abort, events, open).run().await;
+        let (probes, not_opened) = Running::new(plan, rails, abort, events, open).run().await;
         let outcomes = probes.into_iter().map(|probe| probe.report.outcome);
         Ran {
             times: times.lock().unwrap().clone(),
@@ -985,7 +1182,7 @@ mod tests {
         };
         let (events, _reader) = mpsc::channel(1);
         let plan = plan(3, Stay::Together);
-        let running = Running::new(plan, CancellationToken::new(), events, open);
+        let running = Running::new(plan, no_rails(), CancellationToken::new(), events, open);
         let cut_short = tokio::time::timeout(3 * SECOND, running.run());
         assert!(cut_short.await.is_err());
         assert_eq!(dropped.recv().await, None);
@@ -1001,6 +1198,247 @@ mod tests {
         assert_eq!(why(&ran), (2, "the project's max_rooms is 3"));
     }
 
+    /// A guard that allows so many minutes a day, and three for each room.
+    fn guard(minutes: u32) -> (Guard, History) {
+        let history = History::in_memory(Arc::new(Utc::now));
+        let project = Project {
+            budget: config::Budget {
+                agent_time_per_day: Some(minutes * MINUTE),
+                ..config::Budget::default()
+            },
+            ..sample::project()
+        };
+        (Guard::new("acme", &project, history.clone()), history)
+    }
+
+    fn target(rooms: usize) -> config::Target {
+        config::Target {
+            batch: config::Batch {
+                rooms,
+                ..config::Batch::default()
+            },
+            ..config::Target::default()
+        }
+    }
+
+    async fn rails(guard: &Guard) -> Rails {
+        Rails {
+            places: Some(guard.places(&target(2)).await),
+            guard: Some(guard.clone()),
+            worst_cases: vec![3 * MINUTE; 10],
+            ..no_rails()
+        }
+    }
+
+    /// The agent joins, and is in the room for 70 s.
+    async fn is_billed(opening: Opening) -> Report {
+        let began = Instant::now();
+        let mut report = joins(SECOND, opening).await;
+        report.timeline.mark(Milestone::AgentJoined, began);
+        let deleted = began + 70 * SECOND;
+        report.timeline.mark(Milestone::RoomDeleted, deleted);
+        report
+    }
+
+    fn used_minutes(guard: &Guard) -> u64 {
+        guard.used(Period::Day).as_secs() / 60
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
+        for ramp in [config::Ramp::AfterJoin, config::Ramp::Burst] {
+            let (guard, _) = guard(8);
+            let script = |_, opening| Box::pin(is_billed(opening)) as Probe;
+            let abort = CancellationToken::new();
+            let ran = run_guarded(plan_of(ramp, 5), rails(&guard).await, abort, script).await;
+            assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok], "{ramp:?}");
+            let not_opened = ran.not_opened.unwrap();
+            let refusal = not_opened.refusal.unwrap();
+            assert_eq!((not_opened.rooms, refusal.label()), (3, "budget"));
+            assert_eq!(not_opened.why, refusal.to_string());
+            // Two minutes each, and nothing for the rooms that were asked for in vain.
+            assert_eq!(used_minutes(&guard), 4, "{ramp:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_project_that_rests_opens_no_room_at_all() {
+        let (guard, _) = guard(100);
+        guard.rejected(LimitKind::ApiRate, None);
+        let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+        let (plan, abort) = (plan(3, Stay::Together), CancellationToken::new());
+        let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+        assert_eq!(ran.outcomes, []);
+        let not_opened = ran.not_opened.unwrap();
+        assert_eq!(not_opened.rooms, 3);
+        assert_eq!(not_opened.refusal.unwrap().label(), "backoff");
+        assert_eq!(used_minutes(&guard), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_project() {
+        async fn is_rejected(opening: Opening) -> Report {
+            sleep(SECOND).await;
+            let outcome = failed(Reason::PlanLimit(LimitKind::Connections));
+            let progress = Progress::Settled {
+                outcome: outcome.clone(),
+                retry_after: Some(90 * SECOND),
+            };
+            say(&opening, progress).await;
+            // Its room takes long to delete.
+            sleep(20 * SECOND).await;
+            report(&opening, outcome)
+        }
+        let (guard, _) = guard(100);
+        let rejected = |_, opening| Box::pin(is_rejected(opening)) as Probe;
+        let joins = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+        let plan = || plan(2, Stay::Together);
+        let (one, other) = (rails(&guard).await, rails(&guard).await);
+        let (one, other) = tokio::join!(
+            run_guarded(plan(), one, CancellationToken::new(), rejected),
+            run_guarded(plan(), other, CancellationToken::new(), joins),
+        );
+        assert_eq!(why(&one), (1, "a plan limit was met"));
+        assert_eq!(other.outcomes, [Outcome::Ok]);
+        let refusal = other.not_opened.unwrap().refusal.unwrap();
+        assert_eq!(refusal.label(), "backoff");
+        let rest = refusal.until().unwrap() - Utc::now();
+        assert!(
+            rest > chrono::TimeDelta::seconds(60),
+            "as the answer said: {rest}"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_end_of_a_probe_settles_its_room() {
+        async fn panics(_: Opening) -> Report {
+            sleep(SECOND).await;
+            panic!("scripted")
+        }
+        async fn is_not_deleted(opening: Opening) -> Report {
+            let mut report = joins(SECOND, opening).await;
+            report.timeline.mark(Milestone::AgentJoined, Instant::now());
+            report
+        }
+        for (what, minutes) in [
+            ("an agent for 70 s", 2),
+            ("no agent", 0),
+            ("a panic", 3),
+            ("an agent, and no deletion", 3),
+        ] {
+            let (guard, history) = guard(100);
+            let seen = Arc::new(Mutex::new(None));
+            let script = |_, opening: Opening| {
+                *seen.lock().unwrap() = Some(opening.room.clone());
+                match what {
+                    "an agent for 70 s" => Box::pin(is_billed(opening)) as Probe,
+                    "no agent" => Box::pin(fails(SECOND, Reason::AgentNoShow, opening)),
+                    "a panic" => Box::pin(panics(opening)),
+                    _ => Box::pin(is_not_deleted(opening)),
+                }
+            };
+            let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
+            let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+            assert_eq!(ran.outcomes.len(), 1, "{what}");
+            assert_eq!(used_minutes(&guard), minutes, "{what}");
+            // Whoever vouches for the room is another.
+            let room = seen.lock().unwrap().clone().unwrap();
+            assert_eq!(history.target_of(&room).unwrap(), "support");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dropped_batch_leaves_its_rooms_at_their_worst_and_gives_its_places_back() {
+        let (guard, _) = guard(100);
+        let (events, _reader) = mpsc::channel(1);
+        let open = |_, opening| is_billed(opening);
+        let (plan, abort) = (plan(2, Stay::Together), CancellationToken::new());
+        let running = Running::new(plan, rails(&guard).await, abort, events, open);
+        let cut_short = tokio::time::timeout(3 * SECOND, running.run());
+        assert!(cut_short.await.is_err());
+        assert_eq!(used_minutes(&guard), 6);
+        let all = target(sample::project().max_rooms);
+        let _all = guard.places(&all).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
+        let (guard, _) = guard(100);
+        let abort = CancellationToken::new();
+        abort.cancel();
+        let script = |_, opening| Box::pin(is_billed(opening)) as Probe;
+        let plan = plan_of(config::Ramp::Burst, 3);
+        let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+        assert_eq!(ran.outcomes, []);
+        assert_eq!(why(&ran), (3, "the batch was aborted"));
+        assert_eq!(used_minutes(&guard), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_abort_ends_the_wait_for_places_and_nothing_opens() {
+        let (guard, _) = guard(100);
+        let project = sample::project();
+        let _all = guard.places(&target(project.max_rooms)).await;
+        let abort = CancellationToken::new();
+        let stop = async {
+            sleep(SECOND).await;
+            abort.cancel();
+        };
+        let settings = target(1);
+        let waiting = Rails::of("support", &settings, &project, Some(guard), &abort);
+        let (rails, ()) = tokio::join!(waiting, stop);
+        assert!(rails.places.is_none());
+        let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+        let ran = run_guarded(plan(1, Stay::Together), rails, abort, script).await;
+        assert_eq!(why(&ran), (1, "the batch was aborted"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
+        let (guard, _) = guard(100);
+        let rest = || guard.backoff_until().unwrap() - Utc::now();
+        for _ in 0..3 {
+            guard.rejected(LimitKind::ApiRate, None);
+            sleep(Duration::from_hours(1)).await;
+        }
+        let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+        let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
+        run_guarded(plan, rails(&guard).await, abort, script).await;
+        guard.rejected(LimitKind::ApiRate, None);
+        assert!(rest() < chrono::TimeDelta::minutes(2), "{}", rest());
+    }
+
+    #[tokio::test]
+    async fn a_room_is_journalled_on_disk_before_it_can_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = config::History {
+            dir: dir.path().to_owned(),
+            ..config::History::default()
+        };
+        let history = History::open(&settings).unwrap();
+        let guard = Guard::new("acme", &sample::project(), history);
+        let file = dir.path().join("history.sqlite3");
+        let journalled = Arc::new(Mutex::new(Vec::new()));
+        let script = |_, opening: Opening| {
+            let database = rusqlite::Connection::open(&file).unwrap();
+            let sql = "SELECT count(*) FROM rooms WHERE room = ?1";
+            let rows: i64 = database
+                .query_row(sql, [&opening.room.0], |row| row.get(0))
+                .unwrap();
+            journalled.lock().unwrap().push(rows);
+            let report = report(&opening, Outcome::Ok);
+            Box::pin(async move {
+                drop(opening);
+                report
+            }) as Probe
+        };
+        let plan = plan_of(config::Ramp::Burst, 3);
+        let abort = CancellationToken::new();
+        let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+        assert_eq!(ran.outcomes.len(), 3);
+        assert_eq!(*journalled.lock().unwrap(), [1, 1, 1]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_reader_that_never_reads_or_is_gone_holds_nothing_up() {
         for keep in [true, false] {
@@ -1008,7 +1446,7 @@ mod tests {
             let reader = keep.then_some(reader);
             let open = |_, opening| joins(SECOND, opening);
             let plan = plan(3, Stay::Together);
-            let running = Running::new(plan, CancellationToken::new(), events, open);
+            let running = Running::new(plan, no_rails(), CancellationToken::new(), events, open);
             let (probes, _) = running.run().await;
             assert_eq!(probes.len(), 3);
             drop(reader);
@@ -1026,7 +1464,7 @@ mod tests {
                 BatchEvent::Progress { progress, .. } => match progress {
                     Progress::Reached { .. } => "reached",
                     Progress::JoinSettled { .. } => "join settled",
-                    Progress::Settled(_) => "settled",
+                    Progress::Settled { .. } => "settled",
                 },
                 BatchEvent::Ended { .. } => "ended",
             });

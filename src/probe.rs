@@ -121,7 +121,11 @@ pub enum Progress {
         joined: bool,
     },
     /// The outcome is final; leaving and deleting follow.
-    Settled(Outcome),
+    Settled {
+        outcome: Outcome,
+        /// What the answer asked for that ended the probe.
+        retry_after: Option<Duration>,
+    },
 }
 
 impl Progress {

@@ -177,6 +177,7 @@ pub(crate) fn mixed() -> BatchReport {
         Some(NotOpened {
             rooms: 1,
             why: "a plan limit was met".to_owned(),
+            refusal: None,
         }),
     )
 }

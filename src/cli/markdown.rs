@@ -168,7 +168,14 @@ mod tests {
         )];
         rooms[0].report.room_sid = Some("RM_1) <b>".to_owned());
         let why = words.to_owned();
-        let batch = batch(rooms, Some(NotOpened { rooms: 1, why }));
+        let batch = batch(
+            rooms,
+            Some(NotOpened {
+                rooms: 1,
+                why,
+                refusal: None,
+            }),
+        );
         let text = render(&batch, &Target::default(), &project());
         assert_snapshot!(text);
         assert!(!text.contains("@everyone") && !text.contains("#1"));

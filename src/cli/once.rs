@@ -191,7 +191,7 @@ pub(super) async fn watch(
     // All that a batch can tell: a room's opening, its progress and its end. So nothing is lost, however it comes.
     let most = context.target.batch.rooms * (Progress::MOST + 2);
     let (sender, mut events) = mpsc::channel(most);
-    let mut running = Box::pin(batch::run(name, context, abort.clone(), sender));
+    let mut running = Box::pin(batch::run(name, context, None, abort.clone(), sender));
     let mut refresh = interval(REFRESH);
     refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut interrupted_at = None;

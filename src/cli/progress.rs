@@ -172,13 +172,23 @@ impl Line {
                     self.state = format!("{phrase} (at {since:.1} s)");
                 }
             }
-            Progress::Settled(Outcome::Failed(failure)) => {
+            Progress::Settled {
+                outcome: Outcome::Failed(failure),
+                ..
+            } => {
                 self.state = format!("{}, cleaning up", failure.reason.label());
             }
-            Progress::Settled(Outcome::Aborted) => {
+            Progress::Settled {
+                outcome: Outcome::Aborted,
+                ..
+            } => {
                 "aborted, cleaning up".clone_into(&mut self.state);
             }
-            Progress::Settled(Outcome::Ok) | Progress::JoinSettled { .. } => {}
+            Progress::Settled {
+                outcome: Outcome::Ok,
+                ..
+            }
+            | Progress::JoinSettled { .. } => {}
         }
     }
 

@@ -572,7 +572,7 @@ mod tests {
                         ..
                     },
                     Progress::JoinSettled { joined: false },
-                    Progress::Settled(_),
+                    Progress::Settled { .. },
                 ]
             ),
             "{told:?}"

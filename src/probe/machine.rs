@@ -918,7 +918,11 @@ impl Probe {
         self.tell_join(false);
         self.report.outcome = outcome.clone();
         self.outcome = Some(outcome.clone());
-        self.actions.push(Action::Tell(Progress::Settled(outcome)));
+        let retry_after = self.report.evidence.retry_after_seconds;
+        self.actions.push(Action::Tell(Progress::Settled {
+            outcome,
+            retry_after: retry_after.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+        }));
         if self.in_room {
             self.actions.push(Action::Leave);
         }

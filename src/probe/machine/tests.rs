@@ -272,7 +272,7 @@ impl Script {
             1
         );
         assert_eq!(
-            self.asked_for(|action| matches!(action, Action::Tell(Progress::Settled(_)))),
+            self.asked_for(|action| matches!(action, Action::Tell(Progress::Settled { .. }))),
             1
         );
         assert_eq!(self.told_joins().len(), 1);
@@ -1290,7 +1290,7 @@ fn any_order_of_events_ends_in_one_outcome() {
         at = finish(&mut script, at);
         assert!(script.probe.is_over(), "seed {seed} still runs at {at}");
         let settled =
-            script.asked_for(|action| matches!(action, Action::Tell(Progress::Settled(_))));
+            script.asked_for(|action| matches!(action, Action::Tell(Progress::Settled { .. })));
         let deleted = script.asked_for(|action| matches!(action, Action::DeleteRoom));
         assert_eq!(
             (settled, deleted, script.told_joins().len()),
