@@ -3,6 +3,7 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -21,7 +22,9 @@ use proto::signal_request::Message as Outgoing;
 use proto::signal_response::Message as Incoming;
 use secrecy::SecretString;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout_at};
+use tokio::time::{
+    Instant, Interval, MissedTickBehavior, Sleep, interval, sleep_until, timeout_at,
+};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -49,6 +52,8 @@ pub struct Signal {
     unflushed: bool,
     ping: Interval,
     ping_timeout: Duration,
+    /// No later than the ping timeout.
+    give_up: Pin<Box<Sleep>>,
     /// When the last message came.
     heard_at: Instant,
     /// The last ping: its timestamp, which comes back in the pong, and when it was sent.
@@ -198,6 +203,7 @@ impl Signal {
             unflushed: false,
             ping: pings(Duration::from_secs(5)),
             ping_timeout: Duration::from_secs(15),
+            give_up: Box::pin(sleep_until(now)),
             heard_at: now,
             pinged: None,
             rtt: Duration::ZERO,
@@ -223,7 +229,6 @@ impl Signal {
     /// Cancel-safe.
     pub async fn recv(&mut self) -> Result<(Instant, Incoming), SignalError> {
         loop {
-            let give_up = self.heard_at + self.ping_timeout;
             tokio::select! {
                 // What has come counts before a deadline that passed meanwhile.
                 biased;
@@ -234,8 +239,13 @@ impl Signal {
                         return Ok((at, message));
                     }
                 }
-                () = sleep_until(give_up) => {
-                    return Err(SignalError::PingTimeout(self.ping_timeout));
+                () = &mut self.give_up => {
+                    // Armed anew only here: this is asked for with every packet of media, and must cost nothing then.
+                    let give_up = self.heard_at + self.ping_timeout;
+                    if give_up <= Instant::now() {
+                        return Err(SignalError::PingTimeout(self.ping_timeout));
+                    }
+                    self.give_up.as_mut().reset(give_up);
                 }
                 _ = self.ping.tick() => self.send_ping()?,
             }
