@@ -249,11 +249,13 @@ impl Site {
     async fn decide(&self, request: Request<Incoming>) -> Result<Answer, Refusal> {
         let (head, body) = request.into_parts();
         let route = Route::of(head.uri.path());
-        let protection = self.web.current().await;
-        // Before anything else: who may not ask doesn't learn which paths there are.
-        if !route.is_some_and(Route::is_for_everybody) {
-            self.admit(&head.headers, &protection).await?;
+        if let Some(route) = route.filter(|route| route.is_for_everybody()) {
+            route.check(&head.method)?;
+            return self.carry_out(route, &head).await;
         }
+        // Before anything else: who may not ask doesn't learn which paths there are.
+        let protection = self.web.current().await;
+        self.admit(&head.headers, &protection).await?;
         let route = route.ok_or_else(|| {
             let text = "no such path; / has links to those there are";
             Refusal::new(StatusCode::NOT_FOUND, text)

@@ -8,17 +8,19 @@ use std::fs;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Map, Value};
 use serde_saphyr::UserMessageFormatter;
-use tokio::sync::Mutex;
-use tokio::task;
+use tokio::sync::{Mutex, watch};
+use tokio::task::{self, JoinHandle};
+use tokio::time::timeout;
 use tokio_rustls::rustls::crypto::aws_lc_rs;
 use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{ServerConfig, SupportedProtocolVersion};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::users::{Users, not_a_hash};
 use crate::config;
@@ -39,15 +41,20 @@ enum Source {
 struct Rotated {
     path: PathBuf,
     hasher: RandomState,
+    current: watch::Sender<Arc<Protection>>,
     /// Held while the files are read, so that many requests at once don't read them at once.
     state: Mutex<State>,
 }
 
 struct State {
-    current: Arc<Protection>,
     /// Stands for the content that was seen last, good or bad: each is judged, and logged, once.
     seen: u64,
+    /// What a request that has given up left behind.
+    reading: Option<JoinHandle<Result<Text, String>>>,
 }
+
+/// A disk that takes longer must not hold up who asks: what was read before holds until it answers.
+const LONGEST_READ: Duration = Duration::from_secs(2);
 
 /// What one version of the file asks for.
 #[derive(Default)]
@@ -95,37 +102,54 @@ impl Rotated {
         Ok(Self {
             path: path.to_owned(),
             hasher,
+            current: watch::Sender::new(Arc::new(protection)),
             state: Mutex::new(State {
-                current: Arc::new(protection),
                 seen,
+                reading: None,
             }),
         })
     }
 
     async fn current(&self) -> Arc<Protection> {
+        if timeout(LONGEST_READ, self.read_again()).await.is_err() {
+            debug!("{}: not read within {LONGEST_READ:?}", self.path.display());
+        }
+        Arc::clone(&self.current.borrow())
+    }
+
+    async fn read_again(&self) {
         let mut state = self.state.lock().await;
+        if let Some(reading) = &mut state.reading {
+            // It may have begun before the last change, and counts for nothing.
+            reading.await.ok();
+        }
         let path = self.path.clone();
-        let Ok(read) = task::spawn_blocking(move || Text::read(&path)).await else {
-            return Arc::clone(&state.current);
-        };
+        let reading = task::spawn_blocking(move || Text::read(&path));
+        let read = state.reading.insert(reading).await;
+        state.reading = None;
+        let Ok(read) = read else { return };
         let seen = self.hasher.hash_one(&read);
         if seen != state.seen {
             state.seen = seen;
-            let accepted = read
-                .and_then(Text::protection)
-                .and_then(|new| state.current.may_become(&new).map(|()| new));
-            match accepted {
-                Ok(new) => {
-                    state.current = Arc::new(new);
-                    info!(file = %self.path.display(), "web configuration read again");
-                }
-                Err(error) => warn!(
-                    "{}; what was read before stays in force",
-                    in_file(&self.path, &error)
-                ),
-            }
+            self.judge(read);
         }
-        Arc::clone(&state.current)
+    }
+
+    fn judge(&self, read: Result<Text, String>) {
+        let current = Arc::clone(&self.current.borrow());
+        let accepted = read
+            .and_then(Text::protection)
+            .and_then(|new| current.may_become(&new).map(|()| new));
+        match accepted {
+            Ok(new) => {
+                self.current.send_replace(Arc::new(new));
+                info!(file = %self.path.display(), "web configuration read again");
+            }
+            Err(error) => warn!(
+                "{}; what was read before stays in force",
+                in_file(&self.path, &error)
+            ),
+        }
     }
 }
 

@@ -973,6 +973,29 @@ async fn users_are_read_again_and_never_lost() {
     assert_eq!((code("new").await, code("newest").await), (401, 200));
 }
 
+#[tokio::test]
+async fn disk_that_does_not_answer_holds_up_nobody() {
+    let web = Web::new(USERS, &[("alice", "old")]);
+    let server = Server::with_web(&web.http()).await;
+    // Whoever opens a pipe without a writer waits for one.
+    let (pipe, file, new) = (web.path("pipe"), web.path("web.yml"), web.path("new"));
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    std::fs::hard_link(&pipe, &new).unwrap();
+    std::fs::rename(&new, &file).unwrap();
+    for _ in 0..2 {
+        let reply = server.ask(get_as("/metrics", "alice", "old")).await;
+        assert_eq!(reply.status, StatusCode::OK);
+    }
+    std::fs::remove_file(&file).unwrap();
+    web.write(USERS, &[("alice", "new")]);
+    // The disk answers at last; what it says is no longer what the file holds.
+    let writer = tokio::fs::OpenOptions::new().write(true).open(&pipe).await;
+    drop(writer.unwrap());
+    let reply = server.ask(get_as("/metrics", "alice", "new")).await;
+    assert_eq!(reply.status, StatusCode::OK);
+}
+
 /// A certificate authority, and a client that trusts it.
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
