@@ -43,6 +43,7 @@ use users::Passwords;
 use web_config::Protection;
 
 use crate::history::History;
+use crate::metrics::{self, InternalError, Metrics};
 
 mod access;
 mod answer;
@@ -63,8 +64,7 @@ pub use web_config::WebConfig;
 
 /// Where answers come from.
 pub struct Sources {
-    /// Renders all series, in the text format 0.0.4. It must wait for nothing.
-    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    pub metrics: Metrics,
     pub status: watch::Receiver<Arc<Status>>,
     pub health: Health,
     pub history: History,
@@ -114,7 +114,7 @@ pub async fn serve(
         next = next_connection(&listener, &slots) => Some(next),
     } {
         while let Some(ended) = connections.try_join_next() {
-            report(ended);
+            site.report(ended);
         }
         connections.spawn(connection(
             stream,
@@ -126,7 +126,7 @@ pub async fn serve(
     drop(listener);
     let farewell = async {
         while let Some(ended) = connections.join_next().await {
-            report(ended);
+            site.report(ended);
         }
     };
     if timeout(LONGEST_FAREWELL, farewell).await.is_err() {
@@ -149,12 +149,6 @@ async fn next_connection(
                 sleep(Duration::from_millis(500)).await;
             }
         }
-    }
-}
-
-fn report(ended: Result<(), JoinError>) {
-    if let Err(error) = ended {
-        error!("HTTP: {error}");
     }
 }
 
@@ -335,21 +329,17 @@ impl Site {
         let turn = Arc::clone(&self.renderings).acquire_owned().await;
         let turn = turn.expect("nobody closes the semaphore");
         let gzip = takes_gzip(headers);
-        let render = Arc::clone(&self.sources.metrics);
+        let metrics = self.sources.metrics.clone();
         let rendering = task::spawn_blocking(move || {
             let _turn = turn;
-            let text = render();
+            let text = metrics.render();
             if gzip { compressed(&text) } else { text.into() }
         });
         let body = rendering.await.map_err(|error| {
             error!("HTTP: rendering the metrics failed: {error}");
-            our_fault("the metrics could not be rendered")
+            self.our_fault("the metrics could not be rendered")
         })?;
-        let mut answer = answer(
-            StatusCode::OK,
-            "text/plain; version=0.0.4; charset=utf-8",
-            body,
-        );
+        let mut answer = answer(StatusCode::OK, metrics::CONTENT_TYPE, body);
         let headers = answer.headers_mut();
         headers.insert(VARY, HeaderValue::from_static("accept-encoding"));
         if gzip {
@@ -416,6 +406,19 @@ impl Site {
         Ok(json(StatusCode::OK, &done))
     }
 
+    fn our_fault(&self, text: &str) -> Refusal {
+        self.sources.metrics.internal_error(InternalError::Http);
+        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text)
+    }
+
+    /// The end of a connection's task, which is no news unless it panicked.
+    fn report(&self, ended: Result<(), JoinError>) {
+        if let Err(error) = ended {
+            error!("HTTP: {error}");
+            self.sources.metrics.internal_error(InternalError::Http);
+        }
+    }
+
     /// Hands a request to the daemon and waits for its word; the request's deadline bounds both.
     async fn ask<T>(
         &self,
@@ -429,12 +432,8 @@ impl Site {
         })?;
         answer
             .await
-            .map_err(|_| our_fault("the canary has dropped this request; its log says why"))
+            .map_err(|_| self.our_fault("the canary has dropped this request; its log says why"))
     }
-}
-
-fn our_fault(text: &str) -> Refusal {
-    Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text)
 }
 
 fn page(status: &Status) -> Answer {

@@ -31,7 +31,7 @@ pub use slo::{Sli, Verdict};
 use family::Families;
 
 /// The media type of [`Metrics::render`].
-pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What this binary is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -22,7 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("history", &["batch", "config", "livekit", "probe"]),
     ("guard", &["config", "history", "livekit", "probe"]),
     // Shows what it is handed: no probe, no batch.
-    ("http", &["config", "history"]),
+    ("http", &["config", "history", "metrics"]),
     (
         "cli",
         &[
