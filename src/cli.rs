@@ -24,6 +24,7 @@ use crate::sandbox::fault::Rule;
 
 mod check;
 mod demo;
+mod forecast;
 mod junit;
 mod markdown;
 mod once;
@@ -119,10 +120,11 @@ Exit status, the first that applies:
     4  inconclusive: only LiveKit, the network or the canary failed
     0  every room ok";
 
-/// Validate the settings and print what was understood
+/// Validate the settings, print what was understood and what the schedules come to
 ///
-/// Opens no room. Exit status: 0 all right; 2 wrong settings or credentials;
-/// 4 a server can't be reached or answers with an error.
+/// Opens no room. Warns where a schedule can't fit its budget or its interval.
+/// Exit status: 0 all right; 2 wrong settings or credentials; 4 a server can't
+/// be reached or answers with an error.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 struct Check {

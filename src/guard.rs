@@ -412,13 +412,7 @@ pub fn rooms_at_once(target: &Target) -> usize {
 /// The most agent time that each room of a batch can be billed for, in the order of opening: its agent comes at once,
 /// and as late as allowed to all rooms that follow.
 pub fn worst_cases(target: &Target, project: &Project) -> Vec<Duration> {
-    let deadlines = &target.deadlines;
-    // A room's creation and a last look at its dispatches are the calls that its join is decided by.
-    let one_join = project.api_timeout * 2
-        + deadlines.signal
-        + deadlines.media
-        + deadlines.join
-        + RESERVE_WITHIN;
+    let one_join = longest_join(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let ramp_after = |index: u32| {
         let later = rooms - 1 - index;
@@ -436,9 +430,36 @@ pub fn worst_cases(target: &Target, project: &Project) -> Vec<Duration> {
         .map(|index| {
             let held = (ramp_after(index) + target.batch.hold).max(longest_verdict(target));
             // Leaving may take as long, and so may deleting.
-            whole_minutes(held + deadlines.cleanup * 2)
+            whole_minutes(held + target.deadlines.cleanup * 2)
         })
         .collect()
+}
+
+/// The longest that a batch runs once it has its places, its last room gone.
+pub fn longest_batch(target: &Target, project: &Project) -> Duration {
+    let one_join = longest_join(target, project);
+    let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
+    let held = target.batch.hold.max(longest_verdict(target)) + target.deadlines.cleanup * 2;
+    match (target.batch.stay, target.batch.ramp) {
+        (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(rooms) + held,
+        (Stay::Together, Ramp::Interval) => {
+            target
+                .batch
+                .interval
+                .saturating_mul(rooms.saturating_sub(1))
+                + one_join
+                + held
+        }
+        (Stay::Together, Ramp::Burst) => one_join + held,
+        (Stay::OneByOne, _) => (one_join + held).saturating_mul(rooms),
+    }
+}
+
+/// From a room's opening to the agent's join, or to the word that there is none.
+fn longest_join(target: &Target, project: &Project) -> Duration {
+    let deadlines = &target.deadlines;
+    // A room's creation and a last look at its dispatches are the calls that it takes.
+    project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join + RESERVE_WITHIN
 }
 
 /// Twice as long each time, and up to a quarter more, so that two canaries don't come back together.

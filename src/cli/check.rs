@@ -1,13 +1,13 @@
 //! `check`: what the settings say, and whether the servers take the credentials.
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
+use chrono::Utc;
 use humantime::format_duration;
 
+use super::forecast::Forecast;
 use super::{Check, Exit, print};
 use crate::config::{Config, Draft, EchoMode, Problems, Project, Ramp, Stay, Target};
-use crate::guard::worst_cases;
 use crate::livekit::RoomName;
 use crate::livekit::api::ApiError;
 
@@ -16,7 +16,10 @@ const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
 
 pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
     let draft = Draft::read(args.config.as_deref(), super::environment())?;
-    let mut config = draft.validate()?;
+    let all = draft.validate()?;
+    // A project's targets share its limits, whichever are shown.
+    let forecast = Forecast::new(&all, Utc::now());
+    let mut config = all.clone();
     if let Some(name) = &args.target {
         narrow(&mut config, name)?;
     }
@@ -38,10 +41,15 @@ pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
                 exit = one;
             }
         }
+        warn(&mut text, &forecast.warnings_of_project(name, project));
         text.push('\n');
     }
     for (name, target) in &config.targets {
-        describe_target(&mut text, name, target, &config.projects[&target.project]);
+        describe_target(&mut text, name, target);
+        for (key, value) in forecast.of_target(name) {
+            entry(&mut text, key, &value);
+        }
+        warn(&mut text, &forecast.warnings_of_target(name));
         text.push('\n');
     }
     if config.targets.is_empty() {
@@ -67,6 +75,12 @@ fn entry(text: &mut String, key: &str, value: &str) {
     writeln!(text, "  {key:<12}{value}").expect("writing to a string can't fail");
 }
 
+fn warn(text: &mut String, warnings: &[String]) {
+    for warning in warnings {
+        writeln!(text, "  warning: {warning}").expect("writing to a string can't fail");
+    }
+}
+
 fn describe_project(text: &mut String, name: &str, project: &Project) {
     writeln!(text, "project {name}").expect("writing to a string can't fail");
     entry(text, "url", project.url.as_str());
@@ -81,9 +95,22 @@ fn describe_project(text: &mut String, name: &str, project: &Project) {
         "rooms",
         &format!("at most {} at once", project.max_rooms),
     );
+    let budget = [
+        (project.budget.agent_time_per_day, "day"),
+        (project.budget.agent_time_per_month, "month"),
+    ];
+    let limits: Vec<String> = budget
+        .into_iter()
+        .filter_map(|(limit, period)| Some((limit?, period)))
+        .map(|(limit, period)| format!("{} a UTC {period}", limit.as_secs() / 60))
+        .collect();
+    if !limits.is_empty() {
+        let limits = limits.join(", ");
+        entry(text, "budget", &format!("agent minutes: at most {limits}"));
+    }
 }
 
-fn describe_target(text: &mut String, name: &str, target: &Target, project: &Project) {
+fn describe_target(text: &mut String, name: &str, target: &Target) {
     writeln!(text, "target {name} on project {}", target.project)
         .expect("writing to a string can't fail");
     let agent = target.agent_name.as_deref().unwrap_or("any");
@@ -120,13 +147,6 @@ fn describe_target(text: &mut String, name: &str, target: &Target, project: &Pro
         text,
         "deadlines",
         &format!("join {join}, first speech {speech}"),
-    );
-    let worst: Duration = worst_cases(target, project).iter().sum();
-    let minutes = worst.as_secs() / 60;
-    entry(
-        text,
-        "worst case",
-        &format!("{minutes} agent minutes a batch"),
     );
 }
 

@@ -26,7 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "batch", "config", "guard", "janitor", "livekit", "probe", "sandbox",
+            "batch", "config", "guard", "janitor", "livekit", "probe", "sandbox", "schedule",
         ],
     ),
     // Shares no code with the client side.

@@ -204,7 +204,10 @@ fn unknown_target_is_told() {
 fn check_prints_what_was_understood() {
     let run = with_two_targets(&["check"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
-    assert_snapshot!(run.stdout);
+    // When the next batches are depends on the day.
+    let lasting = |line: &&str| !line.starts_with("  next ");
+    let lines: Vec<&str> = run.stdout.lines().filter(lasting).collect();
+    assert_snapshot!(lines.join("\n"));
 }
 
 #[test]
@@ -233,7 +236,7 @@ fn check_counts_the_agents_that_a_ramp_brings_together() {
         let run = canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
         assert_eq!(run.code, Some(0), "{}", run.output());
         assert!(run.stdout.contains(shown), "{}", run.stdout);
-        let worst = format!("{minutes} agent minutes");
+        let worst = format!(" {minutes} agent minutes a batch");
         assert!(run.stdout.contains(&worst), "{ramp}: {}", run.stdout);
     }
 }

@@ -5,6 +5,7 @@
 mod architecture;
 mod command_line;
 mod demo;
+mod forecast;
 #[path = "../real/gate.rs"]
 mod gate;
 mod http;

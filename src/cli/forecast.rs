@@ -1,0 +1,326 @@
+//! What the schedules come to: the ticks of the coming year times what a batch costs, and where that can't fit.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use chrono::{DateTime, Datelike, Days, Months, NaiveDate, SecondsFormat, Utc};
+use humantime::format_duration;
+
+use crate::config::{Config, Objectives, Project, Schedule, Target};
+use crate::guard::{longest_batch, rooms_at_once, worst_cases};
+use crate::probe::whole_minutes;
+use crate::schedule::{Gaps, gaps, next_tick, offset, ticks_on};
+
+const WEEK: Duration = Duration::from_hours(7 * 24);
+/// What alerts on burn rates page at: 14.4 times what the objective allows, over an hour, is this share of the error
+/// budget of 30 days.
+const PAGES_FROM: f64 = 0.02;
+
+pub(super) struct Forecast<'a> {
+    now: DateTime<Utc>,
+    /// Of twelve whole months, this one first.
+    days: Vec<NaiveDate>,
+    targets: BTreeMap<&'a str, TargetForecast<'a>>,
+}
+
+struct TargetForecast<'a> {
+    target: &'a Target,
+    offset: Duration,
+    /// In the order of the days.
+    ticks: Vec<u64>,
+    batch: BatchCost,
+}
+
+/// What one batch comes to, from where all goes well to where all takes its longest.
+struct BatchCost {
+    agent_minutes: RangeInclusive<u64>,
+    /// The canary's own participants.
+    participant_minutes: RangeInclusive<u64>,
+    /// One room's agent time at worst: what the budget must have left for it to open.
+    dearest_room: Duration,
+    longest: Duration,
+}
+
+impl BatchCost {
+    fn of(target: &Target, project: &Project) -> Self {
+        let minutes = |time: Duration| time.as_secs() / 60;
+        let rooms = target.batch.rooms as u64;
+        let least = minutes(whole_minutes(target.batch.hold)) * rooms;
+        let worst = worst_cases(target, project);
+        let agent_minutes: u64 = worst.iter().map(|room| minutes(*room)).sum();
+        // The canary is there first: its media, the dispatch and the agent's way in come before the agent's time.
+        let deadlines = &target.deadlines;
+        let before = whole_minutes(deadlines.media + project.api_timeout + deadlines.join);
+        Self {
+            agent_minutes: least..=agent_minutes,
+            participant_minutes: least..=agent_minutes + minutes(before) * rooms,
+            dearest_room: worst.into_iter().max().unwrap_or_default(),
+            longest: longest_batch(target, project),
+        }
+    }
+}
+
+impl<'a> Forecast<'a> {
+    pub(super) fn new(config: &'a Config, now: DateTime<Utc>) -> Self {
+        let today = now.date_naive();
+        let first = first_of_month(today);
+        let year = first
+            .iter_days()
+            .take_while(|day| *day < first + Months::new(12));
+        let days: Vec<NaiveDate> = year.collect();
+        let targets = config.targets.iter().map(|(name, target)| {
+            let offset = match target.schedule {
+                Schedule::Every(every) => offset(name, every),
+                Schedule::Cron { .. } => Duration::ZERO,
+            };
+            let ticks = days
+                .iter()
+                .map(|day| ticks_on(&target.schedule, offset, *day));
+            let forecast = TargetForecast {
+                target,
+                offset,
+                ticks: ticks.collect(),
+                batch: BatchCost::of(target, &config.projects[&target.project]),
+            };
+            (name.as_str(), forecast)
+        });
+        Self {
+            now,
+            targets: targets.collect(),
+            days,
+        }
+    }
+
+    /// Entries of a target's description.
+    pub(super) fn of_target(&self, name: &str) -> Vec<(&'static str, String)> {
+        let forecast = &self.targets[name];
+        let schedule = match &forecast.target.schedule {
+            Schedule::Every(every) => format!("every {}", format_duration(*every)),
+            Schedule::Cron { expression, zone } => format!("{} in {zone}", expression.as_str()),
+        };
+        let cost = &forecast.batch;
+        let mut entries = vec![
+            ("schedule", schedule),
+            ("next", forecast.next(self.now, 3).join(", ")),
+        ];
+        if let Some(gaps) = forecast.gaps(self.now) {
+            entries.push(("longest gap", spelled(gaps.longest)));
+        }
+        entries.push((
+            "worst case",
+            format!(
+                "{} agent minutes a batch, which takes {}",
+                cost.agent_minutes.end(),
+                spelled(cost.longest)
+            ),
+        ));
+        for (key, batches) in [
+            ("a day", forecast.ticks.iter().copied().max().unwrap_or(0)),
+            ("30 days", forecast.in_30_days()),
+        ] {
+            let times = |minutes: &RangeInclusive<u64>| {
+                let [least, worst] = [minutes.start(), minutes.end()].map(|end| end * batches);
+                if least == worst {
+                    least.to_string()
+                } else {
+                    format!("{least} to {worst}")
+                }
+            };
+            let agent = times(&cost.agent_minutes);
+            let participant = times(&cost.participant_minutes);
+            entries.push((
+                key,
+                format!(
+                    "{batches} batches, {agent} agent minutes, {participant} participant minutes"
+                ),
+            ));
+        }
+        entries
+    }
+
+    pub(super) fn warnings_of_target(&self, name: &str) -> Vec<String> {
+        let forecast = &self.targets[name];
+        let mut warnings = Vec::new();
+        if let Some(gaps) = forecast.gaps(self.now)
+            && gaps.shortest < forecast.batch.longest
+        {
+            warnings.push(format!(
+                "a batch may take {}, and the next is due after {}: while one runs, the next is skipped (overlap)",
+                spelled(forecast.batch.longest),
+                spelled(gaps.shortest)
+            ));
+        }
+        let rooms = forecast.in_30_days() * forecast.target.batch.rooms as u64;
+        warnings.extend(single_room_pages(&forecast.target.objectives, rooms));
+        warnings
+    }
+
+    pub(super) fn warnings_of_project(&self, name: &str, project: &Project) -> Vec<String> {
+        let all = self.targets.iter();
+        let targets: Vec<(&str, &TargetForecast<'_>)> = all
+            .filter(|(_, forecast)| forecast.target.project == name)
+            .map(|(target, forecast)| (*target, forecast))
+            .collect();
+        let mut warnings = Vec::new();
+        let held = targets
+            .iter()
+            .map(|(_, forecast)| rooms_at_once(forecast.target));
+        let held: usize = held.sum();
+        if held > project.max_rooms {
+            warnings.push(format!(
+                "its targets can hold {held} rooms at once, and max_rooms is {}: a batch waits until the rooms of \
+                 another are gone",
+                project.max_rooms
+            ));
+        }
+        let budget = &project.budget;
+        if let Some(limit) = budget.agent_time_per_day {
+            let busiest = |minutes| self.busiest(&targets, |day| day, minutes);
+            warnings.extend(beyond_budget("day", limit, &targets, busiest));
+        }
+        if let Some(limit) = budget.agent_time_per_month {
+            let busiest = |minutes| self.busiest(&targets, first_of_month, minutes);
+            warnings.extend(beyond_budget("month", limit, &targets, busiest));
+        }
+        warnings
+    }
+
+    /// The most agent minutes of a period, which begins on the day that `begin` says, over all these targets.
+    fn busiest(
+        &self,
+        targets: &[(&str, &TargetForecast<'_>)],
+        begin: impl Fn(NaiveDate) -> NaiveDate,
+        minutes: fn(&BatchCost) -> u64,
+    ) -> u64 {
+        let mut periods = BTreeMap::<NaiveDate, u64>::new();
+        for (index, day) in self.days.iter().enumerate() {
+            let cost =
+                |forecast: &TargetForecast<'_>| forecast.ticks[index] * minutes(&forecast.batch);
+            let of_day: u64 = targets.iter().map(|(_, forecast)| cost(forecast)).sum();
+            *periods.entry(begin(*day)).or_default() += of_day;
+        }
+        periods.into_values().max().unwrap_or(0)
+    }
+}
+
+impl TargetForecast<'_> {
+    /// In the zone of the schedule.
+    fn next(&self, now: DateTime<Utc>, count: usize) -> Vec<String> {
+        let next = |after: &DateTime<Utc>| next_tick(&self.target.schedule, self.offset, *after);
+        std::iter::successors(next(&now), next)
+            .take(count)
+            .map(|tick| match &self.target.schedule {
+                Schedule::Every(_) => tick.to_rfc3339_opts(SecondsFormat::Secs, true),
+                Schedule::Cron { zone, .. } => {
+                    let tick = tick.with_timezone(zone);
+                    tick.to_rfc3339_opts(SecondsFormat::Secs, true)
+                }
+            })
+            .collect()
+    }
+
+    fn gaps(&self, now: DateTime<Utc>) -> Option<Gaps> {
+        gaps(&self.target.schedule, now, WEEK)
+    }
+
+    /// In the busiest 30 days.
+    fn in_30_days(&self) -> u64 {
+        let windows = self.ticks.windows(30).map(|days| days.iter().sum());
+        windows.max().unwrap_or(0)
+    }
+}
+
+fn first_of_month(day: NaiveDate) -> NaiveDate {
+    day - Days::new(day.day0().into())
+}
+
+fn beyond_budget(
+    period: &str,
+    limit: Duration,
+    targets: &[(&str, &TargetForecast<'_>)],
+    busiest: impl Fn(fn(&BatchCost) -> u64) -> u64,
+) -> Vec<String> {
+    let budget = format!("budget.agent_time_per_{period} is {}", in_minutes(limit));
+    let never = targets
+        .iter()
+        .filter(|(_, forecast)| forecast.batch.dearest_room > limit);
+    let mut warnings: Vec<String> = never
+        .map(|(target, forecast)| {
+            let room = in_minutes(forecast.batch.dearest_room);
+            format!("{budget}, and a room of target {target:?} may use {room}: it never opens")
+        })
+        .collect();
+    let least = busiest(|cost| *cost.agent_minutes.start());
+    let worst = busiest(|cost| *cost.agent_minutes.end());
+    let available = limit.as_secs() / 60;
+    let needed = if least > available {
+        format!("{least} where all goes well")
+    } else if worst > available {
+        format!("up to {worst} where agents come late")
+    } else {
+        return warnings;
+    };
+    warnings.push(format!(
+        "{budget}, and its targets' schedules come to {needed}: batches will be skipped (budget)"
+    ));
+    warnings
+}
+
+/// In whole seconds, and in days where `humantime` takes months of 30.44 days.
+fn spelled(time: Duration) -> String {
+    const DAY: u64 = 24 * 60 * 60;
+    let (days, rest) = (
+        time.as_secs() / DAY,
+        Duration::from_secs(time.as_secs() % DAY),
+    );
+    let rest_spelled = format_duration(rest);
+    match (days, rest) {
+        (0, _) => rest_spelled.to_string(),
+        (1, Duration::ZERO) => "1 day".to_owned(),
+        (1, _) => format!("1 day {rest_spelled}"),
+        (_, Duration::ZERO) => format!("{days} days"),
+        (_, _) => format!("{days} days {rest_spelled}"),
+    }
+}
+
+fn in_minutes(time: Duration) -> String {
+    format!("{} agent minutes", time.as_secs() / 60)
+}
+
+/// A failed room is one of so many in 30 days, and the objective says how many of them may fail.
+fn single_room_pages(objectives: &Objectives, rooms: u64) -> Option<String> {
+    if rooms == 0 {
+        return None;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a share is shown, not a count")]
+    let rooms_in_30_days = rooms as f64;
+    let burnt = |objective: f64| 1.0 / (rooms_in_30_days * (1.0 - objective));
+    let objectives = [
+        ("availability", objectives.availability),
+        ("join", objectives.join),
+        ("first_speech", objectives.first_speech),
+        ("service", objectives.service),
+    ];
+    let paging = objectives
+        .iter()
+        .filter(|(_, objective)| burnt(*objective) > PAGES_FROM);
+    let (names, shares): (Vec<&str>, Vec<f64>) = paging.copied().unzip();
+    let strictest = shares.into_iter().reduce(f64::max)?;
+    let advice = match 1.0 - 1.0 / (PAGES_FROM * rooms_in_30_days) {
+        highest if highest >= 0.01 => {
+            format!(
+                "set them to {} at most, or open rooms more often",
+                (highest * 1e4).floor() / 1e4
+            )
+        }
+        _ => "open rooms more often".to_owned(),
+    };
+    Some(format!(
+        "one failed room pages: of {rooms} rooms in 30 days it is {:.1} % of the error budget of {strictest} \
+         (objectives: {}), and a burn of {:.0} % at once is what alerts page from; {advice}",
+        burnt(strictest) * 100.0,
+        names.join(", "),
+        PAGES_FROM * 100.0,
+    ))
+}

@@ -1,0 +1,270 @@
+//! What `check` makes of the schedules: what they come to, and where that can't fit.
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use crate::canary;
+
+const PROJECT: &str = "url = \"wss://a.example\"\napi_key = \"k\"\napi_secret = \"s\"\n";
+
+/// What `check` prints of these settings; a project `acme` and a target `support` are there already.
+fn check(project: &str, support: &str, more: &str, args: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = format!(
+        "[projects.acme]\n{PROJECT}{project}\n[targets.support]\nagent_name = \"a\"\n{support}\n{more}\n"
+    );
+    std::fs::write(folder.path().join("canary.toml"), settings).unwrap();
+    let args = [&["check", "--config", "canary.toml"], args].concat();
+    let run = canary(folder.path(), args, &[]);
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    run.stdout
+}
+
+fn check_support(settings: &str) -> String {
+    check("", settings, "", &[])
+}
+
+/// The value of an entry.
+fn entry<'a>(output: &'a str, key: &str) -> &'a str {
+    let line = output
+        .lines()
+        .find(|line| line.trim_start().starts_with(key));
+    let line = line.unwrap_or_else(|| panic!("no {key:?} in {output}"));
+    line.trim_start()[key.len()..].trim()
+}
+
+fn warnings(output: &str) -> Vec<&str> {
+    let lines = output.lines();
+    lines
+        .filter_map(|line| line.trim_start().strip_prefix("warning: "))
+        .collect()
+}
+
+/// The only warning, which says all of this.
+fn warning_says(output: &str, parts: &[&str]) {
+    let warnings = warnings(output);
+    let [warning] = warnings[..] else {
+        panic!("{warnings:#?}");
+    };
+    for part in parts {
+        assert!(warning.contains(part), "no {part:?} in {warning:?}");
+    }
+}
+
+/// The agent minutes of a batch in the worst case.
+fn worst_case(output: &str) -> u64 {
+    let words = entry(output, "worst case").split_whitespace().next();
+    words.unwrap().parse().unwrap()
+}
+
+#[test]
+fn three_rooms_every_quarter_of_an_hour_are_at_least_8640_minutes_in_30_days() {
+    let output = check_support("");
+    let worst = worst_case(&output);
+    for (key, batches, least) in [("a day", 96, 288), ("30 days", 2880, 8640)] {
+        let agent = format!(
+            "{batches} batches, {least} to {} agent minutes",
+            batches * worst
+        );
+        // The canary's own participant waits for the agent, in each of three rooms for a minute more at most.
+        let more = batches * (worst + 3);
+        let expected = format!("{agent}, {least} to {more} participant minutes");
+        assert_eq!(entry(&output, key), expected);
+    }
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+}
+
+#[test]
+fn hold_of_more_than_a_minute_is_billed_for_each_that_begins() {
+    let output = check_support("batch = { rooms = 1, hold = \"61s\" }");
+    assert!(
+        entry(&output, "a day").starts_with("96 batches, 192 agent minutes,"),
+        "{output}"
+    );
+}
+
+#[test]
+fn next_ticks_lie_ahead_an_interval_apart() {
+    let begun = Utc::now();
+    let output = check_support("schedule.every = \"20m\"");
+    assert_eq!(entry(&output, "schedule"), "every 20m");
+    let ticks: Vec<DateTime<Utc>> = entry(&output, "next")
+        .split(", ")
+        .map(|tick| tick.parse().unwrap())
+        .collect();
+    let [first, second, third] = ticks[..] else {
+        panic!("{output}");
+    };
+    assert!(
+        first > begun && first <= Utc::now() + TimeDelta::minutes(20),
+        "{output}"
+    );
+    assert_eq!(
+        [second - first, third - second],
+        [TimeDelta::minutes(20); 2]
+    );
+    assert_eq!(entry(&output, "longest gap"), "20m");
+}
+
+#[test]
+fn cron_is_told_in_its_zone_with_its_longest_gap_and_its_busiest_days() {
+    let output = check_support(
+        "schedule = { cron = \"0 9-17 * * mon-fri\", time_zone = \"Asia/Kolkata\" }\nobjectives = { \
+         availability = 0.9, join = 0.9, first_speech = 0.9, service = 0.9 }",
+    );
+    assert_eq!(entry(&output, "schedule"), "0 9-17 * * 1-5 in Asia/Kolkata");
+    assert!(
+        entry(&output, "next").contains(":00:00+05:30, "),
+        "{output}"
+    );
+    assert_eq!(entry(&output, "longest gap"), "2 days 16h");
+    assert!(
+        entry(&output, "a day").starts_with("9 batches, 27 to "),
+        "{output}"
+    );
+    // No 30 days have more than 22 of these days.
+    assert!(
+        entry(&output, "30 days").starts_with("198 batches, 594 to "),
+        "{output}"
+    );
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+}
+
+#[test]
+fn budget_that_the_schedule_cannot_fit_is_warned_of() {
+    let output = check("budget.agent_time_per_day = \"4h\"", "", "", &[]);
+    assert!(
+        output.contains("agent minutes: at most 240 a UTC day\n"),
+        "{output}"
+    );
+    warning_says(
+        &output,
+        &[
+            "agent_time_per_day is 240",
+            "come to 288 where all goes well",
+            "skipped",
+        ],
+    );
+    // The longest month has 31 days.
+    let output = check("budget.agent_time_per_month = \"148h\"", "", "", &[]);
+    warning_says(
+        &output,
+        &[
+            "agent_time_per_month is 8880",
+            "come to 8928 where all goes well",
+        ],
+    );
+}
+
+#[test]
+fn budget_that_only_the_worst_case_exceeds_is_warned_of_as_such() {
+    let with_minutes = |minutes: u64| {
+        let budget = format!("budget.agent_time_per_day = \"{minutes}m\"");
+        check(&budget, "", "", &[])
+    };
+    let output = with_minutes(288);
+    let worst = 96 * worst_case(&output);
+    warning_says(
+        &output,
+        &[&format!("come to up to {worst} where agents come late")],
+    );
+    assert_eq!(warnings(&with_minutes(worst)), [] as [&str; 0]);
+}
+
+#[test]
+fn budget_is_that_of_all_targets_even_where_one_is_shown() {
+    let more = "[targets.sales]\nagent_name = \"b\"\nbatch.rooms = 2\nschedule.every = \"10m\"\n";
+    let project = "budget.agent_time_per_day = \"10h\"";
+    let output = check(project, "", more, &["--target", "support"]);
+    // 288 of the one and 288 of the other, each at least.
+    warning_says(&output, &["agent_time_per_day is 600", "up to"]);
+    assert!(!output.contains("sales"), "{output}");
+}
+
+#[test]
+fn budget_below_the_worst_case_of_a_room_never_opens_it() {
+    let output = check("budget.agent_time_per_month = \"2m\"", "", "", &[]);
+    let [never, skipped] = warnings(&output)[..] else {
+        panic!("{output}");
+    };
+    assert!(
+        never.contains("a room of target \"support\" may use"),
+        "{never}"
+    );
+    assert!(never.contains("never opens"), "{never}");
+    assert!(skipped.contains("skipped"), "{skipped}");
+}
+
+#[test]
+fn batch_that_may_outlast_its_interval_is_warned_of() {
+    let output = check_support("schedule.every = \"2m\"");
+    warning_says(
+        &output,
+        &["a batch may take", "the next is due after 2m", "(overlap)"],
+    );
+    // The shortest gap is what counts.
+    let output = check_support("schedule.cron = \"0,2 */1 * * *\"");
+    assert!(warnings(&output)[0].contains("due after 2m"), "{output}");
+}
+
+#[test]
+fn batch_takes_as_long_as_its_ramp_and_its_stay_make_it() {
+    // A join may take 65 s, and a room is held for 50 s, then cleaned up for 20 s.
+    let deadlines =
+        "deadlines = { signal = \"10s\", media = \"10s\", join = \"20s\", cleanup = \"10s\" }";
+    for (ramp, takes) in [
+        ("ramp = \"burst\"", "2m 15s"),
+        ("ramp = \"interval\", interval = \"1m\"", "4m 15s"),
+        ("ramp = \"after_join\"", "4m 25s"),
+        ("stay = \"one_by_one\"", "6m 45s"),
+    ] {
+        let output = check_support(&format!(
+            "{deadlines}\nbatch = {{ hold = \"50s\", {ramp} }}"
+        ));
+        let expected = format!("which takes {takes}");
+        assert!(
+            entry(&output, "worst case").ends_with(&expected),
+            "{ramp}: {output}"
+        );
+    }
+}
+
+#[test]
+fn targets_that_can_hold_more_rooms_together_than_the_project_are_warned_of() {
+    let more = "[targets.sales]\nagent_name = \"b\"\nbatch.rooms = 3\n";
+    let output = check("max_rooms = 5", "", more, &[]);
+    warning_says(
+        &output,
+        &["can hold 6 rooms at once", "max_rooms is 5", "waits"],
+    );
+    let output = check("max_rooms = 6", "", more, &[]);
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+    let one_by_one = format!("{more}batch.stay = \"one_by_one\"\n");
+    let output = check("max_rooms = 4", "", &one_by_one, &[]);
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+}
+
+#[test]
+fn objective_that_pages_on_a_single_failed_room_is_warned_of() {
+    let output = check_support("objectives = { availability = 0.999, service = 0.995 }");
+    let says = [
+        "one failed room",
+        "of 8640 rooms in 30 days",
+        "11.6 % of the error budget of 0.999",
+        "(objectives: availability, service)",
+        "2 %",
+        "0.9942 at most",
+    ];
+    warning_says(&output, &says);
+    let output = check_support("objectives = { availability = 0.9942, service = 0.9942 }");
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+}
+
+#[test]
+fn schedule_too_sparse_for_any_objective_is_told_to_tick_more_often() {
+    let output = check_support("schedule.cron = \"0 9 * * mon\"");
+    let warnings = warnings(&output);
+    let [warning] = warnings[..] else {
+        panic!("{output}");
+    };
+    assert!(warning.ends_with("; open rooms more often"), "{warning}");
+}
