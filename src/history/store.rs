@@ -257,7 +257,7 @@ fn open_file(path: &Path, now: DateTime<Utc>) -> Result<Connection, Fault> {
         if !whole {
             make(&new, &[], false)?;
         }
-        fs::rename(&new, path)?;
+        put_in_place(&new, path)?;
     }
     match connect(path) {
         Err(Fault::Corrupt(why)) => {
@@ -288,10 +288,7 @@ fn connect(path: &Path) -> Result<Connection, Fault> {
 
 fn make(path: &Path, rows: &[(RoomName, Row)], lost: bool) -> Result<(), Fault> {
     for suffix in ["", "-journal", "-wal", "-shm"] {
-        match fs::remove_file(beside(path, suffix)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
+        remove(&beside(path, suffix))?;
     }
     let mut connection = Connection::open(path)?;
     // Only heeded before the first table.
@@ -325,14 +322,14 @@ fn replace(path: &Path, new: &Path, why: &str, now: DateTime<Utc>) -> Result<(),
     make(new, &salvage.rows, salvage.lost)?;
     let aside = beside(path, &format!(".corrupt-{}", now.format("%Y%m%dT%H%M%SZ")));
     fs::rename(path, &aside)?;
-    // Its log belongs to it, and would be taken for the new one's.
+    // Its log belongs to it.
     for suffix in ["-wal", "-shm"] {
         match fs::rename(beside(path, suffix), beside(&aside, suffix)) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
     }
-    fs::rename(new, path)?;
+    put_in_place(new, path)?;
     let (file, aside, rooms) = (path.display(), aside.display(), salvage.rows.len());
     if salvage.lost {
         tracing::error!(
@@ -346,6 +343,26 @@ fn replace(path: &Path, new: &Path, why: &str, now: DateTime<Utc>) -> Result<(),
         );
     }
     Ok(())
+}
+
+/// Durable when it returns.
+fn put_in_place(new: &Path, path: &Path) -> Result<(), Fault> {
+    // A log that its database left behind would be taken for the new one's.
+    for suffix in ["-wal", "-shm"] {
+        remove(&beside(path, suffix))?;
+    }
+    fs::rename(new, path)?;
+    if let Some(dir) = path.parent() {
+        File::open(dir)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// `<path><suffix>`.

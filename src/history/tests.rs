@@ -589,8 +589,18 @@ async fn what_was_saved_of_a_corrupt_file_survives_a_kill_between_the_last_two_s
     full(&disk).await;
     let file = disk.file();
     fs::rename(&file, file.with_extension("sqlite3.new")).unwrap();
+    // The corrupt one's log, which was not moved yet: another database's, with rows that must not come in.
+    let other = Disk::new();
+    full(&other).await;
+    let mut run = other.start();
+    let open = run.open("stray", 7 * MINUTE).await;
+    let log = fs::read(other.file().with_extension("sqlite3-wal")).unwrap();
+    assert!(!log.is_empty());
+    drop(open);
+    fs::write(file.with_extension("sqlite3-wal"), log).unwrap();
     let run = disk.start();
     assert_eq!(run.used(), (2, 2));
+    assert_eq!(run.leftovers(), ["canary-test-1"]);
     // And half a new file is made anew.
     drop(run);
     fs::remove_file(&file).unwrap();
