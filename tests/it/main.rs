@@ -8,6 +8,8 @@ mod demo;
 mod forecast;
 #[path = "../real/gate.rs"]
 mod gate;
+mod guard;
+mod history;
 mod http;
 mod metrics;
 mod readme;

@@ -1,0 +1,322 @@
+//! The guard rails of a project against the sandbox: what a batch journals, what it is billed, how a plan limit rests.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use chrono::Utc;
+use livekit_canary::batch::{self, BatchReport};
+use livekit_canary::config::{self, Config, Draft};
+use livekit_canary::guard::{Guard, Period};
+use livekit_canary::history::{BatchFilter, History};
+use livekit_canary::janitor::{Fate, Janitor};
+use livekit_canary::livekit::RoomName;
+use livekit_canary::livekit::api::Api;
+use livekit_canary::livekit::engine::Engine;
+use livekit_canary::livekit::net::Endpoint;
+use livekit_canary::livekit::token::Keys;
+use livekit_canary::probe::driver::Context;
+use livekit_canary::probe::{Outcome, Reason};
+use livekit_canary::sandbox::{Handle, Sandbox, Settings};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::history::{killed_after, say};
+
+const CONFIG: &str = r#"
+[projects.sandbox]
+api_timeout = "2s"
+[targets.demo]
+agent_name = "demo"
+late_agent_window = "100ms"
+[targets.demo.batch]
+hold = "1s"
+[targets.demo.deadlines]
+signal = "2s"
+media = "5s"
+join = "3s"
+track = "2s"
+speech = "4s"
+reply = "8s"
+cleanup = "2s"
+"#;
+
+/// Of what never has to pass.
+const AMPLE: Duration = Duration::from_mins(1);
+
+/// A sandbox, and a canary whose state is in a folder of its own.
+struct Stage {
+    sandbox: Handle,
+    shutdown: CancellationToken,
+    serving: JoinHandle<()>,
+    config: Config,
+    folder: TempDir,
+    history: History,
+    guard: Guard,
+    janitor: Janitor,
+    left_behind: Arc<Mutex<Vec<String>>>,
+}
+
+impl Stage {
+    async fn new(faults: &[&str]) -> Self {
+        let settings = Settings {
+            agent_name: "demo".to_owned(),
+            faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Settings::default()
+        };
+        let sandbox = Sandbox::bind(settings).await.unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let config = read(&sandbox.url(), folder.path());
+        let handle = sandbox.handle();
+        let shutdown = CancellationToken::new();
+        let serving = tokio::spawn(sandbox.run(shutdown.clone()));
+        let history = open(folder.path());
+        let guard = Guard::new("sandbox", &config.projects["sandbox"], history.clone());
+        let left_behind = Arc::new(Mutex::new(Vec::new()));
+        Self {
+            sandbox: handle,
+            shutdown,
+            serving,
+            config,
+            folder,
+            janitor: janitor(&history, &left_behind),
+            history,
+            guard,
+            left_behind,
+        }
+    }
+
+    async fn batch(&self, rooms: usize) -> BatchReport {
+        let mut target = self.config.targets["demo"].clone();
+        target.batch.rooms = rooms;
+        let context = context(&self.config, target, self.janitor.clone());
+        let (events, _) = mpsc::channel(1);
+        let abort = CancellationToken::new();
+        batch::run("demo", context, Some(self.guard.clone()), abort, events).await
+    }
+
+    fn used_minutes(&self) -> u64 {
+        self.guard.used(Period::Day).as_secs() / 60
+    }
+
+    async fn close(self) -> TempDir {
+        let left = self.janitor.close(Instant::now() + AMPLE).await;
+        assert_eq!(left, []);
+        assert_eq!(*self.left_behind.lock().unwrap(), [""; 0]);
+        assert!(self.history.close(Instant::now() + AMPLE).await);
+        self.shutdown.cancel();
+        self.serving.await.unwrap();
+        self.folder
+    }
+}
+
+fn read(url: &str, folder: &Path) -> Config {
+    let file = folder.join("canary.toml");
+    std::fs::write(&file, CONFIG).unwrap();
+    let variables = [
+        ("LIVEKIT_URL", url),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", "secret"),
+    ];
+    let variables = variables.map(|(name, value)| (name.into(), value.into()));
+    Draft::read(Some(&file), variables)
+        .and_then(Draft::validate)
+        .unwrap()
+}
+
+fn open(folder: &Path) -> History {
+    let settings = config::History {
+        dir: folder.join("state"),
+        ..config::History::default()
+    };
+    History::open(&settings).unwrap()
+}
+
+fn janitor(history: &History, left_behind: &Arc<Mutex<Vec<String>>>) -> Janitor {
+    let (history, left_behind) = (history.clone(), Arc::clone(left_behind));
+    Janitor::start_with(Arc::new(
+        move |room: &RoomName, fate: Fate<'_>| match fate {
+            Fate::Gone => history.gone(room),
+            Fate::LeftBehind { why } => left_behind.lock().unwrap().push(format!("{room}: {why}")),
+        },
+    ))
+}
+
+fn access(config: &Config) -> (Endpoint, Api) {
+    let endpoint = Endpoint::new(&config.projects["sandbox"].url, None).unwrap();
+    let keys = Keys::new("devkey", "secret").unwrap();
+    let api = Api::new(endpoint.clone(), keys, Duration::from_secs(2));
+    (endpoint, api)
+}
+
+fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context {
+    let (endpoint, api) = access(config);
+    Context {
+        project: Arc::new(config.projects["sandbox"].clone()),
+        target: Arc::new(target),
+        endpoint,
+        api,
+        engine: Engine::default(),
+        janitor,
+        fault: None,
+    }
+}
+
+fn limit(report: &BatchReport) -> &'static str {
+    match &report.probes[0].report.outcome {
+        Outcome::Failed(failure) => match failure.reason {
+            Reason::PlanLimit(limit) => limit.label(),
+            other => panic!("{}: {}", other.label(), failure.detail),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn every_room_of_a_batch_is_journalled_billed_and_vouched_for() {
+    let stage = Stage::new(&[]).await;
+    let report = stage.batch(2).await;
+    assert_eq!(report.result().label(), "ok");
+    let (target, project) = (
+        &stage.config.targets["demo"],
+        &stage.config.projects["sandbox"],
+    );
+    stage.history.record(&report, target, project);
+    assert_eq!(stage.used_minutes(), 2, "a begun minute each");
+    let folder = stage.close().await;
+
+    let history = open(folder.path());
+    assert_eq!(history.leftovers(), []);
+    assert_eq!(history.used("sandbox").month, Duration::from_mins(2));
+    let counts = history.counts("demo").await.unwrap();
+    assert_eq!((counts.rooms, counts.probes["ok"]), (2, 2));
+    let filter = BatchFilter {
+        limit: 9,
+        ..BatchFilter::default()
+    };
+    let heads = history.batches(filter).await.unwrap();
+    let head: Value = serde_json::from_str(heads[0].get()).unwrap();
+    assert_eq!(head["batch_id"], report.batch_id.as_str());
+    let room = report.probes[0].report.room.clone();
+    let probe = history.probe(room.0.clone()).await.unwrap().unwrap();
+    let probe: Value = serde_json::from_str(probe.get()).unwrap();
+    assert_eq!(
+        (&probe["room"], &probe["outcome"]),
+        (&room.0.into(), &"ok".into())
+    );
+    assert!(history.has_seen_agent("demo", Some("demo")).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_room_without_an_agent_is_billed_nothing() {
+    let stage = Stage::new(&["never_accepts"]).await;
+    let report = stage.batch(1).await;
+    assert_eq!(report.result().label(), "failed");
+    assert_eq!(stage.used_minutes(), 0);
+    let folder = stage.close().await;
+    assert_eq!(open(folder.path()).leftovers(), []);
+}
+
+#[tokio::test]
+async fn each_limit_that_the_service_names_stops_the_batch_and_lets_the_project_rest() {
+    for (fault, named, rest) in [
+        ("create_room=429,retry_after=90s", "api_rate", 90..=90),
+        ("create_room=429", "api_rate", 60..=75),
+        ("upgrade=429,retry_after=90s", "connections", 90..=90),
+        ("upgrade=503", "node", 60..=75),
+        ("before_join=leave", "room", 60..=75),
+        (
+            "create_dispatch=resource_exhausted",
+            "agent_sessions",
+            60..=75,
+        ),
+    ] {
+        let stage = Stage::new(&[fault]).await;
+        let report = stage.batch(3).await;
+        assert_eq!(limit(&report), named, "{fault}");
+        assert_eq!(report.probes.len(), 1, "{fault}: no further room");
+        assert_eq!(report.not_opened.as_ref().unwrap().rooms, 2, "{fault}");
+        let ended = Utc::now();
+        let until = stage.guard.backoff_until().unwrap();
+        // Told when it was known, which is a little before the batch's end.
+        let left = (until - ended).num_seconds();
+        assert!(
+            left <= *rest.end() && left >= rest.start() - 15,
+            "{fault}: {left} s"
+        );
+
+        let next = stage.batch(3).await;
+        assert_eq!(next.probes.len(), 0, "{fault}");
+        let refusal = next.not_opened.unwrap().refusal.unwrap();
+        assert_eq!(refusal.label(), "backoff", "{fault}");
+        stage.close().await;
+    }
+}
+
+/// Names the folder and the server of the child.
+const CHILD: [&str; 2] = ["GUARD_OF_A_CHILD", "SERVER_OF_A_CHILD"];
+
+#[tokio::test]
+#[ignore = "the child of the test below, which kills it"]
+async fn child() {
+    let [folder, url] = CHILD.map(|name| std::env::var(name).unwrap());
+    let folder = Path::new(&folder);
+    let mut config = read(&url, folder);
+    let mut target = config.targets.remove("demo").unwrap();
+    target.batch.hold = AMPLE;
+    let history = open(folder);
+    let guard = Guard::new("sandbox", &config.projects["sandbox"], history.clone());
+    let janitor = janitor(&history, &Arc::default());
+    let context = context(&config, target, janitor);
+    let (events, mut told) = mpsc::channel(100);
+    let abort = CancellationToken::new();
+    let running = batch::run("demo", context, Some(guard), abort, events);
+    let tell = async {
+        while let Some(event) = told.recv().await {
+            say(&format!("{event:?}"));
+        }
+    };
+    tokio::join!(running, tell);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved() {
+    // From before the first room to after the last one's join.
+    for lines in [1, 3, 8, 20, 36] {
+        let stage = Stage::new(&[]).await;
+        assert!(stage.history.close(Instant::now() + AMPLE).await);
+        let url = &stage.config.projects["sandbox"].url;
+        let values = [stage.folder.path().as_os_str(), url.as_str().as_ref()];
+        let variables = [(CHILD[0], values[0]), (CHILD[1], values[1])];
+        tokio::task::block_in_place(|| killed_after(lines, "guard::child", &variables));
+
+        let history = open(stage.folder.path());
+        let left: Vec<RoomName> = history
+            .leftovers()
+            .into_iter()
+            .map(|left| left.room)
+            .collect();
+        let standing = stage.sandbox.rooms();
+        for room in &standing {
+            assert!(
+                left.iter().any(|left| left.0 == *room),
+                "{room} is not in {left:?}"
+            );
+        }
+        let reserved = history.used("sandbox").day;
+        assert!(
+            reserved >= Duration::from_mins(left.len() as u64),
+            "{reserved:?}"
+        );
+
+        let janitor = janitor(&history, &Arc::default());
+        let swept = janitor.sweep(&access(&stage.config).1, left.clone()).await;
+        assert_eq!((swept.deleted, swept.left), (left, Vec::new()));
+        assert_eq!(stage.sandbox.rooms(), [""; 0], "after {lines} events");
+        stage.shutdown.cancel();
+    }
+}
