@@ -4,7 +4,7 @@
 //! in a queue for the room.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,6 @@ use str0m::media::{Direction, MediaKind, Mid};
 use str0m::net::{Protocol, Receive};
 use str0m::rtp::{Extension, ExtensionMap, RtpWrite};
 use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
-use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -27,6 +26,7 @@ const STUN_RTO: Duration = Duration::from_millis(50);
 
 /// What a peer connection stands on.
 pub(crate) struct Net {
+    /// Doesn't block.
     pub socket: UdpSocket,
     pub address: SocketAddr,
     pub demux: Arc<Demux>,
@@ -329,7 +329,7 @@ impl Peer {
                     if let Err(error) = self
                         .net
                         .socket
-                        .try_send_to(&transmit.contents, transmit.destination)
+                        .send_to(&transmit.contents, transmit.destination)
                     {
                         tracing::debug!(%error, "a datagram was not sent");
                     }
