@@ -805,16 +805,22 @@ impl Probe {
     fn media_missed(&mut self, now: Instant) {
         let limit = self.target.deadlines.media;
         let timeline = &self.report.timeline;
-        let failure = if timeline.get(Milestone::MediaConnected).is_none() {
+        let failure = if timeline.get(Milestone::EchoPublished).is_some() {
             self.miss("media", limit);
             let detail = format!(
                 "ICE and DTLS were not up within {limit:?} of the join response: check UDP and TCP between here and LiveKit's media ports"
             );
             Failure::new(Reason::MediaFailed, detail)
         } else {
+            // Without media too, as that needs LiveKit's answers: then it isn't the network that is to blame.
+            let check = if timeline.get(Milestone::MediaConnected).is_some() {
+                "check its log"
+            } else {
+                "nor did media come up: check whether that LiveKit server hangs"
+            };
             self.miss("publish", limit);
             let detail = format!(
-                "LiveKit did not acknowledge the echo track within {limit:?} of the join response: check its log"
+                "LiveKit did not acknowledge the echo track within {limit:?} of the join response: {check}"
             );
             Failure::new(Reason::PublishFailed, detail)
         };

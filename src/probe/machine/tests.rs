@@ -792,6 +792,7 @@ fn agent_is_not_judged_while_our_own_media_is_missing() {
     let script = Script::new(target)
         .see(10, Seen::SignalRequested)
         .signal(40)
+        .see(50, Seen::EchoPublished)
         .wait(15_040);
     assert_eq!(script.reason(15_050), Reason::MediaFailed);
 }
@@ -950,6 +951,7 @@ fn agent_that_leaves_before_our_media_is_up_is_judged_once_it_is() {
         Script::new(automatic())
             .see(10, Seen::SignalRequested)
             .signal(40)
+            .see(50, Seen::EchoPublished)
             .joined(60)
             .left(80, "AGENT_ERROR")
     };
@@ -1080,9 +1082,18 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
     assert_reasons([
         (created().wait(12_010), Reason::SignalFailed, Some("signal")),
         (
-            created().signal(40).wait(15_040),
+            created()
+                .signal(40)
+                .see(60, Seen::EchoPublished)
+                .wait(15_040),
             Reason::MediaFailed,
             Some("media"),
+        ),
+        // Nothing at all was answered: no fault of the network's.
+        (
+            created().signal(40).wait(15_040),
+            Reason::PublishFailed,
+            Some("publish"),
         ),
         (
             created()
