@@ -20,7 +20,8 @@ use crate::livekit::api::Api;
 use crate::livekit::net::Endpoint;
 use crate::livekit::token::Keys;
 use crate::probe::{Origin, Outcome};
-use crate::sandbox::fault::Rule;
+use crate::sandbox::fault::{self, Rule};
+use crate::sandbox::report;
 
 mod check;
 mod demo;
@@ -169,7 +170,7 @@ struct Demo {
 /// Listens on 127.0.0.1 only and prints the URL and the key pair that `once` needs. The agent greets,
 /// listens and replies; faults make it and the server fail as real ones do.
 #[derive(Args)]
-#[command(after_help = crate::sandbox::fault::SYNTAX, verbatim_doc_comment)]
+#[command(after_help = format!("{}\n\n{}", fault::SYNTAX, report::SYNTAX), verbatim_doc_comment)]
 struct SandboxArgs {
     /// TCP port; 0 takes a free one
     #[arg(long, default_value_t = 7880)]
@@ -182,6 +183,10 @@ struct SandboxArgs {
     /// The name that the agent registers under; an empty one is sent to every new room
     #[arg(long, value_name = "NAME", default_value = "demo")]
     agent_name: String,
+
+    /// Append what the agents saw, heard and said to FILE, a JSON object a line, as told below
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -10,6 +10,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ mod demux;
 pub mod fault;
 mod peer;
 mod registry;
+pub mod report;
 mod room;
 mod server;
 mod signal;
@@ -55,6 +57,17 @@ pub struct Settings {
     /// Utterances that the agent answers in one room.
     pub max_replies: u32,
     pub faults: Vec<Rule>,
+    /// Where to append what the agents saw, heard and said: see [`report::SYNTAX`].
+    pub report: Option<PathBuf>,
+}
+
+/// Why a sandbox can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error("can't bind to loopback")]
+    Loopback(#[from] io::Error),
+    #[error("can't open the report {}", .path.display())]
+    Report { path: PathBuf, source: io::Error },
 }
 
 impl Default for Settings {
@@ -67,6 +80,7 @@ impl Default for Settings {
             agent_name: "demo".to_owned(),
             max_replies: 3,
             faults: Vec::new(),
+            report: None,
         }
     }
 }
@@ -76,6 +90,7 @@ pub struct Sandbox {
     listener: TcpListener,
     address: SocketAddr,
     shared: Arc<Shared>,
+    report: Option<report::Writer>,
 }
 
 /// A running sandbox's controls.
@@ -85,11 +100,11 @@ pub struct Handle {
 }
 
 impl Sandbox {
-    /// Binds the TCP port and the one UDP port, both on loopback.
+    /// Binds the TCP port and the one UDP port, both on loopback, and opens the report.
     ///
     /// # Errors
-    /// A port that is taken, or no loopback.
-    pub async fn bind(settings: Settings) -> io::Result<Self> {
+    /// A port that is taken, or no loopback; a report that can't be written.
+    pub async fn bind(settings: Settings) -> Result<Self, BindError> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
         let address = listener.local_addr()?;
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -103,10 +118,22 @@ impl Sandbox {
             socket,
             demux: Arc::new(Demux::default()),
         };
+        let (report, writer) = match &settings.report {
+            Some(path) => {
+                let opened = report::open(path).await;
+                let (report, writer) = opened.map_err(|source| BindError::Report {
+                    path: path.clone(),
+                    source,
+                })?;
+                (Some(report), Some(writer))
+            }
+            None => (None, None),
+        };
         Ok(Self {
             listener,
             address,
-            shared: Arc::new(Shared::new(settings, net)),
+            shared: Arc::new(Shared::new(settings, net, report)),
+            report: writer,
         })
     }
 
@@ -137,6 +164,9 @@ impl Sandbox {
         let tracker = &shared.tracker;
         tracker.spawn(server::serve(self.listener, Arc::clone(&shared)));
         let (net, ending) = (Arc::clone(&shared.net), shared.shutdown.clone());
+        if let Some(report) = self.report {
+            tracker.spawn(report.run(shared.shutdown.clone()));
+        }
         tracker.spawn_blocking(move || receive_apart(&net, &ending));
         shutdown.cancelled().await;
         shared.shutdown.cancel();

@@ -224,9 +224,7 @@ pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
 
 async fn perform(args: &Demo, screen: Screen) -> anyhow::Result<Exit> {
     let signals = Signals::new()?;
-    let sandbox = Sandbox::bind(Settings::default())
-        .await
-        .context("can't bind to loopback")?;
+    let sandbox = Sandbox::bind(Settings::default()).await?;
     let stage = Stage {
         context: context(&sandbox, args.rooms)?,
         handle: sandbox.handle(),

@@ -17,11 +17,10 @@ async fn serve(args: &SandboxArgs) -> anyhow::Result<Exit> {
         port: args.port,
         agent_name: args.agent_name.clone(),
         faults: args.faults.clone(),
+        report: args.report.clone(),
         ..defaults
     };
-    let sandbox = Sandbox::bind(settings)
-        .await
-        .map_err(|error| anyhow::Error::new(error).context("can't bind to loopback"))?;
+    let sandbox = Sandbox::bind(settings).await?;
     print(&introduction(
         &sandbox.url(),
         sandbox.api_key(),

@@ -55,9 +55,7 @@ fn frames(mut bytes: &[u8]) -> Vec<Arc<[u8]>> {
 /// How one agent behaves in one room.
 #[derive(Debug, Clone)]
 pub(crate) struct Script {
-    /// Whether a worker takes the job.
-    pub accepts: bool,
-    pub joins: bool,
+    pub job: Job,
     /// From the dispatch to the join.
     pub join_delay: Duration,
     /// Waits for its room's deletion, and so much longer, before it connects.
@@ -65,10 +63,21 @@ pub(crate) struct Script {
     pub duplicate: bool,
     track: Track,
     leaves_after: Option<Duration>,
+    never_pauses: bool,
     /// `None`: never answers.
     reply_delay: Option<Duration>,
     max_replies: u32,
     error: Option<String>,
+}
+
+/// What becomes of the job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// No worker takes it.
+    Refused,
+    /// A worker takes it and never joins.
+    Taken,
+    Done,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,14 +91,14 @@ enum Track {
 impl Script {
     pub(crate) fn new(faults: &Faults, max_replies: u32) -> Self {
         let mut script = Self {
-            accepts: true,
-            joins: true,
+            job: Job::Done,
             // What a worker with a warm process takes.
             join_delay: Duration::from_millis(fastrand::u64(120..320)),
             late: None,
             duplicate: false,
             track: Track::Speaking,
             leaves_after: None,
+            never_pauses: false,
             reply_delay: Some(REPLY_DELAY),
             max_replies,
             error: None,
@@ -97,12 +106,13 @@ impl Script {
         for fault in faults.iter() {
             match fault {
                 Fault::JoinDelay(delay) => script.join_delay = *delay,
-                Fault::NeverAccepts => script.accepts = false,
-                Fault::NeverJoins => script.joins = false,
+                Fault::NeverAccepts => script.job = Job::Refused,
+                Fault::NeverJoins => script.job = Job::Taken,
                 Fault::NoTrack => script.track = Track::None,
                 Fault::SilentTrack => script.track = Track::Silent,
                 Fault::NoPackets => script.track = Track::WithoutPackets,
                 Fault::LeavesEarly(after) => script.leaves_after = Some(*after),
+                Fault::NeverPauses => script.never_pauses = true,
                 Fault::Duplicate => script.duplicate = true,
                 Fault::LateAfterDeletion(after) => script.late = Some(*after),
                 Fault::SlowReply(delay) => script.reply_delay = Some(*delay),
@@ -129,6 +139,12 @@ pub(crate) enum Act {
         first: bool,
     },
     Heard(Utterance),
+    /// It has said all of this.
+    Said {
+        clip: Clip,
+        began: Instant,
+        ended: Instant,
+    },
     /// Reports an error on its session stream.
     Report(String),
     Leave,
@@ -138,8 +154,10 @@ pub(crate) enum Act {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Utterance {
     pub frames: u32,
-    /// From its first to its last frame.
-    pub duration: Duration,
+    /// The arrival of its first frame.
+    pub began: Instant,
+    /// The end of its last frame.
+    pub ended: Instant,
     /// It began while the agent itself spoke: no turn of the caller's.
     pub over_agent: bool,
 }
@@ -169,6 +187,7 @@ enum Phase {
     BeforeGreeting,
     Speaking {
         clip: Clip,
+        began: Instant,
         frame: usize,
     },
     Listening,
@@ -176,7 +195,7 @@ enum Phase {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Clip {
+pub(crate) enum Clip {
     Greeting,
     Reply,
 }
@@ -257,8 +276,8 @@ impl Agent {
                     acts.push(Act::Publish);
                 }
             }
-            Phase::BeforeGreeting => self.speak(Clip::Greeting, acts),
-            Phase::Thinking => self.speak(Clip::Reply, acts),
+            Phase::BeforeGreeting => self.speak(Clip::Greeting, now, acts),
+            Phase::Thinking => self.speak(Clip::Reply, now, acts),
             Phase::Waiting | Phase::Speaking { .. } | Phase::Listening => {}
         }
     }
@@ -277,8 +296,12 @@ impl Agent {
         }
     }
 
-    fn speak(&mut self, clip: Clip, acts: &mut Vec<Act>) {
-        self.phase = Phase::Speaking { clip, frame: 0 };
+    fn speak(&mut self, clip: Clip, now: Instant, acts: &mut Vec<Act>) {
+        self.phase = Phase::Speaking {
+            clip,
+            began: now,
+            frame: 0,
+        };
         acts.push(Act::State("speaking"));
     }
 
@@ -300,7 +323,7 @@ impl Agent {
             // After a stall of the process, go on from now rather than send a burst.
             let late = now - due > FRAME * 10;
             self.next_frame = Some(if late { now } else { due } + FRAME);
-            let (frame, first) = self.next_audio(acts);
+            let (frame, first) = self.next_audio(now, acts);
             acts.push(Act::Send { frame, first });
             if self
                 .script
@@ -313,21 +336,29 @@ impl Agent {
         }
     }
 
-    fn next_audio(&mut self, acts: &mut Vec<Act>) -> (Arc<[u8]>, bool) {
-        let Phase::Speaking { clip, frame } = self.phase else {
+    fn next_audio(&mut self, now: Instant, acts: &mut Vec<Act>) -> (Arc<[u8]>, bool) {
+        let Phase::Speaking { clip, began, frame } = self.phase else {
             return (Arc::clone(&self.voice.silence), false);
         };
         let frames = match clip {
             Clip::Greeting => &self.voice.greeting,
             Clip::Reply => &self.voice.reply,
         };
-        let Some(audio) = frames.get(frame) else {
+        let at = if self.script.never_pauses {
+            frame % frames.len()
+        } else {
+            frame
+        };
+        let Some(audio) = frames.get(at) else {
             self.phase = Phase::Listening;
+            let ended = now;
+            acts.push(Act::Said { clip, began, ended });
             acts.push(Act::State("listening"));
             return (Arc::clone(&self.voice.silence), false);
         };
         self.phase = Phase::Speaking {
             clip,
+            began,
             frame: frame + 1,
         };
         self.speech_sent += FRAME;
@@ -388,7 +419,8 @@ impl Ear {
         let open = self.utterance.take()?;
         Some(Utterance {
             frames: open.frames,
-            duration: open.last - open.started + FRAME,
+            began: open.started,
+            ended: open.last + FRAME,
             over_agent: open.over_agent,
         })
     }
@@ -578,6 +610,38 @@ mod tests {
                 .iter()
                 .any(|(at, _)| *at > Duration::from_secs(1))
         );
+    }
+
+    #[test]
+    fn an_agent_that_never_pauses_is_never_through_with_its_greeting() {
+        let mut stage = Stage::new(&["never_pauses"]);
+        stage.meet();
+        stage.run(SECOND * 10);
+        assert_eq!(stage.states(), ["initializing", "listening", "speaking"]);
+        let speech = stage.acts.iter().filter(
+            |(_, act)| matches!(act, Act::Send { frame, .. } if frame.len() > SPEECH_BYTES),
+        );
+        assert!(speech.count() > 450);
+    }
+
+    #[test]
+    fn what_an_agent_said_is_told_once_it_is_said() {
+        let mut stage = Stage::new(&[]);
+        stage.meet();
+        stage.run(SECOND * 4);
+        let said: Vec<_> = stage
+            .acts
+            .iter()
+            .filter_map(|(_, act)| match act {
+                Act::Said { clip, began, ended } => Some((*clip, *ended - *began)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(said.len(), 1);
+        let (clip, length) = said[0];
+        assert_eq!(clip, Clip::Greeting);
+        let frames = u32::try_from(stage.agent.voice.greeting.len()).unwrap();
+        assert!(length >= FRAME * frames && length < FRAME * (frames + 3));
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub enum Fault {
     NoPackets,
     /// It leaves after this much of its greeting.
     LeavesEarly(Duration),
+    /// Its greeting never ends.
+    NeverPauses,
     /// A second agent of its name joins.
     Duplicate,
     /// It connects this long after its room was deleted, and so re-creates the room.
@@ -123,6 +125,7 @@ The agent:
   silent_track             its track carries silence only
   no_packets               its track carries nothing
   leaves_early=500ms       leaves after so much of its greeting
+  never_pauses             its greeting never ends
   duplicate                a second agent joins
   late_after_deletion=1s   connects so long after its room was deleted
   slow_reply=5s            answers late
@@ -214,6 +217,7 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<Fault, String> {
         "no_track" => plain(Fault::NoTrack),
         "silent_track" => plain(Fault::SilentTrack),
         "no_packets" => plain(Fault::NoPackets),
+        "never_pauses" => plain(Fault::NeverPauses),
         "duplicate" => plain(Fault::Duplicate),
         "no_reply" => plain(Fault::NoReply),
         "no_media" => plain(Fault::NoMedia),
@@ -315,6 +319,7 @@ impl fmt::Display for Fault {
             Self::NoTrack => f.write_str("no_track"),
             Self::SilentTrack => f.write_str("silent_track"),
             Self::NoPackets => f.write_str("no_packets"),
+            Self::NeverPauses => f.write_str("never_pauses"),
             Self::Duplicate => f.write_str("duplicate"),
             Self::NoReply => f.write_str("no_reply"),
             Self::NoMedia => f.write_str("no_media"),
@@ -428,6 +433,7 @@ mod tests {
             "silent_track",
             "no_packets",
             "leaves_early=500ms",
+            "never_pauses",
             "duplicate",
             "late_after_deletion=1m",
             "slow_reply=5s",

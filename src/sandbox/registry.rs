@@ -1,4 +1,4 @@
-//! What all rooms share: which rooms are open, their numbers, the faults, and the record of what agents heard.
+//! What all rooms share: which rooms are open, their numbers, the faults, and what agents heard and report.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,7 @@ use super::Settings;
 use super::agent::Voice;
 use super::fault::{Faults, Rule};
 use super::peer::Net;
+use super::report::{Event, Report};
 use super::room::{Command, NewRoom, Room};
 
 const MAX_ROOMS: usize = 2000;
@@ -47,6 +48,7 @@ pub(crate) struct Shared {
     faults: Mutex<Vec<Rule>>,
     rooms: Mutex<Rooms>,
     heard: Mutex<VecDeque<Heard>>,
+    report: Option<Report>,
 }
 
 #[derive(Default)]
@@ -88,7 +90,7 @@ impl RoomHandle {
 }
 
 impl Shared {
-    pub(crate) fn new(settings: Settings, net: Net) -> Self {
+    pub(crate) fn new(settings: Settings, net: Net, report: Option<Report>) -> Self {
         Self {
             faults: Mutex::new(settings.faults.clone()),
             settings,
@@ -99,6 +101,7 @@ impl Shared {
             shutdown: CancellationToken::new(),
             rooms: Mutex::default(),
             heard: Mutex::default(),
+            report,
         }
     }
 
@@ -184,6 +187,13 @@ impl Shared {
             record.pop_front();
         }
         record.push_back(heard);
+    }
+
+    /// Adds a line to the report, where one is kept.
+    pub(crate) fn report(&self, room: &str, agent: &str, event: &Event) {
+        if let Some(report) = &self.report {
+            report.write(room, agent, event);
+        }
     }
 
     pub(crate) fn heard(&self) -> Vec<Heard> {

@@ -13,11 +13,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::agent::{Act, Agent, Script};
+use super::agent::{Act, Agent, Clip, FRAME, Job, Script, Utterance};
 use super::demux::{Datagram, PeerId, Side};
 use super::fault::{Fault, Faults};
 use super::peer::{Audio, NewTrack, Offer, Peer, PeerEvent, first_mid, track_ids};
 use super::registry::{Heard, Shared, guid, unix_millis};
+use super::report::{Event, Stretch};
 
 /// The livekit-server that the sandbox behaves as.
 const SERVER_VERSION: &str = "1.13.5";
@@ -127,6 +128,8 @@ struct Seat {
     agent: Agent,
     dispatch_id: String,
     visible: bool,
+    /// Ids of the callers' tracks that it subscribed to.
+    listens_to: Vec<String>,
     seq: u64,
     time: u32,
 }
@@ -377,26 +380,47 @@ impl Room {
         self.renegotiate(now);
     }
 
-    /// Lets the agents in the room subscribe to callers' microphones: an agent hears no other source.
+    /// Lets the agents whose media is up subscribe to callers' microphones: an agent hears no other source.
     fn agents_listen(&mut self, now: Instant) {
-        if self.seats.is_empty() {
+        if !self.seats.iter().any(|seat| seat.visible) {
             return;
         }
-        let live: Vec<String> = self
-            .participants
-            .iter()
-            .flat_map(|p| &p.tracks)
-            .filter(|t| t.live && t.info.source == i32::from(proto::TrackSource::Microphone))
-            .map(|t| t.info.sid.clone())
-            .collect();
-        for sid in &live {
-            self.tell_subscribed(sid, now);
-        }
-        if !live.is_empty() {
-            for seat in &mut self.seats {
-                seat.agent.on_caller_published();
+        let mut live = Vec::new();
+        for participant in &self.participants {
+            for track in participant.tracks.iter().filter(|track| track.live) {
+                if track.info.source == i32::from(proto::TrackSource::Microphone) {
+                    live.push(track.info.sid.clone());
+                    self.agents_meet(&participant.info, &track.info.sid);
+                }
             }
         }
+        for sid in &live {
+            self.tell_subscribed(sid, now);
+            for seat in self.seats.iter_mut().filter(|seat| seat.visible) {
+                if !seat.listens_to.contains(sid) {
+                    seat.listens_to.push(sid.clone());
+                    seat.agent.on_caller_published();
+                }
+            }
+        }
+    }
+
+    /// Reports a caller whose track is new to an agent.
+    fn agents_meet(&self, caller: &proto::ParticipantInfo, track_sid: &String) {
+        for seat in self.seats.iter().filter(|seat| seat.visible) {
+            if !seat.listens_to.contains(track_sid) {
+                let event = Event::Caller {
+                    caller: caller.identity.clone(),
+                    attributes: caller.attributes.clone(),
+                };
+                self.report(seat, &event);
+            }
+        }
+    }
+
+    fn report(&self, seat: &Seat, event: &Event) {
+        self.shared
+            .report(&self.info.name, &seat.info.identity, event);
     }
 
     /// Tells a track's owner of its first subscriber.
@@ -512,6 +536,8 @@ impl Room {
                 seat.visible = true;
                 seat.info.state = proto::participant_info::State::Active.into();
                 self.announce_agent(at);
+                self.report(&self.seats[at], &Event::Connected);
+                self.agents_listen(now);
             }
             Act::Publish => {
                 seat.info.tracks.push(agent_track());
@@ -525,13 +551,15 @@ impl Room {
                 self.announce_agent(at);
             }
             Act::Send { frame, first } => self.send_agent_frame(at, frame, first, now),
-            Act::Heard(utterance) => self.shared.record(Heard {
-                room: self.info.name.clone(),
-                agent: seat.info.identity.clone(),
-                frames: utterance.frames,
-                duration: utterance.duration,
-                over_agent: utterance.over_agent,
-            }),
+            Act::Heard(utterance) => self.on_heard(at, utterance),
+            Act::Said { clip, began, ended } => {
+                let stretch = Stretch::of(began, ended);
+                let event = match clip {
+                    Clip::Greeting => Event::Greeted(stretch),
+                    Clip::Reply => Event::Replied(stretch),
+                };
+                self.report(&self.seats[at], &event);
+            }
             Act::Report(error) => {
                 let sender = seat.info.identity.clone();
                 for packet in error_stream(&sender, &error) {
@@ -541,6 +569,23 @@ impl Room {
             Act::Leave => return true,
         }
         false
+    }
+
+    fn on_heard(&self, at: usize, utterance: Utterance) {
+        let seat = &self.seats[at];
+        let heard = Event::Heard {
+            stretch: Stretch::of(utterance.began, utterance.ended),
+            seconds: (FRAME * utterance.frames).as_secs_f64(),
+            over_agent: utterance.over_agent,
+        };
+        self.report(seat, &heard);
+        self.shared.record(Heard {
+            room: self.info.name.clone(),
+            agent: seat.info.identity.clone(),
+            frames: utterance.frames,
+            duration: utterance.ended - utterance.began,
+            over_agent: utterance.over_agent,
+        });
     }
 
     fn send_agent_frame(&mut self, at: usize, payload: Arc<[u8]>, first: bool, now: Instant) {
@@ -562,6 +607,7 @@ impl Room {
 
     fn agent_leaves(&mut self, at: usize, now: Instant) {
         let mut seat = self.seats.remove(at);
+        self.report(&seat, &Event::Left);
         seat.info.state = proto::participant_info::State::Disconnected.into();
         seat.info.disconnect_reason = proto::DisconnectReason::ClientInitiated.into();
         seat.info.version += 1;
@@ -952,22 +998,26 @@ impl Room {
         }
     }
 
+    /// Its media is not up yet, so that it neither hears nor is seen.
     fn agent_joins(&mut self, job: &proto::Job, script: Script, now: Instant) {
         let seat = Seat {
             info: agent_info(job),
             agent: Agent::new(script, Arc::clone(&self.shared.voice), now),
             dispatch_id: job.dispatch_id.clone(),
             visible: false,
+            listens_to: Vec::new(),
             seq: 0,
             time: 0,
         };
         self.seats.push(seat);
-        self.agents_listen(now);
     }
 
     fn close(&mut self, reason: proto::DisconnectReason) {
         for participant in &mut self.participants {
             participant.tell(leave(reason));
+        }
+        for seat in &self.seats {
+            self.report(seat, &Event::Left);
         }
         self.participants.clear();
         self.seats.clear();
@@ -1119,17 +1169,20 @@ impl Errand {
 
     async fn travel(self, shared: Arc<Shared>) {
         let dispatched = Instant::now();
-        if !self.script.accepts {
+        if self.script.job == Job::Refused {
             return;
         }
         let accepts_after = Duration::from_millis(fastrand::u64(5..25));
         tokio::time::sleep(accepts_after).await;
         let room = self.job.room.as_ref().map(|room| room.name.clone());
         let name = room.unwrap_or_default();
+        let agent = agent_info(&self.job).identity;
+        let metadata = self.job.metadata.clone();
+        shared.report(&name, &agent, &Event::Job { metadata });
         if let Some(room) = shared.find(&name) {
             room.send(Command::JobAccepted(self.job.clone())).await;
         }
-        if !self.script.joins {
+        if self.script.job == Job::Taken {
             return;
         }
         if let Some(late) = self.script.late {
@@ -1141,6 +1194,7 @@ impl Errand {
                 () = tokio::time::sleep_until(dispatched + self.script.join_delay) => {}
             }
         }
+        shared.report(&name, &agent, &Event::Connecting);
         // Connecting creates the room where it is missing, as a token with roomJoin may.
         if let Ok(room) = shared.open(&name, NewRoom::default()) {
             let script = Box::new(self.script);

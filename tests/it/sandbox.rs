@@ -48,11 +48,14 @@ struct Stage {
 
 impl Stage {
     fn new(agent_name: &str, faults: &[&str]) -> Self {
-        let settings = Settings {
+        Self::with(Settings {
             agent_name: agent_name.to_owned(),
             faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
             ..Settings::default()
-        };
+        })
+    }
+
+    fn with(settings: Settings) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -159,6 +162,46 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
         assert_eq!(heard.count(), 1, "{probe:#?}");
     }
     assert_eq!(stage.handle.rooms(), Vec::<String>::new());
+}
+
+#[test]
+fn report_tells_what_the_agent_saw_heard_and_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("report.jsonl");
+    let stage = Stage::with(Settings {
+        report: Some(report.clone()),
+        ..Settings::default()
+    });
+    let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
+    drop(stage);
+    let report = std::fs::read_to_string(report).unwrap();
+    let events: Vec<Value> = report
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let names: Vec<_> = events
+        .iter()
+        .map(|event| event["event"].as_str().unwrap())
+        .collect();
+    let expected = [
+        "job",
+        "connecting",
+        "connected",
+        "caller",
+        "greeted",
+        "heard",
+        // It left in the middle of its reply.
+        "left",
+    ];
+    assert_eq!(names, expected, "{report}");
+    let agent = &probes[0]["agent"]["identity"];
+    let of_probe = |event: &Value| event["room"] == probes[0]["room"] && event["agent"] == *agent;
+    assert!(events.iter().all(of_probe), "{report}");
+    assert_eq!(events[3]["attributes"]["canary"], "true", "{report}");
+    let said = |event: &Value, key: &str| event[key].as_f64().unwrap();
+    let (greeted, heard) = (&events[4], &events[5]);
+    assert!(said(heard, "began") > said(greeted, "ended"), "{report}");
+    assert!(said(heard, "seconds") > 2.0, "{report}");
 }
 
 #[test]

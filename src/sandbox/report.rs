@@ -1,0 +1,186 @@
+//! What the demo agents saw, heard and said, a JSON object a line, in a file for whoever judges a client by it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use tokio::fs::{File, OpenOptions};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Lines that may wait for the disk: some seconds of 200 rooms.
+const QUEUE: usize = 8192;
+
+/// For `--help`: what a report holds.
+pub const SYNTAX: &str = "\
+A line of the report has room, agent (its identity), event and at; times are Unix seconds. Events:
+  job          a worker took the job: metadata
+  connecting, connected, left
+  caller       a caller's microphone track is there: caller, attributes
+  greeted      began, ended
+  heard        the caller spoke: began, ended, seconds (of speech), over_agent (it began while the agent spoke)
+  replied      began, ended";
+
+/// What an agent reports.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Event {
+    Job {
+        metadata: String,
+    },
+    Connecting,
+    Connected,
+    Caller {
+        caller: String,
+        attributes: HashMap<String, String>,
+    },
+    Greeted(Stretch),
+    Heard {
+        #[serde(flatten)]
+        stretch: Stretch,
+        /// Of frames with speech.
+        seconds: f64,
+        over_agent: bool,
+    },
+    Replied(Stretch),
+    Left,
+}
+
+/// From when to when, in Unix seconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Stretch {
+    began: f64,
+    ended: f64,
+}
+
+impl Stretch {
+    pub(crate) fn of(began: Instant, ended: Instant) -> Self {
+        Self {
+            began: unix_seconds(began),
+            ended: unix_seconds(ended),
+        }
+    }
+}
+
+/// A moment of the past on the wall clock.
+fn unix_seconds(at: Instant) -> f64 {
+    let now = SystemTime::now() - at.elapsed();
+    now.duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    room: &'a str,
+    agent: &'a str,
+    at: f64,
+    #[serde(flatten)]
+    event: &'a Event,
+}
+
+/// Where agents report to.
+pub(crate) struct Report {
+    lines: mpsc::Sender<Vec<u8>>,
+}
+
+/// Puts the lines into the file.
+pub(crate) struct Writer {
+    path: PathBuf,
+    file: File,
+    lines: mpsc::Receiver<Vec<u8>>,
+}
+
+/// Opens the report at `path`, which may hold lines already: new ones follow them.
+pub(crate) async fn open(path: &Path) -> std::io::Result<(Report, Writer)> {
+    let mut options = OpenOptions::new();
+    let file = options.create(true).append(true).open(path).await?;
+    let (sender, lines) = mpsc::channel(QUEUE);
+    let path = path.to_owned();
+    Ok((Report { lines: sender }, Writer { path, file, lines }))
+}
+
+impl Report {
+    pub(crate) fn write(&self, room: &str, agent: &str, event: &Event) {
+        let at = unix_seconds(Instant::now());
+        let line = Line {
+            room,
+            agent,
+            at,
+            event,
+        };
+        let mut line = serde_json::to_vec(&line).expect("text and numbers make JSON");
+        line.push(b'\n');
+        // An agent doesn't wait for the disk; why nobody takes lines any more is said elsewhere.
+        if let Err(TrySendError::Full(_)) = self.lines.try_send(line) {
+            tracing::warn!(room, "a line of the report is lost: the disk is too slow");
+        }
+    }
+}
+
+impl Writer {
+    /// Writes until shutdown, what was reported by then included.
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) {
+        let mut waiting = Vec::new();
+        loop {
+            let received = tokio::select! {
+                biased;
+                received = self.lines.recv_many(&mut waiting, QUEUE) => received,
+                () = shutdown.cancelled(), if !self.lines.is_closed() => {
+                    self.lines.close();
+                    continue;
+                }
+            };
+            if received == 0 {
+                return;
+            }
+            if let Err(error) = self.append(&waiting.concat()).await {
+                tracing::error!(path = %self.path.display(), %error, "the report can't be written");
+                return;
+            }
+            waiting.clear();
+        }
+    }
+
+    async fn append(&mut self, lines: &[u8]) -> std::io::Result<()> {
+        self.file.write_all(lines).await?;
+        self.file.flush().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_follow_what_is_there_and_none_is_lost_at_the_end() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "before\n").unwrap();
+        let (report, writer) = open(file.path()).await.unwrap();
+        let stretch = Stretch::of(Instant::now(), Instant::now());
+        let heard = Event::Heard {
+            stretch,
+            seconds: 1.5,
+            over_agent: false,
+        };
+        for event in [Event::Connecting, heard, Event::Left] {
+            report.write("r", "a", &event);
+        }
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        writer.run(shutdown).await;
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let mut lines = text.lines();
+        assert_eq!(lines.next(), Some("before"));
+        let events: Vec<serde_json::Value> = lines
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let names: Vec<_> = events.iter().map(|event| &event["event"]).collect();
+        assert_eq!(names, ["connecting", "heard", "left"]);
+        assert!(events.iter().all(|event| event["room"] == "r"));
+        assert_eq!(events[1]["seconds"], 1.5);
+        assert!(events[1]["began"].as_f64() > Some(1.6e9));
+    }
+}
