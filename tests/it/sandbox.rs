@@ -379,7 +379,7 @@ fn started_at(probe: &Value) -> DateTime<Utc> {
     probe["started_at"].as_str().unwrap().parse().unwrap()
 }
 
-/// A fault and what the canary must make of it.
+/// Faults and what the canary must make of them.
 const FAULTS: &[(&str, &str)] = &[
     ("join_delay=1500ms", "ok"),
     ("never_accepts", "dispatch_unanswered"),
@@ -418,10 +418,24 @@ const FAULTS: &[(&str, &str)] = &[
     ("before_join=drop", "signal_failed"),
     ("before_join=hang", "signal_failed"),
     ("before_join=flood", "signal_failed"),
+    // It answers nothing that has to do with media either; the pings would tell, but later.
+    ("after_join=hang", "publish_failed"),
     ("after_join=drop", "signal_lost"),
     ("after_join=flood", "signal_lost"),
     // livekit-server says JOIN_FAILURE after a join where the media never came up.
     ("after_join=leave", "media_failed"),
+    ("api=429", "plan_limit/api_rate"),
+    ("api=500", "room_create_failed"),
+    ("api=drop", "room_create_failed"),
+    ("api=hang", "room_create_failed"),
+    // Without the list nobody knows whether a worker had accepted.
+    ("never_joins list_dispatch=500", "dispatch_unanswered"),
+    ("never_joins list_dispatch=flood", "dispatch_unanswered"),
+    // What fails after the verdict changes none.
+    ("delete_dispatch=500", "ok"),
+    ("delete_dispatch=hang", "ok"),
+    ("delete_room=500", "ok"),
+    ("delete_room=drop", "ok"),
 ];
 
 /// Sandboxes that run side by side.
@@ -447,11 +461,25 @@ fn every_fault_ends_in_its_reason() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-fn differs(fault: &str, expected: &str) -> Option<String> {
-    let stage = Stage::new("demo", &[fault]);
+fn differs(faults: &str, expected: &str) -> Option<String> {
+    let stage = Stage::new("demo", &faults.split(' ').collect::<Vec<_>>());
     let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
-    let got = verdict(&probes[0]);
-    (got != expected).then(|| format!("{fault}: {got}, not {expected}: {}", probes[0]["detail"]))
+    let probe = &probes[0];
+    let got = verdict(probe);
+    if got != expected {
+        return Some(format!(
+            "{faults}: {got}, not {expected}: {}",
+            probe["detail"]
+        ));
+    }
+    // A room stays only where its deletion fails, and then the evidence says so.
+    let fails = faults.starts_with("delete_room=");
+    let stays = !stage.handle.rooms().is_empty();
+    let notes = probe["evidence"]["notes"].as_array().unwrap();
+    let told = notes
+        .iter()
+        .any(|note| note.as_str().unwrap().contains("was not deleted"));
+    (stays != fails || (stays && !told)).then(|| format!("{faults}: left {stays}: {probe:#}"))
 }
 
 #[test]
