@@ -30,7 +30,7 @@ pub(crate) mod sample;
 /// Everything that one batch found out.
 #[derive(Debug, Clone)]
 pub struct BatchReport {
-    /// Sorts by time of start; unique across processes.
+    /// See [`new_id`].
     pub batch_id: String,
     pub target: String,
     pub started_at: DateTime<Utc>,
@@ -126,6 +126,7 @@ pub enum BatchEvent {
 /// `events` never holds the batch up: what a slow or gone reader can't take is lost to it, but not to the report.
 /// Dropping the future drops the probes, and the janitor deletes their rooms.
 pub async fn run(
+    batch_id: String,
     target: &str,
     context: Context,
     guard: Option<Guard>,
@@ -157,12 +158,7 @@ pub async fn run(
     let running = Running::new(plan, rails, abort, events, open);
     let (probes, not_opened) = running.run().await;
     BatchReport {
-        batch_id: format!(
-            "{}-{}-{}",
-            started_at.format("%Y%m%dT%H%M%S"),
-            *INSTANCE,
-            base32(fastrand::u64(..), 4)
-        ),
+        batch_id,
         target: target.to_owned(),
         started_at,
         ended_at: Utc::now().trunc_subsecs(6),
@@ -202,6 +198,11 @@ impl BatchReport {
         (ended > 0.0).then(|| ok / ended)
     }
 
+    /// Nothing was found out: a guard rail refused the first room, or the end came before it.
+    pub fn opened_nothing(&self) -> bool {
+        self.probes.is_empty()
+    }
+
     /// The join delays are those of every probe whose agent joined, whatever its outcome, without upper bounds.
     pub fn summary(&self) -> Summary {
         let count = |wanted: fn(&Outcome) -> bool| {
@@ -237,6 +238,16 @@ impl Quantiles {
             max,
         })
     }
+}
+
+/// Sorts by time; unique across processes.
+pub fn new_id() -> String {
+    let digits = base32(fastrand::u64(..), 4);
+    format!(
+        "{}-{}-{digits}",
+        Utc::now().format("%Y%m%dT%H%M%S"),
+        *INSTANCE
+    )
 }
 
 /// This process in the names that it gives: tells apart two canaries on one project.
@@ -800,7 +811,7 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
-    use crate::guard::Period;
+    use crate::config::Period;
     use crate::history::History;
     use crate::probe::{LimitKind, Timeline};
 

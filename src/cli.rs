@@ -3,7 +3,8 @@
 //! It knows no WebRTC.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::runtime::Runtime;
 use tracing_subscriber::filter::{EnvFilter, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
+use tracing_subscriber::{Layer, Registry};
 
 use crate::config::{DispatchMode, EchoMode, Problems, Project, Ramp};
 use crate::livekit::api::Api;
@@ -31,6 +33,7 @@ mod markdown;
 mod once;
 mod phrasing;
 mod progress;
+mod run;
 mod sandbox;
 mod table;
 
@@ -44,11 +47,50 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(Run),
     Once(Once),
     Check(Check),
     Demo(Demo),
     Sandbox(SandboxArgs),
 }
+
+/// Watch every configured target, always
+///
+/// Opens a batch of rooms against each target whenever its schedule says so, and serves what it found out
+/// on /metrics, as a page and as JSON. SIGHUP reads the settings again. SIGTERM lets the rooms that are
+/// open end, deletes them, and stops; a second one ends at once.
+#[derive(Args, Clone)]
+#[command(after_help = RUN_EPILOGUE, verbatim_doc_comment)]
+struct Run {
+    /// The settings (TOML); config/canary.toml shows every key
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Where to serve metrics, page and API [default: 0.0.0.0:9787]
+    #[arg(long = "web.listen-address", value_name = "ADDRESS")]
+    listen_address: Option<SocketAddr>,
+
+    /// TLS and users, in the format of Prometheus' exporter-toolkit
+    #[arg(long = "web.config.file", value_name = "FILE")]
+    web_config_file: Option<PathBuf>,
+
+    /// Answer POST (reload, pause, a batch now) on any address, without users too
+    #[arg(long = "web.enable-lifecycle")]
+    enable_lifecycle: bool,
+
+    /// Where the ledger of the budget was lost: count what was used from zero
+    #[arg(long)]
+    accept_lost_ledger: bool,
+}
+
+const RUN_EPILOGUE: &str = "\
+Credentials come from LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET where no file sets them.
+RUST_LOG sets the level of the log, which goes to stderr: text on a terminal, JSON otherwise.
+
+Exit status:
+  0  told to stop, and all rooms were seen to
+  1  a fault of the canary's own, or told to stop twice
+  2  wrong usage or settings, or another process uses the history";
 
 /// Open one batch of rooms now and tell what happened in each
 ///
@@ -220,6 +262,8 @@ enum Exit {
     PlanLimit,
     /// Nothing is said about the agent.
     Inconclusive,
+    /// The daemon could not go on, or was not let end in order.
+    Fault,
     Aborted,
 }
 
@@ -245,7 +289,7 @@ impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         Self::from(match exit {
             Exit::Ok => 0,
-            Exit::Agent => 1,
+            Exit::Agent | Exit::Fault => 1,
             Exit::Config => 2,
             Exit::PlanLimit => 3,
             Exit::Inconclusive => 4,
@@ -258,6 +302,7 @@ impl From<Exit> for ExitCode {
 pub fn main() -> ExitCode {
     install_panic_hook();
     let exit = match CommandLine::parse().command {
+        Command::Run(args) => run::run(&args),
         Command::Once(once) => once::run(&once),
         Command::Check(check) => check::run(&check),
         Command::Demo(args) => demo::run(&args),
@@ -305,21 +350,34 @@ fn install_panic_hook() {
     }));
 }
 
-/// Sends our own logs to `writer`: warnings and errors, or what `RUST_LOG` says.
+/// Sends our own logs to `writer`: from `level` up, or what `RUST_LOG` says.
 ///
 /// No other crate's, whatever it says: at their finer levels the WebSocket and WebRTC stacks write tokens, ICE passwords
 /// and SDPs.
-fn start_logging<W>(writer: W, colour: bool)
+fn start_logging<W>(writer: W, colour: bool, level: &str)
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let wanted = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    let ours = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(writer)
-        .with_ansi(colour)
-        .with_filter(wanted)
-        .with_filter(ours);
+        .with_ansi(colour);
+    log_to(layer, level);
+}
+
+/// Sends the daemon's log to stderr: for a person on a terminal, else one JSON object a line.
+fn start_daemon_logging() {
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    if std::io::stderr().is_terminal() {
+        log_to(layer.with_target(false), "info");
+    } else {
+        log_to(layer.json().flatten_event(true), "info");
+    }
+}
+
+fn log_to<L: Layer<Registry> + Send + Sync>(layer: L, level: &str) {
+    let wanted = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let ours = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
+    let layer = layer.with_filter(wanted).with_filter(ours);
     tracing_subscriber::registry().with(layer).init();
 }
 

@@ -3,6 +3,7 @@
 //! It knows no other module of this crate.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -131,6 +132,36 @@ pub struct Budget {
     pub agent_time_per_month: Option<Duration>,
 }
 
+impl Budget {
+    pub fn limit(&self, period: Period) -> Option<Duration> {
+        match period {
+            Period::Day => self.agent_time_per_day,
+            Period::Month => self.agent_time_per_month,
+        }
+    }
+}
+
+/// What a budget counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Period {
+    /// A UTC day.
+    Day,
+    /// A UTC calendar month.
+    Month,
+}
+
+impl Period {
+    pub const ALL: [Self; 2] = [Self::Day, Self::Month];
+
+    /// The label value in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Day => "day",
+            Self::Month => "month",
+        }
+    }
+}
+
 /// How long a project's batches rest after a plan limit was met, where the answer had no `Retry-After`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backoff {
@@ -220,6 +251,15 @@ pub enum Schedule {
 impl Default for Schedule {
     fn default() -> Self {
         Self::Every(Duration::from_mins(15))
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Every(every) => write!(f, "every {}", humantime::format_duration(*every)),
+            Self::Cron { expression, zone } => write!(f, "{} ({zone})", expression.as_str()),
+        }
     }
 }
 

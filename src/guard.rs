@@ -12,7 +12,7 @@ use humantime::format_duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::config::{Backoff, Budget, Project, Ramp, Stay, Target};
+use crate::config::{Backoff, Budget, Period, Project, Ramp, Stay, Target};
 use crate::history::{History, RESERVE_WITHIN, Reservation, Used};
 use crate::livekit::RoomName;
 use crate::probe::{LimitKind, longest_verdict, whole_minutes};
@@ -21,51 +21,6 @@ use crate::probe::{LimitKind, longest_verdict, whole_minutes};
 #[derive(Clone)]
 pub struct Guard {
     shared: Arc<Shared>,
-}
-
-/// What the budget counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Period {
-    /// A UTC day.
-    Day,
-    /// A UTC calendar month.
-    Month,
-}
-
-impl Period {
-    pub const ALL: [Self; 2] = [Self::Day, Self::Month];
-
-    /// The label value in metrics.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Day => "day",
-            Self::Month => "month",
-        }
-    }
-
-    fn limit(self, budget: &Budget) -> Option<Duration> {
-        match self {
-            Self::Day => budget.agent_time_per_day,
-            Self::Month => budget.agent_time_per_month,
-        }
-    }
-
-    fn of(self, used: &Used) -> Duration {
-        match self {
-            Self::Day => used.day,
-            Self::Month => used.month,
-        }
-    }
-
-    /// When the next one begins.
-    fn end(self, now: DateTime<Utc>) -> DateTime<Utc> {
-        let today = now.date_naive();
-        let next = match self {
-            Self::Day => today + Days::new(1),
-            Self::Month => today - Days::new(u64::from(today.day0())) + Months::new(1),
-        };
-        next.and_time(NaiveTime::MIN).and_utc()
-    }
 }
 
 /// Why no room may open.
@@ -135,6 +90,23 @@ impl fmt::Display for Refusal {
             ),
         }
     }
+}
+
+fn of(period: Period, used: &Used) -> Duration {
+    match period {
+        Period::Day => used.day,
+        Period::Month => used.month,
+    }
+}
+
+/// When the next one begins.
+fn end_of(period: Period, now: DateTime<Utc>) -> DateTime<Utc> {
+    let today = now.date_naive();
+    let next = match period {
+        Period::Day => today + Days::new(1),
+        Period::Month => today - Days::new(u64::from(today.day0())) + Months::new(1),
+    };
+    next.and_time(NaiveTime::MIN).and_utc()
 }
 
 fn minute(at: DateTime<Utc>) -> impl fmt::Display {
@@ -284,11 +256,16 @@ impl Guard {
 
     /// Agent time used so far, open rooms counted at their worst.
     pub fn used(&self, period: Period) -> Duration {
-        period.of(&self.shared.history.used(&self.shared.project))
+        of(period, &self.shared.history.used(&self.shared.project))
+    }
+
+    /// Rooms that batches hold places for.
+    pub fn places_taken(&self) -> usize {
+        self.shared.lock().taken
     }
 
     pub fn limit(&self, period: Period) -> Option<Duration> {
-        period.limit(&self.shared.lock().budget)
+        self.shared.lock().budget.limit(period)
     }
 
     fn resting_until(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
@@ -317,14 +294,14 @@ impl Guard {
             if used.ledger_lost {
                 return Err(Refusal::LedgerLost);
             }
-            let used = period.of(used);
+            let used = of(period, used);
             if used + worst_case > limit {
                 return Err(Refusal::Budget {
                     period,
                     used,
                     worst_case,
                     limit,
-                    resets_at: period.end(now),
+                    resets_at: end_of(period, now),
                 });
             }
         }

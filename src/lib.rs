@@ -9,6 +9,8 @@
 //!                                   livekit::{engine, api} ─ws/udp/https─► LiveKit
 //!                                   janitor owns every room name
 //!
+//! daemon: puts the above together and keeps it going, for `run` and `demo`
+//! guard: what a project may use; its ledger and the journal of rooms are history's
 //! http: metrics, health, page and API of the daemon; knows none of the above but config
 //! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
 //! ```
@@ -16,6 +18,7 @@
 pub mod batch;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod guard;
 pub mod history;
 pub mod http;

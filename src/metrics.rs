@@ -18,7 +18,7 @@ use prometheus::{
 };
 
 use crate::batch::{BatchReport, BatchResult};
-use crate::config::{Objectives, Project, Target};
+use crate::config::{Objectives, Period, Project, Target};
 use crate::probe::{LimitKind, Outcome, Position, Reason, Report, Span};
 
 mod catalogue;
@@ -94,24 +94,6 @@ impl InternalError {
             Self::Janitor => "janitor",
             Self::History => "history",
             Self::Http => "http",
-        }
-    }
-}
-
-/// What a budget counts over, by UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Period {
-    Day,
-    Month,
-}
-
-impl Period {
-    pub const ALL: [Self; 2] = [Self::Day, Self::Month];
-
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Day => "day",
-            Self::Month => "month",
         }
     }
 }
@@ -203,6 +185,11 @@ impl Metrics {
                 place.insert(metrics).clone()
             }
         }
+    }
+
+    /// The series of a target that was not removed.
+    pub fn live_target(&self, name: &str) -> Option<TargetMetrics> {
+        self.live().targets.get(name).cloned()
     }
 
     /// Takes the target's series off; its handles may live on.
@@ -610,10 +597,7 @@ impl ProjectMetrics {
 
     fn configure(&self, project: &Project) {
         for period in Period::ALL {
-            let limit = match period {
-                Period::Day => project.budget.agent_time_per_day,
-                Period::Month => project.budget.agent_time_per_month,
-            };
+            let limit = project.budget.limit(period);
             let seconds = limit.map_or(f64::NAN, |limit| limit.as_secs_f64());
             let gauge = self.0.budget.with_label_values(&[period.label()]);
             gauge.set(seconds);

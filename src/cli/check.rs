@@ -23,7 +23,7 @@ pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
     if let Some(name) = &args.target {
         narrow(&mut config, name)?;
     }
-    super::start_logging(std::io::stderr, false);
+    super::start_logging(std::io::stderr, false, "warn");
     let mut text = String::new();
     let mut exit = Exit::Ok;
     let connections = if args.connect {

@@ -4,24 +4,30 @@
 //! differ, the demo says so.
 
 use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use chrono::Utc;
 use console::style;
 use secrecy::ExposeSecret;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::once::{ABORT_ALL, LAST_DELETIONS, Signals, verdict, vouch, watch};
+use super::once::{Signals, verdict};
 use super::progress::Screen;
 use super::{Demo, Exit, phrasing, print_unless_closed, table};
-use crate::batch::{BatchReport, ProbeReport};
-use crate::config::{Config, Draft, Problems};
-use crate::janitor::Janitor;
-use crate::livekit::engine::Engine;
-use crate::probe::driver::Context;
+use crate::batch::{BatchEvent, BatchReport, ProbeReport};
+use crate::config::{Config, Draft, Http, Problems};
+use crate::daemon::{self, Ending, Launch, Moment, Observer, Order};
+use crate::history::History;
+use crate::http::WebConfig;
 use crate::probe::{LimitKind, Outcome, Reason, Span};
 use crate::sandbox::fault::{Rooms, Rule};
 use crate::sandbox::{Handle, Sandbox, Settings};
@@ -44,6 +50,19 @@ const SETTINGS: &[(&[&str], &str)] = &[
     (&["expect", "reply"], "true"),
     (&["late_agent_window"], "1s"),
 ];
+
+/// The daemon's: nothing waits for a scrape, and a plan limit that is played holds nothing back for long.
+const DAEMON_SETTINGS: &[(&[&str], &str)] = &[
+    (&["lifetime", "startup_delay"], "0s"),
+    (&["lifetime", "drain_grace"], "0s"),
+    (&["lifetime", "shutdown_linger"], "0s"),
+    (&["projects", "default", "backoff", "first"], "1s"),
+    (&["projects", "default", "backoff", "longest"], "1s"),
+];
+
+const REFRESH: Duration = Duration::from_millis(200);
+/// More than a few batches tell.
+const MOST_TOLD: usize = 1024;
 
 /// Batches without a fault before the first that has one; from there on they alternate.
 const GOOD_AT_FIRST: usize = 2;
@@ -218,30 +237,56 @@ impl Expected {
 
 pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
     let screen = Screen::live_table(args.rooms);
-    super::start_logging(screen.log_writer(), Screen::colour());
-    super::runtime()?.block_on(perform(args, screen))
+    // The demo tells of failed rooms and of skipped ticks in its own way.
+    super::start_logging(screen.log_writer(), Screen::colour(), "error");
+    let runtime = super::runtime()?;
+    let exit = runtime.block_on(perform(args, screen));
+    runtime.shutdown_background();
+    exit
 }
 
 async fn perform(args: &Demo, screen: Screen) -> anyhow::Result<Exit> {
     let signals = Signals::new()?;
     let sandbox = Sandbox::bind(Settings::default()).await?;
+    let folder = tempfile::tempdir().context("can't make a folder for the history")?;
+    let config = settings(&sandbox, args, folder.path())?;
+    let listener = listen().await?;
+    let page = format!("http://{}/", listener.local_addr()?);
+    let url = sandbox.url();
+    let handle = sandbox.handle();
+    let stop_sandbox = CancellationToken::new();
+    let serving = tokio::spawn(sandbox.run(stop_sandbox.clone()));
+
+    let (told, seen) = mpsc::channel(MOST_TOLD);
+    let (order, orders) = mpsc::channel(4);
+    let again = config.clone();
+    let launch = Launch {
+        web: WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?,
+        history: History::open(&config.daemon.history)?,
+        config,
+        reread: Box::new(move || Ok(again.clone())),
+        listener,
+        build: super::run::build(),
+        fault: None,
+        observer: Some(director(handle.clone(), args.rooms, told)),
+    };
     let stage = Stage {
-        context: context(&sandbox, args.rooms)?,
-        handle: sandbox.handle(),
-        url: sandbox.url(),
+        handle,
         screen,
         signals,
+        seen,
+        order,
+        daemon: tokio::spawn(daemon::run(launch, orders)),
     };
-    let shutdown = CancellationToken::new();
-    let serving = tokio::spawn(sandbox.run(shutdown.clone()));
-    let exit = stage.play(args).await;
-    shutdown.cancel();
+    let introduction = introduction(args, &url, &page);
+    let exit = stage.play(args, &introduction).await;
+    stop_sandbox.cancel();
     serving.await.context("the sandbox died")?;
     exit
 }
 
 /// The settings are read as a user's are, but from here alone: no environment can send the demo to a real project.
-fn settings(sandbox: &Sandbox, rooms: usize) -> Result<Config, Problems> {
+fn settings(sandbox: &Sandbox, args: &Demo, folder: &Path) -> Result<Config, Problems> {
     let variables = [
         ("LIVEKIT_URL", sandbox.url()),
         ("LIVEKIT_API_KEY", sandbox.api_key().to_owned()),
@@ -255,57 +300,111 @@ fn settings(sandbox: &Sandbox, rooms: usize) -> Result<Config, Problems> {
     for (key, value) in SETTINGS {
         draft.set_by_flag(TARGET, key, (*value).to_owned(), TARGET);
     }
-    draft.set_by_flag(TARGET, &["batch", "rooms"], rooms.to_string(), "--rooms");
+    for (key, value) in DAEMON_SETTINGS {
+        draft.set(key, (*value).to_owned(), TARGET);
+    }
+    let folder = folder.display().to_string();
+    draft.set(&["history", "dir"], folder, TARGET);
+    let every = humantime::format_duration(args.every).to_string();
+    draft.set_by_flag(TARGET, &["schedule", "every"], every, "--every");
+    let rooms = args.rooms.to_string();
+    draft.set_by_flag(TARGET, &["batch", "rooms"], rooms, "--rooms");
     draft.validate()
 }
 
-fn context(sandbox: &Sandbox, rooms: usize) -> anyhow::Result<Context> {
-    let config = settings(sandbox, rooms)?;
-    let target = config.targets[TARGET].clone();
-    let project = config.projects[&target.project].clone();
-    let (endpoint, api) = super::access(&project)?;
-    Ok(Context {
-        project: Arc::new(project),
-        target: Arc::new(target),
-        endpoint,
-        api,
-        engine: Engine::default(),
-        janitor: Janitor::start(),
-        fault: None,
+/// The daemon's own port, or any where that is taken.
+async fn listen() -> anyhow::Result<TcpListener> {
+    let port = Http::default().listen.port();
+    match TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await {
+        Ok(listener) => Ok(listener),
+        Err(_) => TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .context("can't listen on loopback"),
+    }
+}
+
+/// What the daemon's batches are told as, in their order.
+enum Told {
+    Beginning { number: usize },
+    Event(BatchEvent),
+    Ended(Arc<BatchReport>),
+}
+
+/// Has the sandbox play what is due before a batch begins, and passes on what becomes of it.
+fn director(handle: Handle, rooms: usize, told: mpsc::Sender<Told>) -> Observer {
+    let begun = AtomicUsize::new(0);
+    Arc::new(move |moment| {
+        let told_of = match moment {
+            Moment::Beginning { .. } => {
+                let number = begun.fetch_add(1, Ordering::Relaxed) + 1;
+                let drill = Drill::of_batch(number);
+                let rule = drill.map(|drill| drill.rule(rooms, handle.rooms_seen()));
+                handle.set_faults(rule.into_iter().collect());
+                Told::Beginning { number }
+            }
+            Moment::Event(event) => Told::Event(event.clone()),
+            Moment::Ended(report) => Told::Ended(Arc::clone(report)),
+        };
+        if told.try_send(told_of).is_err() {
+            tracing::debug!("nobody looks at the demo any more");
+        }
     })
 }
 
-/// Everything that the batches share.
+/// What is shown, and the daemon behind it.
 struct Stage {
-    context: Context,
     handle: Handle,
-    url: String,
     screen: Screen,
     signals: Signals,
-}
-
-/// Why there is no next batch.
-enum End {
-    /// `--once`.
-    Done(Exit),
-    Interrupted,
-    /// By a second signal, or because the rooms took too long to end.
-    Dropped,
-    /// Nobody reads the output any more.
-    Closed,
+    seen: mpsc::Receiver<Told>,
+    order: mpsc::Sender<Order>,
+    daemon: JoinHandle<anyhow::Result<Ending>>,
 }
 
 impl Stage {
-    async fn play(mut self, args: &Demo) -> anyhow::Result<Exit> {
-        let end = self.batches(args).await;
-        let patience = match end {
-            Ok(End::Dropped) => LAST_DELETIONS,
-            _ => ABORT_ALL,
+    async fn play(mut self, args: &Demo, introduction: &str) -> anyhow::Result<Exit> {
+        let mut exit = None;
+        if print_unless_closed(introduction)? {
+            self.tell(Order::Batch(TARGET.to_owned()));
+        } else {
+            self.tell(Order::Stop);
+        }
+        let mut number = 0;
+        let mut refresh = interval(REFRESH);
+        refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let ended = loop {
+            tokio::select! {
+                // What happened is shown before the end is.
+                biased;
+                Some(told) = self.seen.recv(), if exit.is_none() => match told {
+                    Told::Beginning { number: begun } => {
+                        number = begun;
+                        let heading = heading(number, Drill::of_batch(number), args.rooms);
+                        if !print_unless_closed(&heading)? {
+                            self.tell(Order::Stop);
+                        }
+                    }
+                    Told::Event(event) => self.screen.show(event),
+                    Told::Ended(report) => {
+                        self.screen.close();
+                        let read = print_unless_closed(&result(number, &report, args.rooms))?;
+                        if args.once || !read {
+                            exit = Some(if args.once { verdict(&report) } else { Exit::Ok });
+                            self.tell(Order::Stop);
+                        }
+                    }
+                },
+                ended = &mut self.daemon => break ended,
+                () = self.signals.next() => {
+                    self.screen.close();
+                    exit.get_or_insert(if args.once { Exit::Aborted } else { Exit::Ok });
+                    self.tell(Order::Stop);
+                }
+                _ = refresh.tick() => self.screen.refresh(),
+            }
         };
-        let until = Instant::now() + patience;
-        vouch(self.context.janitor, until, None, &mut self.signals).await;
-        let end = end?;
-        if matches!(end, End::Interrupted | End::Dropped) {
+        ended.context("the daemon died")??;
+        if !args.once {
             let left = match self.handle.rooms().len() {
                 0 => "none is left".to_owned(),
                 left => format!("{left} are left"),
@@ -313,62 +412,27 @@ impl Stage {
             let opened = self.handle.rooms_seen();
             print_unless_closed(&format!("Stopped. Of the {opened} rooms opened, {left}.\n"))?;
         }
-        Ok(match end {
-            End::Done(exit) => exit,
-            End::Interrupted | End::Dropped if args.once => Exit::Aborted,
-            End::Interrupted | End::Dropped | End::Closed => Exit::Ok,
-        })
+        Ok(exit.unwrap_or(Exit::Ok))
     }
 
-    async fn batches(&mut self, args: &Demo) -> anyhow::Result<End> {
-        if !print_unless_closed(&introduction(args, &self.url))? {
-            return Ok(End::Closed);
+    /// An order that finds no place is one of many of its kind.
+    fn tell(&self, order: Order) {
+        if let Err(error) = self.order.try_send(order) {
+            tracing::debug!("the daemon takes no orders: {error}");
         }
-        let mut ticks = interval(args.every);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut number = 0;
-        loop {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                () = self.signals.next() => return Ok(End::Interrupted),
-            }
-            number += 1;
-            if let Some(end) = self.batch(number, args).await? {
-                return Ok(end);
-            }
-        }
-    }
-
-    async fn batch(&mut self, number: usize, args: &Demo) -> anyhow::Result<Option<End>> {
-        let drill = Drill::of_batch(number);
-        let rules = drill.map(|drill| drill.rule(args.rooms, self.handle.rooms_seen()));
-        self.handle.set_faults(rules.into_iter().collect());
-        if !print_unless_closed(&heading(number, drill, args.rooms))? {
-            return Ok(Some(End::Closed));
-        }
-        let context = self.context.clone();
-        let watching = watch(TARGET, context, &mut self.screen, &mut self.signals);
-        let report = match watching.await {
-            (Some(report), None) => report,
-            (Some(_), Some(_)) => return Ok(Some(End::Interrupted)),
-            (None, _) => return Ok(Some(End::Dropped)),
-        };
-        let mut text = rows(&report);
-        let said = [phrasing::summary(&report), table::reasons(&report)];
-        for said in &said {
-            table::push_indented(&mut text, said.lines());
-        }
-        text.push_str(&judgement(drill, &report, args.rooms));
-        let read = print_unless_closed(&text)?;
-        Ok(match (args.once, read) {
-            (true, _) => Some(End::Done(verdict(&report))),
-            (false, true) => None,
-            (false, false) => Some(End::Closed),
-        })
     }
 }
 
-fn introduction(args: &Demo, url: &str) -> String {
+fn result(number: usize, report: &BatchReport, rooms: usize) -> String {
+    let mut text = rows(report);
+    for said in [phrasing::summary(report), table::reasons(report)] {
+        table::push_indented(&mut text, said.lines());
+    }
+    text.push_str(&judgement(Drill::of_batch(number), report, rooms));
+    text
+}
+
+fn introduction(args: &Demo, url: &str, page: &str) -> String {
     let rooms = match args.rooms {
         1 => "1 room".to_owned(),
         rooms => format!("{rooms} rooms"),
@@ -388,7 +452,8 @@ fn introduction(args: &Demo, url: &str) -> String {
         "A LiveKit server with a demo agent runs on this machine ({url}).\n\
          The canary opens {rooms}{often}. In each it calls the agent, waits for\n\
          its first words, plays them back to it and waits for the reply. Join delay and\n\
-         first speech count from the call, reply from the end of what was played back.\n{then}"
+         first speech count from the call, reply from the end of what was played back.\n\
+         Its page is at {page} and its metrics at {page}metrics.\n{then}"
     )
 }
 

@@ -35,7 +35,7 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
     let (target, project) = chosen(&config, &name);
     let fault = Fault::from_env()?;
     let screen = Screen::new(target.batch.rooms);
-    super::start_logging(screen.log_writer(), Screen::colour());
+    super::start_logging(screen.log_writer(), Screen::colour(), "warn");
 
     let (endpoint, api) =
         super::access(&project).with_context(|| format!("project {:?}", target.project))?;
@@ -191,7 +191,14 @@ pub(super) async fn watch(
     // All that a batch can tell: a room's opening, its progress and its end. So nothing is lost, however it comes.
     let most = context.target.batch.rooms * (Progress::MOST + 2);
     let (sender, mut events) = mpsc::channel(most);
-    let mut running = Box::pin(batch::run(name, context, None, abort.clone(), sender));
+    let mut running = Box::pin(batch::run(
+        batch::new_id(),
+        name,
+        context,
+        None,
+        abort.clone(),
+        sender,
+    ));
     let mut refresh = interval(REFRESH);
     refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut interrupted_at = None;

@@ -7,7 +7,7 @@ use super::{Exit, SandboxArgs, print};
 use crate::sandbox::{Sandbox, Settings};
 
 pub(super) fn run(args: &SandboxArgs) -> anyhow::Result<Exit> {
-    super::start_logging(std::io::stderr, false);
+    super::start_logging(std::io::stderr, false, "warn");
     super::runtime()?.block_on(serve(args))
 }
 

@@ -73,8 +73,13 @@ impl Draft {
     pub fn set_by_flag(&mut self, target: &str, key: &[&str], value: String, flag: &str) {
         let mut path = vec!["targets", target];
         path.extend(key);
+        self.set(&path, value, flag);
+    }
+
+    /// Overrides any key by a flag of the command line.
+    pub fn set(&mut self, path: &[&str], value: String, flag: &str) {
         let origin = format!("{flag} on the command line");
-        self.lay(&path, Value::new(Some(&origin), value));
+        self.lay(path, Value::new(Some(&origin), value));
     }
 
     /// Lays one value over the settings: tables on its way are kept, anything else there gives way to it.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use chrono::Utc;
 use livekit_canary::batch::{self, BatchReport};
-use livekit_canary::config::{self, Config, Draft};
-use livekit_canary::guard::{Guard, Period};
+use livekit_canary::config::{self, Config, Draft, Period};
+use livekit_canary::guard::Guard;
 use livekit_canary::history::{BatchFilter, History};
 use livekit_canary::janitor::{Fate, Janitor};
 use livekit_canary::livekit::RoomName;
@@ -96,7 +96,15 @@ impl Stage {
         let context = context(&self.config, target, self.janitor.clone());
         let (events, _) = mpsc::channel(1);
         let abort = CancellationToken::new();
-        batch::run("demo", context, Some(self.guard.clone()), abort, events).await
+        batch::run(
+            batch::new_id(),
+            "demo",
+            context,
+            Some(self.guard.clone()),
+            abort,
+            events,
+        )
+        .await
     }
 
     fn used_minutes(&self) -> u64 {
@@ -274,7 +282,7 @@ async fn child() {
     let context = context(&config, target, janitor);
     let (events, mut told) = mpsc::channel(100);
     let abort = CancellationToken::new();
-    let running = batch::run("demo", context, Some(guard), abort, events);
+    let running = batch::run(batch::new_id(), "demo", context, Some(guard), abort, events);
     let tell = async {
         while let Some(event) = told.recv().await {
             say(&format!("{event:?}"));

@@ -12,12 +12,14 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use livekit_canary::batch::{BatchReport, BatchResult, ProbeReport};
-use livekit_canary::config::{Backoff, Budget, DispatchMode, Ice, Objectives, Project, Target};
+use livekit_canary::config::{
+    Backoff, Budget, DispatchMode, Ice, Objectives, Period, Project, Target,
+};
 use livekit_canary::livekit::RoomName;
 use livekit_canary::livekit::engine::AudioStats;
 use livekit_canary::metrics::{
-    Build, CATALOGUE, DELAYS, Definition, InternalError, Kind, Metrics, PREFIX, Period, SkipCause,
-    Sli, TargetMetrics, Verdict,
+    Build, CATALOGUE, DELAYS, Definition, InternalError, Kind, Metrics, PREFIX, SkipCause, Sli,
+    TargetMetrics, Verdict,
 };
 use livekit_canary::probe::{
     Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,

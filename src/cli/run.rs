@@ -1,0 +1,113 @@
+//! `run`: the daemon.
+
+use std::net::SocketAddr;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::{Exit, Run};
+use crate::config::{Config, Draft, Problems};
+use crate::daemon::{self, Launch, Order};
+use crate::history::History;
+use crate::http::WebConfig;
+use crate::metrics::Build;
+use crate::probe::driver::Fault;
+
+pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
+    let config = settings(args)?;
+    let fault = Fault::from_env()?;
+    let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
+    super::start_daemon_logging();
+    let history = History::open(&config.daemon.history)?;
+    if args.accept_lost_ledger {
+        history.accept_lost_ledger();
+    }
+    let runtime = super::runtime()?;
+    let ending = runtime.block_on(async {
+        let listener = listen(config.daemon.http.listen).await?;
+        let again = args.clone();
+        let launch = Launch {
+            config,
+            reread: Box::new(move || settings(&again)),
+            listener,
+            web,
+            history,
+            build: build(),
+            fault,
+            observer: None,
+        };
+        daemon::run(launch, orders()?).await
+    });
+    // A DNS lookup that hangs can't be cancelled; everything else has ended by now.
+    runtime.shutdown_background();
+    match ending {
+        Ok(daemon::Ending::Drained) => Ok(Exit::Ok),
+        Ok(daemon::Ending::CutShort) => Ok(Exit::Fault),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            Ok(Exit::Fault)
+        }
+    }
+}
+
+/// Flags over environment over file.
+fn settings(args: &Run) -> Result<Config, Problems> {
+    let mut draft = Draft::read(args.config.as_deref(), super::environment())?;
+    if let Some(address) = args.listen_address {
+        let flag = "--web.listen-address";
+        draft.set(&["http", "listen"], address.to_string(), flag);
+    }
+    if let Some(file) = &args.web_config_file {
+        let file = file.display().to_string();
+        draft.set(&["http", "web_config_file"], file, "--web.config.file");
+    }
+    if args.enable_lifecycle {
+        let flag = "--web.enable-lifecycle";
+        draft.set(&["http", "enable_lifecycle"], "true".to_owned(), flag);
+    }
+    let config = draft.validate()?;
+    if config.targets.is_empty() {
+        return Err(Problems::single(
+            "no target is configured: there is nothing to watch",
+            "add [targets.NAME] with the agent_name; config/canary.toml shows every key",
+        ));
+    }
+    Ok(config)
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).await;
+    listener.with_context(|| format!("can't listen on {address}"))
+}
+
+/// SIGHUP reloads, SIGTERM and Ctrl-C stop.
+fn orders() -> anyhow::Result<mpsc::Receiver<Order>> {
+    let (sender, orders) = mpsc::channel(4);
+    for (kind, order) in [
+        (SignalKind::hangup(), Order::Reload),
+        (SignalKind::terminate(), Order::Stop),
+        (SignalKind::interrupt(), Order::Stop),
+    ] {
+        let mut signals = signal(kind).context("can't wait for signals")?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                if sender.send(order.clone()).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    Ok(orders)
+}
+
+pub(super) fn build() -> Build {
+    Build {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        revision: env!("BUILD_REVISION").to_owned(),
+        rustc: env!("BUILD_RUSTC").to_owned(),
+        engine: "native".to_owned(),
+    }
+}

@@ -1,0 +1,144 @@
+//! Runs one batch and tells logs, metrics and history what came of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{Moment, Observer};
+use crate::batch::{self, BatchEvent, BatchReport, NotOpened};
+use crate::config::{Project, Target};
+use crate::guard::Guard;
+use crate::history::History;
+use crate::metrics::{OpenRoom, TargetMetrics};
+use crate::probe::driver::Context;
+use crate::probe::{Outcome, Progress, Report};
+
+/// What one batch is recorded to, as it was set when the batch began.
+pub(super) struct Recorder {
+    pub(super) target: String,
+    pub(super) settings: Arc<Target>,
+    pub(super) project: Arc<Project>,
+    pub(super) metrics: TargetMetrics,
+    pub(super) history: History,
+    pub(super) observer: Option<Observer>,
+}
+
+impl Recorder {
+    pub(super) async fn run(
+        self,
+        batch_id: String,
+        context: Context,
+        guard: Guard,
+        abort: CancellationToken,
+    ) -> Arc<BatchReport> {
+        // All that a batch can tell, so that nothing is lost.
+        let most = self.settings.batch.rooms * (Progress::MOST + 2);
+        let (sender, mut events) = mpsc::channel(most);
+        let mut running = Box::pin(batch::run(
+            batch_id,
+            &self.target,
+            context,
+            Some(guard),
+            abort,
+            sender,
+        ));
+        let mut open = HashMap::new();
+        let report = loop {
+            tokio::select! {
+                biased;
+                Some(event) = events.recv() => self.event(event, &mut open),
+                report = &mut running => break report,
+            }
+        };
+        drop(running);
+        while let Ok(event) = events.try_recv() {
+            self.event(event, &mut open);
+        }
+        self.batch(&report);
+        Arc::new(report)
+    }
+
+    fn event(&self, event: BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
+        if let Some(observer) = &self.observer {
+            observer(Moment::Event(&event));
+        }
+        match event {
+            BatchEvent::Opened { index, .. } => {
+                open.insert(index, self.metrics.room_opened());
+            }
+            BatchEvent::Progress { .. } => {}
+            BatchEvent::Ended { index, report } => {
+                open.remove(&index);
+                self.probe(&report);
+            }
+        }
+    }
+
+    fn probe(&self, report: &Report) {
+        self.metrics.probe(report, &self.settings.objectives);
+        let Outcome::Failed(failure) = &report.outcome else {
+            return;
+        };
+        tracing::warn!(
+            target_name = self.target,
+            room = report.room.0,
+            reason = failure.reason.label(),
+            origin = failure.reason.origin().label(),
+            "target {}, room {}: {}: {}",
+            self.target,
+            report.room,
+            failure.reason.label(),
+            failure.detail
+        );
+    }
+
+    fn batch(&self, report: &BatchReport) {
+        if let Some(NotOpened {
+            refusal: Some(refusal),
+            ..
+        }) = &report.not_opened
+            && report.probes.is_empty()
+        {
+            self.metrics.skipped(super::cause(refusal));
+            tracing::warn!(
+                target_name = self.target,
+                batch_id = report.batch_id,
+                "no batch of target {}: {refusal}",
+                self.target
+            );
+            return;
+        }
+        self.metrics.batch(report);
+        self.history.record(report, &self.settings, &self.project);
+        let summary = report.summary();
+        let took = report.ended_at - report.started_at;
+        let join = summary.join_delay.map_or_else(
+            || "no join delay".to_owned(),
+            |delay| {
+                format!(
+                    "join p50 {:.3} s, max {:.3} s",
+                    delay.p50.as_secs_f64(),
+                    delay.max.as_secs_f64()
+                )
+            },
+        );
+        tracing::info!(
+            target_name = self.target,
+            batch_id = report.batch_id,
+            result = report.result().label(),
+            ok = summary.ok,
+            failed = summary.failed,
+            aborted = summary.aborted,
+            not_opened = report.not_opened.as_ref().map(|rest| rest.rooms),
+            seconds = took.as_seconds_f64(),
+            "target {}: {} ok, {} failed, {} aborted; {join}; batch {}",
+            self.target,
+            summary.ok,
+            summary.failed,
+            summary.aborted,
+            report.batch_id
+        );
+    }
+}
