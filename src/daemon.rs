@@ -34,6 +34,8 @@ use crate::probe::driver::{Context, Fault};
 use crate::schedule::{self, Tick, Ticker};
 
 mod recorder;
+#[cfg(test)]
+mod tests;
 
 use recorder::Recorder;
 
