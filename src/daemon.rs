@@ -5,6 +5,7 @@
 //! [`Recorder`] tells logs, metrics and history what came of them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use chrono::{DateTime, Utc};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent, BatchReport};
@@ -34,8 +35,6 @@ use crate::probe::driver::{Context, Fault};
 use crate::schedule::{self, Tick, Ticker};
 
 mod recorder;
-#[cfg(test)]
-mod tests;
 
 use recorder::Recorder;
 
@@ -149,7 +148,8 @@ struct Daemon {
     fault: Option<Fault>,
     observer: Option<Observer>,
     batches: JoinSet<Arc<BatchReport>>,
-    target_of: HashMap<task::Id, String>,
+    /// Of each batch that runs, its target and its id.
+    running: HashMap<task::Id, (String, String)>,
     abort: CancellationToken,
     control: mpsc::Receiver<Control>,
     status: watch::Sender<Arc<Status>>,
@@ -215,7 +215,7 @@ impl Daemon {
             fault: launch.fault,
             observer: launch.observer,
             batches: JoinSet::new(),
-            target_of: HashMap::new(),
+            running: HashMap::new(),
             abort: CancellationToken::new(),
             control,
             status,
@@ -343,7 +343,7 @@ impl Daemon {
                 settings: Arc::clone(&settings),
                 metrics: metrics.clone(),
                 paused: false,
-                running: None,
+                running: self.running_batch(name),
                 last_tick: None,
                 last_batch: None,
                 held_back: None,
@@ -354,6 +354,13 @@ impl Daemon {
         metrics.paused(self.targets[name].paused);
         self.ticker.set(name, &settings.schedule, first);
         self.tell_next(name);
+    }
+
+    /// A target that was removed and comes back may still have one.
+    fn running_batch(&self, name: &str) -> Option<String> {
+        let mut running = self.running.values();
+        let found = running.find(|(target, _)| target == name);
+        found.map(|(_, batch_id)| batch_id.clone())
     }
 
     /// What the history knows of the targets from before this process.
@@ -502,26 +509,30 @@ impl Daemon {
             fault: self.fault,
         };
         let guard = project.guard.clone();
-        let running = recorder.run(batch_id.clone(), context, guard, self.abort.clone());
-        let task = self.batches.spawn(running);
-        self.target_of.insert(task.id(), name.to_owned());
+        let batch = recorder.run(batch_id.clone(), context, guard, self.abort.clone());
+        let task = self.batches.spawn(batch);
+        let running = (name.to_owned(), batch_id.clone());
+        self.running.insert(task.id(), running);
         Ok(batch_id)
     }
 
     fn batch_ended(&mut self, ended: Result<(task::Id, Arc<BatchReport>), JoinError>) {
         let (id, report) = match ended {
             Ok((id, report)) => (id, Some(report)),
+            // Cut short by our own end.
+            Err(error) if error.is_cancelled() => (error.id(), None),
             Err(error) => {
                 self.metrics.internal_error(InternalError::Batch);
                 tracing::error!("a batch died: {error}");
                 (error.id(), None)
             }
         };
-        let name = self.target_of.remove(&id).expect("noted when it began");
+        let (name, batch_id) = self.running.remove(&id).expect("noted when it began");
         if let (Some(report), Some(observer)) = (&report, &self.observer) {
             observer(Moment::Ended(report));
         }
-        if let Some(target) = self.targets.get_mut(&name) {
+        let target = self.targets.get_mut(&name);
+        if let Some(target) = target.filter(|target| target.running == Some(batch_id)) {
             target.running = None;
             match report {
                 Some(report) if report.opened_nothing() => {
@@ -627,6 +638,10 @@ impl Daemon {
             self.leave(Instant::now() + LAST_DELETIONS).await;
         }
         self.http_end.cancel();
+        self.control.close();
+        while let Some(asked) = self.control.recv().await {
+            refuse(asked);
+        }
         while self.http.join_next().await.is_some() {}
         ending
     }
@@ -634,25 +649,23 @@ impl Daemon {
     async fn end_in_order(&mut self, grace: Duration) {
         self.join_batches(Instant::now() + grace).await;
         if !self.batches.is_empty() {
+            tracing::warn!("aborting {} batches", self.batches.len());
             self.abort.cancel();
             let patience = ABORT_BATCH + self.longest_cleanup();
             self.join_batches(Instant::now() + patience).await;
             self.batches.abort_all();
         }
         self.leave(Instant::now() + self.longest_cleanup()).await;
-        self.refresh();
-        sleep(self.config.daemon.lifetime.shutdown_linger).await;
+        let linger = self.config.daemon.lifetime.shutdown_linger;
+        self.attend(sleep(linger)).await;
     }
 
-    /// Goes on answering for as long as batches run.
     async fn join_batches(&mut self, until: Instant) {
         let mut refresh = interval(REFRESH);
         while !self.batches.is_empty() {
             tokio::select! {
-                Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
-                Some(asked) = self.control.recv() => refuse(asked),
-                _ = refresh.tick() => self.refresh(),
                 () = sleep_until(until) => return,
+                () = self.meanwhile(&mut refresh) => {}
             }
         }
     }
@@ -660,15 +673,39 @@ impl Daemon {
     /// Waits until the rooms are gone and what there is to write is written. A room that can't be vouched for stays in
     /// the journal, and the next start looks for it.
     async fn leave(&mut self, until: Instant) {
-        for left in self.janitor.clone().close(until).await {
+        let closing = self.janitor.clone().close(until);
+        for left in self.attend(closing).await {
             tracing::warn!(
                 "room {} may be left behind, the next start looks for it: {}",
                 left.room,
                 left.why
             );
         }
-        if !self.history.close(Instant::now() + LAST_WRITES).await {
+        let history = self.history.clone();
+        let closing = history.close(Instant::now() + LAST_WRITES);
+        if !self.attend(closing).await {
             tracing::warn!("the history could not be written to its end");
+        }
+    }
+
+    async fn attend<T>(&mut self, what: impl Future<Output = T>) -> T {
+        let mut what = pin!(what);
+        let mut refresh = interval(REFRESH);
+        loop {
+            tokio::select! {
+                done = &mut what => return done,
+                () = self.meanwhile(&mut refresh) => {}
+            }
+        }
+    }
+
+    /// The next thing that a daemon on its way out sees to: a scraper and an operator still get answers.
+    async fn meanwhile(&mut self, refresh: &mut Interval) {
+        tokio::select! {
+            Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
+            Some(swept) = self.sweep.join_next() => self.swept(swept),
+            Some(asked) = self.control.recv() => refuse(asked),
+            _ = refresh.tick() => self.refresh(),
         }
     }
 
