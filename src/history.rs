@@ -273,7 +273,7 @@ impl History {
         self.shared.wake(&mut state);
     }
 
-    /// The target of a room that nobody has vouched for yet, or that an earlier run had left.
+    /// The target of a room that nobody has vouched for yet.
     pub fn target_of(&self, room: &RoomName) -> Option<String> {
         let state = self.shared.lock();
         state.ledger.get(room).map(|row| row.target.clone())

@@ -74,17 +74,25 @@ pub enum InternalError {
     Probe,
     Batch,
     Janitor,
+    History,
     Http,
 }
 
 impl InternalError {
-    pub const ALL: [Self; 4] = [Self::Probe, Self::Batch, Self::Janitor, Self::Http];
+    pub const ALL: [Self; 5] = [
+        Self::Probe,
+        Self::Batch,
+        Self::Janitor,
+        Self::History,
+        Self::Http,
+    ];
 
     pub fn label(self) -> &'static str {
         match self {
             Self::Probe => "probe",
             Self::Batch => "batch",
             Self::Janitor => "janitor",
+            Self::History => "history",
             Self::Http => "http",
         }
     }

@@ -27,6 +27,8 @@ pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
     let runtime = super::runtime()?;
     let ending = runtime.block_on(async {
         let listener = listen(config.daemon.http.listen).await?;
+        let address = listener.local_addr()?;
+        tracing::info!(%address, "listening on {address}");
         let again = args.clone();
         let launch = Launch {
             config,

@@ -61,7 +61,7 @@ struct Kept {
 
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    /// Rooms that are not settled, not vouched for or not on disk, and those that dead runs had left.
+    /// Rooms that are not settled, not vouched for or not on disk.
     rows: HashMap<RoomName, Kept>,
     days: HashMap<String, BTreeMap<NaiveDate, u64>>,
     /// Counts the changes of rows.
@@ -168,8 +168,7 @@ impl Ledger {
                 kept.unwritten = None;
             }
             let row = &kept.row;
-            // Those of dead runs, which are few, stay known to whoever counts what was swept.
-            let closed = row.gone_at.is_some() && row.settled.is_some() && row.boot == boot;
+            let closed = row.gone_at.is_some() && (row.settled.is_some() || row.boot != boot);
             kept.unwritten.is_some() || !closed
         });
     }

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::store::{CACHE_KIB, FILE, time};
+use super::store::{FILE, time};
 
 /// For one query, the wait for its turn included.
 const READ_WITHIN: Duration = Duration::from_secs(5);
@@ -124,7 +124,6 @@ impl Reader {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
         connection.busy_timeout(READ_WITHIN)?;
-        connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
         Ok(connection)
     }
 }

@@ -83,9 +83,6 @@ const BUSY: Duration = Duration::from_secs(5);
 /// The log is cut back to this size when it has been copied into the file.
 const LOG_BYTES: i64 = 4 << 20;
 
-/// Of each connection. Rows are written once and seldom read: a larger one would only be kept.
-pub(super) const CACHE_KIB: i64 = 512;
-
 /// Batches, and ledger rows, that one step of forgetting deletes: a reservation waits for no more than that.
 const STEP_BATCHES: i64 = 10;
 const STEP_ROOMS: i64 = 500;
@@ -281,7 +278,6 @@ fn connect(path: &Path) -> Result<Connection, Fault> {
     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
     connection.pragma_update(None, "foreign_keys", true)?;
-    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     match pragma(&connection, "user_version")? {
         VERSION => check(&connection, "quick_check(1)")?,
         0 => return Err(Fault::Corrupt("it holds no history".to_owned())),

@@ -29,20 +29,20 @@ use crate::history::{killed_after, say};
 
 const CONFIG: &str = r#"
 [projects.sandbox]
-api_timeout = "5s"
+api_timeout = "2s"
 [targets.demo]
 agent_name = "demo"
 late_agent_window = "100ms"
 [targets.demo.batch]
 hold = "1s"
 [targets.demo.deadlines]
-signal = "10s"
-media = "15s"
-join = "5s"
-track = "5s"
-speech = "10s"
-reply = "10s"
-cleanup = "5s"
+signal = "2s"
+media = "5s"
+join = "3s"
+track = "2s"
+speech = "4s"
+reply = "8s"
+cleanup = "2s"
 "#;
 
 /// Of what never has to pass.
@@ -157,7 +157,7 @@ fn janitor(history: &History, left_behind: &Arc<Mutex<Vec<String>>>) -> Janitor 
 fn access(config: &Config) -> (Endpoint, Api) {
     let endpoint = Endpoint::new(&config.projects["sandbox"].url, None).unwrap();
     let keys = Keys::new("devkey", "secret").unwrap();
-    let api = Api::new(endpoint.clone(), keys, Duration::from_secs(5));
+    let api = Api::new(endpoint.clone(), keys, Duration::from_secs(2));
     (endpoint, api)
 }
 
@@ -293,8 +293,8 @@ async fn child() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved() {
-    // From before the first room is there to after its agent has joined and the second opens.
-    for lines in [1, 3, 8, 14] {
+    // From before the first room to after the last one's join.
+    for lines in [1, 3, 8, 20, 36] {
         let stage = Stage::new(&[]).await;
         assert!(stage.history.close(Instant::now() + AMPLE).await);
         let url = &stage.config.projects["sandbox"].url;

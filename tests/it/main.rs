@@ -4,6 +4,7 @@
 
 mod architecture;
 mod command_line;
+mod daemon;
 mod demo;
 mod forecast;
 #[path = "../real/gate.rs"]

@@ -39,9 +39,9 @@ reply = true
 "#;
 
 /// A running sandbox; it ends when this is dropped.
-struct Stage {
-    url: String,
-    handle: Handle,
+pub struct Stage {
+    pub url: String,
+    pub handle: Handle,
     shutdown: CancellationToken,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -55,7 +55,7 @@ impl Stage {
         })
     }
 
-    fn with(settings: Settings) -> Self {
+    pub fn with(settings: Settings) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
