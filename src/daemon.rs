@@ -124,6 +124,8 @@ struct Target {
     settings: Arc<config::Target>,
     metrics: TargetMetrics,
     paused: bool,
+    /// An agent has come to one of its rooms, in this process or before.
+    agent_known: bool,
     /// The batch that runs, or waits for its rooms.
     running: Option<String>,
     last_tick: Option<DateTime<Utc>>,
@@ -337,12 +339,14 @@ impl Daemon {
         let settings = Arc::new(settings.clone());
         let mut first = Utc::now();
         if let Some(known) = self.targets.get_mut(name) {
+            known.agent_known &= known.settings.agent_name == settings.agent_name;
             known.settings = Arc::clone(&settings);
         } else {
             let target = Target {
                 settings: Arc::clone(&settings),
                 metrics: metrics.clone(),
                 paused: false,
+                agent_known: false,
                 running: self.running_batch(name),
                 last_tick: None,
                 last_batch: None,
@@ -366,14 +370,21 @@ impl Daemon {
     /// What the history knows of the targets from before this process.
     async fn restore(&mut self) {
         for (name, target) in &mut self.targets {
-            match self.history.last_completed(name).await {
-                Ok(Some(last)) => {
-                    target.metrics.restore_last_batch(last.ended_at);
-                    target.last_batch = Some(last);
+            let agent_name = target.settings.agent_name.as_deref();
+            let read = tokio::try_join!(
+                self.history.last_completed(name),
+                self.history.has_seen_agent(name, agent_name),
+            );
+            match read {
+                Ok((last, agent_known)) => {
+                    if let Some(last) = &last {
+                        target.metrics.restore_last_batch(last.ended_at);
+                    }
+                    target.last_batch = last;
+                    target.agent_known = agent_known;
                 }
-                Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!("can't read when target {name} was last probed: {error:#}");
+                    tracing::warn!("can't read what came of target {name} before: {error:#}");
                 }
             }
         }
@@ -506,6 +517,7 @@ impl Daemon {
             api: project.api.clone(),
             engine: self.engine,
             janitor: self.janitor.clone(),
+            agent_known: target.agent_known,
             fault: self.fault,
         };
         let guard = project.guard.clone();
@@ -538,7 +550,11 @@ impl Daemon {
                 Some(report) if report.opened_nothing() => {
                     target.held_back = report.not_opened.as_ref().map(|rest| rest.why.clone());
                 }
-                Some(report) => target.last_batch = Some(last_batch(&report)),
+                Some(report) => {
+                    let mut probes = report.probes.iter();
+                    target.agent_known |= probes.any(|probe| probe.report.agent.is_some());
+                    target.last_batch = Some(last_batch(&report));
+                }
                 None => {}
             }
         }

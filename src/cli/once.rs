@@ -48,6 +48,7 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
             api,
             engine: Engine::default(),
             janitor: Janitor::start(),
+            agent_known: false,
             fault,
         };
         batch_of_rooms(&name, context, screen, args.format).await

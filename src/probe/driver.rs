@@ -49,6 +49,9 @@ pub struct Context {
     pub api: Api,
     pub engine: Engine,
     pub janitor: Janitor,
+    /// An agent of this target has come before, under this name: where none answers, the name is not the first thing to
+    /// check.
+    pub agent_known: bool,
     /// A fault to play, for tests of this program only.
     pub fault: Option<Fault>,
 }
@@ -150,7 +153,12 @@ impl Driver {
         );
         let hold = *hold_until.borrow_and_update();
         Self {
-            probe: Probe::new(Arc::clone(target), room.clone(), position),
+            probe: Probe::new(
+                Arc::clone(target),
+                room.clone(),
+                position,
+                context.agent_known,
+            ),
             lease: Some(lease),
             participant: None,
             calls: FuturesUnordered::new(),
@@ -504,6 +512,7 @@ mod tests {
             endpoint,
             engine: Engine::default(),
             janitor: Janitor::start(),
+            agent_known: false,
             fault: None,
         }
     }

@@ -157,7 +157,9 @@ enum Incident {
 
 /// One room, from creation to deletion.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Probe {
+    agent_known: bool,
     target: Arc<Target>,
     phase: Phase,
     outcome: Option<Outcome>,
@@ -178,8 +180,15 @@ pub(super) struct Probe {
 }
 
 impl Probe {
-    pub(super) fn new(target: Arc<Target>, room: RoomName, position: Position) -> Self {
+    /// `agent_known`: see [`Context::agent_known`](super::driver::Context::agent_known).
+    pub(super) fn new(
+        target: Arc<Target>,
+        room: RoomName,
+        position: Position,
+        agent_known: bool,
+    ) -> Self {
         Self {
+            agent_known,
             phase: Phase::Idle,
             outcome: None,
             creating: false,
@@ -884,6 +893,10 @@ impl Probe {
             return Failure::new(Reason::AgentNoShow, detail);
         }
         let check = match expected_agent(&self.target) {
+            // The name is right: this agent has come by it.
+            Some(name) if self.agent_known => format!(
+                "check, in this order, that the worker of \"{name}\" runs and is connected to this project, that it is below its load limit, that its log shows no job that failed before it connected, and that it still registers under this name"
+            ),
             Some(name) => format!(
                 "check, in this order, that a worker registered as exactly \"{name}\", that it runs and is connected to this project, that it is below its load limit, and that its log shows no job that failed before it connected"
             ),

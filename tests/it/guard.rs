@@ -170,6 +170,7 @@ fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context
         api,
         engine: Engine::default(),
         janitor,
+        agent_known: false,
         fault: None,
     }
 }

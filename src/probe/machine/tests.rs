@@ -81,10 +81,15 @@ fn ping_timeout() -> Ended {
 
 impl Script {
     fn new(target: Target) -> Self {
+        Self::knowing(target, false)
+    }
+
+    fn knowing(target: Target, agent_known: bool) -> Self {
         let probe = Probe::new(
             Arc::new(target),
             RoomName("canary-test".to_owned()),
             Position::First,
+            agent_known,
         );
         let script = Self {
             probe,
@@ -631,6 +636,23 @@ fn automatic_dispatch_takes_any_job() {
     let script = script.wait(30_010);
     let script = script.listed(30_020, Ok(dispatches("", Some("JS_RUNNING"))));
     assert_eq!(script.reason(30_030), Reason::AgentNoShow);
+}
+
+#[test]
+fn name_is_the_first_thing_to_check_only_where_no_agent_ever_came_by_it() {
+    for (agent_known, first) in [
+        (false, "that a worker registered as exactly \"support\""),
+        (true, "that the worker of \"support\" runs"),
+    ] {
+        let script = Script::knowing(explicit(), agent_known).waiting();
+        let script = script.wait(30_101).listed(30_110, Ok(Vec::new()));
+        let report = script.report(30_120);
+        let Outcome::Failed(failure) = &report.outcome else {
+            unreachable!()
+        };
+        let check = format!("check, in this order, {first}");
+        assert!(failure.detail.contains(&check), "{}", failure.detail);
+    }
 }
 
 #[test]
