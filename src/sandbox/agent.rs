@@ -274,6 +274,8 @@ impl Agent {
                 acts.push(Act::State("initializing"));
                 if self.script.track != Track::None {
                     acts.push(Act::Publish);
+                    // A session listens as soon as its output is published, before a packet of it can have come.
+                    acts.push(Act::State("listening"));
                 }
             }
             Phase::BeforeGreeting => self.speak(Clip::Greeting, now, acts),
@@ -283,7 +285,6 @@ impl Agent {
     }
 
     fn greet(&mut self, now: Instant, acts: &mut Vec<Act>) {
-        acts.push(Act::State("listening"));
         if let Some(error) = self.script.error.take() {
             acts.push(Act::Report(error));
             self.script.track = Track::Silent;
@@ -503,10 +504,10 @@ mod tests {
     fn an_agent_speaks_only_once_it_is_subscribed_and_its_caller_published() {
         let mut stage = Stage::new(&[]);
         stage.run(SECOND);
-        assert_eq!(stage.states(), ["initializing"]);
+        assert_eq!(stage.states(), ["initializing", "listening"]);
         stage.agent.on_caller_published();
         stage.run(SECOND);
-        assert_eq!(stage.states(), ["initializing"]);
+        assert_eq!(stage.states(), ["initializing", "listening"]);
         stage.agent.on_subscribed(stage.now);
         stage.run(SECOND * 4);
         assert_eq!(
