@@ -6,7 +6,7 @@ check:
 test:
     cargo test
 
-# The scenarios on the real stack, all or those whose name contains FILTER. Needs Go, Python and root.
+# The scenarios on the sandbox and the real stack, all or those whose name contains FILTER. Needs Go, Python and root.
 real FILTER="":
     cargo test --test real -- {{FILTER}}
 

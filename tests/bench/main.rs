@@ -16,6 +16,9 @@ use tokio::time::Instant;
 #[path = "../real/canary.rs"]
 mod canary;
 #[expect(dead_code, reason = "the scenarios use the rest")]
+#[path = "../real/order.rs"]
+mod order;
+#[expect(dead_code, reason = "the scenarios use the rest")]
 #[path = "../real/stack.rs"]
 mod stack;
 #[expect(dead_code, reason = "the scenarios use the rest")]
@@ -23,7 +26,8 @@ mod stack;
 mod twirp;
 
 use canary::{Running, Settings};
-use stack::{AGENT, Agent, KEY, Process, SECRET, Site, Stack, wait_for};
+use order::Order;
+use stack::{AGENT, Agent, KEY, Process, SECRET, Site, wait_for};
 
 /// The name of the agent that speaks without a pause, all rooms in one process.
 const TALKER: &str = "talker";
@@ -40,7 +44,7 @@ const PACKETS_A_MINUTE: u32 = 50 * 60;
 fn main() -> anyhow::Result<()> {
     let packets = speech()?;
     let decoding = decoding(&packets)?;
-    let site = Stack::Real.start(&[Agent::named(AGENT)])?;
+    let site = Site::real(&[Agent::named(AGENT)])?;
     let accuracy = accuracy(&site)?;
     let talker = start_talker(&site, &packets)?;
     let loads = ROOMS
@@ -167,7 +171,7 @@ impl std::fmt::Display for Accuracy {
 fn accuracy(site: &Site) -> anyhow::Result<Accuracy> {
     let finished = Settings::new(site)
         .project("max_rooms", JOINS)
-        .order(&json!({"seconds": 0.3}))
+        .order(&Order::greets().with("seconds", 0.3))
         .set("batch.rooms", JOINS)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "2s")

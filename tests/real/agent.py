@@ -15,28 +15,17 @@ import json
 import logging
 import os
 import time
-import zlib
-
-import numpy as np
 
 from livekit import rtc
 from livekit.agents import Agent, AgentServer, AgentSession, JobContext
 
+from tones import FRAME_MS, is_tone, signal_of, tone, tone_of
+
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
-FRAME_MS = 20
-# Below this RMS (of full scale 1.0) a frame is silence; the tone itself is at 0.35.
-AUDIBLE = 0.01
-# The part of a frame's energy that must lie at one frequency for it to be that tone.
-PURITY = 0.5
 # So many tone frames in a row begin an echo, so much silence ends it.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
-
-
-def tone_of(room: str) -> int:
-    """The room's own frequency in Hz, so that a neighbour's echo isn't taken for one's own."""
-    return 400 + 50 * (zlib.crc32(room.encode()) % 20)
 
 
 def report(room: str, event: str, **details: object) -> None:
@@ -49,28 +38,14 @@ def report(room: str, event: str, **details: object) -> None:
         os.close(fd)
 
 
-async def tone(frequency: int, seconds: float):
-    """A tone in frames of 20 ms, as fast as they are taken."""
-    samples = SPEECH_RATE * FRAME_MS // 1000
-    for start in range(0, int(SPEECH_RATE * seconds), samples):
-        phase = np.arange(start, start + samples) * (2 * np.pi * frequency / SPEECH_RATE)
-        pcm = (np.sin(phase) * 0.5 * 32767).astype(np.int16)
-        yield rtc.AudioFrame(pcm.tobytes(), SPEECH_RATE, 1, samples)
-
-
-def is_tone(pcm: np.ndarray, frequency: int) -> bool:
-    """Goertzel's question, asked by a dot product: does most of this frame's energy lie at `frequency`?"""
-    signal = pcm.astype(np.float64) / 32768
-    energy = float(np.dot(signal, signal))
-    if energy / len(signal) < AUDIBLE**2:
-        return False
-    turns = np.exp(-2j * np.pi * frequency * np.arange(len(signal)) / LISTEN_RATE)
-    at_frequency = 2 * abs(np.dot(signal, turns)) ** 2 / len(signal)
-    return at_frequency / energy > PURITY
+async def speech(frequency: int, seconds: float):
+    """A tone as fast as it is taken."""
+    for frame in tone(frequency, seconds, SPEECH_RATE):
+        yield frame
 
 
 async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None:
-    """Reports every stretch of the room's own tone in `track`, when it begins and when it has ended."""
+    """Reports every stretch of the room's own tone in `track` once it has ended."""
     frequency = tone_of(room)
     began = None
     frames = 0
@@ -78,16 +53,15 @@ async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None
     stream = rtc.AudioStream(track, sample_rate=LISTEN_RATE, num_channels=1, frame_size_ms=FRAME_MS)
     async for event in stream:
         now = time.time()
-        if is_tone(np.frombuffer(event.frame.data, dtype=np.int16), frequency):
+        if is_tone(signal_of(event.frame), frequency, LISTEN_RATE):
             frames += 1
             last = now
             if frames == BEGIN_FRAMES:
                 began = now - BEGIN_FRAMES * FRAME_MS / 1000
-                report(room, "echo_began", began=began)
         elif now - last > END_SECONDS:
             if began is not None:
                 seconds = frames * FRAME_MS / 1000
-                report(room, "echo_ended", began=began, ended=last, seconds=seconds)
+                report(room, "heard", began=began, ended=last, seconds=seconds)
                 heard.put_nowait(seconds)
             began = None
             frames = 0
@@ -111,14 +85,10 @@ class Job:
         report(self.room, "connected", identity=self.ctx.room.local_participant.identity)
 
     def subscribed(self, track, publication, participant) -> None:
-        report(
-            self.room,
-            "caller",
-            identity=participant.identity,
-            attributes=dict(participant.attributes),
-            source=rtc.TrackSource.Name(publication.source),
-        )
-        if track.kind == rtc.TrackKind.KIND_AUDIO:
+        # An agent listens to nothing else.
+        if publication.source == rtc.TrackSource.SOURCE_MICROPHONE:
+            caller, attributes = participant.identity, dict(participant.attributes)
+            report(self.room, "caller", caller=caller, attributes=attributes)
             self.listening.append(
                 asyncio.create_task(hear_echoes(self.room, track, self.heard))
             )
@@ -132,7 +102,7 @@ class Job:
     async def say(self, session: AgentSession, event: str) -> None:
         seconds = self.order.get("seconds", 2)
         began = time.time()
-        handle = session.say("(tone)", audio=tone(tone_of(self.room), seconds))
+        handle = session.say("(tone)", audio=speech(tone_of(self.room), seconds))
         await handle.wait_for_playout()
         report(self.room, event, began=began, ended=time.time())
 

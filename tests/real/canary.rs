@@ -13,7 +13,8 @@ use serde::Deserialize;
 use tempfile::TempDir;
 use toml::{Table, Value};
 
-use crate::stack::{AGENT, KEY, SECRET, Site, wait_for};
+use crate::order::Order;
+use crate::stack::{AGENT, SECRET, Site, wait_for};
 
 /// Longest that any run of the product may take.
 const LIMIT: Duration = Duration::from_mins(3);
@@ -33,11 +34,11 @@ impl Settings {
         };
         settings
             .project("url", site.url.as_str())
-            .project("api_key", KEY)
-            .project("api_secret", SECRET)
+            .project("api_key", site.key.as_str())
+            .project("api_secret", site.secret.as_str())
             .set("agent_name", AGENT)
             .set("batch.rooms", 1)
-            .set("batch.hold", "8s")
+            .set("batch.hold", site.hold)
             .set("deadlines.join", "15s")
     }
 
@@ -62,9 +63,10 @@ impl Settings {
         self
     }
 
-    /// What the agent is to do, as its dispatch metadata.
-    pub fn order(self, order: &serde_json::Value) -> Self {
-        self.set("dispatch.metadata", order.to_string())
+    /// Whom to call, and what it is to do.
+    pub fn order(self, order: &Order) -> Self {
+        self.set("agent_name", order.agent)
+            .set("dispatch.metadata", order.metadata())
     }
 
     pub fn without(mut self, key: &str) -> Self {
@@ -125,6 +127,15 @@ impl Canary {
 
     pub fn args(mut self, arguments: &[&str]) -> Self {
         self.command.args(arguments);
+        self
+    }
+
+    /// A site's URL and key pair, in the environment.
+    pub fn on(mut self, site: &Site) -> Self {
+        self.command
+            .env("LIVEKIT_URL", &site.url)
+            .env("LIVEKIT_API_KEY", &site.key)
+            .env("LIVEKIT_API_SECRET", &site.secret);
         self
     }
 

@@ -1,95 +1,188 @@
 //! The table of scenarios: what is done to the product, and what must come of it.
 
+use std::cell::{OnceCell, RefCell};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use chrono::Utc;
 use rustix::process::Signal;
-use serde_json::json;
 use tokio::time::Instant;
 
 use crate::canary::{Batch, Canary, Finished, Probe, Settings, unix_seconds};
 use crate::gate::Gate;
-use crate::stack::wait_for;
-use crate::stack::{AGENT, Agent, BUSY_AGENT, Event, KEY, SECRET, Site, Stack, TlsProxy, kill};
+use crate::journey::Journey;
+use crate::order::Order;
+use crate::stack::{self, AGENT, Agent, Event, Process, SECRET, Site, Stack, TlsProxy};
+use crate::stack::{kill, wait_for};
 
 /// What every scenario gets.
 pub struct Ground<'a> {
     pub stack: Stack,
-    /// A server with [`AGENT`] and [`BUSY_AGENT`], shared by all scenarios that harm neither.
-    pub shared: &'a Site,
+    /// On the real stack: a server with every agent that orders name, shared by all scenarios that harm nobody.
+    shared: Option<&'a Site>,
+    /// The site that the scenario started.
+    own: OnceCell<Site>,
+    /// Of every room, in the order in which batches were looked at.
+    journeys: RefCell<Vec<Journey>>,
+}
+
+impl<'a> Ground<'a> {
+    pub fn new(stack: Stack, shared: Option<&'a Site>) -> Self {
+        Self {
+            stack,
+            shared,
+            own: OnceCell::new(),
+            journeys: RefCell::default(),
+        }
+    }
+
+    /// A site whose agent does in every room what `order` says.
+    fn site(&self, order: &Order) -> anyhow::Result<&Site> {
+        match self.shared {
+            Some(shared) => Ok(shared),
+            None => self.own_site(&[], order),
+        }
+    }
+
+    /// Such a site, and settings by which its agent is called.
+    fn call(&self, order: &Order) -> anyhow::Result<(&Site, Settings)> {
+        let site = self.site(order)?;
+        Ok((site, Settings::new(site).order(order)))
+    }
+
+    /// A site that the scenario may harm; its workers are those of `agents` on the real stack.
+    fn own_site(&self, agents: &[Agent], order: &Order) -> anyhow::Result<&Site> {
+        self.keep(match self.stack {
+            Stack::Real => Site::real(agents)?,
+            Stack::Sandbox => Site::sandbox(order.agent, &order.faults)?,
+        })
+    }
+
+    /// A real one on the far side of a veth pair.
+    fn site_behind_veth(&self, agents: &[Agent]) -> anyhow::Result<&Site> {
+        self.keep(Site::real_behind_veth(agents)?)
+    }
+
+    fn keep(&self, site: Site) -> anyhow::Result<&Site> {
+        ensure!(self.own.set(site).is_ok(), "one site of its own is enough");
+        self.own.get().context("it was set above")
+    }
+
+    pub fn journeys(self) -> Vec<Journey> {
+        self.journeys.into_inner()
+    }
+
+    /// What the logs say of the rooms that `error` names; of a site of the scenario's own their last lines too.
+    pub fn logs(&self, error: &str) -> String {
+        let shared = self.shared.map(|site| site.logs_about(error));
+        let own = self.own.get().map(Site::logs);
+        [shared, own].into_iter().flatten().collect()
+    }
+
+    /// No room stayed on a sandbox, which the scenario had for itself; the real stack is looked at when all are over.
+    pub fn expect_empty(&self) -> anyhow::Result<()> {
+        // A server that was killed or frozen says nothing.
+        if let (Stack::Sandbox, Some(site)) = (self.stack, self.own.get())
+            && let Ok(left) = site.api.rooms()
+        {
+            ensure!(left.is_empty(), "left on the sandbox: {left:?}");
+        }
+        Ok(())
+    }
 }
 
 pub struct Scenario {
     /// The sentence that is false where it fails.
     pub name: &'static str,
     pub expected: &'static str,
+    /// Why the sandbox can't express it; `None` where it can.
+    pub real_only: Option<&'static str>,
     /// Does it, checks it, and says what was seen.
     pub run: fn(&Ground) -> anyhow::Result<String>,
 }
 
+impl Scenario {
+    /// Why it doesn't run there.
+    pub fn absent_on(&self, stack: Stack) -> Option<&'static str> {
+        self.real_only.filter(|_| stack == Stack::Sandbox)
+    }
+}
+
+/// Why some scenarios are the real stack's alone.
+const NO_PROCESS: &str = "its agent is no process of its own that could be killed";
+const NO_NETWORK: &str = "it binds to 127.0.0.1 alone, where nothing lies between";
+const NO_TCP: &str = "it takes media over UDP alone";
+
 macro_rules! scenarios {
-    ($($name:ident: $expected:literal,)*) => {
+    ($($name:ident: $expected:literal $(, real only: $why:ident)?;)*) => {
         /// The longest first, so that none of them is left alone at the end.
         pub const SCENARIOS: &[Scenario] = &[
-            $(Scenario { name: stringify!($name), expected: $expected, run: $name },)*
+            $(Scenario {
+                name: stringify!($name),
+                expected: $expected,
+                real_only: scenarios!(@ $($why)?),
+                run: $name,
+            },)*
         ];
     };
+    (@) => { None };
+    (@ $why:ident) => { Some($why) };
 }
 
 scenarios! {
-    killed_job_is_an_agent_that_left_early: "agent_left_early, exit 1",
-    killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1",
-    frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4",
-    late_agent_changes_no_verdict_and_leaves_nothing_behind: "no agent; 15 s later no room, exit 1",
-    five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0",
-    panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4",
-    delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s",
-    no_worker_at_all_is_dispatch_unanswered: "dispatch_unanswered, exit 1",
-    busy_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1",
-    wrong_agent_name_is_dispatch_unanswered: "dispatch_unanswered, exit 1",
-    agent_that_never_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1",
-    agent_without_packets_is_silent: "agent_silent with a join delay, exit 1",
-    agent_with_a_track_of_silence_is_silent: "agent_silent with a join delay, exit 1",
-    agent_without_a_track_has_no_track: "agent_no_track with a join delay, exit 1",
-    agent_that_hangs_up_left_early: "agent_left_early, exit 1",
-    agent_that_may_leave_after_speech_is_ok: "ok, exit 0",
-    second_agent_is_a_duplicate: "agent_duplicate, exit 1",
-    answering_agent_has_a_reply_delay: "ok with a reply delay, exit 0",
-    missing_reply_is_agent_no_reply: "agent_no_reply, exit 1",
-    continuous_echo_is_heard: "ok, echo heard, exit 0",
-    one_by_one_holds_each_room_from_its_own_join: "ok, each room for its own hold, exit 0",
-    metadata_and_attributes_reach_the_agent: "ok, canary=true seen, exit 0",
-    unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0",
-    agent_comes_by_create_room: "ok, metadata seen, exit 0",
-    agent_comes_by_token: "ok, metadata seen, exit 0",
-    interval_opens_rooms_whatever_the_agent_does: "3 ok, 2 s apart, exit 0",
-    burst_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0",
-    server_off_loopback_is_ok: "ok, exit 0",
-    blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0",
-    blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4",
-    broken_connection_with_media_is_media_failed: "media_failed within 10 s, exit 4",
-    tcp_alone_is_ok: "2 ok over TCP, exit 0",
-    wss_with_a_private_authority_is_ok: "ok, exit 0",
-    untrusted_certificate_is_unreachable: "unreachable, exit 4",
-    certificate_for_another_name_is_unreachable: "unreachable, exit 4",
-    two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0",
-    room_deleted_by_somebody_else_is_removed: "removed, exit 4",
-    participant_removed_by_somebody_else_is_removed: "removed, exit 4",
-    killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4",
-    wrong_secret_is_a_config_error: "auth_rejected, exit 2",
-    unknown_host_is_unreachable: "unreachable, exit 4",
-    closed_port_is_unreachable: "unreachable, exit 4",
-    table_has_a_row_for_every_room: "a row for every room, exit 1",
-    check_tries_the_credentials: "exit 0; wrong secret: exit 2",
-    five_mistakes_are_reported_at_once: "five errors, exit 2",
-    ctrl_c_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
-    sigterm_aborts_within_five_seconds: "aborted, exit 130 within 5 s",
-    late_agent_of_create_room_leaves_nothing_behind: "no agent; 15 s later no room, exit 1",
-    late_agent_of_a_token_leaves_nothing_behind: "no agent; 15 s later no room, exit 1",
-    room_and_token_that_name_nobodys_agent_are_unanswered: "dispatch_unanswered, exit 1",
-    agent_that_is_there_before_the_canary_is_an_upper_bound: "ok, an upper bound, exit 0",
+    killed_job_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
+    killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
+    frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4";
+    late_agent_changes_no_verdict_and_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
+    five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0";
+    panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4";
+    delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s";
+    no_worker_at_all_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
+    busy_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
+    wrong_agent_name_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
+    agent_that_never_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
+    agent_without_packets_is_silent: "agent_silent with a join delay, exit 1";
+    agent_with_a_track_of_silence_is_silent: "agent_silent with a join delay, exit 1";
+    agent_without_a_track_has_no_track: "agent_no_track with a join delay, exit 1";
+    agent_that_hangs_up_left_early: "agent_left_early, exit 1";
+    agent_that_may_leave_after_speech_is_ok: "ok, exit 0";
+    second_agent_is_a_duplicate: "agent_duplicate, exit 1";
+    pypi_client_hears_the_agent_and_is_heard: "greeting heard, 2 s of tone heard, reply heard";
+    answering_agent_has_a_reply_delay: "ok with a reply delay, exit 0";
+    missing_reply_is_agent_no_reply: "agent_no_reply, exit 1";
+    continuous_echo_is_heard: "ok, echo heard, exit 0";
+    one_by_one_holds_each_room_from_its_own_join: "ok, each room for its own hold, exit 0";
+    metadata_and_attributes_reach_the_agent: "ok, canary=true seen, exit 0";
+    unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0";
+    agent_comes_by_create_room: "ok, metadata seen, exit 0";
+    agent_comes_by_token: "ok, metadata seen, exit 0";
+    interval_opens_rooms_whatever_the_agent_does: "3 ok, 2 s apart, exit 0";
+    burst_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0";
+    server_off_loopback_is_ok: "ok, exit 0", real only: NO_NETWORK;
+    blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0", real only: NO_NETWORK;
+    blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4", real only: NO_NETWORK;
+    broken_connection_with_media_is_media_failed: "media_failed within 10 s, exit 4", real only: NO_NETWORK;
+    tcp_alone_is_ok: "2 ok over TCP, exit 0", real only: NO_TCP;
+    wss_with_a_private_authority_is_ok: "ok, exit 0";
+    untrusted_certificate_is_unreachable: "unreachable, exit 4";
+    certificate_for_another_name_is_unreachable: "unreachable, exit 4";
+    two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0";
+    room_deleted_by_somebody_else_is_removed: "removed, exit 4";
+    participant_removed_by_somebody_else_is_removed: "removed, exit 4";
+    killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4";
+    wrong_secret_is_a_config_error: "auth_rejected, exit 2";
+    unknown_host_is_unreachable: "unreachable, exit 4";
+    closed_port_is_unreachable: "unreachable, exit 4";
+    table_has_a_row_for_every_room: "a row for every room, exit 1";
+    check_tries_the_credentials: "exit 0; wrong secret: exit 2";
+    five_mistakes_are_reported_at_once: "five errors, exit 2";
+    ctrl_c_aborts_within_five_seconds: "aborted, exit 130 within 5 s";
+    sigterm_aborts_within_five_seconds: "aborted, exit 130 within 5 s";
+    late_agent_of_create_room_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
+    late_agent_of_a_token_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
+    room_and_token_that_name_nobodys_agent_are_unanswered: "dispatch_unanswered, exit 1";
+    agent_that_is_there_before_the_canary_is_an_upper_bound: "ok, an upper bound, exit 0";
 }
 
 // --- what all of them ask ---
@@ -99,8 +192,15 @@ fn verdict(probe: &Probe) -> &str {
 }
 
 /// Exit code and the verdict of every room.
-fn expect(finished: &Finished, code: i32, wanted: &[&str]) -> anyhow::Result<Batch> {
+fn expect(
+    ground: &Ground,
+    finished: &Finished,
+    code: i32,
+    wanted: &[&str],
+) -> anyhow::Result<Batch> {
     let batch = finished.batch()?;
+    let journeys = batch.probes.iter().map(Journey::of);
+    ground.journeys.borrow_mut().extend(journeys);
     let verdicts: Vec<_> = batch.probes.iter().map(verdict).collect();
     ensure!(
         finished.code == Some(code) && verdicts == wanted,
@@ -123,8 +223,13 @@ fn expect_gone(site: &Site, batch: &Batch) -> anyhow::Result<()> {
 }
 
 /// All rooms ok, exit 0, nothing left on the server.
-fn expect_ok(site: &Site, finished: &Finished, rooms: usize) -> anyhow::Result<Batch> {
-    let batch = expect(finished, 0, &vec!["ok"; rooms])?;
+fn expect_ok(
+    ground: &Ground,
+    site: &Site,
+    finished: &Finished,
+    rooms: usize,
+) -> anyhow::Result<Batch> {
+    let batch = expect(ground, finished, 0, &vec!["ok"; rooms])?;
     expect_gone(site, &batch)?;
     Ok(batch)
 }
@@ -138,7 +243,7 @@ fn expect_heard(site: &Site, probe: &Probe) -> anyhow::Result<f64> {
             .filter(|event| event.room() == probe.room && event.name() == name)
             .collect::<Vec<_>>()
     };
-    let (greeted, echoes) = (of_room("greeted"), of_room("echo_ended"));
+    let (greeted, echoes) = (of_room("greeted"), of_room("heard"));
     ensure!(
         greeted.len() == 1 && echoes.len() == 1,
         "{}: {} greetings, {} echoes heard",
@@ -147,7 +252,7 @@ fn expect_heard(site: &Site, probe: &Probe) -> anyhow::Result<f64> {
         echoes.len()
     );
     let seconds = echoes[0].number("seconds")?;
-    ensure!(seconds > 1.8, "{}: only {seconds} s of 2 heard", probe.room);
+    ensure!(seconds > 1.8, "{}: only {seconds} s heard", probe.room);
     let after = echoes[0].number("began")? - greeted[0].number("ended")?;
     ensure!(
         after > 0.0,
@@ -189,15 +294,13 @@ fn wait_for_job(site: &Site, tag: &str, event: &str) -> anyhow::Result<Event> {
 fn five_rooms_open_in_order_and_the_agent_hears_every_echo(
     ground: &Ground,
 ) -> anyhow::Result<String> {
-    let site = ground.shared;
+    let site = ground.site(&Order::greets())?;
     let finished = Canary::once()
-        .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", "8s"])
-        .env("LIVEKIT_URL", &site.url)
-        .env("LIVEKIT_API_KEY", KEY)
-        .env("LIVEKIT_API_SECRET", SECRET)
+        .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", site.hold])
+        .on(site)
         .start()?
         .finish()?;
-    let batch = expect_ok(site, &finished, 5)?;
+    let batch = expect_ok(ground, site, &finished, 5)?;
     for pair in batch.probes.windows(2) {
         let (joined, sent) = (pair[0].at("AgentJoined")?, pair[1].at("DispatchSent")?);
         ensure!(joined < sent, "{} opened too early", pair[1].room);
@@ -214,24 +317,58 @@ fn five_rooms_open_in_order_and_the_agent_hears_every_echo(
 }
 
 fn delayed_agent_has_at_least_its_delay_as_join_delay(ground: &Ground) -> anyhow::Result<String> {
-    let finished = Settings::new(ground.shared)
-        .order(&json!({"connect_after": 2.0}))
-        .set("batch.rooms", 3)
-        .run()?;
-    let batch = expect_ok(ground.shared, &finished, 3)?;
+    let (site, settings) = ground.call(&Order::greets().after(2))?;
+    let finished = settings.set("batch.rooms", 3).run()?;
+    let batch = expect_ok(ground, site, &finished, 3)?;
     for probe in &batch.probes {
         ensure!(probe.join_delay_seconds >= Some(2.0), "{probe:?}");
     }
     Ok(format!("3 ok, join {}", joins(&batch)?))
 }
 
+/// A caller that shares nothing with the canary: client.py, on the client library of the Python package index.
+fn pypi_client_hears_the_agent_and_is_heard(ground: &Ground) -> anyhow::Result<String> {
+    let order = Order::replies();
+    let site = ground.site(&order)?;
+    let room = format!("pypi-{}", std::process::id());
+    site.api.dispatch(&room, AGENT, &order.metadata())?;
+    let mut client = stack::command(&stack::program("PYTHON")?);
+    client
+        .arg(stack::source("client.py"))
+        .env("LIVEKIT_URL", &site.url)
+        .env("LIVEKIT_TOKEN", site.api.token(&room, "pypi-client")?)
+        .env("ROOM", &room);
+    let mut client = Process::spawn("client", client, site.dir())?;
+    let status = client.finish(Duration::from_mins(2))?;
+    let printed = client.log()?;
+    ensure!(status.success(), "{status}: {printed}");
+    let told = |event: &str| {
+        let mut lines = printed.lines().filter(|line| line.starts_with('{'));
+        let line = lines.find_map(|line| Event::read(line).ok().filter(|it| it.name() == event));
+        line.with_context(|| format!("no {event} in {printed}"))?
+            .number("seconds")
+    };
+    let (greeting, reply) = (told("greeting")?, told("reply")?);
+    let heard = site
+        .wait_for_event("the agent to hear", Duration::from_secs(5), |event| {
+            event.name() == "heard" && event.room() == room
+        })?
+        .number("seconds")?;
+    site.api.delete_room(&room)?;
+    ensure!(greeting > 1.5, "only {greeting} s of the greeting came");
+    ensure!(heard > 1.5, "the agent heard only {heard} s of 2");
+    Ok(format!(
+        "{greeting:.2} s of greeting, {heard:.2} s of tone, {reply:.2} s of reply heard"
+    ))
+}
+
 fn answering_agent_has_a_reply_delay(ground: &Ground) -> anyhow::Result<String> {
-    let finished = Settings::new(ground.shared)
-        .order(&json!({"behaviour": "reply"}))
+    let (site, settings) = ground.call(&Order::replies())?;
+    let finished = settings
         .set("expect.reply", true)
         .set("batch.hold", "12s")
         .run()?;
-    let batch = expect_ok(ground.shared, &finished, 1)?;
+    let batch = expect_ok(ground, site, &finished, 1)?;
     Ok(format!(
         "ok, reply after {}",
         range(&batch, |probe| probe.reply_delay_seconds)?
@@ -239,22 +376,24 @@ fn answering_agent_has_a_reply_delay(ground: &Ground) -> anyhow::Result<String> 
 }
 
 fn continuous_echo_is_heard(ground: &Ground) -> anyhow::Result<String> {
-    let finished = Settings::new(ground.shared)
+    let (site, settings) = ground.call(&Order::greets())?;
+    let finished = settings
         .set("echo.mode", "continuous")
         .set("echo.delay", "3s")
         .run()?;
-    let batch = expect_ok(ground.shared, &finished, 1)?;
-    let after = expect_heard(ground.shared, &batch.probes[0])?;
+    let batch = expect_ok(ground, site, &finished, 1)?;
+    let after = expect_heard(site, &batch.probes[0])?;
     Ok(format!("ok, heard {after:.1} s after the greeting"))
 }
 
 fn one_by_one_holds_each_room_from_its_own_join(ground: &Ground) -> anyhow::Result<String> {
-    let finished = Settings::new(ground.shared)
+    let (site, settings) = ground.call(&Order::greets())?;
+    let finished = settings
         .set("batch.rooms", 3)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "6s")
         .run()?;
-    let batch = expect_ok(ground.shared, &finished, 3)?;
+    let batch = expect_ok(ground, site, &finished, 3)?;
     let open =
         |probe: &Probe| Some(probe.seconds("Left").ok()? - probe.seconds("AgentJoined").ok()?);
     for probe in &batch.probes {
@@ -265,35 +404,33 @@ fn one_by_one_holds_each_room_from_its_own_join(ground: &Ground) -> anyhow::Resu
 }
 
 fn metadata_and_attributes_reach_the_agent(ground: &Ground) -> anyhow::Result<String> {
-    let order = json!({"behaviour": "greet", "note": "metadata arrives whole"});
-    let finished = Settings::new(ground.shared)
-        .order(&order)
-        .set("attributes.team", "blue")
-        .run()?;
-    let batch = expect_ok(ground.shared, &finished, 1)?;
-    let job = wait_for_job(ground.shared, "metadata arrives whole", "job")?;
+    let tag = "metadata arrives whole";
+    let order = Order::greets().tag(tag);
+    let (site, settings) = ground.call(&order)?;
+    let finished = settings.set("attributes.team", "blue").run()?;
+    let batch = expect_ok(ground, site, &finished, 1)?;
+    let job = wait_for_job(site, tag, "job")?;
     ensure!(job.room() == batch.probes[0].room);
-    ensure!(job.text("metadata") == order.to_string());
-    let caller = wait_for_job(ground.shared, "metadata arrives whole", "caller")?;
+    ensure!(job.text("metadata") == order.metadata());
+    let caller = wait_for_job(site, tag, "caller")?;
     let attributes = caller.attributes();
     ensure!(
         attributes["canary"] == "true" && attributes["team"] == "blue",
         "{attributes}"
     );
-    ensure!(caller.text("source") == "SOURCE_MICROPHONE");
     Ok(format!("ok, the agent saw {attributes}"))
 }
 
 fn unnamed_agent_comes_by_automatic_dispatch(ground: &Ground) -> anyhow::Result<String> {
-    let site = ground.stack.start(&[Agent::named("")])?;
-    let finished = Settings::new(&site)
+    let site = ground.own_site(&[Agent::named("")], &Order::greets().unnamed())?;
+    let finished = Settings::new(site)
         .without("agent_name")
         .set("dispatch.mode", "automatic")
         .set("batch.rooms", 2)
         .run()?;
-    let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
+    let batch = expect_ok(ground, site, &finished, 2)?;
     for probe in &batch.probes {
-        expect_heard(&site, probe)?;
+        expect_heard(site, probe)?;
     }
     Ok(format!("2 ok, join {}", joins(&batch)?))
 }
@@ -301,16 +438,16 @@ fn unnamed_agent_comes_by_automatic_dispatch(ground: &Ground) -> anyhow::Result<
 /// The named agent, and its metadata, without a `CreateDispatch` of ours.
 fn expect_dispatched(ground: &Ground, mode: &str) -> anyhow::Result<String> {
     let tag = format!("comes by {mode}");
-    let finished = Settings::new(ground.shared)
-        .order(&json!({"tag": tag}))
+    let (site, settings) = ground.call(&Order::greets().tag(&tag))?;
+    let finished = settings
         .set("dispatch.mode", mode)
         .set("batch.rooms", 2)
         .run()?;
-    let batch = expect_ok(ground.shared, &finished, 2)?;
+    let batch = expect_ok(ground, site, &finished, 2)?;
     for probe in &batch.probes {
-        expect_heard(ground.shared, probe)?;
+        expect_heard(site, probe)?;
     }
-    wait_for_job(ground.shared, &tag, "job")?;
+    wait_for_job(site, &tag, "job")?;
     Ok(format!("2 ok, join {}", joins(&batch)?))
 }
 
@@ -323,9 +460,9 @@ fn agent_comes_by_token(ground: &Ground) -> anyhow::Result<String> {
 }
 
 /// When each of three rooms opened, in seconds since the first did.
-fn openings(ground: &Ground, settings: Settings) -> anyhow::Result<Vec<f64>> {
+fn openings(ground: &Ground, site: &Site, settings: Settings) -> anyhow::Result<Vec<f64>> {
     let finished = settings.set("batch.rooms", 3).run()?;
-    let batch = expect_ok(ground.shared, &finished, 3)?;
+    let batch = expect_ok(ground, site, &finished, 3)?;
     let opened = batch
         .probes
         .iter()
@@ -335,11 +472,11 @@ fn openings(ground: &Ground, settings: Settings) -> anyhow::Result<Vec<f64>> {
 }
 
 fn interval_opens_rooms_whatever_the_agent_does(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared)
-        .order(&json!({"connect_after": 3}))
+    let (site, settings) = ground.call(&Order::greets().after(3))?;
+    let settings = settings
         .set("batch.ramp", "interval")
         .set("batch.interval", "2s");
-    let opened = openings(ground, settings)?;
+    let opened = openings(ground, site, settings)?;
     let apart = opened
         .windows(2)
         .all(|pair| (1.9..3.0).contains(&(pair[1] - pair[0])));
@@ -348,8 +485,8 @@ fn interval_opens_rooms_whatever_the_agent_does(ground: &Ground) -> anyhow::Resu
 }
 
 fn burst_opens_all_rooms_at_once(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared).set("batch.ramp", "burst");
-    let opened = openings(ground, settings)?;
+    let (site, settings) = ground.call(&Order::greets())?;
+    let opened = openings(ground, site, settings.set("batch.ramp", "burst"))?;
     ensure!(opened.iter().all(|at| *at < 1.0), "opened at {opened:?}");
     Ok(format!("3 ok, opened at {opened:.2?} s"))
 }
@@ -357,11 +494,10 @@ fn burst_opens_all_rooms_at_once(ground: &Ground) -> anyhow::Result<String> {
 fn agent_that_is_there_before_the_canary_is_an_upper_bound(
     ground: &Ground,
 ) -> anyhow::Result<String> {
-    let site = ground.shared;
-    let gate = Gate::before(SocketAddr::from((Ipv4Addr::LOCALHOST, site.port)))?;
     let tag = "is-there-first";
-    let running = Settings::new(site)
-        .order(&json!({"tag": tag}))
+    let (site, settings) = ground.call(&Order::greets().tag(tag))?;
+    let gate = Gate::before(SocketAddr::from((Ipv4Addr::LOCALHOST, site.port)))?;
+    let running = settings
         .project("url", format!("ws://{}", gate.address))
         .set("dispatch.mode", "room")
         // The gate's time counts.
@@ -371,7 +507,7 @@ fn agent_that_is_there_before_the_canary_is_an_upper_bound(
     wait_for_job(site, tag, "connected")?;
     gate.open();
     let finished = running.finish()?;
-    let batch = expect_ok(site, &finished, 1)?;
+    let batch = expect_ok(ground, site, &finished, 1)?;
     let probe = &batch.probes[0];
     ensure!(probe.join_upper_bound, "{probe:?}");
     ensure!(probe.seconds("AgentJoined")? >= probe.seconds("SignalConnected")?);
@@ -380,12 +516,12 @@ fn agent_that_is_there_before_the_canary_is_an_upper_bound(
 }
 
 fn server_off_loopback_is_ok(ground: &Ground) -> anyhow::Result<String> {
-    let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
-    let finished = Settings::new(&site).set("batch.rooms", 2).run()?;
-    let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
+    let site = ground.site_behind_veth(&[Agent::named(AGENT)])?;
+    let finished = Settings::new(site).set("batch.rooms", 2).run()?;
+    let batch = expect_ok(ground, site, &finished, 2)?;
     for probe in &batch.probes {
         ensure!(!notes_blocked_udp(probe), "{:?}", probe.evidence);
-        expect_heard(&site, probe)?;
+        expect_heard(site, probe)?;
     }
     Ok(format!("2 ok at {}, join {}", site.url, joins(&batch)?))
 }
@@ -403,13 +539,13 @@ fn media(probe: &Probe) -> anyhow::Result<f64> {
 }
 
 fn blocked_udp_is_a_call_over_tcp_that_says_so(ground: &Ground) -> anyhow::Result<String> {
-    let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
+    let site = ground.site_behind_veth(&[Agent::named(AGENT)])?;
     site.block_udp()?;
-    let finished = Settings::new(&site).set("batch.rooms", 2).run()?;
-    let batch = site.with_logs(expect_ok(&site, &finished, 2))?;
+    let finished = Settings::new(site).set("batch.rooms", 2).run()?;
+    let batch = expect_ok(ground, site, &finished, 2)?;
     for probe in &batch.probes {
         ensure!(notes_blocked_udp(probe), "{:?}", probe.evidence);
-        expect_heard(&site, probe)?;
+        expect_heard(site, probe)?;
     }
     let media = range(&batch, |probe| media(probe).ok())?;
     Ok(format!("2 ok, noted, media up after {media}"))
@@ -418,12 +554,12 @@ fn blocked_udp_is_a_call_over_tcp_that_says_so(ground: &Ground) -> anyhow::Resul
 fn blocked_udp_and_tcp_is_media_failed_within_its_deadline(
     ground: &Ground,
 ) -> anyhow::Result<String> {
-    let site = ground.stack.start_behind_veth(&[])?;
+    let site = ground.site_behind_veth(&[])?;
     site.block_udp()?;
     site.block_media_over_tcp()?;
-    let finished = Settings::new(&site).run()?;
-    let batch = site.with_logs(expect(&finished, 4, &["media_failed"]))?;
-    expect_gone(&site, &batch)?;
+    let finished = Settings::new(site).run()?;
+    let batch = expect(ground, &finished, 4, &["media_failed"])?;
+    expect_gone(site, &batch)?;
     let probe = &batch.probes[0];
     ensure!(probe.origin.as_deref() == Some("network"), "{probe:?}");
     let seconds = unix_seconds(batch.ended_at) - probe.at("SignalConnected")?;
@@ -436,18 +572,18 @@ fn blocked_udp_and_tcp_is_media_failed_within_its_deadline(
 
 fn broken_connection_with_media_is_media_failed(ground: &Ground) -> anyhow::Result<String> {
     let tag = "media-breaks";
-    let site = ground.stack.start_behind_veth(&[Agent::named(AGENT)])?;
-    let running = Settings::new(&site)
+    let site = ground.site_behind_veth(&[Agent::named(AGENT)])?;
+    let running = Settings::new(site)
+        .order(&Order::greets().tag(tag))
         .project("ice", "tcp")
-        .order(&json!({"tag": tag}))
         .set("batch.hold", "30s")
         .once()?;
-    wait_for_job(&site, tag, "greeted")?;
+    wait_for_job(site, tag, "greeted")?;
     site.reset_media_over_tcp()?;
     let broken = Instant::now();
-    let batch = site.with_logs(expect(&running.finish()?, 4, &["media_failed"]))?;
+    let batch = expect(ground, &running.finish()?, 4, &["media_failed"])?;
     let seconds = broken.elapsed().as_secs_f64();
-    expect_gone(&site, &batch)?;
+    expect_gone(site, &batch)?;
     // The signal connection lives, so the verdict waits for the transport to come back.
     ensure!(seconds < 10.0, "over {seconds} s after the break");
     let detail = batch.probes[0].detail.clone().unwrap_or_default();
@@ -455,63 +591,63 @@ fn broken_connection_with_media_is_media_failed(ground: &Ground) -> anyhow::Resu
 }
 
 fn tcp_alone_is_ok(ground: &Ground) -> anyhow::Result<String> {
-    let finished = Settings::new(ground.shared)
-        .project("ice", "tcp")
-        .set("batch.rooms", 2)
-        .run()?;
-    let batch = expect_ok(ground.shared, &finished, 2)?;
+    let (site, settings) = ground.call(&Order::greets())?;
+    let finished = settings.project("ice", "tcp").set("batch.rooms", 2).run()?;
+    let batch = expect_ok(ground, site, &finished, 2)?;
     for probe in &batch.probes {
         // It was asked for, so it is no finding.
         ensure!(!notes_blocked_udp(probe), "{:?}", probe.evidence);
-        expect_heard(ground.shared, probe)?;
+        expect_heard(site, probe)?;
     }
     let media = range(&batch, |probe| media(probe).ok())?;
     Ok(format!("2 ok, media up after {media}"))
 }
 
 fn wss_with_a_private_authority_is_ok(ground: &Ground) -> anyhow::Result<String> {
-    let proxy = TlsProxy::start(ground.shared, "localhost")?;
-    let finished = Settings::new(ground.shared)
+    let (site, settings) = ground.call(&Order::greets())?;
+    let proxy = TlsProxy::start(site, "localhost")?;
+    let finished = settings
         .project("url", proxy.url.as_str())
         .project("ca_file", proxy.ca_file.display().to_string())
         .run()?;
-    let batch = expect_ok(ground.shared, &finished, 1)?;
-    expect_heard(ground.shared, &batch.probes[0])?;
+    let batch = expect_ok(ground, site, &finished, 1)?;
+    expect_heard(site, &batch.probes[0])?;
     Ok(format!("ok, join {}", joins(&batch)?))
 }
 
 fn two_batches_at_once_do_not_disturb_each_other(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared).set("batch.rooms", 2);
+    let (site, settings) = ground.call(&Order::greets())?;
+    let settings = settings.set("batch.rooms", 2);
     let (one, other) = (settings.once()?, settings.once()?);
     let batches = [one.finish()?, other.finish()?];
     for finished in &batches {
-        let batch = expect_ok(ground.shared, finished, 2)?;
+        let batch = expect_ok(ground, site, finished, 2)?;
         for probe in &batch.probes {
-            expect_heard(ground.shared, probe)?;
+            expect_heard(site, probe)?;
         }
     }
     Ok("2 + 2 ok, 4 echoes heard".to_owned())
 }
 
 fn agent_that_may_leave_after_speech_is_ok(ground: &Ground) -> anyhow::Result<String> {
-    let finished = Settings::new(ground.shared)
-        .order(&json!({"behaviour": "leave"}))
+    let (site, settings) = ground.call(&Order::hangs_up())?;
+    let finished = settings
         .set("expect.agent_may_leave", "after_speech")
         .run()?;
-    let batch = expect_ok(ground.shared, &finished, 1)?;
+    let batch = expect_ok(ground, site, &finished, 1)?;
     Ok(format!("ok, join {}", joins(&batch)?))
 }
 
 // --- nobody comes ---
 
 /// No agent in any of two rooms, each within its join deadline (5 s) and two seconds more.
-fn expect_nobody(site: &Site, agent: &str) -> anyhow::Result<String> {
+fn expect_nobody(ground: &Ground, site: &Site, agent: &str) -> anyhow::Result<String> {
     let finished = Settings::new(site)
         .set("agent_name", agent)
         .set("batch.rooms", 2)
         .set("deadlines.join", "5s")
         .run()?;
-    let batch = expect(&finished, 1, &["dispatch_unanswered"; 2])?;
+    let batch = expect(ground, &finished, 1, &["dispatch_unanswered"; 2])?;
     expect_gone(site, &batch)?;
     for probe in &batch.probes {
         ensure!(probe.join_delay_seconds.is_none());
@@ -523,30 +659,34 @@ fn expect_nobody(site: &Site, agent: &str) -> anyhow::Result<String> {
 }
 
 fn no_worker_at_all_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<String> {
-    expect_nobody(&ground.stack.start(&[])?, AGENT)
+    let site = ground.own_site(&[], &Order::is_busy())?;
+    expect_nobody(ground, site, AGENT)
 }
 
 fn busy_worker_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<String> {
-    expect_nobody(ground.shared, BUSY_AGENT)
+    let order = Order::is_busy();
+    expect_nobody(ground, ground.site(&order)?, order.agent)
 }
 
 fn wrong_agent_name_is_dispatch_unanswered(ground: &Ground) -> anyhow::Result<String> {
-    expect_nobody(ground.shared, "no-such-agent")
+    let site = ground.site(&Order::greets())?;
+    expect_nobody(ground, site, "no-such-agent")
 }
 
 fn room_and_token_that_name_nobodys_agent_are_unanswered(
     ground: &Ground,
 ) -> anyhow::Result<String> {
+    let site = ground.site(&Order::greets())?;
     let started = ["room", "token"].map(|mode| {
-        let settings = Settings::new(ground.shared)
+        let settings = Settings::new(site)
             .set("agent_name", "no-such-agent")
             .set("dispatch.mode", mode)
             .set("deadlines.join", "3s");
         (mode, settings.once())
     });
     for (mode, running) in started {
-        let batch = expect(&running?.finish()?, 1, &["dispatch_unanswered"])?;
-        expect_gone(ground.shared, &batch)?;
+        let batch = expect(ground, &running?.finish()?, 1, &["dispatch_unanswered"])?;
+        expect_gone(site, &batch)?;
         let detail = batch.probes[0].detail.clone().unwrap_or_default();
         // Not that it lists no dispatch: the server took it.
         ensure!(detail.contains("no accepted job"), "{mode}: {detail}");
@@ -555,7 +695,7 @@ fn room_and_token_that_name_nobodys_agent_are_unanswered(
 }
 
 fn table_has_a_row_for_every_room(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared)
+    let settings = Settings::new(ground.site(&Order::greets())?)
         .set("agent_name", "no-such-agent")
         .set("batch.rooms", 2)
         .set("deadlines.join", "2s");
@@ -596,14 +736,12 @@ fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
     ground: &Ground,
 ) -> anyhow::Result<String> {
     let tag = "never-connects";
-    let running = Settings::new(ground.shared)
-        .order(&json!({"behaviour": "never_connect", "tag": tag}))
-        .set("deadlines.join", "5s")
-        .once()?;
-    let job = wait_for_job(ground.shared, tag, "job")?;
-    let wanted = expected_of_nobody(ground.shared, job.room())?;
-    let batch = expect(&running.finish()?, 1, &[wanted])?;
-    expect_gone(ground.shared, &batch)?;
+    let (site, settings) = ground.call(&Order::never_connects().tag(tag))?;
+    let running = settings.set("deadlines.join", "5s").once()?;
+    let job = wait_for_job(site, tag, "job")?;
+    let wanted = expected_of_nobody(site, job.room())?;
+    let batch = expect(ground, &running.finish()?, 1, &[wanted])?;
+    expect_gone(site, &batch)?;
     Ok(format!("{wanted}, as the server listed its jobs"))
 }
 
@@ -623,20 +761,20 @@ fn late_agent_of_a_token_leaves_nothing_behind(ground: &Ground) -> anyhow::Resul
 
 fn expect_late(ground: &Ground, dispatch: &str) -> anyhow::Result<String> {
     let tag = &format!("comes late by {dispatch}");
-    let running = Settings::new(ground.shared)
-        .order(&json!({"connect_after": 10, "tag": tag}))
+    let (site, settings) = ground.call(&Order::greets().too_late(10, 5).tag(tag))?;
+    let running = settings
         .set("dispatch.mode", dispatch)
         .set("deadlines.join", "5s")
         .once()?;
-    let job = wait_for_job(ground.shared, tag, "job")?;
-    let wanted = expected_of_nobody(ground.shared, job.room())?;
-    let batch = expect(&running.finish()?, 1, &[wanted])?;
-    let came = wait_for_job(ground.shared, tag, "connecting")?.number("at")?;
+    let job = wait_for_job(site, tag, "job")?;
+    let wanted = expected_of_nobody(site, job.room())?;
+    let batch = expect(ground, &running.finish()?, 1, &[wanted])?;
+    let came = wait_for_job(site, tag, "connecting")?.number("at")?;
     wait_for("15 s since it came", Duration::from_secs(40), || {
         Ok((unix_seconds(Utc::now()) > came + 15.0).then_some(()))
     })?;
-    expect_gone(ground.shared, &batch)?;
-    ensure!(ground.shared.api.participants(job.room())?.is_empty());
+    expect_gone(site, &batch)?;
+    ensure!(site.api.participants(job.room())?.is_empty());
     Ok(format!(
         "{wanted}; the agent came and is gone, and its room"
     ))
@@ -646,12 +784,13 @@ fn expect_late(ground: &Ground, dispatch: &str) -> anyhow::Result<String> {
 
 /// One room whose agent joins and then does as it is told; the verdict is on the agent, the join delay stands.
 fn expect_agent_fault(
+    ground: &Ground,
     site: &Site,
     settings: &Settings,
     reason: &str,
 ) -> anyhow::Result<(Batch, String)> {
     let finished = settings.run()?;
-    let batch = expect(&finished, 1, &[reason])?;
+    let batch = expect(ground, &finished, 1, &[reason])?;
     expect_gone(site, &batch)?;
     let probe = &batch.probes[0];
     ensure!(probe.origin.as_deref() == Some("agent"), "{probe:?}");
@@ -664,70 +803,66 @@ fn expect_agent_fault(
     Ok((batch, seen))
 }
 
-fn faulty(ground: &Ground, behaviour: &str) -> Settings {
-    Settings::new(ground.shared)
-        .order(&json!({"behaviour": behaviour}))
+/// The same, for an agent that is to be found out soon.
+fn expect_faulty(ground: &Ground, order: &Order, reason: &str) -> anyhow::Result<(Batch, String)> {
+    let (site, settings) = ground.call(order)?;
+    let settings = settings
         .set("deadlines.track", "4s")
-        .set("deadlines.speech", "5s")
+        .set("deadlines.speech", "5s");
+    expect_agent_fault(ground, site, &settings, reason)
 }
 
 fn agent_without_packets_is_silent(ground: &Ground) -> anyhow::Result<String> {
-    let settings = faulty(ground, "no_packets");
-    let (batch, seen) = expect_agent_fault(ground.shared, &settings, "agent_silent")?;
+    let (batch, seen) = expect_faulty(ground, &Order::sends_no_packets(), "agent_silent")?;
     ensure!(batch.probes[0].audio.packets == 0, "{seen}");
     Ok(seen)
 }
 
 fn agent_with_a_track_of_silence_is_silent(ground: &Ground) -> anyhow::Result<String> {
-    let settings = faulty(ground, "silence");
-    let (batch, seen) = expect_agent_fault(ground.shared, &settings, "agent_silent")?;
+    let (batch, seen) = expect_faulty(ground, &Order::is_silent(), "agent_silent")?;
     // 50 a second, for 5 s.
     ensure!(batch.probes[0].audio.packets > 100, "{seen}");
     Ok(seen)
 }
 
 fn agent_without_a_track_has_no_track(ground: &Ground) -> anyhow::Result<String> {
-    let settings = faulty(ground, "no_track");
-    Ok(expect_agent_fault(ground.shared, &settings, "agent_no_track")?.1)
+    Ok(expect_faulty(ground, &Order::has_no_track(), "agent_no_track")?.1)
 }
 
 fn agent_that_hangs_up_left_early(ground: &Ground) -> anyhow::Result<String> {
-    let settings = faulty(ground, "leave");
-    Ok(expect_agent_fault(ground.shared, &settings, "agent_left_early")?.1)
+    Ok(expect_faulty(ground, &Order::hangs_up(), "agent_left_early")?.1)
 }
 
 fn missing_reply_is_agent_no_reply(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared)
+    let (site, settings) = ground.call(&Order::greets())?;
+    let settings = settings
         .set("expect.reply", true)
         .set("deadlines.reply", "3s")
         .set("batch.hold", "15s");
-    Ok(expect_agent_fault(ground.shared, &settings, "agent_no_reply")?.1)
+    Ok(expect_agent_fault(ground, site, &settings, "agent_no_reply")?.1)
 }
 
 fn second_agent_is_a_duplicate(ground: &Ground) -> anyhow::Result<String> {
     let tag = "has-a-twin";
-    let running = Settings::new(ground.shared)
-        .order(&json!({"tag": tag}))
-        .once()?;
-    let greeted = wait_for_job(ground.shared, tag, "greeted")?;
-    ground.shared.api.dispatch(greeted.room(), AGENT, "")?;
-    let batch = expect(&running.finish()?, 1, &["agent_duplicate"])?;
-    expect_gone(ground.shared, &batch)?;
+    let (site, settings) = ground.call(&Order::greets().tag(tag))?;
+    let running = settings.once()?;
+    let greeted = wait_for_job(site, tag, "greeted")?;
+    site.api.dispatch(greeted.room(), AGENT, "")?;
+    let batch = expect(ground, &running.finish()?, 1, &["agent_duplicate"])?;
+    expect_gone(site, &batch)?;
     Ok(format!("agent_duplicate, join {}", joins(&batch)?))
 }
 
 fn killed_job_is_an_agent_that_left_early(ground: &Ground) -> anyhow::Result<String> {
     let tag = "is-killed";
-    let running = Settings::new(ground.shared)
-        .order(&json!({"tag": tag}))
-        .set("batch.hold", "30s")
-        .once()?;
-    let job = wait_for_job(ground.shared, tag, "job")?;
-    wait_for_job(ground.shared, tag, "greeted")?;
+    let (site, settings) = ground.call(&Order::greets().tag(tag))?;
+    let running = settings.set("batch.hold", "30s").once()?;
+    let job = wait_for_job(site, tag, "job")?;
+    wait_for_job(site, tag, "greeted")?;
     kill(job.number("pid")?)?;
     let killed = Instant::now();
-    let batch = expect(&running.finish()?, 1, &["agent_left_early"])?;
-    expect_gone(ground.shared, &batch)?;
+    let batch = expect(ground, &running.finish()?, 1, &["agent_left_early"])?;
+    expect_gone(site, &batch)?;
     Ok(format!(
         "agent_left_early, ended {:.1} s after the kill",
         killed.elapsed().as_secs_f64()
@@ -735,14 +870,14 @@ fn killed_job_is_an_agent_that_left_early(ground: &Ground) -> anyhow::Result<Str
 }
 
 fn killed_worker_is_an_agent_that_left_early(ground: &Ground) -> anyhow::Result<String> {
-    let site = ground.stack.start(&[Agent::named(AGENT)])?;
-    let running = Settings::new(&site).set("batch.hold", "30s").once()?;
+    let site = ground.own_site(&[Agent::named(AGENT)], &Order::greets())?;
+    let running = Settings::new(site).set("batch.hold", "30s").once()?;
     let limit = Duration::from_secs(30);
     site.wait_for_event("greeted", limit, |event| event.name() == "greeted")?;
     site.workers[0].signal(Signal::KILL)?;
     let killed = Instant::now();
-    let batch = site.with_logs(expect(&running.finish()?, 1, &["agent_left_early"]))?;
-    expect_gone(&site, &batch)?;
+    let batch = expect(ground, &running.finish()?, 1, &["agent_left_early"])?;
+    expect_gone(site, &batch)?;
     Ok(format!(
         "agent_left_early, ended {:.1} s after the kill",
         killed.elapsed().as_secs_f64()
@@ -751,37 +886,32 @@ fn killed_worker_is_an_agent_that_left_early(ground: &Ground) -> anyhow::Result<
 
 fn room_deleted_by_somebody_else_is_removed(ground: &Ground) -> anyhow::Result<String> {
     let tag = "room-is-deleted";
-    let running = Settings::new(ground.shared)
-        .order(&json!({"tag": tag}))
-        .once()?;
-    let greeted = wait_for_job(ground.shared, tag, "greeted")?;
-    ground.shared.api.delete_room(greeted.room())?;
-    let batch = expect(&running.finish()?, 4, &["removed"])?;
-    expect_gone(ground.shared, &batch)?;
+    let (site, settings) = ground.call(&Order::greets().tag(tag))?;
+    let running = settings.once()?;
+    let greeted = wait_for_job(site, tag, "greeted")?;
+    site.api.delete_room(greeted.room())?;
+    let batch = expect(ground, &running.finish()?, 4, &["removed"])?;
+    expect_gone(site, &batch)?;
     Ok(batch.probes[0].detail.clone().unwrap_or_default())
 }
 
 fn participant_removed_by_somebody_else_is_removed(ground: &Ground) -> anyhow::Result<String> {
     let tag = "caller-is-removed";
-    let running = Settings::new(ground.shared)
-        .order(&json!({"tag": tag}))
-        .once()?;
-    let caller = wait_for_job(ground.shared, tag, "caller")?;
-    wait_for_job(ground.shared, tag, "greeted")?;
-    let identity = caller.text("identity");
-    ground
-        .shared
-        .api
-        .remove_participant(caller.room(), identity)?;
-    let batch = expect(&running.finish()?, 4, &["removed"])?;
-    expect_gone(ground.shared, &batch)?;
+    let (site, settings) = ground.call(&Order::greets().tag(tag))?;
+    let running = settings.once()?;
+    let caller = wait_for_job(site, tag, "caller")?;
+    wait_for_job(site, tag, "greeted")?;
+    let identity = caller.text("caller");
+    site.api.remove_participant(caller.room(), identity)?;
+    let batch = expect(ground, &running.finish()?, 4, &["removed"])?;
+    expect_gone(site, &batch)?;
     Ok(batch.probes[0].detail.clone().unwrap_or_default())
 }
 
 /// Two rooms in mid-conversation on a site of their own, and what `harm` to its server makes of them within `limit`.
 fn expect_signal_lost(ground: &Ground, harm: Signal, limit: f64) -> anyhow::Result<String> {
-    let site = ground.stack.start(&[Agent::named(AGENT)])?;
-    let running = Settings::new(&site)
+    let site = ground.own_site(&[Agent::named(AGENT)], &Order::greets())?;
+    let running = Settings::new(site)
         .project("api_timeout", "2s")
         .set("deadlines.cleanup", "2s")
         .set("batch.rooms", 2)
@@ -795,7 +925,7 @@ fn expect_signal_lost(ground: &Ground, harm: Signal, limit: f64) -> anyhow::Resu
     site.server.signal(harm)?;
     let harmed = unix_seconds(Utc::now());
     let finished = running.finish()?;
-    let batch = site.with_logs(expect(&finished, 4, &["signal_lost"; 2]))?;
+    let batch = expect(ground, &finished, 4, &["signal_lost"; 2])?;
     // The process goes on trying to delete the rooms; the batch is over when all verdicts are in.
     let seconds = unix_seconds(batch.ended_at) - harmed;
     ensure!(seconds < limit, "took {seconds} s");
@@ -820,73 +950,77 @@ fn frozen_server_is_signal_lost_and_its_rooms_are_named(ground: &Ground) -> anyh
 }
 
 fn panicking_probe_harms_no_other(ground: &Ground) -> anyhow::Result<String> {
+    let site = ground.site(&Order::greets())?;
     let finished = Canary::once()
-        .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", "8s"])
-        .env("LIVEKIT_URL", &ground.shared.url)
-        .env("LIVEKIT_API_KEY", KEY)
-        .env("LIVEKIT_API_SECRET", SECRET)
+        .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", site.hold])
+        .on(site)
         .env("LIVEKIT_CANARY_FAULT", "panic:2")
         .start()?
         .finish()?;
-    let batch = expect(&finished, 4, &["ok", "ok", "internal", "ok", "ok"])?;
-    expect_gone(ground.shared, &batch)?;
+    let verdicts = ["ok", "ok", "internal", "ok", "ok"];
+    let batch = expect(ground, &finished, 4, &verdicts)?;
+    expect_gone(site, &batch)?;
     Ok("4 ok, 1 internal, five rooms gone".to_owned())
 }
 
 // --- we never get in ---
 
-fn expect_unreachable(settings: &Settings, says: &str) -> anyhow::Result<String> {
+fn expect_unreachable(ground: &Ground, settings: &Settings, says: &str) -> anyhow::Result<String> {
     let finished = settings.run()?;
-    let batch = expect(&finished, 4, &["unreachable"])?;
+    let batch = expect(ground, &finished, 4, &["unreachable"])?;
     let detail = batch.probes[0].detail.clone().unwrap_or_default();
     ensure!(detail.contains(says), "{says:?} isn't in {detail:?}");
     Ok(detail)
 }
 
 fn untrusted_certificate_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
-    let proxy = TlsProxy::start(ground.shared, "localhost")?;
-    let settings = Settings::new(ground.shared).project("url", proxy.url.as_str());
-    expect_unreachable(&settings, "TLS")
+    let (site, settings) = ground.call(&Order::greets())?;
+    let proxy = TlsProxy::start(site, "localhost")?;
+    let settings = settings.project("url", proxy.url.as_str());
+    expect_unreachable(ground, &settings, "TLS")
 }
 
 fn certificate_for_another_name_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
-    let proxy = TlsProxy::start(ground.shared, "elsewhere.test")?;
-    let settings = Settings::new(ground.shared)
+    let (site, settings) = ground.call(&Order::greets())?;
+    let proxy = TlsProxy::start(site, "elsewhere.test")?;
+    let settings = settings
         .project("url", proxy.url.as_str())
         .project("ca_file", proxy.ca_file.display().to_string());
-    expect_unreachable(&settings, "TLS")
+    expect_unreachable(ground, &settings, "TLS")
 }
 
 fn unknown_host_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared).project("url", "ws://no-such-host.invalid:7880");
-    expect_unreachable(&settings, "no-such-host.invalid")
+    let (_, settings) = ground.call(&Order::greets())?;
+    let settings = settings.project("url", "ws://no-such-host.invalid:7880");
+    expect_unreachable(ground, &settings, "no-such-host.invalid")
 }
 
 fn closed_port_is_unreachable(ground: &Ground) -> anyhow::Result<String> {
-    let settings = Settings::new(ground.shared).project("url", "ws://127.0.0.1:1");
-    expect_unreachable(&settings, "127.0.0.1:1")
+    let (_, settings) = ground.call(&Order::greets())?;
+    let settings = settings.project("url", "ws://127.0.0.1:1");
+    expect_unreachable(ground, &settings, "127.0.0.1:1")
 }
 
 fn wrong_secret_is_a_config_error(ground: &Ground) -> anyhow::Result<String> {
     // Of the right one's length and start, so that the search for it in the output finds parts too.
     let wrong = SECRET.replace("hold", "know");
-    let finished = Settings::new(ground.shared)
-        .project("api_secret", wrong.as_str())
-        .run()?;
+    let (_, settings) = ground.call(&Order::greets())?;
+    let finished = settings.project("api_secret", wrong.as_str()).run()?;
     ensure!(!finished.all().contains(&wrong), "{}", finished.all());
-    let batch = expect(&finished, 2, &["auth_rejected"])?;
+    let batch = expect(ground, &finished, 2, &["auth_rejected"])?;
     Ok(batch.probes[0].detail.clone().unwrap_or_default())
 }
 
 fn check_tries_the_credentials(ground: &Ground) -> anyhow::Result<String> {
+    let site = ground.site(&Order::greets())?;
     let check = |secret: &str| {
-        let settings = Settings::new(ground.shared).project("api_secret", secret);
+        let settings = Settings::new(site).project("api_secret", secret);
         Canary::new(&["check", "--connect"])?
             .config(&settings.text())?
             .start()?
             .finish()
     };
-    let right = check(SECRET)?;
+    let right = check(&site.secret)?;
     ensure!(right.code == Some(0), "{}", right.all());
     let wrong = check("another-secret-of-at-least-32-characters")?;
     ensure!(wrong.code == Some(2), "{}", wrong.all());
@@ -924,19 +1058,19 @@ mode = "loud"
 // --- we are told to stop ---
 
 fn expect_aborted(ground: &Ground, signal: Signal, tag: &str) -> anyhow::Result<String> {
-    let running = Settings::new(ground.shared)
-        .order(&json!({"tag": tag}))
+    let (site, settings) = ground.call(&Order::greets().tag(tag))?;
+    let running = settings
         .set("batch.rooms", 2)
         .set("batch.hold", "60s")
         .once()?;
-    wait_for_job(ground.shared, tag, "greeted")?;
+    wait_for_job(site, tag, "greeted")?;
     running.signal(signal)?;
     let signalled = Instant::now();
     let finished = running.finish()?;
     let elapsed = signalled.elapsed();
     ensure!(elapsed < Duration::from_secs(5), "took {elapsed:?}");
-    let batch = expect(&finished, 130, &["aborted"; 2])?;
-    expect_gone(ground.shared, &batch)?;
+    let batch = expect(ground, &finished, 130, &["aborted"; 2])?;
+    expect_gone(site, &batch)?;
     Ok(format!(
         "2 aborted, exit 130 after {:.2} s",
         elapsed.as_secs_f64()

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::twirp;
 
+/// The key pair of the real servers.
 pub const KEY: &str = "scenario-key";
 /// No output of the product may ever hold it.
 pub const SECRET: &str = "scenario-secret-that-no-output-may-ever-hold";
@@ -29,30 +30,19 @@ pub const BUSY_AGENT: &str = "busy-tester";
 /// What a scenario runs on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Stack {
+    /// The product's own sandbox, as its binary serves it.
+    Sandbox,
     /// livekit-server and a livekit-agents worker.
     Real,
 }
 
 impl Stack {
-    pub const ALL: [Self; 1] = [Self::Real];
+    pub const ALL: [Self; 2] = [Self::Sandbox, Self::Real];
 
     pub fn label(self) -> &'static str {
         match self {
+            Self::Sandbox => "sandbox",
             Self::Real => "real",
-        }
-    }
-
-    /// Starts a server of this stack with workers of `agents`, and waits until all are ready.
-    pub fn start(self, agents: &[Agent]) -> anyhow::Result<Site> {
-        match self {
-            Self::Real => Site::start(agents, None),
-        }
-    }
-
-    /// The same on the far side of a veth pair, so that no address of it is loopback.
-    pub fn start_behind_veth(self, agents: &[Agent]) -> anyhow::Result<Site> {
-        match self {
-            Self::Real => Site::start(agents, Some(Namespace::take()?)),
         }
     }
 }
@@ -91,7 +81,8 @@ pub fn program(name: &str) -> anyhow::Result<String> {
         .with_context(|| format!("setup.sh names no {name}"))
 }
 
-fn source(name: &str) -> PathBuf {
+/// A file of the scenarios' own.
+pub fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/real")
         .join(name)
@@ -101,6 +92,10 @@ fn source(name: &str) -> PathBuf {
 pub struct Site {
     /// What the product is told.
     pub url: String,
+    pub key: String,
+    pub secret: String,
+    /// How long a room must stay open for a greeting and its echo.
+    pub hold: &'static str,
     pub api: twirp::Server,
     pub server: Process,
     pub workers: Vec<Process>,
@@ -112,6 +107,54 @@ pub struct Site {
 }
 
 impl Site {
+    /// livekit-server with workers of `agents`, all of them ready.
+    pub fn real(agents: &[Agent]) -> anyhow::Result<Self> {
+        Self::start(agents, None)
+    }
+
+    /// The same on the far side of a veth pair, so that no address of it is loopback.
+    pub fn real_behind_veth(agents: &[Agent]) -> anyhow::Result<Self> {
+        Self::start(agents, Some(Namespace::take()?))
+    }
+
+    /// A sandbox whose agent of the name `agent` does in every room what `faults` make of it.
+    pub fn sandbox(agent: &str, faults: &[String]) -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
+        let mut command = command(env!("CARGO_BIN_EXE_livekit-canary"));
+        command
+            .args(["sandbox", "--port", "0", "--agent-name", agent])
+            .arg("--report")
+            .arg(report(dir.path()))
+            .args(faults.iter().flat_map(|fault| ["--fault", fault]));
+        let mut server = Process::spawn("sandbox", command, dir.path())?;
+        // The last of the three variables that it prints.
+        server.wait_for_line("LIVEKIT_API_SECRET=", Duration::from_secs(30))?;
+        let printed = server.log()?;
+        let variable = |name: &str| {
+            let mut lines = printed.lines();
+            let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            value
+                .map(str::to_owned)
+                .with_context(|| format!("no {name} in {printed}"))
+        };
+        let (url, key) = (variable("LIVEKIT_URL")?, variable("LIVEKIT_API_KEY")?);
+        let secret = variable("LIVEKIT_API_SECRET")?;
+        let address: SocketAddr = url.strip_prefix("ws://").context("not a ws URL")?.parse()?;
+        Ok(Self {
+            api: twirp::Server::new(format!("http://{address}"), &key, &secret),
+            port: address.port(),
+            url,
+            key,
+            secret,
+            // Its greeting is half a second longer than agent.py's.
+            hold: "9s",
+            server,
+            workers: Vec::new(),
+            dir,
+            namespace: None,
+        })
+    }
+
     fn start(agents: &[Agent], namespace: Option<Arc<Namespace>>) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
         let port = free_ports()?;
@@ -126,7 +169,10 @@ impl Site {
         let server = Process::spawn("livekit-server", command, dir.path())?;
         let mut site = Self {
             url: format!("ws://{address}:{port}"),
-            api: twirp::Server::new(format!("http://{address}:{port}")),
+            key: KEY.to_owned(),
+            secret: SECRET.to_owned(),
+            hold: "8s",
+            api: twirp::Server::new(format!("http://{address}:{port}"), KEY, SECRET),
             server,
             workers: Vec::new(),
             port,
@@ -176,11 +222,11 @@ impl Site {
         command
             .arg(source("agent.py"))
             .env("LIVEKIT_URL", &self.url)
-            .env("LIVEKIT_API_KEY", KEY)
-            .env("LIVEKIT_API_SECRET", SECRET)
+            .env("LIVEKIT_API_KEY", &self.key)
+            .env("LIVEKIT_API_SECRET", &self.secret)
             .env("AGENT_NAME", agent.name)
             .env("AGENT_LOAD", agent.load.to_string())
-            .env("REPORT", self.report());
+            .env("REPORT", report(self.dir()));
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir.path())
     }
 
@@ -212,23 +258,16 @@ impl Site {
         self.dir.path()
     }
 
-    fn report(&self) -> PathBuf {
-        self.dir().join("report.jsonl")
-    }
-
     /// Everything that the agents reported, oldest first.
     pub fn events(&self) -> anyhow::Result<Vec<Event>> {
-        let report = match fs::read_to_string(self.report()) {
+        let report = match fs::read_to_string(report(self.dir())) {
             Ok(report) => report,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error.into()),
         };
         // A line that is still being written has no end yet.
         let whole = report.rfind('\n').map_or("", |end| report.split_at(end).0);
-        whole
-            .lines()
-            .map(|line| Ok(Event(serde_json::from_str(line)?)))
-            .collect()
+        whole.lines().map(Event::read).collect()
     }
 
     /// The first report that `wanted` takes, once it is there.
@@ -241,11 +280,6 @@ impl Site {
         wait_for(what, limit, || {
             Ok(self.events()?.into_iter().find(|event| wanted(event)))
         })
-    }
-
-    /// Adds the logs to an error, for a site that ends with its scenario.
-    pub fn with_logs<T>(&self, result: anyhow::Result<T>) -> anyhow::Result<T> {
-        result.map_err(|error| anyhow::anyhow!("{error:#}\n{}", self.logs()))
     }
 
     /// The last lines of every log, for a person who looks for the cause of a failure.
@@ -279,10 +313,19 @@ impl Site {
     }
 }
 
+/// Where the agents of a site report to.
+fn report(dir: &Path) -> PathBuf {
+    dir.join("report.jsonl")
+}
+
 /// One line of an agent's report.
 pub struct Event(Value);
 
 impl Event {
+    pub fn read(line: &str) -> anyhow::Result<Self> {
+        Ok(Self(serde_json::from_str(line)?))
+    }
+
     pub fn room(&self) -> &str {
         self.text("room")
     }
@@ -344,7 +387,7 @@ pub fn free_ports() -> anyhow::Result<u16> {
 /// A process, its own process group, and a log of all it prints. Dropping it kills the group.
 pub struct Process {
     pub name: String,
-    child: Child,
+    pub child: Child,
     log: PathBuf,
 }
 
@@ -384,6 +427,12 @@ impl Process {
             self.must_run()?;
             Ok(self.log()?.contains(text).then_some(()))
         })
+    }
+
+    /// Waits for its end.
+    pub fn finish(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let what = format!("{} to end", self.name);
+        wait_for(&what, limit, || Ok(self.child.try_wait()?))
     }
 
     fn must_run(&mut self) -> anyhow::Result<()> {

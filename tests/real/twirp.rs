@@ -4,23 +4,28 @@ use anyhow::Context as _;
 use livekit_api::access_token::{AccessToken, VideoGrants};
 use serde_json::{Value, json};
 
-use crate::stack::{KEY, SECRET};
-
 /// A client of one server's Twirp API.
 #[derive(Clone)]
 pub struct Server {
     agent: ureq::Agent,
     base: String,
+    key: String,
+    secret: String,
 }
 
 impl Server {
     /// `base`: `http://host:port`.
-    pub fn new(base: String) -> Self {
+    pub fn new(base: String, key: &str, secret: &str) -> Self {
         let agent = ureq::Agent::config_builder()
             .timeout_global(Some(std::time::Duration::from_secs(5)))
             .build()
             .into();
-        Self { agent, base }
+        Self {
+            agent,
+            base,
+            key: key.to_owned(),
+            secret: secret.to_owned(),
+        }
     }
 
     /// Names of all rooms.
@@ -49,7 +54,7 @@ impl Server {
         let dispatches = list(&answer, "agent_dispatches");
         let dispatch = dispatches
             .iter()
-            .find(|dispatch| dispatch["agent_name"] == agent);
+            .find(|dispatch| text(dispatch, "agent_name") == agent);
         Ok(dispatch.map(|dispatch| list(&dispatch["state"], "jobs").len()))
     }
 
@@ -75,8 +80,20 @@ impl Server {
             .map(drop)
     }
 
+    /// A token that joins `room` as `identity`.
+    pub fn token(&self, room: &str, identity: &str) -> anyhow::Result<String> {
+        let token = AccessToken::with_api_key(&self.key, &self.secret)
+            .with_identity(identity)
+            .with_grants(VideoGrants {
+                room_join: true,
+                room: room.to_owned(),
+                ..VideoGrants::default()
+            });
+        Ok(token.to_jwt()?)
+    }
+
     fn call(&self, method: &str, room: &str, request: &Value) -> anyhow::Result<Value> {
-        let token = AccessToken::with_api_key(KEY, SECRET)
+        let token = AccessToken::with_api_key(&self.key, &self.secret)
             .with_grants(VideoGrants {
                 room_create: true,
                 room_list: true,
@@ -103,11 +120,22 @@ fn is_not_found(error: &anyhow::Error) -> bool {
     )
 }
 
-/// Protobuf's JSON leaves empty lists out.
-fn list(value: &Value, key: &str) -> Vec<Value> {
-    value[key].as_array().cloned().unwrap_or_default()
+/// A field by its name in the protobuf, or in the other spelling of protobuf's JSON, which the sandbox writes.
+fn field<'a>(value: &'a Value, name: &str) -> &'a Value {
+    let mut words = name.split('_');
+    let first = words.next().unwrap_or_default().to_owned();
+    let camel_case = words.fold(first, |name, word| {
+        let (initial, rest) = word.split_at(1);
+        name + &initial.to_uppercase() + rest
+    });
+    value.get(name).unwrap_or(&value[camel_case])
 }
 
-fn text(value: &Value, key: &str) -> String {
-    value[key].as_str().unwrap_or_default().to_owned()
+/// Protobuf's JSON leaves empty lists out.
+fn list(value: &Value, name: &str) -> Vec<Value> {
+    field(value, name).as_array().cloned().unwrap_or_default()
+}
+
+fn text(value: &Value, name: &str) -> String {
+    field(value, name).as_str().unwrap_or_default().to_owned()
 }

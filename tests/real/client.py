@@ -1,0 +1,89 @@
+"""A caller on PyPI's client library, which shares nothing with the canary: joins a room, waits for the agent's greeting,
+answers it with the room's own tone, and waits for the agent's reply.
+
+It prints what it heard and said, a JSON object a line with `event` (`greeting`, `said`, `reply`) and `seconds`, and
+exits 0 once it has heard the reply. LIVEKIT_URL, LIVEKIT_TOKEN and ROOM say where it calls.
+"""
+
+import asyncio
+import json
+import os
+import sys
+
+import numpy as np
+
+from livekit import rtc
+
+from tones import FRAME_MS, is_audible, signal_of, tone, tone_of
+
+SPEECH_RATE = 48_000
+LISTEN_RATE = 16_000
+SPEECH_SECONDS = 2
+# So many audible frames in a row begin an utterance, so many silent ones end it.
+BEGIN_FRAMES = 5
+END_FRAMES = 30
+# For the agent to come and greet, and for it to reply.
+PATIENCE = 40
+
+
+def tell(event: str, seconds: float) -> None:
+    print(json.dumps({"event": event, "seconds": seconds}), flush=True)
+
+
+async def listen(track: rtc.Track, heard: asyncio.Queue) -> None:
+    """Puts the length of every utterance in `track` into `heard`, in seconds, once it has ended."""
+    audible = 0
+    silent = 0
+    stream = rtc.AudioStream(track, sample_rate=LISTEN_RATE, num_channels=1, frame_size_ms=FRAME_MS)
+    async for event in stream:
+        if is_audible(signal_of(event.frame)):
+            audible += 1
+            silent = 0
+            continue
+        silent += 1
+        if audible < BEGIN_FRAMES:
+            audible = 0
+        elif silent == END_FRAMES:
+            heard.put_nowait(audible * FRAME_MS / 1000)
+            audible = 0
+
+
+async def speak(source: rtc.AudioSource, speech: asyncio.Queue) -> None:
+    """A microphone that is never off: silence, but for the frames in `speech`."""
+    samples = SPEECH_RATE * FRAME_MS // 1000
+    silence = rtc.AudioFrame(np.zeros(samples, np.int16).tobytes(), SPEECH_RATE, 1, samples)
+    while True:
+        await source.capture_frame(silence if speech.empty() else speech.get_nowait())
+
+
+async def call() -> None:
+    heard = asyncio.Queue()
+    speech = asyncio.Queue()
+    tasks = []
+    room = rtc.Room()
+
+    @room.on("track_subscribed")
+    def _(track, _publication, participant) -> None:
+        if participant.kind == rtc.ParticipantKind.PARTICIPANT_KIND_AGENT:
+            tasks.append(asyncio.create_task(listen(track, heard)))
+
+    await room.connect(os.environ["LIVEKIT_URL"], os.environ["LIVEKIT_TOKEN"])
+    source = rtc.AudioSource(SPEECH_RATE, 1, queue_size_ms=100)
+    tasks.append(asyncio.create_task(speak(source, speech)))
+    track = rtc.LocalAudioTrack.create_audio_track("microphone", source)
+    options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
+    await room.local_participant.publish_track(track, options)
+
+    tell("greeting", await asyncio.wait_for(heard.get(), PATIENCE))
+    for frame in tone(tone_of(os.environ["ROOM"]), SPEECH_SECONDS, SPEECH_RATE):
+        speech.put_nowait(frame)
+    tell("said", SPEECH_SECONDS)
+    tell("reply", await asyncio.wait_for(heard.get(), PATIENCE))
+    for task in tasks:
+        task.cancel()
+    await room.disconnect()
+
+
+if __name__ == "__main__":
+    asyncio.run(call())
+    sys.exit(0)

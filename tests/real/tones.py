@@ -1,0 +1,45 @@
+"""Tones: what the agent and the caller of the scenarios say, and how each knows that it hears the other."""
+
+import zlib
+
+import numpy as np
+
+from livekit import rtc
+
+FRAME_MS = 20
+# Below this RMS (of full scale 1.0) a frame is silence; the tone itself is at 0.35.
+AUDIBLE = 0.01
+# The part of a frame's energy that must lie at one frequency for it to be that tone.
+PURITY = 0.5
+
+
+def tone_of(room: str) -> int:
+    """The room's own frequency in Hz, so that a neighbour's echo isn't taken for one's own."""
+    return 400 + 50 * (zlib.crc32(room.encode()) % 20)
+
+
+def tone(frequency: int, seconds: float, rate: int):
+    """A tone in frames of 20 ms."""
+    samples = rate * FRAME_MS // 1000
+    for start in range(0, int(rate * seconds), samples):
+        phase = np.arange(start, start + samples) * (2 * np.pi * frequency / rate)
+        pcm = (np.sin(phase) * 0.5 * 32767).astype(np.int16)
+        yield rtc.AudioFrame(pcm.tobytes(), rate, 1, samples)
+
+
+def signal_of(frame: rtc.AudioFrame) -> np.ndarray:
+    """Samples of full scale 1.0."""
+    return np.frombuffer(frame.data, dtype=np.int16).astype(np.float64) / 32768
+
+
+def is_audible(signal: np.ndarray) -> bool:
+    return float(np.dot(signal, signal)) / len(signal) >= AUDIBLE**2
+
+
+def is_tone(signal: np.ndarray, frequency: int, rate: int) -> bool:
+    """Goertzel's question, asked by a dot product: does most of this frame's energy lie at `frequency`?"""
+    if not is_audible(signal):
+        return False
+    turns = np.exp(-2j * np.pi * frequency * np.arange(len(signal)) / rate)
+    at_frequency = 2 * abs(np.dot(signal, turns)) ** 2 / len(signal)
+    return at_frequency / float(np.dot(signal, signal)) > PURITY
