@@ -130,8 +130,6 @@ struct Target {
     running: Option<String>,
     last_tick: Option<DateTime<Utc>>,
     last_batch: Option<LastBatch>,
-    /// Why the last tick opened no room.
-    held_back: Option<String>,
 }
 
 struct Daemon {
@@ -245,13 +243,13 @@ impl Daemon {
         loop {
             tokio::select! {
                 order = orders.recv() => match order {
-                    Some(Order::Reload) => drop(self.reload()),
+                    Some(Order::Reload) => drop(self.reload().await),
                     Some(Order::Batch(target)) => self.run_as_ordered(&target),
                     Some(Order::Stop) | None => return Ok(()),
                 },
                 Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
                 Some(tick) = self.ticks.recv() => self.tick(&tick),
-                Some(asked) = self.control.recv() => self.answer(asked),
+                Some(asked) = self.control.recv() => self.answer(asked).await,
                 Some(swept) = self.sweep.join_next() => self.swept(swept),
                 ended = self.http.join_next() => {
                     self.metrics.internal_error(InternalError::Http);
@@ -350,7 +348,6 @@ impl Daemon {
                 running: self.running_batch(name),
                 last_tick: None,
                 last_batch: None,
-                held_back: None,
             };
             self.targets.insert(name.to_owned(), target);
             first += config.daemon.lifetime.startup_delay;
@@ -367,9 +364,12 @@ impl Daemon {
         found.map(|(_, batch_id)| batch_id.clone())
     }
 
-    /// What the history knows of the targets from before this process.
+    /// What the history knows of the targets from before this process, or from before they were removed.
     async fn restore(&mut self) {
         for (name, target) in &mut self.targets {
+            if target.last_batch.is_some() && target.agent_known {
+                continue;
+            }
             let agent_name = target.settings.agent_name.as_deref();
             let read = tokio::try_join!(
                 self.history.last_completed(name),
@@ -377,14 +377,16 @@ impl Daemon {
             );
             match read {
                 Ok((last, agent_known)) => {
-                    if let Some(last) = &last {
+                    target.agent_known |= agent_known;
+                    if let (None, Some(last)) = (&target.last_batch, last) {
                         target.metrics.restore_last_batch(last.ended_at);
+                        target.last_batch = Some(last);
                     }
-                    target.last_batch = last;
-                    target.agent_known = agent_known;
                 }
                 Err(error) => {
-                    tracing::warn!("can't read what came of target {name} before: {error:#}");
+                    tracing::warn!("can't read what came of targets before: {error:#}");
+                    // Each further read could take as long as this one did.
+                    return;
                 }
             }
         }
@@ -482,7 +484,6 @@ impl Daemon {
     /// Starts a batch and gives its id.
     fn begin(&mut self, name: &str, by_schedule: bool) -> Result<String, NotBegun> {
         let target = self.targets.get_mut(name).expect("the caller looked");
-        target.held_back = None;
         if by_schedule && target.paused {
             return Err(NotBegun::Paused);
         }
@@ -494,7 +495,6 @@ impl Daemon {
             .guard
             .refusal(first_worst_case(&target.settings, &project.settings))
         {
-            target.held_back = Some(refusal.to_string());
             return Err(NotBegun::Refused(refusal));
         }
         if let Some(observer) = &self.observer {
@@ -546,24 +546,18 @@ impl Daemon {
         let target = self.targets.get_mut(&name);
         if let Some(target) = target.filter(|target| target.running == Some(batch_id)) {
             target.running = None;
-            match report {
-                Some(report) if report.opened_nothing() => {
-                    target.held_back = report.not_opened.as_ref().map(|rest| rest.why.clone());
-                }
-                Some(report) => {
-                    let mut probes = report.probes.iter();
-                    target.agent_known |= probes.any(|probe| probe.report.agent.is_some());
-                    target.last_batch = Some(last_batch(&report));
-                }
-                None => {}
+            if let Some(report) = report.filter(|report| !report.opened_nothing()) {
+                let mut probes = report.probes.iter();
+                target.agent_known |= probes.any(|probe| probe.report.agent.is_some());
+                target.last_batch = Some(last_batch(&report));
             }
         }
         self.refresh();
     }
 
-    fn answer(&mut self, asked: Control) {
+    async fn answer(&mut self, asked: Control) {
         match asked {
-            Control::Reload { reply } => say(reply, self.reload()),
+            Control::Reload { reply } => say(reply, self.reload().await),
             Control::RunBatch { target, reply } => say(reply, self.run_now(&target)),
             Control::SetPaused {
                 target,
@@ -605,13 +599,14 @@ impl Daemon {
         Ok(())
     }
 
-    fn reload(&mut self) -> Result<(), ReloadRefused> {
+    async fn reload(&mut self) -> Result<(), ReloadRefused> {
         let reread = (self.reread)().map_err(|problems| problems.to_string());
         let before = self.config.daemon.clone();
         let applied = reread.and_then(|config| self.apply(config));
         let at = Utc::now();
         match &applied {
             Ok(()) => {
+                self.restore().await;
                 self.metrics.config_loaded(at);
                 tracing::info!("settings reloaded: {} targets", self.targets.len());
                 let now = &self.config.daemon;
@@ -768,6 +763,15 @@ impl Daemon {
         }
     }
 
+    /// Why a batch that is not under way could not begin now.
+    fn held_back(&self, target: &Target) -> Option<String> {
+        let settings = &target.settings;
+        let project = &self.projects[&settings.project];
+        let worst_case = first_worst_case(settings, &project.settings);
+        let refusal = project.guard.refusal(worst_case)?;
+        target.running.is_none().then(|| refusal.to_string())
+    }
+
     fn target_status(&self, name: &str, target: &Target) -> TargetStatus {
         let settings = &target.settings;
         TargetStatus {
@@ -782,7 +786,7 @@ impl Daemon {
             next_batch_at: self.ticker.next(name),
             last_tick_at: target.last_tick,
             last_batch: target.last_batch.clone(),
-            held_back: target.held_back.clone(),
+            held_back: self.held_back(target),
         }
     }
 }
