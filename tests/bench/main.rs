@@ -15,6 +15,10 @@ use tokio::time::Instant;
 #[expect(dead_code, reason = "the scenarios use the rest")]
 #[path = "../real/canary.rs"]
 mod canary;
+mod daemon;
+#[expect(dead_code, reason = "the scenarios use the rest")]
+#[path = "../real/home.rs"]
+mod home;
 #[expect(dead_code, reason = "the scenarios use the rest")]
 #[path = "../real/order.rs"]
 mod order;
@@ -52,7 +56,10 @@ fn main() -> anyhow::Result<()> {
         .map(|rooms| load(&site, &talker, *rooms))
         .collect::<anyhow::Result<Vec<_>>>()?;
 
-    println!("\ndecoding: {decoding:.3} CPU s per room-minute");
+    let daemons = daemon::measure()?;
+
+    println!("\n{daemons}");
+    println!("decoding: {decoding:.3} CPU s per room-minute");
     println!("{JOINS} joins, |AgentJoined - joined_at|: {accuracy}");
     println!(
         "\nrooms | CPU s per room-minute | of it transport | CPU % of a core | RSS MB | threads"
@@ -74,6 +81,7 @@ fn main() -> anyhow::Result<()> {
         json!({"bench": "decoding", "cpu_seconds_per_room_minute": decoding})
     );
     println!("{}", accuracy.json());
+    println!("{}", daemons.json());
     for load in &loads {
         println!("{}", load.json(decoding));
     }

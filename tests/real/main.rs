@@ -16,7 +16,9 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::time::Instant;
 
 mod canary;
+mod daemon;
 mod gate;
+mod home;
 mod journey;
 mod order;
 mod scenarios;

@@ -10,6 +10,10 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 use crate::canary::{Batch, Canary, Finished, Probe, Settings, unix_seconds};
+use crate::daemon::{
+    killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms,
+    outage_fails_the_batches_within_it_and_no_other, prometheus_holds_what_the_history_holds,
+};
 use crate::gate::Gate;
 use crate::journey::Journey;
 use crate::order::Order;
@@ -52,7 +56,7 @@ impl<'a> Ground<'a> {
     }
 
     /// A site that the scenario may harm; its workers are those of `agents` on the real stack.
-    fn own_site(&self, agents: &[Agent], order: &Order) -> anyhow::Result<&Site> {
+    pub fn own_site(&self, agents: &[Agent], order: &Order) -> anyhow::Result<&Site> {
         self.keep(match self.stack {
             Stack::Real => Site::real(agents)?,
             Stack::Sandbox => Site::sandbox(order.agent, &order.faults)?,
@@ -113,6 +117,8 @@ impl Scenario {
 const NO_PROCESS: &str = "its agent is no process of its own that could be killed";
 const NO_NETWORK: &str = "it binds to 127.0.0.1 alone, where nothing lies between";
 const NO_TCP: &str = "it takes media over UDP alone";
+const SAME: &str = "what a killed daemon leaves is the same there";
+const OWN_SANDBOX: &str = "it has a sandbox of its own on either";
 
 macro_rules! scenarios {
     ($($name:ident: $expected:literal $(, real only: $why:ident)?;)*) => {
@@ -131,6 +137,9 @@ macro_rules! scenarios {
 }
 
 scenarios! {
+    outage_fails_the_batches_within_it_and_no_other: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;
+    killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms: "no torn row, ledger whole, journalled rooms gone", real only: SAME;
+    prometheus_holds_what_the_history_holds: "counters = history, promtool finds nothing", real only: OWN_SANDBOX;
     killed_job_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
     killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
     frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4";

@@ -23,6 +23,8 @@ need() { command -v "$1" >/dev/null || missing+=("$2"); }
 need haproxy haproxy
 need ip iproute2
 need iptables iptables
+need prometheus prometheus
+need promtool prometheus
 need setpriv util-linux
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 if [ ${#missing[@]} -gt 0 ]; then

@@ -1,0 +1,119 @@
+//! What the daemon itself costs: a scrape while batches run, and its memory while none does.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::home::{Home, SOON, many_targets};
+use crate::stack::{AGENT, Site, wait_for};
+use crate::{pause, status};
+
+/// Targets whose batches run while the metrics are scraped, and scrapes.
+const BUSY_TARGETS: usize = 50;
+const SCRAPES: usize = 200;
+/// From one scrape to the next.
+const GAP: Duration = Duration::from_millis(50);
+const IDLE_TARGETS: usize = 10;
+/// How long the idle daemon is left alone before it is looked at.
+const REST: Duration = Duration::from_secs(10);
+
+pub struct Daemons {
+    /// Milliseconds, ascending.
+    scrapes: Vec<f64>,
+    scrape_kb: usize,
+    /// That ended while it was scraped.
+    batches: f64,
+    idle_rss_mb: f64,
+}
+
+pub fn measure() -> anyhow::Result<Daemons> {
+    let sandbox = Site::sandbox(AGENT, &[])?;
+    let mut daemons = scrape(&sandbox)?;
+    daemons.idle_rss_mb = idle_rss(&sandbox)?;
+    Ok(daemons)
+}
+
+fn scrape(sandbox: &Site) -> anyhow::Result<Daemons> {
+    println!("scrapes: {BUSY_TARGETS} targets");
+    let home = Home::new()?;
+    home.write(&many_targets(sandbox, BUSY_TARGETS, "10s"))?;
+    let daemon = home.start()?;
+    let ended = || daemon.metrics()?.sum("batches_total", &[]);
+    wait_for("the first batches", SOON, || {
+        Ok((ended()? > 0.0).then_some(()))
+    })?;
+    let before = ended()?;
+    let (mut scrapes, mut bytes) = (Vec::new(), 0);
+    for _ in 0..SCRAPES {
+        let start = Instant::now();
+        bytes = daemon.http.get("/metrics")?.len();
+        scrapes.push(start.elapsed().as_secs_f64() * 1e3);
+        pause(GAP);
+    }
+    scrapes.sort_by(f64::total_cmp);
+    let batches = ended()? - before;
+    daemon.terminate()?;
+    Ok(Daemons {
+        scrapes,
+        scrape_kb: bytes / 1000,
+        batches,
+        idle_rss_mb: f64::NAN,
+    })
+}
+
+/// After a batch of each target, and long before the next.
+fn idle_rss(sandbox: &Site) -> anyhow::Result<f64> {
+    println!("idle: {IDLE_TARGETS} targets");
+    let home = Home::new()?;
+    home.write(&many_targets(sandbox, IDLE_TARGETS, "20s"))?;
+    let daemon = home.start()?;
+    wait_for("a batch of each target", Duration::from_mins(1), || {
+        let metrics = daemon.metrics()?;
+        let ended = (0..IDLE_TARGETS).map(|number| {
+            let target = format!("t{number}");
+            metrics.sum("batches_total", &[("target", &target)])
+        });
+        let ended = ended.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(ended.iter().all(|count| *count > 0.0).then_some(()))
+    })?;
+    daemon.pause()?;
+    pause(REST);
+    let kb = status(&daemon.running.child.id().to_string(), "VmRSS:")?;
+    daemon.terminate()?;
+    Ok(kb / 1024.0)
+}
+
+impl Daemons {
+    fn quantile(&self, percent: usize) -> f64 {
+        self.scrapes[(self.scrapes.len() * percent).div_ceil(100).max(1) - 1]
+    }
+
+    pub fn json(&self) -> Value {
+        json!({
+            "bench": "daemon",
+            "scrape_targets": BUSY_TARGETS,
+            "scrapes": self.scrapes.len(),
+            "scrape_kb": self.scrape_kb,
+            "scrape_median_ms": self.quantile(50),
+            "scrape_p99_ms": self.quantile(99),
+            "scrape_max_ms": self.quantile(100),
+            "batches_meanwhile": self.batches,
+            "idle_targets": IDLE_TARGETS,
+            "idle_rss_mb": self.idle_rss_mb,
+        })
+    }
+}
+
+impl fmt::Display for Daemons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (median, p99, max) = (self.quantile(50), self.quantile(99), self.quantile(100));
+        write!(
+            f,
+            "{SCRAPES} scrapes of {BUSY_TARGETS} targets, {} batches meanwhile: median {median:.1} ms, p99 {p99:.1} \
+             ms, longest {max:.1} ms\nidle with {IDLE_TARGETS} targets: {:.1} MB",
+            self.batches, self.idle_rss_mb
+        )
+    }
+}
