@@ -789,12 +789,12 @@ fn folder_that_cannot_be_written_degrades_the_history_and_probing_goes_on() {
     std::fs::write(site.folder.path().join("state"), "a file").unwrap();
     let daemon = site.run();
     daemon.begin("demo");
-    until("the probe", || {
+    let scrape = until("the batch", || {
         let scrape = daemon.scrape();
-        (scrape.count("probes_total", &[]) == 1).then_some(())
+        (scrape.count("batches_total", &[]) == 1).then_some(scrape)
     });
-    let scrape = daemon.scrape();
     assert_eq!(scrape.count("batches_total", &["result=ok"]), 1);
+    assert_eq!(scrape.count("probes_total", &[]), 1);
     assert!(scrape.flag("history_degraded"));
     assert_eq!(daemon.logged("the history is degraded").len(), 1);
     assert_eq!(daemon.get("/-/ready").0, 200);
