@@ -5,7 +5,6 @@
 //! [`Recorder`] tells logs, metrics and history what came of them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,28 +12,30 @@ use chrono::{DateTime, Utc};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, JoinError, JoinSet};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent, BatchReport};
-use crate::config::{self, Config, Period, Problems};
+use crate::config::{self, Config, Problems};
 use crate::guard::{Guard, Refusal, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
-    self, BatchRefused, BudgetStatus, Control, Health, LastReload, NoSuchTarget, ProjectStatus,
-    Pulse, ReloadRefused, Sources, Stage, Status, TargetStatus, WebConfig,
+    self, BatchRefused, Control, Health, LastReload, NoSuchTarget, Pulse, Sources, Stage, Status,
+    WebConfig,
 };
 use crate::janitor::{Fate, Janitor, Register, Swept};
 use crate::livekit::RoomName;
 use crate::livekit::api::Api;
 use crate::livekit::engine::Engine;
 use crate::livekit::net::Endpoint;
-use crate::livekit::token::Keys;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, Fault};
 use crate::schedule::{self, Tick, Ticker};
 
+mod drain;
 mod recorder;
+mod settings;
+mod status;
 
 use recorder::Recorder;
 
@@ -42,12 +43,6 @@ use recorder::Recorder;
 const REFRESH: Duration = Duration::from_secs(1);
 /// Without a sign of life for so long the daemon's own loop counts as hung.
 const LONGEST_SILENCE: Duration = Duration::from_secs(15);
-/// What a batch that was told to stop may take beyond its rooms' deletion.
-const ABORT_BATCH: Duration = Duration::from_millis(2500);
-/// From the second signal: for deletions under way.
-const LAST_DELETIONS: Duration = Duration::from_secs(2);
-/// For what the history has yet to write.
-const LAST_WRITES: Duration = Duration::from_secs(5);
 /// The longest gap from one batch to the next is looked for so far ahead.
 const AHEAD: Duration = Duration::from_hours(7 * 24);
 
@@ -259,109 +254,6 @@ impl Daemon {
                 _ = refresh.tick() => self.refresh(),
             }
         }
-    }
-
-    /// Brings settings into effect, all or nothing. Batches that run go on with those that they began with.
-    fn apply(&mut self, config: Config) -> Result<(), String> {
-        let mut access = BTreeMap::new();
-        for (name, project) in &config.projects {
-            let endpoint = Endpoint::new(&project.url, project.ca_file.as_deref());
-            let keys = Keys::new(project.api_key.clone(), project.api_secret.clone());
-            match (endpoint, keys) {
-                (Ok(endpoint), Ok(keys)) => {
-                    let api = Api::new(endpoint.clone(), keys, project.api_timeout);
-                    access.insert(name.clone(), (endpoint, api));
-                }
-                (Err(error), _) => return Err(format!("project {name:?}: {error:#}")),
-                (_, Err(error)) => return Err(format!("project {name:?}: {error:#}")),
-            }
-        }
-        self.projects.retain(|name, _| {
-            let stays = config.projects.contains_key(name);
-            if !stays {
-                self.metrics.remove_project(name);
-            }
-            stays
-        });
-        self.targets.retain(|name, _| {
-            let stays = config.targets.contains_key(name);
-            if !stays {
-                self.ticker.remove(name);
-                self.metrics.remove_target(name);
-            }
-            stays
-        });
-        for (name, (endpoint, api)) in access {
-            self.set_project(
-                &name,
-                Arc::new(config.projects[&name].clone()),
-                endpoint,
-                api,
-            );
-        }
-        for (name, target) in &config.targets {
-            self.set_target(name, target, &config);
-        }
-        self.config = config;
-        Ok(())
-    }
-
-    fn set_project(
-        &mut self,
-        name: &str,
-        settings: Arc<config::Project>,
-        endpoint: Endpoint,
-        api: Api,
-    ) {
-        let metrics = self.metrics.project(name, &settings);
-        let guard = match self.projects.get(name) {
-            Some(known) => {
-                known.guard.configure(&settings);
-                known.guard.clone()
-            }
-            None => Guard::new(name, &settings, self.history.clone()),
-        };
-        let project = Project {
-            settings,
-            endpoint,
-            api,
-            guard,
-            metrics,
-        };
-        self.projects.insert(name.to_owned(), project);
-    }
-
-    fn set_target(&mut self, name: &str, settings: &config::Target, config: &Config) {
-        let project = &config.projects[&settings.project];
-        let metrics = self.metrics.target(name, settings, project, false);
-        let settings = Arc::new(settings.clone());
-        let mut first = Utc::now();
-        if let Some(known) = self.targets.get_mut(name) {
-            known.agent_known &= known.settings.agent_name == settings.agent_name;
-            known.settings = Arc::clone(&settings);
-        } else {
-            let target = Target {
-                settings: Arc::clone(&settings),
-                metrics: metrics.clone(),
-                paused: false,
-                agent_known: false,
-                running: self.running_batch(name),
-                last_tick: None,
-                last_batch: None,
-            };
-            self.targets.insert(name.to_owned(), target);
-            first += config.daemon.lifetime.startup_delay;
-        }
-        metrics.paused(self.targets[name].paused);
-        self.ticker.set(name, &settings.schedule, first);
-        self.tell_next(name);
-    }
-
-    /// A target that was removed and comes back may still have one.
-    fn running_batch(&self, name: &str) -> Option<String> {
-        let mut running = self.running.values();
-        let found = running.find(|(target, _)| target == name);
-        found.map(|(_, batch_id)| batch_id.clone())
     }
 
     /// What the history knows of the targets from before this process, or from before they were removed.
@@ -598,215 +490,6 @@ impl Daemon {
         tracing::info!(target_name = name, "target {name} is {what}");
         Ok(())
     }
-
-    async fn reload(&mut self) -> Result<(), ReloadRefused> {
-        let reread = (self.reread)().map_err(|problems| problems.to_string());
-        let before = self.config.daemon.clone();
-        let applied = reread.and_then(|config| self.apply(config));
-        let at = Utc::now();
-        match &applied {
-            Ok(()) => {
-                self.restore().await;
-                self.metrics.config_loaded(at);
-                tracing::info!("settings reloaded: {} targets", self.targets.len());
-                let now = &self.config.daemon;
-                if before.http != now.http || before.history != now.history {
-                    tracing::warn!("changes of [http] and [history] take effect at the next start");
-                }
-            }
-            Err(why) => {
-                self.metrics.config_refused();
-                tracing::error!("settings not reloaded, the old ones stay: {why}");
-            }
-        }
-        self.last_reload = Some(LastReload {
-            at,
-            ok: applied.is_ok(),
-            error: applied.clone().err(),
-        });
-        self.refresh();
-        applied.map_err(ReloadRefused::Invalid)
-    }
-}
-
-impl Daemon {
-    /// Ends in order: ticks, batches, rooms, history, and HTTP last, so that a scrape sees how it all ended.
-    async fn drain(mut self, orders: &mut mpsc::Receiver<Order>, grace: Duration) -> Ending {
-        self.stage = Stage::Draining;
-        for name in self.targets.keys() {
-            self.ticker.remove(name);
-        }
-        self.refresh();
-        tracing::info!("stopping, {} batches under way", self.batches.len());
-        let ending = tokio::select! {
-            () = self.end_in_order(grace) => Ending::Drained,
-            () = told_to_stop(orders) => Ending::CutShort,
-        };
-        if ending == Ending::CutShort {
-            tracing::warn!("told to stop again: ending at once");
-            // The probes are dropped, and the janitor deletes their rooms.
-            self.batches.abort_all();
-            self.leave(Instant::now() + LAST_DELETIONS).await;
-        }
-        self.http_end.cancel();
-        self.control.close();
-        while let Some(asked) = self.control.recv().await {
-            refuse(asked);
-        }
-        while self.http.join_next().await.is_some() {}
-        ending
-    }
-
-    async fn end_in_order(&mut self, grace: Duration) {
-        self.join_batches(Instant::now() + grace).await;
-        if !self.batches.is_empty() {
-            tracing::warn!("aborting {} batches", self.batches.len());
-            self.abort.cancel();
-            let patience = ABORT_BATCH + self.longest_cleanup();
-            self.join_batches(Instant::now() + patience).await;
-            self.batches.abort_all();
-        }
-        self.leave(Instant::now() + self.longest_cleanup()).await;
-        let linger = self.config.daemon.lifetime.shutdown_linger;
-        self.attend(sleep(linger)).await;
-    }
-
-    async fn join_batches(&mut self, until: Instant) {
-        let mut refresh = interval(REFRESH);
-        while !self.batches.is_empty() {
-            tokio::select! {
-                () = sleep_until(until) => return,
-                () = self.meanwhile(&mut refresh) => {}
-            }
-        }
-    }
-
-    /// Waits until the rooms are gone and what there is to write is written. A room that can't be vouched for stays in
-    /// the journal, and the next start looks for it.
-    async fn leave(&mut self, until: Instant) {
-        let closing = self.janitor.clone().close(until);
-        for left in self.attend(closing).await {
-            tracing::warn!(
-                "room {} may be left behind, the next start looks for it: {}",
-                left.room,
-                left.why
-            );
-        }
-        let history = self.history.clone();
-        let closing = history.close(Instant::now() + LAST_WRITES);
-        if !self.attend(closing).await {
-            tracing::warn!("the history could not be written to its end");
-        }
-    }
-
-    async fn attend<T>(&mut self, what: impl Future<Output = T>) -> T {
-        let mut what = pin!(what);
-        let mut refresh = interval(REFRESH);
-        loop {
-            tokio::select! {
-                done = &mut what => return done,
-                () = self.meanwhile(&mut refresh) => {}
-            }
-        }
-    }
-
-    /// The next thing that a daemon on its way out sees to: a scraper and an operator still get answers.
-    async fn meanwhile(&mut self, refresh: &mut Interval) {
-        tokio::select! {
-            Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
-            Some(swept) = self.sweep.join_next() => self.swept(swept),
-            Some(asked) = self.control.recv() => refuse(asked),
-            _ = refresh.tick() => self.refresh(),
-        }
-    }
-
-    fn longest_cleanup(&self) -> Duration {
-        let targets = self.config.targets.values();
-        let longest = targets.map(|target| target.deadlines.cleanup).max();
-        longest.unwrap_or_default()
-    }
-}
-
-impl Daemon {
-    /// Looks at what nobody tells of, and tells everybody.
-    fn refresh(&mut self) {
-        self.pulse.beat();
-        self.metrics.history_degraded(self.history.is_degraded());
-        let dropped = self.history.dropped();
-        self.metrics.history_dropped(dropped - self.dropped);
-        self.dropped = dropped;
-        for project in self.projects.values() {
-            project.metrics.backoff_until(project.guard.backoff_until());
-            for period in Period::ALL {
-                project
-                    .metrics
-                    .budget_used(period, project.guard.used(period));
-            }
-        }
-        self.status.send_replace(Arc::new(self.status()));
-    }
-
-    fn status(&self) -> Status {
-        let targets = self.targets.iter();
-        let projects = self.projects.iter();
-        Status {
-            version: env!("CARGO_PKG_VERSION"),
-            started_at: self.started_at,
-            stage: self.stage,
-            targets: targets
-                .map(|(name, target)| self.target_status(name, target))
-                .collect(),
-            projects: projects
-                .map(|(name, project)| project.status(name))
-                .collect(),
-            last_reload: self.last_reload.clone(),
-        }
-    }
-
-    /// Why a batch that is not under way could not begin now.
-    fn held_back(&self, target: &Target) -> Option<String> {
-        let settings = &target.settings;
-        let project = &self.projects[&settings.project];
-        let worst_case = first_worst_case(settings, &project.settings);
-        let refusal = project.guard.refusal(worst_case)?;
-        target.running.is_none().then(|| refusal.to_string())
-    }
-
-    fn target_status(&self, name: &str, target: &Target) -> TargetStatus {
-        let settings = &target.settings;
-        TargetStatus {
-            name: name.to_owned(),
-            project: settings.project.clone(),
-            url: self.projects[&settings.project].settings.url.to_string(),
-            agent_name: settings.agent_name.clone(),
-            dispatch: settings.dispatch.mode.name(),
-            schedule: settings.schedule.to_string(),
-            paused: target.paused,
-            running: target.running.clone(),
-            next_batch_at: self.ticker.next(name),
-            last_tick_at: target.last_tick,
-            last_batch: target.last_batch.clone(),
-            held_back: self.held_back(target),
-        }
-    }
-}
-
-impl Project {
-    fn status(&self, name: &str) -> ProjectStatus {
-        let budgets = Period::ALL.map(|period| BudgetStatus {
-            period: period.label(),
-            used_seconds: self.guard.used(period).as_secs(),
-            limit_seconds: self.guard.limit(period).map(|limit| limit.as_secs()),
-        });
-        ProjectStatus {
-            name: name.to_owned(),
-            url: self.settings.url.to_string(),
-            max_rooms: self.settings.max_rooms,
-            rooms_in_flight: self.guard.places_taken(),
-            backoff_until: self.guard.backoff_until(),
-            budgets: Vec::from(budgets),
-        }
-    }
 }
 
 fn last_batch(report: &BatchReport) -> LastBatch {
@@ -835,26 +518,6 @@ fn register(history: &History, metrics: &Metrics) -> Register {
             }
         }
     })
-}
-
-async fn told_to_stop(orders: &mut mpsc::Receiver<Order>) {
-    loop {
-        match orders.recv().await {
-            Some(Order::Stop) => return,
-            Some(Order::Reload | Order::Batch(_)) => {}
-            // Nobody can tell any more.
-            None => std::future::pending().await,
-        }
-    }
-}
-
-/// Answers a request that comes too late.
-fn refuse(asked: Control) {
-    match asked {
-        Control::Reload { reply } => say(reply, Err(ReloadRefused::ShuttingDown)),
-        Control::RunBatch { reply, .. } => say(reply, Err(BatchRefused::ShuttingDown)),
-        Control::SetPaused { reply, .. } => say(reply, Ok(())),
-    }
 }
 
 /// Whoever asked may have gone.

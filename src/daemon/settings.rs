@@ -1,0 +1,148 @@
+//! Settings that come into effect while batches run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use chrono::Utc;
+
+use super::{Daemon, Project, Target};
+use crate::config::{self, Config};
+use crate::guard::Guard;
+use crate::http::{LastReload, ReloadRefused};
+use crate::livekit::api::Api;
+use crate::livekit::net::Endpoint;
+use crate::livekit::token::Keys;
+
+impl Daemon {
+    pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
+        let reread = (self.reread)().map_err(|problems| problems.to_string());
+        let before = self.config.daemon.clone();
+        let applied = reread.and_then(|config| self.apply(config));
+        let at = Utc::now();
+        match &applied {
+            Ok(()) => {
+                self.restore().await;
+                self.metrics.config_loaded(at);
+                tracing::info!("settings reloaded: {} targets", self.targets.len());
+                let now = &self.config.daemon;
+                if before.http != now.http || before.history != now.history {
+                    tracing::warn!("changes of [http] and [history] take effect at the next start");
+                }
+            }
+            Err(why) => {
+                self.metrics.config_refused();
+                tracing::error!("settings not reloaded, the old ones stay: {why}");
+            }
+        }
+        self.last_reload = Some(LastReload {
+            at,
+            ok: applied.is_ok(),
+            error: applied.clone().err(),
+        });
+        self.refresh();
+        applied.map_err(ReloadRefused::Invalid)
+    }
+
+    /// Brings settings into effect, all or nothing. Batches that run go on with those that they began with.
+    pub(super) fn apply(&mut self, config: Config) -> Result<(), String> {
+        let mut access = BTreeMap::new();
+        for (name, project) in &config.projects {
+            let endpoint = Endpoint::new(&project.url, project.ca_file.as_deref());
+            let keys = Keys::new(project.api_key.clone(), project.api_secret.clone());
+            match (endpoint, keys) {
+                (Ok(endpoint), Ok(keys)) => {
+                    let api = Api::new(endpoint.clone(), keys, project.api_timeout);
+                    access.insert(name.clone(), (endpoint, api));
+                }
+                (Err(error), _) => return Err(format!("project {name:?}: {error:#}")),
+                (_, Err(error)) => return Err(format!("project {name:?}: {error:#}")),
+            }
+        }
+        self.projects.retain(|name, _| {
+            let stays = config.projects.contains_key(name);
+            if !stays {
+                self.metrics.remove_project(name);
+            }
+            stays
+        });
+        self.targets.retain(|name, _| {
+            let stays = config.targets.contains_key(name);
+            if !stays {
+                self.ticker.remove(name);
+                self.metrics.remove_target(name);
+            }
+            stays
+        });
+        for (name, (endpoint, api)) in access {
+            self.set_project(
+                &name,
+                Arc::new(config.projects[&name].clone()),
+                endpoint,
+                api,
+            );
+        }
+        for (name, target) in &config.targets {
+            self.set_target(name, target, &config);
+        }
+        self.config = config;
+        Ok(())
+    }
+
+    fn set_project(
+        &mut self,
+        name: &str,
+        settings: Arc<config::Project>,
+        endpoint: Endpoint,
+        api: Api,
+    ) {
+        let metrics = self.metrics.project(name, &settings);
+        let guard = match self.projects.get(name) {
+            Some(known) => {
+                known.guard.configure(&settings);
+                known.guard.clone()
+            }
+            None => Guard::new(name, &settings, self.history.clone()),
+        };
+        let project = Project {
+            settings,
+            endpoint,
+            api,
+            guard,
+            metrics,
+        };
+        self.projects.insert(name.to_owned(), project);
+    }
+
+    fn set_target(&mut self, name: &str, settings: &config::Target, config: &Config) {
+        let project = &config.projects[&settings.project];
+        let metrics = self.metrics.target(name, settings, project, false);
+        let settings = Arc::new(settings.clone());
+        let mut first = Utc::now();
+        if let Some(known) = self.targets.get_mut(name) {
+            known.agent_known &= known.settings.agent_name == settings.agent_name;
+            known.settings = Arc::clone(&settings);
+        } else {
+            let target = Target {
+                settings: Arc::clone(&settings),
+                metrics: metrics.clone(),
+                paused: false,
+                agent_known: false,
+                running: self.running_batch(name),
+                last_tick: None,
+                last_batch: None,
+            };
+            self.targets.insert(name.to_owned(), target);
+            first += config.daemon.lifetime.startup_delay;
+        }
+        metrics.paused(self.targets[name].paused);
+        self.ticker.set(name, &settings.schedule, first);
+        self.tell_next(name);
+    }
+
+    /// A target that was removed and comes back may still have one.
+    fn running_batch(&self, name: &str) -> Option<String> {
+        let mut running = self.running.values();
+        let found = running.find(|(target, _)| target == name);
+        found.map(|(_, batch_id)| batch_id.clone())
+    }
+}

@@ -1,0 +1,89 @@
+//! What the daemon tells of itself: the status that HTTP shows, and the gauges that nobody else keeps.
+
+use std::sync::Arc;
+
+use super::{Daemon, Project, Target, first_worst_case};
+use crate::config::Period;
+use crate::http::{BudgetStatus, ProjectStatus, Status, TargetStatus};
+
+impl Daemon {
+    /// Looks at what nobody tells of, and tells everybody.
+    pub(super) fn refresh(&mut self) {
+        self.pulse.beat();
+        self.metrics.history_degraded(self.history.is_degraded());
+        let dropped = self.history.dropped();
+        self.metrics.history_dropped(dropped - self.dropped);
+        self.dropped = dropped;
+        for project in self.projects.values() {
+            project.metrics.backoff_until(project.guard.backoff_until());
+            for period in Period::ALL {
+                project
+                    .metrics
+                    .budget_used(period, project.guard.used(period));
+            }
+        }
+        self.status.send_replace(Arc::new(self.status()));
+    }
+
+    fn status(&self) -> Status {
+        let targets = self.targets.iter();
+        let projects = self.projects.iter();
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            started_at: self.started_at,
+            stage: self.stage,
+            targets: targets
+                .map(|(name, target)| self.target_status(name, target))
+                .collect(),
+            projects: projects
+                .map(|(name, project)| project.status(name))
+                .collect(),
+            last_reload: self.last_reload.clone(),
+        }
+    }
+
+    /// Why a batch that is not under way could not begin now.
+    fn held_back(&self, target: &Target) -> Option<String> {
+        let settings = &target.settings;
+        let project = &self.projects[&settings.project];
+        let worst_case = first_worst_case(settings, &project.settings);
+        let refusal = project.guard.refusal(worst_case)?;
+        target.running.is_none().then(|| refusal.to_string())
+    }
+
+    fn target_status(&self, name: &str, target: &Target) -> TargetStatus {
+        let settings = &target.settings;
+        TargetStatus {
+            name: name.to_owned(),
+            project: settings.project.clone(),
+            url: self.projects[&settings.project].settings.url.to_string(),
+            agent_name: settings.agent_name.clone(),
+            dispatch: settings.dispatch.mode.name(),
+            schedule: settings.schedule.to_string(),
+            paused: target.paused,
+            running: target.running.clone(),
+            next_batch_at: self.ticker.next(name),
+            last_tick_at: target.last_tick,
+            last_batch: target.last_batch.clone(),
+            held_back: self.held_back(target),
+        }
+    }
+}
+
+impl Project {
+    fn status(&self, name: &str) -> ProjectStatus {
+        let budgets = Period::ALL.map(|period| BudgetStatus {
+            period: period.label(),
+            used_seconds: self.guard.used(period).as_secs(),
+            limit_seconds: self.guard.limit(period).map(|limit| limit.as_secs()),
+        });
+        ProjectStatus {
+            name: name.to_owned(),
+            url: self.settings.url.to_string(),
+            max_rooms: self.settings.max_rooms,
+            rooms_in_flight: self.guard.places_taken(),
+            backoff_until: self.guard.backoff_until(),
+            budgets: Vec::from(budgets),
+        }
+    }
+}
