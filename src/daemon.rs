@@ -36,6 +36,8 @@ mod drain;
 mod recorder;
 mod settings;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use recorder::Recorder;
 
