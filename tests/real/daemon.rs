@@ -147,7 +147,7 @@ pub fn outage_fails_the_batches_within_it_and_no_other(ground: &Ground) -> anyho
     daemon.pause()?;
 
     let metrics = daemon.metrics()?;
-    let batches = daemon.batches("scenario")?;
+    let batches = daemon.all_batches("scenario")?;
     agree(&metrics, "scenario", &batches)?;
     let (mut within, mut outside) = (0, 0);
     for batch in &batches {
@@ -503,7 +503,7 @@ pub fn prometheus_holds_what_the_history_holds(_: &Ground) -> anyhow::Result<Str
 
     let mut probes = 0;
     for target in daemon.targets()? {
-        let batches = daemon.batches(&target.name)?;
+        let batches = daemon.all_batches(&target.name)?;
         agree(&daemon.metrics()?, &target.name, &batches)?;
         probes += batches
             .iter()

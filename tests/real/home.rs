@@ -136,7 +136,20 @@ impl Daemon {
         })
     }
 
-    /// All batches of a target that have ended, the oldest first.
+    /// All batches that an idle daemon has counted, the oldest first. The history writes a moment after the counters.
+    pub fn all_batches(&self, target: &str) -> anyhow::Result<Vec<Recorded>> {
+        let counted = self
+            .metrics()?
+            .sum("batches_total", &[("target", target)])?;
+        wait_for("the history to have them all", SOON, || {
+            let batches = self.batches(target)?;
+            #[expect(clippy::cast_precision_loss, reason = "counts of a minute")]
+            let kept = batches.len() as f64;
+            Ok((kept >= counted).then_some(batches))
+        })
+    }
+
+    /// The batches of a target in the history, the oldest first.
     pub fn batches(&self, target: &str) -> anyhow::Result<Vec<Recorded>> {
         #[derive(Deserialize)]
         struct Page {
