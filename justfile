@@ -10,6 +10,6 @@ test:
 real FILTER="":
     cargo test --test real -- {{FILTER}}
 
-# CPU, memory and accuracy against the real stack.
-bench:
-    cargo bench --bench real
+# CPU and memory on the sandbox and the real stack, accuracy on the real one; `just bench --help` tells what else.
+bench *ARGS:
+    cargo bench --bench load -- {{ARGS}}

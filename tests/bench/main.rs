@@ -1,12 +1,15 @@
-//! What the canary costs and how exact its join delay is, against the real server; `cargo bench --bench real` (`just
-//! bench`). Prints a table, and a JSON object a line to keep. The figures mean something on an otherwise idle machine.
+//! What the canary costs and how exact its join delay is, against the sandbox in another process and against the real
+//! server; `cargo bench --bench load` (`just bench`). Prints a table, and a JSON object a line to keep. The figures mean
+//! something on an otherwise idle machine.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use clap::{Parser, ValueEnum};
 use ropus::{Application, Channels, Decoder, Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -30,6 +33,7 @@ mod stack;
 mod twirp;
 
 use canary::{Running, Settings};
+use daemon::Daemons;
 use order::Order;
 use stack::{AGENT, Agent, KEY, Process, SECRET, Site, wait_for};
 
@@ -37,7 +41,13 @@ use stack::{AGENT, Agent, KEY, Process, SECRET, Site, wait_for};
 const TALKER: &str = "talker";
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
-const ROOMS: [u32; 3] = [1, 10, 50];
+/// From the last room's call to the window: for that room's own start, and the echo's delay of one second.
+const SETTLE: Duration = Duration::from_secs(3);
+/// The sandbox's agents cost next to nothing; the talker and livekit-server leave two cores no room for 200.
+const ROOMS_ON_SANDBOX: &[u32] = &[1, 10, 50, 200];
+const ROOMS_ON_REAL: &[u32] = &[1, 10, 50];
+/// The longest that a program may take until it has a call in every room: so much, and so much a room.
+const START: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
 /// Rooms whose join is compared with the server's own stamp.
 const JOINS: u32 = 50;
 /// Samples a second.
@@ -45,47 +55,160 @@ const RATE: u16 = 48_000;
 /// Packets of Opus that one room brings in a minute.
 const PACKETS_A_MINUTE: u32 = 50 * 60;
 
+/// Measure what the canary costs, and another program on the same work
+#[derive(Parser)]
+struct Arguments {
+    /// Only on this stack; the real one needs Go and Python
+    #[arg(long, value_enum)]
+    stack: Option<Stack>,
+
+    /// How many rooms to hold open, one after the other [default: 1,10,50,200 on the sandbox, 1,10,50 on the real stack]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    rooms: Vec<u32>,
+
+    /// Another program to measure on the same work, as a command line for sh
+    ///
+    /// It gets four arguments more: the server's URL, the number of rooms, the agent's name, and how many seconds it
+    /// must last; and the key pair in the usual two variables. In every room it calls the agent and echoes what that
+    /// says. It and all that it starts are measured once the agent speaks in every room.
+    #[arg(long, value_name = "CMD")]
+    peer: Option<String>,
+
+    /// Given by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stack {
+    Sandbox,
+    Real,
+}
+
 fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let wants = |stack| arguments.stack.is_none_or(|only| only == stack);
     let packets = speech()?;
     let decoding = decoding(&packets)?;
-    let site = Site::real(&[Agent::named(AGENT)])?;
-    let accuracy = accuracy(&site)?;
-    let talker = start_talker(&site, &packets)?;
-    let loads = ROOMS
-        .iter()
-        .map(|rooms| load(&site, &talker, *rooms))
-        .collect::<anyhow::Result<Vec<_>>>()?;
+    let mut found = Findings {
+        decoding,
+        daemons: None,
+        accuracy: None,
+        loads: Vec::new(),
+    };
+    if wants(Stack::Sandbox) {
+        found.daemons = Some(daemon::measure()?);
+        for rooms in arguments.rooms_on(ROOMS_ON_SANDBOX) {
+            for program in arguments.programs() {
+                // What one left behind must not be the other's burden.
+                let stage = Stage::sandbox()?;
+                found.loads.push(load(&stage, program, rooms)?);
+            }
+        }
+    }
+    if wants(Stack::Real) {
+        let site = Site::real(&[Agent::named(AGENT)])?;
+        found.accuracy = Some(accuracy(&site)?);
+        let stage = Stage::real(site, &packets)?;
+        for rooms in arguments.rooms_on(ROOMS_ON_REAL) {
+            for program in arguments.programs() {
+                found.loads.push(load(&stage, program, rooms)?);
+            }
+        }
+    }
+    let ratios: Vec<_> = found.loads.windows(2).filter_map(Ratio::of).collect();
+    print_tables(&found, &ratios);
+    print_json(&found, &ratios);
+    Ok(())
+}
 
-    let daemons = daemon::measure()?;
+impl Arguments {
+    fn rooms_on(&self, default: &[u32]) -> Vec<u32> {
+        if self.rooms.is_empty() {
+            default.to_vec()
+        } else {
+            self.rooms.clone()
+        }
+    }
 
-    println!("\n{daemons}");
+    fn programs(&self) -> impl Iterator<Item = Program<'_>> {
+        let peer = self.peer.as_deref().map(Program::Peer);
+        [Program::Canary].into_iter().chain(peer)
+    }
+}
+
+struct Findings {
+    /// CPU seconds for what one room's agent says in one minute.
+    decoding: f64,
+    daemons: Option<Daemons>,
+    accuracy: Option<Accuracy>,
+    loads: Vec<Load>,
+}
+
+fn print_tables(found: &Findings, ratios: &[Ratio]) {
+    let decoding = found.decoding;
+    println!();
+    if let Some(daemons) = &found.daemons {
+        println!("{daemons}");
+    }
     println!("decoding: {decoding:.3} CPU s per room-minute");
-    println!("{JOINS} joins, |AgentJoined - joined_at|: {accuracy}");
+    if let Some(accuracy) = &found.accuracy {
+        println!("{JOINS} joins, |AgentJoined - joined_at|: {accuracy}");
+    }
     println!(
-        "\nrooms | CPU s per room-minute | of it transport | CPU % of a core | RSS MB | threads"
+        "\nstack | rooms | program | CPU s per room-minute | of it transport | CPU % of a core | RSS MB | threads \
+         | server's CPU %"
     );
-    for load in &loads {
+    for load in &found.loads {
         let all = load.cpu_per_room_minute();
+        let transport = load
+            .transport(decoding)
+            .map_or("-".to_owned(), |it| format!("{it:.3}"));
         println!(
-            "{} | {all:.3} | {:.3} | {:.1} | {:.1} | {}",
+            "{} | {} | {} | {all:.3} | {transport} | {:.1} | {:.1} | {} | {:.1}",
+            load.stack,
             load.rooms,
-            all - decoding,
-            load.cpu_percent(),
+            load.program,
+            percent(load.cpu_seconds),
             load.rss_mb,
-            load.threads
+            load.threads,
+            percent(load.server_cpu_seconds),
         );
     }
+    if !ratios.is_empty() {
+        println!("\nstack | rooms | CPU, peer / canary | RSS, peer / canary");
+    }
+    for ratio in ratios {
+        let Ratio {
+            stack,
+            rooms,
+            cpu,
+            rss,
+        } = ratio;
+        println!("{stack} | {rooms} | {cpu:.2} | {rss:.2}");
+    }
+}
+
+/// One object a line.
+fn print_json(found: &Findings, ratios: &[Ratio]) {
+    let decoding = found.decoding;
     println!();
     println!(
         "{}",
         json!({"bench": "decoding", "cpu_seconds_per_room_minute": decoding})
     );
-    println!("{}", accuracy.json());
-    println!("{}", daemons.json());
-    for load in &loads {
+    if let Some(accuracy) = &found.accuracy {
+        println!("{}", accuracy.json());
+    }
+    if let Some(daemons) = &found.daemons {
+        println!("{}", daemons.json());
+    }
+    for load in &found.loads {
         println!("{}", load.json(decoding));
     }
-    Ok(())
+    for ratio in ratios {
+        println!("{}", ratio.json());
+    }
 }
 
 /// One second of something like voiced speech: Opus packets of 20 ms, mono.
@@ -115,7 +238,7 @@ fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
     let mut decoder = Decoder::new(u32::from(RATE), Channels::Mono)?;
     let mut pcm = vec![0_i16; 5760];
-    let before = cpu_seconds("self")?;
+    let before = own_cpu_seconds()?;
     for packet in packets
         .iter()
         .cycle()
@@ -123,10 +246,50 @@ fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     {
         decoder.decode(packet, &mut pcm, ropus::DecodeMode::Normal)?;
     }
-    Ok((cpu_seconds("self")? - before) / f64::from(MINUTES))
+    Ok((own_cpu_seconds()? - before) / f64::from(MINUTES))
 }
 
-/// Starts the agent that all rooms of the load share.
+/// A server whose agent speaks without a pause.
+struct Stage {
+    label: &'static str,
+    site: Site,
+    agent: &'static str,
+    /// On the real stack: the agent that all rooms share.
+    talker: Option<Process>,
+}
+
+impl Stage {
+    fn sandbox() -> anyhow::Result<Self> {
+        Ok(Self {
+            label: "sandbox",
+            site: Site::sandbox(AGENT, &["never_pauses".to_owned()])?,
+            agent: AGENT,
+            talker: None,
+        })
+    }
+
+    fn real(site: Site, packets: &[Vec<u8>]) -> anyhow::Result<Self> {
+        let talker = start_talker(&site, packets)?;
+        Ok(Self {
+            label: "real",
+            site,
+            agent: TALKER,
+            talker: Some(talker),
+        })
+    }
+
+    /// In how many rooms the agent has begun to speak since it was started.
+    fn speaking(&self) -> anyhow::Result<usize> {
+        if let Some(talker) = &self.talker {
+            return Ok(talker.log()?.matches("talking").count());
+        }
+        let events = self.site.events()?;
+        let met = events.iter().filter(|event| event.name() == "caller");
+        let rooms: BTreeSet<_> = met.map(stack::Event::room).collect();
+        Ok(rooms.len())
+    }
+}
+
 fn start_talker(site: &Site, packets: &[Vec<u8>]) -> anyhow::Result<Process> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("packets");
@@ -199,79 +362,205 @@ fn accuracy(site: &Site) -> anyhow::Result<Accuracy> {
     Ok(Accuracy { off })
 }
 
-/// What the canary used while speech flowed both ways in all of its rooms.
+/// Who is measured.
+#[derive(Clone, Copy)]
+enum Program<'a> {
+    Canary,
+    /// By its command line.
+    Peer(&'a str),
+}
+
+/// It, at work.
+enum Subject {
+    Canary(Running),
+    Peer(Process),
+}
+
+/// What a program used while speech flowed both ways in all of its rooms.
 struct Load {
+    stack: &'static str,
+    program: &'static str,
     rooms: u32,
     /// Over [`WINDOW`].
     cpu_seconds: f64,
     rss_mb: f64,
     threads: f64,
+    /// Over [`WINDOW`].
+    server_cpu_seconds: f64,
 }
 
 impl Load {
-    fn cpu_percent(&self) -> f64 {
-        100.0 * self.cpu_seconds / WINDOW.as_secs_f64()
-    }
-
     fn cpu_per_room_minute(&self) -> f64 {
         self.cpu_seconds * 60.0 / WINDOW.as_secs_f64() / f64::from(self.rooms)
+    }
+
+    /// What is left of the canary's without decoding.
+    fn transport(&self, decoding: f64) -> Option<f64> {
+        (self.program == Program::Canary.label()).then(|| self.cpu_per_room_minute() - decoding)
     }
 
     fn json(&self, decoding: f64) -> Value {
         json!({
             "bench": "load",
+            "stack": self.stack,
+            "program": self.program,
             "rooms": self.rooms,
             "cpu_seconds_per_room_minute": self.cpu_per_room_minute(),
-            "transport_cpu_seconds_per_room_minute": self.cpu_per_room_minute() - decoding,
-            "cpu_percent_of_a_core": self.cpu_percent(),
+            "transport_cpu_seconds_per_room_minute": self.transport(decoding),
+            "cpu_percent_of_a_core": percent(self.cpu_seconds),
             "rss_mb": self.rss_mb,
             "threads": self.threads,
+            "server_cpu_percent_of_a_core": percent(self.server_cpu_seconds),
         })
     }
 }
 
-fn load(site: &Site, talker: &Process, rooms: u32) -> anyhow::Result<Load> {
-    println!("load: {rooms} room(s)");
-    let before = talking(talker)?;
-    let running = Settings::new(site)
-        .project("max_rooms", rooms)
-        .set("agent_name", TALKER)
-        .set("batch.rooms", rooms)
-        .set("batch.hold", "5m")
-        .set("echo.mode", "continuous")
-        .once()?;
-    wait_for("all agents to talk", Duration::from_mins(3), || {
-        Ok((talking(talker)? == before + rooms as usize).then_some(()))
-    })?;
-    // The last room's own start, and the echo's delay of one second.
-    pause(Duration::from_secs(3));
-    measure(running, rooms)
+/// Of one core, over [`WINDOW`].
+fn percent(cpu_seconds: f64) -> f64 {
+    100.0 * cpu_seconds / WINDOW.as_secs_f64()
 }
 
-/// In how many rooms the talker has begun.
-fn talking(talker: &Process) -> anyhow::Result<usize> {
-    Ok(talker.log()?.matches("talking").count())
+/// How much more a peer used than the canary, on the same work.
+struct Ratio {
+    stack: &'static str,
+    rooms: u32,
+    cpu: f64,
+    rss: f64,
 }
 
-fn measure(running: Running, rooms: u32) -> anyhow::Result<Load> {
-    let process = running.child.id().to_string();
-    let before = cpu_seconds(&process)?;
-    pause(WINDOW);
-    let load = Load {
-        rooms,
-        cpu_seconds: cpu_seconds(&process)? - before,
-        rss_mb: status(&process, "VmRSS:")? / 1024.0,
-        threads: status(&process, "Threads:")?,
-    };
-    running.signal(Signal::INT)?;
-    let finished = running.finish()?;
-    let document: Value = serde_json::from_str(&finished.stdout).with_context(|| finished.all())?;
-    let expected = WINDOW.as_secs_f64() * 50.0;
-    for probe in document["probes"].as_array().context("no probes")? {
-        let packets = probe["audio"]["packets"].as_f64().unwrap_or_default();
-        ensure!(packets >= expected, "speech didn't flow: {probe}");
+impl Ratio {
+    /// Of two loads in a row, where they belong together.
+    fn of(pair: &[Load]) -> Option<Self> {
+        let [canary, peer] = pair else { return None };
+        let together = (canary.stack, canary.rooms) == (peer.stack, peer.rooms);
+        (together && peer.program != canary.program).then(|| Self {
+            stack: peer.stack,
+            rooms: peer.rooms,
+            cpu: peer.cpu_seconds / canary.cpu_seconds,
+            rss: peer.rss_mb / canary.rss_mb,
+        })
     }
-    Ok(load)
+
+    fn json(&self) -> Value {
+        let Self {
+            stack,
+            rooms,
+            cpu,
+            rss,
+        } = self;
+        json!({"bench": "ratio", "stack": stack, "rooms": rooms, "cpu": cpu, "rss": rss})
+    }
+}
+
+impl Program<'_> {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Canary => "canary",
+            Self::Peer(_) => "peer",
+        }
+    }
+
+    fn start(self, stage: &Stage, rooms: u32) -> anyhow::Result<Subject> {
+        match self {
+            Self::Canary => {
+                let settings = Settings::new(&stage.site)
+                    .project("max_rooms", rooms)
+                    .set("agent_name", stage.agent)
+                    .set("batch.rooms", rooms)
+                    .set("batch.ramp", "interval")
+                    .set("batch.interval", "200ms")
+                    .set("batch.hold", "5m")
+                    .set("echo.mode", "continuous");
+                Ok(Subject::Canary(settings.once()?))
+            }
+            Self::Peer(line) => {
+                let seconds = (longest_start(rooms) + SETTLE + WINDOW).as_secs();
+                let mut command = stack::command("sh");
+                command
+                    .args(["-c", &format!("{line} \"$@\""), "peer"])
+                    .args([&stage.site.url, &rooms.to_string(), stage.agent])
+                    .arg(seconds.to_string())
+                    .env("LIVEKIT_URL", &stage.site.url)
+                    .env("LIVEKIT_API_KEY", &stage.site.key)
+                    .env("LIVEKIT_API_SECRET", &stage.site.secret);
+                let peer = Process::spawn("peer", command, stage.site.dir())?;
+                Ok(Subject::Peer(peer))
+            }
+        }
+    }
+}
+
+fn longest_start(rooms: u32) -> Duration {
+    START.0 + START.1 * rooms
+}
+
+impl Subject {
+    fn id(&self) -> u32 {
+        match self {
+            Self::Canary(running) => running.child.id(),
+            Self::Peer(peer) => peer.child.id(),
+        }
+    }
+
+    /// All that it said, where it does not do its work.
+    fn log(self) -> anyhow::Result<String> {
+        match self {
+            Self::Canary(running) => {
+                running.signal(Signal::INT)?;
+                Ok(running.finish()?.all())
+            }
+            Self::Peer(peer) => peer.log(),
+        }
+    }
+
+    /// Ends it, and sees that speech did flow, which only the canary tells.
+    fn end(self) -> anyhow::Result<()> {
+        let Self::Canary(running) = self else {
+            return Ok(());
+        };
+        running.signal(Signal::INT)?;
+        let finished = running.finish()?;
+        let expected = WINDOW.as_secs() * 50;
+        for probe in finished.batch()?.probes {
+            ensure!(
+                probe.audio.packets >= expected,
+                "speech didn't flow: {probe:?}"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn load(stage: &Stage, program: Program<'_>, rooms: u32) -> anyhow::Result<Load> {
+    println!(
+        "load: {}, {rooms} room(s), {}",
+        stage.label,
+        program.label()
+    );
+    let before = stage.speaking()?;
+    let subject = program.start(stage, rooms)?;
+    let all = wait_for(
+        "the agent to speak in all rooms",
+        longest_start(rooms),
+        || Ok((stage.speaking()? >= before + rooms as usize).then_some(())),
+    );
+    if let Err(error) = all {
+        return Err(error.context(subject.log()?));
+    }
+    pause(SETTLE);
+    let used = (usage(subject.id())?, usage(stage.site.server.child.id())?);
+    pause(WINDOW);
+    let (now, server) = (usage(subject.id())?, usage(stage.site.server.child.id())?);
+    subject.end()?;
+    Ok(Load {
+        stack: stage.label,
+        program: program.label(),
+        rooms,
+        cpu_seconds: now.cpu_seconds - used.0.cpu_seconds,
+        rss_mb: now.rss_mb,
+        threads: now.threads,
+        server_cpu_seconds: server.cpu_seconds - used.1.cpu_seconds,
+    })
 }
 
 fn pause(length: Duration) {
@@ -281,19 +570,56 @@ fn pause(length: Duration) {
     }
 }
 
-/// User and system time of a process, to 10 ms.
-fn cpu_seconds(process: &str) -> anyhow::Result<f64> {
+/// What a process has used, with all that it started.
+#[derive(Default)]
+struct Usage {
+    cpu_seconds: f64,
+    rss_mb: f64,
+    threads: f64,
+}
+
+/// Of the process and of its group, where it leads one.
+fn usage(process: u32) -> anyhow::Result<Usage> {
+    let mut usage = Usage::default();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(id) = name.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
+            continue;
+        };
+        // A process may end while it is looked at.
+        let Ok(fields) = stat(id) else { continue };
+        let group = fields.get(GROUP).context("no process group")?;
+        if id == process.to_string() || *group == process.to_string() {
+            usage.cpu_seconds += ticks(&fields)?;
+            usage.rss_mb += status(id, "VmRSS:").unwrap_or(0.0) / 1024.0;
+            usage.threads += status(id, "Threads:").unwrap_or(0.0);
+        }
+    }
+    ensure!(usage.threads > 0.0, "process {process} has ended");
+    Ok(usage)
+}
+
+/// Places in /proc/…/stat after the name, which may hold blanks and stands in parentheses.
+const GROUP: usize = 2;
+const USER_TIME: usize = 11;
+
+fn stat(process: &str) -> anyhow::Result<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-    // The name in parentheses may hold blanks; user and system time are fields 14 and 15, 12 and 13 after it.
     let (_, fields) = stat.rsplit_once(") ").context("no name in stat")?;
-    let ticks = fields
-        .split(' ')
-        .skip(11)
-        .take(2)
-        .map(str::parse::<f64>)
-        .sum::<Result<f64, _>>()?;
+    Ok(fields.split(' ').map(str::to_owned).collect())
+}
+
+/// User and system time, to 10 ms.
+fn ticks(fields: &[String]) -> anyhow::Result<f64> {
+    let times = fields.iter().skip(USER_TIME).take(2);
+    let ticks = times.map(|it| it.parse::<f64>()).sum::<Result<f64, _>>()?;
     // USER_HZ is 100 on every Linux.
     Ok(ticks / 100.0)
+}
+
+/// User and system time of this process, to 10 ms.
+fn own_cpu_seconds() -> anyhow::Result<f64> {
+    ticks(&stat("self")?)
 }
 
 /// A figure of /proc/…/status, in the unit that stands there.
