@@ -5,7 +5,7 @@
 //! tables.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use config::{Map, Source, Value, ValueKind};
 use toml::Spanned;
@@ -26,6 +26,8 @@ pub(super) struct Fallback {
 
 /// Raw settings, not validated yet.
 pub struct Draft {
+    /// Of the file, which file names in it are relative to.
+    pub(super) folder: PathBuf,
     pub(super) settings: config::Config,
     pub(super) fallback: Fallback,
     problems: Vec<Problem>,
@@ -45,7 +47,9 @@ impl Draft {
         if let Some(path) = file {
             settings.cache = read_file(path)?.into();
         }
+        let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
         let mut draft = Self {
+            folder: folder.to_owned(),
             settings,
             fallback: Fallback::default(),
             problems: Vec::new(),

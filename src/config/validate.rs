@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono_tz::{TZ_VARIANTS, Tz};
@@ -41,7 +41,7 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let target_entries = root.named("targets");
     let daemon = Daemon {
         http: http(root.table("http")),
-        history: history(root.table("history")),
+        history: history(root.table("history"), &draft.folder),
         lifetime: lifetime(root.table("lifetime")),
     };
     // Without a word about projects the environment alone describes the one there is.
@@ -112,10 +112,10 @@ fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
     None
 }
 
-fn history(mut section: Section<'_>) -> History {
+fn history(mut section: Section<'_>, folder: &Path) -> History {
     let default = History::default();
     let [keep_place, failures_place] = ["keep", "keep_failures"].map(|key| section.place_of(key));
-    let dir = path(&mut section, "dir").unwrap_or(default.dir);
+    let dir = path(&mut section, "dir").unwrap_or_else(|| folder.join(default.dir));
     let mut duration = |key, default| section.duration(key, default, DAY..=LONGEST_KEPT);
     let history = History {
         dir,

@@ -634,7 +634,9 @@ fn sample_file_shows_the_defaults_of_the_code() {
     };
     assert_eq!(config.daemon, daemon);
 
-    let bare = read(&target_with(""), &CREDENTIALS);
+    let folder = folder_with(&target_with(""));
+    let bare = read_file(&folder.path().join("canary.toml"), &CREDENTIALS);
+    assert_eq!(bare.daemon.history.dir, folder.path().join("state"));
     let code = Target {
         project: "default".to_owned(),
         ..expected
