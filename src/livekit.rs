@@ -14,6 +14,7 @@ mod participant;
 mod peer;
 mod roster;
 mod rtp;
+mod session_stream;
 pub mod signal;
 mod speech;
 #[cfg(test)]

@@ -91,6 +91,11 @@ pub enum Seen {
     AgentLeft {
         reason: String,
     },
+    /// A participant's `AgentSession` reported an error, in its own words.
+    AgentError {
+        identity: String,
+        message: String,
+    },
     /// A second agent of the target's name.
     AgentDuplicate {
         identity: String,

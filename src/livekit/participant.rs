@@ -19,6 +19,7 @@ use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
 use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
 use super::roster::Roster;
 use super::rtp::{self, Receiver};
+use super::session_stream::{self, SessionError};
 use super::signal::{Joined, Signal, SignalError, leave_reason};
 use super::speech::{Detector, Heard};
 use crate::config::Ice;
@@ -128,6 +129,7 @@ struct Session<'a> {
     echo: Echo,
     track: Track,
     listening: Listening,
+    reports: session_stream::Reader,
     media_told: bool,
     /// Media over TCP is a fallback, not what was asked for.
     udp_tried: bool,
@@ -228,6 +230,7 @@ impl<'a> Session<'a> {
                 last: None,
             },
             listening: Listening::default(),
+            reports: session_stream::Reader::default(),
             media_told: false,
             udp_tried: request.ice == Ice::All,
         });
@@ -290,6 +293,7 @@ impl<'a> Session<'a> {
             match happening {
                 Happening::Connected => self.on_connected(now)?,
                 Happening::Packet(packet) => self.on_packet(&packet)?,
+                Happening::Data(data) => self.on_data(now, &data)?,
             }
         }
         // Before the publisher is polled, which sends it: otherwise every packet would take a round of its own.
@@ -348,6 +352,15 @@ impl<'a> Session<'a> {
             }
         }
         Ok(())
+    }
+
+    fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
+        match self.reports.on_data(data) {
+            Some(SessionError { identity, message }) => {
+                self.outlet.tell(at, Seen::AgentError { identity, message })
+            }
+            None => Ok(()),
+        }
     }
 
     async fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {

@@ -56,6 +56,8 @@ pub(crate) enum Happening {
     /// ICE and DTLS are up.
     Connected,
     Packet(Packet),
+    /// What came on a data channel.
+    Data(Vec<u8>),
 }
 
 /// A received RTP packet.
@@ -436,6 +438,7 @@ impl Peer {
                 Some(Happening::Connected)
             }
             Event::RtpPacket(packet) => Some(Happening::Packet(packet.into())),
+            Event::ChannelData(data) => Some(Happening::Data(data.data)),
             Event::IceConnectionStateChange(state) => {
                 self.path |= state.is_connected();
                 let lost = self.connected && state == IceConnectionState::Disconnected;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::outcome::{Step, quote};
+use super::outcome::{Step, names_inference_limit, quote};
 use super::turns::Turns;
 use super::{Failure, Milestone, Outcome, Position, Progress, Reason, Report};
 use crate::config::{AgentMayLeave, DispatchMode, Target};
@@ -160,6 +160,8 @@ enum Incident {
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Probe {
     agent_known: bool,
+    /// What the agent said of a limit that its inference met.
+    inference_limit: Option<String>,
     target: Arc<Target>,
     phase: Phase,
     outcome: Option<Outcome>,
@@ -189,6 +191,7 @@ impl Probe {
     ) -> Self {
         Self {
             agent_known,
+            inference_limit: None,
             phase: Phase::Idle,
             outcome: None,
             creating: false,
@@ -378,6 +381,7 @@ impl Probe {
         let at = event.at;
         match event.seen {
             Seen::Ended { why, audio } => self.ended(why, audio, at, now),
+            Seen::AgentError { identity, message } => self.agent_error(&identity, &message),
             seen if self.outcome.is_some() || matches!(self.phase, Phase::LastLook { .. }) => {
                 self.late(seen, at);
             }
@@ -450,7 +454,19 @@ impl Probe {
                 kind,
                 agent_name,
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
-            Seen::Ended { .. } => unreachable!("handled before"),
+            Seen::AgentError { .. } | Seen::Ended { .. } => unreachable!("handled before"),
+        }
+    }
+
+    /// An error may be overcome by the agent: alone it is evidence.
+    fn agent_error(&mut self, identity: &str, message: &str) {
+        let agent = self.report.agent.as_ref();
+        if agent.is_none_or(|agent| agent.identity != identity) {
+            return;
+        }
+        self.note(format!("the agent reported an error: {}", quote(message)));
+        if self.outcome.is_none() && names_inference_limit(message) {
+            self.inference_limit.get_or_insert(message.to_owned());
         }
     }
 
@@ -926,6 +942,14 @@ impl Probe {
     // The end.
 
     fn fail(&mut self, failure: Failure, now: Instant) {
+        let failure = match &self.inference_limit {
+            // Without a model an agent says nothing, or gives up.
+            Some(said) if falls_silent(failure.reason) => {
+                self.report.evidence.answer = Some(said.clone());
+                Failure::of_inference_limit(said, &failure)
+            }
+            _ => failure,
+        };
         self.settle(Outcome::Failed(failure), now);
     }
 
@@ -1019,6 +1043,13 @@ fn shows_life(error: &ApiError) -> bool {
         ApiError::Protocol(_) => true,
         ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => false,
     }
+}
+
+fn falls_silent(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::AgentSilent | Reason::AgentNoReply | Reason::AgentLeftEarly
+    )
 }
 
 fn keep(list: &mut Vec<String>, line: String) {

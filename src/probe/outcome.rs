@@ -479,6 +479,19 @@ impl Failure {
         )
     }
 
+    /// An agent's failure that a limit of its inference explains, by the agent's own word.
+    pub(super) fn of_inference_limit(said: &str, failure: &Self) -> Self {
+        Self::new(
+            Reason::PlanLimit(LimitKind::Inference),
+            format!(
+                "the agent's inference met a limit: {}; so {}; compare the inference limits of the plan, or of the model's \
+                 provider, with all that uses them",
+                quote(said),
+                failure.reason.label()
+            ),
+        )
+    }
+
     fn limit(kind: LimitKind, detail: &str, refusal: &Refusal) -> Self {
         let retry = match refusal.retry_after {
             Some(after) => format!("retry after {after:?}"),
@@ -523,6 +536,13 @@ fn api_limit(refusal: &Refusal) -> Option<LimitKind> {
     } else {
         LimitKind::ApiRate
     })
+}
+
+/// LiveKit's inference names its quota; a model's provider answers HTTP 429, which the plugins of livekit-agents put as
+/// `status_code=429` into the error.
+pub(super) fn names_inference_limit(error: &str) -> bool {
+    let mut numbers = error.split(|c: char| !c.is_ascii_alphanumeric());
+    error.contains("inference_quota_exceeded") || numbers.any(|number| number == "429")
 }
 
 /// livekit-server's words for a node above its own limits.

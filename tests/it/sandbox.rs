@@ -392,6 +392,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("duplicate", "agent_duplicate"),
     ("no_reply", "agent_no_reply"),
     ("slow_reply=20s", "agent_no_reply"),
+    ("inference_error", "plan_limit/inference"),
     ("no_media", "media_failed"),
     ("create_room=429,retry_after=7s", "plan_limit/api_rate"),
     ("create_room=429,html", "plan_limit/api_rate"),

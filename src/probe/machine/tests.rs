@@ -776,6 +776,65 @@ fn agent_without_a_track_is_agent_no_track() {
     assert!(report.timeline.span(Span::AgentJoin).is_some());
 }
 
+fn agent_error(identity: &str, message: &str) -> Seen {
+    Seen::AgentError {
+        identity: identity.to_owned(),
+        message: message.to_owned(),
+    }
+}
+
+#[test]
+fn silence_of_an_agent_whose_inference_met_a_limit_is_no_fault_of_the_agents() {
+    let agent = agent().identity;
+    for (identity, message, expected) in [
+        (
+            agent.as_str(),
+            "inference_quota_exceeded",
+            Reason::PlanLimit(LimitKind::Inference),
+        ),
+        (
+            agent.as_str(),
+            "LLM failed, status_code=429",
+            Reason::PlanLimit(LimitKind::Inference),
+        ),
+        (
+            agent.as_str(),
+            "request 4290 timed out",
+            Reason::AgentSilent,
+        ),
+        (
+            "agent-of-another-name",
+            "status_code=429",
+            Reason::AgentSilent,
+        ),
+    ] {
+        let script = Script::new(explicit()).waiting().joined(500).track(520);
+        let script = script.see(700, agent_error(identity, message));
+        let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
+        let report = script.report(20_520);
+        assert_eq!(reason_of(&report), expected, "{message}");
+        let told = format!("the agent reported an error: {message}");
+        assert_eq!(report.evidence.notes.contains(&told), identity == agent);
+    }
+}
+
+#[test]
+fn error_that_an_agent_overcomes_is_evidence_alone() {
+    let agent = agent().identity;
+    let script = Script::new(explicit()).waiting().joined(500).track(520);
+    let script = script
+        .see(700, agent_error(&agent, "status_code=429, retryable=True"))
+        .see(900, Seen::SpeechStarted)
+        .hold(950, 1_000);
+    let report = script.wait(1_000).report(1_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    let notes = report.evidence.notes.join("\n");
+    assert!(
+        notes.contains("reported an error: status_code=429"),
+        "{notes}"
+    );
+}
+
 #[test]
 fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came() {
     for (audio, words) in [
