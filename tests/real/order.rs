@@ -68,9 +68,9 @@ impl Order {
         Self { agent: "", ..self }
     }
 
-    /// Joins so many seconds after its dispatch.
+    /// Joins so many seconds after its dispatch, and the time that connecting takes.
     pub fn after(self, seconds: u32) -> Self {
-        self.fault(format!("join_delay={seconds}s"))
+        self.fault(format!("join_delay={seconds}s100ms"))
             .with("connect_after", seconds)
     }
 
