@@ -17,10 +17,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Layer, Registry};
 
-use crate::config::{DispatchMode, EchoMode, Problems, Project, Ramp};
-use crate::livekit::api::Api;
-use crate::livekit::net::Endpoint;
-use crate::livekit::token::Keys;
+use crate::config::{DispatchMode, EchoMode, Problems, Ramp};
 use crate::probe::{Origin, Outcome};
 use crate::sandbox::fault::{self, Rule};
 use crate::sandbox::report;
@@ -379,14 +376,6 @@ fn log_to<L: Layer<Registry> + Send + Sync>(layer: L, level: &str) {
     let ours = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
     let layer = layer.with_filter(wanted).with_filter(ours);
     tracing_subscriber::registry().with(layer).init();
-}
-
-/// Where a project is and how to sign in there; nothing is connected yet.
-fn access(project: &Project) -> anyhow::Result<(Endpoint, Api)> {
-    let endpoint = Endpoint::new(&project.url, project.ca_file.as_deref())?;
-    let keys = Keys::new(project.api_key.clone(), project.api_secret.clone())?;
-    let api = Api::new(endpoint.clone(), keys, project.api_timeout);
-    Ok((endpoint, api))
 }
 
 /// Two threads carry every room: the work is mostly waiting.

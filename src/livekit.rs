@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use crate::config::Project;
+
 pub mod api;
 mod echo;
 pub mod engine;
@@ -20,6 +22,17 @@ mod speech;
 #[cfg(test)]
 mod test_server;
 pub mod token;
+
+/// Where a project is and how to sign in there; nothing is connected yet.
+///
+/// # Errors
+/// See [`Endpoint::new`](net::Endpoint::new) and [`Keys::new`](token::Keys::new).
+pub fn access(project: &Project) -> anyhow::Result<(net::Endpoint, api::Api)> {
+    let endpoint = net::Endpoint::new(&project.url, project.ca_file.as_deref())?;
+    let keys = token::Keys::new(project.api_key.clone(), project.api_secret.clone())?;
+    let api = api::Api::new(endpoint.clone(), keys, project.api_timeout);
+    Ok((endpoint, api))
+}
 
 /// A room's name, which is also its key: LiveKit has one live room of a name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -14,7 +14,7 @@ use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch::{self, BatchReport, json};
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LeftBehind};
-use crate::livekit::engine::Engine;
+use crate::livekit::{self, engine::Engine};
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
 
@@ -38,7 +38,7 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
     super::start_logging(screen.log_writer(), Screen::colour(), "warn");
 
     let (endpoint, api) =
-        super::access(&project).with_context(|| format!("project {:?}", target.project))?;
+        livekit::access(&project).with_context(|| format!("project {:?}", target.project))?;
     let runtime = super::runtime()?;
     let exit = runtime.block_on(async {
         let context = Context {

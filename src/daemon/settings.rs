@@ -9,9 +9,8 @@ use super::{Daemon, Project, Target};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
-use crate::livekit::api::Api;
 use crate::livekit::net::Endpoint;
-use crate::livekit::token::Keys;
+use crate::livekit::{self, api::Api};
 
 impl Daemon {
     pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
@@ -47,16 +46,9 @@ impl Daemon {
     pub(super) fn apply(&mut self, config: Config) -> Result<(), String> {
         let mut access = BTreeMap::new();
         for (name, project) in &config.projects {
-            let endpoint = Endpoint::new(&project.url, project.ca_file.as_deref());
-            let keys = Keys::new(project.api_key.clone(), project.api_secret.clone());
-            match (endpoint, keys) {
-                (Ok(endpoint), Ok(keys)) => {
-                    let api = Api::new(endpoint.clone(), keys, project.api_timeout);
-                    access.insert(name.clone(), (endpoint, api));
-                }
-                (Err(error), _) => return Err(format!("project {name:?}: {error:#}")),
-                (_, Err(error)) => return Err(format!("project {name:?}: {error:#}")),
-            }
+            let known = livekit::access(project);
+            let known = known.map_err(|error| format!("project {name:?}: {error:#}"))?;
+            access.insert(name.clone(), known);
         }
         self.projects.retain(|name, _| {
             let stays = config.projects.contains_key(name);
