@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chrono::{Datelike, Days, Months, NaiveDate};
 use chrono_tz::Tz;
 use croner::Cron;
 use secrecy::SecretString;
@@ -158,6 +159,22 @@ impl Period {
         match self {
             Self::Day => "day",
             Self::Month => "month",
+        }
+    }
+
+    /// The first day of the one that `day` lies in.
+    pub fn first_day(self, day: NaiveDate) -> NaiveDate {
+        match self {
+            Self::Day => day,
+            Self::Month => day - Days::new(day.day0().into()),
+        }
+    }
+
+    /// The first day of the one after that.
+    pub fn next(self, day: NaiveDate) -> NaiveDate {
+        match self {
+            Self::Day => day + Days::new(1),
+            Self::Month => self.first_day(day) + Months::new(1),
         }
     }
 }

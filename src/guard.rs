@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chrono::{DateTime, Datelike, Days, Months, NaiveTime, Utc};
+use chrono::{DateTime, NaiveTime, Utc};
 use humantime::format_duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -97,16 +97,6 @@ fn of(period: Period, used: &Used) -> Duration {
         Period::Day => used.day,
         Period::Month => used.month,
     }
-}
-
-/// When the next one begins.
-fn end_of(period: Period, now: DateTime<Utc>) -> DateTime<Utc> {
-    let today = now.date_naive();
-    let next = match period {
-        Period::Day => today + Days::new(1),
-        Period::Month => today - Days::new(u64::from(today.day0())) + Months::new(1),
-    };
-    next.and_time(NaiveTime::MIN).and_utc()
 }
 
 fn minute(at: DateTime<Utc>) -> impl fmt::Display {
@@ -301,7 +291,10 @@ impl Guard {
                     used,
                     worst_case,
                     limit,
-                    resets_at: end_of(period, now),
+                    resets_at: period
+                        .next(now.date_naive())
+                        .and_time(NaiveTime::MIN)
+                        .and_utc(),
                 });
             }
         }

@@ -42,11 +42,15 @@ pub fn next_tick(
     }
 }
 
-/// How far the grid of a target with this interval is shifted: whole seconds, less than `every`.
+/// How far the grid of an interval is shifted for this target: whole seconds, less than the interval. Zero for a cron
+/// expression, which has no grid.
 ///
 /// It spreads targets of the same interval over it. It depends on the name alone, by FNV-1a, so that it is the same in
 /// every version and on every machine.
-pub fn offset(target: &str, every: Duration) -> Duration {
+pub fn offset(target: &str, schedule: &Schedule) -> Duration {
+    let Schedule::Every(every) = schedule else {
+        return Duration::ZERO;
+    };
     let mut hasher = FnvHasher::default();
     hasher.write(target.as_bytes());
     Duration::from_secs(hasher.finish() % every.as_secs().max(1))

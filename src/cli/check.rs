@@ -7,7 +7,7 @@ use humantime::format_duration;
 
 use super::forecast::Forecast;
 use super::{Check, Exit, print};
-use crate::config::{Config, Draft, EchoMode, Problems, Project, Ramp, Stay, Target};
+use crate::config::{Config, Draft, EchoMode, Period, Problems, Project, Ramp, Stay, Target};
 use crate::livekit::api::ApiError;
 use crate::livekit::{self, RoomName};
 
@@ -95,13 +95,9 @@ fn describe_project(text: &mut String, name: &str, project: &Project) {
         "rooms",
         &format!("at most {} at once", project.max_rooms),
     );
-    let budget = [
-        (project.budget.agent_time_per_day, "day"),
-        (project.budget.agent_time_per_month, "month"),
-    ];
-    let limits: Vec<String> = budget
+    let limits: Vec<String> = Period::ALL
         .into_iter()
-        .filter_map(|(limit, period)| Some((limit?, period)))
+        .filter_map(|period| Some((project.budget.limit(period)?, period.label())))
         .map(|(limit, period)| format!("{} a UTC {period}", limit.as_secs() / 60))
         .collect();
     if !limits.is_empty() {

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use chrono::{DateTime, Datelike, Days, Months, NaiveDate, SecondsFormat, Utc};
+use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{Config, Objectives, Project, Schedule, Target};
+use crate::config::{Config, Objectives, Period, Project, Schedule, Target};
 use crate::guard::{longest_batch, rooms_at_once, worst_cases};
 use crate::probe::whole_minutes;
 use crate::schedule::{Gaps, gaps, next_tick, offset, ticks_on};
@@ -64,16 +64,13 @@ impl BatchCost {
 impl<'a> Forecast<'a> {
     pub(super) fn new(config: &'a Config, now: DateTime<Utc>) -> Self {
         let today = now.date_naive();
-        let first = first_of_month(today);
+        let first = Period::Month.first_day(today);
         let year = first
             .iter_days()
             .take_while(|day| *day < first + Months::new(12));
         let days: Vec<NaiveDate> = year.collect();
         let targets = config.targets.iter().map(|(name, target)| {
-            let offset = match target.schedule {
-                Schedule::Every(every) => offset(name, every),
-                Schedule::Cron { .. } => Duration::ZERO,
-            };
+            let offset = offset(name, &target.schedule);
             let ticks = days
                 .iter()
                 .map(|day| ticks_on(&target.schedule, offset, *day));
@@ -174,23 +171,20 @@ impl<'a> Forecast<'a> {
                 project.max_rooms
             ));
         }
-        let budget = &project.budget;
-        if let Some(limit) = budget.agent_time_per_day {
-            let busiest = |minutes| self.busiest(&targets, |day| day, minutes);
-            warnings.extend(beyond_budget("day", limit, &targets, busiest));
-        }
-        if let Some(limit) = budget.agent_time_per_month {
-            let busiest = |minutes| self.busiest(&targets, first_of_month, minutes);
-            warnings.extend(beyond_budget("month", limit, &targets, busiest));
+        for period in Period::ALL {
+            if let Some(limit) = project.budget.limit(period) {
+                let busiest = |minutes| self.busiest(&targets, period, minutes);
+                warnings.extend(beyond_budget(period, limit, &targets, busiest));
+            }
         }
         warnings
     }
 
-    /// The most agent minutes of a period, which begins on the day that `begin` says, over all these targets.
+    /// The most agent minutes of such a period, over all these targets.
     fn busiest(
         &self,
         targets: &[(&str, &TargetForecast<'_>)],
-        begin: impl Fn(NaiveDate) -> NaiveDate,
+        period: Period,
         minutes: fn(&BatchCost) -> u64,
     ) -> u64 {
         let mut periods = BTreeMap::<NaiveDate, u64>::new();
@@ -198,7 +192,7 @@ impl<'a> Forecast<'a> {
             let cost =
                 |forecast: &TargetForecast<'_>| forecast.ticks[index] * minutes(&forecast.batch);
             let of_day: u64 = targets.iter().map(|(_, forecast)| cost(forecast)).sum();
-            *periods.entry(begin(*day)).or_default() += of_day;
+            *periods.entry(period.first_day(*day)).or_default() += of_day;
         }
         periods.into_values().max().unwrap_or(0)
     }
@@ -231,16 +225,13 @@ impl TargetForecast<'_> {
     }
 }
 
-fn first_of_month(day: NaiveDate) -> NaiveDate {
-    day - Days::new(day.day0().into())
-}
-
 fn beyond_budget(
-    period: &str,
+    period: Period,
     limit: Duration,
     targets: &[(&str, &TargetForecast<'_>)],
     busiest: impl Fn(fn(&BatchCost) -> u64) -> u64,
 ) -> Vec<String> {
+    let period = period.label();
     let budget = format!("budget.agent_time_per_{period} is {}", in_minutes(limit));
     let never = targets
         .iter()

@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use chrono::{DateTime, Datelike, Days, Months, NaiveDate, Utc};
+use chrono::{DateTime, Months, NaiveDate, Utc};
 
+use crate::config::Period;
 use crate::livekit::RoomName;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,8 +88,7 @@ impl Ledger {
 
     pub fn used(&self, project: &str, now: DateTime<Utc>) -> Used {
         let today = now.date_naive();
-        let first = first_of_month(today);
-        let next = first + Months::new(1);
+        let (first, next) = (Period::Month.first_day(today), Period::Month.next(today));
         let (mut day, mut month) = (0, 0);
         if let Some(days) = self.days.get(project) {
             day = days.get(&today).copied().unwrap_or(0);
@@ -104,7 +104,7 @@ impl Ledger {
     /// Gives the number of the change.
     pub fn open(&mut self, room: &RoomName, row: Row) -> u64 {
         let today = row.opened_at.date_naive();
-        self.forget_days_before(first_of_month(today) - Months::new(1));
+        self.forget_days_before(Period::Month.first_day(today) - Months::new(1));
         *self.of_day(&row.project, today) += row.counts();
         let kept = Kept {
             row,
@@ -194,10 +194,6 @@ impl Ledger {
             *days = days.split_off(&first);
         }
     }
-}
-
-pub(super) fn first_of_month(day: NaiveDate) -> NaiveDate {
-    day - Days::new(u64::from(day.day0()))
 }
 
 #[cfg(test)]

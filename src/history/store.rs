@@ -12,9 +12,9 @@ use chrono::{DateTime, Months, NaiveTime, Utc};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params};
 
 use super::OpenError;
-use super::ledger::{Loaded, Row, first_of_month};
+use super::ledger::{Loaded, Row};
 use super::record::Record;
-use crate::config;
+use crate::config::{self, Period};
 use crate::livekit::RoomName;
 
 /// The database, in the folder.
@@ -506,7 +506,7 @@ fn forget_large(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::
 
 /// The start of the UTC month that lies so many months back.
 fn start_of_month(now: DateTime<Utc>, months_back: u32) -> i64 {
-    let first = first_of_month(now.date_naive()) - Months::new(months_back);
+    let first = Period::Month.first_day(now.date_naive()) - Months::new(months_back);
     millis(first.and_time(NaiveTime::MIN).and_utc())
 }
 

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use super::store::FILE;
 use super::*;
 use crate::batch::sample::{self, WELL, failed};
+use crate::config::Period;
 use crate::probe::{Evidence, Outcome, Reason};
 
 const MINUTE: Duration = Duration::from_mins(1);
@@ -983,7 +984,7 @@ async fn a_row_of_the_ledger_is_kept_for_two_months_after_its_own() {
         assert_eq!(disk.rows(), rows, "{now}");
     }
     assert_eq!(
-        ledger::first_of_month(at("2026-03-31T23:59:59Z").date_naive()) - Months::new(2),
+        Period::Month.first_day(at("2026-03-31T23:59:59Z").date_naive()) - Months::new(2),
         at("2026-01-01T00:00:00Z").date_naive()
     );
 }

@@ -95,7 +95,7 @@ fn interval_of_zero_has_no_ticks() {
 #[test]
 fn offsets_are_the_same_in_every_version() {
     let every = Duration::from_mins(15);
-    let of = |target| offset(target, every).as_secs();
+    let of = |target| offset(target, &Schedule::Every(every)).as_secs();
     assert_eq!(["support", "sales", "a", "b"].map(of), [232, 855, 196, 829]);
 }
 
@@ -103,7 +103,7 @@ fn offsets_are_the_same_in_every_version() {
 fn offsets_spread_the_targets_over_their_interval() {
     let every = Duration::from_mins(15);
     let offsets: Vec<Duration> = (0..60)
-        .map(|n| offset(&format!("target-{n}"), every))
+        .map(|n| offset(&format!("target-{n}"), &Schedule::Every(every)))
         .collect();
     let distinct: BTreeSet<_> = offsets.iter().collect();
     assert!(distinct.len() >= 55, "{distinct:?}");
@@ -119,12 +119,10 @@ fn offsets_spread_the_targets_over_their_interval() {
 
 #[test]
 fn offset_of_a_short_interval_is_shorter() {
-    assert_eq!(offset("support", Duration::from_secs(1)), Duration::ZERO);
-    assert_eq!(
-        offset("support", Duration::from_millis(300)),
-        Duration::ZERO
-    );
-    assert!(offset("support", Duration::from_secs(20)) < Duration::from_secs(20));
+    let of = |every| offset("support", &Schedule::Every(every));
+    assert_eq!(of(Duration::from_secs(1)), Duration::ZERO);
+    assert_eq!(of(Duration::from_millis(300)), Duration::ZERO);
+    assert!(of(Duration::from_secs(20)) < Duration::from_secs(20));
 }
 
 #[test]

@@ -187,10 +187,7 @@ impl Agenda {
         let entry = match former {
             Some(former) if former.schedule == *schedule => former,
             former => {
-                let offset = match schedule {
-                    Schedule::Every(every) => offset(target, *every),
-                    Schedule::Cron { .. } => Duration::ZERO,
-                };
+                let offset = offset(target, schedule);
                 let just_before = first_not_before - TimeDelta::nanoseconds(1);
                 Entry {
                     next: next_tick(schedule, offset, now.max(just_before)),
@@ -393,9 +390,10 @@ mod tests {
 
     /// An interval whose ticks come with the quarters of the hour, and a target that doesn't shift them.
     fn quarters() -> (String, Schedule) {
+        let schedule = Schedule::Every(QUARTER);
         let mut names = (0..10_000).map(|number| format!("t{number}"));
-        let name = names.find(|name| offset(name, QUARTER) == Duration::ZERO);
-        (name.unwrap(), Schedule::Every(QUARTER))
+        let name = names.find(|name| offset(name, &schedule) == Duration::ZERO);
+        (name.unwrap(), schedule)
     }
 
     fn nightly() -> Schedule {
