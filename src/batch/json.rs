@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
-use crate::probe::{Evidence, Milestone, Outcome, Reason, Report, Span, Turn};
+use crate::probe::{Evidence, Milestone, Reason, Report, Span, Turn};
 
 #[derive(Serialize)]
 #[expect(
@@ -171,20 +171,13 @@ fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
     let report = &probe.report;
     let span = |span| report.timeline.span(span).map(seconds);
     let reply = report.turns.iter().find_map(Turn::reply_delay).map(seconds);
-    let failure = match &report.outcome {
-        Outcome::Failed(failure) => Some(failure),
-        Outcome::Ok | Outcome::Aborted => None,
-    };
+    let failure = report.outcome.failure();
     Probe {
         room: &report.room.0,
         room_sid: report.room_sid.as_deref(),
         started_at: wall_clock(probe.started_at),
         position: report.position.label(),
-        outcome: match report.outcome {
-            Outcome::Ok => "ok",
-            Outcome::Aborted => "aborted",
-            Outcome::Failed(_) => "failed",
-        },
+        outcome: report.outcome.label(),
         reason: failure.map(|failure| failure.reason.label()),
         origin: failure.map(|failure| failure.reason.origin().label()),
         limit: failure.and_then(|failure| match failure.reason {
@@ -268,6 +261,7 @@ mod tests {
     use super::super::sample::{WELL, batch, mixed, probe as sample_probe, project};
     use super::*;
     use crate::config::Target;
+    use crate::probe::Outcome;
 
     fn rendered(batch: &BatchReport) -> Value {
         serde_json::from_str(&render(batch, &Target::default(), &project())).unwrap()

@@ -41,11 +41,8 @@ pub(super) fn track_delay(report: &Report) -> Option<Duration> {
 }
 
 pub(super) fn outcome(report: &Report) -> &'static str {
-    match &report.outcome {
-        Outcome::Ok => "ok",
-        Outcome::Aborted => "aborted",
-        Outcome::Failed(failure) => failure.reason.label(),
-    }
+    let failure = report.outcome.failure();
+    failure.map_or(report.outcome.label(), |failure| failure.reason.label())
 }
 
 pub(super) fn summary(batch: &BatchReport) -> String {

@@ -6,7 +6,7 @@ use rusqlite::{Transaction, params};
 use super::store::millis;
 use crate::batch::{BatchReport, Summary, json};
 use crate::config::{Project, Target};
-use crate::probe::{Milestone, Outcome};
+use crate::probe::Milestone;
 
 #[derive(Debug)]
 pub(super) struct Record {
@@ -35,15 +35,11 @@ struct Probe {
 impl Record {
     pub fn of(batch: &BatchReport, target: &Target, project: &Project) -> Self {
         let probes = batch.probes.iter().map(|probe| {
-            let (outcome, reason) = match &probe.report.outcome {
-                Outcome::Ok => ("ok", None),
-                Outcome::Aborted => ("aborted", None),
-                Outcome::Failed(failure) => ("failed", Some(failure.reason.label())),
-            };
+            let outcome = &probe.report.outcome;
             Probe {
                 room: probe.report.room.0.clone(),
-                outcome,
-                reason,
+                outcome: outcome.label(),
+                reason: outcome.failure().map(|failure| failure.reason.label()),
                 started_at: probe.started_at,
                 document: json::of_probe(probe, project),
             }

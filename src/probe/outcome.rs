@@ -20,6 +20,24 @@ pub enum Outcome {
     Failed(Failure),
 }
 
+impl Outcome {
+    /// The `outcome` in output and history.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Aborted => "aborted",
+            Self::Failed(_) => "failed",
+        }
+    }
+
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Failed(failure) => Some(failure),
+            Self::Ok | Self::Aborted => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Failure {
     pub reason: Reason,
