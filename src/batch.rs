@@ -496,7 +496,7 @@ impl Rails {
             guard,
             places,
             target: name.to_owned(),
-            worst_cases: worst_cases(target, project),
+            worst_cases: worst_cases(target, project).collect(),
         }
     }
 

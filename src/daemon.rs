@@ -356,16 +356,7 @@ impl Daemon {
             }
             Err(NotBegun::Refused(refusal)) => (cause(&refusal), refusal.to_string()),
         };
-        target.metrics.skipped(cause);
-        // Paused on purpose, every few minutes: not worth a line each.
-        if cause != SkipCause::Paused {
-            tracing::warn!(
-                target_name = tick.target,
-                cause = cause.label(),
-                "no batch of target {}: {why}",
-                tick.target
-            );
-        }
+        skipped(&tick.target, &target.metrics, None, cause, &why);
     }
 
     fn tell_next(&self, name: &str) {
@@ -529,10 +520,27 @@ fn say<T>(reply: oneshot::Sender<T>, answer: T) {
 
 /// What the first room of a batch may cost: where the budget has no room for that, the batch has none.
 fn first_worst_case(target: &config::Target, project: &config::Project) -> Duration {
-    worst_cases(target, project)
-        .first()
-        .copied()
-        .unwrap_or_default()
+    worst_cases(target, project).next().unwrap_or_default()
+}
+
+/// Counts a tick that opened no room, and says why.
+fn skipped(
+    target: &str,
+    metrics: &TargetMetrics,
+    batch_id: Option<&str>,
+    cause: SkipCause,
+    why: &str,
+) {
+    metrics.skipped(cause);
+    // Paused on purpose, every few minutes: not worth a line each.
+    if cause != SkipCause::Paused {
+        tracing::warn!(
+            target_name = target,
+            batch_id,
+            cause = cause.label(),
+            "no batch of target {target}: {why}"
+        );
+    }
 }
 
 fn cause(refusal: &Refusal) -> SkipCause {

@@ -381,10 +381,10 @@ pub fn rooms_at_once(target: &Target) -> usize {
 
 /// The most agent time that each room of a batch can be billed for, in the order of opening: its agent comes at once,
 /// and as late as allowed to all rooms that follow.
-pub fn worst_cases(target: &Target, project: &Project) -> Vec<Duration> {
+pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
     let one_join = longest_join(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
-    let ramp_after = |index: u32| {
+    let ramp_after = move |index: u32| {
         let later = rooms - 1 - index;
         match (target.batch.stay, target.batch.ramp) {
             (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(later),
@@ -396,13 +396,11 @@ pub fn worst_cases(target: &Target, project: &Project) -> Vec<Duration> {
             (Stay::OneByOne, _) => Duration::ZERO,
         }
     };
-    (0..rooms)
-        .map(|index| {
-            let held = (ramp_after(index) + target.batch.hold).max(longest_verdict(target));
-            // Leaving may take as long, and so may deleting.
-            whole_minutes(held + target.deadlines.cleanup * 2)
-        })
-        .collect()
+    (0..rooms).map(move |index| {
+        let held = (ramp_after(index) + target.batch.hold).max(longest_verdict(target));
+        // Leaving may take as long, and so may deleting.
+        whole_minutes(held + target.deadlines.cleanup * 2)
+    })
 }
 
 /// The longest that a batch runs once it has its places, its last room gone.

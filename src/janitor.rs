@@ -31,6 +31,9 @@ use crate::livekit::api::{Api, ApiError, Call};
 /// connection (about 2.5 s more at worst on two busy cores).
 pub const SHORTEST_SURE_WINDOW: Duration = Duration::from_secs(20);
 
+/// For deletions under way, from the moment that nothing else is waited for any more.
+pub const LAST_DELETIONS: Duration = Duration::from_secs(2);
+
 /// First pause between two tries of a deletion; it doubles from there.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 

@@ -21,7 +21,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::once::{Signals, verdict};
-use super::progress::Screen;
+use super::progress::{REFRESH, Screen};
 use super::{Demo, Exit, phrasing, print_unless_closed, table};
 use crate::batch::{BatchEvent, BatchReport, ProbeReport};
 use crate::config::{Config, Draft, Http, Problems};
@@ -60,7 +60,6 @@ const DAEMON_SETTINGS: &[(&[&str], &str)] = &[
     (&["projects", "default", "backoff", "longest"], "1s"),
 ];
 
-const REFRESH: Duration = Duration::from_millis(200);
 /// More than a few batches tell.
 const MOST_TOLD: usize = 1024;
 

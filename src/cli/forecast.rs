@@ -47,7 +47,7 @@ impl BatchCost {
         let minutes = |time: Duration| time.as_secs() / 60;
         let rooms = target.batch.rooms as u64;
         let least = minutes(whole_minutes(target.batch.hold)) * rooms;
-        let worst = worst_cases(target, project);
+        let worst: Vec<Duration> = worst_cases(target, project).collect();
         let agent_minutes: u64 = worst.iter().map(|room| minutes(*room)).sum();
         // The canary is there first: its media, the dispatch and the agent's way in come before the agent's time.
         let deadlines = &target.deadlines;

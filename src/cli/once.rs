@@ -9,11 +9,11 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::progress::Screen;
+use super::progress::{REFRESH, Screen};
 use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch::{self, BatchReport, json};
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
-use crate::janitor::{self, Janitor, LeftBehind};
+use crate::janitor::{self, Janitor, LAST_DELETIONS, LeftBehind};
 use crate::livekit::{self, engine::Engine};
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
@@ -23,12 +23,9 @@ const IMPLIED_TARGET: &str = "default";
 
 /// From the first signal: how long the batch may take to end itself, and when this process is gone, whatever hangs.
 const ABORT_BATCH: Duration = Duration::from_millis(2500);
-pub(super) const ABORT_ALL: Duration = Duration::from_secs(4);
-/// From the second signal, or where the batch didn't end itself: for deletions under way.
-pub(super) const LAST_DELETIONS: Duration = Duration::from_secs(2);
+const ABORT_ALL: Duration = Duration::from_secs(4);
 
 const NOTICEABLE: Duration = Duration::from_secs(1);
-const REFRESH: Duration = Duration::from_millis(200);
 
 pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
     let (name, config) = settings(args)?;
@@ -182,7 +179,7 @@ async fn batch_of_rooms(
 
 /// Runs the batch and shows its progress. A first signal aborts it; a second one, or an abort that takes too long, drops
 /// it: there is no report then, and the janitor deletes the rooms.
-pub(super) async fn watch(
+async fn watch(
     name: &str,
     context: Context,
     screen: &mut Screen,
@@ -234,12 +231,7 @@ pub(super) async fn watch(
 
 /// Waits until every room is known to be gone, and names those that aren't. A wait that can be noticed is explained by
 /// `notice`. A signal ends it.
-pub(super) async fn vouch(
-    janitor: Janitor,
-    until: Instant,
-    notice: Option<String>,
-    signals: &mut Signals,
-) {
+async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals: &mut Signals) {
     let noticed_at = Instant::now() + NOTICEABLE;
     let mut closing = Box::pin(janitor.clone().close(until));
     let first = tokio::select! {

@@ -2,6 +2,7 @@
 //! opening and per outcome.
 
 use std::io::{self, Write};
+use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
@@ -11,6 +12,9 @@ use super::phrasing::{delay, join_delay, printable};
 use super::{complain, table};
 use crate::batch::BatchEvent;
 use crate::probe::{Milestone, Outcome, Progress, Report, Span, Timeline};
+
+/// How often a screen that waits is drawn again.
+pub(super) const REFRESH: Duration = Duration::from_millis(200);
 
 pub(super) struct Screen {
     rooms: usize,

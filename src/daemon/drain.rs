@@ -8,11 +8,10 @@ use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 
 use super::{Daemon, Ending, Order, REFRESH, say};
 use crate::http::{BatchRefused, Control, ReloadRefused, Stage};
+use crate::janitor::LAST_DELETIONS;
 
 /// What a batch that was told to stop may take beyond its rooms' deletion.
 const ABORT_BATCH: Duration = Duration::from_millis(2500);
-/// From the second signal: for deletions under way.
-const LAST_DELETIONS: Duration = Duration::from_secs(2);
 /// For what the history has yet to write.
 const LAST_WRITES: Duration = Duration::from_secs(5);
 

@@ -101,13 +101,8 @@ impl Recorder {
         }) = &report.not_opened
             && report.probes.is_empty()
         {
-            self.metrics.skipped(super::cause(refusal));
-            tracing::warn!(
-                target_name = self.target,
-                batch_id = report.batch_id,
-                "no batch of target {}: {refusal}",
-                self.target
-            );
+            let (id, cause) = (Some(report.batch_id.as_str()), super::cause(refusal));
+            super::skipped(&self.target, &self.metrics, id, cause, &refusal.to_string());
             return;
         }
         self.metrics.batch(report);

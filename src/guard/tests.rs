@@ -334,8 +334,9 @@ async fn a_changed_limit_counts_for_those_who_wait_and_shuts_no_open_room() {
 
 #[test]
 fn worst_case_of_a_room_grows_with_the_rooms_that_come_after_it() {
+    let project = sample::project();
     let minutes = |target: &Target| -> Vec<u64> {
-        let cases = worst_cases(target, &sample::project()).into_iter();
+        let cases = worst_cases(target, &project);
         cases.map(|case| case.as_secs() / 60).collect()
     };
     // A join is decided after 80 s at most; the last room is held for 15 s, but its verdict may take longer; leaving and
