@@ -1,6 +1,9 @@
 //! What an `AgentSession` reports of itself over data channels: byte streams of topic `lk.agent.session`, each one
 //! `AgentSessionMessage` (livekit-agents 1.5 and later). Only errors are looked at.
 //!
+//! The job's first session with a room sends them to everybody there, unasked, unless its developer started it with
+//! `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).
+//!
 //! Whoever is in the room may send here: what is kept at once is bounded, and what is malformed is dropped.
 
 use std::collections::VecDeque;

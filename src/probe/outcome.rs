@@ -559,8 +559,10 @@ fn api_limit(refusal: &Refusal) -> Option<LimitKind> {
 /// LiveKit's inference names its quota; a model's provider answers HTTP 429, which the plugins of livekit-agents put as
 /// `status_code=429` into the error.
 pub(super) fn names_inference_limit(error: &str) -> bool {
-    let mut numbers = error.split(|c: char| !c.is_ascii_alphanumeric());
-    error.contains("inference_quota_exceeded") || numbers.any(|number| number == "429")
+    // The decimals of a timestamp, which stands in the same text, are no number of their own.
+    let mut numbers = error.split(|c: char| !c.is_ascii_alphanumeric() && c != '.');
+    error.contains("inference_quota_exceeded")
+        || numbers.any(|number| number.trim_matches('.') == "429")
 }
 
 /// livekit-server's words for a node above its own limits.

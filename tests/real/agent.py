@@ -19,6 +19,7 @@ import time
 from livekit import rtc
 from livekit.agents import Agent, AgentServer, AgentSession, JobContext
 
+from models import Llm, Stt, Tts
 from tones import FRAME_MS, is_tone, signal_of, tone, tone_of
 
 SPEECH_RATE = 24_000
@@ -93,9 +94,9 @@ class Job:
                 asyncio.create_task(hear_echoes(self.room, track, self.heard))
             )
 
-    async def session(self) -> AgentSession:
+    async def session(self, **models) -> AgentSession:
         # vad=None: the bundled one costs CPU, and nothing here takes turns by it.
-        session = AgentSession(vad=None)
+        session = AgentSession(vad=None, **models)
         await session.start(agent=Agent(instructions=""), room=self.ctx.room, record=False)
         return session
 
@@ -138,6 +139,20 @@ async def leave(job: Job) -> None:
     job.ctx.shutdown("hangs up")
 
 
+async def converse(job: Job) -> None:
+    """Greets and answers by models, of which the one that `failing` names raises `error` instead."""
+    await job.connect()
+    error_of = {job.order.get("failing"): job.order.get("error")}
+    tone_here, seconds = tone_of(job.room), job.order.get("seconds", 2)
+    session = await job.session(
+        llm=Llm("Good day to you.", error_of.get("llm")),
+        tts=Tts(tone_here, seconds, error_of.get("tts")),
+        stt=Stt(tone_here, "hello there", error_of.get("stt")),
+        turn_detection="stt",
+    )
+    session.generate_reply(instructions="Greet.")
+
+
 async def nothing(job: Job) -> None:
     """Ends its job at once."""
 
@@ -162,7 +177,7 @@ async def silence(job: Job) -> None:
 
 BEHAVIOURS = {
     behaviour.__name__: behaviour
-    for behaviour in (greet, reply, leave, nothing, never_connect, no_track, no_packets, silence)
+    for behaviour in (greet, reply, leave, converse, nothing, never_connect, no_track, no_packets, silence)
 }
 
 

@@ -240,6 +240,7 @@ pub struct Probe {
     pub outcome: String,
     pub reason: Option<String>,
     pub origin: Option<String>,
+    pub limit: Option<String>,
     pub detail: Option<String>,
     pub evidence: Evidence,
     pub started_at: DateTime<Utc>,

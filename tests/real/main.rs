@@ -21,6 +21,7 @@ mod gate;
 mod home;
 mod journey;
 mod order;
+mod reports;
 mod scenarios;
 mod stack;
 mod twirp;

@@ -32,6 +32,13 @@ impl Order {
         Self::new("reply", &[])
     }
 
+    /// Speaks by models, of which one (`llm`, `tts`) fails: its provider answers with this error.
+    pub fn whose_model_fails(model: &str, error: &str, fault: &str) -> Self {
+        Self::new("converse", &[fault])
+            .with("failing", model)
+            .with("error", error)
+    }
+
     /// Greets and hangs up at once.
     pub fn hangs_up() -> Self {
         // The whole greeting.

@@ -17,6 +17,10 @@ use crate::daemon::{
 use crate::gate::Gate;
 use crate::journey::Journey;
 use crate::order::Order;
+use crate::reports::{
+    inference_that_is_used_up_is_a_plan_limit, model_that_answers_429_is_a_plan_limit,
+    other_error_of_a_model_is_evidence_of_a_silent_agent, voice_that_answers_429_is_a_plan_limit,
+};
 use crate::stack::{self, AGENT, Agent, Event, Process, SECRET, Site, Stack, TlsProxy};
 use crate::stack::{kill, wait_for};
 
@@ -50,7 +54,7 @@ impl<'a> Ground<'a> {
     }
 
     /// Such a site, and settings by which its agent is called.
-    fn call(&self, order: &Order) -> anyhow::Result<(&Site, Settings)> {
+    pub fn call(&self, order: &Order) -> anyhow::Result<(&Site, Settings)> {
         let site = self.site(order)?;
         Ok((site, Settings::new(site).order(order)))
     }
@@ -151,6 +155,10 @@ scenarios! {
     busy_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
     wrong_agent_name_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
     agent_that_never_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
+    model_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    voice_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    inference_that_is_used_up_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    other_error_of_a_model_is_evidence_of_a_silent_agent: "agent_silent, error noted, exit 1";
     agent_without_packets_is_silent: "agent_silent with a join delay, exit 1";
     agent_with_a_track_of_silence_is_silent: "agent_silent with a join delay, exit 1";
     agent_without_a_track_has_no_track: "agent_no_track with a join delay, exit 1";
@@ -201,7 +209,7 @@ fn verdict(probe: &Probe) -> &str {
 }
 
 /// Exit code and the verdict of every room.
-fn expect(
+pub fn expect(
     ground: &Ground,
     finished: &Finished,
     code: i32,

@@ -799,7 +799,12 @@ fn silence_of_an_agent_whose_inference_met_a_limit_is_no_fault_of_the_agents() {
         ),
         (
             agent.as_str(),
-            "request 4290 timed out",
+            "the provider said 429.",
+            Reason::PlanLimit(LimitKind::Inference),
+        ),
+        (
+            agent.as_str(),
+            "request 4290 timed out, timestamp=1795540886.429 error=Broken()",
             Reason::AgentSilent,
         ),
         (
