@@ -10,6 +10,10 @@ test:
 real FILTER="":
     cargo test --test real -- {{FILTER}}
 
+# The dashboards: what is generated, and what their queries find. Needs Go and a release build.
+dashboards:
+    cd grafana && go test -count=1 ./...
+
 # CPU and memory on the sandbox and the real stack, accuracy on the real one; `just bench --help` tells what else.
 bench *ARGS:
     cargo bench --bench load -- {{ARGS}}

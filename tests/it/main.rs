@@ -5,6 +5,7 @@
 mod architecture;
 mod command_line;
 mod daemon;
+mod dashboards;
 mod demo;
 mod forecast;
 #[path = "../real/gate.rs"]

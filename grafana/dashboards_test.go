@@ -1,0 +1,181 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/grafana/grafana-foundation-sdk/go/bargauge"
+	"github.com/grafana/grafana-foundation-sdk/go/cog"
+	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
+	"github.com/grafana/grafana-foundation-sdk/go/heatmap"
+	"github.com/grafana/grafana-foundation-sdk/go/prometheus"
+	"github.com/grafana/grafana-foundation-sdk/go/stat"
+	"github.com/grafana/grafana-foundation-sdk/go/table"
+	"github.com/grafana/grafana-foundation-sdk/go/timeseries"
+)
+
+// What a strict decoding needs to know of panels and queries.
+func TestMain(tests *testing.M) {
+	runtime := cog.NewRuntime()
+	runtime.RegisterPanelcfgVariant(bargauge.VariantConfig())
+	runtime.RegisterPanelcfgVariant(heatmap.VariantConfig())
+	runtime.RegisterPanelcfgVariant(stat.VariantConfig())
+	runtime.RegisterPanelcfgVariant(table.VariantConfig())
+	runtime.RegisterPanelcfgVariant(timeseries.VariantConfig())
+	runtime.RegisterDataqueryVariant(prometheus.VariantConfig())
+	os.Exit(tests.Run())
+}
+
+func TestFileIsWhatTheSourceMakes(t *testing.T) {
+	for file, make := range dashboards {
+		made, err := render(make)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(read(t, file), made) {
+			t.Errorf("%s is not what is made now: run `go run .` in its folder's parent", file)
+		}
+	}
+}
+
+func TestDashboardIsOneByGrafanasTypes(t *testing.T) {
+	for file := range dashboards {
+		if _, err := decode(read(t, file)); err != nil {
+			t.Errorf("%s: %v", file, err)
+		}
+	}
+}
+
+func TestUnknownOptionIsNone(t *testing.T) {
+	for _, broken := range []string{`"reduceOptions"`, `"legendFormat"`, `"schemaVersion"`, `"gridPos"`} {
+		text := strings.ReplaceAll(string(read(t, "dashboards/overview.json")), broken, `"unheardOf"`)
+		if _, err := decode([]byte(text)); err == nil {
+			t.Errorf("%s is not missed", broken)
+		}
+	}
+}
+
+func TestPanelSaysWhatItShowsAndInWhichUnit(t *testing.T) {
+	for file := range dashboards {
+		for _, complaint := range silent(panels(t, read(t, file))) {
+			t.Errorf("%s: %s", file, complaint)
+		}
+	}
+}
+
+func TestPanelThatSaysNothingIsFound(t *testing.T) {
+	for _, broken := range []string{`"description": "Whether`, `"unit": "percentunit"`, `"title": "Last batch"`} {
+		key := strings.SplitN(broken, ":", 2)[0]
+		text := strings.ReplaceAll(string(read(t, "dashboards/target.json")), broken, key+`: "", "was`+broken[1:])
+		if len(silent(loosely(t, text))) == 0 {
+			t.Errorf("nothing is missed without %s", broken)
+		}
+	}
+}
+
+func TestPanelsDoNotOverlap(t *testing.T) {
+	for file := range dashboards {
+		taken := map[string]string{}
+		for _, panel := range panels(t, read(t, file)) {
+			place := panel.GridPos
+			if place.X+place.W > 24 {
+				t.Errorf("%s: %s sticks out", file, *panel.Title)
+			}
+			for x := place.X; x < place.X+place.W; x++ {
+				for y := place.Y; y < place.Y+place.H; y++ {
+					cell := fmt.Sprint(x, ",", y)
+					if other := taken[cell]; other != "" {
+						t.Fatalf("%s: %s lies on %s", file, *panel.Title, other)
+					}
+					taken[cell] = *panel.Title
+				}
+			}
+		}
+	}
+}
+
+func read(t *testing.T, file string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// The strict decoder complains, and loses what it decoded: it takes an empty list of complaints for an error. So the
+// lenient one decodes.
+func decode(text []byte) (dashboard.Dashboard, error) {
+	var strict, decoded dashboard.Dashboard
+	if err := strict.UnmarshalJSONStrict(text); err != nil && err.Error() != "" {
+		return decoded, err
+	}
+	if err := json.Unmarshal(text, &decoded); err != nil {
+		return decoded, err
+	}
+	return decoded, decoded.Validate()
+}
+
+func panels(t *testing.T, text []byte) []dashboard.Panel {
+	t.Helper()
+	decoded, err := decode(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return panelsOf(decoded)
+}
+
+// Of a dashboard with a key too many.
+func loosely(t *testing.T, text string) []dashboard.Panel {
+	t.Helper()
+	var decoded dashboard.Dashboard
+	if err := json.Unmarshal([]byte(text), &decoded); err != nil {
+		t.Fatal(err)
+	}
+	return panelsOf(decoded)
+}
+
+func panelsOf(decoded dashboard.Dashboard) []dashboard.Panel {
+	var panels []dashboard.Panel
+	for _, one := range decoded.Panels {
+		if one.Panel != nil {
+			panels = append(panels, *one.Panel)
+		}
+	}
+	if len(panels) < 10 {
+		panic("a dashboard here has more panels than these")
+	}
+	return panels
+}
+
+// What panels don't say.
+func silent(panels []dashboard.Panel) []string {
+	var complaints []string
+	for _, panel := range panels {
+		if panel.Title == nil || *panel.Title == "" {
+			complaints = append(complaints, fmt.Sprintf("panel %d has no title", *panel.Id))
+			continue
+		}
+		if panel.Description == nil || *panel.Description == "" {
+			complaints = append(complaints, *panel.Title+" has no description")
+		}
+		if unit(panel) == "" {
+			complaints = append(complaints, *panel.Title+" has no unit")
+		}
+	}
+	return complaints
+}
+
+func unit(panel dashboard.Panel) string {
+	if options, is := panel.Options.(*heatmap.Options); is && options.YAxis.Unit != nil {
+		return *options.YAxis.Unit
+	}
+	if panel.FieldConfig == nil || panel.FieldConfig.Defaults.Unit == nil {
+		return ""
+	}
+	return *panel.FieldConfig.Defaults.Unit
+}

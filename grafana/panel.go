@@ -1,0 +1,222 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/grafana/grafana-foundation-sdk/go/bargauge"
+	"github.com/grafana/grafana-foundation-sdk/go/cog"
+	"github.com/grafana/grafana-foundation-sdk/go/common"
+	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
+	"github.com/grafana/grafana-foundation-sdk/go/heatmap"
+	"github.com/grafana/grafana-foundation-sdk/go/stat"
+	"github.com/grafana/grafana-foundation-sdk/go/table"
+	"github.com/grafana/grafana-foundation-sdk/go/timeseries"
+	"github.com/grafana/grafana-foundation-sdk/go/units"
+)
+
+// What every panel says of itself.
+type about struct {
+	title string
+	// What it shows, of which rooms, and what to conclude.
+	description string
+	unit        string
+	// Of 24 columns, and in rows of some 36 pixels.
+	width, height uint32
+}
+
+const (
+	// A service level, an objective or a share.
+	share = units.PercentUnit
+	count = units.Short
+)
+
+// Lines over time. A threshold or an objective among them is dashed.
+func lines(about about, queries ...query) *timeseries.PanelBuilder {
+	return timeseries.NewPanelBuilder().
+		Title(about.title).Description(about.description).Unit(about.unit).
+		Span(about.width).Height(about.height).
+		Datasource(datasource()).
+		Targets(ranges(queries)).
+		Min(0).
+		LineWidth(1).
+		// A lone value between two gaps shows as a point.
+		ShowPoints(common.VisibilityModeAuto).
+		ColorScheme(dashboard.NewFieldColorBuilder().Mode(dashboard.FieldColorModeIdPaletteClassicByName)).
+		Legend(common.NewVizLegendOptionsBuilder().
+			ShowLegend(true).
+			DisplayMode(common.LegendDisplayModeList).
+			Placement(common.LegendPlacementBottom)).
+		Tooltip(common.NewVizTooltipOptionsBuilder().
+			Mode(common.TooltipDisplayModeMulti).
+			Sort(common.SortOrderDescending)).
+		OverrideByRegexp("/(threshold|objective)$/", []dashboard.DynamicConfigValue{
+			{Id: "custom.lineStyle", Value: map[string]any{"fill": "dash", "dash": []int{8, 8}}},
+			{Id: "custom.lineWidth", Value: 2},
+		})
+}
+
+// Counts over time, one upon the other; the first query is what they are counted out of, and stands as a line behind.
+func counts(about about, whole query, parts ...query) *timeseries.PanelBuilder {
+	return lines(about, append([]query{whole}, parts...)...).
+		FillOpacity(60).
+		Stacking(common.NewStackingConfigBuilder().Mode(common.StackingModeNormal).Group("A")).
+		Decimals(0).
+		OverrideByQuery("A", []dashboard.DynamicConfigValue{
+			{Id: "custom.stacking", Value: map[string]any{"mode": "none", "group": "whole"}},
+			{Id: "custom.fillOpacity", Value: 0},
+			{Id: "custom.lineWidth", Value: 1},
+			{Id: "custom.lineStyle", Value: map[string]any{"fill": "dot", "dash": []int{2, 6}}},
+		})
+}
+
+// A delay's distribution over time.
+func heatOf(about about, expr string) *heatmap.PanelBuilder {
+	return heatmap.NewPanelBuilder().
+		Title(about.title).Description(about.description).
+		Span(about.width).Height(about.height).
+		Datasource(datasource()).
+		Targets(heat(expr)).
+		Calculate(false).
+		// Empty cells stay empty.
+		FilterValues(heatmap.NewFilterValueRangeBuilder().Le(1e-9)).
+		Color(heatmap.NewHeatmapColorOptionsBuilder().
+			Mode(heatmap.HeatmapColorModeScheme).
+			Scheme("Oranges").
+			Scale(heatmap.HeatmapColorScaleExponential).
+			Exponent(0.5).
+			Steps(64)).
+		CellGap(1).
+		CellValues(heatmap.NewCellValuesBuilder().Unit(count).Decimals(0)).
+		YAxis(heatmap.NewYAxisConfigBuilder().Unit(about.unit).AxisPlacement(common.AxisPlacementLeft)).
+		Tooltip(heatmap.NewHeatmapTooltipBuilder().Mode(common.TooltipDisplayModeSingle).YHistogram(true)).
+		ShowLegend()
+}
+
+// The latest value of each series, as a big number.
+func number(about about, queries ...query) *stat.PanelBuilder {
+	return stat.NewPanelBuilder().
+		Title(about.title).Description(about.description).Unit(about.unit).
+		Span(about.width).Height(about.height).
+		Datasource(datasource()).
+		Targets(instants(queries)).
+		ReduceOptions(lastOfEach()).
+		GraphMode(common.BigValueGraphModeNone).
+		ColorMode(common.BigValueColorModeValue).
+		JustifyMode(common.BigValueJustifyModeAuto).
+		TextMode(common.BigValueTextModeAuto).
+		Orientation(common.VizOrientationAuto).
+		Thresholds(steps("text"))
+}
+
+// How full something is, from 0 to 1.
+func fill(about about, queries ...query) *bargauge.PanelBuilder {
+	return bargauge.NewPanelBuilder().
+		Title(about.title).Description(about.description).Unit(about.unit).
+		Span(about.width).Height(about.height).
+		Datasource(datasource()).
+		Targets(instants(queries)).
+		ReduceOptions(lastOfEach()).
+		Orientation(common.VizOrientationHorizontal).
+		DisplayMode(common.BarGaugeDisplayModeBasic).
+		ValueMode(common.BarGaugeValueModeColor).
+		ShowUnfilled(true).
+		Min(0).Max(1).
+		Thresholds(steps("green", 0.8, "orange", 1.0, "red"))
+}
+
+func lastOfEach() cog.Builder[common.ReduceDataOptions] {
+	return common.NewReduceDataOptionsBuilder().Values(false).Calcs([]string{"lastNotNull"}).Fields("")
+}
+
+// A column of a table beyond its labels.
+type column struct {
+	query
+	unit string
+	look []dashboard.DynamicConfigValue
+}
+
+// A row for each set of labels: the labels named, then the columns.
+func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder {
+	// A lone query's values are called Value, those of several Value #A and so on.
+	names := map[string]string{"Value": columns_[0].name}
+	order := map[string]int{"Value": len(labels)}
+	shown := "Value.*"
+	queries := make([]query, 0, len(columns_))
+	for index, label := range labels {
+		order[label] = index
+		shown += "|" + label
+	}
+	for index, one := range columns_ {
+		value := "Value #" + refId(index)
+		names[value] = one.name
+		order[value] = len(labels) + index
+		queries = append(queries, one.query)
+	}
+	built := table.NewPanelBuilder().
+		Title(about.title).Description(about.description).Unit(about.unit).
+		Span(about.width).Height(about.height).
+		Datasource(datasource()).
+		Targets(columns(queries)).
+		WithTransformation(transformation("merge", map[string]any{})).
+		// Of the labels that the scrape configuration adds, those that tell places apart.
+		WithTransformation(transformation("filterFieldsByName", map[string]any{
+			"include": map[string]any{"pattern": "^(" + shown + "|region|env|cluster)$"},
+		})).
+		WithTransformation(transformation("organize", map[string]any{
+			"renameByName": names, "indexByName": order, "excludeByName": map[string]bool{},
+		})).
+		Filterable(false).
+		Footer(common.NewTableFooterOptionsBuilder().Show(false).Reducer([]string{})).
+		Thresholds(steps("text"))
+	for _, one := range columns_ {
+		look := append([]dashboard.DynamicConfigValue{{Id: "unit", Value: one.unit}}, one.look...)
+		built.OverrideByName(one.name, look)
+	}
+	return built.OverrideByName("target", []dashboard.DynamicConfigValue{
+		{Id: "links", Value: []map[string]any{
+			{"title": "This target", "url": targetUrl("${__value.raw}")},
+			{"title": "Its failed batches on the canary", "targetBlank": true,
+				"url": "${status_page:raw}/api/v1/batches?result=failed&target=${__value.raw}"},
+		}},
+	})
+}
+
+func transformation(id string, options map[string]any) dashboard.DataTransformerConfig {
+	return dashboard.DataTransformerConfig{Id: id, Options: options}
+}
+
+// Colours a table's cell as its value's step says.
+func coloured(mode string, values ...any) []dashboard.DynamicConfigValue {
+	return []dashboard.DynamicConfigValue{
+		{Id: "custom.cellOptions", Value: map[string]any{"type": mode}},
+		{Id: "thresholds", Value: built(steps(values...))},
+	}
+}
+
+// A colour, then by turns a value and the colour from there on.
+func steps(values ...any) cog.Builder[dashboard.ThresholdsConfig] {
+	thresholds := []dashboard.Threshold{{Color: values[0].(string)}}
+	for index := 1; index < len(values); index += 2 {
+		value := values[index].(float64)
+		thresholds = append(thresholds, dashboard.Threshold{Value: &value, Color: values[index+1].(string)})
+	}
+	return dashboard.NewThresholdsConfigBuilder().Mode(dashboard.ThresholdsModeAbsolute).Steps(thresholds)
+}
+
+func built(thresholds cog.Builder[dashboard.ThresholdsConfig]) dashboard.ThresholdsConfig {
+	made, err := thresholds.Build()
+	if err != nil {
+		panic(fmt.Sprintf("thresholds written here are valid: %v", err))
+	}
+	return made
+}
+
+// Words for 0 and 1, and whether 1 is good.
+func words(zero, one string, oneIsGood bool) []dashboard.ValueMapping {
+	colours := map[bool]string{true: "green", false: "red"}
+	mapping := dashboard.ValueMap{Type: dashboard.MappingTypeValueToText, Options: map[string]dashboard.ValueMappingResult{
+		"0": {Text: &zero, Color: cog.ToPtr(colours[!oneIsGood])},
+		"1": {Text: &one, Color: cog.ToPtr(colours[oneIsGood])},
+	}}
+	return []dashboard.ValueMapping{{ValueMap: &mapping}}
+}

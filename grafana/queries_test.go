@@ -1,0 +1,232 @@
+package main
+
+import (
+	"fmt"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
+	"github.com/grafana/grafana-foundation-sdk/go/prometheus"
+)
+
+// A query of a panel, as Grafana sends it once a target is chosen.
+type asked struct {
+	panel, ref, expr string
+	instant          bool
+	target           string
+}
+
+func (one asked) String() string {
+	return fmt.Sprintf("%s, %s of %q: %s", one.target, one.ref, one.panel, one.expr)
+}
+
+// What must come of a query.
+type expectation int
+
+const (
+	// At least one value that is a number.
+	values expectation = iota
+	// Never anything.
+	nothing
+	// Either.
+	anything
+)
+
+// A query that ends so shows what is amiss, and nothing where nothing is.
+const amiss = "> 0"
+
+var (
+	// Of rooms with an agent alone.
+	ofAgent = regexp.MustCompile(`(?s)histogram_quantile.*(agent_|first_speech|reply)|audio_packets`)
+)
+
+func (one asked) expected() expectation {
+	shows := strings.HasSuffix(one.expr, amiss)
+	switch {
+	case shows && one.target == healthy:
+		return nothing
+	case shows && one.target == outage:
+		// Only some of all faults.
+		return anything
+	case one.target == outage && ofAgent.MatchString(one.expr):
+		return nothing
+	default:
+		return values
+	}
+}
+
+func TestQueriesFindWhatThereIsAndNothingElse(t *testing.T) {
+	stack := start(t)
+	var queries []asked
+	for file := range dashboards {
+		queries = append(queries, stack.queries(t, read(t, file))...)
+	}
+	began := time.Now()
+	missing := stack.unmet(t, queries, 3*time.Minute)
+	for _, one := range missing {
+		t.Errorf("no value for %s", one)
+	}
+	t.Logf("%d queries in %.0f s, %d without a value", len(queries), time.Since(began).Seconds(), len(missing))
+	if t.Failed() {
+		return
+	}
+
+	// The same, had a series another name or a query another label.
+	for _, renamed := range [][2]string{
+		{"agent_join_delay_seconds_bucket", "agent_joined_delay_seconds_bucket"},
+		{"batches_total", "batches_run_total"},
+		{`sli=\"join\"`, `sli=\"joined\"`},
+	} {
+		text := strings.ReplaceAll(string(read(t, "dashboards/overview.json")), renamed[0], renamed[1])
+		if len(stack.unmet(t, stack.queries(t, []byte(text)), 0)) == 0 {
+			t.Errorf("nobody misses %s", renamed[0])
+		}
+	}
+}
+
+// Repeats queries until each has had what must come of it, and returns those that never had.
+func (stack stack) unmet(t *testing.T, queries []asked, within time.Duration) []asked {
+	t.Helper()
+	waiting := slices.Clone(queries)
+	for deadline := time.Now().Add(within); ; {
+		waiting = slices.DeleteFunc(waiting, func(one asked) bool { return stack.met(t, one) })
+		unmet := slices.DeleteFunc(slices.Clone(waiting), func(one asked) bool { return one.expected() != values })
+		if len(unmet) == 0 || time.Now().After(deadline) {
+			return unmet
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+// Whether a query needs no further look: one that must find nothing is looked at to the end.
+func (stack stack) met(t *testing.T, one asked) bool {
+	t.Helper()
+	found, err := stack.values(one)
+	if err != nil {
+		t.Fatalf("%s: %v", one, err)
+	}
+	if one.expected() == nothing && len(found) > 0 {
+		t.Fatalf("%v for %s", found, one)
+	}
+	return one.expected() == values && slices.ContainsFunc(found, func(value string) bool { return value != "NaN" })
+}
+
+// The last value of each series.
+func (stack stack) values(one asked) ([]string, error) {
+	var data struct {
+		Result []struct {
+			Value  [2]any
+			Values [][2]any
+		}
+	}
+	now := time.Now()
+	path, form := "/api/v1/query", url.Values{"query": {one.expr}}
+	if !one.instant {
+		path += "_range"
+		form.Set("start", fmt.Sprint(now.Add(-time.Minute).Unix()))
+		form.Set("end", fmt.Sprint(now.Unix()))
+		form.Set("step", "5")
+	}
+	if err := stack.ask(path, form, &data); err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, series := range data.Result {
+		last := series.Value
+		if !one.instant {
+			last = series.Values[len(series.Values)-1]
+		}
+		found = append(found, last[1].(string))
+	}
+	return found, nil
+}
+
+// Every query of a dashboard with each target chosen in turn.
+func (stack stack) queries(t *testing.T, text []byte) []asked {
+	t.Helper()
+	decoded, err := decode(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var queries []asked
+	for _, target := range []string{healthy, failing, outage} {
+		chosen := stack.chosen(t, decoded, target)
+		for _, panel := range panelsOf(decoded) {
+			for _, one := range panel.Targets {
+				query := one.(*prometheus.Dataquery)
+				queries = append(queries, asked{
+					panel:   *panel.Title,
+					ref:     *query.RefId,
+					expr:    expand(t, query.Expr, chosen),
+					instant: query.Instant != nil && *query.Instant,
+					target:  target,
+				})
+			}
+		}
+	}
+	return queries
+}
+
+// The values of a dashboard's variables once this target is chosen.
+func (stack stack) chosen(t *testing.T, decoded dashboard.Dashboard, target string) map[string]string {
+	t.Helper()
+	chosen := map[string]string{"__range": "60s", "__interval": "15s", "__rate_interval": "1m0s"}
+	for _, variable := range decoded.Templating.List {
+		switch variable.Type {
+		case dashboard.VariableTypeQuery:
+			chosen[variable.Name] = target
+			query := expand(t, *variable.Query.String, chosen)
+			if options := stack.options(t, query); !slices.Contains(options, target) {
+				t.Fatalf("variable %s offers %v, not %s", variable.Name, options, target)
+			}
+		case dashboard.VariableTypeCustom:
+			// Several values are a regular expression's alternatives.
+			chosen[variable.Name] = "(" + strings.Join(variable.Current.Value.ArrayOfString, "|") + ")"
+			if variable.Current.Value.String != nil {
+				chosen[variable.Name] = *variable.Current.Value.String
+			}
+		}
+	}
+	return chosen
+}
+
+var labelValues = regexp.MustCompile(`^label_values\((.*), (\w+)\)$`)
+
+// What a variable of type query offers, once the daemon has been scraped.
+func (stack stack) options(t *testing.T, query string) []string {
+	t.Helper()
+	parts := labelValues.FindStringSubmatch(query)
+	if parts == nil {
+		t.Fatalf("%s is not understood here", query)
+	}
+	var options []string
+	for deadline := time.Now().Add(30 * time.Second); len(options) == 0 && time.Now().Before(deadline); {
+		var data []map[string]string
+		err := stack.ask("/api/v1/series", url.Values{"match[]": {parts[1]}}, &data)
+		for _, labels := range data {
+			options = append(options, labels[parts[2]])
+		}
+		if err != nil || len(options) == 0 {
+			time.Sleep(200 * time.Millisecond)
+		}
+	}
+	return options
+}
+
+var variable = regexp.MustCompile(`\$(\w+)`)
+
+// Puts the values of variables into a query.
+func expand(t *testing.T, query string, chosen map[string]string) string {
+	t.Helper()
+	return variable.ReplaceAllStringFunc(query, func(name string) string {
+		value, known := chosen[name[1:]]
+		if !known {
+			t.Fatalf("%s of %s is no variable", name, query)
+		}
+		return value
+	})
+}

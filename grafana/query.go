@@ -1,0 +1,128 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/grafana/grafana-foundation-sdk/go/cog"
+	"github.com/grafana/grafana-foundation-sdk/go/cog/variants"
+	"github.com/grafana/grafana-foundation-sdk/go/common"
+	"github.com/grafana/grafana-foundation-sdk/go/prometheus"
+)
+
+const prefix = "livekit_canary_"
+
+// A query and how a series of it is called. In a table the name is that of the column.
+type query struct {
+	expr string
+	name string
+}
+
+// One series a target, and a region or whatever else the scrape configuration adds. What moves with a restart or a
+// rollout is summed over, so that neither breaks a window in two.
+func sum(expr string, over ...string) string {
+	return aggregate("sum", expr, over)
+}
+
+// The same for gauges, of which an old and a new instance may both have one for a moment.
+func latest(name, matchers string) string {
+	return aggregate("max", prefix+name+selector(matchers), nil)
+}
+
+func aggregate(how, expr string, over []string) string {
+	labels := append([]string{"instance", "pod"}, over...)
+	return fmt.Sprintf("%s without (%s) (%s)", how, strings.Join(labels, ", "), expr)
+}
+
+// All series are of the chosen targets.
+func selector(matchers string) string {
+	if matchers != "" {
+		matchers = ", " + matchers
+	}
+	return `{target=~"$target"` + matchers + `}`
+}
+
+// By how much a counter grew in the window.
+func growth(name, matchers, window string) string {
+	return fmt.Sprintf("increase(%s%s%s[%s])", prefix, name, selector(matchers), window)
+}
+
+// The share of eligible probes that were good; nothing where none was eligible, for nobody knows then.
+func serviceLevel(matchers, window string) string {
+	return fmt.Sprintf("%s\n/ (%s > 0)",
+		sum(growth("slo_good_total", matchers, window)),
+		sum(growth("slo_eligible_total", matchers, window)))
+}
+
+// 1: no eligible probe failed. 0: the objective is just met. Below: missed.
+func budgetLeft(matchers, window string) string {
+	return fmt.Sprintf("1 - (1 - %s)\n/ (1 - %s)",
+		serviceLevel(matchers, window), latest("slo_objective_ratio", matchers))
+}
+
+// Nothing, not NaN, where nothing was observed.
+func quantile(share, name, matchers string, over ...string) string {
+	buckets := sum(growth(name+"_bucket", matchers, "$window"), over...)
+	return fmt.Sprintf("histogram_quantile(%s, %s) >= 0", share, buckets)
+}
+
+// Drops a gauge that has no value.
+func known(expr string) string {
+	return expr + " > -Inf"
+}
+
+// The quantiles that few samples can carry: with a dozen of them a p99 is the slowest by another name.
+func quantiles(name, matchers string, over ...string) []query {
+	return []query{
+		{quantile("0.5", name, matchers, over...), "{{target}} p50"},
+		{quantile("0.9", name, matchers, over...), "{{target}} p90"},
+	}
+}
+
+// The upper bound of the bucket that the slowest fell into.
+func slowest(name, matchers string, over ...string) query {
+	return query{quantile("1", name, matchers, over...), "{{target}} slowest"}
+}
+
+func ranges(queries []query) []cog.Builder[variants.Dataquery] {
+	return each(queries, func(one *prometheus.DataqueryBuilder) { one.Range() })
+}
+
+func instants(queries []query) []cog.Builder[variants.Dataquery] {
+	return each(queries, func(one *prometheus.DataqueryBuilder) { one.Instant() })
+}
+
+func columns(queries []query) []cog.Builder[variants.Dataquery] {
+	return each(queries, func(one *prometheus.DataqueryBuilder) {
+		one.Instant().Format(prometheus.PromQueryFormatTable)
+	})
+}
+
+func heat(expr string) []cog.Builder[variants.Dataquery] {
+	return each([]query{{expr, "{{le}}"}}, func(one *prometheus.DataqueryBuilder) {
+		one.Range().Format(prometheus.PromQueryFormatHeatmap)
+	})
+}
+
+func each(queries []query, finish func(*prometheus.DataqueryBuilder)) []cog.Builder[variants.Dataquery] {
+	var built []cog.Builder[variants.Dataquery]
+	for index, one := range queries {
+		builder := prometheus.NewDataqueryBuilder().
+			RefId(refId(index)).
+			Datasource(datasource()).
+			EditorMode(prometheus.QueryEditorModeCode).
+			Expr(one.expr).
+			LegendFormat(one.name)
+		finish(builder)
+		built = append(built, builder)
+	}
+	return built
+}
+
+func refId(index int) string {
+	return string(rune('A' + index))
+}
+
+func datasource() common.DataSourceRef {
+	return common.DataSourceRef{Type: cog.ToPtr("prometheus"), Uid: cog.ToPtr("${datasource}")}
+}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The three targets that are watched, each on a LiveKit server of its own: the canary's sandbox.
+const (
+	healthy = "healthy"
+	// Some rooms are well; the agent, LiveKit and the plan each fail one.
+	failing = "failing"
+	// No agent ever comes.
+	outage = "outage"
+)
+
+var faults = map[string][]string{
+	healthy: nil,
+	failing: {"room2:no_track", "room4:create_room=500", "room7:upgrade=429,retry_after=15s"},
+	outage:  {"never_joins"},
+}
+
+// A Prometheus that scrapes a daemon.
+type stack struct {
+	prometheus string
+}
+
+func start(t *testing.T) stack {
+	t.Helper()
+	daemon, settings := free(t), t.TempDir()
+	text := fmt.Sprintf(`http.listen = "127.0.0.1:%d"
+lifetime.startup_delay = "3s"
+lifetime.shutdown_linger = "0s"
+`, daemon)
+	for name, faults := range faults {
+		text += project(t, name, faults)
+	}
+	write(t, filepath.Join(settings, "canary.toml"), text)
+	run(t, binary(t), "run", "--config", filepath.Join(settings, "canary.toml"))
+
+	prometheus, folder := free(t), t.TempDir()
+	write(t, filepath.Join(folder, "prometheus.yml"), fmt.Sprintf(`global: {scrape_interval: 1s, scrape_timeout: 1s}
+scrape_configs:
+- job_name: canary
+  static_configs:
+  - targets: ['127.0.0.1:%d']
+    labels: {region: here}
+`, daemon))
+	run(t, "prometheus",
+		"--config.file="+filepath.Join(folder, "prometheus.yml"),
+		"--storage.tsdb.path="+filepath.Join(folder, "tsdb"),
+		fmt.Sprintf("--web.listen-address=127.0.0.1:%d", prometheus))
+	return stack{fmt.Sprintf("http://127.0.0.1:%d", prometheus)}
+}
+
+// The settings of a project and its target of the same name, on a sandbox with these faults.
+func project(t *testing.T, name string, faults []string) string {
+	t.Helper()
+	args := []string{"sandbox", "--port", "0"}
+	for _, fault := range faults {
+		args = append(args, "--fault", fault)
+	}
+	access := bufio.NewScanner(run(t, binary(t), args...))
+	keys := map[string]string{}
+	for len(keys) < 3 && access.Scan() {
+		key, value, _ := strings.Cut(access.Text(), "=")
+		keys[key] = value
+	}
+	return fmt.Sprintf(`
+[projects.%[1]s]
+url = %[2]q
+api_key = %[3]q
+api_secret = %[4]q
+budget.agent_time_per_day = "20h"
+[targets.%[1]s]
+project = %[1]q
+agent_name = "demo"
+schedule.every = "12s"
+batch = {rooms = 2, hold = "7s", ramp = "interval", interval = "100ms"}
+echo.delay = "100ms"
+deadlines = {join = "2s", track = "1s"}
+late_agent_window = "1s"
+`, name, keys["LIVEKIT_URL"], keys["LIVEKIT_API_KEY"], keys["LIVEKIT_API_SECRET"])
+}
+
+func binary(t *testing.T) string {
+	t.Helper()
+	path := os.Getenv("LIVEKIT_CANARY")
+	if path == "" {
+		path = "../target/release/livekit-canary"
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("build the canary first, or set LIVEKIT_CANARY to it: %v", err)
+	}
+	return path
+}
+
+// Runs a program until the test ends, and returns its stdout.
+func run(t *testing.T, program string, args ...string) io.Reader {
+	t.Helper()
+	command := exec.Command(program, args...)
+	// Not the environment's LiveKit.
+	command.Env = []string{"PATH=" + os.Getenv("PATH")}
+	stderr, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	command.Stderr = stderr
+	stdout, err := command.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			said, _ := os.ReadFile(stderr.Name())
+			t.Logf("%s %s\n%s", program, args[0], said[max(0, len(said)-2000):])
+		}
+		_ = command.Process.Signal(syscall.SIGTERM)
+		killer := time.AfterFunc(10*time.Second, func() { _ = command.Process.Kill() })
+		_ = command.Wait()
+		killer.Stop()
+	})
+	return stdout
+}
+
+func free(t *testing.T) int {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().(*net.TCPAddr).Port
+}
+
+func write(t *testing.T, file, text string) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Asks Prometheus' API, and decodes the data of its answer.
+func (stack stack) ask(path string, values url.Values, data any) error {
+	client := http.Client{Timeout: 10 * time.Second}
+	answer, err := client.PostForm(stack.prometheus+path, values)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	whole := struct {
+		Error string
+		Data  any
+	}{Data: data}
+	if err := json.NewDecoder(answer.Body).Decode(&whole); err != nil {
+		return fmt.Errorf("%s: %s: %w", path, answer.Status, err)
+	}
+	if whole.Error != "" {
+		return fmt.Errorf("%s", whole.Error)
+	}
+	return nil
+}

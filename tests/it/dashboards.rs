@@ -1,0 +1,36 @@
+//! The dashboards keep up with the catalogue. What their queries find is for the tests beside them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use livekit_canary::metrics::{CATALOGUE, Kind, PREFIX};
+
+/// Every series that a dashboard names, without its prefix.
+fn named() -> BTreeSet<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana/dashboards");
+    let files: Vec<_> = fs::read_dir(folder).unwrap().collect();
+    assert_eq!(files.len(), 2, "{files:?}");
+    let prefix = format!("{PREFIX}_");
+    let mut named = BTreeSet::new();
+    for file in files {
+        let text = fs::read_to_string(file.unwrap().path()).unwrap();
+        for rest in text.split(&prefix).skip(1) {
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            named.insert(rest[..end.unwrap()].to_owned());
+        }
+    }
+    named
+}
+
+#[test]
+fn dashboards_name_only_series_that_exist_and_leave_none_out() {
+    let exist: BTreeSet<_> = CATALOGUE
+        .iter()
+        .map(|definition| match definition.kind {
+            Kind::Histogram(_) => format!("{}_bucket", definition.name),
+            Kind::Counter | Kind::Gauge => definition.name.to_owned(),
+        })
+        .collect();
+    assert_eq!(named(), exist);
+}
