@@ -8,14 +8,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::iter;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use prometheus::proto::MetricFamily;
-use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, TextEncoder,
-};
+use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec};
 
 use crate::batch::{BatchReport, BatchResult};
 use crate::config::{Objectives, Period, Project, Target};
@@ -28,7 +26,7 @@ mod slo;
 pub use catalogue::{CATALOGUE, DELAYS, Definition, JITTERS, Kind, PREFIX};
 pub use slo::{Sli, Verdict};
 
-use family::Families;
+use family::{Families, Kept, Lines, Moving, Standard};
 
 /// The media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -105,7 +103,8 @@ pub struct Metrics {
 }
 
 struct Inner {
-    process: Process,
+    standard: Standard,
+    process: Arc<Kept<ProcessSeries>>,
     live: Mutex<Live>,
 }
 
@@ -116,14 +115,19 @@ struct Live {
     projects: BTreeMap<String, ProjectMetrics>,
 }
 
-struct Process {
-    standard: Families,
-    families: Families,
+struct ProcessSeries {
     internal_errors: IntCounterVec,
     history_dropped: IntCounter,
     history_degraded: Gauge,
     reload_successful: Gauge,
     reload_success_at: Gauge,
+}
+
+impl ProcessSeries {
+    fn internal_error(&self, kind: InternalError) {
+        let errors = self.internal_errors.with_label_values(&[kind.label()]);
+        errors.inc();
+    }
 }
 
 impl Metrics {
@@ -144,18 +148,17 @@ impl Metrics {
             .set(1.0);
         let history_degraded = families.gauge(&catalogue::HISTORY_DEGRADED);
         history_degraded.set(0.0);
-        let process = Process {
-            standard: Families::about_process(),
+        let process = ProcessSeries {
             internal_errors,
             history_dropped: families.counter(&catalogue::HISTORY_DROPPED),
             history_degraded,
             reload_successful: families.gauge(&catalogue::RELOAD_SUCCESSFUL),
             reload_success_at: families.gauge(&catalogue::RELOAD_SUCCESS_AT),
-            families,
         };
         Self {
             inner: Arc::new(Inner {
-                process,
+                standard: Standard::new(),
+                process: Arc::new(families.keep(process)),
                 live: Mutex::default(),
             }),
         }
@@ -179,8 +182,7 @@ impl Metrics {
                 there.get().clone()
             }
             Entry::Vacant(place) => {
-                let probe_errors = self.internal_errors(InternalError::Probe);
-                let metrics = TargetMetrics::new(name, probe_errors);
+                let metrics = TargetMetrics::new(name, Arc::clone(&self.inner.process));
                 metrics.configure(target, project, drill);
                 place.insert(metrics).clone()
             }
@@ -212,72 +214,60 @@ impl Metrics {
     }
 
     pub fn internal_error(&self, kind: InternalError) {
-        self.internal_errors(kind).inc();
+        self.inner.process.moving().internal_error(kind);
     }
 
     pub fn history_dropped(&self, records: u64) {
-        self.inner.process.history_dropped.inc_by(records);
+        self.inner.process.moving().history_dropped.inc_by(records);
     }
 
     pub fn history_degraded(&self, degraded: bool) {
-        self.inner.process.history_degraded.set(flag(degraded));
+        let process = self.inner.process.moving();
+        process.history_degraded.set(flag(degraded));
     }
 
     /// The settings were loaded, at the start or later.
     pub fn config_loaded(&self, at: DateTime<Utc>) {
-        let _together = self.inner.process.families.together();
-        self.inner.process.reload_successful.set(1.0);
-        self.inner.process.reload_success_at.set(timestamp(at));
+        let process = self.inner.process.moving();
+        process.reload_successful.set(1.0);
+        process.reload_success_at.set(timestamp(at));
     }
 
     /// New settings were refused; the old ones run on.
     pub fn config_refused(&self) {
-        self.inner.process.reload_successful.set(0.0);
+        self.inner.process.moving().reload_successful.set(0.0);
     }
 
     /// Everything in Prometheus' text format 0.0.4: each family once, sorted by name, its series by project or target.
     ///
     /// Waits for no probe and no disk: only for series that move together, which takes them microseconds. With fifty
-    /// targets it is some milliseconds of work, 1.3 MB: a server does it off the async threads.
-    #[expect(clippy::missing_panics_doc, reason = "there is none, as it says")]
+    /// targets that all moved it is some milliseconds of work, 1.3 MB: a server does it off the async threads.
     pub fn render(&self) -> String {
-        let mut merged: BTreeMap<String, MetricFamily> = BTreeMap::new();
-        let mut merge = |families: Vec<MetricFamily>| {
-            for mut family in families {
-                match merged.entry(family.name().to_owned()) {
-                    Entry::Vacant(place) => {
-                        place.insert(family);
-                    }
-                    Entry::Occupied(mut place) => {
-                        let series = place.get_mut().mut_metric();
-                        series.append(family.mut_metric());
-                    }
-                }
-            }
-        };
-        merge(self.inner.process.standard.gather());
-        merge(self.inner.process.families.gather());
+        let standard = self.inner.standard.lines();
         let (targets, projects) = {
             let live = self.live();
             let targets: Vec<_> = live.targets.values().cloned().collect();
             let projects: Vec<_> = live.projects.values().cloned().collect();
             (targets, projects)
         };
-        for project in projects {
-            merge(project.0.families.gather());
+        let process = iter::once(self.inner.process.lines());
+        let projects = projects.iter().map(|project| project.0.lines());
+        let targets = targets.iter().map(|target| target.0.series.lines());
+        let kept: Vec<_> = process.chain(projects).chain(targets).collect();
+        let mut families: BTreeMap<&str, Vec<&Lines>> = BTreeMap::new();
+        for lines in standard
+            .iter()
+            .chain(kept.iter().flat_map(|lines| lines.iter()))
+        {
+            families.entry(&lines.name).or_default().push(lines);
         }
-        for target in targets {
-            merge(target.0.families.gather());
+        let size = families.values().flatten().map(|lines| lines.len()).sum();
+        let mut text = String::with_capacity(size);
+        for family in families.values() {
+            text.extend(family.first().map(|lines| lines.head()));
+            text.extend(family.iter().map(|lines| lines.series()));
         }
-        let families: Vec<_> = merged.into_values().collect();
-        TextEncoder::new()
-            .encode_to_string(&families)
-            .expect("every family that is gathered has a name and a series")
-    }
-
-    fn internal_errors(&self, kind: InternalError) -> IntCounter {
-        let errors = &self.inner.process.internal_errors;
-        errors.with_label_values(&[kind.label()])
+        text
     }
 
     fn live(&self) -> MutexGuard<'_, Live> {
@@ -291,10 +281,14 @@ impl Metrics {
 
 /// The series of one target. Cheap to clone.
 #[derive(Clone)]
-pub struct TargetMetrics(Arc<TargetSeries>);
+pub struct TargetMetrics(Arc<TargetInner>);
+
+struct TargetInner {
+    series: Kept<TargetSeries>,
+    process: Arc<Kept<ProcessSeries>>,
+}
 
 struct TargetSeries {
-    families: Families,
     probes: IntCounter,
     aborted: IntCounter,
     failures: IntCounterVec,
@@ -308,7 +302,6 @@ struct TargetSeries {
     packets_lost: IntCounter,
     leaked: IntCounter,
     swept: IntCounter,
-    probe_errors: IntCounter,
     join_delay: HistogramVec,
     first_speech_delay: Histogram,
     reply_delay: Histogram,
@@ -341,14 +334,14 @@ fn other_spans() -> impl Iterator<Item = Span> {
 }
 
 impl TargetMetrics {
-    fn new(name: &str, probe_errors: IntCounter) -> Self {
+    fn new(name: &str, process: Arc<Kept<ProcessSeries>>) -> Self {
         let families = Families::of("target", name);
         let slis = Sli::ALL.map(|sli| [sli.label()]);
         let in_flight = families.gauge(&catalogue::IN_FLIGHT);
         in_flight.set(0.0);
         let paused = families.gauge(&catalogue::PAUSED);
         paused.set(0.0);
-        Self(Arc::new(TargetSeries {
+        let series = TargetSeries {
             probes: families.counter(&catalogue::PROBES),
             aborted: families.counter(&catalogue::PROBES_ABORTED),
             failures: families.counters(
@@ -374,7 +367,6 @@ impl TargetMetrics {
             packets_lost: families.counter(&catalogue::PACKETS_LOST),
             leaked: families.counter(&catalogue::LEAKED),
             swept: families.counter(&catalogue::SWEPT),
-            probe_errors,
             join_delay: families.histograms(
                 &catalogue::JOIN_DELAY,
                 Position::ALL.map(|position| [position.label()]),
@@ -396,13 +388,19 @@ impl TargetMetrics {
             slo_objective: families.gauges(&catalogue::SLO_OBJECTIVE),
             paused,
             info: families.gauges(&catalogue::TARGET_INFO),
-            families,
+        };
+        Self(Arc::new(TargetInner {
+            series: families.keep(series),
+            process,
         }))
     }
 
+    fn moving(&self) -> Moving<'_, TargetSeries> {
+        self.0.series.moving()
+    }
+
     fn configure(&self, target: &Target, project: &Project, drill: bool) {
-        let series = &self.0;
-        let _together = series.families.together();
+        let series = self.moving();
         for sli in Sli::ALL {
             let label = [sli.label()];
             let objective = sli.objective(&target.objectives);
@@ -431,15 +429,18 @@ impl TargetMetrics {
 
     /// Counts a room as open for as long as the guard lives.
     pub fn room_opened(&self) -> OpenRoom {
-        self.0.in_flight.inc();
+        self.moving().in_flight.inc();
         OpenRoom(Arc::clone(&self.0))
     }
 
     /// Counts a probe whose outcome is final, once: no scrape sees a part of it.
     pub fn probe(&self, report: &Report, objectives: &Objectives) {
-        let series = &self.0;
-        let _together = series.families.together();
+        let series = self.moving();
         series.count_outcome(&report.outcome);
+        let failure = report.outcome.failure();
+        if failure.is_some_and(|failure| failure.reason == Reason::Internal) {
+            self.0.process.moving().internal_error(InternalError::Probe);
+        }
         for sli in Sli::ALL {
             let label = [sli.label()];
             match sli.judge(report, objectives) {
@@ -462,8 +463,7 @@ impl TargetMetrics {
 
     /// Counts a batch that has ended; its probes are counted by themselves.
     pub fn batch(&self, report: &BatchReport) {
-        let series = &self.0;
-        let _together = series.families.together();
+        let series = self.moving();
         let result = report.result();
         series.batches.with_label_values(&[result.label()]).inc();
         if result == BatchResult::Aborted {
@@ -477,40 +477,43 @@ impl TargetMetrics {
 
     /// What the history knows of a batch before a restart.
     pub fn restore_last_batch(&self, completed_at: DateTime<Utc>) {
-        self.0.last_completed.set(timestamp(completed_at));
+        self.moving().last_completed.set(timestamp(completed_at));
     }
 
     pub fn skipped(&self, cause: SkipCause) {
-        self.0.skipped.with_label_values(&[cause.label()]).inc();
+        self.moving()
+            .skipped
+            .with_label_values(&[cause.label()])
+            .inc();
     }
 
     pub fn tick(&self, at: DateTime<Utc>) {
-        self.0.last_tick.set(timestamp(at));
+        self.moving().last_tick.set(timestamp(at));
     }
 
     /// `None` where no batch is due any more.
     pub fn next_batch(&self, at: Option<DateTime<Utc>>) {
-        self.0.next_batch.set(at.map_or(f64::NAN, timestamp));
+        self.moving().next_batch.set(at.map_or(f64::NAN, timestamp));
     }
 
     /// The longest time between two batches in the next seven days; `None` where there are no two.
     pub fn interval(&self, longest: Option<Duration>) {
         let seconds = longest.map_or(f64::NAN, |longest| longest.as_secs_f64());
-        self.0.interval.set(seconds);
+        self.moving().interval.set(seconds);
     }
 
     pub fn paused(&self, paused: bool) {
-        self.0.paused.set(flag(paused));
+        self.moving().paused.set(flag(paused));
     }
 
     /// Rooms that the janitor can't vouch for.
     pub fn leaked(&self, rooms: u64) {
-        self.0.leaked.inc_by(rooms);
+        self.moving().leaked.inc_by(rooms);
     }
 
     /// Rooms of dead boots that are gone now.
     pub fn swept(&self, rooms: u64) {
-        self.0.swept.inc_by(rooms);
+        self.moving().swept.inc_by(rooms);
     }
 }
 
@@ -526,10 +529,8 @@ impl TargetSeries {
         self.failures
             .with_label_values(&[reason.label(), reason.origin().label()])
             .inc();
-        match reason {
-            Reason::PlanLimit(kind) => self.limits.with_label_values(&[kind.label()]).inc(),
-            Reason::Internal => self.probe_errors.inc(),
-            _ => {}
+        if let Reason::PlanLimit(kind) = reason {
+            self.limits.with_label_values(&[kind.label()]).inc();
         }
     }
 
@@ -560,20 +561,19 @@ impl TargetSeries {
 
 /// A room that counts as open; dropping it, in whatever way, ends that.
 #[must_use = "dropping it counts the room as closed"]
-pub struct OpenRoom(Arc<TargetSeries>);
+pub struct OpenRoom(Arc<TargetInner>);
 
 impl Drop for OpenRoom {
     fn drop(&mut self) {
-        self.0.in_flight.dec();
+        self.0.series.moving().in_flight.dec();
     }
 }
 
 /// The series of one project. Cheap to clone.
 #[derive(Clone)]
-pub struct ProjectMetrics(Arc<ProjectSeries>);
+pub struct ProjectMetrics(Arc<Kept<ProjectSeries>>);
 
 struct ProjectSeries {
-    families: Families,
     backoff_until: Gauge,
     budget: GaugeVec,
     budget_used: GaugeVec,
@@ -587,32 +587,37 @@ impl ProjectMetrics {
             let gauge = budget_used.with_label_values(&[period.label()]);
             gauge.set(f64::NAN);
         }
-        Self(Arc::new(ProjectSeries {
+        let series = ProjectSeries {
             backoff_until: families.gauge(&catalogue::BACKOFF_UNTIL),
             budget: families.gauges(&catalogue::BUDGET),
             budget_used,
-            families,
-        }))
+        };
+        Self(Arc::new(families.keep(series)))
     }
 
     fn configure(&self, project: &Project) {
+        let series = self.0.moving();
         for period in Period::ALL {
             let limit = project.budget.limit(period);
             let seconds = limit.map_or(f64::NAN, |limit| limit.as_secs_f64());
-            let gauge = self.0.budget.with_label_values(&[period.label()]);
+            let gauge = series.budget.with_label_values(&[period.label()]);
             gauge.set(seconds);
         }
     }
 
     /// Agent time used or reserved in the current period.
     pub fn budget_used(&self, period: Period, used: Duration) {
-        let gauge = self.0.budget_used.with_label_values(&[period.label()]);
+        let series = self.0.moving();
+        let gauge = series.budget_used.with_label_values(&[period.label()]);
         gauge.set(used.as_secs_f64());
     }
 
     /// `None` where nothing holds batches back.
     pub fn backoff_until(&self, until: Option<DateTime<Utc>>) {
-        self.0.backoff_until.set(until.map_or(f64::NAN, timestamp));
+        self.0
+            .moving()
+            .backoff_until
+            .set(until.map_or(f64::NAN, timestamp));
     }
 }
 

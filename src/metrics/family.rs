@@ -1,23 +1,129 @@
 //! The families of one registry: a target's, a project's or the process's own.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::Deref;
+use std::slice;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
-use prometheus::proto::MetricFamily;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
-    Registry,
+    Registry, TextEncoder,
 };
 
 use super::catalogue::{Definition, Kind, PREFIX};
 
-/// Makes families by their definitions and gathers them.
+/// The lines of one family, in Prometheus' text format.
+pub(super) struct Lines {
+    pub(super) name: String,
+    text: String,
+    /// Where its series begin.
+    series: usize,
+}
+
+impl Lines {
+    /// HELP and TYPE.
+    pub(super) fn head(&self) -> &str {
+        &self.text[..self.series]
+    }
+
+    pub(super) fn series(&self) -> &str {
+        &self.text[self.series..]
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.text.len()
+    }
+}
+
+/// Those of all families in a registry.
+fn lines_of(registry: &Registry) -> Vec<Lines> {
+    let encoder = TextEncoder::new();
+    let families = registry.gather().into_iter();
+    let lines = families.map(|family| {
+        let mut text = String::new();
+        encoder
+            .encode_utf8(slice::from_ref(&family), &mut text)
+            .expect("every family that is gathered has a name and a series");
+        let mut ends = text.match_indices('\n').map(|(at, _)| at + 1);
+        // A HELP text has its line breaks escaped.
+        let series = ends.nth(1).expect("each family has a HELP and a TYPE");
+        Lines {
+            name: family.name().to_owned(),
+            text,
+            series,
+        }
+    });
+    lines.collect()
+}
+
+/// CPU time, memory, threads, descriptors and start of this process, as any Prometheus client names them.
+pub(super) struct Standard(Registry);
+
+impl Standard {
+    pub(super) fn new() -> Self {
+        let registry = Registry::new();
+        registry
+            .register(Box::new(ProcessCollector::for_self()))
+            .expect("it is the only one");
+        Self(registry)
+    }
+
+    pub(super) fn lines(&self) -> Vec<Lines> {
+        lines_of(&self.0)
+    }
+}
+
+/// The series of a registry behind one lock: what moves while it is held is seen together. Most targets rest while one is
+/// scraped, so that the lines of the last time are kept until something moves again.
+pub(super) struct Kept<S> {
+    registry: Registry,
+    inner: Mutex<Inner<S>>,
+}
+
+struct Inner<S> {
+    series: S,
+    /// `None` once something moved.
+    lines: Option<Arc<[Lines]>>,
+}
+
+/// While this lives, nothing is gathered.
+pub(super) struct Moving<'a, S>(MutexGuard<'a, Inner<S>>);
+
+impl<S> Deref for Moving<'_, S> {
+    type Target = S;
+
+    fn deref(&self) -> &S {
+        &self.0.series
+    }
+}
+
+impl<S> Kept<S> {
+    /// The only way to the series.
+    pub(super) fn moving(&self) -> Moving<'_, S> {
+        let mut inner = self.lock();
+        inner.lines = None;
+        Moving(inner)
+    }
+
+    pub(super) fn lines(&self) -> Arc<[Lines]> {
+        let mut inner = self.lock();
+        let lines = inner
+            .lines
+            .get_or_insert_with(|| lines_of(&self.registry).into());
+        Arc::clone(lines)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner<S>> {
+        // It guards no data that a panic could have left half done.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes families by their definitions.
 pub(super) struct Families {
     registry: Registry,
-    /// Held while series move together, and while they are gathered.
-    whole: Mutex<()>,
 }
 
 impl Families {
@@ -30,35 +136,22 @@ impl Families {
         Self::with(HashMap::new())
     }
 
-    /// CPU time, memory, threads, descriptors and start of this process, as any Prometheus client names them.
-    pub(super) fn about_process() -> Self {
-        let registry = Registry::new();
-        registry
-            .register(Box::new(ProcessCollector::for_self()))
-            .expect("it is the only one");
-        Self {
-            registry,
-            whole: Mutex::default(),
-        }
-    }
-
     fn with(labels: HashMap<String, String>) -> Self {
         let registry = Registry::new_custom(Some(PREFIX.to_owned()), Some(labels));
         Self {
             registry: registry.expect("the prefix is not empty"),
-            whole: Mutex::default(),
         }
     }
 
-    /// While this lives, nothing is gathered: what moves until then is seen together.
-    pub(super) fn together(&self) -> MutexGuard<'_, ()> {
-        // It guards no data that a panic could have left half done.
-        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn gather(&self) -> Vec<MetricFamily> {
-        let _together = self.together();
-        self.registry.gather()
+    /// Takes their handles, which nothing else may hold.
+    pub(super) fn keep<S>(self, series: S) -> Kept<S> {
+        Kept {
+            registry: self.registry,
+            inner: Mutex::new(Inner {
+                series,
+                lines: None,
+            }),
+        }
     }
 
     pub(super) fn counter(&self, definition: &Definition) -> IntCounter {
