@@ -152,7 +152,7 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 			"{{target}} {{span}}"})).
 		WithPanel(rows(about{
 			"Failures in the time range",
-			"Every reason that occurred in the dashboard's time range. A target's link leads to its failed batches, with the " +
+			"Every reason that occurred in the dashboard's time range. A target's link leads to its batches, with the " +
 				"evidence of each room.",
 			count, 24, 7,
 		}, []string{"target", "origin", "reason"}, column{

@@ -175,8 +175,8 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 	return built.OverrideByName("target", []dashboard.DynamicConfigValue{
 		{Id: "links", Value: []map[string]any{
 			{"title": "This target", "url": targetUrl("${__value.raw}")},
-			{"title": "Its failed batches on the canary", "targetBlank": true,
-				"url": "${status_page:raw}/api/v1/batches?result=failed&target=${__value.raw}"},
+			{"title": "Its batches on the canary", "targetBlank": true,
+				"url": "${status_page:raw}/api/v1/batches?target=${__value.raw}"},
 		}},
 	})
 }

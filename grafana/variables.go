@@ -64,7 +64,7 @@ func windowVariables() []cog.Builder[dashboard.VariableModel] {
 		interval("window", "Window", "1h", []string{"10m", "30m", "1h", "2h", "6h", "12h", "1d", "3d", "7d"},
 			"Every point of a graph looks back so far. It should hold four batches or more (1h at one every 15 min), "+
 				"or a single room makes a trend; the panel \"Batches in the window\" tells."),
-		interval("slo_window", "SLO window", "28d", []string{"1d", "7d", "28d", "30d", "90d"},
+		interval("slo_window", "SLO window", "30d", []string{"1d", "7d", "28d", "30d", "90d"},
 			"The window of the objectives. Prometheus must keep as much (--storage.tsdb.retention.time)."),
 	}
 }
