@@ -95,6 +95,8 @@ pub enum Answer {
     },
     /// Twirp's `resource_exhausted`, saying that agent sessions are used up.
     ResourceExhausted,
+    /// The same, saying that a quota is.
+    Quota,
     /// 503 in livekit-server's words for a full node.
     NodeLimit,
     /// A bare 500.
@@ -109,6 +111,8 @@ pub enum Answer {
 pub enum Action {
     /// `Leave` with `JOIN_FAILURE`.
     Leave,
+    /// `Leave` with `PARTICIPANT_REMOVED`.
+    Remove,
     Drop,
     Hang,
     Flood,
@@ -134,9 +138,9 @@ The agent:
 The service:
   no_media                 ICE never comes up
   STEP=ANSWER              STEP: api, create_room, delete_room, create_dispatch, list_dispatch, delete_dispatch,
-                           upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, 503, 500, drop, hang,
-                           flood
-  STEP=ACTION              STEP: before_join, after_join; ACTION: leave, drop, hang, flood";
+                           upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, quota, 503, 500, drop,
+                           hang, flood
+  STEP=ACTION              STEP: before_join, after_join; ACTION: leave, remove, drop, hang, flood";
 
 const INFERENCE_ERROR: &str =
     "message='inference_quota_exceeded', status_code=429, retryable=False, body=None";
@@ -244,11 +248,14 @@ fn parse_step(name: &str, value: Option<&str>) -> Result<Fault, String> {
     };
     let action = match value.ok_or_else(missing)? {
         "leave" => Action::Leave,
+        "remove" => Action::Remove,
         "drop" => Action::Drop,
         "hang" => Action::Hang,
         "flood" => Action::Flood,
         other => {
-            return Err(format!("{other:?} is none of leave, drop, hang, flood"));
+            return Err(format!(
+                "{other:?} is none of leave, remove, drop, hang, flood"
+            ));
         }
     };
     Ok(Fault::Signal { step, action })
@@ -269,13 +276,14 @@ fn parse_answer(value: &str) -> Result<Answer, String> {
     match head {
         "429" => Ok(Answer::TooMany { retry_after, html }),
         "resource_exhausted" => Ok(Answer::ResourceExhausted),
+        "quota" => Ok(Answer::Quota),
         "503" => Ok(Answer::NodeLimit),
         "500" => Ok(Answer::ServerError),
         "drop" => Ok(Answer::Drop),
         "hang" => Ok(Answer::Hang),
         "flood" => Ok(Answer::Flood),
         _ => Err(format!(
-            "{head:?} is none of 429, resource_exhausted, 503, 500, drop, hang, flood"
+            "{head:?} is none of 429, resource_exhausted, quota, 503, 500, drop, hang, flood"
         )),
     }
 }
@@ -335,6 +343,7 @@ impl fmt::Display for Fault {
                 };
                 let action = match action {
                     Action::Leave => "leave",
+                    Action::Remove => "remove",
                     Action::Drop => "drop",
                     Action::Hang => "hang",
                     Action::Flood => "flood",
@@ -356,6 +365,7 @@ impl fmt::Display for Answer {
                 f.write_str(if *html { ",html" } else { "" })
             }
             Self::ResourceExhausted => f.write_str("resource_exhausted"),
+            Self::Quota => f.write_str("quota"),
             Self::NodeLimit => f.write_str("503"),
             Self::ServerError => f.write_str("500"),
             Self::Drop => f.write_str("drop"),
@@ -443,11 +453,13 @@ mod tests {
             "api=429,retry_after=5s,html",
             "create_room=429",
             "room7:create_dispatch=resource_exhausted",
+            "create_room=quota",
             "list_dispatch=hang",
             "delete_dispatch=500",
             "delete_room=drop",
             "upgrade=503",
             "before_join=leave",
+            "after_join=remove",
             "after_join=flood",
         ];
         for text in texts {

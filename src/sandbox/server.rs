@@ -331,6 +331,7 @@ async fn interrupt(faults: &Faults, step: HttpStep) -> Result<(), Interrupt> {
         Answer::ResourceExhausted => {
             TwirpError::exhausted("agent sessions limit exceeded").into_response()
         }
+        Answer::Quota => TwirpError::exhausted("monthly quota exceeded").into_response(),
         Answer::NodeLimit => plain(
             StatusCode::SERVICE_UNAVAILABLE,
             "node has exceeded its configured limit",

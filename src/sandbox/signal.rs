@@ -199,17 +199,20 @@ async fn close(socket: &mut Socket) {
     }
 }
 
+async fn turn_away(socket: &mut Socket, reason: proto::DisconnectReason) {
+    let message = Down::Leave(proto::LeaveRequest {
+        reason: reason.into(),
+        ..proto::LeaveRequest::default()
+    });
+    if send(socket, message).await.is_ok() {
+        close(socket).await;
+    }
+}
+
 async fn misbehave(socket: &mut Socket, action: Action) {
     match action {
-        Action::Leave => {
-            let message = Down::Leave(proto::LeaveRequest {
-                reason: proto::DisconnectReason::JoinFailure.into(),
-                ..proto::LeaveRequest::default()
-            });
-            if send(socket, message).await.is_ok() {
-                close(socket).await;
-            }
-        }
+        Action::Leave => turn_away(socket, proto::DisconnectReason::JoinFailure).await,
+        Action::Remove => turn_away(socket, proto::DisconnectReason::ParticipantRemoved).await,
         Action::Drop => {}
         Action::Hang => tokio::time::sleep(HANG).await,
         Action::Flood => {

@@ -401,6 +401,7 @@ const FAULTS: &[(&str, &str)] = &[
         "create_dispatch=resource_exhausted",
         "plan_limit/agent_sessions",
     ),
+    ("create_room=quota", "plan_limit/quota"),
     ("upgrade=429", "plan_limit/connections"),
     ("upgrade=503", "plan_limit/node"),
     ("before_join=leave", "plan_limit/room"),
@@ -423,6 +424,8 @@ const FAULTS: &[(&str, &str)] = &[
     ("after_join=hang", "publish_failed"),
     ("after_join=drop", "signal_lost"),
     ("after_join=flood", "signal_lost"),
+    ("after_join=remove", "removed"),
+    ("before_join=remove", "removed"),
     // livekit-server says JOIN_FAILURE after a join where the media never came up.
     ("after_join=leave", "media_failed"),
     ("api=429", "plan_limit/api_rate"),
