@@ -24,14 +24,17 @@ use crate::sandbox::report;
 
 mod check;
 mod demo;
+mod drill;
 mod forecast;
 mod junit;
 mod markdown;
 mod once;
 mod phrasing;
 mod progress;
+mod rehearsal;
 mod run;
 mod sandbox;
+mod sandboxed;
 mod table;
 
 /// Production canary for LiveKit voice agents
@@ -48,6 +51,7 @@ enum Command {
     Once(Once),
     Check(Check),
     Demo(Demo),
+    Drill(DrillArgs),
     Sandbox(SandboxArgs),
 }
 
@@ -204,6 +208,65 @@ struct Demo {
     rooms: usize,
 }
 
+/// See alerts arrive, and resolve, before there is an outage
+///
+/// Runs the daemon, its metrics, page and history included, against a LiveKit server with a demo agent on this
+/// machine that plays the fault of one reason. The target is named for it (drill-agent-silent), and its
+/// `target_info` says drill="true", so that a route can send what it raises elsewhere. Uses no settings, and opens
+/// no room anywhere but on 127.0.0.1.
+#[derive(Args)]
+#[command(after_help = DRILL_EPILOGUE, verbatim_doc_comment)]
+struct DrillArgs {
+    /// What the canary is to find, or ok
+    #[arg(value_name = "REASON", value_parser = PossibleValuesParser::new(drill::reasons()))]
+    reason: String,
+
+    /// Which limit, with `plan_limit`
+    #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(drill::limits()),
+          required_if_eq("reason", "plan_limit"))]
+    limit: Option<String>,
+
+    /// From the start of a batch to the start of the next, which waits for its end
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "30s")]
+    every: Duration,
+
+    /// Rooms of a batch, 1 to 5
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=5),
+          default_value_t = 3)]
+    rooms: usize,
+
+    /// Begin the fault after so long, not at once
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    after: Option<Duration>,
+
+    /// End the fault when it has lasted so long, and go on without it
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    recover_after: Option<Duration>,
+
+    /// End the drill after so long [default: Ctrl-C ends it]
+    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    whole: Option<Duration>,
+
+    /// One batch
+    #[arg(long, conflicts_with_all = ["every", "after", "recover_after", "whole"])]
+    once: bool,
+
+    /// Where to serve metrics, page and API [default: 127.0.0.1:9787, or another port where that is taken]
+    #[arg(long = "web.listen-address", value_name = "ADDRESS")]
+    listen_address: Option<SocketAddr>,
+
+    /// Keep the history here, not in a folder that goes with the drill
+    #[arg(long, value_name = "FOLDER")]
+    history_dir: Option<PathBuf>,
+}
+
+const DRILL_EPILOGUE: &str = "\
+Exit status:
+    0  the canary found what was played, in every batch
+    1  it didn't, or couldn't go on
+    2  wrong usage
+  130  --once, aborted by a signal";
+
 /// Run a LiveKit server with a demo agent on this machine, until Ctrl-C
 ///
 /// Listens on 127.0.0.1 only and prints the URL and the key pair that `once` needs. The agent greets,
@@ -303,6 +366,7 @@ pub fn main() -> ExitCode {
         Command::Once(once) => once::run(&once),
         Command::Check(check) => check::run(&check),
         Command::Demo(args) => demo::run(&args),
+        Command::Drill(args) => drill::run(&args),
         Command::Sandbox(args) => sandbox::run(&args),
     };
     exit.unwrap_or_else(|error| {

@@ -58,6 +58,8 @@ pub struct Launch {
     pub history: History,
     pub build: Build,
     pub fault: Option<Fault>,
+    /// What happens is played: the series say so.
+    pub drill: bool,
     /// Told of every batch, for a command that shows them.
     pub observer: Option<Observer>,
 }
@@ -82,6 +84,8 @@ pub enum Order {
     Reload,
     /// A batch of this target now, beside its schedule.
     Batch(String),
+    /// The batches from now on play this fault, or none.
+    Play(Option<Fault>),
     /// The first asks for an orderly end, a second for one at once.
     Stop,
 }
@@ -143,6 +147,7 @@ struct Daemon {
     janitor: Janitor,
     engine: Engine,
     fault: Option<Fault>,
+    drill: bool,
     observer: Option<Observer>,
     batches: JoinSet<Arc<BatchReport>>,
     /// Of each batch that runs, its target and its id.
@@ -210,6 +215,7 @@ impl Daemon {
             metrics,
             engine: Engine::default(),
             fault: launch.fault,
+            drill: launch.drill,
             observer: launch.observer,
             batches: JoinSet::new(),
             running: HashMap::new(),
@@ -242,6 +248,7 @@ impl Daemon {
                 order = orders.recv() => match order {
                     Some(Order::Reload) => drop(self.reload().await),
                     Some(Order::Batch(target)) => self.run_as_ordered(&target),
+                    Some(Order::Play(fault)) => self.fault = fault,
                     Some(Order::Stop) | None => return Ok(()),
                 },
                 Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),

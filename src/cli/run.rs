@@ -38,6 +38,7 @@ pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
             history,
             build: build(),
             fault,
+            drill: false,
             observer: None,
         };
         daemon::run(launch, orders()?).await

@@ -121,7 +121,7 @@ async fn told_to_stop(orders: &mut mpsc::Receiver<Order>) {
     loop {
         match orders.recv().await {
             Some(Order::Stop) => return,
-            Some(Order::Reload | Order::Batch(_)) => {}
+            Some(Order::Reload | Order::Batch(_) | Order::Play(_)) => {}
             // Nobody can tell any more.
             None => std::future::pending().await,
         }

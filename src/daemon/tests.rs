@@ -35,6 +35,7 @@ async fn daemon() -> (Daemon, TempDir) {
         listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
         build,
         fault: None,
+        drill: false,
         observer: None,
     };
     (Daemon::start(launch).await.unwrap(), folder)

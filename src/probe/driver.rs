@@ -52,15 +52,16 @@ pub struct Context {
     /// An agent of this target has come before, under this name: where none answers, the name is not the first thing to
     /// check.
     pub agent_known: bool,
-    /// A fault to play, for tests of this program only.
+    /// A fault to play, for drills and for tests of this program.
     pub fault: Option<Fault>,
 }
 
-/// A fault of our own, played so that tests can see what it harms. Not for users.
+/// A fault of our own, played so that drills and tests can see what it harms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The probe of this room, counted from 0 in the order of opening, panics once its agent has joined.
-    Panic { index: usize },
+    /// The probe of this room, counted from 0 in the order of opening, or of every room, panics once its agent has
+    /// joined.
+    Panic { index: Option<usize> },
 }
 
 impl Fault {
@@ -76,14 +77,14 @@ impl Fault {
             .to_str()
             .and_then(|value| value.strip_prefix("panic:"));
         match index.and_then(|index| index.parse().ok()) {
-            Some(index) => Ok(Some(Self::Panic { index })),
+            Some(index) => Ok(Some(Self::Panic { index: Some(index) })),
             None => anyhow::bail!("LIVEKIT_CANARY_FAULT: expected panic:<index>"),
         }
     }
 
     fn of_room(self, room: usize) -> Option<Self> {
         let Self::Panic { index } = self;
-        (index == room).then_some(self)
+        index.is_none_or(|index| index == room).then_some(self)
     }
 }
 
@@ -205,7 +206,7 @@ impl Driver {
                 self.carry_out(action);
             }
             let fault = self.probe.agent_joined() && self.context.fault.take().is_some();
-            assert!(!fault, "the fault that a test asked for");
+            assert!(!fault, "the fault that was asked for");
         }
     }
 
@@ -672,7 +673,7 @@ mod tests {
 
     #[test]
     fn fault_stays_with_the_room_that_it_is_meant_for() {
-        let fault = Fault::Panic { index: 2 };
+        let fault = Fault::Panic { index: Some(2) };
         assert_eq!(fault.of_room(2), Some(fault));
         assert_eq!(fault.of_room(1), None);
     }

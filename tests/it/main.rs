@@ -7,6 +7,7 @@ mod command_line;
 mod daemon;
 mod dashboards;
 mod demo;
+mod drill;
 mod forecast;
 #[path = "../real/gate.rs"]
 mod gate;
