@@ -189,6 +189,7 @@ pub enum LimitKind {
     Quota,
     Node,
     Room,
+    /// The service said that something is used up, and nothing by which to tell what.
     Other,
 }
 
@@ -360,7 +361,7 @@ impl Failure {
             let detail = format!("the signal connection met a limit: {said}");
             return Self::limit(LimitKind::Connections, &detail, refusal);
         }
-        if refusal.status == 503 && names_node_limit(refusal) {
+        if names_node_limit(refusal) {
             let detail = format!("the LiveKit node is full: {said}");
             return Self::limit(LimitKind::Node, &detail, refusal);
         }
@@ -537,7 +538,7 @@ impl Evidence {
 
 /// The limit that a refused API call names. Only what the service said is a limit.
 fn api_limit(refusal: &Refusal) -> Option<LimitKind> {
-    if refusal.status == 503 && names_node_limit(refusal) {
+    if names_node_limit(refusal) {
         return Some(LimitKind::Node);
     }
     if refusal.status != 429 && refusal.twirp_code.as_deref() != Some("resource_exhausted") {
@@ -545,14 +546,14 @@ fn api_limit(refusal: &Refusal) -> Option<LimitKind> {
     }
     let text = refusal.message.to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
-    Some(if names_node_limit(refusal) {
-        LimitKind::Node
-    } else if says(&["agent session", "concurrent agent"]) {
+    Some(if says(&["agent session", "concurrent agent"]) {
         LimitKind::AgentSessions
     } else if says(&["quota", "minutes"]) {
         LimitKind::Quota
-    } else {
+    } else if refusal.status == 429 || says(&["rate limit", "too many"]) {
         LimitKind::ApiRate
+    } else {
+        LimitKind::Other
     })
 }
 
@@ -565,10 +566,15 @@ pub(super) fn names_inference_limit(error: &str) -> bool {
         || numbers.any(|number| number.trim_matches('.') == "429")
 }
 
-/// livekit-server's words for a node above its own limits.
+/// livekit-server's words for a node above its own limits: of a join with 503 (`rtc.ErrLimitExceeded`), of a call that
+/// picks a room's node with 500 (`routing.ErrNodeLimitReached`).
 fn names_node_limit(refusal: &Refusal) -> bool {
     let text = refusal.message.to_lowercase();
-    text.contains("node has exceeded its configured limit")
+    let words = [
+        "node has exceeded its configured limit",
+        "reached configured limit for node",
+    ];
+    words.iter().any(|words| text.contains(words))
 }
 
 /// A refusal in one line: `HTTP 404 (not_found): requested room does not exist`.
@@ -684,6 +690,14 @@ mod tests {
                 "node has exceeded its configured limit",
                 Some(L::Node),
             ),
+            (
+                500,
+                Some("internal"),
+                "reached configured limit for node",
+                Some(L::Node),
+            ),
+            // Twirp's older servers gave the code another status, which says nothing of a rate.
+            (403, twirp, "no more rooms", Some(L::Other)),
             (503, None, "no healthy upstream", None),
             (500, Some("internal"), "quota of retries used up", None),
         ];
@@ -695,6 +709,7 @@ mod tests {
         for (status, message, kind) in [
             (429, "too many connections", Some(L::Connections)),
             (503, "node has exceeded its configured limit", Some(L::Node)),
+            (500, "reached configured limit for node", Some(L::Node)),
             (503, "no healthy upstream", None),
             (500, "connection closed by media", None),
         ] {
