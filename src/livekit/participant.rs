@@ -393,7 +393,12 @@ impl<'a> Session<'a> {
 
     async fn on_answer(&mut self, answer: proto::SessionDescription) -> Result<(), Ended> {
         let accepted = self.publisher.accept_answer(answer.id, &answer.sdp).await;
-        let candidates = accepted.map_err(|error| media_failed("publisher", &error))?;
+        // No network garbles it: a server that takes no Opus answers with a track of no codec at all.
+        let candidates = accepted.map_err(|error| {
+            Ended::PublishFailed(format!(
+                "{error} (does LiveKit's enabled_codecs have Opus?)"
+            ))
+        })?;
         self.trickle(proto::SignalTarget::Publisher, candidates)
     }
 
