@@ -521,7 +521,7 @@ impl Room {
                 left |= self.act(at, act, now);
             }
             if left {
-                self.agent_leaves(at, now);
+                self.agent_leaves(at, proto::DisconnectReason::ClientInitiated, now);
             } else {
                 at += 1;
             }
@@ -605,11 +605,11 @@ impl Room {
         self.forward(&sid, &audio, now);
     }
 
-    fn agent_leaves(&mut self, at: usize, now: Instant) {
+    fn agent_leaves(&mut self, at: usize, reason: proto::DisconnectReason, now: Instant) {
         let mut seat = self.seats.remove(at);
         self.report(&seat, &Event::Left);
         seat.info.state = proto::participant_info::State::Disconnected.into();
-        seat.info.disconnect_reason = proto::DisconnectReason::ClientInitiated.into();
+        seat.info.disconnect_reason = reason.into();
         seat.info.version += 1;
         self.broadcast(&seat.info);
         self.renegotiate(now);
@@ -934,7 +934,8 @@ impl Room {
         }
         match self.seats.iter().position(|s| s.info.identity == identity) {
             Some(at) => {
-                self.agent_leaves(at, now);
+                let reason = proto::DisconnectReason::ParticipantRemoved;
+                self.agent_leaves(at, reason, now);
                 true
             }
             None => false,
@@ -983,7 +984,7 @@ impl Room {
         let dispatch = self.dispatches.remove(at);
         dispatch.cancel.cancel();
         while let Some(at) = self.seats.iter().position(|s| s.dispatch_id == id) {
-            self.agent_leaves(at, now);
+            self.agent_leaves(at, proto::DisconnectReason::ClientInitiated, now);
         }
         Some(dispatch.info)
     }
