@@ -455,8 +455,10 @@ fn dispatch(mut section: Section<'_>) -> Dispatch {
 fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
     let mut attributes = BTreeMap::new();
     for (key, text) in section.all_texts() {
-        // LiveKit and its agents act on their own attributes (`lk.simulator` changes a worker's behaviour).
-        if key.starts_with("lk.") || key == "canary" {
+        // LiveKit and its agents act on their own attributes (`lk.simulator` changes a worker's behaviour). `lk.mock` is
+        // for its users to set: it tells upstream's test-server what to do, and nothing else knows it.
+        let reserved = key.starts_with("lk.") && key != "lk.mock";
+        if reserved || key == "canary" {
             let message = "reserved".to_owned();
             let hint = "LiveKit owns lk.*, and canary=true is always set";
             section.problem(&key, text.place, message, hint);

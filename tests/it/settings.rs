@@ -487,6 +487,14 @@ fn more_rooms_one_by_one_than_the_project_allows_at_once_are_right() {
 }
 
 #[test]
+fn attribute_that_steers_upstreams_test_server_is_none_of_livekits_own() {
+    let config = target_with("attributes = { \"lk.mock\" = \"no_pong\" }");
+    let config = read(&config, &CREDENTIALS);
+    let attributes = &config.targets["support"].attributes;
+    assert_eq!(attributes["lk.mock"], "no_pong");
+}
+
+#[test]
 fn reserved_attributes_are_told() {
     assert_snapshot!(complaint(&target_with(
         "attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
