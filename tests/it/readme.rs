@@ -4,30 +4,36 @@ use livekit_canary::probe::{LimitKind, Reason};
 
 const README: &str = include_str!("../../README.md");
 
-/// The cells of the table row that begins with this word in backquotes.
-fn row(word: &str) -> Option<Vec<&'static str>> {
-    let start = format!("| `{word}` |");
-    let line = README.lines().find(|line| line.starts_with(&start))?;
-    Some(line.trim_matches('|').split('|').map(str::trim).collect())
+/// The rows of the table whose first column has this title, in `N` cells each, none of them empty.
+fn table<const N: usize>(title: &str) -> Vec<[&'static str; N]> {
+    let start = format!("| {title} |");
+    let lines = README.lines().skip_while(|line| !line.starts_with(&start));
+    // Past the title and the rule under it.
+    let rows = lines.skip(2).take_while(|line| line.starts_with('|'));
+    let cells = |row: &'static str| {
+        let cells: Vec<_> = row.trim_matches('|').split('|').map(str::trim).collect();
+        assert!(cells.iter().all(|cell| !cell.is_empty()), "{row}");
+        <[_; N]>::try_from(cells).unwrap_or_else(|_| panic!("not {N} cells: {row}"))
+    };
+    rows.map(cells).collect()
+}
+
+fn quoted(label: &str) -> String {
+    format!("`{label}`")
 }
 
 #[test]
-fn every_reason_has_its_origin_meaning_and_remedy() {
-    for reason in Reason::ALL {
-        let label = reason.label();
-        let cells = row(label).unwrap_or_else(|| panic!("the README has no row for {label}"));
-        let [_, origin, meaning, remedy] = cells[..] else {
-            panic!("the row of {label} has not four cells");
-        };
-        assert_eq!(origin, reason.origin().label(), "{label}");
-        assert!(!meaning.is_empty() && !remedy.is_empty(), "{label}");
-    }
+fn reasons_are_those_of_the_code_with_origin_meaning_and_remedy() {
+    let rows = table("reason").into_iter();
+    let told = rows.map(|[reason, origin, _meaning, _remedy]| (reason.to_owned(), origin));
+    let known = Reason::ALL.map(|reason| (quoted(reason.label()), reason.origin().label()));
+    assert_eq!(told.collect::<Vec<_>>(), known);
 }
 
 #[test]
-fn every_kind_of_limit_is_named() {
-    for kind in LimitKind::ALL {
-        let label = format!("`{}`", kind.label());
-        assert!(README.contains(&label), "the README doesn't name {label}");
-    }
+fn limits_are_those_of_the_code_with_what_was_said_and_a_remedy() {
+    let rows = table("limit").into_iter();
+    let told = rows.map(|[limit, _said, _remedy]| limit.to_owned());
+    let known = LimitKind::ALL.map(|kind| quoted(kind.label()));
+    assert_eq!(told.collect::<Vec<_>>(), known);
 }
