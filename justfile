@@ -14,6 +14,10 @@ real FILTER="":
 dashboards:
     cd grafana && go test -count=1 ./...
 
+# The fault matrix on every stack, N times: each fault with its verdict, and in how many runs that was right.
+matrix N="1":
+    REPEAT={{N}} cargo test --test real -- matrix::
+
 # CPU and memory on the sandbox and the real stack, accuracy on the real one; `just bench --help` tells what else.
 bench *ARGS:
     cargo bench --bench load -- {{ARGS}}

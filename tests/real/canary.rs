@@ -63,6 +63,15 @@ impl Settings {
         self
     }
 
+    /// Sets an attribute of the echo participant; its name may hold dots.
+    pub fn attribute(mut self, name: &str, value: &str) -> Self {
+        let attributes = self.target.entry("attributes");
+        let attributes = attributes.or_insert_with(|| Table::new().into());
+        let attributes = attributes.as_table_mut().expect("attributes are a table");
+        attributes.insert(name.to_owned(), value.into());
+        self
+    }
+
     /// Whom to call, and what it is to do.
     pub fn order(self, order: &Order) -> Self {
         self.set("agent_name", order.agent)

@@ -50,9 +50,10 @@ impl Http {
         serde_json::from_str(&text).with_context(|| format!("{path}: {text}"))
     }
 
-    pub fn post(&self, path: &str) -> anyhow::Result<()> {
+    pub fn post(&self, path: &str) -> anyhow::Result<String> {
         let answer = self.agent.post(format!("{}{path}", self.base)).send_empty();
-        answer.with_context(|| path.to_owned()).map(drop)
+        let mut answer = answer.with_context(|| path.to_owned())?;
+        Ok(answer.body_mut().read_to_string()?)
     }
 }
 
@@ -80,12 +81,17 @@ impl Home {
 
     /// `targets`: with their projects.
     pub fn write(&self, targets: &str) -> anyhow::Result<()> {
+        self.write_with("lifetime.shutdown_linger = \"0s\"", targets)
+    }
+
+    /// `ending`: settings of how it ends.
+    pub fn write_with(&self, ending: &str, targets: &str) -> anyhow::Result<()> {
         let port = self.port;
         let text = format!(
             "http.listen = \"127.0.0.1:{port}\"
 history.dir = \"state\"
 lifetime.startup_delay = \"2s\"
-lifetime.shutdown_linger = \"0s\"
+{ending}
 {targets}"
         );
         Ok(fs::write(self.file(), text)?)
@@ -95,8 +101,13 @@ lifetime.shutdown_linger = \"0s\"
     pub fn start(&self) -> anyhow::Result<Daemon> {
         let file = self.file();
         let file = file.to_str().context("a path in UTF-8")?;
+        self.start_as(Canary::new(&["run", "--config", file])?)
+    }
+
+    /// The same with a command line of one's own.
+    pub fn start_as(&self, canary: Canary) -> anyhow::Result<Daemon> {
         let mut daemon = Daemon {
-            running: Canary::new(&["run", "--config", file])?.start()?,
+            running: canary.start()?,
             http: Http::new(self.port),
         };
         let ready = wait_for("the daemon to be ready", SOON, || {
@@ -127,8 +138,8 @@ impl Daemon {
     /// Lets no batch begin any more, and waits until none runs.
     pub fn pause(&self) -> anyhow::Result<()> {
         for target in self.targets()? {
-            self.http
-                .post(&format!("/api/v1/targets/{}/pause", target.name))?;
+            let path = format!("/api/v1/targets/{}/pause", target.name);
+            self.http.post(&path)?;
         }
         wait_for("the batches to end", Duration::from_mins(1), || {
             let idle = self.targets()?.iter().all(|now| now.running.is_none());

@@ -9,9 +9,11 @@
     reason = "the table is for whoever runs the tests"
 )]
 
+use std::borrow::Cow;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
+use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::time::Instant;
 
@@ -20,6 +22,7 @@ mod daemon;
 mod gate;
 mod home;
 mod journey;
+mod matrix;
 mod order;
 mod reports;
 mod scenarios;
@@ -27,16 +30,91 @@ mod stack;
 mod twirp;
 
 use journey::Journey;
+use matrix::{FAULTS, Fault};
 use scenarios::{Ground, SCENARIOS, Scenario};
 use stack::{AGENT, Agent, BUSY_AGENT, Namespace, Site, Stack};
 
-/// Scenarios that start one.
-const SITES_BEHIND_VETH: usize = 4;
+/// Scenarios and faults that start one.
+const SITES_BEHIND_VETH: usize = 6;
 
-/// What became of one scenario on one stack.
-struct Row {
-    scenario: &'static Scenario,
+/// How often everything is done that is asked for; the figures of all runs are printed at the end.
+const REPEAT: &str = "REPEAT";
+
+/// One scenario or one fault on one stack.
+struct Case {
+    kind: Kind,
     stack: Stack,
+    /// Why it isn't there.
+    absent: Option<&'static str>,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Scenario(&'static Scenario),
+    Fault(&'static Fault),
+}
+
+impl Case {
+    fn all() -> Vec<Self> {
+        let scenarios = SCENARIOS.iter().map(Kind::Scenario);
+        let kinds = scenarios.chain(FAULTS.iter().map(Kind::Fault));
+        let cases = kinds.flat_map(|kind| Stack::ALL.map(|stack| Self::new(kind, stack)));
+        cases.flatten().collect()
+    }
+
+    /// `None` where nobody expects it there.
+    fn new(kind: Kind, stack: Stack) -> Option<Self> {
+        let absent = match kind {
+            Kind::Scenario(scenario) => scenario.on(stack)?.err(),
+            Kind::Fault(fault) => fault.on(stack)?.err(),
+        };
+        Some(Self {
+            kind,
+            stack,
+            absent,
+        })
+    }
+
+    fn name(&self) -> String {
+        let stack = self.stack.label();
+        match self.kind {
+            Kind::Scenario(scenario) => format!("{stack}::{}", scenario.name),
+            Kind::Fault(fault) => format!("matrix::{stack}::{}", fault.name),
+        }
+    }
+
+    fn expected(&self) -> Cow<'static, str> {
+        match self.kind {
+            Kind::Scenario(scenario) => scenario.expected.into(),
+            Kind::Fault(fault) => fault.expected().into(),
+        }
+    }
+
+    /// Does it, and says what was seen and how long it took: of a fault, until the verdict was there.
+    fn run(&self, ground: &Ground) -> anyhow::Result<(String, f64)> {
+        let start = Instant::now();
+        let nothing = "it isn't there";
+        Ok(match self.kind {
+            Kind::Scenario(scenario) => {
+                let run = scenario.on(self.stack).and_then(Result::ok);
+                let seen = run.context(nothing)?(ground)?;
+                (seen, start.elapsed().as_secs_f64())
+            }
+            Kind::Fault(fault) => {
+                let make = fault.on(self.stack).and_then(Result::ok);
+                let row = fault.run(make.context(nothing)?, ground)?;
+                (row.seen, row.seconds)
+            }
+        })
+    }
+}
+
+static CASES: LazyLock<Vec<Case>> = LazyLock::new(Case::all);
+
+/// What became of one case.
+struct Row {
+    /// Its place in [`CASES`].
+    case: usize,
     /// What was seen; `Err` where it isn't what must come of it.
     result: Result<String, String>,
     seconds: f64,
@@ -48,32 +126,27 @@ type Rows = Arc<Mutex<Vec<Row>>>;
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::from_args();
     if arguments.list {
-        let names = Stack::ALL.into_iter().flat_map(on).map(|(name, _)| name);
-        let trials = names.map(|name| Trial::test(name, || Ok(())));
+        let trials = CASES.iter().filter(|case| case.absent.is_none());
+        let trials = trials.map(|case| Trial::test(case.name(), || Ok(())));
         return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
     }
-
-    let rows = Rows::default();
-    let mut faults = Vec::new();
-    // One after the other: the real agents' jitter buffers tell a busy machine from an idle one.
-    for stack in Stack::ALL {
-        faults.extend(run(stack, &arguments, &rows)?);
+    let times = match std::env::var(REPEAT) {
+        Ok(times) => times.parse().with_context(|| format!("{REPEAT}={times}"))?,
+        Err(_) => 1,
+    };
+    let mut all = Vec::new();
+    let mut failed = 0;
+    for _ in 0..times {
+        let (rows, faults) = run_all(&arguments)?;
+        let passed = rows.iter().filter(|row| row.result.is_ok()).count();
+        let failed_now = rows.len() - passed + faults;
+        println!("\n{passed} passed, {failed_now} failed");
+        failed += failed_now;
+        all.extend(rows);
     }
-    let mut rows = rows.lock().expect("no trial panics while it adds its row");
-    rows.sort_by_key(|row| {
-        SCENARIOS
-            .iter()
-            .position(|one| one.name == row.scenario.name)
-    });
-    print_table(&rows);
-    faults.extend(absent(&rows, &arguments));
-    faults.extend(compare(&rows));
-    for fault in &faults {
-        println!("{fault}");
+    if times > 1 {
+        print_figures(&all);
     }
-    let passed = rows.iter().filter(|row| row.result.is_ok()).count();
-    let failed = rows.len() - passed + faults.len();
-    println!("\n{passed} passed, {failed} failed");
     Ok(if failed == 0 {
         ExitCode::SUCCESS
     } else {
@@ -81,16 +154,37 @@ fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-/// The scenarios of a stack, by the names of their trials.
-fn on(stack: Stack) -> impl Iterator<Item = (String, &'static Scenario)> {
-    let scenarios = SCENARIOS
-        .iter()
-        .filter(move |scenario| scenario.absent_on(stack).is_none());
-    scenarios.map(move |scenario| (name(scenario, stack), scenario))
+/// Runs what is asked for, once, prints the tables, and counts what is wrong besides the rows.
+fn run_all(arguments: &Arguments) -> anyhow::Result<(Vec<Row>, usize)> {
+    let rows = Rows::default();
+    let mut faults = Vec::new();
+    // One after the other: the real agents' jitter buffers tell a busy machine from an idle one.
+    for stack in Stack::ALL {
+        faults.extend(run(stack, arguments, &rows)?);
+    }
+    let mut rows =
+        std::mem::take(&mut *rows.lock().expect("no trial panics while it adds its row"));
+    rows.sort_by_key(|row| row.case);
+    print_table("scenario", &rows, |kind| matches!(kind, Kind::Scenario(_)));
+    print_table("fault", &rows, |kind| matches!(kind, Kind::Fault(_)));
+    faults.extend(absent(&rows, arguments));
+    faults.extend(compare(&rows));
+    faults.extend(matrix::gaps());
+    for fault in &faults {
+        println!("{fault}");
+    }
+    Ok((rows, faults.len()))
 }
 
-fn name(scenario: &Scenario, stack: Stack) -> String {
-    format!("{}::{}", stack.label(), scenario.name)
+/// The cases of a stack that the command line asks for.
+fn wanted(
+    stack: Stack,
+    arguments: &Arguments,
+) -> impl Iterator<Item = (usize, &'static Case)> + use<'_> {
+    let cases = CASES.iter().enumerate();
+    cases.filter(move |(_, case)| {
+        case.stack == stack && case.absent.is_none() && is_wanted(&case.name(), arguments)
+    })
 }
 
 /// Whether the command line asks for the trial of this name.
@@ -105,29 +199,31 @@ fn is_wanted(name: &str, arguments: &Arguments) -> bool {
     arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
 }
 
-/// Runs the scenarios of one stack; says what is wrong besides the rows.
+/// Runs the cases of one stack; says what is wrong besides the rows.
 fn run(stack: Stack, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<String>> {
     let mut faults = Vec::new();
-    if !on(stack).any(|(name, _)| is_wanted(&name, arguments)) {
+    if wanted(stack, arguments).next().is_none() {
         return Ok(faults);
     }
     let (_namespaces, site) = match stack {
-        // Each scenario starts its own.
-        Stack::Sandbox => (Vec::new(), None),
+        // Each case starts its own.
+        Stack::Sandbox | Stack::Mock => (Vec::new(), None),
         Stack::Real => {
             let namespaces = Namespace::prepare(SITES_BEHIND_VETH)?;
             (namespaces, Some(Arc::new(shared_site()?)))
         }
     };
-    let trials = on(stack).map(|(name, scenario)| {
+    let trials = wanted(stack, arguments).map(|(place, case)| {
         let (site, rows) = (site.clone(), Arc::clone(rows));
-        Trial::test(name, move || trial(scenario, stack, site.as_deref(), &rows))
+        Trial::test(case.name(), move || {
+            trial(place, case, site.as_deref(), &rows)
+        })
     });
     let mut arguments = arguments.clone();
     arguments.test_threads.get_or_insert(at_once(stack));
     let mut failed = libtest_mimic::run(&arguments, trials.collect()).has_failed();
     if let Some(site) = site {
-        // Every scenario is over: whatever is there now was left behind.
+        // Every case is over: whatever is there now was left behind.
         let left = site.api.rooms()?;
         if !left.is_empty() {
             faults.push(format!("left on the {} server: {left:?}", stack.label()));
@@ -140,10 +236,10 @@ fn run(stack: Stack, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<S
     Ok(faults)
 }
 
-/// Scenarios that run at the same time. They mostly wait; more of them would make two cores the thing that is measured.
+/// Cases that run at the same time. They mostly wait; more of them would make two cores the thing that is measured.
 fn at_once(stack: Stack) -> usize {
     match stack {
-        Stack::Sandbox => 12,
+        Stack::Sandbox | Stack::Mock => 12,
         // A job of an agent's is a process with an interpreter of its own.
         Stack::Real => 4,
     }
@@ -157,24 +253,25 @@ fn shared_site() -> anyhow::Result<Site> {
     Site::real(&[Agent::named(AGENT), busy])
 }
 
-fn trial(
-    scenario: &'static Scenario,
-    stack: Stack,
-    site: Option<&Site>,
-    rows: &Rows,
-) -> Result<(), Failed> {
+fn trial(place: usize, case: &Case, site: Option<&Site>, rows: &Rows) -> Result<(), Failed> {
     let start = Instant::now();
-    let ground = Ground::new(stack, site);
-    let seen = (scenario.run)(&ground).and_then(|seen| ground.expect_empty().map(|()| seen));
-    let seconds = start.elapsed().as_secs_f64();
+    let ground = Ground::new(case.stack, site);
+    let seen = case.run(&ground);
+    let seen = seen.and_then(|seen| ground.expect_empty().map(|()| seen));
     let failed = seen.as_ref().err().map(|error| {
         let error = format!("{error:#}");
         Failed::from(format!("{error}\n{}", ground.logs(&error)))
     });
+    let (result, seconds) = match seen {
+        Ok((seen, seconds)) => (Ok(seen), seconds),
+        Err(error) => (
+            Err(error.root_cause().to_string()),
+            start.elapsed().as_secs_f64(),
+        ),
+    };
     let row = Row {
-        scenario,
-        stack,
-        result: seen.map_err(|error| error.to_string()),
+        case: place,
+        result,
         seconds,
         journeys: ground.journeys(),
     };
@@ -184,48 +281,66 @@ fn trial(
     failed.map_or(Ok(()), Err)
 }
 
-/// A row for every scenario and stack that was asked for, and one for each that a stack can't express.
-fn print_table(rows: &[Row]) {
-    println!("\nscenario | stack | expected | seen | seconds");
-    for scenario in SCENARIOS {
-        let of_scenario: Vec<_> = rows
-            .iter()
-            .filter(|row| row.scenario.name == scenario.name)
-            .collect();
-        for row in &of_scenario {
+/// A row for every case that was run, and one for each stack that can't express it.
+fn print_table(title: &str, rows: &[Row], is_part: impl Fn(Kind) -> bool) {
+    let ran = |place: usize| rows.iter().find(|row| row.case == place);
+    let name = |kind: Kind| match kind {
+        Kind::Scenario(scenario) => scenario.name,
+        Kind::Fault(fault) => fault.name,
+    };
+    let cases = CASES
+        .iter()
+        .enumerate()
+        .filter(|(_, case)| is_part(case.kind));
+    let cases: Vec<_> = cases.collect();
+    let names: Vec<_> = rows.iter().map(|row| name(CASES[row.case].kind)).collect();
+    if !cases.iter().any(|(place, _)| ran(*place).is_some()) {
+        return;
+    }
+    println!("\n{title} | stack | expected | seen | seconds");
+    for (place, case) in cases {
+        let (name, stack) = (name(case.kind), case.stack.label());
+        if let Some(row) = ran(place) {
             let (mark, seen) = match &row.result {
                 Ok(seen) => ("", seen),
                 Err(error) => ("FAILED: ", error),
             };
             let seen = seen.lines().next().unwrap_or_default();
-            println!(
-                "{} | {} | {} | {mark}{seen} | {:.1}",
-                scenario.name,
-                row.stack.label(),
-                scenario.expected,
-                row.seconds
-            );
-        }
-        for stack in Stack::ALL {
-            if let (Some(why), false) = (scenario.absent_on(stack), of_scenario.is_empty()) {
-                let (name, stack) = (scenario.name, stack.label());
-                println!("{name} | {stack} | - | not there: {why} | -");
-            }
+            let (expected, seconds) = (case.expected(), row.seconds);
+            println!("{name} | {stack} | {expected} | {mark}{seen} | {seconds:.1}");
+        } else if let (Some(why), true) = (case.absent, names.contains(&name)) {
+            println!("{name} | {stack} | - | not there: {why} | -");
         }
     }
 }
 
-/// The scenarios that left no row.
+/// Of several runs: how many were right, and how long they took.
+fn print_figures(rows: &[Row]) {
+    println!("\ncase | right | seconds, from - to");
+    for (place, case) in CASES.iter().enumerate() {
+        let of_case: Vec<_> = rows.iter().filter(|row| row.case == place).collect();
+        if of_case.is_empty() {
+            continue;
+        }
+        let right = of_case.iter().filter(|row| row.result.is_ok()).count();
+        let seconds = of_case.iter().map(|row| row.seconds);
+        let least = seconds.clone().fold(f64::INFINITY, f64::min);
+        let most = seconds.fold(0.0, f64::max);
+        println!(
+            "{} | {right} of {} | {least:.1} - {most:.1}",
+            case.name(),
+            of_case.len()
+        );
+    }
+}
+
+/// The cases that left no row.
 fn absent(rows: &[Row], arguments: &Arguments) -> Vec<String> {
-    let wanted = Stack::ALL.into_iter().flat_map(on);
-    wanted
-        .filter(|(name, _)| is_wanted(name, arguments))
-        .filter(|(wanted, _)| {
-            !rows
-                .iter()
-                .any(|row| name(row.scenario, row.stack) == *wanted)
-        })
-        .map(|(name, _)| format!("no row: {name}"))
+    let cases = Stack::ALL.into_iter();
+    cases
+        .flat_map(|stack| wanted(stack, arguments))
+        .filter(|(place, _)| !rows.iter().any(|row| row.case == *place))
+        .map(|(_, case)| format!("no row: {}", case.name()))
         .collect()
 }
 
@@ -237,7 +352,9 @@ fn compare(rows: &[Row]) -> Vec<String> {
         let passed = |stack| {
             let mut rows = rows.iter();
             rows.find(|row| {
-                row.scenario.name == scenario.name && row.stack == stack && row.result.is_ok()
+                let case = &CASES[row.case];
+                let same = matches!(case.kind, Kind::Scenario(it) if it.name == scenario.name);
+                same && case.stack == stack && row.result.is_ok()
             })
         };
         let (Some(sandbox), Some(real)) = (passed(Stack::Sandbox), passed(Stack::Real)) else {

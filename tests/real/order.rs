@@ -99,8 +99,9 @@ impl Order {
         self
     }
 
-    fn fault(mut self, fault: String) -> Self {
-        self.faults.push(fault);
+    /// A fault of the sandbox's alone.
+    pub fn fault(mut self, fault: impl Into<String>) -> Self {
+        self.faults.push(fault.into());
         self
     }
 

@@ -64,11 +64,17 @@ impl<'a> Ground<'a> {
         self.keep(match self.stack {
             Stack::Real => Site::real(agents)?,
             Stack::Sandbox => Site::sandbox(order.agent, &order.faults)?,
+            Stack::Mock => Site::mock()?,
         })
     }
 
+    /// A livekit-server with these settings besides the usual ones, in YAML.
+    pub fn own_site_with(&self, settings: &str, agents: &[Agent]) -> anyhow::Result<&Site> {
+        self.keep(Site::real_with(settings, agents)?)
+    }
+
     /// A real one on the far side of a veth pair.
-    fn site_behind_veth(&self, agents: &[Agent]) -> anyhow::Result<&Site> {
+    pub fn site_behind_veth(&self, agents: &[Agent]) -> anyhow::Result<&Site> {
         self.keep(Site::real_behind_veth(agents)?)
     }
 
@@ -107,13 +113,19 @@ pub struct Scenario {
     /// Why the sandbox can't express it; `None` where it can.
     pub real_only: Option<&'static str>,
     /// Does it, checks it, and says what was seen.
-    pub run: fn(&Ground) -> anyhow::Result<String>,
+    run: Run,
 }
 
+pub type Run = fn(&Ground) -> anyhow::Result<String>;
+
 impl Scenario {
-    /// Why it doesn't run there.
-    pub fn absent_on(&self, stack: Stack) -> Option<&'static str> {
-        self.real_only.filter(|_| stack == Stack::Sandbox)
+    /// What runs there, or why nothing does; `None` where nobody expects it.
+    pub fn on(&self, stack: Stack) -> Option<Result<Run, &'static str>> {
+        match (stack, self.real_only) {
+            (Stack::Sandbox, Some(why)) => Some(Err(why)),
+            (Stack::Sandbox, None) | (Stack::Real, _) => Some(Ok(self.run)),
+            (Stack::Mock, _) => None,
+        }
     }
 }
 
@@ -293,7 +305,7 @@ fn joins(batch: &Batch) -> anyhow::Result<String> {
 }
 
 /// A report from the job of the scenario that put `tag` into its order.
-fn wait_for_job(site: &Site, tag: &str, event: &str) -> anyhow::Result<Event> {
+pub fn wait_for_job(site: &Site, tag: &str, event: &str) -> anyhow::Result<Event> {
     let limit = Duration::from_secs(30);
     let job = site.wait_for_event("the job to start", limit, |seen| {
         seen.name() == "job" && seen.text("metadata").contains(tag)
@@ -731,7 +743,7 @@ fn table_has_a_row_for_every_room(ground: &Ground) -> anyhow::Result<String> {
 
 /// The verdict that the server's own list of jobs calls for, where no agent comes to `room`. The list is watched until the
 /// product deletes the dispatch, because the server lists a running job at once, later or never, as luck has it.
-fn expected_of_nobody(site: &Site, room: &str) -> anyhow::Result<&'static str> {
+pub fn expected_of_nobody(site: &Site, room: &str) -> anyhow::Result<&'static str> {
     let mut last = 0;
     wait_for(
         "the dispatch to be deleted",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Brings the real stack: livekit-server built from the pinned module, a Python environment with the pinned agent worker,
-# the benchmark's agent, and the system tools that the scenarios use. Prints LIVEKIT_SERVER=…, TALKER=… and PYTHON=… on
-# stdout, all else on stderr.
+# Brings the real stack: livekit-server and upstream's programmable mock of it, built from the pinned module, a Python
+# environment with the pinned agent worker, the benchmark's agent, and the system tools that the scenarios use. Prints
+# LIVEKIT_SERVER=…, TEST_SERVER=…, TALKER=… and PYTHON=… on stdout, all else on stderr.
 #
 # What is built stays in a cache folder, under a name that holds a hash of its pins; every step checks for itself, so an
 # empty cache, a full one and a half-written one all lead to the same stack.
@@ -48,6 +48,7 @@ build() {
   echo "$program"
 }
 server=$(build livekit-server "go.mod go.sum" github.com/livekit/livekit-server/cmd/server)
+mock=$(build test-server "go.mod go.sum" github.com/livekit/livekit-server/cmd/test-server)
 talker=$(build talker "go.mod go.sum talker/main.go" ./talker)
 
 venv="$cache/agents-$( (python3 -VV; cat requirements.txt) | sha256sum | cut -c1-16)"
@@ -60,5 +61,6 @@ if [ ! -e "$venv/complete" ]; then
 fi
 
 echo "LIVEKIT_SERVER=$server" >&3
+echo "TEST_SERVER=$mock" >&3
 echo "TALKER=$talker" >&3
 echo "PYTHON=$venv/bin/python" >&3

@@ -34,15 +34,18 @@ pub enum Stack {
     Sandbox,
     /// livekit-server and a livekit-agents worker.
     Real,
+    /// Upstream's programmable mock of livekit-server: API and signalling without agents, rooms or media.
+    Mock,
 }
 
 impl Stack {
-    pub const ALL: [Self; 2] = [Self::Sandbox, Self::Real];
+    pub const ALL: [Self; 3] = [Self::Sandbox, Self::Real, Self::Mock];
 
     pub fn label(self) -> &'static str {
         match self {
             Self::Sandbox => "sandbox",
             Self::Real => "real",
+            Self::Mock => "test-server",
         }
     }
 }
@@ -109,12 +112,43 @@ pub struct Site {
 impl Site {
     /// livekit-server with workers of `agents`, all of them ready.
     pub fn real(agents: &[Agent]) -> anyhow::Result<Self> {
-        Self::start(agents, None)
+        Self::start(agents, None, "")
+    }
+
+    /// The same with `settings` of the server besides the usual ones, in YAML.
+    pub fn real_with(settings: &str, agents: &[Agent]) -> anyhow::Result<Self> {
+        Self::start(agents, None, settings)
     }
 
     /// The same on the far side of a veth pair, so that no address of it is loopback.
     pub fn real_behind_veth(agents: &[Agent]) -> anyhow::Result<Self> {
-        Self::start(agents, Some(Namespace::take()?))
+        Self::start(agents, Some(Namespace::take()?), "")
+    }
+
+    /// Upstream's mock, which does what an attribute of the participant says.
+    pub fn mock() -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
+        let port = free_ports()?;
+        let mut command = command(&program("TEST_SERVER")?);
+        command.args(["--bind", "127.0.0.1", "--api-secret", SECRET]);
+        command.args(["--ports", &port.to_string()]);
+        let mut site = Self {
+            url: format!("ws://127.0.0.1:{port}"),
+            key: KEY.to_owned(),
+            secret: SECRET.to_owned(),
+            hold: "1s",
+            api: twirp::Server::new(format!("http://127.0.0.1:{port}"), KEY, SECRET),
+            server: Process::spawn("test-server", command, dir.path())?,
+            workers: Vec::new(),
+            port,
+            dir,
+            namespace: None,
+        };
+        wait_for("test-server to answer", Duration::from_secs(30), || {
+            site.server.must_run()?;
+            Ok(site.api.rooms().is_ok().then_some(()))
+        })?;
+        Ok(site)
     }
 
     /// A sandbox whose agent of the name `agent` does in every room what `faults` make of it.
@@ -155,14 +189,18 @@ impl Site {
         })
     }
 
-    fn start(agents: &[Agent], namespace: Option<Arc<Namespace>>) -> anyhow::Result<Self> {
+    fn start(
+        agents: &[Agent],
+        namespace: Option<Arc<Namespace>>,
+        settings: &str,
+    ) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("canary-real-").tempdir()?;
         let port = free_ports()?;
         let address = namespace
             .as_ref()
             .map_or(Ipv4Addr::LOCALHOST, |namespace| namespace.address);
         let config = dir.path().join("livekit.yaml");
-        fs::write(&config, server_config(address, port))?;
+        fs::write(&config, server_config(address, port) + settings)?;
 
         let mut command = within(namespace.as_deref(), &program("LIVEKIT_SERVER")?);
         command.arg("--config").arg(&config);
@@ -585,17 +623,8 @@ impl TlsProxy {
         let ca_file = dir.path().join("ca.pem");
         fs::write(&ca_file, authority)?;
         fs::write(dir.path().join("server.pem"), server)?;
-        let port = free_ports()?;
-        let config = dir.path().join("haproxy.cfg");
-        fs::write(&config, proxy_config(dir.path(), port, site.port))?;
-        let mut haproxy = command("haproxy");
-        haproxy.arg("-db").arg("-f").arg(&config);
-        let mut process = Process::spawn("haproxy", haproxy, dir.path())?;
-        wait_for("haproxy to listen", Duration::from_secs(10), || {
-            process.must_run()?;
-            let connected = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port));
-            Ok(connected.is_ok().then_some(()))
-        })?;
+        let certificate = format!("ssl crt {}", dir.path().join("server.pem").display());
+        let (port, process) = haproxy(dir.path(), site, &certificate, "")?;
         Ok(Self {
             url: format!("wss://localhost:{port}"),
             ca_file,
@@ -605,22 +634,55 @@ impl TlsProxy {
     }
 }
 
-fn proxy_config(dir: &Path, from: u16, to: u16) -> String {
-    format!(
+/// A proxy before a site, as a provider has one, that answers some requests itself.
+pub struct Interceptor {
+    pub url: String,
+    _process: Process,
+    _dir: TempDir,
+}
+
+impl Interceptor {
+    /// `rules`: of haproxy's configuration, one a line.
+    pub fn start(site: &Site, rules: &str) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (port, process) = haproxy(dir.path(), site, "", rules)?;
+        Ok(Self {
+            url: format!("ws://127.0.0.1:{port}"),
+            _process: process,
+            _dir: dir,
+        })
+    }
+}
+
+/// haproxy before a site, and its port; `bind` are parameters of its listener.
+fn haproxy(dir: &Path, site: &Site, bind: &str, rules: &str) -> anyhow::Result<(u16, Process)> {
+    let (from, to) = (free_ports()?, site.port);
+    let text = format!(
         "defaults
   mode http
   timeout connect 5s
   timeout client 1m
   timeout server 1m
   timeout tunnel 1h
-frontend tls
-  bind 127.0.0.1:{from} ssl crt {}
+frontend proxy
+  bind 127.0.0.1:{from} {bind}
+  {rules}
   default_backend livekit
 backend livekit
   server livekit 127.0.0.1:{to}
-",
-        dir.join("server.pem").display()
-    )
+"
+    );
+    let config = dir.join("haproxy.cfg");
+    fs::write(&config, text)?;
+    let mut command = command("haproxy");
+    command.arg("-db").arg("-f").arg(&config);
+    let mut process = Process::spawn("haproxy", command, dir)?;
+    wait_for("haproxy to listen", Duration::from_secs(10), || {
+        process.must_run()?;
+        let connected = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, from));
+        Ok(connected.is_ok().then_some(()))
+    })?;
+    Ok((from, process))
 }
 
 /// An authority's certificate, and a server's certificate and key signed by it, all PEM.
