@@ -2,6 +2,8 @@
 
 use livekit_canary::probe::{LimitKind, Reason};
 
+use crate::canary;
+
 const README: &str = include_str!("../../README.md");
 
 /// The rows of the table whose first column has this title, in `N` cells each, none of them empty.
@@ -36,4 +38,22 @@ fn limits_are_those_of_the_code_with_what_was_said_and_a_remedy() {
     let told = rows.map(|[limit, _said, _remedy]| limit.to_owned());
     let known = LimitKind::ALL.map(|kind| quoted(kind.label()));
     assert_eq!(told.collect::<Vec<_>>(), known);
+}
+
+#[test]
+fn settings_of_the_guide_are_valid_and_fit_their_budget() {
+    let start = "```toml\n# canary.toml\n";
+    let (_, rest) = README.split_once(start).unwrap();
+    let (settings, _) = rest.split_once("```").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (file, text) in [
+        ("canary.toml", settings),
+        ("api-key", "key"),
+        ("api-secret", "secret"),
+    ] {
+        std::fs::write(folder.path().join(file), text).unwrap();
+    }
+    let run = canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    assert!(!run.output().contains("warning"), "{}", run.output());
 }
