@@ -138,6 +138,8 @@ pub enum Ended {
     Removed {
         reason: String,
     },
+    /// A right that our token granted was taken away in mid-call (`UpdateParticipant`).
+    Revoked(Right),
     /// The server refused or never acknowledged the echo track.
     PublishFailed(String),
     /// ICE or DTLS never came up, or broke.
@@ -147,6 +149,13 @@ pub enum Ended {
     },
     /// A fault of ours, a panic included.
     Internal(String),
+}
+
+/// What a participant may do, as far as a probe needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    Publish,
+    Subscribe,
 }
 
 /// What RTP told of the agent's audio. `None` where no packet came.

@@ -1,6 +1,7 @@
 //! The native participant: one task that owns a signal connection, two peer connections, and the state machines that
 //! hear and echo. Everything it sees goes out as an event, stamped where it was read.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
@@ -15,7 +16,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::echo::{self, Echo};
-use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
+use super::engine::{Ended, JoinRequest, Right, RoomEvent, Seen};
 use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
 use super::roster::Roster;
 use super::rtp::{self, Receiver};
@@ -39,6 +40,9 @@ const DATAGRAM: usize = 2_048;
 
 /// Streams whose m-line is remembered; a probe's room has one or two.
 const MOST_STREAMS: usize = 16;
+
+/// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
+const MOST_EARLY: usize = 250;
 
 /// The number of our one offer.
 const OFFER: u32 = 1;
@@ -151,11 +155,21 @@ struct Track {
 /// Which packets are the agent's voice.
 #[derive(Default)]
 struct Listening {
-    /// The m-line and track of the agent's voice.
-    to: Option<(Mid, String)>,
+    to: Option<Voice>,
+    /// Its packets from before the agent was known, the newest.
+    early: VecDeque<Packet>,
     /// M-lines of the streams seen; learnt anew after each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
     first_audio_told: bool,
+}
+
+/// A track that carries the agent's voice, or may: an avatar can be there before its agent is known.
+struct Voice {
+    mid: Mid,
+    track_sid: String,
+    since: Instant,
+    /// It is the agent's, and was told to be there.
+    told: bool,
 }
 
 enum Step {
@@ -292,7 +306,7 @@ impl<'a> Session<'a> {
         while let Some(happening) = poll(&mut self.subscriber, now)? {
             match happening {
                 Happening::Connected => self.on_connected(now)?,
-                Happening::Packet(packet) => self.on_packet(&packet)?,
+                Happening::Packet(packet) => self.on_packet(packet)?,
                 Happening::Data(data) => self.on_data(now, &data)?,
             }
         }
@@ -380,8 +394,8 @@ impl<'a> Session<'a> {
             Response::TrackUnpublished(gone)
                 if Some(&gone.track_sid) == self.track.sid.as_ref() =>
             {
-                let why = "the server took the echo track down".to_owned();
-                Err(Ended::PublishFailed(why))
+                // livekit-server takes a client's track down for nothing else.
+                Err(Ended::Revoked(Right::Publish))
             }
             Response::RequestResponse(response) => refused(&response),
             Response::Leave(leave) => Err(Ended::Removed {
@@ -455,6 +469,10 @@ impl<'a> Session<'a> {
         participants: Vec<proto::ParticipantInfo>,
         in_join_response: bool,
     ) -> Result<(), Ended> {
+        let own = |info: &&proto::ParticipantInfo| self.roster.is_own(info);
+        if let Some(right) = participants.iter().find(own).and_then(revoked) {
+            return Err(Ended::Revoked(right));
+        }
         for mut event in self.roster.update(at, participants, in_join_response) {
             if let (Seen::AgentJoined { agent, .. }, Some(clock)) =
                 (&mut event.seen, self.signal.clock())
@@ -470,33 +488,58 @@ impl<'a> Session<'a> {
     /// Settles which m-line carries the agent's voice: participants and descriptions come in any order.
     fn listen(&mut self, at: Instant) -> Result<(), Ended> {
         let tracks = self.subscriber.tracks();
-        if let Some((mid, sid)) = &self.listening.to
-            && tracks.get(mid) == Some(sid)
-            && self.roster.voice().any(|voice| voice == sid)
-        {
-            return Ok(());
-        }
-        let found = self.roster.voice().find_map(|voice| {
-            let mut tracks = tracks.iter();
-            tracks.find(|(_, sid)| *sid == voice)
+        let stays = self.listening.to.as_ref().is_some_and(|voice| {
+            tracks.get(&voice.mid) == Some(&voice.track_sid)
+                && self.roster.voice().any(|sid| sid == voice.track_sid)
         });
-        self.listening.to = found.map(|(mid, sid)| (*mid, sid.clone()));
-        match &self.listening.to {
-            Some((_, sid)) => self.outlet.tell(
-                at,
-                Seen::AgentTrackSubscribed {
-                    track_sid: sid.clone(),
-                },
-            ),
-            None => Ok(()),
+        if !stays {
+            let found = self.roster.voice().find_map(|voice| {
+                let mut tracks = tracks.iter();
+                tracks.find(|(_, sid)| *sid == voice)
+            });
+            self.listening.early.clear();
+            self.listening.to = found.map(|(mid, sid)| Voice {
+                mid: *mid,
+                track_sid: sid.clone(),
+                since: at,
+                told: false,
+            });
         }
+        self.tell_of_voice()
     }
 
-    fn on_packet(&mut self, packet: &Packet) -> Result<(), Ended> {
+    /// Tells of the voice once the agent is known, and takes in what it had said by then.
+    fn tell_of_voice(&mut self) -> Result<(), Ended> {
+        let Some(voice) = &mut self.listening.to else {
+            return Ok(());
+        };
+        if voice.told || !self.roster.knows_agent() {
+            return Ok(());
+        }
+        voice.told = true;
+        let track_sid = voice.track_sid.clone();
+        self.outlet
+            .tell(voice.since, Seen::AgentTrackSubscribed { track_sid })?;
+        let early = std::mem::take(&mut self.listening.early);
+        early.iter().try_for_each(|packet| self.on_voice(packet))
+    }
+
+    fn on_packet(&mut self, packet: Packet) -> Result<(), Ended> {
         // A packet without a payload is padding, with which a server probes the path.
         if packet.payload.is_empty() || !self.is_voice(packet.head.ssrc) {
             return Ok(());
         }
+        if self.listening.to.as_ref().is_some_and(|voice| voice.told) {
+            return self.on_voice(&packet);
+        }
+        if self.listening.early.len() == MOST_EARLY {
+            self.listening.early.pop_front();
+        }
+        self.listening.early.push_back(packet);
+        Ok(())
+    }
+
+    fn on_voice(&mut self, packet: &Packet) -> Result<(), Ended> {
         let at = packet.at;
         if !self.listening.first_audio_told {
             self.listening.first_audio_told = true;
@@ -513,18 +556,18 @@ impl<'a> Session<'a> {
     }
 
     fn is_voice(&mut self, ssrc: u32) -> bool {
-        let Some((wanted, _)) = &self.listening.to else {
+        let Some(wanted) = self.listening.to.as_ref().map(|voice| voice.mid) else {
             return false;
         };
         let streams = &mut self.listening.streams;
         if let Some((_, mid)) = streams.iter().find(|(it, _)| *it == ssrc) {
-            return mid.as_ref() == Some(wanted);
+            return *mid == Some(wanted);
         }
         let mid = self.subscriber.mid_of(ssrc);
         if streams.len() < MOST_STREAMS {
             streams.push((ssrc, mid));
         }
-        mid.as_ref() == Some(wanted)
+        mid == Some(wanted)
     }
 
     fn on_heard(&mut self, heard: Heard) -> Result<(), Ended> {
@@ -627,6 +670,17 @@ fn refused(response: &proto::RequestResponse) -> Result<(), Ended> {
     )))
 }
 
+/// A right that a probe needs and that this says we don't have. Without the one to subscribe nothing of the agent would
+/// come any more, and the agent would seem silent.
+fn revoked(own: &proto::ParticipantInfo) -> Option<Right> {
+    let permission = own.permission.as_ref()?;
+    match (permission.can_subscribe, permission.can_publish) {
+        (false, _) => Some(Right::Subscribe),
+        (true, false) => Some(Right::Publish),
+        (true, true) => None,
+    }
+}
+
 fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
     proto::SessionDescription {
         r#type: kind.to_owned(),
@@ -681,6 +735,23 @@ mod tests {
         assert_eq!(track.next(epoch + Duration::from_millis(20)), (9, 0));
         assert_eq!(track.next(epoch), (10, 1));
         assert_eq!(track.next(epoch + Duration::from_secs(1)), (11, 47_040));
+    }
+
+    #[test]
+    fn right_that_is_taken_away_is_told_from_one_that_stays() {
+        let own = |can_subscribe, can_publish| proto::ParticipantInfo {
+            permission: Some(proto::ParticipantPermission {
+                can_subscribe,
+                can_publish,
+                ..proto::ParticipantPermission::default()
+            }),
+            ..proto::ParticipantInfo::default()
+        };
+        assert_eq!(revoked(&own(true, true)), None);
+        assert_eq!(revoked(&own(true, false)), Some(Right::Publish));
+        assert_eq!(revoked(&own(false, true)), Some(Right::Subscribe));
+        // An update that says nothing of permissions takes none away.
+        assert_eq!(revoked(&proto::ParticipantInfo::default()), None);
     }
 
     #[test]

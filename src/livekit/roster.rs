@@ -58,6 +58,10 @@ impl Roster {
         }
     }
 
+    pub(crate) fn is_own(&self, info: &ParticipantInfo) -> bool {
+        info.identity == self.own_identity
+    }
+
     /// Takes in what the server says of participants: in its join response, or in an update.
     pub(crate) fn update(
         &mut self,
@@ -67,7 +71,7 @@ impl Roster {
     ) -> Vec<RoomEvent> {
         let mut events = Vec::new();
         for info in participants {
-            if info.identity == self.own_identity {
+            if self.is_own(&info) {
                 continue;
             }
             if info.state() == State::Disconnected {
@@ -79,13 +83,22 @@ impl Roster {
         events
     }
 
+    /// Whether the agent has been seen.
+    pub(crate) fn knows_agent(&self) -> bool {
+        self.agent.is_some()
+    }
+
     /// The tracks that carry the agent's voice: of the agent itself or of who publishes on its behalf.
+    ///
+    /// The server tells of an agent that publishes nothing up to three seconds after it told of its avatar. Until then
+    /// whoever speaks for somebody may speak for the agent.
     pub(crate) fn voice(&self) -> impl Iterator<Item = &str> {
         let agent = self.agent.as_ref().and_then(|sid| self.present.get(sid));
         let identity = agent.map(|agent| agent.info.identity.as_str());
         let speaks = move |member: &&Member| {
             let on_behalf = attribute(&member.info, ON_BEHALF);
-            member.role == Role::Agent || on_behalf.is_some() && on_behalf == identity
+            let for_agent = on_behalf == identity || !self.knows_agent();
+            member.role == Role::Agent || on_behalf.is_some() && for_agent
         };
         let tracks = self.present.values().filter(speaks);
         tracks
@@ -523,9 +536,23 @@ mod tests {
         let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_1")]);
         avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
         room.update(avatar);
-        assert_eq!(room.voice(), [""; 0]);
+        // Nobody knows yet for whom.
+        assert_eq!(room.voice(), ["TR_avatar"]);
+        assert!(!room.roster.knows_agent());
         room.update(agent("PA_1"));
         assert_eq!(room.voice(), ["TR_avatar"]);
+        assert!(room.roster.knows_agent());
+    }
+
+    #[test]
+    fn avatar_of_another_agent_is_no_voice_once_the_agent_is_known() {
+        let mut room = Room::new(Some("support"));
+        let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_9")]);
+        avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
+        room.update(avatar);
+        assert_eq!(room.voice(), ["TR_avatar"]);
+        room.update(agent("PA_1"));
+        assert_eq!(room.voice(), [""; 0]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::api::{ApiError, Call, DispatchInfo, RoomInfo};
-use crate::livekit::engine::{Agent, AudioStats, Ended, RoomEvent, Seen};
+use crate::livekit::engine::{Agent, AudioStats, Ended, Right, RoomEvent, Seen};
 
 /// The engine's own deadline for signal comes first, for it knows more; this much later ours does.
 const ENGINE_GRACE: Duration = Duration::from_secs(2);
@@ -596,6 +596,19 @@ impl Probe {
                 evidence.answer = Some(format!("Leave {reason}"));
                 Failure::of_leave(&reason)
             }
+            Ended::Revoked(right) => {
+                evidence.step = Some("permission");
+                let right = match right {
+                    Right::Publish => "to publish",
+                    Right::Subscribe => "to subscribe",
+                };
+                Failure::new(
+                    Reason::Removed,
+                    format!(
+                        "somebody took the echo participant's right {right} away: check who changes permissions in rooms of this project"
+                    ),
+                )
+            }
             Ended::PublishFailed(why) => {
                 evidence.step = Some("publish");
                 let why = quote(&why);
@@ -876,10 +889,15 @@ impl Probe {
                     Some(_) => "its track carried audio packets, but no speech in them",
                     None => "no audio packet came on its track",
                 };
+                let before = if self.report.join_upper_bound {
+                    "; it was there before the canary, and may have spoken before anybody could hear it"
+                } else {
+                    ""
+                };
                 Failure::new(
                     Reason::AgentSilent,
                     format!(
-                        "the agent did not speak within {limit:?} of joining ({packets}): check its greeting and its TTS"
+                        "the agent did not speak within {limit:?} of joining ({packets}{before}): check its greeting and its TTS"
                     ),
                 )
             }

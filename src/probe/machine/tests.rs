@@ -861,6 +861,40 @@ fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came
 }
 
 #[test]
+fn silent_agent_that_was_there_before_us_may_have_spoken_before() {
+    let script = Script::new(named(DispatchMode::Token))
+        .see(10, Seen::SignalRequested)
+        .signal(40)
+        .stamped(20, 40, true)
+        .up(300)
+        .track(320)
+        .wait(20_300)
+        .listed(20_310, Ok(Vec::new()));
+    let report = script.report(20_320);
+    let Outcome::Failed(failure) = &report.outcome else {
+        panic!("{:?}", report.outcome)
+    };
+    assert_eq!(failure.reason, Reason::AgentSilent);
+    assert!(failure.detail.contains("may have spoken before"));
+}
+
+#[test]
+fn right_taken_away_in_mid_call_is_somebody_elses_doing_and_never_the_agents() {
+    for (right, words) in [
+        (Right::Publish, "right to publish"),
+        (Right::Subscribe, "right to subscribe"),
+    ] {
+        let script = Script::new(explicit()).waiting().joined(500);
+        let report = script.ended(600, Ended::Revoked(right)).report(620);
+        assert_eq!(reason_of(&report), Reason::Removed);
+        let Outcome::Failed(failure) = &report.outcome else {
+            unreachable!()
+        };
+        assert!(failure.detail.contains(words), "{}", failure.detail);
+    }
+}
+
+#[test]
 fn agents_windows_begin_when_our_own_media_is_up() {
     let script = Script::new(automatic())
         .see(10, Seen::SignalRequested)
