@@ -64,6 +64,7 @@ pub(crate) struct Script {
     track: Track,
     leaves_after: Option<Duration>,
     never_pauses: bool,
+    speaks_at_once: bool,
     /// `None`: never answers.
     reply_delay: Option<Duration>,
     max_replies: u32,
@@ -99,6 +100,7 @@ impl Script {
             track: Track::Speaking,
             leaves_after: None,
             never_pauses: false,
+            speaks_at_once: false,
             reply_delay: Some(REPLY_DELAY),
             max_replies,
             error: None,
@@ -113,12 +115,14 @@ impl Script {
                 Fault::NoPackets => script.track = Track::WithoutPackets,
                 Fault::LeavesEarly(after) => script.leaves_after = Some(*after),
                 Fault::NeverPauses => script.never_pauses = true,
+                Fault::SpeaksAtOnce => script.speaks_at_once = true,
                 Fault::Duplicate => script.duplicate = true,
                 Fault::LateAfterDeletion(after) => script.late = Some(*after),
                 Fault::SlowReply(delay) => script.reply_delay = Some(*delay),
                 Fault::NoReply => script.reply_delay = None,
                 Fault::InferenceError(text) => script.error = Some(text.clone()),
-                Fault::NoMedia | Fault::Http { .. } | Fault::Signal { .. } => {}
+                // The room's, not the agent's.
+                Fault::Stray | Fault::NoMedia | Fault::Http { .. } | Fault::Signal { .. } => {}
             }
         }
         script
@@ -251,7 +255,8 @@ impl Agent {
             self.until = None;
             self.next_phase(now, &mut acts);
         }
-        if self.phase == Phase::Waiting && self.subscribed && self.caller_published {
+        let heard = self.subscribed && self.caller_published;
+        if self.phase == Phase::Waiting && (heard || self.script.speaks_at_once) {
             self.greet(now, &mut acts);
         }
         if let Some(utterance) = self.ear.on_time(now) {
@@ -290,6 +295,7 @@ impl Agent {
             self.script.track = Track::Silent;
         }
         if self.script.track == Track::Speaking {
+            self.next_frame.get_or_insert(now);
             self.phase = Phase::BeforeGreeting;
             self.until = Some(now + BEFORE_GREETING);
         } else {

@@ -42,8 +42,12 @@ pub enum Fault {
     LeavesEarly(Duration),
     /// Its greeting never ends.
     NeverPauses,
+    /// It speaks as soon as its track is published, whoever listens.
+    SpeaksAtOnce,
     /// A second agent of its name joins.
     Duplicate,
+    /// An agent without a name comes to the room too, as an unnamed worker's does.
+    Stray,
     /// It connects this long after its room was deleted, and so re-creates the room.
     LateAfterDeletion(Duration),
     /// It takes this long to answer what it heard.
@@ -130,7 +134,9 @@ The agent:
   no_packets               its track carries nothing
   leaves_early=500ms       leaves after so much of its greeting
   never_pauses             its greeting never ends
+  speaks_at_once           speaks before anybody has subscribed
   duplicate                a second agent joins
+  stray                    an agent without a name joins too
   late_after_deletion=1s   connects so long after its room was deleted
   slow_reply=5s            answers late
   no_reply                 never answers
@@ -222,7 +228,9 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<Fault, String> {
         "silent_track" => plain(Fault::SilentTrack),
         "no_packets" => plain(Fault::NoPackets),
         "never_pauses" => plain(Fault::NeverPauses),
+        "speaks_at_once" => plain(Fault::SpeaksAtOnce),
         "duplicate" => plain(Fault::Duplicate),
+        "stray" => plain(Fault::Stray),
         "no_reply" => plain(Fault::NoReply),
         "no_media" => plain(Fault::NoMedia),
         "inference_error" => Ok(Fault::InferenceError(
@@ -328,7 +336,9 @@ impl fmt::Display for Fault {
             Self::SilentTrack => f.write_str("silent_track"),
             Self::NoPackets => f.write_str("no_packets"),
             Self::NeverPauses => f.write_str("never_pauses"),
+            Self::SpeaksAtOnce => f.write_str("speaks_at_once"),
             Self::Duplicate => f.write_str("duplicate"),
+            Self::Stray => f.write_str("stray"),
             Self::NoReply => f.write_str("no_reply"),
             Self::NoMedia => f.write_str("no_media"),
             Self::InferenceError(text) => write!(f, "inference_error={text}"),
@@ -444,7 +454,9 @@ mod tests {
             "no_packets",
             "leaves_early=500ms",
             "never_pauses",
+            "speaks_at_once",
             "duplicate",
+            "stray",
             "late_after_deletion=1m",
             "slow_reply=5s",
             "no_reply",

@@ -952,8 +952,16 @@ impl Room {
             ..proto::AgentDispatchState::default()
         });
         let cancel = CancellationToken::new();
-        if info.agent_name == self.shared.settings.agent_name {
-            let script = Script::new(&self.faults, self.shared.settings.max_replies);
+        let is_target = info.agent_name == self.shared.settings.agent_name;
+        let is_stray = info.agent_name.is_empty() && self.faults.has(&Fault::Stray);
+        if is_target || is_stray {
+            // What goes wrong goes wrong with the target's agent.
+            let faults = if is_target {
+                self.faults.clone()
+            } else {
+                Faults::default()
+            };
+            let script = Script::new(&faults, self.shared.settings.max_replies);
             let launch = |script: Script| {
                 let job = Box::new(new_job(&info, &self.info));
                 let (shared, cancel) = (Arc::clone(&self.shared), cancel.clone());
