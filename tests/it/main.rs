@@ -9,6 +9,7 @@ mod dashboards;
 mod demo;
 mod drill;
 mod forecast;
+#[expect(dead_code, reason = "the scenarios use the rest")]
 #[path = "../real/gate.rs"]
 mod gate;
 mod guard;

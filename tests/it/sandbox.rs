@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::canary;
-use crate::gate::Gate;
+use crate::gate::{Gate, Hold};
 
 /// Short deadlines: what fails on loopback fails for good.
 const CONFIG: &str = r#"
@@ -305,7 +305,7 @@ fn every_way_to_dispatch_brings_the_agent() {
 fn agent_that_is_there_before_the_canary_gives_an_upper_bound() {
     let stage = Stage::new("demo", &[]);
     let server = stage.url.strip_prefix("ws://").unwrap().parse().unwrap();
-    let gate = Gate::before(server).unwrap();
+    let gate = Gate::before(server, Hold::Signal).unwrap();
     let (code, report) = thread::scope(|scope| {
         let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", "room"];
         let url = format!("ws://{}", gate.address);

@@ -16,14 +16,17 @@ import logging
 import os
 import time
 
-from livekit import rtc
-from livekit.agents import Agent, AgentServer, AgentSession, JobContext
+from livekit import api, rtc
+from livekit.agents import Agent, AgentServer, AgentSession, BackgroundAudioPlayer, JobContext
 
 from models import Llm, Stt, Tts
 from tones import FRAME_MS, is_tone, signal_of, tone, tone_of
 
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
+# Of the background sound, in Hz: above every room's own tone.
+BACKGROUND = 2_500
+BACKGROUND_RATE = 48_000
 # So many tone frames in a row begin an echo, so much silence ends it.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
@@ -86,8 +89,9 @@ class Job:
         report(self.room, "connected", identity=self.ctx.room.local_participant.identity)
 
     def subscribed(self, track, publication, participant) -> None:
-        # An agent listens to nothing else.
-        if publication.source == rtc.TrackSource.SOURCE_MICROPHONE:
+        # An agent listens to no other source, and not to who speaks for it.
+        own = "lk.publish_on_behalf" in participant.attributes
+        if publication.source == rtc.TrackSource.SOURCE_MICROPHONE and not own:
             caller, attributes = participant.identity, dict(participant.attributes)
             report(self.room, "caller", caller=caller, attributes=attributes)
             self.listening.append(
@@ -107,13 +111,33 @@ class Job:
         await handle.wait_for_playout()
         report(self.room, event, began=began, ended=time.time())
 
-    async def publish(self, queue_ms: int) -> None:
+    async def publish(self, queue_ms: int, room: rtc.Room | None = None) -> rtc.LocalTrackPublication:
         """Publishes a voice that is given nothing to say: with a queue it sends silence, without one nothing at all."""
         self.source = rtc.AudioSource(SPEECH_RATE, 1, queue_size_ms=queue_ms)
         track = rtc.LocalAudioTrack.create_audio_track("voice", self.source)
         # With DTX hardly any packet of silence would be sent.
         options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
-        await self.ctx.room.local_participant.publish_track(track, options)
+        speaker = (room or self.ctx.room).local_participant
+        return await speaker.publish_track(track, options)
+
+    async def utter(self) -> None:
+        """Says the order's `seconds` on the published voice, without asking whether anybody listens."""
+        began = time.time()
+        for frame in tone(tone_of(self.room), self.order.get("seconds", 2), SPEECH_RATE):
+            await self.source.capture_frame(frame)
+        await self.source.wait_for_playout()
+        report(self.room, "greeted", began=began, ended=time.time())
+
+    async def play_background(self) -> None:
+        """Sound without an end on a track of its own, by the SDK's own player."""
+
+        async def endless():
+            while True:
+                for frame in tone(BACKGROUND, 1, BACKGROUND_RATE):
+                    yield frame
+
+        self.background = BackgroundAudioPlayer(ambient_sound=endless())
+        await self.background.start(room=self.ctx.room)
 
 
 async def greet(job: Job) -> None:
@@ -161,6 +185,67 @@ async def never_connect(job: Job) -> None:
     await asyncio.Event().wait()
 
 
+async def fail(job: Job) -> None:
+    """Breaks in its entrypoint, as on a missing key or a bad import."""
+    raise RuntimeError("this agent fails before it connects")
+
+
+async def blurt(job: Job) -> None:
+    """Speaks as soon as its track is published: an agent without a session waits for nobody."""
+    await job.connect()
+    await job.publish(queue_ms=1000)
+    await job.utter()
+
+
+async def reply_and_leave(job: Job) -> None:
+    await reply(job)
+    job.ctx.shutdown("hangs up")
+
+
+async def greet_over_background(job: Job) -> None:
+    await job.connect()
+    session = await job.session()
+    await job.play_background()
+    await job.say(session, "greeted")
+
+
+async def background_alone(job: Job) -> None:
+    """Its voice is silent all along."""
+    await job.connect()
+    await job.publish(queue_ms=1000)
+    await job.play_background()
+
+
+async def speak_by_avatar(job: Job) -> None:
+    """Lets a second participant publish on its behalf, as avatar workers do; itself it publishes nothing."""
+    await job.connect()
+    token = (
+        api.AccessToken()
+        .with_identity(f"avatar-{job.room}")
+        .with_kind("agent")
+        .with_grants(api.VideoGrants(room_join=True, room=job.room))
+        .with_attributes({"lk.publish_on_behalf": job.ctx.room.local_participant.identity})
+    )
+    job.avatar = rtc.Room()
+    await job.avatar.connect(os.environ["LIVEKIT_URL"], token.to_jwt())
+    publication = await job.publish(queue_ms=1000, room=job.avatar)
+    await publication.wait_for_subscription()
+    await job.utter()
+
+
+async def restart_track(job: Job) -> None:
+    """Greets, and answers the first echo on a track that takes the first one's place."""
+    await job.connect()
+    publication = await job.publish(queue_ms=1000)
+    await publication.wait_for_subscription()
+    await job.utter()
+    await job.heard.get()
+    await job.ctx.room.local_participant.unpublish_track(publication.sid)
+    publication = await job.publish(queue_ms=1000)
+    await publication.wait_for_subscription()
+    await job.utter()
+
+
 async def no_track(job: Job) -> None:
     await job.connect()
 
@@ -177,7 +262,24 @@ async def silence(job: Job) -> None:
 
 BEHAVIOURS = {
     behaviour.__name__: behaviour
-    for behaviour in (greet, reply, leave, converse, nothing, never_connect, no_track, no_packets, silence)
+    for behaviour in (
+        greet,
+        reply,
+        leave,
+        converse,
+        nothing,
+        never_connect,
+        fail,
+        blurt,
+        reply_and_leave,
+        greet_over_background,
+        background_alone,
+        speak_by_avatar,
+        restart_track,
+        no_track,
+        no_packets,
+        silence,
+    )
 }
 
 

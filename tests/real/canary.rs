@@ -256,13 +256,23 @@ pub struct Probe {
     pub join_delay_seconds: Option<f64>,
     pub join_upper_bound: bool,
     pub reply_delay_seconds: Option<f64>,
+    /// Of the one that counts.
+    pub agent: Option<AgentSeen>,
     /// Seconds since its start; null where it was never reached.
     pub milestones: BTreeMap<String, Option<f64>>,
     pub audio: Audio,
 }
 
 #[derive(Debug, Deserialize)]
+pub struct AgentSeen {
+    pub identity: String,
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
 pub struct Evidence {
+    /// Everybody seen besides the canary, one line each.
+    pub participants: Vec<String>,
     pub notes: Vec<String>,
 }
 

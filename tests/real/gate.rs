@@ -1,10 +1,29 @@
-//! A proxy before a LiveKit server that keeps the signal connection waiting until it is opened: an agent can be in the
-//! room before the canary is.
+//! A proxy before a LiveKit server that keeps one kind of request, or its answer, waiting until it is opened: an agent can
+//! be in the room before the canary is, or before the call that sent it has returned.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
+
+/// What waits.
+#[derive(Clone, Copy)]
+pub enum Hold {
+    /// The request for the signal socket.
+    Signal,
+    /// The answer to `CreateDispatch`; the server has the request at once.
+    DispatchAnswer,
+}
+
+impl Hold {
+    fn is_about(self, request: &[u8]) -> bool {
+        request.starts_with(match self {
+            // `/rtc`, and `/rtc/v1` for a single peer connection.
+            Self::Signal => b"GET /rtc".as_slice(),
+            Self::DispatchAnswer => b"POST /twirp/livekit.AgentDispatchService/CreateDispatch",
+        })
+    }
+}
 
 /// Dropping it opens it for good, so that nobody waits for ever.
 pub struct Gate {
@@ -21,7 +40,7 @@ struct Opened {
 
 impl Gate {
     /// Closed, before the server at `server`.
-    pub fn before(server: SocketAddr) -> io::Result<Self> {
+    pub fn before(server: SocketAddr, hold: Hold) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let gate = Self {
             address: listener.local_addr()?,
@@ -32,7 +51,7 @@ impl Gate {
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let opened = Arc::clone(&opened);
-                thread::spawn(move || pass(client, server, &opened));
+                thread::spawn(move || pass(client, server, hold, &opened));
             }
         });
         Ok(gate)
@@ -61,11 +80,11 @@ impl Opened {
     }
 }
 
-fn pass(mut client: TcpStream, server: SocketAddr, opened: &Opened) -> io::Result<()> {
+fn pass(mut client: TcpStream, server: SocketAddr, hold: Hold, opened: &Opened) -> io::Result<()> {
     let mut first = [0; 16 * 1024];
     let read = client.read(&mut first)?;
-    // The path of the signal socket: `/rtc`, and `/rtc/v1` for a single peer connection.
-    if first[..read].starts_with(b"GET /rtc") {
+    let waits_for = hold.is_about(&first[..read]).then_some(hold);
+    if let Some(Hold::Signal) = waits_for {
         opened.wait();
     }
     let mut upstream = TcpStream::connect(server)?;
@@ -76,6 +95,9 @@ fn pass(mut client: TcpStream, server: SocketAddr, opened: &Opened) -> io::Resul
         drop(to.shutdown(Shutdown::Write));
         copied
     });
+    if let Some(Hold::DispatchAnswer) = waits_for {
+        opened.wait();
+    }
     io::copy(&mut upstream, &mut client)?;
     client.shutdown(Shutdown::Write)
 }

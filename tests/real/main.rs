@@ -17,6 +17,7 @@ use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::time::Instant;
 
+mod agents;
 mod canary;
 mod daemon;
 mod gate;

@@ -50,6 +50,48 @@ impl Order {
         Self::new("never_connect", &["never_joins"])
     }
 
+    /// Breaks before it connects.
+    pub fn fails() -> Self {
+        Self::new("fail", &["never_joins"])
+    }
+
+    /// Speaks whether or not anybody has subscribed yet.
+    pub fn speaks_at_once() -> Self {
+        Self::new("blurt", &["no_reply", "speaks_at_once"])
+    }
+
+    /// Greets, answers the first echo and hangs up.
+    pub fn replies_and_leaves() -> Self {
+        // All of its greeting, and some of its reply.
+        Self::new("reply_and_leave", &["leaves_early=3s500ms"])
+    }
+
+    /// Greets, with sound on a second track all along.
+    pub fn greets_over_background() -> Self {
+        Self::new("greet_over_background", &[])
+    }
+
+    /// The same sound, and a voice that is silent.
+    pub fn plays_background_alone() -> Self {
+        Self::new("background_alone", &[])
+    }
+
+    /// Publishes nothing itself: another participant speaks for it.
+    pub fn speaks_by_avatar() -> Self {
+        Self::new("speak_by_avatar", &[])
+    }
+
+    /// Greets, and answers the first echo on another track.
+    pub fn restarts_its_track() -> Self {
+        Self::new("restart_track", &[])
+    }
+
+    /// On the sandbox: an agent without a name comes too, and the second room's agent is silent.
+    pub fn beside_a_stray(self) -> Self {
+        self.fault("stray".to_owned())
+            .fault("room2:silent_track".to_owned())
+    }
+
     pub fn has_no_track() -> Self {
         Self::new("no_track", &["no_track"])
     }

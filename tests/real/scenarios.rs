@@ -1,7 +1,6 @@
 //! The table of scenarios: what is done to the product, and what must come of it.
 
 use std::cell::{OnceCell, RefCell};
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -9,12 +8,26 @@ use chrono::Utc;
 use rustix::process::Signal;
 use tokio::time::Instant;
 
+use crate::agents::{
+    agent_before_the_answer_to_its_dispatch_has_a_join_delay,
+    agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed,
+    agent_that_leaves_after_its_reply_is_ok, agent_that_leaves_without_its_reply_left_early,
+    agent_that_restarts_its_track_is_heard_on, avatar_speaks_for_its_agent,
+    background_alone_is_a_silent_agent, background_sound_is_neither_speech_nor_echoed,
+    drained_server_lets_its_calls_end_well, identity_taken_by_another_client_is_removed,
+    restarted_server_is_signal_lost_and_serves_the_next_batch,
+    right_to_publish_taken_away_is_removed, right_to_subscribe_taken_away_is_removed,
+    server_that_creates_no_room_by_itself_takes_every_dispatch,
+    speech_before_anybody_listens_is_an_agent_that_says_nothing,
+    speech_before_our_subscription_counts_from_when_it_is_heard,
+    stray_agent_is_evidence_and_never_the_agent,
+};
 use crate::canary::{Batch, Canary, Finished, Probe, Settings, unix_seconds};
 use crate::daemon::{
     killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms,
     outage_fails_the_batches_within_it_and_no_other, prometheus_holds_what_the_history_holds,
 };
-use crate::gate::Gate;
+use crate::gate::{Gate, Hold};
 use crate::journey::Journey;
 use crate::order::Order;
 use crate::reports::{
@@ -46,7 +59,7 @@ impl<'a> Ground<'a> {
     }
 
     /// A site whose agent does in every room what `order` says.
-    fn site(&self, order: &Order) -> anyhow::Result<&Site> {
+    pub fn site(&self, order: &Order) -> anyhow::Result<&Site> {
         match self.shared {
             Some(shared) => Ok(shared),
             None => self.own_site(&[], order),
@@ -78,7 +91,7 @@ impl<'a> Ground<'a> {
         self.keep(Site::real_behind_veth(agents)?)
     }
 
-    fn keep(&self, site: Site) -> anyhow::Result<&Site> {
+    pub fn keep(&self, site: Site) -> anyhow::Result<&Site> {
         ensure!(self.own.set(site).is_ok(), "one site of its own is enough");
         self.own.get().context("it was set above")
     }
@@ -135,6 +148,10 @@ const NO_NETWORK: &str = "it binds to 127.0.0.1 alone, where nothing lies betwee
 const NO_TCP: &str = "it takes media over UDP alone";
 const SAME: &str = "what a killed daemon leaves is the same there";
 const OWN_SANDBOX: &str = "it has a sandbox of its own on either";
+const NO_PERMISSIONS: &str = "it changes no permission of a participant";
+const NO_SETTINGS: &str = "its rooms may always be created by a token";
+const ONE_TRACK: &str = "its agent itself publishes one track, which lasts as long as its call";
+const NO_RESTART: &str = "it ends at once, and comes back on another port";
 
 macro_rules! scenarios {
     ($($name:ident: $expected:literal $(, real only: $why:ident)?;)*) => {
@@ -160,6 +177,9 @@ scenarios! {
     killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
     frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4";
     late_agent_changes_no_verdict_and_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
+    stray_agent_is_evidence_and_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named";
+    restarted_server_is_signal_lost_and_serves_the_next_batch: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART;
+    drained_server_lets_its_calls_end_well: "2 ok, exit 0, then the server ends", real only: NO_RESTART;
     five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0";
     panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4";
     delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s";
@@ -171,6 +191,16 @@ scenarios! {
     voice_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
     inference_that_is_used_up_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
     other_error_of_a_model_is_evidence_of_a_silent_agent: "agent_silent, error noted, exit 1";
+    agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
+    speech_before_our_subscription_counts_from_when_it_is_heard: "ok, first speech after the subscription, exit 0";
+    speech_before_anybody_listens_is_an_agent_that_says_nothing: "agent_silent that says so, exit 1";
+    background_sound_is_neither_speech_nor_echoed: "ok, its greeting alone echoed, exit 0", real only: ONE_TRACK;
+    background_alone_is_a_silent_agent: "agent_silent, exit 1", real only: ONE_TRACK;
+    avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0", real only: ONE_TRACK;
+    agent_that_restarts_its_track_is_heard_on: "ok with a reply on the second track, exit 0", real only: ONE_TRACK;
+    agent_before_the_answer_to_its_dispatch_has_a_join_delay: "ok with a join delay, exit 0";
+    agent_that_leaves_without_its_reply_left_early: "agent_left_early, exit 1";
+    agent_that_leaves_after_its_reply_is_ok: "ok with a reply delay, exit 0";
     agent_without_packets_is_silent: "agent_silent with a join delay, exit 1";
     agent_with_a_track_of_silence_is_silent: "agent_silent with a join delay, exit 1";
     agent_without_a_track_has_no_track: "agent_no_track with a join delay, exit 1";
@@ -199,6 +229,10 @@ scenarios! {
     two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0";
     room_deleted_by_somebody_else_is_removed: "removed, exit 4";
     participant_removed_by_somebody_else_is_removed: "removed, exit 4";
+    identity_taken_by_another_client_is_removed: "removed, exit 4";
+    right_to_subscribe_taken_away_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
+    right_to_publish_taken_away_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
+    server_that_creates_no_room_by_itself_takes_every_dispatch: "4 dispatch_unanswered, exit 1", real only: NO_SETTINGS;
     killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4";
     wrong_secret_is_a_config_error: "auth_rejected, exit 2";
     unknown_host_is_unreachable: "unreachable, exit 4";
@@ -240,7 +274,7 @@ pub fn expect(
 }
 
 /// The server holds none of the batch's rooms.
-fn expect_gone(site: &Site, batch: &Batch) -> anyhow::Result<()> {
+pub fn expect_gone(site: &Site, batch: &Batch) -> anyhow::Result<()> {
     let rooms = site.api.rooms()?;
     let left: Vec<_> = batch
         .probes
@@ -252,7 +286,7 @@ fn expect_gone(site: &Site, batch: &Batch) -> anyhow::Result<()> {
 }
 
 /// All rooms ok, exit 0, nothing left on the server.
-fn expect_ok(
+pub fn expect_ok(
     ground: &Ground,
     site: &Site,
     finished: &Finished,
@@ -264,7 +298,7 @@ fn expect_ok(
 }
 
 /// The agent in the room of this probe heard the whole of its own greeting, once, after it had spoken it.
-fn expect_heard(site: &Site, probe: &Probe) -> anyhow::Result<f64> {
+pub fn expect_heard(site: &Site, probe: &Probe) -> anyhow::Result<f64> {
     let events = site.events()?;
     let of_room = |name: &str| {
         events
@@ -300,7 +334,7 @@ fn range(batch: &Batch, figure: impl Fn(&Probe) -> Option<f64>) -> anyhow::Resul
     Ok(format!("{least:.3}-{most:.3} s"))
 }
 
-fn joins(batch: &Batch) -> anyhow::Result<String> {
+pub fn joins(batch: &Batch) -> anyhow::Result<String> {
     range(batch, |probe| probe.join_delay_seconds)
 }
 
@@ -525,7 +559,7 @@ fn agent_that_is_there_before_the_canary_is_an_upper_bound(
 ) -> anyhow::Result<String> {
     let tag = "is-there-first";
     let (site, settings) = ground.call(&Order::greets().tag(tag))?;
-    let gate = Gate::before(SocketAddr::from((Ipv4Addr::LOCALHOST, site.port)))?;
+    let gate = Gate::before(site.address(), Hold::Signal)?;
     let running = settings
         .project("url", format!("ws://{}", gate.address))
         .set("dispatch.mode", "room")
@@ -833,7 +867,11 @@ fn expect_agent_fault(
 }
 
 /// The same, for an agent that is to be found out soon.
-fn expect_faulty(ground: &Ground, order: &Order, reason: &str) -> anyhow::Result<(Batch, String)> {
+pub fn expect_faulty(
+    ground: &Ground,
+    order: &Order,
+    reason: &str,
+) -> anyhow::Result<(Batch, String)> {
     let (site, settings) = ground.call(order)?;
     let settings = settings
         .set("deadlines.track", "4s")

@@ -199,12 +199,9 @@ impl Site {
         let address = namespace
             .as_ref()
             .map_or(Ipv4Addr::LOCALHOST, |namespace| namespace.address);
-        let config = dir.path().join("livekit.yaml");
-        fs::write(&config, server_config(address, port) + settings)?;
-
-        let mut command = within(namespace.as_deref(), &program("LIVEKIT_SERVER")?);
-        command.arg("--config").arg(&config);
-        let server = Process::spawn("livekit-server", command, dir.path())?;
+        let config = server_config(address, port) + settings;
+        fs::write(dir.path().join(SERVER_CONFIG), config)?;
+        let server = spawn_server("livekit-server", namespace.as_deref(), dir.path())?;
         let mut site = Self {
             url: format!("ws://{address}:{port}"),
             key: KEY.to_owned(),
@@ -217,10 +214,7 @@ impl Site {
             dir,
             namespace,
         };
-        wait_for("livekit-server to answer", Duration::from_secs(30), || {
-            site.server.must_run()?;
-            Ok(site.api.rooms().is_ok().then_some(()))
-        })?;
+        answers(&mut site.server, &site.api)?;
         for agent in agents {
             site.workers.push(site.spawn(agent)?);
         }
@@ -233,11 +227,26 @@ impl Site {
         Ok(site)
     }
 
+    /// Of the server, for who connects without a URL.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
+    }
+
+    /// A livekit-server in the place of its own, which has ended: the same addresses, nothing remembered.
+    pub fn restarted_server(&self) -> anyhow::Result<Process> {
+        let name = "livekit-server-restarted";
+        let mut server = spawn_server(name, self.namespace.as_deref(), self.dir())?;
+        answers(&mut server, &self.api)?;
+        Ok(server)
+    }
+
     /// Waits until a job reaches the agent: livekit-server drops one that it is asked for within some 100 ms of the
     /// worker's registration.
-    fn prove(&self, agent: &Agent) -> anyhow::Result<()> {
-        for attempt in 0..10 {
-            let room = format!("proof-{}-{attempt}", agent.name);
+    pub fn prove(&self, agent: &Agent) -> anyhow::Result<()> {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        for _ in 0..10 {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let room = format!("proof-{}-{number}", agent.name);
             if agent.name.is_empty() {
                 self.api.create_room(&room)?;
             } else {
@@ -386,6 +395,21 @@ impl Event {
     pub fn attributes(&self) -> &Value {
         &self.0["attributes"]
     }
+}
+
+const SERVER_CONFIG: &str = "livekit.yaml";
+
+fn spawn_server(name: &str, namespace: Option<&Namespace>, dir: &Path) -> anyhow::Result<Process> {
+    let mut command = within(namespace, &program("LIVEKIT_SERVER")?);
+    command.arg("--config").arg(dir.join(SERVER_CONFIG));
+    Process::spawn(name, command, dir)
+}
+
+fn answers(server: &mut Process, api: &twirp::Server) -> anyhow::Result<()> {
+    wait_for("livekit-server to answer", Duration::from_secs(30), || {
+        server.must_run()?;
+        Ok(api.rooms().is_ok().then_some(()))
+    })
 }
 
 fn server_config(address: Ipv4Addr, port: u16) -> String {

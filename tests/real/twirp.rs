@@ -73,6 +73,20 @@ impl Server {
             .map(drop)
     }
 
+    /// Takes a right away: `name` is a field of `ParticipantPermission`.
+    pub fn revoke(&self, room: &str, identity: &str, name: &str) -> anyhow::Result<()> {
+        let mut permission = json!({
+            "can_subscribe": true,
+            "can_publish": true,
+            "can_publish_data": true,
+            "can_update_metadata": true,
+        });
+        permission[name] = false.into();
+        let request = json!({"room": room, "identity": identity, "permission": permission});
+        self.call("RoomService/UpdateParticipant", room, &request)
+            .map(drop)
+    }
+
     pub fn create_room(&self, room: &str) -> anyhow::Result<()> {
         self.call("RoomService/CreateRoom", room, &json!({"name": room}))
             .map(drop)
