@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -73,6 +74,21 @@ func TestPanelThatSaysNothingIsFound(t *testing.T) {
 		text := strings.ReplaceAll(string(read(t, "dashboards/target.json")), broken, key+`: "", "was`+broken[1:])
 		if len(silent(loosely(t, text))) == 0 {
 			t.Errorf("nothing is missed without %s", broken)
+		}
+	}
+}
+
+// Else a rollout breaks a window in two, and shows each target twice.
+func TestCounterIsSummedOverInstances(t *testing.T) {
+	summed := regexp.MustCompile(`sum (without \(instance, pod[^)]*\)|by \(le\)) \(increase\(`)
+	for file := range dashboards {
+		for _, panel := range panels(t, read(t, file)) {
+			for _, one := range panel.Targets {
+				query := one.(*prometheus.Dataquery)
+				if strings.Count(query.Expr, "increase(") != len(summed.FindAllString(query.Expr, -1)) {
+					t.Errorf("%s: %s: %s", file, *panel.Title, query.Expr)
+				}
+			}
 		}
 	}
 }

@@ -55,7 +55,8 @@ lifetime.shutdown_linger = "0s"
 scrape_configs:
 - job_name: canary
   static_configs:
-  - targets: ['127.0.0.1:%d']
+  # One daemon as two instances, as Prometheus sees it for a while after a rollout.
+  - targets: ['127.0.0.1:%[1]d', 'localhost:%[1]d']
     labels: {region: here}
 `, daemon))
 	run(t, "prometheus",
