@@ -65,6 +65,8 @@ pub enum Seen {
         region: String,
         node: String,
     },
+    /// An address at which the server wants media, each once: `UDP 192.0.2.1:7882`.
+    MediaAddress(String),
     /// Both peer connections are up.
     MediaConnected,
     /// They are up over TCP, though UDP was tried first.

@@ -135,6 +135,8 @@ struct Session<'a> {
     listening: Listening,
     reports: session_stream::Reader,
     media_told: bool,
+    /// Where the server wants media, as far as it was told.
+    addresses: Vec<String>,
     /// Media over TCP is a fallback, not what was asked for.
     udp_tried: bool,
 }
@@ -246,6 +248,7 @@ impl<'a> Session<'a> {
             listening: Listening::default(),
             reports: session_stream::Reader::default(),
             media_told: false,
+            addresses: Vec::new(),
             udp_tried: request.ice == Ice::All,
         });
         session.publish(offer)?;
@@ -413,6 +416,7 @@ impl<'a> Session<'a> {
                 "{error} (does LiveKit's enabled_codecs have Opus?)"
             ))
         })?;
+        self.tell_addresses()?;
         self.trickle(proto::SignalTarget::Publisher, candidates)
     }
 
@@ -425,6 +429,7 @@ impl<'a> Session<'a> {
     ) -> Result<(), Ended> {
         let accepted = self.subscriber.accept_offer(&offer.sdp).await;
         let (answer, candidates) = accepted.map_err(|error| media_failed("subscriber", &error))?;
+        self.tell_addresses()?;
         self.send(Request::Answer(description("answer", answer, offer.id)))?;
         self.trickle(proto::SignalTarget::Subscriber, candidates)?;
         self.listening.streams.clear();
@@ -443,7 +448,21 @@ impl<'a> Session<'a> {
             proto::SignalTarget::Subscriber => &mut self.subscriber,
         };
         let candidates = peer.add_candidate(line).await;
+        self.tell_addresses()?;
         self.trickle(trickle.target(), candidates)
+    }
+
+    fn tell_addresses(&mut self) -> Result<(), Ended> {
+        let mut told = self.publisher.take_addresses();
+        told.append(&mut self.subscriber.take_addresses());
+        for address in told {
+            if !self.addresses.contains(&address) {
+                let seen = Seen::MediaAddress(address.clone());
+                self.outlet.tell(Instant::now(), seen)?;
+                self.addresses.push(address);
+            }
+        }
+        Ok(())
     }
 
     fn trickle(

@@ -108,6 +108,8 @@ pub(crate) struct Peer {
     heard_at: Instant,
     pending: Option<(u32, SdpPendingOffer)>,
     candidates: usize,
+    /// Where the server wants media, since this was last asked.
+    addresses: Vec<String>,
     /// Track by m-line, of the latest offer.
     tracks: HashMap<Mid, String>,
 }
@@ -179,6 +181,7 @@ impl Peer {
             heard_at: now,
             pending: None,
             candidates: 0,
+            addresses: Vec::new(),
             tracks: HashMap::new(),
         };
         if ice == Ice::All {
@@ -487,8 +490,18 @@ impl Peer {
         };
         (usable && self.candidates < MOST_CANDIDATES).then(|| {
             self.candidates += 1;
+            let proto = match candidate.proto() {
+                Protocol::Udp => "UDP",
+                _ => "TCP",
+            };
+            self.addresses.push(format!("{proto} {}", candidate.addr()));
             candidate
         })
+    }
+
+    /// Where the server wants media, as far as it was not told before.
+    pub(crate) fn take_addresses(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.addresses)
     }
 
     /// Sees to it that the candidates of a description, which the stack has taken already, can be reached.

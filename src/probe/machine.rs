@@ -176,6 +176,8 @@ pub(super) struct Probe {
     join_told: bool,
     /// Agents that aren't the target's, by their quoted names.
     strays: Vec<String>,
+    /// Where the server wants media.
+    media_addresses: Vec<String>,
     turns: Turns,
     report: Report,
     actions: Vec<Action>,
@@ -203,6 +205,7 @@ impl Probe {
             hold_until: None,
             join_told: false,
             strays: Vec::new(),
+            media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
             report: Report::new(
                 room,
@@ -417,6 +420,7 @@ impl Probe {
                     }
                 ));
             }
+            Seen::MediaAddress(address) => keep(&mut self.media_addresses, address),
             Seen::MediaConnected => self.mark(Milestone::MediaConnected, at),
             Seen::UdpBlocked => self.note(
                 "media runs over TCP: UDP doesn't get through, check the firewalls between here and LiveKit's media ports"
@@ -968,7 +972,18 @@ impl Probe {
             }
             _ => failure,
         };
+        if failure.reason == Reason::MediaFailed {
+            self.note_media_addresses();
+        }
         self.settle(Outcome::Failed(failure), now);
+    }
+
+    /// A server that names an address of its own network alone is the usual cause of media that never comes up.
+    fn note_media_addresses(&mut self) {
+        self.note(match self.media_addresses.as_slice() {
+            [] => "LiveKit named no address for media".to_owned(),
+            addresses => format!("LiveKit wants media at {}", addresses.join(", ")),
+        });
     }
 
     /// The first outcome stands.

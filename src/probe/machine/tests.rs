@@ -918,6 +918,24 @@ fn agent_is_not_judged_while_our_own_media_is_missing() {
 }
 
 #[test]
+fn failure_of_media_says_where_the_server_wants_it() {
+    let address = |text: &str| Seen::MediaAddress(text.to_owned());
+    let way_in = || Script::new(explicit()).created(10, Ok(())).signal(40);
+    let told = way_in()
+        .see(50, address("UDP 192.0.2.1:7882"))
+        .see(50, Seen::EchoPublished)
+        .see(60, address("TCP 192.0.2.1:7881"))
+        .wait(15_040);
+    let report = told.report(15_050);
+    let wants = "LiveKit wants media at UDP 192.0.2.1:7882, TCP 192.0.2.1:7881".to_owned();
+    assert!(report.evidence.notes.contains(&wants), "{report:?}");
+    let untold = way_in().see(50, Seen::EchoPublished).wait(15_040);
+    let report = untold.report(15_050);
+    let none = "LiveKit named no address for media".to_owned();
+    assert!(report.evidence.notes.contains(&none), "{report:?}");
+}
+
+#[test]
 fn missing_reply_is_a_failure_only_where_one_is_expected() {
     for (reply, expected) in [(true, Some(Reason::AgentNoReply)), (false, None)] {
         let script = Script::new(expecting(reply, AgentMayLeave::Never)).with_agent();
