@@ -1,8 +1,9 @@
 //! The second layer of tests: the product's own binary against the real stack and the sandbox, one table of scenarios.
 //!
-//! `cargo test --test real [name]` runs it (`just real`); plain `cargo test` leaves it out, because it needs Go, Python
-//! and root for a network namespace. A row for every scenario and stack is printed, and an absent row fails the run, as
-//! does a room whose milestones come in another order on one stack than on the other.
+//! `cargo test --test real [name]` runs it (`just real`, and `just matrix` for the faults alone); plain `cargo test`
+//! leaves it out, because it needs Go, Python and root for a network namespace. A row for every scenario and stack is
+//! printed, and an absent row fails the run, as does a room whose milestones come in another order on one stack than on
+//! the other.
 
 #![expect(
     clippy::print_stdout,
@@ -168,6 +169,7 @@ fn run_all(arguments: &Arguments) -> anyhow::Result<(Vec<Row>, usize)> {
     rows.sort_by_key(|row| row.case);
     print_table("scenario", &rows, |kind| matches!(kind, Kind::Scenario(_)));
     print_table("fault", &rows, |kind| matches!(kind, Kind::Fault(_)));
+    println!("\n{}", matrix::account());
     faults.extend(absent(&rows, arguments));
     faults.extend(compare(&rows));
     faults.extend(matrix::gaps());

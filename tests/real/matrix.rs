@@ -214,6 +214,15 @@ pub struct Row {
     pub seconds: f64,
 }
 
+/// How the faults of the table are shared out, for whoever reads it.
+pub fn account() -> String {
+    let of_agent = |fault: &&Fault| fault.slis.starts_with('-');
+    let against = FAULTS.iter().filter(of_agent).count();
+    let others = FAULTS.iter().filter(|fault| fault.slis.starts_with("..."));
+    let others = others.count();
+    format!("{against} faults count in the agent's service levels, {others} in none of them")
+}
+
 /// What is wrong with the table itself: a reason or a limit that no row covers, or a fault that would count in the agent's
 /// service levels and isn't the agent's, or the other way round.
 pub fn gaps() -> Vec<String> {

@@ -58,22 +58,22 @@ const fn by(origin: Origin) -> Culprit {
 
 // The longest first, so that none of them is left alone at the end.
 faults! {
-    server_freezes: failed(Reason::SignalLost), by(Origin::Livekit), "...-", within 60,
+    server_freezes: failed(Reason::SignalLost), by(Origin::Livekit), "...-", within 50,
         [r#""step":"signal""#, r#""deadline_seconds":15.0"#, "hangs"],
         sandbox Made(server_freezes), real Made(server_freezes);
-    job_is_killed: failed(Reason::AgentLeftEarly), by(Origin::Agent), "-++-", within 60,
+    job_is_killed: failed(Reason::AgentLeftEarly), by(Origin::Agent), "-++-", within 55,
         [r#""step":"agent""#, "CONNECTION_TIMEOUT", "crash"],
         sandbox Not(NO_PROCESS), real Made(job_is_killed);
     full_node: limit(LimitKind::Node), by(Origin::Limit), "...-", within 10,
         [r#""step":"create_room""#, "reached configured limit for node", "raise limits on the server"],
         sandbox Not(NO_SETTING), real Made(full_node);
     blocked_media: failed(Reason::MediaFailed), by(Origin::Network), "...-", within 20,
-        [r#""step":"media""#, r#""deadline_seconds":5.0"#, "check UDP and TCP"],
+        [r#""step":"media""#, r#""deadline_seconds":5.0"#, "check UDP and TCP", "LiveKit wants media at UDP "],
         sandbox Made(|ground| service(ground, "no_media")), real Made(blocked_media);
-    broken_media: failed(Reason::MediaFailed), by(Origin::Network), "...-", within 60,
-        ["check UDP and TCP"],
+    broken_media: failed(Reason::MediaFailed), by(Origin::Network), "...-", within 40,
+        [r#""step":"media""#, "check UDP and TCP", "LiveKit wants media at TCP "],
         sandbox Not(NO_NETWORK), real Made(broken_media);
-    server_is_killed: failed(Reason::SignalLost), by(Origin::Livekit), "...-", within 60,
+    server_is_killed: failed(Reason::SignalLost), by(Origin::Livekit), "...-", within 30,
         [r#""step":"signal""#, "killed, restarted or hangs"],
         sandbox Made(server_is_killed), real Made(server_is_killed);
 
@@ -116,7 +116,7 @@ faults! {
     agent_that_hangs_up: failed(Reason::AgentLeftEarly), by(Origin::Agent), "-++-", within 40,
         [r#""step":"agent""#, "the agent left (", "while the room was still open"],
         sandbox Made(hangs_up), real Made(hangs_up);
-    two_dispatches: failed(Reason::AgentDuplicate), by(Origin::Agent), "-++-", within 40,
+    two_dispatches: failed(Reason::AgentDuplicate), by(Origin::Agent), "-++-", within 30,
         [r#""step":"agent""#, "a second agent of that name joined (agent-"],
         sandbox Made(two_dispatches), real Made(two_dispatches);
 
@@ -216,16 +216,16 @@ faults! {
         sandbox Made(certificate_for_another_name), real Made(certificate_for_another_name);
 
     // Somebody else's.
-    room_is_deleted: failed(Reason::Removed), by(Origin::External), "....", within 40,
+    room_is_deleted: failed(Reason::Removed), by(Origin::External), "....", within 30,
         ["(ROOM_DELETED)", "who deletes rooms"],
         sandbox Made(room_is_deleted), real Made(room_is_deleted);
-    participant_is_removed: failed(Reason::Removed), by(Origin::External), "....", within 40,
+    participant_is_removed: failed(Reason::Removed), by(Origin::External), "....", within 30,
         ["Leave PARTICIPANT_REMOVED", "somebody removed the echo participant"],
         sandbox Made(participant_is_removed), real Made(participant_is_removed);
-    agent_is_removed: failed(Reason::Removed), by(Origin::External), "....", within 40,
+    agent_is_removed: failed(Reason::Removed), by(Origin::External), "....", within 30,
         ["somebody removed the agent (PARTICIPANT_REMOVED)"],
         sandbox Made(agent_is_removed), real Made(agent_is_removed);
-    identity_is_taken: failed(Reason::Removed), by(Origin::External), "....", within 40,
+    identity_is_taken: failed(Reason::Removed), by(Origin::External), "....", within 30,
         ["Leave DUPLICATE_IDENTITY", "took the echo participant's identity"],
         sandbox Made(identity_is_taken), real Made(identity_is_taken);
 
@@ -392,7 +392,7 @@ struct Call<'a> {
 
 impl<'a> Call<'a> {
     fn begin(site: &'a Site, settings: Settings, tag: &str) -> anyhow::Result<Self> {
-        let watch = Watch::begin(settings.set("batch.hold", "40s"))?;
+        let watch = Watch::begin(settings.set("batch.hold", "1m"))?;
         let greeted = wait_for_job(site, tag, "greeted")?;
         Ok(Self {
             site,
