@@ -369,8 +369,13 @@ impl Daemon {
     fn tell_next(&self, name: &str) {
         let target = &self.targets[name];
         target.metrics.next_batch(self.ticker.next(name));
-        let gaps = schedule::gaps(&target.settings.schedule, Utc::now(), AHEAD);
-        target.metrics.interval(gaps.map(|gaps| gaps.longest));
+        let (schedule, now) = (&target.settings.schedule, Utc::now());
+        let gaps = schedule::gaps(schedule, now, AHEAD);
+        target.metrics.intervals(
+            gaps.map(|gaps| gaps.longest),
+            gaps.map(|gaps| gaps.shortest),
+            schedule::mean_interval(schedule, now.date_naive()),
+        );
     }
 
     /// Starts a batch and gives its id.

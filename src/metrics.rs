@@ -15,7 +15,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec};
 
-use crate::batch::{BatchReport, BatchResult};
+use crate::batch::{BatchReport, BatchResult, ProbeReport};
 use crate::config::{Objectives, Period, Project, Target};
 use crate::probe::{LimitKind, Outcome, Position, Reason, Report, Span};
 
@@ -295,6 +295,7 @@ struct TargetSeries {
     limits: IntCounterVec,
     eligible: IntCounterVec,
     good: IntCounterVec,
+    bad_batches: IntCounterVec,
     batches: IntCounterVec,
     skipped: IntCounterVec,
     billed: IntCounter,
@@ -313,6 +314,8 @@ struct TargetSeries {
     last_completed: Gauge,
     last_success_ratio: Gauge,
     interval: Gauge,
+    shortest_interval: Gauge,
+    mean_interval: Gauge,
     slo_threshold: GaugeVec,
     slo_objective: GaugeVec,
     paused: Gauge,
@@ -354,6 +357,7 @@ impl TargetMetrics {
             ),
             eligible: families.counters(&catalogue::ELIGIBLE, slis),
             good: families.counters(&catalogue::GOOD, slis),
+            bad_batches: families.counters(&catalogue::BAD_BATCHES, slis),
             batches: families.counters(
                 &catalogue::BATCHES,
                 BatchResult::ALL.map(|result| [result.label()]),
@@ -384,6 +388,8 @@ impl TargetMetrics {
             last_completed: families.gauge(&catalogue::LAST_COMPLETED),
             last_success_ratio: families.gauge(&catalogue::LAST_SUCCESS_RATIO),
             interval: families.gauge(&catalogue::INTERVAL),
+            shortest_interval: families.gauge(&catalogue::SHORTEST_INTERVAL),
+            mean_interval: families.gauge(&catalogue::MEAN_INTERVAL),
             slo_threshold: families.gauges(&catalogue::SLO_THRESHOLD),
             slo_objective: families.gauges(&catalogue::SLO_OBJECTIVE),
             paused,
@@ -462,8 +468,15 @@ impl TargetMetrics {
     }
 
     /// Counts a batch that has ended; its probes are counted by themselves.
-    pub fn batch(&self, report: &BatchReport) {
+    pub fn batch(&self, report: &BatchReport, objectives: &Objectives) {
         let series = self.moving();
+        for sli in Sli::ALL {
+            let bad = |probe: &ProbeReport| sli.judge(&probe.report, objectives) == Verdict::Bad;
+            if report.probes.iter().any(bad) {
+                let label = [sli.label()];
+                series.bad_batches.with_label_values(&label).inc();
+            }
+        }
         let result = report.result();
         series.batches.with_label_values(&[result.label()]).inc();
         if result == BatchResult::Aborted {
@@ -496,10 +509,18 @@ impl TargetMetrics {
         self.moving().next_batch.set(at.map_or(f64::NAN, timestamp));
     }
 
-    /// The longest time between two batches in the next seven days; `None` where there are no two.
-    pub fn interval(&self, longest: Option<Duration>) {
-        let seconds = longest.map_or(f64::NAN, |longest| longest.as_secs_f64());
-        self.moving().interval.set(seconds);
+    /// The times between two batches in the next seven days; `None` where none are due.
+    pub fn intervals(
+        &self,
+        longest: Option<Duration>,
+        shortest: Option<Duration>,
+        mean: Option<Duration>,
+    ) {
+        let seconds = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64());
+        let series = self.moving();
+        series.interval.set(seconds(longest));
+        series.shortest_interval.set(seconds(shortest));
+        series.mean_interval.set(seconds(mean));
     }
 
     pub fn paused(&self, paused: bool) {

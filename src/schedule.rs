@@ -94,6 +94,20 @@ pub fn gaps(schedule: &Schedule, from: DateTime<Utc>, window: Duration) -> Optio
     }
 }
 
+/// Seven days, of which `day` is the first, by the number of ticks in them; `None` where there are none.
+pub fn mean_interval(schedule: &Schedule, day: NaiveDate) -> Option<Duration> {
+    const DAYS: u64 = 7;
+    if let Schedule::Every(every) = schedule {
+        return Some(*every);
+    }
+    let days = (0..DAYS).map(|after| day + Days::new(after));
+    let ticks: u64 = days
+        .map(|day| ticks_on(schedule, Duration::ZERO, day))
+        .sum();
+    let ticks = u32::try_from(ticks).ok().filter(|ticks| *ticks > 0)?;
+    Some(Duration::from_hours(DAYS * 24) / ticks)
+}
+
 /// The instants `offset + n * every` since the epoch, in nanoseconds.
 struct Grid {
     every: i128,

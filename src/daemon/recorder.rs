@@ -105,7 +105,7 @@ impl Recorder {
             super::skipped(&self.target, &self.metrics, id, cause, &refusal.to_string());
             return;
         }
-        self.metrics.batch(report);
+        self.metrics.batch(report, &self.settings.objectives);
         self.history.record(report, &self.settings, &self.project);
         let summary = report.summary();
         let took = report.ended_at - report.started_at;

@@ -86,6 +86,8 @@ catalogue! {
     ELIGIBLE: "slo_eligible_total" ["target" "sli"] Kind::Counter;
     /// Probes that count in a service level and were good.
     GOOD: "slo_good_total" ["target" "sli"] Kind::Counter;
+    /// Batches with a probe that counts in a service level and was bad.
+    BAD_BATCHES: "slo_bad_batches_total" ["target" "sli"] Kind::Counter;
     /// Batches by what their rooms came to.
     BATCHES: "batches_total" ["target" "result"] Kind::Counter;
     /// Ticks that started no batch, by what held it back.
@@ -129,6 +131,10 @@ catalogue! {
     LAST_SUCCESS_RATIO: "last_batch_success_ratio" ["target"] Kind::Gauge;
     /// Longest time between two batches in the next seven days.
     INTERVAL: "batch_interval_seconds" ["target"] Kind::Gauge;
+    /// Shortest time between two batches in the next seven days.
+    SHORTEST_INTERVAL: "batch_interval_shortest_seconds" ["target"] Kind::Gauge;
+    /// Seven days by the number of batches that are due in them.
+    MEAN_INTERVAL: "batch_interval_mean_seconds" ["target"] Kind::Gauge;
     /// Longest delay from the dispatch that is good, for the join and the first speech.
     SLO_THRESHOLD: "slo_threshold_seconds" ["target" "sli"] Kind::Gauge;
     /// Share of eligible probes that must be good.

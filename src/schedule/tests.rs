@@ -557,3 +557,17 @@ fn counts_and_gaps_agree(schedule: &Schedule, ticks: &[DateTime<Utc>], what: &st
         assert_eq!(gaps.shortest, *shortest, "{what} from {from}");
     }
 }
+
+#[test]
+fn mean_interval_takes_nights_and_weekends_in() {
+    let monday = at("2026-01-05T00:00:00Z").date_naive();
+    let office = cron("*/15 8-17 * * mon-fri", Tz::UTC);
+    assert_eq!(
+        mean_interval(&office, monday),
+        Some(Duration::from_hours(7 * 24) / 200)
+    );
+    let every = Schedule::Every(Duration::from_secs(7));
+    assert_eq!(mean_interval(&every, monday), Some(Duration::from_secs(7)));
+    let yearly = cron("0 0 1 6 *", Tz::UTC);
+    assert_eq!(mean_interval(&yearly, monday), None);
+}

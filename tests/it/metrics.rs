@@ -351,6 +351,7 @@ fn every_label_value_exists_at_zero_before_anything_has_happened() {
         ),
         ("slo_eligible_total", one(&Sli::ALL.map(Sli::label))),
         ("slo_good_total", one(&Sli::ALL.map(Sli::label))),
+        ("slo_bad_batches_total", one(&Sli::ALL.map(Sli::label))),
         (
             "batches_total",
             one(&BatchResult::ALL.map(BatchResult::label)),
@@ -411,6 +412,8 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
             "last_batch_completed_timestamp_seconds",
             "last_batch_success_ratio",
             "batch_interval_seconds",
+            "batch_interval_shortest_seconds",
+            "batch_interval_mean_seconds",
             "backoff_until_timestamp_seconds",
             "agent_budget_seconds",
             "agent_budget_used_seconds",
@@ -655,15 +658,17 @@ fn aborted_probe_counts_in_no_service_level() {
 fn batch_is_counted_by_its_result_and_only_a_completed_one_is_the_last() {
     let (metrics, support) = with_a_target();
     let limited = || failed(Reason::PlanLimit(LimitKind::Quota));
-    support.batch(&batch([
+    let objectives = target().objectives;
+    let mixed = [
         Outcome::Ok,
         failed(Reason::AgentSilent),
         limited(),
         Outcome::Ok,
-    ]));
+    ];
+    support.batch(&batch(mixed), &objectives);
     let mut aborted = batch([Outcome::Ok, Outcome::Aborted]);
     aborted.ended_at = moment() + TimeDelta::hours(1);
-    support.batch(&aborted);
+    support.batch(&aborted, &objectives);
     let scrape = Scrape::take(&metrics);
     let of = |result| scrape.value("batches_total", &[("result", result)]);
     assert_eq!((of("limited"), of("aborted")), (1.0, 1.0));
@@ -674,11 +679,29 @@ fn batch_is_counted_by_its_result_and_only_a_completed_one_is_the_last() {
 }
 
 #[test]
+fn bad_batch_is_counted_once_in_each_service_level_that_it_was_bad_in() {
+    let (metrics, support) = with_a_target();
+    let objectives = target().objectives;
+    support.batch(&batch([Outcome::Ok, Outcome::Ok]), &objectives);
+    let limited = failed(Reason::PlanLimit(LimitKind::Quota));
+    support.batch(&batch([limited.clone(), limited]), &objectives);
+    let silent = || failed(Reason::AgentSilent);
+    support.batch(&batch([silent(), Outcome::Ok, silent()]), &objectives);
+    let scrape = Scrape::take(&metrics);
+    let of = |sli| scrape.value("slo_bad_batches_total", &[("sli", sli)]);
+    assert_eq!((of("availability"), of("service")), (1.0, 2.0));
+}
+
+#[test]
 fn what_the_daemon_tells_of_a_target_is_shown() {
     let (metrics, support) = with_a_target();
     support.tick(moment());
     support.next_batch(Some(moment() + TimeDelta::minutes(15)));
-    support.interval(Some(Duration::from_mins(15)));
+    support.intervals(
+        Some(Duration::from_mins(15)),
+        Some(Duration::from_mins(5)),
+        Some(Duration::from_mins(10)),
+    );
     support.paused(true);
     support.leaked(2);
     support.swept(3);
@@ -690,6 +713,8 @@ fn what_the_daemon_tells_of_a_target_is_shown() {
     assert_eq!(value("last_tick_timestamp_seconds"), 1_790_000_000.25);
     assert_eq!(value("next_batch_timestamp_seconds"), 1_790_000_900.25);
     assert_eq!(value("batch_interval_seconds"), 900.0);
+    assert_eq!(value("batch_interval_shortest_seconds"), 300.0);
+    assert_eq!(value("batch_interval_mean_seconds"), 600.0);
     assert_eq!(value("target_paused"), 1.0);
     assert_eq!(value("rooms_leaked_total"), 2.0);
     assert_eq!(value("rooms_swept_total"), 3.0);
@@ -703,14 +728,20 @@ fn what_the_daemon_tells_of_a_target_is_shown() {
 
     drop(open);
     support.next_batch(None);
-    support.interval(None);
+    support.intervals(None, None, None);
     support.paused(false);
     let scrape = Scrape::take(&metrics);
     let value = |name| scrape.value(name, &[]);
     assert_eq!(value("rooms_in_flight"), 0.0);
     assert_eq!(value("target_paused"), 0.0);
     assert!(value("next_batch_timestamp_seconds").is_nan());
-    assert!(value("batch_interval_seconds").is_nan());
+    for gauge in [
+        "batch_interval_seconds",
+        "batch_interval_shortest_seconds",
+        "batch_interval_mean_seconds",
+    ] {
+        assert!(value(gauge).is_nan(), "{gauge}");
+    }
 }
 
 #[test]
@@ -824,7 +855,7 @@ fn series_of_a_removed_target_disappear_and_no_late_handle_brings_them_back() {
     let open = support.room_opened();
     metrics.remove_target("support");
     support.probe(&report(), &Objectives::default());
-    support.batch(&batch([Outcome::Ok]));
+    support.batch(&batch([Outcome::Ok]), &target().objectives);
     support.tick(moment());
     support.skipped(SkipCause::Overlap);
     drop(open);
@@ -857,7 +888,7 @@ fn targets_never_mix() {
     };
     let before = of_sales(&metrics);
     support.probe(&report(), &Objectives::default());
-    support.batch(&batch([Outcome::Ok]));
+    support.batch(&batch([Outcome::Ok]), &target().objectives);
     support.tick(moment());
     let _open = support.room_opened();
     assert_eq!(of_sales(&metrics), before);
