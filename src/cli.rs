@@ -32,6 +32,7 @@ mod once;
 mod phrasing;
 mod progress;
 mod rehearsal;
+mod rules;
 mod run;
 mod sandbox;
 mod sandboxed;
@@ -50,6 +51,7 @@ enum Command {
     Run(Run),
     Once(Once),
     Check(Check),
+    Rules(Rules),
     Demo(Demo),
     Drill(DrillArgs),
     Sandbox(SandboxArgs),
@@ -183,6 +185,18 @@ struct Check {
     /// Also try each project's credentials by a call that changes nothing
     #[arg(long)]
     connect: bool,
+}
+
+/// Print Prometheus alert rules for the settings
+///
+/// They serve every target of every canary that Prometheus scrapes; the schedules of these settings get windows
+/// that fit them exactly. Reads no credentials and connects to nothing.
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+struct Rules {
+    /// Settings to make rules for (TOML); without it: the defaults
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 /// See the canary at work on this machine, with nothing to sign up for
@@ -365,6 +379,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Once(once) => once::run(&once),
         Command::Check(check) => check::run(&check),
+        Command::Rules(args) => rules::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Drill(args) => drill::run(&args),
         Command::Sandbox(args) => sandbox::run(&args),

@@ -27,6 +27,7 @@ pub use problem::{Problem, Problems};
 #[derive(Debug, Clone)]
 pub struct Config {
     pub daemon: Daemon,
+    pub alerts: Alerts,
     pub projects: BTreeMap<String, Project>,
     pub targets: BTreeMap<String, Target>,
 }
@@ -100,6 +101,33 @@ impl Default for Lifetime {
             startup_delay: Duration::from_mins(1),
             drain_grace: Duration::from_secs(30),
             shutdown_linger: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What `rules` makes alert rules of, beside the targets' schedules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Alerts {
+    /// Over which an objective must be met. Prometheus must keep its data for so long.
+    pub slo_window: Duration,
+    /// The longest from scrape to scrape: no window may be so short that it holds only a few.
+    pub scrape_interval: Duration,
+    /// The severity of what somebody must look at now.
+    pub page: String,
+    /// The severity of what can wait for working hours.
+    pub ticket: String,
+    /// Where the table of alerts is to be read.
+    pub runbook: String,
+}
+
+impl Default for Alerts {
+    fn default() -> Self {
+        Self {
+            slo_window: Duration::from_hours(30 * 24),
+            scrape_interval: Duration::from_secs(30),
+            page: "page".to_owned(),
+            ticket: "ticket".to_owned(),
+            runbook: "README.md#alerts".to_owned(),
         }
     }
 }

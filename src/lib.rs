@@ -12,6 +12,7 @@
 //! daemon: puts the above together and keeps it going, for `run` and `demo`
 //! guard: what a project may use; its ledger and the journal of rooms are history's
 //! http: metrics, health, page and API of the daemon; knows none of the above but config
+//! rules: Prometheus rules for the settings
 //! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
 //! ```
 
@@ -26,5 +27,6 @@ pub mod janitor;
 pub mod livekit;
 pub mod metrics;
 pub mod probe;
+pub mod rules;
 pub mod sandbox;
 pub mod schedule;

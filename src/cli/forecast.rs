@@ -7,18 +7,16 @@ use std::time::Duration;
 use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{Config, Objectives, Period, Project, Schedule, Target};
+use crate::config::{Alerts, Config, Objectives, Period, Project, Schedule, Target};
 use crate::guard::{longest_batch, rooms_at_once, worst_cases};
 use crate::probe::whole_minutes;
-use crate::schedule::{Gaps, gaps, next_tick, offset, ticks_on};
+use crate::rules::longest_watched;
+use crate::schedule::{Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
 
 const WEEK: Duration = Duration::from_hours(7 * 24);
-/// What alerts on burn rates page at: 14.4 times what the objective allows, over an hour, is this share of the error
-/// budget of 30 days.
-const PAGES_FROM: f64 = 0.02;
-
 pub(super) struct Forecast<'a> {
     now: DateTime<Utc>,
+    alerts: &'a Alerts,
     /// Of twelve whole months, this one first.
     days: Vec<NaiveDate>,
     targets: BTreeMap<&'a str, TargetForecast<'a>>,
@@ -84,6 +82,7 @@ impl<'a> Forecast<'a> {
         });
         Self {
             now,
+            alerts: &config.alerts,
             targets: targets.collect(),
             days,
         }
@@ -148,9 +147,29 @@ impl<'a> Forecast<'a> {
                 spelled(gaps.shortest)
             ));
         }
-        let rooms = forecast.in_30_days() * forecast.target.batch.rooms as u64;
-        warnings.extend(single_room_pages(&forecast.target.objectives, rooms));
+        let target = forecast.target;
+        warnings.extend(self.unwatched(target));
+        let window = self.alerts.slo_window;
+        #[expect(clippy::cast_precision_loss, reason = "a share is shown, not a count")]
+        let rooms_in_30_days = (forecast.in_30_days() * target.batch.rooms as u64) as f64;
+        let rooms = rooms_in_30_days * window.div_duration_f64(Duration::from_hours(30 * 24));
+        warnings.extend(single_room_misses(&target.objectives, window, rooms));
         warnings
+    }
+
+    /// Where batches are too rare for the alerts on failed probes.
+    fn unwatched(&self, target: &Target) -> Option<String> {
+        let mean = mean_interval(&target.schedule, self.now.date_naive());
+        let longest = longest_watched(self.alerts);
+        let rare = match mean {
+            None => "its batches are more than a week apart".to_owned(),
+            Some(mean) if mean > longest => format!("its batches are {} apart", spelled(mean)),
+            Some(_) => return None,
+        };
+        Some(format!(
+            "{rare} on average, and alerts on burn rates need {} at most, a 24th of alerts.slo_window",
+            spelled(longest)
+        ))
     }
 
     pub(super) fn warnings_of_project(&self, name: &str, project: &Project) -> Vec<String> {
@@ -279,26 +298,24 @@ fn in_minutes(time: Duration) -> String {
     format!("{} agent minutes", time.as_secs() / 60)
 }
 
-/// A failed room is one of so many in 30 days, and the objective says how many of them may fail.
-fn single_room_pages(objectives: &Objectives, rooms: u64) -> Option<String> {
-    if rooms == 0 {
+/// An objective that so few rooms can't tell from perfection: the first that fails misses it.
+fn single_room_misses(objectives: &Objectives, window: Duration, rooms: f64) -> Option<String> {
+    if rooms < 1.0 {
         return None;
     }
-    #[expect(clippy::cast_precision_loss, reason = "a share is shown, not a count")]
-    let rooms_in_30_days = rooms as f64;
-    let burnt = |objective: f64| 1.0 / (rooms_in_30_days * (1.0 - objective));
     let objectives = [
         ("availability", objectives.availability),
         ("join", objectives.join),
         ("first_speech", objectives.first_speech),
         ("service", objectives.service),
     ];
-    let paging = objectives
+    let allowed = |objective: f64| rooms * (1.0 - objective);
+    let missed = objectives
         .iter()
-        .filter(|(_, objective)| burnt(*objective) > PAGES_FROM);
-    let (names, shares): (Vec<&str>, Vec<f64>) = paging.copied().unzip();
+        .filter(|(_, objective)| allowed(*objective) < 1.0);
+    let (names, shares): (Vec<&str>, Vec<f64>) = missed.copied().unzip();
     let strictest = shares.into_iter().reduce(f64::max)?;
-    let advice = match 1.0 - 1.0 / (PAGES_FROM * rooms_in_30_days) {
+    let advice = match 1.0 - 1.0 / rooms {
         highest if highest >= 0.01 => {
             format!(
                 "set them to {} at most, or open rooms more often",
@@ -308,10 +325,10 @@ fn single_room_pages(objectives: &Objectives, rooms: u64) -> Option<String> {
         _ => "open rooms more often".to_owned(),
     };
     Some(format!(
-        "one failed room pages: of {rooms} rooms in 30 days it is {:.1} % of the error budget of {strictest} \
-         (objectives: {}), and a burn of {:.0} % at once is what alerts page from; {advice}",
-        burnt(strictest) * 100.0,
+        "one failed room misses an objective: {strictest} allows {:.1} failures of {rooms:.0} rooms in {} (objectives: {}); \
+         {advice}",
+        allowed(strictest),
+        spelled(window),
         names.join(", "),
-        PAGES_FROM * 100.0,
     ))
 }

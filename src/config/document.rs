@@ -30,6 +30,8 @@ pub struct Draft {
     pub(super) folder: PathBuf,
     pub(super) settings: config::Config,
     pub(super) fallback: Fallback,
+    /// Whether credentials and certificates matter.
+    pub(super) signs_in: bool,
     problems: Vec<Problem>,
 }
 
@@ -52,6 +54,7 @@ impl Draft {
             folder: folder.to_owned(),
             settings,
             fallback: Fallback::default(),
+            signs_in: true,
             problems: Vec::new(),
         };
         for (name, value) in environment {
@@ -84,6 +87,18 @@ impl Draft {
     pub fn set(&mut self, path: &[&str], value: String, flag: &str) {
         let origin = format!("{flag} on the command line");
         self.lay(path, Value::new(Some(&origin), value));
+    }
+
+    /// For whoever never signs in: no credentials and no certificates are read, from wherever they are set.
+    #[must_use]
+    pub fn without_credentials(mut self) -> Self {
+        self.signs_in = false;
+        self.fallback = Fallback {
+            url: Some("ws://none.invalid".to_owned()),
+            api_key: Some("none".to_owned()),
+            api_secret: Some("none".to_owned()),
+        };
+        self
     }
 
     /// Lays one value over the settings: tables on its way are kept, anything else there gives way to it.

@@ -16,9 +16,9 @@ use super::document::{Draft, Fallback};
 use super::problem::{Problem, alternatives, from_variable, in_file, shown, similar};
 use super::section::{Section, Table, Taken, Text};
 use super::{
-    AgentMayLeave, Backoff, Batch, Budget, Config, Daemon, Deadlines, Dispatch, DispatchMode, Echo,
-    EchoMode, Expect, History, Http, Ice, Lifetime, Objectives, Project, Ramp, Schedule, Speech,
-    Stay, Target,
+    AgentMayLeave, Alerts, Backoff, Batch, Budget, Config, Daemon, Deadlines, Dispatch,
+    DispatchMode, Echo, EchoMode, Expect, History, Http, Ice, Lifetime, Objectives, Project, Ramp,
+    Schedule, Speech, Stay, Target,
 };
 
 /// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
@@ -26,6 +26,7 @@ const LONGEST: Duration = Duration::from_hours(1);
 const SHORTEST: Duration = Duration::from_millis(1);
 const MOST_ROOMS: usize = 10_000;
 const DAY: Duration = Duration::from_hours(24);
+const YEAR: Duration = Duration::from_hours(8766);
 /// Ten years.
 const LONGEST_KEPT: Duration = Duration::from_hours(10 * 8766);
 /// A batch more seldom than that watches nothing.
@@ -33,6 +34,15 @@ const LONGEST_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 /// A secret's file is a line of text; more than this is the wrong file.
 const SECRET_FILE_LIMIT: u64 = 64 * 1024;
+
+/// What only who signs in needs of a project.
+const CREDENTIALS: [&str; 5] = [
+    "api_key",
+    "api_key_file",
+    "api_secret",
+    "api_secret_file",
+    "ca_file",
+];
 
 pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let fallback = draft.fallback;
@@ -44,6 +54,7 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
         history: history(root.table("history"), &draft.folder),
         lifetime: lifetime(root.table("lifetime")),
     };
+    let alerts = alerts(root.table("alerts"));
     // Without a word about projects the environment alone describes the one there is.
     if project_entries.is_empty() {
         project_entries.push(("default".to_owned(), None, Table::new()));
@@ -52,7 +63,10 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
 
     let mut projects = BTreeMap::new();
     let mut max_rooms = BTreeMap::new();
-    for (name, place, table) in project_entries {
+    for (name, place, mut table) in project_entries {
+        if !draft.signs_in {
+            table.retain(|key, _| !CREDENTIALS.contains(&key.as_str()));
+        }
         let mut section = Section::of("project", &name, place, table, problems);
         let limit = section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MOST_ROOMS);
         max_rooms.insert(name.clone(), limit);
@@ -69,6 +83,7 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
         .collect();
     Config {
         daemon,
+        alerts,
         projects,
         targets,
     }
@@ -147,6 +162,45 @@ fn lifetime(mut section: Section<'_>) -> Lifetime {
     };
     section.finish();
     lifetime
+}
+
+fn alerts(mut section: Section<'_>) -> Alerts {
+    let default = Alerts::default();
+    let ticket_place = section
+        .place_of("ticket")
+        .or_else(|| section.place_of("page"));
+    let alerts = Alerts {
+        slo_window: section.duration("slo_window", default.slo_window, 7 * DAY..=YEAR),
+        scrape_interval: section.duration(
+            "scrape_interval",
+            default.scrape_interval,
+            SHORTEST_INTERVAL..=Duration::from_mins(2),
+        ),
+        page: line(&mut section, "page", default.page),
+        ticket: line(&mut section, "ticket", default.ticket),
+        runbook: line(&mut section, "runbook", default.runbook),
+    };
+    if alerts.page == alerts.ticket {
+        let message = "the same as page".to_owned();
+        let hint = "Alertmanager tells by the severity what may wait: make them differ";
+        section.problem("ticket", ticket_place, message, hint);
+    }
+    section.finish();
+    alerts
+}
+
+/// A line of text, for a label or an annotation. Braces would be a template of Prometheus'.
+fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String {
+    let Taken::Text(text) = section.text(key) else {
+        return default;
+    };
+    let fits = |char: char| !char.is_control() && !matches!(char, '{' | '}');
+    if !text.value.trim().is_empty() && text.value.chars().all(fits) {
+        return text.value;
+    }
+    let message = format!("{} is not a line of text", shown(&text.value));
+    section.problem(key, text.place, message, "write one line without braces");
+    default
 }
 
 fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> Option<Project> {

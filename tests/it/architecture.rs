@@ -35,9 +35,11 @@ const ARROWS: &[(&str, &[&str])] = &[
         "cli",
         &[
             "batch", "config", "daemon", "guard", "history", "http", "janitor", "livekit",
-            "metrics", "probe", "sandbox", "schedule",
+            "metrics", "probe", "rules", "sandbox", "schedule",
         ],
     ),
+    // Settings in, text out.
+    ("rules", &["config", "schedule"]),
     ("build", &[]),
     // Shares no code with the client side.
     ("sandbox", &[]),

@@ -70,6 +70,7 @@ fn help_says_what_each_command_does() {
         ("help", &["--help"][..]),
         ("help_once", &["once", "--help"]),
         ("help_check", &["check", "--help"]),
+        ("help_rules", &["rules", "--help"]),
         ("help_demo", &["demo", "--help"]),
         ("help_sandbox", &["sandbox", "--help"]),
         ("help_drill", &["drill", "--help"]),

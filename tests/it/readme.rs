@@ -1,6 +1,7 @@
 //! The README keeps up with the code.
 
 use livekit_canary::probe::{LimitKind, Reason};
+use livekit_canary::rules::{ALERTS, Severity};
 
 use crate::canary;
 
@@ -56,4 +57,25 @@ fn settings_of_the_guide_are_valid_and_fit_their_budget() {
     let run = canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
     assert_eq!(run.code, Some(0), "{}", run.output());
     assert!(!run.output().contains("warning"), "{}", run.output());
+}
+
+#[test]
+fn alerts_are_those_of_the_rules_with_severity_meaning_and_remedy() {
+    let rows = table("alert").into_iter();
+    let told = rows.map(|[alert, severity, _meaning, _remedy]| (alert.to_owned(), severity));
+    let mut known: Vec<(String, String)> = Vec::new();
+    for alert in ALERTS {
+        let severity = match alert.severity {
+            Severity::Page => "page",
+            Severity::Ticket => "ticket",
+        };
+        match known.last_mut() {
+            Some((name, severities)) if *name == quoted(alert.name) => {
+                *severities = format!("{severities}, {severity}");
+            }
+            _ => known.push((quoted(alert.name), severity.to_owned())),
+        }
+    }
+    let told = told.map(|(alert, severity)| (alert, severity.to_owned()));
+    assert_eq!(told.collect::<Vec<_>>(), known);
 }

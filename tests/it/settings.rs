@@ -8,7 +8,8 @@ use std::time::Duration;
 use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
-    Backoff, Budget, Config, Daemon, DispatchMode, Draft, History, Project, Ramp, Schedule, Target,
+    Alerts, Backoff, Budget, Config, Daemon, DispatchMode, Draft, History, Project, Ramp, Schedule,
+    Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -408,6 +409,14 @@ fn history_that_forgets_failures_first_is_told() {
 }
 
 #[test]
+fn alerts_that_nobody_could_use_are_told() {
+    assert_snapshot!(complaint(
+        "[alerts]\nslo_window = \"1d\"\nscrape_interval = \"5m\"\npage = \"\"\nrunbook = \"{{ x }}\"\n"
+    ));
+    assert_snapshot!(complaint("[alerts]\nticket = \"page\"\n"));
+}
+
+#[test]
 fn lifetime_out_of_range_is_told() {
     assert_snapshot!(complaint(
         "[lifetime]\nstartup_delay = \"2h\"\ndrain_grace = 30\nshutdown_linger = \"-5s\"\n"
@@ -641,6 +650,7 @@ fn sample_file_shows_the_defaults_of_the_code() {
         ..Daemon::default()
     };
     assert_eq!(config.daemon, daemon);
+    assert_eq!(config.alerts, Alerts::default());
 
     let folder = folder_with(&target_with(""));
     let bare = read_file(&folder.path().join("canary.toml"), &CREDENTIALS);

@@ -1,0 +1,14 @@
+//! `rules`: Prometheus rules for the settings.
+
+use chrono::Utc;
+
+use super::{Exit, Rules, print};
+use crate::config::Draft;
+use crate::rules;
+
+pub(super) fn run(args: &Rules) -> anyhow::Result<Exit> {
+    let draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let config = draft.without_credentials().validate()?;
+    print(&rules::render(&config, Utc::now()))?;
+    Ok(Exit::Ok)
+}

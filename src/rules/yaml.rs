@@ -1,0 +1,111 @@
+//! The text of a rule file. YAML by hand: expressions are blocks that a person can read, and no serializer writes comments.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::{Alert, DAY, Severity};
+use crate::config::Alerts;
+
+pub(super) struct File<'a> {
+    alerts: &'a Alerts,
+    pub(super) text: String,
+}
+
+impl<'a> File<'a> {
+    pub(super) fn new(alerts: &'a Alerts) -> Self {
+        // The window ends now: a block that reaches beyond it must still be there.
+        let kept = duration(alerts.slo_window + DAY);
+        Self {
+            alerts,
+            text: format!(
+                "# Alert rules for livekit-canary, printed by `livekit-canary rules`: change the settings, not this file.
+#
+# They are for Prometheus 2.42 or later, which must keep its data for {kept} (--storage.tsdb.retention.time={kept}) and
+# scrape the canary at least every {}. What a canary has to tell has the labels of its scrape but instance and
+# pod, so that a new pod goes on where the one before it ended.
+#
+# Windows are a multiple of a target's interval: one line of a record is for the targets with intervals of one class, since
+# PromQL takes no window from a series. All else that differs from target to target is read from its series.
+groups:
+",
+                duration(alerts.scrape_interval)
+            ),
+        }
+    }
+
+    pub(super) fn group(&mut self, name: &str, interval: Option<Duration>) {
+        self.line(&format!("- name: {name}"));
+        if let Some(interval) = interval {
+            self.line(&format!("  interval: {}", duration(interval)));
+        }
+        self.line("  rules:");
+    }
+
+    pub(super) fn record(&mut self, name: &str, expr: &str) {
+        self.line(&format!("  - record: {name}"));
+        self.expr(expr);
+    }
+
+    pub(super) fn alert(&mut self, alert: &Alert, expr: &str) {
+        self.line(&format!("  - alert: {}", alert.name));
+        self.expr(expr);
+        if alert.lasting > Duration::ZERO {
+            self.line(&format!("    for: {}", duration(alert.lasting)));
+        }
+        let severity = match alert.severity {
+            Severity::Page => &self.alerts.page,
+            Severity::Ticket => &self.alerts.ticket,
+        };
+        let labels = [("severity", severity.as_str()), ("component", COMPONENT)];
+        let annotations = [
+            ("summary", alert.summary),
+            ("description", alert.remedy),
+            ("runbook", self.alerts.runbook.as_str()),
+        ];
+        let mut text = String::new();
+        for (block, entries) in [("labels", &labels[..]), ("annotations", &annotations[..])] {
+            writeln!(text, "    {block}:").expect("writing to a string can't fail");
+            for (key, value) in entries {
+                // A JSON string is a string of YAML, too.
+                let value = serde_json::Value::from(*value);
+                writeln!(text, "      {key}: {value}").expect("writing to a string can't fail");
+            }
+        }
+        self.text.push_str(&text);
+    }
+
+    fn expr(&mut self, expr: &str) {
+        self.line("    expr: |-");
+        for line in expr.lines() {
+            self.line(&format!("      {line}"));
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        self.text.push_str(line);
+        self.text.push('\n');
+    }
+}
+
+/// The value of the label `component`, by which routes tell these alerts from others.
+pub(super) const COMPONENT: &str = "livekit-canary";
+
+/// As Prometheus writes one: whole, largest units first.
+pub(super) fn duration(duration: Duration) -> String {
+    const UNITS: [(&str, u128); 5] = [
+        ("d", 86_400_000),
+        ("h", 3_600_000),
+        ("m", 60_000),
+        ("s", 1000),
+        ("ms", 1),
+    ];
+    let mut left = duration.as_millis();
+    let mut text = String::new();
+    for (unit, length) in UNITS {
+        if left >= length {
+            write!(text, "{}{unit}", left / length).expect("writing to a string can't fail");
+            left %= length;
+        }
+    }
+    text
+}

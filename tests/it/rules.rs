@@ -1,0 +1,79 @@
+//! What `rules` prints. What the rules then do is for promtool to say: see tests/rules.
+
+use std::path::Path;
+
+use livekit_canary::metrics::{CATALOGUE, Kind, PREFIX};
+
+use crate::canary;
+
+/// What `rules` prints for these settings, without any credentials.
+fn rules(settings: &str) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("canary.toml"), settings).unwrap();
+    let run = canary(folder.path(), ["rules", "--config", "canary.toml"], &[]);
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    assert_eq!(run.stderr, "");
+    run.stdout
+}
+
+#[test]
+fn rules_that_are_deployed_are_those_of_the_default_settings() {
+    let file = "deploy/prometheus/livekit-canary.rules.yml";
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let folder = tempfile::tempdir().unwrap();
+    let run = canary(folder.path(), ["rules"], &[]);
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    // Printed again: livekit-canary rules > deploy/prometheus/livekit-canary.rules.yml
+    assert_eq!(std::fs::read_to_string(file).unwrap(), run.stdout);
+}
+
+#[test]
+fn own_schedule_gets_windows_that_fit_it() {
+    let settings = "[targets.support]\nagent_name = \"a\"\nschedule.every = \"20m\"\n";
+    let rules = rules(settings);
+    assert!(
+        rules.contains("[50m]))\n        and ignoring (sli) (livekit_canary:batch_interval:shortest > 900 <= 1200)"),
+        "{rules}"
+    );
+}
+
+#[test]
+fn settings_of_alerts_are_in_the_rules() {
+    let rules = rules(
+        "[alerts]\nslo_window = \"7d\"\npage = \"critical\"\nticket = \"warning\"\nrunbook = \"https://wiki/a#b\"\n",
+    );
+    for part in [
+        "--storage.tsdb.retention.time=8d",
+        "increase(livekit_canary_slo_good_total[7d])",
+        "severity: \"critical\"",
+        "severity: \"warning\"",
+        "runbook: \"https://wiki/a#b\"",
+    ] {
+        assert!(rules.contains(part), "no {part:?}");
+    }
+    assert!(!rules.contains("severity: \"page\"") && !rules.contains("README.md"));
+}
+
+#[test]
+fn rules_read_no_credentials() {
+    let missing =
+        "api_key_file = \"missing\"\napi_secret_file = \"missing\"\nca_file = \"missing\"\n";
+    let settings = format!("[projects.acme]\n{missing}[targets.support]\nagent_name = \"a\"\n");
+    assert_eq!(rules(&settings), rules(""));
+}
+
+#[test]
+fn every_series_that_a_rule_names_is_in_the_catalogue() {
+    let rules = rules("");
+    let names =
+        rules.split(|char: char| !(char.is_ascii_alphanumeric() || char == '_' || char == ':'));
+    let prefix = format!("{PREFIX}_");
+    let mut seen = 0;
+    for name in names.filter_map(|name| name.strip_prefix(&prefix)) {
+        let known = CATALOGUE.iter().find(|family| family.name == name);
+        let known = known.unwrap_or_else(|| panic!("{name} is not in the catalogue"));
+        assert!(!matches!(known.kind, Kind::Histogram(_)), "{name}");
+        seen += 1;
+    }
+    assert!(seen > 100, "{seen} series seen");
+}
