@@ -260,6 +260,8 @@ pub struct Target {
     pub echo: Echo,
     pub speech: Speech,
     pub expect: Expect,
+    /// Whether the agent's transcript is kept; it may hold personal data.
+    pub transcript: bool,
     /// How long a deleted room is re-checked where no agent was seen: a late agent re-creates it.
     pub late_agent_window: Duration,
 }
@@ -279,6 +281,7 @@ impl Default for Target {
             echo: Echo::default(),
             speech: Speech::default(),
             expect: Expect::default(),
+            transcript: false,
             late_agent_window: Duration::from_mins(1),
         }
     }

@@ -22,6 +22,7 @@ mod speech;
 #[cfg(test)]
 mod test_server;
 pub mod token;
+pub mod transcript;
 
 /// Where a project is and how to sign in there; nothing is connected yet.
 ///

@@ -14,11 +14,13 @@ pub mod driver;
 mod machine;
 mod outcome;
 mod timeline;
+mod transcript;
 mod turns;
 
 pub use machine::longest_verdict;
-pub use outcome::{Evidence, Failure, LimitKind, Origin, Outcome, Reason};
+pub use outcome::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
 pub use timeline::{Milestone, Span, Timeline, Turn};
+pub use transcript::Said;
 
 /// Whether the room was the first of its batch: a cold start hides there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +51,8 @@ pub struct Report {
     pub evidence: Evidence,
     pub timeline: Timeline,
     pub turns: Vec<Turn>,
+    /// What was said, in the agent's own writing; `None` where the target doesn't want to know.
+    pub transcript: Option<Vec<Said>>,
     pub agent: Option<Agent>,
     /// Agents of the target that came too late to count, or as a second one: each is a session that LiveKit bills.
     pub other_agents: u32,
@@ -69,6 +73,7 @@ impl Report {
             evidence: Evidence::default(),
             timeline: Timeline::default(),
             turns: Vec::new(),
+            transcript: None,
             agent: None,
             other_agents: 0,
             audio: AudioStats::default(),

@@ -20,6 +20,7 @@ use tokio::net::{TcpListener, UdpSocket};
 use tokio_util::sync::CancellationToken;
 
 mod agent;
+mod data_stream;
 mod demux;
 pub mod fault;
 mod peer;

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
+use crate::livekit::engine::Speaker;
 use crate::probe::{Evidence, Milestone, Reason, Report, Span, Turn};
 
 #[derive(Serialize)]
@@ -54,6 +55,7 @@ struct Probe<'a> {
     spans: InOrder,
     milestones: InOrder,
     turns: Vec<TurnMarks>,
+    transcript: Option<Vec<Said<'a>>>,
     agent: Option<Agent<'a>>,
     audio: Audio,
     url: Option<String>,
@@ -77,6 +79,15 @@ struct TurnMarks {
     echo_ended: Option<f64>,
     replied: Option<f64>,
     overlap: bool,
+}
+
+/// Seconds since the probe's start.
+#[derive(Serialize)]
+struct Said<'a> {
+    at: Option<f64>,
+    speaker: Speaker,
+    text: &'a str,
+    r#final: bool,
 }
 
 #[derive(Serialize)]
@@ -203,6 +214,15 @@ fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
             .iter()
             .map(|turn| marks(report, turn))
             .collect(),
+        transcript: report.transcript.as_ref().map(|said| {
+            let said = said.iter().map(|it| Said {
+                at: since_started(report, Some(it.at)),
+                speaker: it.speaker,
+                text: it.text.as_str(),
+                r#final: it.is_final,
+            });
+            said.collect()
+        }),
         agent: report.agent.as_ref().map(|agent| Agent {
             identity: &agent.identity,
             name: agent.name.as_deref(),
@@ -218,8 +238,7 @@ fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
 }
 
 fn marks(report: &Report, turn: &Turn) -> TurnMarks {
-    let started = report.timeline.get(Milestone::Started);
-    let since = |at: Option<Instant>| Some(seconds(at?.checked_duration_since(started?)?));
+    let since = |at| since_started(report, at);
     TurnMarks {
         agent_started: since(turn.agent_started),
         agent_ended: since(turn.agent_ended),
@@ -228,6 +247,11 @@ fn marks(report: &Report, turn: &Turn) -> TurnMarks {
         replied: since(turn.replied),
         overlap: turn.overlap,
     }
+}
+
+fn since_started(report: &Report, at: Option<Instant>) -> Option<f64> {
+    let started = report.timeline.get(Milestone::Started)?;
+    Some(seconds(at?.checked_duration_since(started)?))
 }
 
 /// The page of this room's session in LiveKit Cloud, where the project is known. A room id of another form than

@@ -8,9 +8,11 @@ use tokio::time::Instant;
 use crate::batch::{BatchReport, NotOpened, ProbeReport};
 use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
-use crate::livekit::engine::{Agent, AudioStats};
+use crate::livekit::engine::{Agent, AudioStats, Speaker, TurnMetrics};
+use crate::livekit::transcript::Text;
 use crate::probe::{
-    Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
+    AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Said,
+    Timeline, Turn,
 };
 
 fn start_of_day() -> DateTime<Utc> {
@@ -73,6 +75,14 @@ pub(crate) fn probe(
         outcome,
         evidence,
         turns: if spoke { vec![turn] } else { Vec::new() },
+        transcript: spoke.then(|| {
+            vec![Said {
+                at: at(1100),
+                speaker: Speaker::Agent,
+                text: Text::new("Good day to you."),
+                is_final: true,
+            }]
+        }),
         agent: timeline.get(Milestone::AgentJoined).map(|_| Agent {
             identity: "agent-AJ_1".to_owned(),
             sid: "PA_1".to_owned(),
@@ -145,7 +155,29 @@ pub(crate) fn mixed() -> BatchReport {
     let failure = |reason, detail| failed(reason, detail);
     batch(
         vec![
-            probe(1, Outcome::Ok, Evidence::default(), WELL),
+            probe(
+                1,
+                Outcome::Ok,
+                Evidence {
+                    agent_metrics: vec![AgentTurn {
+                        at: 3.012_345_678,
+                        metrics: TurnMetrics {
+                            speaker: Speaker::Agent,
+                            interrupted: false,
+                            transcription_delay_seconds: None,
+                            end_of_turn_delay_seconds: None,
+                            on_user_turn_completed_delay_seconds: None,
+                            llm_ttft_seconds: Some(0.3),
+                            llm_ttfs_seconds: Some(0.4),
+                            llm_tokens_per_second: Some(61.5),
+                            tts_ttfb_seconds: Some(0.2),
+                            e2e_latency_seconds: None,
+                        },
+                    }],
+                    ..Evidence::default()
+                },
+                WELL,
+            ),
             probe(
                 2,
                 failure(

@@ -454,6 +454,7 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
         echo: echo(section.table("echo")),
         speech: speech(section.table("speech")),
         expect: expect(section.table("expect")),
+        transcript: section.boolean("transcript", default.transcript),
         late_agent_window: section.duration(
             "late_agent_window",
             default.late_agent_window,

@@ -7,6 +7,7 @@ use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -18,6 +19,7 @@ use super::participant;
 use super::rtp::Receiver;
 use super::signal::SignalError;
 use super::token::Keys;
+use super::transcript::Words;
 use crate::config::{Echo, Ice, Speech};
 
 /// Events that may wait to be read. A busy call has some tens; who falls behind this far no longer reads.
@@ -39,6 +41,8 @@ pub struct JoinRequest {
     pub speech: Speech,
     pub signal_timeout: Duration,
     pub ice: Ice,
+    /// Whether the transcript is read.
+    pub transcript: bool,
 }
 
 /// A running participant. Dropping it ends the actor without ceremony.
@@ -98,6 +102,16 @@ pub enum Seen {
         identity: String,
         message: String,
     },
+    /// A participant's `AgentSession` measured a turn.
+    AgentMetrics {
+        identity: String,
+        metrics: TurnMetrics,
+    },
+    /// Words of a transcript; where they are ours, whatever participant their sender names.
+    Transcribed {
+        speaker: Speaker,
+        words: Words,
+    },
     /// A second agent of the target's name.
     AgentDuplicate {
         identity: String,
@@ -128,6 +142,39 @@ pub struct Agent {
     /// The server tells of a participant that neither publishes nor changes an attribute only every three seconds, so
     /// the first sight can come that much after the join.
     pub joined: Option<Instant>,
+}
+
+/// Whose turn, or whose words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Speaker {
+    Agent,
+    /// We.
+    Caller,
+}
+
+/// What an `AgentSession` measured of one turn: of the caller's, how it heard it; of its own, how it came to answer
+/// (`MetricsReport` in livekit-agents' `llm/chat_context.py`).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TurnMetrics {
+    pub speaker: Speaker,
+    /// The agent was cut short.
+    pub interrupted: bool,
+    /// From the end of the caller's speech to its transcript.
+    pub transcription_delay_seconds: Option<f64>,
+    /// From the end of the caller's speech to the decision that the turn is over.
+    pub end_of_turn_delay_seconds: Option<f64>,
+    /// In the agent's own `on_user_turn_completed`.
+    pub on_user_turn_completed_delay_seconds: Option<f64>,
+    /// To the first token of the LLM.
+    pub llm_ttft_seconds: Option<f64>,
+    /// To its first sentence, as the TTS got it.
+    pub llm_ttfs_seconds: Option<f64>,
+    pub llm_tokens_per_second: Option<f64>,
+    /// From the first text to the first audio of the TTS.
+    pub tts_ttfb_seconds: Option<f64>,
+    /// From the end of the caller's speech to the start of the answer.
+    pub e2e_latency_seconds: Option<f64>,
 }
 
 /// Why a participant is no longer in its room.
@@ -256,6 +303,7 @@ mod tests {
             speech: Speech::default(),
             signal_timeout: Duration::from_secs(10),
             ice: Ice::default(),
+            transcript: false,
         }
     }
 

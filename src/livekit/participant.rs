@@ -16,13 +16,14 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::echo::{self, Echo};
-use super::engine::{Ended, JoinRequest, Right, RoomEvent, Seen};
+use super::engine::{Ended, JoinRequest, Right, RoomEvent, Seen, Speaker};
 use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
 use super::roster::Roster;
 use super::rtp::{self, Receiver};
-use super::session_stream::{self, SessionError};
+use super::session_stream::{self, Told};
 use super::signal::{Joined, Signal, SignalError, leave_reason};
 use super::speech::{Detector, Heard};
+use super::transcript::Words;
 use crate::config::Ice;
 
 /// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
@@ -57,6 +58,15 @@ impl Outlet {
         self.pass(RoomEvent { at, seen })
     }
 
+    /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
+    fn tell_if_room(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+        if self.events.capacity() > self.events.max_capacity() / 2 {
+            self.tell(at, seen)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Never waits: an event that waited would hold up the media.
     fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
         self.events.try_send(event).map_err(|error| match error {
@@ -88,7 +98,11 @@ pub(super) async fn run(
             Err(why) => return why,
         },
     };
-    let why = session.serve(&leave).await.unwrap_or_else(|why| why);
+    let served = session.serve(&leave).await;
+    let told = session.tell_unfinished();
+    let why = served
+        .and_then(|why| told.map(|()| why))
+        .unwrap_or_else(|why| why);
     // A connection that is gone or that the server ended takes no farewell.
     if !matches!(why, Ended::Signal(_) | Ended::Removed { .. }) {
         session.signal.leave(LEAVE_TIMEOUT).await;
@@ -133,6 +147,7 @@ struct Session<'a> {
     echo: Echo,
     track: Track,
     listening: Listening,
+    identity: String,
     reports: session_stream::Reader,
     media_told: bool,
     /// Where the server wants media, as far as it was told.
@@ -232,7 +247,7 @@ impl<'a> Session<'a> {
             signal,
             publisher,
             subscriber,
-            roster: Roster::new(identity, request.agent_name.clone()),
+            roster: Roster::new(identity.clone(), request.agent_name.clone()),
             voice,
             speech: Detector::new(request.speech.clone()),
             echo: Echo::new(request.echo.clone()),
@@ -246,7 +261,8 @@ impl<'a> Session<'a> {
                 last: None,
             },
             listening: Listening::default(),
-            reports: session_stream::Reader::default(),
+            identity,
+            reports: session_stream::Reader::new(request.transcript),
             media_told: false,
             addresses: Vec::new(),
             udp_tried: request.ice == Ice::All,
@@ -372,12 +388,34 @@ impl<'a> Session<'a> {
     }
 
     fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
-        match self.reports.on_data(data) {
-            Some(SessionError { identity, message }) => {
-                self.outlet.tell(at, Seen::AgentError { identity, message })
-            }
-            None => Ok(()),
+        for told in self.reports.on_data(at, data) {
+            let seen = match told {
+                Told::Error { identity, message } => Seen::AgentError { identity, message },
+                Told::Turn { identity, metrics } => Seen::AgentMetrics { identity, metrics },
+                Told::Words(words) => self.transcribed(words),
+            };
+            self.outlet.tell_if_room(at, seen)?;
         }
+        Ok(())
+    }
+
+    fn transcribed(&self, words: Words) -> Seen {
+        let of_us = words.track.is_some() && words.track == self.track.sid;
+        let speaker = if of_us || words.identity == self.identity {
+            Speaker::Caller
+        } else {
+            Speaker::Agent
+        };
+        Seen::Transcribed { speaker, words }
+    }
+
+    /// Tells what was being said when it all ended.
+    fn tell_unfinished(&mut self) -> Result<(), Ended> {
+        for words in self.reports.unfinished() {
+            let seen = self.transcribed(words);
+            self.outlet.tell_if_room(Instant::now(), seen)?;
+        }
+        Ok(())
     }
 
     async fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
@@ -737,6 +775,22 @@ mod tests {
         let order: Vec<_> = std::iter::from_fn(|| reader.try_recv().ok()).collect();
         assert_eq!(order.len(), 3);
         assert!(matches!(order[2].seen, Seen::SpeechEnded));
+    }
+
+    #[test]
+    fn what_no_verdict_needs_leaves_the_rest_its_places() {
+        let (events, mut reader) = mpsc::channel(10);
+        let outlet = Outlet { events };
+        let error = || Seen::AgentError {
+            identity: String::new(),
+            message: String::new(),
+        };
+        for _ in 0..100 {
+            assert!(outlet.tell_if_room(Instant::now(), error()).is_ok());
+        }
+        assert!(outlet.tell(Instant::now(), Seen::EchoStarted).is_ok());
+        let told = std::iter::from_fn(|| reader.try_recv().ok());
+        assert_eq!(told.count(), 6);
     }
 
     #[test]

@@ -1,79 +1,119 @@
-//! What an `AgentSession` reports of itself over data channels: byte streams of topic `lk.agent.session`, each one
-//! `AgentSessionMessage` (livekit-agents 1.5 and later). Only errors are looked at.
+//! What an agent tells over data channels: byte streams of topic `lk.agent.session`, each one `AgentSessionMessage`
+//! (livekit-agents 1.5 and later), of which errors and the metrics of turns are read; and, where it is wanted, the
+//! transcript.
 //!
-//! The job's first session with a room sends them to everybody there, unasked, unless its developer started it with
-//! `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).
+//! The job's first session with a room sends its messages to everybody there, unasked, unless its developer started it
+//! with `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).
 //!
 //! Whoever is in the room may send here: what is kept at once is bounded, and what is malformed is dropped.
 
 use std::collections::VecDeque;
 
 use livekit_protocol::agent::{
-    AgentSessionMessage, agent_session_event::Event, agent_session_message::Message,
+    AgentSessionMessage, ChatMessage, ChatRole, MetricsReport, agent_session_event::Event,
+    agent_session_message::Message, chat_context::chat_item::Item,
 };
 use livekit_protocol::data_packet::Value;
 use livekit_protocol::{DataPacket, data_stream};
 use prost::Message as _;
+use tokio::time::Instant;
 
+use super::engine::{Speaker, TurnMetrics};
 use super::exchange::presentable;
+use super::transcript::{self, Heading, Words};
 
 const TOPIC: &str = "lk.agent.session";
 
 /// Streams that are under way at once; the oldest gives way.
-const MOST_STREAMS: usize = 4;
+const MOST_STREAMS: usize = 8;
 
-/// Of one stream. An error is a line or a few; a stream that grows beyond it is dropped.
+/// Of one stream. An error is a line or a few, a turn with its text some KiB.
 const MOST_BYTES: usize = 64 * 1024;
 
-/// An error that an agent's session reported, in its words.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct SessionError {
-    /// The sender's identity, by the server's word.
-    pub(super) identity: String,
-    pub(super) message: String,
+/// Of a stream's id, which is a UUID.
+const LONGEST_ID: usize = 128;
+
+/// What a participant told; its identity is the server's word.
+#[derive(Debug, PartialEq)]
+pub(super) enum Told {
+    /// An error that its session reported, in its words.
+    Error {
+        identity: String,
+        message: String,
+    },
+    Turn {
+        identity: String,
+        metrics: TurnMetrics,
+    },
+    Words(Words),
 }
 
 /// Puts streams together.
-#[derive(Default)]
 pub(super) struct Reader {
+    /// Whether transcripts are wanted; otherwise nothing of them is kept even for a moment.
+    transcript: bool,
     streams: VecDeque<Stream>,
 }
 
 struct Stream {
     id: String,
     content: Vec<u8>,
+    kind: Kind,
+}
+
+enum Kind {
+    Session,
+    Transcript(Heading),
 }
 
 impl Reader {
-    /// Takes what came on a reliable data channel.
-    pub(super) fn on_data(&mut self, data: &[u8]) -> Option<SessionError> {
-        let packet = DataPacket::decode(data).ok()?;
-        match packet.value? {
-            Value::StreamHeader(header) => {
-                self.begin(header);
-                None
-            }
-            Value::StreamChunk(chunk) => {
-                self.append(&chunk);
-                None
-            }
-            Value::StreamTrailer(trailer) => {
-                let ended = self
-                    .streams
-                    .iter()
-                    .position(|it| it.id == trailer.stream_id);
-                let stream = self.streams.remove(ended?)?;
-                Some(SessionError {
-                    identity: packet.participant_identity,
-                    message: error_in(&stream.content)?,
-                })
-            }
-            _ => None,
+    pub(super) fn new(transcript: bool) -> Self {
+        Self {
+            transcript,
+            streams: VecDeque::new(),
         }
     }
 
-    fn begin(&mut self, header: data_stream::Header) {
-        if header.topic != TOPIC {
+    /// Takes what came on a reliable data channel.
+    pub(super) fn on_data(&mut self, at: Instant, data: &[u8]) -> Vec<Told> {
+        let Ok(packet) = DataPacket::decode(data) else {
+            return Vec::new();
+        };
+        let identity = packet.participant_identity;
+        match packet.value {
+            Some(Value::StreamHeader(header)) => self.begin(at, identity, header),
+            Some(Value::StreamChunk(chunk)) => self.append(&chunk),
+            Some(Value::StreamTrailer(trailer)) => {
+                return self.end(identity, &trailer).into_iter().collect();
+            }
+            Some(Value::Transcription(packet)) if self.transcript => {
+                let words = transcript::of_packet(at, packet);
+                return words.map(Told::Words).collect();
+            }
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    /// The transcripts that were cut off.
+    pub(super) fn unfinished(&mut self) -> Vec<Words> {
+        let streams = self.streams.drain(..);
+        let words = streams.filter_map(|stream| match stream.kind {
+            Kind::Session => None,
+            Kind::Transcript(heading) => heading.words(&stream.content, None),
+        });
+        words.collect()
+    }
+
+    fn begin(&mut self, at: Instant, identity: String, header: data_stream::Header) {
+        let kind = match header.topic.as_str() {
+            TOPIC => Kind::Session,
+            transcript::TOPIC if self.transcript => {
+                Kind::Transcript(Heading::of(at, identity, &header))
+            }
+            _ => return,
+        };
+        if header.stream_id.len() > LONGEST_ID {
             return;
         }
         if self.streams.len() == MOST_STREAMS {
@@ -82,6 +122,7 @@ impl Reader {
         self.streams.push_back(Stream {
             id: header.stream_id,
             content: Vec::new(),
+            kind,
         });
     }
 
@@ -90,28 +131,86 @@ impl Reader {
         let Some(stream) = self.streams.iter_mut().find(|it| it.id == *id) else {
             return;
         };
-        if stream.content.len() + chunk.content.len() <= MOST_BYTES {
+        let fits = stream.content.len() + chunk.content.len() <= MOST_BYTES;
+        if fits {
             stream.content.extend_from_slice(&chunk.content);
-        } else {
+        } else if matches!(stream.kind, Kind::Session) {
+            // Half a message says nothing; of a text what has come is kept.
             self.streams.retain(|it| it.id != *id);
+        }
+    }
+
+    fn end(&mut self, identity: String, trailer: &data_stream::Trailer) -> Option<Told> {
+        let mut streams = self.streams.iter();
+        let ended = streams.position(|it| it.id == trailer.stream_id)?;
+        let stream = self.streams.remove(ended)?;
+        match stream.kind {
+            Kind::Session => session_message(identity, &stream.content),
+            Kind::Transcript(heading) => heading
+                .words(&stream.content, Some(trailer))
+                .map(Told::Words),
         }
     }
 }
 
-fn error_in(content: &[u8]) -> Option<String> {
+fn session_message(identity: String, content: &[u8]) -> Option<Told> {
     let message = AgentSessionMessage::decode(content).ok()?.message?;
     let Message::Event(event) = message else {
         return None;
     };
     match event.event? {
-        Event::Error(error) => Some(presentable(&error.message)),
+        Event::Error(error) => Some(Told::Error {
+            identity,
+            message: presentable(&error.message),
+        }),
+        // A message is added to the conversation once it was spoken.
+        Event::ConversationItemAdded(added) => match added.item?.item? {
+            Item::Message(message) => {
+                let metrics = metrics_of(&message)?;
+                Some(Told::Turn { identity, metrics })
+            }
+            _ => None,
+        },
         _ => None,
+    }
+}
+
+/// `None` where nothing was measured, as for a text that the agent was just told to say.
+fn metrics_of(message: &ChatMessage) -> Option<TurnMetrics> {
+    let speaker = match message.role() {
+        ChatRole::Assistant => Speaker::Agent,
+        ChatRole::User => Speaker::Caller,
+        ChatRole::Developer | ChatRole::System => return None,
+    };
+    let report = message.metrics.as_ref()?;
+    let metrics = figures(speaker, message.interrupted, report);
+    let nothing = figures(speaker, message.interrupted, &MetricsReport::default());
+    (metrics != nothing).then_some(metrics)
+}
+
+fn figures(speaker: Speaker, interrupted: bool, report: &MetricsReport) -> TurnMetrics {
+    let figure = |given: Option<f64>| {
+        let given = given.filter(|it| it.is_finite() && *it >= 0.0);
+        given.map(|it| (it * 1e6).round() / 1e6)
+    };
+    TurnMetrics {
+        speaker,
+        interrupted,
+        transcription_delay_seconds: figure(report.transcription_delay),
+        end_of_turn_delay_seconds: figure(report.end_of_turn_delay),
+        on_user_turn_completed_delay_seconds: figure(report.on_user_turn_completed_delay),
+        llm_ttft_seconds: figure(report.llm_node_ttft),
+        llm_ttfs_seconds: figure(report.llm_node_ttfs),
+        llm_tokens_per_second: figure(report.llm_node_tps),
+        tts_ttfb_seconds: figure(report.tts_node_ttfb),
+        e2e_latency_seconds: figure(report.e2e_latency),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use livekit_protocol::agent::{AgentSessionEvent, agent_session_event};
+    use livekit_protocol::agent::{AgentSessionEvent, agent_session_event, chat_context::ChatItem};
+    use livekit_protocol::{Transcription, TranscriptionSegment};
 
     use super::*;
 
@@ -147,12 +246,9 @@ mod tests {
         }))
     }
 
-    fn error(message: &str) -> Vec<u8> {
-        let error = agent_session_event::Error {
-            message: message.to_owned(),
-        };
+    fn session_message(event: Event) -> Vec<u8> {
         let event = AgentSessionEvent {
-            event: Some(Event::Error(error)),
+            event: Some(event),
             ..AgentSessionEvent::default()
         };
         let message = AgentSessionMessage {
@@ -161,11 +257,154 @@ mod tests {
         message.encode_to_vec()
     }
 
-    /// What the reader makes of all of these, one after the other.
+    fn error(message: &str) -> Vec<u8> {
+        session_message(Event::Error(agent_session_event::Error {
+            message: message.to_owned(),
+        }))
+    }
+
+    fn turn(role: ChatRole, metrics: MetricsReport) -> Vec<u8> {
+        let message = ChatMessage {
+            role: role.into(),
+            metrics: Some(metrics),
+            ..ChatMessage::default()
+        };
+        let added = agent_session_event::ConversationItemAdded {
+            item: Some(ChatItem {
+                item: Some(Item::Message(message)),
+            }),
+        };
+        session_message(Event::ConversationItemAdded(added))
+    }
+
+    #[test]
+    fn turns_are_told_with_what_was_measured_and_with_nothing_else() {
+        let measured = MetricsReport {
+            llm_node_ttft: Some(0.25),
+            tts_node_ttfb: Some(f64::NAN),
+            e2e_latency: Some(-1.0),
+            ..MetricsReport::default()
+        };
+        let mut reader = Reader::new(false);
+        let mut told = |role, report| {
+            let packets = [
+                header("a", TOPIC),
+                chunk("a", &turn(role, report)),
+                trailer("a"),
+            ];
+            let read = packets.map(|packet| reader.on_data(Instant::now(), &packet));
+            read.into_iter().flatten().collect::<Vec<_>>()
+        };
+        let own = figures(
+            Speaker::Agent,
+            false,
+            &MetricsReport {
+                llm_node_ttft: Some(0.25),
+                ..MetricsReport::default()
+            },
+        );
+        assert_eq!(
+            told(ChatRole::Assistant, measured),
+            [Told::Turn {
+                identity: "agent-x".to_owned(),
+                metrics: own
+            }]
+        );
+        assert_eq!(told(ChatRole::System, measured), []);
+        assert_eq!(told(ChatRole::Assistant, MetricsReport::default()), []);
+    }
+
+    /// A text stream's header with its attributes.
+    fn speech(id: &str, attributes: &[(&str, &str)]) -> Vec<u8> {
+        let attributes = attributes.iter();
+        packet(Value::StreamHeader(data_stream::Header {
+            stream_id: id.to_owned(),
+            topic: transcript::TOPIC.to_owned(),
+            attributes: attributes
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+            ..data_stream::Header::default()
+        }))
+    }
+
+    fn said(told: Vec<Told>) -> Vec<(String, String, bool)> {
+        let words = told.into_iter().map(|told| match told {
+            Told::Words(words) => (
+                words.segment,
+                words.text.as_str().to_owned(),
+                words.is_final,
+            ),
+            other => panic!("{other:?}"),
+        });
+        words.collect()
+    }
+
+    #[test]
+    fn transcript_is_read_where_it_is_wanted_and_what_is_cut_off_is_not_final() {
+        let segment = ("lk.segment_id", "SG_1");
+        let packets = [
+            speech("a", &[segment, ("lk.transcription_final", "true")]),
+            chunk("a", "Good ".as_bytes()),
+            chunk("a", "day €".as_bytes()),
+            speech("b", &[("lk.transcription_final", "false")]),
+            chunk("b", b"so"),
+            trailer("a"),
+            trailer("b"),
+            speech("c", &[("lk.transcription_final", "true")]),
+            chunk("c", b"well, I"),
+        ];
+        let mut reader = Reader::new(true);
+        let read = packets
+            .iter()
+            .flat_map(|packet| reader.on_data(Instant::now(), packet));
+        let expected = [("SG_1", "Good day €", true), ("b", "so", false)];
+        let own = |(segment, text, is_final): (&str, &str, bool)| {
+            (segment.to_owned(), text.to_owned(), is_final)
+        };
+        assert_eq!(said(read.collect()), expected.map(own));
+        let cut = reader.unfinished().into_iter().map(Told::Words);
+        assert_eq!(said(cut.collect()), [own(("c", "well, I", false))]);
+
+        let mut unwanted = Reader::new(false);
+        for packet in &packets {
+            assert_eq!(unwanted.on_data(Instant::now(), packet), []);
+        }
+        assert!(unwanted.streams.is_empty());
+    }
+
+    #[test]
+    fn older_packets_are_read_and_the_words_are_not_in_debug_output() {
+        let older = packet(Value::Transcription(Transcription {
+            transcribed_participant_identity: "canary-echo".to_owned(),
+            track_id: "TR_1".to_owned(),
+            segments: vec![TranscriptionSegment {
+                id: "SG_1".to_owned(),
+                text: "my name is Smith".to_owned(),
+                r#final: true,
+                ..TranscriptionSegment::default()
+            }],
+        }));
+        let told = Reader::new(true).on_data(Instant::now(), &older);
+        assert!(!format!("{told:?}").contains("Smith"));
+        let expected = ("SG_1".to_owned(), "my name is Smith".to_owned(), true);
+        assert_eq!(said(told), [expected]);
+        assert_eq!(Reader::new(false).on_data(Instant::now(), &older), []);
+    }
+
+    /// The errors that the reader finds in these, one after the other.
     fn read(packets: &[Vec<u8>]) -> Vec<String> {
-        let mut reader = Reader::default();
-        let errors = packets.iter().filter_map(|packet| reader.on_data(packet));
-        errors.map(|error| error.message).collect()
+        let mut reader = Reader::new(true);
+        let told = packets
+            .iter()
+            .flat_map(|packet| reader.on_data(Instant::now(), packet));
+        let errors = told.map(|told| match told {
+            Told::Error { identity, message } => {
+                assert_eq!(identity, "agent-x");
+                message
+            }
+            other => panic!("{other:?}"),
+        });
+        errors.collect()
     }
 
     #[test]
@@ -181,11 +420,6 @@ mod tests {
             trailer("a"),
         ];
         assert_eq!(read(&packets), ["other", "one"]);
-        let mut reader = Reader::default();
-        for packet in &packets[..5] {
-            assert_eq!(reader.on_data(packet), None);
-        }
-        assert_eq!(reader.on_data(&trailer("a")).unwrap().identity, "agent-x");
     }
 
     #[test]
@@ -204,14 +438,16 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_bounded() {
-        let mut reader = Reader::default();
+        let mut reader = Reader::new(true);
+        let now = Instant::now();
         for id in 0..100 {
-            let id = id.to_string();
-            reader.on_data(&header(&id, TOPIC));
-            for _ in 0..100 {
-                reader.on_data(&chunk(&id, &[0; 1024]));
+            for topic in [TOPIC, transcript::TOPIC] {
+                let id = format!("{id} {topic}");
+                reader.on_data(now, &header(&id, topic));
+                for _ in 0..100 {
+                    reader.on_data(now, &chunk(&id, &[0; 1024]));
+                }
             }
-            reader.on_data(&header(&id, TOPIC));
         }
         assert!(reader.streams.len() <= MOST_STREAMS);
         let kept = reader.streams.iter().map(|stream| stream.content.len());

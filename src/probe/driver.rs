@@ -329,6 +329,7 @@ impl Driver {
             speech: target.speech.clone(),
             signal_timeout: target.deadlines.signal,
             ice: self.context.project.ice,
+            transcript: target.transcript,
         }
     }
 

@@ -6,13 +6,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::outcome::{Step, names_inference_limit, quote};
+use super::transcript::Transcript;
 use super::turns::Turns;
-use super::{Failure, Milestone, Outcome, Position, Progress, Reason, Report};
+use super::{AgentTurn, Failure, Milestone, Outcome, Position, Progress, Reason, Report};
 use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::api::{ApiError, Call, DispatchInfo, RoomInfo};
-use crate::livekit::engine::{Agent, AudioStats, Ended, Right, RoomEvent, Seen};
+use crate::livekit::engine::{Agent, AudioStats, Ended, Right, RoomEvent, Seen, TurnMetrics};
 
 /// The engine's own deadline for signal comes first, for it knows more; this much later ours does.
 const ENGINE_GRACE: Duration = Duration::from_secs(2);
@@ -179,6 +180,7 @@ pub(super) struct Probe {
     /// Where the server wants media.
     media_addresses: Vec<String>,
     turns: Turns,
+    transcript: Transcript,
     report: Report,
     actions: Vec<Action>,
 }
@@ -207,6 +209,7 @@ impl Probe {
             strays: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
+            transcript: Transcript::default(),
             report: Report::new(
                 room,
                 position,
@@ -260,6 +263,10 @@ impl Probe {
 
     pub(super) fn into_report(mut self) -> Report {
         self.report.turns = self.turns.list().to_vec();
+        if self.target.transcript {
+            let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
+            self.report.transcript = Some(self.transcript.of(agent));
+        }
         self.report
     }
 
@@ -385,6 +392,8 @@ impl Probe {
         match event.seen {
             Seen::Ended { why, audio } => self.ended(why, audio, at, now),
             Seen::AgentError { identity, message } => self.agent_error(&identity, &message),
+            Seen::AgentMetrics { identity, metrics } => self.agent_metrics(&identity, metrics, at),
+            Seen::Transcribed { speaker, words } => self.transcript.hear(speaker, words),
             seen if self.outcome.is_some() || matches!(self.phase, Phase::LastLook { .. }) => {
                 self.late(seen, at);
             }
@@ -458,7 +467,10 @@ impl Probe {
                 kind,
                 agent_name,
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
-            Seen::AgentError { .. } | Seen::Ended { .. } => unreachable!("handled before"),
+            Seen::AgentError { .. }
+            | Seen::AgentMetrics { .. }
+            | Seen::Transcribed { .. }
+            | Seen::Ended { .. } => unreachable!("handled before"),
         }
     }
 
@@ -471,6 +483,20 @@ impl Probe {
         self.note(format!("the agent reported an error: {}", quote(message)));
         if self.outcome.is_none() && names_inference_limit(message) {
             self.inference_limit.get_or_insert(message.to_owned());
+        }
+    }
+
+    fn agent_metrics(&mut self, identity: &str, metrics: TurnMetrics, at: Instant) {
+        let agent = self.report.agent.as_ref();
+        let own = agent.is_some_and(|agent| agent.identity == identity);
+        let started = self.report.timeline.get(Milestone::Started);
+        let kept = &mut self.report.evidence.agent_metrics;
+        if own
+            && kept.len() < MOST_KEPT
+            && let Some(started) = started
+        {
+            let at = at.saturating_duration_since(started).as_secs_f64();
+            kept.push(AgentTurn { at, metrics });
         }
     }
 

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use livekit_protocol::DisconnectReason;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::livekit::api::ApiError;
+use crate::livekit::engine::TurnMetrics;
 use crate::livekit::net::{ConnectError, Refusal};
 use crate::livekit::signal::SignalError;
 
@@ -234,8 +235,25 @@ pub struct Evidence {
     pub dispatches: Option<Vec<String>>,
     /// Everybody seen in the room besides us.
     pub participants: Vec<String>,
+    /// What the agent's own session measured, turn by turn.
+    pub agent_metrics: Vec<AgentTurn>,
     /// Anything else worth knowing, one sentence each.
     pub notes: Vec<String>,
+}
+
+/// What the agent told of one turn, once that was spoken.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AgentTurn {
+    /// When it told, in seconds since the probe's start.
+    #[serde(serialize_with = "to_microseconds")]
+    pub at: f64,
+    #[serde(flatten)]
+    pub metrics: TurnMetrics,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn to_microseconds<S: Serializer>(seconds: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64((seconds * 1e6).round() / 1e6)
 }
 
 /// A call of the server API whose failure ends the probe.

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::agent::{Act, Agent, Clip, FRAME, Job, Script, Utterance};
+use super::data_stream;
 use super::demux::{Datagram, PeerId, Side};
 use super::fault::{Fault, Faults};
 use super::peer::{Audio, NewTrack, Offer, Peer, PeerEvent, first_mid, track_ids};
@@ -30,6 +31,9 @@ pub(crate) const DEFAULT_DEPARTURE_TIMEOUT: u32 = 20;
 const SIGNAL_GRACE: Duration = Duration::from_secs(20);
 /// Signal messages that may wait for a client; one that lets more pile up is dropped.
 const SIGNAL_QUEUE: usize = 256;
+/// What the agent writes down of itself, and of whatever it hears.
+const AGENT_WORDS: &str = "Good day to you.";
+const CALLER_WORDS: &str = "hello there";
 const MAX_PARTICIPANTS: usize = 64;
 const MAX_DISPATCHES: usize = 64;
 const MAX_TRACKS: usize = 16;
@@ -551,27 +555,29 @@ impl Room {
                 self.announce_agent(at);
             }
             Act::Send { frame, first } => self.send_agent_frame(at, frame, first, now),
-            Act::Heard(utterance) => self.on_heard(at, utterance),
+            Act::Heard(utterance) => self.on_heard(at, utterance, now),
             Act::Said { clip, began, ended } => {
                 let stretch = Stretch::of(began, ended);
                 let event = match clip {
                     Clip::Greeting => Event::Greeted(stretch),
                     Clip::Reply => Event::Replied(stretch),
                 };
-                self.report(&self.seats[at], &event);
+                let seat = &self.seats[at];
+                self.report(seat, &event);
+                let track = seat.info.tracks.first().map(|track| &*track.sid);
+                let stream = data_stream::transcript(&seat.info.identity, track, AGENT_WORDS);
+                self.send_stream(stream, now);
             }
             Act::Report(error) => {
                 let sender = seat.info.identity.clone();
-                for packet in error_stream(&sender, &error) {
-                    self.send_data(&packet, true, None, now);
-                }
+                self.send_stream(data_stream::error(&sender, &error), now);
             }
             Act::Leave => return true,
         }
         false
     }
 
-    fn on_heard(&self, at: usize, utterance: Utterance) {
+    fn on_heard(&mut self, at: usize, utterance: Utterance, now: Instant) {
         let seat = &self.seats[at];
         let heard = Event::Heard {
             stretch: Stretch::of(utterance.began, utterance.ended),
@@ -586,6 +592,26 @@ impl Room {
             duration: utterance.ended - utterance.began,
             over_agent: utterance.over_agent,
         });
+        let mut microphones = self.participants.iter().filter_map(|participant| {
+            let identity = &participant.info.identity;
+            let mut tracks = participant.tracks.iter();
+            let track =
+                tracks.find(|it| it.info.source == i32::from(proto::TrackSource::Microphone))?;
+            Some(data_stream::transcript(
+                identity,
+                Some(&track.info.sid),
+                CALLER_WORDS,
+            ))
+        });
+        if let Some(stream) = microphones.next() {
+            self.send_stream(stream, now);
+        }
+    }
+
+    fn send_stream(&mut self, stream: Vec<proto::DataPacket>, now: Instant) {
+        for packet in stream {
+            self.send_data(&packet, true, None, now);
+        }
     }
 
     fn send_agent_frame(&mut self, at: usize, payload: Arc<[u8]>, first: bool, now: Instant) {
@@ -1300,57 +1326,4 @@ fn new_job(dispatch: &proto::AgentDispatch, room: &proto::Room) -> proto::Job {
         id,
         ..proto::Job::default()
     }
-}
-
-/// An error as an `AgentSession` reports it: a byte stream of one chunk that holds an `AgentSessionMessage`.
-fn error_stream(sender: &str, error: &str) -> Vec<proto::DataPacket> {
-    use proto::agent::{AgentSessionEvent, AgentSessionMessage};
-    use proto::agent::{agent_session_event, agent_session_message};
-    use proto::data_packet::Value;
-    use proto::data_stream;
-
-    let message = AgentSessionMessage {
-        message: Some(agent_session_message::Message::Event(AgentSessionEvent {
-            event: Some(agent_session_event::Event::Error(
-                agent_session_event::Error {
-                    message: error.to_owned(),
-                },
-            )),
-            ..AgentSessionEvent::default()
-        })),
-    };
-    let content = message.encode_to_vec();
-    let stream_id = guid("ST_");
-    let header = data_stream::Header {
-        stream_id: stream_id.clone(),
-        timestamp: unix_millis(),
-        topic: "lk.agent.session".to_owned(),
-        mime_type: "application/octet-stream".to_owned(),
-        total_length: u64::try_from(content.len()).ok(),
-        content_header: Some(data_stream::header::ContentHeader::ByteHeader(
-            data_stream::ByteHeader::default(),
-        )),
-        ..data_stream::Header::default()
-    };
-    let chunk = data_stream::Chunk {
-        stream_id: stream_id.clone(),
-        content,
-        ..data_stream::Chunk::default()
-    };
-    let trailer = data_stream::Trailer {
-        stream_id,
-        ..data_stream::Trailer::default()
-    };
-    [
-        Value::StreamHeader(header),
-        Value::StreamChunk(chunk),
-        Value::StreamTrailer(trailer),
-    ]
-    .into_iter()
-    .map(|value| proto::DataPacket {
-        participant_identity: sender.to_owned(),
-        value: Some(value),
-        ..proto::DataPacket::default()
-    })
-    .collect()
 }

@@ -59,9 +59,13 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::engine::Ended",
     "livekit::engine::RoomEvent",
     "livekit::engine::Seen",
+    "livekit::engine::Speaker",
+    "livekit::engine::TurnMetrics",
     "livekit::net::ConnectError",
     "livekit::net::Refusal",
     "livekit::signal::SignalError",
+    "livekit::transcript::Text",
+    "livekit::transcript::Words",
 ];
 
 struct Source {

@@ -101,6 +101,7 @@ fn report() -> Report {
         evidence: Evidence::default(),
         timeline,
         turns: vec![turn(10_000, 11_250), turn(20_000, 22_500)],
+        transcript: None,
         agent: None,
         other_agents: 0,
         audio: AudioStats {

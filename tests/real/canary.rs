@@ -261,6 +261,7 @@ pub struct Probe {
     /// Seconds since its start; null where it was never reached.
     pub milestones: BTreeMap<String, Option<f64>>,
     pub audio: Audio,
+    pub transcript: Option<Vec<Said>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -274,6 +275,15 @@ pub struct Evidence {
     /// Everybody seen besides the canary, one line each.
     pub participants: Vec<String>,
     pub notes: Vec<String>,
+    pub agent_metrics: Vec<serde_json::Value>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Said {
+    pub at: f64,
+    pub speaker: String,
+    pub text: String,
+    pub r#final: bool,
 }
 
 #[derive(Debug, Deserialize)]

@@ -32,6 +32,11 @@ impl Order {
         Self::new("reply", &[])
     }
 
+    /// Greets, and answers the first echo, by models.
+    pub fn converses() -> Self {
+        Self::new("converse", &[])
+    }
+
     /// Speaks by models, of which one (`llm`, `tts`) fails: its provider answers with this error.
     pub fn whose_model_fails(model: &str, error: &str, fault: &str) -> Self {
         Self::new("converse", &[fault])

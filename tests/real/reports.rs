@@ -1,8 +1,9 @@
-//! Scenarios about what an agent's session tells of itself: the errors of its models.
+//! Scenarios about what an agent's session tells of itself: the errors of its models, what it measured, what was said.
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
 
-use crate::canary::Batch;
+use crate::canary::{Batch, Finished};
 use crate::order::Order;
 use crate::scenarios::{Ground, expect};
 
@@ -11,6 +12,18 @@ fn call_failing(ground: &Ground, order: &Order, code: i32, verdict: &str) -> any
     let (_, settings) = ground.call(order)?;
     let finished = settings.set("deadlines.speech", "8s").run()?;
     expect(ground, &finished, code, &[verdict])
+}
+
+/// A call in which the agent greets, hears its echo and answers.
+fn converse(ground: &Ground, transcript: bool) -> anyhow::Result<(Batch, Finished)> {
+    let (_, settings) = ground.call(&Order::converses())?;
+    let finished = settings
+        .set("expect.reply", true)
+        .set("transcript", transcript)
+        .set("batch.hold", "14s")
+        .run()?;
+    let batch = expect(ground, &finished, 0, &["ok"])?;
+    Ok((batch, finished))
 }
 
 /// The first of the evidence's notes that has these words.
@@ -52,4 +65,64 @@ pub fn other_error_of_a_model_is_evidence_of_a_silent_agent(
     let order = Order::whose_model_fails("llm", "500", "inference_error=status_code=500");
     let batch = call_failing(ground, &order, 1, "agent_silent")?;
     Ok(noted(&batch, "status_code=500")?.to_owned())
+}
+
+pub fn conversation_is_written_down_where_that_is_wanted(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let (batch, finished) = converse(ground, true)?;
+    let probe = &batch.probes[0];
+    let said = probe.transcript.as_deref().context("no transcript")?;
+    let lines: Vec<_> = said
+        .iter()
+        .map(|it| (it.speaker.as_str(), it.text.as_str(), it.r#final))
+        .collect();
+    let expected = [
+        ("agent", "Good day to you.", true),
+        ("caller", "hello there", true),
+        ("agent", "Good day to you.", true),
+    ];
+    ensure!(lines == expected, "{said:?}");
+    let in_order = said.is_sorted_by(|one, other| one.at < other.at);
+    let joined = probe.seconds("AgentJoined")?;
+    ensure!(in_order && said[0].at > joined, "{said:?}");
+    ensure!(!finished.stderr.contains("hello there"), "it is in the log");
+    let at: Vec<_> = said.iter().map(|it| format!("{:.2}", it.at)).collect();
+    Ok(format!("3 segments, at {} s", at.join(", ")))
+}
+
+pub fn conversation_is_not_written_down_where_nobody_asked(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let (batch, finished) = converse(ground, false)?;
+    ensure!(batch.probes[0].transcript.is_none());
+    for words in ["Good day", "hello there"] {
+        ensure!(!finished.all().contains(words), "{}", finished.all());
+    }
+    Ok("ok, no transcript, none of its words anywhere".to_owned())
+}
+
+pub fn turns_are_measured_by_the_agent_itself(ground: &Ground) -> anyhow::Result<String> {
+    let (batch, _) = converse(ground, false)?;
+    let turns = &batch.probes[0].evidence.agent_metrics;
+    let speakers: Vec<_> = turns.iter().map(|turn| turn["speaker"].as_str()).collect();
+    let expected = ["agent", "caller", "agent"].map(Some);
+    ensure!(speakers == expected, "{turns:?}");
+    let figures = |turn: &Value, names: &[&str]| {
+        let figures = names.iter().map(|name| {
+            let figure = turn[name].as_f64();
+            figure.with_context(|| format!("no {name} in {turn}"))
+        });
+        figures.collect::<anyhow::Result<Vec<_>>>()
+    };
+    let answer = ["llm_ttft_seconds", "tts_ttfb_seconds"];
+    figures(&turns[0], &answer)?;
+    let heard = figures(
+        &turns[1],
+        &["transcription_delay_seconds", "end_of_turn_delay_seconds"],
+    )?;
+    let answered = figures(&turns[2], &answer)?;
+    Ok(format!(
+        "transcription and end of turn {heard:?} s, LLM and TTS {answered:?} s"
+    ))
 }

@@ -31,8 +31,10 @@ use crate::gate::{Gate, Hold};
 use crate::journey::Journey;
 use crate::order::Order;
 use crate::reports::{
-    inference_that_is_used_up_is_a_plan_limit, model_that_answers_429_is_a_plan_limit,
-    other_error_of_a_model_is_evidence_of_a_silent_agent, voice_that_answers_429_is_a_plan_limit,
+    conversation_is_not_written_down_where_nobody_asked,
+    conversation_is_written_down_where_that_is_wanted, inference_that_is_used_up_is_a_plan_limit,
+    model_that_answers_429_is_a_plan_limit, other_error_of_a_model_is_evidence_of_a_silent_agent,
+    turns_are_measured_by_the_agent_itself, voice_that_answers_429_is_a_plan_limit,
 };
 use crate::stack::{self, AGENT, Agent, Event, Process, SECRET, Site, Stack, TlsProxy};
 use crate::stack::{kill, wait_for};
@@ -145,6 +147,7 @@ impl Scenario {
 /// Why some scenarios are the real stack's alone.
 const NO_PROCESS: &str = "its agent is no process of its own that could be killed";
 const NO_NETWORK: &str = "it binds to 127.0.0.1 alone, where nothing lies between";
+const NO_MODELS: &str = "its agent has no models whose work could be measured";
 const NO_TCP: &str = "it takes media over UDP alone";
 const SAME: &str = "what a killed daemon leaves is the same there";
 const OWN_SANDBOX: &str = "it has a sandbox of its own on either";
@@ -190,6 +193,9 @@ scenarios! {
     model_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
     voice_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
     inference_that_is_used_up_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    conversation_is_written_down_where_that_is_wanted: "ok, agent, caller and agent in its transcript, exit 0";
+    conversation_is_not_written_down_where_nobody_asked: "ok, transcript null, exit 0";
+    turns_are_measured_by_the_agent_itself: "ok, figures of three turns, exit 0", real only: NO_MODELS;
     other_error_of_a_model_is_evidence_of_a_silent_agent: "agent_silent, error noted, exit 1";
     agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
     speech_before_our_subscription_counts_from_when_it_is_heard: "ok, first speech after the subscription, exit 0";

@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::*;
 use crate::config::Expect;
 use crate::livekit::api::JobInfo;
+use crate::livekit::engine::Speaker;
 use crate::livekit::net::{ConnectError, Refusal};
 use crate::livekit::signal::SignalError;
 use crate::probe::{LimitKind, Span, Turn};
@@ -821,6 +822,36 @@ fn silence_of_an_agent_whose_inference_met_a_limit_is_no_fault_of_the_agents() {
         let told = format!("the agent reported an error: {message}");
         assert_eq!(report.evidence.notes.contains(&told), identity == agent);
     }
+}
+
+#[test]
+fn agent_that_measures_its_turns_is_evidence_up_to_a_bound_and_a_stray_is_none() {
+    let agent = agent().identity;
+    let mut script = Script::new(explicit()).waiting().joined(500).track(520);
+    for (identity, turns) in [("agent-of-another-name", 1), (agent.as_str(), 50)] {
+        for turn in 0..turns {
+            let metrics = TurnMetrics {
+                speaker: Speaker::Caller,
+                interrupted: false,
+                transcription_delay_seconds: Some(0.25),
+                end_of_turn_delay_seconds: None,
+                on_user_turn_completed_delay_seconds: None,
+                llm_ttft_seconds: None,
+                llm_ttfs_seconds: None,
+                llm_tokens_per_second: None,
+                tts_ttfb_seconds: None,
+                e2e_latency_seconds: None,
+            };
+            let identity = identity.to_owned();
+            script = script.see(600 + turn, Seen::AgentMetrics { identity, metrics });
+        }
+    }
+    let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
+    let report = script.report(20_520);
+    let kept = &report.evidence.agent_metrics;
+    assert_eq!(kept.len(), MOST_KEPT);
+    assert!((kept[0].at - 0.6).abs() < 1e-9, "{}", kept[0].at);
+    assert_eq!(report.transcript, None);
 }
 
 #[test]

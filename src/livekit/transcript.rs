@@ -1,0 +1,128 @@
+//! What was said in the room, as the agent writes it down: its own words, and what it heard of ours. Text streams of
+//! topic `lk.transcription`, and the `Transcription` packets that came before them.
+//!
+//! An agent sends both while anybody in the room may know only the older form (`voice/room_io/_output.py` of
+//! livekit-agents 1.8.9), under different segment ids.
+
+use std::fmt;
+
+use livekit_protocol::{Transcription, data_stream};
+use tokio::time::Instant;
+
+use super::exchange::presentable;
+
+pub(super) const TOPIC: &str = "lk.transcription";
+
+const SEGMENT: &str = "lk.segment_id";
+const TRACK: &str = "lk.transcribed_track_id";
+const FINAL: &str = "lk.transcription_final";
+
+/// Segments read from one packet; a sender puts one into each.
+const MOST_SEGMENTS: usize = 8;
+
+/// Of a segment's or a track's id; theirs have a dozen characters.
+const LONGEST_ID: usize = 64;
+
+/// A stretch of speech in words, as far as it is known.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Words {
+    /// Who spoke, by the sender's word.
+    pub identity: String,
+    /// The track that was written down.
+    pub track: Option<String>,
+    /// What is told again of a segment replaces what was told before.
+    pub segment: String,
+    pub text: Text,
+    /// Nothing more will come of it.
+    pub is_final: bool,
+    /// When the first of it came.
+    pub began: Instant,
+    /// From a packet of the older form.
+    pub older: bool,
+}
+
+/// What somebody said: at most 1 KiB on one line. It may hold personal data, so `Debug` gives only its length.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Text(String);
+
+impl Text {
+    pub(crate) fn new(text: &str) -> Self {
+        Self(presentable(text))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{} bytes]", self.0.len())
+    }
+}
+
+/// What a text stream's header says of it.
+pub(super) struct Heading {
+    identity: String,
+    track: Option<String>,
+    segment: String,
+    is_final: bool,
+    began: Instant,
+}
+
+impl Heading {
+    pub(super) fn of(at: Instant, identity: String, header: &data_stream::Header) -> Self {
+        let attribute = |key| header.attributes.get(key).map(|value| id(value));
+        Self {
+            identity,
+            track: attribute(TRACK),
+            segment: attribute(SEGMENT).unwrap_or_else(|| id(&header.stream_id)),
+            is_final: is_final(&header.attributes),
+            began: at,
+        }
+    }
+
+    /// `None` where nothing was said. Without its trailer the stream was cut off.
+    pub(super) fn words(
+        self,
+        content: &[u8],
+        trailer: Option<&data_stream::Trailer>,
+    ) -> Option<Words> {
+        let text = Text::new(&String::from_utf8_lossy(content));
+        let ended = trailer.is_some_and(|it| self.is_final || is_final(&it.attributes));
+        (!text.0.is_empty()).then_some(Words {
+            identity: self.identity,
+            track: self.track,
+            segment: self.segment,
+            text,
+            is_final: ended,
+            began: self.began,
+            older: false,
+        })
+    }
+}
+
+fn is_final(attributes: &std::collections::HashMap<String, String>) -> bool {
+    attributes.get(FINAL).is_some_and(|value| value == "true")
+}
+
+fn id(text: &str) -> String {
+    text.chars().take(LONGEST_ID).collect()
+}
+
+/// What a packet of the older form says.
+pub(super) fn of_packet(at: Instant, packet: Transcription) -> impl Iterator<Item = Words> {
+    let identity = packet.transcribed_participant_identity;
+    let track = Some(id(&packet.track_id)).filter(|it| !it.is_empty());
+    let segments = packet.segments.into_iter().take(MOST_SEGMENTS);
+    let words = segments.map(move |segment| Words {
+        identity: identity.clone(),
+        track: track.clone(),
+        segment: id(&segment.id),
+        text: Text::new(&segment.text),
+        is_final: segment.r#final,
+        began: at,
+        older: true,
+    });
+    words.filter(|words| !words.text.0.is_empty())
+}
