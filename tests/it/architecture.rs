@@ -57,6 +57,7 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::engine::Agent",
     "livekit::engine::AudioStats",
     "livekit::engine::Ended",
+    "livekit::engine::Right",
     "livekit::engine::RoomEvent",
     "livekit::engine::Seen",
     "livekit::engine::Speaker",
