@@ -26,6 +26,7 @@ mod check;
 mod demo;
 mod drill;
 mod forecast;
+mod health;
 mod junit;
 mod markdown;
 mod once;
@@ -55,6 +56,7 @@ enum Command {
     Demo(Demo),
     Drill(DrillArgs),
     Sandbox(SandboxArgs),
+    Health(Health),
 }
 
 /// Watch every configured target, always
@@ -305,6 +307,18 @@ struct SandboxArgs {
     report: Option<PathBuf>,
 }
 
+/// Ask a daemon on this machine whether it is healthy
+///
+/// For a container's health check: exit status 0 where it answers with success, 1 where it doesn't. It speaks
+/// plain HTTP only; where the daemon has TLS, check it from outside.
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+struct Health {
+    /// What to ask
+    #[arg(value_name = "URL", value_parser = health::plain_url, default_value = "http://127.0.0.1:9787/-/healthy")]
+    url: url::Url,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
     /// For a terminal
@@ -383,6 +397,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Drill(args) => drill::run(&args),
         Command::Sandbox(args) => sandbox::run(&args),
+        Command::Health(args) => health::run(&args),
     };
     exit.unwrap_or_else(|error| {
         complain(&report(&error));

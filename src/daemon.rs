@@ -36,10 +36,12 @@ mod drain;
 mod recorder;
 mod settings;
 mod status;
+mod supervisor;
 #[cfg(test)]
 mod tests;
 
 use recorder::Recorder;
+use supervisor::Watchdog;
 
 /// How often what nobody tells is looked at: budgets, back-off, the state of the history.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -104,6 +106,7 @@ pub enum Ending {
 /// It can't start, or something that it can't do without has died. Rooms are deleted then as well.
 pub async fn run(launch: Launch, mut orders: mpsc::Receiver<Order>) -> anyhow::Result<Ending> {
     let mut daemon = Daemon::start(launch).await?;
+    supervisor::ready();
     let served = daemon.serve(&mut orders).await;
     let grace = match &served {
         Ok(()) => daemon.config.daemon.lifetime.drain_grace,
@@ -159,6 +162,7 @@ struct Daemon {
     started_at: DateTime<Utc>,
     last_reload: Option<LastReload>,
     pulse: Pulse,
+    _watchdog: Watchdog,
     http: JoinSet<()>,
     http_end: CancellationToken,
     sweep: JoinSet<Swept>,
@@ -187,6 +191,7 @@ impl Daemon {
         let (asked, control) = mpsc::channel(16);
         let health = Health::default();
         let pulse = health.watch("daemon", Some(LONGEST_SILENCE));
+        let watchdog = Watchdog::start(&health);
         let http_end = CancellationToken::new();
         let mut http = JoinSet::new();
         let sources = Sources {
@@ -226,6 +231,7 @@ impl Daemon {
             started_at,
             last_reload: None,
             pulse,
+            _watchdog: watchdog,
             http,
             http_end,
             sweep: JoinSet::new(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 
-use super::{Daemon, Ending, Order, REFRESH, say};
+use super::{Daemon, Ending, Order, REFRESH, say, supervisor};
 use crate::http::{BatchRefused, Control, ReloadRefused, Stage};
 use crate::janitor::LAST_DELETIONS;
 
@@ -22,6 +22,7 @@ impl Daemon {
         orders: &mut mpsc::Receiver<Order>,
         grace: Duration,
     ) -> Ending {
+        supervisor::stopping();
         self.stage = Stage::Draining;
         for name in self.targets.keys() {
             self.ticker.remove(name);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use chrono::Utc;
 
-use super::{Daemon, Project, Target};
+use super::{Daemon, Project, Target, supervisor};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
@@ -14,6 +14,7 @@ use crate::livekit::{self, api::Api};
 
 impl Daemon {
     pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
+        supervisor::reloading();
         let reread = (self.reread)().map_err(|problems| problems.to_string());
         let before = self.config.daemon.clone();
         let applied = reread.and_then(|config| self.apply(config));
@@ -39,6 +40,7 @@ impl Daemon {
             error: applied.clone().err(),
         });
         self.refresh();
+        supervisor::ready();
         applied.map_err(ReloadRefused::Invalid)
     }
 

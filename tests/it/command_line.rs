@@ -74,6 +74,7 @@ fn help_says_what_each_command_does() {
         ("help_demo", &["demo", "--help"]),
         ("help_sandbox", &["sandbox", "--help"]),
         ("help_drill", &["drill", "--help"]),
+        ("help_health", &["health", "--help"]),
     ] {
         let run = canary(folder.path(), args, &[]);
         assert_eq!(run.code, Some(0));

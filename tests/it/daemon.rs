@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -115,10 +116,15 @@ struct Daemon {
 
 impl Daemon {
     fn start(folder: &Path) -> Self {
+        Self::start_with(folder, &[])
+    }
+
+    fn start_with(folder: &Path, variables: &[(&str, &str)]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
             .current_dir(folder)
             .args(["run", "--config", "canary.toml"])
             .env_clear()
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -848,4 +854,55 @@ fn log_on_a_pipe_is_json_with_one_line_a_batch_and_one_a_failed_probe() {
     assert_eq!(failures.len(), 1, "{log:?}");
     assert_eq!(failures[0]["reason"], "agent_no_track");
     assert_eq!(failures[0]["room"], batch["probes"][1]["room"]);
+}
+
+#[test]
+fn service_manager_is_told_of_readiness_reloads_life_and_the_end() {
+    let site = Site::new(&[], &[]);
+    let path = site.folder.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(GIVE_UP)).unwrap();
+    let variables = [
+        ("NOTIFY_SOCKET", path.to_str().unwrap()),
+        ("WATCHDOG_USEC", "200000"),
+    ];
+    let mut daemon = Daemon::start_with(site.folder.path(), &variables);
+    // Reads on to the next message that has this in it.
+    let told = |what: &str| {
+        let mut buffer = [0; 4096];
+        loop {
+            let length = socket.recv(&mut buffer).unwrap();
+            let message = std::str::from_utf8(&buffer[..length]).unwrap();
+            if message.contains(what) {
+                return message.to_owned();
+            }
+        }
+    };
+    told("READY=1");
+    told("WATCHDOG=1");
+    daemon.signal(Signal::HUP);
+    assert!(told("RELOADING=1").contains("MONOTONIC_USEC="));
+    told("READY=1");
+    daemon.signal(Signal::TERM);
+    told("STOPPING=1");
+    // What it still tells has a reader.
+    let (code, _) = daemon.exit();
+    assert_eq!(code, Some(0));
+}
+
+#[test]
+fn health_is_asked_for_as_a_container_does() {
+    let site = Site::new(&[], &[]);
+    let mut daemon = site.run();
+    let ask = |url: &str| canary(site.folder.path(), ["health", url], &[]);
+    let healthy = ask(&daemon.url("/-/healthy"));
+    assert_eq!(healthy.code, Some(0), "{}", healthy.output());
+    let unknown = ask(&daemon.url("/-/nothing"));
+    assert_eq!(unknown.code, Some(1), "{}", unknown.output());
+    daemon.signal(Signal::TERM);
+    daemon.exit();
+    let gone = ask(&daemon.url("/-/healthy"));
+    assert_eq!(gone.code, Some(1));
+    assert!(gone.stderr.contains("refused"), "{}", gone.output());
+    assert_eq!(ask("https://127.0.0.1:1/").code, Some(2));
 }
