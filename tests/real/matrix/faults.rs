@@ -1,6 +1,5 @@
 //! The rows of the fault matrix, and how each fault is made.
 
-use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::Context as _;
 use livekit_canary::probe::{LimitKind, Origin, Reason};
@@ -9,7 +8,7 @@ use rustix::process::Signal;
 use super::There::{Made, Not};
 use super::{Culprit, ENDING, Fault, Seen, Verdict, Watch};
 use crate::canary::Settings;
-use crate::gate::Gate;
+use crate::gate::{Gate, Hold};
 use crate::home::SOON;
 use crate::order::Order;
 use crate::scenarios::{Ground, expected_of_nobody, wait_for_job};
@@ -552,7 +551,7 @@ fn metadata_is_too_long(ground: &Ground) -> anyhow::Result<Seen> {
 /// Somebody deletes the room between its creation and our joining, on a server that creates none by itself.
 fn gone_before_joining(ground: &Ground) -> anyhow::Result<Seen> {
     let site = ground.own_site_with("room:\n  auto_create: false\n", &[])?;
-    let gate = Gate::before(SocketAddr::from((Ipv4Addr::LOCALHOST, site.port)))?;
+    let gate = Gate::before(site.address(), Hold::Signal)?;
     let settings = asked(Settings::new(site)).project("url", format!("ws://{}", gate.address));
     let watch = Watch::begin(settings)?;
     let room = wait_for("the room", SOON, || Ok(site.api.rooms()?.pop()))?;
