@@ -14,6 +14,12 @@ real FILTER="":
 dashboards:
     cd grafana && go test -count=1 ./...
 
+# What deploy/ ships, as far as it can be held against what reads it without a container engine. Needs Go and systemd.
+deployment:
+    tests/deploy/setup.sh
+    cargo build
+    cd tests/deploy && go test -count=1 ./...
+
 # The fault matrix on every stack, N times: each fault with its verdict, and in how many runs that was right.
 matrix N="1":
     REPEAT={{N}} cargo test --test real -- matrix::

@@ -1,0 +1,10 @@
+# The voice agent that the tests deploy, for the profile `livekit` of compose.yml: it speaks tones, and needs no model's key.
+FROM python:3.12-slim-bookworm
+RUN useradd --system --create-home agent
+WORKDIR /agent
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --no-deps -r requirements.txt
+COPY *.py ./
+USER agent
+ENV REPORT=/tmp/report.jsonl
+CMD ["python", "agent.py"]

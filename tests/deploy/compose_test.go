@@ -1,0 +1,110 @@
+package deploy
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/compose-spec/compose-go/v2/cli"
+	"github.com/compose-spec/compose-go/v2/types"
+)
+
+// As `docker compose config` reads it: against the schema of the compose specification.
+func compose(t *testing.T, profiles ...string) *types.Project {
+	t.Helper()
+	options, err := cli.NewProjectOptions(
+		[]string{path(t, "deploy", "compose.yml")},
+		cli.WithProfiles(profiles),
+		cli.WithResolvedPaths(true),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	project, err := options.LoadProject(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return project
+}
+
+func TestComposeFileIsValidAndEverythingThatItMountsOrBuildsIsThere(t *testing.T) {
+	project := compose(t, "livekit")
+	for name, service := range project.Services {
+		for _, volume := range service.Volumes {
+			if volume.Type != types.VolumeTypeBind {
+				continue
+			}
+			if _, err := os.Stat(volume.Source); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if service.Build == nil {
+			assertPinned(t, service.Image)
+			continue
+		}
+		dockerfile := service.Build.Dockerfile
+		if !filepath.IsAbs(dockerfile) {
+			dockerfile = filepath.Join(service.Build.Context, dockerfile)
+		}
+		if _, err := os.Stat(dockerfile); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestServerAndAgentComeOnlyWithTheirProfile(t *testing.T) {
+	without, with := compose(t), compose(t, "livekit")
+	for _, name := range []string{"livekit", "agent"} {
+		if _, there := without.Services[name]; there {
+			t.Errorf("%s starts by itself", name)
+		}
+		if _, there := with.Services[name]; !there {
+			t.Errorf("%s doesn't start", name)
+		}
+	}
+}
+
+func TestEveryPortIsOnLoopbackAlone(t *testing.T) {
+	for name, service := range compose(t, "livekit").Services {
+		for _, port := range service.Ports {
+			if port.HostIP != "127.0.0.1" {
+				t.Errorf("%s: port %s is open to the network", name, port.Published)
+			}
+		}
+	}
+}
+
+// The canary's own reading of what compose sets.
+func TestTheEnvironmentOfTheCanaryIsASetting(t *testing.T) {
+	var variables []string
+	for name, value := range compose(t).Services["canary"].Environment {
+		variables = append(variables, name+"="+*value)
+	}
+	output, err := command(binary(t), variables, "check").CombinedOutput()
+	if err != nil || !strings.Contains(string(output), "support") {
+		t.Errorf("%v\n%s", err, output)
+	}
+}
+
+func TestPrometheusAndAlertmanagerTakeTheirFiles(t *testing.T) {
+	// promtool looks for the rules beside the configuration, where compose mounts them.
+	folder := t.TempDir()
+	for _, file := range []string{"compose/prometheus.yml", "prometheus/livekit-canary.rules.yml"} {
+		write(t, filepath.Join(folder, filepath.Base(file)), read(t, path(t, "deploy", file)))
+	}
+	run(t, "promtool", "check", "config", filepath.Join(folder, "prometheus.yml"))
+	run(t, "amtool", "check-config", path(t, "deploy", "compose", "alertmanager.yml"))
+}
+
+func TestDrillsAreRoutedApart(t *testing.T) {
+	file := "--config.file=" + path(t, "deploy", "compose", "alertmanager.yml")
+	for target, receiver := range map[string]string{"drill-agent-silent": "drills", "support": "pages"} {
+		routed := run(t, "amtool", "config", "routes", "test", file, "severity=page", "target="+target)
+		// A warning may come before it.
+		if words := strings.Fields(routed); words[len(words)-1] != receiver {
+			t.Errorf("target %s goes to %s", target, routed)
+		}
+	}
+}

@@ -1,0 +1,69 @@
+// Package deploy holds what deploy/ ships against the programs and types that read it: what can't be run without a
+// container engine or a cluster is validated here as far as that goes.
+package deploy
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const root = "../.."
+
+func path(t *testing.T, parts ...string) string {
+	t.Helper()
+	absolute, err := filepath.Abs(filepath.Join(append([]string{root}, parts...)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return absolute
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func write(t *testing.T, file, text string) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The canary's binary: CANARY, or what `cargo build` leaves.
+func binary(t *testing.T) string {
+	t.Helper()
+	file := os.Getenv("CANARY")
+	if file == "" {
+		file = path(t, "target", "debug", "livekit-canary")
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Fatalf("build the canary first (cargo build), or set CANARY: %v", err)
+	}
+	return file
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	output, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, output)
+	}
+	return string(output)
+}
+
+// An image's tag says which version it is.
+func assertPinned(t *testing.T, image string) {
+	t.Helper()
+	_, tag, found := strings.Cut(image, ":")
+	if !found || tag == "latest" || !strings.ContainsAny(tag, "0123456789") {
+		t.Errorf("image %s is not pinned to a version", image)
+	}
+}
