@@ -249,7 +249,7 @@ pub fn agent_before_the_answer_to_its_dispatch_has_a_join_delay(
 // --- what others do to the call ---
 
 /// A client that joins `room` as `identity`; it stays as long as what is returned.
-fn join_as(site: &Site, room: &str, identity: &str) -> anyhow::Result<TcpStream> {
+pub fn join_as(site: &Site, room: &str, identity: &str) -> anyhow::Result<TcpStream> {
     let mut socket = TcpStream::connect(site.address())?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
     let token = site.api.token(room, identity)?;

@@ -253,6 +253,12 @@ pub fn gaps() -> Vec<String> {
 
 // --- a batch of a daemon's ---
 
+/// The daemon's answer to whoever asks for a batch.
+#[derive(Deserialize)]
+struct Begun {
+    batch_id: String,
+}
+
 /// How a daemon ends where nothing else is said.
 const ENDING: &str = "lifetime.shutdown_linger = \"0s\"";
 
@@ -274,13 +280,13 @@ pub struct Seen {
 }
 
 impl Watch {
-    pub fn begin(settings: Settings) -> anyhow::Result<Self> {
+    pub fn begin(settings: &Settings) -> anyhow::Result<Self> {
         Self::begin_with(settings, ENDING, &[])
     }
 
     /// With settings of how the daemon ends, and variables of its environment.
     pub fn begin_with(
-        settings: Settings,
+        settings: &Settings,
         ending: &str,
         environment: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
@@ -293,10 +299,6 @@ impl Watch {
             canary = canary.env(name, value);
         }
         let daemon = home.start_as(canary)?;
-        #[derive(Deserialize)]
-        struct Begun {
-            batch_id: String,
-        }
         let path = format!("/api/v1/targets/{TARGET}/batches");
         let begun: Begun = serde_json::from_str(&daemon.http.post(&path)?)?;
         Ok(Self {

@@ -1,10 +1,6 @@
 //! What the server itself says, asked by a client of its own: a mistake in the product's API client can't hide here.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::time::Duration;
-
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use livekit_api::access_token::{AccessToken, VideoGrants};
 use serde_json::{Value, json};
 
@@ -21,7 +17,7 @@ impl Server {
     /// `base`: `http://host:port`.
     pub fn new(base: String, key: &str, secret: &str) -> Self {
         let agent = ureq::Agent::config_builder()
-            .timeout_global(Some(Duration::from_secs(5)))
+            .timeout_global(Some(std::time::Duration::from_secs(5)))
             .build()
             .into();
         Self {
@@ -96,29 +92,6 @@ impl Server {
         let request = json!({"room": room, "agent_name": agent, "metadata": metadata});
         self.call("AgentDispatchService/CreateDispatch", room, &request)
             .map(drop)
-    }
-
-    /// Joins `room` as `identity` and says nothing more; there until the connection is dropped.
-    pub fn join(&self, room: &str, identity: &str) -> anyhow::Result<TcpStream> {
-        let host = self.base.strip_prefix("http://").context("an http URL")?;
-        let token = self.token(room, identity)?;
-        let mut stream = TcpStream::connect(host)?;
-        // The key is the one that RFC 6455 shows.
-        let request = format!(
-            "GET /rtc?access_token={token}&auto_subscribe=0&protocol=16&sdk=go&version=2.0.0 HTTP/1.1\r\n\
-             Host: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
-             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        );
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.write_all(request.as_bytes())?;
-        let mut status = [0; 12];
-        stream.read_exact(&mut status)?;
-        ensure!(
-            status.ends_with(b"101"),
-            "{}",
-            String::from_utf8_lossy(&status)
-        );
-        Ok(stream)
     }
 
     /// A token that joins `room` as `identity`.

@@ -1,12 +1,12 @@
 //! The rows of the fault matrix, and how each fault is made.
 
-
 use anyhow::Context as _;
 use livekit_canary::probe::{LimitKind, Origin, Reason};
 use rustix::process::Signal;
 
 use super::There::{Made, Not};
 use super::{Culprit, ENDING, Fault, Seen, Verdict, Watch};
+use crate::agents::join_as;
 use crate::canary::Settings;
 use crate::gate::{Gate, Hold};
 use crate::home::SOON;
@@ -313,7 +313,7 @@ fn call<'a>(ground: &'a Ground, order: &Order) -> anyhow::Result<(&'a Site, Sett
 /// One room with such an agent and nothing else to it.
 fn told(ground: &Ground, order: &Order, keys: &[(&str, &str)]) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, order)?;
-    Watch::begin(set(settings, keys))?.finish(site)
+    Watch::begin(&set(settings, keys))?.finish(site)
 }
 
 fn set(settings: Settings, keys: &[(&str, &str)]) -> Settings {
@@ -334,7 +334,7 @@ fn impatient(settings: Settings) -> Settings {
 fn service(ground: &Ground, fault: &str) -> anyhow::Result<Seen> {
     let order = Order::greets().fault(fault);
     let (site, settings) = call(ground, &order)?;
-    Watch::begin(impatient(settings))?.finish(site)
+    Watch::begin(&impatient(settings))?.finish(site)
 }
 
 /// A proxy before the site that answers by these rules of haproxy's.
@@ -342,7 +342,7 @@ fn intercepted(ground: &Ground, rules: &str) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets())?;
     let proxy = Interceptor::start(site, rules)?;
     let settings = impatient(settings).project("url", proxy.url.as_str());
-    Watch::begin(settings)?.finish(site)
+    Watch::begin(&settings)?.finish(site)
 }
 
 /// What upstream's mock does when it is told `signal`.
@@ -350,19 +350,19 @@ fn mocked(ground: &Ground, signal: &str) -> anyhow::Result<Seen> {
     let site = ground.own_site(&[], &Order::greets())?;
     let control = serde_json::json!({ "signal": signal }).to_string();
     let settings = impatient(asked(Settings::new(site))).attribute("lk.mock", &control);
-    Watch::begin(settings)?.finish(site)
+    Watch::begin(&settings)?.finish(site)
 }
 
 /// Another address than the site's.
 fn elsewhere(ground: &Ground, url: &str) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets())?;
-    Watch::begin(impatient(settings).project("url", url))?.finish(site)
+    Watch::begin(&impatient(settings).project("url", url))?.finish(site)
 }
 
 /// A livekit-server with these settings of its own, in YAML, and no agent.
 fn configured(ground: &Ground, yaml: &str) -> anyhow::Result<Seen> {
     let site = ground.own_site_with(yaml, &[])?;
-    Watch::begin(impatient(asked(Settings::new(site))))?.finish(site)
+    Watch::begin(&impatient(asked(Settings::new(site))))?.finish(site)
 }
 
 /// A call in which the agent has greeted and stays, on a site that all share or that is the fault's own.
@@ -391,7 +391,7 @@ struct Call<'a> {
 
 impl<'a> Call<'a> {
     fn begin(site: &'a Site, settings: Settings, tag: &str) -> anyhow::Result<Self> {
-        let watch = Watch::begin(settings.set("batch.hold", "1m"))?;
+        let watch = Watch::begin(&settings.set("batch.hold", "1m"))?;
         let greeted = wait_for_job(site, tag, "greeted")?;
         Ok(Self {
             site,
@@ -430,7 +430,7 @@ fn daemon_is_stopped(ground: &Ground) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets().tag(tag))?;
     let settings = settings.set("batch.hold", "40s");
     let ending = "lifetime.drain_grace = \"100ms\"\nlifetime.shutdown_linger = \"5s\"";
-    let watch = Watch::begin_with(settings, ending, &[])?;
+    let watch = Watch::begin_with(&settings, ending, &[])?;
     wait_for_job(site, tag, "greeted")?;
     watch.stop(site)
 }
@@ -448,7 +448,7 @@ fn never_joins(ground: &Ground) -> anyhow::Result<Seen> {
 fn never_connects(ground: &Ground) -> anyhow::Result<Seen> {
     let tag = "never-connects-in-the-matrix";
     let (site, settings) = call(ground, &Order::never_connects().tag(tag))?;
-    let watch = Watch::begin(set(settings, &NOBODY))?;
+    let watch = Watch::begin(&set(settings, &NOBODY))?;
     let job = wait_for_job(site, tag, "job")?;
     let wanted = expected_of_nobody(site, job.room())?;
     Ok(watch.finish(site)?.wanted(wanted))
@@ -456,7 +456,7 @@ fn never_connects(ground: &Ground) -> anyhow::Result<Seen> {
 
 fn nobody_comes(site: &Site, agent: &str) -> anyhow::Result<Seen> {
     let settings = asked(Settings::new(site)).set("agent_name", agent);
-    Watch::begin(set(settings, &NOBODY))?.finish(site)
+    Watch::begin(&set(settings, &NOBODY))?.finish(site)
 }
 
 fn no_worker(ground: &Ground) -> anyhow::Result<Seen> {
@@ -490,7 +490,7 @@ fn no_reply(ground: &Ground) -> anyhow::Result<Seen> {
     let settings = settings
         .set("expect.reply", true)
         .set("deadlines.reply", "3s");
-    Watch::begin(settings)?.finish(site)
+    Watch::begin(&settings)?.finish(site)
 }
 
 fn hangs_up(ground: &Ground) -> anyhow::Result<Seen> {
@@ -537,7 +537,7 @@ fn server_is_killed(ground: &Ground) -> anyhow::Result<Seen> {
 fn server_is_frozen_before(ground: &Ground) -> anyhow::Result<Seen> {
     let site = ground.own_site(&[], &Order::greets())?;
     site.server.signal(Signal::STOP)?;
-    let watch = Watch::begin(impatient(asked(Settings::new(site))))?;
+    let watch = Watch::begin(&impatient(asked(Settings::new(site))))?;
     let seen = watch.verdict()?;
     site.server.signal(Signal::CONT)?;
     watch.end(site, &seen)?;
@@ -553,7 +553,7 @@ fn gone_before_joining(ground: &Ground) -> anyhow::Result<Seen> {
     let site = ground.own_site_with("room:\n  auto_create: false\n", &[])?;
     let gate = Gate::before(site.address(), Hold::Signal)?;
     let settings = asked(Settings::new(site)).project("url", format!("ws://{}", gate.address));
-    let watch = Watch::begin(settings)?;
+    let watch = Watch::begin(&settings)?;
     let room = wait_for("the room", SOON, || Ok(site.api.rooms()?.pop()))?;
     site.api.delete_room(&room)?;
     gate.open();
@@ -577,7 +577,7 @@ fn full_node(ground: &Ground) -> anyhow::Result<Seen> {
         site.api.delete_room(room)?;
         Ok(None)
     })?;
-    let seen = Watch::begin(impatient(asked(Settings::new(site))))?.finish(site)?;
+    let seen = Watch::begin(&impatient(asked(Settings::new(site))))?.finish(site)?;
     other.signal(Signal::INT)?;
     other.finish()?;
     Ok(seen)
@@ -589,7 +589,7 @@ fn blocked_media(ground: &Ground) -> anyhow::Result<Seen> {
     let site = ground.site_behind_veth(&[])?;
     site.block_udp()?;
     site.block_media_over_tcp()?;
-    Watch::begin(impatient(asked(Settings::new(site))))?.finish(site)
+    Watch::begin(&impatient(asked(Settings::new(site))))?.finish(site)
 }
 
 fn broken_media(ground: &Ground) -> anyhow::Result<Seen> {
@@ -605,7 +605,7 @@ fn untrusted_certificate(ground: &Ground) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets())?;
     let proxy = TlsProxy::start(site, "localhost")?;
     let settings = settings.project("url", proxy.url.as_str());
-    Watch::begin(impatient(settings))?.finish(site)
+    Watch::begin(&impatient(settings))?.finish(site)
 }
 
 fn certificate_for_another_name(ground: &Ground) -> anyhow::Result<Seen> {
@@ -614,7 +614,7 @@ fn certificate_for_another_name(ground: &Ground) -> anyhow::Result<Seen> {
     let settings = settings
         .project("url", proxy.url.as_str())
         .project("ca_file", proxy.ca_file.display().to_string());
-    Watch::begin(impatient(settings))?.finish(site)
+    Watch::begin(&impatient(settings))?.finish(site)
 }
 
 // --- somebody else ---
@@ -646,7 +646,7 @@ fn agent_is_removed(ground: &Ground) -> anyhow::Result<Seen> {
 fn identity_is_taken(ground: &Ground) -> anyhow::Result<Seen> {
     let call = greeted(ground, "identity-is-taken")?;
     let caller = call.event("caller")?;
-    let other = call.site.api.join(&call.room, caller.text("caller"))?;
+    let other = join_as(call.site, &call.room, caller.text("caller"))?;
     let seen = call.finish()?;
     drop(other);
     Ok(seen)
@@ -658,17 +658,17 @@ fn wrong_secret(ground: &Ground) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets())?;
     let wrong = SECRET.replace("hold", "know");
     let settings = settings.project("api_secret", wrong);
-    Watch::begin(impatient(settings))?.finish(site)
+    Watch::begin(&impatient(settings))?.finish(site)
 }
 
 fn wrong_path(ground: &Ground) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets())?;
     let settings = settings.project("url", format!("{}/nowhere", site.url));
-    Watch::begin(impatient(settings))?.finish(site)
+    Watch::begin(&impatient(settings))?.finish(site)
 }
 
 fn probe_panics(ground: &Ground) -> anyhow::Result<Seen> {
     let (site, settings) = call(ground, &Order::greets())?;
     let fault = [("LIVEKIT_CANARY_FAULT", "panic:0")];
-    Watch::begin_with(settings, ENDING, &fault)?.finish(site)
+    Watch::begin_with(&settings, ENDING, &fault)?.finish(site)
 }
