@@ -268,6 +268,8 @@ pub struct Probe {
 pub struct AgentSeen {
     pub identity: String,
     pub name: Option<String>,
+    /// The server's stamp of its join, Unix milliseconds.
+    pub joined_at_ms: f64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -289,6 +291,8 @@ pub struct Said {
 #[derive(Debug, Deserialize)]
 pub struct Audio {
     pub packets: u64,
+    pub lost: u64,
+    pub jitter_seconds: Option<f64>,
 }
 
 impl Probe {

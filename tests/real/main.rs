@@ -25,7 +25,9 @@ mod gate;
 mod home;
 mod journey;
 mod matrix;
+mod network;
 mod order;
+mod relay;
 mod reports;
 mod scenarios;
 mod stack;
@@ -37,7 +39,7 @@ use scenarios::{Ground, SCENARIOS, Scenario};
 use stack::{AGENT, Agent, BUSY_AGENT, Namespace, Site, Stack};
 
 /// Scenarios and faults that start one.
-const SITES_BEHIND_VETH: usize = 6;
+const SITES_BEHIND_VETH: usize = 8;
 
 /// How often everything is done that is asked for; the figures of all runs are printed at the end.
 const REPEAT: &str = "REPEAT";

@@ -29,6 +29,9 @@ use crate::daemon::{
 };
 use crate::gate::{Gate, Hold};
 use crate::journey::Journey;
+use crate::network::{
+    distant_server_delays_the_join_by_its_distance_alone, loss_and_jitter_are_measured_as_they_are,
+};
 use crate::order::Order;
 use crate::reports::{
     conversation_is_not_written_down_where_nobody_asked,
@@ -183,6 +186,8 @@ scenarios! {
     stray_agent_is_evidence_and_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named";
     restarted_server_is_signal_lost_and_serves_the_next_batch: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART;
     drained_server_lets_its_calls_end_well: "2 ok, exit 0, then the server ends", real only: NO_RESTART;
+    loss_and_jitter_are_measured_as_they_are: "2 ok, both figures right, exit 0", real only: NO_NETWORK;
+    distant_server_delays_the_join_by_its_distance_alone: "ok, joined by the server's clock, exit 0", real only: NO_NETWORK;
     five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0";
     panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4";
     delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s";
@@ -597,7 +602,7 @@ fn server_off_loopback_is_ok(ground: &Ground) -> anyhow::Result<String> {
 
 const UDP_BLOCKED: &str = "media runs over TCP: UDP doesn't get through";
 
-fn notes_blocked_udp(probe: &Probe) -> bool {
+pub fn notes_blocked_udp(probe: &Probe) -> bool {
     let mut notes = probe.evidence.notes.iter();
     notes.any(|note| note.contains(UDP_BLOCKED))
 }

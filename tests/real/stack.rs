@@ -104,6 +104,8 @@ pub struct Site {
     pub workers: Vec<Process>,
     /// Port of the server on its own address.
     pub port: u16,
+    /// That address.
+    pub host: Ipv4Addr,
     dir: TempDir,
     /// Last, so that it goes after the processes that live in it.
     namespace: Option<Arc<Namespace>>,
@@ -141,6 +143,7 @@ impl Site {
             server: Process::spawn("test-server", command, dir.path())?,
             workers: Vec::new(),
             port,
+            host: Ipv4Addr::LOCALHOST,
             dir,
             namespace: None,
         };
@@ -177,6 +180,7 @@ impl Site {
         Ok(Self {
             api: twirp::Server::new(format!("http://{address}"), &key, &secret),
             port: address.port(),
+            host: Ipv4Addr::LOCALHOST,
             url,
             key,
             secret,
@@ -211,6 +215,7 @@ impl Site {
             server,
             workers: Vec::new(),
             port,
+            host: address,
             dir,
             namespace,
         };
@@ -229,7 +234,7 @@ impl Site {
 
     /// Of the server, for who connects without a URL.
     pub fn address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
+        SocketAddr::from((self.host, self.port))
     }
 
     /// A livekit-server in the place of its own, which has ended: the same addresses, nothing remembered.
@@ -295,9 +300,34 @@ impl Site {
         ))
     }
 
+    /// Sends what comes from our side to other ports there: what is for the API, and what is for media over UDP. In
+    /// place of what was said before. The server's own datagrams to us, which would go around, are dropped.
+    pub fn detour(&self, api: u16, media: u16) -> anyhow::Result<()> {
+        let namespace = self.behind_veth()?;
+        let device = &namespace.device;
+        namespace.iptables("-t nat -F PREROUTING")?;
+        for (protocol, from, to) in [("tcp", self.port, api), ("udp", self.port + 2, media)] {
+            namespace.iptables(&format!(
+                "-t nat -A PREROUTING -i {device} -p {protocol} --dport {from} -j REDIRECT --to-ports {to}"
+            ))?;
+        }
+        let direct = self.port + 2;
+        namespace.iptables("-F OUTPUT")?;
+        namespace.iptables(&format!(
+            "-A OUTPUT -o {device} -p udp --sport {direct} -j DROP"
+        ))
+    }
+
+    pub fn namespace_name(&self) -> anyhow::Result<&str> {
+        Ok(&self.behind_veth()?.name)
+    }
+
     fn filter(&self, rule: &str) -> anyhow::Result<()> {
-        let namespace = self.namespace.as_ref();
-        namespace.context("not behind a veth pair")?.filter(rule)
+        self.behind_veth()?.filter(rule)
+    }
+
+    fn behind_veth(&self) -> anyhow::Result<&Namespace> {
+        self.namespace.as_deref().context("not behind a veth pair")
     }
 
     /// Where its processes keep their files, as long as it lives.
@@ -602,10 +632,11 @@ impl Namespace {
 
     /// A rule for what comes from our side.
     fn filter(&self, rule: &str) -> anyhow::Result<()> {
-        let Self { name, device, .. } = self;
-        ip(&format!(
-            "netns exec {name} iptables -w -A INPUT -i {device} {rule}"
-        ))
+        self.iptables(&format!("-A INPUT -i {} {rule}", self.device))
+    }
+
+    fn iptables(&self, arguments: &str) -> anyhow::Result<()> {
+        ip(&format!("netns exec {} iptables -w {arguments}", self.name))
     }
 }
 

@@ -18,6 +18,8 @@ impl Server {
     pub fn new(base: String, key: &str, secret: &str) -> Self {
         let agent = ureq::Agent::config_builder()
             .timeout_global(Some(std::time::Duration::from_secs(5)))
+            // One from before the path to the server changed would be broken.
+            .max_idle_connections(0)
             .build()
             .into();
         Self {
