@@ -1,5 +1,5 @@
 # The voice agent that the tests deploy, for the profile `livekit` of compose.yml: it speaks tones, and needs no model's key.
-FROM python:3.12-slim-bookworm
+FROM python:3.11-slim-bookworm
 RUN useradd --system --create-home agent
 WORKDIR /agent
 COPY requirements.txt ./
