@@ -39,18 +39,16 @@ func overallService(board *dashboard.DashboardBuilder) {
 			"Service levels over the SLO window",
 			"The share of rooms that were good, of those that count, over the SLO window; the objective; and what is left of " +
 				"the error budget: 100 % where no room failed, 0 where the objective is just met, less where it is missed. " +
-				"Rooms: how many the level rests on; a hundred rooms can't tell 99 % from 98 %.",
+				"Rooms: how many the level rests on; a hundred rooms can't tell 99 % from 98 %. Bad batches: one bad batch is a " +
+				"moment, many are a habit.",
 			count, 15, 9,
 		}, []string{"target", "sli"},
-			column{query{serviceLevel("", "$slo_window"), "Service level"}, share,
-				[]dashboard.DynamicConfigValue{{Id: "decimals", Value: 2}}},
-			column{query{latest("slo_objective_ratio", ""), "Objective"}, share,
-				[]dashboard.DynamicConfigValue{{Id: "decimals", Value: 2}}},
+			column{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
+			column{query{latest("slo_objective_ratio", ""), "Objective"}, share, decimals(2)},
 			column{query{budgetLeft("", "$slo_window"), "Error budget left"}, share,
-				append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"),
-					dashboard.DynamicConfigValue{Id: "decimals", Value: 0})},
-			column{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count,
-				[]dashboard.DynamicConfigValue{{Id: "decimals", Value: 0}}},
+				append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
+			column{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count, decimals(0)},
+			column{query{sum(growth("slo_bad_batches_total", "", "$slo_window")), "Bad batches"}, count, decimals(0)},
 		)).
 		WithPanel(number(about{
 			"Last batch",
@@ -157,7 +155,7 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 			count, 24, 7,
 		}, []string{"target", "origin", "reason"}, column{
 			query{sum("increase("+prefix+"probe_failures_total"+selector("")+"[$__range])") + " > 0", "Rooms"}, count,
-			[]dashboard.DynamicConfigValue{{Id: "decimals", Value: 0}},
+			decimals(0),
 		}))
 }
 
@@ -216,7 +214,9 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 			column{query{latest("target_paused", ""), "Schedule"}, count,
 				append(coloured("color-text", "green", 1.0, "orange"),
 					dashboard.DynamicConfigValue{Id: "mappings", Value: words("runs", "paused", false)})},
-			column{query{latest("batch_interval_seconds", ""), "Longest interval"}, units.Seconds, nil},
+			column{query{latest("batch_interval_mean_seconds", ""), "Mean interval"}, units.Seconds, nil},
+			column{query{latest("batch_interval_shortest_seconds", ""), "Shortest"}, units.Seconds, nil},
+			column{query{latest("batch_interval_seconds", ""), "Longest"}, units.Seconds, nil},
 			column{query{ago("last_tick_timestamp_seconds"), "Since the last tick"}, units.Seconds, nil},
 			column{query{ago("last_batch_completed_timestamp_seconds"), "Since the last batch"}, units.Seconds, nil},
 			column{query{known(latest("next_batch_timestamp_seconds", "") + " - time()"), "Next batch in"}, units.Seconds,

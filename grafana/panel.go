@@ -128,7 +128,7 @@ func lastOfEach() cog.Builder[common.ReduceDataOptions] {
 	return common.NewReduceDataOptionsBuilder().Values(false).Calcs([]string{"lastNotNull"}).Fields("")
 }
 
-// A column of a table beyond its labels.
+// A column of a table beyond its labels; without a name it isn't shown.
 type column struct {
 	query
 	unit string
@@ -141,6 +141,7 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 	names := map[string]string{"Value": columns_[0].name}
 	order := map[string]int{"Value": len(labels)}
 	shown := "Value.*"
+	hidden := map[string]bool{}
 	queries := make([]query, 0, len(columns_))
 	for index, label := range labels {
 		order[label] = index
@@ -148,6 +149,9 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 	}
 	for index, one := range columns_ {
 		value := "Value #" + refId(index)
+		if one.name == "" {
+			hidden["Value"], hidden[value] = true, true
+		}
 		names[value] = one.name
 		order[value] = len(labels) + index
 		queries = append(queries, one.query)
@@ -163,12 +167,15 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 			"include": map[string]any{"pattern": "^(" + shown + "|region|env|cluster)$"},
 		})).
 		WithTransformation(transformation("organize", map[string]any{
-			"renameByName": names, "indexByName": order, "excludeByName": map[string]bool{},
+			"renameByName": names, "indexByName": order, "excludeByName": hidden,
 		})).
 		Filterable(false).
 		Footer(common.NewTableFooterOptionsBuilder().Show(false).Reducer([]string{})).
 		Thresholds(steps("text"))
 	for _, one := range columns_ {
+		if one.name == "" {
+			continue
+		}
 		look := append([]dashboard.DynamicConfigValue{{Id: "unit", Value: one.unit}}, one.look...)
 		built.OverrideByName(one.name, look)
 	}

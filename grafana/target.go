@@ -63,7 +63,7 @@ func targetNow(board *dashboard.DashboardBuilder) {
 		WithPanel(rows(about{
 			"Service levels over the SLO window",
 			"As in the overview: the share of rooms that were good, of those that count; the objective; what is left of the " +
-				"error budget; the longest delay that is good; and how many rooms that rests on.",
+				"error budget; the longest delay that is good; how many rooms that rests on; and in how many batches one was bad.",
 			count, 14, 7,
 		}, []string{"sli"},
 			column{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
@@ -72,14 +72,14 @@ func targetNow(board *dashboard.DashboardBuilder) {
 				append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
 			column{query{latest("slo_threshold_seconds", ""), "Within"}, units.Seconds, nil},
 			column{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count, decimals(0)},
+			column{query{sum(growth("slo_bad_batches_total", "", "$slo_window")), "Bad batches"}, count, decimals(0)},
 		)).
 		WithPanel(rows(about{
 			"Settings",
 			"What is watched, and how the agent is called. drill: true, it is a fire drill and says nothing about callers.",
 			count, 10, 7,
 		}, []string{"project", "url", "agent_name", "dispatch", "drill"},
-			column{query{"max without (instance, pod) (" + prefix + "target_info" + selector("") + ")", "Targets"},
-				count, nil}))
+			column{query: query{expr: latest("target_info", "")}, unit: count}))
 }
 
 func decimals(places int) []dashboard.DynamicConfigValue {
