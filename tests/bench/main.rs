@@ -48,8 +48,10 @@ const ROOMS_ON_SANDBOX: &[u32] = &[1, 10, 50, 200];
 const ROOMS_ON_REAL: &[u32] = &[1, 10, 50];
 /// The longest that a program may take until it has a call in every room: so much, and so much a room.
 const START: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
-/// Rooms whose join is compared with the server's own stamp.
+/// Rooms whose join is compared with the server's own stamp, and as many whose first speech is with the agent's.
 const JOINS: u32 = 50;
+/// Rooms whose reply is compared with the agent's own log.
+const REPLIES: u32 = 10;
 /// Samples a second.
 const RATE: u16 = 48_000;
 /// Packets of Opus that one room brings in a minute.
@@ -93,7 +95,7 @@ fn main() -> anyhow::Result<()> {
     let mut found = Findings {
         decoding,
         daemons: None,
-        accuracy: None,
+        accuracy: Vec::new(),
         loads: Vec::new(),
     };
     if wants(Stack::Sandbox) {
@@ -108,8 +110,10 @@ fn main() -> anyhow::Result<()> {
     }
     if wants(Stack::Real) {
         let site = Site::real(&[Agent::named(AGENT)])?;
-        found.accuracy = Some(accuracy(&site)?);
+        found.accuracy.push(join_accuracy(&site)?);
+        found.accuracy.push(reply_accuracy(&site)?);
         let stage = Stage::real(site, &packets)?;
+        found.accuracy.push(speech_accuracy(&stage)?);
         for rooms in arguments.rooms_on(ROOMS_ON_REAL) {
             for program in arguments.programs() {
                 found.loads.push(load(&stage, program, rooms)?);
@@ -141,7 +145,7 @@ struct Findings {
     /// CPU seconds for what one room's agent says in one minute.
     decoding: f64,
     daemons: Option<Daemons>,
-    accuracy: Option<Accuracy>,
+    accuracy: Vec<Accuracy>,
     loads: Vec<Load>,
 }
 
@@ -152,8 +156,8 @@ fn print_tables(found: &Findings, ratios: &[Ratio]) {
         println!("{daemons}");
     }
     println!("decoding: {decoding:.3} CPU s per room-minute");
-    if let Some(accuracy) = &found.accuracy {
-        println!("{JOINS} joins, |AgentJoined - joined_at|: {accuracy}");
+    for accuracy in &found.accuracy {
+        println!("{accuracy}");
     }
     println!(
         "\nstack | rooms | program | CPU s per room-minute | of it transport | CPU % of a core | RSS MB | threads \
@@ -197,7 +201,7 @@ fn print_json(found: &Findings, ratios: &[Ratio]) {
         "{}",
         json!({"bench": "decoding", "cpu_seconds_per_room_minute": decoding})
     );
-    if let Some(accuracy) = &found.accuracy {
+    for accuracy in &found.accuracy {
         println!("{}", accuracy.json());
     }
     if let Some(daemons) = &found.daemons {
@@ -310,21 +314,30 @@ fn start_talker(site: &Site, packets: &[Vec<u8>]) -> anyhow::Result<Process> {
     Ok(talker)
 }
 
-/// How far the canary's stamps lie from the server's.
+/// How far the canary's stamps lie from those of who did what is stamped.
 struct Accuracy {
-    /// Milliseconds, ascending.
+    bench: &'static str,
+    /// Whose stamp of what is taken from the canary's.
+    beside: &'static str,
+    /// Milliseconds, ascending; above zero the canary's is later.
     off: Vec<f64>,
 }
 
 impl Accuracy {
+    fn new(bench: &'static str, beside: &'static str, mut off: Vec<f64>) -> Self {
+        off.sort_by(f64::total_cmp);
+        Self { bench, beside, off }
+    }
+
     fn quantile(&self, percent: usize) -> f64 {
         self.off[(self.off.len() * percent).div_ceil(100).max(1) - 1]
     }
 
     fn json(&self) -> Value {
         json!({
-            "bench": "join_accuracy",
-            "joins": self.off.len(),
+            "bench": self.bench,
+            "rooms": self.off.len(),
+            "least_ms": self.quantile(0),
             "median_ms": self.quantile(50),
             "p99_ms": self.quantile(99),
         })
@@ -333,13 +346,17 @@ impl Accuracy {
 
 impl std::fmt::Display for Accuracy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (median, p99) = (self.quantile(50), self.quantile(99));
-        write!(f, "median {median:.1} ms, p99 {p99:.1} ms")
+        let [least, median, p99] = [0, 50, 99].map(|percent| self.quantile(percent));
+        let (rooms, beside) = (self.off.len(), self.beside);
+        write!(
+            f,
+            "{rooms} rooms, {beside}: least {least:+.1} ms, median {median:+.1} ms, p99 {p99:+.1} ms"
+        )
     }
 }
 
-/// Many short rooms with real jobs, a few at a time, so that the machine stays nearly idle.
-fn accuracy(site: &Site) -> anyhow::Result<Accuracy> {
+/// Many short rooms with real jobs, one after the other, so that the machine stays nearly idle.
+fn join_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
     let finished = Settings::new(site)
         .project("max_rooms", JOINS)
         .order(&Order::greets().with("seconds", 0.3))
@@ -347,19 +364,77 @@ fn accuracy(site: &Site) -> anyhow::Result<Accuracy> {
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "2s")
         .run()?;
-    let document: Value = serde_json::from_str(&finished.stdout).with_context(|| finished.all())?;
-    let probes = document["probes"].as_array().context("no probes")?;
     let batch = finished.batch()?;
     let mut off = Vec::new();
-    for (probe, document) in batch.probes.iter().zip(probes) {
-        let server = document["agent"]["joined_at_ms"]
-            .as_f64()
-            .with_context(|| format!("no agent in {document}"))?;
-        off.push((probe.at("AgentJoined")? * 1e3 - server).abs());
+    for probe in &batch.probes {
+        let agent = probe.agent.as_ref();
+        let agent = agent.with_context(|| format!("no agent in {probe:?}"))?;
+        off.push(probe.at("AgentJoined")? * 1e3 - agent.joined_at_ms);
     }
     ensure!(off.len() == JOINS as usize, "only {} rooms", off.len());
-    off.sort_by(f64::total_cmp);
-    Ok(Accuracy { off })
+    let beside = "AgentJoined - the server's joined_at";
+    Ok(Accuracy::new("join_accuracy", beside, off))
+}
+
+/// The talker says itself when it sends its first packet of speech: nothing but the way through the server lies between.
+/// A livekit-agents job can't say it as well, for the SDK encodes and paces on its own.
+fn speech_accuracy(stage: &Stage) -> anyhow::Result<Accuracy> {
+    let talker = stage.talker.as_ref().context("no talker")?;
+    let finished = Settings::new(&stage.site)
+        .project("max_rooms", JOINS)
+        .set("agent_name", stage.agent)
+        .set("batch.rooms", JOINS)
+        .set("batch.ramp", "interval")
+        .set("batch.interval", "200ms")
+        .set("batch.hold", "6s")
+        .run()?;
+    let batch = finished.batch()?;
+    let log = talker.log()?;
+    let mut off = Vec::new();
+    for probe in &batch.probes {
+        let told = format!("talking {} ", probe.room);
+        let sent = log.lines().find_map(|line| line.strip_prefix(&told));
+        let sent: f64 = sent
+            .with_context(|| format!("the talker didn't speak in {}", probe.room))?
+            .parse()?;
+        off.push((probe.at("AgentSpoke")? - sent) * 1e3);
+    }
+    ensure!(off.len() == JOINS as usize, "only {} rooms", off.len());
+    let beside = "AgentSpoke - the agent's first packet of speech";
+    Ok(Accuracy::new("first_speech_accuracy", beside, off))
+}
+
+/// What the agent's own log says of a reply: from the last frame of the echo that it heard to when it began to speak.
+/// The canary's is from the last packet that it sent to the first audible one that came, so both ways through the server
+/// and the agent's jitter buffer come on top: the caller waits for them too.
+fn reply_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
+    let finished = Settings::new(site)
+        .project("max_rooms", REPLIES)
+        .order(&Order::replies().with("seconds", 1))
+        .set("expect.reply", true)
+        .set("batch.rooms", REPLIES)
+        .set("batch.stay", "one_by_one")
+        .set("batch.hold", "6s")
+        .run()?;
+    let batch = finished.batch()?;
+    let events = site.events()?;
+    let mut off = Vec::new();
+    for probe in &batch.probes {
+        let told = |name: &str, key: &str| {
+            let mut events = events.iter();
+            let event = events.find(|event| event.room() == probe.room && event.name() == name);
+            event
+                .with_context(|| format!("no {name} in {}", probe.room))?
+                .number(key)
+        };
+        let own = told("replied", "began")? - told("heard", "ended")?;
+        let delay = probe.reply_delay_seconds;
+        let delay = delay.with_context(|| format!("no reply in {probe:?}"))?;
+        off.push((delay - own) * 1e3);
+    }
+    ensure!(off.len() == REPLIES as usize, "only {} rooms", off.len());
+    let beside = "reply delay - the agent's own";
+    Ok(Accuracy::new("reply_accuracy", beside, off))
 }
 
 /// Who is measured.

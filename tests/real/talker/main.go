@@ -1,4 +1,5 @@
-// The agent of the benchmark: a worker that takes every job, joins its room and speaks without a pause.
+// The agent of the benchmark: a worker that takes every job, joins its room, is silent until everybody has subscribed and
+// then speaks without a pause.
 //
 // A livekit-agents job costs 4 % of a core for that, mostly to encode; with 50 rooms the agents would leave nothing of a
 // small machine to the server and the canary. Here packets that were encoded beforehand are sent again and again.
@@ -6,8 +7,8 @@
 //	talker URL AGENT_NAME PACKETS
 //
 // PACKETS is a file: each Opus packet of 20 ms behind its length as two bytes, the high one first. The keys come from
-// LIVEKIT_API_KEY and LIVEKIT_API_SECRET. It prints "registered worker" once it is ready, and "talking ROOM" for each
-// room in which it has begun.
+// LIVEKIT_API_KEY and LIVEKIT_API_SECRET. It prints "registered worker" once it is ready, and for each room in which it
+// has begun "talking ROOM AT", where AT is when the first packet of speech was about to be sent, in Unix seconds.
 package main
 
 import (
@@ -31,6 +32,8 @@ import (
 const (
 	packetLength = 20 * time.Millisecond
 	pingInterval = 5 * time.Second
+	// Silent packets before the first of speech: who has subscribed by then hears its very beginning.
+	lead = 150
 	track        = "voice"
 )
 
@@ -56,6 +59,9 @@ func readPackets(file string) ([][]byte, error) {
 	}
 	return packets, nil
 }
+
+// silence is one frame of CELT without energy (RFC 6716), 20 ms of nothing.
+var silence = []byte{0xf8, 0xff, 0xfe}
 
 // work registers with the server and serves it until the connection ends.
 func work(url, name string, packets [][]byte) error {
@@ -219,13 +225,19 @@ func (c *call) candidate(trickle *livekit.TrickleRequest) error {
 }
 
 func (c *call) speak() {
-	fmt.Println("talking", c.room)
 	tick := time.NewTicker(packetLength)
 	defer tick.Stop()
-	for i := 0; ; i++ {
+	for i := -lead; ; i++ {
 		select {
 		case <-tick.C:
-			sample := media.Sample{Data: c.packets[i%len(c.packets)], Duration: packetLength}
+			data := silence
+			if i >= 0 {
+				data = c.packets[i%len(c.packets)]
+			}
+			if i == 0 {
+				fmt.Printf("talking %s %.6f\n", c.room, float64(time.Now().UnixMicro())/1e6)
+			}
+			sample := media.Sample{Data: data, Duration: packetLength}
 			if err := c.voice.WriteSample(sample); err != nil {
 				return
 			}
