@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"sort"
@@ -16,6 +17,7 @@ import (
 	apps "k8s.io/api/apps/v1"
 	core "k8s.io/api/core/v1"
 	networking "k8s.io/api/networking/v1"
+	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -95,7 +97,13 @@ func decode(document string) (any, error) {
 	if !known {
 		return nil, os.ErrInvalid
 	}
-	return object, yaml.UnmarshalStrict([]byte(document), object)
+	converted, err := yaml.YAMLToJSONStrict([]byte(document))
+	if err != nil {
+		return nil, err
+	}
+	// As the API server decodes, and kubectl before it: upper and lower case differ.
+	unknown, err := json.UnmarshalStrict(converted, object)
+	return object, errors.Join(append(unknown, err)...)
 }
 
 // The one object of this type.
@@ -137,8 +145,10 @@ func TestEveryManifestHasOnlyFieldsThatItsTypeKnows(t *testing.T) {
 			}
 		}
 	}
-	if _, err := decode("kind: Service\nspec:\n  prots: []\n"); err == nil {
-		t.Error("an unknown field is not noticed")
+	for _, field := range []string{"prots", "Ports"} {
+		if _, err := decode("kind: Service\nspec:\n  " + field + ": []\n"); err == nil {
+			t.Errorf("the unknown field %s is not noticed", field)
+		}
 	}
 }
 

@@ -84,6 +84,15 @@ agent_name = "support"
 		t.Fatal(err)
 	}
 	defer canary.Process.Kill()
+	ended := make(chan error, 1)
+	go func() {
+		ended <- canary.Wait()
+		// What it said before is read; nothing more comes.
+		manager.SetReadDeadline(time.Now().Add(time.Second))
+	}()
+	if err := manager.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
 	for _, expected := range []string{"READY=1", "STOPPING=1"} {
 		await(t, manager, expected)
 		// The first is to be the last; a second one would end it at once.
@@ -93,7 +102,7 @@ agent_name = "support"
 			}
 		}
 	}
-	if err := canary.Wait(); err != nil {
+	if err := <-ended; err != nil {
 		t.Errorf("it didn't end well: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(folder, "livekit-canary")); err != nil {
@@ -103,9 +112,6 @@ agent_name = "support"
 
 func await(t *testing.T, manager *net.UnixConn, expected string) {
 	t.Helper()
-	if err := manager.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
-		t.Fatal(err)
-	}
 	buffer := make([]byte, 4096)
 	for {
 		length, err := manager.Read(buffer)
