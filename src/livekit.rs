@@ -7,6 +7,8 @@ use std::fmt;
 use crate::config::Project;
 
 pub mod api;
+#[cfg(test)]
+mod arbitrary;
 mod echo;
 pub mod engine;
 mod exchange;
@@ -14,6 +16,8 @@ mod ice_tcp;
 pub mod net;
 mod participant;
 mod peer;
+#[cfg(test)]
+mod robustness;
 mod roster;
 mod rtp;
 mod session_stream;

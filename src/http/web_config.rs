@@ -368,6 +368,7 @@ mod tests {
     use std::io;
     use std::sync::Mutex as Lock;
 
+    use proptest::prelude::*;
     use tracing_subscriber::fmt::MakeWriter;
 
     use super::*;
@@ -438,6 +439,30 @@ mod tests {
             for line in &lines {
                 assert!(said.is_some_and(|said| line.contains(said)), "{line}");
                 assert!(!line.contains(&hash[7..]), "{line}");
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(proptest::test_runner::Config {
+            failure_persistence: None,
+            ..Default::default()
+        })]
+
+        #[test]
+        fn file_of_any_text_is_taken_or_refused_with_a_reason(text in prop_oneof![
+            "\\PC{0,100}",
+            "((tls_server_config|basic_auth_users|http_server_config|headers):|  [a-z_]{1,12}: [ -~]{0,16}|[&*!%@][ -~]{0,9}|\n){0,12}",
+        ]) {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("web.yml");
+            std::fs::write(&file, text).unwrap();
+            let http = config::Http {
+                web_config_file: Some(file),
+                ..config::Http::default()
+            };
+            if let Err(told) = WebConfig::load(&http) {
+                prop_assert!(told.contains("web.yml: ") && told.len() < 2000, "{told}");
             }
         }
     }

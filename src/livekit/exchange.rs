@@ -226,7 +226,7 @@ impl Answer {
 }
 
 /// A number of seconds or an HTTP date (RFC 9110, 10.2.3); a date in the past is zero.
-fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
+pub(super) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<u64>() {
         return Some(Duration::from_secs(seconds));

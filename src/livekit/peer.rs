@@ -688,6 +688,9 @@ fn tracks(sdp: &str) -> HashMap<Mid, String> {
 }
 
 #[cfg(test)]
+mod robustness;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

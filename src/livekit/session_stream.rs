@@ -212,6 +212,11 @@ mod tests {
     use livekit_protocol::agent::{AgentSessionEvent, agent_session_event, chat_context::ChatItem};
     use livekit_protocol::{Transcription, TranscriptionSegment};
 
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::super::arbitrary::{bytes, config, protobuf};
     use super::*;
 
     fn packet(value: Value) -> Vec<u8> {
@@ -452,5 +457,83 @@ mod tests {
         assert!(reader.streams.len() <= MOST_STREAMS);
         let kept = reader.streams.iter().map(|stream| stream.content.len());
         assert!(kept.sum::<usize>() <= MOST_STREAMS * MOST_BYTES);
+    }
+
+    /// A packet of streams with few ids, so that they meet.
+    fn any_packet() -> impl Strategy<Value = Vec<u8>> {
+        let id = || select(vec!["a", "b", "c", ""]);
+        let topic = select(vec![TOPIC, transcript::TOPIC, "lk.chat"]);
+        let attribute = (
+            select(vec![
+                "lk.segment_id",
+                "lk.transcription_final",
+                "lk.transcribed_track_id",
+            ]),
+            prop_oneof![Just("true".to_owned()), "\\PC{0,100}"],
+        );
+        let header = (id(), topic, vec(attribute, 0..3)).prop_map(|(id, topic, attributes)| {
+            let attributes = attributes.into_iter();
+            packet(Value::StreamHeader(data_stream::Header {
+                stream_id: id.to_owned(),
+                topic: topic.to_owned(),
+                attributes: attributes
+                    .map(|(key, value)| (key.to_owned(), value))
+                    .collect(),
+                ..data_stream::Header::default()
+            }))
+        });
+        let content = prop_oneof![
+            bytes(300),
+            protobuf(),
+            (0..70_000_usize).prop_map(|n| vec![b'a'; n])
+        ];
+        let chunk = (id(), content).prop_map(|(id, content)| chunk(id, &content));
+        let segment = ("\\PC{0,100}", "\\PC{0,2000}", any::<bool>());
+        let older = vec(segment, 0..20).prop_map(|segments| {
+            let segments = segments
+                .into_iter()
+                .map(|(id, text, last)| TranscriptionSegment {
+                    id,
+                    text,
+                    r#final: last,
+                    ..TranscriptionSegment::default()
+                });
+            packet(Value::Transcription(Transcription {
+                segments: segments.collect(),
+                ..Transcription::default()
+            }))
+        });
+        prop_oneof![
+            4 => header,
+            6 => chunk,
+            4 => id().prop_map(trailer),
+            1 => older,
+            1 => protobuf(),
+            1 => bytes(200),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(config(64))]
+
+        #[test]
+        fn packets_of_any_kind_and_order_are_read_within_bounds(packets in vec(any_packet(), 0..80)) {
+            let mut reader = Reader::new(true);
+            for packet in packets {
+                let told = reader.on_data(Instant::now(), &packet);
+                prop_assert!(told.len() <= 8, "{} at once", told.len());
+                for one in told {
+                    let length = match one {
+                        Told::Error { message, .. } => message.len(),
+                        Told::Words(words) => words.text.as_str().len(),
+                        Told::Turn { .. } => 0,
+                    };
+                    prop_assert!(length <= 1024, "{length}");
+                }
+                prop_assert!(reader.streams.len() <= MOST_STREAMS);
+                let kept = reader.streams.iter().map(|stream| stream.content.len());
+                prop_assert!(kept.max().unwrap_or(0) <= MOST_BYTES);
+            }
+        }
     }
 }

@@ -397,7 +397,7 @@ async fn next_message(
 }
 
 /// `None` for a message of a kind that is newer than our protobufs.
-fn decode(bytes: &Bytes) -> Result<Option<Incoming>, SignalError> {
+pub(super) fn decode(bytes: &Bytes) -> Result<Option<Incoming>, SignalError> {
     proto::SignalResponse::decode(bytes.clone())
         .map(|response| response.message)
         .map_err(|error| SignalError::Protocol(format!("an undecodable message: {error}")))

@@ -17,6 +17,7 @@ mod history;
 mod http;
 mod metrics;
 mod readme;
+mod robustness;
 mod rules;
 mod sandbox;
 mod settings;

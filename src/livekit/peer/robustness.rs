@@ -1,0 +1,175 @@
+//! What a server may describe and send, in any form: a peer connection takes it or refuses it, within its bounds.
+
+use std::future::poll_fn;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::super::arbitrary::{ANSWER, OFFER, bytes, candidate, check, sdp, sdp_changes};
+use super::*;
+
+async fn peer(target: SignalTarget) -> Peer {
+    let local = Ipv4Addr::LOCALHOST.into();
+    Peer::new(target, local, Ice::All).await.unwrap()
+}
+
+/// Lets so much time pass for it, at a stroke and step by step; a transport may fail meanwhile.
+fn age(peer: &mut Peer) {
+    let now = Instant::now();
+    for seconds in [0, 1, 2, 10, 60] {
+        let now = now + Duration::from_secs(seconds);
+        loop {
+            match peer.poll(now) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+        assert!(peer.next_deadline() > now, "it would spin");
+    }
+}
+
+fn assert_bounded(peer: &Peer) {
+    assert!(peer.candidates <= MOST_CANDIDATES);
+    assert!(peer.sockets.len() <= MOST_SOCKETS);
+    assert!(peer.tcp.offered.len() + peer.tcp.connections.len() <= MOST_CONNECTIONS);
+}
+
+#[test]
+fn offer_and_candidates_of_any_form_are_taken_or_refused() {
+    let offers = vec(sdp_changes(), 1..3);
+    let inputs = (offers, vec(candidate(), 0..8));
+    check(64, &inputs, async |(offers, candidates)| {
+        let mut peer = peer(SignalTarget::Subscriber).await;
+        for changes in &offers {
+            peer.accept_offer(&sdp(OFFER, changes)).await.ok();
+            for line in &candidates {
+                peer.add_candidate(line).await;
+            }
+        }
+        age(&mut peer);
+        assert_bounded(&peer);
+    });
+}
+
+#[test]
+fn answer_of_any_form_is_taken_or_refused() {
+    check(64, &sdp_changes(), async |changes| {
+        let mut peer = peer(SignalTarget::Publisher).await;
+        let (mid, _) = peer.offer_track("echo", "echo-1", 1);
+        let answer = sdp(ANSWER, &changes).replace("MID", &mid);
+        peer.accept_answer(1, &answer).await.ok();
+        peer.payload_type(mid);
+        age(&mut peer);
+        assert_bounded(&peer);
+    });
+}
+
+#[test]
+fn any_text_is_no_description_that_breaks_anything() {
+    check(64, &"\\PC{0,200}", async |text| {
+        let mut subscriber = peer(SignalTarget::Subscriber).await;
+        subscriber.accept_offer(&text).await.ok();
+        tracks(&text);
+        age(&mut subscriber);
+    });
+}
+
+/// Carries on until both are connected.
+async fn connect(one: &mut Peer, other: &mut Peer) {
+    let mut buffer = [0; 2_048];
+    loop {
+        let now = Instant::now();
+        for peer in [&mut *one, &mut *other] {
+            while peer.poll(now).unwrap().is_some() {}
+        }
+        if one.connected() && other.connected() {
+            return;
+        }
+        let deadline = one.next_deadline().min(other.next_deadline());
+        let came = poll_fn(|cx| {
+            if let Poll::Ready(arrival) = one.poll_recv(cx, &mut buffer) {
+                return Poll::Ready((true, arrival));
+            }
+            other
+                .poll_recv(cx, &mut buffer)
+                .map(|arrival| (false, arrival))
+        });
+        if let Ok((first, arrival)) = tokio::time::timeout_at(deadline, came).await {
+            let peer = if first { &mut *one } else { &mut *other };
+            peer.on_arrival(Instant::now(), &arrival, &buffer).unwrap();
+        }
+    }
+}
+
+/// What a stranger, or the server itself, sends once a connection is up.
+#[derive(Debug, Clone)]
+enum Sent {
+    /// A datagram that nobody encrypted.
+    Raw(Vec<u8>),
+    /// An encrypted packet with any sequence number, timestamp and payload.
+    Rtp(u16, u32, Vec<u8>),
+}
+
+fn sent() -> impl Strategy<Value = Vec<Sent>> {
+    // The first byte tells STUN, DTLS and SRTP apart.
+    let first = prop_oneof![0..4_u8, 20..64_u8, 128..192_u8, any::<u8>()];
+    let raw = (first, bytes(200)).prop_map(|(first, mut rest)| {
+        rest.insert(0, first);
+        Sent::Raw(rest)
+    });
+    let rtp = (any::<u16>(), any::<u32>(), bytes(200));
+    let rtp =
+        rtp.prop_map(|(sequence, timestamp, payload)| Sent::Rtp(sequence, timestamp, payload));
+    vec(prop_oneof![raw, rtp], 0..20)
+}
+
+#[test]
+fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
+    check(12, &sent(), async |sent| {
+        let mut publisher = peer(SignalTarget::Publisher).await;
+        let mut subscriber = peer(SignalTarget::Subscriber).await;
+        let (mid, offer) = publisher.offer_track("echo", "echo-1", 1);
+        let (answer, _) = subscriber.accept_offer(&offer).await.unwrap();
+        publisher.accept_answer(1, &answer).await.unwrap();
+        connect(&mut publisher, &mut subscriber).await;
+        let (from, to) = (publisher.sockets[0].local, subscriber.sockets[0].local);
+        let payload_type = publisher.payload_type(mid).unwrap();
+        for one in sent {
+            let now = Instant::now();
+            match one {
+                Sent::Raw(bytes) => {
+                    let datagram = Arrival::Datagram {
+                        proto: Protocol::Udp,
+                        from,
+                        to,
+                        length: bytes.len(),
+                    };
+                    // Refusing is as good as dropping: a forged alert ends a DTLS connection.
+                    subscriber.on_arrival(now, &datagram, &bytes).ok();
+                }
+                Sent::Rtp(sequence, timestamp, payload) => {
+                    let packet = Outgoing {
+                        payload_type,
+                        sequence: sequence.into(),
+                        timestamp,
+                        at: now,
+                        marker: true,
+                        silent: false,
+                        payload: payload.into(),
+                    };
+                    publisher.write(mid, packet);
+                    publisher.poll(now).unwrap();
+                    let mut buffer = [0; 2_048];
+                    let came = poll_fn(|cx| Poll::Ready(subscriber.poll_recv(cx, &mut buffer)));
+                    if let Poll::Ready(arrival) = came.await {
+                        subscriber.on_arrival(now, &arrival, &buffer).ok();
+                    }
+                }
+            }
+            while let Ok(Some(_)) = subscriber.poll(now) {}
+        }
+        age(&mut subscriber);
+        assert_bounded(&subscriber);
+    });
+}

@@ -1,0 +1,411 @@
+//! What a server or an agent may say, in any form and order: it ends a participant or a call with a verdict on them,
+//! never with a fault of ours, and nothing waits for ever.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use livekit_protocol as proto;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+use prost::Message as _;
+use proto::signal_request::Message as Request;
+use proto::signal_response::Message as Response;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{WebSocketStream, accept_async};
+
+use super::RoomName;
+use super::api::{Api, ApiError};
+use super::arbitrary::{
+    ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
+};
+use super::echo::Echo;
+use super::engine::{Ended, Engine, JoinRequest, Seen};
+use super::exchange;
+use super::rtp::{Head, Receiver};
+use super::signal;
+use super::speech::{Detector, Heard};
+use super::test_server::{Server, keys, read_request};
+use crate::config::{self as settings, EchoMode, Ice, Speech};
+
+/// A move of a server's after the join response.
+#[derive(Debug, Clone)]
+enum Move {
+    Say(Box<Response>),
+    /// An acknowledgement of the track that the client really added.
+    Acknowledge(String),
+    Bytes(Vec<u8>),
+    Text(String),
+}
+
+/// Few names, so that they meet.
+fn name() -> impl Strategy<Value = String> {
+    prop_oneof![
+        4 => select(vec!["", "a", "b", "canary-echo", "PA_1", "TR_voice", "support"]).prop_map(str::to_owned),
+        1 => ".{0,20}",
+    ]
+}
+
+fn track() -> impl Strategy<Value = proto::TrackInfo> {
+    (name(), -1..6_i32, -1..4_i32, any::<bool>()).prop_map(|(sid, source, kind, muted)| {
+        proto::TrackInfo {
+            sid,
+            source,
+            r#type: kind,
+            muted,
+            ..proto::TrackInfo::default()
+        }
+    })
+}
+
+fn participant() -> impl Strategy<Value = proto::ParticipantInfo> {
+    let keys = select(vec![
+        "lk.agent_name",
+        "lk.agent.name",
+        "lk.agent.state",
+        "lk.publish_on_behalf",
+    ]);
+    let attributes = vec((keys, name()), 0..4);
+    let identity = (name(), name(), vec(track(), 0..3), attributes);
+    let state = (-1..6_i32, -1..9_i32, -1..20_i32, any::<u32>(), any::<i64>());
+    (identity, state).prop_map(
+        |((sid, identity, tracks, attributes), (state, kind, reason, version, joined))| {
+            let attributes = attributes.into_iter();
+            proto::ParticipantInfo {
+                sid,
+                identity,
+                tracks,
+                attributes: attributes
+                    .map(|(key, value)| (key.to_owned(), value))
+                    .collect(),
+                state,
+                kind,
+                disconnect_reason: reason,
+                version,
+                joined_at_ms: joined,
+                ..proto::ParticipantInfo::default()
+            }
+        },
+    )
+}
+
+fn description(text: &'static str) -> impl Strategy<Value = proto::SessionDescription> {
+    (sdp_changes(), 0..3_u32).prop_map(move |(changes, id)| proto::SessionDescription {
+        r#type: "offer".to_owned(),
+        sdp: sdp(text, &changes),
+        id,
+        ..proto::SessionDescription::default()
+    })
+}
+
+fn said() -> impl Strategy<Value = Response> {
+    let trickle = prop_oneof![
+        candidate().prop_map(|line| serde_json::json!({ "candidate": line }).to_string()),
+        ".{0,40}"
+    ];
+    prop_oneof![
+        3 => description(OFFER).prop_map(Response::Offer),
+        3 => description(ANSWER).prop_map(Response::Answer),
+        3 => (trickle, -1..3_i32).prop_map(|(candidate_init, target)| {
+            Response::Trickle(proto::TrickleRequest {
+                candidate_init,
+                target,
+                r#final: false,
+            })
+        }),
+        4 => vec(participant(), 0..4).prop_map(|participants| {
+            Response::Update(proto::ParticipantUpdate { participants })
+        }),
+        1 => name().prop_map(|track_sid| {
+            Response::TrackUnpublished(proto::TrackUnpublishedResponse { track_sid })
+        }),
+        1 => (any::<i64>(), any::<i64>()).prop_map(|(last_ping_timestamp, timestamp)| {
+            Response::PongResp(proto::Pong { last_ping_timestamp, timestamp })
+        }),
+        1 => any::<i32>().prop_map(|reason| Response::RequestResponse(proto::RequestResponse {
+            reason,
+            ..proto::RequestResponse::default()
+        })),
+        1 => name().prop_map(Response::RefreshToken),
+    ]
+}
+
+fn moves() -> impl Strategy<Value = Vec<Move>> {
+    let one = prop_oneof![
+        12 => said().prop_map(|message| Move::Say(Box::new(message))),
+        2 => name().prop_map(Move::Acknowledge),
+        1 => (-1..20_i32).prop_map(|reason| {
+            let leave = proto::LeaveRequest { reason, ..proto::LeaveRequest::default() };
+            Move::Say(Box::new(Response::Leave(leave)))
+        }),
+        1 => protobuf().prop_map(Move::Bytes),
+        1 => bytes(40).prop_map(Move::Bytes),
+        1 => ".{0,10}".prop_map(Move::Text),
+    ];
+    vec(one, 0..12)
+}
+
+async fn send(socket: &mut WebSocketStream<TcpStream>, message: Response) -> Option<()> {
+    let response = proto::SignalResponse {
+        message: Some(message),
+    };
+    let message = Message::binary(response.encode_to_vec());
+    socket.send(message).await.ok()
+}
+
+/// Answers the join and makes its moves; the socket closes after the last.
+async fn play(stream: TcpStream, others: Vec<proto::ParticipantInfo>, moves: Vec<Move>) {
+    let play = async {
+        let mut socket = accept_async(stream).await.ok()?;
+        let join = proto::JoinResponse {
+            other_participants: others,
+            ..proto::JoinResponse::default()
+        };
+        send(&mut socket, Response::Join(join)).await?;
+        let (mut cid, mut mid) = (String::new(), String::new());
+        while cid.is_empty() || mid.is_empty() {
+            let Message::Binary(bytes) = socket.next().await?.ok()? else {
+                continue;
+            };
+            match proto::SignalRequest::decode(bytes).ok()?.message? {
+                Request::AddTrack(request) => cid = request.cid,
+                Request::Offer(offer) => {
+                    let mut lines = offer.sdp.lines();
+                    mid = lines
+                        .find_map(|line| line.strip_prefix("a=mid:"))?
+                        .to_owned();
+                }
+                _ => {}
+            }
+        }
+        for one in moves {
+            match one {
+                Move::Say(mut message) => {
+                    if let Response::Answer(answer) = &mut *message {
+                        answer.sdp = answer.sdp.replace("MID", &mid);
+                    }
+                    send(&mut socket, *message).await?;
+                }
+                Move::Acknowledge(sid) => {
+                    let track = proto::TrackInfo {
+                        sid,
+                        ..proto::TrackInfo::default()
+                    };
+                    let published = proto::TrackPublishedResponse {
+                        cid: cid.clone(),
+                        track: Some(track),
+                    };
+                    send(&mut socket, Response::TrackPublished(published)).await?;
+                }
+                Move::Bytes(bytes) => socket.send(Message::binary(bytes)).await.ok()?,
+                Move::Text(text) => socket.send(Message::text(text)).await.ok()?,
+            }
+        }
+        socket.close(None).await.ok()
+    };
+    // A client that has had enough is gone.
+    play.await;
+}
+
+fn request(server: &Server) -> JoinRequest {
+    JoinRequest {
+        endpoint: server.endpoint(),
+        keys: keys(),
+        room: RoomName("room".to_owned()),
+        identity: "canary-echo".to_owned(),
+        attributes: BTreeMap::new(),
+        agent_name: Some("support".to_owned()),
+        room_config: None,
+        echo: settings::Echo::default(),
+        speech: Speech::default(),
+        signal_timeout: Duration::from_secs(10),
+        ice: Ice::All,
+        transcript: true,
+    }
+}
+
+#[test]
+fn server_that_says_anything_in_any_order_ends_a_participant_without_a_fault_of_ours() {
+    let inputs = (vec(participant(), 0..3), moves());
+    check(48, &inputs, async |(others, moves)| {
+        let server = Server::start(move |stream| play(stream, others.clone(), moves.clone())).await;
+        let mut participant = Engine::Native.join(request(&server));
+        let mut last = None;
+        while let Some(event) = participant.events.recv().await {
+            last = Some(event.seen);
+        }
+        match last {
+            Some(Seen::Ended { why, .. }) => {
+                assert!(!matches!(why, Ended::Internal(_) | Ended::Left), "{why:?}");
+            }
+            other => panic!("the last event is {other:?}"),
+        }
+    });
+}
+
+proptest! {
+    #![proptest_config(config(500))]
+
+    #[test]
+    fn signal_message_of_any_bytes_is_read_or_refused(
+        message in prop_oneof![protobuf(), bytes(200)],
+    ) {
+        if let Err(error) = signal::decode(&message.into()) {
+            let text = error.to_string();
+            prop_assert!(text.len() < 1000, "{text}");
+        }
+    }
+
+    #[test]
+    fn retry_after_of_any_text_is_a_time_or_nothing(value in prop_oneof![
+        "\\PC{0,30}",
+        "[0-9]{1,25}",
+        "(Mon|Tue), [0-9]{1,3} (Jan|Feb) [0-9]{1,6} [0-9]{1,3}:[0-9]{1,3}:[0-9]{1,3} (GMT|[+-][0-9]{1,6})",
+    ]) {
+        exchange::retry_after(&value, chrono::Utc::now());
+    }
+
+    #[test]
+    fn text_of_any_server_is_short_and_holds_no_token(
+        text in vec(prop_oneof!["\\PC{0,50}", ".{0,50}", "eyJ[a-zA-Z0-9._-]{0,40}"], 0..60),
+    ) {
+        let shown = exchange::presentable(&text.concat());
+        prop_assert!(shown.len() <= 1024);
+        prop_assert!(!shown.contains("eyJ") && !shown.contains(char::is_control), "{shown}");
+    }
+}
+
+/// An answer's bytes: of a form that servers use, with anything in its places.
+fn answer() -> impl Strategy<Value = Vec<u8>> {
+    let status = prop_oneof![
+        select(vec![100_u32, 101, 200, 204, 301, 401, 404, 429, 500, 503]),
+        0..1100_u32
+    ];
+    let retry = prop_oneof![
+        "[0-9]{1,22}",
+        "[ -~]{0,30}",
+        Just("Sun, 06 Nov 1994 08:49:37 GMT".to_owned())
+    ];
+    let header = prop_oneof![
+        retry.prop_map(|value| format!("Retry-After: {value}")),
+        (0..3000_u64).prop_map(|length| format!("Content-Length: {length}")),
+        Just("Transfer-Encoding: chunked".to_owned()),
+        Just("Content-Type: application/json".to_owned()),
+        Just("Upgrade: websocket".to_owned()),
+        "[a-zA-Z-]{0,12}: [ -~]{0,20}",
+        "[ -~]{0,20}",
+    ];
+    let twirp = ("[a-z_]{0,20}", ".{0,60}")
+        .prop_map(|(code, msg)| serde_json::json!({ "code": code, "msg": msg }).to_string());
+    let body = prop_oneof![
+        bytes(2000),
+        protobuf(),
+        twirp.prop_map(String::into_bytes),
+        Just(b"5\r\nhello\r\n0\r\n\r\n".to_vec()),
+        Just(b"fffffffffffffffff\r\nhello".to_vec()),
+    ];
+    let formed = (status, vec(header, 0..4), body).prop_map(|(status, headers, body)| {
+        let mut answer = format!("HTTP/1.1 {status} Something\r\n").into_bytes();
+        for header in headers {
+            answer.extend(header.bytes());
+            answer.extend(b"\r\n");
+        }
+        answer.extend(b"\r\n");
+        answer.extend(body);
+        answer
+    });
+    prop_oneof![6 => formed, 1 => bytes(300)]
+}
+
+#[test]
+fn answer_of_any_form_is_a_result_of_the_call() {
+    check(100, &answer(), async |answer| {
+        let server = Server::start(move |mut stream| {
+            let answer = answer.clone();
+            async move {
+                use tokio::io::AsyncWriteExt;
+                read_request(&mut stream).await;
+                // It may have had enough of us.
+                stream.write_all(&answer).await.ok();
+                stream.shutdown().await.ok();
+            }
+        })
+        .await;
+        let api = Api::new(server.endpoint(), keys(), Duration::from_secs(10));
+        let room = RoomName("room".to_owned());
+        match api.list_dispatch(&room).await.result {
+            Err(ApiError::Timeout(_)) => panic!("the answer had ended"),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.len() < 1500 && !text.contains("eyJ"), "{text}");
+            }
+            Ok(_) => {}
+        }
+    });
+}
+
+/// A packet of the agent's: how long after the last, on which stream and where in it, and its payload.
+fn packets() -> impl Strategy<Value = Vec<(u64, u32, u64, u32, Vec<u8>)>> {
+    let wait = prop_oneof![8 => 0..40_u64, 1 => 0..100_000_u64];
+    let sequence = prop_oneof![4 => 0..50_u64, 1 => any::<u64>().prop_map(|it| it >> 8)];
+    let timestamp = prop_oneof![4 => (0..50_u32).prop_map(|it| it * 960), 1 => any::<u32>()];
+    // The first byte says what an Opus packet is; these are common ones, with any content.
+    let payload = prop_oneof![
+        bytes(120),
+        (select(vec![0x78_u8, 0xf8, 0xfc, 0x0b, 0x43]), bytes(120)).prop_map(|(toc, mut rest)| {
+            rest.insert(0, toc);
+            rest
+        }),
+        Just(include_bytes!("../sandbox/greeting.opusframes")[2..80].to_vec()),
+    ];
+    vec((wait, 0..3_u32, sequence, timestamp, payload), 0..60)
+}
+
+proptest! {
+    #![proptest_config(config(64))]
+
+    #[test]
+    fn packets_of_any_kind_and_order_are_heard_and_echoed_within_bounds(
+        packets in packets(),
+        continuous in any::<bool>(),
+    ) {
+        let echo_settings = settings::Echo {
+            mode: if continuous { EchoMode::Continuous } else { EchoMode::Turn },
+            ..settings::Echo::default()
+        };
+        let mut now = Instant::now();
+        let mut receiver = Receiver::default();
+        let mut speech = Detector::new(Speech::default());
+        let mut echo = Echo::new(echo_settings);
+        echo.open(now);
+        let mut last = None;
+        for (wait, ssrc, sequence, timestamp, payload) in packets {
+            now += Duration::from_millis(wait);
+            let payload: Arc<[u8]> = payload.into();
+            let head = Head { ssrc, sequence, timestamp };
+            if let Some(position) = receiver.on_packet(now, head) {
+                prop_assert!(last < Some(position.time), "the media clock went back");
+                last = Some(position.time);
+                echo.on_packet(now, position.time, &payload);
+                for heard in speech.on_packet(now, position, &payload) {
+                    match heard {
+                        Heard::Started(at) => echo.on_speech_started(at),
+                        Heard::Ended(at) => echo.on_speech_ended(at),
+                    }
+                }
+            }
+            // More would be a queue that is never done.
+            let mut sent = 0;
+            while echo.poll(now, speech.on_the_verge()).is_some() {
+                sent += 1;
+                prop_assert!(sent < 10_000, "the echo never ends");
+            }
+        }
+        let stats = receiver.stats();
+        prop_assert!(stats.jitter.is_none_or(|it| it < Duration::from_hours(24 * 365)));
+    }
+}
