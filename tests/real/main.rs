@@ -232,6 +232,7 @@ fn run(stack: Stack, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<S
         let left = site.api.rooms()?;
         if !left.is_empty() {
             faults.push(format!("left on the {} server: {left:?}", stack.label()));
+            println!("{}", site.logs_about(&left.join(" ")));
             failed = true;
         }
         if failed {

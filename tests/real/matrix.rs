@@ -107,9 +107,10 @@ impl Fault {
             self.within
         );
         let text = Verdict::of(probe);
+        let by = seen.wanted.map_or("", |_| ", as the server lists its jobs");
         let detail = probe.detail.as_deref().unwrap_or("no detail");
         Ok(Row {
-            seen: format!("{text}: {detail}"),
+            seen: format!("{text}{by}: {detail}"),
             seconds,
         })
     }

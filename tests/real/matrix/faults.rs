@@ -16,6 +16,7 @@ use crate::stack::{AGENT, Agent, Event, Interceptor, SECRET, Site, TlsProxy, kil
 
 const NO_PROCESS: &str = "its agent is no process of its own that could be killed";
 const NO_NETWORK: &str = "it binds to 127.0.0.1 alone, where nothing lies between";
+const NO_PERMISSIONS: &str = "it takes no right away";
 const NO_SETTING: &str = "it has no such setting";
 const NO_ANSWER: &str = "it answers in full or not at all";
 const NO_LEAVE: &str = "it refuses the upgrade instead, and says no more than 500";
@@ -91,6 +92,9 @@ faults! {
     agent_that_never_connects: failed(Reason::AgentNoShow), by(Origin::Agent), "----", within 20,
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "for agent \\\"echo-tester\\\""],
         sandbox Made(never_connects), real Made(never_connects);
+    agent_that_fails_before_it_connects: failed(Reason::AgentNoShow), by(Origin::Agent), "----", within 20,
+        [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "for agent \\\"echo-tester\\\""],
+        sandbox Made(fails), real Made(fails);
     no_worker: failed(Reason::DispatchUnanswered), by(Origin::Undetermined), "----", within 15,
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "no job", "check, in this order, that a worker registered"],
         sandbox Made(no_worker), real Made(no_worker);
@@ -227,6 +231,10 @@ faults! {
     identity_is_taken: failed(Reason::Removed), by(Origin::External), "....", within 30,
         ["Leave DUPLICATE_IDENTITY", "took the echo participant's identity"],
         sandbox Made(identity_is_taken), real Made(identity_is_taken);
+
+    right_to_publish_is_taken_away: failed(Reason::Removed), by(Origin::External), "....", within 30,
+        [r#""step":"permission""#, "right to publish"],
+        sandbox Not(NO_PERMISSIONS), real Made(may_not_publish);
 
     // The plan's. The real server has but one limit of these: a proxy says what LiveKit Cloud's would.
     too_many_connections: limit(LimitKind::Connections), by(Origin::Limit), "...-", within 10,
@@ -444,10 +452,21 @@ fn never_joins(ground: &Ground) -> anyhow::Result<Seen> {
     told(ground, &Order::never_connects(), &NOBODY)
 }
 
-/// Whether the job is listed is for the server to say.
 fn never_connects(ground: &Ground) -> anyhow::Result<Seen> {
-    let tag = "never-connects-in-the-matrix";
-    let (site, settings) = call(ground, &Order::never_connects().tag(tag))?;
+    listed_or_not(
+        ground,
+        Order::never_connects(),
+        "never-connects-in-the-matrix",
+    )
+}
+
+fn fails(ground: &Ground) -> anyhow::Result<Seen> {
+    listed_or_not(ground, Order::fails(), "fails-in-the-matrix")
+}
+
+/// An agent that took its job and isn't coming; whether the job is listed is for the server to say.
+fn listed_or_not(ground: &Ground, order: Order, tag: &str) -> anyhow::Result<Seen> {
+    let (site, settings) = call(ground, &order.tag(tag))?;
     let watch = Watch::begin(&set(settings, &NOBODY))?;
     let job = wait_for_job(site, tag, "job")?;
     let wanted = expected_of_nobody(site, job.room())?;
@@ -643,12 +662,23 @@ fn agent_is_removed(ground: &Ground) -> anyhow::Result<Seen> {
     call.finish()
 }
 
+fn may_not_publish(ground: &Ground) -> anyhow::Result<Seen> {
+    let call = greeted(ground, "may-not-publish-in-the-matrix")?;
+    let caller = call.event("caller")?;
+    let identity = caller.text("caller");
+    call.site.api.revoke(&call.room, identity, "can_publish")?;
+    call.finish()
+}
+
 fn identity_is_taken(ground: &Ground) -> anyhow::Result<Seen> {
     let call = greeted(ground, "identity-is-taken")?;
     let caller = call.event("caller")?;
-    let other = join_as(call.site, &call.room, caller.text("caller"))?;
+    let (site, room) = (call.site, call.room.clone());
+    let other = join_as(site, &room, caller.text("caller"))?;
     let seen = call.finish()?;
     drop(other);
+    // The other one's joining may come after the canary's deletion, and creates the room again.
+    site.api.delete_room(&room).ok();
     Ok(seen)
 }
 
