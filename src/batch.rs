@@ -535,11 +535,27 @@ struct Asked {
 
 struct OpenedProbe {
     room: RoomName,
-    started_at: DateTime<Utc>,
+    /// When it was opened, on both clocks.
+    opened: (DateTime<Utc>, Instant),
     hold_until: watch::Sender<Option<Instant>>,
     /// Until the probe has ended; dropped before that, the room's worst case stands.
     reservation: Option<Reservation>,
     report: Option<Report>,
+}
+
+impl OpenedProbe {
+    /// Its start is the zero of its milestones, on the wall clock: on a busy machine its task runs some time after it
+    /// was opened.
+    fn into_report(self) -> ProbeReport {
+        let report = self.report.expect("every task has ended with a report");
+        let (wall, clock) = self.opened;
+        let started = report.timeline.get(Milestone::Started).unwrap_or(clock);
+        let started_at = wall + started.saturating_duration_since(clock);
+        ProbeReport {
+            report,
+            started_at: started_at.trunc_subsecs(6),
+        }
+    }
 }
 
 /// A batch at work: the thin loop around [`Ramp`] that owns the probes' tasks.
@@ -612,10 +628,7 @@ where
             }
         }
         self.tell_guard_of_no_rejection();
-        let reports = self.probes.into_iter().map(|probe| ProbeReport {
-            report: probe.report.expect("every task has ended with a report"),
-            started_at: probe.started_at,
-        });
+        let reports = self.probes.into_iter().map(OpenedProbe::into_report);
         (reports.collect(), self.ramp.not_opened())
     }
 
@@ -640,7 +653,7 @@ where
         let (progress, seen) = mpsc::channel(Progress::MOST);
         self.probes.push(OpenedProbe {
             room: room.clone(),
-            started_at: Utc::now().trunc_subsecs(6),
+            opened: (Utc::now(), Instant::now()),
             hold_until,
             reservation,
             report: None,
@@ -1462,6 +1475,24 @@ mod tests {
             assert_eq!(probes.len(), 3);
             drop(reader);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_starts_on_the_wall_clock_where_its_milestones_do_however_late_its_task_runs() {
+        let runs_late = |_, opening: Opening| async move {
+            sleep(SECOND).await;
+            let mut report = report(&opening, Outcome::Ok);
+            report.timeline.mark(Milestone::Started, Instant::now());
+            say(&opening, settled(Outcome::Ok)).await;
+            report
+        };
+        let opened = Utc::now().trunc_subsecs(6);
+        let (events, _reader) = mpsc::channel(100);
+        let abort = CancellationToken::new();
+        let plan = plan(1, Stay::Together);
+        let running = Running::new(plan, no_rails(), abort, events, runs_late);
+        let (probes, _) = running.run().await;
+        assert!(probes[0].started_at >= opened + SECOND);
     }
 
     #[tokio::test(start_paused = true)]
