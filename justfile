@@ -20,6 +20,10 @@ deployment:
     cargo build
     cd tests/deploy && go test -count=1 ./...
 
+# What the alert rules do on Prometheus 2 and 3, minute by minute, and the way of an alert to a webhook. Needs Go.
+rules FILTER="":
+    cargo test --test rules -- {{FILTER}}
+
 # The fault matrix on every stack, N times: each fault with its verdict, and in how many runs that was right.
 matrix N="1":
     REPEAT={{N}} cargo test --test real -- matrix::

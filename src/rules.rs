@@ -21,8 +21,9 @@ pub use catalogue::{ALERTS, Alert, Severity};
 const MINUTE: Duration = Duration::from_mins(1);
 const DAY: Duration = Duration::from_hours(24);
 
-/// Longest intervals of the classes, in minutes: the usual schedules fit exactly, others by a factor of two or so.
-const LADDER: [u64; 11] = [2, 5, 10, 15, 30, 60, 120, 240, 360, 720, 1440];
+/// Longest intervals of the classes, in minutes: the usual schedules fit exactly, others by a factor of two or so. Windows
+/// of all classes are read for every target, so those of rarer batches, which are days, come from the settings alone.
+const LADDER: [u64; 7] = [2, 5, 10, 15, 30, 60, 180];
 /// A window with fewer scrapes than that is too coarse: what `increase` adds for its edges would pass for a batch.
 const FEWEST_SCRAPES: u32 = 10;
 /// The fewest intervals that a window of a slow alert spans.

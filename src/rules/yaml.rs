@@ -24,6 +24,8 @@ impl<'a> File<'a> {
 # scrape the canary at least every {}. What a canary has to tell has the labels of its scrape but instance and
 # pod, so that a new pod goes on where the one before it ended.
 #
+# They watch targets whose batches come every three hours or more often, and those of the settings.
+#
 # Windows are a multiple of a target's interval: one line of a record is for the targets with intervals of one class, since
 # PromQL takes no window from a series. All else that differs from target to target is read from its series.
 groups:

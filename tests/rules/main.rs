@@ -1,0 +1,317 @@
+//! What the alert rules do with the stories of three canaries, minute by minute, by the promtool of Prometheus 2 and of 3:
+//! `cargo test --test rules`.
+//!
+//! A story is what befalls a canary tick by tick; `simulation` makes series of it. Each alert that fires is written down with
+//! the minutes from and until which it does, so that whatever else fires, or at another minute, fails the test.
+
+#![expect(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "counts and seconds of a few days"
+)]
+
+mod path;
+mod simulation;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use simulation::Event::{self, *};
+use simulation::{Reference, SCRAPE, Story};
+
+const QUARTER: Reference = Reference {
+    name: "3 rooms every 15 min",
+    rooms: 3,
+    every: 15,
+    objective: 0.99,
+};
+const FIVE: Reference = Reference {
+    name: "5 rooms every 5 min",
+    rooms: 5,
+    every: 5,
+    objective: 0.995,
+};
+const HOUR: Reference = Reference {
+    name: "3 rooms every hour",
+    rooms: 3,
+    every: 60,
+    objective: 0.99,
+};
+
+const REFERENCES: [Reference; 3] = [QUARTER, FIVE, HOUR];
+
+/// An alert by its name, severity and, where it has one, `sli` or `limit`; the first minute in which it fires and the first
+/// in which it no longer does.
+type Fired = (&'static str, usize, Option<usize>);
+
+/// Good batches before anything happens, more than a fast window holds.
+const BEFORE: (usize, Event) = (4, Good);
+
+#[test]
+fn single_failed_rooms_and_batches_are_quiet() {
+    let events = [BEFORE, (1, OneRoom), (5, Good), (1, Outage), (5, Good)];
+    tell(&REFERENCES.map(|reference| (Story::new(reference, &events), &[] as &[Fired])));
+}
+
+#[test]
+fn outage_pages_after_its_second_batch_whatever_pod_sees_it() {
+    let events = [
+        BEFORE,
+        (1, Outage),
+        (1, Rollout),
+        (3, Good),
+        (2, Outage),
+        (1, Rollout),
+        (3, Good),
+    ];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 152, Some(174)),
+            ("AgentFailing page sli=first_speech", 152, Some(174)),
+            ("AgentFailing page sli=join", 152, Some(174)),
+            ("ErrorBudgetBurnsSlowly ticket sli=availability", 152, None),
+            ("ErrorBudgetBurnsSlowly ticket sli=first_speech", 152, None),
+            ("ErrorBudgetBurnsSlowly ticket sli=join", 152, None),
+        ],
+    )]);
+}
+
+#[test]
+fn limit_on_the_rate_of_calls_stays_a_ticket() {
+    let events = [BEFORE, (6, Limit("api_rate")), (6, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("PlanLimitHit ticket limit=api_rate", 61, None),
+            ("BackingOff ticket", 135, Some(173)),
+        ],
+    )]);
+}
+
+#[test]
+fn batch_that_never_ends_pages() {
+    let events = [BEFORE, (4, Hung), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("CanaryStuck page", 90, Some(121))],
+    )]);
+}
+
+#[test]
+fn canary_that_is_down_pages() {
+    let events = [BEFORE, (3, Down), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("CanaryDown page", 65, Some(105))],
+    )]);
+}
+
+#[test]
+fn crash_loop_pages() {
+    let events = [BEFORE, (4, CrashLoop), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("CanaryCrashLooping page", 67, Some(141))],
+    )]);
+}
+
+/// The promtools, in the order of their versions.
+fn promtools() -> &'static [PathBuf; 2] {
+    static PROMTOOLS: OnceLock<[PathBuf; 2]> = OnceLock::new();
+    PROMTOOLS.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rules");
+        let output = Command::new(folder.join("setup.sh")).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8(output.stdout).unwrap();
+        ["PROMTOOL2=", "PROMTOOL3="].map(|key| {
+            let mut lines = said.lines();
+            let path = lines.find_map(|line| line.strip_prefix(key));
+            PathBuf::from(path.unwrap())
+        })
+    })
+}
+
+/// Holds the rules to firing these alerts in these stories, and no others.
+fn tell(stories: &[(Story, &[Fired])]) {
+    let mistakes: Vec<String> = stories
+        .iter()
+        .filter_map(|(story, expected)| mistake(story, expected))
+        .collect();
+    assert!(mistakes.is_empty(), "{}", mistakes.concat());
+}
+
+fn mistake(story: &Story, expected: &[Fired]) -> Option<String> {
+    let told = promtools().iter().find_map(|promtool| {
+        let run = run(promtool, story, expected);
+        (!run.passed).then_some((promtool, run.output))
+    });
+    let (promtool, output) = told?;
+    let seen = observed(story, &run(promtool, story, &[]).output);
+    Some(format!(
+        "{}, {}: expected\n{}seen\n{}{}",
+        story.reference.name,
+        promtool.display(),
+        table(
+            expected
+                .iter()
+                .map(|(alert, from, until)| (*alert, *from, *until))
+        ),
+        table(
+            seen.iter()
+                .map(|(alert, from, until)| (alert.as_str(), *from, *until))
+        ),
+        if seen.is_empty() { output.as_str() } else { "" }
+    ))
+}
+
+fn table<'a>(fired: impl Iterator<Item = (&'a str, usize, Option<usize>)>) -> String {
+    let rows = fired.map(|(alert, from, until)| format!("    ({alert:?}, {from}, {until:?}),\n"));
+    rows.collect()
+}
+
+struct Run {
+    passed: bool,
+    output: String,
+}
+
+/// Has promtool evaluate the rules over a story, and compare what fires in every minute.
+fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
+    let folder = tempfile::tempdir().unwrap();
+    let rules = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
+        .arg("rules")
+        .env_clear()
+        .output()
+        .unwrap();
+    assert!(rules.status.success(), "{rules:?}");
+    std::fs::write(folder.path().join("rules.yml"), rules.stdout).unwrap();
+    let tests = folder.path().join("tests.yml");
+    std::fs::write(&tests, unit_tests(story, expected)).unwrap();
+    let output = Command::new(promtool)
+        .args(["test", "rules"])
+        .arg(&tests)
+        .output()
+        .unwrap();
+    Run {
+        passed: output.status.success(),
+        output: String::from_utf8([output.stdout, output.stderr].concat()).unwrap(),
+    }
+}
+
+/// Labels by which alerts are told apart here.
+const FIRING: &str = "count by (alertname, severity, sli, limit) (ALERTS{alertstate='firing'})";
+
+/// Minutes from evaluation to evaluation. An alert that holds on looks at the one before, five minutes back at most.
+fn step(story: &Story) -> usize {
+    if story.reference.every < 60 { 1 } else { 3 }
+}
+
+fn unit_tests(story: &Story, expected: &[Fired]) -> String {
+    let mut text = format!(
+        "rule_files: [rules.yml]\nevaluation_interval: {}m\ntests:\n- interval: {SCRAPE}s\n  input_series:\n",
+        step(story)
+    );
+    for (series, values) in story.series() {
+        writeln!(text, "  - series: '{series}'\n    values: '{values}'").unwrap();
+    }
+    text.push_str("  promql_expr_test:\n");
+    for minute in (0..story.minutes()).step_by(step(story)) {
+        let firing = expected
+            .iter()
+            .filter(|(_, from, until)| *from <= minute && until.is_none_or(|until| minute < until));
+        let firing: Vec<String> = firing
+            .map(|(alert, _, _)| format!("    - {{labels: '{}', value: 1}}\n", labels(alert)))
+            .collect();
+        writeln!(text, "  - expr: \"{FIRING}\"\n    eval_time: {minute}m").unwrap();
+        if !firing.is_empty() {
+            write!(text, "    exp_samples:\n{}", firing.concat()).unwrap();
+        }
+    }
+    text
+}
+
+/// `AgentFailing page sli=join` as labels.
+fn labels(alert: &str) -> String {
+    let mut words = alert.split(' ');
+    let [name, severity] = [words.next().unwrap(), words.next().unwrap()];
+    let mut labels = format!("{{alertname=\"{name}\", severity=\"{severity}\"");
+    for word in words {
+        let (label, value) = word.split_once('=').unwrap();
+        write!(labels, ", {label}=\"{value}\"").unwrap();
+    }
+    labels + "}"
+}
+
+/// What fired when, out of promtool's complaints about a test that expects nothing.
+fn observed(story: &Story, output: &str) -> Vec<(String, usize, Option<usize>)> {
+    let mut minutes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let mut minute = 0;
+    let step = step(story);
+    for line in output.lines() {
+        if let Some((_, rest)) = line.split_once(", time: ") {
+            minute = minutes_of(rest.split(',').next().unwrap());
+        }
+        if let Some((_, got)) = line.split_once("got:") {
+            for sample in got.split('{').skip(1) {
+                let (labels, _) = sample.split_once('}').unwrap();
+                minutes.entry(alert_of(labels)).or_default().push(minute);
+            }
+        }
+    }
+    let mut seen = Vec::new();
+    for (alert, minutes) in minutes {
+        for run in minutes.chunk_by(|one, next| one + step == *next) {
+            let end = run[run.len() - 1] + step;
+            seen.push((
+                alert.clone(),
+                run[0],
+                (end < story.minutes()).then_some(end),
+            ));
+        }
+    }
+    seen.sort_by_key(|(_, from, _)| *from);
+    seen
+}
+
+fn alert_of(labels: &str) -> String {
+    let labels: BTreeMap<&str, &str> = labels
+        .split(", ")
+        .map(|label| label.split_once('=').unwrap())
+        .collect();
+    let value = |label| labels.get(label).map(|value| value.trim_matches('"'));
+    let mut alert = format!(
+        "{} {}",
+        value("alertname").unwrap(),
+        value("severity").unwrap()
+    );
+    for label in ["sli", "limit"] {
+        if let Some(value) = value(label) {
+            write!(alert, " {label}={value}").unwrap();
+        }
+    }
+    alert
+}
+
+/// `1h5m` is 65.
+fn minutes_of(duration: &str) -> usize {
+    let mut total = 0;
+    let mut number = 0;
+    for char in duration.trim().chars() {
+        match char {
+            '0'..='9' => number = number * 10 + char.to_digit(10).unwrap() as usize,
+            unit => {
+                total += match unit {
+                    'd' => number * 24 * 60,
+                    'h' => number * 60,
+                    'm' => number,
+                    _ => 0,
+                };
+                number = 0;
+            }
+        }
+    }
+    total
+}

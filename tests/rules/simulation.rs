@@ -1,0 +1,331 @@
+//! A canary's series as Prometheus would have scraped them, in the notation of promtool's unit tests.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+/// Seconds from scrape to scrape.
+pub const SCRAPE: usize = 30;
+const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
+
+/// What a canary watches, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Reference {
+    pub name: &'static str,
+    pub rooms: usize,
+    /// Minutes from tick to tick.
+    pub every: usize,
+    pub objective: f64,
+}
+
+/// What befalls a tick or the canary at it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Event {
+    Good,
+    /// Its first room alone fails.
+    OneRoom,
+    /// No agent comes; after two rooms the rest doesn't open.
+    Outage,
+    /// The first room is refused by this limit. Ticks rest after that as with the default back-off.
+    Limit(&'static str),
+    /// The batch of this tick never ends, nor does any other begin.
+    Hung,
+    /// Neither ticks nor answers scrapes.
+    Down,
+    /// Ends and is started again every three minutes, before it has opened a room.
+    CrashLoop,
+    /// As good, by a new pod.
+    Rollout,
+}
+
+/// The story of a canary: what befalls it at each tick, from minute 0 on.
+pub struct Story {
+    pub reference: Reference,
+    pub events: Vec<Event>,
+}
+
+impl Story {
+    pub fn new(reference: Reference, events: &[(usize, Event)]) -> Self {
+        let events = events.iter();
+        let events = events.flat_map(|(count, event)| std::iter::repeat_n(*event, *count));
+        Self {
+            reference,
+            events: events.collect(),
+        }
+    }
+
+    pub fn minutes(&self) -> usize {
+        self.events.len() * self.reference.every
+    }
+
+    /// Every series of the story, as `series: values`.
+    pub fn series(&self) -> Vec<(String, String)> {
+        let mut canary = Canary::new(self);
+        for (tick, event) in self.events.iter().enumerate() {
+            let next = (tick + 1) * self.reference.every * 60;
+            canary.interval(*event, next);
+        }
+        canary.history.finish()
+    }
+}
+
+/// What is scraped now, and what was before.
+struct Canary {
+    reference: Reference,
+    counters: BTreeMap<String, f64>,
+    gauges: BTreeMap<String, f64>,
+    history: History,
+    pod: usize,
+    now: usize,
+    rest_until: usize,
+    rest: usize,
+    hung: bool,
+}
+
+impl Canary {
+    fn new(story: &Story) -> Self {
+        let reference = story.reference;
+        let seconds = |minutes: usize| minutes as f64 * 60.0;
+        let mut gauges = BTreeMap::new();
+        for (name, value) in [
+            (
+                "livekit_canary_batch_interval_shortest_seconds",
+                seconds(reference.every),
+            ),
+            (
+                "livekit_canary_batch_interval_mean_seconds",
+                seconds(reference.every),
+            ),
+            ("livekit_canary_target_paused", 0.0),
+            ("livekit_canary_next_batch_timestamp_seconds", 0.0),
+        ] {
+            gauges.insert(series(name, &[]), value);
+        }
+        for sli in SLIS {
+            let objective = series("livekit_canary_slo_objective_ratio", &[("sli", sli)]);
+            gauges.insert(objective, reference.objective);
+        }
+        for (name, value) in [
+            ("livekit_canary_build_info", 1.0),
+            ("livekit_canary_history_degraded", 0.0),
+            ("livekit_canary_config_last_reload_successful", 1.0),
+            ("process_start_time_seconds", 0.0),
+        ] {
+            gauges.insert(format!("{name}{{"), value);
+        }
+        let mut canary = Self {
+            reference,
+            counters: BTreeMap::new(),
+            gauges,
+            history: History::default(),
+            pod: 0,
+            now: 0,
+            rest_until: 0,
+            rest: 60,
+            hung: false,
+        };
+        canary.reset();
+        canary
+    }
+
+    /// All counters of a new process are there at zero.
+    fn reset(&mut self) {
+        self.counters.clear();
+        for sli in SLIS {
+            for name in ["eligible", "good", "bad_batches"] {
+                self.count(&format!("slo_{name}_total"), &[("sli", sli)], 0);
+            }
+        }
+        for result in ["ok", "degraded", "failed", "limited", "aborted"] {
+            self.count("batches_total", &[("result", result)], 0);
+        }
+        for cause in ["overlap", "budget", "backoff", "paused"] {
+            self.count("batches_skipped_total", &[("cause", cause)], 0);
+        }
+        for reason in [
+            ("dispatch_unanswered", "undetermined"),
+            ("plan_limit", "limit"),
+        ] {
+            self.fail(reason, 0);
+        }
+        for limit in ["api_rate", "connections"] {
+            self.count("plan_limit_rejections_total", &[("limit", limit)], 0);
+        }
+        self.count("rooms_leaked_total", &[], 0);
+    }
+
+    fn count(&mut self, name: &str, labels: &[(&str, &str)], by: usize) {
+        let series = series(&format!("livekit_canary_{name}"), labels);
+        *self.counters.entry(series).or_default() += by as f64;
+    }
+
+    fn fail(&mut self, (reason, origin): (&str, &str), by: usize) {
+        let labels = [("reason", reason), ("origin", origin)];
+        self.count("probe_failures_total", &labels, by);
+    }
+
+    /// Rooms of a batch that count in a service level, and how many of them were good.
+    fn judge(&mut self, sli: &str, good: usize, bad: usize) {
+        self.count("slo_eligible_total", &[("sli", sli)], good + bad);
+        self.count("slo_good_total", &[("sli", sli)], good);
+        let labels = [("sli", sli)];
+        self.count("slo_bad_batches_total", &labels, usize::from(bad > 0));
+    }
+
+    fn batch(&mut self, good: usize, failed: usize) {
+        let result = match (good, failed) {
+            (_, 0) => "ok",
+            (0, _) => "failed",
+            _ => "degraded",
+        };
+        self.count("batches_total", &[("result", result)], 1);
+    }
+
+    /// From a tick to before the next.
+    fn interval(&mut self, event: Event, next: usize) {
+        if event == Event::Rollout {
+            self.new_process(true);
+        }
+        let handled = !matches!(event, Event::Down | Event::CrashLoop);
+        if handled {
+            let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
+            self.gauges.insert(next_batch, next as f64);
+        }
+        let end = self.now + self.reference.every * 60;
+        // A good batch takes a minute, one that waits for agents half a minute more.
+        let ends = match event {
+            Event::Outage => self.now + 90,
+            Event::Limit(_) => self.now + 30,
+            _ => self.now + 60,
+        };
+        let skips = self.skips(event);
+        while self.now < end {
+            if event == Event::CrashLoop && self.now.is_multiple_of(180) {
+                self.new_process(false);
+                // After the delay of the start.
+                let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
+                self.gauges.insert(next_batch, (self.now + 60) as f64);
+            }
+            if self.now == ends && handled && !skips {
+                self.end_batch(event);
+            }
+            let down = event == Event::Down || event == Event::CrashLoop && self.now % 180 < 60;
+            self.scrape(down);
+            self.now += SCRAPE;
+        }
+    }
+
+    /// A tick that opens nothing.
+    fn skips(&mut self, event: Event) -> bool {
+        let cause = match event {
+            Event::Hung if self.hung => "overlap",
+            Event::Limit(_) if self.now < self.rest_until => "backoff",
+            _ => {
+                let was_hung = std::mem::replace(&mut self.hung, event == Event::Hung);
+                if was_hung {
+                    self.new_process(false);
+                }
+                return event == Event::Hung;
+            }
+        };
+        self.count("batches_skipped_total", &[("cause", cause)], 1);
+        true
+    }
+
+    fn end_batch(&mut self, event: Event) {
+        let rooms = self.reference.rooms;
+        let all = |canary: &mut Self, slis: &[&str], good, bad| {
+            for sli in slis {
+                canary.judge(sli, good, bad);
+            }
+        };
+        match event {
+            Event::Good | Event::Rollout => {
+                all(self, &SLIS, rooms, 0);
+                self.batch(rooms, 0);
+            }
+            Event::OneRoom => {
+                all(self, &SLIS, rooms - 1, 1);
+                self.fail(("dispatch_unanswered", "undetermined"), 1);
+                self.batch(rooms - 1, 1);
+            }
+            Event::Outage => {
+                let opened = rooms.min(2);
+                all(self, &SLIS, 0, opened);
+                self.fail(("dispatch_unanswered", "undetermined"), opened);
+                self.batch(0, opened);
+            }
+            Event::Limit(limit) => {
+                self.judge("service", 0, 1);
+                self.fail(("plan_limit", "limit"), 1);
+                self.count("plan_limit_rejections_total", &[("limit", limit)], 1);
+                self.count("batches_total", &[("result", "limited")], 1);
+                self.rest_until = self.now + self.rest;
+                self.rest = (self.rest * 2).min(3600);
+            }
+            _ => {}
+        }
+    }
+
+    /// With a new name where the pod is another; in a new pod or an old one, counters begin at zero.
+    fn new_process(&mut self, new_pod: bool) {
+        self.pod += usize::from(new_pod);
+        let started = "process_start_time_seconds{".to_owned();
+        self.gauges.insert(started, self.now as f64);
+        self.reset();
+    }
+
+    fn scrape(&mut self, down: bool) {
+        let at = self.now / SCRAPE;
+        let place = format!(
+            "job=\"livekit-canary\",region=\"eu\",instance=\"10.0.0.{0}:9787\",pod=\"canary-{0}\"}}",
+            self.pod
+        );
+        self.history
+            .add(format!("up{{{place}"), at, f64::from(u8::from(!down)));
+        if down {
+            return;
+        }
+        for (series, value) in self.counters.iter().chain(&self.gauges) {
+            self.history.add(format!("{series}{place}"), at, *value);
+        }
+    }
+}
+
+/// `name{target="support",label="value",`: what the scrape adds is still to come.
+fn series(name: &str, labels: &[(&str, &str)]) -> String {
+    let mut text = format!("{name}{{target=\"support\",");
+    for (label, value) in labels {
+        write!(text, "{label}=\"{value}\",").expect("writing to a string can't fail");
+    }
+    text
+}
+
+/// Samples by series; `None` where a scrape had none.
+#[derive(Default)]
+struct History(BTreeMap<String, Vec<Option<f64>>>);
+
+impl History {
+    fn add(&mut self, series: String, at: usize, value: f64) {
+        let samples = self.0.entry(series).or_default();
+        samples.resize(at, None);
+        samples.push(Some(value));
+    }
+
+    /// Runs of a value as promtool writes them: `3x4` is five times 3, and `_x4` is four times nothing.
+    fn finish(self) -> Vec<(String, String)> {
+        let all = self.0.into_iter();
+        let values = all.map(|(series, samples)| {
+            let runs = samples.chunk_by(|one, next| one == next);
+            let runs = runs.map(|run| match (run[0], run.len()) {
+                // A scrape that doesn't answer, or no longer has the series, is told at once.
+                (None, 1) => "stale".to_owned(),
+                (None, length) => format!("stale _x{}", length - 1),
+                (Some(value), 1) => format!("{value}"),
+                (Some(value), length) => format!("{value}x{}", length - 1),
+            });
+            let values = runs.collect::<Vec<_>>().join(" ") + " stale";
+            (series, values)
+        });
+        values.collect()
+    }
+}
