@@ -52,8 +52,9 @@ const START: (Duration, Duration) = (Duration::from_secs(30), Duration::from_sec
 const JOINS: u32 = 50;
 /// Rooms whose reply is compared with the agent's own log.
 const REPLIES: u32 = 10;
-/// Samples a second.
+/// Samples a second of the speech that is encoded, and of that which is decoded: the canary listens at the latter.
 const RATE: u16 = 48_000;
+const LISTEN_RATE: u32 = 16_000;
 /// Packets of Opus that one room brings in a minute.
 const PACKETS_A_MINUTE: u32 = 50 * 60;
 
@@ -240,7 +241,7 @@ fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
 /// It is measured apart because it can't be turned off in a run: speech is what the canary listens for.
 fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
-    let mut decoder = Decoder::new(u32::from(RATE), Channels::Mono)?;
+    let mut decoder = Decoder::new(LISTEN_RATE, Channels::Mono)?;
     let mut pcm = vec![0_i16; 5760];
     let before = own_cpu_seconds()?;
     for packet in packets
