@@ -469,13 +469,15 @@ fn log_to<L: Layer<Registry> + Send + Sync>(layer: L, level: &str) {
     let wanted = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let ours = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
     let layer = layer.with_filter(wanted).with_filter(ours);
-    tracing_subscriber::registry().with(layer).init();
+    // Not `init`, which would also take what other crates log without `tracing`, packet by packet, to drop it here.
+    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))
+        .expect("logging is started once a process");
 }
 
-/// Two threads carry every room: the work is mostly waiting.
+/// One thread carries every room: the work is mostly waiting, and a second one costs more to wake than it takes over.
 fn runtime() -> anyhow::Result<Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(1)
         .enable_all()
         .build()?)
 }
