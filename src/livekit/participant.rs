@@ -45,6 +45,10 @@ const MOST_STREAMS: usize = 16;
 /// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
 const MOST_EARLY: usize = 250;
 
+/// So much before its time a packet of the echo goes out where something is to be done anyway; most often that is the
+/// agent's next packet, which comes at the same pace. Timers are no finer, and a round of its own is dear.
+const AHEAD: Duration = Duration::from_millis(2);
+
 /// The number of our one offer.
 const OFFER: u32 = 1;
 
@@ -88,7 +92,7 @@ pub(super) async fn run(
     let outlet = Outlet { events };
     let joining = async {
         let joined = connect(&request, &outlet).await?;
-        Box::pin(Session::start(&request, outlet, voice, joined)).await
+        Session::start(&request, outlet, voice, joined)
     };
     let mut session = tokio::select! {
         biased;
@@ -199,7 +203,7 @@ enum Step {
 
 impl<'a> Session<'a> {
     /// Starts publishing at once, without waiting for the acknowledgement: the server takes the requests in order.
-    async fn start(
+    fn start(
         request: &JoinRequest,
         outlet: Outlet,
         voice: &'a mut Receiver,
@@ -229,12 +233,12 @@ impl<'a> Session<'a> {
             let why = "the token does not allow this participant to publish".to_owned();
             return Err(Ended::PublishFailed(why));
         }
-        let peer = async |target| {
-            let peer = Peer::new(target, local.ip(), request.ice).await;
+        let peer = |target| {
+            let peer = Peer::new(target, local.ip(), request.ice);
             peer.map_err(|error| media_failed(peer::name(target), &error))
         };
-        let mut publisher = peer(proto::SignalTarget::Publisher).await?;
-        let subscriber = peer(proto::SignalTarget::Subscriber).await?;
+        let mut publisher = peer(proto::SignalTarget::Publisher)?;
+        let subscriber = peer(proto::SignalTarget::Subscriber)?;
         let cid = format!("echo-{:016x}", fastrand::u64(..));
         let (mid, offer) = publisher.offer_track("echo", &cid, OFFER);
         let identity = if own.identity.is_empty() {
@@ -293,8 +297,7 @@ impl<'a> Session<'a> {
             let now = Instant::now();
             self.settle(now)?;
             let deadline = self.next_deadline(now);
-            // One that is too early costs a round once in a while; moving it with every packet costs more.
-            if deadline < timer.deadline() || timer.is_elapsed() {
+            if deadline != timer.deadline() {
                 timer.as_mut().reset(deadline);
             }
             // What has come goes before the timers: a deadline that passed while we were not running proves nothing.
@@ -642,7 +645,7 @@ impl<'a> Session<'a> {
 
     /// Sends what the echo has due.
     fn play(&mut self, now: Instant) -> Result<(), Ended> {
-        while let Some(out) = self.echo.poll(now, self.speech.on_the_verge()) {
+        while let Some(out) = self.echo.poll(now + AHEAD, self.speech.on_the_verge()) {
             match out {
                 echo::Out::Started => self.outlet.tell(now, Seen::EchoStarted)?,
                 echo::Out::Ended => self.outlet.tell(now, Seen::EchoEnded)?,

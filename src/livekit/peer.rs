@@ -2,7 +2,7 @@
 //! knows no room, no agent and no signal connection.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{self, IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -13,7 +13,8 @@ use str0m::media::{Direction, MediaKind, Mid, Pt};
 use str0m::net::{Protocol, Receive, TcpType, Transmit};
 use str0m::rtp::{Extension, ExtensionMap, ExtensionValues, RtpPacket, RtpWrite};
 use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
-use tokio::io::ReadBuf;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
@@ -41,6 +42,10 @@ const STUN: u8 = 3;
 
 /// Rounds of output and due timers within one call; more would be a timer that never moves on.
 const MOST_ROUNDS: usize = 32;
+
+/// How late the stack may be told the time once it is connected: its reports and checks come every second or so, and the
+/// next packet brings a round anyway.
+const UNHURRIED: Duration = Duration::from_millis(20);
 
 /// How often and how long ICE asks an unresponsive server before it gives a path up: some eight seconds, where the
 /// stack's defaults take over twenty and a probe would blame the agent's silence on the agent.
@@ -115,7 +120,8 @@ pub(crate) struct Peer {
 }
 
 struct Socket {
-    udp: UdpSocket,
+    /// Waited on for what comes alone: the kernel would tell of each datagram that went out, too.
+    udp: AsyncFd<net::UdpSocket>,
     local: SocketAddr,
 }
 
@@ -148,11 +154,7 @@ impl Peer {
     ///
     /// # Errors
     /// [`PeerError::NoRoute`] where no UDP socket can be bound there.
-    pub(crate) async fn new(
-        target: SignalTarget,
-        local: IpAddr,
-        ice: Ice,
-    ) -> Result<Self, PeerError> {
+    pub(crate) fn new(target: SignalTarget, local: IpAddr, ice: Ice) -> Result<Self, PeerError> {
         let mut extensions = ExtensionMap::empty();
         extensions.set(1, Extension::AudioLevel);
         extensions.set(4, Extension::RtpMid);
@@ -185,7 +187,7 @@ impl Peer {
             tracks: HashMap::new(),
         };
         if ice == Ice::All {
-            peer.listen(local).await.ok_or(PeerError::NoRoute)?;
+            peer.listen(local).ok_or(PeerError::NoRoute)?;
         }
         Ok(peer)
     }
@@ -319,15 +321,15 @@ impl Peer {
     /// Waits for what comes on any of the sockets. Only one task may poll.
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
         for Socket { udp, local } in &self.sockets {
-            let mut buf = ReadBuf::new(buffer);
-            // An error here is an ICMP answer to something sent before: the next datagram may be well.
-            while let Poll::Ready(received) = udp.poll_recv_from(cx, &mut buf) {
-                if let Ok(from) = received {
+            while let Poll::Ready(Ok(mut ready)) = udp.poll_read_ready(cx) {
+                // An error here is an ICMP answer to something sent before: the next datagram may be well.
+                if let Ok(Ok((length, from))) = ready.try_io(|udp| udp.get_ref().recv_from(buffer))
+                {
                     return Poll::Ready(Arrival::Datagram {
                         proto: Protocol::Udp,
                         from,
                         to: *local,
-                        length: buf.filled().len(),
+                        length,
                     });
                 }
             }
@@ -430,6 +432,9 @@ impl Peer {
     }
 
     pub(crate) fn next_deadline(&self) -> Instant {
+        if self.connected {
+            return self.timeout + UNHURRIED;
+        }
         let due = self.tcp.due.filter(|_| !self.path);
         due.map_or(self.timeout, |due| due.min(self.timeout))
     }
@@ -474,7 +479,7 @@ impl Peer {
         }
         let same = |it: &&Socket| it.local.ip() == source.ip() && it.local.port() == source.port();
         if let Some(socket) = self.sockets.iter().find(same)
-            && let Err(error) = socket.udp.try_send_to(bytes, packet.destination)
+            && let Err(error) = socket.udp.get_ref().send_to(bytes, packet.destination)
         {
             tracing::trace!(transport = self.name(), %error, "a datagram was not sent");
         }
@@ -532,15 +537,19 @@ impl Peer {
         if known || self.sockets.len() >= MOST_SOCKETS {
             return None;
         }
-        self.listen(local).await
+        self.listen(local)
     }
 
     /// Binds a socket to `local` and offers it as a host candidate.
-    async fn listen(&mut self, local: IpAddr) -> Option<String> {
-        let udp = UdpSocket::bind((local, 0)).await.ok()?;
-        // A new socket counts as unwritable until the reactor has seen it; the first check would be lost.
-        udp.writable().await.ok()?;
+    fn listen(&mut self, local: IpAddr) -> Option<String> {
+        let udp = net::UdpSocket::bind((local, 0)).ok()?;
+        udp.set_nonblocking(true).ok()?;
         let local = udp.local_addr().ok()?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe for types that may give their descriptor away; a socket of std doesn't"
+        )]
+        let udp = AsyncFd::with_interest(udp, Interest::READABLE).ok()?;
         let candidate = Candidate::host(local, Protocol::Udp).ok()?;
         let line = candidate.to_sdp_string();
         self.rtc.add_local_candidate(candidate)?;
@@ -712,10 +721,8 @@ mod tests {
         );
     }
 
-    async fn peer(target: SignalTarget, ice: Ice) -> Peer {
-        Peer::new(target, Ipv4Addr::LOCALHOST.into(), ice)
-            .await
-            .unwrap()
+    fn peer(target: SignalTarget, ice: Ice) -> Peer {
+        Peer::new(target, Ipv4Addr::LOCALHOST.into(), ice).unwrap()
     }
 
     #[tokio::test]
@@ -726,7 +733,7 @@ mod tests {
 
     #[tokio::test]
     async fn candidates_are_bounded_and_of_a_kind_that_can_be_used() {
-        let mut peer = peer(SignalTarget::Subscriber, Ice::All).await;
+        let mut peer = peer(SignalTarget::Subscriber, Ice::All);
         for line in [
             "",
             "candidate:1 1 tcp 1 127.0.0.1 7881 typ host tcptype active",
@@ -750,7 +757,7 @@ mod tests {
 
     #[tokio::test]
     async fn udp_has_a_second_before_tcp_is_connected() {
-        let mut peer = peer(SignalTarget::Publisher, Ice::All).await;
+        let mut peer = peer(SignalTarget::Publisher, Ice::All);
         for _ in 0..3 {
             peer.add_candidate(PASSIVE).await;
         }
@@ -767,7 +774,7 @@ mod tests {
 
     #[tokio::test]
     async fn udp_that_has_a_path_makes_tcp_needless() {
-        let mut peer = peer(SignalTarget::Publisher, Ice::All).await;
+        let mut peer = peer(SignalTarget::Publisher, Ice::All);
         peer.add_candidate(PASSIVE).await;
         let due = peer.tcp.due.unwrap();
         peer.path = true;
@@ -778,7 +785,7 @@ mod tests {
 
     #[tokio::test]
     async fn tcp_alone_connects_at_once_and_opens_no_udp_socket() {
-        let mut peer = peer(SignalTarget::Publisher, Ice::Tcp).await;
+        let mut peer = peer(SignalTarget::Publisher, Ice::Tcp);
         peer.add_candidate("candidate:1 1 udp 1 127.0.0.1 1 typ host")
             .await;
         for port in 1..100 {
@@ -792,7 +799,7 @@ mod tests {
 
     #[tokio::test]
     async fn datagrams_of_strangers_change_nothing() {
-        let mut peer = peer(SignalTarget::Subscriber, Ice::All).await;
+        let mut peer = peer(SignalTarget::Subscriber, Ice::All);
         let now = Instant::now();
         for first in 0..=255_u8 {
             let bytes = [first; 64];

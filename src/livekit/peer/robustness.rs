@@ -8,9 +8,9 @@ use proptest::prelude::*;
 use super::super::arbitrary::{ANSWER, OFFER, bytes, candidate, check, sdp, sdp_changes};
 use super::*;
 
-async fn peer(target: SignalTarget) -> Peer {
+fn peer(target: SignalTarget) -> Peer {
     let local = Ipv4Addr::LOCALHOST.into();
-    Peer::new(target, local, Ice::All).await.unwrap()
+    Peer::new(target, local, Ice::All).unwrap()
 }
 
 /// Lets so much time pass for it, at a stroke and step by step; a transport may fail meanwhile.
@@ -40,7 +40,7 @@ fn offer_and_candidates_of_any_form_are_taken_or_refused() {
     let offers = vec(sdp_changes(), 1..3);
     let inputs = (offers, vec(candidate(), 0..8));
     check(64, &inputs, async |(offers, candidates)| {
-        let mut peer = peer(SignalTarget::Subscriber).await;
+        let mut peer = peer(SignalTarget::Subscriber);
         for changes in &offers {
             peer.accept_offer(&sdp(OFFER, changes)).await.ok();
             for line in &candidates {
@@ -55,7 +55,7 @@ fn offer_and_candidates_of_any_form_are_taken_or_refused() {
 #[test]
 fn answer_of_any_form_is_taken_or_refused() {
     check(64, &sdp_changes(), async |changes| {
-        let mut peer = peer(SignalTarget::Publisher).await;
+        let mut peer = peer(SignalTarget::Publisher);
         let (mid, _) = peer.offer_track("echo", "echo-1", 1);
         let answer = sdp(ANSWER, &changes).replace("MID", &mid);
         peer.accept_answer(1, &answer).await.ok();
@@ -68,7 +68,7 @@ fn answer_of_any_form_is_taken_or_refused() {
 #[test]
 fn any_text_is_no_description_that_breaks_anything() {
     check(64, &"\\PC{0,200}", async |text| {
-        let mut subscriber = peer(SignalTarget::Subscriber).await;
+        let mut subscriber = peer(SignalTarget::Subscriber);
         subscriber.accept_offer(&text).await.ok();
         tracks(&text);
         age(&mut subscriber);
@@ -127,8 +127,8 @@ fn sent() -> impl Strategy<Value = Vec<Sent>> {
 #[test]
 fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
     check(12, &sent(), async |sent| {
-        let mut publisher = peer(SignalTarget::Publisher).await;
-        let mut subscriber = peer(SignalTarget::Subscriber).await;
+        let mut publisher = peer(SignalTarget::Publisher);
+        let mut subscriber = peer(SignalTarget::Subscriber);
         let (mid, offer) = publisher.offer_track("echo", "echo-1", 1);
         let (answer, _) = subscriber.accept_offer(&offer).await.unwrap();
         publisher.accept_answer(1, &answer).await.unwrap();
