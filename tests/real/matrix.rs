@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::canary::{Canary, Probe, Settings, unix_seconds};
+use crate::canary::{Canary, Probe, Settings, has_token, unix_seconds};
 use crate::home::{Daemon, Home, Recorded, SOON, Samples};
 use crate::scenarios::Ground;
 use crate::stack::{SECRET, Site, Stack, wait_for};
@@ -320,7 +320,7 @@ impl Watch {
         let metrics = self.daemon.http.get("/metrics")?;
         for output in [&text, &metrics] {
             ensure!(!output.contains(SECRET), "the secret is in {output}");
-            ensure!(!output.contains("eyJ"), "a token is in {output}");
+            ensure!(!has_token(output), "a token is in {output}");
         }
         Ok(Seen {
             record: record["probes"][0].to_string(),
