@@ -59,13 +59,19 @@ impl Alert {
     pub(super) fn expr(&self, alerts: &Alerts) -> String {
         match self.condition {
             Condition::Outage { slis, own } => {
-                let outage = outage(slis);
-                let outage = if own {
-                    by_livekit(&outage, "fast")
+                let failing = most_fail(slis);
+                let failing = if own {
+                    by_livekit(&failing, "fast")
                 } else {
-                    outage
+                    failing
                 };
-                self.latched(&outage, "fast")
+                let outage = format!("{failing}\nand livekit_canary:slo_bad_batches:fast > 1.5");
+                // A lone bad batch doesn't begin an outage, and doesn't end one either.
+                let over = format!(
+                    "livekit_canary:slo_eligible:fast > 0.5 unless (\n{}\n)",
+                    indented(&failing)
+                );
+                self.latched(&outage, &over)
             }
             Condition::Burn(burn) => {
                 let agents = burn.expr(alerts, "sli!=\"service\"");
@@ -76,7 +82,8 @@ impl Alert {
                     indented(&agents),
                     indented(&service)
                 );
-                self.latched(&burns, &format!("{}_recent", burn.window))
+                let over = format!("livekit_canary:slo_eligible:{}_recent > 0.5", burn.window);
+                self.latched(&burns, &over)
             }
             Condition::Plain(expr) => expr.to_owned(),
         }
@@ -84,7 +91,7 @@ impl Alert {
 
     /// Holds on while no probe says that it is over: none that counts is no recovery. `ALERTS` has what was firing at the
     /// evaluation before.
-    fn latched(&self, condition: &str, window: &str) -> String {
+    fn latched(&self, condition: &str, over: &str) -> String {
         format!(
             "(
 {}
@@ -92,11 +99,14 @@ impl Alert {
 or (
   max without (alertname, alertstate, severity, component)
     (ALERTS{{alertname=\"{}\", alertstate=\"firing\", component=\"{COMPONENT}\"}})
-  unless livekit_canary:slo_eligible:{window} > 0.5
+  unless (
+{}
+  )
   and ignoring (sli) livekit_canary:batch_interval:shortest
 )",
             indented(condition),
-            self.name
+            self.name,
+            indented(&indented(over))
         )
     }
 }
@@ -129,11 +139,10 @@ and livekit_canary:slo_bad_batches:{w}_recent > 0.5"
     }
 }
 
-fn outage(slis: &str) -> String {
+fn most_fail(slis: &str) -> String {
     format!(
         "livekit_canary:slo_good:fast{{{slis}}}
-  < livekit_canary:slo_eligible:fast * livekit_canary:slo_objective:ratio / 2
-and livekit_canary:slo_bad_batches:fast > 1.5"
+  < livekit_canary:slo_eligible:fast * livekit_canary:slo_objective:ratio / 2"
     )
 }
 
