@@ -49,6 +49,8 @@ type Fired = (&'static str, usize, Option<usize>);
 
 /// Good batches before anything happens, more than a fast window holds.
 const BEFORE: (usize, Event) = (4, Good);
+/// Good batches of as many rooms as a slow alert asks for.
+const STEADY: (usize, Event) = (8, Good);
 
 #[test]
 fn single_failed_rooms_and_batches_are_quiet() {
@@ -117,6 +119,47 @@ fn crash_loop_pages() {
         Story::new(QUARTER, &events),
         &[("CanaryCrashLooping page", 67, Some(141))],
     )]);
+}
+
+#[test]
+fn outage_pages_within_three_intervals_whatever_they_are() {
+    let events = [STEADY, (3, Outage), (4, Good)];
+    let of = |reference| Story::new(reference, &events);
+    tell(&[
+        (
+            of(QUARTER),
+            &[
+                ("AgentFailing page sli=availability", 137, Some(174)),
+                ("AgentFailing page sli=first_speech", 137, Some(174)),
+                ("AgentFailing page sli=join", 137, Some(174)),
+                ("ErrorBudgetBurnsSlowly ticket sli=availability", 152, None),
+                ("ErrorBudgetBurnsSlowly ticket sli=first_speech", 152, None),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 152, None),
+            ],
+        ),
+        (
+            of(FIVE),
+            &[
+                ("AgentFailing page sli=availability", 49, Some(56)),
+                ("AgentFailing page sli=first_speech", 49, Some(56)),
+                ("AgentFailing page sli=join", 49, Some(56)),
+                ("ErrorBudgetBurnsSlowly ticket sli=availability", 52, None),
+                ("ErrorBudgetBurnsSlowly ticket sli=first_speech", 52, None),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 52, None),
+            ],
+        ),
+        (
+            of(HOUR),
+            &[
+                ("AgentFailing page sli=availability", 543, Some(693)),
+                ("AgentFailing page sli=first_speech", 543, Some(693)),
+                ("AgentFailing page sli=join", 543, Some(693)),
+                ("ErrorBudgetBurnsSlowly ticket sli=availability", 603, None),
+                ("ErrorBudgetBurnsSlowly ticket sli=first_speech", 603, None),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 603, None),
+            ],
+        ),
+    ]);
 }
 
 /// The promtools, in the order of their versions.
@@ -204,9 +247,10 @@ fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
 /// Labels by which alerts are told apart here.
 const FIRING: &str = "count by (alertname, severity, sli, limit) (ALERTS{alertstate='firing'})";
 
-/// Minutes from evaluation to evaluation. An alert that holds on looks at the one before, five minutes back at most.
+/// Minutes from evaluation to evaluation, more in a long story. An alert that holds on looks at the one before, five
+/// minutes back at most.
 fn step(story: &Story) -> usize {
-    if story.reference.every < 60 { 1 } else { 3 }
+    if story.minutes() > 360 { 3 } else { 1 }
 }
 
 fn unit_tests(story: &Story, expected: &[Fired]) -> String {
