@@ -162,6 +162,128 @@ fn outage_pages_within_three_intervals_whatever_they_are() {
     ]);
 }
 
+#[test]
+fn livekit_that_is_down_pages_as_such() {
+    let events = [STEADY, (4, LiveKitDown), (6, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("CanaryBlind page", 144, Some(181)),
+            ("ServiceFailing page sli=service", 144, Some(181)),
+            ("ErrorBudgetBurnsSlowly ticket sli=service", 151, None),
+            ("ErrorBudgetBurnsFast page sli=service", 166, Some(256)),
+        ],
+    )]);
+}
+
+#[test]
+fn rotated_key_pages_as_such() {
+    let events = [STEADY, (4, RotatedKey), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("CredentialsRejected page", 136, Some(188)),
+            ("CanaryBlind page", 144, Some(181)),
+        ],
+    )]);
+}
+
+#[test]
+fn slow_joins_page_for_the_join_alone() {
+    let events = [STEADY, (3, SlowJoins), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=join", 136, Some(174)),
+            ("ErrorBudgetBurnsSlowly ticket sli=join", 151, None),
+        ],
+    )]);
+}
+
+#[test]
+fn silent_agents_page_for_all_but_the_join() {
+    let events = [STEADY, (3, SilentAgents), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 137, Some(174)),
+            ("AgentFailing page sli=first_speech", 137, Some(174)),
+            ("ErrorBudgetBurnsSlowly ticket sli=availability", 152, None),
+            ("ErrorBudgetBurnsSlowly ticket sli=first_speech", 152, None),
+        ],
+    )]);
+}
+
+#[test]
+fn fifth_of_calls_that_fails_pages_by_the_burn_of_the_budget() {
+    let now_and_then = [(1, OneRoom), (1, Good), (2, OneRoom), (1, Good)];
+    let quarter = [&[BEFORE][..], &now_and_then, &now_and_then, &[(28, Good)]].concat();
+    let five = [BEFORE, (6, OneRoom), (90, Good)];
+    tell(&[
+        (
+            Story::new(QUARTER, &quarter),
+            &[
+                (
+                    "ErrorBudgetBurnsSlowly ticket sli=availability",
+                    108,
+                    Some(543),
+                ),
+                (
+                    "ErrorBudgetBurnsSlowly ticket sli=first_speech",
+                    108,
+                    Some(543),
+                ),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 108, Some(543)),
+                ("ErrorBudgetBurnsFast page sli=availability", 138, Some(273)),
+                ("ErrorBudgetBurnsFast page sli=first_speech", 138, Some(273)),
+                ("ErrorBudgetBurnsFast page sli=join", 138, Some(273)),
+                ("ErrorBudgetSpent ticket sli=availability", 498, None),
+                ("ErrorBudgetSpent ticket sli=first_speech", 498, None),
+                ("ErrorBudgetSpent ticket sli=join", 498, None),
+                ("ErrorBudgetSpent ticket sli=service", 498, None),
+            ],
+        ),
+        (
+            Story::new(FIVE, &five),
+            &[
+                (
+                    "ErrorBudgetBurnsSlowly ticket sli=availability",
+                    33,
+                    Some(408),
+                ),
+                (
+                    "ErrorBudgetBurnsSlowly ticket sli=first_speech",
+                    33,
+                    Some(408),
+                ),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 33, Some(408)),
+                ("ErrorBudgetBurnsFast page sli=availability", 36, Some(138)),
+                ("ErrorBudgetBurnsFast page sli=first_speech", 36, Some(138)),
+                ("ErrorBudgetBurnsFast page sli=join", 36, Some(138)),
+                ("ErrorBudgetSpent ticket sli=availability", 96, None),
+                ("ErrorBudgetSpent ticket sli=first_speech", 96, None),
+                ("ErrorBudgetSpent ticket sli=join", 96, None),
+                ("ErrorBudgetSpent ticket sli=service", 96, None),
+            ],
+        ),
+    ]);
+}
+
+#[test]
+fn alert_holds_on_while_no_batch_says_anything_of_the_agent() {
+    let events = [BEFORE, (2, Outage), (4, RotatedKey), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 77, Some(151)),
+            ("AgentFailing page sli=first_speech", 77, Some(151)),
+            ("AgentFailing page sli=join", 77, Some(151)),
+            ("CredentialsRejected page", 106, Some(158)),
+            ("CanaryBlind page", 114, Some(151)),
+        ],
+    )]);
+}
+
 /// The promtools, in the order of their versions.
 fn promtools() -> &'static [PathBuf; 2] {
     static PROMTOOLS: OnceLock<[PathBuf; 2]> = OnceLock::new();

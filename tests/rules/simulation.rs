@@ -26,6 +26,14 @@ pub enum Event {
     OneRoom,
     /// No agent comes; after two rooms the rest doesn't open.
     Outage,
+    /// Agents come, later than the objective asks for.
+    SlowJoins,
+    /// Agents come and say nothing.
+    SilentAgents,
+    /// The server can't be reached; after the first room the rest doesn't open.
+    LiveKitDown,
+    /// The key pair is no longer valid; after the first room the rest doesn't open.
+    RotatedKey,
     /// The first room is refused by this limit. Ticks rest after that as with the default back-off.
     Limit(&'static str),
     /// The batch of this tick never ends, nor does any other begin.
@@ -144,6 +152,9 @@ impl Canary {
         }
         for reason in [
             ("dispatch_unanswered", "undetermined"),
+            ("agent_silent", "agent"),
+            ("unreachable", "network"),
+            ("auth_rejected", "config"),
             ("plan_limit", "limit"),
         ] {
             self.fail(reason, 0);
@@ -194,8 +205,8 @@ impl Canary {
         let end = self.now + self.reference.every * 60;
         // A good batch takes a minute, one that waits for agents half a minute more.
         let ends = match event {
-            Event::Outage => self.now + 90,
-            Event::Limit(_) => self.now + 30,
+            Event::Outage | Event::SilentAgents => self.now + 90,
+            Event::LiveKitDown | Event::RotatedKey | Event::Limit(_) => self.now + 30,
             _ => self.now + 60,
         };
         let mut runs = handled && !self.skips(event);
@@ -255,6 +266,27 @@ impl Canary {
                 all(self, &SLIS, 0, opened);
                 self.fail(("dispatch_unanswered", "undetermined"), opened);
                 self.batch(0, opened);
+            }
+            Event::SlowJoins => {
+                all(self, &["availability", "first_speech", "service"], rooms, 0);
+                self.judge("join", 0, rooms);
+                self.batch(rooms, 0);
+            }
+            Event::SilentAgents => {
+                all(self, &["availability", "first_speech", "service"], 0, rooms);
+                self.judge("join", rooms, 0);
+                self.fail(("agent_silent", "agent"), rooms);
+                self.batch(0, rooms);
+            }
+            Event::LiveKitDown => {
+                self.judge("service", 0, 1);
+                self.fail(("unreachable", "network"), 1);
+                self.batch(0, 1);
+            }
+            // A wrong setting counts against nobody.
+            Event::RotatedKey => {
+                self.fail(("auth_rejected", "config"), 1);
+                self.batch(0, 1);
             }
             Event::Limit(limit) => {
                 self.judge("service", 0, 1);
