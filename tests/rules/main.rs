@@ -270,6 +270,56 @@ fn fifth_of_calls_that_fails_pages_by_the_burn_of_the_budget() {
 }
 
 #[test]
+fn limit_on_connections_that_persists_pages() {
+    let events = [BEFORE, (6, Limit("connections")), (11, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("PlanLimitHit ticket limit=connections", 61, Some(271)),
+            ("PlanLimitHit page limit=connections", 91, Some(158)),
+            ("BackingOff ticket", 135, Some(173)),
+        ],
+    )]);
+}
+
+#[test]
+fn spent_budget_of_agent_time_is_a_ticket_and_else_quiet() {
+    let events = [BEFORE, (6, Spent), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("AgentTimeSpent ticket", 60, Some(173))],
+    )]);
+}
+
+#[test]
+fn dead_scheduler_pages_when_a_batch_is_overdue() {
+    let events = [BEFORE, (3, DeadScheduler), (1, Rollout), (3, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("CanarySilent page", 64, Some(105))],
+    )]);
+}
+
+#[test]
+fn night_without_ticks_is_quiet() {
+    let events = [BEFORE, (48, Night), (4, Good)];
+    tell(&[(Story::new(QUARTER, &events), &[])]);
+}
+
+#[test]
+fn alert_holds_on_through_a_night_until_a_batch_is_good() {
+    let events = [BEFORE, (2, Outage), (24, Night), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 78, Some(453)),
+            ("AgentFailing page sli=first_speech", 78, Some(453)),
+            ("AgentFailing page sli=join", 78, Some(453)),
+        ],
+    )]);
+}
+
+#[test]
 fn alert_holds_on_while_no_batch_says_anything_of_the_agent() {
     let events = [BEFORE, (2, Outage), (4, RotatedKey), (4, Good)];
     tell(&[(
@@ -280,6 +330,19 @@ fn alert_holds_on_while_no_batch_says_anything_of_the_agent() {
             ("AgentFailing page sli=join", 77, Some(151)),
             ("CredentialsRejected page", 106, Some(158)),
             ("CanaryBlind page", 114, Some(151)),
+        ],
+    )]);
+}
+
+#[test]
+fn paused_target_is_muted() {
+    let events = [BEFORE, (2, Outage), (4, Paused), (4, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 77, Some(90)),
+            ("AgentFailing page sli=first_speech", 77, Some(90)),
+            ("AgentFailing page sli=join", 77, Some(90)),
         ],
     )]);
 }

@@ -38,6 +38,14 @@ pub enum Event {
     Limit(&'static str),
     /// The batch of this tick never ends, nor does any other begin.
     Hung,
+    /// The budget of agent time is spent.
+    Spent,
+    /// Somebody paused the target.
+    Paused,
+    /// The cron expression has no tick here. A story with nights is told of a schedule that rests half of the day.
+    Night,
+    /// The tick never comes, though the canary answers scrapes.
+    DeadScheduler,
     /// Neither ticks nor answers scrapes.
     Down,
     /// Ends and is started again every three minutes, before it has opened a room.
@@ -70,7 +78,9 @@ impl Story {
     pub fn series(&self) -> Vec<(String, String)> {
         let mut canary = Canary::new(self);
         for (tick, event) in self.events.iter().enumerate() {
-            let next = (tick + 1) * self.reference.every * 60;
+            let later = self.events[tick + 1..].iter();
+            let nights = later.take_while(|event| **event == Event::Night).count();
+            let next = (tick + 1 + nights) * self.reference.every * 60;
             canary.interval(*event, next);
         }
         canary.history.finish()
@@ -94,16 +104,15 @@ impl Canary {
     fn new(story: &Story) -> Self {
         let reference = story.reference;
         let seconds = |minutes: usize| minutes as f64 * 60.0;
+        let rests = story.events.contains(&Event::Night);
+        let mean = reference.every * if rests { 2 } else { 1 };
         let mut gauges = BTreeMap::new();
         for (name, value) in [
             (
                 "livekit_canary_batch_interval_shortest_seconds",
                 seconds(reference.every),
             ),
-            (
-                "livekit_canary_batch_interval_mean_seconds",
-                seconds(reference.every),
-            ),
+            ("livekit_canary_batch_interval_mean_seconds", seconds(mean)),
             ("livekit_canary_target_paused", 0.0),
             ("livekit_canary_next_batch_timestamp_seconds", 0.0),
         ] {
@@ -197,7 +206,13 @@ impl Canary {
         if event == Event::Rollout {
             self.new_process(true);
         }
-        let handled = !matches!(event, Event::Down | Event::CrashLoop);
+        let handled = !matches!(
+            event,
+            Event::Down | Event::CrashLoop | Event::DeadScheduler | Event::Night
+        );
+        let paused = series("livekit_canary_target_paused", &[]);
+        let is_paused = f64::from(u8::from(event == Event::Paused));
+        self.gauges.insert(paused, is_paused);
         if handled {
             let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
             self.gauges.insert(next_batch, next as f64);
@@ -232,6 +247,8 @@ impl Canary {
         let cause = match event {
             Event::Hung if self.hung => "overlap",
             Event::Limit(_) if self.now < self.rest_until => "backoff",
+            Event::Spent => "budget",
+            Event::Paused => "paused",
             _ => {
                 let was_hung = std::mem::replace(&mut self.hung, event == Event::Hung);
                 if was_hung {
