@@ -42,14 +42,7 @@ func overallService(board *dashboard.DashboardBuilder) {
 				"Rooms: how many the level rests on; a hundred rooms can't tell 99 % from 98 %. Bad batches: one bad batch is a " +
 				"moment, many are a habit.",
 			count, 15, 9,
-		}, []string{"target", "sli"},
-			column{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
-			column{query{latest("slo_objective_ratio", ""), "Objective"}, share, decimals(2)},
-			column{query{budgetLeft("", "$slo_window"), "Error budget left"}, share,
-				append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
-			column{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count, decimals(0)},
-			column{query{sum(growth("slo_bad_batches_total", "", "$slo_window")), "Bad batches"}, count, decimals(0)},
-		)).
+		}, []string{"target", "sli"}, levels()...)).
 		WithPanel(number(about{
 			"Last batch",
 			"The share of the rooms of each target's last batch that were ok. One failed room is no outage: look at the next " +
@@ -58,13 +51,7 @@ func overallService(board *dashboard.DashboardBuilder) {
 		}, query{known(latest("last_batch_success_ratio", "")), "{{target}}"}).
 			Decimals(0).
 			Thresholds(steps("red", 0.01, "orange", 1.0, "green"))).
-		WithPanel(number(about{
-			"Batches in the window",
-			"How many batches the chosen window holds. With fewer than four, a single room makes a trend: choose a longer window.",
-			count, 4, 9,
-		}, query{sum(growth("batches_total", "", "$window"), "result"), "{{target}}"}).
-			Decimals(0).
-			Thresholds(steps("orange", 3.5, "green"))).
+		WithPanel(batchesInWindow(4, 9, "{{target}}")).
 		WithPanel(lines(about{
 			"Service level, last $window",
 			"The share of rooms that were good, of those that count, in the window before each point; dashed: the objective. " +
@@ -108,7 +95,7 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 			"Join delays, last $window",
 			"How many rooms of the chosen targets had which join delay, in the window before each column. Joined rooms only.",
 			units.Seconds, 12, 8,
-		}, "sum by (le) ("+growth(delay+"_bucket", "", "$window")+")")).
+		}, delay)).
 		WithPanel(lines(about{
 			"First room of a batch and later ones, p50 of the join delay, last $window",
 			"A first room that takes longer than later ones meets a cold start: no idle process, or a worker scaled to zero. " +
@@ -121,16 +108,6 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 				"came to an end. The README says what each reason means and what to do.",
 			count, 24, 8,
 		}, probes(), failures(`origin=~"agent|undetermined"`, "{{target}} {{reason}}")))
-}
-
-// All rooms that came to an end, what failures are counted out of.
-func probes() query {
-	return query{sum(growth("probes_total", "", "$window")), "{{target}} all"}
-}
-
-// Only those that there were: there are some twenty reasons a target.
-func failures(matchers, name string, over ...string) query {
-	return query{sum(growth("probe_failures_total", matchers, "$window"), over...) + " > 0", name}
 }
 
 func overallLiveKit(board *dashboard.DashboardBuilder) {
@@ -146,15 +123,14 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 			"What comes before any agent: creating the room, the signal connection, media, publishing the echo track, and the " +
 				"dispatch call. Slow here is slow for callers too, and no fault of the agent's.",
 			units.Seconds, 12, 8,
-		}, query{quantile("0.9", "span_duration_seconds", `span=~"room_create|signal|media|publish|dispatch"`),
-			"{{target}} {{span}}"})).
+		}, query{quantile("0.9", "span_duration_seconds", wayIn), "{{target}} {{span}}"})).
 		WithPanel(rows(about{
 			"Failures in the time range",
 			"Every reason that occurred in the dashboard's time range. A target's link leads to its batches, with the " +
 				"evidence of each room.",
 			count, 24, 7,
 		}, []string{"target", "origin", "reason"}, column{
-			query{sum("increase("+prefix+"probe_failures_total"+selector("")+"[$__range])") + " > 0", "Rooms"}, count,
+			query{sum(growth("probe_failures_total", "", "$__range")) + " > 0", "Rooms"}, count,
 			decimals(0),
 		}))
 }
@@ -162,6 +138,7 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 func overallPlan(board *dashboard.DashboardBuilder) {
 	const used = prefix + `agent_budget_used_seconds{project=~"$project"}`
 	const most = prefix + `agent_budget_seconds{project=~"$project"}`
+	const rest = prefix + `backoff_until_timestamp_seconds{project=~"$project"}`
 	board.WithRow(dashboard.NewRowBuilder("Is it the plan?")).
 		WithPanel(counts(about{
 			"Rooms that met a plan limit, last $window",
@@ -180,30 +157,15 @@ func overallPlan(board *dashboard.DashboardBuilder) {
 			"Agent time of this UTC day and calendar month, what running rooms have reserved included, of what the settings " +
 				"allow. Full: batches are skipped, and callers are not concerned. Nothing where no budget is set.",
 			share, 5, 8,
-		}, query{"max without (instance, pod) (" + used + ")\n/ max without (instance, pod) (" + most + ") >= 0",
-			"{{project}} {{period}}"}).Decimals(0)).
+		}, query{aggregate("max", used, nil) + "\n/ " + aggregate("max", most, nil) + " >= 0", "{{project}} {{period}}"}).Decimals(0)).
 		WithPanel(number(about{
 			"Rest after a plan limit",
 			"How long a project's batches still rest because the service named a limit. Nothing where none does.",
 			units.Seconds, 3, 8,
-		}, query{"max without (instance, pod) (" + prefix + `backoff_until_timestamp_seconds{project=~"$project"}` +
-			") - time() > 0", "{{project}}"}).Decimals(0).Thresholds(steps("orange")))
-}
-
-func rejections(name string) query {
-	return query{sum(growth("plan_limit_rejections_total", "", "$window")) + " > 0", name}
-}
-
-func batches() query {
-	return query{sum(growth("batches_total", "", "$window"), "result"), "{{target}} batches"}
-}
-
-func skipped(name string) query {
-	return query{sum(growth("batches_skipped_total", "", "$window")) + " > 0", name}
+		}, query{aggregate("max", rest, nil) + " - time() > 0", "{{project}}"}).Decimals(0).Thresholds(steps("orange")))
 }
 
 func overallCanary(board *dashboard.DashboardBuilder) {
-	ago := func(name string) string { return known("time() - " + latest(name, "")) }
 	board.WithRow(dashboard.NewRowBuilder("Is it the canary?")).
 		WithPanel(rows(about{
 			"Schedules",
@@ -219,7 +181,7 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 			column{query{latest("batch_interval_seconds", ""), "Longest"}, units.Seconds, nil},
 			column{query{ago("last_tick_timestamp_seconds"), "Since the last tick"}, units.Seconds, nil},
 			column{query{ago("last_batch_completed_timestamp_seconds"), "Since the last batch"}, units.Seconds, nil},
-			column{query{known(latest("next_batch_timestamp_seconds", "") + " - time()"), "Next batch in"}, units.Seconds,
+			column{query{until("next_batch_timestamp_seconds"), "Next batch in"}, units.Seconds,
 				coloured("color-text", "red", 0.0, "text")},
 			column{query{latest("rooms_in_flight", ""), "Open rooms"}, count, nil},
 		)).
@@ -238,8 +200,8 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 				"may have come back. Each is logged with its cause.",
 			count, 12, 8,
 		},
-			query{"sum without (instance, pod) (increase(" + prefix + "internal_errors_total[$window]))", "fault: {{kind}}"},
-			query{"sum without (instance, pod) (increase(" + prefix + "history_dropped_total[$window]))", "records dropped"},
+			query{sum("increase(" + prefix + "internal_errors_total[$window])"), "fault: {{kind}}"},
+			query{sum("increase(" + prefix + "history_dropped_total[$window])"), "records dropped"},
 			query{sum(growth("rooms_leaked_total", "", "$window")), "{{target}}: rooms leaked"},
 		)).
 		WithPanel(lines(about{

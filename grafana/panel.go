@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/grafana/grafana-foundation-sdk/go/bargauge"
 	"github.com/grafana/grafana-foundation-sdk/go/cog"
@@ -70,12 +71,12 @@ func counts(about about, whole query, parts ...query) *timeseries.PanelBuilder {
 }
 
 // A delay's distribution over time.
-func heatOf(about about, expr string) *heatmap.PanelBuilder {
+func heatOf(about about, name string) *heatmap.PanelBuilder {
 	return heatmap.NewPanelBuilder().
 		Title(about.title).Description(about.description).
 		Span(about.width).Height(about.height).
 		Datasource(datasource()).
-		Targets(heat(expr)).
+		Targets(heat("sum by (le) (" + growth(name+"_bucket", "", "$window") + ")")).
 		Calculate(false).
 		// Empty cells stay empty.
 		FilterValues(heatmap.NewFilterValueRangeBuilder().Le(1e-9)).
@@ -186,6 +187,33 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 				"url": "${status_page:raw}/api/v1/batches?target=${__value.raw}"},
 		}},
 	})
+}
+
+// The columns of service levels over the SLO window; `more` stand before what they rest on.
+func levels(more ...column) []column {
+	return slices.Concat([]column{
+		{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
+		{query{latest("slo_objective_ratio", ""), "Objective"}, share, decimals(2)},
+		{query{budgetLeft("", "$slo_window"), "Error budget left"}, share,
+			append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
+	}, more, []column{
+		{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count, decimals(0)},
+		{query{sum(growth("slo_bad_batches_total", "", "$slo_window")), "Bad batches"}, count, decimals(0)},
+	})
+}
+
+func batchesInWindow(width, height uint32, name string) *stat.PanelBuilder {
+	return number(about{
+		"Batches in the window",
+		"How many batches the chosen window holds. With fewer than four, a single room makes a trend: choose a longer window.",
+		count, width, height,
+	}, query{batches().expr, name}).
+		Decimals(0).
+		Thresholds(steps("orange", 3.5, "green"))
+}
+
+func decimals(places int) []dashboard.DynamicConfigValue {
+	return []dashboard.DynamicConfigValue{{Id: "decimals", Value: places}}
 }
 
 func transformation(id string, options map[string]any) dashboard.DataTransformerConfig {

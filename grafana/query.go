@@ -12,6 +12,9 @@ import (
 
 const prefix = "livekit_canary_"
 
+// The steps before any agent.
+const wayIn = `span=~"room_create|signal|media|publish|dispatch"`
+
 // A query and how a series of it is called. In a table the name is that of the column.
 type query struct {
 	expr string
@@ -71,6 +74,16 @@ func known(expr string) string {
 	return expr + " > -Inf"
 }
 
+// How long ago a gauge says that something was.
+func ago(name string) string {
+	return known("time() - " + latest(name, ""))
+}
+
+// How long it is until then.
+func until(name string) string {
+	return known(latest(name, "") + " - time()")
+}
+
 // The quantiles that few samples can carry: with a dozen of them a p99 is the slowest by another name.
 func quantiles(name, matchers string, over ...string) []query {
 	return []query{
@@ -82,6 +95,28 @@ func quantiles(name, matchers string, over ...string) []query {
 // The upper bound of the bucket that the slowest fell into.
 func slowest(name, matchers string, over ...string) query {
 	return query{quantile("1", name, matchers, over...), "{{target}} slowest"}
+}
+
+// All rooms that came to an end, what failures are counted out of.
+func probes() query {
+	return query{sum(growth("probes_total", "", "$window")), "{{target}} all"}
+}
+
+// Only those that there were: there are some twenty reasons a target.
+func failures(matchers, name string, over ...string) query {
+	return query{sum(growth("probe_failures_total", matchers, "$window"), over...) + " > 0", name}
+}
+
+func rejections(name string) query {
+	return query{sum(growth("plan_limit_rejections_total", "", "$window")) + " > 0", name}
+}
+
+func batches() query {
+	return query{sum(growth("batches_total", "", "$window"), "result"), "{{target}} batches"}
+}
+
+func skipped(name string) query {
+	return query{sum(growth("batches_skipped_total", "", "$window")) + " > 0", name}
 }
 
 func ranges(queries []query) []cog.Builder[variants.Dataquery] {

@@ -41,22 +41,16 @@ func targetNow(board *dashboard.DashboardBuilder) {
 			Thresholds(steps("red", 0.01, "orange", 1.0, "green"))).
 		WithPanel(number(about{
 			"Since the last batch", "How long ago the last batch ended; kept over a restart.", units.Seconds, 4, 4,
-		}, query{known("time() - " + latest("last_batch_completed_timestamp_seconds", "")), "ago"}).Decimals(0)).
+		}, query{ago("last_batch_completed_timestamp_seconds"), "ago"}).Decimals(0)).
 		WithPanel(number(about{
 			"Next batch in", "Below zero: overdue, and the canary is stuck, stopped or not scraped.", units.Seconds, 4, 4,
-		}, query{known(latest("next_batch_timestamp_seconds", "") + " - time()"), "in"}).
+		}, query{until("next_batch_timestamp_seconds"), "in"}).
 			Decimals(0).
 			Thresholds(steps("red", 0.0, "text"))).
 		WithPanel(number(about{
 			"Schedule", "Whether the schedule runs or was paused by hand.", units.Short, 4, 4,
 		}, query{latest("target_paused", ""), "state"}).Mappings(words("runs", "paused", false))).
-		WithPanel(number(about{
-			"Batches in the window",
-			"How many batches the chosen window holds. With fewer than four, a single room makes a trend: choose a longer window.",
-			count, 4, 4,
-		}, query{sum(growth("batches_total", "", "$window"), "result"), "batches"}).
-			Decimals(0).
-			Thresholds(steps("orange", 3.5, "green"))).
+		WithPanel(batchesInWindow(4, 4, "batches")).
 		WithPanel(number(about{
 			"Open rooms", "Rooms that are open now.", count, 4, 4,
 		}, query{latest("rooms_in_flight", ""), "rooms"}).Decimals(0)).
@@ -66,24 +60,13 @@ func targetNow(board *dashboard.DashboardBuilder) {
 				"error budget; the longest delay that is good; how many rooms that rests on; and in how many batches one was bad.",
 			count, 14, 7,
 		}, []string{"sli"},
-			column{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
-			column{query{latest("slo_objective_ratio", ""), "Objective"}, share, decimals(2)},
-			column{query{budgetLeft("", "$slo_window"), "Error budget left"}, share,
-				append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
-			column{query{latest("slo_threshold_seconds", ""), "Within"}, units.Seconds, nil},
-			column{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count, decimals(0)},
-			column{query{sum(growth("slo_bad_batches_total", "", "$slo_window")), "Bad batches"}, count, decimals(0)},
-		)).
+			levels(column{query{latest("slo_threshold_seconds", ""), "Within"}, units.Seconds, nil})...)).
 		WithPanel(rows(about{
 			"Settings",
 			"What is watched, and how the agent is called. drill: true, it is a fire drill and says nothing about callers.",
 			count, 10, 7,
 		}, []string{"project", "url", "agent_name", "dispatch", "drill"},
 			column{query: query{expr: latest("target_info", "")}, unit: count}))
-}
-
-func decimals(places int) []dashboard.DynamicConfigValue {
-	return []dashboard.DynamicConfigValue{{Id: "decimals", Value: places}}
 }
 
 func targetJoin(board *dashboard.DashboardBuilder) {
@@ -111,7 +94,7 @@ func targetJoin(board *dashboard.DashboardBuilder) {
 			"Join delays, last $window",
 			"How many rooms had which join delay, in the window before each column. Joined rooms only.",
 			units.Seconds, 12, 8,
-		}, "sum by (le) ("+growth(delay+"_bucket", "", "$window")+")")).
+		}, delay)).
 		WithPanel(lines(about{
 			"First room of a batch and later ones: join delay, last $window",
 			"A first room that takes longer than later ones meets a cold start: no idle process, or a worker scaled to zero. " +
@@ -156,7 +139,6 @@ func targetSpeech(board *dashboard.DashboardBuilder) {
 }
 
 func targetWayIn(board *dashboard.DashboardBuilder) {
-	const wayIn = `span=~"room_create|signal|media|publish|dispatch"`
 	board.WithRow(dashboard.NewRowBuilder("Is it LiveKit or the network?")).
 		WithPanel(lines(about{
 			"The canary's own way in, p50, last $window",

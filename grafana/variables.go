@@ -61,27 +61,20 @@ func fromLabel(name, label, description, query string, several bool) cog.Builder
 
 func windowVariables() []cog.Builder[dashboard.VariableModel] {
 	return []cog.Builder[dashboard.VariableModel]{
-		interval("window", "Window", "1h", []string{"10m", "30m", "1h", "2h", "6h", "12h", "1d", "3d", "7d"},
+		interval("window", "Window", "1h", "10m,30m,1h,2h,6h,12h,1d,3d,7d",
 			"Every point of a graph looks back so far. It should hold four batches or more (1h at one every 15 min), "+
 				"or a single room makes a trend; the panel \"Batches in the window\" tells."),
-		interval("slo_window", "SLO window", "30d", []string{"1d", "7d", "28d", "30d", "90d"},
+		interval("slo_window", "SLO window", "30d", "1d,7d,28d,30d,90d",
 			"The window of the objectives. Prometheus must keep as much (--storage.tsdb.retention.time)."),
 	}
 }
 
 // Of type custom: Grafana picks none of these by itself, whatever the time range.
-func interval(name, label, value string, values []string, description string) cog.Builder[dashboard.VariableModel] {
-	query := ""
-	for index, one := range values {
-		if index > 0 {
-			query += ","
-		}
-		query += one
-	}
+func interval(name, label, value, values, description string) cog.Builder[dashboard.VariableModel] {
 	return dashboard.NewCustomVariableBuilder(name).
 		Label(label).
 		Description(description).
-		Values(text(query)).
+		Values(text(values)).
 		AllowCustomValue(true).
 		Current(option(value, value))
 }
