@@ -110,12 +110,12 @@ late_agent_window = "1s"
 
 func binary(t *testing.T) string {
 	t.Helper()
-	path := os.Getenv("LIVEKIT_CANARY")
+	path := os.Getenv("CANARY")
 	if path == "" {
 		path = "../target/release/livekit-canary"
 	}
 	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("build the canary first, or set LIVEKIT_CANARY to it: %v", err)
+		t.Fatalf("build the canary first, or set CANARY to it: %v", err)
 	}
 	return path
 }

@@ -59,6 +59,12 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(output)
 }
 
+func command(program string, variables []string, args ...string) *exec.Cmd {
+	command := exec.Command(program, args...)
+	command.Env = variables
+	return command
+}
+
 // An image's tag says which version it is.
 func assertPinned(t *testing.T, image string) {
 	t.Helper()

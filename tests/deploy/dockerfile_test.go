@@ -1,7 +1,6 @@
 package deploy
 
 import (
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -81,12 +80,8 @@ func TestDockerfilesCopyWhatThereIs(t *testing.T) {
 
 // What the context leaves out can't be copied.
 func TestWhatTheImageIsBuiltFromIsInItsContext(t *testing.T) {
-	ignored, err := os.ReadFile(path(t, "deploy", "Dockerfile.dockerignore"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	kept := map[string]bool{}
-	for _, line := range strings.Fields(string(ignored)) {
+	for _, line := range strings.Fields(read(t, path(t, "deploy", "Dockerfile.dockerignore"))) {
 		kept[strings.TrimPrefix(line, "!")] = strings.HasPrefix(line, "!")
 	}
 	for _, copied := range of[*instructions.CopyCommand](stages(t, path(t, "deploy", "Dockerfile"))[0]) {

@@ -3,7 +3,6 @@ package deploy
 import (
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,12 +22,6 @@ func unit(t *testing.T, key string) []string {
 		}
 	}
 	return found
-}
-
-func command(program string, variables []string, args ...string) *exec.Cmd {
-	command := exec.Command(program, args...)
-	command.Env = variables
-	return command
 }
 
 func TestUnitIsValidAndExposesLittle(t *testing.T) {
