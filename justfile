@@ -2,7 +2,7 @@
 check:
     .ci/run
 
-# Tests that need a Rust toolchain alone.
+# Tests that need no more than the build does.
 test:
     cargo test
 
@@ -10,7 +10,7 @@ test:
 real FILTER="":
     cargo test --test real -- {{FILTER}}
 
-# The dashboards: what is generated, and what their queries find. Needs Go and a release build.
+# The dashboards: what is generated, and what their queries find. Needs Go, Prometheus and a release build.
 dashboards:
     cd grafana && go test -count=1 ./...
 
