@@ -1,5 +1,5 @@
-//! What the canary costs and how exact its join delay is, against the sandbox in another process and against the real
-//! server; `cargo bench --bench load` (`just bench`). Prints a table, and a JSON object a line to keep. The figures mean
+//! What the canary costs, and how exact its figures of join, first speech and reply are, against the sandbox in another
+//! process and against the real server; `cargo bench --bench load` (`just bench`). Prints a table, and a JSON object a line to keep. The figures mean
 //! something on an otherwise idle machine.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]

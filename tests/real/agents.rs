@@ -11,8 +11,8 @@ use crate::canary::{Batch, Probe, Settings};
 use crate::gate::{Gate, Hold};
 use crate::order::Order;
 use crate::scenarios::{
-    Ground, expect, expect_faulty, expect_gone, expect_heard, expect_ok, expected_of_nobody, joins,
-    wait_for_job,
+    Ground, expect, expect_faulty, expect_gone, expect_heard, expect_no_agent, expect_ok, joins,
+    wait_for_job, wait_for_two_greetings,
 };
 use crate::stack::{AGENT, Agent, Site, wait_for};
 
@@ -113,13 +113,7 @@ pub fn agent_that_leaves_after_its_reply_is_ok(ground: &Ground) -> anyhow::Resul
 pub fn agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed(
     ground: &Ground,
 ) -> anyhow::Result<String> {
-    let tag = "fails-at-once";
-    let (site, settings) = ground.call(&Order::fails().tag(tag))?;
-    let running = settings.set("deadlines.join", "5s").once()?;
-    let job = wait_for_job(site, tag, "job")?;
-    let wanted = expected_of_nobody(site, job.room())?;
-    let batch = expect(ground, &running.finish()?, 1, &[wanted])?;
-    expect_gone(site, &batch)?;
+    let (batch, _) = expect_no_agent(ground, Order::fails(), "fails-at-once")?;
     Ok(detail(only(&batch)?).to_owned())
 }
 
@@ -317,7 +311,7 @@ pub fn right_to_subscribe_taken_away_is_removed(ground: &Ground) -> anyhow::Resu
 pub fn server_that_creates_no_room_by_itself_takes_every_dispatch(
     ground: &Ground,
 ) -> anyhow::Result<String> {
-    let site = ground.keep(Site::real_with("room:\n  auto_create: false\n", &[])?)?;
+    let site = ground.own_site_with("room:\n  auto_create: false\n", &[])?;
     let started = ["explicit", "room", "token", "automatic"].map(|mode| {
         let settings = Settings::new(site)
             .set("dispatch.mode", mode)
@@ -333,15 +327,6 @@ pub fn server_that_creates_no_room_by_itself_takes_every_dispatch(
 
 // --- what becomes of the server ---
 
-/// Two rooms in mid-call on a real site of their own.
-fn greeted(site: &Site) -> anyhow::Result<()> {
-    wait_for("two greetings", Duration::from_secs(40), || {
-        let events = site.events()?;
-        let greeted = events.iter().filter(|event| event.name() == "greeted");
-        Ok((greeted.count() == 2).then_some(()))
-    })
-}
-
 pub fn restarted_server_is_signal_lost_and_serves_the_next_batch(
     ground: &Ground,
 ) -> anyhow::Result<String> {
@@ -350,7 +335,7 @@ pub fn restarted_server_is_signal_lost_and_serves_the_next_batch(
         .set("batch.rooms", 2)
         .set("batch.hold", "30s");
     let running = settings.once()?;
-    greeted(site)?;
+    wait_for_two_greetings(site)?;
     // The second signal makes it end with its calls.
     site.server.signal(Signal::TERM)?;
     site.server.signal(Signal::TERM)?;
@@ -379,7 +364,7 @@ pub fn drained_server_lets_its_calls_end_well(ground: &Ground) -> anyhow::Result
         .set("batch.rooms", 2)
         .set("batch.hold", "12s")
         .once()?;
-    greeted(site)?;
+    wait_for_two_greetings(site)?;
     site.server.signal(Signal::TERM)?;
     let finished = running.finish()?;
     let batch = expect(ground, &finished, 0, &["ok"; 2])?;

@@ -57,6 +57,9 @@ impl Http {
     }
 }
 
+/// How a daemon ends where nothing else is said.
+pub const ENDING: &str = "lifetime.shutdown_linger = \"0s\"";
+
 /// Settings of a daemon, in a folder of its own that outlives it.
 pub struct Home {
     pub dir: TempDir,
@@ -81,7 +84,7 @@ impl Home {
 
     /// `targets`: with their projects.
     pub fn write(&self, targets: &str) -> anyhow::Result<()> {
-        self.write_with("lifetime.shutdown_linger = \"0s\"", targets)
+        self.write_with(ENDING, targets)
     }
 
     /// `ending`: settings of how it ends.
@@ -99,13 +102,17 @@ lifetime.startup_delay = \"2s\"
 
     /// Starts a daemon with what was written, and waits until it is ready.
     pub fn start(&self) -> anyhow::Result<Daemon> {
-        let file = self.file();
-        let file = file.to_str().context("a path in UTF-8")?;
-        self.start_as(Canary::new(&["run", "--config", file])?)
+        self.start_with(&[])
     }
 
-    /// The same with a command line of one's own.
-    pub fn start_as(&self, canary: Canary) -> anyhow::Result<Daemon> {
+    /// The same with variables of its environment.
+    pub fn start_with(&self, environment: &[(&str, &str)]) -> anyhow::Result<Daemon> {
+        let file = self.file();
+        let file = file.to_str().context("a path in UTF-8")?;
+        let mut canary = Canary::new(&["run", "--config", file])?;
+        for (name, value) in environment {
+            canary = canary.env(name, value);
+        }
         let mut daemon = Daemon {
             running: canary.start()?,
             http: Http::new(self.port),

@@ -11,10 +11,10 @@ use rustix::process::Signal;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::canary::{Canary, Probe, Settings, has_token, unix_seconds};
-use crate::home::{Daemon, Home, Recorded, SOON, Samples};
+use crate::canary::{Probe, Settings, expect_no_secret, unix_seconds};
+use crate::home::{Daemon, ENDING, Home, Recorded, SOON, Samples};
 use crate::scenarios::Ground;
-use crate::stack::{SECRET, Site, Stack, wait_for};
+use crate::stack::{Site, Stack, wait_for};
 
 mod faults;
 
@@ -260,9 +260,6 @@ struct Begun {
     batch_id: String,
 }
 
-/// How a daemon ends where nothing else is said.
-const ENDING: &str = "lifetime.shutdown_linger = \"0s\"";
-
 /// A daemon that runs the one batch.
 pub struct Watch {
     daemon: Daemon,
@@ -293,13 +290,7 @@ impl Watch {
     ) -> anyhow::Result<Self> {
         let home = Home::new()?;
         home.write_with(ending, &settings.text())?;
-        let file = home.file();
-        let file = file.to_str().context("a path in UTF-8")?;
-        let mut canary = Canary::new(&["run", "--config", file])?;
-        for (name, value) in environment {
-            canary = canary.env(name, value);
-        }
-        let daemon = home.start_as(canary)?;
+        let daemon = home.start_with(environment)?;
         let path = format!("/api/v1/targets/{TARGET}/batches");
         let begun: Begun = serde_json::from_str(&daemon.http.post(&path)?)?;
         Ok(Self {
@@ -319,8 +310,7 @@ impl Watch {
         let text = record.to_string();
         let metrics = self.daemon.http.get("/metrics")?;
         for output in [&text, &metrics] {
-            ensure!(!output.contains(SECRET), "the secret is in {output}");
-            ensure!(!has_token(output), "a token is in {output}");
+            expect_no_secret(output)?;
         }
         Ok(Seen {
             record: record["probes"][0].to_string(),

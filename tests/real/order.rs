@@ -93,8 +93,7 @@ impl Order {
 
     /// On the sandbox: an agent without a name comes too, and the second room's agent is silent.
     pub fn beside_a_stray(self) -> Self {
-        self.fault("stray".to_owned())
-            .fault("room2:silent_track".to_owned())
+        self.fault("stray").fault("room2:silent_track")
     }
 
     pub fn has_no_track() -> Self {

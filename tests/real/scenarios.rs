@@ -96,7 +96,7 @@ impl<'a> Ground<'a> {
         self.keep(Site::real_behind_veth(agents)?)
     }
 
-    pub fn keep(&self, site: Site) -> anyhow::Result<&Site> {
+    fn keep(&self, site: Site) -> anyhow::Result<&Site> {
         ensure!(self.own.set(site).is_ok(), "one site of its own is enough");
         self.own.get().context("it was set above")
     }
@@ -806,16 +806,25 @@ pub fn expected_of_nobody(site: &Site, room: &str) -> anyhow::Result<&'static st
     })
 }
 
-fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
+/// A batch of one room whose job brings no agent, and the verdict that the server's list of jobs called for.
+pub fn expect_no_agent(
     ground: &Ground,
-) -> anyhow::Result<String> {
-    let tag = "never-connects";
-    let (site, settings) = ground.call(&Order::never_connects().tag(tag))?;
+    order: Order,
+    tag: &str,
+) -> anyhow::Result<(Batch, &'static str)> {
+    let (site, settings) = ground.call(&order.tag(tag))?;
     let running = settings.set("deadlines.join", "5s").once()?;
     let job = wait_for_job(site, tag, "job")?;
     let wanted = expected_of_nobody(site, job.room())?;
     let batch = expect(ground, &running.finish()?, 1, &[wanted])?;
     expect_gone(site, &batch)?;
+    Ok((batch, wanted))
+}
+
+fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
+    ground: &Ground,
+) -> anyhow::Result<String> {
+    let (_, wanted) = expect_no_agent(ground, Order::never_connects(), "never-connects")?;
     Ok(format!("{wanted}, as the server listed its jobs"))
 }
 
@@ -986,6 +995,15 @@ fn participant_removed_by_somebody_else_is_removed(ground: &Ground) -> anyhow::R
     Ok(batch.probes[0].detail.clone().unwrap_or_default())
 }
 
+/// Waits until the agent has greeted in two rooms of a site of their own.
+pub fn wait_for_two_greetings(site: &Site) -> anyhow::Result<()> {
+    wait_for("two greetings", Duration::from_secs(40), || {
+        let events = site.events()?;
+        let greeted = events.iter().filter(|event| event.name() == "greeted");
+        Ok((greeted.count() == 2).then_some(()))
+    })
+}
+
 /// Two rooms in mid-conversation on a site of their own, and what `harm` to its server makes of them within `limit`.
 fn expect_signal_lost(ground: &Ground, harm: Signal, limit: f64) -> anyhow::Result<String> {
     let site = ground.own_site(&[Agent::named(AGENT)], &Order::greets())?;
@@ -995,11 +1013,7 @@ fn expect_signal_lost(ground: &Ground, harm: Signal, limit: f64) -> anyhow::Resu
         .set("batch.rooms", 2)
         .set("batch.hold", "40s")
         .once()?;
-    wait_for("two greetings", Duration::from_secs(40), || {
-        let events = site.events()?;
-        let greeted = events.iter().filter(|event| event.name() == "greeted");
-        Ok((greeted.count() == 2).then_some(()))
-    })?;
+    wait_for_two_greetings(site)?;
     site.server.signal(harm)?;
     let harmed = unix_seconds(Utc::now());
     let finished = running.finish()?;

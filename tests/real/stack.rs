@@ -147,10 +147,7 @@ impl Site {
             dir,
             namespace: None,
         };
-        wait_for("test-server to answer", Duration::from_secs(30), || {
-            site.server.must_run()?;
-            Ok(site.api.rooms().is_ok().then_some(()))
-        })?;
+        answers("test-server", &mut site.server, &site.api)?;
         Ok(site)
     }
 
@@ -219,7 +216,7 @@ impl Site {
             dir,
             namespace,
         };
-        answers(&mut site.server, &site.api)?;
+        answers("livekit-server", &mut site.server, &site.api)?;
         for agent in agents {
             site.workers.push(site.spawn(agent)?);
         }
@@ -241,7 +238,7 @@ impl Site {
     pub fn restarted_server(&self) -> anyhow::Result<Process> {
         let name = "livekit-server-restarted";
         let mut server = spawn_server(name, self.namespace.as_deref(), self.dir())?;
-        answers(&mut server, &self.api)?;
+        answers("livekit-server", &mut server, &self.api)?;
         Ok(server)
     }
 
@@ -435,8 +432,9 @@ fn spawn_server(name: &str, namespace: Option<&Namespace>, dir: &Path) -> anyhow
     Process::spawn(name, command, dir)
 }
 
-fn answers(server: &mut Process, api: &twirp::Server) -> anyhow::Result<()> {
-    wait_for("livekit-server to answer", Duration::from_secs(30), || {
+fn answers(name: &str, server: &mut Process, api: &twirp::Server) -> anyhow::Result<()> {
+    let what = format!("{name} to answer");
+    wait_for(&what, Duration::from_secs(30), || {
         server.must_run()?;
         Ok(api.rooms().is_ok().then_some(()))
     })

@@ -406,16 +406,23 @@ struct Run {
     output: String,
 }
 
-/// Has promtool evaluate the rules over a story, and compare what fires in every minute.
-fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
-    let folder = tempfile::tempdir().unwrap();
+/// Writes what `livekit-canary rules` prints with these arguments to `rules.yml` in `dir`.
+fn write_rules(dir: &Path, args: &[&str]) {
     let rules = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
         .arg("rules")
+        .args(args)
+        .current_dir(dir)
         .env_clear()
         .output()
         .unwrap();
     assert!(rules.status.success(), "{rules:?}");
-    std::fs::write(folder.path().join("rules.yml"), rules.stdout).unwrap();
+    std::fs::write(dir.join("rules.yml"), rules.stdout).unwrap();
+}
+
+/// Has promtool evaluate the rules over a story, and compare what fires in every minute.
+fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
+    let folder = tempfile::tempdir().unwrap();
+    write_rules(folder.path(), &[]);
     let tests = folder.path().join("tests.yml");
     std::fs::write(&tests, unit_tests(story, expected)).unwrap();
     let output = Command::new(promtool)

@@ -83,14 +83,7 @@ fn take(mut client: TcpStream) -> Value {
 fn rules(dir: &Path) {
     let settings = "alerts.scrape_interval = \"1s\"\n[targets.drill]\nagent_name = \"demo\"\nschedule.every = \"10s\"\n";
     std::fs::write(dir.join("canary.toml"), settings).unwrap();
-    let rules = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
-        .args(["rules", "--config", "canary.toml"])
-        .current_dir(dir)
-        .env_clear()
-        .output()
-        .unwrap();
-    assert!(rules.status.success(), "{rules:?}");
-    std::fs::write(dir.join("rules.yml"), rules.stdout).unwrap();
+    super::write_rules(dir, &["--config", "canary.toml"]);
 }
 
 #[test]

@@ -5,11 +5,11 @@ use livekit_canary::probe::{LimitKind, Origin, Reason};
 use rustix::process::Signal;
 
 use super::There::{Made, Not};
-use super::{Culprit, ENDING, Fault, Seen, Verdict, Watch};
+use super::{Culprit, Fault, Seen, Verdict, Watch};
 use crate::agents::join_as;
 use crate::canary::Settings;
 use crate::gate::{Gate, Hold};
-use crate::home::SOON;
+use crate::home::{ENDING, SOON};
 use crate::order::Order;
 use crate::scenarios::{Ground, expected_of_nobody, wait_for_job};
 use crate::stack::{AGENT, Agent, Event, Interceptor, SECRET, Site, TlsProxy, kill, wait_for};
