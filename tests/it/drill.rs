@@ -1,19 +1,12 @@
 //! The fire drill: each reason is brought about and found, its series say so, and it ends as it is told.
 
-use std::io::{BufRead as _, BufReader, Read as _};
-use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
 
 use livekit_canary::probe::{LimitKind, Reason};
-use rustix::process::{Pid, Signal, kill_process};
 
 use crate::canary;
-
-/// Ends a drill that never gets where a test wants it.
-const GIVE_UP: Duration = Duration::from_secs(150);
+use crate::running::Running;
 
 /// Drills that run side by side.
 const SIDE_BY_SIDE: usize = 8;
@@ -74,66 +67,10 @@ fn once(drill: &[&str]) -> Result<(), String> {
     Err(format!("exit status {:?}\n{}", run.code, run.output()))
 }
 
-/// A drill in a process of its own, killed where it takes too long.
-struct Running {
-    child: Child,
-    stdout: BufReader<ChildStdout>,
-    told: Vec<String>,
-    finished: mpsc::Sender<()>,
-    watchdog: thread::JoinHandle<()>,
-}
-
-impl Running {
-    fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
-            .args(["drill", "--rooms", "1", "--every", "1s"])
-            .args(["--web.listen-address", "127.0.0.1:0"])
-            .args(args)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let pid = Pid::from_child(&child);
-        let (finished, waiting) = mpsc::channel::<()>();
-        let watchdog = thread::spawn(move || {
-            if waiting.recv_timeout(GIVE_UP) == Err(RecvTimeoutError::Timeout) {
-                kill_process(pid, Signal::KILL).unwrap();
-            }
-        });
-        Self {
-            stdout: BufReader::new(child.stdout.take().unwrap()),
-            child,
-            told: Vec::new(),
-            finished,
-            watchdog,
-        }
-    }
-
-    /// Reads on to the next line that has `what`.
-    fn read_to(&mut self, what: &str) -> String {
-        loop {
-            let mut line = String::new();
-            let read = self.stdout.read_line(&mut line).unwrap();
-            assert!(read > 0, "no {what:?}:\n{}", self.told.join("\n"));
-            line.truncate(line.trim_end().len());
-            self.told.push(line.clone());
-            if line.contains(what) {
-                return line;
-            }
-        }
-    }
-
-    fn interrupt(mut self) -> Option<i32> {
-        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
-        let mut rest = String::new();
-        self.stdout.read_to_string(&mut rest).unwrap();
-        let code = self.child.wait().unwrap().code();
-        drop(self.finished);
-        self.watchdog.join().unwrap();
-        code
-    }
+fn drill(args: &[&str]) -> Running {
+    let fixed = ["drill", "--rooms", "1", "--every", "1s"];
+    let page = ["--web.listen-address", "127.0.0.1:0"];
+    Running::start(&[&fixed[..], &page, args].concat())
 }
 
 /// The address in a line that says `… at ADDRESS and …`.
@@ -156,7 +93,7 @@ fn value(metrics: &str, series: &str) -> f64 {
 
 #[test]
 fn the_series_of_a_drill_say_that_it_is_one() {
-    let mut drill = Running::start(&["plan_limit", "--limit", "api_rate"]);
+    let mut drill = drill(&["plan_limit", "--limit", "api_rate"]);
     let page = page(&drill.read_to("Its page is at")).to_owned();
     drill.read_to("As expected");
     let metrics = metrics(&page);
@@ -173,7 +110,7 @@ fn the_series_of_a_drill_say_that_it_is_one() {
     }
     let rejections = "livekit_canary_plan_limit_rejections_total{limit=\"api_rate\"";
     assert!(value(&metrics, rejections) >= 1.0, "{metrics}");
-    assert_eq!(drill.interrupt(), Some(0));
+    assert_eq!(drill.interrupt().0, Some(0));
 }
 
 #[test]
@@ -182,7 +119,7 @@ fn a_fault_that_ends_is_followed_by_good_batches_and_its_counters_go_on() {
     thread::scope(|scope| {
         for reason in ["room_create_failed", "unreachable", "internal"] {
             scope.spawn(move || {
-                let mut drill = Running::start(&[reason, "--recover-after", "5s"]);
+                let mut drill = drill(&[reason, "--recover-after", "5s"]);
                 let page = page(&drill.read_to("Its page is at")).to_owned();
                 drill.read_to("the fault ends");
                 drill.read_to("no fault");
@@ -196,7 +133,7 @@ fn a_fault_that_ends_is_followed_by_good_batches_and_its_counters_go_on() {
                 assert_eq!(failed.count(), 1, "{metrics}");
                 let good = r#"livekit_canary_slo_good_total{sli="availability""#;
                 assert!(value(&metrics, good) >= 1.0, "{metrics}");
-                assert_eq!(drill.interrupt(), Some(0), "{reason}");
+                assert_eq!(drill.interrupt().0, Some(0), "{reason}");
             });
         }
     });
@@ -204,14 +141,14 @@ fn a_fault_that_ends_is_followed_by_good_batches_and_its_counters_go_on() {
 
 #[test]
 fn a_fault_begins_when_it_is_told_to() {
-    let mut drill = Running::start(&["config_rejected", "--after", "3s"]);
+    let mut drill = drill(&["config_rejected", "--after", "3s"]);
     drill.read_to("no fault");
     drill.read_to("the fault begins");
     drill.read_to("Batch");
     drill.read_to("config_rejected");
     let mut told = drill.told.iter();
     assert!(!told.any(|line| line.contains("NOT")), "{:?}", drill.told);
-    assert_eq!(drill.interrupt(), Some(0));
+    assert_eq!(drill.interrupt().0, Some(0));
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod metrics;
 mod readme;
 mod robustness;
 mod rules;
+mod running;
 mod sandbox;
 mod settings;
 
