@@ -47,8 +47,6 @@ use supervisor::Watchdog;
 const REFRESH: Duration = Duration::from_secs(1);
 /// Without a sign of life for so long the daemon's own loop counts as hung.
 const LONGEST_SILENCE: Duration = Duration::from_secs(15);
-/// The longest gap from one batch to the next is looked for so far ahead.
-const AHEAD: Duration = Duration::from_hours(7 * 24);
 
 /// All that a daemon starts with; the caller has read the settings, opened the history and bound the socket.
 pub struct Launch {
@@ -376,7 +374,7 @@ impl Daemon {
         let target = &self.targets[name];
         target.metrics.next_batch(self.ticker.next(name));
         let (schedule, now) = (&target.settings.schedule, Utc::now());
-        let gaps = schedule::gaps(schedule, now, AHEAD);
+        let gaps = schedule::gaps(schedule, now, schedule::AHEAD);
         target.metrics.intervals(
             gaps.map(|gaps| gaps.longest),
             gaps.map(|gaps| gaps.shortest),

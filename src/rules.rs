@@ -11,7 +11,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::config::{Alerts, Config, Schedule};
-use crate::schedule::{gaps, mean_interval};
+use crate::schedule::{AHEAD, gaps, mean_interval};
 
 mod catalogue;
 mod yaml;
@@ -106,7 +106,7 @@ impl Pace {
 
     fn of(self, schedule: &Schedule, now: DateTime<Utc>) -> Option<Duration> {
         match self {
-            Self::Shortest => gaps(schedule, now, 7 * DAY).map(|gaps| gaps.shortest),
+            Self::Shortest => gaps(schedule, now, AHEAD).map(|gaps| gaps.shortest),
             Self::Mean => mean_interval(schedule, now.date_naive()),
         }
     }
@@ -137,7 +137,6 @@ fn record_name(record: &Record) -> String {
     format!("livekit_canary:{}:{}", record.name, record.window.label())
 }
 
-/// A record of a whole counter.
 const fn counted(
     name: &'static str,
     window: Window,
@@ -227,10 +226,17 @@ pub fn render(config: &Config, now: DateTime<Utc>) -> String {
         file.record(&pace.series(), &interval_of_target(pace));
     }
     file.record("livekit_canary:slo_objective:ratio", OBJECTIVE);
+    let (shortest, mean) = (
+        classes(config, Pace::Shortest, now),
+        classes(config, Pace::Mean, now),
+    );
     let add_records = |file: &mut yaml::File<'_>, records: &[Record]| {
         for record in records {
-            let classes = classes(config, record.window.pace(), now);
-            file.record(&record_name(record), &by_class(record, &classes, alerts));
+            let classes = match record.window.pace() {
+                Pace::Shortest => &shortest,
+                Pace::Mean => &mean,
+            };
+            file.record(&record_name(record), &by_class(record, classes, alerts));
         }
     };
     add_records(&mut file, FAST);

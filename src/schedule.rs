@@ -94,18 +94,25 @@ pub fn gaps(schedule: &Schedule, from: DateTime<Utc>, window: Duration) -> Optio
     }
 }
 
-/// Seven days, of which `day` is the first, by the number of ticks in them; `None` where there are none.
+/// Days for which the intervals of a schedule are looked at.
+const DAYS: u64 = 7;
+
+/// The same as a time: what the daemon tells of, and what alert rules are made for.
+pub const AHEAD: Duration = Duration::from_hours(DAYS * 24);
+
+/// The interval itself; of a cron expression [`AHEAD`], of which `day` is the first, by the number of ticks in it, and
+/// `None` where there are none.
 pub fn mean_interval(schedule: &Schedule, day: NaiveDate) -> Option<Duration> {
-    const DAYS: u64 = 7;
-    if let Schedule::Every(every) = schedule {
-        return Some(*every);
+    match schedule {
+        Schedule::Every(every) => Some(*every),
+        Schedule::Cron { expression, zone } => {
+            let begin = day.and_time(NaiveTime::MIN).and_utc();
+            let end = begin + Days::new(DAYS);
+            let ticks = WallClock::new(expression, *zone).ticks_in(begin, end);
+            let ticks = u32::try_from(ticks).ok().filter(|ticks| *ticks > 0)?;
+            Some(AHEAD / ticks)
+        }
     }
-    let days = (0..DAYS).map(|after| day + Days::new(after));
-    let ticks: u64 = days
-        .map(|day| ticks_on(schedule, Duration::ZERO, day))
-        .sum();
-    let ticks = u32::try_from(ticks).ok().filter(|ticks| *ticks > 0)?;
-    Some(Duration::from_hours(DAYS * 24) / ticks)
 }
 
 /// The instants `offset + n * every` since the epoch, in nanoseconds.

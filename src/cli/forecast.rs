@@ -11,9 +11,8 @@ use crate::config::{Alerts, Config, Objectives, Period, Project, Schedule, Targe
 use crate::guard::{longest_batch, rooms_at_once, worst_cases};
 use crate::probe::whole_minutes;
 use crate::rules::longest_watched;
-use crate::schedule::{Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
+use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
 
-const WEEK: Duration = Duration::from_hours(7 * 24);
 pub(super) struct Forecast<'a> {
     now: DateTime<Utc>,
     alerts: &'a Alerts,
@@ -234,7 +233,7 @@ impl TargetForecast<'_> {
     }
 
     fn gaps(&self, now: DateTime<Utc>) -> Option<Gaps> {
-        gaps(&self.target.schedule, now, WEEK)
+        gaps(&self.target.schedule, now, AHEAD)
     }
 
     /// In the busiest 30 days.

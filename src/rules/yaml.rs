@@ -64,16 +64,14 @@ groups:
             ("description", alert.remedy),
             ("runbook", self.alerts.runbook.as_str()),
         ];
-        let mut text = String::new();
         for (block, entries) in [("labels", &labels[..]), ("annotations", &annotations[..])] {
-            writeln!(text, "    {block}:").expect("writing to a string can't fail");
+            self.line(&format!("    {block}:"));
             for (key, value) in entries {
                 // A JSON string is a string of YAML, too.
                 let value = serde_json::Value::from(*value);
-                writeln!(text, "      {key}: {value}").expect("writing to a string can't fail");
+                self.line(&format!("      {key}: {value}"));
             }
         }
-        self.text.push_str(&text);
     }
 
     fn expr(&mut self, expr: &str) {
