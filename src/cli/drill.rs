@@ -58,15 +58,14 @@ pub(super) fn run(args: &DrillArgs) -> anyhow::Result<Exit> {
 
 /// What the flags ask for; `None` plays no fault.
 fn chosen(args: &DrillArgs) -> Result<Option<&'static Rehearsal>, Problems> {
-    let is_limit = |reason: Reason| matches!(reason, Reason::PlanLimit(_));
     let found = rehearsal::ALL.iter().find(|one| match one.reason {
         Reason::PlanLimit(kind) => {
             args.reason == one.reason.label() && args.limit.as_deref() == Some(kind.label())
         }
         reason => args.reason == reason.label(),
     });
-    if args.limit.is_some() && found.is_none_or(|one| !is_limit(one.reason)) {
-        let plan_limit = Reason::PlanLimit(LimitKind::Other).label();
+    let plan_limit = Reason::PlanLimit(LimitKind::Other).label();
+    if args.limit.is_some() && args.reason != plan_limit {
         return Err(Problems::single(
             format!("--limit changes nothing: the reason is {}", args.reason),
             format!("it goes with {plan_limit}"),
@@ -239,8 +238,7 @@ struct Drill {
     turned_at: Option<Instant>,
     /// What is played in the batch that runs; `None` where that has changed under way.
     batch: Option<Act>,
-    wrong: bool,
-    exit: Option<Exit>,
+    exit: Exit,
 }
 
 impl Drill {
@@ -269,8 +267,7 @@ impl Drill {
             over_at: args.whole.map(|whole| now + whole),
             turned_at: None,
             batch: None,
-            wrong: false,
-            exit: None,
+            exit: Exit::Ok,
         }
     }
 
@@ -286,7 +283,7 @@ impl Drill {
                     Happened::Ended(report) => self.ended(&report)?,
                     Happened::Interrupted => {
                         if self.once {
-                            self.exit.get_or_insert(Exit::Aborted);
+                            self.exit = Exit::Aborted;
                         }
                         self.stop();
                     }
@@ -296,8 +293,7 @@ impl Drill {
                 () = at(self.over_at) => self.stop(),
             }
         }
-        let found = if self.wrong { Exit::Fault } else { Exit::Ok };
-        Ok(self.exit.unwrap_or(found))
+        Ok(self.exit)
     }
 
     fn turn(&mut self) -> anyhow::Result<()> {
@@ -335,7 +331,9 @@ impl Drill {
         let judged = match self.batch.take() {
             Some(act) => {
                 let wrong = wrong(self.played(act), report);
-                self.wrong |= !wrong.is_empty();
+                if !wrong.is_empty() {
+                    self.exit = Exit::Fault;
+                }
                 judgement(&wrong)
             }
             None => "  Not judged: the fault began or ended meanwhile.\n".to_owned(),

@@ -80,7 +80,7 @@ fn settings(args: &Run) -> Result<Config, Problems> {
     Ok(config)
 }
 
-async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
     listener.with_context(|| format!("can't listen on {address}"))
 }

@@ -106,8 +106,7 @@ impl Wanted {
 /// The daemon's own port on loopback, or any where that is taken; or what was asked for.
 pub(super) async fn listen(wanted: Option<SocketAddr>) -> anyhow::Result<TcpListener> {
     if let Some(address) = wanted {
-        let listener = TcpListener::bind(address).await;
-        return listener.with_context(|| format!("can't listen on {address}"));
+        return super::run::listen(address).await;
     }
     let port = Http::default().listen.port();
     match TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await {
