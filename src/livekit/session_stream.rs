@@ -229,9 +229,17 @@ mod tests {
     }
 
     fn header(id: &str, topic: &str) -> Vec<u8> {
+        header_with(id, topic, &[])
+    }
+
+    fn header_with(id: &str, topic: &str, attributes: &[(&str, &str)]) -> Vec<u8> {
+        let attributes = attributes.iter();
         packet(Value::StreamHeader(data_stream::Header {
             stream_id: id.to_owned(),
             topic: topic.to_owned(),
+            attributes: attributes
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
             ..data_stream::Header::default()
         }))
     }
@@ -321,15 +329,7 @@ mod tests {
 
     /// A text stream's header with its attributes.
     fn speech(id: &str, attributes: &[(&str, &str)]) -> Vec<u8> {
-        let attributes = attributes.iter();
-        packet(Value::StreamHeader(data_stream::Header {
-            stream_id: id.to_owned(),
-            topic: transcript::TOPIC.to_owned(),
-            attributes: attributes
-                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-                .collect(),
-            ..data_stream::Header::default()
-        }))
+        header_with(id, transcript::TOPIC, attributes)
     }
 
     fn said(told: Vec<Told>) -> Vec<(String, String, bool)> {
@@ -472,15 +472,11 @@ mod tests {
             prop_oneof![Just("true".to_owned()), "\\PC{0,100}"],
         );
         let header = (id(), topic, vec(attribute, 0..3)).prop_map(|(id, topic, attributes)| {
-            let attributes = attributes.into_iter();
-            packet(Value::StreamHeader(data_stream::Header {
-                stream_id: id.to_owned(),
-                topic: topic.to_owned(),
-                attributes: attributes
-                    .map(|(key, value)| (key.to_owned(), value))
-                    .collect(),
-                ..data_stream::Header::default()
-            }))
+            let attributes = attributes.iter();
+            let attributes: Vec<_> = attributes
+                .map(|(key, value)| (*key, value.as_str()))
+                .collect();
+            header_with(id, topic, &attributes)
         });
         let content = prop_oneof![
             bytes(300),

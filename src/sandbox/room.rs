@@ -356,7 +356,7 @@ impl Room {
         };
         let first = !std::mem::replace(&mut track.live, true);
         let sid = track.info.sid.clone();
-        let microphone = track.info.source == i32::from(proto::TrackSource::Microphone);
+        let microphone = is_microphone(&track.info);
         if first {
             self.on_track_live(at, audio.mid, now);
         }
@@ -392,7 +392,7 @@ impl Room {
         let mut live = Vec::new();
         for participant in &self.participants {
             for track in participant.tracks.iter().filter(|track| track.live) {
-                if track.info.source == i32::from(proto::TrackSource::Microphone) {
+                if is_microphone(&track.info) {
                     live.push(track.info.sid.clone());
                     self.agents_meet(&participant.info, &track.info.sid);
                 }
@@ -592,18 +592,17 @@ impl Room {
             duration: utterance.ended - utterance.began,
             over_agent: utterance.over_agent,
         });
-        let mut microphones = self.participants.iter().filter_map(|participant| {
+        let stream = self.participants.iter().find_map(|participant| {
             let identity = &participant.info.identity;
             let mut tracks = participant.tracks.iter();
-            let track =
-                tracks.find(|it| it.info.source == i32::from(proto::TrackSource::Microphone))?;
+            let track = tracks.find(|it| is_microphone(&it.info))?;
             Some(data_stream::transcript(
                 identity,
                 Some(&track.info.sid),
                 CALLER_WORDS,
             ))
         });
-        if let Some(stream) = microphones.next() {
+        if let Some(stream) = stream {
             self.send_stream(stream, now);
         }
     }
@@ -982,12 +981,9 @@ impl Room {
         let is_stray = info.agent_name.is_empty() && self.faults.has(&Fault::Stray);
         if is_target || is_stray {
             // What goes wrong goes wrong with the target's agent.
-            let faults = if is_target {
-                self.faults.clone()
-            } else {
-                Faults::default()
-            };
-            let script = Script::new(&faults, self.shared.settings.max_replies);
+            let none = Faults::default();
+            let faults = if is_target { &self.faults } else { &none };
+            let script = Script::new(faults, self.shared.settings.max_replies);
             let launch = |script: Script| {
                 let job = Box::new(new_job(&info, &self.info));
                 let (shared, cancel) = (Arc::clone(&self.shared), cancel.clone());
@@ -1238,7 +1234,11 @@ impl Errand {
     }
 }
 
-fn leave(reason: proto::DisconnectReason) -> Down {
+fn is_microphone(track: &proto::TrackInfo) -> bool {
+    track.source() == proto::TrackSource::Microphone
+}
+
+pub(super) fn leave(reason: proto::DisconnectReason) -> Down {
     Down::Leave(proto::LeaveRequest {
         reason: reason.into(),
         ..proto::LeaveRequest::default()

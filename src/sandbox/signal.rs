@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::fault::Action;
 use super::registry::{RoomHandle, unix_millis};
-use super::room::{Command, Joined};
+use super::room::{Command, Joined, leave};
 use super::server::HANG;
 
 /// The largest message that a client may send; a session description is some 20 KiB.
@@ -200,11 +200,7 @@ async fn close(socket: &mut Socket) {
 }
 
 async fn turn_away(socket: &mut Socket, reason: proto::DisconnectReason) {
-    let message = Down::Leave(proto::LeaveRequest {
-        reason: reason.into(),
-        ..proto::LeaveRequest::default()
-    });
-    if send(socket, message).await.is_ok() {
+    if send(socket, leave(reason)).await.is_ok() {
         close(socket).await;
     }
 }
