@@ -9,7 +9,7 @@
 //!                                   livekit::{engine, api} ─ws/udp/https─► LiveKit
 //!                                   janitor owns every room name
 //!
-//! daemon: puts the above together and keeps it going, for `run` and `demo`
+//! daemon: puts the above together and keeps it going, for `run`, `demo` and `drill`
 //! guard: what a project may use; its ledger and the journal of rooms are history's
 //! http: metrics, health, page and API of the daemon; knows none of the above but config
 //! rules: Prometheus rules for the settings

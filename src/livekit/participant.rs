@@ -151,7 +151,6 @@ struct Session<'a> {
     echo: Echo,
     track: Track,
     listening: Listening,
-    identity: String,
     reports: session_stream::Reader,
     media_told: bool,
     /// Where the server wants media, as far as it was told.
@@ -251,7 +250,7 @@ impl<'a> Session<'a> {
             signal,
             publisher,
             subscriber,
-            roster: Roster::new(identity.clone(), request.agent_name.clone()),
+            roster: Roster::new(identity, request.agent_name.clone()),
             voice,
             speech: Detector::new(request.speech.clone()),
             echo: Echo::new(request.echo.clone()),
@@ -265,7 +264,6 @@ impl<'a> Session<'a> {
                 last: None,
             },
             listening: Listening::default(),
-            identity,
             reports: session_stream::Reader::new(request.transcript),
             media_told: false,
             addresses: Vec::new(),
@@ -404,7 +402,7 @@ impl<'a> Session<'a> {
 
     fn transcribed(&self, words: Words) -> Seen {
         let of_us = words.track.is_some() && words.track == self.track.sid;
-        let speaker = if of_us || words.identity == self.identity {
+        let speaker = if of_us || self.roster.is_own(&words.identity) {
             Speaker::Caller
         } else {
             Speaker::Agent
@@ -529,7 +527,7 @@ impl<'a> Session<'a> {
         participants: Vec<proto::ParticipantInfo>,
         in_join_response: bool,
     ) -> Result<(), Ended> {
-        let own = |info: &&proto::ParticipantInfo| self.roster.is_own(info);
+        let own = |info: &&proto::ParticipantInfo| self.roster.is_own(&info.identity);
         if let Some(right) = participants.iter().find(own).and_then(revoked) {
             return Err(Ended::Revoked(right));
         }

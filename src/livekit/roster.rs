@@ -58,8 +58,8 @@ impl Roster {
         }
     }
 
-    pub(crate) fn is_own(&self, info: &ParticipantInfo) -> bool {
-        info.identity == self.own_identity
+    pub(crate) fn is_own(&self, identity: &str) -> bool {
+        identity == self.own_identity
     }
 
     /// Takes in what the server says of participants: in its join response, or in an update.
@@ -71,7 +71,7 @@ impl Roster {
     ) -> Vec<RoomEvent> {
         let mut events = Vec::new();
         for info in participants {
-            if self.is_own(&info) {
+            if self.is_own(&info.identity) {
                 continue;
             }
             if info.state() == State::Disconnected {

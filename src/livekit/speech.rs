@@ -18,10 +18,10 @@ const RATE: u32 = 16_000;
 const TICKS: u64 = (rtp::CLOCK_RATE / RATE) as u64;
 
 /// Samples of the 20 ms window that is judged.
-const WINDOW: usize = 320;
+const WINDOW: usize = RATE as usize / 50;
 
 /// Samples of the longest Opus packet, 120 ms.
-const LONGEST: usize = 1920;
+const LONGEST: usize = 6 * WINDOW;
 
 /// A packet this short carries no sound: discontinuous transmission (RFC 6716, 3.1 and what `WebRTC` sends).
 const DTX_BYTES: usize = 3;

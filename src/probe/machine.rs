@@ -474,10 +474,14 @@ impl Probe {
         }
     }
 
+    fn is_agent(&self, identity: &str) -> bool {
+        let agent = self.report.agent.as_ref();
+        agent.is_some_and(|agent| agent.identity == identity)
+    }
+
     /// An error may be overcome by the agent: alone it is evidence.
     fn agent_error(&mut self, identity: &str, message: &str) {
-        let agent = self.report.agent.as_ref();
-        if agent.is_none_or(|agent| agent.identity != identity) {
+        if !self.is_agent(identity) {
             return;
         }
         self.note(format!("the agent reported an error: {}", quote(message)));
@@ -487,8 +491,7 @@ impl Probe {
     }
 
     fn agent_metrics(&mut self, identity: &str, metrics: TurnMetrics, at: Instant) {
-        let agent = self.report.agent.as_ref();
-        let own = agent.is_some_and(|agent| agent.identity == identity);
+        let own = self.is_agent(identity);
         let started = self.report.timeline.get(Milestone::Started);
         let kept = &mut self.report.evidence.agent_metrics;
         if own

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use crate::livekit::engine::Speaker;
 use crate::livekit::transcript::{Text, Words};
 
-/// Segments of one probe, each of at most 1 KiB; what comes later isn't kept.
+/// Segments of one probe, the text of each at most 1 KiB; what comes later isn't kept.
 const MOST_SEGMENTS: usize = 100;
 
 /// A stretch of speech in the agent's own writing.

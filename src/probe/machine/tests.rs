@@ -670,9 +670,7 @@ fn stray_agent_is_named_in_the_verdict() {
         let script = Script::new(explicit()).waiting().see(400, stray);
         let script = script.wait(30_101).listed(30_110, Ok(Vec::new()));
         let report = script.report(30_120);
-        let Outcome::Failed(failure) = &report.outcome else {
-            unreachable!()
-        };
+        let failure = report.outcome.failure().unwrap();
         assert!(failure.detail.contains(words), "{}", failure.detail);
         assert_eq!(report.evidence.participants.len(), 1);
     }
@@ -884,9 +882,7 @@ fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came
         let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
         let report = script.report(20_520);
         assert_eq!(reason_of(&report), Reason::AgentSilent);
-        let Outcome::Failed(failure) = &report.outcome else {
-            unreachable!()
-        };
+        let failure = report.outcome.failure().unwrap();
         assert!(failure.detail.contains(words), "{}", failure.detail);
     }
 }
@@ -902,9 +898,7 @@ fn silent_agent_that_was_there_before_us_may_have_spoken_before() {
         .wait(20_300)
         .listed(20_310, Ok(Vec::new()));
     let report = script.report(20_320);
-    let Outcome::Failed(failure) = &report.outcome else {
-        panic!("{:?}", report.outcome)
-    };
+    let failure = report.outcome.failure().unwrap();
     assert_eq!(failure.reason, Reason::AgentSilent);
     assert!(failure.detail.contains("may have spoken before"));
 }
@@ -918,9 +912,7 @@ fn right_taken_away_in_mid_call_is_somebody_elses_doing_and_never_the_agents() {
         let script = Script::new(explicit()).waiting().joined(500);
         let report = script.ended(600, Ended::Revoked(right)).report(620);
         assert_eq!(reason_of(&report), Reason::Removed);
-        let Outcome::Failed(failure) = &report.outcome else {
-            unreachable!()
-        };
+        let failure = report.outcome.failure().unwrap();
         assert!(failure.detail.contains(words), "{}", failure.detail);
     }
 }
