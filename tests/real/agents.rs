@@ -336,8 +336,13 @@ pub fn restarted_server_is_signal_lost_and_serves_the_next_batch(
         .set("batch.hold", "30s");
     let running = settings.once()?;
     wait_for_two_greetings(site)?;
-    // The second signal makes it end with its calls.
     site.server.signal(Signal::TERM)?;
+    // Two signals at once would be one.
+    wait_for("the server to take it", Duration::from_secs(10), || {
+        let log = site.server.log()?;
+        Ok(log.contains("exit requested").then_some(()))
+    })?;
+    // The second one makes it end with its calls.
     site.server.signal(Signal::TERM)?;
     wait_for("the server to end", Duration::from_secs(20), || {
         Ok(std::net::TcpListener::bind(site.address())
