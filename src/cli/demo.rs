@@ -93,7 +93,7 @@ impl Play {
             // A little more: the server stamps the join in whole milliseconds, on a clock that is only estimated here.
             Self::LateJoin => ("the agent takes 3 s to join", "join_delay=3s50ms"),
             Self::Failure(reason) => {
-                let rehearsal = rehearsal::of(reason).expect("a test looks at every drill");
+                let rehearsal = rehearsal::of(reason);
                 let How::Sandbox(fault) = rehearsal.how else {
                     unreachable!("a test looks at every drill")
                 };

@@ -101,6 +101,8 @@ pub enum Answer {
     ResourceExhausted,
     /// The same, saying that a quota is.
     Quota,
+    /// The same with 403, as earlier versions of Twirp have it, and without a word of what is used up.
+    Unnamed,
     /// 503 in livekit-server's words for a full node.
     NodeLimit,
     /// A bare 500.
@@ -144,8 +146,8 @@ The agent:
 The service:
   no_media                 ICE never comes up
   STEP=ANSWER              STEP: api, create_room, delete_room, create_dispatch, list_dispatch, delete_dispatch,
-                           upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, quota, 503, 500, drop,
-                           hang, flood
+                           upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, quota, unnamed, 503,
+                           500, drop, hang, flood
   STEP=ACTION              STEP: before_join, after_join; ACTION: leave, remove, drop, hang, flood";
 
 const INFERENCE_ERROR: &str =
@@ -285,13 +287,14 @@ fn parse_answer(value: &str) -> Result<Answer, String> {
         "429" => Ok(Answer::TooMany { retry_after, html }),
         "resource_exhausted" => Ok(Answer::ResourceExhausted),
         "quota" => Ok(Answer::Quota),
+        "unnamed" => Ok(Answer::Unnamed),
         "503" => Ok(Answer::NodeLimit),
         "500" => Ok(Answer::ServerError),
         "drop" => Ok(Answer::Drop),
         "hang" => Ok(Answer::Hang),
         "flood" => Ok(Answer::Flood),
         _ => Err(format!(
-            "{head:?} is none of 429, resource_exhausted, quota, 503, 500, drop, hang, flood"
+            "{head:?} is none of 429, resource_exhausted, quota, unnamed, 503, 500, drop, hang, flood"
         )),
     }
 }
@@ -376,6 +379,7 @@ impl fmt::Display for Answer {
             }
             Self::ResourceExhausted => f.write_str("resource_exhausted"),
             Self::Quota => f.write_str("quota"),
+            Self::Unnamed => f.write_str("unnamed"),
             Self::NodeLimit => f.write_str("503"),
             Self::ServerError => f.write_str("500"),
             Self::Drop => f.write_str("drop"),
@@ -466,6 +470,7 @@ mod tests {
             "create_room=429",
             "room7:create_dispatch=resource_exhausted",
             "create_room=quota",
+            "create_room=unnamed",
             "list_dispatch=hang",
             "delete_dispatch=500",
             "delete_room=drop",

@@ -332,6 +332,11 @@ async fn interrupt(faults: &Faults, step: HttpStep) -> Result<(), Interrupt> {
             TwirpError::exhausted("agent sessions limit exceeded").into_response()
         }
         Answer::Quota => TwirpError::exhausted("monthly quota exceeded").into_response(),
+        Answer::Unnamed => TwirpError {
+            status: StatusCode::FORBIDDEN,
+            ..TwirpError::exhausted("no more of these")
+        }
+        .into_response(),
         Answer::NodeLimit => plain(
             StatusCode::SERVICE_UNAVAILABLE,
             "node has exceeded its configured limit",

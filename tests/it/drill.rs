@@ -18,8 +18,7 @@ fn drills() -> Vec<Vec<&'static str>> {
         match reason {
             Reason::PlanLimit(_) => {
                 let kinds = LimitKind::ALL.into_iter();
-                let found = kinds.filter(|kind| *kind != LimitKind::Other);
-                drills.extend(found.map(|kind| vec![reason.label(), "--limit", kind.label()]));
+                drills.extend(kinds.map(|kind| vec![reason.label(), "--limit", kind.label()]));
             }
             reason => drills.push(vec![reason.label()]),
         }
@@ -185,7 +184,7 @@ fn flags_that_would_change_nothing_are_refused() {
             "shorter than --for",
         ),
         (&["plan_limit"], "--limit"),
-        (&["plan_limit", "--limit", "other"], "possible values"),
+        (&["plan_limit", "--limit", "rooms"], "possible values"),
         (&["agent_asleep"], "agent_silent"),
     ] {
         let run = canary(folder.path(), ["drill"].iter().chain(args), &[]);

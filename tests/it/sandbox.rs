@@ -402,6 +402,7 @@ const FAULTS: &[(&str, &str)] = &[
         "plan_limit/agent_sessions",
     ),
     ("create_room=quota", "plan_limit/quota"),
+    ("create_room=unnamed", "plan_limit/other"),
     ("upgrade=429", "plan_limit/connections"),
     ("upgrade=503", "plan_limit/node"),
     ("before_join=leave", "plan_limit/room"),

@@ -273,7 +273,9 @@ faults! {
         sandbox Made(spent_model), real Made(spent_model);
     limit_without_a_name: limit(LimitKind::Other), by(Origin::Limit), "...-", within 10,
         [r#""step":"create_room""#, r#""twirp_code":"resource_exhausted""#, "no more of these"],
-        sandbox Made(|ground| intercepted(ground, NAMELESS)), real Made(|ground| intercepted(ground, NAMELESS));
+        sandbox Made(|ground| service(ground, "create_room=unnamed")),
+        real Made(|ground| intercepted(ground, "http-request return status 403 content-type application/json \
+            string '{\"code\":\"resource_exhausted\",\"msg\":\"no more of these\"}' if { path_end /CreateRoom }"));
 
     // Of the settings.
     wrong_secret: failed(Reason::AuthRejected), by(Origin::Config), "....", within 10,
@@ -296,8 +298,6 @@ faults! {
 /// What a provider might say; the answers of LiveKit Cloud are unpublished.
 const SPENT: &str = "http-request return status 429 content-type application/json \
     string '{\"code\":\"resource_exhausted\",\"msg\":\"the minutes of the plan are used up\"}' if { path_end /CreateRoom }";
-const NAMELESS: &str = "http-request return status 403 content-type application/json \
-    string '{\"code\":\"resource_exhausted\",\"msg\":\"no more of these\"}' if { path_end /CreateRoom }";
 
 // --- settings ---
 
