@@ -68,6 +68,7 @@ fn help_says_what_each_command_does() {
     let folder = tempfile::tempdir().unwrap();
     for (name, args) in [
         ("help", &["--help"][..]),
+        ("help_run", &["run", "--help"]),
         ("help_once", &["once", "--help"]),
         ("help_check", &["check", "--help"]),
         ("help_rules", &["rules", "--help"]),
