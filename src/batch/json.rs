@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
-use crate::livekit::engine::Speaker;
+use crate::livekit::engine::{Speaker, to_microseconds};
 use crate::probe::{Evidence, Milestone, Reason, Report, Span, Turn};
 
 #[derive(Serialize)]
@@ -272,9 +272,8 @@ fn wall_clock(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
-/// To the microsecond: what lies below is the scheduler's noise.
 fn seconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e6
+    to_microseconds(duration.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -160,7 +160,7 @@ pub(crate) fn mixed() -> BatchReport {
                 Outcome::Ok,
                 Evidence {
                     agent_metrics: vec![AgentTurn {
-                        at: 3.012_345_678,
+                        at: 3.012_346,
                         metrics: TurnMetrics {
                             speaker: Speaker::Agent,
                             interrupted: false,

@@ -177,6 +177,11 @@ pub struct TurnMetrics {
     pub e2e_latency_seconds: Option<f64>,
 }
 
+/// Seconds to the microsecond: what lies below is the scheduler's noise.
+pub(crate) fn to_microseconds(seconds: f64) -> f64 {
+    (seconds * 1e6).round() / 1e6
+}
+
 /// Why a participant is no longer in its room.
 #[derive(Debug, Clone)]
 pub enum Ended {

@@ -18,7 +18,7 @@ use livekit_protocol::{DataPacket, data_stream};
 use prost::Message as _;
 use tokio::time::Instant;
 
-use super::engine::{Speaker, TurnMetrics};
+use super::engine::{Speaker, TurnMetrics, to_microseconds};
 use super::exchange::presentable;
 use super::transcript::{self, Heading, Words};
 
@@ -191,7 +191,7 @@ fn metrics_of(message: &ChatMessage) -> Option<TurnMetrics> {
 fn figures(speaker: Speaker, interrupted: bool, report: &MetricsReport) -> TurnMetrics {
     let figure = |given: Option<f64>| {
         let given = given.filter(|it| it.is_finite() && *it >= 0.0);
-        given.map(|it| (it * 1e6).round() / 1e6)
+        given.map(to_microseconds)
     };
     TurnMetrics {
         speaker,

@@ -13,7 +13,9 @@ use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::api::{ApiError, Call, DispatchInfo, RoomInfo};
-use crate::livekit::engine::{Agent, AudioStats, Ended, Right, RoomEvent, Seen, TurnMetrics};
+use crate::livekit::engine::{
+    Agent, AudioStats, Ended, Right, RoomEvent, Seen, TurnMetrics, to_microseconds,
+};
 
 /// The engine's own deadline for signal comes first, for it knows more; this much later ours does.
 const ENGINE_GRACE: Duration = Duration::from_secs(2);
@@ -498,7 +500,8 @@ impl Probe {
             && kept.len() < MOST_KEPT
             && let Some(started) = started
         {
-            let at = at.saturating_duration_since(started).as_secs_f64();
+            let since_started = at.saturating_duration_since(started);
+            let at = to_microseconds(since_started.as_secs_f64());
             kept.push(AgentTurn { at, metrics });
         }
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use livekit_protocol::DisconnectReason;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use crate::livekit::api::ApiError;
 use crate::livekit::engine::TurnMetrics;
@@ -245,15 +245,9 @@ pub struct Evidence {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AgentTurn {
     /// When it told, in seconds since the probe's start.
-    #[serde(serialize_with = "to_microseconds")]
     pub at: f64,
     #[serde(flatten)]
     pub metrics: TurnMetrics,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn to_microseconds<S: Serializer>(seconds: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_f64((seconds * 1e6).round() / 1e6)
 }
 
 /// A call of the server API whose failure ends the probe.

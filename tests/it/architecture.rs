@@ -47,7 +47,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lib", &[]),
 ];
 
-/// What the probe's core may take from `livekit`: plain types that say what happened.
+/// What the probe's core may take from `livekit`: plain types that say what happened, and in which figures.
 const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::RoomName",
     "livekit::api::ApiError",
@@ -62,6 +62,7 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::engine::Seen",
     "livekit::engine::Speaker",
     "livekit::engine::TurnMetrics",
+    "livekit::engine::to_microseconds",
     "livekit::net::ConnectError",
     "livekit::net::Refusal",
     "livekit::signal::SignalError",
