@@ -81,7 +81,7 @@ impl Reader {
         };
         let identity = packet.participant_identity;
         match packet.value {
-            Some(Value::StreamHeader(header)) => self.begin(at, identity, header),
+            Some(Value::StreamHeader(header)) => self.begin(at, &identity, header),
             Some(Value::StreamChunk(chunk)) => self.append(&chunk),
             Some(Value::StreamTrailer(trailer)) => {
                 return self.end(identity, &trailer).into_iter().collect();
@@ -105,7 +105,7 @@ impl Reader {
         words.collect()
     }
 
-    fn begin(&mut self, at: Instant, identity: String, header: data_stream::Header) {
+    fn begin(&mut self, at: Instant, identity: &str, header: data_stream::Header) {
         let kind = match header.topic.as_str() {
             TOPIC => Kind::Session,
             transcript::TOPIC if self.transcript => {
@@ -459,6 +459,18 @@ mod tests {
         assert!(kept.sum::<usize>() <= MOST_STREAMS * MOST_BYTES);
     }
 
+    fn identity() -> impl Strategy<Value = String> {
+        prop_oneof![Just("agent-x".to_owned()), "\\PC{0,600}"]
+    }
+
+    fn sent_by(sender: String, packet: &[u8]) -> Vec<u8> {
+        let packet = DataPacket {
+            participant_identity: sender,
+            ..DataPacket::decode(packet).unwrap()
+        };
+        packet.encode_to_vec()
+    }
+
     /// A packet of streams with few ids, so that they meet.
     fn any_packet() -> impl Strategy<Value = Vec<u8>> {
         let id = || select(vec!["a", "b", "c", ""]);
@@ -471,12 +483,13 @@ mod tests {
             ]),
             prop_oneof![Just("true".to_owned()), "\\PC{0,100}"],
         );
-        let header = (id(), topic, vec(attribute, 0..3)).prop_map(|(id, topic, attributes)| {
+        let header = (id(), topic, vec(attribute, 0..3), identity());
+        let header = header.prop_map(|(id, topic, attributes, sender)| {
             let attributes = attributes.iter();
             let attributes: Vec<_> = attributes
                 .map(|(key, value)| (*key, value.as_str()))
                 .collect();
-            header_with(id, topic, &attributes)
+            sent_by(sender, &header_with(id, topic, &attributes))
         });
         let content = prop_oneof![
             bytes(300),
@@ -485,7 +498,8 @@ mod tests {
         ];
         let chunk = (id(), content).prop_map(|(id, content)| chunk(id, &content));
         let segment = ("\\PC{0,100}", "\\PC{0,2000}", any::<bool>());
-        let older = vec(segment, 0..20).prop_map(|segments| {
+        let older = (vec(segment, 0..20), identity(), "\\PC{0,100}");
+        let older = older.prop_map(|(segments, speaker, track_id)| {
             let segments = segments
                 .into_iter()
                 .map(|(id, text, last)| TranscriptionSegment {
@@ -495,8 +509,9 @@ mod tests {
                     ..TranscriptionSegment::default()
                 });
             packet(Value::Transcription(Transcription {
+                transcribed_participant_identity: speaker,
+                track_id,
                 segments: segments.collect(),
-                ..Transcription::default()
             }))
         });
         prop_oneof![
@@ -519,12 +534,18 @@ mod tests {
                 let told = reader.on_data(Instant::now(), &packet);
                 prop_assert!(told.len() <= 8, "{} at once", told.len());
                 for one in told {
-                    let length = match one {
+                    let length = match &one {
                         Told::Error { message, .. } => message.len(),
                         Told::Words(words) => words.text.as_str().len(),
                         Told::Turn { .. } => 0,
                     };
                     prop_assert!(length <= 1024, "{length}");
+                    if let Told::Words(words) = one {
+                        let length = |text: &str| text.chars().count();
+                        prop_assert!(length(&words.identity) <= 256);
+                        prop_assert!(length(&words.segment) <= 64);
+                        prop_assert!(words.track.is_none_or(|track| length(&track) <= 64));
+                    }
                 }
                 prop_assert!(reader.streams.len() <= MOST_STREAMS);
                 let kept = reader.streams.iter().map(|stream| stream.content.len());

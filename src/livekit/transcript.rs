@@ -23,6 +23,9 @@ const MOST_SEGMENTS: usize = 8;
 /// Of a segment's or a track's id; theirs have a dozen characters.
 const LONGEST_ID: usize = 64;
 
+/// Of a participant's identity: what livekit-server takes by default, so that none is cut that anybody has.
+const LONGEST_IDENTITY: usize = 256;
+
 /// A stretch of speech in words, as far as it is known.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Words {
@@ -71,10 +74,10 @@ pub(super) struct Heading {
 }
 
 impl Heading {
-    pub(super) fn of(at: Instant, identity: String, header: &data_stream::Header) -> Self {
+    pub(super) fn of(at: Instant, identity: &str, header: &data_stream::Header) -> Self {
         let attribute = |key| header.attributes.get(key).map(|value| id(value));
         Self {
-            identity,
+            identity: cut(identity, LONGEST_IDENTITY),
             track: attribute(TRACK),
             segment: attribute(SEGMENT).unwrap_or_else(|| id(&header.stream_id)),
             is_final: is_final(&header.attributes),
@@ -107,12 +110,16 @@ fn is_final(attributes: &std::collections::HashMap<String, String>) -> bool {
 }
 
 fn id(text: &str) -> String {
-    text.chars().take(LONGEST_ID).collect()
+    cut(text, LONGEST_ID)
+}
+
+fn cut(text: &str, longest: usize) -> String {
+    text.chars().take(longest).collect()
 }
 
 /// What a packet of the older form says.
 pub(super) fn of_packet(at: Instant, packet: Transcription) -> impl Iterator<Item = Words> {
-    let identity = packet.transcribed_participant_identity;
+    let identity = cut(&packet.transcribed_participant_identity, LONGEST_IDENTITY);
     let track = Some(id(&packet.track_id)).filter(|it| !it.is_empty());
     let segments = packet.segments.into_iter().take(MOST_SEGMENTS);
     let words = segments.map(move |segment| Words {
