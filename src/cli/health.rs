@@ -10,7 +10,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use url::Url;
+use url::{Position, Url};
 
 use super::{Exit, Health, complain, print};
 
@@ -46,7 +46,8 @@ async fn ask(url: &Url) -> anyhow::Result<(bool, String)> {
     let port = url.port_or_known_default().context("no port")?;
     let stream = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
     let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(url.path())
+    // Path and query: what a server is asked for.
+    let request = Request::get(&url[Position::BeforePath..Position::AfterQuery])
         .header(header::HOST, format!("{host}:{port}"))
         .body(Empty::<Bytes>::new())?;
     let answered = async {

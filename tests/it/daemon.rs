@@ -899,6 +899,10 @@ fn health_is_asked_for_as_a_container_does() {
     assert_eq!(healthy.code, Some(0), "{}", healthy.output());
     let unknown = ask(&daemon.url("/-/nothing"));
     assert_eq!(unknown.code, Some(1), "{}", unknown.output());
+    for (query, code) in [("limit=1", 0), ("limit=none", 1)] {
+        let asked = ask(&daemon.url(&format!("/api/v1/batches?{query}")));
+        assert_eq!(asked.code, Some(code), "{query}: {}", asked.output());
+    }
     daemon.signal(Signal::TERM);
     daemon.exit();
     let gone = ask(&daemon.url("/-/healthy"));
