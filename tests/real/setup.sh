@@ -17,9 +17,7 @@ flock 9
 
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
-# A tool and the Debian package that brings it.
-missing=()
-need() { command -v "$1" >/dev/null || missing+=("$2"); }
+source ../packages.sh
 need haproxy haproxy
 need ip iproute2
 need iptables iptables
@@ -27,14 +25,7 @@ need prometheus prometheus
 need promtool prometheus
 need setpriv util-linux
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "missing: ${missing[*]}; install them and run this again"
-    exit 1
-  fi
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-fi
+install_missing
 
 # build NAME SOURCES PACKAGE: prints where the program is, built from SOURCES.
 build() {

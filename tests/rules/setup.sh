@@ -13,19 +13,11 @@ mkdir -p "$cache"
 exec 9>"$cache/lock-promtool"
 flock 9
 
-missing=()
-need() { command -v "$1" >/dev/null || missing+=("$2"); }
+source ../packages.sh
 need prometheus prometheus
 need prometheus-alertmanager prometheus-alertmanager
 need promtool prometheus
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "missing: ${missing[*]}; install them and run this again"
-    exit 1
-  fi
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-fi
+install_missing
 
 promtool="$cache/promtool-$(cat go.mod go.sum | sha256sum | cut -c1-16)"
 if [ ! -x "$promtool" ]; then
