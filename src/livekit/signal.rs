@@ -265,8 +265,10 @@ impl Signal {
     /// Queues a message and writes what the socket takes; [`recv`](Self::recv) writes the rest. It never waits, so it
     /// needs no deadline: a server that reads nothing meets the ping deadline, or before that the limit of the backlog.
     ///
+    /// A connection that is gone is no error here: [`recv`](Self::recv) tells of it, after what the server said before.
+    ///
     /// # Errors
-    /// [`SignalError::Closed`] where the connection is gone, or a MiB already waits to be written.
+    /// [`SignalError::Closed`] where a MiB already waits to be written.
     pub fn send(&mut self, message: Outgoing) -> Result<(), SignalError> {
         let request = proto::SignalRequest {
             message: Some(message),
@@ -340,13 +342,10 @@ impl Signal {
 
     fn queue(&mut self, message: Message) -> Result<(), SignalError> {
         self.unflushed = true;
-        self.socket
-            .start_send_unpin(message)
-            .map_err(|error| socket_error(&error))?;
-        match self.socket.flush().now_or_never() {
-            Some(Ok(())) => self.unflushed = false,
-            Some(Err(error)) => return Err(socket_error(&error)),
-            None => {}
+        written(self.socket.start_send_unpin(message))?;
+        if let Some(flushed) = self.socket.flush().now_or_never() {
+            self.unflushed = false;
+            written(flushed)?;
         }
         Ok(())
     }
@@ -365,18 +364,15 @@ async fn next_message(
         let frame = poll_fn(|cx| {
             if *unflushed && let Poll::Ready(flushed) = socket.poll_flush_unpin(cx) {
                 *unflushed = false;
-                if let Err(error) = flushed {
-                    return Poll::Ready(Some(Err(error)));
-                }
+                written(flushed)?;
             }
-            socket.poll_next_unpin(cx)
+            let next = socket.poll_next_unpin(cx);
+            next.map(|frame| frame.transpose().map_err(|error| socket_error(&error)))
         })
-        .await;
+        .await?;
         let at = Instant::now();
-        let frame = match frame {
-            Some(Ok(frame)) => frame,
-            Some(Err(error)) => return Err(socket_error(&error)),
-            None => return Err(SignalError::Closed("end of stream".to_owned())),
+        let Some(frame) = frame else {
+            return Err(SignalError::Closed("end of stream".to_owned()));
         };
         rate.count(at)?;
         match frame {
@@ -413,6 +409,15 @@ fn closed(frame: Option<&tokio_tungstenite::tungstenite::protocol::CloseFrame>) 
             presentable(&frame.reason)
         ),
     })
+}
+
+/// What a write came to. One that met a closed or broken connection is no news yet: the server's `Leave` or close may lie
+/// there unread, and whoever reads to the end learns of both.
+fn written(result: Result<(), SocketError>) -> Result<(), SignalError> {
+    match result {
+        Ok(()) | Err(SocketError::Io(_)) => Ok(()),
+        Err(error) => Err(socket_error(&error)),
+    }
 }
 
 fn socket_error(error: &SocketError) -> SignalError {
@@ -514,10 +519,12 @@ impl Rate {
 mod tests {
     use std::collections::BTreeMap;
     use std::future::Future;
+    use std::sync::Arc;
 
+    use socket2::SockRef;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
-    use tokio::sync::mpsc;
+    use tokio::sync::{Barrier, mpsc};
     use tokio_tungstenite::accept_async;
     use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
@@ -888,6 +895,51 @@ mod tests {
         let mut joined = join(&server).await;
         let error = joined.signal.recv().await.unwrap_err();
         assert!(matches!(error, SignalError::Closed(_)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn last_words_of_the_server_are_read_after_a_write_that_found_the_connection_gone() {
+        for in_backlog in [false, true] {
+            let turn = Arc::new(Barrier::new(2));
+            let servers_turn = Arc::clone(&turn);
+            let server = joining(move |mut socket| {
+                let turn = Arc::clone(&servers_turn);
+                async move {
+                    turn.wait().await;
+                    let leave = proto::LeaveRequest {
+                        reason: proto::DisconnectReason::RoomDeleted.into(),
+                        ..proto::LeaveRequest::default()
+                    };
+                    say(&mut socket, Incoming::Leave(leave)).await;
+                    let frame = CloseFrame {
+                        code: 1011.into(),
+                        reason: "no more".into(),
+                    };
+                    socket.close(Some(frame)).await.unwrap();
+                    // The reset comes right behind them, not only after our next write.
+                    let linger = SockRef::from(socket.get_ref()).set_linger(Some(Duration::ZERO));
+                    linger.unwrap();
+                    drop(socket);
+                    turn.wait().await;
+                }
+            })
+            .await;
+            let mut signal = join(&server).await.signal;
+            while in_backlog && !signal.unflushed {
+                signal.send(offer()).unwrap();
+            }
+            turn.wait().await;
+            turn.wait().await;
+            if !in_backlog {
+                signal.send(Outgoing::Ping(0)).unwrap();
+            }
+            let (_, message) = signal.recv().await.unwrap();
+            assert!(matches!(message, Incoming::Leave(_)), "{message:?}");
+            assert_eq!(
+                signal.recv().await.unwrap_err().to_string(),
+                "the signal connection closed: code 1011: no more"
+            );
+        }
     }
 
     #[tokio::test]
