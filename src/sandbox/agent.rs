@@ -21,7 +21,7 @@ const END_OF_UTTERANCE: Duration = Duration::from_millis(600);
 /// From the end of an utterance, as the agent sees it, to its reply.
 const REPLY_DELAY: Duration = Duration::from_millis(500);
 /// A real agent takes some 100 ms from listening to its first word.
-const BEFORE_GREETING: Duration = Duration::from_millis(100);
+const BEFORE_SPEAKING: Duration = Duration::from_millis(100);
 
 /// The agent's voice: 20 ms Opus frames, encoded once.
 pub(crate) struct Voice {
@@ -60,15 +60,14 @@ pub(crate) struct Script {
     pub join_delay: Duration,
     /// Waits for its room's deletion, and so much longer, before it connects.
     pub late: Option<Duration>,
-    pub duplicate: bool,
     track: Track,
     leaves_after: Option<Duration>,
-    never_pauses: bool,
-    speaks_at_once: bool,
     /// `None`: never answers.
     reply_delay: Option<Duration>,
     max_replies: u32,
     error: Option<String>,
+    /// All of them: some say all by being there.
+    faults: Faults,
 }
 
 /// What becomes of the job.
@@ -96,14 +95,12 @@ impl Script {
             // What a worker with a warm process takes.
             join_delay: Duration::from_millis(fastrand::u64(120..320)),
             late: None,
-            duplicate: false,
             track: Track::Speaking,
             leaves_after: None,
-            never_pauses: false,
-            speaks_at_once: false,
             reply_delay: Some(REPLY_DELAY),
             max_replies,
             error: None,
+            faults: faults.clone(),
         };
         for fault in faults.iter() {
             match fault {
@@ -114,18 +111,28 @@ impl Script {
                 Fault::SilentTrack => script.track = Track::Silent,
                 Fault::NoPackets => script.track = Track::WithoutPackets,
                 Fault::LeavesEarly(after) => script.leaves_after = Some(*after),
-                Fault::NeverPauses => script.never_pauses = true,
-                Fault::SpeaksAtOnce => script.speaks_at_once = true,
-                Fault::Duplicate => script.duplicate = true,
                 Fault::LateAfterDeletion(after) => script.late = Some(*after),
                 Fault::SlowReply(delay) => script.reply_delay = Some(*delay),
                 Fault::NoReply => script.reply_delay = None,
                 Fault::InferenceError(text) => script.error = Some(text.clone()),
-                // The room's, not the agent's.
-                Fault::Stray | Fault::NoMedia | Fault::Http { .. } | Fault::Signal { .. } => {}
+                // Their being there says all, or they are the room's and not the agent's.
+                Fault::NeverPauses
+                | Fault::SpeaksAtOnce
+                | Fault::Background
+                | Fault::Avatar
+                | Fault::RestartsTrack
+                | Fault::Duplicate
+                | Fault::Stray
+                | Fault::NoMedia
+                | Fault::Http { .. }
+                | Fault::Signal { .. } => {}
             }
         }
         script
+    }
+
+    pub(crate) fn has(&self, fault: &Fault) -> bool {
+        self.faults.has(fault)
     }
 }
 
@@ -134,11 +141,14 @@ impl Script {
 pub(crate) enum Act {
     /// Its media is up: the others see it now.
     Appear,
-    Publish,
+    Publish(Sound),
+    /// Takes its voice away.
+    Unpublish,
     /// Sets `lk.agent.state`.
     State(&'static str),
     /// Sends one frame; `first` marks the start of an utterance.
     Send {
+        sound: Sound,
         frame: Arc<[u8]>,
         first: bool,
     },
@@ -152,6 +162,13 @@ pub(crate) enum Act {
     /// Reports an error on its session stream.
     Report(String),
     Leave,
+}
+
+/// Each has a track of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sound {
+    Voice,
+    Background,
 }
 
 /// What the agent heard its caller say.
@@ -175,6 +192,7 @@ pub(crate) struct Agent {
     subscribed: bool,
     caller_published: bool,
     next_frame: Option<Instant>,
+    background: Background,
     speech_sent: Duration,
     ear: Ear,
     replies: u32,
@@ -188,7 +206,7 @@ enum Phase {
     Starting,
     /// Published; waits for its caller.
     Waiting,
-    BeforeGreeting,
+    BeforeSpeaking,
     Speaking {
         clip: Clip,
         began: Instant,
@@ -215,6 +233,7 @@ impl Agent {
             subscribed: false,
             caller_published: false,
             next_frame: None,
+            background: Background::default(),
             speech_sent: Duration::ZERO,
             ear: Ear::default(),
             replies: 0,
@@ -223,10 +242,9 @@ impl Agent {
 
     /// When [`on_time`](Self::on_time) is due.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        [self.until, self.next_frame, self.ear.deadline()]
-            .into_iter()
-            .flatten()
-            .min()
+        let frames = [self.next_frame, self.background.next_frame];
+        let others = [self.until, self.ear.deadline()];
+        frames.into_iter().chain(others).flatten().min()
     }
 
     /// The caller's audio track is there.
@@ -234,7 +252,7 @@ impl Agent {
         self.caller_published = true;
     }
 
-    /// A caller has subscribed to the agent's track.
+    /// A caller has subscribed to the agent's voice.
     pub(crate) fn on_subscribed(&mut self, now: Instant) {
         self.subscribed = true;
         if matches!(self.script.track, Track::Silent | Track::Speaking) {
@@ -256,14 +274,15 @@ impl Agent {
             self.next_phase(now, &mut acts);
         }
         let heard = self.subscribed && self.caller_published;
-        if self.phase == Phase::Waiting && (heard || self.script.speaks_at_once) {
-            self.greet(now, &mut acts);
+        if self.phase == Phase::Waiting && (heard || self.script.has(&Fault::SpeaksAtOnce)) {
+            self.begin(now, &mut acts);
         }
         if let Some(utterance) = self.ear.on_time(now) {
             acts.push(Act::Heard(utterance));
             self.answer(utterance, now, &mut acts);
         }
         self.send_due_frames(now, &mut acts);
+        acts.extend(self.background.due_frames(&self.voice, now));
         acts
     }
 
@@ -278,32 +297,47 @@ impl Agent {
                 self.phase = Phase::Waiting;
                 acts.push(Act::State("initializing"));
                 if self.script.track != Track::None {
-                    acts.push(Act::Publish);
+                    acts.push(Act::Publish(Sound::Voice));
                     // A session listens as soon as its output is published, before a packet of it can have come.
                     acts.push(Act::State("listening"));
                 }
+                if self.script.has(&Fault::Background) {
+                    acts.push(Act::Publish(Sound::Background));
+                    self.background.next_frame = Some(now);
+                }
             }
-            Phase::BeforeGreeting => self.speak(Clip::Greeting, now, acts),
-            Phase::Thinking => self.speak(Clip::Reply, now, acts),
+            Phase::Thinking if self.script.has(&Fault::RestartsTrack) => {
+                self.phase = Phase::Waiting;
+                self.subscribed = false;
+                self.next_frame = None;
+                acts.extend([Act::Unpublish, Act::Publish(Sound::Voice)]);
+            }
+            Phase::BeforeSpeaking | Phase::Thinking => self.speak(now, acts),
             Phase::Waiting | Phase::Speaking { .. } | Phase::Listening => {}
         }
     }
 
-    fn greet(&mut self, now: Instant, acts: &mut Vec<Act>) {
+    /// Its caller is there.
+    fn begin(&mut self, now: Instant, acts: &mut Vec<Act>) {
         if let Some(error) = self.script.error.take() {
             acts.push(Act::Report(error));
             self.script.track = Track::Silent;
         }
         if self.script.track == Track::Speaking {
             self.next_frame.get_or_insert(now);
-            self.phase = Phase::BeforeGreeting;
-            self.until = Some(now + BEFORE_GREETING);
+            self.phase = Phase::BeforeSpeaking;
+            self.until = Some(now + BEFORE_SPEAKING);
         } else {
             self.phase = Phase::Listening;
         }
     }
 
-    fn speak(&mut self, clip: Clip, now: Instant, acts: &mut Vec<Act>) {
+    fn speak(&mut self, now: Instant, acts: &mut Vec<Act>) {
+        let clip = if self.replies == 0 {
+            Clip::Greeting
+        } else {
+            Clip::Reply
+        };
         self.phase = Phase::Speaking {
             clip,
             began: now,
@@ -326,12 +360,14 @@ impl Agent {
     }
 
     fn send_due_frames(&mut self, now: Instant, acts: &mut Vec<Act>) {
-        while let Some(due) = self.next_frame.filter(|due| *due <= now) {
-            // After a stall of the process, go on from now rather than send a burst.
-            let late = now - due > FRAME * 10;
-            self.next_frame = Some(if late { now } else { due } + FRAME);
+        while take_due(&mut self.next_frame, now) {
             let (frame, first) = self.next_audio(now, acts);
-            acts.push(Act::Send { frame, first });
+            let sound = Sound::Voice;
+            acts.push(Act::Send {
+                sound,
+                frame,
+                first,
+            });
             if self
                 .script
                 .leaves_after
@@ -351,7 +387,7 @@ impl Agent {
             Clip::Greeting => &self.voice.greeting,
             Clip::Reply => &self.voice.reply,
         };
-        let at = if self.script.never_pauses {
+        let at = if self.script.has(&Fault::NeverPauses) {
             frame % frames.len()
         } else {
             frame
@@ -370,6 +406,39 @@ impl Agent {
         };
         self.speech_sent += FRAME;
         (Arc::clone(audio), frame == 0)
+    }
+}
+
+/// Whether a frame is due; the next one then comes a frame later.
+fn take_due(next_frame: &mut Option<Instant>, now: Instant) -> bool {
+    let Some(due) = next_frame.filter(|due| *due <= now) else {
+        return false;
+    };
+    // After a stall of the process, go on from now rather than send a burst.
+    let late = now - due > FRAME * 10;
+    *next_frame = Some(if late { now } else { due } + FRAME);
+    true
+}
+
+/// Sound without an end: a voice as well, so that who takes it for the agent's hears it speak.
+#[derive(Default)]
+struct Background {
+    next_frame: Option<Instant>,
+    sent: usize,
+}
+
+impl Background {
+    fn due_frames(&mut self, voice: &Voice, now: Instant) -> Vec<Act> {
+        let mut acts = Vec::new();
+        while take_due(&mut self.next_frame, now) {
+            acts.push(Act::Send {
+                sound: Sound::Background,
+                frame: Arc::clone(&voice.reply[self.sent % voice.reply.len()]),
+                first: self.sent == 0,
+            });
+            self.sent += 1;
+        }
+        acts
     }
 }
 
@@ -592,12 +661,44 @@ mod tests {
         let mut stage = Stage::new(&["no_packets"]);
         stage.meet();
         stage.run(SECOND * 3);
-        assert!(stage.acts.iter().any(|(_, act)| *act == Act::Publish));
+        let publish = Act::Publish(Sound::Voice);
+        assert!(stage.acts.iter().any(|(_, act)| *act == publish));
         let sends = stage
             .acts
             .iter()
             .any(|(_, act)| matches!(act, Act::Send { .. }));
         assert!(!sends);
+    }
+
+    #[test]
+    fn background_plays_all_along_on_a_track_of_its_own() {
+        let mut stage = Stage::new(&["background"]);
+        stage.run(SECOND * 2);
+        let publish = Act::Publish(Sound::Background);
+        assert!(stage.acts.iter().any(|(_, act)| *act == publish));
+        let mut sent = stage.acts.iter().filter_map(|(_, act)| match act {
+            Act::Send { sound, frame, .. } => Some((*sound, frame.len())),
+            _ => None,
+        });
+        assert!(sent.clone().count() > 90, "before anybody has subscribed");
+        assert!(sent.all(|(sound, bytes)| sound == Sound::Background && bytes > SPEECH_BYTES));
+    }
+
+    #[test]
+    fn an_agent_that_restarts_its_track_answers_once_the_new_one_is_subscribed() {
+        let mut stage = Stage::new(&["restarts_track"]);
+        stage.meet();
+        stage.run(SECOND * 4);
+        stage.run_hearing(SECOND, Some(100));
+        stage.run(SECOND * 4);
+        assert_eq!(stage.states().last(), Some(&"thinking"));
+        let voice = |(_, act): &&(Duration, Act)| {
+            matches!(act, Act::Unpublish | Act::Publish(Sound::Voice))
+        };
+        assert_eq!(stage.acts.iter().filter(voice).count(), 3);
+        stage.agent.on_subscribed(stage.now);
+        stage.run(SECOND * 4);
+        assert_eq!(stage.states()[4..], ["thinking", "speaking", "listening"]);
     }
 
     #[test]

@@ -44,6 +44,12 @@ pub enum Fault {
     NeverPauses,
     /// It speaks as soon as its track is published, whoever listens.
     SpeaksAtOnce,
+    /// Sound plays on a second track of its own, all along.
+    Background,
+    /// It publishes no voice: another participant speaks on its behalf.
+    Avatar,
+    /// It answers on another track than it greeted on.
+    RestartsTrack,
     /// A second agent of its name joins.
     Duplicate,
     /// An agent without a name comes to the room too, as an unnamed worker's does.
@@ -137,6 +143,9 @@ The agent:
   leaves_early=500ms       leaves after so much of its greeting
   never_pauses             its greeting never ends
   speaks_at_once           speaks before anybody has subscribed
+  background               plays sound on a second track, all along
+  avatar                   another participant speaks on its behalf
+  restarts_track           answers on another track than it greeted on
   duplicate                a second agent joins
   stray                    an agent without a name joins too
   late_after_deletion=1s   connects so long after its room was deleted
@@ -231,6 +240,9 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<Fault, String> {
         "no_packets" => plain(Fault::NoPackets),
         "never_pauses" => plain(Fault::NeverPauses),
         "speaks_at_once" => plain(Fault::SpeaksAtOnce),
+        "background" => plain(Fault::Background),
+        "avatar" => plain(Fault::Avatar),
+        "restarts_track" => plain(Fault::RestartsTrack),
         "duplicate" => plain(Fault::Duplicate),
         "stray" => plain(Fault::Stray),
         "no_reply" => plain(Fault::NoReply),
@@ -340,6 +352,9 @@ impl fmt::Display for Fault {
             Self::NoPackets => f.write_str("no_packets"),
             Self::NeverPauses => f.write_str("never_pauses"),
             Self::SpeaksAtOnce => f.write_str("speaks_at_once"),
+            Self::Background => f.write_str("background"),
+            Self::Avatar => f.write_str("avatar"),
+            Self::RestartsTrack => f.write_str("restarts_track"),
             Self::Duplicate => f.write_str("duplicate"),
             Self::Stray => f.write_str("stray"),
             Self::NoReply => f.write_str("no_reply"),
@@ -459,6 +474,9 @@ mod tests {
             "leaves_early=500ms",
             "never_pauses",
             "speaks_at_once",
+            "background",
+            "avatar",
+            "restarts_track",
             "duplicate",
             "stray",
             "late_after_deletion=1m",

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::agent::{Act, Agent, Clip, FRAME, Job, Script, Utterance};
+use super::agent::{Act, Agent, Clip, FRAME, Job, Script, Sound, Utterance};
 use super::data_stream;
 use super::demux::{Datagram, PeerId, Side};
 use super::fault::{Fault, Faults};
@@ -129,11 +129,20 @@ struct Subscription {
 /// An agent in the room.
 struct Seat {
     info: proto::ParticipantInfo,
+    /// Who speaks on its behalf.
+    avatar: Option<proto::ParticipantInfo>,
     agent: Agent,
     dispatch_id: String,
     visible: bool,
     /// Ids of the callers' tracks that it subscribed to.
     listens_to: Vec<String>,
+    voice: Option<Line>,
+    background: Option<Line>,
+}
+
+/// A track that an agent plays on.
+struct Line {
+    track_sid: String,
     seq: u64,
     time: u32,
 }
@@ -430,7 +439,11 @@ impl Room {
     /// Tells a track's owner of its first subscriber.
     fn tell_subscribed(&mut self, track_sid: &str, now: Instant) {
         for seat in &mut self.seats {
-            if seat.info.tracks.iter().any(|track| track.sid == track_sid) {
+            if seat
+                .voice
+                .as_ref()
+                .is_some_and(|it| it.track_sid == track_sid)
+            {
                 seat.agent.on_subscribed(now);
             }
         }
@@ -538,23 +551,48 @@ impl Room {
         match act {
             Act::Appear => {
                 seat.visible = true;
-                seat.info.state = proto::participant_info::State::Active.into();
-                self.announce_agent(at);
+                for info in seat.people_mut() {
+                    info.state = proto::participant_info::State::Active.into();
+                }
+                // The avatar first: of an agent that publishes nothing the real server tells up to three seconds late.
+                if seat.avatar.is_some() {
+                    self.announce_of(at, |seat| seat.speaker(Sound::Voice));
+                }
+                self.announce_of(at, |seat| &mut seat.info);
                 self.report(&self.seats[at], &Event::Connected);
                 self.agents_listen(now);
             }
-            Act::Publish => {
-                seat.info.tracks.push(agent_track());
-                seat.info.is_publisher = true;
-                self.announce_agent(at);
+            Act::Publish(sound) => {
+                let track = agent_track(sound);
+                *seat.line(sound) = Some(Line {
+                    track_sid: track.sid.clone(),
+                    seq: 0,
+                    time: 0,
+                });
+                let speaker = seat.speaker(sound);
+                speaker.tracks.push(track);
+                speaker.is_publisher = true;
+                self.announce_of(at, |seat| seat.speaker(sound));
+                self.renegotiate(now);
+            }
+            Act::Unpublish => {
+                if let Some(line) = seat.voice.take() {
+                    let tracks = &mut seat.speaker(Sound::Voice).tracks;
+                    tracks.retain(|track| track.sid != line.track_sid);
+                }
+                self.announce_of(at, |seat| seat.speaker(Sound::Voice));
                 self.renegotiate(now);
             }
             Act::State(state) => {
                 let attributes = &mut seat.info.attributes;
                 attributes.insert("lk.agent.state".to_owned(), state.to_owned());
-                self.announce_agent(at);
+                self.announce_of(at, |seat| &mut seat.info);
             }
-            Act::Send { frame, first } => self.send_agent_frame(at, frame, first, now),
+            Act::Send {
+                sound,
+                frame,
+                first,
+            } => self.send_agent_frame(at, sound, frame, first, now),
             Act::Heard(utterance) => self.on_heard(at, utterance, now),
             Act::Said { clip, began, ended } => {
                 let stretch = Stretch::of(began, ended);
@@ -564,7 +602,7 @@ impl Room {
                 };
                 let seat = &self.seats[at];
                 self.report(seat, &event);
-                let track = seat.info.tracks.first().map(|track| &*track.sid);
+                let track = seat.voice.as_ref().map(|line| &*line.track_sid);
                 let stream = data_stream::transcript(&seat.info.identity, track, AGENT_WORDS);
                 self.send_stream(stream, now);
             }
@@ -613,38 +651,50 @@ impl Room {
         }
     }
 
-    fn send_agent_frame(&mut self, at: usize, payload: Arc<[u8]>, first: bool, now: Instant) {
-        let seat = &mut self.seats[at];
-        let Some(sid) = seat.info.tracks.first().map(|track| track.sid.clone()) else {
+    fn send_agent_frame(
+        &mut self,
+        at: usize,
+        sound: Sound,
+        payload: Arc<[u8]>,
+        first: bool,
+        now: Instant,
+    ) {
+        let Some(line) = self.seats[at].line(sound) else {
             return;
         };
-        seat.seq += 1;
-        seat.time = seat.time.wrapping_add(960);
+        line.seq += 1;
+        line.time = line.time.wrapping_add(960);
         let audio = Audio {
             mid: Mid::from("0"),
-            seq: seat.seq,
-            time: seat.time,
+            seq: line.seq,
+            time: line.time,
             marker: first,
             payload,
         };
+        let sid = line.track_sid.clone();
         self.forward(&sid, &audio, now);
     }
 
     fn agent_leaves(&mut self, at: usize, reason: proto::DisconnectReason, now: Instant) {
         let mut seat = self.seats.remove(at);
         self.report(&seat, &Event::Left);
-        seat.info.state = proto::participant_info::State::Disconnected.into();
-        seat.info.disconnect_reason = reason.into();
-        seat.info.version += 1;
-        self.broadcast(&seat.info);
+        for info in seat.people_mut() {
+            info.state = proto::participant_info::State::Disconnected.into();
+            info.disconnect_reason = reason.into();
+            info.version += 1;
+            self.broadcast(info);
+        }
         self.renegotiate(now);
     }
 
-    fn announce_agent(&mut self, at: usize) {
+    /// Tells everybody how an agent, or who speaks for it, stands.
+    fn announce_of(&mut self, at: usize, who: impl Fn(&mut Seat) -> &mut proto::ParticipantInfo) {
         let seat = &mut self.seats[at];
-        seat.info.version += 1;
-        if seat.visible {
-            let info = seat.info.clone();
+        let visible = seat.visible;
+        let info = who(seat);
+        info.version += 1;
+        if visible {
+            let info = info.clone();
             self.broadcast(&info);
         }
     }
@@ -679,14 +729,10 @@ impl Room {
             let live = participant.tracks.iter().filter(|track| track.live);
             tracks.extend(live.map(|t| (participant.info.sid.clone(), t.info.sid.clone())));
         }
-        for seat in self.seats.iter().filter(|seat| seat.visible) {
-            let owner = &seat.info.sid;
-            tracks.extend(
-                seat.info
-                    .tracks
-                    .iter()
-                    .map(|t| (owner.clone(), t.sid.clone())),
-            );
+        let seats = self.seats.iter().filter(|seat| seat.visible);
+        for info in seats.flat_map(Seat::people) {
+            let published = info.tracks.iter();
+            tracks.extend(published.map(|track| (info.sid.clone(), track.sid.clone())));
         }
         for participant in &mut self.participants {
             participant.negotiate(&tracks, now);
@@ -757,7 +803,7 @@ impl Room {
     fn everybody(&self) -> Vec<proto::ParticipantInfo> {
         let people = self.participants.iter().map(|p| &p.info);
         people
-            .chain(self.seats.iter().map(|seat| &seat.info))
+            .chain(self.seats.iter().flat_map(Seat::people))
             .cloned()
             .collect()
     }
@@ -957,7 +1003,8 @@ impl Room {
             );
             return true;
         }
-        match self.seats.iter().position(|s| s.info.identity == identity) {
+        let is_of = |seat: &Seat| seat.people().any(|info| info.identity == identity);
+        match self.seats.iter().position(is_of) {
             Some(at) => {
                 let reason = proto::DisconnectReason::ParticipantRemoved;
                 self.agent_leaves(at, reason, now);
@@ -995,7 +1042,7 @@ impl Room {
                 };
                 self.shared.tracker.spawn(errand.run(shared));
             };
-            if script.duplicate {
+            if script.has(&Fault::Duplicate) {
                 let mut second = script.clone();
                 second.join_delay += Duration::from_millis(300);
                 launch(second);
@@ -1031,14 +1078,18 @@ impl Room {
 
     /// Its media is not up yet, so that it neither hears nor is seen.
     fn agent_joins(&mut self, job: &proto::Job, script: Script, now: Instant) {
+        let info = agent_info(job);
         let seat = Seat {
-            info: agent_info(job),
+            avatar: script
+                .has(&Fault::Avatar)
+                .then(|| avatar_of(&info, &self.info.name)),
+            info,
             agent: Agent::new(script, Arc::clone(&self.shared.voice), now),
             dispatch_id: job.dispatch_id.clone(),
             visible: false,
             listens_to: Vec::new(),
-            seq: 0,
-            time: 0,
+            voice: None,
+            background: None,
         };
         self.seats.push(seat);
     }
@@ -1054,6 +1105,32 @@ impl Room {
         self.seats.clear();
         self.shared.forget(&self.info.name, self.id);
         self.closed.cancel();
+    }
+}
+
+impl Seat {
+    /// The agent, and who speaks on its behalf.
+    fn people(&self) -> impl Iterator<Item = &proto::ParticipantInfo> {
+        std::iter::once(&self.info).chain(&self.avatar)
+    }
+
+    fn people_mut(&mut self) -> impl Iterator<Item = &mut proto::ParticipantInfo> {
+        std::iter::once(&mut self.info).chain(&mut self.avatar)
+    }
+
+    /// Who publishes it.
+    fn speaker(&mut self, sound: Sound) -> &mut proto::ParticipantInfo {
+        match (sound, &mut self.avatar) {
+            (Sound::Voice, Some(avatar)) => avatar,
+            _ => &mut self.info,
+        }
+    }
+
+    fn line(&mut self, sound: Sound) -> &mut Option<Line> {
+        match sound {
+            Sound::Voice => &mut self.voice,
+            Sound::Background => &mut self.background,
+        }
     }
 }
 
@@ -1297,13 +1374,29 @@ fn agent_info(job: &proto::Job) -> proto::ParticipantInfo {
     }
 }
 
-fn agent_track() -> proto::TrackInfo {
+/// As an avatar's worker joins beside the agent's.
+fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::ParticipantInfo {
+    let on_behalf = ("lk.publish_on_behalf".to_owned(), agent.identity.clone());
+    proto::ParticipantInfo {
+        sid: guid("PA_"),
+        identity: format!("avatar-{room}"),
+        attributes: [on_behalf].into(),
+        ..agent.clone()
+    }
+}
+
+/// Named as livekit-agents does; its background sound has no source.
+fn agent_track(sound: Sound) -> proto::TrackInfo {
+    let (name, source, mid) = match sound {
+        Sound::Voice => ("roomio_audio", proto::TrackSource::Microphone, "0"),
+        Sound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
+    };
     proto::TrackInfo {
         sid: guid("TR_AM"),
-        name: "roomio_audio".to_owned(),
-        source: proto::TrackSource::Microphone.into(),
+        name: name.to_owned(),
+        source: source.into(),
         mime_type: "audio/opus".to_owned(),
-        mid: "0".to_owned(),
+        mid: mid.to_owned(),
         stream: "camera".to_owned(),
         ..proto::TrackInfo::default()
     }

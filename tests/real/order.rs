@@ -73,22 +73,22 @@ impl Order {
 
     /// Greets, with sound on a second track all along.
     pub fn greets_over_background() -> Self {
-        Self::new("greet_over_background", &[])
+        Self::new("greet_over_background", &["no_reply", "background"])
     }
 
     /// The same sound, and a voice that is silent.
     pub fn plays_background_alone() -> Self {
-        Self::new("background_alone", &[])
+        Self::new("background_alone", &["silent_track", "background"])
     }
 
     /// Publishes nothing itself: another participant speaks for it.
     pub fn speaks_by_avatar() -> Self {
-        Self::new("speak_by_avatar", &[])
+        Self::new("speak_by_avatar", &["no_reply", "avatar"])
     }
 
     /// Greets, and answers the first echo on another track.
     pub fn restarts_its_track() -> Self {
-        Self::new("restart_track", &[])
+        Self::new("restart_track", &["restarts_track"])
     }
 
     /// On the sandbox: an agent without a name comes too, and the second room's agent is silent.

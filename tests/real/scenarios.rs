@@ -156,7 +156,6 @@ const SAME: &str = "what a killed daemon leaves is the same there";
 const OWN_SANDBOX: &str = "it has a sandbox of its own on either";
 const NO_PERMISSIONS: &str = "it changes no permission of a participant";
 const NO_SETTINGS: &str = "its rooms may always be created by a token";
-const ONE_TRACK: &str = "its agent itself publishes one track, which lasts as long as its call";
 const NO_RESTART: &str = "it ends at once, and comes back on another port";
 
 macro_rules! scenarios {
@@ -205,10 +204,10 @@ scenarios! {
     agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
     speech_before_our_subscription_counts_from_when_it_is_heard: "ok, first speech after the subscription, exit 0";
     speech_before_anybody_listens_is_an_agent_that_says_nothing: "agent_silent that says so, exit 1";
-    background_sound_is_neither_speech_nor_echoed: "ok, its greeting alone echoed, exit 0", real only: ONE_TRACK;
-    background_alone_is_a_silent_agent: "agent_silent, exit 1", real only: ONE_TRACK;
-    avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0", real only: ONE_TRACK;
-    agent_that_restarts_its_track_is_heard_on: "ok with a reply on the second track, exit 0", real only: ONE_TRACK;
+    background_sound_is_neither_speech_nor_echoed: "ok, its greeting alone echoed, exit 0";
+    background_alone_is_a_silent_agent: "agent_silent, exit 1";
+    avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0";
+    agent_that_restarts_its_track_is_heard_on: "ok with a reply on the second track, exit 0";
     agent_before_the_answer_to_its_dispatch_has_a_join_delay: "ok with a join delay, exit 0";
     agent_that_leaves_without_its_reply_left_early: "agent_left_early, exit 1";
     agent_that_leaves_after_its_reply_is_ok: "ok with a reply delay, exit 0";
