@@ -180,8 +180,7 @@ faults! {
         sandbox Made(|ground| service(ground, "after_join=drop")), real Not(NO_ANSWER),
         mock |ground| mocked(ground, "drop_when_connected");
     connection_closes: failed(Reason::SignalLost), by(Origin::Livekit), "...-", within 15,
-        // Its words are lost where our next write meets the closed socket first.
-        [r#""step":"signal""#, "the signal connection closed"],
+        [r#""step":"signal""#, "the signal connection closed: code 1011"],
         sandbox Not("it breaks the connection, and says nothing"), real Not(NO_ANSWER),
         mock |ground| mocked(ground, "close_when_connected");
     no_pong: failed(Reason::SignalLost), by(Origin::Livekit), "...-", within 15,
