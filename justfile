@@ -10,8 +10,9 @@ test:
 real FILTER="":
     cargo test --test real -- {{FILTER}}
 
-# The dashboards: what is generated, and what their queries find. Needs Go, Prometheus and a release build.
+# The dashboards: what is generated, and what their queries find. Needs Go and a release build.
 dashboards:
+    tests/rules/setup.sh
     cd grafana && go test -count=1 ./...
 
 # What deploy/ ships, as far as it can be held against what reads it without a container engine. Needs Go and systemd.

@@ -49,8 +49,10 @@ type stack struct {
 	prometheus string
 }
 
-func start(t *testing.T) stack {
+// One daemon, and what scrapes it by the name of its version.
+func start(t *testing.T) map[string]stack {
 	t.Helper()
+	servers := programs(t)
 	daemon, settings := free(t), t.TempDir()
 	text := fmt.Sprintf(`http.listen = "127.0.0.1:%d"
 lifetime.startup_delay = "3s"
@@ -62,6 +64,36 @@ lifetime.shutdown_linger = "0s"
 	write(t, filepath.Join(settings, "canary.toml"), text)
 	run(t, binary(t), "run", "--config", filepath.Join(settings, "canary.toml"))
 
+	stacks := map[string]stack{}
+	for version, program := range servers {
+		stacks[version] = stack{scrape(t, program, daemon)}
+	}
+	return stacks
+}
+
+// The two Prometheus that dashboards must please.
+func programs(t *testing.T) map[string]string {
+	t.Helper()
+	output, err := exec.Command("../tests/rules/setup.sh").Output()
+	if err != nil {
+		t.Fatalf("tests/rules/setup.sh: %v", err)
+	}
+	programs := map[string]string{}
+	for _, line := range strings.Fields(string(output)) {
+		name, path, _ := strings.Cut(line, "=")
+		if strings.HasPrefix(name, "PROMETHEUS") {
+			programs[name] = path
+		}
+	}
+	if len(programs) != 2 {
+		t.Fatalf("not two of them: %s", output)
+	}
+	return programs
+}
+
+// Runs a Prometheus that scrapes the daemon on this port, and returns its address.
+func scrape(t *testing.T, program string, daemon int) string {
+	t.Helper()
 	prometheus, folder := free(t), t.TempDir()
 	write(t, filepath.Join(folder, "prometheus.yml"), fmt.Sprintf(`global: {scrape_interval: 1s, scrape_timeout: 1s}
 scrape_configs:
@@ -71,11 +103,11 @@ scrape_configs:
   - targets: ['127.0.0.1:%[1]d', 'localhost:%[1]d']
     labels: {region: here}
 `, daemon))
-	run(t, "prometheus",
+	run(t, program,
 		"--config.file="+filepath.Join(folder, "prometheus.yml"),
 		"--storage.tsdb.path="+filepath.Join(folder, "tsdb"),
 		fmt.Sprintf("--web.listen-address=127.0.0.1:%d", prometheus))
-	return stack{fmt.Sprintf("http://127.0.0.1:%d", prometheus)}
+	return fmt.Sprintf("http://127.0.0.1:%d", prometheus)
 }
 
 // The settings of a project and its target of the same name, on a sandbox with these faults.

@@ -347,19 +347,28 @@ fn paused_target_is_muted() {
     )]);
 }
 
-/// The promtools, in the order of their versions.
-fn promtools() -> &'static [PathBuf; 2] {
-    static PROMTOOLS: OnceLock<[PathBuf; 2]> = OnceLock::new();
-    PROMTOOLS.get_or_init(|| {
+/// What is of Prometheus 2, and of 3.
+struct Programs {
+    servers: [PathBuf; 2],
+    promtools: [PathBuf; 2],
+}
+
+fn programs() -> &'static Programs {
+    static PROGRAMS: OnceLock<Programs> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rules");
         let output = Command::new(folder.join("setup.sh")).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let said = String::from_utf8(output.stdout).unwrap();
-        ["PROMTOOL2=", "PROMTOOL3="].map(|key| {
+        let path = |key| {
             let mut lines = said.lines();
             let path = lines.find_map(|line| line.strip_prefix(key));
             PathBuf::from(path.unwrap())
-        })
+        };
+        Programs {
+            servers: ["PROMETHEUS2=", "PROMETHEUS3="].map(path),
+            promtools: ["PROMTOOL2=", "PROMTOOL3="].map(path),
+        }
     })
 }
 
@@ -373,7 +382,7 @@ fn tell(stories: &[(Story, &[Fired])]) {
 }
 
 fn mistake(story: &Story, expected: &[Fired]) -> Option<String> {
-    let told = promtools().iter().find_map(|promtool| {
+    let told = programs().promtools.iter().find_map(|promtool| {
         let run = run(promtool, story, expected);
         (!run.passed).then_some((promtool, run.output))
     });

@@ -14,7 +14,8 @@ use serde_json::Value;
 struct Process(Child);
 
 impl Process {
-    fn start(dir: &Path, program: &str, args: &[String]) -> Self {
+    fn start(dir: &Path, program: impl AsRef<Path>, args: &[String]) -> Self {
+        let program = program.as_ref();
         let log = std::fs::File::create(dir.join("log")).unwrap();
         let child = Command::new(program)
             .args(args)
@@ -23,7 +24,7 @@ impl Process {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
-            .unwrap_or_else(|error| panic!("{program}: {error}"));
+            .unwrap_or_else(|error| panic!("{}: {error}", program.display()));
         Self(child)
     }
 }
@@ -87,8 +88,18 @@ fn rules(dir: &Path) {
 }
 
 #[test]
-fn drill_makes_its_alert_arrive_and_resolve() {
-    super::promtools();
+fn drill_makes_its_alert_arrive_and_resolve_through_prometheus_2() {
+    let [two, _] = &super::programs().servers;
+    alert_arrives_and_resolves(two);
+}
+
+#[test]
+fn drill_makes_its_alert_arrive_and_resolve_through_prometheus_3() {
+    let [_, three] = &super::programs().servers;
+    alert_arrives_and_resolves(three);
+}
+
+fn alert_arrives_and_resolves(prometheus_server: &Path) {
     let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let [drill_dir, prometheus_dir, alertmanager_dir] =
         folders.each_ref().map(tempfile::TempDir::path);
@@ -141,7 +152,7 @@ scrape_configs:
     let _alertmanager = Process::start(alertmanager_dir, "prometheus-alertmanager", &am_args);
     let mut prometheus_args = args(&["--config.file=prometheus.yml", "--storage.tsdb.path=data"]);
     prometheus_args.push(format!("--web.listen-address=127.0.0.1:{prometheus}"));
-    let _prometheus = Process::start(prometheus_dir, "prometheus", &prometheus_args);
+    let _prometheus = Process::start(prometheus_dir, prometheus_server, &prometheus_args);
     let mut drill_args = args(&[
         "drill",
         "agent_left_early",
