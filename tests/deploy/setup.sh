@@ -4,6 +4,5 @@ set -euo pipefail
 
 source "$(dirname "$0")/../packages.sh"
 need amtool prometheus-alertmanager
-need promtool prometheus
 need systemd-analyze systemd
 install_missing

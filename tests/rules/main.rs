@@ -347,6 +347,19 @@ fn paused_target_is_muted() {
     )]);
 }
 
+#[test]
+fn deployed_configuration_is_valid_with_its_rules() {
+    let deployed = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/prometheus/prometheus.yml");
+    for promtool in &programs().promtools {
+        let check = Command::new(promtool)
+            .args(["check", "config"])
+            .arg(&deployed)
+            .output()
+            .unwrap();
+        assert!(check.status.success(), "{}: {check:?}", promtool.display());
+    }
+}
+
 /// What is of Prometheus 2, and of 3.
 struct Programs {
     servers: [PathBuf; 2],

@@ -109,7 +109,7 @@ fn alert_arrives_and_resolves(prometheus_server: &Path) {
     let [canary, prometheus, alertmanager] = [(); 3].map(|()| free_port());
 
     // The routes that are deployed, but without their waits and with the webhook behind each.
-    let deployed = include_str!("../../deploy/compose/alertmanager.yml");
+    let deployed = include_str!("../../deploy/prometheus/alertmanager.yml");
     let receivers = ["pages", "tickets", "drills"];
     let routes = receivers.iter().fold(deployed.to_owned(), |text, name| {
         let name = format!("  - name: {name}\n");
