@@ -54,6 +54,30 @@ func TestComposeFileIsValidAndEverythingThatItMountsOrBuildsIsThere(t *testing.T
 	}
 }
 
+func TestImagesRunTheVersionsThatAreTested(t *testing.T) {
+	services := compose(t, "livekit").Services
+	// The module of Prometheus 3.16.0 is v0.316.0.
+	prometheus := required(t, "rules", "github.com/prometheus/prometheus")
+	for service, version := range map[string]string{
+		"prometheus": strings.Replace(prometheus, "v0.3", "v3.", 1),
+		"livekit":    required(t, "real", "github.com/livekit/livekit-server"),
+	} {
+		if image := services[service].Image; !strings.HasSuffix(image, ":"+version) {
+			t.Errorf("%s is not of %s, which is what is tested", image, version)
+		}
+	}
+}
+
+// The version of a module that tests require.
+func required(t *testing.T, tests, module string) string {
+	t.Helper()
+	_, rest, found := strings.Cut(read(t, path(t, "tests", tests, "go.mod")), "\t"+module+" ")
+	if !found {
+		t.Fatalf("tests/%s requires no %s", tests, module)
+	}
+	return strings.Fields(rest)[0]
+}
+
 func TestServerAndAgentComeOnlyWithTheirProfile(t *testing.T) {
 	without, with := compose(t), compose(t, "livekit")
 	for _, name := range []string{"livekit", "agent"} {
