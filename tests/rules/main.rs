@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use livekit_canary::rules::{ALERTS, Alert, Severity};
 use simulation::Event::{self, *};
 use simulation::{Reference, SCRAPE, Story};
 
@@ -43,8 +44,8 @@ const HOUR: Reference = Reference {
 
 const REFERENCES: [Reference; 3] = [QUARTER, FIVE, HOUR];
 
-/// An alert by its name, severity and, where it has one, `sli` or `limit`; the first minute in which it fires and the first
-/// in which it no longer does.
+/// An alert by its name, severity and, where it has one, `sli`, `limit` or `kind`; the first minute in which it fires and
+/// the first in which it no longer does.
 type Fired = (&'static str, usize, Option<usize>);
 
 /// Good batches before anything happens, more than a fast window holds.
@@ -90,6 +91,19 @@ fn limit_on_the_rate_of_calls_stays_a_ticket() {
         &[
             ("PlanLimitHit ticket limit=api_rate", 61, None),
             ("BackingOff ticket", 135, None),
+        ],
+    )]);
+}
+
+#[test]
+fn limit_that_is_met_for_long_leaves_the_canary_blind() {
+    let events = [BEFORE, (25, Limit("api_rate")), (2, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("PlanLimitHit ticket limit=api_rate", 63, None),
+            ("BackingOff ticket", 135, Some(444)),
+            ("CanaryBlind page", 411, Some(441)),
         ],
     )]);
 }
@@ -165,15 +179,26 @@ fn outage_pages_within_three_intervals_whatever_they_are() {
 #[test]
 fn livekit_that_is_down_pages_as_such() {
     let events = [STEADY, (4, LiveKitDown), (6, Good)];
-    tell(&[(
-        Story::new(QUARTER, &events),
-        &[
-            ("CanaryBlind page", 144, Some(181)),
-            ("ServiceFailing page sli=service", 144, Some(181)),
-            ("ErrorBudgetBurnsSlowly ticket sli=service", 151, None),
-            ("ErrorBudgetBurnsFast page sli=service", 166, Some(256)),
-        ],
-    )]);
+    tell(&[
+        (
+            Story::new(QUARTER, &events),
+            &[
+                ("CanaryBlind page", 144, Some(181)),
+                ("ServiceFailing page sli=service", 144, Some(181)),
+                ("ErrorBudgetBurnsSlowly ticket sli=service", 151, None),
+                ("ErrorBudgetBurnsFast page sli=service", 166, Some(256)),
+            ],
+        ),
+        (
+            Story::new(HOUR, &events),
+            &[
+                ("CanaryBlind page", 573, Some(723)),
+                ("ServiceFailing page sli=service", 573, Some(723)),
+                ("ErrorBudgetBurnsSlowly ticket sli=service", 603, Some(1023)),
+                ("ErrorBudgetBurnsFast page sli=service", 663, Some(1023)),
+            ],
+        ),
+    ]);
 }
 
 #[test]
@@ -191,13 +216,22 @@ fn rotated_key_pages_as_such() {
 #[test]
 fn slow_joins_page_for_the_join_alone() {
     let events = [STEADY, (3, SlowJoins), (4, Good)];
-    tell(&[(
-        Story::new(QUARTER, &events),
-        &[
-            ("AgentFailing page sli=join", 136, Some(174)),
-            ("ErrorBudgetBurnsSlowly ticket sli=join", 151, None),
-        ],
-    )]);
+    tell(&[
+        (
+            Story::new(QUARTER, &events),
+            &[
+                ("AgentFailing page sli=join", 136, Some(174)),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 151, None),
+            ],
+        ),
+        (
+            Story::new(HOUR, &events),
+            &[
+                ("AgentFailing page sli=join", 543, Some(693)),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 603, None),
+            ],
+        ),
+    ]);
 }
 
 #[test]
@@ -219,6 +253,7 @@ fn fifth_of_calls_that_fails_pages_by_the_burn_of_the_budget() {
     let now_and_then = [(1, OneRoom), (1, Good), (2, OneRoom), (1, Good)];
     let quarter = [&[BEFORE][..], &now_and_then, &now_and_then, &[(28, Good)]].concat();
     let five = [BEFORE, (6, OneRoom), (90, Good)];
+    let hour = [&[BEFORE][..], &now_and_then, &now_and_then, &[(8, Good)]].concat();
     tell(&[
         (
             Story::new(QUARTER, &quarter),
@@ -266,20 +301,58 @@ fn fifth_of_calls_that_fails_pages_by_the_burn_of_the_budget() {
                 ("ErrorBudgetSpent ticket sli=service", 96, None),
             ],
         ),
+        (
+            Story::new(HOUR, &hour),
+            &[
+                (
+                    "ErrorBudgetBurnsSlowly ticket sli=availability",
+                    423,
+                    Some(1083),
+                ),
+                (
+                    "ErrorBudgetBurnsSlowly ticket sli=first_speech",
+                    423,
+                    Some(1083),
+                ),
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 423, Some(1083)),
+                (
+                    "ErrorBudgetBurnsFast page sli=availability",
+                    543,
+                    Some(1083),
+                ),
+                (
+                    "ErrorBudgetBurnsFast page sli=first_speech",
+                    543,
+                    Some(1083),
+                ),
+                ("ErrorBudgetBurnsFast page sli=join", 543, Some(1083)),
+            ],
+        ),
     ]);
 }
 
 #[test]
 fn limit_on_connections_that_persists_pages() {
     let events = [BEFORE, (6, Limit("connections")), (11, Good)];
-    tell(&[(
-        Story::new(QUARTER, &events),
-        &[
-            ("PlanLimitHit ticket limit=connections", 61, Some(271)),
-            ("PlanLimitHit page limit=connections", 91, Some(158)),
-            ("BackingOff ticket", 135, Some(173)),
-        ],
-    )]);
+    // As long as batches rest at most, so that none is left out.
+    let hour = [BEFORE, (6, Limit("connections")), (5, Good)];
+    tell(&[
+        (
+            Story::new(QUARTER, &events),
+            &[
+                ("PlanLimitHit ticket limit=connections", 61, Some(271)),
+                ("PlanLimitHit page limit=connections", 91, Some(158)),
+                ("BackingOff ticket", 135, Some(173)),
+            ],
+        ),
+        (
+            Story::new(HOUR, &hour),
+            &[
+                ("PlanLimitHit ticket limit=connections", 243, Some(753)),
+                ("PlanLimitHit page limit=connections", 363, Some(633)),
+            ],
+        ),
+    ]);
 }
 
 #[test]
@@ -348,6 +421,95 @@ fn paused_target_is_muted() {
 }
 
 #[test]
+fn canary_that_is_scraped_no_more_pages() {
+    let events = [BEFORE, (3, Gone), (1, Rollout), (3, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("CanaryAbsent page", 70, Some(105))],
+    )]);
+}
+
+#[test]
+fn canary_that_never_was_scraped_pages() {
+    let events = [(2, Gone), BEFORE];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("CanaryAbsent page", 10, Some(30))],
+    )]);
+}
+
+#[test]
+fn settings_that_stay_refused_are_a_ticket() {
+    let events = [BEFORE, (1, BadSettings), (3, Good)];
+    tell(&[
+        (
+            Story::new(QUARTER, &events),
+            &[("ReloadFailed ticket", 65, Some(75))],
+        ),
+        (Story::new(FIVE, &events), &[]),
+    ]);
+}
+
+#[test]
+fn history_that_stays_unwritable_is_a_ticket() {
+    let events = [BEFORE, (1, FullDisk), (3, Good)];
+    tell(&[
+        (
+            Story::new(QUARTER, &events),
+            &[("HistoryDegraded ticket", 65, Some(75))],
+        ),
+        (Story::new(FIVE, &events), &[]),
+    ]);
+}
+
+#[test]
+fn room_that_cant_be_deleted_is_a_ticket_though_its_target_is_paused() {
+    let events = [BEFORE, (1, LeakedRoom), (4, Paused), (6, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("RoomsLeaking ticket", 61, Some(181))],
+    )]);
+}
+
+#[test]
+fn fault_of_the_canary_itself_is_a_ticket() {
+    let events = [BEFORE, (1, OwnFault), (10, Good)];
+    tell(&[(
+        Story::new(QUARTER, &events),
+        &[("InternalErrors ticket kind=probe", 61, Some(181))],
+    )]);
+}
+
+#[test]
+fn spent_error_budget_is_a_ticket_until_good_rooms_make_up_for_the_bad() {
+    let modest = Reference {
+        objective: 0.95,
+        ..FIVE
+    };
+    let events = [BEFORE, (6, OneRoom), (20, Good)];
+    tell(&[(
+        Story::new(modest, &events),
+        &[
+            (
+                "ErrorBudgetBurnsSlowly ticket sli=availability",
+                31,
+                Some(116),
+            ),
+            (
+                "ErrorBudgetBurnsSlowly ticket sli=first_speech",
+                31,
+                Some(116),
+            ),
+            ("ErrorBudgetBurnsSlowly ticket sli=join", 31, Some(116)),
+            ("ErrorBudgetSpent ticket sli=availability", 96, Some(121)),
+            ("ErrorBudgetSpent ticket sli=first_speech", 96, Some(121)),
+            ("ErrorBudgetSpent ticket sli=join", 96, Some(121)),
+            ("ErrorBudgetSpent ticket sli=service", 96, Some(121)),
+        ],
+    )]);
+}
+
+#[test]
 fn deployed_configuration_is_valid_with_its_rules() {
     let deployed = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/prometheus/prometheus.yml");
     for promtool in &programs().promtools {
@@ -357,6 +519,30 @@ fn deployed_configuration_is_valid_with_its_rules() {
             .output()
             .unwrap();
         assert!(check.status.success(), "{}: {check:?}", promtool.display());
+    }
+}
+
+/// By the text of these tests.
+#[test]
+fn every_alert_has_a_story_in_which_it_fires_and_clears() {
+    let text: String = include_str!("main.rs").split_whitespace().collect();
+    let clears = |alert: &&Alert| {
+        let fires = format!("(\"{}{}", alert.name, severity(alert));
+        let mut stories = text.split(&fires).skip(1);
+        stories.any(|rest| rest.split(')').next().unwrap().contains("Some("))
+    };
+    let untold: Vec<&str> = ALERTS
+        .iter()
+        .filter(|alert| !clears(alert))
+        .map(|alert| alert.name)
+        .collect();
+    assert!(untold.is_empty(), "{untold:?}");
+}
+
+fn severity(alert: &Alert) -> &'static str {
+    match alert.severity {
+        Severity::Page => "page",
+        Severity::Ticket => "ticket",
     }
 }
 
@@ -459,7 +645,8 @@ fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
 }
 
 /// Labels by which alerts are told apart here.
-const FIRING: &str = "count by (alertname, severity, sli, limit) (ALERTS{alertstate='firing'})";
+const FIRING: &str =
+    "count by (alertname, severity, sli, limit, kind) (ALERTS{alertstate='firing'})";
 
 /// Minutes from evaluation to evaluation, more in a long story. An alert that holds on looks at the one before, five
 /// minutes back at most.
@@ -545,7 +732,7 @@ fn alert_of(labels: &str) -> String {
         value("alertname").unwrap(),
         value("severity").unwrap()
     );
-    for label in ["sli", "limit"] {
+    for label in ["sli", "limit", "kind"] {
         if let Some(value) = value(label) {
             write!(alert, " {label}={value}").unwrap();
         }

@@ -52,6 +52,16 @@ pub enum Event {
     CrashLoop,
     /// As good, by a new pod.
     Rollout,
+    /// Nobody scrapes the canary any more.
+    Gone,
+    /// As good, while the settings that somebody has changed are refused.
+    BadSettings,
+    /// As good, while the history can't be written.
+    FullDisk,
+    /// As good, but a room can't be deleted.
+    LeakedRoom,
+    /// A fault of the canary's own ends its first room.
+    OwnFault,
 }
 
 /// The story of a canary: what befalls it at each tick, from minute 0 on.
@@ -113,7 +123,6 @@ impl Canary {
                 seconds(reference.every),
             ),
             ("livekit_canary_batch_interval_mean_seconds", seconds(mean)),
-            ("livekit_canary_target_paused", 0.0),
             ("livekit_canary_next_batch_timestamp_seconds", 0.0),
         ] {
             gauges.insert(series(name, &[]), value);
@@ -124,8 +133,6 @@ impl Canary {
         }
         for (name, value) in [
             ("livekit_canary_build_info", 1.0),
-            ("livekit_canary_history_degraded", 0.0),
-            ("livekit_canary_config_last_reload_successful", 1.0),
             ("process_start_time_seconds", 0.0),
         ] {
             gauges.insert(format!("{name}{{"), value);
@@ -165,6 +172,7 @@ impl Canary {
             ("unreachable", "network"),
             ("auth_rejected", "config"),
             ("plan_limit", "limit"),
+            ("internal", "canary"),
         ] {
             self.fail(reason, 0);
         }
@@ -172,10 +180,17 @@ impl Canary {
             self.count("plan_limit_rejections_total", &[("limit", limit)], 0);
         }
         self.count("rooms_leaked_total", &[], 0);
+        self.count_fault(0);
     }
 
     fn count(&mut self, name: &str, labels: &[(&str, &str)], by: usize) {
         let series = series(&format!("livekit_canary_{name}"), labels);
+        *self.counters.entry(series).or_default() += by as f64;
+    }
+
+    /// Of no target.
+    fn count_fault(&mut self, by: usize) {
+        let series = "livekit_canary_internal_errors_total{kind=\"probe\",".to_owned();
         *self.counters.entry(series).or_default() += by as f64;
     }
 
@@ -208,11 +223,24 @@ impl Canary {
         }
         let handled = !matches!(
             event,
-            Event::Down | Event::CrashLoop | Event::DeadScheduler | Event::Night
+            Event::Down | Event::CrashLoop | Event::DeadScheduler | Event::Night | Event::Gone
         );
-        let paused = series("livekit_canary_target_paused", &[]);
-        let is_paused = f64::from(u8::from(event == Event::Paused));
-        self.gauges.insert(paused, is_paused);
+        for (series, holds) in [
+            (
+                series("livekit_canary_target_paused", &[]),
+                event == Event::Paused,
+            ),
+            (
+                "livekit_canary_config_last_reload_successful{".to_owned(),
+                event != Event::BadSettings,
+            ),
+            (
+                "livekit_canary_history_degraded{".to_owned(),
+                event == Event::FullDisk,
+            ),
+        ] {
+            self.gauges.insert(series, f64::from(u8::from(holds)));
+        }
         if handled {
             let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
             self.gauges.insert(next_batch, next as f64);
@@ -237,7 +265,9 @@ impl Canary {
                 runs = false;
             }
             let down = event == Event::Down || event == Event::CrashLoop && self.now % 180 < 60;
-            self.scrape(down);
+            if event != Event::Gone {
+                self.scrape(down);
+            }
             self.now += SCRAPE;
         }
     }
@@ -269,9 +299,21 @@ impl Canary {
             }
         };
         match event {
-            Event::Good | Event::Rollout => {
+            Event::Good | Event::Rollout | Event::BadSettings | Event::FullDisk => {
                 all(self, &SLIS, rooms, 0);
                 self.batch(rooms, 0);
+            }
+            Event::LeakedRoom => {
+                all(self, &SLIS, rooms, 0);
+                self.batch(rooms, 0);
+                self.count("rooms_leaked_total", &[], 1);
+            }
+            // It counts in no service level.
+            Event::OwnFault => {
+                all(self, &SLIS, rooms - 1, 0);
+                self.fail(("internal", "canary"), 1);
+                self.count_fault(1);
+                self.batch(rooms - 1, 1);
             }
             Event::OneRoom => {
                 all(self, &SLIS, rooms - 1, 1);
