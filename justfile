@@ -1,3 +1,8 @@
+# The client stack that joins the rooms of `real` and `matrix`: native, or libwebrtc, with which the canary is built then.
+ENGINE := "native"
+features := if ENGINE == "libwebrtc" { "--features libwebrtc" } else { "" }
+export ENGINE
+
 # What CI runs.
 check:
     .ci/run
@@ -8,7 +13,7 @@ test:
 
 # The scenarios on the sandbox and the real stack, all or those whose name contains FILTER. Needs Go, Python and root.
 real FILTER="":
-    cargo test --test real -- {{FILTER}}
+    cargo test {{features}} --test real -- {{FILTER}}
 
 # The dashboards: what is generated, and what their queries find. Needs Go and a release build.
 dashboards:
@@ -27,7 +32,7 @@ rules FILTER="":
 
 # The fault matrix on every stack, N times: each fault with its verdict, and in how many runs that was right.
 matrix N="1":
-    REPEAT={{N}} cargo test --test real -- matrix::
+    REPEAT={{N}} cargo test {{features}} --test real -- matrix::
 
 # CPU and memory on the sandbox and the real stack, accuracy on the real one; `just bench --help` tells what else.
 bench *ARGS:

@@ -17,7 +17,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Layer, Registry};
 
-use crate::config::{DispatchMode, EchoMode, Problems, Ramp};
+use crate::config::{DispatchMode, EchoMode, Engine, Problems, Ramp};
 use crate::probe::{Origin, Outcome};
 use crate::sandbox::fault::{self, Rule};
 use crate::sandbox::report;
@@ -151,6 +151,10 @@ struct Once {
     /// What names the agent: a call of its own, the room, our token, or nothing [default: explicit]
     #[arg(long, value_name = "MODE", value_parser = names(DispatchMode::NAMES))]
     dispatch: Option<String>,
+
+    /// The client stack that joins; libwebrtc only where it is built in [default: native]
+    #[arg(long, value_name = "ENGINE", value_parser = names(Engine::NAMES))]
+    engine: Option<String>,
 
     /// How to print the result
     #[arg(long, value_enum, default_value_t = Format::Table)]

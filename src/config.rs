@@ -250,6 +250,7 @@ pub struct Target {
     pub project: String,
     /// The name that the agent registered under; only [`DispatchMode::Automatic`] does without.
     pub agent_name: Option<String>,
+    pub engine: Engine,
     pub dispatch: Dispatch,
     /// Attributes of the echo participant, beside `canary=true`, which is always set.
     pub attributes: BTreeMap<String, String>,
@@ -272,6 +273,7 @@ impl Default for Target {
         Self {
             project: String::new(),
             agent_name: None,
+            engine: Engine::default(),
             dispatch: Dispatch::default(),
             attributes: BTreeMap::new(),
             schedule: Schedule::default(),
@@ -283,6 +285,34 @@ impl Default for Target {
             expect: Expect::default(),
             transcript: false,
             late_agent_window: Duration::from_mins(1),
+        }
+    }
+}
+
+/// Which client stack joins the rooms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// Pure Rust, in every binary.
+    #[default]
+    Native,
+    /// The upstream SDK on libwebrtc.
+    Libwebrtc,
+}
+
+impl Engine {
+    pub const NAMES: &[(&str, Self)] = &[("native", Self::Native), ("libwebrtc", Self::Libwebrtc)];
+
+    /// Those of this binary.
+    #[cfg(not(feature = "libwebrtc"))]
+    pub const BUILT_IN: [Self; 1] = [Self::Native];
+    #[cfg(feature = "libwebrtc")]
+    pub const BUILT_IN: [Self; 2] = [Self::Native, Self::Libwebrtc];
+
+    /// The name that the config and the metrics use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Libwebrtc => "libwebrtc",
         }
     }
 }

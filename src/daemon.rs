@@ -26,7 +26,6 @@ use crate::http::{
 use crate::janitor::{Fate, Janitor, Register, Swept};
 use crate::livekit::RoomName;
 use crate::livekit::api::Api;
-use crate::livekit::engine::Engine;
 use crate::livekit::net::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, Fault};
@@ -146,7 +145,6 @@ struct Daemon {
     dropped: u64,
     metrics: Metrics,
     janitor: Janitor,
-    engine: Engine,
     fault: Option<Fault>,
     drill: bool,
     observer: Option<Observer>,
@@ -216,7 +214,6 @@ impl Daemon {
             history: launch.history,
             dropped: 0,
             metrics,
-            engine: Engine::default(),
             fault: launch.fault,
             drill: launch.drill,
             observer: launch.observer,
@@ -416,7 +413,6 @@ impl Daemon {
             target: Arc::clone(&target.settings),
             endpoint: project.endpoint.clone(),
             api: project.api.clone(),
-            engine: self.engine,
             janitor: self.janitor.clone(),
             agent_known: target.agent_known,
             fault: self.fault,

@@ -13,7 +13,12 @@ mod echo;
 pub mod engine;
 mod exchange;
 mod ice_tcp;
+#[cfg(any(test, feature = "libwebrtc"))]
+mod libwebrtc;
+mod listening;
 pub mod net;
+mod observer;
+mod opus;
 mod participant;
 mod peer;
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch::{self, BatchReport, json};
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LAST_DELETIONS, LeftBehind};
-use crate::livekit::{self, engine::Engine};
+use crate::livekit;
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
 
@@ -43,7 +43,6 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
             target: Arc::clone(&target),
             endpoint,
             api,
-            engine: Engine::default(),
             janitor: Janitor::start(),
             agent_known: false,
             fault,
@@ -62,7 +61,7 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 10] = [
+    let flags: [(&str, &[&str], Option<String>); 11] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
         (
             "--rooms",
@@ -93,6 +92,7 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
             duration(args.speech_timeout),
         ),
         ("--dispatch", &["dispatch", "mode"], args.dispatch.clone()),
+        ("--engine", &["engine"], args.engine.clone()),
     ];
     for (flag, key, value) in flags {
         if let Some(value) = value {

@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::{Exit, Run};
-use crate::config::{Config, Draft, Problems};
+use crate::config::{Config, Draft, Engine, Problems};
 use crate::daemon::{self, Launch, Order};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -106,11 +106,27 @@ fn orders() -> anyhow::Result<mpsc::Receiver<Order>> {
     Ok(orders)
 }
 
+/// What this binary is made of, its engines included.
 pub(super) fn build() -> Build {
     Build {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         revision: env!("BUILD_REVISION").to_owned(),
         rustc: env!("BUILD_RUSTC").to_owned(),
-        engine: "native".to_owned(),
+        engine: Engine::BUILT_IN.map(Engine::name).join(","),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn build_names_the_engines_that_are_in_it() {
+        let expected = if cfg!(feature = "libwebrtc") {
+            "native,libwebrtc"
+        } else {
+            "native"
+        };
+        assert_eq!(build().engine, expected);
     }
 }

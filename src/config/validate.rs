@@ -17,8 +17,8 @@ use super::problem::{Problem, alternatives, from_variable, in_file, shown, simil
 use super::section::{Section, Table, Taken, Text};
 use super::{
     AgentMayLeave, Alerts, Backoff, Batch, Budget, Config, Daemon, Deadlines, Dispatch,
-    DispatchMode, Echo, EchoMode, Expect, History, Http, Ice, Lifetime, Objectives, Project, Ramp,
-    Schedule, Speech, Stay, Target,
+    DispatchMode, Echo, EchoMode, Engine, Expect, History, Http, Ice, Lifetime, Objectives,
+    Project, Ramp, Schedule, Speech, Stay, Target,
 };
 
 /// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
@@ -44,6 +44,13 @@ const CREDENTIALS: [&str; 5] = [
     "ca_file",
 ];
 
+/// What of a project its targets must fit.
+#[derive(Clone, Copy)]
+struct Limits {
+    max_rooms: usize,
+    ice: Ice,
+}
+
 pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let fallback = draft.fallback;
     let mut root = Section::root(draft.settings.cache, problems);
@@ -62,14 +69,17 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     root.finish();
 
     let mut projects = BTreeMap::new();
-    let mut max_rooms = BTreeMap::new();
+    let mut limits = BTreeMap::new();
     for (name, place, mut table) in project_entries {
         if !draft.signs_in {
             table.retain(|key, _| !CREDENTIALS.contains(&key.as_str()));
         }
         let mut section = Section::of("project", &name, place, table, problems);
-        let limit = section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MOST_ROOMS);
-        max_rooms.insert(name.clone(), limit);
+        let limit = Limits {
+            max_rooms: section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MOST_ROOMS),
+            ice: section.choice("ice", Ice::NAMES, "choice of media transports"),
+        };
+        limits.insert(name.clone(), limit);
         if let Some(project) = project(section, limit, &fallback) {
             projects.insert(name, project);
         }
@@ -78,7 +88,7 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
         .into_iter()
         .map(|(name, place, table)| {
             let section = Section::of("target", &name, place, table, problems);
-            (name, target(section, &max_rooms))
+            (name, target(section, &limits))
         })
         .collect();
     Config {
@@ -203,7 +213,7 @@ fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String
     default
 }
 
-fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> Option<Project> {
+fn project(mut section: Section<'_>, limits: Limits, fallback: &Fallback) -> Option<Project> {
     let url = server_url(&mut section, fallback.url.as_deref());
     let api_key = credential(
         &mut section,
@@ -217,7 +227,6 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
     );
     let ca_file = ca_file(&mut section);
     let cloud_project = cloud_project(&mut section);
-    let ice = section.choice("ice", Ice::NAMES, "choice of media transports");
     let api_timeout = section.duration(
         "api_timeout",
         Project::DEFAULT_API_TIMEOUT,
@@ -232,9 +241,9 @@ fn project(mut section: Section<'_>, max_rooms: usize, fallback: &Fallback) -> O
         api_secret: api_secret?.into(),
         ca_file,
         cloud_project,
-        ice,
+        ice: limits.ice,
         api_timeout,
-        max_rooms,
+        max_rooms: limits.max_rooms,
         budget,
         backoff,
     })
@@ -412,9 +421,13 @@ fn cloud_project(section: &mut Section<'_>) -> Option<String> {
     None
 }
 
-fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Target {
+fn target(mut section: Section<'_>, projects: &BTreeMap<String, Limits>) -> Target {
     let default = Target::default();
-    let project = project_of(&mut section, max_rooms);
+    let project = project_of(&mut section, projects);
+    let limits = project
+        .as_ref()
+        .and_then(|name| projects.get(name).map(|limits| (name.as_str(), *limits)));
+    let engine = engine(&mut section, limits);
     let agent_name = match section.text("agent_name") {
         Taken::Text(text) => {
             if text.value.trim().is_empty() {
@@ -435,16 +448,12 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
         );
         section.missing("agent_name", &hint);
     }
-    let batch = batch(
-        section.table("batch"),
-        project
-            .as_ref()
-            .and_then(|name| max_rooms.get(name).map(|limit| (name.as_str(), *limit))),
-    );
+    let batch = batch(section.table("batch"), limits);
     let deadlines = deadlines(section.table("deadlines"));
     let target = Target {
         project: project.unwrap_or_default(),
         agent_name,
+        engine,
         dispatch,
         attributes: attributes(section.table("attributes")),
         schedule: schedule(section.table("schedule")),
@@ -465,7 +474,33 @@ fn target(mut section: Section<'_>, max_rooms: &BTreeMap<String, usize>) -> Targ
     target
 }
 
-fn project_of(section: &mut Section<'_>, projects: &BTreeMap<String, usize>) -> Option<String> {
+fn engine(section: &mut Section<'_>, project: Option<(&str, Limits)>) -> Engine {
+    let place = section.place_of("engine");
+    let engine = section.choice("engine", Engine::NAMES, "client stack");
+    let mut problem = |message: String, hint: &str| {
+        section.problem("engine", place.clone(), message, hint);
+    };
+    if !Engine::BUILT_IN.contains(&engine) {
+        let message = format!("{:?} is not in this binary", engine.name());
+        problem(
+            message,
+            "build it with --features libwebrtc, or set engine = \"native\"",
+        );
+    }
+    if engine == Engine::Libwebrtc
+        && let Some((name, limits)) = project
+        && limits.ice == Ice::Tcp
+    {
+        let message = format!(
+            "{:?} can't be held to TCP, and project {name:?} sets ice = \"tcp\"",
+            engine.name()
+        );
+        problem(message, "set ice = \"all\" there, or engine = \"native\"");
+    }
+    engine
+}
+
+fn project_of(section: &mut Section<'_>, projects: &BTreeMap<String, Limits>) -> Option<String> {
     let names: Vec<&str> = projects.keys().map(String::as_str).collect();
     match section.text("project") {
         Taken::Broken => None,
@@ -636,7 +671,7 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
     objectives
 }
 
-fn batch(mut section: Section<'_>, project: Option<(&str, usize)>) -> Batch {
+fn batch(mut section: Section<'_>, project: Option<(&str, Limits)>) -> Batch {
     let default = Batch::default();
     let [rooms_place, ramp_place] = ["rooms", "ramp"].map(|key| section.place_of(key));
     let batch = Batch {
@@ -651,13 +686,13 @@ fn batch(mut section: Section<'_>, project: Option<(&str, usize)>) -> Batch {
             0..=MOST_ROOMS,
         ),
     };
-    if let Some((name, limit)) = project
+    if let Some((name, limits)) = project
         && batch.stay == Stay::Together
-        && batch.rooms > limit
+        && batch.rooms > limits.max_rooms
     {
         let message = format!(
-            "{} rooms open together, and project {name:?} allows {limit}",
-            batch.rooms
+            "{} rooms open together, and project {name:?} allows {}",
+            batch.rooms, limits.max_rooms
         );
         let hint = format!(
             "lower it, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \

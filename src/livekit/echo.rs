@@ -1,8 +1,7 @@
-//! What the echo track plays and when: the agent's own packets, a whole utterance at a time or passed through. A plain
-//! state machine; it reads no clock and sends nothing.
+//! What the echo track plays and when: the agent's own frames, a whole utterance at a time or passed through. A plain
+//! state machine; it reads no clock, sends nothing, and knows of a frame only how long it plays.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -10,14 +9,8 @@ use tokio::time::Instant;
 use super::rtp;
 use crate::config::{Echo as Settings, EchoMode};
 
-/// 20 ms of silence in Opus: CELT, full band, one frame without energy.
-pub(crate) const SILENCE: [u8; 3] = [0xf8, 0xff, 0xfe];
-
-/// What one packet of [`SILENCE`] lasts.
-const FRAME: Duration = Duration::from_millis(20);
-
-/// Packets of silence that close an echo, 200 ms, so that the listener hears its end and not a loss.
-const TAIL: u32 = 10;
+/// The silence that closes an echo, so that the listener hears its end and not a loss.
+const TAIL: Duration = Duration::from_millis(200);
 
 /// A track without any packets is announced to nobody, and a listener that subscribes late misses the onset: between
 /// echoes a frame of silence goes out this often, as Opus does by itself in silence.
@@ -29,8 +22,8 @@ const LEAD: Duration = Duration::from_millis(200);
 /// The longest recording.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// Packets held at most, whatever their length: 30 s of 10 ms.
-const MOST_PACKETS: usize = 3_000;
+/// Frames held at most, whatever their length: 30 s of 10 ms.
+const MOST_FRAMES: usize = 3_000;
 
 /// How far recorded pace and arrival may drift apart before the pass-through sets its clock anew.
 const DRIFT: Duration = Duration::from_millis(100);
@@ -38,57 +31,64 @@ const DRIFT: Duration = Duration::from_millis(100);
 /// Speech is decided within this time of its first frame.
 const VERGE: Duration = Duration::from_millis(60);
 
+/// A stretch of sound as one engine takes and gives it: a coded packet, or samples. Cheap to clone.
+pub(crate) trait Frame: Clone {
+    /// A short one.
+    fn silence() -> Self;
+
+    fn duration(&self) -> Duration;
+}
+
 /// Something to do now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Out {
-    /// A packet for the track.
+pub(crate) enum Out<F> {
+    /// A frame for the track.
     Send {
         /// Its place in time; the RTP timestamp follows from it.
         due: Instant,
-        payload: Arc<[u8]>,
+        frame: F,
         /// The first after a pause.
         resumes: bool,
     },
-    /// The first packet of an echo goes out now.
+    /// The first frame of an echo goes out now.
     Started,
-    /// The last packet of an echo that was speech went out now.
+    /// The last frame of an echo that was speech went out now.
     Ended,
 }
 
-/// One recorded packet.
+/// One recorded frame.
 #[derive(Debug)]
-struct Packet {
+struct Recorded<F> {
     arrived: Instant,
     /// On the receiver's media clock, in ticks.
     time: u64,
-    payload: Arc<[u8]>,
+    frame: F,
 }
 
 /// What the track does at a time to come.
 #[derive(Debug)]
-enum Planned {
-    Packet(Arc<[u8]>),
-    Mark(Out),
+enum Planned<F> {
+    Frame(F),
+    Mark(Out<F>),
 }
 
 /// The echo of one agent.
-pub(crate) struct Echo {
+pub(crate) struct Echo<F> {
     settings: Settings,
-    silence: Arc<[u8]>,
-    queue: VecDeque<(Instant, Planned)>,
+    silence: F,
+    queue: VecDeque<(Instant, Planned<F>)>,
     last_sent: Option<Instant>,
     open: bool,
-    mode: Mode,
+    mode: Mode<F>,
 }
 
-enum Mode {
-    Turn(Turn),
-    Continuous(Continuous),
+enum Mode<F> {
+    Turn(Turn<F>),
+    Continuous(Continuous<F>),
 }
 
-#[derive(Default)]
-struct Turn {
-    recorded: VecDeque<Packet>,
+struct Turn<F> {
+    recorded: VecDeque<Recorded<F>>,
     phase: Phase,
     played: u32,
 }
@@ -98,7 +98,7 @@ enum Phase {
     #[default]
     Idle,
     Recording,
-    /// The agent has ended; `speech` packets of the recording reach to its last speech frame.
+    /// The agent has ended; `speech` frames of the recording reach to its last speech frame.
     Waiting {
         until: Instant,
         speech: usize,
@@ -106,23 +106,29 @@ enum Phase {
     },
 }
 
-#[derive(Default)]
-struct Continuous {
+struct Continuous<F> {
     /// A due time and the media time that belongs to it.
     anchor: Option<(Instant, u64)>,
     /// Speech of the agent whose echo begins or ends at these times.
-    marks: VecDeque<(Instant, Out)>,
+    marks: VecDeque<(Instant, Out<F>)>,
 }
 
-impl Echo {
+impl<F: Frame> Echo<F> {
     pub(crate) fn new(settings: Settings) -> Self {
         let mode = match settings.mode {
-            EchoMode::Turn => Mode::Turn(Turn::default()),
-            EchoMode::Continuous => Mode::Continuous(Continuous::default()),
+            EchoMode::Turn => Mode::Turn(Turn {
+                recorded: VecDeque::new(),
+                phase: Phase::default(),
+                played: 0,
+            }),
+            EchoMode::Continuous => Mode::Continuous(Continuous {
+                anchor: None,
+                marks: VecDeque::new(),
+            }),
         };
         Self {
             settings,
-            silence: Arc::from(SILENCE),
+            silence: F::silence(),
             queue: VecDeque::new(),
             last_sent: None,
             open: false,
@@ -130,7 +136,7 @@ impl Echo {
         }
     }
 
-    /// The track can carry packets from now on.
+    /// The track can carry frames from now on.
     pub(crate) fn open(&mut self, now: Instant) {
         if !self.open {
             self.open = true;
@@ -138,20 +144,20 @@ impl Echo {
         }
     }
 
-    /// A packet of the agent's audio, `time` on the receiver's media clock.
-    pub(crate) fn on_packet(&mut self, arrived: Instant, time: u64, payload: &Arc<[u8]>) {
-        let packet = Packet {
+    /// A frame of the agent's audio, `time` on the receiver's media clock.
+    pub(crate) fn on_frame(&mut self, arrived: Instant, time: u64, frame: &F) {
+        let frame = Recorded {
             arrived,
             time,
-            payload: Arc::clone(payload),
+            frame: frame.clone(),
         };
         match &mut self.mode {
-            Mode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(packet),
+            Mode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(frame),
             Mode::Turn(_) => {}
             Mode::Continuous(continuous) => {
-                let due = continuous.due(self.settings.delay, &packet);
-                if self.queue.len() < MOST_PACKETS {
-                    self.queue.push_back((due, Planned::Packet(packet.payload)));
+                let due = continuous.due(self.settings.delay, &frame);
+                if self.queue.len() < MOST_FRAMES {
+                    self.queue.push_back((due, Planned::Frame(frame.frame)));
                 }
             }
         }
@@ -185,7 +191,7 @@ impl Echo {
     /// What to do at `now`; to be called until there is nothing left.
     ///
     /// `on_the_verge`: the agent may just have begun to speak; an echo that hasn't begun waits until that is decided.
-    pub(crate) fn poll(&mut self, now: Instant, on_the_verge: bool) -> Option<Out> {
+    pub(crate) fn poll(&mut self, now: Instant, on_the_verge: bool) -> Option<Out<F>> {
         if !self.open {
             return None;
         }
@@ -200,7 +206,7 @@ impl Echo {
         }
         match self.queue.pop_front_if(|(due, _)| *due <= now)? {
             (_, Planned::Mark(out)) => Some(out),
-            (due, Planned::Packet(payload)) => Some(self.send(due, payload)),
+            (due, Planned::Frame(frame)) => Some(self.send(due, frame)),
         }
     }
 
@@ -256,11 +262,10 @@ impl Echo {
         let mut last = now;
         let mut end = now;
         self.queue.push_back((now, Planned::Mark(Out::Started)));
-        for packet in turn.recorded.drain(..).take(speech) {
-            last = now + rtp::span(packet.time - first);
-            end = last + duration(&packet.payload);
-            self.queue
-                .push_back((last, Planned::Packet(packet.payload)));
+        for recorded in turn.recorded.drain(..).take(speech) {
+            last = now + rtp::span(recorded.time - first);
+            end = last + recorded.frame.duration();
+            self.queue.push_back((last, Planned::Frame(recorded.frame)));
         }
         self.queue.push_back((last, Planned::Mark(Out::Ended)));
         turn.recorded.shrink_to(0);
@@ -268,84 +273,72 @@ impl Echo {
     }
 
     fn silence_from(&mut self, start: Instant) {
-        let silence = &self.silence;
-        let packets = (0..TAIL).map(|i| (start + FRAME * i, Planned::Packet(silence.clone())));
-        self.queue.extend(packets);
+        let mut due = start;
+        while due < start + TAIL {
+            self.queue
+                .push_back((due, Planned::Frame(self.silence.clone())));
+            due += self.silence.duration();
+        }
     }
 
-    fn send(&mut self, due: Instant, payload: Arc<[u8]>) -> Out {
+    fn send(&mut self, due: Instant, frame: F) -> Out<F> {
         let resumes = self
             .last_sent
             .is_none_or(|last| due.saturating_duration_since(last) >= KEEP_ALIVE / 2);
         self.last_sent = Some(due);
         Out::Send {
             due,
-            payload,
+            frame,
             resumes,
         }
     }
 }
 
-impl Turn {
-    fn record(&mut self, packet: Packet) {
+impl<F> Turn<F> {
+    fn record(&mut self, frame: Recorded<F>) {
         if self.phase == Phase::Idle {
-            let from = packet.time.saturating_sub(rtp::ticks(LEAD));
+            let from = frame.time.saturating_sub(rtp::ticks(LEAD));
             self.recorded.retain(|it| it.time >= from);
         }
-        let first = self.recorded.front().map_or(packet.time, |it| it.time);
-        let full = self.recorded.len() >= MOST_PACKETS;
-        if !full && packet.time - first < rtp::ticks(LONGEST) {
-            self.recorded.push_back(packet);
+        let first = self.recorded.front().map_or(frame.time, |it| it.time);
+        let full = self.recorded.len() >= MOST_FRAMES;
+        if !full && frame.time - first < rtp::ticks(LONGEST) {
+            self.recorded.push_back(frame);
         }
     }
 }
 
-impl Continuous {
-    fn due(&mut self, delay: Duration, packet: &Packet) -> Instant {
-        let by_arrival = packet.arrived + delay;
+impl<F> Continuous<F> {
+    fn due(&mut self, delay: Duration, frame: &Recorded<F>) -> Instant {
+        let by_arrival = frame.arrived + delay;
         if let Some((due, time)) = self.anchor {
-            let by_pace = due + rtp::span(packet.time.saturating_sub(time));
+            let by_pace = due + rtp::span(frame.time.saturating_sub(time));
             let drift = by_pace
                 .saturating_duration_since(by_arrival)
                 .max(by_arrival.saturating_duration_since(by_pace));
             if drift <= DRIFT {
-                self.anchor = Some((by_pace, packet.time));
+                self.anchor = Some((by_pace, frame.time));
                 return by_pace;
             }
         }
-        self.anchor = Some((by_arrival, packet.time));
+        self.anchor = Some((by_arrival, frame.time));
         by_arrival
     }
 
     /// Utterances are further apart than their end silence, so the marks in flight are few; a delay of hours would hold
-    /// as many packets no more than [`MOST_PACKETS`], and its marks go the same way.
-    fn mark(&mut self, due: Instant, out: Out) {
-        if self.marks.len() < MOST_PACKETS {
+    /// as many frames no more than [`MOST_FRAMES`], and its marks go the same way.
+    fn mark(&mut self, due: Instant, out: Out<F>) {
+        if self.marks.len() < MOST_FRAMES {
             self.marks.push_back((due, out));
         }
     }
 }
 
-/// How long an Opus packet plays, by its first byte and, for many frames, its second (RFC 6716, 3.1 and 3.2).
-fn duration(payload: &[u8]) -> Duration {
-    let Some(&toc) = payload.first() else {
-        return FRAME;
-    };
-    let frame = match toc >> 3 {
-        config @ 0..12 => [10_000, 20_000, 40_000, 60_000][usize::from(config % 4)],
-        config @ 12..16 => [10_000, 20_000][usize::from(config % 2)],
-        config => [2_500, 5_000, 10_000, 20_000][usize::from(config % 4)],
-    };
-    let frames = match toc & 3 {
-        0 => 1,
-        1 | 2 => 2,
-        _ => payload.get(1).map_or(1, |count| u64::from(count & 0x3f)),
-    };
-    Duration::from_micros((frame * frames).min(120_000))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::opus::SILENCE;
     use super::*;
 
     const SPEECH: u8 = 0x78;
@@ -364,11 +357,11 @@ mod tests {
 
     /// A call on a clock of its own: an agent that sends a packet every 20 ms, numbered in its payload.
     struct Call {
-        echo: Echo,
+        echo: Echo<Arc<[u8]>>,
         start: Instant,
         now: Instant,
         number: u8,
-        out: Vec<(u64, Out)>,
+        out: Vec<(u64, Out<Arc<[u8]>>)>,
     }
 
     impl Call {
@@ -418,7 +411,7 @@ mod tests {
                 }
                 let time = rtp::ticks(self.now.duration_since(self.start));
                 self.echo
-                    .on_packet(self.now, time, &Arc::from([SPEECH, self.number, 0, 0]));
+                    .on_frame(self.now, time, &Arc::from([SPEECH, self.number, 0, 0]));
                 self.number = self.number.wrapping_add(1);
             }
         }
@@ -441,16 +434,16 @@ mod tests {
         fn echoed(&self) -> Vec<(u64, u8)> {
             let mut echoed = Vec::new();
             for (at, out) in &self.out {
-                if let Out::Send { payload, .. } = out
-                    && payload[0] == SPEECH
+                if let Out::Send { frame, .. } = out
+                    && frame[0] == SPEECH
                 {
-                    echoed.push((*at, payload[1]));
+                    echoed.push((*at, frame[1]));
                 }
             }
             echoed
         }
 
-        fn marks(&self) -> Vec<(u64, Out)> {
+        fn marks(&self) -> Vec<(u64, Out<Arc<[u8]>>)> {
             let marks = self.out.iter();
             marks
                 .filter(|(_, out)| !matches!(out, Out::Send { .. }))
@@ -475,7 +468,7 @@ mod tests {
         assert_eq!(times[..10], tail);
         assert_eq!(times[10] - times[9], 400);
         for (_, out) in after {
-            assert!(matches!(out, Out::Send { payload, .. } if **payload == SILENCE));
+            assert!(matches!(out, Out::Send { frame, .. } if **frame == SILENCE));
         }
     }
 
@@ -573,7 +566,7 @@ mod tests {
 
     #[test]
     fn nothing_is_sent_before_the_track_is_open() {
-        let mut echo = Echo::new(Settings::default());
+        let mut echo = Echo::<Arc<[u8]>>::new(Settings::default());
         let now = Instant::now();
         assert_eq!(echo.next_deadline(), None);
         assert_eq!(echo.poll(now, false), None);
@@ -614,7 +607,7 @@ mod tests {
             let late = if i % 2 == 1 { 15 } else { 0 };
             call.run_to(call.start + ms(20 * i + late));
             let payload = Arc::from([SPEECH, 0, 0, 0]);
-            call.echo.on_packet(call.now, 960 * i, &payload);
+            call.echo.on_frame(call.now, 960 * i, &payload);
         }
         call.wait(5_000);
         let times: Vec<_> = call.echoed().iter().map(|(at, _)| *at).collect();
@@ -622,16 +615,5 @@ mod tests {
             times.windows(2).all(|pair| pair[1] - pair[0] == 20),
             "{times:?}"
         );
-    }
-
-    #[test]
-    fn packet_length_follows_from_its_first_bytes() {
-        assert_eq!(duration(&SILENCE), ms(20));
-        assert_eq!(duration(&[0x18]), ms(60));
-        assert_eq!(duration(&[0x79]), ms(40));
-        assert_eq!(duration(&[0x63, 6]), ms(60));
-        assert_eq!(duration(&[0xe0]), Duration::from_micros(2_500));
-        assert_eq!(duration(&[0xff, 0xff]), ms(120));
-        assert_eq!(duration(&[]), ms(20));
     }
 }

@@ -7,6 +7,7 @@ use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use secrecy::SecretString;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -14,13 +15,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::RoomName;
+#[cfg(feature = "libwebrtc")]
+use super::libwebrtc;
 use super::net::Endpoint;
 use super::participant;
 use super::rtp::Receiver;
 use super::signal::SignalError;
 use super::token::Keys;
 use super::transcript::Words;
-use crate::config::{Echo, Ice, Speech};
+use crate::config::{Echo, Engine, Ice, Speech};
 
 /// Events that may wait to be read. A busy call has some tens; who falls behind this far no longer reads.
 const EVENTS: usize = 256;
@@ -43,6 +46,18 @@ pub struct JoinRequest {
     pub ice: Ice,
     /// Whether the transcript is read.
     pub transcript: bool,
+}
+
+impl JoinRequest {
+    pub(super) fn token(&self) -> Result<SecretString, Ended> {
+        let token = self.keys.participant(
+            &self.room,
+            &self.identity,
+            &self.attributes,
+            self.room_config.as_ref(),
+        );
+        token.map_err(|error| Ended::Internal(error.to_string()))
+    }
 }
 
 /// A running participant. Dropping it ends the actor without ceremony.
@@ -221,24 +236,15 @@ pub struct AudioStats {
     pub jitter: Option<Duration>,
 }
 
-/// Which client stack joins. Today there is one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Engine {
-    #[default]
-    Native,
-}
-
-impl Engine {
-    /// Starts a participant and returns at once; must be called on a Tokio runtime.
-    pub fn join(self, request: JoinRequest) -> Participant {
-        let (sender, events) = mpsc::channel(EVENTS);
-        let leave = CancellationToken::new();
-        let actor = tokio::spawn(supervise(request, sender, leave.clone()));
-        Participant {
-            events,
-            leave,
-            _actor: AbortOnDropHandle::new(actor),
-        }
+/// Starts a participant and returns at once; must be called on a Tokio runtime.
+pub fn join(engine: Engine, request: JoinRequest) -> Participant {
+    let (sender, events) = mpsc::channel(EVENTS);
+    let leave = CancellationToken::new();
+    let actor = tokio::spawn(supervise(engine, request, sender, leave.clone()));
+    Participant {
+        events,
+        leave,
+        _actor: AbortOnDropHandle::new(actor),
     }
 }
 
@@ -251,6 +257,7 @@ impl Participant {
 
 /// Runs the actor and sends its last event, whatever becomes of it.
 async fn supervise(
+    engine: Engine,
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
@@ -259,15 +266,28 @@ async fn supervise(
     let Ok(last) = events.clone().reserve_owned().await else {
         return;
     };
-    let mut voice = Receiver::default();
-    let actor = participant::run(request, events, leave, &mut voice);
-    let why = caught(Box::pin(actor)).await;
+    let (why, audio) = match engine {
+        Engine::Native => {
+            let mut voice = Receiver::default();
+            let actor = participant::run(request, events, leave, &mut voice);
+            (caught(Box::pin(actor)).await, voice.stats())
+        }
+        #[cfg(feature = "libwebrtc")]
+        Engine::Libwebrtc => {
+            let mut voice = libwebrtc::Tally::default();
+            let actor = libwebrtc::run(request, events, leave, &mut voice);
+            (caught(Box::pin(actor)).await, voice.stats())
+        }
+        // The settings refuse it.
+        #[cfg(not(feature = "libwebrtc"))]
+        Engine::Libwebrtc => {
+            let why = "the engine libwebrtc is not in this binary".to_owned();
+            (Ended::Internal(why), AudioStats::default())
+        }
+    };
     last.send(RoomEvent {
         at: Instant::now(),
-        seen: Seen::Ended {
-            why,
-            audio: voice.stats(),
-        },
+        seen: Seen::Ended { why, audio },
     });
 }
 
@@ -288,6 +308,25 @@ pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> Option<&str> {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
 }
 
+/// For tests: whom a participant of theirs waits for is `support`.
+#[cfg(test)]
+pub(super) fn request(endpoint: Endpoint) -> JoinRequest {
+    JoinRequest {
+        endpoint,
+        keys: super::test_server::keys(),
+        room: RoomName("room".to_owned()),
+        identity: "canary-echo".to_owned(),
+        attributes: BTreeMap::new(),
+        agent_name: Some("support".to_owned()),
+        room_config: None,
+        echo: Echo::default(),
+        speech: Speech::default(),
+        signal_timeout: Duration::from_secs(10),
+        ice: Ice::default(),
+        transcript: true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::net::TcpListener;
@@ -296,20 +335,7 @@ mod tests {
 
     fn request(port: u16) -> JoinRequest {
         let url = format!("ws://127.0.0.1:{port}").parse().unwrap();
-        JoinRequest {
-            endpoint: Endpoint::new(&url, None).unwrap(),
-            keys: Keys::new("key", "secret").unwrap(),
-            room: RoomName("room".to_owned()),
-            identity: "canary".to_owned(),
-            attributes: BTreeMap::new(),
-            agent_name: None,
-            room_config: None,
-            echo: Echo::default(),
-            speech: Speech::default(),
-            signal_timeout: Duration::from_secs(10),
-            ice: Ice::default(),
-            transcript: false,
-        }
+        super::request(Endpoint::new(&url, None).unwrap())
     }
 
     /// The events up to the end of the channel.
@@ -326,7 +352,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let seen = all(Engine::Native.join(request(port))).await;
+        let seen = all(join(Engine::Native, request(port))).await;
         assert!(
             matches!(
                 &seen[..],
@@ -344,7 +370,7 @@ mod tests {
         // It takes connections and says nothing.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut participant = Engine::Native.join(request(port));
+        let mut participant = join(Engine::Native, request(port));
         let first = participant.events.recv().await.unwrap();
         assert!(matches!(first.seen, Seen::SignalRequested));
         participant.leave();
@@ -366,7 +392,7 @@ mod tests {
         use tokio::io::AsyncReadExt;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let participant = Engine::Native.join(request(port));
+        let participant = join(Engine::Native, request(port));
         let (mut connection, _) = listener.accept().await.unwrap();
         drop(participant);
         let mut sent = Vec::new();

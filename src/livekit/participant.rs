@@ -1,7 +1,6 @@
 //! The native participant: one task that owns a signal connection, two peer connections, and the state machines that
 //! hear and echo. Everything it sees goes out as an event, stamped where it was read.
 
-use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
@@ -16,18 +15,15 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::echo::{self, Echo};
-use super::engine::{Ended, JoinRequest, Right, RoomEvent, Seen, Speaker};
+use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
+use super::listening::Listening;
+use super::observer::{LEAVE_TIMEOUT, Observer, Outlet};
+use super::opus::{self, Decoder};
 use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
-use super::roster::Roster;
 use super::rtp::{self, Receiver};
-use super::session_stream::{self, Told};
-use super::signal::{Joined, Signal, SignalError, leave_reason};
-use super::speech::{Detector, Heard};
-use super::transcript::Words;
+use super::signal::{Joined, Signal, SignalError};
+use super::speech::Detector;
 use crate::config::Ice;
-
-/// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a transport may be down while the signal connection lives, which a ping every five seconds shows.
 const MEDIA_GRACE: Duration = Duration::from_secs(6);
@@ -42,45 +38,12 @@ const DATAGRAM: usize = 2_048;
 /// Streams whose m-line is remembered; a probe's room has one or two.
 const MOST_STREAMS: usize = 16;
 
-/// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
-const MOST_EARLY: usize = 250;
-
 /// So much before its time a packet of the echo goes out where something is to be done anyway; most often that is the
 /// agent's next packet, which comes at the same pace. Timers are no finer, and a round of its own is dear.
 const AHEAD: Duration = Duration::from_millis(2);
 
 /// The number of our one offer.
 const OFFER: u32 = 1;
-
-/// The way out for what is seen.
-struct Outlet {
-    events: mpsc::Sender<RoomEvent>,
-}
-
-impl Outlet {
-    fn tell(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
-        self.pass(RoomEvent { at, seen })
-    }
-
-    /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
-    fn tell_if_room(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
-        if self.events.capacity() > self.events.max_capacity() / 2 {
-            self.tell(at, seen)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Never waits: an event that waited would hold up the media.
-    fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
-        self.events.try_send(event).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => {
-                Ended::Internal("the participant's events are not being read".to_owned())
-            }
-            mpsc::error::TrySendError::Closed(_) => Ended::Left,
-        })
-    }
-}
 
 /// Joins, echoes and listens until something ends it. The last event is the caller's to send.
 pub(super) async fn run(
@@ -89,7 +52,7 @@ pub(super) async fn run(
     leave: CancellationToken,
     voice: &mut Receiver,
 ) -> Ended {
-    let outlet = Outlet { events };
+    let outlet = Outlet::new(events);
     let joining = async {
         let joined = connect(&request, &outlet).await?;
         Session::start(&request, outlet, voice, joined)
@@ -103,7 +66,7 @@ pub(super) async fn run(
         },
     };
     let served = session.serve(&leave).await;
-    let told = session.tell_unfinished();
+    let told = session.observer.tell_unfinished();
     let why = served
         .and_then(|why| told.map(|()| why))
         .unwrap_or_else(|why| why);
@@ -116,15 +79,7 @@ pub(super) async fn run(
 
 /// Connects; when the upgrade was requested is told at once.
 async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended> {
-    let token = request
-        .keys
-        .participant(
-            &request.room,
-            &request.identity,
-            &request.attributes,
-            request.room_config.as_ref(),
-        )
-        .map_err(|error| Ended::Internal(error.to_string()))?;
+    let token = request.token()?;
     let (requested, request_sent) = oneshot::channel();
     let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
     let telling = async {
@@ -141,17 +96,18 @@ async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended
 
 /// A participant in its room.
 struct Session<'a> {
-    outlet: Outlet,
+    observer: Observer,
     signal: Signal,
     publisher: Peer,
     subscriber: Peer,
-    roster: Roster,
     voice: &'a mut Receiver,
+    decoder: Decoder,
     speech: Detector,
-    echo: Echo,
+    echo: Echo<Arc<[u8]>>,
     track: Track,
-    listening: Listening,
-    reports: session_stream::Reader,
+    listening: Listening<Mid, Packet>,
+    /// M-lines of the streams seen; learnt anew after each negotiation.
+    streams: Vec<(u32, Option<Mid>)>,
     media_told: bool,
     /// Where the server wants media, as far as it was told.
     addresses: Vec<String>,
@@ -161,35 +117,11 @@ struct Session<'a> {
 
 /// Our echo track.
 struct Track {
-    /// The client's id of the track: the same in `AddTrack` and in the offer's msid.
-    cid: String,
     mid: Mid,
-    /// The server's id, once it acknowledged the track.
-    sid: Option<String>,
     sequence: u64,
     /// A moment and the RTP timestamp that belongs to it.
     origin: (Instant, u32),
     last: Option<u64>,
-}
-
-/// Which packets are the agent's voice.
-#[derive(Default)]
-struct Listening {
-    to: Option<Voice>,
-    /// Its packets from before the agent was known, the newest.
-    early: VecDeque<Packet>,
-    /// M-lines of the streams seen; learnt anew after each negotiation.
-    streams: Vec<(u32, Option<Mid>)>,
-    first_audio_told: bool,
-}
-
-/// A track that carries the agent's voice, or may: an avatar can be there before its agent is known.
-struct Voice {
-    mid: Mid,
-    track_sid: String,
-    since: Instant,
-    /// It is the agent's, and was told to be there.
-    told: bool,
 }
 
 enum Step {
@@ -215,68 +147,47 @@ impl<'a> Session<'a> {
             local,
             ..
         } = joined;
-        let response = *response;
-        let room = response.room.unwrap_or_default();
-        let server = response.server_info.unwrap_or_default();
-        outlet.tell(
-            at,
-            Seen::SignalConnected {
-                room_sid: room.sid,
-                server_version: server.version,
-                region: server.region,
-                node: server.node_id,
-            },
-        )?;
-        let own = response.participant.unwrap_or_default();
-        if own.permission.is_some_and(|it| !it.can_publish) {
-            let why = "the token does not allow this participant to publish".to_owned();
-            return Err(Ended::PublishFailed(why));
-        }
+        // The same in `AddTrack` and in the offer's msid.
+        let cid = format!("echo-{:016x}", fastrand::u64(..));
+        let mut observer = Observer::new(request, outlet, cid.clone());
+        observer.on_join(at, &response)?;
         let peer = |target| {
             let peer = Peer::new(target, local.ip(), request.ice);
             peer.map_err(|error| media_failed(peer::name(target), &error))
         };
         let mut publisher = peer(proto::SignalTarget::Publisher)?;
         let subscriber = peer(proto::SignalTarget::Subscriber)?;
-        let cid = format!("echo-{:016x}", fastrand::u64(..));
         let (mid, offer) = publisher.offer_track("echo", &cid, OFFER);
-        let identity = if own.identity.is_empty() {
-            request.identity.clone()
-        } else {
-            own.identity
-        };
         let mut session = Box::new(Self {
-            outlet,
+            observer,
             signal,
             publisher,
             subscriber,
-            roster: Roster::new(identity, request.agent_name.clone()),
             voice,
-            speech: Detector::new(request.speech.clone()),
+            decoder: Decoder::default(),
+            speech: Detector::new(request.speech.clone(), opus::RATE),
             echo: Echo::new(request.echo.clone()),
             track: Track {
-                cid,
                 mid,
-                sid: None,
                 // Below 2^16, or the stack would need its rollover counter told to the server.
                 sequence: fastrand::u64(1..1 << 15),
                 origin: (Instant::now(), fastrand::u32(..)),
                 last: None,
             },
             listening: Listening::default(),
-            reports: session_stream::Reader::new(request.transcript),
+            streams: Vec::new(),
             media_told: false,
             addresses: Vec::new(),
             udp_tried: request.ice == Ice::All,
         });
-        session.publish(offer)?;
+        session.publish(cid, offer)?;
         session.on_participants(at, response.other_participants, true)?;
         Ok(session)
     }
 
-    fn publish(&mut self, offer: String) -> Result<(), Ended> {
+    fn publish(&mut self, cid: String, offer: String) -> Result<(), Ended> {
         self.send(Request::AddTrack(proto::AddTrackRequest {
-            cid: self.track.cid.clone(),
+            cid,
             name: "echo".to_owned(),
             r#type: proto::TrackType::Audio.into(),
             // An agent listens to a microphone and to nothing else.
@@ -327,7 +238,7 @@ impl<'a> Session<'a> {
             match happening {
                 Happening::Connected => self.on_connected(now)?,
                 Happening::Packet(packet) => self.on_packet(packet)?,
-                Happening::Data(data) => self.on_data(now, &data)?,
+                Happening::Data(data) => self.observer.on_data(now, &data)?,
             }
         }
         // Before the publisher is polled, which sends it: otherwise every packet would take a round of its own.
@@ -344,7 +255,7 @@ impl<'a> Session<'a> {
     /// What only passing time brings; asked when nothing is left to read.
     fn on_time(&mut self, now: Instant) -> Result<(), Ended> {
         if let Some(heard) = self.speech.on_time(now) {
-            self.on_heard(heard)?;
+            self.observer.heard(&mut self.echo, heard)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -379,42 +290,11 @@ impl<'a> Session<'a> {
     fn on_connected(&mut self, now: Instant) -> Result<(), Ended> {
         if !self.media_told && self.publisher.connected() && self.subscriber.connected() {
             self.media_told = true;
-            self.outlet.tell(now, Seen::MediaConnected)?;
+            self.observer.outlet.tell(now, Seen::MediaConnected)?;
             let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
             if over_tcp && self.udp_tried {
-                self.outlet.tell(now, Seen::UdpBlocked)?;
+                self.observer.outlet.tell(now, Seen::UdpBlocked)?;
             }
-        }
-        Ok(())
-    }
-
-    fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
-        for told in self.reports.on_data(at, data) {
-            let seen = match told {
-                Told::Error { identity, message } => Seen::AgentError { identity, message },
-                Told::Turn { identity, metrics } => Seen::AgentMetrics { identity, metrics },
-                Told::Words(words) => self.transcribed(words),
-            };
-            self.outlet.tell_if_room(at, seen)?;
-        }
-        Ok(())
-    }
-
-    fn transcribed(&self, words: Words) -> Seen {
-        let of_us = words.track.is_some() && words.track == self.track.sid;
-        let speaker = if of_us || self.roster.is_own(&words.identity) {
-            Speaker::Caller
-        } else {
-            Speaker::Agent
-        };
-        Seen::Transcribed { speaker, words }
-    }
-
-    /// Tells what was being said when it all ended.
-    fn tell_unfinished(&mut self) -> Result<(), Ended> {
-        for words in self.reports.unfinished() {
-            let seen = self.transcribed(words);
-            self.outlet.tell_if_room(Instant::now(), seen)?;
         }
         Ok(())
     }
@@ -425,25 +305,7 @@ impl<'a> Session<'a> {
             Response::Offer(offer) => self.on_offer(at, offer).await,
             Response::Trickle(trickle) => self.on_trickle(&trickle).await,
             Response::Update(update) => self.on_participants(at, update.participants, false),
-            Response::TrackPublished(published) if published.cid == self.track.cid => {
-                let first = self.track.sid.is_none();
-                self.track.sid = Some(published.track.unwrap_or_default().sid);
-                if first {
-                    self.outlet.tell(at, Seen::EchoPublished)?;
-                }
-                Ok(())
-            }
-            Response::TrackUnpublished(gone)
-                if Some(&gone.track_sid) == self.track.sid.as_ref() =>
-            {
-                // livekit-server takes a client's track down for nothing else.
-                Err(Ended::Revoked(Right::Publish))
-            }
-            Response::RequestResponse(response) => refused(&response),
-            Response::Leave(leave) => Err(Ended::Removed {
-                reason: leave_reason(&leave),
-            }),
-            _ => Ok(()),
+            other => self.observer.on_message(at, other),
         }
     }
 
@@ -471,7 +333,7 @@ impl<'a> Session<'a> {
         self.tell_addresses()?;
         self.send(Request::Answer(description("answer", answer, offer.id)))?;
         self.trickle(proto::SignalTarget::Subscriber, candidates)?;
-        self.listening.streams.clear();
+        self.streams.clear();
         self.listen(at)
     }
 
@@ -497,7 +359,7 @@ impl<'a> Session<'a> {
         for address in told {
             if !self.addresses.contains(&address) {
                 let seen = Seen::MediaAddress(address.clone());
-                self.outlet.tell(Instant::now(), seen)?;
+                self.observer.outlet.tell(Instant::now(), seen)?;
                 self.addresses.push(address);
             }
         }
@@ -527,59 +389,22 @@ impl<'a> Session<'a> {
         participants: Vec<proto::ParticipantInfo>,
         in_join_response: bool,
     ) -> Result<(), Ended> {
-        let own = |info: &&proto::ParticipantInfo| self.roster.is_own(&info.identity);
-        if let Some(right) = participants.iter().find(own).and_then(revoked) {
-            return Err(Ended::Revoked(right));
-        }
-        for mut event in self.roster.update(at, participants, in_join_response) {
-            if let (Seen::AgentJoined { agent, .. }, Some(clock)) =
-                (&mut event.seen, self.signal.clock())
-            {
-                let joined = clock.ours(agent.joined_at_ms);
-                agent.joined = joined.map(|joined| joined.min(event.at));
-            }
-            self.outlet.pass(event)?;
-        }
+        let clock = self.signal.clock();
+        self.observer
+            .on_participants(at, participants, in_join_response, clock)?;
         self.listen(at)
     }
 
-    /// Settles which m-line carries the agent's voice: participants and descriptions come in any order.
+    /// Settles which m-line carries the agent's voice, and takes in what it had said by the time that is known:
+    /// participants and descriptions come in any order.
     fn listen(&mut self, at: Instant) -> Result<(), Ended> {
-        let tracks = self.subscriber.tracks();
-        let stays = self.listening.to.as_ref().is_some_and(|voice| {
-            tracks.get(&voice.mid) == Some(&voice.track_sid)
-                && self.roster.voice().any(|sid| sid == voice.track_sid)
-        });
-        if !stays {
-            let found = self.roster.voice().find_map(|voice| {
-                let mut tracks = tracks.iter();
-                tracks.find(|(_, sid)| *sid == voice)
-            });
-            self.listening.early.clear();
-            self.listening.to = found.map(|(mid, sid)| Voice {
-                mid: *mid,
-                track_sid: sid.clone(),
-                since: at,
-                told: false,
-            });
+        let tracks = self.subscriber.tracks().iter();
+        let tracks = tracks.map(|(mid, sid)| (*mid, sid.as_str()));
+        self.listening.settle(at, &self.observer.roster, &tracks);
+        for packet in self.observer.tell_of_voice(&mut self.listening)? {
+            self.on_voice(&packet)?;
         }
-        self.tell_of_voice()
-    }
-
-    /// Tells of the voice once the agent is known, and takes in what it had said by then.
-    fn tell_of_voice(&mut self) -> Result<(), Ended> {
-        let Some(voice) = &mut self.listening.to else {
-            return Ok(());
-        };
-        if voice.told || !self.roster.knows_agent() {
-            return Ok(());
-        }
-        voice.told = true;
-        let track_sid = voice.track_sid.clone();
-        self.outlet
-            .tell(voice.since, Seen::AgentTrackSubscribed { track_sid })?;
-        let early = std::mem::take(&mut self.listening.early);
-        early.iter().try_for_each(|packet| self.on_voice(packet))
+        Ok(())
     }
 
     fn on_packet(&mut self, packet: Packet) -> Result<(), Ended> {
@@ -587,37 +412,31 @@ impl<'a> Session<'a> {
         if packet.payload.is_empty() || !self.is_voice(packet.head.ssrc) {
             return Ok(());
         }
-        if self.listening.to.as_ref().is_some_and(|voice| voice.told) {
-            return self.on_voice(&packet);
+        match self.listening.sift(packet) {
+            Some(packet) => self.on_voice(&packet),
+            None => Ok(()),
         }
-        if self.listening.early.len() == MOST_EARLY {
-            self.listening.early.pop_front();
-        }
-        self.listening.early.push_back(packet);
-        Ok(())
     }
 
     fn on_voice(&mut self, packet: &Packet) -> Result<(), Ended> {
         let at = packet.at;
-        if !self.listening.first_audio_told {
-            self.listening.first_audio_told = true;
-            self.outlet.tell(at, Seen::AgentFirstAudio)?;
-        }
+        self.observer.first_audio(at)?;
         let Some(position) = self.voice.on_packet(at, packet.head) else {
             return Ok(());
         };
-        self.echo.on_packet(at, position.time, &packet.payload);
-        for heard in self.speech.on_packet(at, position, &packet.payload) {
-            self.on_heard(heard)?;
+        self.echo.on_frame(at, position.time, &packet.payload);
+        let sound = self.decoder.decode(position, &packet.payload);
+        for heard in self.speech.on_sound(at, sound) {
+            self.observer.heard(&mut self.echo, heard)?;
         }
         Ok(())
     }
 
     fn is_voice(&mut self, ssrc: u32) -> bool {
-        let Some(wanted) = self.listening.to.as_ref().map(|voice| voice.mid) else {
+        let Some(wanted) = self.listening.key() else {
             return false;
         };
-        let streams = &mut self.listening.streams;
+        let streams = &mut self.streams;
         if let Some((_, mid)) = streams.iter().find(|(it, _)| *it == ssrc) {
             return *mid == Some(wanted);
         }
@@ -628,30 +447,17 @@ impl<'a> Session<'a> {
         mid == Some(wanted)
     }
 
-    fn on_heard(&mut self, heard: Heard) -> Result<(), Ended> {
-        match heard {
-            Heard::Started(at) => {
-                self.echo.on_speech_started(at);
-                self.outlet.tell(at, Seen::SpeechStarted)
-            }
-            Heard::Ended(at) => {
-                self.echo.on_speech_ended(at);
-                self.outlet.tell(at, Seen::SpeechEnded)
-            }
-        }
-    }
-
     /// Sends what the echo has due.
     fn play(&mut self, now: Instant) -> Result<(), Ended> {
         while let Some(out) = self.echo.poll(now + AHEAD, self.speech.on_the_verge()) {
             match out {
-                echo::Out::Started => self.outlet.tell(now, Seen::EchoStarted)?,
-                echo::Out::Ended => self.outlet.tell(now, Seen::EchoEnded)?,
+                echo::Out::Started => self.observer.outlet.tell(now, Seen::EchoStarted)?,
+                echo::Out::Ended => self.observer.outlet.tell(now, Seen::EchoEnded)?,
                 echo::Out::Send {
                     due,
-                    payload,
+                    frame,
                     resumes,
-                } => self.send_packet(now, due, payload, resumes),
+                } => self.send_packet(now, due, frame, resumes),
             }
         }
         Ok(())
@@ -669,7 +475,7 @@ impl<'a> Session<'a> {
             timestamp,
             at: now,
             marker: resumes,
-            silent: *payload == echo::SILENCE,
+            silent: *payload == opus::SILENCE,
             payload,
         };
         self.publisher.write(mid, packet);
@@ -715,30 +521,6 @@ fn poll(peer: &mut Peer, now: Instant) -> Result<Option<Happening>, Ended> {
         .map_err(|error| media_failed(peer.name(), &error))
 }
 
-fn refused(response: &proto::RequestResponse) -> Result<(), Ended> {
-    use proto::request_response::{Reason, Request as About};
-    let fine = matches!(response.reason(), Reason::Ok | Reason::Queued);
-    if fine || !matches!(response.request, Some(About::AddTrack(_))) {
-        return Ok(());
-    }
-    let reason = response.reason().as_str_name();
-    Err(Ended::PublishFailed(format!(
-        "{reason}: {}",
-        response.message
-    )))
-}
-
-/// A right that a probe needs and that this says we don't have. Without the one to subscribe nothing of the agent would
-/// come any more, and the agent would seem silent.
-fn revoked(own: &proto::ParticipantInfo) -> Option<Right> {
-    let permission = own.permission.as_ref()?;
-    match (permission.can_subscribe, permission.can_publish) {
-        (false, _) => Some(Right::Subscribe),
-        (true, false) => Some(Right::Publish),
-        (true, true) => None,
-    }
-}
-
 fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
     proto::SessionDescription {
         r#type: kind.to_owned(),
@@ -760,47 +542,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unread_events_end_the_participant_and_leave_the_last_its_place() {
-        let (events, mut reader) = mpsc::channel(3);
-        let last = events.clone().try_reserve_owned().unwrap();
-        let outlet = Outlet { events };
-        let now = Instant::now();
-        assert!(outlet.tell(now, Seen::EchoStarted).is_ok());
-        assert!(outlet.tell(now, Seen::EchoEnded).is_ok());
-        let full = outlet.tell(now, Seen::MediaConnected);
-        assert!(matches!(full, Err(Ended::Internal(_))));
-        last.send(RoomEvent {
-            at: now,
-            seen: Seen::SpeechEnded,
-        });
-        let order: Vec<_> = std::iter::from_fn(|| reader.try_recv().ok()).collect();
-        assert_eq!(order.len(), 3);
-        assert!(matches!(order[2].seen, Seen::SpeechEnded));
-    }
-
-    #[test]
-    fn what_no_verdict_needs_leaves_the_rest_its_places() {
-        let (events, mut reader) = mpsc::channel(10);
-        let outlet = Outlet { events };
-        let error = || Seen::AgentError {
-            identity: String::new(),
-            message: String::new(),
-        };
-        for _ in 0..100 {
-            assert!(outlet.tell_if_room(Instant::now(), error()).is_ok());
-        }
-        assert!(outlet.tell(Instant::now(), Seen::EchoStarted).is_ok());
-        let told = std::iter::from_fn(|| reader.try_recv().ok());
-        assert_eq!(told.count(), 6);
-    }
-
-    #[test]
     fn timestamps_keep_the_clock_and_never_stand_still() {
         let epoch = Instant::now();
         let mut track = Track {
-            cid: String::new(),
             mid: Mid::from("0"),
-            sid: None,
             sequence: 7,
             origin: (epoch, u32::MAX - 959),
             last: None,
@@ -809,36 +554,5 @@ mod tests {
         assert_eq!(track.next(epoch + Duration::from_millis(20)), (9, 0));
         assert_eq!(track.next(epoch), (10, 1));
         assert_eq!(track.next(epoch + Duration::from_secs(1)), (11, 47_040));
-    }
-
-    #[test]
-    fn right_that_is_taken_away_is_told_from_one_that_stays() {
-        let own = |can_subscribe, can_publish| proto::ParticipantInfo {
-            permission: Some(proto::ParticipantPermission {
-                can_subscribe,
-                can_publish,
-                ..proto::ParticipantPermission::default()
-            }),
-            ..proto::ParticipantInfo::default()
-        };
-        assert_eq!(revoked(&own(true, true)), None);
-        assert_eq!(revoked(&own(true, false)), Some(Right::Publish));
-        assert_eq!(revoked(&own(false, true)), Some(Right::Subscribe));
-        // An update that says nothing of permissions takes none away.
-        assert_eq!(revoked(&proto::ParticipantInfo::default()), None);
-    }
-
-    #[test]
-    fn only_a_refusal_of_the_track_is_one() {
-        use proto::request_response::{Reason, Request as About};
-        let response = |reason: Reason, request| proto::RequestResponse {
-            reason: reason.into(),
-            request,
-            ..proto::RequestResponse::default()
-        };
-        let track = || Some(About::AddTrack(proto::AddTrackRequest::default()));
-        assert!(refused(&response(Reason::NotAllowed, track())).is_err());
-        assert!(refused(&response(Reason::Queued, track())).is_ok());
-        assert!(refused(&response(Reason::NotAllowed, None)).is_ok());
     }
 }

@@ -495,11 +495,7 @@ impl Peer {
         };
         (usable && self.candidates < MOST_CANDIDATES).then(|| {
             self.candidates += 1;
-            let proto = match candidate.proto() {
-                Protocol::Udp => "UDP",
-                _ => "TCP",
-            };
-            self.addresses.push(format!("{proto} {}", candidate.addr()));
+            self.addresses.push(address(&candidate));
             candidate
         })
     }
@@ -667,6 +663,15 @@ fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
         RtcError::Sdp(_) | RtcError::RemoteSdp(_) => PeerError::Sdp(what),
         other => PeerError::Stack(other),
     }
+}
+
+/// Where a candidate wants media: `UDP 192.0.2.1:7882`.
+pub(super) fn address(candidate: &Candidate) -> String {
+    let proto = match candidate.proto() {
+        Protocol::Udp => "UDP",
+        _ => "TCP",
+    };
+    format!("{proto} {}", candidate.addr())
 }
 
 /// The tracks that an offer sends, by m-line. LiveKit's stream id is `<participant sid>|<track sid>`, and its track id

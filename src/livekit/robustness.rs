@@ -1,7 +1,6 @@
 //! What a server or an agent may say, in any form and order: it ends a participant or a call with a verdict on them,
 //! never with a fault of ours, and nothing waits for ever.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,13 +23,14 @@ use super::arbitrary::{
     ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
 };
 use super::echo::Echo;
-use super::engine::{Ended, Engine, JoinRequest, Seen};
+use super::engine::{Ended, Seen, join, request};
 use super::exchange;
+use super::opus::{self, Decoder};
 use super::rtp::{Head, Receiver};
 use super::signal;
 use super::speech::{Detector, Heard};
 use super::test_server::{Server, keys, read_request};
-use crate::config::{self as settings, EchoMode, Ice, Speech};
+use crate::config::{self as settings, EchoMode, Engine, Speech};
 
 /// A move of a server's after the join response.
 #[derive(Debug, Clone)]
@@ -211,29 +211,12 @@ async fn play(stream: TcpStream, others: Vec<proto::ParticipantInfo>, moves: Vec
     play.await;
 }
 
-fn request(server: &Server) -> JoinRequest {
-    JoinRequest {
-        endpoint: server.endpoint(),
-        keys: keys(),
-        room: RoomName("room".to_owned()),
-        identity: "canary-echo".to_owned(),
-        attributes: BTreeMap::new(),
-        agent_name: Some("support".to_owned()),
-        room_config: None,
-        echo: settings::Echo::default(),
-        speech: Speech::default(),
-        signal_timeout: Duration::from_secs(10),
-        ice: Ice::All,
-        transcript: true,
-    }
-}
-
 #[test]
 fn server_that_says_anything_in_any_order_ends_a_participant_without_a_fault_of_ours() {
     let inputs = (vec(participant(), 0..3), moves());
     check(48, &inputs, async |(others, moves)| {
         let server = Server::start(move |stream| play(stream, others.clone(), moves.clone())).await;
-        let mut participant = Engine::Native.join(request(&server));
+        let mut participant = join(Engine::Native, request(server.endpoint()));
         let mut last = None;
         while let Some(event) = participant.events.recv().await {
             last = Some(event.seen);
@@ -379,7 +362,8 @@ proptest! {
         };
         let mut now = Instant::now();
         let mut receiver = Receiver::default();
-        let mut speech = Detector::new(Speech::default());
+        let mut decoder = Decoder::default();
+        let mut speech = Detector::new(Speech::default(), opus::RATE);
         let mut echo = Echo::new(echo_settings);
         echo.open(now);
         let mut last = None;
@@ -390,8 +374,8 @@ proptest! {
             if let Some(position) = receiver.on_packet(now, head) {
                 prop_assert!(last < Some(position.time), "the media clock went back");
                 last = Some(position.time);
-                echo.on_packet(now, position.time, &payload);
-                for heard in speech.on_packet(now, position, &payload) {
+                echo.on_frame(now, position.time, &payload);
+                for heard in speech.on_sound(now, decoder.decode(position, &payload)) {
                     match heard {
                         Heard::Started(at) => echo.on_speech_started(at),
                         Heard::Ended(at) => echo.on_speech_ended(at),

@@ -58,6 +58,11 @@ impl Roster {
         }
     }
 
+    /// The server may give us another identity than we asked for.
+    pub(crate) fn we_are(&mut self, identity: String) {
+        self.own_identity = identity;
+    }
+
     pub(crate) fn is_own(&self, identity: &str) -> bool {
         identity == self.own_identity
     }

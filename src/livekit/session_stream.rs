@@ -75,10 +75,7 @@ impl Reader {
     }
 
     /// Takes what came on a reliable data channel.
-    pub(super) fn on_data(&mut self, at: Instant, data: &[u8]) -> Vec<Told> {
-        let Ok(packet) = DataPacket::decode(data) else {
-            return Vec::new();
-        };
+    pub(super) fn on_packet(&mut self, at: Instant, packet: DataPacket) -> Vec<Told> {
         let identity = packet.participant_identity;
         match packet.value {
             Some(Value::StreamHeader(header)) => self.begin(at, &identity, header),
@@ -218,6 +215,13 @@ mod tests {
 
     use super::super::arbitrary::{bytes, config, protobuf};
     use super::*;
+
+    impl Reader {
+        fn on_data(&mut self, at: Instant, data: &[u8]) -> Vec<Told> {
+            DataPacket::decode(data)
+                .map_or_else(|_| Vec::new(), |packet| self.on_packet(at, packet))
+        }
+    }
 
     fn packet(value: Value) -> Vec<u8> {
         let packet = DataPacket {

@@ -56,12 +56,54 @@ pub struct Signal {
     give_up: Pin<Box<Sleep>>,
     /// When the last message came.
     heard_at: Instant,
+    pings: Pings,
+    rate: Rate,
+}
+
+/// A WebSocket to the server, before its first message.
+pub(super) struct Opened {
+    pub(super) socket: WebSocketStream<Stream>,
+    /// Our end of the TCP connection, and the server's.
+    pub(super) local: SocketAddr,
+    pub(super) peer: SocketAddr,
+}
+
+/// Pings and their pongs, as far as they tell the time.
+#[derive(Default)]
+pub(super) struct Pings {
     /// The last ping: its timestamp, which comes back in the pong, and when it was sent.
-    pinged: Option<(i64, Instant)>,
+    sent: Option<(i64, Instant)>,
     /// As the last pong told it; the server keeps statistics of it.
     rtt: Duration,
     clock: Option<ServerClock>,
-    rate: Rate,
+}
+
+impl Pings {
+    pub(super) fn on_ping(&mut self, timestamp: i64, at: Instant) {
+        self.sent = Some((timestamp, at));
+    }
+
+    pub(super) fn on_pong(&mut self, at: Instant, pong: &proto::Pong) {
+        let answered = self
+            .sent
+            .take_if(|(timestamp, _)| *timestamp == pong.last_ping_timestamp);
+        let Some((_, sent)) = answered else {
+            return;
+        };
+        self.rtt = at.saturating_duration_since(sent);
+        if pong.timestamp > 0 && self.clock.is_none_or(|known| self.rtt < known.rtt) {
+            self.clock = Some(ServerClock {
+                ours: sent + self.rtt / 2,
+                theirs: pong.timestamp,
+                rtt: self.rtt,
+            });
+        }
+    }
+
+    /// The server's clock, as the quickest pong told it; `None` until one has come.
+    pub(super) fn clock(&self) -> Option<ServerClock> {
+        self.clock
+    }
 }
 
 /// A moment on the server's clock and on ours, from a ping and its pong.
@@ -132,20 +174,17 @@ impl Signal {
         requested: oneshot::Sender<Instant>,
     ) -> Result<Joined, SignalError> {
         let deadline = Instant::now() + timeout;
-        let stream = endpoint.connect(deadline).await?;
-        let (local, peer) = (stream.local, stream.peer);
-        let key = generate_key();
-        let request = upgrade_request(endpoint, token, &key);
-        // A caller that no longer listens doesn't want to know.
-        requested.send(Instant::now()).ok();
-        let answer = exchange(stream, request, deadline)
-            .await
-            .map_err(|error| match error {
-                ExchangeError::Timeout => SignalError::JoinTimeout(timeout),
-                ExchangeError::Broken(text) => SignalError::Closed(text),
-                ExchangeError::Malformed(text) => SignalError::Protocol(text),
-            })?;
-        let mut signal = Self::open(answer, &key).await?;
+        let target = format!(
+            "{}?auto_subscribe=1&adaptive_stream=0&protocol={PROTOCOL_VERSION}&sdk=rust&version={SDK_VERSION}",
+            endpoint.target("/rtc")
+        );
+        let asked = |at| {
+            // A caller that no longer listens doesn't want to know.
+            requested.send(at).ok();
+        };
+        let opened = open(endpoint, &target, token, timeout, asked).await?;
+        let (local, peer) = (opened.local, opened.peer);
+        let mut signal = Self::over(opened.socket);
         let (at, first) = timeout_at(deadline, signal.next_message())
             .await
             .map_err(|_| SignalError::JoinTimeout(timeout))??;
@@ -172,55 +211,24 @@ impl Signal {
         })
     }
 
-    async fn open(answer: Answer, key: &str) -> Result<Self, SignalError> {
-        if answer.status != StatusCode::SWITCHING_PROTOCOLS {
-            return Err(SignalError::Refused(answer.refusal()));
-        }
-        if !accepts(&answer.headers, key) {
-            let text = "the answer to the upgrade is not a WebSocket's".to_owned();
-            return Err(SignalError::Protocol(text));
-        }
-        let (stream, read_ahead) = answer
-            .upgraded
-            .expect("an answer of status 101 carries its connection");
-        // The defaults would allocate 128 KiB a room for reading alone.
-        let config = WebSocketConfig::default()
-            .read_buffer_size(8 << 10)
-            .write_buffer_size(0)
-            .max_write_buffer_size(BACKLOG_LIMIT)
-            .max_message_size(Some(MESSAGE_LIMIT))
-            .max_frame_size(Some(MESSAGE_LIMIT));
-        let socket = WebSocketStream::from_partially_read(
-            stream,
-            read_ahead.to_vec(),
-            Role::Client,
-            Some(config),
-        )
-        .await;
+    fn over(socket: WebSocketStream<Stream>) -> Self {
         let now = Instant::now();
-        Ok(Self {
+        Self {
             socket,
             unflushed: false,
-            ping: pings(Duration::from_secs(5)),
+            ping: every(Duration::from_secs(5)),
             ping_timeout: Duration::from_secs(15),
             give_up: Box::pin(sleep_until(now)),
             heard_at: now,
-            pinged: None,
-            rtt: Duration::ZERO,
-            clock: None,
+            pings: Pings::default(),
             rate: Rate::new(now),
-        })
+        }
     }
 
-    /// Takes over the server's own figures, within reason: zero means that it names none.
     fn keep_alive_as(&mut self, response: &proto::JoinResponse) {
-        let seconds = |given: i32, default: u64| {
-            let given = u64::try_from(given).ok().filter(|given| *given > 0);
-            Duration::from_secs(given.unwrap_or(default).min(60))
-        };
-        let every = seconds(response.ping_interval, 5);
-        self.ping = pings(every);
-        self.ping_timeout = seconds(response.ping_timeout, 15).max(2 * every);
+        let (ping, timeout) = keep_alive(response);
+        self.ping = every(ping);
+        self.ping_timeout = timeout;
     }
 
     /// The next message and when its frame was read. Pings and their deadline are kept in here, so it must be polled
@@ -257,9 +265,9 @@ impl Signal {
         self.heard_at
     }
 
-    /// The server's clock, as the quickest pong told it; `None` until one has come.
+    /// See [`Pings::clock`].
     pub fn clock(&self) -> Option<ServerClock> {
-        self.clock
+        self.pings.clock()
     }
 
     /// Queues a message and writes what the socket takes; [`recv`](Self::recv) writes the rest. It never waits, so it
@@ -303,7 +311,7 @@ impl Signal {
     fn sift(&mut self, at: Instant, message: Incoming) -> Option<Incoming> {
         match message {
             Incoming::PongResp(pong) => {
-                self.on_pong(at, &pong);
+                self.pings.on_pong(at, &pong);
                 None
             }
             // The new token is for reconnecting, which a canary doesn't do: it stays out of reach of every log.
@@ -312,31 +320,14 @@ impl Signal {
         }
     }
 
-    fn on_pong(&mut self, at: Instant, pong: &proto::Pong) {
-        let answered = self
-            .pinged
-            .take_if(|(timestamp, _)| *timestamp == pong.last_ping_timestamp);
-        let Some((_, sent)) = answered else {
-            return;
-        };
-        self.rtt = at.saturating_duration_since(sent);
-        if pong.timestamp > 0 && self.clock.is_none_or(|known| self.rtt < known.rtt) {
-            self.clock = Some(ServerClock {
-                ours: sent + self.rtt / 2,
-                theirs: pong.timestamp,
-                rtt: self.rtt,
-            });
-        }
-    }
-
     /// Both forms, as upstream's SDKs do: servers before protocol 8 answer only the first.
     fn send_ping(&mut self) -> Result<(), SignalError> {
         let timestamp = Utc::now().timestamp_millis();
-        self.pinged = Some((timestamp, Instant::now()));
+        self.pings.on_ping(timestamp, Instant::now());
         self.send(Outgoing::Ping(timestamp))?;
         self.send(Outgoing::PingReq(proto::Ping {
             timestamp,
-            rtt: i64::try_from(self.rtt.as_millis()).unwrap_or(i64::MAX),
+            rtt: i64::try_from(self.pings.rtt.as_millis()).unwrap_or(i64::MAX),
         }))
     }
 
@@ -370,26 +361,101 @@ async fn next_message(
             next.map(|frame| frame.transpose().map_err(|error| socket_error(&error)))
         })
         .await?;
-        let at = Instant::now();
-        let Some(frame) = frame else {
-            return Err(SignalError::Closed("end of stream".to_owned()));
-        };
-        rate.count(at)?;
-        match frame {
-            Message::Binary(bytes) => {
-                if let Some(message) = decode(&bytes)? {
-                    return Ok((at, message));
-                }
-            }
-            Message::Close(frame) => return Err(closed(frame.as_ref())),
-            Message::Text(_) => {
-                let text = "a text frame, where only protobufs were agreed on".to_owned();
-                return Err(SignalError::Protocol(text));
-            }
-            // The socket answers pings by itself on its next poll.
-            Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
+        let (at, content) = take(frame, rate)?;
+        if let Some(bytes) = content
+            && let Some(message) = decode(&bytes)?
+        {
+            return Ok((at, message));
         }
     }
+}
+
+/// When a frame came, and its content where it is one for a client; or why there are no more.
+pub(super) fn take(
+    frame: Option<Message>,
+    rate: &mut Rate,
+) -> Result<(Instant, Option<Bytes>), SignalError> {
+    let at = Instant::now();
+    let Some(frame) = frame else {
+        return Err(SignalError::Closed("end of stream".to_owned()));
+    };
+    rate.count(at)?;
+    match frame {
+        Message::Binary(bytes) => Ok((at, Some(bytes))),
+        Message::Close(frame) => Err(closed(frame.as_ref())),
+        Message::Text(_) => {
+            let text = "a text frame, where only protobufs were agreed on".to_owned();
+            Err(SignalError::Protocol(text))
+        }
+        // The socket answers pings by itself on its next poll.
+        Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => Ok((at, None)),
+    }
+}
+
+/// Opens a WebSocket at `target`, a path with its query, within `timeout` from DNS to the answer to the upgrade.
+///
+/// `asked` is told the time just before the upgrade is written, after TLS.
+pub(super) async fn open(
+    endpoint: &Endpoint,
+    target: &str,
+    token: &SecretString,
+    timeout: Duration,
+    asked: impl FnOnce(Instant),
+) -> Result<Opened, SignalError> {
+    let deadline = Instant::now() + timeout;
+    let stream = endpoint.connect(deadline).await?;
+    let (local, peer) = (stream.local, stream.peer);
+    let key = generate_key();
+    let request = upgrade_request(endpoint, target, token, &key);
+    asked(Instant::now());
+    let answer = exchange(stream, request, deadline)
+        .await
+        .map_err(|error| match error {
+            ExchangeError::Timeout => SignalError::JoinTimeout(timeout),
+            ExchangeError::Broken(text) => SignalError::Closed(text),
+            ExchangeError::Malformed(text) => SignalError::Protocol(text),
+        })?;
+    let socket = upgraded(answer, &key).await?;
+    Ok(Opened {
+        socket,
+        local,
+        peer,
+    })
+}
+
+async fn upgraded(answer: Answer, key: &str) -> Result<WebSocketStream<Stream>, SignalError> {
+    if answer.status != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(SignalError::Refused(answer.refusal()));
+    }
+    if !accepts(&answer.headers, key) {
+        let text = "the answer to the upgrade is not a WebSocket's".to_owned();
+        return Err(SignalError::Protocol(text));
+    }
+    let (stream, read_ahead) = answer
+        .upgraded
+        .expect("an answer of status 101 carries its connection");
+    // The defaults would allocate 128 KiB a room for reading alone.
+    let config = WebSocketConfig::default()
+        .read_buffer_size(8 << 10)
+        .write_buffer_size(0)
+        .max_write_buffer_size(BACKLOG_LIMIT)
+        .max_message_size(Some(MESSAGE_LIMIT))
+        .max_frame_size(Some(MESSAGE_LIMIT));
+    let read_ahead = read_ahead.to_vec();
+    let socket =
+        WebSocketStream::from_partially_read(stream, read_ahead, Role::Client, Some(config));
+    Ok(socket.await)
+}
+
+/// How often to ping and how long to wait for the server, by its own figures, within reason: zero means that it names
+/// none.
+pub(super) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration) {
+    let seconds = |given: i32, default: u64| {
+        let given = u64::try_from(given).ok().filter(|given| *given > 0);
+        Duration::from_secs(given.unwrap_or(default).min(60))
+    };
+    let every = seconds(response.ping_interval, 5);
+    (every, seconds(response.ping_timeout, 15).max(2 * every))
 }
 
 /// `None` for a message of a kind that is newer than our protobufs.
@@ -420,7 +486,7 @@ fn written(result: Result<(), SocketError>) -> Result<(), SignalError> {
     }
 }
 
-fn socket_error(error: &SocketError) -> SignalError {
+pub(super) fn socket_error(error: &SocketError) -> SignalError {
     match error {
         SocketError::Io(error) => SignalError::Closed(error.to_string()),
         SocketError::ConnectionClosed | SocketError::AlreadyClosed => {
@@ -445,11 +511,13 @@ pub fn leave_reason(leave: &proto::LeaveRequest) -> String {
 }
 
 /// The token goes into a header, which livekit-server reads before the query: so no URL ever carries it.
-fn upgrade_request(endpoint: &Endpoint, token: &SecretString, key: &str) -> Request<Full<Bytes>> {
-    let query = format!(
-        "auto_subscribe=1&adaptive_stream=0&protocol={PROTOCOL_VERSION}&sdk=rust&version={SDK_VERSION}"
-    );
-    Request::get(format!("{}?{query}", endpoint.target("/rtc")))
+fn upgrade_request(
+    endpoint: &Endpoint,
+    target: &str,
+    token: &SecretString,
+    key: &str,
+) -> Request<Full<Bytes>> {
+    Request::get(target)
         .header(HOST, endpoint.authority())
         .header(CONNECTION, "Upgrade")
         .header(UPGRADE, "websocket")
@@ -481,20 +549,20 @@ fn accepts(headers: &HeaderMap, key: &str) -> bool {
 }
 
 /// The first at once: its pong tells the server's clock before an agent can have joined.
-fn pings(every: Duration) -> Interval {
-    let mut pings = interval(every);
+fn every(span: Duration) -> Interval {
+    let mut pings = interval(span);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     pings
 }
 
 /// Counts the frames of each second.
-struct Rate {
+pub(super) struct Rate {
     since: Instant,
     frames: u32,
 }
 
 impl Rate {
-    fn new(since: Instant) -> Self {
+    pub(super) fn new(since: Instant) -> Self {
         Self { since, frames: 0 }
     }
 
@@ -990,14 +1058,16 @@ mod tests {
         let start = Instant::now();
         let mut pong = |sent: u64, took: u64, stamp| {
             let sent = start + Duration::from_millis(sent);
-            signal.pinged = Some((7, sent));
+            signal.pings.on_ping(7, sent);
             let pong = proto::Pong {
                 last_ping_timestamp: 7,
                 timestamp: stamp,
             };
-            signal.on_pong(sent + Duration::from_millis(took), &pong);
+            signal
+                .pings
+                .on_pong(sent + Duration::from_millis(took), &pong);
             // A pong that answers nothing changes nothing.
-            signal.on_pong(start, &pong);
+            signal.pings.on_pong(start, &pong);
             signal.clock()
         };
         assert!(pong(0, 1, 0).is_none(), "a server that stamps nothing");

@@ -1,30 +1,15 @@
-//! Hears speech: decodes Opus, and says when an utterance began and ended. A plain state machine; it reads no clock.
+//! Hears speech in decoded sound, and says when an utterance began and ended. A plain state machine; it reads no clock and
+//! knows no codec.
 //!
 //! Nothing on the wire says it as well: payload sizes mislead (silence at start-up is as long as speech), the server
 //! forwards no audio levels, and its speaker updates come half a second late.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use ropus::{Channels, DecodeMode, Decoder};
 use tokio::time::Instant;
 
-use super::rtp::{self, Position};
 use crate::config::Speech;
 
-/// Samples a second of the decoded sound, mono: the energy of speech lies below 8 kHz, and decoding more costs more.
-const RATE: u32 = 16_000;
-
-/// RTP ticks that a sample takes.
-const TICKS: u64 = (rtp::CLOCK_RATE / RATE) as u64;
-
-/// Samples of the 20 ms window that is judged.
-const WINDOW: usize = RATE as usize / 50;
-
-/// Samples of the longest Opus packet, 120 ms.
-const LONGEST: usize = 6 * WINDOW;
-
-/// A packet this short carries no sound: discontinuous transmission (RFC 6716, 3.1 and what `WebRTC` sends).
-const DTX_BYTES: usize = 3;
+/// Windows a second: each of 20 ms is judged.
+pub(super) const WINDOWS: u32 = 50;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Heard {
@@ -34,16 +19,22 @@ pub(crate) enum Heard {
     Ended(Instant),
 }
 
+/// Sound that came at one time, mono; empty where what came carries none.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sound<'a> {
+    /// It goes on where the sound before it ended.
+    pub(crate) follows: bool,
+    pub(crate) pcm: &'a [i16],
+}
+
 /// Tells speech from silence in one track.
 pub(crate) struct Detector {
     settings: Speech,
     /// Sum of squares above which a window is speech.
     threshold: f64,
-    decoder: Option<Decoder>,
-    pcm: Box<[i16; LONGEST]>,
+    /// Samples of the window that is judged.
+    window_size: usize,
     window: Window,
-    /// Media time at which the next packet begins if nothing was left out.
-    expected: u64,
     /// Consecutive windows of speech before an utterance counts, and the arrival of the first.
     run: Option<(u32, Instant)>,
     /// Arrival of the last speech frame; there is one while an utterance lasts.
@@ -59,44 +50,41 @@ struct Window {
 }
 
 impl Detector {
-    pub(crate) fn new(settings: Speech) -> Self {
+    /// `rate`: samples a second of the sound.
+    pub(crate) fn new(settings: Speech, rate: u32) -> Self {
         let level = 10_f64.powf(f64::from(settings.threshold_dbfs) / 20.0) * 32_768.0;
+        let window_size = rate / WINDOWS;
         Self {
             settings,
-            threshold: level * level * f64::from(RATE) / 50.0,
-            decoder: None,
-            pcm: Box::new([0; LONGEST]),
+            threshold: level * level * f64::from(window_size),
+            window_size: window_size as usize,
             window: Window::default(),
-            expected: 0,
             run: None,
             last_speech: None,
         }
     }
 
-    /// Takes a packet of the track in, whatever its bytes.
-    pub(crate) fn on_packet(
+    pub(crate) fn on_sound(
         &mut self,
         at: Instant,
-        position: Position,
-        payload: &[u8],
+        sound: Sound<'_>,
     ) -> impl Iterator<Item = Heard> + use<> {
         let ended = self.on_time(at);
         // What was lost or not sent isn't speech, so what is consecutive starts anew.
-        if !position.follows || position.time > self.expected + TICKS * WINDOW as u64 / 2 {
-            self.interrupt();
+        if !sound.follows {
+            self.window = Window::default();
+            self.run = None;
         }
-        let samples = self.decode(payload);
-        self.expected = position.time + TICKS * samples as u64;
         let mut started = None;
-        let mut rest = 0;
-        while rest < samples {
-            let taken = (samples - rest).min(WINDOW - self.window.samples);
-            let energy = energy(&self.pcm[rest..rest + taken]);
-            rest += taken;
+        let mut rest = sound.pcm;
+        while !rest.is_empty() {
+            let taken = rest.len().min(self.window_size - self.window.samples);
+            let (part, after) = rest.split_at(taken);
+            rest = after;
             let began = *self.window.began.get_or_insert(at);
             self.window.samples += taken;
-            self.window.energy += energy;
-            if self.window.samples == WINDOW {
+            self.window.energy += energy(part);
+            if self.window.samples == self.window_size {
                 let speech = self.window.energy > self.threshold;
                 self.window = Window::default();
                 started = started.or(self.judge(began, speech));
@@ -142,37 +130,6 @@ impl Detector {
         self.last_speech = Some(at);
         Some(Heard::Started(first))
     }
-
-    fn interrupt(&mut self) {
-        self.window = Window::default();
-        self.run = None;
-    }
-
-    /// Samples decoded into `pcm`; none of a packet that carries or yields no sound.
-    fn decode(&mut self, payload: &[u8]) -> usize {
-        if payload.len() <= DTX_BYTES {
-            self.interrupt();
-            return 0;
-        }
-        let decoder = match &mut self.decoder {
-            Some(decoder) => decoder,
-            none => match Decoder::new(RATE, Channels::Mono) {
-                Ok(decoder) => none.insert(decoder),
-                Err(_) => return 0,
-            },
-        };
-        let pcm = &mut self.pcm[..];
-        // The bytes are a stranger's: not even a decoder's panic may end the probe.
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            decoder.decode(payload, pcm, DecodeMode::Normal)
-        }));
-        if let Ok(Ok(samples)) = outcome {
-            return samples.min(LONGEST);
-        }
-        self.decoder = None;
-        self.interrupt();
-        0
-    }
 }
 
 fn energy(pcm: &[i16]) -> f64 {
@@ -183,8 +140,10 @@ fn energy(pcm: &[i16]) -> f64 {
 mod tests {
     use std::time::Duration;
 
-    use ropus::{Application, Encoder};
+    use ropus::{Application, Channels, Encoder};
 
+    use super::super::opus::{self, Decoder};
+    use super::super::rtp::Position;
     use super::*;
 
     const FRAME: Duration = Duration::from_millis(20);
@@ -196,6 +155,7 @@ mod tests {
         phase: usize,
         now: Instant,
         time: u64,
+        decoder: Decoder,
         detector: Detector,
         heard: Vec<Heard>,
     }
@@ -209,7 +169,8 @@ mod tests {
                 phase: 0,
                 now: Instant::now(),
                 time: 0,
-                detector: Detector::new(settings),
+                decoder: Decoder::default(),
+                detector: Detector::new(settings, opus::RATE),
                 heard: Vec::new(),
             }
         }
@@ -246,8 +207,8 @@ mod tests {
                 time: self.time,
                 follows,
             };
-            self.heard
-                .extend(self.detector.on_packet(self.now, position, packet));
+            let sound = self.decoder.decode(position, packet);
+            self.heard.extend(self.detector.on_sound(self.now, sound));
             self.skip();
         }
 

@@ -22,7 +22,7 @@ use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
 use crate::livekit::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::engine::{
-    AudioStats, Ended, Engine, JoinRequest, Participant, RoomEvent, Seen, panic_message,
+    self, AudioStats, Ended, JoinRequest, Participant, RoomEvent, Seen, panic_message,
 };
 use crate::livekit::net::{Endpoint, Refusal};
 use crate::livekit::signal::SignalError;
@@ -47,7 +47,6 @@ pub struct Context {
     pub target: Arc<Target>,
     pub endpoint: Endpoint,
     pub api: Api,
-    pub engine: Engine,
     pub janitor: Janitor,
     /// An agent of this target has come before, under this name: where none answers, the name is not the first thing to
     /// check.
@@ -255,7 +254,7 @@ impl Driver {
             }
             Action::Join => {
                 let request = self.join_request();
-                self.participant = Some(self.context.engine.join(request));
+                self.participant = Some(engine::join(self.context.target.engine, request));
             }
             Action::Dispatch => self.dispatch(),
             Action::ListDispatch => {
@@ -512,7 +511,6 @@ mod tests {
             target: Arc::new(target),
             api: Api::new(endpoint.clone(), keys, Duration::from_secs(5)),
             endpoint,
-            engine: Engine::default(),
             janitor: Janitor::start(),
             agent_known: false,
             fault: None,

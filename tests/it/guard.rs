@@ -12,7 +12,6 @@ use livekit_canary::history::{BatchFilter, History};
 use livekit_canary::janitor::{Fate, Janitor};
 use livekit_canary::livekit::RoomName;
 use livekit_canary::livekit::api::Api;
-use livekit_canary::livekit::engine::Engine;
 use livekit_canary::livekit::net::Endpoint;
 use livekit_canary::livekit::token::Keys;
 use livekit_canary::probe::driver::Context;
@@ -168,7 +167,6 @@ fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context
         target: Arc::new(target),
         endpoint,
         api,
-        engine: Engine::default(),
         janitor,
         agent_known: false,
         fault: None,

@@ -41,12 +41,24 @@ impl Run {
     }
 }
 
-/// Runs the binary in `folder` with these arguments and with no variables but these.
+/// Runs the binary in `folder` with these arguments and with no variables but these. `once` joins with the engine that the
+/// variable ENGINE names to these tests.
 fn canary<A: AsRef<OsStr>>(
     folder: &Path,
     args: impl IntoIterator<Item = A>,
     variables: &[(&str, &str)],
 ) -> Run {
+    let mut args: Vec<_> = args
+        .into_iter()
+        .map(|arg| arg.as_ref().to_owned())
+        .collect();
+    let chooses = args.iter().any(|arg| arg == "--engine" || arg == "--help");
+    if let Some(engine) = std::env::var_os("ENGINE")
+        && args.first().is_some_and(|command| command == "once")
+        && !chooses
+    {
+        args.extend(["--engine".into(), engine]);
+    }
     let output = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
         .current_dir(folder)
         .args(args)

@@ -94,6 +94,36 @@ hold = "15"
 }
 
 #[test]
+#[cfg(not(feature = "libwebrtc"))]
+fn engine_that_is_not_in_this_binary_is_told_with_what_to_do() {
+    assert_snapshot!(complaint(&target_with("engine = \"libwebrtc\"")));
+    let run = canary(
+        Path::new("."),
+        ["once", "--agent-name", "a", "--engine", "libwebrtc"],
+        &CREDENTIALS,
+    );
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert!(run.stderr.contains("--engine on the command line"));
+}
+
+#[test]
+fn engine_that_cant_be_held_to_tcp_is_told_where_a_project_is() {
+    let settings = format!(
+        "[projects.acme]\nice = \"tcp\"\n{}",
+        target_with("engine = \"libwebrtc\"")
+    );
+    let told = complaint(&settings);
+    let expected =
+        "can't be held to TCP, and project \"acme\" sets ice = \"tcp\"\n  --> canary.toml:5";
+    assert!(told.contains(expected), "{told}");
+}
+
+#[test]
+fn unknown_engine_is_told() {
+    assert_snapshot!(complaint(&target_with("engine = \"libweb\"")));
+}
+
+#[test]
 fn file_that_is_not_toml_is_one_error_with_line_and_column() {
     assert_snapshot!(complaint(
         "[projects.acme]\nurl = \"wss://a\nmax_rooms = 3\n"

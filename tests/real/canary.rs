@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -18,6 +19,13 @@ use crate::stack::{AGENT, SECRET, Site, wait_for};
 
 /// Longest that any run of the product may take.
 const LIMIT: Duration = Duration::from_mins(3);
+
+/// The client stack that joins; the binary must be built with it.
+pub fn engine() -> &'static str {
+    static ENGINE: LazyLock<String> =
+        LazyLock::new(|| std::env::var("ENGINE").unwrap_or_else(|_| "native".to_owned()));
+    &ENGINE
+}
 
 /// A config file in the making: one project, one target.
 pub struct Settings {
@@ -37,6 +45,7 @@ impl Settings {
             .project("api_key", site.key.as_str())
             .project("api_secret", site.secret.as_str())
             .set("agent_name", AGENT)
+            .set("engine", engine())
             .set("batch.rooms", 1)
             .set("batch.hold", site.hold)
             .set("deadlines.join", "15s")
@@ -124,7 +133,8 @@ impl Canary {
     }
 
     pub fn once() -> Self {
-        Self::new(&["once", "--format", "json"]).expect("there is room for a temporary folder")
+        let arguments = ["once", "--format", "json", "--engine", engine()];
+        Self::new(&arguments).expect("there is room for a temporary folder")
     }
 
     pub fn config(mut self, text: &str) -> anyhow::Result<Self> {

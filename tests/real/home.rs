@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde::Deserialize;
 use tempfile::TempDir;
 
-use crate::canary::{Canary, Finished, Probe, Running};
+use crate::canary::{Canary, Finished, Probe, Running, engine};
 use crate::stack::{AGENT, Site, free_ports, wait_for};
 
 /// For what takes well under a second where nothing is wrong.
@@ -281,11 +281,13 @@ max_rooms = 20
         format!(
             "[targets.t{number}]
 agent_name = \"{AGENT}\"
+engine = \"{}\"
 schedule.every = \"{every}\"
 batch.rooms = 1
 batch.hold = \"100ms\"
 echo.delay = \"100ms\"
-"
+",
+            engine()
         )
     });
     project + &targets.collect::<String>()

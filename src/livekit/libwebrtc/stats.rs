@@ -1,0 +1,100 @@
+//! What the SDK's stats say of the agent's audio, added up over its streams. Plain numbers.
+
+use std::time::Duration;
+
+use super::super::engine::AudioStats;
+
+/// `inbound-rtp` of one stream, as the WebRTC statistics define it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Inbound {
+    pub(super) ssrc: u32,
+    pub(super) packets: u64,
+    /// Negative where duplicates outnumber what was lost.
+    pub(super) lost: i64,
+    pub(super) jitter_seconds: f64,
+}
+
+/// The agent's audio so far.
+#[derive(Debug, Default)]
+pub(in crate::livekit) struct Tally {
+    /// Of the streams before the current one.
+    before: AudioStats,
+    current: Option<Inbound>,
+}
+
+impl Tally {
+    pub(super) fn on_stats(&mut self, inbound: Inbound) {
+        let replaced = self.current.replace(inbound);
+        if let Some(before) = replaced.filter(|it| it.ssrc != inbound.ssrc) {
+            self.before = sum(self.before, before);
+        }
+    }
+
+    pub(in crate::livekit) fn stats(&self) -> AudioStats {
+        self.current
+            .map_or(self.before, |current| sum(self.before, current))
+    }
+}
+
+/// The jitter is that of the last stream: it is a running mean.
+fn sum(before: AudioStats, inbound: Inbound) -> AudioStats {
+    let jitter = Duration::try_from_secs_f64(inbound.jitter_seconds).ok();
+    AudioStats {
+        packets: before.packets + inbound.packets,
+        lost: before.lost + u64::try_from(inbound.lost).unwrap_or(0),
+        // Between two packets, where there were two.
+        jitter: jitter.filter(|_| inbound.packets > 1).or(before.jitter),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inbound(ssrc: u32, packets: u64, lost: i64, jitter_seconds: f64) -> Inbound {
+        Inbound {
+            ssrc,
+            packets,
+            lost,
+            jitter_seconds,
+        }
+    }
+
+    #[test]
+    fn nothing_measured_is_nothing() {
+        let mut tally = Tally::default();
+        assert_eq!(tally.stats(), AudioStats::default());
+        tally.on_stats(inbound(1, 0, 0, 0.0));
+        assert_eq!(tally.stats(), AudioStats::default());
+    }
+
+    #[test]
+    fn newer_figures_of_a_stream_replace_the_older_and_another_stream_adds_up() {
+        let mut tally = Tally::default();
+        for figures in [
+            inbound(1, 50, 1, 0.004),
+            inbound(1, 100, 2, 0.003),
+            inbound(2, 1, 0, 0.0),
+        ] {
+            tally.on_stats(figures);
+        }
+        let expected = AudioStats {
+            packets: 101,
+            lost: 2,
+            jitter: Some(Duration::from_millis(3)),
+        };
+        assert_eq!(tally.stats(), expected);
+    }
+
+    #[test]
+    fn figures_that_make_no_sense_harm_nothing() {
+        let mut tally = Tally::default();
+        tally.on_stats(inbound(1, 10, -3, f64::NAN));
+        let expected = AudioStats {
+            packets: 10,
+            lost: 0,
+            jitter: None,
+        };
+        assert_eq!(tally.stats(), expected);
+    }
+}

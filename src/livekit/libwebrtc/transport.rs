@@ -1,0 +1,389 @@
+//! The network under the SDK's signal client: the canary's own connections. So a private CA, a refusal's status and
+//! `Retry-After`, and the limits on what a server may send are the same for both engines, and the token stays in a header.
+//!
+//! All that the server says is told to the participant, stamped as it is read, before the SDK gets it.
+//!
+//! The SDK knows one transport a process. Which participant connects is known from its task; whoever else asks is one of the
+//! SDK's own attempts to reconnect, to find out more or to fail over, and is refused: a canary must see what they would hide.
+
+use std::sync::{Arc, Once};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use livekit_net::{
+    Header, HttpClient, HttpMethod, HttpResponse, TransportError, WsClient, WsConnectResult,
+    WsConnection,
+};
+use livekit_protocol as proto;
+use prost::Message as _;
+use proto::signal_request::Message as Outgoing;
+use proto::signal_response::Message as Incoming;
+use secrecy::SecretString;
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::Instant;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_util::sync::CancellationToken;
+use url::{Position, Url};
+
+use super::super::net::{Endpoint, Stream};
+use super::super::signal::{self, Rate, SignalError};
+
+/// Messages that may wait for the participant to read them; the socket waits with them.
+const BACKLOG: usize = 64;
+
+tokio::task_local! {
+    static LINE: Line;
+}
+
+/// One participant's way to the server.
+#[derive(Clone)]
+pub(super) struct Line {
+    endpoint: Endpoint,
+    token: SecretString,
+    timeout: Duration,
+    told: mpsc::Sender<Told>,
+    hang_up: CancellationToken,
+}
+
+/// What passes on a line.
+#[derive(Debug)]
+pub(super) enum Told {
+    /// The upgrade request is about to be written, after TLS.
+    Requested(Instant),
+    /// The SDK sent a ping with this timestamp.
+    Pinged(Instant, i64),
+    Message(Instant, Box<Incoming>),
+    /// A connection was not made, or is gone.
+    Lost(SignalError),
+}
+
+impl Line {
+    /// `timeout`: of one connection, from DNS to the answer to the upgrade. Cancelling `hang_up` closes whatever is open.
+    pub(super) fn new(
+        endpoint: Endpoint,
+        token: SecretString,
+        timeout: Duration,
+        hang_up: CancellationToken,
+    ) -> (Self, mpsc::Receiver<Told>) {
+        static REGISTER: Once = Once::new();
+        REGISTER.call_once(|| {
+            livekit_net::set_ws_client(Arc::new(Transport));
+            livekit_net::set_http_client(Arc::new(Transport));
+        });
+        let (told, receiver) = mpsc::channel(BACKLOG);
+        let line = Self {
+            endpoint,
+            token,
+            timeout,
+            told,
+            hang_up,
+        };
+        (line, receiver)
+    }
+
+    /// Does `work`, whose connections go over this line.
+    pub(super) fn carry<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
+        LINE.scope(self, work)
+    }
+
+    async fn connect(self, url: &str) -> Result<Connection, TransportError> {
+        let url = Url::parse(url).map_err(|error| TransportError::Other(error.to_string()))?;
+        let target = &url[Position::BeforePath..];
+        let asked = |at| self.tell_now(Told::Requested(at));
+        let opened = signal::open(&self.endpoint, target, &self.token, self.timeout, asked);
+        match opened.await {
+            Ok(opened) => {
+                let (sink, source) = opened.socket.split();
+                let rate = Rate::new(Instant::now());
+                Ok(Connection {
+                    sink: Mutex::new(sink),
+                    source: Mutex::new(Source { source, rate }),
+                    line: self,
+                })
+            }
+            Err(error) => {
+                let told = transport_error(&error);
+                self.tell(Told::Lost(error)).await;
+                Err(told)
+            }
+        }
+    }
+
+    /// A participant that is gone doesn't want to know.
+    async fn tell(&self, told: Told) {
+        self.told.send(told).await.ok();
+    }
+
+    /// What isn't worth waiting for.
+    fn tell_now(&self, told: Told) {
+        self.told.try_send(told).ok();
+    }
+}
+
+/// Neither text holds the token: [`signal`] sees to that.
+fn transport_error(error: &SignalError) -> TransportError {
+    match error {
+        SignalError::Refused(refusal) => TransportError::Http {
+            status: refusal.status,
+        },
+        SignalError::JoinTimeout(_) => TransportError::Timeout,
+        other => TransportError::Connection(other.to_string()),
+    }
+}
+
+/// What the SDK is given as its network.
+struct Transport;
+
+#[async_trait]
+impl WsClient for Transport {
+    async fn connect(
+        &self,
+        url: String,
+        _headers: Vec<Header>,
+        _timeout_ms: u64,
+    ) -> Result<WsConnectResult, TransportError> {
+        let line = LINE.try_with(Line::clone).map_err(|_| refused())?;
+        let connection = Arc::new(line.connect(&url).await?);
+        Ok(WsConnectResult { connection })
+    }
+}
+
+#[async_trait]
+impl HttpClient for Transport {
+    /// Asked for other regions, and for the reason of a refusal, which the upgrade's answer has told.
+    async fn request(
+        &self,
+        _method: HttpMethod,
+        _url: String,
+        _headers: Vec<Header>,
+        _body: Option<Vec<u8>>,
+    ) -> Result<HttpResponse, TransportError> {
+        Err(refused())
+    }
+}
+
+fn refused() -> TransportError {
+    TransportError::Connection("a canary connects once".to_owned())
+}
+
+struct Connection {
+    sink: Mutex<SplitSink<WebSocketStream<Stream>, Message>>,
+    source: Mutex<Source>,
+    line: Line,
+}
+
+struct Source {
+    source: SplitStream<WebSocketStream<Stream>>,
+    rate: Rate,
+}
+
+#[async_trait]
+impl WsConnection for Connection {
+    async fn send(&self, frame: Vec<u8>) -> Result<(), TransportError> {
+        if let Some(timestamp) = ping(&frame) {
+            self.line.tell_now(Told::Pinged(Instant::now(), timestamp));
+        }
+        let sending = async { self.sink.lock().await.send(Message::binary(frame)).await };
+        tokio::select! {
+            biased;
+            () = self.line.hang_up.cancelled() => Err(TransportError::Closed),
+            sent = sending => sent.map_err(|error| transport_error(&signal::socket_error(&error))),
+        }
+    }
+
+    async fn recv(&self) -> Result<Option<Vec<u8>>, TransportError> {
+        let mut source = self.source.lock().await;
+        let Source { source, rate } = &mut *source;
+        loop {
+            let frame = tokio::select! {
+                biased;
+                () = self.line.hang_up.cancelled() => return Ok(None),
+                frame = source.next() => frame,
+            };
+            let frame = frame.transpose();
+            let frame = frame.map_err(|error| signal::socket_error(&error));
+            let taken = frame.and_then(|frame| signal::take(frame, rate));
+            let read = taken.and_then(|(at, content)| {
+                let message = content.as_ref().map(signal::decode).transpose()?;
+                Ok((at, content, message.flatten()))
+            });
+            match read {
+                Ok((_, None, _)) => {}
+                Ok((at, Some(content), message)) => {
+                    // The new token is for reconnecting, which a canary doesn't do.
+                    let message = message.filter(|it| !matches!(it, Incoming::RefreshToken(_)));
+                    if let Some(message) = message {
+                        self.line.tell(Told::Message(at, Box::new(message))).await;
+                    }
+                    return Ok(Some(content.into()));
+                }
+                Err(error) => {
+                    self.line.tell(Told::Lost(error)).await;
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    async fn close(&self) {
+        let closing = async { self.sink.lock().await.close().await };
+        tokio::select! {
+            biased;
+            () = self.line.hang_up.cancelled() => {}
+            // A connection that is gone is closed.
+            _ = closing => {}
+        }
+    }
+}
+
+/// The timestamp of a ping.
+fn ping(frame: &[u8]) -> Option<i64> {
+    match proto::SignalRequest::decode(frame).ok()?.message? {
+        Outgoing::PingReq(ping) => Some(ping.timestamp),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tokio_tungstenite::accept_async;
+
+    use super::super::super::RoomName;
+    use super::super::super::test_server::{REFUSALS, Server, keys};
+    use super::*;
+
+    fn line(server: &Server) -> (Line, mpsc::Receiver<Told>, CancellationToken) {
+        let room = RoomName("canary-1".to_owned());
+        let token = keys().participant(&room, "echo", &BTreeMap::new(), None);
+        let hang_up = CancellationToken::new();
+        let (line, told) = Line::new(
+            server.endpoint(),
+            token.unwrap(),
+            Duration::from_secs(20),
+            hang_up.clone(),
+        );
+        (line, told, hang_up)
+    }
+
+    /// Connects as the SDK's signal client does.
+    async fn connect(server: &Server) -> Result<Arc<dyn WsConnection>, TransportError> {
+        let url = format!("ws://{}/rtc/v1?join_request=abc", server.address);
+        let client = livekit_net::ws_client().expect("a line was made before");
+        let connected = client.connect(url, Vec::new(), 5_000).await;
+        connected.map(|connected| connected.connection)
+    }
+
+    fn update(sid: &str) -> Vec<u8> {
+        let message = Incoming::TrackUnpublished(proto::TrackUnpublishedResponse {
+            track_sid: sid.to_owned(),
+        });
+        let message = Some(message);
+        proto::SignalResponse { message }.encode_to_vec()
+    }
+
+    #[tokio::test]
+    async fn refused_upgrade_is_told_with_its_text_and_retry_after() {
+        for case in REFUSALS {
+            let server = Server::answering(case.answer).await;
+            let (line, mut told, _) = line(&server);
+            let error = line.carry(connect(&server)).await.err();
+            assert!(
+                matches!(error, Some(TransportError::Http { status }) if status == case.status),
+                "{error:?}"
+            );
+            assert!(matches!(told.recv().await, Some(Told::Requested(_))));
+            match told.recv().await {
+                Some(Told::Lost(SignalError::Refused(refusal))) => {
+                    assert_eq!(refusal, case.refusal());
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn connection_that_no_participant_asks_for_is_refused_unmade() {
+        let server = Server::start(|_| async { panic!("it was made") }).await;
+        let (line, mut told, _) = line(&server);
+        // A task that the SDK has spawned is not the participant's own.
+        let address = server.address;
+        let reconnect = tokio::spawn(async move {
+            let client = livekit_net::ws_client().unwrap();
+            let connected = client.connect(format!("ws://{address}/rtc"), Vec::new(), 5_000);
+            connected.await.err()
+        });
+        let error = line.carry(reconnect).await.unwrap();
+        assert!(
+            matches!(error, Some(TransportError::Connection(_))),
+            "{error:?}"
+        );
+        assert!(told.recv().await.is_none());
+        let http = livekit_net::http_client().unwrap();
+        let url = format!("http://{address}/rtc/validate");
+        let answer = http.request(HttpMethod::Get, url, Vec::new(), None).await;
+        assert!(answer.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_passes_is_told_and_reaches_both_ends_as_it_is() {
+        let server = Server::start(|stream| async move {
+            let mut socket = accept_async(stream).await.unwrap();
+            socket.send(Message::binary(update("TR_1"))).await.unwrap();
+            // Back comes what the client says.
+            while let Some(Ok(message)) = socket.next().await {
+                if message.is_binary() {
+                    socket.send(Message::binary(update("TR_2"))).await.unwrap();
+                }
+            }
+        })
+        .await;
+        let (line, mut told, hang_up) = line(&server);
+        let connection = line.carry(connect(&server)).await.unwrap();
+        assert!(matches!(told.recv().await, Some(Told::Requested(_))));
+        assert_eq!(connection.recv().await.unwrap(), Some(update("TR_1")));
+        let sid = |told: Option<Told>| match told {
+            Some(Told::Message(_, message)) => match *message {
+                Incoming::TrackUnpublished(gone) => gone.track_sid,
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(sid(told.recv().await), "TR_1");
+        let ping = Outgoing::PingReq(proto::Ping {
+            timestamp: 7,
+            rtt: 0,
+        });
+        let message = Some(ping);
+        let ping = proto::SignalRequest { message }.encode_to_vec();
+        connection.send(ping).await.unwrap();
+        assert_eq!(connection.recv().await.unwrap(), Some(update("TR_2")));
+        assert!(matches!(told.recv().await, Some(Told::Pinged(_, 7))));
+        assert_eq!(sid(told.recv().await), "TR_2");
+        hang_up.cancel();
+        assert_eq!(connection.recv().await.unwrap(), None);
+        assert!(connection.send(Vec::new()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn close_of_the_servers_is_told_with_its_reason() {
+        let server = Server::start(|stream| async move {
+            let mut socket = accept_async(stream).await.unwrap();
+            socket.close(None).await.unwrap();
+        })
+        .await;
+        let (line, mut told, _) = line(&server);
+        let connection = line.carry(connect(&server)).await.unwrap();
+        assert_eq!(connection.recv().await.unwrap(), None);
+        assert!(matches!(told.recv().await, Some(Told::Requested(_))));
+        let lost = told.recv().await;
+        assert!(
+            matches!(lost, Some(Told::Lost(SignalError::Closed(_)))),
+            "{lost:?}"
+        );
+    }
+}

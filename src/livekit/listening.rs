@@ -1,0 +1,113 @@
+//! Which track carries the agent's voice: participants and tracks come to be known in any order, and an avatar can speak
+//! before its agent is known. A plain state machine.
+
+use std::collections::VecDeque;
+
+use tokio::time::Instant;
+
+use super::roster::Roster;
+
+/// Kept of a voice before its agent is known, 5 s of 10 ms: the server's news may come three seconds late.
+const MOST_EARLY: usize = 500;
+
+/// `K` is an engine's own name for a track, `S` what it receives of one.
+pub(super) struct Listening<K, S> {
+    to: Option<Voice<K>>,
+    /// What came of it before the agent was known, the newest.
+    early: VecDeque<S>,
+}
+
+/// A track that carries the agent's voice, or may.
+struct Voice<K> {
+    key: K,
+    track_sid: String,
+    since: Instant,
+    /// It is the agent's, and was told to be there.
+    told: bool,
+}
+
+/// The agent's voice, where it had not been told of before.
+pub(super) struct Found<S> {
+    pub(super) track_sid: String,
+    pub(super) since: Instant,
+    pub(super) early: VecDeque<S>,
+}
+
+impl<K, S> Default for Listening<K, S> {
+    fn default() -> Self {
+        Self {
+            to: None,
+            early: VecDeque::new(),
+        }
+    }
+}
+
+impl<K, S> Listening<K, S> {
+    /// Settles which of the tracks that are there is the voice.
+    pub(super) fn settle<'a>(
+        &mut self,
+        at: Instant,
+        roster: &Roster,
+        tracks: &(impl Iterator<Item = (K, &'a str)> + Clone),
+    ) where
+        K: Copy + PartialEq,
+    {
+        let stays = self.to.as_ref().is_some_and(|voice| {
+            let there = (voice.key, voice.track_sid.as_str());
+            tracks.clone().any(|track| track == there)
+                && roster.voice().any(|sid| sid == voice.track_sid)
+        });
+        if stays {
+            return;
+        }
+        let found = roster
+            .voice()
+            .find_map(|voice| tracks.clone().find(|(_, sid)| *sid == voice));
+        self.early.clear();
+        self.to = found.map(|(key, sid)| Voice {
+            key,
+            track_sid: sid.to_owned(),
+            since: at,
+            told: false,
+        });
+    }
+
+    /// Once: when the voice is there and the agent is known.
+    pub(super) fn found(&mut self, roster: &Roster) -> Option<Found<S>> {
+        let voice = self.to.as_mut().filter(|voice| !voice.told)?;
+        if !roster.knows_agent() {
+            return None;
+        }
+        voice.told = true;
+        Some(Found {
+            track_sid: voice.track_sid.clone(),
+            since: voice.since,
+            early: std::mem::take(&mut self.early),
+        })
+    }
+
+    /// The track to listen to.
+    pub(super) fn key(&self) -> Option<K>
+    where
+        K: Copy,
+    {
+        self.to.as_ref().map(|voice| voice.key)
+    }
+
+    /// Whether the voice is known to be the agent's.
+    pub(super) fn told(&self) -> bool {
+        self.to.as_ref().is_some_and(|voice| voice.told)
+    }
+
+    /// Gives back what is to be heard now, and keeps what came too early.
+    pub(super) fn sift(&mut self, sound: S) -> Option<S> {
+        if self.told() {
+            return Some(sound);
+        }
+        if self.early.len() == MOST_EARLY {
+            self.early.pop_front();
+        }
+        self.early.push_back(sound);
+        None
+    }
+}

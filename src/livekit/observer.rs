@@ -1,0 +1,331 @@
+//! What a participant sees and hears of its room, as events: the same from the same, whichever engine carries it. It knows
+//! the server's messages and the agent's data packets; of media it knows nothing but what was heard.
+
+use std::time::Duration;
+
+use livekit_protocol as proto;
+use prost::Message as _;
+use proto::signal_response::Message as Response;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::echo::{Echo, Frame};
+use super::engine::{Ended, JoinRequest, Right, RoomEvent, Seen, Speaker};
+use super::listening::Listening;
+use super::roster::Roster;
+use super::session_stream::{self, Told};
+use super::signal::{ServerClock, leave_reason};
+use super::speech::Heard;
+use super::transcript::Words;
+
+/// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
+pub(super) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The way out for what is seen.
+pub(super) struct Outlet {
+    events: mpsc::Sender<RoomEvent>,
+}
+
+impl Outlet {
+    pub(super) fn new(events: mpsc::Sender<RoomEvent>) -> Self {
+        Self { events }
+    }
+
+    pub(super) fn tell(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+        self.pass(RoomEvent { at, seen })
+    }
+
+    /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
+    pub(super) fn tell_if_room(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+        if self.events.capacity() > self.events.max_capacity() / 2 {
+            self.tell(at, seen)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Never waits: an event that waited would hold up the media.
+    pub(super) fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
+        self.events.try_send(event).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Ended::Internal("the participant's events are not being read".to_owned())
+            }
+            mpsc::error::TrySendError::Closed(_) => Ended::Left,
+        })
+    }
+}
+
+pub(super) struct Observer {
+    pub(super) outlet: Outlet,
+    pub(super) roster: Roster,
+    track_cid: String,
+    /// The server's id of the echo track, once it acknowledged the track.
+    track_sid: Option<String>,
+    reports: session_stream::Reader,
+    first_audio_told: bool,
+}
+
+impl Observer {
+    /// `track_cid`: the client's id of the echo track.
+    pub(super) fn new(request: &JoinRequest, outlet: Outlet, track_cid: String) -> Self {
+        Self {
+            outlet,
+            roster: Roster::new(request.identity.clone(), request.agent_name.clone()),
+            track_cid,
+            track_sid: None,
+            reports: session_stream::Reader::new(request.transcript),
+            first_audio_told: false,
+        }
+    }
+
+    /// Whom the response names is left to [`Self::on_participants`].
+    ///
+    /// # Errors
+    /// We are in the room, but may not publish.
+    pub(super) fn on_join(
+        &mut self,
+        at: Instant,
+        response: &proto::JoinResponse,
+    ) -> Result<(), Ended> {
+        let room = response.room.clone().unwrap_or_default();
+        let server = response.server_info.clone().unwrap_or_default();
+        self.outlet.tell(
+            at,
+            Seen::SignalConnected {
+                room_sid: room.sid,
+                server_version: server.version,
+                region: server.region,
+                node: server.node_id,
+            },
+        )?;
+        let own = response.participant.clone().unwrap_or_default();
+        if own.permission.is_some_and(|it| !it.can_publish) {
+            let why = "the token does not allow this participant to publish".to_owned();
+            return Err(Ended::PublishFailed(why));
+        }
+        if !own.identity.is_empty() {
+            self.roster.we_are(own.identity);
+        }
+        Ok(())
+    }
+
+    /// `clock`: the server's, as far as it is known.
+    pub(super) fn on_participants(
+        &mut self,
+        at: Instant,
+        participants: Vec<proto::ParticipantInfo>,
+        in_join_response: bool,
+        clock: Option<ServerClock>,
+    ) -> Result<(), Ended> {
+        let own = |info: &&proto::ParticipantInfo| self.roster.is_own(&info.identity);
+        if let Some(right) = participants.iter().find(own).and_then(revoked) {
+            return Err(Ended::Revoked(right));
+        }
+        for mut event in self.roster.update(at, participants, in_join_response) {
+            if let (Seen::AgentJoined { agent, .. }, Some(clock)) = (&mut event.seen, clock) {
+                let joined = clock.ours(agent.joined_at_ms);
+                agent.joined = joined.map(|joined| joined.min(event.at));
+            }
+            self.outlet.pass(event)?;
+        }
+        Ok(())
+    }
+
+    /// Any other message of the server's: those about media are an engine's own business.
+    pub(super) fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
+        match message {
+            Response::TrackPublished(published) if published.cid == self.track_cid => {
+                let first = self.track_sid.is_none();
+                self.track_sid = Some(published.track.unwrap_or_default().sid);
+                if first {
+                    self.outlet.tell(at, Seen::EchoPublished)?;
+                }
+                Ok(())
+            }
+            Response::TrackUnpublished(gone)
+                if Some(&gone.track_sid) == self.track_sid.as_ref() =>
+            {
+                // livekit-server takes a client's track down for nothing else.
+                Err(Ended::Revoked(Right::Publish))
+            }
+            Response::RequestResponse(response) => refused(&response),
+            Response::Leave(leave) => Err(Ended::Removed {
+                reason: leave_reason(&leave),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells of the voice once the agent is known; what it had said by then is left to be heard.
+    pub(super) fn tell_of_voice<K, S>(
+        &self,
+        listening: &mut Listening<K, S>,
+    ) -> Result<impl IntoIterator<Item = S> + use<K, S>, Ended> {
+        let Some(found) = listening.found(&self.roster) else {
+            return Ok(None.into_iter().flatten());
+        };
+        let seen = Seen::AgentTrackSubscribed {
+            track_sid: found.track_sid,
+        };
+        self.outlet.tell(found.since, seen)?;
+        Ok(Some(found.early).into_iter().flatten())
+    }
+
+    pub(super) fn first_audio(&mut self, at: Instant) -> Result<(), Ended> {
+        if std::mem::replace(&mut self.first_audio_told, true) {
+            return Ok(());
+        }
+        self.outlet.tell(at, Seen::AgentFirstAudio)
+    }
+
+    pub(super) fn heard<F: Frame>(&self, echo: &mut Echo<F>, heard: Heard) -> Result<(), Ended> {
+        match heard {
+            Heard::Started(at) => {
+                echo.on_speech_started(at);
+                self.outlet.tell(at, Seen::SpeechStarted)
+            }
+            Heard::Ended(at) => {
+                echo.on_speech_ended(at);
+                self.outlet.tell(at, Seen::SpeechEnded)
+            }
+        }
+    }
+
+    /// What came on a reliable data channel; what is no packet is dropped.
+    pub(super) fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
+        match proto::DataPacket::decode(data) {
+            Ok(packet) => self.on_packet(at, packet),
+            Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn on_packet(
+        &mut self,
+        at: Instant,
+        packet: proto::DataPacket,
+    ) -> Result<(), Ended> {
+        for told in self.reports.on_packet(at, packet) {
+            let seen = match told {
+                Told::Error { identity, message } => Seen::AgentError { identity, message },
+                Told::Turn { identity, metrics } => Seen::AgentMetrics { identity, metrics },
+                Told::Words(words) => self.transcribed(words),
+            };
+            self.outlet.tell_if_room(at, seen)?;
+        }
+        Ok(())
+    }
+
+    fn transcribed(&self, words: Words) -> Seen {
+        let of_us = words.track.is_some() && words.track == self.track_sid;
+        let speaker = if of_us || self.roster.is_own(&words.identity) {
+            Speaker::Caller
+        } else {
+            Speaker::Agent
+        };
+        Seen::Transcribed { speaker, words }
+    }
+
+    /// Tells what was being said when it all ended.
+    pub(super) fn tell_unfinished(&mut self) -> Result<(), Ended> {
+        for words in self.reports.unfinished() {
+            let seen = self.transcribed(words);
+            self.outlet.tell_if_room(Instant::now(), seen)?;
+        }
+        Ok(())
+    }
+}
+
+fn refused(response: &proto::RequestResponse) -> Result<(), Ended> {
+    use proto::request_response::{Reason, Request as About};
+    let fine = matches!(response.reason(), Reason::Ok | Reason::Queued);
+    if fine || !matches!(response.request, Some(About::AddTrack(_))) {
+        return Ok(());
+    }
+    let reason = response.reason().as_str_name();
+    Err(Ended::PublishFailed(format!(
+        "{reason}: {}",
+        response.message
+    )))
+}
+
+/// A right that a probe needs and that this says we don't have. Without the one to subscribe nothing of the agent would
+/// come any more, and the agent would seem silent.
+fn revoked(own: &proto::ParticipantInfo) -> Option<Right> {
+    let permission = own.permission.as_ref()?;
+    match (permission.can_subscribe, permission.can_publish) {
+        (false, _) => Some(Right::Subscribe),
+        (true, false) => Some(Right::Publish),
+        (true, true) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unread_events_end_the_participant_and_leave_the_last_its_place() {
+        let (events, mut reader) = mpsc::channel(3);
+        let last = events.clone().try_reserve_owned().unwrap();
+        let outlet = Outlet::new(events);
+        let now = Instant::now();
+        assert!(outlet.tell(now, Seen::EchoStarted).is_ok());
+        assert!(outlet.tell(now, Seen::EchoEnded).is_ok());
+        let full = outlet.tell(now, Seen::MediaConnected);
+        assert!(matches!(full, Err(Ended::Internal(_))));
+        last.send(RoomEvent {
+            at: now,
+            seen: Seen::SpeechEnded,
+        });
+        let order: Vec<_> = std::iter::from_fn(|| reader.try_recv().ok()).collect();
+        assert_eq!(order.len(), 3);
+        assert!(matches!(order[2].seen, Seen::SpeechEnded));
+    }
+
+    #[test]
+    fn what_no_verdict_needs_leaves_the_rest_its_places() {
+        let (events, mut reader) = mpsc::channel(10);
+        let outlet = Outlet::new(events);
+        let error = || Seen::AgentError {
+            identity: String::new(),
+            message: String::new(),
+        };
+        for _ in 0..100 {
+            assert!(outlet.tell_if_room(Instant::now(), error()).is_ok());
+        }
+        assert!(outlet.tell(Instant::now(), Seen::EchoStarted).is_ok());
+        let told = std::iter::from_fn(|| reader.try_recv().ok());
+        assert_eq!(told.count(), 6);
+    }
+
+    #[test]
+    fn right_that_is_taken_away_is_told_from_one_that_stays() {
+        let own = |can_subscribe, can_publish| proto::ParticipantInfo {
+            permission: Some(proto::ParticipantPermission {
+                can_subscribe,
+                can_publish,
+                ..proto::ParticipantPermission::default()
+            }),
+            ..proto::ParticipantInfo::default()
+        };
+        assert_eq!(revoked(&own(true, true)), None);
+        assert_eq!(revoked(&own(true, false)), Some(Right::Publish));
+        assert_eq!(revoked(&own(false, true)), Some(Right::Subscribe));
+        // An update that says nothing of permissions takes none away.
+        assert_eq!(revoked(&proto::ParticipantInfo::default()), None);
+    }
+
+    #[test]
+    fn only_a_refusal_of_the_track_is_one() {
+        use proto::request_response::{Reason, Request as About};
+        let response = |reason: Reason, request| proto::RequestResponse {
+            reason: reason.into(),
+            request,
+            ..proto::RequestResponse::default()
+        };
+        let track = || Some(About::AddTrack(proto::AddTrackRequest::default()));
+        assert!(refused(&response(Reason::NotAllowed, track())).is_err());
+        assert!(refused(&response(Reason::Queued, track())).is_ok());
+        assert!(refused(&response(Reason::NotAllowed, None)).is_ok());
+    }
+}
