@@ -37,8 +37,6 @@ use daemon::Daemons;
 use order::Order;
 use stack::{AGENT, Agent, KEY, Process, SECRET, Site, wait_for};
 
-/// The name of the agent that speaks without a pause, all rooms in one process.
-const TALKER: &str = "talker";
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
 /// From the last room's call to the window: for that room's own start, and the echo's delay of one second.
@@ -105,7 +103,9 @@ fn main() -> anyhow::Result<()> {
             for program in arguments.programs() {
                 // What one left behind must not be the other's burden.
                 let stage = Stage::sandbox()?;
-                found.loads.push(load(&stage, program, rooms)?);
+                found
+                    .loads
+                    .push(load(&stage, Voice::Speech, program, rooms)?);
             }
         }
     }
@@ -116,8 +116,12 @@ fn main() -> anyhow::Result<()> {
         let stage = Stage::real(site, &packets)?;
         found.accuracy.push(speech_accuracy(&stage)?);
         for rooms in arguments.rooms_on(ROOMS_ON_REAL) {
+            let transport = load(&stage, Voice::Undecodable, Program::Canary, rooms)?;
+            found.loads.push(transport);
             for program in arguments.programs() {
-                found.loads.push(load(&stage, program, rooms)?);
+                found
+                    .loads
+                    .push(load(&stage, Voice::Speech, program, rooms)?);
             }
         }
     }
@@ -161,19 +165,17 @@ fn print_tables(found: &Findings, ratios: &[Ratio]) {
         println!("{accuracy}");
     }
     println!(
-        "\nstack | rooms | program | CPU s per room-minute | of it transport | CPU % of a core | RSS MB | threads \
+        "\nstack | rooms | program | what the agent sends | CPU s per room-minute | CPU % of a core | RSS MB | threads \
          | server's CPU %"
     );
     for load in &found.loads {
-        let all = load.cpu_per_room_minute();
-        let transport = load
-            .transport(decoding)
-            .map_or("-".to_owned(), |it| format!("{it:.3}"));
         println!(
-            "{} | {} | {} | {all:.3} | {transport} | {:.1} | {:.1} | {} | {:.1}",
+            "{} | {} | {} | {} | {:.3} | {:.1} | {:.1} | {} | {:.1}",
             load.stack,
             load.rooms,
             load.program,
+            load.voice.label(),
+            load.cpu_per_room_minute(),
             percent(load.cpu_seconds),
             load.rss_mb,
             load.threads,
@@ -209,7 +211,7 @@ fn print_json(found: &Findings, ratios: &[Ratio]) {
         println!("{}", daemons.json());
     }
     for load in &found.loads {
-        println!("{}", load.json(decoding));
+        println!("{}", load.json());
     }
     for ratio in ratios {
         println!("{}", ratio.json());
@@ -236,9 +238,7 @@ fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
         .collect()
 }
 
-/// CPU seconds for decoding what one room's agent says in one minute.
-///
-/// It is measured apart because it can't be turned off in a run: speech is what the canary listens for.
+/// CPU seconds for decoding what one room's agent says in one minute, one packet right after the other.
 fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
     let mut decoder = Decoder::new(LISTEN_RATE, Channels::Mono)?;
@@ -254,13 +254,41 @@ fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     Ok((own_cpu_seconds()? - before) / f64::from(MINUTES))
 }
 
-/// A server whose agent speaks without a pause.
+/// What an agent sends without a pause.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Voice {
+    Speech,
+    /// As many packets of the same sizes, which the decoder turns down at once: what is left is the transport.
+    Undecodable,
+}
+
+impl Voice {
+    /// Also the name of the agent that sends it, all rooms in one process.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Speech => "speech",
+            Self::Undecodable => "undecodable",
+        }
+    }
+
+    /// Made of packets of speech.
+    fn of(self, mut packets: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+        if self == Self::Undecodable {
+            for packet in &mut packets {
+                // A packet of several frames, and none of them (RFC 6716, 3.2.5).
+                packet[..2].copy_from_slice(&[3, 0]);
+            }
+        }
+        packets
+    }
+}
+
+/// A server whose agents speak without a pause.
 struct Stage {
     label: &'static str,
     site: Site,
-    agent: &'static str,
-    /// On the real stack: the agent that all rooms share.
-    talker: Option<Process>,
+    /// On the real stack: the agents, each of which all rooms share.
+    talkers: Vec<(Voice, Process)>,
 }
 
 impl Stage {
@@ -268,24 +296,34 @@ impl Stage {
         Ok(Self {
             label: "sandbox",
             site: Site::sandbox(AGENT, &["never_pauses".to_owned()])?,
-            agent: AGENT,
-            talker: None,
+            talkers: Vec::new(),
         })
     }
 
     fn real(site: Site, packets: &[Vec<u8>]) -> anyhow::Result<Self> {
-        let talker = start_talker(&site, packets)?;
+        let talkers = [Voice::Speech, Voice::Undecodable]
+            .into_iter()
+            .map(|voice| Ok((voice, start_talker(&site, voice, packets.to_vec())?)))
+            .collect::<anyhow::Result<_>>()?;
         Ok(Self {
             label: "real",
             site,
-            agent: TALKER,
-            talker: Some(talker),
+            talkers,
         })
     }
 
-    /// In how many rooms the agent has begun to speak since it was started.
-    fn speaking(&self) -> anyhow::Result<usize> {
-        if let Some(talker) = &self.talker {
+    fn talker(&self, voice: Voice) -> Option<&Process> {
+        let mut talkers = self.talkers.iter();
+        talkers.find_map(|(its, talker)| (*its == voice).then_some(talker))
+    }
+
+    fn agent(&self, voice: Voice) -> &'static str {
+        self.talker(voice).map_or(AGENT, |_| voice.label())
+    }
+
+    /// In how many rooms the agent of this voice has begun to speak since it was started.
+    fn speaking(&self, voice: Voice) -> anyhow::Result<usize> {
+        if let Some(talker) = self.talker(voice) {
             return Ok(talker.log()?.matches("talking").count());
         }
         let events = self.site.events()?;
@@ -295,22 +333,22 @@ impl Stage {
     }
 }
 
-fn start_talker(site: &Site, packets: &[Vec<u8>]) -> anyhow::Result<Process> {
+fn start_talker(site: &Site, voice: Voice, packets: Vec<Vec<u8>>) -> anyhow::Result<Process> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("packets");
     let mut data = Vec::new();
-    for packet in packets {
+    for packet in voice.of(packets) {
         data.extend(u16::try_from(packet.len())?.to_be_bytes());
         data.extend(packet);
     }
     fs::write(&file, data)?;
     let mut command = stack::command(&stack::program("TALKER")?);
     command
-        .args([&site.url, TALKER])
+        .args([&site.url, voice.label()])
         .arg(&file)
         .env("LIVEKIT_API_KEY", KEY)
         .env("LIVEKIT_API_SECRET", SECRET);
-    let mut talker = Process::spawn(TALKER, command, site.dir())?;
+    let mut talker = Process::spawn(voice.label(), command, site.dir())?;
     talker.wait_for_line("registered worker", Duration::from_secs(10))?;
     Ok(talker)
 }
@@ -380,10 +418,10 @@ fn join_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
 /// The talker says itself when it sends its first packet of speech: nothing but the way through the server lies between.
 /// A livekit-agents job can't say it as well, for the SDK encodes and paces on its own.
 fn speech_accuracy(stage: &Stage) -> anyhow::Result<Accuracy> {
-    let talker = stage.talker.as_ref().context("no talker")?;
+    let talker = stage.talker(Voice::Speech).context("no talker")?;
     let finished = Settings::new(&stage.site)
         .project("max_rooms", JOINS)
-        .set("agent_name", stage.agent)
+        .set("agent_name", stage.agent(Voice::Speech))
         .set("batch.rooms", JOINS)
         .set("batch.ramp", "interval")
         .set("batch.interval", "200ms")
@@ -456,6 +494,7 @@ enum Subject {
 struct Load {
     stack: &'static str,
     program: &'static str,
+    voice: Voice,
     rooms: u32,
     /// Over [`WINDOW`].
     cpu_seconds: f64,
@@ -470,19 +509,14 @@ impl Load {
         self.cpu_seconds * 60.0 / WINDOW.as_secs_f64() / f64::from(self.rooms)
     }
 
-    /// What is left of the canary's without decoding.
-    fn transport(&self, decoding: f64) -> Option<f64> {
-        (self.program == Program::Canary.label()).then(|| self.cpu_per_room_minute() - decoding)
-    }
-
-    fn json(&self, decoding: f64) -> Value {
+    fn json(&self) -> Value {
         json!({
             "bench": "load",
             "stack": self.stack,
             "program": self.program,
+            "voice": self.voice.label(),
             "rooms": self.rooms,
             "cpu_seconds_per_room_minute": self.cpu_per_room_minute(),
-            "transport_cpu_seconds_per_room_minute": self.transport(decoding),
             "cpu_percent_of_a_core": percent(self.cpu_seconds),
             "rss_mb": self.rss_mb,
             "threads": self.threads,
@@ -536,12 +570,12 @@ impl Program<'_> {
         }
     }
 
-    fn start(self, stage: &Stage, rooms: u32) -> anyhow::Result<Subject> {
+    fn start(self, stage: &Stage, voice: Voice, rooms: u32) -> anyhow::Result<Subject> {
         match self {
             Self::Canary => {
                 let settings = Settings::new(&stage.site)
                     .project("max_rooms", rooms)
-                    .set("agent_name", stage.agent)
+                    .set("agent_name", stage.agent(voice))
                     .set("batch.rooms", rooms)
                     .set("batch.ramp", "interval")
                     .set("batch.interval", "200ms")
@@ -554,7 +588,7 @@ impl Program<'_> {
                 let mut command = stack::command("sh");
                 command
                     .args(["-c", &format!("{line} \"$@\""), "peer"])
-                    .args([&stage.site.url, &rooms.to_string(), stage.agent])
+                    .args([&stage.site.url, &rooms.to_string(), stage.agent(voice)])
                     .arg(seconds.to_string())
                     .env("LIVEKIT_URL", &stage.site.url)
                     .env("LIVEKIT_API_KEY", &stage.site.key)
@@ -607,18 +641,19 @@ impl Subject {
     }
 }
 
-fn load(stage: &Stage, program: Program<'_>, rooms: u32) -> anyhow::Result<Load> {
+fn load(stage: &Stage, voice: Voice, program: Program<'_>, rooms: u32) -> anyhow::Result<Load> {
     println!(
-        "load: {}, {rooms} room(s), {}",
+        "load: {}, {rooms} room(s), {}, {}",
         stage.label,
-        program.label()
+        program.label(),
+        voice.label()
     );
-    let before = stage.speaking()?;
-    let subject = program.start(stage, rooms)?;
+    let before = stage.speaking(voice)?;
+    let subject = program.start(stage, voice, rooms)?;
     let all = wait_for(
         "the agent to speak in all rooms",
         longest_start(rooms),
-        || Ok((stage.speaking()? >= before + rooms as usize).then_some(())),
+        || Ok((stage.speaking(voice)? >= before + rooms as usize).then_some(())),
     );
     if let Err(error) = all {
         return Err(error.context(subject.log()?));
@@ -631,6 +666,7 @@ fn load(stage: &Stage, program: Program<'_>, rooms: u32) -> anyhow::Result<Load>
     Ok(Load {
         stack: stage.label,
         program: program.label(),
+        voice,
         rooms,
         cpu_seconds: now.cpu_seconds - used.0.cpu_seconds,
         rss_mb: now.rss_mb,
