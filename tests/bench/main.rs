@@ -580,6 +580,8 @@ impl Program<'_> {
                     .set("batch.ramp", "interval")
                     .set("batch.interval", "200ms")
                     .set("batch.hold", "5m")
+                    // Nothing is heard of what can't be decoded.
+                    .set("deadlines.speech", "5m")
                     .set("echo.mode", "continuous");
                 Ok(Subject::Canary(settings.once()?))
             }
