@@ -584,11 +584,30 @@ pub struct Namespace {
 impl Namespace {
     /// Creates `count` of them for sites to take; they last as long as what is returned.
     pub fn prepare(count: usize) -> anyhow::Result<Vec<Arc<Self>>> {
+        Self::sweep()?;
         let created = (0..count).map(|_| Ok(Arc::new(Self::create()?)));
         let created = created.collect::<anyhow::Result<Vec<_>>>()?;
         let mut left = NAMESPACES.lock().expect("no push panics");
         left.extend(created.iter().map(Arc::downgrade));
         Ok(created)
+    }
+
+    /// Deletes those of runs that were killed: each is one more path that every agent tries, and calls begin late.
+    fn sweep() -> anyhow::Result<()> {
+        let Ok(all) = fs::read_dir("/run/netns") else {
+            return Ok(());
+        };
+        for entry in all {
+            let name = entry?.file_name();
+            let name = name.to_str().unwrap_or_default();
+            let owner = name
+                .strip_prefix("canary-")
+                .and_then(|id| id.split_once('-'));
+            if owner.is_some_and(|(process, _)| !Path::new("/proc").join(process).exists()) {
+                ip(&format!("netns del {name}"))?;
+            }
+        }
+        Ok(())
     }
 
     fn take() -> anyhow::Result<Arc<Self>> {
@@ -601,7 +620,7 @@ impl Namespace {
         static CREATED: AtomicU8 = AtomicU8::new(0);
         let number = CREATED.fetch_add(1, Ordering::Relaxed);
         let process = std::process::id();
-        let id = format!("{process}{number}");
+        let id = format!("{process}-{number}");
         // A net of its own (/30) for each, of this run and of another at the same time.
         let (net, host) = (process % 256, number * 4);
         let this = Self {
