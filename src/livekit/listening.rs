@@ -7,14 +7,12 @@ use tokio::time::Instant;
 
 use super::roster::Roster;
 
-/// Kept of a voice before its agent is known, 5 s of 10 ms: the server's news may come three seconds late.
-const MOST_EARLY: usize = 500;
-
 /// `K` is an engine's own name for a track, `S` what it receives of one.
 pub(super) struct Listening<K, S> {
     to: Option<Voice<K>>,
     /// What came of it before the agent was known, the newest.
     early: VecDeque<S>,
+    most_early: usize,
 }
 
 /// A track that carries the agent's voice, or may.
@@ -33,16 +31,16 @@ pub(super) struct Found<S> {
     pub(super) early: VecDeque<S>,
 }
 
-impl<K, S> Default for Listening<K, S> {
-    fn default() -> Self {
+impl<K, S> Listening<K, S> {
+    /// `most_early`: how many are kept before the agent is known.
+    pub(super) fn new(most_early: usize) -> Self {
         Self {
             to: None,
             early: VecDeque::new(),
+            most_early,
         }
     }
-}
 
-impl<K, S> Listening<K, S> {
     /// Settles which of the tracks that are there is the voice.
     pub(super) fn settle<'a>(
         &mut self,
@@ -104,7 +102,7 @@ impl<K, S> Listening<K, S> {
         if self.told() {
             return Some(sound);
         }
-        if self.early.len() == MOST_EARLY {
+        if self.early.len() == self.most_early {
             self.early.pop_front();
         }
         self.early.push_back(sound);

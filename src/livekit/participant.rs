@@ -38,6 +38,9 @@ const DATAGRAM: usize = 2_048;
 /// Streams whose m-line is remembered; a probe's room has one or two.
 const MOST_STREAMS: usize = 16;
 
+/// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
+const MOST_EARLY: usize = 250;
+
 /// So much before its time a packet of the echo goes out where something is to be done anyway; most often that is the
 /// agent's next packet, which comes at the same pace. Timers are no finer, and a round of its own is dear.
 const AHEAD: Duration = Duration::from_millis(2);
@@ -174,7 +177,7 @@ impl<'a> Session<'a> {
                 origin: (Instant::now(), fastrand::u32(..)),
                 last: None,
             },
-            listening: Listening::default(),
+            listening: Listening::new(MOST_EARLY),
             streams: Vec::new(),
             media_told: false,
             addresses: Vec::new(),

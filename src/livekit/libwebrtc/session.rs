@@ -45,6 +45,9 @@ use super::watch::Watch;
 const FRAMES_TO_READ: usize = 100;
 const MILLIS_TO_SEND: u32 = 100;
 
+/// Frames kept of a voice before its agent is known, 5 s of 10 ms: the server's news may come three seconds late.
+const MOST_EARLY: usize = 500;
+
 /// How often the SDK is asked for what it has no event for: its transports, and the agent's first packet.
 const SAMPLE: Duration = Duration::from_millis(50);
 
@@ -206,7 +209,7 @@ impl<'a> Session<'a> {
             track,
             tracks: Vec::new(),
             next_track: 0,
-            listening: Listening::default(),
+            listening: Listening::new(MOST_EARLY),
             voice: None,
             arrivals: Arrivals::default(),
             packets: SelectAll::new(),
