@@ -21,6 +21,9 @@ use super::transcript::Words;
 /// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
 pub(super) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Places for media that are told; a server offers a few.
+const MOST_ADDRESSES: usize = 128;
+
 /// The way out for what is seen.
 pub(super) struct Outlet {
     events: mpsc::Sender<RoomEvent>,
@@ -58,6 +61,8 @@ impl Outlet {
 pub(super) struct Observer {
     pub(super) outlet: Outlet,
     pub(super) roster: Roster,
+    /// Where the server wants media, as far as it was told.
+    addresses: Vec<String>,
     track_cid: String,
     /// The server's id of the echo track, once it acknowledged the track.
     track_sid: Option<String>,
@@ -71,6 +76,7 @@ impl Observer {
         Self {
             outlet,
             roster: Roster::new(request.identity.clone(), request.agent_name.clone()),
+            addresses: Vec::new(),
             track_cid,
             track_sid: None,
             reports: session_stream::Reader::new(request.transcript),
@@ -127,6 +133,22 @@ impl Observer {
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
             self.outlet.pass(event)?;
+        }
+        Ok(())
+    }
+
+    /// Where the server wants media; each place is told once.
+    pub(super) fn on_addresses(
+        &mut self,
+        at: Instant,
+        addresses: impl IntoIterator<Item = String>,
+    ) -> Result<(), Ended> {
+        for address in addresses {
+            if self.addresses.len() < MOST_ADDRESSES && !self.addresses.contains(&address) {
+                self.outlet
+                    .tell_if_room(at, Seen::MediaAddress(address.clone()))?;
+                self.addresses.push(address);
+            }
         }
         Ok(())
     }

@@ -112,8 +112,6 @@ struct Session<'a> {
     /// M-lines of the streams seen; learnt anew after each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
     media_told: bool,
-    /// Where the server wants media, as far as it was told.
-    addresses: Vec<String>,
     /// Media over TCP is a fallback, not what was asked for.
     udp_tried: bool,
 }
@@ -180,7 +178,6 @@ impl<'a> Session<'a> {
             listening: Listening::new(MOST_EARLY),
             streams: Vec::new(),
             media_told: false,
-            addresses: Vec::new(),
             udp_tried: request.ice == Ice::All,
         });
         session.publish(cid, offer)?;
@@ -341,17 +338,14 @@ impl<'a> Session<'a> {
     }
 
     async fn on_trickle(&mut self, trickle: &proto::TrickleRequest) -> Result<(), Ended> {
-        let Ok(init) = serde_json::from_str::<serde_json::Value>(&trickle.candidate_init) else {
-            return Ok(());
-        };
-        let Some(line) = init["candidate"].as_str() else {
+        let Some(line) = peer::candidate_line(trickle) else {
             return Ok(());
         };
         let peer = match trickle.target() {
             proto::SignalTarget::Publisher => &mut self.publisher,
             proto::SignalTarget::Subscriber => &mut self.subscriber,
         };
-        let candidates = peer.add_candidate(line).await;
+        let candidates = peer.add_candidate(&line).await;
         self.tell_addresses()?;
         self.trickle(trickle.target(), candidates)
     }
@@ -359,14 +353,7 @@ impl<'a> Session<'a> {
     fn tell_addresses(&mut self) -> Result<(), Ended> {
         let mut told = self.publisher.take_addresses();
         told.append(&mut self.subscriber.take_addresses());
-        for address in told {
-            if !self.addresses.contains(&address) {
-                let seen = Seen::MediaAddress(address.clone());
-                self.observer.outlet.tell(Instant::now(), seen)?;
-                self.addresses.push(address);
-            }
-        }
-        Ok(())
+        self.observer.on_addresses(Instant::now(), told)
     }
 
     fn trickle(

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use livekit_protocol::SignalTarget;
+use livekit_protocol::{SignalTarget, TrickleRequest};
 use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
 use str0m::media::{Direction, MediaKind, Mid, Pt};
 use str0m::net::{Protocol, Receive, TcpType, Transmit};
@@ -663,6 +663,12 @@ fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
         RtcError::Sdp(_) | RtcError::RemoteSdp(_) => PeerError::Sdp(what),
         other => PeerError::Stack(other),
     }
+}
+
+/// The line of SDP that a server trickles, in the form of `RTCIceCandidateInit`.
+pub(super) fn candidate_line(trickle: &TrickleRequest) -> Option<String> {
+    let init: serde_json::Value = serde_json::from_str(&trickle.candidate_init).ok()?;
+    init["candidate"].as_str().map(str::to_owned)
 }
 
 /// Where a candidate wants media: `UDP 192.0.2.1:7882`.

@@ -25,8 +25,6 @@ pub(super) struct Watch {
     joined: bool,
     heard_at: Instant,
     ping_timeout: Duration,
-    /// Where the server wants media, as far as it was told.
-    addresses: Vec<String>,
     /// Why the last attempt to connect failed.
     failed: Option<SignalError>,
 }
@@ -40,7 +38,6 @@ impl Watch {
             joined: false,
             heard_at: now,
             ping_timeout: Duration::from_secs(15),
-            addresses: Vec::new(),
             failed: None,
         }
     }
@@ -67,7 +64,7 @@ impl Watch {
 
     fn on_message(&mut self, at: Instant, message: Response) -> Result<Option<Instant>, Ended> {
         self.heard_at = at;
-        self.tell_addresses(at, &message)?;
+        self.observer.on_addresses(at, addresses(&message))?;
         let (participants, in_join_response) = match message {
             Response::Join(response) => {
                 self.joined = true;
@@ -90,17 +87,6 @@ impl Watch {
         self.observer
             .on_participants(at, participants, in_join_response, clock)?;
         Ok(Some(at))
-    }
-
-    fn tell_addresses(&mut self, at: Instant, message: &Response) -> Result<(), Ended> {
-        for address in addresses(message) {
-            if !self.addresses.contains(&address) {
-                let seen = Seen::MediaAddress(address.clone());
-                self.observer.outlet.tell_if_room(at, seen)?;
-                self.addresses.push(address);
-            }
-        }
-        Ok(())
     }
 
     /// A connection failed or closed. Before the join the SDK may go on to try another path of the server's; after it that
@@ -144,9 +130,8 @@ fn addresses(message: &Response) -> Vec<String> {
             candidates.filter_map(read).collect()
         }
         Response::Trickle(trickle) => {
-            let init = serde_json::from_str::<serde_json::Value>(&trickle.candidate_init);
-            let line = init.ok().and_then(|init| read(init["candidate"].as_str()?));
-            line.into_iter().collect()
+            let line = peer::candidate_line(trickle);
+            line.iter().filter_map(|line| read(line)).collect()
         }
         _ => Vec::new(),
     }
