@@ -2,24 +2,27 @@
 //! state machines that the native engine has as well, and their echo to the SDK.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::{BoxStream, SelectAll};
-use futures_util::{FutureExt, Stream, StreamExt};
+use futures_util::{FutureExt, StreamExt};
 use livekit::options::TrackPublishOptions;
 use livekit::prelude::{
-    LocalAudioTrack, LocalTrack, LocalTrackPublication, RemoteAudioTrack, RemoteTrack, Room,
-    RoomOptions, RoomResult, TrackSource, TranscriptionSegment,
+    LocalAudioTrack, LocalTrack, LocalTrackPublication, ParticipantIdentity, RemoteAudioTrack,
+    RemoteTrack, Room, RoomOptions, RoomResult, TrackSource, TranscriptionSegment,
 };
 use livekit::webrtc::audio_frame::AudioFrame;
 use livekit::webrtc::audio_source::native::NativeAudioSource;
 use livekit::webrtc::audio_source::{AudioSourceOptions, RtcAudioSource};
 use livekit::webrtc::audio_stream::native::{NativeAudioStream, NativeAudioStreamOptions};
 use livekit::webrtc::stats::{DtlsTransportState, RtcStats};
-use livekit::{RoomDataStreamOptions, RoomEvent as SdkEvent, StreamReader as _};
+use livekit::{
+    ByteStreamInfo, RoomDataStreamOptions, RoomEvent as SdkEvent, StreamReader, TextStreamInfo,
+};
 use livekit_protocol as proto;
 use proto::DataPacket;
 use proto::data_packet::Value;
@@ -328,28 +331,20 @@ impl<'a> Session<'a> {
             }
             SdkEvent::TextStreamOpened {
                 reader,
-                participant_identity,
+                participant_identity: sender,
                 ..
             } => {
-                if let Some(reader) = reader.take() {
-                    let info = reader.info().clone();
-                    let opened = opened(participant_identity.into(), &info.id, &info.topic);
-                    let content = reader.map(|piece| piece.map(String::into_bytes));
-                    self.read(streams::packets(opened, move || info.attributes(), content));
-                }
+                let named = |info: &TextStreamInfo| (info.id.clone(), info.topic.clone());
+                self.read(reader.take(), sender, named, TextStreamInfo::attributes);
                 Ok(())
             }
             SdkEvent::ByteStreamOpened {
                 reader,
-                participant_identity,
+                participant_identity: sender,
                 ..
             } => {
-                if let Some(reader) = reader.take() {
-                    let info = reader.info().clone();
-                    let opened = opened(participant_identity.into(), &info.id, &info.topic);
-                    let content = reader.map(|piece| piece.map(Vec::from));
-                    self.read(streams::packets(opened, move || info.attributes(), content));
-                }
+                let named = |info: &ByteStreamInfo| (info.id.clone(), info.topic.clone());
+                self.read(reader.take(), sender, named, ByteStreamInfo::attributes);
                 Ok(())
             }
             SdkEvent::TranscriptionReceived {
@@ -372,11 +367,31 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// More at once than any agent sends are left unread.
-    fn read(&mut self, packets: impl Stream<Item = DataPacket> + Send + 'static) {
-        if self.packets.len() < MOST_STREAMS {
-            self.packets.push(packets.boxed());
-        }
+    /// Reads a data stream that a participant has begun to send; more at once than any agent sends are left unread.
+    fn read<R>(
+        &mut self,
+        reader: Option<R>,
+        sender: ParticipantIdentity,
+        named: fn(&R::Info) -> (String, String),
+        attributes: fn(&R::Info) -> HashMap<String, String>,
+    ) where
+        R: StreamReader + Send + 'static,
+        R::Info: Clone + Send + 'static,
+        R::Output: Into<Vec<u8>>,
+    {
+        let Some(reader) = reader.filter(|_| self.packets.len() < MOST_STREAMS) else {
+            return;
+        };
+        let info = reader.info().clone();
+        let (id, topic) = named(&info);
+        let opened = Opened {
+            identity: sender.into(),
+            id,
+            topic,
+        };
+        let content = reader.map(|piece| piece.map(Into::into));
+        let packets = streams::packets(opened, move || attributes(&info), content);
+        self.packets.push(packets.boxed());
     }
 
     /// Settles which track carries the agent's voice, and takes in what it had said by the time that is known.
@@ -540,14 +555,6 @@ async fn send(source: &NativeAudioSource, pcm: &[i16]) -> Result<(), Ended> {
     };
     let taken = source.capture_frame(&frame).await;
     taken.map_err(|error| Ended::Internal(format!("the SDK takes no sound: {error}")))
-}
-
-fn opened(identity: String, id: &str, topic: &str) -> Opened {
-    Opened {
-        identity,
-        id: id.to_owned(),
-        topic: topic.to_owned(),
-    }
 }
 
 fn segment(segment: TranscriptionSegment) -> proto::TranscriptionSegment {
