@@ -130,6 +130,8 @@ pub struct Scenario {
     pub expected: &'static str,
     /// Why the sandbox can't express it; `None` where it can.
     pub real_only: Option<&'static str>,
+    /// Rooms in which agents speak at the same time; more for one that measures what a busy machine changes.
+    pub load: u32,
     /// Does it, checks it, and says what was seen.
     run: Run,
 }
@@ -159,37 +161,40 @@ const NO_SETTINGS: &str = "its rooms may always be created by a token";
 const NO_RESTART: &str = "it ends at once, and comes back on another port";
 
 macro_rules! scenarios {
-    ($($name:ident: $expected:literal $(, real only: $why:ident)?;)*) => {
+    ($($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
         /// The longest first, so that none of them is left alone at the end.
         pub const SCENARIOS: &[Scenario] = &[
             $(Scenario {
                 name: stringify!($name),
                 expected: $expected,
-                real_only: scenarios!(@ $($why)?),
+                real_only: scenarios!(@why $($why)?),
+                load: scenarios!(@load $($load)?),
                 run: $name,
             },)*
         ];
     };
-    (@) => { None };
-    (@ $why:ident) => { Some($why) };
+    (@why) => { None };
+    (@why $why:ident) => { Some($why) };
+    (@load) => { 1 };
+    (@load $load:literal) => { $load };
 }
 
 scenarios! {
     outage_fails_the_batches_within_it_and_no_other: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;
-    killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms: "no torn row, ledger whole, journalled rooms gone", real only: SAME;
+    killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms: "no torn row, ledger whole, journalled rooms gone", real only: SAME, load: 2;
     prometheus_holds_what_the_history_holds: "counters = history, promtool finds nothing", real only: OWN_SANDBOX;
     killed_job_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
     killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
-    frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4";
+    frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4", load: 2;
     late_agent_changes_no_verdict_and_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
-    stray_agent_is_evidence_and_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named";
-    restarted_server_is_signal_lost_and_serves_the_next_batch: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART;
-    drained_server_lets_its_calls_end_well: "2 ok, exit 0, then the server ends", real only: NO_RESTART;
-    loss_and_jitter_are_measured_as_they_are: "2 ok, both figures right, exit 0", real only: NO_NETWORK;
-    distant_server_delays_the_join_by_its_distance_alone: "ok, joined by the server's clock, exit 0", real only: NO_NETWORK;
-    five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0";
-    panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4";
-    delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s";
+    stray_agent_is_evidence_and_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named", load: 2;
+    restarted_server_is_signal_lost_and_serves_the_next_batch: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART, load: 2;
+    drained_server_lets_its_calls_end_well: "2 ok, exit 0, then the server ends", real only: NO_RESTART, load: 2;
+    loss_and_jitter_are_measured_as_they_are: "2 ok, both figures right, exit 0", real only: NO_NETWORK, load: 4;
+    distant_server_delays_the_join_by_its_distance_alone: "ok, joined by the server's clock, exit 0", real only: NO_NETWORK, load: 4;
+    five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0", load: 5;
+    panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4", load: 5;
+    delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s", load: 3;
     no_worker_at_all_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
     busy_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
     wrong_agent_name_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
@@ -226,24 +231,24 @@ scenarios! {
     unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0";
     agent_comes_by_create_room: "ok, metadata seen, exit 0";
     agent_comes_by_token: "ok, metadata seen, exit 0";
-    interval_opens_rooms_whatever_the_agent_does: "3 ok, 2 s apart, exit 0";
-    burst_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0";
-    server_off_loopback_is_ok: "ok, exit 0", real only: NO_NETWORK;
-    blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0", real only: NO_NETWORK;
+    interval_opens_rooms_whatever_the_agent_does: "3 ok, 2 s apart, exit 0", load: 3;
+    burst_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0", load: 3;
+    server_off_loopback_is_ok: "ok, exit 0", real only: NO_NETWORK, load: 2;
+    blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0", real only: NO_NETWORK, load: 2;
     blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4", real only: NO_NETWORK;
     broken_connection_with_media_is_media_failed: "media_failed within 10 s, exit 4", real only: NO_NETWORK;
-    tcp_alone_is_ok: "2 ok over TCP, exit 0", real only: NO_TCP;
+    tcp_alone_is_ok: "2 ok over TCP, exit 0", real only: NO_TCP, load: 2;
     wss_with_a_private_authority_is_ok: "ok, exit 0";
     untrusted_certificate_is_unreachable: "unreachable, exit 4";
     certificate_for_another_name_is_unreachable: "unreachable, exit 4";
-    two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0";
+    two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0", load: 4;
     room_deleted_by_somebody_else_is_removed: "removed, exit 4";
     participant_removed_by_somebody_else_is_removed: "removed, exit 4";
     identity_taken_by_another_client_is_removed: "removed, exit 4";
     right_to_subscribe_taken_away_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
     right_to_publish_taken_away_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
     server_that_creates_no_room_by_itself_takes_every_dispatch: "4 dispatch_unanswered, exit 1", real only: NO_SETTINGS;
-    killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4";
+    killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4", load: 2;
     wrong_secret_is_a_config_error: "auth_rejected, exit 2";
     unknown_host_is_unreachable: "unreachable, exit 4";
     closed_port_is_unreachable: "unreachable, exit 4";
