@@ -8,8 +8,9 @@
 //!   creates a missing room).
 //! - A late agent, the target's or the unnamed one that LiveKit sends to every room. `DeleteDispatch` has the worker end
 //!   the job, but a livekit-agents 1.8.9 worker lets the entrypoint run on for 15 s first, and an entrypoint that
-//!   connects in that time re-creates the room with default settings: it stays for 5 minutes after the agent. Deleted
-//!   once more, it does not come back, unless automatic dispatch sends another agent to it: see [`Owned::drain`].
+//!   connects in that time re-creates the room with default settings: it stays for 5 minutes after the agent. One that
+//!   was connecting when the room was deleted does the same when it tries again, 15 s later. Deleted once more, the room
+//!   does not come back, unless automatic dispatch sends another agent to it: see [`Owned::drain`].
 //!
 //! So a deleted room in doubt is looked for by its exact name until its window is over, at most 5 s apart.
 
@@ -152,7 +153,7 @@ impl Janitor {
                 cleanup,
                 late_agent_window,
                 dispatches: Vec::new(),
-                agent_seen: false,
+                agents_connected: false,
                 not_created: false,
             }),
         }
@@ -224,11 +225,12 @@ impl RoomLease {
         self.owned().dispatches.push(dispatch_id);
     }
 
-    /// The agent is in the room and will be put out with it: it can't come late.
+    /// Whether the agent, and any other of its name, is in the room with its connection up: it will be put out with the room
+    /// and can't come late.
     ///
     /// Without this one may always come: LiveKit sends the project's unnamed agent to every room that is created.
-    pub fn agent_seen(&mut self) {
-        self.owned().agent_seen = true;
+    pub fn agents_connected(&mut self, connected: bool) {
+        self.owned().agents_connected = connected;
     }
 
     /// Deletes the dispatch and the room now and says what became of them; re-checks go on behind it.
@@ -329,7 +331,7 @@ struct Owned {
     cleanup: Duration,
     late_agent_window: Duration,
     dispatches: Vec<String>,
-    agent_seen: bool,
+    agents_connected: bool,
     not_created: bool,
 }
 
@@ -347,7 +349,7 @@ impl Owned {
             Ok(())
         } else {
             // Only `CreateDispatch` tells an id: of other dispatches, and where its answer never came, the list does.
-            let list = !self.agent_seen || self.dispatches.is_empty();
+            let list = !self.agents_connected || self.dispatches.is_empty();
             self.delete(&self.dispatches, list).await
         };
         let window = self.window(dropped, &deleted);
@@ -379,7 +381,7 @@ impl Owned {
     fn window(&self, dropped: bool, deleted: &Result<(), String>) -> Duration {
         if self.not_created {
             Duration::ZERO
-        } else if !self.agent_seen || deleted.is_err() {
+        } else if !self.agents_connected || deleted.is_err() {
             // As long for a failed deletion: the server may answer again.
             self.late_agent_window.max(self.cleanup)
         } else if dropped {
@@ -766,10 +768,23 @@ mod tests {
         let janitor = Janitor::start();
         let mut lease = server.lease(&janitor, AMPLE, AMPLE);
         lease.dispatched("AD_1".to_owned());
-        lease.agent_seen();
+        lease.agents_connected(true);
         assert!(is_deleted(&lease.delete().await));
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
         assert_eq!(server.calls(), ["DeleteDispatch", "DeleteRoom"]);
+    }
+
+    #[tokio::test]
+    async fn a_room_that_another_agent_was_about_to_join_is_re_checked() {
+        let server = Scripted::start(&[]).await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
+        lease.dispatched("AD_1".to_owned());
+        lease.agents_connected(true);
+        lease.agents_connected(false);
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        assert_eq!(server.calls().last().map(String::as_str), Some("ListRooms"));
     }
 
     #[tokio::test]
@@ -853,7 +868,7 @@ mod tests {
         let server = Scripted::start(&[("ListDispatch", listed)]).await;
         let janitor = Janitor::start();
         let mut lease = server.lease(&janitor, AMPLE, AMPLE);
-        lease.agent_seen();
+        lease.agents_connected(true);
         assert!(is_deleted(&lease.delete().await));
         assert_eq!(close(janitor, AMPLE).await, [""; 0]);
         let expected = ["ListDispatch", "DeleteDispatch", "DeleteRoom"];
@@ -898,7 +913,7 @@ mod tests {
         let janitor = Janitor::start();
         let mut lease = server.lease(&janitor, AMPLE, AMPLE);
         lease.dispatched("AD_1".to_owned());
-        lease.agent_seen();
+        lease.agents_connected(true);
         let deletion = lease.delete().await;
         assert!(
             matches!(&deletion, Deletion::NotDeleted { why } if why.contains("403")),

@@ -96,6 +96,8 @@ pub enum Seen {
         agent: Agent,
         in_join_response: bool,
     },
+    /// The agent's own connection stands. Put out of the room before that, it joins anew some 15 s later.
+    AgentConnected,
     /// The agent's `lk.agent.state` attribute changed.
     AgentState(String),
     AgentTrackSubscribed {

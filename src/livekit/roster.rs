@@ -29,6 +29,7 @@ pub(crate) struct Roster {
     /// The agent's session; it stays after the agent has left.
     agent: Option<String>,
     agent_state: Option<String>,
+    agent_connected: bool,
 }
 
 struct Member {
@@ -55,6 +56,7 @@ impl Roster {
             present: HashMap::new(),
             agent: None,
             agent_state: None,
+            agent_connected: false,
         }
     }
 
@@ -157,6 +159,7 @@ impl Roster {
                 seen,
             }));
         }
+        events.extend(self.connection(at, &sid));
         events.extend(self.state_change(at, &sid));
     }
 
@@ -202,6 +205,19 @@ impl Roster {
 
     fn member(&mut self, sid: &str) -> Option<&mut Member> {
         self.present.get_mut(sid)
+    }
+
+    fn connection(&mut self, at: Instant, sid: &str) -> Option<RoomEvent> {
+        let member = self.present.get(sid)?;
+        let connected = member.role == Role::Agent && member.info.state() == State::Active;
+        if !connected || self.agent_connected {
+            return None;
+        }
+        self.agent_connected = true;
+        Some(RoomEvent {
+            at,
+            seen: Seen::AgentConnected,
+        })
     }
 
     fn state_change(&mut self, at: Instant, sid: &str) -> Option<RoomEvent> {
@@ -278,7 +294,7 @@ mod tests {
         ParticipantInfo {
             sid: sid.to_owned(),
             identity: format!("identity-{sid}"),
-            state: State::Active.into(),
+            state: State::Joined.into(),
             kind: kind.into(),
             attributes: attributes
                 .iter()
@@ -369,6 +385,24 @@ mod tests {
             told(3, "left CONNECTION_TIMEOUT")
         );
         assert_eq!(room.update(gone), []);
+    }
+
+    #[test]
+    fn agent_is_connected_once_the_server_calls_it_active() {
+        let active = |mut info: ParticipantInfo| {
+            info.state = State::Active.into();
+            info
+        };
+        let mut room = Room::new(Some("support"));
+        let stray = participant("PA_0", Kind::Agent, &[(NAME_BY_SERVER, "billing")]);
+        let other = room.update(active(stray));
+        assert!(other[0].1.starts_with("other"), "{other:?}");
+        assert_eq!(room.update(agent("PA_1")), told(2, "agent PA_1"));
+        assert_eq!(
+            room.update(active(agent("PA_1"))),
+            told(3, "AgentConnected")
+        );
+        assert_eq!(room.update(active(agent("PA_1"))), []);
     }
 
     #[test]

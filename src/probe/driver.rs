@@ -266,9 +266,9 @@ impl Driver {
                     lease.dispatched(id);
                 }
             }
-            Action::AgentSeen => {
+            Action::AgentsConnected(connected) => {
                 if let Some(lease) = &mut self.lease {
-                    lease.agent_seen();
+                    lease.agents_connected(connected);
                 }
             }
             Action::Leave => {

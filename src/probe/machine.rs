@@ -78,8 +78,8 @@ pub(super) enum Action {
     ListDispatch,
     /// The dispatch's id, for whoever ends its jobs.
     KeepDispatch(String),
-    /// An agent was seen in the room, in time or not.
-    AgentSeen,
+    /// Whether every agent seen in the room, in time or not, has its connection up.
+    AgentsConnected(bool),
     Leave,
     DeleteRoom,
     Tell(Progress),
@@ -442,6 +442,7 @@ impl Probe {
                 agent,
                 in_join_response,
             } => self.agent_joined_at(agent, in_join_response, at),
+            Seen::AgentConnected => self.actions.push(Action::AgentsConnected(true)),
             Seen::AgentState(state) => {
                 if state == "listening" {
                     self.mark(Milestone::AgentListening, at);
@@ -460,7 +461,7 @@ impl Probe {
                 self.incident.get_or_insert(Incident::Left { at, reason });
             }
             Seen::AgentDuplicate { identity } => {
-                self.report.other_agents += 1;
+                self.another_agent();
                 self.incident
                     .get_or_insert(Incident::Duplicate { identity });
             }
@@ -509,10 +510,10 @@ impl Probe {
     /// Past the verdict: it stands, and what a person may want to know is kept.
     fn late(&mut self, seen: Seen, at: Instant) {
         match seen {
-            Seen::AgentDuplicate { .. } => self.report.other_agents += 1,
+            Seen::AgentDuplicate { .. } => self.another_agent(),
+            Seen::AgentConnected => self.actions.push(Action::AgentsConnected(true)),
             Seen::AgentJoined { agent, .. } => {
                 self.report.other_agents += 1;
-                self.actions.push(Action::AgentSeen);
                 self.saw(&agent.identity, AGENT, agent.name.as_deref());
                 let after = self.since(Milestone::DispatchSent, at);
                 self.note(format!(
@@ -539,8 +540,13 @@ impl Probe {
         }
     }
 
+    /// It has only begun to connect.
+    fn another_agent(&mut self) {
+        self.report.other_agents += 1;
+        self.actions.push(Action::AgentsConnected(false));
+    }
+
     fn agent_joined_at(&mut self, agent: Agent, in_join_response: bool, at: Instant) {
-        self.actions.push(Action::AgentSeen);
         self.saw(&agent.identity, AGENT, agent.name.as_deref());
         if self.agent_joined() {
             return;

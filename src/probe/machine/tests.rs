@@ -681,11 +681,12 @@ fn late_agent_changes_no_verdict_but_is_evidence() {
     let script = Script::new(explicit())
         .waiting()
         .wait(30_101)
-        .joined(30_105);
+        .joined(30_105)
+        .see(30_106, Seen::AgentConnected);
     let script = script.listed(30_110, Ok(Vec::new()));
     assert_eq!(script.told_joins(), [false]);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::AgentSeen)),
+        script.asked_for(|action| matches!(action, Action::AgentsConnected(true))),
         1
     );
     let report = script.report(30_120);
@@ -1045,6 +1046,10 @@ fn second_agent_is_agent_duplicate() {
     let script = Script::new(explicit())
         .with_agent()
         .see(900, Seen::AgentDuplicate { identity });
+    assert_eq!(
+        script.asked_for(|action| matches!(action, Action::AgentsConnected(false))),
+        1
+    );
     let report = script.report(910);
     assert_eq!(reason_of(&report), Reason::AgentDuplicate);
     assert_eq!(report.billed(), Some(Duration::from_mins(2)));
@@ -1544,7 +1549,8 @@ fn random_input(random: &mut fastrand::Rng, script: &Script, at: u64) -> Input {
             agent: agent(),
             in_join_response: random.bool(),
         },
-        15 => Seen::AgentState("listening".to_owned()),
+        15 if random.bool() => Seen::AgentState("listening".to_owned()),
+        15 => Seen::AgentConnected,
         16 => Seen::AgentTrackSubscribed {
             track_sid: String::new(),
         },
