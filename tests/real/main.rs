@@ -38,7 +38,7 @@ mod twirp;
 use journey::Journey;
 use matrix::{FAULTS, Fault};
 use scenarios::{Ground, SCENARIOS, Scenario};
-use stack::{AGENT, Agent, BUSY_AGENT, Namespace, Site, Stack};
+use stack::{AGENT, Agent, BUSY_AGENT, Ipv6, Namespace, Site, Stack};
 
 /// Scenarios and faults that start one.
 const SITES_BEHIND_VETH: usize = 8;
@@ -225,12 +225,12 @@ fn run(stack: Stack, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<S
     if wanted(stack, arguments).next().is_none() {
         return Ok(faults);
     }
-    let (_namespaces, site) = match stack {
+    let (_network, site) = match stack {
         // Each case starts its own.
-        Stack::Sandbox | Stack::Mock => (Vec::new(), None),
+        Stack::Sandbox | Stack::Mock => (None, None),
         Stack::Real => {
-            let namespaces = Namespace::prepare(SITES_BEHIND_VETH)?;
-            (namespaces, Some(Arc::new(shared_site()?)))
+            let network = (Ipv6::add()?, Namespace::prepare(SITES_BEHIND_VETH)?);
+            (Some(network), Some(Arc::new(shared_site()?)))
         }
     };
     let load = Arc::new(Semaphore::new(LOAD_AT_ONCE));

@@ -199,7 +199,8 @@ impl Site {
         let address = namespace
             .as_ref()
             .map_or(Ipv4Addr::LOCALHOST, |namespace| namespace.address);
-        let config = server_config(address, port) + settings;
+        let device = namespace.as_ref().map_or("lo", |it| &it.device);
+        let config = server_config(address, device, port) + settings;
         fs::write(dir.path().join(SERVER_CONFIG), config)?;
         let server = spawn_server("livekit-server", namespace.as_deref(), dir.path())?;
         let mut site = Self {
@@ -440,7 +441,9 @@ fn answers(name: &str, server: &mut Process, api: &twirp::Server) -> anyhow::Res
     })
 }
 
-fn server_config(address: Ipv4Addr, port: u16) -> String {
+/// Media on one interface alone: `node_ip` stands for the address of each, and where a machine has several, the server answers
+/// a check from another address than it was sent to. Such a path dies within seconds, and sometimes takes the call along.
+fn server_config(address: Ipv4Addr, device: &str, port: u16) -> String {
     format!(
         "port: {port}
 bind_addresses: [\"{address}\"]
@@ -449,12 +452,14 @@ rtc:
   udp_port: {}
   node_ip: {address}
   use_external_ip: false
+  interfaces: {{includes: [{}]}}
   enable_loopback_candidate: {}
 keys:
   {KEY}: {SECRET}
 ",
         port + 1,
         port + 2,
+        device,
         address.is_loopback()
     )
 }
@@ -661,6 +666,28 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         // Takes the veth pair along. Fails only where creation had failed.
         let _ = ip(&format!("netns del {}", self.name));
+    }
+}
+
+/// An IPv6 address on the loopback interface that is no loopback address: servers offer it for media beside 127.0.0.1. A
+/// WebRTC stack takes none of the interface's addresses for its own.
+pub struct Ipv6 {
+    address: String,
+}
+
+impl Ipv6 {
+    /// It lasts as long as what is returned; a run that was killed leaves an address that harms nobody.
+    pub fn add() -> anyhow::Result<Self> {
+        let address = format!("fd31::{:x}/128", std::process::id() % 0xffff);
+        ip(&format!("addr replace {address} dev lo"))?;
+        Ok(Self { address })
+    }
+}
+
+impl Drop for Ipv6 {
+    fn drop(&mut self) {
+        // Fails only where somebody else removed it.
+        let _ = ip(&format!("addr del {} dev lo", self.address));
     }
 }
 
