@@ -626,8 +626,8 @@ impl Namespace {
         let number = CREATED.fetch_add(1, Ordering::Relaxed);
         let process = std::process::id();
         let id = format!("{process}-{number}");
-        // A net of its own (/30) for each, of this run and of another at the same time.
-        let (net, host) = (process % 256, number * 4);
+        // A net of its own (/30) for each, of this run and of another at the same time; a repeated run takes them anew.
+        let (net, host) = (process % 256, number % 64 * 4);
         let this = Self {
             name: format!("canary-{id}"),
             address: format!("10.231.{net}.{}", host + 2).parse()?,
