@@ -165,6 +165,8 @@ pub(super) struct Probe {
     agent_known: bool,
     /// What the agent said of a limit that its inference met.
     inference_limit: Option<String>,
+    /// A second agent of the target's name came, and nobody tells when its connection is up.
+    has_twin: bool,
     target: Arc<Target>,
     phase: Phase,
     outcome: Option<Outcome>,
@@ -198,6 +200,7 @@ impl Probe {
         Self {
             agent_known,
             inference_limit: None,
+            has_twin: false,
             phase: Phase::Idle,
             outcome: None,
             creating: false,
@@ -442,7 +445,7 @@ impl Probe {
                 agent,
                 in_join_response,
             } => self.agent_joined_at(agent, in_join_response, at),
-            Seen::AgentConnected => self.actions.push(Action::AgentsConnected(true)),
+            Seen::AgentConnected => self.tell_connected(),
             Seen::AgentState(state) => {
                 if state == "listening" {
                     self.mark(Milestone::AgentListening, at);
@@ -511,7 +514,7 @@ impl Probe {
     fn late(&mut self, seen: Seen, at: Instant) {
         match seen {
             Seen::AgentDuplicate { .. } => self.another_agent(),
-            Seen::AgentConnected => self.actions.push(Action::AgentsConnected(true)),
+            Seen::AgentConnected => self.tell_connected(),
             Seen::AgentJoined { agent, .. } => {
                 self.report.other_agents += 1;
                 self.saw(&agent.identity, AGENT, agent.name.as_deref());
@@ -540,10 +543,14 @@ impl Probe {
         }
     }
 
-    /// It has only begun to connect.
     fn another_agent(&mut self) {
         self.report.other_agents += 1;
-        self.actions.push(Action::AgentsConnected(false));
+        self.has_twin = true;
+        self.tell_connected();
+    }
+
+    fn tell_connected(&mut self) {
+        self.actions.push(Action::AgentsConnected(!self.has_twin));
     }
 
     fn agent_joined_at(&mut self, agent: Agent, in_join_response: bool, at: Instant) {

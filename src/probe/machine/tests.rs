@@ -1045,10 +1045,11 @@ fn second_agent_is_agent_duplicate() {
     let identity = "agent-2".to_owned();
     let script = Script::new(explicit())
         .with_agent()
-        .see(900, Seen::AgentDuplicate { identity });
+        .see(900, Seen::AgentDuplicate { identity })
+        .see(905, Seen::AgentConnected);
     assert_eq!(
         script.asked_for(|action| matches!(action, Action::AgentsConnected(false))),
-        1
+        2
     );
     let report = script.report(910);
     assert_eq!(reason_of(&report), Reason::AgentDuplicate);
