@@ -1,6 +1,6 @@
 //! What the canary costs, and how exact its figures of join, first speech and reply are, against the sandbox in another
-//! process and against the real server; `cargo bench --bench load` (`just bench`). Prints a table, and a JSON object a line to keep. The figures mean
-//! something on an otherwise idle machine.
+//! process and against the real server; `cargo bench --bench load` (`just bench`). Prints a table, and a JSON object a
+//! line to keep. The figures mean something on an otherwise idle machine.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
@@ -443,7 +443,8 @@ fn speech_accuracy(stage: &Stage) -> anyhow::Result<Accuracy> {
     Ok(Accuracy::new("first_speech_accuracy", beside, off))
 }
 
-/// What the agent's own log says of a reply: from the last frame of the echo that it heard to when it began to speak.
+/// What the agent's own log says of a reply: from the last frame of the echo that it heard to when its session took up
+/// the state `speaking`, with the first frame that it gave to its track.
 /// The canary's is from the last packet that it sent to the first audible one that came, so both ways through the server
 /// and the agent's jitter buffer come on top: the caller waits for them too.
 fn reply_accuracy(site: &Site) -> anyhow::Result<Accuracy> {

@@ -17,7 +17,14 @@ import os
 import time
 
 from livekit import api, rtc
-from livekit.agents import Agent, AgentServer, AgentSession, BackgroundAudioPlayer, JobContext
+from livekit.agents import (
+    Agent,
+    AgentServer,
+    AgentSession,
+    AgentStateChangedEvent,
+    BackgroundAudioPlayer,
+    JobContext,
+)
 
 from models import Llm, Stt, Tts
 from tones import FRAME_MS, is_tone, signal_of, tone, tone_of
@@ -101,15 +108,20 @@ class Job:
     async def session(self, **models) -> AgentSession:
         # vad=None: the bundled one costs CPU, and nothing here takes turns by it.
         session = AgentSession(vad=None, **models)
+        session.on("agent_state_changed", self.state_changed)
         await session.start(agent=Agent(instructions=""), room=self.ctx.room, record=False)
         return session
 
+    def state_changed(self, event: AgentStateChangedEvent) -> None:
+        # From the request to the first frame it is the framework that takes its time, and a caller waits for it too.
+        if event.new_state == "speaking":
+            self.speaks_since = event.created_at
+
     async def say(self, session: AgentSession, event: str) -> None:
         seconds = self.order.get("seconds", 2)
-        began = time.time()
         handle = session.say("(tone)", audio=speech(tone_of(self.room), seconds))
         await handle.wait_for_playout()
-        report(self.room, event, began=began, ended=time.time())
+        report(self.room, event, began=self.speaks_since, ended=time.time())
 
     async def publish(self, queue_ms: int, room: rtc.Room | None = None) -> rtc.LocalTrackPublication:
         """Publishes a voice that is given nothing to say: with a queue it sends silence, without one nothing at all."""
