@@ -78,11 +78,15 @@ impl Decoder {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             decoder.decode(payload, pcm, DecodeMode::Normal)
         }));
-        if let Ok(Ok(samples)) = outcome {
-            return samples.min(LONGEST);
+        match outcome {
+            Ok(Ok(samples)) => samples.min(LONGEST),
+            // Turned down by its header. The decoder is kept: a new one for every such packet is dear.
+            Ok(Err(_)) => 0,
+            Err(_) => {
+                self.codec = None;
+                0
+            }
         }
-        self.codec = None;
-        0
     }
 }
 
@@ -117,7 +121,41 @@ fn duration(payload: &[u8]) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use ropus::{Application, Encoder};
+
     use super::*;
+
+    #[test]
+    fn packet_that_is_turned_down_is_no_sound_and_takes_nothing_with_it() {
+        let encoder = Encoder::builder(RATE, Channels::Mono, Application::Voip);
+        let mut encoder = encoder.build().unwrap();
+        let mut packets = (0..20_u64).map(|number| {
+            let samples = (number * 320..(number + 1) * 320)
+                .map(|at| if at / 40 % 2 == 0 { 8_000 } else { -8_000 })
+                .collect::<Vec<i16>>();
+            let mut packet = vec![0; 1_500];
+            let length = encoder.encode(&samples, &mut packet).unwrap();
+            packet.truncate(length);
+            (number, packet)
+        });
+        let mut decoder = Decoder::default();
+        let mut decode = |number: u64, payload: &[u8]| {
+            let position = Position {
+                time: number * 960,
+                follows: true,
+            };
+            decoder.decode(position, payload).pcm.to_vec()
+        };
+        for (number, packet) in packets.by_ref().take(10) {
+            assert_eq!(decode(number, &packet).len(), 320);
+        }
+        // Of several frames, and none of them (RFC 6716, 3.2.5).
+        assert_eq!(decode(10, &[3, 0, 1, 2]), [0; 0]);
+        // A decoder that begins anew begins with silence.
+        let (number, packet) = packets.next().unwrap();
+        let sound = decode(number, &packet);
+        assert!(sound[..40].iter().any(|it| it.abs() > 4_000), "{sound:?}");
+    }
 
     #[test]
     fn packet_length_follows_from_its_first_bytes() {
