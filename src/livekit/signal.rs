@@ -434,9 +434,9 @@ async fn upgraded(answer: Answer, key: &str) -> Result<WebSocketStream<Stream>, 
     let (stream, read_ahead) = answer
         .upgraded
         .expect("an answer of status 101 carries its connection");
-    // The defaults would allocate 128 KiB a room for reading alone.
+    // So much is filled with zeros whenever the socket is asked, which is with every packet of media.
     let config = WebSocketConfig::default()
-        .read_buffer_size(8 << 10)
+        .read_buffer_size(1 << 10)
         .write_buffer_size(0)
         .max_write_buffer_size(BACKLOG_LIMIT)
         .max_message_size(Some(MESSAGE_LIMIT))
