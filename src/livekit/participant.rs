@@ -211,7 +211,8 @@ impl<'a> Session<'a> {
         loop {
             let now = Instant::now();
             self.settle(now)?;
-            // To ask the sockets alone costs a fraction of asking for all that may come.
+            // To ask the sockets alone costs a fraction of asking for all that may come. This wakes nobody: the step
+            // below does.
             if in_a_row < MOST_IN_A_ROW
                 && let Some((target, arrival)) =
                     arrival(&mut self.publisher, &mut self.subscriber, &mut buffer).now_or_never()
