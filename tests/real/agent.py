@@ -87,6 +87,7 @@ class Job:
         self.room = ctx.job.room.name
         self.heard = asyncio.Queue()
         self.listening = []
+        self.speaks_since = None
 
     async def connect(self) -> None:
         await asyncio.sleep(self.order.get("connect_after", 0))
