@@ -32,6 +32,7 @@ mod speech;
 mod test_server;
 pub mod token;
 pub mod transcript;
+mod udp;
 
 /// Where a project is and how to sign in there; nothing is connected yet.
 ///

@@ -3,11 +3,10 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::task::Poll;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use livekit_protocol as proto;
 use proto::signal_request::Message as Request;
 use proto::signal_response::Message as Response;
@@ -43,12 +42,12 @@ const MOST_STREAMS: usize = 16;
 /// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
 const MOST_EARLY: usize = 250;
 
-/// So much before its time a packet of the echo goes out where something is to be done anyway; most often that is the
-/// agent's next packet, which comes at the same pace. Timers are no finer, and a round of its own is dear.
-const AHEAD: Duration = Duration::from_millis(2);
+/// How often a participant whose media flows looks what has come, and sends what is due: as often as its agent sends, once
+/// a packet of 20 ms. All participants do so at the same moments, for a wake-up costs more than a packet.
+const ROUND: Duration = Duration::from_millis(20);
 
-/// Packets taken in a row before anything else is asked: a flood must not hold up the rest.
-const MOST_IN_A_ROW: usize = 16;
+/// Datagrams taken in a row before anything else is done; a flood must not hold up the rest.
+const MOST_IN_A_ROW: usize = 64;
 
 /// The number of our one offer.
 const OFFER: u32 = 1;
@@ -207,21 +206,9 @@ impl<'a> Session<'a> {
         let timer = sleep_until(Instant::now());
         let left = leave.cancelled();
         tokio::pin!(timer, left);
-        let mut in_a_row = 0;
         loop {
             let now = Instant::now();
             self.settle(now)?;
-            // To ask the sockets alone costs a fraction of asking for all that may come. This wakes nobody: the step
-            // below does.
-            if in_a_row < MOST_IN_A_ROW
-                && let Some((target, arrival)) =
-                    arrival(&mut self.publisher, &mut self.subscriber, &mut buffer).now_or_never()
-            {
-                in_a_row += 1;
-                self.receive(target, &arrival, &buffer)?;
-                continue;
-            }
-            in_a_row = 0;
             let deadline = self.next_deadline(now);
             if deadline != timer.deadline() {
                 timer.as_mut().reset(deadline);
@@ -233,12 +220,37 @@ impl<'a> Session<'a> {
                 Step::Left => return Ok(Ended::Left),
                 Step::Message(message) => {
                     let (at, message) = message.map_err(Ended::Signal)?;
+                    self.drain(&mut buffer)?;
                     self.on_message(at, *message).await?;
                 }
                 Step::Arrival(target, arrival) => self.receive(target, &arrival, &buffer)?,
-                Step::Time => self.on_time(Instant::now())?,
+                Step::Time => {
+                    if self.drain(&mut buffer)? {
+                        self.on_time(Instant::now())?;
+                    }
+                }
             }
         }
+    }
+
+    /// Takes in what has come over UDP; returns whether that is all.
+    fn drain(&mut self, buffer: &mut [u8]) -> Result<bool, Ended> {
+        for _ in 0..MOST_IN_A_ROW {
+            let Some((target, arrival)) = self.try_recv(buffer) else {
+                return Ok(true);
+            };
+            self.receive(target, &arrival, buffer)?;
+            self.settle(Instant::now())?;
+        }
+        Ok(false)
+    }
+
+    fn try_recv(&mut self, buffer: &mut [u8]) -> Option<(proto::SignalTarget, Arrival)> {
+        if let Some(arrival) = self.subscriber.try_recv(buffer) {
+            return Some((proto::SignalTarget::Subscriber, arrival));
+        }
+        let arrival = self.publisher.try_recv(buffer)?;
+        Some((proto::SignalTarget::Publisher, arrival))
     }
 
     /// What has come goes before the timers: a deadline that passed while we were not running proves nothing.
@@ -285,14 +297,14 @@ impl<'a> Session<'a> {
             match happening {
                 Happening::Connected => self.on_connected(now)?,
                 Happening::Packet(packet) => self.on_packet(packet)?,
-                Happening::Data(data) => self.observer.on_data(now, &data)?,
+                Happening::Data(at, data) => self.observer.on_data(at, &data)?,
             }
         }
         // Before the publisher is polled, which sends it: otherwise every packet would take a round of its own.
         self.play(now)?;
         while let Some(happening) = poll(&mut self.publisher, now)? {
             if let Happening::Connected = happening {
-                self.echo.open(now);
+                self.echo.open(round_of(now));
                 self.on_connected(now)?;
             }
         }
@@ -317,15 +329,17 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// A broken transport needs no deadline of its own: ICE wants to be told the time every second.
+    /// What is due of a transport that is up, of the echo and of what is heard is done in the next round.
     fn next_deadline(&self, now: Instant) -> Instant {
         let peers = [&self.publisher, &self.subscriber];
-        let optional = [self.speech.next_deadline(), self.echo.next_deadline()];
-        let deadlines = peers.iter().map(|peer| peer.next_deadline());
-        deadlines
-            .chain(optional.into_iter().flatten())
-            .min()
-            .unwrap_or(now)
+        let deadlines = peers.map(|peer| {
+            if peer.connected() {
+                round_of(now) + ROUND
+            } else {
+                peer.next_deadline()
+            }
+        });
+        deadlines[0].min(deadlines[1])
     }
 
     /// When a broken transport is given up. With a server that is silent everywhere the signal's verdict comes first.
@@ -480,9 +494,10 @@ impl<'a> Session<'a> {
         mid == Some(wanted)
     }
 
-    /// Sends what the echo has due.
+    /// Sends what the echo has due by the round's own time: its packets keep their pace, however late a round begins.
     fn play(&mut self, now: Instant) -> Result<(), Ended> {
-        while let Some(out) = self.echo.poll(now + AHEAD, self.speech.on_the_verge()) {
+        let due = round_of(now);
+        while let Some(out) = self.echo.poll(due, self.speech.on_the_verge()) {
             match out {
                 echo::Out::Started => self.observer.outlet.tell(now, Seen::EchoStarted)?,
                 echo::Out::Ended => self.observer.outlet.tell(now, Seen::EchoEnded)?,
@@ -532,6 +547,14 @@ impl Track {
         let timestamp = base.wrapping_add(ticks as u32);
         (self.sequence, timestamp)
     }
+}
+
+/// When the round began that `now` is in.
+fn round_of(now: Instant) -> Instant {
+    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = now.saturating_duration_since(*FIRST);
+    let into = since.as_nanos() % ROUND.as_nanos();
+    now - Duration::from_nanos(u64::try_from(into).unwrap_or_default())
 }
 
 /// Waits for what comes on either connection. Cancel-safe: what isn't returned stays where it was.

@@ -2,7 +2,7 @@
 //! knows no room, no agent and no signal connection.
 
 use std::collections::HashMap;
-use std::net::{self, IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -13,13 +13,12 @@ use str0m::media::{Direction, MediaKind, Mid, Pt};
 use str0m::net::{Protocol, Receive, TcpType, Transmit};
 use str0m::rtp::{Extension, ExtensionMap, ExtensionValues, RtpPacket, RtpWrite};
 use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
 use super::ice_tcp::{Came, Connection};
 use super::rtp::Head;
+use super::udp::{Datagram, Socket};
 use crate::config::Ice;
 
 /// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
@@ -43,10 +42,6 @@ const STUN: u8 = 3;
 /// Rounds of output and due timers within one call; more would be a timer that never moves on.
 const MOST_ROUNDS: usize = 32;
 
-/// How late the stack may be told the time once it is connected: its reports and checks come every second or so, and the
-/// next packet brings a round anyway.
-const UNHURRIED: Duration = Duration::from_millis(20);
-
 /// How often and how long ICE asks an unresponsive server before it gives a path up: some eight seconds, where the
 /// stack's defaults take over twenty and a probe would blame the agent's silence on the agent.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -61,8 +56,8 @@ pub(crate) enum Happening {
     /// ICE and DTLS are up.
     Connected,
     Packet(Packet),
-    /// What came on a data channel.
-    Data(Vec<u8>),
+    /// What came on a data channel, and when.
+    Data(Instant, Vec<u8>),
 }
 
 /// A received RTP packet.
@@ -119,12 +114,6 @@ pub(crate) struct Peer {
     tracks: HashMap<Mid, String>,
 }
 
-struct Socket {
-    /// Waited on for what comes alone: the kernel would tell of each datagram that went out, too.
-    udp: AsyncFd<net::UdpSocket>,
-    local: SocketAddr,
-}
-
 /// The way round blocked UDP: connections to the server's passive candidates.
 #[derive(Default)]
 struct Tcp {
@@ -138,6 +127,7 @@ struct Tcp {
 /// What the network brought.
 pub(crate) enum Arrival {
     Datagram {
+        at: Instant,
         proto: Protocol,
         from: SocketAddr,
         to: SocketAddr,
@@ -318,34 +308,34 @@ impl Peer {
         self.timeout = packet.at;
     }
 
-    /// Waits for what comes on any of the sockets. Only one task may poll.
+    /// Waits for what comes; once connected, for what comes over TCP alone. Only one task may poll.
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
-        for Socket { udp, local } in &self.sockets {
-            while let Poll::Ready(Ok(mut ready)) = udp.poll_read_ready(cx) {
-                // An error here is an ICMP answer to something sent before: the next datagram may be well.
-                if let Ok(Ok((length, from))) = ready.try_io(|udp| udp.get_ref().recv_from(buffer))
-                {
-                    return Poll::Ready(Arrival::Datagram {
-                        proto: Protocol::Udp,
-                        from,
-                        to: *local,
-                        length,
-                    });
-                }
+        for socket in &mut self.sockets {
+            if let Poll::Ready(datagram) = socket.poll_recv(cx, buffer) {
+                return Poll::Ready(Arrival::over_udp(&datagram, socket));
             }
         }
         self.tcp.poll(cx, buffer)
     }
 
+    /// What has come over UDP.
+    pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Arrival> {
+        self.sockets.iter_mut().find_map(|socket| {
+            let datagram = socket.try_recv(buffer)?;
+            Some(Arrival::over_udp(&datagram, socket))
+        })
+    }
+
     /// Takes in what came. One at a time: the stack wants its output polled after each.
     pub(crate) fn on_arrival(
         &mut self,
-        at: Instant,
+        now: Instant,
         arrival: &Arrival,
         buffer: &[u8],
     ) -> Result<(), PeerError> {
         match arrival {
             Arrival::Datagram {
+                at,
                 proto,
                 from,
                 to,
@@ -353,7 +343,7 @@ impl Peer {
             } => {
                 // Anybody can send here: what isn't STUN, DTLS or SRTP is nothing to us.
                 match Receive::new(*proto, *from, *to, &buffer[..*length]) {
-                    Ok(receive) => self.on_receive(at, receive),
+                    Ok(receive) => self.on_receive(*at, now, receive),
                     Err(_) => Ok(()),
                 }
             }
@@ -363,19 +353,25 @@ impl Peer {
                 if let Some(candidate) = active_candidate(*local) {
                     self.rtc.add_local_candidate(candidate);
                 }
-                self.wake(at);
+                self.wake(now);
                 Ok(())
             }
             Arrival::Closed(remote) => {
                 self.rtc.direct_api().invalidate_candidate(remote);
-                self.wake(at);
+                self.wake(now);
                 Ok(())
             }
         }
     }
 
-    fn on_receive(&mut self, at: Instant, receive: Receive<'_>) -> Result<(), PeerError> {
-        let input = Input::Receive(at.into_std(), receive);
+    /// The stack's time never goes back, so it is told when the datagram was read; when it came is ours to keep.
+    fn on_receive(
+        &mut self,
+        at: Instant,
+        now: Instant,
+        receive: Receive<'_>,
+    ) -> Result<(), PeerError> {
+        let input = Input::Receive(now.into_std(), receive);
         if self.rtc.accepts(&input) {
             self.heard_at = at;
             self.unpolled = true;
@@ -432,9 +428,6 @@ impl Peer {
     }
 
     pub(crate) fn next_deadline(&self) -> Instant {
-        if self.connected {
-            return self.timeout + UNHURRIED;
-        }
         let due = self.tcp.due.filter(|_| !self.path);
         due.map_or(self.timeout, |due| due.min(self.timeout))
     }
@@ -443,10 +436,11 @@ impl Peer {
         match event {
             Event::Connected => {
                 self.connected = true;
+                self.sockets.iter_mut().for_each(Socket::stop_watching);
                 Some(Happening::Connected)
             }
-            Event::RtpPacket(packet) => Some(Happening::Packet(packet.into())),
-            Event::ChannelData(data) => Some(Happening::Data(data.data)),
+            Event::RtpPacket(packet) => Some(Happening::Packet(Packet::new(self.heard_at, packet))),
+            Event::ChannelData(data) => Some(Happening::Data(self.heard_at, data.data)),
             Event::IceConnectionStateChange(state) => {
                 self.path |= state.is_connected();
                 let lost = self.connected && state == IceConnectionState::Disconnected;
@@ -477,9 +471,12 @@ impl Peer {
             self.tcp.send(packet.destination, bytes);
             return;
         }
-        let same = |it: &&Socket| it.local.ip() == source.ip() && it.local.port() == source.port();
+        let same = |it: &&Socket| {
+            let local = it.local();
+            local.ip() == source.ip() && local.port() == source.port()
+        };
         if let Some(socket) = self.sockets.iter().find(same)
-            && let Err(error) = socket.udp.get_ref().send_to(bytes, packet.destination)
+            && let Err(error) = socket.send(bytes, packet.destination)
         {
             tracing::trace!(transport = self.name(), %error, "a datagram was not sent");
         }
@@ -529,7 +526,7 @@ impl Peer {
             return None;
         }
         let local = route_to(remote.addr()).await?;
-        let known = self.sockets.iter().any(|it| it.local.ip() == local);
+        let known = self.sockets.iter().any(|it| it.local().ip() == local);
         if known || self.sockets.len() >= MOST_SOCKETS {
             return None;
         }
@@ -538,18 +535,15 @@ impl Peer {
 
     /// Binds a socket to `local` and offers it as a host candidate.
     fn listen(&mut self, local: IpAddr) -> Option<String> {
-        let udp = net::UdpSocket::bind((local, 0)).ok()?;
-        udp.set_nonblocking(true).ok()?;
-        let local = udp.local_addr().ok()?;
-        #[expect(
-            deprecated,
-            reason = "its successor is unsafe for types that may give their descriptor away; a socket of std doesn't"
-        )]
-        let udp = AsyncFd::with_interest(udp, Interest::READABLE).ok()?;
+        let mut socket = Socket::bind(local).ok()?;
+        if self.connected {
+            socket.stop_watching();
+        }
+        let local = socket.local();
         let candidate = Candidate::host(local, Protocol::Udp).ok()?;
         let line = candidate.to_sdp_string();
         self.rtc.add_local_candidate(candidate)?;
-        self.sockets.push(Socket { udp, local });
+        self.sockets.push(socket);
         Some(line)
     }
 }
@@ -582,6 +576,7 @@ impl Tcp {
                 return Poll::Ready(match came {
                     Came::Opened(local) => Arrival::Opened(local),
                     Came::Datagram { to, length } => Arrival::Datagram {
+                        at: Instant::now(),
                         proto: Protocol::Tcp,
                         from: remote.addr(),
                         to: SocketAddr::new(to, NO_PORT),
@@ -613,10 +608,22 @@ fn active_candidate(local: IpAddr) -> Option<Candidate> {
         .ok()
 }
 
-impl From<RtpPacket> for Packet {
-    fn from(packet: RtpPacket) -> Self {
+impl Arrival {
+    fn over_udp(datagram: &Datagram, socket: &Socket) -> Self {
+        Self::Datagram {
+            at: datagram.at,
+            proto: Protocol::Udp,
+            from: datagram.from,
+            to: socket.local(),
+            length: datagram.length,
+        }
+    }
+}
+
+impl Packet {
+    fn new(at: Instant, packet: RtpPacket) -> Self {
         Self {
-            at: Instant::from_std(packet.timestamp),
+            at,
             head: Head {
                 ssrc: *packet.header.ssrc,
                 sequence: *packet.seq_no,
@@ -815,9 +822,10 @@ mod tests {
         for first in 0..=255_u8 {
             let bytes = [first; 64];
             let datagram = Arrival::Datagram {
+                at: now,
                 proto: Protocol::Udp,
                 from: "127.0.0.1:9".parse().unwrap(),
-                to: peer.sockets[0].local,
+                to: peer.sockets[0].local(),
                 length: bytes.len(),
             };
             peer.on_arrival(now, &datagram, &bytes).unwrap();
