@@ -67,7 +67,7 @@ pub struct Participant {
     _actor: AbortOnDropHandle<()>,
 }
 
-/// Something seen in the room, stamped on first receipt in our code.
+/// Something seen in the room, stamped on first receipt: in our code, and what came as media in the kernel.
 #[derive(Debug, Clone)]
 pub struct RoomEvent {
     pub at: Instant,

@@ -1,5 +1,5 @@
 //! The native participant: one task that owns a signal connection, two peer connections, and the state machines that
-//! hear and echo. Everything it sees goes out as an event, stamped where it was read.
+//! hear and echo. Everything it sees goes out as an event, stamped with when it came.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -219,8 +219,9 @@ impl<'a> Session<'a> {
             match step {
                 Step::Left => return Ok(Ended::Left),
                 Step::Message(message) => {
-                    let (at, message) = message.map_err(Ended::Signal)?;
+                    // What was said came before it, even where it is the end.
                     self.drain(&mut buffer)?;
+                    let (at, message) = message.map_err(Ended::Signal)?;
                     self.on_message(at, *message).await?;
                 }
                 Step::Arrival(target, arrival) => self.receive(target, &arrival, &buffer)?,
@@ -300,7 +301,7 @@ impl<'a> Session<'a> {
                 Happening::Data(at, data) => self.observer.on_data(at, &data)?,
             }
         }
-        // Before the publisher is polled, which sends it: otherwise every packet would take a round of its own.
+        // Before the publisher is polled, which sends it: otherwise every packet would wait for the next round.
         self.play(now)?;
         while let Some(happening) = poll(&mut self.publisher, now)? {
             if let Happening::Connected = happening {
@@ -611,5 +612,18 @@ mod tests {
         assert_eq!(track.next(epoch + Duration::from_millis(20)), (9, 0));
         assert_eq!(track.next(epoch), (10, 1));
         assert_eq!(track.next(epoch + Duration::from_secs(1)), (11, 47_040));
+    }
+
+    #[test]
+    fn rounds_follow_each_other_at_their_pace_for_all() {
+        let now = Instant::now();
+        let round = round_of(now);
+        assert!(round <= now && now < round + ROUND);
+        assert_eq!(round_of(round), round);
+        for millis in [0, 19, 20, 21, 12_345] {
+            let later = now + Duration::from_millis(millis);
+            let apart = round_of(later).duration_since(round).as_nanos();
+            assert_eq!(apart % ROUND.as_nanos(), 0);
+        }
     }
 }
