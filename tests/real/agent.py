@@ -27,7 +27,7 @@ from livekit.agents import (
 )
 
 from models import Llm, Stt, Tts
-from tones import FRAME_MS, is_tone, signal_of, tone, tone_of
+from tones import FRAME_MS, is_audible, is_tone, signal_of, silence_after, tone, tone_of
 
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
@@ -61,12 +61,17 @@ async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None
     began = None
     frames = 0
     last = 0.0
+    pure = False
     stream = rtc.AudioStream(track, sample_rate=LISTEN_RATE, num_channels=1, frame_size_ms=FRAME_MS)
     async for event in stream:
         now = time.time()
-        if is_tone(signal_of(event.frame), frequency, LISTEN_RATE):
+        signal = signal_of(event.frame)
+        before, pure = pure, is_tone(signal, frequency, LISTEN_RATE)
+        # A tone may end in a frame of which it is too small a part.
+        if pure or before and is_audible(signal):
+            last = now - silence_after(signal, LISTEN_RATE)
+        if pure:
             frames += 1
-            last = now
             if frames == BEGIN_FRAMES:
                 began = now - BEGIN_FRAMES * FRAME_MS / 1000
         elif now - last > END_SECONDS:

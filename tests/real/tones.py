@@ -36,6 +36,13 @@ def is_audible(signal: np.ndarray) -> bool:
     return float(np.dot(signal, signal)) / len(signal) >= AUDIBLE**2
 
 
+def silence_after(signal: np.ndarray, rate: int) -> float:
+    """Seconds from the last audible sample to the end."""
+    audible = np.flatnonzero(np.abs(signal) >= AUDIBLE)
+    last = audible[-1] if len(audible) else -1
+    return (len(signal) - 1 - last) / rate
+
+
 def is_tone(signal: np.ndarray, frequency: int, rate: int) -> bool:
     """Goertzel's question, asked by a dot product: does most of this frame's energy lie at `frequency`?"""
     if not is_audible(signal):
