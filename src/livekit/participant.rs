@@ -3,7 +3,7 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -552,8 +552,8 @@ impl Track {
 
 /// When the round began that `now` is in.
 fn round_of(now: Instant) -> Instant {
-    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
-    let since = now.saturating_duration_since(*FIRST);
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let since = now.saturating_duration_since(*FIRST.get_or_init(|| now));
     let into = since.as_nanos() % ROUND.as_nanos();
     now - Duration::from_nanos(u64::try_from(into).unwrap_or_default())
 }
@@ -616,6 +616,8 @@ mod tests {
 
     #[test]
     fn rounds_follow_each_other_at_their_pace_for_all() {
+        // They are counted from whoever asks first.
+        round_of(Instant::now());
         let now = Instant::now();
         let round = round_of(now);
         assert!(round <= now && now < round + ROUND);

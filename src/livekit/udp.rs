@@ -43,6 +43,7 @@ impl Socket {
     pub(super) fn bind(local: IpAddr) -> io::Result<Self> {
         let udp = Arc::new(net::UdpSocket::bind((local, 0))?);
         udp.set_nonblocking(true)?;
+        // The kernel begins a moment after the first socket has asked; until then it takes the time of reading.
         setsockopt(&udp, sockopt::ReceiveTimestamp, &true)?;
         // For what comes alone: the kernel would tell of each datagram that went out, too.
         #[expect(
@@ -189,6 +190,8 @@ mod tests {
     #[tokio::test]
     async fn datagram_that_is_read_late_came_when_it_came() {
         let (mut ours, theirs) = pair();
+        // So that the kernel has begun to stamp.
+        sleep(LATE);
         let sent = Instant::now();
         theirs.send(b"one", ours.local()).unwrap();
         sleep(LATE);
