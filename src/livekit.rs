@@ -18,7 +18,7 @@ mod libwebrtc;
 mod listening;
 pub mod net;
 mod observer;
-mod opus;
+pub mod opus;
 mod participant;
 mod peer;
 #[cfg(test)]

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
-use ropus::{Application, Channels, Decoder, Encoder};
+use livekit_canary::livekit::opus::{Codec, LONGEST};
+use ropus::{Application, Channels, Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -50,9 +51,8 @@ const START: (Duration, Duration) = (Duration::from_secs(30), Duration::from_sec
 const JOINS: u32 = 50;
 /// Rooms whose reply is compared with the agent's own log.
 const REPLIES: u32 = 10;
-/// Samples a second of the speech that is encoded, and of that which is decoded: the canary listens at the latter.
+/// Samples a second of the speech that is encoded.
 const RATE: u16 = 48_000;
-const LISTEN_RATE: u32 = 16_000;
 /// Packets of Opus that one room brings in a minute.
 const PACKETS_A_MINUTE: u32 = 50 * 60;
 
@@ -241,15 +241,15 @@ fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
 /// CPU seconds for decoding what one room's agent says in one minute, one packet right after the other.
 fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
-    let mut decoder = Decoder::new(LISTEN_RATE, Channels::Mono)?;
-    let mut pcm = vec![0_i16; 5760];
+    let (mut codec, mut pcm) = (Codec::default(), vec![0; LONGEST]);
     let before = own_cpu_seconds()?;
     for packet in packets
         .iter()
         .cycle()
         .take((MINUTES * PACKETS_A_MINUTE) as usize)
     {
-        decoder.decode(packet, &mut pcm, ropus::DecodeMode::Normal)?;
+        let samples = codec.decode(packet, &mut pcm);
+        samples.context("a packet of speech was turned down")?;
     }
     Ok((own_cpu_seconds()? - before) / f64::from(MINUTES))
 }
