@@ -308,10 +308,13 @@ impl Peer {
         self.timeout = packet.at;
     }
 
-    /// Waits for what comes; once connected, for what comes over TCP alone. Only one task may poll.
+    /// Waits for what comes; once connected, no longer on a socket that media comes by. Only one task may poll.
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
         for socket in &mut self.sockets {
             if let Poll::Ready(datagram) = socket.poll_recv(cx, buffer) {
+                if self.connected && buffer[0] > STUN {
+                    socket.stop_watching();
+                }
                 return Poll::Ready(Arrival::over_udp(&datagram, socket));
             }
         }
@@ -436,7 +439,6 @@ impl Peer {
         match event {
             Event::Connected => {
                 self.connected = true;
-                self.sockets.iter_mut().for_each(Socket::stop_watching);
                 Some(Happening::Connected)
             }
             Event::RtpPacket(packet) => Some(Happening::Packet(Packet::new(self.heard_at, packet))),
@@ -535,10 +537,7 @@ impl Peer {
 
     /// Binds a socket to `local` and offers it as a host candidate.
     fn listen(&mut self, local: IpAddr) -> Option<String> {
-        let mut socket = Socket::bind(local).ok()?;
-        if self.connected {
-            socket.stop_watching();
-        }
+        let socket = Socket::bind(local).ok()?;
         let local = socket.local();
         let candidate = Candidate::host(local, Protocol::Udp).ok()?;
         let line = candidate.to_sdp_string();

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 pub(super) struct Socket {
     reader: Reader,
-    /// Wakes the task for each datagram; `None` once it comes often enough by itself.
+    /// Wakes the task for each datagram; `None` once the task comes often enough by itself.
     watch: Option<AsyncFd<Arc<net::UdpSocket>>>,
     local: SocketAddr,
 }
@@ -87,9 +87,18 @@ impl Socket {
         Poll::Pending
     }
 
-    /// Reads the next datagram; `None` where nothing is left.
+    /// Reads the next datagram; `None` where nothing is left. As long as the socket is watched the kernel isn't asked
+    /// again for what it has not told of.
     pub(super) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Datagram> {
-        self.reader.try_recv(buffer)
+        let Self { reader, watch, .. } = self;
+        let Some(watch) = watch else {
+            return reader.try_recv(buffer);
+        };
+        let read = |_: &_| {
+            let datagram = reader.try_recv(buffer);
+            datagram.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+        };
+        watch.try_io(Interest::READABLE, read).ok()
     }
 
     /// Sends at once, or not at all.
@@ -190,6 +199,7 @@ mod tests {
     #[tokio::test]
     async fn datagram_that_is_read_late_came_when_it_came() {
         let (mut ours, theirs) = pair();
+        ours.stop_watching();
         // So that the kernel has begun to stamp.
         sleep(LATE);
         let sent = Instant::now();
