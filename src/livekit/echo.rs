@@ -52,7 +52,7 @@ pub(crate) enum Out<F> {
     },
     /// The first frame of an echo goes out now.
     Started,
-    /// The last frame of an echo that was speech went out now.
+    /// The last frame of an echo that was speech went out, and has played; in pass-through it goes out now.
     Ended,
 }
 
@@ -261,15 +261,14 @@ impl<F: Frame> Echo<F> {
             return;
         };
         let first = first.time;
-        let mut last = now;
         let mut end = now;
         self.queue.push_back((now, Planned::Mark(Out::Started)));
         for recorded in turn.recorded.drain(..).take(speech) {
-            last = now + rtp::span(recorded.time - first);
-            end = last + recorded.frame.duration();
-            self.queue.push_back((last, Planned::Frame(recorded.frame)));
+            let due = now + rtp::span(recorded.time - first);
+            end = due + recorded.frame.duration();
+            self.queue.push_back((due, Planned::Frame(recorded.frame)));
         }
-        self.queue.push_back((last, Planned::Mark(Out::Ended)));
+        self.queue.push_back((end, Planned::Mark(Out::Ended)));
         turn.recorded.shrink_to(0);
         self.silence_from(end);
     }
@@ -463,8 +462,9 @@ mod tests {
         // Last speech at 1 980 ms, the echo 1 000 ms later.
         let expected: Vec<_> = (0..50).map(|i| (2_980 + 20 * u64::from(i), i)).collect();
         assert_eq!(call.echoed(), expected);
-        assert_eq!(call.marks(), [(2_980, Out::Started), (3_960, Out::Ended)]);
-        let after: Vec<_> = call.out.iter().filter(|(at, _)| *at > 3_960).collect();
+        assert_eq!(call.marks(), [(2_980, Out::Started), (3_980, Out::Ended)]);
+        let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, Out::Send { .. });
+        let after: Vec<_> = call.out.iter().filter(sent).collect();
         let times: Vec<_> = after.iter().map(|(at, _)| *at).collect();
         let tail: Vec<_> = (0..10).map(|i| 3_980 + 20 * i).collect();
         assert_eq!(times[..10], tail);

@@ -445,8 +445,8 @@ fn speech_accuracy(stage: &Stage) -> anyhow::Result<Accuracy> {
 
 /// What the agent's own log says of a reply: from the end of the echo that it heard to when its session took up
 /// the state `speaking`, with the first frame that it gave to its track.
-/// The canary's is from the last packet that it sent to the first audible one that came, so both ways through the server
-/// and the agent's jitter buffer come on top: the caller waits for them too.
+/// The canary's is from the end of the last packet of speech that it sent to the arrival of the first audible one, so both
+/// ways through the server and the agent's jitter buffer come on top: the caller waits for them too.
 fn reply_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
     // A worker starts a process for its next job with each call; on two cores that would be in the conversation's way.
     let order = Order::replies().with("connect_after", 5).with("seconds", 1);

@@ -131,7 +131,7 @@ mod tests {
         // Its last window began at tick 298. A second later it is played from 200 ms before it was found, at tick 205.
         let first = 398 + (200 - 185);
         assert_eq!(loud, (first..first + 99).collect::<Vec<_>>());
-        assert_eq!(marks, [(398, "started"), (first + 98, "ended")]);
+        assert_eq!(marks, [(398, "started"), (first + 99, "ended")]);
     }
 
     #[test]
