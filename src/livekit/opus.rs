@@ -5,10 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ropus::celt::range_coder::RangeDecoder;
-use ropus::opus::decoder::{
-    MAX_FRAMES, opus_packet_get_nb_channels, opus_packet_get_samples_per_frame,
-    opus_packet_parse_impl,
-};
+use ropus::opus::decoder::{MAX_FRAMES, opus_packet_get_samples_per_frame, opus_packet_parse_impl};
 use ropus::silk::decoder::{SilkDecControl, SilkDecoder, silk_decode};
 use ropus::{Channels, DecodeMode};
 
@@ -42,6 +39,9 @@ const FRAME: Duration = Duration::from_millis(20);
 
 /// The first byte of the first packet without SILK (RFC 6716, 3.1).
 const CELT_ONLY: u8 = 0x80;
+
+/// In the first byte (RFC 6716, 3.1).
+const STEREO: u8 = 0x04;
 
 /// Decodes one track.
 pub(super) struct Decoder {
@@ -135,7 +135,9 @@ impl Default for Silk {
 impl Silk {
     fn decode(&mut self, packet: &[u8], pcm: &mut [i16]) -> Option<usize> {
         let frames = frames(packet)?;
-        let length = usize::try_from(opus_packet_get_samples_per_frame(packet, HERTZ)).ok()?;
+        let length = opus_packet_get_samples_per_frame(packet, HERTZ);
+        let mut control = control(packet, length);
+        let length = usize::try_from(length).ok()?;
         if std::mem::take(&mut self.begins) {
             self.state.init();
         }
@@ -146,7 +148,7 @@ impl Silk {
             if frame.len() < 2 {
                 pcm.fill(0);
             } else {
-                self.frame(frame, &mut control(packet), pcm)?;
+                self.frame(frame, &mut control, pcm)?;
             }
             samples += length;
         }
@@ -156,7 +158,6 @@ impl Silk {
     /// Fills `pcm`, in the steps that SILK makes of a long frame.
     fn frame(&mut self, frame: &[u8], control: &mut SilkDecControl, pcm: &mut [i16]) -> Option<()> {
         const ALL_THERE: i32 = 0;
-        control.payload_size_ms = i32::try_from(pcm.len()).ok()? * 1_000 / HERTZ;
         let mut range = RangeDecoder::new(frame);
         let mut done = 0;
         while done < pcm.len() {
@@ -181,18 +182,18 @@ impl Silk {
     }
 }
 
-/// What SILK must be told of a packet.
-fn control(packet: &[u8]) -> SilkDecControl {
+/// What SILK must be told of a packet; `length`: samples of each frame.
+fn control(packet: &[u8], length: i32) -> SilkDecControl {
     SilkDecControl {
         n_channels_api: 1,
-        n_channels_internal: opus_packet_get_nb_channels(packet) as usize,
+        n_channels_internal: if packet[0] & STEREO == 0 { 1 } else { 2 },
         api_sample_rate: HERTZ,
         internal_sample_rate: match packet[0] >> 3 {
             0..4 => 8_000,
             4..8 => 12_000,
             _ => 16_000,
         },
-        payload_size_ms: 0,
+        payload_size_ms: length * 1_000 / HERTZ,
         prev_pitch_lag: 0,
         enable_deep_plc: false,
     }
