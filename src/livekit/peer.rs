@@ -312,6 +312,7 @@ impl Peer {
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
         for socket in &mut self.sockets {
             if let Poll::Ready(datagram) = socket.poll_recv(cx, buffer) {
+                // From now on it is read by the clock; one that nothing comes by is dearer to read than to watch.
                 if self.connected && buffer[0] > STUN {
                     socket.stop_watching();
                 }
