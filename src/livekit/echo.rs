@@ -210,8 +210,7 @@ impl<F: Frame> Echo<F> {
         }
     }
 
-    /// The native participant needs none: it asks in every round.
-    #[cfg(any(test, feature = "libwebrtc"))]
+    /// When [`poll`](Self::poll) has something to do, as far as it is known.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         if !self.open {
             return None;

@@ -42,9 +42,13 @@ const MOST_STREAMS: usize = 16;
 /// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
 const MOST_EARLY: usize = 250;
 
-/// How often a participant whose media flows looks what has come, and sends what is due: as often as its agent sends, once
-/// a packet of 20 ms. All participants do so at the same moments, for a wake-up costs more than a packet.
+/// How often a participant whose media flows sends what is due: as often as its agent does, once a packet of 20 ms. All
+/// participants do so at the same moments, for a wake-up costs more than a packet.
 const ROUND: Duration = Duration::from_millis(20);
+
+/// How often it looks what has come, where no packet must go back sooner: every second round, for the second of two packets
+/// costs far less than the first.
+const LISTEN: Duration = Duration::from_millis(40);
 
 /// Datagrams taken in a row before anything else is done; a flood must not hold up the rest.
 const MOST_IN_A_ROW: usize = 64;
@@ -116,6 +120,9 @@ struct Session<'a> {
     /// M-lines of the streams seen; learnt anew after each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
     media_told: bool,
+    /// The round in which it next looks what has come.
+    listen_at: Instant,
+    listen_every: Duration,
     /// Media over TCP is a fallback, not what was asked for.
     udp_tried: bool,
 }
@@ -181,6 +188,12 @@ impl<'a> Session<'a> {
             listening: Listening::new(MOST_EARLY),
             streams: Vec::new(),
             media_told: false,
+            listen_at: at,
+            listen_every: if request.echo.delay < LISTEN {
+                ROUND
+            } else {
+                LISTEN
+            },
             udp_tried: request.ice == Ice::All,
         });
         session.publish(cid, offer)?;
@@ -225,13 +238,22 @@ impl<'a> Session<'a> {
                     self.on_message(at, *message).await?;
                 }
                 Step::Arrival(target, arrival) => self.receive(target, &arrival, &buffer)?,
-                Step::Time => {
-                    if self.drain(&mut buffer)? {
-                        self.on_time(Instant::now())?;
-                    }
-                }
+                Step::Time => self.on_timer(&mut buffer)?,
             }
         }
+    }
+
+    /// Looks what has come, in a round for that: what is to be sent is sent in any case.
+    fn on_timer(&mut self, buffer: &mut [u8]) -> Result<(), Ended> {
+        if Instant::now() < self.listen_at || !self.drain(buffer)? {
+            return Ok(());
+        }
+        let now = Instant::now();
+        // Until then each transport asks for its own time.
+        if self.media_told {
+            self.listen_at = round_of(now) + self.listen_every;
+        }
+        self.on_time(now)
     }
 
     /// Takes in what has come over UDP; returns whether that is all.
@@ -330,12 +352,12 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// What is due of a transport that is up, of the echo and of what is heard is done in the next round.
+    /// What is due of a transport that is up, of the echo and of what is heard is done in a round.
     fn next_deadline(&self, now: Instant) -> Instant {
         let peers = [&self.publisher, &self.subscriber];
         let deadlines = peers.map(|peer| {
             if peer.connected() {
-                round_of(now) + ROUND
+                next_round(now, self.listen_at, self.echo.next_deadline())
             } else {
                 peer.next_deadline()
             }
@@ -558,6 +580,13 @@ fn round_of(now: Instant) -> Instant {
     now - Duration::from_nanos(u64::try_from(into).unwrap_or_default())
 }
 
+/// The next round, or the one after it where the next has nothing to read and nothing to send.
+fn next_round(now: Instant, listen_at: Instant, send_at: Option<Instant>) -> Instant {
+    let next = round_of(now) + ROUND;
+    let due = send_at.map_or(listen_at, |send_at| send_at.min(listen_at));
+    if due <= next { next } else { next + ROUND }
+}
+
 /// Waits for what comes on either connection. Cancel-safe: what isn't returned stays where it was.
 async fn arrival(
     publisher: &mut Peer,
@@ -627,5 +656,20 @@ mod tests {
             let apart = round_of(later).duration_since(round).as_nanos();
             assert_eq!(apart % ROUND.as_nanos(), 0);
         }
+    }
+    #[test]
+    fn round_with_nothing_to_do_is_left_out() {
+        round_of(Instant::now());
+        let now = Instant::now();
+        let next = round_of(now) + ROUND;
+        let after = next + ROUND;
+        assert_eq!(next_round(now, after, None), after);
+        assert_eq!(next_round(now, after, Some(after)), after);
+        assert_eq!(next_round(now, after, Some(next)), next);
+        assert_eq!(next_round(now, next, Some(after)), next);
+        // What is overdue waits no longer, and what is far off loses no round of listening.
+        assert_eq!(next_round(now, now, None), next);
+        assert_eq!(next_round(now, after, Some(now)), next);
+        assert_eq!(next_round(now, after + LISTEN, None), after);
     }
 }
