@@ -12,7 +12,7 @@ use futures_util::{FutureExt, StreamExt};
 use livekit_protocol::RoomConfiguration;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Input, Probe, expected_agent};
@@ -39,6 +39,10 @@ const EMPTY_MARGIN: Duration = Duration::from_secs(30);
 /// How long a room lives on without us. Nobody comes back; an agent may want a moment to finish. Never 0, which LiveKit
 /// reads as its own default.
 const DEPARTURE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What an aborted probe may take to leave and to see its room deleted, which a server in order does in a tenth of it. Then
+/// it reports without: whoever aborts won't wait for one room's slow answer, and is to have the result of the rest.
+const ABORTED: Duration = Duration::from_secs(2);
 
 /// What a probe works with; shared by all rooms of a batch.
 #[derive(Clone)]
@@ -172,22 +176,33 @@ impl Driver {
     }
 
     async fn run_to_the_end(mut self) -> Report {
-        if let Err(panic) = AssertUnwindSafe(self.drive()).catch_unwind().await {
-            let message = panic_message(&*panic)
-                .unwrap_or("a panic without a message")
-                .to_owned();
-            // The panic hook has logged it, with its place.
-            tracing::debug!(room = %self.room, message, "a probe crashed");
-            self.inputs.push_front(Input::Panicked(message));
-            // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then
-            // the report says what is known, and dropping the lease has the janitor delete the room.
-            let most = 3 * self.context.target.deadlines.cleanup;
-            let rest = AssertUnwindSafe(self.drive()).catch_unwind();
-            if !matches!(timeout(most, rest).await, Ok(Ok(()))) {
-                tracing::error!(room = %self.room, "a probe that crashed could not be ended in order");
-            }
+        let too_long = too_long(self.abort.clone());
+        tokio::select! {
+            biased;
+            () = self.drive_in_spite_of_a_panic() => {}
+            // The janitor goes on with the room, which has no stamp of its deletion here.
+            () = too_long => tracing::debug!(room = %self.room, "an aborted probe did not end in time"),
         }
         self.probe.into_report()
+    }
+
+    async fn drive_in_spite_of_a_panic(&mut self) {
+        let Err(panic) = AssertUnwindSafe(self.drive()).catch_unwind().await else {
+            return;
+        };
+        let message = panic_message(&*panic)
+            .unwrap_or("a panic without a message")
+            .to_owned();
+        // The panic hook has logged it, with its place.
+        tracing::debug!(room = %self.room, message, "a probe crashed");
+        self.inputs.push_front(Input::Panicked(message));
+        // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then
+        // the report says what is known, and dropping the lease has the janitor delete the room.
+        let most = 3 * self.context.target.deadlines.cleanup;
+        let rest = AssertUnwindSafe(self.drive()).catch_unwind();
+        if !matches!(timeout(most, rest).await, Ok(Ok(()))) {
+            tracing::error!(room = %self.room, "a probe that crashed could not be ended in order");
+        }
     }
 
     async fn drive(&mut self) {
@@ -374,6 +389,12 @@ fn room_config(room: NewRoom) -> RoomConfiguration {
     }
 }
 
+/// Resolves when an aborted probe has had its time.
+async fn too_long(mut abort: Option<CancellationToken>) {
+    cancelled(&mut abort).await;
+    sleep(ABORTED).await;
+}
+
 /// Resolves once; then never again.
 async fn cancelled(abort: &mut Option<CancellationToken>) {
     match abort {
@@ -525,19 +546,16 @@ mod tests {
     }
 
     fn start(url: &Url) -> Started {
+        start_with(context(url))
+    }
+
+    fn start_with(context: Context) -> Started {
         let (hold, until) = watch::channel(None);
         let (told, progress) = mpsc::channel(Progress::MOST);
         let abort = CancellationToken::new();
         let room = RoomName("canary-test".to_owned());
         Started {
-            driver: Driver::new(
-                context(url),
-                room,
-                Position::First,
-                until,
-                abort.clone(),
-                told,
-            ),
+            driver: Driver::new(context, room, Position::First, until, abort.clone(), told),
             abort,
             progress,
             _hold: hold,
@@ -599,6 +617,25 @@ mod tests {
         let calls = server.calls();
         assert_eq!(calls.first().map(String::as_str), Some("CreateRoom"));
         assert_eq!(calls.last().map(String::as_str), Some("DeleteRoom"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn aborted_probe_reports_in_time_whatever_hangs() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let mut context = context(&url.parse().unwrap());
+        context.target = Arc::new(Target::default());
+        let janitor = context.janitor.clone();
+        let started = start_with(context);
+        started.abort.cancel();
+        let begun = Instant::now();
+        let report = started.driver.run_to_the_end().await;
+        assert_eq!(report.outcome, Outcome::Aborted);
+        assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+        assert_eq!(begun.elapsed().as_secs(), ABORTED.as_secs());
+        // The room is not forgotten.
+        let left = janitor.close(Instant::now()).await;
+        assert_eq!(left.len(), 1, "{left:?}");
     }
 
     #[tokio::test]
