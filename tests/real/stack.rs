@@ -676,7 +676,8 @@ pub struct Ipv6 {
 }
 
 impl Ipv6 {
-    /// It lasts as long as what is returned; a run that was killed leaves an address that harms nobody.
+    /// It lasts as long as what is returned. A run that was killed leaves it: remove it before a benchmark, whose media would
+    /// go over it.
     pub fn add() -> anyhow::Result<Self> {
         let address = format!("fd31::{:x}/128", std::process::id() % 0xffff);
         ip(&format!("addr replace {address} dev lo"))?;
