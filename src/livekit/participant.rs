@@ -657,6 +657,7 @@ mod tests {
             assert_eq!(apart % ROUND.as_nanos(), 0);
         }
     }
+
     #[test]
     fn round_with_nothing_to_do_is_left_out() {
         round_of(Instant::now());

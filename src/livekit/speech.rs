@@ -103,7 +103,7 @@ impl Detector {
         })
     }
 
-    /// The native participant needs none: it asks in every round.
+    /// The native participant needs none: it asks each time it has listened.
     #[cfg(any(test, feature = "libwebrtc"))]
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         Some(self.last_speech? + self.settings.end_silence)

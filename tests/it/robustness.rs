@@ -188,7 +188,9 @@ proptest! {
 #[test]
 fn documented_settings_without_a_change_are_in_force() {
     // Or the changes above would try nothing but the first complaint.
-    let config = read(changed(&[]).as_bytes()).unwrap();
+    let text = changed(&[]);
+    assert!(text.contains(SECRET), "there is no secret to hide");
+    let config = read(text.as_bytes()).unwrap();
     assert_eq!(
         config.targets["support"].agent_name.as_deref(),
         Some("my-agent")
