@@ -6,7 +6,7 @@ use rustix::process::Signal;
 
 use super::There::{Made, Not};
 use super::{Culprit, Fault, Seen, Verdict, Watch};
-use crate::agents::join_as;
+use crate::agents::take_identity;
 use crate::canary::Settings;
 use crate::gate::{Gate, Hold};
 use crate::home::{ENDING, SOON};
@@ -673,13 +673,8 @@ fn may_not_publish(ground: &Ground) -> anyhow::Result<Seen> {
 fn identity_is_taken(ground: &Ground) -> anyhow::Result<Seen> {
     let call = greeted(ground, "identity-is-taken")?;
     let caller = call.event("caller")?;
-    let (site, room) = (call.site, call.room.clone());
-    let other = join_as(site, &room, caller.text("caller"))?;
-    let seen = call.finish()?;
-    drop(other);
-    // The other one's joining may come after the canary's deletion, and creates the room again.
-    site.api.delete_room(&room).ok();
-    Ok(seen)
+    take_identity(call.site, &call.room, caller.text("caller"))?;
+    call.finish()
 }
 
 // --- the settings, and we ---
