@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
@@ -672,23 +672,44 @@ impl Drop for Namespace {
 /// An IPv6 address on the loopback interface that is no loopback address: servers offer it for media beside 127.0.0.1. A
 /// WebRTC stack takes none of the interface's addresses for its own.
 pub struct Ipv6 {
-    address: String,
+    address: Ipv6Addr,
 }
 
 impl Ipv6 {
-    /// It lasts as long as what is returned. A run that was killed leaves it: remove it before a benchmark, whose media would
-    /// go over it.
+    /// Followed by the id of the process whose address it is.
+    const NET: u128 = 0xfd31 << 112;
+
+    /// It lasts as long as what is returned.
     pub fn add() -> anyhow::Result<Self> {
-        let address = format!("fd31::{:x}/128", std::process::id() % 0xffff);
-        ip(&format!("addr replace {address} dev lo"))?;
+        Self::sweep()?;
+        let address = Ipv6Addr::from_bits(Self::NET | u128::from(std::process::id()));
+        ip(&format!("addr replace {address}/128 dev lo"))?;
         Ok(Self { address })
+    }
+
+    /// Removes those of runs that were killed: media goes over them, and costs more than it does over 127.0.0.1.
+    pub fn sweep() -> anyhow::Result<()> {
+        // A machine without IPv6 has no such file.
+        let all = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+        for line in all.lines().filter(|line| line.ends_with(" lo")) {
+            let bits = u128::from_str_radix(line.split(' ').next().unwrap_or_default(), 16)?;
+            let process = bits ^ Self::NET;
+            let ours = process <= u128::from(u32::MAX);
+            if ours && !Path::new("/proc").join(process.to_string()).exists() {
+                ip(&format!(
+                    "addr del {}/128 dev lo",
+                    Ipv6Addr::from_bits(bits)
+                ))?;
+            }
+        }
+        Ok(())
     }
 }
 
 impl Drop for Ipv6 {
     fn drop(&mut self) {
         // Fails only where somebody else removed it.
-        let _ = ip(&format!("addr del {} dev lo", self.address));
+        let _ = ip(&format!("addr del {}/128 dev lo", self.address));
     }
 }
 
