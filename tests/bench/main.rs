@@ -36,7 +36,7 @@ mod twirp;
 use canary::{Running, Settings};
 use daemon::Daemons;
 use order::Order;
-use stack::{AGENT, Agent, Ipv6, KEY, Process, SECRET, Site, wait_for};
+use stack::{AGENT, Agent, KEY, Process, SECRET, Site, wait_for};
 
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
@@ -110,7 +110,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
     if wants(Stack::Real) {
-        Ipv6::sweep()?;
+        stack::sweep()?;
         let site = Site::real(&[Agent::named(AGENT)])?;
         found.accuracy.push(join_accuracy(&site)?);
         found.accuracy.push(reply_accuracy(&site)?);

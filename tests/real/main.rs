@@ -229,6 +229,7 @@ fn run(stack: Stack, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<S
         // Each case starts its own.
         Stack::Sandbox | Stack::Mock => (None, None),
         Stack::Real => {
+            stack::sweep()?;
             let network = (Ipv6::add()?, Namespace::prepare(SITES_BEHIND_VETH)?);
             (Some(network), Some(Arc::new(shared_site()?)))
         }

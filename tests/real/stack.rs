@@ -571,6 +571,16 @@ fn within(namespace: Option<&Namespace>, program: &str) -> Command {
     command
 }
 
+/// Removes what runs that were killed left in the machine's network: agents and media would go that way, too.
+pub fn sweep() -> anyhow::Result<()> {
+    Namespace::sweep()?;
+    Ipv6::sweep()
+}
+
+fn has_ended(process: &str) -> bool {
+    !Path::new("/proc").join(process).exists()
+}
+
 /// Namespaces that no site has taken yet.
 static NAMESPACES: Mutex<Vec<Weak<Namespace>>> = Mutex::new(Vec::new());
 
@@ -589,7 +599,6 @@ pub struct Namespace {
 impl Namespace {
     /// Creates `count` of them for sites to take; they last as long as what is returned.
     pub fn prepare(count: usize) -> anyhow::Result<Vec<Arc<Self>>> {
-        Self::sweep()?;
         let created = (0..count).map(|_| Ok(Arc::new(Self::create()?)));
         let created = created.collect::<anyhow::Result<Vec<_>>>()?;
         let mut left = NAMESPACES.lock().expect("no push panics");
@@ -608,7 +617,7 @@ impl Namespace {
             let owner = name
                 .strip_prefix("canary-")
                 .and_then(|id| id.split_once('-'));
-            if owner.is_some_and(|(process, _)| !Path::new("/proc").join(process).exists()) {
+            if owner.is_some_and(|(process, _)| has_ended(process)) {
                 ip(&format!("netns del {name}"))?;
             }
         }
@@ -681,25 +690,21 @@ impl Ipv6 {
 
     /// It lasts as long as what is returned.
     pub fn add() -> anyhow::Result<Self> {
-        Self::sweep()?;
         let address = Ipv6Addr::from_bits(Self::NET | u128::from(std::process::id()));
         ip(&format!("addr replace {address}/128 dev lo"))?;
         Ok(Self { address })
     }
 
     /// Removes those of runs that were killed: media goes over them, and costs more than it does over 127.0.0.1.
-    pub fn sweep() -> anyhow::Result<()> {
+    fn sweep() -> anyhow::Result<()> {
         // A machine without IPv6 has no such file.
         let all = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
         for line in all.lines().filter(|line| line.ends_with(" lo")) {
             let bits = u128::from_str_radix(line.split(' ').next().unwrap_or_default(), 16)?;
             let process = bits ^ Self::NET;
-            let ours = process <= u128::from(u32::MAX);
-            if ours && !Path::new("/proc").join(process.to_string()).exists() {
-                ip(&format!(
-                    "addr del {}/128 dev lo",
-                    Ipv6Addr::from_bits(bits)
-                ))?;
+            if process <= u128::from(u32::MAX) && has_ended(&process.to_string()) {
+                let address = Ipv6Addr::from_bits(bits);
+                ip(&format!("addr del {address}/128 dev lo"))?;
             }
         }
         Ok(())
