@@ -25,8 +25,8 @@ use crate::http::{
 };
 use crate::janitor::{Fate, Janitor, Register, Swept};
 use crate::livekit::RoomName;
-use crate::livekit::api::Api;
-use crate::livekit::net::Endpoint;
+use crate::livekit::wire::api::Api;
+use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, Fault};
 use crate::schedule::{self, Tick, Ticker};

@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::livekit::RoomName;
-use crate::livekit::api::{Api, ApiError, Call};
+use crate::livekit::wire::api::{Api, ApiError, Call};
 
 /// Least `late_agent_window` that outlasts the 15 s which a livekit-agents worker grants a job that was ended, and its
 /// connection (about 2.5 s more at worst on two busy cores).
@@ -618,8 +618,8 @@ mod tests {
     use url::Url;
 
     use super::*;
-    use crate::livekit::net::Endpoint;
-    use crate::livekit::token::Keys;
+    use crate::livekit::wire::connect::Endpoint;
+    use crate::livekit::wire::token::Keys;
 
     const ROOM: &str = "canary-test-1";
     /// Of what never has to pass.

@@ -1,49 +1,25 @@
-//! The client side of LiveKit: tokens, server API, signal connection, media, echo and speech detection.
+//! The client side of LiveKit, in layers: `wire` (HTTP, tokens, server API, signal connection), `audio` (RTP, Opus, speech
+//! detection, echo), `room` (who and what is in the room), and two engines on top of them, `native` and `libwebrtc`.
 //!
 //! It knows rooms and participants; it knows no schedule, no SLO and no outcome.
 
 use std::fmt;
 
-use crate::config::Project;
-
-pub mod api;
 #[cfg(test)]
 mod arbitrary;
-mod echo;
+pub mod audio;
 pub mod engine;
-mod exchange;
-mod ice_tcp;
+pub mod event;
+pub(crate) mod join;
 #[cfg(any(test, feature = "libwebrtc"))]
 mod libwebrtc;
-mod listening;
-pub mod net;
-mod observer;
-pub mod opus;
-mod participant;
-mod peer;
+mod native;
 #[cfg(test)]
 mod robustness;
-mod roster;
-mod rtp;
-mod session_stream;
-pub mod signal;
-mod speech;
+mod room;
 #[cfg(test)]
 mod test_server;
-pub mod token;
-pub mod transcript;
-mod udp;
-
-/// Where a project is and how to sign in there; nothing is connected yet.
-///
-/// # Errors
-/// See [`Endpoint::new`](net::Endpoint::new) and [`Keys::new`](token::Keys::new).
-pub fn access(project: &Project) -> anyhow::Result<(net::Endpoint, api::Api)> {
-    let endpoint = net::Endpoint::new(&project.url, project.ca_file.as_deref())?;
-    let keys = token::Keys::new(project.api_key.clone(), project.api_secret.clone())?;
-    let api = api::Api::new(endpoint.clone(), keys, project.api_timeout);
-    Ok((endpoint, api))
-}
+pub mod wire;
 
 /// A room's name, which is also its key: LiveKit has one live room of a name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

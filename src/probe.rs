@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
-use crate::livekit::engine::{Agent, AudioStats};
+use crate::livekit::event::{Agent, AudioStats};
 
 pub mod driver;
 mod machine;

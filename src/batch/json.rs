@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
-use crate::livekit::engine::{Speaker, to_microseconds};
+use crate::livekit::event::{Speaker, to_microseconds};
 use crate::probe::{Evidence, Milestone, Reason, Report, Span, Turn};
 
 #[derive(Serialize)]

@@ -8,8 +8,8 @@ use tokio::time::Instant;
 use crate::batch::{BatchReport, NotOpened, ProbeReport};
 use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
-use crate::livekit::engine::{Agent, AudioStats, Speaker, TurnMetrics};
-use crate::livekit::transcript::Text;
+use crate::livekit::event::Text;
+use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Said,
     Timeline, Turn,

@@ -8,8 +8,8 @@ use humantime::format_duration;
 use super::forecast::Forecast;
 use super::{Check, Exit, print};
 use crate::config::{Config, Draft, EchoMode, Period, Problems, Project, Ramp, Stay, Target};
-use crate::livekit::api::ApiError;
-use crate::livekit::{self, RoomName};
+use crate::livekit::wire::api::ApiError;
+use crate::livekit::{RoomName, wire};
 
 /// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
 const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
@@ -151,7 +151,7 @@ fn connect(config: &Config) -> anyhow::Result<Vec<Result<(), ApiError>>> {
     let apis = config
         .projects
         .values()
-        .map(|project| Ok(livekit::access(project)?.1))
+        .map(|project| Ok(wire::access(project)?.1))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let runtime = super::runtime()?;
     let nobody = [RoomName("canary-check".to_owned())];

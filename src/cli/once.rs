@@ -14,7 +14,7 @@ use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch::{self, BatchReport, json};
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LAST_DELETIONS, LeftBehind};
-use crate::livekit;
+use crate::livekit::wire;
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
 
@@ -35,7 +35,7 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
     super::start_logging(screen.log_writer(), Screen::colour(), "warn");
 
     let (endpoint, api) =
-        livekit::access(&project).with_context(|| format!("project {:?}", target.project))?;
+        wire::access(&project).with_context(|| format!("project {:?}", target.project))?;
     let runtime = super::runtime()?;
     let exit = runtime.block_on(async {
         let context = Context {

@@ -9,8 +9,8 @@ use super::{Daemon, Project, Target, supervisor};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
-use crate::livekit::net::Endpoint;
-use crate::livekit::{self, api::Api};
+use crate::livekit::wire::connect::Endpoint;
+use crate::livekit::wire::{self, api::Api};
 
 impl Daemon {
     pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
@@ -48,7 +48,7 @@ impl Daemon {
     pub(super) fn apply(&mut self, config: Config) -> Result<(), String> {
         let mut access = BTreeMap::new();
         for (name, project) in &config.projects {
-            let known = livekit::access(project);
+            let known = wire::access(project);
             let known = known.map_err(|error| format!("project {name:?}: {error:#}"))?;
             access.insert(name.clone(), known);
         }

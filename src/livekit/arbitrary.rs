@@ -13,7 +13,7 @@ use tokio::time::timeout;
 const BLOCKED: Duration = Duration::from_secs(30);
 
 /// Runs `test` on so many inputs, each on the same runtime.
-pub(super) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::Value)) {
+pub(crate) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::Value)) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -28,7 +28,7 @@ pub(super) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::V
     }
 }
 
-pub(super) fn config(cases: u32) -> Config {
+pub(crate) fn config(cases: u32) -> Config {
     Config {
         cases,
         failure_persistence: None,
@@ -38,12 +38,12 @@ pub(super) fn config(cases: u32) -> Config {
 }
 
 /// Bytes that mean something to nobody.
-pub(super) fn bytes(most: usize) -> impl Strategy<Value = Vec<u8>> {
+pub(crate) fn bytes(most: usize) -> impl Strategy<Value = Vec<u8>> {
     prop::collection::vec(any::<u8>(), 0..most)
 }
 
 /// Bytes in the form of a protobuf: fields of any number and wire type, some of them messages themselves.
-pub(super) fn protobuf() -> impl Strategy<Value = Vec<u8>> {
+pub(crate) fn protobuf() -> impl Strategy<Value = Vec<u8>> {
     let varint = any::<u64>().prop_map(|value| {
         let mut bytes = Vec::new();
         prost::encoding::encode_varint(value, &mut bytes);
@@ -77,7 +77,7 @@ fn message(fields: &[(u64, (u64, Vec<u8>))]) -> Vec<u8> {
 
 /// A change of a text of lines.
 #[derive(Debug, Clone)]
-pub(super) enum Change {
+pub(crate) enum Change {
     Remove(Index),
     Repeat(Index, Index),
     Swap(Index, Index),
@@ -89,7 +89,7 @@ pub(super) enum Change {
 }
 
 /// A few changes; lines and words come from `lines` and `words` or are any.
-pub(super) fn changes(
+pub(crate) fn changes(
     lines: &'static [&'static str],
     words: &'static [&'static str],
 ) -> impl Strategy<Value = Vec<Change>> {
@@ -113,7 +113,7 @@ pub(super) fn changes(
 }
 
 /// The changed text, its lines ended by `end`.
-pub(super) fn changed(text: &str, changes: &[Change], end: &str) -> String {
+pub(crate) fn changed(text: &str, changes: &[Change], end: &str) -> String {
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
     for change in changes {
         if lines.is_empty() {
@@ -156,13 +156,13 @@ fn replaced(line: &str, word: Index, by: &str) -> String {
 }
 
 /// A subscriber offer of livekit-server 1.13.5: a data channel and an agent's voice.
-pub(super) const OFFER: &str = include_str!("peer/offer.sdp");
+pub(crate) const OFFER: &str = include_str!("peer/offer.sdp");
 
 /// Its answer to our publisher offer, whose m-line is `MID`.
-pub(super) const ANSWER: &str = include_str!("peer/answer.sdp");
+pub(crate) const ANSWER: &str = include_str!("peer/answer.sdp");
 
 /// Changes of a description.
-pub(super) fn sdp_changes() -> impl Strategy<Value = Vec<Change>> {
+pub(crate) fn sdp_changes() -> impl Strategy<Value = Vec<Change>> {
     changes(
         &[
             "a=candidate:1 1 udp 1 127.0.0.1 9 typ host",
@@ -193,7 +193,7 @@ pub(super) fn sdp_changes() -> impl Strategy<Value = Vec<Change>> {
 }
 
 /// The changed description. Candidates off loopback go: a test sends nothing there.
-pub(super) fn sdp(text: &str, changes: &[Change]) -> String {
+pub(crate) fn sdp(text: &str, changes: &[Change]) -> String {
     let text = changed(text, changes, "\r\n");
     let lines = text
         .split_inclusive("\r\n")
@@ -210,7 +210,7 @@ fn is_here(candidate: &str) -> bool {
 }
 
 /// A candidate's line, on loopback where it has an address at all.
-pub(super) fn candidate() -> impl Strategy<Value = String> {
+pub(crate) fn candidate() -> impl Strategy<Value = String> {
     let word = |known: &'static [&'static str]| prop_oneof![6 => select(known).prop_map(str::to_owned), 1 => "[ -~]{0,8}"];
     let address = word(&["127.0.0.1", "127.1.2.3", "::1", "host.local", "127.0.0.1:9"]);
     let number = prop_oneof![any::<u16>().prop_map(u64::from), any::<u64>()];

@@ -13,6 +13,6 @@ mod transport;
 mod watch;
 
 #[cfg(feature = "libwebrtc")]
-pub(super) use session::run;
+pub(crate) use session::run;
 #[cfg(feature = "libwebrtc")]
-pub(super) use stats::Tally;
+pub(crate) use stats::Tally;

@@ -17,20 +17,22 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, accept_async};
 
-use super::RoomName;
-use super::api::{Api, ApiError};
-use super::arbitrary::{
+use crate::config::{self as settings, EchoMode, Engine, Speech};
+use crate::livekit::RoomName;
+use crate::livekit::arbitrary::{
     ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
 };
-use super::echo::Echo;
-use super::engine::{Ended, Seen, join, request};
-use super::exchange;
-use super::opus::{self, Decoder};
-use super::rtp::{Head, Receiver};
-use super::signal;
-use super::speech::{Detector, Heard};
-use super::test_server::{Server, keys, read_request};
-use crate::config::{self as settings, EchoMode, Engine, Speech};
+use crate::livekit::audio::echo::Echo;
+use crate::livekit::audio::opus::{self, Decoder};
+use crate::livekit::audio::rtp::{Head, Receiver};
+use crate::livekit::audio::speech::{Detector, Heard};
+use crate::livekit::engine::join;
+use crate::livekit::event::{Ended, Seen};
+use crate::livekit::join::request;
+use crate::livekit::test_server::{Server, keys, read_request};
+use crate::livekit::wire::api::{Api, ApiError};
+use crate::livekit::wire::request;
+use crate::livekit::wire::signal;
 
 /// A move of a server's after the join response.
 #[derive(Debug, Clone)]
@@ -249,14 +251,14 @@ proptest! {
         "[0-9]{1,25}",
         "(Mon|Tue), [0-9]{1,3} (Jan|Feb) [0-9]{1,6} [0-9]{1,3}:[0-9]{1,3}:[0-9]{1,3} (GMT|[+-][0-9]{1,6})",
     ]) {
-        exchange::retry_after(&value, chrono::Utc::now());
+        request::retry_after(&value, chrono::Utc::now());
     }
 
     #[test]
     fn text_of_any_server_is_short_and_holds_no_token(
         text in vec(prop_oneof!["\\PC{0,50}", ".{0,50}", "eyJ[a-zA-Z0-9._-]{0,40}"], 0..60),
     ) {
-        let shown = exchange::presentable(&text.concat());
+        let shown = request::presentable(&text.concat());
         prop_assert!(shown.len() <= 1024);
         prop_assert!(!shown.contains("eyJ") && !shown.contains(char::is_control), "{shown}");
     }

@@ -15,11 +15,11 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::{ServerConfig, crypto};
 use url::Url;
 
-use super::net::{Endpoint, Refusal};
-use super::token::Keys;
+use crate::livekit::wire::connect::{Endpoint, Refusal};
+use crate::livekit::wire::token::Keys;
 
 /// An answer to an HTTP request, and what must be left of it.
-pub(super) struct Case {
+pub(crate) struct Case {
     pub answer: &'static str,
     pub status: u16,
     pub twirp_code: Option<&'static str>,
@@ -28,7 +28,7 @@ pub(super) struct Case {
 }
 
 impl Case {
-    pub(super) fn refusal(&self) -> Refusal {
+    pub(crate) fn refusal(&self) -> Refusal {
         Refusal {
             status: self.status,
             twirp_code: self.twirp_code.map(str::to_owned),
@@ -39,7 +39,7 @@ impl Case {
 }
 
 /// Refusals as livekit-server, Twirp and proxies before them word them.
-pub(super) const REFUSALS: [Case; 6] = [
+pub(crate) const REFUSALS: [Case; 6] = [
     Case {
         answer: "HTTP/1.1 401 Unauthorized\r\nContent-Length: 26\r\n\r\ninvalid API key: some-key\r\n",
         status: 401,
@@ -90,13 +90,13 @@ pub(super) const REFUSALS: [Case; 6] = [
 ];
 
 /// A listening socket whose connections each go to the same handler; gone when dropped.
-pub(super) struct Server {
+pub(crate) struct Server {
     pub address: SocketAddr,
     task: JoinHandle<()>,
 }
 
 impl Server {
-    pub(super) async fn start<F, Fut>(handle: F) -> Self
+    pub(crate) async fn start<F, Fut>(handle: F) -> Self
     where
         F: Fn(TcpStream) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
@@ -113,7 +113,7 @@ impl Server {
     }
 
     /// Answers every HTTP request with the same bytes, head and body in two segments.
-    pub(super) async fn answering(answer: &'static str) -> Self {
+    pub(crate) async fn answering(answer: &'static str) -> Self {
         Self::start(move |mut stream| async move {
             read_request(&mut stream).await;
             respond(&mut stream, answer).await;
@@ -122,7 +122,7 @@ impl Server {
     }
 
     /// Refuses every HTTP request, and quotes its `Authorization` in the body.
-    pub(super) async fn quoting_the_token() -> Self {
+    pub(crate) async fn quoting_the_token() -> Self {
         Self::start(|mut stream| async move {
             let head = read_request(&mut stream).await;
             let body = head
@@ -136,7 +136,7 @@ impl Server {
     }
 
     /// Takes connections, reads what comes, says nothing.
-    pub(super) async fn silent() -> Self {
+    pub(crate) async fn silent() -> Self {
         Self::start(|mut stream| async move {
             let mut sink = [0; 1024];
             while matches!(stream.read(&mut sink).await, Ok(1..)) {}
@@ -144,7 +144,7 @@ impl Server {
         .await
     }
 
-    pub(super) fn endpoint(&self) -> Endpoint {
+    pub(crate) fn endpoint(&self) -> Endpoint {
         endpoint(&format!("ws://{}", self.address))
     }
 }
@@ -156,7 +156,7 @@ impl Drop for Server {
 }
 
 /// The head of a request and as much of its body as `Content-Length` says.
-pub(super) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> String {
+pub(crate) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut bytes = Vec::new();
     while !bytes.ends_with(b"\r\n\r\n") {
         bytes.push(stream.read_u8().await.unwrap());
@@ -171,7 +171,7 @@ pub(super) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> Strin
     head
 }
 
-pub(super) async fn respond(stream: &mut (impl AsyncWrite + Unpin), answer: &str) {
+pub(crate) async fn respond(stream: &mut (impl AsyncWrite + Unpin), answer: &str) {
     let (head, body) = answer.split_at(answer.find("\r\n\r\n").unwrap() + 4);
     stream.write_all(head.as_bytes()).await.unwrap();
     stream.flush().await.unwrap();
@@ -184,25 +184,25 @@ pub(super) async fn respond(stream: &mut (impl AsyncWrite + Unpin), answer: &str
     stream.shutdown().await.ok();
 }
 
-pub(super) fn endpoint(url: &str) -> Endpoint {
+pub(crate) fn endpoint(url: &str) -> Endpoint {
     Endpoint::new(&Url::parse(url).unwrap(), None).unwrap()
 }
 
-pub(super) const SECRET: &str = "a-secret-that-nobody-may-see";
+pub(crate) const SECRET: &str = "a-secret-that-nobody-may-see";
 
-pub(super) fn keys() -> Keys {
+pub(crate) fn keys() -> Keys {
     Keys::new("some-key", SECRET).unwrap()
 }
 
 /// A private certificate authority.
-pub(super) struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     /// Its certificate, as `ca_file`.
     pub pem: NamedTempFile,
 }
 
 impl Authority {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -216,7 +216,7 @@ impl Authority {
     }
 
     /// A TLS acceptor whose certificate is for `name`, valid until the end of `year`.
-    pub(super) fn acceptor(&self, name: &str, year: i32) -> TlsAcceptor {
+    pub(crate) fn acceptor(&self, name: &str, year: i32) -> TlsAcceptor {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
         params.not_after = rcgen::date_time_ymd(year, 12, 31);
@@ -235,7 +235,7 @@ impl Authority {
     }
 
     /// A server that speaks TLS as `name`, and answers one request.
-    pub(super) async fn server(&self, name: &str, year: i32, answer: &'static str) -> Server {
+    pub(crate) async fn server(&self, name: &str, year: i32, answer: &'static str) -> Server {
         let acceptor = self.acceptor(name, year);
         Server::start(move |stream| {
             let acceptor = acceptor.clone();

@@ -20,12 +20,12 @@ use super::{Position, Progress, Report};
 use crate::config::{DispatchMode, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
-use crate::livekit::api::{Api, ApiError, NamedAgent, NewRoom};
-use crate::livekit::engine::{
-    self, AudioStats, Ended, JoinRequest, Participant, RoomEvent, Seen, panic_message,
-};
-use crate::livekit::net::{Endpoint, Refusal};
-use crate::livekit::signal::SignalError;
+use crate::livekit::engine::{self, Participant, panic_message};
+use crate::livekit::event::{AudioStats, Ended, RoomEvent, Seen};
+use crate::livekit::join::JoinRequest;
+use crate::livekit::wire::api::{Api, ApiError, NamedAgent, NewRoom};
+use crate::livekit::wire::connect::{Endpoint, Refusal};
+use crate::livekit::wire::signal::SignalError;
 
 /// The participant's identity. Each room has one of us, so it need not differ.
 const IDENTITY: &str = "canary-echo";
@@ -446,7 +446,7 @@ mod tests {
     use url::Url;
 
     use super::*;
-    use crate::livekit::token::Keys;
+    use crate::livekit::wire::token::Keys;
     use crate::probe::{Milestone, Outcome, Reason};
 
     /// A server API that answers every call with `answer`, and remembers which were made.

@@ -12,10 +12,10 @@ use super::{AgentTurn, Failure, Milestone, Outcome, Position, Progress, Reason, 
 use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
-use crate::livekit::api::{ApiError, Call, DispatchInfo, RoomInfo};
-use crate::livekit::engine::{
+use crate::livekit::event::{
     Agent, AudioStats, Ended, Right, RoomEvent, Seen, TurnMetrics, to_microseconds,
 };
+use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
 
 /// The engine's own deadline for signal comes first, for it knows more; this much later ours does.
 const ENGINE_GRACE: Duration = Duration::from_secs(2);

@@ -5,10 +5,10 @@ use std::time::Duration;
 use livekit_protocol::DisconnectReason;
 use serde::Serialize;
 
-use crate::livekit::api::ApiError;
-use crate::livekit::engine::TurnMetrics;
-use crate::livekit::net::{ConnectError, Refusal};
-use crate::livekit::signal::SignalError;
+use crate::livekit::event::TurnMetrics;
+use crate::livekit::wire::api::ApiError;
+use crate::livekit::wire::connect::{ConnectError, Refusal};
+use crate::livekit::wire::signal::SignalError;
 
 /// Longest quote of a server's words in a `detail`; the evidence keeps more.
 const QUOTE: usize = 200;

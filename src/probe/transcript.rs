@@ -2,8 +2,8 @@
 
 use tokio::time::Instant;
 
-use crate::livekit::engine::Speaker;
-use crate::livekit::transcript::{Text, Words};
+use crate::livekit::event::Speaker;
+use crate::livekit::event::{Text, Words};
 
 /// Segments of one probe, the text of each at most 1 KiB; what comes later isn't kept.
 const MOST_SEGMENTS: usize = 100;

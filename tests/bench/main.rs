@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
-use livekit_canary::livekit::opus::{Codec, LONGEST};
+use livekit_canary::livekit::audio::opus::{Codec, LONGEST};
 use ropus::{Application, Channels, Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};

@@ -50,10 +50,10 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// What the probe's core may take from `livekit`: plain types that say what happened, and in which figures.
 const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::RoomName",
-    "livekit::api::ApiError",
-    "livekit::api::Call",
-    "livekit::api::DispatchInfo",
-    "livekit::api::RoomInfo",
+    "livekit::wire::api::ApiError",
+    "livekit::wire::api::Call",
+    "livekit::wire::api::DispatchInfo",
+    "livekit::wire::api::RoomInfo",
     "livekit::engine::Agent",
     "livekit::engine::AudioStats",
     "livekit::engine::Ended",
@@ -63,11 +63,11 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::engine::Speaker",
     "livekit::engine::TurnMetrics",
     "livekit::engine::to_microseconds",
-    "livekit::net::ConnectError",
-    "livekit::net::Refusal",
-    "livekit::signal::SignalError",
-    "livekit::transcript::Text",
-    "livekit::transcript::Words",
+    "livekit::wire::connect::ConnectError",
+    "livekit::wire::connect::Refusal",
+    "livekit::wire::signal::SignalError",
+    "livekit::room::transcript::Text",
+    "livekit::room::transcript::Words",
 ];
 
 struct Source {

@@ -16,7 +16,7 @@ use livekit_canary::config::{
     Backoff, Budget, DispatchMode, Ice, Objectives, Period, Project, Target,
 };
 use livekit_canary::livekit::RoomName;
-use livekit_canary::livekit::engine::AudioStats;
+use livekit_canary::livekit::event::AudioStats;
 use livekit_canary::metrics::{
     Build, CATALOGUE, DELAYS, Definition, InternalError, Kind, Metrics, PREFIX, SkipCause, Sli,
     TargetMetrics, Verdict,

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use livekit_canary::livekit::RoomName;
-use livekit_canary::livekit::api::Api;
-use livekit_canary::livekit::net::Endpoint;
-use livekit_canary::livekit::token::Keys;
+use livekit_canary::livekit::wire::api::Api;
+use livekit_canary::livekit::wire::connect::Endpoint;
+use livekit_canary::livekit::wire::token::Keys;
 use livekit_canary::sandbox::{Handle, Sandbox, Settings};
 use serde_json::Value;
 use tokio::time::Instant;

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::echo::Frame;
-use super::super::rtp::{self, Position};
+use crate::livekit::audio::echo::Frame;
+use crate::livekit::audio::rtp::{self, Position};
 
 /// Samples a second; also the ticks of the media clock.
-pub(super) const RATE: u32 = rtp::CLOCK_RATE;
+pub(crate) const RATE: u32 = rtp::CLOCK_RATE;
 
 /// Samples of 10 ms, which is what libwebrtc works in.
 const FRAME: usize = RATE as usize / 100;
@@ -31,13 +31,13 @@ impl Frame for Arc<[i16]> {
 
 /// Lays frames out on one media clock.
 #[derive(Default)]
-pub(super) struct Arrivals {
+pub(crate) struct Arrivals {
     /// When the last frame came, and the media time of its end.
     last: Option<(Instant, u64)>,
 }
 
 impl Arrivals {
-    pub(super) fn on_frame(&mut self, at: Instant, samples: usize) -> Position {
+    pub(crate) fn on_frame(&mut self, at: Instant, samples: usize) -> Position {
         let position = match self.last {
             None => Position {
                 time: 0,
@@ -60,10 +60,10 @@ impl Arrivals {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::echo::{Echo, Out};
-    use super::super::super::speech::{Detector, Heard, Sound};
     use super::*;
     use crate::config::{self, EchoMode, Speech};
+    use crate::livekit::audio::echo::{Echo, Out};
+    use crate::livekit::audio::speech::{Detector, Heard, Sound};
 
     const TEN: Duration = Duration::from_millis(10);
 

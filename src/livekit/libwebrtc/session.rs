@@ -32,17 +32,18 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::super::echo::{self, Echo};
-use super::super::engine::{Ended, JoinRequest, RoomEvent, Seen};
-use super::super::listening::Listening;
-use super::super::observer::{LEAVE_TIMEOUT, Observer, Outlet};
-use super::super::signal::SignalError;
-use super::super::speech::{Detector, Heard, Sound};
 use super::pcm::{self, Arrivals};
 use super::stats::{Inbound, Tally};
 use super::streams::{self, Opened};
 use super::transport::{Line, Told};
 use super::watch::Watch;
+use crate::livekit::audio::echo::{self, Echo};
+use crate::livekit::audio::speech::{Detector, Heard, Sound};
+use crate::livekit::event::{Ended, RoomEvent, Seen};
+use crate::livekit::join::JoinRequest;
+use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
+use crate::livekit::room::voice_selector::Listening;
+use crate::livekit::wire::signal::SignalError;
 
 /// Sound that may wait: for us 1 s of it, for the SDK 100 ms.
 const FRAMES_TO_READ: usize = 100;
@@ -67,7 +68,7 @@ const MOST_BYTES: usize = 64 * 1024;
 type SdkEvents = mpsc::UnboundedReceiver<SdkEvent>;
 
 /// Joins, echoes and listens until something ends it. The last event is the caller's to send.
-pub(in crate::livekit) async fn run(
+pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,

@@ -2,35 +2,35 @@
 
 use std::time::Duration;
 
-use super::super::engine::AudioStats;
+use crate::livekit::event::AudioStats;
 
 /// `inbound-rtp` of one stream, as the WebRTC statistics define it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct Inbound {
-    pub(super) ssrc: u32,
-    pub(super) packets: u64,
+pub(crate) struct Inbound {
+    pub(crate) ssrc: u32,
+    pub(crate) packets: u64,
     /// Negative where duplicates outnumber what was lost.
-    pub(super) lost: i64,
-    pub(super) jitter_seconds: f64,
+    pub(crate) lost: i64,
+    pub(crate) jitter_seconds: f64,
 }
 
 /// The agent's audio so far.
 #[derive(Debug, Default)]
-pub(in crate::livekit) struct Tally {
+pub(crate) struct Tally {
     /// Of the streams before the current one.
     before: AudioStats,
     current: Option<Inbound>,
 }
 
 impl Tally {
-    pub(super) fn on_stats(&mut self, inbound: Inbound) {
+    pub(crate) fn on_stats(&mut self, inbound: Inbound) {
         let replaced = self.current.replace(inbound);
         if let Some(before) = replaced.filter(|it| it.ssrc != inbound.ssrc) {
             self.before = sum(self.before, before);
         }
     }
 
-    pub(in crate::livekit) fn stats(&self) -> AudioStats {
+    pub(crate) fn stats(&self) -> AudioStats {
         self.current
             .map_or(self.before, |current| sum(self.before, current))
     }

@@ -10,16 +10,16 @@ use proto::data_packet::Value;
 use proto::data_stream::{Chunk, Header, Trailer};
 
 /// A stream that a participant has begun to send.
-pub(super) struct Opened {
-    pub(super) identity: String,
-    pub(super) id: String,
-    pub(super) topic: String,
+pub(crate) struct Opened {
+    pub(crate) identity: String,
+    pub(crate) id: String,
+    pub(crate) topic: String,
 }
 
 /// The packets of one stream. Where its content ends in an error, the trailer is missing: it was cut off.
 ///
 /// `attributes`: as they are known when they are asked for; the sender may add to them at the end.
-pub(super) fn packets<E>(
+pub(crate) fn packets<E>(
     opened: Opened,
     attributes: impl Fn() -> HashMap<String, String>,
     content: impl Stream<Item = Result<Vec<u8>, E>>,
@@ -57,7 +57,7 @@ pub(super) fn packets<E>(
     values.map(move |value| packet(identity.clone(), value))
 }
 
-pub(super) fn packet(identity: String, value: Value) -> DataPacket {
+pub(crate) fn packet(identity: String, value: Value) -> DataPacket {
     DataPacket {
         participant_identity: identity,
         value: Some(value),
@@ -71,9 +71,9 @@ mod tests {
 
     use tokio::time::Instant;
 
-    use super::super::super::session_stream::{Reader, Told};
-    use super::super::super::transcript;
     use super::*;
+    use crate::livekit::room::agent_session::{Reader, Told};
+    use crate::livekit::room::transcript;
 
     /// What the reader makes of a transcript with this content.
     async fn told(content: Vec<Result<Vec<u8>, ()>>) -> (Vec<Told>, usize) {

@@ -28,8 +28,8 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_util::sync::CancellationToken;
 use url::{Position, Url};
 
-use super::super::net::{Endpoint, Stream};
-use super::super::signal::{self, Rate, SignalError};
+use crate::livekit::wire::connect::{Endpoint, Stream};
+use crate::livekit::wire::signal::{self, Rate, SignalError};
 
 /// Messages that may wait for the participant to read them; the socket waits with them.
 const BACKLOG: usize = 64;
@@ -40,7 +40,7 @@ tokio::task_local! {
 
 /// One participant's way to the server.
 #[derive(Clone)]
-pub(super) struct Line {
+pub(crate) struct Line {
     endpoint: Endpoint,
     token: SecretString,
     timeout: Duration,
@@ -50,7 +50,7 @@ pub(super) struct Line {
 
 /// What passes on a line.
 #[derive(Debug)]
-pub(super) enum Told {
+pub(crate) enum Told {
     /// The upgrade request is about to be written, after TLS.
     Requested(Instant),
     /// The SDK sent a ping with this timestamp.
@@ -62,7 +62,7 @@ pub(super) enum Told {
 
 impl Line {
     /// `timeout`: of one connection, from DNS to the answer to the upgrade. Cancelling `hang_up` closes whatever is open.
-    pub(super) fn new(
+    pub(crate) fn new(
         endpoint: Endpoint,
         token: SecretString,
         timeout: Duration,
@@ -85,7 +85,7 @@ impl Line {
     }
 
     /// Does `work`, whose connections go over this line.
-    pub(super) fn carry<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
+    pub(crate) fn carry<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
         LINE.scope(self, work)
     }
 
@@ -253,9 +253,9 @@ mod tests {
 
     use tokio_tungstenite::accept_async;
 
-    use super::super::super::RoomName;
-    use super::super::super::test_server::{REFUSALS, Server, keys};
     use super::*;
+    use crate::livekit::RoomName;
+    use crate::livekit::test_server::{REFUSALS, Server, keys};
 
     fn line(server: &Server) -> (Line, mpsc::Receiver<Told>, CancellationToken) {
         let room = RoomName("canary-1".to_owned());

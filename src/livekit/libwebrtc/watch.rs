@@ -9,17 +9,17 @@ use proto::signal_response::Message as Response;
 use str0m::Candidate;
 use tokio::time::Instant;
 
-use super::super::engine::{Ended, Seen};
-use super::super::observer::Observer;
-use super::super::peer;
-use super::super::signal::{self, Pings, SignalError, leave_reason};
 use super::transport::Told;
+use crate::livekit::event::{Ended, Seen};
+use crate::livekit::native::peer;
+use crate::livekit::room::observer::Observer;
+use crate::livekit::wire::signal::{self, Pings, SignalError, leave_reason};
 
 /// How long the SDK waits for a join response once its socket is open.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-pub(super) struct Watch {
-    pub(super) observer: Observer,
+pub(crate) struct Watch {
+    pub(crate) observer: Observer,
     pings: Pings,
     requested: bool,
     joined: bool,
@@ -30,7 +30,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new(now: Instant, observer: Observer) -> Self {
+    pub(crate) fn new(now: Instant, observer: Observer) -> Self {
         Self {
             observer,
             pings: Pings::default(),
@@ -42,12 +42,12 @@ impl Watch {
         }
     }
 
-    pub(super) fn joined(&self) -> bool {
+    pub(crate) fn joined(&self) -> bool {
         self.joined
     }
 
     /// The time at which who is in the room may have changed, where it may.
-    pub(super) fn on_told(&mut self, told: Told) -> Result<Option<Instant>, Ended> {
+    pub(crate) fn on_told(&mut self, told: Told) -> Result<Option<Instant>, Ended> {
         match told {
             // The SDK asks once more where the server doesn't know its first path.
             Told::Requested(at) => {
@@ -100,7 +100,7 @@ impl Watch {
     }
 
     /// The SDK has given up to connect, with this text.
-    pub(super) fn not_connected(&mut self, detail: String) -> Ended {
+    pub(crate) fn not_connected(&mut self, detail: String) -> Ended {
         match self.failed.take() {
             _ if self.joined => media_failed(detail),
             Some(error) => Ended::Signal(error),
@@ -109,7 +109,7 @@ impl Watch {
     }
 
     /// The SDK has begun to reconnect, or says that it is disconnected, while the socket seemed to live.
-    pub(super) fn reconnecting(&self, now: Instant) -> Ended {
+    pub(crate) fn reconnecting(&self, now: Instant) -> Ended {
         if now.saturating_duration_since(self.heard_at) >= self.ping_timeout {
             return Ended::Signal(SignalError::PingTimeout(self.ping_timeout));
         }
@@ -151,10 +151,11 @@ mod tests {
     use proto::participant_info::Kind;
     use tokio::sync::mpsc;
 
-    use super::super::super::engine::{self, Right, RoomEvent};
-    use super::super::super::observer::Outlet;
-    use super::super::super::test_server::Server;
     use super::*;
+    use crate::livekit::event::{Right, RoomEvent};
+    use crate::livekit::join;
+    use crate::livekit::room::observer::Outlet;
+    use crate::livekit::test_server::Server;
 
     struct Room {
         watch: Watch,
@@ -166,7 +167,7 @@ mod tests {
         async fn new() -> Self {
             let silent = Server::silent().await;
             let (outlet, events) = mpsc::channel(64);
-            let request = engine::request(silent.endpoint());
+            let request = join::request(silent.endpoint());
             let observer = Observer::new(&request, Outlet::new(outlet), "echo-1".to_owned());
             let start = Instant::now();
             Self {

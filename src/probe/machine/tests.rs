@@ -2,10 +2,10 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::Expect;
-use crate::livekit::api::JobInfo;
-use crate::livekit::engine::Speaker;
-use crate::livekit::net::{ConnectError, Refusal};
-use crate::livekit::signal::SignalError;
+use crate::livekit::event::Speaker;
+use crate::livekit::wire::api::JobInfo;
+use crate::livekit::wire::connect::{ConnectError, Refusal};
+use crate::livekit::wire::signal::SignalError;
 use crate::probe::{LimitKind, Span, Turn};
 
 /// A probe and its clock, in milliseconds since the start.

@@ -16,7 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
-pub(super) struct Socket {
+pub(crate) struct Socket {
     reader: Reader,
     /// Wakes the task for each datagram; `None` once the task comes often enough by itself.
     watch: Option<AsyncFd<Arc<net::UdpSocket>>>,
@@ -32,15 +32,15 @@ struct Reader {
 }
 
 /// A datagram that is in the buffer.
-pub(super) struct Datagram {
-    pub(super) at: Instant,
-    pub(super) from: SocketAddr,
-    pub(super) length: usize,
+pub(crate) struct Datagram {
+    pub(crate) at: Instant,
+    pub(crate) from: SocketAddr,
+    pub(crate) length: usize,
 }
 
 impl Socket {
     /// Binds to any free port of `local`.
-    pub(super) fn bind(local: IpAddr) -> io::Result<Self> {
+    pub(crate) fn bind(local: IpAddr) -> io::Result<Self> {
         let udp = Arc::new(net::UdpSocket::bind((local, 0))?);
         udp.set_nonblocking(true)?;
         // The kernel begins a moment after the first socket has asked; until then it takes the time of reading.
@@ -64,18 +64,18 @@ impl Socket {
         })
     }
 
-    pub(super) fn local(&self) -> SocketAddr {
+    pub(crate) fn local(&self) -> SocketAddr {
         self.local
     }
 
     /// From now on [`poll_recv`](Self::poll_recv) wakes nobody, and [`try_recv`](Self::try_recv) is to be called by the
     /// clock. A wake-up for each packet costs more than the packet.
-    pub(super) fn stop_watching(&mut self) {
+    pub(crate) fn stop_watching(&mut self) {
         self.watch = None;
     }
 
     /// Waits for a datagram, as long as the socket is watched.
-    pub(super) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Datagram> {
+    pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Datagram> {
         while let Some(watch) = &self.watch
             && let Poll::Ready(Ok(mut ready)) = watch.poll_read_ready(cx)
         {
@@ -89,7 +89,7 @@ impl Socket {
 
     /// Reads the next datagram; `None` where nothing is left. As long as the socket is watched the kernel isn't asked
     /// again for what it has not told of.
-    pub(super) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Datagram> {
+    pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Datagram> {
         let Self { reader, watch, .. } = self;
         let Some(watch) = watch else {
             return reader.try_recv(buffer);
@@ -102,7 +102,7 @@ impl Socket {
     }
 
     /// Sends at once, or not at all.
-    pub(super) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
+    pub(crate) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
         self.reader.udp.send_to(datagram, to).map(drop)
     }
 }

@@ -5,8 +5,8 @@ use std::future::poll_fn;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::super::arbitrary::{ANSWER, OFFER, bytes, candidate, check, sdp, sdp_changes};
 use super::*;
+use crate::livekit::arbitrary::{ANSWER, OFFER, bytes, candidate, check, sdp, sdp_changes};
 
 fn peer(target: SignalTarget) -> Peer {
     let local = Ipv4Addr::LOCALHOST.into();

@@ -4,14 +4,12 @@
 //! An agent sends both while anybody in the room may know only the older form (`voice/room_io/_output.py` of
 //! livekit-agents 1.8.9), under different segment ids.
 
-use std::fmt;
-
 use livekit_protocol::{Transcription, data_stream};
 use tokio::time::Instant;
 
-use super::exchange::presentable;
+use crate::livekit::event::{Text, Words};
 
-pub(super) const TOPIC: &str = "lk.transcription";
+pub(crate) const TOPIC: &str = "lk.transcription";
 
 const SEGMENT: &str = "lk.segment_id";
 const TRACK: &str = "lk.transcribed_track_id";
@@ -26,46 +24,8 @@ const LONGEST_ID: usize = 64;
 /// Of a participant's identity: what livekit-server takes by default, so that none is cut that anybody has.
 const LONGEST_IDENTITY: usize = 256;
 
-/// A stretch of speech in words, as far as it is known.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Words {
-    /// Who spoke, by the sender's word.
-    pub identity: String,
-    /// The track that was written down.
-    pub track: Option<String>,
-    /// What is told again of a segment replaces what was told before.
-    pub segment: String,
-    pub text: Text,
-    /// Nothing more will come of it.
-    pub is_final: bool,
-    /// When the first of it came.
-    pub began: Instant,
-    /// From a packet of the older form.
-    pub older: bool,
-}
-
-/// What somebody said: at most 1 KiB on one line. It may hold personal data, so `Debug` gives only its length.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Text(String);
-
-impl Text {
-    pub(crate) fn new(text: &str) -> Self {
-        Self(presentable(text))
-    }
-
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Text {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "[{} bytes]", self.0.len())
-    }
-}
-
 /// What a text stream's header says of it.
-pub(super) struct Heading {
+pub(crate) struct Heading {
     identity: String,
     track: Option<String>,
     segment: String,
@@ -74,7 +34,7 @@ pub(super) struct Heading {
 }
 
 impl Heading {
-    pub(super) fn of(at: Instant, identity: &str, header: &data_stream::Header) -> Self {
+    pub(crate) fn of(at: Instant, identity: &str, header: &data_stream::Header) -> Self {
         let attribute = |key| header.attributes.get(key).map(|value| id(value));
         Self {
             identity: cut(identity, LONGEST_IDENTITY),
@@ -86,14 +46,14 @@ impl Heading {
     }
 
     /// `None` where nothing was said. Without its trailer the stream was cut off.
-    pub(super) fn words(
+    pub(crate) fn words(
         self,
         content: &[u8],
         trailer: Option<&data_stream::Trailer>,
     ) -> Option<Words> {
         let text = Text::new(&String::from_utf8_lossy(content));
         let ended = trailer.is_some_and(|it| self.is_final || is_final(&it.attributes));
-        (!text.0.is_empty()).then_some(Words {
+        (!text.is_empty()).then_some(Words {
             identity: self.identity,
             track: self.track,
             segment: self.segment,
@@ -118,7 +78,7 @@ fn cut(text: &str, longest: usize) -> String {
 }
 
 /// What a packet of the older form says.
-pub(super) fn of_packet(at: Instant, packet: Transcription) -> impl Iterator<Item = Words> {
+pub(crate) fn of_packet(at: Instant, packet: Transcription) -> impl Iterator<Item = Words> {
     let identity = cut(&packet.transcribed_participant_identity, LONGEST_IDENTITY);
     let track = Some(id(&packet.track_id)).filter(|it| !it.is_empty());
     let segments = packet.segments.into_iter().take(MOST_SEGMENTS);
@@ -131,5 +91,5 @@ pub(super) fn of_packet(at: Instant, packet: Transcription) -> impl Iterator<Ite
         began: at,
         older: true,
     });
-    words.filter(|words| !words.text.0.is_empty())
+    words.filter(|words| !words.text.is_empty())
 }

@@ -1,7 +1,7 @@
 //! One way to a LiveKit host: DNS, TCP, then TLS for `wss`/`https`, each failure named by its stage.
 //!
 //! The signal socket and the server API both open their connections here, so that a host that can't be reached is
-//! told from a request that was refused. What is said over a connection is [`super::exchange`]'s.
+//! told from a request that was refused. What is said over a connection is [`super::request`]'s.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsConnector, rustls};
 use url::{Host, Url};
 
-pub use super::exchange::Refusal;
+pub use super::request::Refusal;
 
 /// A LiveKit host and how to trust it. Cheap to clone.
 #[derive(Clone)]
@@ -201,7 +201,7 @@ fn timed_out(started: Instant) -> String {
 }
 
 /// A duration for people: to ten milliseconds, so that a deadline of 5 s reads `5s`.
-pub(super) fn rounded(duration: Duration) -> String {
+pub(crate) fn rounded(duration: Duration) -> String {
     let tens = (duration.as_millis() + 5) / 10;
     let millis = u64::try_from(tens * 10).unwrap_or(u64::MAX);
     format!("{:?}", Duration::from_millis(millis))
@@ -353,8 +353,8 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpSocket};
 
-    use super::super::test_server::{Authority, Server, endpoint};
     use super::*;
+    use crate::livekit::test_server::{Authority, Server, endpoint};
 
     const LONG: Duration = Duration::from_secs(20);
 

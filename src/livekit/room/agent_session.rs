@@ -18,9 +18,9 @@ use livekit_protocol::{DataPacket, data_stream};
 use prost::Message as _;
 use tokio::time::Instant;
 
-use super::engine::{Speaker, TurnMetrics, to_microseconds};
-use super::exchange::presentable;
-use super::transcript::{self, Heading, Words};
+use super::transcript::{self, Heading};
+use crate::livekit::event::{Speaker, TurnMetrics, Words, to_microseconds};
+use crate::livekit::wire::request::presentable;
 
 const TOPIC: &str = "lk.agent.session";
 
@@ -35,7 +35,7 @@ const LONGEST_ID: usize = 128;
 
 /// What a participant told; its identity is the server's word.
 #[derive(Debug, PartialEq)]
-pub(super) enum Told {
+pub(crate) enum Told {
     /// An error that its session reported, in its words.
     Error {
         identity: String,
@@ -49,7 +49,7 @@ pub(super) enum Told {
 }
 
 /// Puts streams together.
-pub(super) struct Reader {
+pub(crate) struct Reader {
     /// Whether transcripts are wanted; otherwise nothing of them is kept even for a moment.
     transcript: bool,
     streams: VecDeque<Stream>,
@@ -67,7 +67,7 @@ enum Kind {
 }
 
 impl Reader {
-    pub(super) fn new(transcript: bool) -> Self {
+    pub(crate) fn new(transcript: bool) -> Self {
         Self {
             transcript,
             streams: VecDeque::new(),
@@ -75,7 +75,7 @@ impl Reader {
     }
 
     /// Takes what came on a reliable data channel.
-    pub(super) fn on_packet(&mut self, at: Instant, packet: DataPacket) -> Vec<Told> {
+    pub(crate) fn on_packet(&mut self, at: Instant, packet: DataPacket) -> Vec<Told> {
         let identity = packet.participant_identity;
         match packet.value {
             Some(Value::StreamHeader(header)) => self.begin(at, &identity, header),
@@ -93,7 +93,7 @@ impl Reader {
     }
 
     /// The transcripts that were cut off.
-    pub(super) fn unfinished(&mut self) -> Vec<Words> {
+    pub(crate) fn unfinished(&mut self) -> Vec<Words> {
         let streams = self.streams.drain(..);
         let words = streams.filter_map(|stream| match stream.kind {
             Kind::Session => None,
@@ -213,8 +213,8 @@ mod tests {
     use proptest::prelude::*;
     use proptest::sample::select;
 
-    use super::super::arbitrary::{bytes, config, protobuf};
     use super::*;
+    use crate::livekit::arbitrary::{bytes, config, protobuf};
 
     impl Reader {
         fn on_data(&mut self, at: Instant, data: &[u8]) -> Vec<Told> {

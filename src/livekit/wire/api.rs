@@ -10,10 +10,10 @@ use http_body_util::Full;
 use livekit_protocol as proto;
 use tokio::time::Instant;
 
-use super::RoomName;
-use super::exchange::{BODY_LIMIT, BodyEnd, ExchangeError, bearer, exchange, presentable};
-use super::net::{ConnectError, Endpoint, Refusal};
+use super::connect::{ConnectError, Endpoint, Refusal};
+use super::request::{BODY_LIMIT, BodyEnd, ExchangeError, bearer, exchange, presentable};
 use super::token::{Keys, Permission};
+use crate::livekit::RoomName;
 
 /// A client of one project's server API. Cheap to clone.
 #[derive(Clone)]
@@ -376,10 +376,10 @@ mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::sync::mpsc;
 
-    use super::super::test_server::{
+    use super::*;
+    use crate::livekit::test_server::{
         Authority, REFUSALS, SECRET, Server, endpoint, keys, read_request, respond,
     };
-    use super::*;
 
     const LONG: Duration = Duration::from_secs(20);
 

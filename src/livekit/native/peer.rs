@@ -17,9 +17,9 @@ use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
 use super::ice_tcp::{Came, Connection};
-use super::rtp::Head;
 use super::udp::{Datagram, Socket};
 use crate::config::Ice;
+use crate::livekit::audio::rtp::Head;
 
 /// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
 const MOST_SOCKETS: usize = 4;
@@ -673,13 +673,13 @@ fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
 }
 
 /// The line of SDP that a server trickles, in the form of `RTCIceCandidateInit`.
-pub(super) fn candidate_line(trickle: &TrickleRequest) -> Option<String> {
+pub(crate) fn candidate_line(trickle: &TrickleRequest) -> Option<String> {
     let init: serde_json::Value = serde_json::from_str(&trickle.candidate_init).ok()?;
     init["candidate"].as_str().map(str::to_owned)
 }
 
 /// Where a candidate wants media: `UDP 192.0.2.1:7882`.
-pub(super) fn address(candidate: &Candidate) -> String {
+pub(crate) fn address(candidate: &Candidate) -> String {
     let proto = match candidate.proto() {
         Protocol::Udp => "UDP",
         _ => "TCP",

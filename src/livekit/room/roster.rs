@@ -8,7 +8,7 @@ use livekit_protocol::participant_info::{Kind, State};
 use livekit_protocol::{DisconnectReason, ParticipantInfo, TrackInfo, TrackSource, TrackType};
 use tokio::time::Instant;
 
-use super::engine::{Agent, RoomEvent, Seen};
+use crate::livekit::event::{Agent, RoomEvent, Seen};
 
 /// Participants kept in mind; a probe's room has two.
 const MOST_PARTICIPANTS: usize = 64;

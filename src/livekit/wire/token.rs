@@ -8,7 +8,7 @@ use livekit_api::access_token::{AccessToken, AccessTokenError, VideoGrants};
 use livekit_protocol as proto;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::RoomName;
+use crate::livekit::RoomName;
 
 /// A token is used at once and the server looks at it only once, so its life is nothing but an allowance for clocks
 /// that differ: this much, plus the server's own minute.
@@ -33,7 +33,7 @@ pub enum TokenError {
 
 /// What one call of the server API needs.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Permission<'a> {
+pub(crate) enum Permission<'a> {
     /// Creating and deleting rooms.
     Create,
     List,
@@ -98,7 +98,7 @@ impl Keys {
         Ok(sign(token))
     }
 
-    pub(super) fn api(&self, permission: Permission<'_>) -> SecretString {
+    pub(crate) fn api(&self, permission: Permission<'_>) -> SecretString {
         let grants = match permission {
             Permission::Create => VideoGrants {
                 room_create: true,
@@ -144,8 +144,8 @@ impl fmt::Debug for Keys {
 mod tests {
     use livekit_api::access_token::{Claims, TokenVerifier};
 
-    use super::super::test_server::{SECRET, keys};
     use super::*;
+    use crate::livekit::test_server::{SECRET, keys};
 
     fn verified(token: &SecretString) -> Claims {
         TokenVerifier::with_api_key("some-key", SECRET)

@@ -20,7 +20,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes that may wait for the kernel to take them, above its own buffer: some two seconds of a voice.
 const MOST_UNSENT: usize = 16 * 1024;
 
-pub(super) struct Connection {
+pub(crate) struct Connection {
     remote: SocketAddr,
     state: State,
 }
@@ -35,7 +35,7 @@ type Frames = Framed<TcpStream, LengthDelimitedCodec>;
 
 /// What a connection has to say.
 #[derive(Debug)]
-pub(super) enum Came {
+pub(crate) enum Came {
     /// It is up, from this address of ours.
     Opened(IpAddr),
     /// A datagram to that address is in the buffer.
@@ -46,7 +46,7 @@ pub(super) enum Came {
 
 impl Connection {
     /// Begins to connect; [`poll`](Self::poll) carries it on.
-    pub(super) fn to(remote: SocketAddr) -> Self {
+    pub(crate) fn to(remote: SocketAddr) -> Self {
         let connecting = async move {
             let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(remote)).await??;
             // Each datagram is due now.
@@ -60,7 +60,7 @@ impl Connection {
     }
 
     /// Sends a datagram, or drops it where the connection isn't up or what waits to be sent is too much already.
-    pub(super) fn send(&mut self, datagram: &[u8]) {
+    pub(crate) fn send(&mut self, datagram: &[u8]) {
         let State::Open(frames, _) = &mut self.state else {
             return;
         };
@@ -81,7 +81,7 @@ impl Connection {
     }
 
     /// Goes on connecting, sending and receiving. A datagram that is empty or larger than `buffer` is dropped.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Came> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Came> {
         let came = match &mut self.state {
             State::Connecting(connecting) => ready!(connecting.as_mut().poll(cx)).and_then(|it| {
                 let local = it.local_addr()?.ip();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::engine::AudioStats;
+use crate::livekit::event::AudioStats;
 
 /// Ticks a second of Opus over RTP, whatever the coded bandwidth (RFC 7587, 4.1).
 pub(crate) const CLOCK_RATE: u32 = 48_000;

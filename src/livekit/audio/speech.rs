@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::config::Speech;
 
 /// Windows a second: each of 20 ms is judged.
-pub(super) const WINDOWS: u32 = 50;
+pub(crate) const WINDOWS: u32 = 50;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Heard {

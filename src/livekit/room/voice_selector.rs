@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::roster::Roster;
 
 /// `K` is an engine's own name for a track, `S` what it receives of one.
-pub(super) struct Listening<K, S> {
+pub(crate) struct Listening<K, S> {
     to: Option<Voice<K>>,
     /// What came of it before the agent was known, the newest.
     early: VecDeque<S>,
@@ -25,15 +25,15 @@ struct Voice<K> {
 }
 
 /// The agent's voice, where it had not been told of before.
-pub(super) struct Found<S> {
-    pub(super) track_sid: String,
-    pub(super) since: Instant,
-    pub(super) early: VecDeque<S>,
+pub(crate) struct Found<S> {
+    pub(crate) track_sid: String,
+    pub(crate) since: Instant,
+    pub(crate) early: VecDeque<S>,
 }
 
 impl<K, S> Listening<K, S> {
     /// `most_early`: how many are kept before the agent is known.
-    pub(super) fn new(most_early: usize) -> Self {
+    pub(crate) fn new(most_early: usize) -> Self {
         Self {
             to: None,
             early: VecDeque::new(),
@@ -42,7 +42,7 @@ impl<K, S> Listening<K, S> {
     }
 
     /// Settles which of the tracks that are there is the voice.
-    pub(super) fn settle<'a>(
+    pub(crate) fn settle<'a>(
         &mut self,
         at: Instant,
         roster: &Roster,
@@ -71,7 +71,7 @@ impl<K, S> Listening<K, S> {
     }
 
     /// Once: when the voice is there and the agent is known.
-    pub(super) fn found(&mut self, roster: &Roster) -> Option<Found<S>> {
+    pub(crate) fn found(&mut self, roster: &Roster) -> Option<Found<S>> {
         let voice = self.to.as_mut().filter(|voice| !voice.told)?;
         if !roster.knows_agent() {
             return None;
@@ -85,7 +85,7 @@ impl<K, S> Listening<K, S> {
     }
 
     /// The track to listen to.
-    pub(super) fn key(&self) -> Option<K>
+    pub(crate) fn key(&self) -> Option<K>
     where
         K: Copy,
     {
@@ -93,12 +93,12 @@ impl<K, S> Listening<K, S> {
     }
 
     /// Whether the voice is known to be the agent's.
-    pub(super) fn told(&self) -> bool {
+    pub(crate) fn told(&self) -> bool {
         self.to.as_ref().is_some_and(|voice| voice.told)
     }
 
     /// Gives back what is to be heard now, and keeps what came too early.
-    pub(super) fn sift(&mut self, sound: S) -> Option<S> {
+    pub(crate) fn sift(&mut self, sound: S) -> Option<S> {
         if self.told() {
             return Some(sound);
         }

@@ -32,7 +32,7 @@ pub const LONGEST: usize = (RATE * 120 / 1000) as usize;
 const DTX_BYTES: usize = 3;
 
 /// 20 ms of silence: CELT, full band, one frame without energy.
-pub(super) const SILENCE: [u8; 3] = [0xf8, 0xff, 0xfe];
+pub(crate) const SILENCE: [u8; 3] = [0xf8, 0xff, 0xfe];
 
 /// What a packet lasts that doesn't say.
 const FRAME: Duration = Duration::from_millis(20);
@@ -44,7 +44,7 @@ const CELT_ONLY: u8 = 0x80;
 const STEREO: u8 = 0x04;
 
 /// Decodes one track.
-pub(super) struct Decoder {
+pub(crate) struct Decoder {
     codec: Codec,
     pcm: Box<[i16; LONGEST]>,
     /// Media time at which the next packet begins if nothing was left out.
@@ -63,7 +63,7 @@ impl Default for Decoder {
 
 impl Decoder {
     /// Takes a packet of the track in, whatever its bytes.
-    pub(super) fn decode(&mut self, position: Position, payload: &[u8]) -> Sound<'_> {
+    pub(crate) fn decode(&mut self, position: Position, payload: &[u8]) -> Sound<'_> {
         let paused = position.time > self.expected + PAUSE;
         let samples = self.samples(payload);
         self.expected = position.time + TICKS * samples as u64;

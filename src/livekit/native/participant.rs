@@ -15,16 +15,17 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::echo::{self, Echo};
-use super::engine::{Ended, JoinRequest, RoomEvent, Seen};
-use super::listening::Listening;
-use super::observer::{LEAVE_TIMEOUT, Observer, Outlet};
-use super::opus::{self, Decoder};
 use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
-use super::rtp::{self, Receiver};
-use super::signal::{Joined, Signal, SignalError};
-use super::speech::Detector;
 use crate::config::Ice;
+use crate::livekit::audio::echo::{self, Echo};
+use crate::livekit::audio::opus::{self, Decoder};
+use crate::livekit::audio::rtp::{self, Receiver};
+use crate::livekit::audio::speech::Detector;
+use crate::livekit::event::{Ended, RoomEvent, Seen};
+use crate::livekit::join::JoinRequest;
+use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
+use crate::livekit::room::voice_selector::Listening;
+use crate::livekit::wire::signal::{Joined, Signal, SignalError};
 
 /// How long a transport may be down while the signal connection lives, which a ping every five seconds shows.
 const MEDIA_GRACE: Duration = Duration::from_secs(6);
@@ -57,7 +58,7 @@ const MOST_IN_A_ROW: usize = 64;
 const OFFER: u32 = 1;
 
 /// Joins, echoes and listens until something ends it. The last event is the caller's to send.
-pub(super) async fn run(
+pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,

@@ -9,37 +9,37 @@ use proto::signal_response::Message as Response;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::echo::{Echo, Frame};
-use super::engine::{Ended, JoinRequest, Right, RoomEvent, Seen, Speaker};
-use super::listening::Listening;
+use super::agent_session::{self, Told};
 use super::roster::Roster;
-use super::session_stream::{self, Told};
-use super::signal::{ServerClock, leave_reason};
-use super::speech::Heard;
-use super::transcript::Words;
+use super::voice_selector::Listening;
+use crate::livekit::audio::echo::{Echo, Frame};
+use crate::livekit::audio::speech::Heard;
+use crate::livekit::event::{Ended, Right, RoomEvent, Seen, Speaker, Words};
+use crate::livekit::join::JoinRequest;
+use crate::livekit::wire::signal::{ServerClock, leave_reason};
 
 /// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
-pub(super) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Places for media that are told; a server offers a few.
 const MOST_ADDRESSES: usize = 128;
 
 /// The way out for what is seen.
-pub(super) struct Outlet {
+pub(crate) struct Outlet {
     events: mpsc::Sender<RoomEvent>,
 }
 
 impl Outlet {
-    pub(super) fn new(events: mpsc::Sender<RoomEvent>) -> Self {
+    pub(crate) fn new(events: mpsc::Sender<RoomEvent>) -> Self {
         Self { events }
     }
 
-    pub(super) fn tell(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+    pub(crate) fn tell(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
         self.pass(RoomEvent { at, seen })
     }
 
     /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
-    pub(super) fn tell_if_room(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+    pub(crate) fn tell_if_room(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
         if self.events.capacity() > self.events.max_capacity() / 2 {
             self.tell(at, seen)
         } else {
@@ -48,7 +48,7 @@ impl Outlet {
     }
 
     /// Never waits: an event that waited would hold up the media.
-    pub(super) fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
+    pub(crate) fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
         self.events.try_send(event).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Ended::Internal("the participant's events are not being read".to_owned())
@@ -58,28 +58,28 @@ impl Outlet {
     }
 }
 
-pub(super) struct Observer {
-    pub(super) outlet: Outlet,
-    pub(super) roster: Roster,
+pub(crate) struct Observer {
+    pub(crate) outlet: Outlet,
+    pub(crate) roster: Roster,
     /// Where the server wants media, as far as it was told.
     addresses: Vec<String>,
     track_cid: String,
     /// The server's id of the echo track, once it acknowledged the track.
     track_sid: Option<String>,
-    reports: session_stream::Reader,
+    reports: agent_session::Reader,
     first_audio_told: bool,
 }
 
 impl Observer {
     /// `track_cid`: the client's id of the echo track.
-    pub(super) fn new(request: &JoinRequest, outlet: Outlet, track_cid: String) -> Self {
+    pub(crate) fn new(request: &JoinRequest, outlet: Outlet, track_cid: String) -> Self {
         Self {
             outlet,
             roster: Roster::new(request.identity.clone(), request.agent_name.clone()),
             addresses: Vec::new(),
             track_cid,
             track_sid: None,
-            reports: session_stream::Reader::new(request.transcript),
+            reports: agent_session::Reader::new(request.transcript),
             first_audio_told: false,
         }
     }
@@ -88,7 +88,7 @@ impl Observer {
     ///
     /// # Errors
     /// We are in the room, but may not publish.
-    pub(super) fn on_join(
+    pub(crate) fn on_join(
         &mut self,
         at: Instant,
         response: &proto::JoinResponse,
@@ -116,7 +116,7 @@ impl Observer {
     }
 
     /// `clock`: the server's, as far as it is known.
-    pub(super) fn on_participants(
+    pub(crate) fn on_participants(
         &mut self,
         at: Instant,
         participants: Vec<proto::ParticipantInfo>,
@@ -138,7 +138,7 @@ impl Observer {
     }
 
     /// Where the server wants media; each place is told once.
-    pub(super) fn on_addresses(
+    pub(crate) fn on_addresses(
         &mut self,
         at: Instant,
         addresses: impl IntoIterator<Item = String>,
@@ -154,7 +154,7 @@ impl Observer {
     }
 
     /// Any other message of the server's: those about media are an engine's own business.
-    pub(super) fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
+    pub(crate) fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
         match message {
             Response::TrackPublished(published) if published.cid == self.track_cid => {
                 let first = self.track_sid.is_none();
@@ -179,7 +179,7 @@ impl Observer {
     }
 
     /// Tells of the voice once the agent is known; what it had said by then is left to be heard.
-    pub(super) fn tell_of_voice<K, S>(
+    pub(crate) fn tell_of_voice<K, S>(
         &self,
         listening: &mut Listening<K, S>,
     ) -> Result<impl IntoIterator<Item = S> + use<K, S>, Ended> {
@@ -193,14 +193,14 @@ impl Observer {
         Ok(Some(found.early).into_iter().flatten())
     }
 
-    pub(super) fn first_audio(&mut self, at: Instant) -> Result<(), Ended> {
+    pub(crate) fn first_audio(&mut self, at: Instant) -> Result<(), Ended> {
         if std::mem::replace(&mut self.first_audio_told, true) {
             return Ok(());
         }
         self.outlet.tell(at, Seen::AgentFirstAudio)
     }
 
-    pub(super) fn heard<F: Frame>(&self, echo: &mut Echo<F>, heard: Heard) -> Result<(), Ended> {
+    pub(crate) fn heard<F: Frame>(&self, echo: &mut Echo<F>, heard: Heard) -> Result<(), Ended> {
         match heard {
             Heard::Started(at) => {
                 echo.on_speech_started(at);
@@ -214,14 +214,14 @@ impl Observer {
     }
 
     /// What came on a reliable data channel; what is no packet is dropped.
-    pub(super) fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
+    pub(crate) fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
         match proto::DataPacket::decode(data) {
             Ok(packet) => self.on_packet(at, packet),
             Err(_) => Ok(()),
         }
     }
 
-    pub(super) fn on_packet(
+    pub(crate) fn on_packet(
         &mut self,
         at: Instant,
         packet: proto::DataPacket,
@@ -248,7 +248,7 @@ impl Observer {
     }
 
     /// Tells what was being said when it all ended.
-    pub(super) fn tell_unfinished(&mut self) -> Result<(), Ended> {
+    pub(crate) fn tell_unfinished(&mut self) -> Result<(), Ended> {
         for words in self.reports.unfinished() {
             let seen = self.transcribed(words);
             self.outlet.tell_if_room(Instant::now(), seen)?;

@@ -19,10 +19,10 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use tokio::time::{Instant, timeout_at};
 
-use super::net::Stream;
+use super::connect::Stream;
 
 /// Most bytes of an answer's body that are read.
-pub(super) const BODY_LIMIT: usize = 1 << 20;
+pub(crate) const BODY_LIMIT: usize = 1 << 20;
 /// Most bytes of a refusal's text that are kept.
 const TEXT_LIMIT: usize = 1 << 10;
 /// Most bytes of an answer's header section; hyper's own limit is 400 KiB.
@@ -41,7 +41,7 @@ pub struct Refusal {
 }
 
 /// An HTTP answer.
-pub(super) struct Answer {
+pub(crate) struct Answer {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
@@ -52,7 +52,7 @@ pub(super) struct Answer {
 
 /// How the reading of a body ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum BodyEnd {
+pub(crate) enum BodyEnd {
     Whole,
     /// More than [`BODY_LIMIT`]; the rest is left unread.
     TooLong,
@@ -64,7 +64,7 @@ pub(super) enum BodyEnd {
 
 /// Why there is no answer at all.
 #[derive(Debug)]
-pub(super) enum ExchangeError {
+pub(crate) enum ExchangeError {
     Timeout,
     /// The connection broke before the head of the answer was complete.
     Broken(String),
@@ -73,7 +73,7 @@ pub(super) enum ExchangeError {
 }
 
 /// The `Authorization` of a token, marked so that `Debug` doesn't show it.
-pub(super) fn bearer(token: &SecretString) -> HeaderValue {
+pub(crate) fn bearer(token: &SecretString) -> HeaderValue {
     let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose_secret()))
         .expect("a JWT is Base64 and dots");
     value.set_sensitive(true);
@@ -83,7 +83,7 @@ pub(super) fn bearer(token: &SecretString) -> HeaderValue {
 /// Sends `request` and reads the answer.
 ///
 /// A refusal whose body is late or breaks off is still a refusal: only the head must come before `deadline`.
-pub(super) async fn exchange(
+pub(crate) async fn exchange(
     stream: Stream,
     request: Request<Full<Bytes>>,
     deadline: Instant,
@@ -182,7 +182,7 @@ struct TwirpError {
 }
 
 impl Answer {
-    pub(super) fn refusal(&self) -> Refusal {
+    pub(crate) fn refusal(&self) -> Refusal {
         let twirp: Option<TwirpError> = serde_json::from_slice(&self.body).ok();
         let (twirp_code, text) = match twirp {
             Some(error) => (Some(presentable(&error.code)), error.msg),
@@ -226,7 +226,7 @@ impl Answer {
 }
 
 /// A number of seconds or an HTTP date (RFC 9110, 10.2.3); a date in the past is zero.
-pub(super) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
+pub(crate) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<u64>() {
         return Some(Duration::from_secs(seconds));
@@ -242,7 +242,7 @@ pub(super) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
 /// A server's text for people: no token, no control characters, white space in runs of one, at most 1 KiB.
 ///
 /// livekit-server answers a bad signature with the whole token in its text.
-pub(super) fn presentable(text: &str) -> String {
+pub(crate) fn presentable(text: &str) -> String {
     let mut shown = String::new();
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
         if word.is_empty() {

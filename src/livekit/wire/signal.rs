@@ -31,8 +31,8 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, error::ProtocolError};
 
-use super::exchange::{Answer, ExchangeError, bearer, exchange, presentable};
-use super::net::{ConnectError, Endpoint, Refusal, Stream, rounded};
+use super::connect::{ConnectError, Endpoint, Refusal, Stream, rounded};
+use super::request::{Answer, ExchangeError, bearer, exchange, presentable};
 
 /// The signal protocol that this client speaks. 18 would mean negotiated data channels, which it doesn't do.
 const PROTOCOL_VERSION: u32 = 16;
@@ -61,16 +61,16 @@ pub struct Signal {
 }
 
 /// A WebSocket to the server, before its first message.
-pub(super) struct Opened {
-    pub(super) socket: WebSocketStream<Stream>,
+pub(crate) struct Opened {
+    pub(crate) socket: WebSocketStream<Stream>,
     /// Our end of the TCP connection, and the server's.
-    pub(super) local: SocketAddr,
-    pub(super) peer: SocketAddr,
+    pub(crate) local: SocketAddr,
+    pub(crate) peer: SocketAddr,
 }
 
 /// Pings and their pongs, as far as they tell the time.
 #[derive(Default)]
-pub(super) struct Pings {
+pub(crate) struct Pings {
     /// The last ping: its timestamp, which comes back in the pong, and when it was sent.
     sent: Option<(i64, Instant)>,
     /// As the last pong told it; the server keeps statistics of it.
@@ -79,11 +79,11 @@ pub(super) struct Pings {
 }
 
 impl Pings {
-    pub(super) fn on_ping(&mut self, timestamp: i64, at: Instant) {
+    pub(crate) fn on_ping(&mut self, timestamp: i64, at: Instant) {
         self.sent = Some((timestamp, at));
     }
 
-    pub(super) fn on_pong(&mut self, at: Instant, pong: &proto::Pong) {
+    pub(crate) fn on_pong(&mut self, at: Instant, pong: &proto::Pong) {
         let answered = self
             .sent
             .take_if(|(timestamp, _)| *timestamp == pong.last_ping_timestamp);
@@ -101,7 +101,7 @@ impl Pings {
     }
 
     /// The server's clock, as the quickest pong told it; `None` until one has come.
-    pub(super) fn clock(&self) -> Option<ServerClock> {
+    pub(crate) fn clock(&self) -> Option<ServerClock> {
         self.clock
     }
 }
@@ -371,7 +371,7 @@ async fn next_message(
 }
 
 /// When a frame came, and its content where it is one for a client; or why there are no more.
-pub(super) fn take(
+pub(crate) fn take(
     frame: Option<Message>,
     rate: &mut Rate,
 ) -> Result<(Instant, Option<Bytes>), SignalError> {
@@ -395,7 +395,7 @@ pub(super) fn take(
 /// Opens a WebSocket at `target`, a path with its query, within `timeout` from DNS to the answer to the upgrade.
 ///
 /// `asked` is told the time just before the upgrade is written, after TLS.
-pub(super) async fn open(
+pub(crate) async fn open(
     endpoint: &Endpoint,
     target: &str,
     token: &SecretString,
@@ -449,7 +449,7 @@ async fn upgraded(answer: Answer, key: &str) -> Result<WebSocketStream<Stream>, 
 
 /// How often to ping and how long to wait for the server, by its own figures, within reason: zero means that it names
 /// none.
-pub(super) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration) {
+pub(crate) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration) {
     let seconds = |given: i32, default: u64| {
         let given = u64::try_from(given).ok().filter(|given| *given > 0);
         Duration::from_secs(given.unwrap_or(default).min(60))
@@ -459,7 +459,7 @@ pub(super) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration)
 }
 
 /// `None` for a message of a kind that is newer than our protobufs.
-pub(super) fn decode(bytes: &Bytes) -> Result<Option<Incoming>, SignalError> {
+pub(crate) fn decode(bytes: &Bytes) -> Result<Option<Incoming>, SignalError> {
     proto::SignalResponse::decode(bytes.clone())
         .map(|response| response.message)
         .map_err(|error| SignalError::Protocol(format!("an undecodable message: {error}")))
@@ -486,7 +486,7 @@ fn written(result: Result<(), SocketError>) -> Result<(), SignalError> {
     }
 }
 
-pub(super) fn socket_error(error: &SocketError) -> SignalError {
+pub(crate) fn socket_error(error: &SocketError) -> SignalError {
     match error {
         SocketError::Io(error) => SignalError::Closed(error.to_string()),
         SocketError::ConnectionClosed | SocketError::AlreadyClosed => {
@@ -556,13 +556,13 @@ fn every(span: Duration) -> Interval {
 }
 
 /// Counts the frames of each second.
-pub(super) struct Rate {
+pub(crate) struct Rate {
     since: Instant,
     frames: u32,
 }
 
 impl Rate {
-    pub(super) fn new(since: Instant) -> Self {
+    pub(crate) fn new(since: Instant) -> Self {
         Self { since, frames: 0 }
     }
 
@@ -596,11 +596,11 @@ mod tests {
     use tokio_tungstenite::accept_async;
     use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
-    use super::super::RoomName;
-    use super::super::test_server::{
+    use super::*;
+    use crate::livekit::RoomName;
+    use crate::livekit::test_server::{
         Authority, REFUSALS, SECRET, Server, endpoint, keys, read_request,
     };
-    use super::*;
 
     const LONG: Duration = Duration::from_secs(20);
 

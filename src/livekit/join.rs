@@ -1,0 +1,63 @@
+//! What a participant needs to know before it joins a room.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use secrecy::SecretString;
+
+use super::RoomName;
+use super::event::Ended;
+use super::wire::connect::Endpoint;
+use super::wire::token::Keys;
+use crate::config::{Echo, Ice, Speech};
+
+/// All that a participant needs to know before it starts.
+#[derive(Clone)]
+pub struct JoinRequest {
+    pub endpoint: Endpoint,
+    pub keys: Keys,
+    pub room: RoomName,
+    pub identity: String,
+    pub attributes: BTreeMap<String, String>,
+    /// The target's agent name; `None` takes any agent.
+    pub agent_name: Option<String>,
+    /// Room settings in the token, where joining creates the room.
+    pub room_config: Option<livekit_protocol::RoomConfiguration>,
+    pub echo: Echo,
+    pub speech: Speech,
+    pub signal_timeout: Duration,
+    pub ice: Ice,
+    /// Whether the transcript is read.
+    pub transcript: bool,
+}
+
+impl JoinRequest {
+    pub(crate) fn token(&self) -> Result<SecretString, Ended> {
+        let token = self.keys.participant(
+            &self.room,
+            &self.identity,
+            &self.attributes,
+            self.room_config.as_ref(),
+        );
+        token.map_err(|error| Ended::Internal(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+/// For tests: whom a participant of theirs waits for is `support`.
+pub(crate) fn request(endpoint: Endpoint) -> JoinRequest {
+    JoinRequest {
+        endpoint,
+        keys: crate::livekit::test_server::keys(),
+        room: RoomName("room".to_owned()),
+        identity: "canary-echo".to_owned(),
+        attributes: BTreeMap::new(),
+        agent_name: Some("support".to_owned()),
+        room_config: None,
+        echo: Echo::default(),
+        speech: Speech::default(),
+        signal_timeout: Duration::from_secs(10),
+        ice: Ice::default(),
+        transcript: true,
+    }
+}

@@ -1,0 +1,21 @@
+//! What crosses the network to LiveKit, media excluded: connections, HTTP requests, tokens, the server API and the signal
+//! connection. It knows no room state and no audio.
+
+use crate::config::Project;
+
+pub mod api;
+pub mod connect;
+pub mod request;
+pub mod signal;
+pub mod token;
+
+/// Where a project is and how to sign in there; nothing is connected yet.
+///
+/// # Errors
+/// See [`Endpoint::new`](connect::Endpoint::new) and [`Keys::new`](token::Keys::new).
+pub fn access(project: &Project) -> anyhow::Result<(connect::Endpoint, api::Api)> {
+    let endpoint = connect::Endpoint::new(&project.url, project.ca_file.as_deref())?;
+    let keys = token::Keys::new(project.api_key.clone(), project.api_secret.clone())?;
+    let api = api::Api::new(endpoint.clone(), keys, project.api_timeout);
+    Ok((endpoint, api))
+}
