@@ -15,9 +15,9 @@ use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{self, BatchEvent, BatchReport};
+use crate::batch::{self, BatchEvent};
 use crate::config::{self, Config, Problems};
-use crate::guard::{Guard, Refusal, worst_cases};
+use crate::guard::{Guard, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
     self, BatchRefused, Control, Health, LastReload, NoSuchTarget, Pulse, Sources, Stage, Status,
@@ -29,6 +29,7 @@ use crate::livekit::wire::api::Api;
 use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, Fault};
+use crate::report::{BatchReport, Denial};
 use crate::schedule::{self, Tick, Ticker};
 
 mod drain;
@@ -168,7 +169,7 @@ struct Daemon {
 enum NotBegun {
     Paused,
     Busy { batch_id: String },
-    Refused(Refusal),
+    Refused(Denial),
 }
 
 impl Daemon {
@@ -555,9 +556,9 @@ fn skipped(
     }
 }
 
-fn cause(refusal: &Refusal) -> SkipCause {
+fn cause(refusal: &Denial) -> SkipCause {
     match refusal {
-        Refusal::Backoff { .. } => SkipCause::Backoff,
-        Refusal::Budget { .. } | Refusal::LedgerLost => SkipCause::Budget,
+        Denial::Backoff { .. } => SkipCause::Backoff,
+        Denial::Budget { .. } | Denial::LedgerLost => SkipCause::Budget,
     }
 }

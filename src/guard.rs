@@ -3,7 +3,6 @@
 //! All are settings. A refusal of ours is no plan limit: that is only what the service said.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use crate::config::{Backoff, Budget, Period, Project, Ramp, Stay, Target};
 use crate::history::{History, RESERVE_WITHIN, Reservation, Used};
 use crate::livekit::RoomName;
 use crate::probe::{LimitKind, longest_verdict, whole_minutes};
+use crate::report::Denial;
 
 /// The guard rails of one project. Cheap to clone.
 #[derive(Clone)]
@@ -23,84 +23,11 @@ pub struct Guard {
     shared: Arc<Shared>,
 }
 
-/// Why no room may open.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    Budget {
-        period: Period,
-        used: Duration,
-        /// What the room could use at worst.
-        worst_case: Duration,
-        limit: Duration,
-        resets_at: DateTime<Utc>,
-    },
-    Backoff {
-        until: DateTime<Utc>,
-    },
-    /// There is a budget, and what of it was used is not known.
-    LedgerLost,
-}
-
-impl Refusal {
-    /// The `cause` of a skipped batch.
-    pub fn label(&self) -> &'static str {
-        match self {
-            Self::Budget { .. } | Self::LedgerLost => "budget",
-            Self::Backoff { .. } => "backoff",
-        }
-    }
-
-    /// When it may be worth to ask again; `None` where time alone changes nothing.
-    pub fn until(&self) -> Option<DateTime<Utc>> {
-        match self {
-            Self::Budget { resets_at, .. } => Some(*resets_at),
-            Self::Backoff { until } => Some(*until),
-            Self::LedgerLost => None,
-        }
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Budget {
-                period,
-                used,
-                worst_case,
-                limit,
-                resets_at,
-            } => write!(
-                f,
-                "the project's agent time of this UTC {} is used up: {} of {}, and one more room could use {}; it counts \
-                 anew from {}",
-                period.label(),
-                format_duration(*used),
-                format_duration(*limit),
-                format_duration(*worst_case),
-                minute(*resets_at)
-            ),
-            Self::Backoff { until } => write!(
-                f,
-                "the project rests until {} after a plan limit was met",
-                until.format("%Y-%m-%d %H:%M:%S UTC")
-            ),
-            Self::LedgerLost => f.write_str(
-                "the record of used agent time was lost, and the project has a budget: see the log, then run with \
-                 --accept-lost-ledger to count from zero",
-            ),
-        }
-    }
-}
-
 fn of(period: Period, used: &Used) -> Duration {
     match period {
         Period::Day => used.day,
         Period::Month => used.month,
     }
-}
-
-fn minute(at: DateTime<Utc>) -> impl fmt::Display {
-    at.format("%Y-%m-%d %H:%M UTC")
 }
 
 /// The right to hold so many rooms of a project open at once, until it is dropped.
@@ -182,7 +109,7 @@ impl Guard {
     }
 
     /// What would refuse a room now; nothing is reserved.
-    pub fn refusal(&self, worst_case: Duration) -> Option<Refusal> {
+    pub fn refusal(&self, worst_case: Duration) -> Option<Denial> {
         let used = self.shared.history.used(&self.shared.project);
         let now = self.shared.history.now();
         self.check_rest(now)
@@ -199,7 +126,7 @@ impl Guard {
         room: &RoomName,
         target: &str,
         worst_case: Duration,
-    ) -> Result<Reservation, Refusal> {
+    ) -> Result<Reservation, Denial> {
         let Shared {
             project, history, ..
         } = &*self.shared;
@@ -264,9 +191,9 @@ impl Guard {
         (!left.is_zero()).then(|| now + left)
     }
 
-    fn check_rest(&self, now: DateTime<Utc>) -> Result<(), Refusal> {
+    fn check_rest(&self, now: DateTime<Utc>) -> Result<(), Denial> {
         match self.resting_until(now) {
-            Some(until) => Err(Refusal::Backoff { until }),
+            Some(until) => Err(Denial::Backoff { until }),
             None => Ok(()),
         }
     }
@@ -276,17 +203,17 @@ impl Guard {
         used: &Used,
         worst_case: Duration,
         now: DateTime<Utc>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Denial> {
         for period in Period::ALL {
             let Some(limit) = self.limit(period) else {
                 continue;
             };
             if used.ledger_lost {
-                return Err(Refusal::LedgerLost);
+                return Err(Denial::LedgerLost);
             }
             let used = of(period, used);
             if used + worst_case > limit {
-                return Err(Refusal::Budget {
+                return Err(Denial::Budget {
                     period,
                     used,
                     worst_case,

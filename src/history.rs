@@ -18,9 +18,9 @@ use serde_json::value::RawValue;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::batch::BatchReport;
 use crate::config::{self, Project, Target};
 use crate::livekit::RoomName;
+use crate::report::BatchReport;
 
 mod ledger;
 mod read;

@@ -27,6 +27,7 @@ pub mod janitor;
 pub mod livekit;
 pub mod metrics;
 pub mod probe;
+pub mod report;
 pub mod rules;
 pub mod sandbox;
 pub mod schedule;

@@ -15,9 +15,9 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec};
 
-use crate::batch::{BatchReport, BatchResult, ProbeReport};
 use crate::config::{Objectives, Period, Project, Target};
 use crate::probe::{LimitKind, Outcome, Position, Reason, Report, Span};
+use crate::report::{BatchReport, BatchResult, ProbeReport};
 
 mod catalogue;
 mod family;

@@ -12,13 +12,14 @@ use crate::livekit::event::{Agent, AudioStats};
 
 pub mod driver;
 mod machine;
-mod outcome;
+mod reason;
 mod timeline;
 mod transcript;
 mod turns;
+mod verdict;
 
 pub use machine::longest_verdict;
-pub use outcome::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
+pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
 pub use timeline::{Milestone, Span, Timeline, Turn};
 pub use transcript::Said;
 

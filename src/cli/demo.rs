@@ -14,9 +14,9 @@ use super::sandboxed::{
     Happened, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
 };
 use super::{Demo, Exit, phrasing, print_unless_closed};
-use crate::batch::{BatchReport, ProbeReport};
 use crate::daemon::Order;
 use crate::probe::{LimitKind, Outcome, Reason, Span};
+use crate::report::{BatchReport, ProbeReport};
 use crate::sandbox::fault::{Rooms, Rule};
 use crate::sandbox::{Handle, Sandbox, Settings};
 
@@ -308,8 +308,8 @@ fn judged(drill: Option<&Drill>, batch: &BatchReport, rooms: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::sample::{WELL, batch, failed, probe};
     use crate::probe::Evidence;
+    use crate::report::sample::{WELL, batch, failed, probe};
 
     fn silent_in(room: u8, rooms: u8) -> BatchReport {
         let outcome = |index| {

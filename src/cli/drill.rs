@@ -16,11 +16,11 @@ use super::sandboxed::{
     Happened, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
 };
 use super::{DrillArgs, Exit, phrasing, print_unless_closed};
-use crate::batch::BatchReport;
 use crate::config::{Config, Problems};
 use crate::daemon::Order;
 use crate::probe::driver::Fault;
 use crate::probe::{LimitKind, Outcome, Reason};
+use crate::report::BatchReport;
 use crate::sandbox::fault::Rule;
 use crate::sandbox::{Sandbox, Settings};
 

@@ -7,10 +7,10 @@ use quick_junit::{NonSuccessKind, Property, Report, TestCase, TestCaseStatus, Te
 
 use super::Exit;
 use super::phrasing::{evidence, printable, reason};
-use crate::batch::json::session_url;
-use crate::batch::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
 use crate::probe::{Failure, Outcome, Span, Turn};
+use crate::report::json::session_url;
+use crate::report::{BatchReport, ProbeReport};
 
 /// One XML document with a newline at its end.
 pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
@@ -149,8 +149,8 @@ mod tests {
     use insta::assert_snapshot;
 
     use super::*;
-    use crate::batch::sample::{WELL, batch, failed, mixed, probe, project};
     use crate::probe::{Evidence, LimitKind, Reason};
+    use crate::report::sample::{WELL, batch, failed, mixed, probe, project};
 
     fn rendered(batch: &BatchReport) -> String {
         let target = Target {

@@ -9,10 +9,10 @@ use super::phrasing::{
     FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
     track_delay, which,
 };
-use crate::batch::json::session_url;
-use crate::batch::{BatchReport, ProbeReport};
 use crate::config::{Project, Target};
 use crate::probe::{Milestone, Report, Span, Turn};
+use crate::report::json::session_url;
+use crate::report::{BatchReport, ProbeReport};
 
 const HEADER: &str = "\
 | # | room | dispatched at (UTC) | joined at (UTC) | join delay | track subscribed | first speech | reply | outcome |
@@ -131,9 +131,9 @@ mod tests {
     use pulldown_cmark::{Event, Options, Parser, Tag};
 
     use super::*;
-    use crate::batch::NotOpened;
-    use crate::batch::sample::{WELL, batch, failed, mixed, probe, project};
     use crate::probe::{Evidence, Outcome, Reason};
+    use crate::report::NotOpened;
+    use crate::report::sample::{WELL, batch, failed, mixed, probe, project};
 
     #[test]
     fn every_room_has_a_row_and_every_kind_of_failure_an_item() {

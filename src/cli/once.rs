@@ -11,12 +11,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::progress::{REFRESH, Screen};
 use super::{Exit, Format, Once, complain, junit, markdown, print, table};
-use crate::batch::{self, BatchReport, json};
+use crate::batch;
 use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
 use crate::janitor::{self, Janitor, LAST_DELETIONS, LeftBehind};
 use crate::livekit::wire;
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
+use crate::report::{BatchReport, json};
 
 /// The target that flags and environment describe where no file does.
 const IMPLIED_TARGET: &str = "default";
@@ -308,8 +309,8 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::sample::{batch, failed, probe};
     use crate::probe::{Evidence, LimitKind, Outcome, Reason};
+    use crate::report::sample::{batch, failed, probe};
 
     fn verdict_on(outcomes: &[Outcome]) -> Exit {
         let rooms = outcomes

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::batch::{BatchReport, ProbeReport};
 use crate::probe::{Evidence, Failure, Milestone, Outcome, Reason, Report, Span};
+use crate::report::{BatchReport, ProbeReport};
 
 /// Time of day of a milestone, from the wall clock of the probe's start and the monotonic clock since.
 pub(super) fn time(probe: &ProbeReport, milestone: Milestone) -> String {

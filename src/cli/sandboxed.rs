@@ -20,12 +20,13 @@ use tokio_util::sync::CancellationToken;
 use super::once::Signals;
 use super::progress::{REFRESH, Screen};
 use super::{phrasing, table};
-use crate::batch::{BatchEvent, BatchReport};
+use crate::batch::BatchEvent;
 use crate::config::{Config, Draft, Http, Problems};
 use crate::daemon::{self, Ending, Launch, Moment, Observer, Order};
 use crate::history::History;
 use crate::http::WebConfig;
 use crate::probe::driver::Fault;
+use crate::report::BatchReport;
 use crate::sandbox::{Handle, Sandbox};
 
 /// Loopback answers at once, so what is late by seconds won't come. Each is the shortest that leaves a busy machine

@@ -9,10 +9,10 @@ use super::phrasing::{
     FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
     track_delay, which,
 };
-use crate::batch::json::session_url;
-use crate::batch::{BatchReport, ProbeReport};
 use crate::config::Project;
 use crate::probe::{Failure, Milestone, Outcome, Report, Span, Timeline, Turn};
+use crate::report::json::session_url;
+use crate::report::{BatchReport, ProbeReport};
 
 /// Below it, the table leaves out what matters least.
 const FULL_WIDTH: u16 = 120;
@@ -203,8 +203,8 @@ mod tests {
     use insta::assert_snapshot;
 
     use super::*;
-    use crate::batch::sample::{WELL, batch, mixed, probe, project};
     use crate::probe::Evidence;
+    use crate::report::sample::{WELL, batch, mixed, probe, project};
 
     #[test]
     fn every_room_has_a_row_and_every_kind_of_failure_a_block() {

@@ -7,13 +7,14 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Moment, Observer};
-use crate::batch::{self, BatchEvent, BatchReport, NotOpened};
+use crate::batch::{self, BatchEvent};
 use crate::config::{Project, Target};
 use crate::guard::Guard;
 use crate::history::History;
 use crate::metrics::{OpenRoom, TargetMetrics};
 use crate::probe::driver::Context;
 use crate::probe::{Outcome, Progress, Report};
+use crate::report::{BatchReport, NotOpened};
 
 /// What one batch is recorded to, as it was set when the batch began.
 pub(super) struct Recorder {

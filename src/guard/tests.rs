@@ -3,8 +3,8 @@ use std::pin::Pin;
 use std::task::Poll;
 
 use super::*;
-use crate::batch::sample;
 use crate::config::Batch;
+use crate::report::sample;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -48,7 +48,7 @@ impl Fixture {
         *self.now.lock().unwrap() = at(now);
     }
 
-    async fn open(&mut self, worst_case: Duration) -> Result<Reservation, Refusal> {
+    async fn open(&mut self, worst_case: Duration) -> Result<Reservation, Denial> {
         self.opened += 1;
         let room = RoomName(format!("canary-test-{}", self.opened));
         let mut reservation = self.guard.reserve(&room, "support", worst_case).await?;
@@ -56,7 +56,7 @@ impl Fixture {
         Ok(reservation)
     }
 
-    async fn refused(&mut self, worst_case: Duration) -> Refusal {
+    async fn refused(&mut self, worst_case: Duration) -> Denial {
         let told = self.guard.refusal(worst_case);
         let refusal = self.open(worst_case).await.unwrap_err();
         assert_eq!(
@@ -142,7 +142,7 @@ async fn a_new_day_and_a_new_month_count_anew() {
     let refusal = fixture.refused(MINUTE).await;
     assert!(matches!(
         refusal,
-        Refusal::Budget {
+        Denial::Budget {
             period: Period::Month,
             ..
         }
@@ -174,7 +174,7 @@ async fn a_lost_ledger_refuses_where_there_is_a_budget_until_it_is_accepted() {
     let with = Guard::new("acme", &project(5, None, Some(HOUR)), history.clone());
     let without = Guard::new("beta", &project(5, None, None), history.clone());
     let refusal = with.refusal(MINUTE).unwrap();
-    assert_eq!(refusal, Refusal::LedgerLost);
+    assert_eq!(refusal, Denial::LedgerLost);
     assert_eq!((refusal.label(), refusal.until()), ("budget", None));
     assert_eq!(without.refusal(MINUTE), None);
     history.accept_lost_ledger();

@@ -25,7 +25,7 @@ pub const MOST_BATCHES: usize = 200;
 #[derive(Debug, Clone, Default)]
 pub struct BatchFilter {
     pub target: Option<String>,
-    /// As [`BatchResult::label`](crate::batch::BatchResult::label) has it.
+    /// As [`BatchResult::label`](crate::report::BatchResult::label) has it.
     pub result: Option<String>,
     /// A batch's id: only those that started before it. The last one of an answer asks for the next.
     pub before: Option<String>,

@@ -4,9 +4,9 @@ use chrono::{DateTime, Utc};
 use rusqlite::{Transaction, params};
 
 use super::store::millis;
-use crate::batch::{BatchReport, Summary, json};
 use crate::config::{Project, Target};
 use crate::probe::Milestone;
+use crate::report::{BatchReport, Summary, json};
 
 #[derive(Debug)]
 pub(super) struct Record {

@@ -7,9 +7,9 @@ use tempfile::TempDir;
 
 use super::store::FILE;
 use super::*;
-use crate::batch::sample::{self, WELL, failed};
 use crate::config::Period;
 use crate::probe::{Evidence, Outcome, Reason};
+use crate::report::sample::{self, WELL, failed};
 
 const MINUTE: Duration = Duration::from_mins(1);
 const DAY: Duration = Duration::from_hours(24);
@@ -733,7 +733,7 @@ async fn a_batch_and_a_probe_come_back_as_the_documents_that_were_rendered() {
     let mixed = sample::mixed();
     keep(&run, &mixed);
     run.writer.turn();
-    let rendered = crate::batch::json::render(&mixed, &target(), &sample::project());
+    let rendered = crate::report::json::render(&mixed, &target(), &sample::project());
     let mut rendered: serde_json::Value = serde_json::from_str(&rendered).unwrap();
     let kept = run
         .history

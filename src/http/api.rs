@@ -171,11 +171,11 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::batch::sample::{WELL, failed, mixed, probe as sample_probe, project};
-    use crate::batch::{BatchReport, BatchResult};
     use crate::config::{self, Target};
     use crate::livekit::RoomName;
     use crate::probe::{Evidence, Outcome, Reason};
+    use crate::report::sample::{WELL, failed, mixed, probe as sample_probe, project};
+    use crate::report::{BatchReport, BatchResult};
 
     const COUNT: u8 = 5;
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::outcome::{Step, names_inference_limit, quote};
 use super::transcript::Transcript;
 use super::turns::Turns;
+use super::verdict::{Step, names_inference_limit, quote};
 use super::{AgentTurn, Failure, Milestone, Outcome, Position, Progress, Reason, Report};
 use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;

@@ -8,19 +8,25 @@ use std::path::{Path, PathBuf};
 const ARROWS: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("schedule", &["config"]),
-    ("livekit/net", &[]),
+    ("livekit/wire/connect", &["livekit"]),
     ("livekit", &["config", "livekit"]),
     ("janitor", &["livekit"]),
     ("probe/timeline", &[]),
     // The state machine names what it is told, and does no I/O: only the driver knows the API and the engine's actor.
     ("probe", &["config", "janitor", "livekit", "probe"]),
+    ("report", &["config", "livekit", "probe"]),
     (
         "batch",
-        &["config", "guard", "history", "janitor", "livekit", "probe"],
+        &[
+            "config", "guard", "history", "janitor", "livekit", "probe", "report",
+        ],
     ),
-    ("metrics", &["batch", "config", "probe"]),
-    ("history", &["batch", "config", "livekit", "probe"]),
-    ("guard", &["config", "history", "livekit", "probe"]),
+    ("metrics", &["config", "probe", "report"]),
+    ("history", &["config", "livekit", "probe", "report"]),
+    (
+        "guard",
+        &["config", "history", "livekit", "probe", "report"],
+    ),
     // Shows what it is handed: no probe, no batch.
     ("http", &["config", "history", "metrics"]),
     // Puts everything together; the recorder alone looks into a report.
@@ -28,14 +34,14 @@ const ARROWS: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "batch", "config", "daemon", "guard", "history", "http", "janitor", "livekit",
-            "metrics", "probe", "schedule",
+            "metrics", "probe", "report", "schedule",
         ],
     ),
     (
         "cli",
         &[
             "batch", "config", "daemon", "guard", "history", "http", "janitor", "livekit",
-            "metrics", "probe", "rules", "sandbox", "schedule",
+            "metrics", "probe", "report", "rules", "sandbox", "schedule",
         ],
     ),
     // Settings in, text out.
@@ -54,15 +60,15 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::wire::api::Call",
     "livekit::wire::api::DispatchInfo",
     "livekit::wire::api::RoomInfo",
-    "livekit::engine::Agent",
-    "livekit::engine::AudioStats",
-    "livekit::engine::Ended",
-    "livekit::engine::Right",
-    "livekit::engine::RoomEvent",
-    "livekit::engine::Seen",
-    "livekit::engine::Speaker",
-    "livekit::engine::TurnMetrics",
-    "livekit::engine::to_microseconds",
+    "livekit::event::Agent",
+    "livekit::event::AudioStats",
+    "livekit::event::Ended",
+    "livekit::event::Right",
+    "livekit::event::RoomEvent",
+    "livekit::event::Seen",
+    "livekit::event::Speaker",
+    "livekit::event::TurnMetrics",
+    "livekit::event::to_microseconds",
     "livekit::wire::connect::ConnectError",
     "livekit::wire::connect::Refusal",
     "livekit::wire::signal::SignalError",

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
-use livekit_canary::batch::{self, BatchReport};
+use livekit_canary::batch;
 use livekit_canary::config::{self, Config, Draft, Period};
 use livekit_canary::guard::Guard;
 use livekit_canary::history::{BatchFilter, History};
@@ -16,6 +16,7 @@ use livekit_canary::livekit::wire::connect::Endpoint;
 use livekit_canary::livekit::wire::token::Keys;
 use livekit_canary::probe::driver::Context;
 use livekit_canary::probe::{Outcome, Reason};
+use livekit_canary::report::BatchReport;
 use livekit_canary::sandbox::{Handle, Sandbox, Settings};
 use serde_json::Value;
 use tempfile::TempDir;

@@ -11,7 +11,6 @@ use std::thread;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use livekit_canary::batch::{BatchReport, BatchResult, ProbeReport};
 use livekit_canary::config::{
     Backoff, Budget, DispatchMode, Ice, Objectives, Period, Project, Target,
 };
@@ -24,6 +23,7 @@ use livekit_canary::metrics::{
 use livekit_canary::probe::{
     Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
 };
+use livekit_canary::report::{BatchReport, BatchResult, ProbeReport};
 use tokio::time::Instant;
 
 fn metrics() -> Metrics {

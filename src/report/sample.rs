@@ -5,7 +5,6 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
-use crate::batch::{BatchReport, NotOpened, ProbeReport};
 use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
 use crate::livekit::event::Text;
@@ -14,6 +13,7 @@ use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Said,
     Timeline, Turn,
 };
+use crate::report::{BatchReport, NotOpened, ProbeReport};
 
 fn start_of_day() -> DateTime<Utc> {
     DateTime::from_timestamp(1_790_000_000, 123_456_000).expect("a time that chrono knows")

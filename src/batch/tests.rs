@@ -1,0 +1,709 @@
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use tokio::time::sleep;
+
+use super::*;
+use crate::config;
+use crate::config::Period;
+use crate::history::History;
+use crate::probe::LimitKind;
+use crate::report::sample;
+
+type Probe = Pin<Box<dyn Future<Output = Report> + Send>>;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_mins(1);
+
+fn plan(rooms: usize, stay: Stay) -> Plan {
+    Plan {
+        rooms,
+        max_rooms: 10,
+        ramp: config::Ramp::AfterJoin,
+        interval: SECOND,
+        stay,
+        hold: 10 * SECOND,
+        stop_after_no_shows: 2,
+    }
+}
+
+fn plan_of(ramp: config::Ramp, rooms: usize) -> Plan {
+    Plan {
+        ramp,
+        ..plan(rooms, Stay::Together)
+    }
+}
+
+fn failed(reason: Reason) -> Outcome {
+    Outcome::Failed(Failure {
+        reason,
+        detail: "as scripted".to_owned(),
+    })
+}
+
+fn report(opening: &Opening, outcome: Outcome) -> Report {
+    Report::new(opening.room.clone(), opening.position, outcome)
+}
+
+fn settled(outcome: Outcome) -> Progress {
+    Progress::Settled {
+        outcome,
+        retry_after: None,
+    }
+}
+
+async fn say(opening: &Opening, progress: Progress) {
+    opening.progress.send(progress).await.unwrap();
+}
+
+/// The agent joins after `delay`; the probe ends when its hold is over or the batch is aborted.
+async fn joins(delay: Duration, mut opening: Opening) -> Report {
+    let abort = opening.abort.clone();
+    let held = async {
+        sleep(delay).await;
+        let at = Instant::now();
+        let milestone = Milestone::AgentJoined;
+        say(&opening, Progress::Reached { milestone, at }).await;
+        say(&opening, Progress::JoinSettled { joined: true }).await;
+        let until = opening
+            .hold_until
+            .wait_for(Option::is_some)
+            .await
+            .map(|until| *until);
+        sleep_until(until.unwrap().unwrap()).await;
+    };
+    let outcome = tokio::select! {
+        () = held => Outcome::Ok,
+        () = abort.cancelled() => Outcome::Aborted,
+    };
+    say(&opening, settled(outcome.clone())).await;
+    report(&opening, outcome)
+}
+
+/// No agent comes: the outcome is known after `delay`, and the room is deleted 1 s later.
+async fn fails(delay: Duration, reason: Reason, opening: Opening) -> Report {
+    sleep(delay).await;
+    say(&opening, Progress::JoinSettled { joined: false }).await;
+    sleep(Duration::from_millis(5)).await;
+    say(&opening, settled(failed(reason))).await;
+    sleep(SECOND).await;
+    report(&opening, failed(reason))
+}
+
+/// When a probe was opened and when it ended, in seconds since the batch began.
+type OpenedAndEnded = (u64, Option<u64>);
+
+struct Ran {
+    times: Vec<OpenedAndEnded>,
+    outcomes: Vec<Outcome>,
+    not_opened: Option<NotOpened>,
+    events: mpsc::Receiver<BatchEvent>,
+}
+
+fn no_rails() -> Rails {
+    Rails {
+        guard: None,
+        places: None,
+        target: "support".to_owned(),
+        worst_cases: Vec::new(),
+    }
+}
+
+async fn run_scripted(
+    plan: Plan,
+    abort: CancellationToken,
+    script: impl Fn(usize, Opening) -> Probe,
+) -> Ran {
+    run_guarded(plan, no_rails(), abort, script).await
+}
+
+async fn run_guarded(
+    plan: Plan,
+    rails: Rails,
+    abort: CancellationToken,
+    script: impl Fn(usize, Opening) -> Probe,
+) -> Ran {
+    let (events, seen) = mpsc::channel(10_000);
+    let times = Arc::new(Mutex::new(Vec::<OpenedAndEnded>::new()));
+    let began = Instant::now();
+    let open = |index, opening| {
+        times
+            .lock()
+            .unwrap()
+            .push((began.elapsed().as_secs(), None));
+        let probe = script(index, opening);
+        let times = Arc::clone(&times);
+        async move {
+            let report = probe.await;
+            times.lock().unwrap()[index].1 = Some(began.elapsed().as_secs());
+            report
+        }
+    };
+    let (probes, not_opened) = Running::new(plan, rails, abort, events, open).run().await;
+    let outcomes = probes.into_iter().map(|probe| probe.report.outcome);
+    Ran {
+        times: times.lock().unwrap().clone(),
+        outcomes: outcomes.collect(),
+        not_opened,
+        events: seen,
+    }
+}
+
+fn why(ran: &Ran) -> (usize, &str) {
+    let not_opened = ran.not_opened.as_ref().unwrap();
+    (not_opened.rooms, &not_opened.why)
+}
+
+#[tokio::test(start_paused = true)]
+async fn together_each_room_opens_on_the_join_before_and_all_end_hold_after_the_last_join() {
+    let script = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+    let ran = run_scripted(plan(3, Stay::Together), CancellationToken::new(), script).await;
+    assert_eq!(ran.times, [(0, Some(16)), (2, Some(16)), (4, Some(16))]);
+    assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok, Outcome::Ok]);
+    assert_eq!(ran.not_opened, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_by_one_never_has_two_rooms_open_and_holds_each_from_its_own_join() {
+    let mut plan = plan(3, Stay::OneByOne);
+    plan.max_rooms = 1;
+    let script = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    assert_eq!(ran.times, [(0, Some(12)), (12, Some(24)), (24, Some(36))]);
+    assert_eq!(ran.not_opened, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_last_join() {
+    let script = |index, opening| match index {
+        1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, opening)) as Probe,
+        _ => Box::pin(joins(5 * SECOND, opening)),
+    };
+    let plan = plan_of(config::Ramp::Interval, 3);
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    // The second room, opened at 1, is decided last, at 10.
+    assert_eq!(ran.times, [(0, Some(20)), (1, Some(11)), (2, Some(20))]);
+    assert_eq!(ran.not_opened, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn interval_outlasts_a_time_without_any_room_open() {
+    let script = |_, opening| Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+    let mut plan = plan_of(config::Ramp::Interval, 3);
+    plan.interval = 5 * SECOND;
+    plan.stop_after_no_shows = 0;
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    assert_eq!(ran.times, [(0, Some(2)), (5, Some(7)), (10, Some(12))]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
+    let no_shows =
+        |_, opening| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+    let plan = || plan_of(config::Ramp::Interval, 9);
+    let ran = run_scripted(plan(), CancellationToken::new(), no_shows).await;
+    // The second no-show is known 5 ms after the fourth room opened.
+    assert_eq!(why(&ran), (5, "no agent came to 2 rooms in a row"));
+
+    let limit = Reason::PlanLimit(LimitKind::Connections);
+    let rejected = move |index, opening| match index {
+        1 => Box::pin(fails(SECOND / 2, limit, opening)) as Probe,
+        _ => Box::pin(joins(20 * SECOND, opening)),
+    };
+    let ran = run_scripted(plan(), CancellationToken::new(), rejected).await;
+    assert_eq!(why(&ran), (7, "a plan limit was met"));
+
+    let all_join = |_, opening| Box::pin(joins(20 * SECOND, opening)) as Probe;
+    let mut capped = plan();
+    capped.max_rooms = 3;
+    let ran = run_scripted(capped, CancellationToken::new(), all_join).await;
+    assert_eq!(why(&ran), (6, "the project's max_rooms is 3"));
+
+    let abort = CancellationToken::new();
+    let stop = async {
+        sleep(3 * SECOND / 2).await;
+        abort.cancel();
+    };
+    let running = run_scripted(plan(), abort.clone(), all_join);
+    let (ran, ()) = tokio::join!(running, stop);
+    assert_eq!(ran.outcomes, [Outcome::Aborted, Outcome::Aborted]);
+    assert_eq!(why(&ran), (7, "the batch was aborted"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
+    let script = |index, opening| match index {
+        0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe,
+        _ => Box::pin(joins(2 * SECOND, opening)),
+    };
+    let plan = plan_of(config::Ramp::Burst, 4);
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    let (failed, held) = ((0, Some(2)), (0, Some(12)));
+    assert_eq!(ran.times, [failed, failed, held, held]);
+    assert_eq!(ran.not_opened, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn burst_of_two_hundred_loses_no_room_and_no_event() {
+    let mut plan = plan_of(config::Ramp::Burst, 200);
+    plan.max_rooms = 200;
+    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let mut ran = run_scripted(plan, CancellationToken::new(), script).await;
+    assert_eq!(ran.outcomes, vec![Outcome::Ok; 200]);
+    let mut ended = 0;
+    while let Ok(event) = ran.events.try_recv() {
+        ended += usize::from(matches!(event, BatchEvent::Ended { .. }));
+    }
+    assert_eq!(ended, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_does_not_come_delays_the_next_room_only_until_the_outcome() {
+    let script = |index, opening| match index {
+        0 => Box::pin(fails(3 * SECOND, Reason::AgentNoShow, opening)) as Probe,
+        _ => Box::pin(joins(SECOND, opening)),
+    };
+    let ran = run_scripted(plan(3, Stay::Together), CancellationToken::new(), script).await;
+    assert_eq!(ran.times, [(0, Some(4)), (3, Some(15)), (4, Some(15))]);
+    assert_eq!(
+        ran.outcomes,
+        [failed(Reason::AgentNoShow), Outcome::Ok, Outcome::Ok]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_shows_in_a_row_stop_the_ramp_and_a_join_between_starts_the_count_anew() {
+    let script = |index, opening| match index {
+        1 => Box::pin(joins(SECOND, opening)) as Probe,
+        _ => Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)),
+    };
+    let ran = run_scripted(plan(7, Stay::Together), CancellationToken::new(), script).await;
+    assert_eq!(ran.outcomes.len(), 4);
+    assert_eq!(ran.outcomes[1], Outcome::Ok);
+    assert_eq!(why(&ran), (3, "no agent came to 2 rooms in a row"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_number_of_no_shows_stops_the_ramp_where_the_guard_is_off() {
+    let mut plan = plan(4, Stay::Together);
+    plan.stop_after_no_shows = 0;
+    let script = |_, opening| Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    assert_eq!(ran.outcomes.len(), 4);
+    assert_eq!(ran.not_opened, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_rejection_no_room_opens_and_the_open_ones_are_held_to_their_end() {
+    for (reason, said) in [
+        (
+            Reason::PlanLimit(LimitKind::Connections),
+            "a plan limit was met",
+        ),
+        (Reason::AuthRejected, "the credentials were rejected"),
+        (Reason::ConfigRejected, "a setting was rejected"),
+        (Reason::Unreachable, "the server could not be reached"),
+    ] {
+        let script = |index, opening| match index {
+            1 => Box::pin(fails(SECOND, reason, opening)) as Probe,
+            _ => Box::pin(joins(2 * SECOND, opening)),
+        };
+        let ran = run_scripted(plan(5, Stay::Together), CancellationToken::new(), script).await;
+        assert_eq!(ran.times, [(0, Some(13)), (2, Some(4))]);
+        assert_eq!(ran.outcomes, [Outcome::Ok, failed(reason)]);
+        assert_eq!(why(&ran), (3, said));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panicking_probe_among_five_is_reported_by_its_room_and_harms_no_other() {
+    async fn panics(opening: Opening) -> Report {
+        let index = opening.room.clone();
+        drop(opening);
+        sleep(SECOND).await;
+        panic!("scripted fault in {index}");
+    }
+    let script = |index, opening: Opening| match index {
+        2 => Box::pin(panics(opening)) as Probe,
+        _ => Box::pin(joins(SECOND, opening)),
+    };
+    let mut ran = run_scripted(plan(5, Stay::Together), CancellationToken::new(), script).await;
+    let crashed = ran.outcomes.remove(2);
+    assert_eq!(ran.outcomes, vec![Outcome::Ok; 4]);
+    let mut opened = Vec::new();
+    let mut told = None;
+    while let Ok(event) = ran.events.try_recv() {
+        match event {
+            BatchEvent::Opened { room, .. } => opened.push(room),
+            BatchEvent::Ended { index: 2, report } => told = Some(report),
+            _ => {}
+        }
+    }
+    let Outcome::Failed(failure) = crashed else {
+        panic!("{crashed:?}")
+    };
+    assert_eq!(failure.reason, Reason::Internal);
+    let said = format!("scripted fault in {}", opened[2]);
+    assert!(failure.detail.ends_with(&said), "{}", failure.detail);
+    assert_eq!(told.unwrap().room, opened[2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_abort_mid_ramp_opens_nothing_more_and_waits_for_every_probe() {
+    let abort = CancellationToken::new();
+    let script = |index, opening| match index {
+        0 => Box::pin(fails(SECOND, Reason::AgentNoShow, opening)) as Probe,
+        _ => Box::pin(joins(2 * SECOND, opening)),
+    };
+    let stop = async {
+        sleep(4 * SECOND).await;
+        abort.cancel();
+    };
+    let running = run_scripted(plan(5, Stay::Together), abort.clone(), script);
+    let (ran, ()) = tokio::join!(running, stop);
+    assert_eq!(
+        ran.outcomes,
+        [
+            failed(Reason::AgentNoShow),
+            Outcome::Aborted,
+            Outcome::Aborted
+        ]
+    );
+    assert!(ran.times.iter().all(|(_, ended)| *ended <= Some(4)));
+    assert_eq!(why(&ran), (2, "the batch was aborted"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dropped_batch_drops_its_probes_and_with_them_their_leases() {
+    let (probe_lives, mut dropped) = mpsc::channel::<()>(1);
+    let open = move |_, opening| {
+        let alive = probe_lives.clone();
+        async move {
+            let report = joins(SECOND, opening).await;
+            drop(alive);
+            report
+        }
+    };
+    let (events, _reader) = mpsc::channel(1);
+    let plan = plan(3, Stay::Together);
+    let running = Running::new(plan, no_rails(), CancellationToken::new(), events, open);
+    let cut_short = tokio::time::timeout(3 * SECOND, running.run());
+    assert!(cut_short.await.is_err());
+    assert_eq!(dropped.recv().await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn more_rooms_than_the_cap_are_named_as_not_opened() {
+    let mut plan = plan(5, Stay::Together);
+    plan.max_rooms = 3;
+    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    assert_eq!(ran.outcomes, vec![Outcome::Ok; 3]);
+    assert_eq!(why(&ran), (2, "the project's max_rooms is 3"));
+}
+
+/// A guard that allows so many minutes a day, and three for each room.
+fn guard(minutes: u32) -> (Guard, History) {
+    let history = History::in_memory(Arc::new(Utc::now));
+    let project = Project {
+        budget: config::Budget {
+            agent_time_per_day: Some(minutes * MINUTE),
+            ..config::Budget::default()
+        },
+        ..sample::project()
+    };
+    (Guard::new("acme", &project, history.clone()), history)
+}
+
+fn target(rooms: usize) -> config::Target {
+    config::Target {
+        batch: config::Batch {
+            rooms,
+            ..config::Batch::default()
+        },
+        ..config::Target::default()
+    }
+}
+
+async fn rails(guard: &Guard) -> Rails {
+    Rails {
+        places: Some(guard.places(&target(2)).await),
+        guard: Some(guard.clone()),
+        worst_cases: vec![3 * MINUTE; 10],
+        ..no_rails()
+    }
+}
+
+/// The agent joins, and is in the room for 70 s.
+async fn is_billed(opening: Opening) -> Report {
+    let began = Instant::now();
+    let mut report = joins(SECOND, opening).await;
+    report.timeline.mark(Milestone::AgentJoined, began);
+    let deleted = began + 70 * SECOND;
+    report.timeline.mark(Milestone::RoomDeleted, deleted);
+    report
+}
+
+fn used_minutes(guard: &Guard) -> u64 {
+    guard.used(Period::Day).as_secs() / 60
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
+    for ramp in [config::Ramp::AfterJoin, config::Ramp::Burst] {
+        let (guard, _) = guard(8);
+        let script = |_, opening| Box::pin(is_billed(opening)) as Probe;
+        let abort = CancellationToken::new();
+        let ran = run_guarded(plan_of(ramp, 5), rails(&guard).await, abort, script).await;
+        assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok], "{ramp:?}");
+        let not_opened = ran.not_opened.unwrap();
+        let refusal = not_opened.refusal.unwrap();
+        assert_eq!((not_opened.rooms, refusal.label()), (3, "budget"));
+        assert_eq!(not_opened.why, refusal.to_string());
+        // Two minutes each, and nothing for the rooms that were asked for in vain.
+        assert_eq!(used_minutes(&guard), 4, "{ramp:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_project_that_rests_opens_no_room_at_all() {
+    let (guard, _) = guard(100);
+    guard.rejected(LimitKind::ApiRate, None);
+    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let (plan, abort) = (plan(3, Stay::Together), CancellationToken::new());
+    let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+    assert_eq!(ran.outcomes, []);
+    let not_opened = ran.not_opened.unwrap();
+    assert_eq!(not_opened.rooms, 3);
+    assert_eq!(not_opened.refusal.unwrap().label(), "backoff");
+    assert_eq!(used_minutes(&guard), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_project() {
+    async fn is_rejected(opening: Opening) -> Report {
+        sleep(SECOND).await;
+        let outcome = failed(Reason::PlanLimit(LimitKind::Connections));
+        let progress = Progress::Settled {
+            outcome: outcome.clone(),
+            retry_after: Some(90 * SECOND),
+        };
+        say(&opening, progress).await;
+        // Its room takes long to delete.
+        sleep(20 * SECOND).await;
+        report(&opening, outcome)
+    }
+    let (guard, _) = guard(100);
+    let rejected = |_, opening| Box::pin(is_rejected(opening)) as Probe;
+    let joins = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+    let plan = || plan(2, Stay::Together);
+    let (one, other) = (rails(&guard).await, rails(&guard).await);
+    let (one, other) = tokio::join!(
+        run_guarded(plan(), one, CancellationToken::new(), rejected),
+        run_guarded(plan(), other, CancellationToken::new(), joins),
+    );
+    assert_eq!(why(&one), (1, "a plan limit was met"));
+    assert_eq!(other.outcomes, [Outcome::Ok]);
+    let refusal = other.not_opened.unwrap().refusal.unwrap();
+    assert_eq!(refusal.label(), "backoff");
+    let rest = refusal.until().unwrap() - Utc::now();
+    assert!(
+        rest > chrono::TimeDelta::seconds(60),
+        "as the answer said: {rest}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_end_of_a_probe_settles_its_room() {
+    async fn panics(_: Opening) -> Report {
+        sleep(SECOND).await;
+        panic!("scripted")
+    }
+    async fn is_not_deleted(opening: Opening) -> Report {
+        let mut report = joins(SECOND, opening).await;
+        report.timeline.mark(Milestone::AgentJoined, Instant::now());
+        report
+    }
+    for (what, minutes) in [
+        ("an agent for 70 s", 2),
+        ("no agent", 0),
+        ("a panic", 3),
+        ("an agent, and no deletion", 3),
+    ] {
+        let (guard, history) = guard(100);
+        let seen = Arc::new(Mutex::new(None));
+        let script = |_, opening: Opening| {
+            *seen.lock().unwrap() = Some(opening.room.clone());
+            match what {
+                "an agent for 70 s" => Box::pin(is_billed(opening)) as Probe,
+                "no agent" => Box::pin(fails(SECOND, Reason::AgentNoShow, opening)),
+                "a panic" => Box::pin(panics(opening)),
+                _ => Box::pin(is_not_deleted(opening)),
+            }
+        };
+        let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
+        let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+        assert_eq!(ran.outcomes.len(), 1, "{what}");
+        assert_eq!(used_minutes(&guard), minutes, "{what}");
+        // Whoever vouches for the room is another.
+        let room = seen.lock().unwrap().clone().unwrap();
+        assert_eq!(history.target_of(&room).unwrap(), "support");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dropped_batch_leaves_its_rooms_at_their_worst_and_gives_its_places_back() {
+    let (guard, _) = guard(100);
+    let (events, _reader) = mpsc::channel(1);
+    let open = |_, opening| is_billed(opening);
+    let (plan, abort) = (plan(2, Stay::Together), CancellationToken::new());
+    let running = Running::new(plan, rails(&guard).await, abort, events, open);
+    let cut_short = tokio::time::timeout(3 * SECOND, running.run());
+    assert!(cut_short.await.is_err());
+    assert_eq!(used_minutes(&guard), 6);
+    let all = target(sample::project().max_rooms);
+    let _all = guard.places(&all).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
+    let (guard, _) = guard(100);
+    let abort = CancellationToken::new();
+    abort.cancel();
+    let script = |_, opening| Box::pin(is_billed(opening)) as Probe;
+    let plan = plan_of(config::Ramp::Burst, 3);
+    let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+    assert_eq!(ran.outcomes, []);
+    assert_eq!(why(&ran), (3, "the batch was aborted"));
+    assert_eq!(used_minutes(&guard), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_abort_ends_the_wait_for_places_and_nothing_opens() {
+    let (guard, _) = guard(100);
+    let project = sample::project();
+    let _all = guard.places(&target(project.max_rooms)).await;
+    let abort = CancellationToken::new();
+    let stop = async {
+        sleep(SECOND).await;
+        abort.cancel();
+    };
+    let settings = target(1);
+    let waiting = Rails::of("support", &settings, &project, Some(guard), &abort);
+    let (rails, ()) = tokio::join!(waiting, stop);
+    assert!(rails.places.is_none());
+    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let ran = run_guarded(plan(1, Stay::Together), rails, abort, script).await;
+    assert_eq!(why(&ran), (1, "the batch was aborted"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
+    let (guard, _) = guard(100);
+    let rest = || guard.backoff_until().unwrap() - Utc::now();
+    for _ in 0..3 {
+        guard.rejected(LimitKind::ApiRate, None);
+        sleep(Duration::from_hours(1)).await;
+    }
+    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
+    run_guarded(plan, rails(&guard).await, abort, script).await;
+    guard.rejected(LimitKind::ApiRate, None);
+    assert!(rest() < chrono::TimeDelta::minutes(2), "{}", rest());
+}
+
+#[tokio::test]
+async fn a_room_is_journalled_on_disk_before_it_can_exist() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = config::History {
+        dir: dir.path().to_owned(),
+        ..config::History::default()
+    };
+    let history = History::open(&settings).unwrap();
+    let guard = Guard::new("acme", &sample::project(), history);
+    let file = dir.path().join("history.sqlite3");
+    let journalled = Arc::new(Mutex::new(Vec::new()));
+    let script = |_, opening: Opening| {
+        let database = rusqlite::Connection::open(&file).unwrap();
+        let sql = "SELECT count(*) FROM rooms WHERE room = ?1";
+        let rows: i64 = database
+            .query_row(sql, [&opening.room.0], |row| row.get(0))
+            .unwrap();
+        journalled.lock().unwrap().push(rows);
+        let report = report(&opening, Outcome::Ok);
+        Box::pin(async move {
+            drop(opening);
+            report
+        }) as Probe
+    };
+    let mut plan = plan_of(config::Ramp::Burst, 3);
+    // No agent joins, and two rooms may be over before the disk has the third.
+    plan.stop_after_no_shows = 0;
+    let abort = CancellationToken::new();
+    let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+    assert_eq!(ran.outcomes.len(), 3);
+    assert_eq!(*journalled.lock().unwrap(), [1, 1, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_never_reads_or_is_gone_holds_nothing_up() {
+    for keep in [true, false] {
+        let (events, reader) = mpsc::channel(1);
+        let reader = keep.then_some(reader);
+        let open = |_, opening| joins(SECOND, opening);
+        let plan = plan(3, Stay::Together);
+        let running = Running::new(plan, no_rails(), CancellationToken::new(), events, open);
+        let (probes, _) = running.run().await;
+        assert_eq!(probes.len(), 3);
+        drop(reader);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_starts_on_the_wall_clock_where_its_milestones_do_however_late_its_task_runs() {
+    let runs_late = |_, opening: Opening| async move {
+        sleep(SECOND).await;
+        let mut report = report(&opening, Outcome::Ok);
+        report.timeline.mark(Milestone::Started, Instant::now());
+        say(&opening, settled(Outcome::Ok)).await;
+        report
+    };
+    let opened = Utc::now().trunc_subsecs(6);
+    let (events, _reader) = mpsc::channel(100);
+    let abort = CancellationToken::new();
+    let plan = plan(1, Stay::Together);
+    let running = Running::new(plan, no_rails(), abort, events, runs_late);
+    let (probes, _) = running.run().await;
+    assert!(probes[0].started_at >= opened + SECOND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_is_told_in_order_and_before_the_end() {
+    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let mut ran = run_scripted(plan(1, Stay::Together), CancellationToken::new(), script).await;
+    let mut told = Vec::new();
+    while let Ok(event) = ran.events.try_recv() {
+        told.push(match event {
+            BatchEvent::Opened { .. } => "opened",
+            BatchEvent::Progress { progress, .. } => match progress {
+                Progress::Reached { .. } => "reached",
+                Progress::JoinSettled { .. } => "join settled",
+                Progress::Settled { .. } => "settled",
+            },
+            BatchEvent::Ended { .. } => "ended",
+        });
+    }
+    assert_eq!(
+        told,
+        ["opened", "reached", "join settled", "settled", "ended"]
+    );
+}
+
+#[test]
+fn room_names_share_the_instance_and_nothing_else() {
+    let (one, other) = (new_room_name().0, new_room_name().0);
+    let parts: Vec<&str> = one.split('-').collect();
+    assert_eq!(parts[..2], ["canary", INSTANCE.as_str()]);
+    assert_eq!((parts[1].len(), parts[2].len()), (5, 13));
+    assert_ne!(one, other);
+}

@@ -1,0 +1,281 @@
+use std::sync::Arc;
+
+use super::super::opus::SILENCE;
+use super::*;
+
+const SPEECH: u8 = 0x78;
+
+fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+fn settings(mode: EchoMode, delay: u64) -> Settings {
+    Settings {
+        mode,
+        delay: ms(delay),
+        max_turns: 1,
+    }
+}
+
+/// A call on a clock of its own: an agent that sends a packet every 20 ms, numbered in its payload.
+struct Call {
+    echo: Echo<Arc<[u8]>>,
+    start: Instant,
+    now: Instant,
+    number: u8,
+    out: Vec<(u64, Out<Arc<[u8]>>)>,
+}
+
+impl Call {
+    fn new(settings: Settings) -> Self {
+        let start = Instant::now();
+        let mut echo = Echo::new(settings);
+        echo.open(start);
+        Self {
+            echo,
+            start,
+            now: start,
+            number: 0,
+            out: Vec::new(),
+        }
+    }
+
+    /// Goes on to `until`, stopping at each deadline of the echo.
+    fn run_to(&mut self, until: Instant) {
+        loop {
+            while let Some(out) = self.echo.poll(self.now, false) {
+                let at = self.now.duration_since(self.start).as_millis();
+                self.out.push((u64::try_from(at).unwrap(), out));
+            }
+            match self.echo.next_deadline().filter(|next| *next <= until) {
+                Some(next) => {
+                    assert!(
+                        next > self.now,
+                        "a deadline that has passed is never left over"
+                    );
+                    self.now = next;
+                }
+                None => break,
+            }
+        }
+        self.now = until;
+    }
+
+    fn wait(&mut self, millis: u64) {
+        self.run_to(self.now + ms(millis));
+    }
+
+    /// `count` packets from now on; leaves the clock at the arrival of the last.
+    fn packets(&mut self, count: u64) {
+        for i in 0..count {
+            if i > 0 {
+                self.wait(20);
+            }
+            let time = rtp::ticks(self.now.duration_since(self.start));
+            self.echo
+                .on_frame(self.now, time, &Arc::from([SPEECH, self.number, 0, 0]));
+            self.number = self.number.wrapping_add(1);
+        }
+    }
+
+    /// An utterance of `count` packets, whose end is found 600 ms later while silence flows.
+    fn utterance(&mut self, count: u64) {
+        let first = self.now;
+        self.packets(3);
+        self.echo.on_speech_started(first);
+        self.wait(20);
+        self.packets(count - 3);
+        let last = self.now;
+        self.wait(20);
+        self.packets(30);
+        self.echo.on_speech_ended(last);
+        self.run_to(self.now);
+    }
+
+    /// When each echoed packet of the agent went out, by its number.
+    fn echoed(&self) -> Vec<(u64, u8)> {
+        let mut echoed = Vec::new();
+        for (at, out) in &self.out {
+            if let Out::Send { frame, .. } = out
+                && frame[0] == SPEECH
+            {
+                echoed.push((*at, frame[1]));
+            }
+        }
+        echoed
+    }
+
+    fn marks(&self) -> Vec<(u64, Out<Arc<[u8]>>)> {
+        let marks = self.out.iter();
+        marks
+            .filter(|(_, out)| !matches!(out, Out::Send { .. }))
+            .cloned()
+            .collect()
+    }
+}
+
+#[test]
+fn turn_is_played_once_at_its_pace_and_then_there_is_silence() {
+    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    call.wait(1_000);
+    call.utterance(50);
+    call.wait(10_000);
+    // Last speech at 1 980 ms, the echo 1 000 ms later.
+    let expected: Vec<_> = (0..50).map(|i| (2_980 + 20 * u64::from(i), i)).collect();
+    assert_eq!(call.echoed(), expected);
+    assert_eq!(call.marks(), [(2_980, Out::Started), (3_980, Out::Ended)]);
+    let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, Out::Send { .. });
+    let after: Vec<_> = call.out.iter().filter(sent).collect();
+    let times: Vec<_> = after.iter().map(|(at, _)| *at).collect();
+    let tail: Vec<_> = (0..10).map(|i| 3_980 + 20 * i).collect();
+    assert_eq!(times[..10], tail);
+    assert_eq!(times[10] - times[9], 400);
+    for (_, out) in after {
+        assert!(matches!(out, Out::Send { frame, .. } if **frame == SILENCE));
+    }
+}
+
+#[test]
+fn what_came_shortly_before_the_speech_is_played_too() {
+    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    call.packets(50);
+    call.wait(20);
+    call.utterance(10);
+    call.wait(5_000);
+    let numbers: Vec<_> = call.echoed().iter().map(|(_, number)| *number).collect();
+    let lead = u8::try_from(LEAD.as_millis() / 20).unwrap();
+    assert_eq!(numbers.first(), Some(&(50 - lead + 2)));
+    assert_eq!(numbers.last(), Some(&59));
+}
+
+#[test]
+fn second_sentence_before_the_echo_joins_the_first() {
+    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    call.utterance(50);
+    call.wait(200);
+    let second = call.now;
+    call.utterance(50);
+    let spoken_until = call.now;
+    assert_eq!(
+        call.marks(),
+        [],
+        "the echo never starts while the agent speaks"
+    );
+    call.wait(10_000);
+    let echoed = call.echoed();
+    assert_eq!(
+        echoed.len(),
+        50 + 30 + 50,
+        "both sentences and the pause between them"
+    );
+    let started = call.marks()[0].0;
+    assert!(u128::from(started) > spoken_until.duration_since(call.start).as_millis());
+    assert!(u128::from(started) > second.duration_since(call.start).as_millis());
+    assert_eq!(call.marks().len(), 2);
+}
+
+#[test]
+fn echo_waits_while_the_agent_may_just_have_begun() {
+    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    call.utterance(10);
+    let due = call.start + ms(180 + 1_000);
+    call.run_to(due - ms(1));
+    while let Some(out) = call.echo.poll(due, true) {
+        assert_ne!(out, Out::Started);
+    }
+    let postponed = call.echo.next_deadline().unwrap();
+    assert_eq!(postponed, due + VERGE);
+    assert_eq!(call.echo.poll(postponed, true), Some(Out::Started));
+}
+
+#[test]
+fn no_more_turns_than_the_setting_allows() {
+    let mut call = Call::new(Settings {
+        max_turns: 2,
+        ..settings(EchoMode::Turn, 700)
+    });
+    for _ in 0..4 {
+        call.utterance(10);
+        call.wait(5_000);
+    }
+    assert_eq!(call.marks().len(), 4);
+    assert_eq!(call.echoed().len(), 20);
+}
+
+#[test]
+fn utterance_during_playback_is_the_next_turn() {
+    let mut call = Call::new(Settings {
+        max_turns: 2,
+        ..settings(EchoMode::Turn, 700)
+    });
+    call.utterance(50);
+    call.wait(200);
+    call.utterance(10);
+    call.wait(10_000);
+    let marks = call.marks();
+    assert_eq!(marks.len(), 4);
+    assert!(marks[2].0 > marks[1].0);
+    assert_eq!(call.echoed().len(), 60);
+}
+
+#[test]
+fn recording_ends_after_thirty_seconds() {
+    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    call.utterance(2_000);
+    call.wait(60_000);
+    assert_eq!(call.echoed().len(), 1_500);
+    assert_eq!(call.marks().len(), 2);
+}
+
+#[test]
+fn nothing_is_sent_before_the_track_is_open() {
+    let mut echo = Echo::<Arc<[u8]>>::new(Settings::default());
+    let now = Instant::now();
+    assert_eq!(echo.next_deadline(), None);
+    assert_eq!(echo.poll(now, false), None);
+    echo.open(now);
+    assert!(matches!(
+        echo.poll(now, false),
+        Some(Out::Send { resumes: true, .. })
+    ));
+}
+
+#[test]
+fn idle_track_sends_a_frame_of_silence_every_400_ms() {
+    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    call.wait(180);
+    call.out.clear();
+    call.wait(4_000);
+    assert_eq!(call.out.len(), 10);
+    for (_, out) in &call.out {
+        assert!(matches!(out, Out::Send { resumes: true, .. }));
+    }
+}
+
+#[test]
+fn continuous_echo_passes_every_packet_on_after_the_delay() {
+    let mut call = Call::new(settings(EchoMode::Continuous, 2_000));
+    call.wait(1_000);
+    call.utterance(50);
+    call.wait(10_000);
+    let expected: Vec<_> = (0..80).map(|i| (3_000 + 20 * u64::from(i), i)).collect();
+    assert_eq!(call.echoed(), expected);
+    assert_eq!(call.marks(), [(3_000, Out::Started), (3_980, Out::Ended)]);
+}
+
+#[test]
+fn continuous_echo_keeps_the_pace_of_the_speaker_under_jitter() {
+    let mut call = Call::new(settings(EchoMode::Continuous, 1_000));
+    for i in 0..20_u64 {
+        let late = if i % 2 == 1 { 15 } else { 0 };
+        call.run_to(call.start + ms(20 * i + late));
+        let payload = Arc::from([SPEECH, 0, 0, 0]);
+        call.echo.on_frame(call.now, 960 * i, &payload);
+    }
+    call.wait(5_000);
+    let times: Vec<_> = call.echoed().iter().map(|(at, _)| *at).collect();
+    assert!(
+        times.windows(2).all(|pair| pair[1] - pair[0] == 20),
+        "{times:?}"
+    );
+}

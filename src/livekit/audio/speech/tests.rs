@@ -1,0 +1,219 @@
+use std::time::Duration;
+
+use ropus::{Application, Channels, Encoder};
+
+use super::super::opus::{self, Decoder};
+use super::super::rtp::Position;
+use super::*;
+
+const FRAME: Duration = Duration::from_millis(20);
+
+/// A track, encoded for real, one packet after the other.
+struct Track {
+    encoder: Encoder,
+    samples: usize,
+    phase: usize,
+    now: Instant,
+    time: u64,
+    decoder: Decoder,
+    detector: Detector,
+    heard: Vec<Heard>,
+}
+
+impl Track {
+    fn new(millis: usize, settings: Speech) -> Self {
+        let encoder = Encoder::builder(48_000, Channels::Mono, Application::Voip);
+        Self {
+            encoder: encoder.build().unwrap(),
+            samples: 48 * millis,
+            phase: 0,
+            now: Instant::now(),
+            time: 0,
+            decoder: Decoder::default(),
+            detector: Detector::new(settings, opus::RATE),
+            heard: Vec::new(),
+        }
+    }
+
+    fn encode(&mut self, amplitude: f64) -> Vec<u8> {
+        let pcm: Vec<i16> = (self.phase..self.phase + self.samples)
+            .map(|i| {
+                let cycle = f64::from(u16::try_from(i * 11 % 1_200).unwrap()) / 1_200.0;
+                let sample = (cycle * std::f64::consts::TAU).sin() * amplitude;
+                #[expect(clippy::cast_possible_truncation, reason = "amplitudes here fit")]
+                let sample = sample as i16;
+                sample
+            })
+            .collect();
+        self.phase += self.samples;
+        let mut packet = vec![0; 1500];
+        let length = self.encoder.encode(&pcm, &mut packet).unwrap();
+        packet.truncate(length);
+        packet
+    }
+
+    /// Sends `count` packets; says when the first arrived.
+    fn send(&mut self, count: usize, amplitude: f64) -> Instant {
+        let first = self.now;
+        for _ in 0..count {
+            let packet = self.encode(amplitude);
+            self.deliver(&packet, true);
+        }
+        first
+    }
+
+    fn deliver(&mut self, packet: &[u8], follows: bool) {
+        let position = Position {
+            time: self.time,
+            follows,
+        };
+        let sound = self.decoder.decode(position, packet);
+        self.heard.extend(self.detector.on_sound(self.now, sound));
+        self.skip();
+    }
+
+    fn skip(&mut self) {
+        self.time += self.samples as u64;
+        self.now += Duration::from_millis(self.samples as u64 / 48);
+    }
+
+    fn wait_for_deadline(&mut self) {
+        if let Some(deadline) = self.detector.next_deadline() {
+            assert_eq!(self.detector.on_time(deadline - FRAME / 20), None);
+            self.heard.extend(self.detector.on_time(deadline));
+        }
+    }
+}
+
+const LOUD: f64 = 8_000.0;
+const QUIET: f64 = 60.0;
+
+#[test]
+fn utterance_is_stamped_at_its_first_and_last_frame() {
+    let mut track = Track::new(20, Speech::default());
+    track.send(25, 0.0);
+    let first = track.send(50, LOUD);
+    // Opus spreads its last frame a little into the next packet.
+    let after = track.send(60, 0.0);
+    let [Heard::Started(started), Heard::Ended(ended)] = track.heard[..] else {
+        panic!("{:?}", track.heard);
+    };
+    assert_eq!(started, first);
+    assert!(ended >= after - FRAME && ended <= after + FRAME);
+}
+
+#[test]
+fn sound_below_the_threshold_is_not_speech() {
+    let mut track = Track::new(20, Speech::default());
+    track.send(100, QUIET);
+    assert_eq!(track.heard, []);
+    assert_eq!(track.detector.next_deadline(), None);
+}
+
+#[test]
+fn two_loud_frames_are_a_click_and_not_speech() {
+    let settings = Speech {
+        min_frames: 4,
+        ..Speech::default()
+    };
+    let mut track = Track::new(20, settings);
+    for _ in 0..10 {
+        track.send(2, LOUD);
+        track.send(5, 0.0);
+    }
+    assert_eq!(track.heard, []);
+}
+
+#[test]
+fn utterance_ends_by_time_when_packets_stop() {
+    let mut track = Track::new(20, Speech::default());
+    track.send(10, LOUD);
+    let last = track.now - FRAME;
+    track.wait_for_deadline();
+    assert_eq!(track.heard.last(), Some(&Heard::Ended(last)));
+    assert_eq!(track.detector.next_deadline(), None);
+}
+
+#[test]
+fn pause_shorter_than_the_end_silence_is_within_one_utterance() {
+    let mut track = Track::new(20, Speech::default());
+    track.send(10, LOUD);
+    track.send(25, 0.0);
+    track.send(10, LOUD);
+    assert_eq!(track.heard.len(), 1);
+    track.wait_for_deadline();
+    assert_eq!(track.heard.len(), 2);
+}
+
+#[test]
+fn speech_after_an_end_that_no_timer_saw_is_two_utterances() {
+    let mut track = Track::new(20, Speech::default());
+    track.send(10, LOUD);
+    for _ in 0..50 {
+        track.skip();
+    }
+    track.send(10, LOUD);
+    assert!(matches!(
+        track.heard[..],
+        [Heard::Started(_), Heard::Ended(_), Heard::Started(_)]
+    ));
+}
+
+#[test]
+fn every_packet_length_is_judged_in_windows_of_20_ms() {
+    for millis in [10, 20, 40, 60] {
+        let mut track = Track::new(millis, Speech::default());
+        track.send(600 / millis, 0.0);
+        let first = track.send(600 / millis, LOUD);
+        assert_eq!(track.heard, [Heard::Started(first)], "{millis} ms");
+    }
+}
+
+#[test]
+fn lost_packet_and_dtx_break_what_is_consecutive() {
+    for dtx in [false, true] {
+        let mut track = Track::new(20, Speech::default());
+        for _ in 0..10 {
+            let packet = track.encode(LOUD);
+            if dtx {
+                track.deliver(&[0x78, 0, 0], true);
+            } else {
+                track.skip();
+            }
+            track.deliver(&packet, dtx);
+            let packet = track.encode(LOUD);
+            track.deliver(&packet, true);
+        }
+        assert_eq!(track.heard, [], "dtx: {dtx}");
+    }
+}
+
+#[test]
+fn pause_in_media_time_breaks_what_is_consecutive() {
+    let mut track = Track::new(20, Speech::default());
+    for _ in 0..5 {
+        track.send(2, LOUD);
+        track.skip();
+    }
+    assert_eq!(track.heard, []);
+}
+
+#[test]
+fn corrupt_payloads_neither_panic_nor_deafen() {
+    let mut track = Track::new(20, Speech::default());
+    let mut random = fastrand::Rng::with_seed(7);
+    for _ in 0..3_000 {
+        let length = random.usize(0..200);
+        let packet: Vec<u8> = std::iter::repeat_with(|| random.u8(..))
+            .take(length)
+            .collect();
+        track.deliver(&packet, true);
+    }
+    track.wait_for_deadline();
+    track.heard.clear();
+    track.send(40, 0.0);
+    track.wait_for_deadline();
+    track.heard.clear();
+    track.send(10, LOUD);
+    assert!(matches!(track.heard[..], [Heard::Started(_)]));
+}

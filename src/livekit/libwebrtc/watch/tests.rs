@@ -1,0 +1,229 @@
+use std::collections::HashMap;
+
+use proto::participant_info::Kind;
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::livekit::event::{Right, RoomEvent};
+use crate::livekit::join;
+use crate::livekit::room::observer::Outlet;
+use crate::livekit::test_server::Server;
+
+struct Room {
+    watch: Watch,
+    events: mpsc::Receiver<RoomEvent>,
+    start: Instant,
+}
+
+impl Room {
+    async fn new() -> Self {
+        let silent = Server::silent().await;
+        let (outlet, events) = mpsc::channel(64);
+        let request = join::request(silent.endpoint());
+        let observer = Observer::new(&request, Outlet::new(outlet), "echo-1".to_owned());
+        let start = Instant::now();
+        Self {
+            watch: Watch::new(start, observer),
+            events,
+            start,
+        }
+    }
+
+    async fn joined(others: Vec<proto::ParticipantInfo>) -> Self {
+        let mut room = Self::new().await;
+        let response = proto::JoinResponse {
+            other_participants: others,
+            ..proto::JoinResponse::default()
+        };
+        assert!(room.say(0, Response::Join(response)).is_ok());
+        room
+    }
+
+    fn at(&self, millis: u64) -> Instant {
+        self.start + Duration::from_millis(millis)
+    }
+
+    fn say(&mut self, millis: u64, message: Response) -> Result<Option<Instant>, Ended> {
+        let told = Told::Message(self.at(millis), Box::new(message));
+        self.watch.on_told(told)
+    }
+
+    /// What was told, each with its millisecond.
+    fn told(&mut self) -> Vec<(u128, Seen)> {
+        let events = std::iter::from_fn(|| self.events.try_recv().ok());
+        let start = self.start;
+        events
+            .map(|event| (event.at.duration_since(start).as_millis(), event.seen))
+            .collect()
+    }
+}
+
+fn agent() -> proto::ParticipantInfo {
+    proto::ParticipantInfo {
+        sid: "PA_1".to_owned(),
+        identity: "agent-1".to_owned(),
+        kind: Kind::Agent.into(),
+        joined_at_ms: 1_000_400,
+        attributes: HashMap::from([("lk.agent_name".to_owned(), "support".to_owned())]),
+        ..proto::ParticipantInfo::default()
+    }
+}
+
+fn update(participant: proto::ParticipantInfo) -> Response {
+    let participants = vec![participant];
+    Response::Update(proto::ParticipantUpdate { participants })
+}
+
+fn closed() -> Told {
+    Told::Lost(SignalError::Closed("by the server".to_owned()))
+}
+
+#[tokio::test]
+async fn agent_of_the_join_response_is_not_missed() {
+    let mut room = Room::joined(vec![agent()]).await;
+    assert!(matches!(
+        &room.told()[..],
+        [
+            (0, Seen::SignalConnected { .. }),
+            (0, Seen::AgentJoined { agent, in_join_response: true }),
+        ] if agent.identity == "agent-1"
+    ));
+}
+
+#[tokio::test]
+async fn agent_is_stamped_as_its_message_is_read_and_joined_by_the_servers_clock() {
+    let mut room = Room::joined(Vec::new()).await;
+    let pinged = Told::Pinged(room.at(0), 7);
+    assert!(matches!(room.watch.on_told(pinged), Ok(None)));
+    let pong = proto::Pong {
+        last_ping_timestamp: 7,
+        timestamp: 1_000_010,
+    };
+    assert!(room.say(20, Response::PongResp(pong)).is_ok());
+    let at = room.at(500);
+    assert!(matches!(room.say(500, update(agent())), Ok(Some(it)) if it == at));
+    let expected = room.at(400);
+    assert!(matches!(
+        &room.told()[1..],
+        [(500, Seen::AgentJoined { agent, in_join_response: false })]
+            if agent.joined == Some(expected)
+    ));
+}
+
+#[tokio::test]
+async fn addresses_of_media_are_told_once_each() {
+    let mut room = Room::joined(Vec::new()).await;
+    let line = "candidate:1 1 udp 2130706431 192.0.2.1 7882 typ host";
+    let answer = proto::SessionDescription {
+        sdp: format!("v=0\r\na={line}\r\na=mid:0\r\n"),
+        ..proto::SessionDescription::default()
+    };
+    assert!(room.say(10, Response::Answer(answer)).is_ok());
+    let trickle = proto::TrickleRequest {
+        candidate_init: serde_json::json!({ "candidate": line }).to_string(),
+        ..proto::TrickleRequest::default()
+    };
+    assert!(room.say(20, Response::Trickle(trickle)).is_ok());
+    assert!(matches!(
+        &room.told()[1..],
+        [(10, Seen::MediaAddress(address))] if address == "UDP 192.0.2.1:7882"
+    ));
+}
+
+#[tokio::test]
+async fn own_track_and_its_end_are_the_servers_word() {
+    let mut room = Room::joined(Vec::new()).await;
+    let published = |cid: &str| {
+        Response::TrackPublished(proto::TrackPublishedResponse {
+            cid: cid.to_owned(),
+            track: Some(proto::TrackInfo {
+                sid: "TR_1".to_owned(),
+                ..proto::TrackInfo::default()
+            }),
+        })
+    };
+    assert!(room.say(10, published("another")).is_ok());
+    assert!(room.say(20, published("echo-1")).is_ok());
+    assert!(matches!(room.told()[1..], [(20, Seen::EchoPublished)]));
+    let gone = Response::TrackUnpublished(proto::TrackUnpublishedResponse {
+        track_sid: "TR_1".to_owned(),
+    });
+    let why = room.say(30, gone);
+    assert!(
+        matches!(why, Err(Ended::Revoked(Right::Publish))),
+        "{why:?}"
+    );
+}
+
+#[tokio::test]
+async fn request_is_told_once_though_the_sdk_tries_two_paths() {
+    let mut room = Room::new().await;
+    for millis in [5, 9] {
+        let requested = Told::Requested(room.at(millis));
+        assert!(room.watch.on_told(requested).is_ok());
+    }
+    assert!(matches!(room.told()[..], [(5, Seen::SignalRequested)]));
+}
+
+#[tokio::test]
+async fn leave_is_the_end_and_before_the_join_a_refusal() {
+    let leave = || {
+        Response::Leave(proto::LeaveRequest {
+            reason: proto::DisconnectReason::RoomDeleted.into(),
+            ..proto::LeaveRequest::default()
+        })
+    };
+    let why = Room::joined(Vec::new()).await.say(10, leave());
+    assert!(
+        matches!(&why, Err(Ended::Removed { reason }) if reason == "ROOM_DELETED"),
+        "{why:?}"
+    );
+    let why = Room::new().await.say(10, leave());
+    assert!(
+        matches!(why, Err(Ended::Signal(SignalError::LeftBeforeJoin { .. }))),
+        "{why:?}"
+    );
+}
+
+#[tokio::test]
+async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
+    let mut room = Room::new().await;
+    assert!(room.watch.on_told(closed()).is_ok());
+    let why = room.watch.not_connected("handshake error".to_owned());
+    assert!(
+        matches!(why, Ended::Signal(SignalError::Closed(_))),
+        "{why:?}"
+    );
+}
+
+#[tokio::test]
+async fn join_without_an_answer_is_a_join_timeout_and_one_without_media_is_medias_failure() {
+    let why = Room::new().await.watch.not_connected(String::new());
+    assert!(
+        matches!(why, Ended::Signal(SignalError::JoinTimeout(_))),
+        "{why:?}"
+    );
+    let mut room = Room::joined(Vec::new()).await;
+    assert!(room.watch.joined());
+    let why = room.watch.not_connected("timed out".to_owned());
+    assert!(matches!(&why, Ended::MediaFailed { detail, .. } if detail == "timed out"));
+}
+
+#[tokio::test]
+async fn closed_socket_ends_a_participant_whatever_the_sdk_would_do() {
+    let lost = Room::joined(Vec::new()).await.watch.on_told(closed());
+    assert!(matches!(lost, Err(Ended::Signal(SignalError::Closed(_)))));
+}
+
+#[tokio::test]
+async fn reconnect_is_the_signals_loss_where_the_server_was_quiet_and_else_that_of_media() {
+    let mut room = Room::joined(Vec::new()).await;
+    assert!(room.say(10_000, update(agent())).is_ok());
+    let soon = room.watch.reconnecting(room.at(16_000));
+    assert!(matches!(soon, Ended::MediaFailed { .. }), "{soon:?}");
+    let late = room.watch.reconnecting(room.at(25_000));
+    assert!(
+        matches!(late, Ended::Signal(SignalError::PingTimeout(_))),
+        "{late:?}"
+    );
+}

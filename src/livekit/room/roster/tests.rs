@@ -1,0 +1,316 @@
+use std::time::Duration;
+
+use super::*;
+
+fn participant(sid: &str, kind: Kind, attributes: &[(&str, &str)]) -> ParticipantInfo {
+    ParticipantInfo {
+        sid: sid.to_owned(),
+        identity: format!("identity-{sid}"),
+        state: State::Joined.into(),
+        kind: kind.into(),
+        attributes: attributes
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect(),
+        ..ParticipantInfo::default()
+    }
+}
+
+fn agent(sid: &str) -> ParticipantInfo {
+    participant(sid, Kind::Agent, &[(NAME_BY_SERVER, "support")])
+}
+
+fn track(sid: &str, source: TrackSource) -> TrackInfo {
+    TrackInfo {
+        sid: sid.to_owned(),
+        r#type: TrackType::Audio.into(),
+        source: source.into(),
+        ..TrackInfo::default()
+    }
+}
+
+fn gone(mut info: ParticipantInfo, reason: DisconnectReason) -> ParticipantInfo {
+    info.state = State::Disconnected.into();
+    info.disconnect_reason = reason.into();
+    info.version += 1;
+    info
+}
+
+struct Room {
+    roster: Roster,
+    start: Instant,
+    millis: u64,
+}
+
+impl Room {
+    fn new(agent_name: Option<&str>) -> Self {
+        Self {
+            roster: Roster::new("me".to_owned(), agent_name.map(str::to_owned)),
+            start: Instant::now(),
+            millis: 0,
+        }
+    }
+
+    /// One update a millisecond; each event with the millisecond it is stamped with.
+    fn update(&mut self, info: ParticipantInfo) -> Vec<(u64, String)> {
+        self.millis += 1;
+        let now = self.start + Duration::from_millis(self.millis);
+        let events = self.roster.update(now, vec![info], false);
+        let told = events.into_iter().map(|event| {
+            let at = event.at.duration_since(self.start).as_millis();
+            let what = match event.seen {
+                Seen::AgentJoined { agent, .. } => format!("agent {}", agent.sid),
+                Seen::AgentDuplicate { identity } => format!("duplicate {identity}"),
+                Seen::AgentLeft { reason } => format!("left {reason}"),
+                Seen::AgentState(state) => format!("state {state}"),
+                Seen::OtherJoined {
+                    identity,
+                    kind,
+                    agent_name,
+                } => format!("other {identity} {kind} {agent_name:?}"),
+                seen => format!("{seen:?}"),
+            };
+            (u64::try_from(at).unwrap(), what)
+        });
+        told.collect()
+    }
+
+    fn voice(&self) -> Vec<&str> {
+        let mut voice: Vec<_> = self.roster.voice().collect();
+        voice.sort_unstable();
+        voice
+    }
+}
+
+fn told(at: u64, what: &str) -> Vec<(u64, String)> {
+    vec![(at, what.to_owned())]
+}
+
+#[test]
+fn agent_of_the_name_is_seen_once_and_leaves_once() {
+    let mut room = Room::new(Some("support"));
+    assert_eq!(room.update(agent("PA_1")), told(1, "agent PA_1"));
+    assert_eq!(room.update(agent("PA_1")), []);
+    let gone = gone(agent("PA_1"), DisconnectReason::ConnectionTimeout);
+    assert_eq!(
+        room.update(gone.clone()),
+        told(3, "left CONNECTION_TIMEOUT")
+    );
+    assert_eq!(room.update(gone), []);
+}
+
+#[test]
+fn agent_is_connected_once_the_server_calls_it_active() {
+    let active = |mut info: ParticipantInfo| {
+        info.state = State::Active.into();
+        info
+    };
+    let mut room = Room::new(Some("support"));
+    let stray = participant("PA_0", Kind::Agent, &[(NAME_BY_SERVER, "billing")]);
+    let other = room.update(active(stray));
+    assert!(other[0].1.starts_with("other"), "{other:?}");
+    assert_eq!(room.update(agent("PA_1")), told(2, "agent PA_1"));
+    assert_eq!(
+        room.update(active(agent("PA_1"))),
+        told(3, "AgentConnected")
+    );
+    assert_eq!(room.update(active(agent("PA_1"))), []);
+}
+
+#[test]
+fn agent_in_the_join_response_is_marked() {
+    let mut room = Room::new(None);
+    let events = room.roster.update(room.start, vec![agent("PA_1")], true);
+    assert!(matches!(
+        &events[..],
+        [RoomEvent {
+            seen: Seen::AgentJoined {
+                in_join_response: true,
+                ..
+            },
+            ..
+        }]
+    ));
+}
+
+#[test]
+fn either_name_attribute_will_do() {
+    for key in [NAME_BY_SERVER, NAME_BY_WORKER] {
+        let mut room = Room::new(Some("support"));
+        let info = participant("PA_1", Kind::Agent, &[(key, "support")]);
+        assert_eq!(room.update(info), told(1, "agent PA_1"));
+    }
+}
+
+#[test]
+fn another_name_another_kind_and_a_helper_are_strays() {
+    let mut room = Room::new(Some("support"));
+    let sales = participant("PA_1", Kind::Agent, &[(NAME_BY_SERVER, "sales")]);
+    let person = participant("PA_2", Kind::Standard, &[(NAME_BY_SERVER, "support")]);
+    let avatar = participant(
+        "PA_3",
+        Kind::Agent,
+        &[(NAME_BY_SERVER, "support"), (ON_BEHALF, "identity-PA_9")],
+    );
+    assert_eq!(
+        room.update(sales),
+        told(1, "other identity-PA_1 AGENT Some(\"sales\")")
+    );
+    assert_eq!(
+        room.update(person),
+        told(2, "other identity-PA_2 STANDARD Some(\"support\")")
+    );
+    assert_eq!(
+        room.update(avatar),
+        told(3, "other identity-PA_3 AGENT Some(\"support\")")
+    );
+    assert_eq!(room.voice(), [""; 0]);
+}
+
+#[test]
+fn we_ourselves_are_nobody() {
+    let mut room = Room::new(None);
+    let mut me = agent("PA_1");
+    me.identity = "me".to_owned();
+    assert_eq!(room.update(me), []);
+}
+
+#[test]
+fn name_that_comes_late_dates_the_agent_back_to_its_first_sight() {
+    let mut room = Room::new(Some("support"));
+    let unnamed = participant("PA_1", Kind::Agent, &[]);
+    assert_eq!(
+        room.update(unnamed),
+        told(1, "other identity-PA_1 AGENT None")
+    );
+    let named = participant(
+        "PA_1",
+        Kind::Agent,
+        &[(NAME_BY_WORKER, "support"), (STATE, "listening")],
+    );
+    assert_eq!(
+        room.update(named),
+        [
+            (1, "agent PA_1".to_owned()),
+            (2, "state listening".to_owned())
+        ]
+    );
+}
+
+#[test]
+fn second_agent_beside_the_first_is_a_duplicate_and_after_it_a_stray() {
+    let mut room = Room::new(Some("support"));
+    room.update(agent("PA_1"));
+    assert_eq!(
+        room.update(agent("PA_2")),
+        told(2, "duplicate identity-PA_2")
+    );
+    assert_eq!(room.update(agent("PA_2")), []);
+    room.update(gone(agent("PA_1"), DisconnectReason::ClientInitiated));
+    assert_eq!(
+        room.update(agent("PA_3")),
+        told(5, "other identity-PA_3 AGENT Some(\"support\")")
+    );
+}
+
+#[test]
+fn same_agent_in_a_new_session_is_no_duplicate_and_its_old_session_ends_unnoticed() {
+    let mut room = Room::new(Some("support"));
+    let old = agent("PA_1");
+    let mut new = agent("PA_2");
+    new.identity.clone_from(&old.identity);
+    new.tracks = vec![track("TR_2", TrackSource::Microphone)];
+    room.update(old.clone());
+    assert_eq!(room.update(new.clone()), []);
+    assert_eq!(
+        room.update(gone(old, DisconnectReason::DuplicateIdentity)),
+        []
+    );
+    assert_eq!(room.voice(), ["TR_2"]);
+    let gone = gone(new, DisconnectReason::ClientInitiated);
+    assert_eq!(room.update(gone), told(4, "left CLIENT_INITIATED"));
+}
+
+#[test]
+fn state_is_told_when_it_changes() {
+    let mut room = Room::new(None);
+    let with_state = |state: &str| participant("PA_1", Kind::Agent, &[(STATE, state)]);
+    room.update(agent("PA_1"));
+    assert_eq!(
+        room.update(with_state("initializing")),
+        told(2, "state initializing")
+    );
+    assert_eq!(room.update(with_state("initializing")), []);
+    assert_eq!(
+        room.update(with_state("speaking")),
+        told(4, "state speaking")
+    );
+    let other = participant("PA_2", Kind::Standard, &[(STATE, "listening")]);
+    let events = room.update(other);
+    assert!(events.iter().all(|(_, what)| !what.starts_with("state")));
+}
+
+#[test]
+fn stale_update_changes_nothing() {
+    let mut room = Room::new(None);
+    let mut fresh = agent("PA_1");
+    fresh.version = 5;
+    fresh.tracks = vec![track("TR_1", TrackSource::Microphone)];
+    room.update(fresh);
+    let mut stale = agent("PA_1");
+    stale.version = 4;
+    room.update(stale);
+    assert_eq!(room.voice(), ["TR_1"]);
+}
+
+#[test]
+fn voice_is_the_microphone_and_not_the_background() {
+    let mut room = Room::new(None);
+    let mut info = agent("PA_1");
+    info.tracks = vec![
+        track("TR_background", TrackSource::Unknown),
+        track("TR_voice", TrackSource::Microphone),
+    ];
+    room.update(info.clone());
+    assert_eq!(room.voice(), ["TR_voice"]);
+    info.tracks.truncate(1);
+    room.update(info.clone());
+    assert_eq!(room.voice(), [""; 0]);
+    info.tracks.push(track("TR_again", TrackSource::Microphone));
+    room.update(info);
+    assert_eq!(room.voice(), ["TR_again"]);
+}
+
+#[test]
+fn avatar_speaks_for_its_agent() {
+    let mut room = Room::new(None);
+    let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_1")]);
+    avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
+    room.update(avatar);
+    // Nobody knows yet for whom.
+    assert_eq!(room.voice(), ["TR_avatar"]);
+    assert!(!room.roster.knows_agent());
+    room.update(agent("PA_1"));
+    assert_eq!(room.voice(), ["TR_avatar"]);
+    assert!(room.roster.knows_agent());
+}
+
+#[test]
+fn avatar_of_another_agent_is_no_voice_once_the_agent_is_known() {
+    let mut room = Room::new(Some("support"));
+    let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_9")]);
+    avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
+    room.update(avatar);
+    assert_eq!(room.voice(), ["TR_avatar"]);
+    room.update(agent("PA_1"));
+    assert_eq!(room.voice(), [""; 0]);
+}
+
+#[test]
+fn crowd_is_kept_in_mind_only_up_to_a_bound() {
+    let mut room = Room::new(Some("support"));
+    for i in 0..1_000 {
+        room.update(participant(&format!("PA_{i}"), Kind::Standard, &[]));
+    }
+    assert_eq!(room.roster.present.len(), MOST_PARTICIPANTS);
+}

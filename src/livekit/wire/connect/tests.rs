@@ -1,0 +1,213 @@
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket};
+
+use super::*;
+use crate::livekit::test_server::{Authority, Server, endpoint};
+
+const LONG: Duration = Duration::from_secs(20);
+
+async fn connect(endpoint: &Endpoint, within: Duration) -> Result<Stream, ConnectError> {
+    endpoint.connect(Instant::now() + within).await
+}
+
+fn trusting(authority: &Authority, url: &str) -> Endpoint {
+    Endpoint::new(&url.parse().unwrap(), Some(authority.pem.path())).unwrap()
+}
+
+fn tls_text(result: Result<Stream, ConnectError>) -> String {
+    match result {
+        Err(ConnectError::Tls { error, .. }) => error,
+        Err(other) => panic!("not a TLS error: {other}"),
+        Ok(_) => panic!("connected"),
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_host_fails_in_the_dns_stage() {
+    let error = connect(&endpoint("wss://nonexistent.invalid"), LONG)
+        .await
+        .err()
+        .unwrap();
+    assert!(
+        matches!(&error, ConnectError::Dns { host, .. } if host == "nonexistent.invalid"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_closed_port_fails_in_the_tcp_stage_and_is_named() {
+    let address = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let error = connect(&endpoint(&format!("ws://{address}")), LONG)
+        .await
+        .err()
+        .unwrap();
+    let text = error.to_string();
+    assert!(
+        text.starts_with(&format!("TCP connection to {address} failed: ")),
+        "{text}"
+    );
+}
+
+/// A listener whose queue is full drops what else comes: the nearest that loopback has to a dead host.
+async fn dead_address() -> (SocketAddr, Vec<TcpStream>, TcpListener) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut queue = Vec::new();
+    while let Ok(stream) =
+        tokio::time::timeout(Duration::from_millis(50), TcpStream::connect(address)).await
+    {
+        queue.push(stream.unwrap());
+    }
+    (address, queue, listener)
+}
+
+#[tokio::test]
+async fn a_dead_first_address_leaves_time_for_the_next() {
+    let (dead, _queue, _listener) = dead_address().await;
+    let server = Server::silent().await;
+    let stream = server
+        .endpoint()
+        .dial(
+            &[dead, server.address],
+            Instant::now() + Duration::from_secs(1),
+        )
+        .await
+        .unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), server.address);
+}
+
+#[tokio::test]
+async fn a_host_that_does_not_answer_times_out_in_the_tcp_stage() {
+    let (dead, _queue, _listener) = dead_address().await;
+    let error = connect(
+        &endpoint(&format!("ws://{dead}")),
+        Duration::from_millis(100),
+    )
+    .await
+    .err()
+    .unwrap();
+    let text = error.to_string();
+    assert!(
+        text.starts_with(&format!(
+            "TCP connection to {dead} failed: timed out after "
+        )),
+        "{text}"
+    );
+}
+
+#[test]
+fn every_address_that_failed_is_named() {
+    let addresses = ["10.0.0.1:443", "[fd00::1]:443"].map(|text| text.parse().unwrap());
+    let errors = vec![
+        (&addresses[0], "refused".to_owned()),
+        (&addresses[1], "timed out after 2s".to_owned()),
+    ];
+    let error = tcp_error("example.com:443".to_owned(), errors);
+    assert_eq!(
+        error.to_string(),
+        "TCP connection to example.com:443 failed: \
+             10.0.0.1:443: refused; [fd00::1]:443: timed out after 2s"
+    );
+}
+
+#[tokio::test]
+async fn a_server_of_a_private_ca_is_trusted_with_its_ca_file() {
+    let authority = Authority::new();
+    let server = authority
+        .server("localhost", 2999, "HTTP/1.1 200 OK\r\n\r\n")
+        .await;
+    let url = format!("wss://localhost:{}", server.address.port());
+    let mut stream = connect(&trusting(&authority, &url), LONG).await.unwrap();
+    assert_eq!(stream.peer, server.address);
+    stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    stream.flush().await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert_eq!(answer, "HTTP/1.1 200 OK\r\n\r\n");
+}
+
+#[tokio::test]
+async fn an_untrusted_issuer_is_told_as_such() {
+    let server = Authority::new().server("localhost", 2999, "").await;
+    let url = format!("wss://localhost:{}", server.address.port());
+    let text = tls_text(connect(&endpoint(&url), LONG).await);
+    assert!(text.contains("issuer is not trusted"), "{text}");
+    assert!(text.contains("ca_file"), "{text}");
+}
+
+#[tokio::test]
+async fn a_certificate_for_another_name_says_for_which() {
+    let authority = Authority::new();
+    let server = authority.server("other.example", 2999, "").await;
+    let url = format!("wss://localhost:{}", server.address.port());
+    let text = tls_text(connect(&trusting(&authority, &url), LONG).await);
+    assert_eq!(text, "the certificate is for another name: other.example");
+}
+
+#[tokio::test]
+async fn an_expired_certificate_says_since_when() {
+    let authority = Authority::new();
+    let server = authority.server("localhost", 2001, "").await;
+    let url = format!("wss://localhost:{}", server.address.port());
+    let text = tls_text(connect(&trusting(&authority, &url), LONG).await);
+    assert_eq!(text, "the certificate expired at 2001-12-31 00:00:00 UTC");
+}
+
+#[tokio::test]
+async fn a_port_without_tls_is_told_as_such() {
+    let server = Server::start(|mut stream| async move {
+        stream
+            .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            .await
+            .unwrap();
+        let mut sink = [0; 1024];
+        while matches!(stream.read(&mut sink).await, Ok(1..)) {}
+    })
+    .await;
+    let text = tls_text(connect(&endpoint(&format!("wss://{}", server.address)), LONG).await);
+    assert_eq!(text, "the port does not speak TLS");
+}
+
+#[tokio::test]
+async fn a_handshake_without_an_answer_times_out_in_the_tls_stage() {
+    let server = Server::silent().await;
+    let url = format!("wss://{}", server.address);
+    let text = tls_text(connect(&endpoint(&url), Duration::from_millis(100)).await);
+    assert!(text.starts_with("timed out after "), "{text}");
+}
+
+#[test]
+fn a_base_path_is_kept_and_credentials_and_query_are_dropped() {
+    let endpoint = endpoint("wss://user:hidden@example.com:8443/base/?token=hidden#hidden");
+    assert_eq!(endpoint.target("/rtc"), "/base/rtc");
+    assert_eq!(endpoint.authority(), "example.com:8443");
+    assert_eq!(endpoint.url.as_str(), "wss://example.com:8443/base/");
+}
+
+#[test]
+fn the_host_header_has_no_default_port_and_keeps_the_brackets_of_ipv6() {
+    assert_eq!(endpoint("wss://example.com").authority(), "example.com");
+    assert_eq!(endpoint("ws://[::1]:7880").authority(), "[::1]:7880");
+}
+
+#[test]
+fn a_url_or_a_ca_file_of_no_use_is_refused_with_its_reason() {
+    let refused = |url: &str, file: Option<&Path>| {
+        let error = Endpoint::new(&url.parse().unwrap(), file).err().unwrap();
+        format!("{error:#}")
+    };
+    assert_eq!(
+        refused("ftp://example.com", None),
+        "scheme \"ftp\" is none of wss, ws, https, http"
+    );
+    let missing = Path::new("missing.pem");
+    assert!(refused("wss://example.com", Some(missing)).starts_with("cannot read missing.pem"));
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    assert!(refused("wss://example.com", Some(empty.path())).ends_with("holds no PEM certificate"));
+}

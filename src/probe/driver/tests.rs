@@ -1,0 +1,276 @@
+use std::sync::Mutex;
+
+use secrecy::SecretString;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use url::Url;
+
+use super::*;
+use crate::livekit::wire::token::Keys;
+use crate::probe::{Milestone, Outcome, Reason};
+
+/// A server API that answers every call with `answer`, and remembers which were made.
+struct Server {
+    url: Url,
+    calls: Arc<Mutex<Vec<String>>>,
+    _task: JoinSet<()>,
+}
+
+const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+const LIMIT: &str =
+    "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
+
+impl Server {
+    async fn start(answer: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let calls = Arc::default();
+        let mut task = JoinSet::new();
+        task.spawn(serve(listener, answer, Arc::clone(&calls)));
+        Self {
+            url: url.parse().unwrap(),
+            calls,
+            _task: task,
+        }
+    }
+
+    fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+}
+
+async fn serve(listener: TcpListener, answer: &str, calls: Arc<Mutex<Vec<String>>>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let method = read_request(stream, answer).await;
+        calls.lock().unwrap().push(method);
+    }
+}
+
+/// Answers one request, read to its end: closing a socket with unread bytes would reset the connection.
+async fn read_request(mut stream: TcpStream, answer: &str) -> String {
+    let mut request = Vec::new();
+    let mut most = usize::MAX;
+    while request.len() < most {
+        assert_ne!(stream.read_buf(&mut request).await.unwrap(), 0);
+        let text = String::from_utf8_lossy(&request);
+        if let Some((head, _)) = text.split_once("\r\n\r\n") {
+            let length = head
+                .lines()
+                .find_map(|line| line.strip_prefix("content-length: "));
+            let body: usize = length.map_or(0, |length| length.parse().unwrap());
+            most = head.len() + 4 + body;
+        }
+    }
+    stream.write_all(answer.as_bytes()).await.unwrap();
+    let text = String::from_utf8_lossy(&request);
+    let path = text.split(' ').nth(1).unwrap_or_default();
+    path.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+fn context(url: &Url) -> Context {
+    let (key, secret) = ("devkey", SecretString::from("secret"));
+    let endpoint = Endpoint::new(url, None).unwrap();
+    let keys = Keys::new(key, secret.clone()).unwrap();
+    let mut target = Target {
+        agent_name: Some("support".to_owned()),
+        ..Target::default()
+    };
+    target.deadlines.cleanup = Duration::from_millis(300);
+    Context {
+        project: Arc::new(Project {
+            url: url.clone(),
+            api_key: key.to_owned(),
+            api_secret: secret,
+            ca_file: None,
+            cloud_project: None,
+            ice: crate::config::Ice::default(),
+            api_timeout: Duration::from_secs(5),
+            max_rooms: 1,
+            budget: crate::config::Budget::default(),
+            backoff: crate::config::Backoff::default(),
+        }),
+        target: Arc::new(target),
+        api: Api::new(endpoint.clone(), keys, Duration::from_secs(5)),
+        endpoint,
+        janitor: Janitor::start(),
+        agent_known: false,
+        fault: None,
+    }
+}
+
+struct Started {
+    driver: Driver,
+    abort: CancellationToken,
+    progress: mpsc::Receiver<Progress>,
+    _hold: watch::Sender<Option<Instant>>,
+}
+
+fn start(url: &Url) -> Started {
+    start_with(context(url))
+}
+
+fn start_with(context: Context) -> Started {
+    let (hold, until) = watch::channel(None);
+    let (told, progress) = mpsc::channel(Progress::MOST);
+    let abort = CancellationToken::new();
+    let room = RoomName("canary-test".to_owned());
+    Started {
+        driver: Driver::new(context, room, Position::First, until, abort.clone(), told),
+        abort,
+        progress,
+        _hold: hold,
+    }
+}
+
+fn reason(report: &Report) -> Reason {
+    match &report.outcome {
+        Outcome::Failed(failure) => failure.reason,
+        other => panic!("not failed but {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn refused_room_is_reported_with_its_evidence() {
+    let server = Server::start(LIMIT).await;
+    let started = start(&server.url);
+    let report = started.driver.run_to_the_end().await;
+    assert_eq!(reason(&report).label(), "plan_limit");
+    assert_eq!(report.evidence.retry_after_seconds, Some(7.0));
+    assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    assert_eq!(server.calls(), ["CreateRoom"]);
+}
+
+#[tokio::test]
+async fn unreachable_server_settles_join_and_outcome_once() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let mut started = start(&url.parse().unwrap());
+    let report = started.driver.run_to_the_end().await;
+    assert_eq!(reason(&report), Reason::Unreachable);
+    let mut told = Vec::new();
+    started.progress.recv_many(&mut told, Progress::MOST).await;
+    assert!(
+        matches!(
+            told.as_slice(),
+            [
+                Progress::Reached {
+                    milestone: Milestone::Started,
+                    ..
+                },
+                Progress::JoinSettled { joined: false },
+                Progress::Settled { .. },
+            ]
+        ),
+        "{told:?}"
+    );
+}
+
+#[tokio::test]
+async fn aborted_probe_deletes_its_room_after_the_calls_that_could_create_it() {
+    let server = Server::start(EMPTY_OK).await;
+    let started = start(&server.url);
+    started.abort.cancel();
+    let report = started.driver.run_to_the_end().await;
+    assert_eq!(report.outcome, Outcome::Aborted);
+    assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
+    let calls = server.calls();
+    assert_eq!(calls.first().map(String::as_str), Some("CreateRoom"));
+    assert_eq!(calls.last().map(String::as_str), Some("DeleteRoom"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn aborted_probe_reports_in_time_whatever_hangs() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let mut context = context(&url.parse().unwrap());
+    context.target = Arc::new(Target::default());
+    let janitor = context.janitor.clone();
+    let started = start_with(context);
+    started.abort.cancel();
+    let begun = Instant::now();
+    let report = started.driver.run_to_the_end().await;
+    assert_eq!(report.outcome, Outcome::Aborted);
+    assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    assert_eq!(begun.elapsed().as_secs(), ABORTED.as_secs());
+    // The room is not forgotten.
+    let left = janitor.close(Instant::now()).await;
+    assert_eq!(left.len(), 1, "{left:?}");
+}
+
+#[tokio::test]
+async fn panic_is_internal_and_the_room_is_deleted_nevertheless() {
+    let server = Server::start(EMPTY_OK).await;
+    let mut started = start(&server.url);
+    started.driver.call(async { panic!("of a test") });
+    let report = started.driver.run_to_the_end().await;
+    assert_eq!(reason(&report), Reason::Internal);
+    assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
+    assert_eq!(
+        server.calls().last().map(String::as_str),
+        Some("DeleteRoom")
+    );
+}
+
+#[tokio::test]
+async fn probe_that_crashes_again_and_again_still_reports() {
+    let server = Server::start(EMPTY_OK).await;
+    let mut started = start(&server.url);
+    started.driver.call(async { panic!("of a test") });
+    started.driver.call(async { panic!("of a test, again") });
+    let report = started.driver.run_to_the_end().await;
+    assert_eq!(reason(&report), Reason::Internal);
+}
+
+#[tokio::test]
+async fn hold_that_nobody_can_end_is_over() {
+    let (hold, until) = watch::channel(None);
+    let mut until = Some(until);
+    drop(hold);
+    assert!(changed(&mut until).await.is_some());
+    assert!(until.is_none());
+}
+
+#[tokio::test]
+async fn agent_is_named_in_the_request_that_creates_the_room_unless_it_is_called_later() {
+    let url = "http://127.0.0.1:1".parse().unwrap();
+    for (mode, in_room, in_token) in [
+        (DispatchMode::Explicit, false, None),
+        (DispatchMode::Room, true, None),
+        (DispatchMode::Token, true, Some(true)),
+        (DispatchMode::Automatic, false, Some(false)),
+    ] {
+        let mut started = start(&url);
+        let mut target = Target::clone(&started.driver.context.target);
+        target.dispatch.mode = mode;
+        target.dispatch.metadata = "vip".to_owned();
+        started.driver.context.target = Arc::new(target);
+        let driver = &started.driver;
+
+        let agent = NamedAgent {
+            name: "support".to_owned(),
+            metadata: "vip".to_owned(),
+        };
+        let expected = Vec::from_iter(in_room.then_some(agent));
+        assert_eq!(driver.new_room().agents, expected, "{mode:?}");
+        let config = driver.join_request().room_config;
+        assert_eq!(
+            config.as_ref().map(|config| config
+                .agents
+                .iter()
+                .any(|agent| agent.agent_name == "support" && agent.metadata == "vip")),
+            in_token,
+            "{mode:?}"
+        );
+        let metadata = config.map(|config| config.metadata);
+        assert_eq!(metadata, in_token.map(|_| METADATA.to_owned()));
+    }
+}
+
+#[test]
+fn fault_stays_with_the_room_that_it_is_meant_for() {
+    let fault = Fault::Panic { index: Some(2) };
+    assert_eq!(fault.of_room(2), Some(fault));
+    assert_eq!(fault.of_room(1), None);
+}

@@ -1,0 +1,256 @@
+use super::*;
+use crate::probe::Origin;
+
+fn refusal(status: u16, code: Option<&str>, message: &str) -> Refusal {
+    Refusal {
+        status,
+        twirp_code: code.map(str::to_owned),
+        message: message.to_owned(),
+        retry_after: None,
+    }
+}
+
+fn api(step: Step, status: u16, code: Option<&str>, message: &str) -> Failure {
+    let error = ApiError::Refused(refusal(status, code, message));
+    Failure::of_api(step, &error, &mut Evidence::default())
+}
+
+fn join(status: u16, message: &str) -> Failure {
+    let error = SignalError::Refused(refusal(status, None, message));
+    Failure::of_join(&error, &mut Evidence::default())
+}
+
+fn connect_errors() -> [ConnectError; 3] {
+    let host = || "lk.example".to_owned();
+    [
+        ConnectError::Dns {
+            host: host(),
+            error: "no such host".to_owned(),
+        },
+        ConnectError::Tcp {
+            address: "192.0.2.1:443".to_owned(),
+            error: "connection refused".to_owned(),
+        },
+        ConnectError::Tls {
+            host: host(),
+            error: "invalid peer certificate: UnknownIssuer".to_owned(),
+        },
+    ]
+}
+
+fn distinct<const N: usize>(labels: [&'static str; N]) -> bool {
+    let mut labels = labels.to_vec();
+    assert!(labels.iter().all(|label| {
+        label
+            .chars()
+            .all(|char| char.is_ascii_lowercase() || char == '_')
+    }));
+    labels.sort_unstable();
+    labels.dedup();
+    labels.len() == N
+}
+
+#[test]
+fn labels_are_distinct_snake_case() {
+    assert!(distinct(Reason::ALL.map(Reason::label)));
+    assert!(distinct(Origin::ALL.map(Origin::label)));
+    assert!(distinct(LimitKind::ALL.map(LimitKind::label)));
+}
+
+#[test]
+fn every_reason_has_the_origin_that_the_design_gives() {
+    let table: Vec<_> = Reason::ALL
+        .iter()
+        .map(|reason| format!("{} {}", reason.label(), reason.origin().label()))
+        .collect();
+    insta::assert_snapshot!(table.join("\n"));
+}
+
+#[test]
+fn only_what_the_service_says_is_a_limit() {
+    use LimitKind as L;
+    let twirp = Some("resource_exhausted");
+    let table = [
+        (429, None, "slow down", Some(L::ApiRate)),
+        (429, twirp, "rate limit exceeded", Some(L::ApiRate)),
+        // A proxy may give Twirp's code another status.
+        (503, twirp, "rate limit exceeded", Some(L::ApiRate)),
+        (
+            429,
+            twirp,
+            "Concurrent Agent Sessions reached",
+            Some(L::AgentSessions),
+        ),
+        (429, twirp, "Monthly QUOTA exceeded", Some(L::Quota)),
+        (429, twirp, "no participant minutes left", Some(L::Quota)),
+        (
+            503,
+            None,
+            "node has exceeded its configured limit",
+            Some(L::Node),
+        ),
+        (
+            500,
+            Some("internal"),
+            "reached configured limit for node",
+            Some(L::Node),
+        ),
+        // Twirp's older servers gave the code another status, which says nothing of a rate.
+        (403, twirp, "no more rooms", Some(L::Other)),
+        (503, None, "no healthy upstream", None),
+        (500, Some("internal"), "quota of retries used up", None),
+    ];
+    for (status, code, message, kind) in table {
+        let failure = api(Step::CreateRoom, status, code, message);
+        let expected = kind.map_or(Reason::RoomCreateFailed, Reason::PlanLimit);
+        assert_eq!(failure.reason, expected, "{status} {message}");
+    }
+    for (status, message, kind) in [
+        (429, "too many connections", Some(L::Connections)),
+        (503, "node has exceeded its configured limit", Some(L::Node)),
+        (500, "reached configured limit for node", Some(L::Node)),
+        (503, "no healthy upstream", None),
+        (500, "connection closed by media", None),
+    ] {
+        let expected = kind.map_or(Reason::SignalFailed, Reason::PlanLimit);
+        assert_eq!(join(status, message).reason, expected, "{status} {message}");
+    }
+}
+
+#[test]
+fn refusals_that_a_setting_explains_are_its_fault() {
+    for status in [401, 403] {
+        assert_eq!(
+            api(Step::CreateRoom, status, None, "no").reason,
+            Reason::AuthRejected
+        );
+        assert_eq!(join(status, "no").reason, Reason::AuthRejected);
+    }
+    let not_found = Some("not_found");
+    let table = [
+        (
+            api(Step::CreateRoom, 404, None, "404 page not found"),
+            Reason::ConfigRejected,
+        ),
+        (
+            api(Step::CreateRoom, 404, Some("bad_route"), "no handler"),
+            Reason::ConfigRejected,
+        ),
+        (
+            api(Step::Dispatch, 404, None, "404 page not found"),
+            Reason::ConfigRejected,
+        ),
+        (
+            api(
+                Step::Dispatch,
+                404,
+                not_found,
+                "requested room does not exist",
+            ),
+            Reason::DispatchFailed,
+        ),
+        (join(404, "404 page not found"), Reason::ConfigRejected),
+        (
+            join(404, "requested room does not exist"),
+            Reason::SignalFailed,
+        ),
+    ];
+    for (failure, reason) in table {
+        assert_eq!(failure.reason, reason, "{}", failure.detail);
+    }
+}
+
+#[test]
+fn refusal_is_kept_as_evidence() {
+    let mut evidence = Evidence::default();
+    let error = ApiError::Refused(Refusal {
+        retry_after: Some(Duration::from_millis(1500)),
+        ..refusal(429, Some("resource_exhausted"), "slow\ndown")
+    });
+    let failure = Failure::of_api(Step::Dispatch, &error, &mut evidence);
+    assert_eq!(evidence.step, Some("dispatch"));
+    assert_eq!(evidence.http_status, Some(429));
+    assert_eq!(evidence.twirp_code.as_deref(), Some("resource_exhausted"));
+    assert_eq!(evidence.answer.as_deref(), Some("slow\ndown"));
+    assert_eq!(evidence.retry_after_seconds, Some(1.5));
+    assert!(failure.detail.contains("slow down"), "{}", failure.detail);
+}
+
+#[test]
+fn long_answer_is_cut_in_the_detail() {
+    let failure = join(500, &"ä".repeat(1000));
+    assert!(failure.detail.chars().count() < 400, "{}", failure.detail);
+}
+
+#[test]
+fn leave_reasons_are_told_apart() {
+    let reasons = (0..=20)
+        .filter_map(|number| DisconnectReason::try_from(number).ok())
+        .map(|reason| reason.as_str_name())
+        .chain(["A_REASON_OF_LATER_DAYS"])
+        .map(|name| format!("{name}: {}", Failure::of_leave(name).reason.label()));
+    insta::assert_snapshot!(reasons.collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn details_say_what_happened_and_what_to_check() {
+    let mut evidence = Evidence::default();
+    let second = Duration::from_secs(1);
+    let mut failures: Vec<_> = connect_errors()
+        .into_iter()
+        .map(|error| Failure::of_api(Step::CreateRoom, &error.into(), &mut evidence))
+        .collect();
+    failures.extend([
+        api(Step::CreateRoom, 401, None, "invalid token"),
+        api(Step::CreateRoom, 404, None, "404 page not found"),
+        api(Step::CreateRoom, 500, Some("internal"), "redis is down"),
+        api(
+            Step::Dispatch,
+            404,
+            Some("not_found"),
+            "requested room does not exist",
+        ),
+        api(Step::Dispatch, 429, Some("resource_exhausted"), "slow down"),
+        api(
+            Step::Dispatch,
+            503,
+            None,
+            "node has exceeded its configured limit",
+        ),
+        Failure::of_api(Step::Dispatch, &ApiError::Timeout(second), &mut evidence),
+        Failure::of_api(
+            Step::Dispatch,
+            &ApiError::Broken("reset by peer".to_owned()),
+            &mut evidence,
+        ),
+        join(401, "invalid API key"),
+        join(404, ""),
+        join(429, "too many connections"),
+        join(500, "connection closed by media"),
+    ]);
+    let joins = [
+        SignalError::JoinTimeout(second),
+        SignalError::Closed("reset by peer".to_owned()),
+        SignalError::LeftBeforeJoin {
+            reason: "JOIN_FAILURE".to_owned(),
+        },
+        SignalError::LeftBeforeJoin {
+            reason: "ROOM_DELETED".to_owned(),
+        },
+        SignalError::LeftBeforeJoin {
+            reason: "SERVER_SHUTDOWN".to_owned(),
+        },
+    ];
+    failures.extend(joins.map(|error| Failure::of_join(&error, &mut evidence)));
+    failures.push(Failure::of_lost_signal(
+        &SignalError::PingTimeout(15 * second),
+        &mut evidence,
+    ));
+    let leaves = ["ROOM_DELETED", "PARTICIPANT_REMOVED", "DUPLICATE_IDENTITY"];
+    failures.extend(leaves.map(Failure::of_leave));
+    failures.extend(["CONNECTION_TIMEOUT", "SERVER_SHUTDOWN"].map(Failure::of_leave));
+    let lines = failures
+        .iter()
+        .map(|failure| format!("{}: {}", failure.reason.label(), failure.detail));
+    insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
+}
