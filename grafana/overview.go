@@ -105,7 +105,7 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 		WithPanel(counts(about{
 			"Rooms that the agent failed, last $window",
 			"By reason, of origin agent or undetermined (LiveKit took the dispatch, and nobody came). Dotted: all rooms that " +
-				"came to an end. The README says what each reason means and what to do.",
+				"came to an end. docs/reasons.md explains each reason and what to do.",
 			count, 24, 8,
 		}, probes(), failures(`origin=~"agent|undetermined"`, "{{target}} {{reason}}")))
 }

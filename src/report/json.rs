@@ -1,4 +1,4 @@
-//! The result of a batch as JSON. Seconds are numbers, what is missing is null; the README describes it.
+//! The result of a batch as JSON. Seconds are numbers, missing values are null; `docs/api.md` describes it.
 
 use std::time::Duration;
 
@@ -291,9 +291,9 @@ mod tests {
     }
 
     #[test]
-    fn document_has_the_shape_that_the_readme_shows() {
-        let readme = include_str!("../../README.md");
-        let (_, after) = readme.split_once("```json\n").unwrap();
+    fn document_has_the_shape_that_the_docs_show() {
+        let docs = include_str!("../../docs/api.md");
+        let (_, after) = docs.split_once("```json\n").unwrap();
         let (example, _) = after.split_once("```").unwrap();
         let example: Value = serde_json::from_str(example).unwrap();
         assert_same_keys(&example, &rendered(&mixed()), "");

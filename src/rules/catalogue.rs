@@ -164,7 +164,7 @@ fn indented(text: &str) -> String {
     lines.join("\n")
 }
 
-/// In the order of the README's table.
+/// In the order of the table in `docs/alerts.md`.
 pub const ALERTS: &[Alert] = &[
     Alert {
         name: "AgentFailing",

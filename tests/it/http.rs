@@ -378,10 +378,10 @@ async fn api_says_what_there_is_not_and_what_it_does_not_understand() {
 }
 
 #[tokio::test]
-async fn every_path_of_the_readme_is_one() {
+async fn every_documented_path_exists() {
     let server = Server::start().await;
-    let (_, section) = include_str!("../../README.md")
-        .split_once("\n## HTTP\n")
+    let (_, section) = include_str!("../../docs/api.md")
+        .split_once("\n## Paths\n")
         .unwrap();
     let rows = section
         .lines()

@@ -1,4 +1,4 @@
-//! Tests that need nothing but this crate: they run the binary, and read the sources and the README.
+//! Tests that need nothing but this crate: they run the binary, and read the sources and the documentation.
 
 #![expect(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
 
@@ -7,6 +7,7 @@ mod command_line;
 mod daemon;
 mod dashboards;
 mod demo;
+mod docs;
 mod drill;
 mod forecast;
 #[expect(dead_code, reason = "the scenarios use the rest")]
@@ -16,7 +17,6 @@ mod guard;
 mod history;
 mod http;
 mod metrics;
-mod readme;
 mod robustness;
 mod rules;
 mod running;

@@ -1037,11 +1037,11 @@ fn no_scrape_sees_a_part_of_a_probe() {
     });
 }
 
-const README: &str = include_str!("../../README.md");
+const METRICS: &str = include_str!("../../docs/metrics.md");
 
-/// The rows of the README's table with this head, as cells.
-fn readme_table(head: &str) -> Vec<Vec<&'static str>> {
-    let (_, table) = README.split_once(head).unwrap();
+/// The rows of the table with this head in `docs/metrics.md`, as cells.
+fn documented_table(head: &str) -> Vec<Vec<&'static str>> {
+    let (_, table) = METRICS.split_once(head).unwrap();
     let rows = table.lines().skip(2).take_while(|row| row.starts_with('|'));
     rows.map(|row| {
         let cells = row.strip_prefix('|').unwrap().strip_suffix('|').unwrap();
@@ -1056,8 +1056,8 @@ fn quoted(cell: &str) -> Vec<&str> {
 }
 
 #[test]
-fn readme_lists_the_catalogue() {
-    let listed = readme_table("| name | type | labels | means |");
+fn docs_list_the_catalogue() {
+    let listed = documented_table("| name | type | labels | means |");
     let expected = CATALOGUE.iter().map(|family| {
         let labels = family.labels.iter().map(|label| format!("`{label}`"));
         vec![
@@ -1071,16 +1071,16 @@ fn readme_lists_the_catalogue() {
 }
 
 #[test]
-fn readme_lists_every_label_value() {
+fn docs_list_every_label_value() {
     let (metrics, _support) = with_a_target();
     let scrape = Scrape::take(&metrics);
-    let rows = readme_table("| label | values |");
+    let rows = documented_table("| label | values |");
     for row in &rows {
         let [labels, values] = row[..] else {
             panic!("{row:?} has not two cells");
         };
-        // Tables and tests of their own hold what another section lists.
-        if !values.contains("](#") && values != "`true`, `false`" {
+        // Other tests check the pages that list the rest.
+        if !values.contains("](") && values != "`true`, `false`" {
             let [label] = quoted(labels)[..] else {
                 panic!("{labels} is not one label");
             };
@@ -1106,7 +1106,7 @@ fn readme_lists_every_label_value() {
 }
 
 #[test]
-fn readme_says_which_failures_count_in_which_service_level() {
+fn docs_list_the_origins_that_count_in_each_service_level() {
     let objectives = Objectives::default();
     let expected = Sli::ALL.map(|sli| {
         let counts = |reason: &Reason| {
@@ -1117,7 +1117,7 @@ fn readme_says_which_failures_count_in_which_service_level() {
         let origins: BTreeSet<&str> = reasons.map(|reason| reason.origin().label()).collect();
         (sli.label(), origins)
     });
-    let rows = readme_table("| sli | a probe is good | failures that count, by origin |");
+    let rows = documented_table("| sli | a probe is good | failures that count, by origin |");
     let listed: Vec<_> = rows
         .iter()
         .map(|row| (quoted(row[0])[0], quoted(row[2]).into_iter().collect()))
