@@ -13,6 +13,7 @@ use crate::canary;
 const README: &str = include_str!("../../README.md");
 const REASONS: &str = include_str!("../../docs/reasons.md");
 const ALERTS_PAGE: &str = include_str!("../../docs/alerts.md");
+const CONFIGURE: &str = include_str!("../../docs/configure.md");
 const EXIT_STATUS: &str = include_str!("../../docs/exit-status.md");
 
 /// The rows of the page's table whose first column has this title, in `N` cells each, none of them empty.
@@ -170,10 +171,48 @@ fn exit_statuses_are_those_of_the_help_in_its_order() {
     }
 }
 
+#[test]
+fn modes_of_dispatch_and_ramps_are_those_of_the_help() {
+    let folder = tempfile::tempdir().unwrap();
+    let help = canary(folder.path(), ["once", "--help"], &[]).stdout;
+    let in_help = |flag: &str| {
+        let (_, flag) = help.split_once(&format!("--{flag} <")).unwrap();
+        let (_, values) = flag.split_once("[possible values: ").unwrap();
+        let (values, _) = values.split_once(']').unwrap();
+        values.split(", ").map(quoted).collect::<Vec<_>>()
+    };
+    let modes = table(CONFIGURE, "mode").into_iter();
+    let modes: Vec<_> = modes
+        .map(|[mode, _named_by, _sent, _accepted]| mode)
+        .collect();
+    assert_eq!(modes, in_help("dispatch"));
+    let ramps = table(CONFIGURE, "ramp").into_iter();
+    let ramps: Vec<_> = ramps.map(|[ramp, _opens, _stopped_by]| ramp).collect();
+    assert_eq!(ramps, in_help("ramp"));
+}
+
+#[test]
+fn every_file_that_a_page_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = ["config/", "deploy/", "docs/", "grafana/", "src/", "tests/"];
+    let mut checked = 0;
+    for (path, page) in pages() {
+        for word in page.code.iter().filter(|word| !word.contains(' ')) {
+            if folders.iter().any(|folder| word.starts_with(folder)) {
+                assert!(root.join(word).exists(), "{}: {word}", path.display());
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 30, "{checked} files");
+}
+
 /// A page, with the anchors that GitHub gives its headings, and its links.
 struct Page {
     anchors: BTreeSet<String>,
     links: Vec<String>,
+    /// Its words in backquotes.
+    code: Vec<String>,
 }
 
 impl Page {
@@ -181,8 +220,12 @@ impl Page {
         let text = fs::read_to_string(path).unwrap();
         let mut anchors = BTreeSet::new();
         let mut links = Vec::new();
+        let mut code = Vec::new();
         let mut heading: Option<String> = None;
         for event in Parser::new_ext(&text, Options::ENABLE_TABLES) {
+            if let Event::Code(words) = &event {
+                code.push(words.to_string());
+            }
             match event {
                 Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
                 Event::Text(words) | Event::Code(words) => {
@@ -200,7 +243,11 @@ impl Page {
                 _ => {}
             }
         }
-        Self { anchors, links }
+        Self {
+            anchors,
+            links,
+            code,
+        }
     }
 }
 
