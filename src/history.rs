@@ -139,13 +139,16 @@ impl History {
     ///
     /// # Errors
     /// Another process uses the folder; a newer version of this program wrote it; no thread can be started.
-    pub fn open(settings: &config::History) -> Result<Self, OpenError> {
+    pub fn open(settings: &config::HistorySettings) -> Result<Self, OpenError> {
         Self::open_with_clock(settings, Arc::new(Utc::now))
     }
 
     /// # Errors
     /// See [`History::open`].
-    pub fn open_with_clock(settings: &config::History, clock: Clock) -> Result<Self, OpenError> {
+    pub fn open_with_clock(
+        settings: &config::HistorySettings,
+        clock: Clock,
+    ) -> Result<Self, OpenError> {
         let (history, writer) = Self::prepare(settings, clock)?;
         thread::Builder::new()
             .name("history".to_owned())
@@ -154,7 +157,10 @@ impl History {
         Ok(history)
     }
 
-    fn prepare(settings: &config::History, clock: Clock) -> Result<(Self, Writer), OpenError> {
+    fn prepare(
+        settings: &config::HistorySettings,
+        clock: Clock,
+    ) -> Result<(Self, Writer), OpenError> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             work: Condvar::new(),

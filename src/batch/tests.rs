@@ -615,9 +615,9 @@ async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
 #[tokio::test]
 async fn a_room_is_journalled_on_disk_before_it_can_exist() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = config::History {
+    let settings = config::HistorySettings {
         dir: dir.path().to_owned(),
-        ..config::History::default()
+        ..config::HistorySettings::default()
     };
     let history = History::open(&settings).unwrap();
     let guard = Guard::new("acme", &sample::project(), history);

@@ -7,7 +7,7 @@ use humantime::format_duration;
 
 use super::forecast::Forecast;
 use super::{Check, Exit, print};
-use crate::config::{Config, Draft, EchoMode, Period, Problems, Project, Ramp, Stay, Target};
+use crate::config::{Config, EchoMode, Period, Problems, Project, Ramp, RawConfig, Stay, Target};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
 
@@ -15,7 +15,7 @@ use crate::livekit::{RoomName, wire};
 const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
 
 pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
-    let draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let all = draft.validate()?;
     // A project's targets share its limits, whichever are shown.
     let forecast = Forecast::new(&all, Utc::now());

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::progress::{REFRESH, Screen};
 use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch;
-use crate::config::{Config, Draft, Problems, Project, Ramp, Target};
+use crate::config::{Config, Problems, Project, Ramp, RawConfig, Target};
 use crate::janitor::{self, Janitor, LAST_DELETIONS, LeftBehind};
 use crate::livekit::wire;
 use crate::probe::Progress;
@@ -57,7 +57,7 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
 
 /// Flags over environment over file. The name is that of the one target to probe.
 fn settings(args: &Once) -> Result<(String, Config), Problems> {
-    let mut draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let name = choose_target(&draft, args.target.as_deref())?;
     draft.ensure_target(&name);
     let duration =
@@ -115,7 +115,7 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
     Ok((name, config))
 }
 
-fn choose_target(draft: &Draft, wanted: Option<&str>) -> Result<String, Problems> {
+fn choose_target(draft: &RawConfig, wanted: Option<&str>) -> Result<String, Problems> {
     let names = draft.target_names();
     match (wanted, &names[..]) {
         (None, []) => Ok(IMPLIED_TARGET.to_owned()),

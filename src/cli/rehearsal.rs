@@ -1,6 +1,6 @@
 //! What brings each reason about on this machine: `drill` plays one, `demo` several by turns.
 
-use crate::config::Draft;
+use crate::config::RawConfig;
 use crate::probe::{LimitKind, Reason};
 
 /// One fault, and the reason that the canary must find.
@@ -91,7 +91,7 @@ pub(super) fn of(reason: Reason) -> &'static Rehearsal {
 
 impl Wrong {
     /// Lays the mistake over the settings of `project`, which are right for the server at `url`.
-    pub(super) fn lay(self, draft: &mut Draft, project: &str, url: &str, closed_port: u16) {
+    pub(super) fn lay(self, draft: &mut RawConfig, project: &str, url: &str, closed_port: u16) {
         let (key, value) = match self {
             Self::Port => ("url", format!("ws://127.0.0.1:{closed_port}")),
             Self::Path => ("url", format!("{url}/nowhere")),

@@ -3,11 +3,11 @@
 use chrono::Utc;
 
 use super::{Exit, Rules, print};
-use crate::config::Draft;
+use crate::config::RawConfig;
 use crate::rules;
 
 pub(super) fn run(args: &Rules) -> anyhow::Result<Exit> {
-    let draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let config = draft.without_credentials().validate()?;
     print(&rules::render(&config, Utc::now()))?;
     Ok(Exit::Ok)

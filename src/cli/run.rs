@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::{Exit, Run};
-use crate::config::{Config, Draft, Engine, Problems};
+use crate::config::{Config, Engine, Problems, RawConfig};
 use crate::daemon::{self, Launch, Order};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -57,7 +57,7 @@ pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
 
 /// Flags over environment over file.
 fn settings(args: &Run) -> Result<Config, Problems> {
-    let mut draft = Draft::read(args.config.as_deref(), super::environment())?;
+    let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     if let Some(address) = args.listen_address {
         let flag = "--web.listen-address";
         draft.set(&["http", "listen"], address.to_string(), flag);

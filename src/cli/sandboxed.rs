@@ -21,7 +21,7 @@ use super::once::Signals;
 use super::progress::{REFRESH, Screen};
 use super::{phrasing, table};
 use crate::batch::BatchEvent;
-use crate::config::{Config, Draft, Http, Problems};
+use crate::config::{Config, Http, Problems, RawConfig};
 use crate::daemon::{self, Ending, Launch, Moment, Observer, Order};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -73,9 +73,9 @@ pub(super) struct Wanted {
 
 impl Wanted {
     /// The settings are read as a user's are, but from here alone: no environment can send a drill to a real project.
-    pub(super) fn draft(&self, sandbox: &Sandbox) -> Result<Draft, Problems> {
+    pub(super) fn draft(&self, sandbox: &Sandbox) -> Result<RawConfig, Problems> {
         let (target, project) = (self.target.as_str(), self.project);
-        let mut draft = Draft::read(None, [])?;
+        let mut draft = RawConfig::read(None, [])?;
         let secret = sandbox.api_secret().expose_secret();
         for (key, value) in [
             ("url", sandbox.url().as_str()),

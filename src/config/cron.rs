@@ -12,7 +12,7 @@ use croner::parser::{CronParser, Seconds, Year};
 
 use super::problem::shown;
 
-struct Field {
+struct CronField {
     name: &'static str,
     /// Its values, for people.
     values: &'static str,
@@ -21,35 +21,35 @@ struct Field {
 }
 
 /// In the order of six; five go without the first.
-const FIELDS: [Field; 6] = [
-    Field {
+const FIELDS: [CronField; 6] = [
+    CronField {
         name: "second",
         values: "0 to 59",
         words: &[],
     },
-    Field {
+    CronField {
         name: "minute",
         values: "0 to 59",
         words: &[],
     },
-    Field {
+    CronField {
         name: "hour",
         values: "0 to 23",
         words: &[],
     },
-    Field {
+    CronField {
         name: "day of month",
         values: "1 to 31, or L for the last",
         words: &["L", "W"],
     },
-    Field {
+    CronField {
         name: "month",
         values: "1 to 12, or jan to dec",
         words: &[
             "JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC",
         ],
     },
-    Field {
+    CronField {
         name: "day of week",
         values: "0 to 7 with Sunday as both, or sun to sat",
         words: &["L", "SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"],
@@ -60,23 +60,23 @@ const FORM: &str =
     "write minute, hour, day of month, month, day of week; or six fields, with the second first";
 
 /// What is wrong, and what to do about it.
-pub(super) struct Mistake {
+pub(super) struct CronMistake {
     pub(super) message: String,
     pub(super) hint: String,
 }
 
-pub(super) fn read(expression: &str) -> Result<Cron, Mistake> {
+pub(super) fn read(expression: &str) -> Result<Cron, CronMistake> {
     let texts: Vec<&str> = expression.split_whitespace().collect();
     if let [nickname] = texts[..]
         && nickname.starts_with('@')
     {
-        return parse(nickname, false).map_err(|_| Mistake {
+        return parse(nickname, false).map_err(|_| CronMistake {
             message: "there is no such nickname".to_owned(),
             hint: "there are @hourly, @daily, @weekly, @monthly and @yearly".to_owned(),
         });
     }
     if !(5..=6).contains(&texts.len()) {
-        return Err(Mistake {
+        return Err(CronMistake {
             message: format!("it has {} of 5 or 6 fields", texts.len()),
             hint: FORM.to_owned(),
         });
@@ -84,7 +84,7 @@ pub(super) fn read(expression: &str) -> Result<Cron, Mistake> {
     let fields = &FIELDS[FIELDS.len() - texts.len()..];
     for (index, (field, text)) in zip(fields, &texts).enumerate() {
         if !(field.takes(text) && stands_alone(text, index, texts.len())) {
-            return Err(Mistake {
+            return Err(CronMistake {
                 message: format!("its {} is {}", field.name, shown(text)),
                 hint: format!(
                     "{}: {}; a list (1,5), a range (1-5) or a step (*/5) of them, or *",
@@ -96,21 +96,21 @@ pub(super) fn read(expression: &str) -> Result<Cron, Mistake> {
     // crontab takes a day that matches either field where neither has a *, and one that matches both otherwise; croner
     // by itself looks for fields that are a * and nothing else.
     let both = [texts.len() - 3, texts.len() - 1].map(|day| texts[day].contains('*'));
-    let cron = parse(expression, both.contains(&true)).map_err(|error| Mistake {
+    let cron = parse(expression, both.contains(&true)).map_err(|error| CronMistake {
         message: error.to_string(),
         hint: FORM.to_owned(),
     })?;
     if ever_comes(&cron) {
         Ok(cron)
     } else {
-        Err(Mistake {
+        Err(CronMistake {
             message: "no such day ever comes".to_owned(),
             hint: "look at day of month and month together".to_owned(),
         })
     }
 }
 
-impl Field {
+impl CronField {
     fn takes(&self, text: &str) -> bool {
         let text = text.to_uppercase();
         let mut words = text

@@ -94,8 +94,8 @@ impl std::error::Error for Problems {}
 
 /// `value` in quotes, for a message. A long one may be a secret under the wrong key: it is not repeated.
 pub(super) fn shown(value: &str) -> String {
-    const LONGEST: usize = 24;
-    if value.chars().count() <= LONGEST {
+    const MAX_SHOWN_CHARS: usize = 24;
+    if value.chars().count() <= MAX_SHOWN_CHARS {
         format!("{value:?}")
     } else {
         "this value".to_owned()

@@ -25,12 +25,12 @@ fn place_of(value: &Value) -> Option<String> {
     value.origin().map(str::to_owned)
 }
 
-pub(super) struct Text {
+pub(super) struct RawValue {
     pub(super) value: String,
     pub(super) place: Option<String>,
 }
 
-impl Text {
+impl RawValue {
     /// As a path: relative to the folder of the file that says it.
     pub(super) fn path(&self) -> PathBuf {
         let file = self.place.as_deref().and_then(in_file);
@@ -39,11 +39,11 @@ impl Text {
     }
 }
 
-pub(super) enum Taken {
-    Text(Text),
+pub(super) enum Lookup {
+    Found(RawValue),
     Missing,
     /// Reported already.
-    Broken,
+    Invalid,
 }
 
 pub(super) struct Section<'a> {
@@ -142,34 +142,34 @@ impl<'a> Section<'a> {
         }
     }
 
-    pub(super) fn text(&mut self, key: &'static str) -> Taken {
+    pub(super) fn text(&mut self, key: &'static str) -> Lookup {
         self.known.push(key.to_owned());
         self.take(key)
     }
 
     /// Every key of a table whose keys are the user's own.
-    pub(super) fn all_texts(&mut self) -> Vec<(String, Text)> {
+    pub(super) fn all_texts(&mut self) -> Vec<(String, RawValue)> {
         let keys: Vec<String> = self.table.keys().cloned().collect();
         keys.into_iter()
             .filter_map(|key| match self.take(&key) {
-                Taken::Text(text) => Some((key, text)),
-                Taken::Missing | Taken::Broken => None,
+                Lookup::Found(text) => Some((key, text)),
+                Lookup::Missing | Lookup::Invalid => None,
             })
             .collect()
     }
 
-    fn take(&mut self, key: &str) -> Taken {
+    fn take(&mut self, key: &str) -> Lookup {
         let Some(value) = self.table.remove(key) else {
-            return Taken::Missing;
+            return Lookup::Missing;
         };
         let place = place_of(&value);
         // Strings, numbers and booleans alike: `5` and `"5"` mean the same.
         if let Ok(value) = value.into_string() {
-            return Taken::Text(Text { value, place });
+            return Lookup::Found(RawValue { value, place });
         }
         let message = "one value belongs here, not a table or a list".to_owned();
         self.problem(key, place, message, "write KEY = VALUE");
-        Taken::Broken
+        Lookup::Invalid
     }
 
     /// Of a key that was not read yet.
@@ -183,7 +183,7 @@ impl<'a> Section<'a> {
         default: Duration,
         range: RangeInclusive<Duration>,
     ) -> Duration {
-        let Taken::Text(text) = self.text(key) else {
+        let Lookup::Found(text) = self.text(key) else {
             return default;
         };
         let (message, hint) = match humantime::parse_duration(&text.value) {
@@ -211,7 +211,7 @@ impl<'a> Section<'a> {
         default: N,
         range: RangeInclusive<N>,
     ) -> N {
-        let Taken::Text(text) = self.text(key) else {
+        let Lookup::Found(text) = self.text(key) else {
             return default;
         };
         let message = match text.value.trim().parse() {
@@ -225,7 +225,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
-        let Taken::Text(text) = self.text(key) else {
+        let Lookup::Found(text) = self.text(key) else {
             return default;
         };
         match text.value.to_lowercase().as_str() {
@@ -244,7 +244,7 @@ impl<'a> Section<'a> {
         choices: &[(&'static str, C)],
         what: &str,
     ) -> C {
-        let Taken::Text(text) = self.text(key) else {
+        let Lookup::Found(text) = self.text(key) else {
             return C::default();
         };
         if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text.value) {

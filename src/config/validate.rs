@@ -12,28 +12,28 @@ use rustls_pki_types::pem::PemObject;
 use url::Url;
 
 use super::cron;
-use super::document::{Draft, Fallback};
-use super::problem::{Problem, alternatives, from_variable, in_file, shown, similar};
-use super::section::{Section, Table, Taken, Text};
-use super::{
-    AgentMayLeave, Alerts, Backoff, Batch, Budget, Config, Daemon, Deadlines, Dispatch,
-    DispatchMode, Echo, EchoMode, Engine, Expect, History, Http, Ice, Lifetime, Objectives,
+use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
+use super::raw::{EnvCredentials, RawConfig};
+use super::section::{Lookup, RawValue, Section, Table};
+use super::settings::{
+    AgentMayLeave, Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch,
+    DispatchMode, Echo, EchoMode, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
     Project, Ramp, Schedule, Speech, Stay, Target,
 };
 
 /// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
-const LONGEST: Duration = Duration::from_hours(1);
-const SHORTEST: Duration = Duration::from_millis(1);
-const MOST_ROOMS: usize = 10_000;
+const MAX_WAIT: Duration = Duration::from_hours(1);
+const MIN_WAIT: Duration = Duration::from_millis(1);
+const MAX_ROOMS: usize = 10_000;
 const DAY: Duration = Duration::from_hours(24);
 const YEAR: Duration = Duration::from_hours(8766);
 /// Ten years.
-const LONGEST_KEPT: Duration = Duration::from_hours(10 * 8766);
+const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
 /// A batch more seldom than that watches nothing.
-const LONGEST_INTERVAL: Duration = Duration::from_hours(24 * 30);
-const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
+const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// A secret's file is a line of text; more than this is the wrong file.
-const SECRET_FILE_LIMIT: u64 = 64 * 1024;
+const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
 
 /// What only who signs in needs of a project.
 const CREDENTIALS: [&str; 5] = [
@@ -46,17 +46,31 @@ const CREDENTIALS: [&str; 5] = [
 
 /// What of a project its targets must fit.
 #[derive(Clone, Copy)]
-struct Limits {
+struct ProjectLimits {
     max_rooms: usize,
     ice: Ice,
 }
 
-pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
+impl RawConfig {
+    /// # Errors
+    /// Everything that is wrong, at once.
+    pub fn validate(mut self) -> Result<Config, Problems> {
+        let mut problems = std::mem::take(&mut self.problems);
+        let config = config(self, &mut problems);
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(Problems::new(problems))
+        }
+    }
+}
+
+fn config(draft: RawConfig, problems: &mut Vec<Problem>) -> Config {
     let fallback = draft.fallback;
     let mut root = Section::root(draft.settings.cache, problems);
     let mut project_entries = root.named("projects");
     let target_entries = root.named("targets");
-    let daemon = Daemon {
+    let daemon = DaemonSettings {
         http: http(root.table("http")),
         history: history(root.table("history"), &draft.folder),
         lifetime: lifetime(root.table("lifetime")),
@@ -75,8 +89,8 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             table.retain(|key, _| !CREDENTIALS.contains(&key.as_str()));
         }
         let mut section = Section::of("project", &name, place, table, problems);
-        let limit = Limits {
-            max_rooms: section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MOST_ROOMS),
+        let limit = ProjectLimits {
+            max_rooms: section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MAX_ROOMS),
             ice: section.choice("ice", Ice::NAMES, "choice of media transports"),
         };
         limits.insert(name.clone(), limit);
@@ -102,13 +116,13 @@ pub(super) fn config(draft: Draft, problems: &mut Vec<Problem>) -> Config {
 fn http(mut section: Section<'_>) -> Http {
     let default = Http::default();
     let listen = match section.text("listen") {
-        Taken::Text(text) => text.value.parse().unwrap_or_else(|_| {
+        Lookup::Found(text) => text.value.parse().unwrap_or_else(|_| {
             let message = format!("{} is not an address with a port", shown(&text.value));
             let hint = "write it as \"0.0.0.0:9787\" or \"[::]:9787\"";
             section.problem("listen", text.place, message, hint);
             default.listen
         }),
-        Taken::Missing | Taken::Broken => default.listen,
+        Lookup::Missing | Lookup::Invalid => default.listen,
     };
     let web_config_file = path(&mut section, "web_config_file");
     let enable_lifecycle = section.boolean("enable_lifecycle", default.enable_lifecycle);
@@ -122,7 +136,7 @@ fn http(mut section: Section<'_>) -> Http {
 
 /// A file or folder that need not exist yet.
 fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
-    let Taken::Text(text) = section.text(key) else {
+    let Lookup::Found(text) = section.text(key) else {
         return None;
     };
     if !text.value.trim().is_empty() {
@@ -137,12 +151,12 @@ fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
     None
 }
 
-fn history(mut section: Section<'_>, folder: &Path) -> History {
-    let default = History::default();
+fn history(mut section: Section<'_>, folder: &Path) -> HistorySettings {
+    let default = HistorySettings::default();
     let [keep_place, failures_place] = ["keep", "keep_failures"].map(|key| section.place_of(key));
     let dir = path(&mut section, "dir").unwrap_or_else(|| folder.join(default.dir));
-    let mut duration = |key, default| section.duration(key, default, DAY..=LONGEST_KEPT);
-    let history = History {
+    let mut duration = |key, default| section.duration(key, default, DAY..=MAX_RETENTION);
+    let history = HistorySettings {
         dir,
         keep: duration("keep", default.keep),
         keep_failures: duration("keep_failures", default.keep_failures),
@@ -164,7 +178,7 @@ fn history(mut section: Section<'_>, folder: &Path) -> History {
 
 fn lifetime(mut section: Section<'_>) -> Lifetime {
     let default = Lifetime::default();
-    let mut duration = |key, default| section.duration(key, default, Duration::ZERO..=LONGEST);
+    let mut duration = |key, default| section.duration(key, default, Duration::ZERO..=MAX_WAIT);
     let lifetime = Lifetime {
         startup_delay: duration("startup_delay", default.startup_delay),
         drain_grace: duration("drain_grace", default.drain_grace),
@@ -184,7 +198,7 @@ fn alerts(mut section: Section<'_>) -> Alerts {
         scrape_interval: section.duration(
             "scrape_interval",
             default.scrape_interval,
-            SHORTEST_INTERVAL..=Duration::from_mins(2),
+            MIN_BATCH_INTERVAL..=Duration::from_mins(2),
         ),
         page: line(&mut section, "page", default.page),
         ticket: line(&mut section, "ticket", default.ticket),
@@ -201,7 +215,7 @@ fn alerts(mut section: Section<'_>) -> Alerts {
 
 /// A line of text, for a label or an annotation. Braces would be a template of Prometheus'.
 fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String {
-    let Taken::Text(text) = section.text(key) else {
+    let Lookup::Found(text) = section.text(key) else {
         return default;
     };
     let fits = |char: char| !char.is_control() && !matches!(char, '{' | '}');
@@ -213,7 +227,11 @@ fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String
     default
 }
 
-fn project(mut section: Section<'_>, limits: Limits, fallback: &Fallback) -> Option<Project> {
+fn project(
+    mut section: Section<'_>,
+    limits: ProjectLimits,
+    fallback: &EnvCredentials,
+) -> Option<Project> {
     let url = server_url(&mut section, fallback.url.as_deref());
     let api_key = credential(
         &mut section,
@@ -230,7 +248,7 @@ fn project(mut section: Section<'_>, limits: Limits, fallback: &Fallback) -> Opt
     let api_timeout = section.duration(
         "api_timeout",
         Project::DEFAULT_API_TIMEOUT,
-        SHORTEST..=LONGEST,
+        MIN_WAIT..=MAX_WAIT,
     );
     let budget = budget(section.table("budget"));
     let backoff = backoff(section.table("backoff"));
@@ -253,7 +271,7 @@ fn budget(mut section: Section<'_>) -> Budget {
     let month_place = section.place_of("agent_time_per_month");
     let mut limit = |key| {
         // Zero is out of range, so that it stands for a value that is missing or wrong: there is no default.
-        let limit = section.duration(key, Duration::ZERO, Duration::from_mins(1)..=LONGEST_KEPT);
+        let limit = section.duration(key, Duration::ZERO, Duration::from_mins(1)..=MAX_RETENTION);
         (!limit.is_zero()).then_some(limit)
     };
     let budget = Budget {
@@ -275,8 +293,8 @@ fn backoff(mut section: Section<'_>) -> Backoff {
     let default = Backoff::default();
     let place = section.place_of("longest");
     let backoff = Backoff {
-        first: section.duration("first", default.first, SHORTEST..=LONGEST),
-        longest: section.duration("longest", default.longest, SHORTEST..=DAY),
+        first: section.duration("first", default.first, MIN_WAIT..=MAX_WAIT),
+        longest: section.duration("longest", default.longest, MIN_WAIT..=DAY),
     };
     if backoff.longest < backoff.first {
         let message = "shorter than first".to_owned();
@@ -289,13 +307,13 @@ fn backoff(mut section: Section<'_>) -> Backoff {
 /// Messages about the URL don't repeat it: it may hold credentials.
 fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> {
     let text = match (section.text("url"), fallback) {
-        (Taken::Text(text), _) => text,
-        (Taken::Broken, _) => return None,
-        (Taken::Missing, Some(url)) => Text {
+        (Lookup::Found(text), _) => text,
+        (Lookup::Invalid, _) => return None,
+        (Lookup::Missing, Some(url)) => RawValue {
             value: url.to_owned(),
             place: Some(from_variable("LIVEKIT_URL")),
         },
-        (Taken::Missing, None) => {
+        (Lookup::Missing, None) => {
             section.missing("url", "set LIVEKIT_URL, or url in the settings");
             return None;
         }
@@ -328,8 +346,8 @@ fn credential(
     fallback: Option<&str>,
 ) -> Option<String> {
     match (section.text(key), section.text(file_key)) {
-        (Taken::Broken, _) | (_, Taken::Broken) => None,
-        (Taken::Text(inline), Taken::Text(file)) => {
+        (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
+        (Lookup::Found(inline), Lookup::Found(file)) => {
             // An override by the environment beats what a file says, under whichever of the two keys.
             match (is_override(&inline), is_override(&file)) {
                 (true, false) => not_empty(section, key, inline),
@@ -341,9 +359,9 @@ fn credential(
                 }
             }
         }
-        (Taken::Text(inline), Taken::Missing) => not_empty(section, key, inline),
-        (Taken::Missing, Taken::Text(file)) => from_file(section, file_key, file),
-        (Taken::Missing, Taken::Missing) => {
+        (Lookup::Found(inline), Lookup::Missing) => not_empty(section, key, inline),
+        (Lookup::Missing, Lookup::Found(file)) => from_file(section, file_key, file),
+        (Lookup::Missing, Lookup::Missing) => {
             if fallback.is_none() {
                 let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
@@ -353,11 +371,11 @@ fn credential(
     }
 }
 
-fn is_override(text: &Text) -> bool {
+fn is_override(text: &RawValue) -> bool {
     text.place.as_deref().and_then(in_file).is_none()
 }
 
-fn not_empty(section: &mut Section<'_>, key: &'static str, text: Text) -> Option<String> {
+fn not_empty(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
     if !text.value.trim().is_empty() {
         return Some(text.value);
     }
@@ -367,11 +385,13 @@ fn not_empty(section: &mut Section<'_>, key: &'static str, text: Text) -> Option
 }
 
 /// The file's name isn't repeated in messages either: it may be the secret itself, under the wrong key.
-fn from_file(section: &mut Section<'_>, key: &'static str, text: Text) -> Option<String> {
+fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
     let path = text.path();
     let mut content = String::new();
-    let read = std::fs::File::open(&path)
-        .and_then(|file| file.take(SECRET_FILE_LIMIT).read_to_string(&mut content));
+    let read = std::fs::File::open(&path).and_then(|file| {
+        file.take(MAX_SECRET_FILE_BYTES)
+            .read_to_string(&mut content)
+    });
     let mistake = match read {
         Err(error) => format!("can't read this file: {error}"),
         Ok(_) if content.trim().is_empty() => "this file is empty".to_owned(),
@@ -386,7 +406,7 @@ fn from_file(section: &mut Section<'_>, key: &'static str, text: Text) -> Option
 }
 
 fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
-    let Taken::Text(text) = section.text("ca_file") else {
+    let Lookup::Found(text) = section.text("ca_file") else {
         return None;
     };
     let path = text.path();
@@ -403,7 +423,7 @@ fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
 }
 
 fn cloud_project(section: &mut Section<'_>) -> Option<String> {
-    let Taken::Text(text) = section.text("cloud_project") else {
+    let Lookup::Found(text) = section.text("cloud_project") else {
         return None;
     };
     let well_formed = text.value.strip_prefix("p_").is_some_and(|id| {
@@ -421,7 +441,7 @@ fn cloud_project(section: &mut Section<'_>) -> Option<String> {
     None
 }
 
-fn target(mut section: Section<'_>, projects: &BTreeMap<String, Limits>) -> Target {
+fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) -> Target {
     let default = Target::default();
     let project = project_of(&mut section, projects);
     let limits = project
@@ -429,7 +449,7 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, Limits>) -> Targ
         .and_then(|name| projects.get(name).map(|limits| (name.as_str(), *limits)));
     let engine = engine(&mut section, limits);
     let agent_name = match section.text("agent_name") {
-        Taken::Text(text) => {
+        Lookup::Found(text) => {
             if text.value.trim().is_empty() {
                 let hint = "set the name that the agent registers under";
                 section.problem("agent_name", text.place, "empty".to_owned(), hint);
@@ -437,8 +457,8 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, Limits>) -> Targ
             Some(text.value)
         }
         // Empty rather than absent, so that it isn't reported missing as well.
-        Taken::Broken => Some(String::new()),
-        Taken::Missing => None,
+        Lookup::Invalid => Some(String::new()),
+        Lookup::Missing => None,
     };
     let dispatch = dispatch(section.table("dispatch"));
     if dispatch.mode != DispatchMode::Automatic && agent_name.is_none() {
@@ -467,14 +487,14 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, Limits>) -> Targ
         late_agent_window: section.duration(
             "late_agent_window",
             default.late_agent_window,
-            Duration::ZERO..=LONGEST,
+            Duration::ZERO..=MAX_WAIT,
         ),
     };
     section.finish();
     target
 }
 
-fn engine(section: &mut Section<'_>, project: Option<(&str, Limits)>) -> Engine {
+fn engine(section: &mut Section<'_>, project: Option<(&str, ProjectLimits)>) -> Engine {
     let place = section.place_of("engine");
     let engine = section.choice("engine", Engine::NAMES, "client stack");
     let mut problem = |message: String, hint: &str| {
@@ -500,12 +520,15 @@ fn engine(section: &mut Section<'_>, project: Option<(&str, Limits)>) -> Engine 
     engine
 }
 
-fn project_of(section: &mut Section<'_>, projects: &BTreeMap<String, Limits>) -> Option<String> {
+fn project_of(
+    section: &mut Section<'_>,
+    projects: &BTreeMap<String, ProjectLimits>,
+) -> Option<String> {
     let names: Vec<&str> = projects.keys().map(String::as_str).collect();
     match section.text("project") {
-        Taken::Broken => None,
-        Taken::Text(text) if projects.contains_key(&text.value) => Some(text.value),
-        Taken::Text(text) => {
+        Lookup::Invalid => None,
+        Lookup::Found(text) if projects.contains_key(&text.value) => Some(text.value),
+        Lookup::Found(text) => {
             let message = format!("{} is not a configured project", shown(&text.value));
             let hint = match similar(&text.value, &names) {
                 Some(name) => format!("did you mean {name:?}?"),
@@ -514,7 +537,7 @@ fn project_of(section: &mut Section<'_>, projects: &BTreeMap<String, Limits>) ->
             section.problem("project", text.place, message, &hint);
             None
         }
-        Taken::Missing => {
+        Lookup::Missing => {
             if let [only] = names[..] {
                 return Some(only.to_owned());
             }
@@ -528,15 +551,15 @@ fn project_of(section: &mut Section<'_>, projects: &BTreeMap<String, Limits>) ->
 fn dispatch(mut section: Section<'_>) -> Dispatch {
     let mode = section.choice("mode", DispatchMode::NAMES, "way to dispatch");
     let metadata = match section.text("metadata") {
-        Taken::Text(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
+        Lookup::Found(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
             let message = "automatic dispatch carries no metadata".to_owned();
             let hint =
                 "leave it out, or dispatch by name: mode = \"explicit\", \"room\" or \"token\"";
             section.problem("metadata", text.place, message, hint);
             String::new()
         }
-        Taken::Text(text) => text.value,
-        Taken::Missing | Taken::Broken => String::new(),
+        Lookup::Found(text) => text.value,
+        Lookup::Missing | Lookup::Invalid => String::new(),
     };
     section.finish();
     Dispatch { mode, metadata }
@@ -564,10 +587,10 @@ fn schedule(mut section: Section<'_>) -> Schedule {
         unreachable!("the default is an interval")
     };
     let every_place = section.place_of("every");
-    let every = section.duration("every", default, SHORTEST_INTERVAL..=LONGEST_INTERVAL);
+    let every = section.duration("every", default, MIN_BATCH_INTERVAL..=MAX_BATCH_INTERVAL);
     let [cron, zone] = ["cron", "time_zone"].map(|key| section.text(key));
     let schedule = match cron {
-        Taken::Text(cron) => {
+        Lookup::Found(cron) => {
             // As with secrets, an override by the environment beats what a file says under the other key.
             let overrides =
                 every_place.map(|place| (in_file(&place).is_none(), is_override(&cron)));
@@ -581,8 +604,8 @@ fn schedule(mut section: Section<'_>) -> Schedule {
                 }
             }
         }
-        Taken::Missing => {
-            if let Taken::Text(zone) = zone {
+        Lookup::Missing => {
+            if let Lookup::Found(zone) = zone {
                 let message = "an interval has no time zone".to_owned();
                 section.problem(
                     "time_zone",
@@ -593,17 +616,17 @@ fn schedule(mut section: Section<'_>) -> Schedule {
             }
             None
         }
-        Taken::Broken => None,
+        Lookup::Invalid => None,
     };
     section.finish();
     schedule.unwrap_or(Schedule::Every(every))
 }
 
-fn by_wall_clock(section: &mut Section<'_>, cron: Text, zone: Taken) -> Option<Schedule> {
+fn by_wall_clock(section: &mut Section<'_>, cron: RawValue, zone: Lookup) -> Option<Schedule> {
     let zone = match zone {
-        Taken::Text(zone) => time_zone(section, zone),
-        Taken::Missing => Some(Tz::UTC),
-        Taken::Broken => None,
+        Lookup::Found(zone) => time_zone(section, zone),
+        Lookup::Missing => Some(Tz::UTC),
+        Lookup::Invalid => None,
     };
     match cron::read(&cron.value) {
         Ok(expression) => Some(Schedule::Cron {
@@ -619,7 +642,7 @@ fn by_wall_clock(section: &mut Section<'_>, cron: Text, zone: Taken) -> Option<S
     }
 }
 
-fn time_zone(section: &mut Section<'_>, text: Text) -> Option<Tz> {
+fn time_zone(section: &mut Section<'_>, text: RawValue) -> Option<Tz> {
     if let Ok(zone) = text.value.parse() {
         return Some(zone);
     }
@@ -640,7 +663,7 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
     // The default may lie beyond a short deadline: then whoever comes at all comes in time.
     let mut within = |key, default, deadline| {
         let place = section.place_of(key);
-        let within = section.duration(key, default, SHORTEST..=LONGEST);
+        let within = section.duration(key, default, MIN_WAIT..=MAX_WAIT);
         if place.is_some() && within > deadline {
             let message = "longer than the deadlines leave".to_owned();
             let hint = format!(
@@ -671,19 +694,19 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
     objectives
 }
 
-fn batch(mut section: Section<'_>, project: Option<(&str, Limits)>) -> Batch {
+fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Batch {
     let default = Batch::default();
     let [rooms_place, ramp_place] = ["rooms", "ramp"].map(|key| section.place_of(key));
     let batch = Batch {
-        rooms: section.number("rooms", default.rooms, 1..=MOST_ROOMS),
+        rooms: section.number("rooms", default.rooms, 1..=MAX_ROOMS),
         ramp: section.choice("ramp", Ramp::NAMES, "ramp"),
-        interval: section.duration("interval", default.interval, SHORTEST..=LONGEST),
+        interval: section.duration("interval", default.interval, MIN_WAIT..=MAX_WAIT),
         stay: section.choice("stay", Stay::NAMES, "way to stay"),
-        hold: section.duration("hold", default.hold, Duration::ZERO..=LONGEST),
+        hold: section.duration("hold", default.hold, Duration::ZERO..=MAX_WAIT),
         stop_after_no_shows: section.number(
             "stop_after_no_shows",
             default.stop_after_no_shows,
-            0..=MOST_ROOMS,
+            0..=MAX_ROOMS,
         ),
     };
     if let Some((name, limits)) = project
@@ -712,7 +735,7 @@ fn batch(mut section: Section<'_>, project: Option<(&str, Limits)>) -> Batch {
 
 fn deadlines(mut section: Section<'_>) -> Deadlines {
     let default = Deadlines::default();
-    let mut duration = |key, default| section.duration(key, default, SHORTEST..=LONGEST);
+    let mut duration = |key, default| section.duration(key, default, MIN_WAIT..=MAX_WAIT);
     let deadlines = Deadlines {
         signal: duration("signal", default.signal),
         media: duration("media", default.media),
@@ -730,7 +753,7 @@ fn echo(mut section: Section<'_>) -> Echo {
     let default = Echo::default();
     let echo = Echo {
         mode: section.choice("mode", EchoMode::NAMES, "way to echo"),
-        delay: section.duration("delay", default.delay, Duration::ZERO..=LONGEST),
+        delay: section.duration("delay", default.delay, Duration::ZERO..=MAX_WAIT),
         max_turns: section.number("max_turns", default.max_turns, 1..=1000),
     };
     section.finish();
@@ -742,7 +765,7 @@ fn speech(mut section: Section<'_>) -> Speech {
     let speech = Speech {
         threshold_dbfs: section.number("threshold_dbfs", default.threshold_dbfs, -90.0..=-1.0),
         min_frames: section.number("min_frames", default.min_frames, 1..=50),
-        end_silence: section.duration("end_silence", default.end_silence, SHORTEST..=LONGEST),
+        end_silence: section.duration("end_silence", default.end_silence, MIN_WAIT..=MAX_WAIT),
     };
     section.finish();
     speech

@@ -3,7 +3,7 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
-use crate::config::Draft;
+use crate::config::RawConfig;
 
 /// A closed port: every probe is over at once, and nothing is left for anybody to clean up.
 const SETTINGS: &str = r#"
@@ -16,7 +16,10 @@ async fn daemon() -> (Daemon, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("canary.toml");
     std::fs::write(&file, SETTINGS).unwrap();
-    let mut config = Draft::read(Some(&file), []).unwrap().validate().unwrap();
+    let mut config = RawConfig::read(Some(&file), [])
+        .unwrap()
+        .validate()
+        .unwrap();
     config.daemon.history.dir = folder.path().join("state");
     let build = Build {
         version: "1".to_owned(),

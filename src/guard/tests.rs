@@ -166,9 +166,9 @@ async fn without_a_budget_nothing_is_refused_and_all_is_counted() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_ledger_refuses_where_there_is_a_budget_until_it_is_accepted() {
-    let settings = crate::config::History {
+    let settings = crate::config::HistorySettings {
         dir: "Cargo.toml/is-no-folder".into(),
-        ..crate::config::History::default()
+        ..crate::config::HistorySettings::default()
     };
     let history = History::open(&settings).unwrap();
     let with = Guard::new("acme", &project(5, None, Some(HOUR)), history.clone());

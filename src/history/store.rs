@@ -206,7 +206,7 @@ impl Store {
     /// Forgets a little of what is too old or too much, and says whether there was any.
     pub fn forget(
         &mut self,
-        limits: &config::History,
+        limits: &config::HistorySettings,
         now: DateTime<Utc>,
     ) -> rusqlite::Result<bool> {
         let transaction = self.begin("NORMAL")?;
@@ -465,7 +465,7 @@ fn insert_rows(transaction: &Transaction<'_>, rows: &[(RoomName, Row)]) -> rusql
 
 fn forget_old(
     transaction: &Transaction<'_>,
-    limits: &config::History,
+    limits: &config::HistorySettings,
     now: DateTime<Utc>,
 ) -> rusqlite::Result<bool> {
     let before = |keep: Duration| millis(now).saturating_sub(whole_millis(keep));

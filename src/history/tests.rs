@@ -17,9 +17,9 @@ const DAY: Duration = Duration::from_hours(24);
 impl History {
     /// A history that no disk ever takes, and that knows all that was used.
     pub(crate) fn in_memory(clock: Clock) -> Self {
-        let settings = config::History {
+        let settings = config::HistorySettings {
             dir: "Cargo.toml/is-no-folder".into(),
-            ..config::History::default()
+            ..config::HistorySettings::default()
         };
         let (history, _never_runs) = Self::prepare(&settings, clock).expect("nobody locks it");
         assert!(history.is_degraded());
@@ -32,7 +32,7 @@ impl History {
 struct Disk {
     dir: TempDir,
     now: Arc<Mutex<DateTime<Utc>>>,
-    settings: config::History,
+    settings: config::HistorySettings,
 }
 
 /// A run of the program whose writer works when the test says so.
@@ -52,9 +52,9 @@ fn room(name: &str) -> RoomName {
 impl Disk {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let settings = config::History {
+        let settings = config::HistorySettings {
             dir: dir.path().join("state"),
-            ..config::History::default()
+            ..config::HistorySettings::default()
         };
         Self {
             dir,
@@ -862,7 +862,7 @@ async fn raw_counts_are_of_one_target() {
 // Forgetting.
 
 /// Does all that is due, and says in how many steps.
-fn forget(run: &mut Run, settings: &config::History) -> usize {
+fn forget(run: &mut Run, settings: &config::HistorySettings) -> usize {
     let now = run.history.now();
     let mut steps = 0;
     while run.writer.store().forget(settings, now).unwrap() {
@@ -887,7 +887,7 @@ async fn batches_with_a_failure_are_kept_longer_than_those_without() {
     }
     run.writer.turn();
     disk.set("2026-03-12T00:00:00Z");
-    let settings = config::History {
+    let settings = config::HistorySettings {
         keep: 10 * DAY,
         keep_failures: 20 * DAY,
         ..disk.settings.clone()
@@ -926,7 +926,7 @@ async fn above_the_size_the_oldest_good_batches_go_before_any_failure_and_the_fi
     };
     checkpoint(&mut run);
     assert!(size(&disk) > 1_500_000, "{}", size(&disk));
-    let settings = config::History {
+    let settings = config::HistorySettings {
         max_megabytes: 1,
         ..disk.settings.clone()
     };
@@ -950,7 +950,7 @@ async fn above_the_size_the_oldest_good_batches_go_before_any_failure_and_the_fi
     .await;
     assert_eq!(left[0], "b599");
 
-    let settings = config::History {
+    let settings = config::HistorySettings {
         max_megabytes: 0,
         ..disk.settings.clone()
     };
@@ -968,7 +968,7 @@ async fn a_row_of_the_ledger_is_kept_for_two_months_after_its_own() {
     let _late = run.open("2", MINUTE).await;
     disk.set("2026-02-01T00:00:00Z");
     let _next = run.open("3", MINUTE).await;
-    let settings = config::History {
+    let settings = config::HistorySettings {
         keep: MINUTE,
         keep_failures: MINUTE,
         max_megabytes: 0,

@@ -19,7 +19,7 @@ const FORGET_EVERY: Duration = Duration::from_mins(1);
 
 pub(super) struct Writer {
     shared: Arc<Shared>,
-    settings: config::History,
+    settings: config::HistorySettings,
     store: Option<Store>,
     forget_at: Instant,
     accepted: bool,
@@ -27,7 +27,11 @@ pub(super) struct Writer {
 
 impl Writer {
     /// `store`: `None` where it can't be opened yet.
-    pub fn new(shared: Arc<Shared>, settings: config::History, store: Option<Store>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        settings: config::HistorySettings,
+        store: Option<Store>,
+    ) -> Self {
         Self {
             shared,
             settings,

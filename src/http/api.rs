@@ -200,9 +200,9 @@ mod tests {
 
     async fn history() -> (History, TempDir) {
         let folder = tempfile::tempdir().unwrap();
-        let settings = config::History {
+        let settings = config::HistorySettings {
             dir: folder.path().join("state"),
-            ..config::History::default()
+            ..config::HistorySettings::default()
         };
         // On the batches' own day none is too old to be kept.
         let clock = Arc::new(|| mixed().ended_at);

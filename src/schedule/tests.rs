@@ -5,7 +5,7 @@ use chrono_tz::{Africa, America, Australia, Europe, Tz};
 use fastrand::Rng;
 
 use super::*;
-use crate::config::Draft;
+use crate::config::RawConfig;
 
 /// What the settings make of this expression, or what they say against it.
 fn read(expression: &str, zone: Tz) -> Result<Schedule, String> {
@@ -18,7 +18,7 @@ fn read(expression: &str, zone: Tz) -> Result<Schedule, String> {
         (key("targets__t__schedule__cron"), expression.into()),
         (key("targets__t__schedule__time_zone"), zone.name().into()),
     ];
-    let config = Draft::read(None, variables).unwrap().validate();
+    let config = RawConfig::read(None, variables).unwrap().validate();
     let config = config.map_err(|problems| problems.to_string())?;
     Ok(config.targets["t"].schedule.clone())
 }

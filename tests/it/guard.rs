@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chrono::Utc;
 use livekit_canary::batch;
-use livekit_canary::config::{self, Config, Draft, Period};
+use livekit_canary::config::{self, Config, Period, RawConfig};
 use livekit_canary::guard::Guard;
 use livekit_canary::history::{BatchFilter, History};
 use livekit_canary::janitor::{Fate, Janitor};
@@ -131,15 +131,15 @@ fn read(url: &str, folder: &Path) -> Config {
         ("LIVEKIT_API_SECRET", "secret"),
     ];
     let variables = variables.map(|(name, value)| (name.into(), value.into()));
-    Draft::read(Some(&file), variables)
-        .and_then(Draft::validate)
+    RawConfig::read(Some(&file), variables)
+        .and_then(RawConfig::validate)
         .unwrap()
 }
 
 fn open(folder: &Path) -> History {
-    let settings = config::History {
+    let settings = config::HistorySettings {
         dir: folder.join("state"),
-        ..config::History::default()
+        ..config::HistorySettings::default()
     };
     History::open(&settings).unwrap()
 }

@@ -18,9 +18,9 @@ const FOLDER: &str = "HISTORY_OF_A_CHILD";
 const WORST: Duration = Duration::from_mins(3);
 
 fn open(folder: &Path) -> History {
-    let settings = config::History {
+    let settings = config::HistorySettings {
         dir: folder.to_owned(),
-        ..config::History::default()
+        ..config::HistorySettings::default()
     };
     History::open(&settings).unwrap()
 }

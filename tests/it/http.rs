@@ -121,9 +121,9 @@ impl Server {
             engine: "native".to_owned(),
         });
         let state = tempfile::tempdir().unwrap();
-        let history = History::open(&config::History {
+        let history = History::open(&config::HistorySettings {
             dir: state.path().to_owned(),
-            ..config::History::default()
+            ..config::HistorySettings::default()
         });
         let sources = Sources {
             metrics: metrics.clone(),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use livekit_canary::config::{Config, Draft};
+use livekit_canary::config::{Config, RawConfig};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -34,7 +34,8 @@ fn read(text: &[u8]) -> Result<Config, String> {
         ("LIVEKIT_API_SECRET", SECRET),
     ];
     let environment = credentials.map(|(name, value)| (name.into(), value.into()));
-    let draft = Draft::read(Some(&file), environment).map_err(|problems| problems.to_string())?;
+    let draft =
+        RawConfig::read(Some(&file), environment).map_err(|problems| problems.to_string())?;
     draft.validate().map_err(|problems| problems.to_string())
 }
 

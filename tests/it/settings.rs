@@ -8,8 +8,8 @@ use std::time::Duration;
 use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
-    Alerts, Backoff, Budget, Config, Daemon, DispatchMode, Draft, History, Project, Ramp, Schedule,
-    Target,
+    Alerts, Backoff, Budget, Config, DaemonSettings, DispatchMode, HistorySettings, Project, Ramp,
+    RawConfig, Schedule, Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -56,7 +56,7 @@ fn read(settings: &str, variables: &[(&str, &str)]) -> Config {
 }
 
 fn read_file(file: &Path, variables: &[(&str, &str)]) -> Config {
-    let draft = Draft::read(Some(file), environment(variables));
+    let draft = RawConfig::read(Some(file), environment(variables));
     draft
         .unwrap()
         .validate()
@@ -672,12 +672,12 @@ fn sample_file_shows_the_defaults_of_the_code() {
     assert_eq!(project.max_rooms, Project::DEFAULT_MAX_ROOMS);
     assert_eq!(project.budget, Budget::default());
     assert_eq!(project.backoff, Backoff::default());
-    let daemon = Daemon {
-        history: History {
+    let daemon = DaemonSettings {
+        history: HistorySettings {
             dir: sample().with_file_name("state"),
-            ..History::default()
+            ..HistorySettings::default()
         },
-        ..Daemon::default()
+        ..DaemonSettings::default()
     };
     assert_eq!(config.daemon, daemon);
     assert_eq!(config.alerts, Alerts::default());

@@ -12,30 +12,29 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Problem, Problems, from_variable};
-use super::{Config, validate};
 
 const OVERRIDE_PREFIX: &str = "LIVEKIT_CANARY__";
 
 /// Credentials that the environment offers where nothing else sets them.
 #[derive(Default)]
-pub(super) struct Fallback {
+pub(super) struct EnvCredentials {
     pub(super) url: Option<String>,
     pub(super) api_key: Option<String>,
     pub(super) api_secret: Option<String>,
 }
 
 /// Raw settings, not validated yet.
-pub struct Draft {
+pub struct RawConfig {
     /// Of the file, which file names in it are relative to.
     pub(super) folder: PathBuf,
     pub(super) settings: config::Config,
-    pub(super) fallback: Fallback,
+    pub(super) fallback: EnvCredentials,
     /// Whether credentials and certificates matter.
     pub(super) signs_in: bool,
-    problems: Vec<Problem>,
+    pub(super) problems: Vec<Problem>,
 }
 
-impl Draft {
+impl RawConfig {
     /// Reads the file, if there is one, and lays the environment over it.
     ///
     /// # Errors
@@ -53,7 +52,7 @@ impl Draft {
         let mut draft = Self {
             folder: folder.to_owned(),
             settings,
-            fallback: Fallback::default(),
+            fallback: EnvCredentials::default(),
             signs_in: true,
             problems: Vec::new(),
         };
@@ -73,7 +72,7 @@ impl Draft {
 
     /// Makes sure that this target exists, with nothing but defaults so far.
     pub fn ensure_target(&mut self, name: &str) {
-        self.lay(&["targets", name], Map::<String, Value>::new().into());
+        self.overlay(&["targets", name], Map::<String, Value>::new().into());
     }
 
     /// Overrides a key of a target by a flag of the command line.
@@ -86,14 +85,14 @@ impl Draft {
     /// Overrides any key by a flag of the command line.
     pub fn set(&mut self, path: &[&str], value: String, flag: &str) {
         let origin = format!("{flag} on the command line");
-        self.lay(path, Value::new(Some(&origin), value));
+        self.overlay(path, Value::new(Some(&origin), value));
     }
 
     /// For whoever never signs in: no credentials and no certificates are read, from wherever they are set.
     #[must_use]
     pub fn without_credentials(mut self) -> Self {
         self.signs_in = false;
-        self.fallback = Fallback {
+        self.fallback = EnvCredentials {
             url: Some("ws://none.invalid".to_owned()),
             api_key: Some("none".to_owned()),
             api_secret: Some("none".to_owned()),
@@ -102,7 +101,7 @@ impl Draft {
     }
 
     /// Lays one value over the settings: tables on its way are kept, anything else there gives way to it.
-    fn lay(&mut self, path: &[&str], value: Value) {
+    fn overlay(&mut self, path: &[&str], value: Value) {
         let mut layer = config::Config::default();
         layer.cache = path.iter().rfold(value, |inner, key| {
             Map::from([((*key).to_owned(), inner)]).into()
@@ -110,18 +109,6 @@ impl Draft {
         layer
             .collect_to(&mut self.settings.cache)
             .expect("a table in memory can be read");
-    }
-
-    /// # Errors
-    /// Everything that is wrong, at once.
-    pub fn validate(mut self) -> Result<Config, Problems> {
-        let mut problems = std::mem::take(&mut self.problems);
-        let config = validate::config(self, &mut problems);
-        if problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(Problems::new(problems))
-        }
     }
 
     fn take_variable(&mut self, name: &OsString, value: OsString) {
@@ -149,7 +136,7 @@ impl Draft {
         if let Some(path) = path {
             let path = override_path(path);
             let path: Vec<&str> = path.iter().map(String::as_str).collect();
-            self.lay(&path, Value::new(Some(&from_variable(name)), value));
+            self.overlay(&path, Value::new(Some(&from_variable(name)), value));
         } else if !value.is_empty() {
             match name {
                 "LIVEKIT_URL" => self.fallback.url = Some(value),
