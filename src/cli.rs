@@ -3,7 +3,7 @@
 //! It knows no WebRTC.
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,10 +12,6 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
-use tracing_subscriber::filter::{EnvFilter, filter_fn};
-use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::prelude::*;
-use tracing_subscriber::{Layer, Registry};
 
 use crate::config::{DispatchMode, EchoMode, Engine, Problems, Ramp};
 use crate::probe::{Origin, Outcome};
@@ -443,39 +439,6 @@ fn install_panic_hook() {
             complain(&format!("error: internal fault: {message}, at {place:?}"));
         }
     }));
-}
-
-/// Sends our own logs to `writer`: from `level` up, or what `RUST_LOG` says.
-///
-/// No other crate's, whatever it says: at their finer levels the WebSocket and WebRTC stacks write tokens, ICE passwords
-/// and SDPs.
-fn start_logging<W>(writer: W, colour: bool, level: &str)
-where
-    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
-{
-    let layer = tracing_subscriber::fmt::layer()
-        .with_writer(writer)
-        .with_ansi(colour);
-    log_to(layer, level);
-}
-
-/// Sends the daemon's log to stderr: for a person on a terminal, else one JSON object a line.
-fn start_daemon_logging() {
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    if std::io::stderr().is_terminal() {
-        log_to(layer.with_target(false), "info");
-    } else {
-        log_to(layer.json().flatten_event(true), "info");
-    }
-}
-
-fn log_to<L: Layer<Registry> + Send + Sync>(layer: L, level: &str) {
-    let wanted = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let ours = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
-    let layer = layer.with_filter(wanted).with_filter(ours);
-    // Not `init`, which would also take what other crates log without `tracing`, packet by packet, to drop it here.
-    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))
-        .expect("logging is started once a process");
 }
 
 /// One thread carries every room: the work is mostly waiting, and a second one costs more to wake than it takes over.

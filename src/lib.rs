@@ -13,6 +13,7 @@
 //! guard: what a project may use; its ledger and the journal of rooms are history's
 //! http: metrics, health, page and API of the daemon; knows none of the above but config
 //! rules: Prometheus rules for the settings
+//! telemetry: which events are logged, and where to
 //! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
 //! ```
 
@@ -31,3 +32,4 @@ pub mod report;
 pub mod rules;
 pub mod sandbox;
 pub mod schedule;
+mod telemetry;

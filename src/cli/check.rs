@@ -10,6 +10,7 @@ use super::{Check, Exit, print};
 use crate::config::{Config, EchoMode, Period, Problems, Project, Ramp, RawConfig, Stay, Target};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
+use crate::telemetry;
 
 /// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
 const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
@@ -23,7 +24,7 @@ pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
     if let Some(name) = &args.target {
         narrow(&mut config, name)?;
     }
-    super::start_logging(std::io::stderr, false, "warn");
+    telemetry::log_to(std::io::stderr, false, "warn");
     let mut text = String::new();
     let mut exit = Exit::Ok;
     let connections = if args.connect {

@@ -19,6 +19,7 @@ use crate::probe::{LimitKind, Outcome, Reason, Span};
 use crate::report::{BatchReport, ProbeReport};
 use crate::sandbox::fault::{Rooms, Rule};
 use crate::sandbox::{Handle, Sandbox, Settings};
+use crate::telemetry;
 
 const TARGET: &str = "demo";
 
@@ -178,7 +179,7 @@ impl Expected {
 pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
     let screen = Screen::live_table(args.rooms);
     // The demo tells of failed rooms and of skipped ticks in its own way.
-    super::start_logging(screen.log_writer(), Screen::colour(), "error");
+    telemetry::log_to(screen.log_writer(), Screen::colour(), "error");
     let runtime = super::runtime()?;
     let exit = runtime.block_on(perform(args, screen));
     runtime.shutdown_background();

@@ -23,6 +23,7 @@ use crate::probe::{LimitKind, Outcome, Reason};
 use crate::report::BatchReport;
 use crate::sandbox::fault::Rule;
 use crate::sandbox::{Sandbox, Settings};
+use crate::telemetry;
 
 const PROJECT: &str = "drill";
 
@@ -47,7 +48,7 @@ pub(super) fn run(args: &DrillArgs) -> anyhow::Result<Exit> {
     let rehearsal = chosen(args)?;
     let screen = Screen::live_table(args.rooms);
     // What becomes of the batches is told in words.
-    super::start_logging(screen.log_writer(), Screen::colour(), "error");
+    telemetry::log_to(screen.log_writer(), Screen::colour(), "error");
     let runtime = super::runtime()?;
     let exit = runtime.block_on(perform(args, rehearsal, screen));
     runtime.shutdown_background();

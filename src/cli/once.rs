@@ -18,6 +18,7 @@ use crate::livekit::wire;
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
 use crate::report::{BatchReport, json};
+use crate::telemetry;
 
 /// The target that flags and environment describe where no file does.
 const IMPLIED_TARGET: &str = "default";
@@ -33,7 +34,7 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
     let (target, project) = chosen(&config, &name);
     let fault = Fault::from_env()?;
     let screen = Screen::new(target.batch.rooms);
-    super::start_logging(screen.log_writer(), Screen::colour(), "warn");
+    telemetry::log_to(screen.log_writer(), Screen::colour(), "warn");
 
     let (endpoint, api) =
         wire::access(&project).with_context(|| format!("project {:?}", target.project))?;

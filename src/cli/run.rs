@@ -14,12 +14,13 @@ use crate::history::History;
 use crate::http::WebConfig;
 use crate::metrics::Build;
 use crate::probe::driver::Fault;
+use crate::telemetry;
 
 pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
     let config = settings(args)?;
     let fault = Fault::from_env()?;
     let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
-    super::start_daemon_logging();
+    telemetry::log_daemon();
     let history = History::open(&config.daemon.history)?;
     if args.accept_lost_ledger {
         history.accept_lost_ledger();

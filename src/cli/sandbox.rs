@@ -5,9 +5,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Exit, SandboxArgs, print};
 use crate::sandbox::{Sandbox, Settings};
+use crate::telemetry;
 
 pub(super) fn run(args: &SandboxArgs) -> anyhow::Result<Exit> {
-    super::start_logging(std::io::stderr, false, "warn");
+    telemetry::log_to(std::io::stderr, false, "warn");
     super::runtime()?.block_on(serve(args))
 }
 
