@@ -1,39 +1,69 @@
-# The client stack that joins the rooms of `real` and `matrix`: native, or libwebrtc, with which the canary is built then.
+# The WebRTC stack that joins the rooms in `real` and `matrix`: native or libwebrtc. The canary is built with it.
 ENGINE := "native"
 features := if ENGINE == "libwebrtc" { "--features libwebrtc" } else { "" }
 export ENGINE
 
-# What CI runs.
+# List the recipes.
+default:
+    @just --list
+
+# Run everything that CI runs. Needs Go, Python and root, and takes more than half an hour.
 check:
     .ci/run
 
-# Tests that need no more than the build does.
+# Format the Rust and Go code.
+fmt:
+    cargo fmt --all
+    gofmt -w grafana tests/deploy tests/real/talker
+
+# Run clippy on all targets, with the lints of CI.
+lint:
+    .ci/run lints
+
+# Build the documentation of the crate, private items included; warnings are errors.
+doc:
+    .ci/run doc
+
+# Run the tests that need nothing but Rust.
 test:
     cargo test
 
-# The scenarios on the sandbox and the real stack, all or those whose name contains FILTER. Needs Go, Python and root.
+# Accept what the snapshot tests print now; look at the difference before you commit it.
+snapshots:
+    INSTA_UPDATE=always INSTA_FORCE_PASS=1 cargo test
+    git status --short '*.snap'
+
+# Write the generated files again: the alert rules for Prometheus and the Grafana dashboards. Needs Go.
+regenerate:
+    cargo build
+    env -i target/debug/livekit-canary rules > target/rules.yml
+    mv target/rules.yml deploy/prometheus/livekit-canary.rules.yml
+    cd grafana && go run .
+
+# Run the scenarios whose name contains FILTER on the sandbox and on the real stack. Needs Go, Python and root.
 real FILTER="":
     cargo test {{features}} --test real -- {{FILTER}}
 
-# The dashboards: what is generated, and what their queries find. Needs Go and a release build.
-dashboards:
-    tests/rules/setup.sh
-    cd grafana && go test -count=1 ./...
-
-# What deploy/ ships, as far as it can be held against what reads it without a container engine. Needs Go and systemd.
-deployment:
-    tests/deploy/setup.sh
-    cargo build
-    cd tests/deploy && go test -count=1 ./...
-
-# What the alert rules do on Prometheus 2 and 3, minute by minute, and the way of an alert to a webhook. Needs Go.
-rules FILTER="":
-    cargo test --test rules -- {{FILTER}}
-
-# The fault matrix on every stack, N times: each fault with its verdict, and in how many runs that was right.
+# Run the fault matrix N times on every stack, and print how often each verdict was right. Needs Go, Python and root.
 matrix N="1":
     REPEAT={{N}} cargo test {{features}} --test real -- matrix::
 
-# CPU and memory on the sandbox and the real stack, accuracy on the real one; `just bench --help` tells what else.
+# Check the Grafana dashboards and what their queries find. Needs Go.
+dashboards:
+    cargo build --release
+    tests/rules/setup.sh
+    cd grafana && go test -count=1 ./...
+
+# Check the files in deploy/ as far as that goes without a container engine. Needs Go and systemd.
+deployment:
+    cargo build
+    tests/deploy/setup.sh
+    cd tests/deploy && go test -count=1 ./...
+
+# Run the alert rules on Prometheus 2 and 3, and send an alert through Alertmanager to a webhook. Needs Go.
+rules FILTER="":
+    cargo test --test rules -- {{FILTER}}
+
+# Measure CPU, memory and accuracy on the sandbox and on the real stack; `just bench --help` lists the options.
 bench *ARGS:
     cargo bench --bench load -- {{ARGS}}
