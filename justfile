@@ -1,7 +1,6 @@
 # The WebRTC stack that joins the rooms in `real` and `matrix`: native or libwebrtc. The canary is built with it.
-ENGINE := "native"
+export ENGINE := "native"
 features := if ENGINE == "libwebrtc" { "--features libwebrtc" } else { "" }
-export ENGINE
 
 # List the recipes.
 default:

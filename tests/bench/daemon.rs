@@ -4,10 +4,11 @@ use std::fmt;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use support::daemon::{DaemonDir, many_targets};
+use support::stack::{AGENT, Stack};
+use support::{SHORT_TIMEOUT, wait_for};
 use tokio::time::Instant;
 
-use crate::home::{Home, SOON, many_targets};
-use crate::stack::{AGENT, Site, wait_for};
 use crate::{pause, status};
 
 /// Targets whose batches run while the metrics are scraped, and scrapes.
@@ -29,26 +30,26 @@ pub struct Daemons {
 }
 
 pub fn measure() -> anyhow::Result<Daemons> {
-    let sandbox = Site::sandbox(AGENT, &[])?;
+    let sandbox = Stack::sandbox(AGENT, &[])?;
     let mut daemons = scrape(&sandbox)?;
     daemons.idle_rss_mb = idle_rss(&sandbox)?;
     Ok(daemons)
 }
 
-fn scrape(sandbox: &Site) -> anyhow::Result<Daemons> {
+fn scrape(sandbox: &Stack) -> anyhow::Result<Daemons> {
     println!("scrapes: {BUSY_TARGETS} targets");
-    let home = Home::new()?;
-    home.write(&many_targets(sandbox, BUSY_TARGETS, "10s"))?;
-    let daemon = home.start()?;
-    let ended = || daemon.metrics()?.sum("batches_total", &[]);
-    wait_for("the first batches", SOON, || {
+    let daemon_dir = DaemonDir::new()?;
+    daemon_dir.write(&many_targets(sandbox, BUSY_TARGETS, "10s"))?;
+    let daemon = daemon_dir.start()?;
+    let ended = || daemon.scrape()?.sum("batches_total", &[]);
+    wait_for("the first batches", SHORT_TIMEOUT, || {
         Ok((ended()? > 0.0).then_some(()))
     })?;
     let before = ended()?;
     let (mut scrapes, mut bytes) = (Vec::new(), 0);
     for _ in 0..SCRAPES {
         let start = Instant::now();
-        bytes = daemon.http.get("/metrics")?.len();
+        bytes = daemon.http.text("/metrics")?.len();
         scrapes.push(start.elapsed().as_secs_f64() * 1e3);
         pause(GAP);
     }
@@ -64,13 +65,13 @@ fn scrape(sandbox: &Site) -> anyhow::Result<Daemons> {
 }
 
 /// After a batch of each target, and long before the next.
-fn idle_rss(sandbox: &Site) -> anyhow::Result<f64> {
+fn idle_rss(sandbox: &Stack) -> anyhow::Result<f64> {
     println!("idle: {IDLE_TARGETS} targets");
-    let home = Home::new()?;
-    home.write(&many_targets(sandbox, IDLE_TARGETS, "20s"))?;
-    let daemon = home.start()?;
+    let daemon_dir = DaemonDir::new()?;
+    daemon_dir.write(&many_targets(sandbox, IDLE_TARGETS, "20s"))?;
+    let daemon = daemon_dir.start()?;
     wait_for("a batch of each target", Duration::from_mins(1), || {
-        let metrics = daemon.metrics()?;
+        let metrics = daemon.scrape()?;
         let ended = (0..IDLE_TARGETS).map(|number| {
             let target = format!("t{number}");
             metrics.sum("batches_total", &[("target", &target)])

@@ -1,6 +1,6 @@
-//! What the canary costs, and how exact its figures of join, first speech and reply are, against the sandbox in another
-//! process and against the real server; `cargo bench --bench load` (`just bench`). Prints a table, and a JSON object a
-//! line to keep. The figures mean something on an otherwise idle machine.
+//! What the canary costs, and how accurate its delays are, against the sandbox in another process and against the real
+//! server. Run it with `cargo bench --bench load` or `just bench`. It prints tables, and then a JSON object per line. The
+//! figures are only valid on an otherwise idle machine.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
@@ -14,29 +14,17 @@ use livekit_canary::livekit::audio::opus::{Codec, LONGEST};
 use ropus::{Application, Channels, Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use support::behaviour::Behaviour;
+use support::canary::Running;
+use support::process::{Process, command, program};
+use support::settings::Settings;
+use support::stack::{AGENT, Agent, AgentEvent, KEY, Stack};
+use support::{SECRET, network, wait_for};
 use tokio::time::Instant;
 
-#[expect(dead_code, reason = "the scenarios use the rest")]
-#[path = "../real/canary.rs"]
-mod canary;
 mod daemon;
-#[expect(dead_code, reason = "the scenarios use the rest")]
-#[path = "../real/home.rs"]
-mod home;
-#[expect(dead_code, reason = "the scenarios use the rest")]
-#[path = "../real/order.rs"]
-mod order;
-#[expect(dead_code, reason = "the scenarios use the rest")]
-#[path = "../real/stack.rs"]
-mod stack;
-#[expect(dead_code, reason = "the scenarios use the rest")]
-#[path = "../real/twirp.rs"]
-mod twirp;
 
-use canary::{Running, Settings};
 use daemon::Daemons;
-use order::Order;
-use stack::{AGENT, Agent, KEY, Process, SECRET, Site, wait_for};
 
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
@@ -51,7 +39,7 @@ const START: (Duration, Duration) = (Duration::from_secs(30), Duration::from_sec
 const JOINS: u32 = 50;
 /// Rooms whose reply is compared with the agent's own log.
 const REPLIES: u32 = 10;
-/// Samples a second of the speech that is encoded.
+/// Scrape a second of the speech that is encoded.
 const RATE: u16 = 48_000;
 /// Packets of Opus that one room brings in a minute.
 const PACKETS_A_MINUTE: u32 = 50 * 60;
@@ -61,7 +49,7 @@ const PACKETS_A_MINUTE: u32 = 50 * 60;
 struct Arguments {
     /// Only on this stack; the real one needs Go and Python
     #[arg(long, value_enum)]
-    stack: Option<Stack>,
+    stack: Option<StackChoice>,
 
     /// How many rooms to hold open, one after the other [default: 1,10,50,200 on the sandbox, 1,10,50 on the real stack]
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
@@ -81,7 +69,7 @@ struct Arguments {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Stack {
+enum StackChoice {
     Sandbox,
     Real,
 }
@@ -97,32 +85,32 @@ fn main() -> anyhow::Result<()> {
         accuracy: Vec::new(),
         loads: Vec::new(),
     };
-    if wants(Stack::Sandbox) {
+    if wants(StackChoice::Sandbox) {
         found.daemons = Some(daemon::measure()?);
         for rooms in arguments.rooms_on(ROOMS_ON_SANDBOX) {
             for program in arguments.programs() {
                 // What one left behind must not be the other's burden.
-                let stage = Stage::sandbox()?;
+                let speakers = SpeakingStack::sandbox()?;
                 found
                     .loads
-                    .push(load(&stage, Voice::Speech, program, rooms)?);
+                    .push(load(&speakers, Voice::Speech, program, rooms)?);
             }
         }
     }
-    if wants(Stack::Real) {
-        stack::sweep()?;
-        let site = Site::real(&[Agent::named(AGENT)])?;
-        found.accuracy.push(join_accuracy(&site)?);
-        found.accuracy.push(reply_accuracy(&site)?);
-        let stage = Stage::real(site, &packets)?;
-        found.accuracy.push(speech_accuracy(&stage)?);
+    if wants(StackChoice::Real) {
+        network::sweep()?;
+        let stack = Stack::real(&[Agent::named(AGENT)])?;
+        found.accuracy.push(join_accuracy(&stack)?);
+        found.accuracy.push(reply_accuracy(&stack)?);
+        let speakers = SpeakingStack::real(stack, &packets)?;
+        found.accuracy.push(speech_accuracy(&speakers)?);
         for rooms in arguments.rooms_on(ROOMS_ON_REAL) {
-            let transport = load(&stage, Voice::Undecodable, Program::Canary, rooms)?;
+            let transport = load(&speakers, Voice::Undecodable, Program::Canary, rooms)?;
             found.loads.push(transport);
             for program in arguments.programs() {
                 found
                     .loads
-                    .push(load(&stage, Voice::Speech, program, rooms)?);
+                    .push(load(&speakers, Voice::Speech, program, rooms)?);
             }
         }
     }
@@ -285,30 +273,30 @@ impl Voice {
 }
 
 /// A server whose agents speak without a pause.
-struct Stage {
+struct SpeakingStack {
     label: &'static str,
-    site: Site,
+    stack: Stack,
     /// On the real stack: the agents, each of which all rooms share.
     talkers: Vec<(Voice, Process)>,
 }
 
-impl Stage {
+impl SpeakingStack {
     fn sandbox() -> anyhow::Result<Self> {
         Ok(Self {
             label: "sandbox",
-            site: Site::sandbox(AGENT, &["never_pauses".to_owned()])?,
+            stack: Stack::sandbox(AGENT, &["never_pauses".to_owned()])?,
             talkers: Vec::new(),
         })
     }
 
-    fn real(site: Site, packets: &[Vec<u8>]) -> anyhow::Result<Self> {
+    fn real(stack: Stack, packets: &[Vec<u8>]) -> anyhow::Result<Self> {
         let talkers = [Voice::Speech, Voice::Undecodable]
             .into_iter()
-            .map(|voice| Ok((voice, start_talker(&site, voice, packets.to_vec())?)))
+            .map(|voice| Ok((voice, start_talker(&stack, voice, packets.to_vec())?)))
             .collect::<anyhow::Result<_>>()?;
         Ok(Self {
             label: "real",
-            site,
+            stack,
             talkers,
         })
     }
@@ -323,18 +311,18 @@ impl Stage {
     }
 
     /// In how many rooms the agent of this voice has begun to speak since it was started.
-    fn speaking(&self, voice: Voice) -> anyhow::Result<usize> {
+    fn rooms_with_speech(&self, voice: Voice) -> anyhow::Result<usize> {
         if let Some(talker) = self.talker(voice) {
             return Ok(talker.log()?.matches("talking").count());
         }
-        let events = self.site.events()?;
+        let events = self.stack.events()?;
         let met = events.iter().filter(|event| event.name() == "caller");
-        let rooms: BTreeSet<_> = met.map(stack::Event::room).collect();
+        let rooms: BTreeSet<_> = met.map(AgentEvent::room).collect();
         Ok(rooms.len())
     }
 }
 
-fn start_talker(site: &Site, voice: Voice, packets: Vec<Vec<u8>>) -> anyhow::Result<Process> {
+fn start_talker(stack: &Stack, voice: Voice, packets: Vec<Vec<u8>>) -> anyhow::Result<Process> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("packets");
     let mut data = Vec::new();
@@ -343,13 +331,13 @@ fn start_talker(site: &Site, voice: Voice, packets: Vec<Vec<u8>>) -> anyhow::Res
         data.extend(packet);
     }
     fs::write(&file, data)?;
-    let mut command = stack::command(&stack::program("TALKER")?);
+    let mut command = command(&program("TALKER")?);
     command
-        .args([&site.url, voice.label()])
+        .args([&stack.url, voice.label()])
         .arg(&file)
         .env("LIVEKIT_API_KEY", KEY)
         .env("LIVEKIT_API_SECRET", SECRET);
-    let mut talker = Process::spawn(voice.label(), command, site.dir())?;
+    let mut talker = Process::spawn(voice.label(), command, stack.dir())?;
     talker.wait_for_line("registered worker", Duration::from_secs(10))?;
     Ok(talker)
 }
@@ -396,10 +384,10 @@ impl std::fmt::Display for Accuracy {
 }
 
 /// Many short rooms with real jobs, one after the other, so that the machine stays nearly idle.
-fn join_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
-    let finished = Settings::new(site)
+fn join_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
+    let finished = Settings::new(stack)
         .project("max_rooms", JOINS)
-        .order(&Order::greets().with("seconds", 0.3))
+        .behaviour(&Behaviour::greets().with("seconds", 0.3))
         .set("batch.rooms", JOINS)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "2s")
@@ -418,11 +406,11 @@ fn join_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
 
 /// The talker says itself when it sends its first packet of speech: nothing but the way through the server lies between.
 /// A livekit-agents job can't say it as well, for the SDK encodes and paces on its own.
-fn speech_accuracy(stage: &Stage) -> anyhow::Result<Accuracy> {
-    let talker = stage.talker(Voice::Speech).context("no talker")?;
-    let finished = Settings::new(&stage.site)
+fn speech_accuracy(speakers: &SpeakingStack) -> anyhow::Result<Accuracy> {
+    let talker = speakers.talker(Voice::Speech).context("no talker")?;
+    let finished = Settings::new(&speakers.stack)
         .project("max_rooms", JOINS)
-        .set("agent_name", stage.agent(Voice::Speech))
+        .set("agent_name", speakers.agent(Voice::Speech))
         .set("batch.rooms", JOINS)
         .set("batch.ramp", "interval")
         .set("batch.interval", "200ms")
@@ -448,19 +436,21 @@ fn speech_accuracy(stage: &Stage) -> anyhow::Result<Accuracy> {
 /// the state `speaking`, with the first frame that it gave to its track.
 /// The canary's is from the end of the last packet of speech that it sent to the arrival of the first audible one, so both
 /// ways through the server and the agent's jitter buffer come on top: the caller waits for them too.
-fn reply_accuracy(site: &Site) -> anyhow::Result<Accuracy> {
+fn reply_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
     // A worker starts a process for its next job with each call; on two cores that would be in the conversation's way.
-    let order = Order::replies().with("connect_after", 5).with("seconds", 1);
-    let finished = Settings::new(site)
+    let behaviour = Behaviour::replies()
+        .with("connect_after", 5)
+        .with("seconds", 1);
+    let finished = Settings::new(stack)
         .project("max_rooms", REPLIES)
-        .order(&order)
+        .behaviour(&behaviour)
         .set("expect.reply", true)
         .set("batch.rooms", REPLIES)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "6s")
         .run()?;
     let batch = finished.batch()?;
-    let events = site.events()?;
+    let events = stack.events()?;
     let mut off = Vec::new();
     for probe in &batch.probes {
         let told = |name: &str, key: &str| {
@@ -574,12 +564,12 @@ impl Program<'_> {
         }
     }
 
-    fn start(self, stage: &Stage, voice: Voice, rooms: u32) -> anyhow::Result<Subject> {
+    fn start(self, speakers: &SpeakingStack, voice: Voice, rooms: u32) -> anyhow::Result<Subject> {
         match self {
             Self::Canary => {
-                let settings = Settings::new(&stage.site)
+                let settings = Settings::new(&speakers.stack)
                     .project("max_rooms", rooms)
-                    .set("agent_name", stage.agent(voice))
+                    .set("agent_name", speakers.agent(voice))
                     .set("batch.rooms", rooms)
                     .set("batch.ramp", "interval")
                     .set("batch.interval", "200ms")
@@ -591,15 +581,19 @@ impl Program<'_> {
             }
             Self::Peer(line) => {
                 let seconds = (longest_start(rooms) + SETTLE + WINDOW).as_secs();
-                let mut command = stack::command("sh");
+                let mut command = command("sh");
                 command
                     .args(["-c", &format!("{line} \"$@\""), "peer"])
-                    .args([&stage.site.url, &rooms.to_string(), stage.agent(voice)])
+                    .args([
+                        &speakers.stack.url,
+                        &rooms.to_string(),
+                        speakers.agent(voice),
+                    ])
                     .arg(seconds.to_string())
-                    .env("LIVEKIT_URL", &stage.site.url)
-                    .env("LIVEKIT_API_KEY", &stage.site.key)
-                    .env("LIVEKIT_API_SECRET", &stage.site.secret);
-                let peer = Process::spawn("peer", command, stage.site.dir())?;
+                    .env("LIVEKIT_URL", &speakers.stack.url)
+                    .env("LIVEKIT_API_KEY", &speakers.stack.key)
+                    .env("LIVEKIT_API_SECRET", &speakers.stack.secret);
+                let peer = Process::spawn("peer", command, speakers.stack.dir())?;
                 Ok(Subject::Peer(peer))
             }
         }
@@ -623,7 +617,7 @@ impl Subject {
         match self {
             Self::Canary(running) => {
                 running.signal(Signal::INT)?;
-                Ok(running.finish()?.all())
+                Ok(running.finish()?.output())
             }
             Self::Peer(peer) => peer.log(),
         }
@@ -647,30 +641,41 @@ impl Subject {
     }
 }
 
-fn load(stage: &Stage, voice: Voice, program: Program<'_>, rooms: u32) -> anyhow::Result<Load> {
+fn load(
+    speakers: &SpeakingStack,
+    voice: Voice,
+    program: Program<'_>,
+    rooms: u32,
+) -> anyhow::Result<Load> {
     println!(
         "load: {}, {rooms} room(s), {}, {}",
-        stage.label,
+        speakers.label,
         program.label(),
         voice.label()
     );
-    let before = stage.speaking(voice)?;
-    let subject = program.start(stage, voice, rooms)?;
+    let before = speakers.rooms_with_speech(voice)?;
+    let subject = program.start(speakers, voice, rooms)?;
     let all = wait_for(
         "the agent to speak in all rooms",
         longest_start(rooms),
-        || Ok((stage.speaking(voice)? >= before + rooms as usize).then_some(())),
+        || Ok((speakers.rooms_with_speech(voice)? >= before + rooms as usize).then_some(())),
     );
     if let Err(error) = all {
         return Err(error.context(subject.log()?));
     }
     pause(SETTLE);
-    let used = (usage(subject.id())?, usage(stage.site.server.child.id())?);
+    let used = (
+        usage(subject.id())?,
+        usage(speakers.stack.server.child.id())?,
+    );
     pause(WINDOW);
-    let (now, server) = (usage(subject.id())?, usage(stage.site.server.child.id())?);
+    let (now, server) = (
+        usage(subject.id())?,
+        usage(speakers.stack.server.child.id())?,
+    );
     subject.end()?;
     Ok(Load {
-        stack: stage.label,
+        stack: speakers.label,
         program: program.label(),
         voice,
         rooms,

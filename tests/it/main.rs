@@ -10,9 +10,6 @@ mod demo;
 mod docs;
 mod drill;
 mod forecast;
-#[expect(dead_code, reason = "the scenarios use the rest")]
-#[path = "../real/gate.rs"]
-mod gate;
 mod guard;
 mod history;
 mod http;

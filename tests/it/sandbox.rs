@@ -10,11 +10,11 @@ use livekit_canary::livekit::wire::connect::Endpoint;
 use livekit_canary::livekit::wire::token::Keys;
 use livekit_canary::sandbox::{Handle, Sandbox, Settings};
 use serde_json::Value;
+use support::gate::{Gate, Hold};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::canary;
-use crate::gate::{Gate, Hold};
 
 /// Short deadlines: what fails on loopback fails for good.
 const CONFIG: &str = r#"

@@ -1,14 +1,12 @@
-//! The second layer of tests: the product's own binary against the real stack and the sandbox, one table of scenarios.
+//! Scenarios and faults: the canary's binary against the sandbox and against the real stack.
 //!
-//! `cargo test --test real [name]` runs it (`just real`, and `just matrix` for the faults alone); plain `cargo test`
-//! leaves it out, because it needs Go, Python and root for a network namespace. A row for every scenario and stack is
-//! printed, and an absent row fails the run, as does a room whose milestones come in another order on one stack than on
-//! the other.
+//! Run it with `cargo test --test real [FILTER]` or `just real`; `just matrix` runs only the faults. Plain `cargo test` leaves
+//! it out, because it needs Go, Python, and root for network namespaces.
+//!
+//! The run prints a row for every case. It fails if a case fails or leaves no row, or if the milestones of a room have another
+//! order on one stack than on the other.
 
-#![expect(
-    clippy::print_stdout,
-    reason = "the table is for whoever runs the tests"
-)]
+#![expect(clippy::print_stdout, reason = "the tables are the output of the run")]
 
 use std::borrow::Cow;
 use std::process::ExitCode;
@@ -16,113 +14,121 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
+use support::network::{self, LoopbackIpv6, Namespace};
+use support::stack::{AGENT, Agent, BUSY_AGENT, Stack, StackKind};
 use tokio::runtime;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 mod agents;
-mod canary;
 mod daemon;
-mod gate;
-mod home;
-mod journey;
+mod fixture;
 mod matrix;
-mod network;
-mod order;
+mod network_path;
+mod proxy;
 mod relay;
 mod reports;
 mod scenarios;
-mod stack;
-mod twirp;
+mod timeline;
 
-use journey::Journey;
+use fixture::Fixture;
 use matrix::{FAULTS, Fault};
-use scenarios::{Ground, SCENARIOS, Scenario};
-use stack::{AGENT, Agent, BUSY_AGENT, Ipv6, Namespace, Site, Stack};
+use scenarios::{SCENARIOS, Scenario};
+use timeline::Timeline;
 
-/// Scenarios and faults that start one.
-const SITES_BEHIND_VETH: usize = 8;
+/// The number of scenarios and faults that start a stack behind a veth pair.
+const STACKS_BEHIND_VETH: usize = 8;
 
-/// How often everything is done that is asked for; the figures of all runs are printed at the end.
+/// The variable with the number of runs. After several runs, the figures of all runs are printed.
 const REPEAT: &str = "REPEAT";
 
-/// On the real stack: rooms in which agents speak at the same time. An agent is a process with an interpreter of its own,
-/// and where more of them than this share two slow cores, some hear no echo for a second or two.
-const LOAD_AT_ONCE: usize = 6;
+/// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process. If more than
+/// this share two slow cores, some of them receive no echo for a second or two.
+const MAX_LOAD: usize = 6;
 
-/// One scenario or one fault on one stack.
+/// One scenario or one fault on one kind of stack.
 struct Case {
-    kind: Kind,
-    stack: Stack,
-    /// Why it isn't there.
+    test: Test,
+    stack: StackKind,
+    /// Why it can't run there; `None` if it can.
     absent: Option<&'static str>,
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum Test {
     Scenario(&'static Scenario),
     Fault(&'static Fault),
 }
 
+impl Test {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Scenario(scenario) => scenario.name,
+            Self::Fault(fault) => fault.name,
+        }
+    }
+}
+
 impl Case {
     fn all() -> Vec<Self> {
-        let scenarios = SCENARIOS.iter().map(Kind::Scenario);
-        let kinds = scenarios.chain(FAULTS.iter().map(Kind::Fault));
-        let cases = kinds.flat_map(|kind| Stack::ALL.map(|stack| Self::new(kind, stack)));
+        let scenarios = SCENARIOS.iter().map(Test::Scenario);
+        let tests = scenarios.chain(FAULTS.iter().map(Test::Fault));
+        let cases = tests.flat_map(|test| StackKind::ALL.map(|stack| Self::new(test, stack)));
         cases.flatten().collect()
     }
 
-    /// `None` where nobody expects it there.
-    fn new(kind: Kind, stack: Stack) -> Option<Self> {
-        let absent = match kind {
-            Kind::Scenario(scenario) => scenario.on(stack)?.err(),
-            Kind::Fault(fault) => fault.on(stack)?.err(),
+    /// `None` if the test isn't meant for this kind of stack.
+    fn new(test: Test, stack: StackKind) -> Option<Self> {
+        let absent = match test {
+            Test::Scenario(scenario) => scenario.on(stack)?.err(),
+            Test::Fault(fault) => fault.on(stack)?.err(),
         };
         Some(Self {
-            kind,
+            test,
             stack,
             absent,
         })
     }
 
     fn name(&self) -> String {
-        let stack = self.stack.label();
-        match self.kind {
-            Kind::Scenario(scenario) => format!("{stack}::{}", scenario.name),
-            Kind::Fault(fault) => format!("matrix::{stack}::{}", fault.name),
+        let (stack, name) = (self.stack.label(), self.test.name());
+        match self.test {
+            Test::Scenario(_) => format!("{stack}::{name}"),
+            Test::Fault(_) => format!("matrix::{stack}::{name}"),
         }
     }
 
     fn expected(&self) -> Cow<'static, str> {
-        match self.kind {
-            Kind::Scenario(scenario) => scenario.expected.into(),
-            Kind::Fault(fault) => fault.expected().into(),
+        match self.test {
+            Test::Scenario(scenario) => scenario.expected.into(),
+            Test::Fault(fault) => fault.expected().into(),
         }
     }
 
-    /// Its part of [`LOAD_AT_ONCE`].
+    /// How much of [`MAX_LOAD`] the case uses.
     fn load(&self) -> u32 {
-        match (self.stack, self.kind) {
-            (Stack::Real, Kind::Scenario(scenario)) => scenario.load,
-            (Stack::Real, Kind::Fault(_)) => 1,
-            (Stack::Sandbox | Stack::Mock, _) => 0,
+        match (self.stack, self.test) {
+            (StackKind::Real, Test::Scenario(scenario)) => scenario.load,
+            (StackKind::Real, Test::Fault(_)) => 1,
+            (StackKind::Sandbox | StackKind::Mock, _) => 0,
         }
     }
 
-    /// Does it, and says what was seen and how long it took: of a fault, until the verdict was there.
-    fn run(&self, ground: &Ground) -> anyhow::Result<(String, f64)> {
+    /// Runs the test. Returns a summary of what it saw, and the seconds that it took; for a fault, the seconds until the
+    /// verdict.
+    fn run(&self, fixture: &Fixture) -> anyhow::Result<(String, f64)> {
         let start = Instant::now();
-        let nothing = "it isn't there";
-        Ok(match self.kind {
-            Kind::Scenario(scenario) => {
+        let absent = "it can't run on this stack";
+        Ok(match self.test {
+            Test::Scenario(scenario) => {
                 let run = scenario.on(self.stack).and_then(Result::ok);
-                let seen = run.context(nothing)?(ground)?;
-                (seen, start.elapsed().as_secs_f64())
+                let summary = run.context(absent)?(fixture)?;
+                (summary, start.elapsed().as_secs_f64())
             }
-            Kind::Fault(fault) => {
-                let make = fault.on(self.stack).and_then(Result::ok);
-                let row = fault.run(make.context(nothing)?, ground)?;
-                (row.seen, row.seconds)
+            Test::Fault(fault) => {
+                let inject = fault.on(self.stack).and_then(Result::ok);
+                let verdict = fault.run(inject.context(absent)?, fixture)?;
+                (verdict.summary, verdict.seconds)
             }
         })
     }
@@ -130,14 +136,14 @@ impl Case {
 
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(Case::all);
 
-/// What became of one case.
+/// The result of one case.
 struct Row {
-    /// Its place in [`CASES`].
+    /// The index in [`CASES`].
     case: usize,
-    /// What was seen; `Err` where it isn't what must come of it.
+    /// A summary, or the error of a failed case.
     result: Result<String, String>,
     seconds: f64,
-    journeys: Vec<Journey>,
+    timelines: Vec<Timeline>,
 }
 
 type Rows = Arc<Mutex<Vec<Row>>>;
@@ -149,21 +155,21 @@ fn main() -> anyhow::Result<ExitCode> {
         let trials = trials.map(|case| Trial::test(case.name(), || Ok(())));
         return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
     }
-    let times = match std::env::var(REPEAT) {
-        Ok(times) => times.parse().with_context(|| format!("{REPEAT}={times}"))?,
+    let runs = match std::env::var(REPEAT) {
+        Ok(runs) => runs.parse().with_context(|| format!("{REPEAT}={runs}"))?,
         Err(_) => 1,
     };
     let mut all = Vec::new();
     let mut failed = 0;
-    for _ in 0..times {
-        let (rows, faults) = run_all(&arguments)?;
+    for _ in 0..runs {
+        let (rows, problems) = run_all(&arguments)?;
         let passed = rows.iter().filter(|row| row.result.is_ok()).count();
-        let failed_now = rows.len() - passed + faults;
+        let failed_now = rows.len() - passed + problems;
         println!("\n{passed} passed, {failed_now} failed");
         failed += failed_now;
         all.extend(rows);
     }
-    if times > 1 {
+    if runs > 1 {
         print_figures(&all);
     }
     Ok(if failed == 0 {
@@ -173,42 +179,41 @@ fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Runs what is asked for, once, prints the tables, and counts what is wrong besides the rows.
+/// Runs all requested cases once and prints the tables. Returns the rows, and the number of problems that belong to no row.
 fn run_all(arguments: &Arguments) -> anyhow::Result<(Vec<Row>, usize)> {
     let rows = Rows::default();
-    let mut faults = Vec::new();
-    // One after the other: the real agents' jitter buffers tell a busy machine from an idle one.
-    for stack in Stack::ALL {
-        faults.extend(run(stack, arguments, &rows)?);
+    let mut problems = Vec::new();
+    // One stack after the other: on a busy machine the jitter buffers of the real agents become larger.
+    for stack in StackKind::ALL {
+        problems.extend(run_stack(stack, arguments, &rows)?);
     }
     let mut rows =
         std::mem::take(&mut *rows.lock().expect("no trial panics while it adds its row"));
     rows.sort_by_key(|row| row.case);
-    print_table("scenario", &rows, |kind| matches!(kind, Kind::Scenario(_)));
-    print_table("fault", &rows, |kind| matches!(kind, Kind::Fault(_)));
-    println!("\n{}", matrix::account());
-    faults.extend(absent(&rows, arguments));
-    faults.extend(compare(&rows));
-    faults.extend(matrix::gaps());
-    for fault in &faults {
-        println!("{fault}");
+    print_table("scenario", &rows, |test| matches!(test, Test::Scenario(_)));
+    print_table("fault", &rows, |test| matches!(test, Test::Fault(_)));
+    println!("\n{}", matrix::summary());
+    problems.extend(missing_rows(&rows, arguments));
+    problems.extend(compare_timelines(&rows));
+    problems.extend(matrix::gaps());
+    for problem in &problems {
+        println!("{problem}");
     }
-    Ok((rows, faults.len()))
+    Ok((rows, problems.len()))
 }
 
-/// The cases of a stack that the command line asks for.
-fn wanted(
-    stack: Stack,
+/// The cases on one kind of stack that the command line requests.
+fn requested(
+    stack: StackKind,
     arguments: &Arguments,
 ) -> impl Iterator<Item = (usize, &'static Case)> + use<'_> {
     let cases = CASES.iter().enumerate();
     cases.filter(move |(_, case)| {
-        case.stack == stack && case.absent.is_none() && is_wanted(&case.name(), arguments)
+        case.stack == stack && case.absent.is_none() && is_requested(&case.name(), arguments)
     })
 }
 
-/// Whether the command line asks for the trial of this name.
-fn is_wanted(name: &str, arguments: &Arguments) -> bool {
+fn is_requested(name: &str, arguments: &Arguments) -> bool {
     let matches = |pattern: &String| {
         if arguments.exact {
             name == pattern
@@ -219,88 +224,92 @@ fn is_wanted(name: &str, arguments: &Arguments) -> bool {
     arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
 }
 
-/// Runs the cases of one stack; says what is wrong besides the rows.
-fn run(stack: Stack, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<String>> {
-    let mut faults = Vec::new();
-    if wanted(stack, arguments).next().is_none() {
-        return Ok(faults);
+/// Runs the cases on one kind of stack. Returns the problems that belong to no row.
+fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Result<Vec<String>> {
+    let mut problems = Vec::new();
+    if requested(kind, arguments).next().is_none() {
+        return Ok(problems);
     }
-    let (_network, site) = match stack {
-        // Each case starts its own.
-        Stack::Sandbox | Stack::Mock => (None, None),
-        Stack::Real => {
-            stack::sweep()?;
-            let network = (Ipv6::add()?, Namespace::prepare(SITES_BEHIND_VETH)?);
-            (Some(network), Some(Arc::new(shared_site()?)))
+    let (_network, shared) = match kind {
+        // Each case starts a stack.
+        StackKind::Sandbox | StackKind::Mock => (None, None),
+        StackKind::Real => {
+            network::sweep()?;
+            let namespaces = Namespace::prepare(STACKS_BEHIND_VETH)?;
+            let network = (LoopbackIpv6::add()?, namespaces);
+            (Some(network), Some(Arc::new(shared_stack()?)))
         }
     };
-    let load = Arc::new(Semaphore::new(LOAD_AT_ONCE));
-    let waiting = runtime::Builder::new_current_thread().build()?;
-    let trials = wanted(stack, arguments).map(|(place, case)| {
-        let (site, rows, load) = (site.clone(), Arc::clone(rows), Arc::clone(&load));
-        let waiting = waiting.handle().clone();
+    let load = Arc::new(Semaphore::new(MAX_LOAD));
+    let runtime = runtime::Builder::new_current_thread().build()?;
+    let trials = requested(kind, arguments).map(|(index, case)| {
+        let (shared, rows, load) = (shared.clone(), Arc::clone(rows), Arc::clone(&load));
+        let runtime = runtime.handle().clone();
         Trial::test(case.name(), move || {
-            // First come, first served, so that no heavy one waits for ever.
-            let _part = waiting.block_on(load.acquire_many(case.load()));
-            trial(place, case, site.as_deref(), &rows)
+            // The semaphore is fair, so that a case with much load doesn't wait for ever.
+            let _permits = runtime.block_on(load.acquire_many(case.load()));
+            trial(index, case, shared.as_deref(), &rows)
         })
     });
     let mut arguments = arguments.clone();
-    arguments.test_threads.get_or_insert(at_once(stack));
+    arguments.test_threads.get_or_insert(max_threads(kind));
     let mut failed = libtest_mimic::run(&arguments, trials.collect()).has_failed();
-    if let Some(site) = site {
-        // Every case is over: whatever is there now was left behind.
-        let left = site.api.rooms()?;
+    if let Some(shared) = shared {
+        // Every case has ended, so a room that exists now was left behind.
+        let left = shared.api.rooms()?;
         if !left.is_empty() {
-            faults.push(format!("left on the {} server: {left:?}", stack.label()));
-            println!("{}", site.logs_about(&left.join(" ")));
+            problems.push(format!(
+                "rooms left on the {} server: {left:?}",
+                kind.label()
+            ));
+            println!("{}", shared.logs_about(&left.join(" ")));
             failed = true;
         }
         if failed {
-            println!("{}", site.logs());
+            println!("{}", shared.logs());
         }
     }
-    Ok(faults)
+    Ok(problems)
 }
 
-/// Cases that run at the same time. They mostly wait; more of them would make two cores the thing that is measured.
-fn at_once(stack: Stack) -> usize {
+/// The maximum of cases that run at the same time. They mostly wait. With more of them, two cores would limit the result.
+fn max_threads(stack: StackKind) -> usize {
     match stack {
-        Stack::Sandbox | Stack::Mock => 12,
-        // A job of an agent's is a process with an interpreter of its own.
-        Stack::Real => 4,
+        StackKind::Sandbox | StackKind::Mock => 12,
+        // Each job of an agent is a Python process.
+        StackKind::Real => 4,
     }
 }
 
-fn shared_site() -> anyhow::Result<Site> {
+fn shared_stack() -> anyhow::Result<Stack> {
     let busy = Agent {
         name: BUSY_AGENT,
         load: 1.0,
     };
-    Site::real(&[Agent::named(AGENT), busy])
+    Stack::real(&[Agent::named(AGENT), busy])
 }
 
-fn trial(place: usize, case: &Case, site: Option<&Site>, rows: &Rows) -> Result<(), Failed> {
+fn trial(index: usize, case: &Case, shared: Option<&Stack>, rows: &Rows) -> Result<(), Failed> {
     let start = Instant::now();
-    let ground = Ground::new(case.stack, site);
-    let seen = case.run(&ground);
-    let seen = seen.and_then(|seen| ground.expect_empty().map(|()| seen));
-    let failed = seen.as_ref().err().map(|error| {
+    let fixture = Fixture::new(case.stack, shared);
+    let result = case.run(&fixture);
+    let result = result.and_then(|seen| fixture.expect_no_rooms().map(|()| seen));
+    let failed = result.as_ref().err().map(|error| {
         let error = format!("{error:#}");
-        Failed::from(format!("{error}\n{}", ground.logs(&error)))
+        Failed::from(format!("{error}\n{}", fixture.logs(&error)))
     });
-    let (result, seconds) = match seen {
-        Ok((seen, seconds)) => (Ok(seen), seconds),
+    let (result, seconds) = match result {
+        Ok((summary, seconds)) => (Ok(summary), seconds),
         Err(error) => (
             Err(error.root_cause().to_string()),
             start.elapsed().as_secs_f64(),
         ),
     };
     let row = Row {
-        case: place,
+        case: index,
         result,
         seconds,
-        journeys: ground.journeys(),
+        timelines: fixture.into_timelines(),
     };
     rows.lock()
         .expect("no trial panics while it adds its row")
@@ -308,26 +317,22 @@ fn trial(place: usize, case: &Case, site: Option<&Site>, rows: &Rows) -> Result<
     failed.map_or(Ok(()), Err)
 }
 
-/// A row for every case that was run, and one for each stack that can't express it.
-fn print_table(title: &str, rows: &[Row], is_part: impl Fn(Kind) -> bool) {
-    let ran = |place: usize| rows.iter().find(|row| row.case == place);
-    let name = |kind: Kind| match kind {
-        Kind::Scenario(scenario) => scenario.name,
-        Kind::Fault(fault) => fault.name,
-    };
+/// Prints a row for every case that ran, and one for every stack on which such a test can't run.
+fn print_table(title: &str, rows: &[Row], is_part: impl Fn(Test) -> bool) {
+    let row_of = |index: usize| rows.iter().find(|row| row.case == index);
     let cases = CASES
         .iter()
         .enumerate()
-        .filter(|(_, case)| is_part(case.kind));
+        .filter(|(_, case)| is_part(case.test));
     let cases: Vec<_> = cases.collect();
-    let names: Vec<_> = rows.iter().map(|row| name(CASES[row.case].kind)).collect();
-    if !cases.iter().any(|(place, _)| ran(*place).is_some()) {
+    let ran: Vec<_> = rows.iter().map(|row| CASES[row.case].test.name()).collect();
+    if !cases.iter().any(|(index, _)| row_of(*index).is_some()) {
         return;
     }
     println!("\n{title} | stack | expected | seen | seconds");
-    for (place, case) in cases {
-        let (name, stack) = (name(case.kind), case.stack.label());
-        if let Some(row) = ran(place) {
+    for (index, case) in cases {
+        let (name, stack) = (case.test.name(), case.stack.label());
+        if let Some(row) = row_of(index) {
             let (mark, seen) = match &row.result {
                 Ok(seen) => ("", seen),
                 Err(error) => ("FAILED: ", error),
@@ -335,66 +340,67 @@ fn print_table(title: &str, rows: &[Row], is_part: impl Fn(Kind) -> bool) {
             let seen = seen.lines().next().unwrap_or_default();
             let (expected, seconds) = (case.expected(), row.seconds);
             println!("{name} | {stack} | {expected} | {mark}{seen} | {seconds:.1}");
-        } else if let (Some(why), true) = (case.absent, names.contains(&name)) {
-            println!("{name} | {stack} | - | not there: {why} | -");
+        } else if let (Some(why), true) = (case.absent, ran.contains(&name)) {
+            println!("{name} | {stack} | - | can't run there: {why} | -");
         }
     }
 }
 
-/// Of several runs: how many were right, and how long they took.
+/// Prints for several runs how many were right, and how long they took.
 fn print_figures(rows: &[Row]) {
     println!("\ncase | right | seconds, from - to");
-    for (place, case) in CASES.iter().enumerate() {
-        let of_case: Vec<_> = rows.iter().filter(|row| row.case == place).collect();
+    for (index, case) in CASES.iter().enumerate() {
+        let of_case: Vec<_> = rows.iter().filter(|row| row.case == index).collect();
         if of_case.is_empty() {
             continue;
         }
         let right = of_case.iter().filter(|row| row.result.is_ok()).count();
         let seconds = of_case.iter().map(|row| row.seconds);
-        let least = seconds.clone().fold(f64::INFINITY, f64::min);
-        let most = seconds.fold(0.0, f64::max);
+        let min = seconds.clone().fold(f64::INFINITY, f64::min);
+        let max = seconds.fold(0.0, f64::max);
         println!(
-            "{} | {right} of {} | {least:.1} - {most:.1}",
+            "{} | {right} of {} | {min:.1} - {max:.1}",
             case.name(),
             of_case.len()
         );
     }
 }
 
-/// The cases that left no row.
-fn absent(rows: &[Row], arguments: &Arguments) -> Vec<String> {
-    let cases = Stack::ALL.into_iter();
-    cases
-        .flat_map(|stack| wanted(stack, arguments))
-        .filter(|(place, _)| !rows.iter().any(|row| row.case == *place))
+/// The requested cases that have no row.
+fn missing_rows(rows: &[Row], arguments: &Arguments) -> Vec<String> {
+    let stacks = StackKind::ALL.into_iter();
+    stacks
+        .flat_map(|stack| requested(stack, arguments))
+        .filter(|(index, _)| !rows.iter().any(|row| row.case == *index))
         .map(|(_, case)| format!("no row: {}", case.name()))
         .collect()
 }
 
-/// Where the milestones of a scenario come in another order on one stack than on the other.
-fn compare(rows: &[Row]) -> Vec<String> {
-    let mut differences = Vec::new();
+/// The scenarios whose milestones have another order on one stack than on the other.
+fn compare_timelines(rows: &[Row]) -> Vec<String> {
+    let mut problems = Vec::new();
     let (mut scenarios, mut rooms) = (0, 0);
     for scenario in SCENARIOS {
         let passed = |stack| {
             let mut rows = rows.iter();
             rows.find(|row| {
                 let case = &CASES[row.case];
-                let same = matches!(case.kind, Kind::Scenario(it) if it.name == scenario.name);
+                let same = matches!(case.test, Test::Scenario(it) if it.name == scenario.name);
                 same && case.stack == stack && row.result.is_ok()
             })
         };
-        let (Some(sandbox), Some(real)) = (passed(Stack::Sandbox), passed(Stack::Real)) else {
+        let (Some(sandbox), Some(real)) = (passed(StackKind::Sandbox), passed(StackKind::Real))
+        else {
             continue;
         };
-        scenarios += usize::from(!real.journeys.is_empty());
-        rooms += real.journeys.len();
-        let found = journey::differences(&sandbox.journeys, &real.journeys);
-        let named = found
-            .iter()
-            .map(|found| format!("{}: sandbox and real differ in {found}", scenario.name));
-        differences.extend(named);
+        scenarios += usize::from(!real.timelines.is_empty());
+        rooms += real.timelines.len();
+        let differences = timeline::differences(&sandbox.timelines, &real.timelines);
+        let differences = differences.iter().map(|difference| {
+            format!("{}: sandbox and real differ in {difference}", scenario.name)
+        });
+        problems.extend(differences);
     }
     println!("\nmilestones compared: {rooms} rooms of {scenarios} scenarios on both stacks");
-    differences
+    problems
 }

@@ -1,155 +1,162 @@
-//! The fault matrix: every fault by its name, how it is made on each stack, and what the daemon must make of it.
+//! The fault matrix: every fault by its name, how each stack causes it, and what the daemon must make of it.
 //!
-//! Each row runs a batch of a daemon's, as an operator asks for one, and is judged by what an operator has: the record of
-//! the batch and `/metrics`. A reason or a kind of limit that no row covers fails the run.
-
-use std::time::Duration;
+//! Each fault runs one batch in a daemon. The checks use what an operator has: the record of the batch and `/metrics`. The run
+//! fails if a reason or a kind of limit has no fault.
 
 use anyhow::{Context as _, bail, ensure};
 use livekit_canary::probe::{LimitKind, Origin, Reason};
 use rustix::process::Signal;
-use serde::Deserialize;
-use serde_json::Value;
+use support::canary::expect_no_secret;
+use support::daemon::{Daemon, DaemonDir, NO_LINGER};
+use support::report::{Batch, Probe, unix_seconds};
+use support::scrape::Scrape;
+use support::settings::{Settings, TARGET};
+use support::stack::{Stack, StackKind};
 
-use crate::canary::{Probe, Settings, expect_no_secret, unix_seconds};
-use crate::home::{Daemon, ENDING, Home, Recorded, SOON, Samples};
-use crate::scenarios::Ground;
-use crate::stack::{Site, Stack, wait_for};
+use crate::fixture::Fixture;
 
 mod faults;
 
 pub use faults::FAULTS;
 
-/// A row.
+/// A row of the matrix.
 pub struct Fault {
     pub name: &'static str,
-    pub verdict: Verdict,
-    /// Who did it: what the record must say, and what decides in which service levels it may count.
-    culprit: Culprit,
-    /// What availability, join, first speech and service make of it: `+` good, `-` bad, `.` not counted.
+    expected: Expected,
+    /// The origin of the failure; `None` if there is none. It decides in which service levels the probe may count.
+    origin: Option<Origin>,
+    /// What availability, join, first speech and service count: `+` good, `-` bad, `.` nothing.
     slis: &'static str,
-    /// Within so many seconds of the batch's start the verdict is there.
+    /// The limit from the start of the batch to its end, in seconds.
     within: u32,
-    /// Each stands in the JSON of the probe: what an on-call engineer needs to see.
+    /// Texts that the JSON of the probe must contain, because an on-call engineer needs them.
     evidence: &'static [&'static str],
-    sandbox: There,
-    real: There,
-    /// On upstream's mock, which has nothing but an API and signalling.
-    mock: Option<Make>,
+    sandbox: OnStack,
+    real: OnStack,
+    /// On upstream's mock, which has only an API and signalling.
+    mock: Option<Inject>,
 }
 
-/// Makes the fault, and says what the daemon made of it.
-pub type Make = fn(&Ground) -> anyhow::Result<Seen>;
+/// Causes the fault, and returns what the daemon made of it.
+pub type Inject = fn(&Fixture) -> anyhow::Result<Observation>;
 
-pub enum There {
-    Made(Make),
-    /// Why it can't be made there.
-    Not(&'static str),
+pub enum OnStack {
+    Can(Inject),
+    /// Why the stack can't cause the fault.
+    Cannot(&'static str),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+enum Expected {
     Ok,
     Aborted,
     Failed(Reason),
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Culprit {
-    /// Nothing was wrong.
-    Nobody,
-    Somebody(Origin),
+const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
+
+/// A verdict that is as expected.
+pub struct FaultVerdict {
+    pub summary: String,
+    /// From the start of the batch to its end.
+    pub seconds: f64,
 }
 
-const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
-const TARGET: &str = "scenario";
-
 impl Fault {
-    pub fn on(&self, stack: Stack) -> Option<Result<Make, &'static str>> {
-        let there = match stack {
-            Stack::Sandbox => &self.sandbox,
-            Stack::Real => &self.real,
-            Stack::Mock => return self.mock.map(Ok),
+    pub fn on(&self, stack: StackKind) -> Option<Result<Inject, &'static str>> {
+        let on_stack = match stack {
+            StackKind::Sandbox => &self.sandbox,
+            StackKind::Real => &self.real,
+            StackKind::Mock => return self.mock.map(Ok),
         };
-        Some(match there {
-            There::Made(make) => Ok(*make),
-            There::Not(why) => Err(why),
+        Some(match on_stack {
+            OnStack::Can(inject) => Ok(*inject),
+            OnStack::Cannot(why) => Err(why),
         })
     }
 
+    /// The expectation as text, for the table.
     pub fn expected(&self) -> String {
-        let (verdict, origin) = (self.verdict.text(), self.culprit.origin());
-        let origin = origin.map_or(String::new(), |origin| format!(" ({origin})"));
+        let verdict = self.expected.text();
+        let origin = self.origin.map(|origin| format!(" ({})", origin.label()));
+        let origin = origin.unwrap_or_default();
         format!("{verdict}{origin} {} within {} s", self.slis, self.within)
     }
 
-    /// Makes it and judges what came of it.
-    pub fn run(&self, make: Make, ground: &Ground) -> anyhow::Result<Row> {
-        let seen = make(ground)?;
-        let row = self.judge(&seen);
-        row.with_context(|| format!("{}\n{:?}", seen.record, seen.batch))
+    /// Causes the fault, and checks the result.
+    pub fn run(&self, inject: Inject, fixture: &Fixture) -> anyhow::Result<FaultVerdict> {
+        let seen = inject(fixture)?;
+        let verdict = self.check(&seen);
+        verdict.with_context(|| format!("{}\n{:?}", seen.record, seen.batch))
     }
 
-    fn judge(&self, seen: &Seen) -> anyhow::Result<Row> {
+    fn check(&self, seen: &Observation) -> anyhow::Result<FaultVerdict> {
         let batch = &seen.batch;
         let [probe] = batch.probes.as_slice() else {
-            bail!("{} rooms opened, and not one", batch.probes.len());
+            bail!("{} rooms opened, expected one", batch.probes.len());
         };
-        self.judge_verdict(probe, seen)?;
-        for words in self.evidence {
-            ensure!(seen.record.contains(words), "no {words} in the record");
+        self.check_verdict(probe, seen)?;
+        for text in self.evidence {
+            ensure!(seen.record.contains(text), "no {text} in the record");
         }
-        self.judge_counters(probe, seen)?;
+        self.check_counters(probe, seen)?;
         let seconds = unix_seconds(batch.ended_at) - unix_seconds(batch.started_at);
         ensure!(
             seconds < f64::from(self.within),
-            "the verdict took {seconds:.1} s, and not {}",
+            "the verdict took {seconds:.1} s, expected at most {}",
             self.within
         );
-        let text = Verdict::of(probe);
-        let by = seen.wanted.map_or("", |_| ", as the server lists its jobs");
+        let verdict = verdict_of(probe);
+        let by = seen
+            .reason_by_jobs
+            .map_or("", |_| ", as the server lists its jobs");
         let detail = probe.detail.as_deref().unwrap_or("no detail");
-        Ok(Row {
-            seen: format!("{text}{by}: {detail}"),
+        Ok(FaultVerdict {
+            summary: format!("{verdict}{by}: {detail}"),
             seconds,
         })
     }
 
-    fn judge_verdict(&self, probe: &Probe, seen: &Seen) -> anyhow::Result<()> {
-        let text = Verdict::of(probe);
-        // Where it was the server's word that decides, its word is what was wanted.
-        let wanted = seen.wanted.map_or(self.verdict.text(), str::to_owned);
-        ensure!(text == wanted, "{text}, and not {wanted}");
-        if seen.wanted.is_none() {
-            let origin = self.culprit.origin();
+    fn check_verdict(&self, probe: &Probe, seen: &Observation) -> anyhow::Result<()> {
+        let verdict = verdict_of(probe);
+        let by_jobs = seen.reason_by_jobs.map(str::to_owned);
+        let expected = by_jobs.unwrap_or_else(|| self.expected.text());
+        ensure!(verdict == expected, "{verdict}, expected {expected}");
+        if seen.reason_by_jobs.is_none() {
+            let origin = self.origin.map(Origin::label);
             ensure!(
                 probe.origin.as_deref() == origin,
-                "{:?}, and not {origin:?}",
+                "{:?}, expected {origin:?}",
                 probe.origin
             );
         }
-        let result = match self.verdict {
-            Verdict::Ok => "ok",
-            Verdict::Aborted => "aborted",
-            Verdict::Failed(Reason::PlanLimit(_)) => "limited",
-            Verdict::Failed(_) => "failed",
+        let expected = match self.expected {
+            Expected::Ok => "ok",
+            Expected::Aborted => "aborted",
+            Expected::Failed(Reason::PlanLimit(_)) => "limited",
+            Expected::Failed(_) => "failed",
         };
-        let batch = &seen.batch.result;
-        ensure!(batch == result, "the batch is {batch}, and not {result}");
+        let result = &seen.batch.result;
+        ensure!(
+            result == expected,
+            "the batch is {result}, expected {expected}"
+        );
         Ok(())
     }
 
-    /// Every counter that a probe's outcome moves, and none besides.
-    fn judge_counters(&self, probe: &Probe, seen: &Seen) -> anyhow::Result<()> {
-        let expect = |name: &str, labels: &[(&str, &str)], wanted: bool| {
+    /// Checks every counter that the outcome of a probe increases. No other of them may have increased.
+    fn check_counters(&self, probe: &Probe, seen: &Observation) -> anyhow::Result<()> {
+        let expect = |name: &str, labels: &[(&str, &str)], expected: bool| {
             let labels = [labels, &[("target", TARGET)]].concat();
-            let counted = seen.metrics.sum(name, &labels)?;
-            let wanted = f64::from(u8::from(wanted));
-            let same = (counted - wanted).abs() < 0.5;
-            ensure!(same, "{name} {labels:?} is {counted}, and not {wanted}");
+            let counted = seen.scrape.count(name, &labels)?;
+            let expected = u64::from(expected);
+            ensure!(
+                counted == expected,
+                "{name} {labels:?} is {counted}, expected {expected}"
+            );
             anyhow::Ok(())
         };
-        let aborted = self.verdict == Verdict::Aborted;
+        let aborted = self.expected == Expected::Aborted;
         expect("probes_total", &[], !aborted)?;
         expect("probes_aborted_total", &[], aborted)?;
         expect("batches_total", &[], true)?;
@@ -163,16 +170,25 @@ impl Fault {
         if let Some(limit) = &probe.limit {
             expect("plan_limit_rejections_total", &[("limit", limit)], true)?;
         }
-        for (sli, verdict) in SLIS.into_iter().zip(self.slis.chars()) {
-            expect("slo_eligible_total", &[("sli", sli)], verdict != '.')?;
-            expect("slo_good_total", &[("sli", sli)], verdict == '+')?;
+        for (sli, counts) in SLIS.into_iter().zip(self.slis.chars()) {
+            expect("slo_eligible_total", &[("sli", sli)], counts != '.')?;
+            expect("slo_good_total", &[("sli", sli)], counts == '+')?;
         }
         Ok(())
     }
+
+    /// Whether the probe counts in the agent's service levels: it is ok, or the agent may be responsible.
+    fn concerns_agent(&self) -> bool {
+        let responsible = matches!(
+            self.origin,
+            Some(Origin::Agent | Origin::Undetermined) | None
+        );
+        responsible && self.expected != Expected::Aborted
+    }
 }
 
-impl Verdict {
-    /// As a record says it: with the kind of limit.
+impl Expected {
+    /// As [`verdict_of`] writes it.
     fn text(self) -> String {
         match self {
             Self::Ok => "ok".to_owned(),
@@ -181,70 +197,52 @@ impl Verdict {
             Self::Failed(reason) => reason.label().to_owned(),
         }
     }
+}
 
-    fn of(probe: &Probe) -> String {
-        let reason = probe.reason.as_deref().unwrap_or(&probe.outcome);
-        match &probe.limit {
-            Some(limit) => format!("{reason}/{limit}"),
-            None => reason.to_owned(),
-        }
+/// The verdict of a probe with the kind of limit, if there is one.
+fn verdict_of(probe: &Probe) -> String {
+    match &probe.limit {
+        Some(limit) => format!("{}/{limit}", probe.verdict()),
+        None => probe.verdict().to_owned(),
     }
 }
 
-impl Culprit {
-    fn origin(self) -> Option<&'static str> {
-        match self {
-            Self::Nobody => None,
-            Self::Somebody(origin) => Some(origin.label()),
-        }
-    }
-
-    /// Whether it is held against the agent: nobody but the agent may have kept it from answering a dispatch.
-    fn is_the_agent(self) -> bool {
-        matches!(
-            self,
-            Self::Somebody(Origin::Agent | Origin::Undetermined) | Self::Nobody
-        )
-    }
+/// How many faults count in which service levels, for the reader of the table.
+pub fn summary() -> String {
+    let count = |start: &str| {
+        let faults = FAULTS.iter().filter(|fault| fault.slis.starts_with(start));
+        faults.count()
+    };
+    format!(
+        "{} faults count in the agent's service levels, {} in none of them",
+        count("-"),
+        count("...")
+    )
 }
 
-/// What a row saw.
-pub struct Row {
-    pub seen: String,
-    /// From the batch's start to its verdict.
-    pub seconds: f64,
-}
-
-/// How the faults of the table are shared out, for whoever reads it.
-pub fn account() -> String {
-    let of_agent = |fault: &&Fault| fault.slis.starts_with('-');
-    let against = FAULTS.iter().filter(of_agent).count();
-    let others = FAULTS.iter().filter(|fault| fault.slis.starts_with("..."));
-    let others = others.count();
-    format!("{against} faults count in the agent's service levels, {others} in none of them")
-}
-
-/// What is wrong with the table itself: a reason or a limit that no row covers, or a fault that would count in the agent's
-/// service levels and isn't the agent's, or the other way round.
+/// The problems of the table itself: a reason or a limit without a fault, or a fault that counts in the wrong service levels.
 pub fn gaps() -> Vec<String> {
-    let covered = |verdict: Verdict| {
-        let text = verdict.text();
-        FAULTS.iter().any(|fault| fault.verdict.text() == text)
+    let covered = |expected: Expected| {
+        let text = expected.text();
+        FAULTS.iter().any(|fault| fault.expected.text() == text)
     };
     let reasons = Reason::ALL.into_iter();
     let reasons = reasons.filter(|reason| !matches!(reason, Reason::PlanLimit(_)));
     let limits = LimitKind::ALL.into_iter().map(Reason::PlanLimit);
-    let failures = reasons.chain(limits).map(Verdict::Failed);
-    let verdicts = failures.chain([Verdict::Ok, Verdict::Aborted]);
+    let failures = reasons.chain(limits).map(Expected::Failed);
+    let verdicts = failures.chain([Expected::Ok, Expected::Aborted]);
     let missing = verdicts.filter(|verdict| !covered(*verdict));
     let mut gaps: Vec<_> = missing
         .map(|verdict| format!("the matrix has no {}", verdict.text()))
         .collect();
     for fault in FAULTS {
-        let concerns_agent = fault.culprit.is_the_agent() && fault.verdict != Verdict::Aborted;
         let counted = fault.slis.chars().take(3).all(|sli| sli != '.');
         let not_counted = fault.slis.starts_with("...");
-        let right = if concerns_agent { counted } else { not_counted };
+        let right = if fault.concerns_agent() {
+            counted
+        } else {
+            not_counted
+        };
         if !right {
             gaps.push(format!("{}: counts as {}", fault.name, fault.slis));
         }
@@ -252,116 +250,103 @@ pub fn gaps() -> Vec<String> {
     gaps
 }
 
-// --- a batch of a daemon's ---
+// --- one batch in a daemon ---
 
-/// The daemon's answer to whoever asks for a batch.
-#[derive(Deserialize)]
-struct Begun {
-    batch_id: String,
-}
-
-/// A daemon that runs the one batch.
-pub struct Watch {
+/// A daemon with the one batch that it runs.
+pub struct DaemonBatch {
     daemon: Daemon,
     batch_id: String,
-    _home: Home,
+    _dir: DaemonDir,
 }
 
-/// What became of the batch.
-pub struct Seen {
-    batch: Recorded,
+/// The result of the batch.
+pub struct Observation {
+    batch: Batch,
     /// The JSON of its first probe.
     record: String,
-    metrics: Samples,
-    /// The reason that the server's own word calls for, where luck decides what it says.
-    wanted: Option<&'static str>,
+    scrape: Scrape,
+    /// The reason that the server's list of jobs calls for, if the server may list the job or not.
+    reason_by_jobs: Option<&'static str>,
 }
 
-impl Watch {
-    pub fn begin(settings: &Settings) -> anyhow::Result<Self> {
-        Self::begin_with(settings, ENDING, &[])
+impl DaemonBatch {
+    pub fn start(settings: &Settings) -> anyhow::Result<Self> {
+        Self::start_with(settings, NO_LINGER, &[])
     }
 
-    /// With settings of how the daemon ends, and variables of its environment.
-    pub fn begin_with(
+    /// With settings of the daemon's shutdown, and with environment variables.
+    pub fn start_with(
         settings: &Settings,
-        ending: &str,
-        environment: &[(&str, &str)],
+        lifetime: &str,
+        variables: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
-        let home = Home::new()?;
-        home.write_with(ending, &settings.text())?;
-        let daemon = home.start_with(environment)?;
-        let path = format!("/api/v1/targets/{TARGET}/batches");
-        let begun: Begun = serde_json::from_str(&daemon.http.post(&path)?)?;
+        let dir = DaemonDir::new()?;
+        dir.write_with(lifetime, &settings.text())?;
+        let daemon = dir.start_with(variables)?;
         Ok(Self {
+            batch_id: daemon.start_batch(TARGET)?,
             daemon,
-            batch_id: begun.batch_id,
-            _home: home,
+            _dir: dir,
         })
     }
 
-    /// Waits for the batch's end.
-    pub fn verdict(&self) -> anyhow::Result<Seen> {
-        let path = format!("/api/v1/batches/{}", self.batch_id);
-        let record: Value = wait_for("the batch to end", Duration::from_mins(2), || {
-            // Not found before its end.
-            Ok(self.daemon.http.json(&path).ok())
-        })?;
+    /// Waits for the end of the batch.
+    pub fn verdict(&self) -> anyhow::Result<Observation> {
+        let record = self.daemon.wait_for_batch(&self.batch_id)?;
         let text = record.to_string();
-        let metrics = self.daemon.http.get("/metrics")?;
+        let metrics = self.daemon.http.text("/metrics")?;
         for output in [&text, &metrics] {
             expect_no_secret(output)?;
         }
-        Ok(Seen {
+        Ok(Observation {
             record: record["probes"][0].to_string(),
             batch: serde_json::from_value(record).with_context(|| text.clone())?,
-            metrics: Samples::parse(&metrics)?,
-            wanted: None,
+            scrape: Scrape::parse(&metrics)?,
+            reason_by_jobs: None,
         })
     }
 
-    /// Ends the daemon, once the server holds none of the batch's rooms any more.
-    pub fn end(self, site: &Site, seen: &Seen) -> anyhow::Result<()> {
-        // A server that was killed has none.
-        if site.api.rooms().is_ok() {
-            wait_for("the rooms to be gone", SOON, || {
-                Ok(left(site, seen)?.is_empty().then_some(()))
+    /// Waits until no room of the batch is left on the server, and ends the daemon.
+    pub fn end(self, stack: &Stack, seen: &Observation) -> anyhow::Result<()> {
+        // A server that was killed has no rooms.
+        if stack.api.rooms().is_ok() {
+            self.daemon.wait_for("the rooms to be deleted", || {
+                Ok(rooms_left(stack, seen)?.is_empty().then_some(()))
             })?;
         }
-        let finished = self.daemon.terminate()?;
-        ensure!(finished.code == Some(0), "{}", finished.all());
+        self.daemon.terminate()?;
         Ok(())
     }
 
-    /// The verdict, and the end.
-    pub fn finish(self, site: &Site) -> anyhow::Result<Seen> {
+    /// Waits for the end of the batch, and ends the daemon.
+    pub fn finish(self, stack: &Stack) -> anyhow::Result<Observation> {
         let seen = self.verdict()?;
-        self.end(site, &seen)?;
+        self.end(stack, &seen)?;
         Ok(seen)
     }
 
-    /// Tells the daemon to stop, with the batch under way; HTTP must be there for a while longer.
-    pub fn stop(self, site: &Site) -> anyhow::Result<Seen> {
-        self.daemon.running.signal(Signal::TERM)?;
+    /// Stops the daemon while the batch runs. The daemon must linger, so that it still responds after the end of the batch.
+    pub fn stop(self, stack: &Stack) -> anyhow::Result<Observation> {
+        self.daemon.signal(Signal::TERM)?;
         let seen = self.verdict()?;
-        let left = left(site, &seen)?;
+        let left = rooms_left(stack, &seen)?;
         ensure!(left.is_empty(), "left on the server: {left:?}");
-        let finished = self.daemon.running.finish()?;
-        ensure!(finished.code == Some(0), "{}", finished.all());
+        self.daemon.finish()?.expect_code(0)?;
         Ok(seen)
     }
 }
 
-/// The rooms of the batch that the server still holds.
-fn left(site: &Site, seen: &Seen) -> anyhow::Result<Vec<String>> {
+/// The rooms of the batch that are still on the server.
+fn rooms_left(stack: &Stack, seen: &Observation) -> anyhow::Result<Vec<String>> {
     let is_ours = |room: &String| seen.batch.probes.iter().any(|probe| probe.room == *room);
-    Ok(site.api.rooms()?.into_iter().filter(is_ours).collect())
+    Ok(stack.api.rooms()?.into_iter().filter(is_ours).collect())
 }
 
-impl Seen {
-    /// What the server's own list of jobs calls for.
-    pub fn wanted(mut self, reason: &'static str) -> Self {
-        self.wanted = Some(reason);
+impl Observation {
+    /// The same with the reason that the server's list of jobs calls for.
+    #[must_use]
+    pub fn with_reason_by_jobs(mut self, reason: &'static str) -> Self {
+        self.reason_by_jobs = Some(reason);
         self
     }
 }

@@ -2,27 +2,33 @@
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
+use support::behaviour::Behaviour;
+use support::canary::Finished;
+use support::report::Batch;
 
-use crate::canary::{Batch, Finished};
-use crate::order::Order;
-use crate::scenarios::{Ground, expect};
+use crate::fixture::{Fixture, expect};
 
 /// Calls an agent whose model fails, long enough for every attempt that a session makes by its defaults.
-fn call_failing(ground: &Ground, order: &Order, code: i32, verdict: &str) -> anyhow::Result<Batch> {
-    let (_, settings) = ground.call(order)?;
+fn call_failing(
+    fixture: &Fixture,
+    behaviour: &Behaviour,
+    code: i32,
+    verdict: &str,
+) -> anyhow::Result<Batch> {
+    let (_, settings) = fixture.call(behaviour)?;
     let finished = settings.set("deadlines.speech", "8s").run()?;
-    expect(ground, &finished, code, &[verdict])
+    expect(fixture, &finished, code, &[verdict])
 }
 
 /// A call in which the agent greets, hears its echo and answers.
-fn converse(ground: &Ground, transcript: bool) -> anyhow::Result<(Batch, Finished)> {
-    let (_, settings) = ground.call(&Order::converses())?;
+fn converse(fixture: &Fixture, transcript: bool) -> anyhow::Result<(Batch, Finished)> {
+    let (_, settings) = fixture.call(&Behaviour::converses())?;
     let finished = settings
         .set("expect.reply", true)
         .set("transcript", transcript)
         .set("batch.hold", "14s")
         .run()?;
-    let batch = expect(ground, &finished, 0, &["ok"])?;
+    let batch = expect(fixture, &finished, 0, &["ok"])?;
     Ok((batch, finished))
 }
 
@@ -34,8 +40,12 @@ fn noted<'a>(batch: &'a Batch, words: &str) -> anyhow::Result<&'a str> {
     Ok(note.map_or("", String::as_str))
 }
 
-fn expect_inference_limit(ground: &Ground, order: &Order, words: &str) -> anyhow::Result<String> {
-    let batch = call_failing(ground, order, 3, "plan_limit")?;
+fn expect_inference_limit(
+    fixture: &Fixture,
+    behaviour: &Behaviour,
+    words: &str,
+) -> anyhow::Result<String> {
+    let batch = call_failing(fixture, behaviour, 3, "plan_limit")?;
     let probe = &batch.probes[0];
     ensure!(probe.limit.as_deref() == Some("inference"), "{probe:?}");
     ensure!(probe.origin.as_deref() == Some("limit"), "{probe:?}");
@@ -43,34 +53,35 @@ fn expect_inference_limit(ground: &Ground, order: &Order, words: &str) -> anyhow
     Ok(probe.detail.clone().unwrap_or_default())
 }
 
-pub fn model_that_answers_429_is_a_plan_limit(ground: &Ground) -> anyhow::Result<String> {
-    let order = Order::whose_model_fails("llm", "429", "inference_error=status_code=429");
-    expect_inference_limit(ground, &order, "status_code=429")
+pub fn model_that_answers_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+    let behaviour = Behaviour::whose_model_fails("llm", "429", "inference_error=status_code=429");
+    expect_inference_limit(fixture, &behaviour, "status_code=429")
 }
 
-pub fn voice_that_answers_429_is_a_plan_limit(ground: &Ground) -> anyhow::Result<String> {
-    let order = Order::whose_model_fails("tts", "429", "inference_error=status_code=429");
-    expect_inference_limit(ground, &order, "status_code=429")
+pub fn voice_that_answers_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+    let behaviour = Behaviour::whose_model_fails("tts", "429", "inference_error=status_code=429");
+    expect_inference_limit(fixture, &behaviour, "status_code=429")
 }
 
-pub fn inference_that_is_used_up_is_a_plan_limit(ground: &Ground) -> anyhow::Result<String> {
+pub fn inference_that_is_used_up_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
     let quota = "inference_quota_exceeded";
-    let order = Order::whose_model_fails("llm", "quota", &format!("inference_error={quota}"));
-    expect_inference_limit(ground, &order, quota)
+    let behaviour =
+        Behaviour::whose_model_fails("llm", "quota", &format!("inference_error={quota}"));
+    expect_inference_limit(fixture, &behaviour, quota)
 }
 
 pub fn other_error_of_a_model_is_evidence_of_a_silent_agent(
-    ground: &Ground,
+    fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let order = Order::whose_model_fails("llm", "500", "inference_error=status_code=500");
-    let batch = call_failing(ground, &order, 1, "agent_silent")?;
+    let behaviour = Behaviour::whose_model_fails("llm", "500", "inference_error=status_code=500");
+    let batch = call_failing(fixture, &behaviour, 1, "agent_silent")?;
     Ok(noted(&batch, "status_code=500")?.to_owned())
 }
 
 pub fn conversation_is_written_down_where_that_is_wanted(
-    ground: &Ground,
+    fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let (batch, finished) = converse(ground, true)?;
+    let (batch, finished) = converse(fixture, true)?;
     let probe = &batch.probes[0];
     let said = probe.transcript.as_deref().context("no transcript")?;
     let lines: Vec<_> = said
@@ -92,18 +103,18 @@ pub fn conversation_is_written_down_where_that_is_wanted(
 }
 
 pub fn conversation_is_not_written_down_where_nobody_asked(
-    ground: &Ground,
+    fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let (batch, finished) = converse(ground, false)?;
+    let (batch, finished) = converse(fixture, false)?;
     ensure!(batch.probes[0].transcript.is_none());
     for words in ["Good day", "hello there"] {
-        ensure!(!finished.all().contains(words), "{}", finished.all());
+        ensure!(!finished.output().contains(words), "{}", finished.output());
     }
     Ok("ok, no transcript, none of its words anywhere".to_owned())
 }
 
-pub fn turns_are_measured_by_the_agent_itself(ground: &Ground) -> anyhow::Result<String> {
-    let (batch, _) = converse(ground, false)?;
+pub fn turns_are_measured_by_the_agent_itself(fixture: &Fixture) -> anyhow::Result<String> {
+    let (batch, _) = converse(fixture, false)?;
     let turns = &batch.probes[0].evidence.agent_metrics;
     let speakers: Vec<_> = turns.iter().map(|turn| turn["speaker"].as_str()).collect();
     let expected = ["agent", "caller", "agent"].map(Some);

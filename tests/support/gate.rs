@@ -1,33 +1,33 @@
-//! A proxy before a LiveKit server that keeps one kind of request, or its answer, waiting until it is opened: an agent can
-//! be in the room before the canary is, or before the call that sent it has returned.
+//! A proxy in front of a LiveKit server that delays one kind of request, or the response to it, until the gate is opened. So an
+//! agent can be in the room before the canary, or before the response to its dispatch.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
-/// What waits.
+/// What the gate delays.
 #[derive(Clone, Copy)]
 pub enum Hold {
-    /// The request for the signal socket.
+    /// The request for the signal connection.
     Signal,
-    /// The answer to `CreateDispatch`; the server has the request at once.
-    DispatchAnswer,
+    /// The response to `CreateDispatch`. The server receives the request at once.
+    DispatchResponse,
 }
 
 impl Hold {
     fn is_about(self, request: &[u8]) -> bool {
         request.starts_with(match self {
-            // `/rtc`, and `/rtc/v1` for a single peer connection.
+            // `/rtc`, or `/rtc/v1` for a single peer connection.
             Self::Signal => b"GET /rtc".as_slice(),
-            Self::DispatchAnswer => b"POST /twirp/livekit.AgentDispatchService/CreateDispatch",
+            Self::DispatchResponse => b"POST /twirp/livekit.AgentDispatchService/CreateDispatch",
         })
     }
 }
 
-/// Dropping it opens it for good, so that nobody waits for ever.
+/// Dropping the gate opens it, so that no connection waits for ever.
 pub struct Gate {
-    /// Host and port to tell the canary.
+    /// The address to which the canary must connect.
     pub address: SocketAddr,
     opened: Arc<Opened>,
 }
@@ -39,7 +39,7 @@ struct Opened {
 }
 
 impl Gate {
-    /// Closed, before the server at `server`.
+    /// A closed gate in front of this server.
     pub fn before(server: SocketAddr, hold: Hold) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let gate = Self {
@@ -47,7 +47,7 @@ impl Gate {
             opened: Arc::default(),
         };
         let opened = Arc::clone(&gate.opened);
-        // Ends with the process; a connection whose ends are gone ends by itself.
+        // The thread ends with the process. The threads of a connection end when both sides have closed it.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let opened = Arc::clone(&opened);
@@ -95,7 +95,7 @@ fn pass(mut client: TcpStream, server: SocketAddr, hold: Hold, opened: &Opened) 
         drop(to.shutdown(Shutdown::Write));
         copied
     });
-    if let Some(Hold::DispatchAnswer) = waits_for {
+    if let Some(Hold::DispatchResponse) = waits_for {
         opened.wait();
     }
     io::copy(&mut upstream, &mut client)?;

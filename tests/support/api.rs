@@ -1,24 +1,24 @@
-//! What the server itself says, asked by a client of its own: a mistake in the product's API client can't hide here.
+//! A client of LiveKit's server API. It shares no code with the canary's client, so that a mistake there becomes visible.
 
 use anyhow::Context as _;
 use livekit_api::access_token::{AccessToken, VideoGrants};
 use serde_json::{Value, json};
 
-/// A client of one server's Twirp API.
+/// A client of the Twirp API of one server.
 #[derive(Clone)]
-pub struct Server {
+pub struct LivekitApi {
     agent: ureq::Agent,
     base: String,
     key: String,
     secret: String,
 }
 
-impl Server {
-    /// `base`: `http://host:port`.
+impl LivekitApi {
+    /// `base` is `http://host:port`.
     pub fn new(base: String, key: &str, secret: &str) -> Self {
         let agent = ureq::Agent::config_builder()
             .timeout_global(Some(std::time::Duration::from_secs(5)))
-            // One from before the path to the server changed would be broken.
+            // When a test changes the path to the server, an idle connection breaks.
             .max_idle_connections(0)
             .build()
             .into();
@@ -30,30 +30,30 @@ impl Server {
         }
     }
 
-    /// Names of all rooms.
+    /// The names of all rooms.
     pub fn rooms(&self) -> anyhow::Result<Vec<String>> {
-        let answer = self.call("RoomService/ListRooms", "", &json!({}))?;
-        Ok(list(&answer, "rooms")
+        let response = self.call("RoomService/ListRooms", "", &json!({}))?;
+        Ok(list(&response, "rooms")
             .iter()
             .map(|room| text(room, "name"))
             .collect())
     }
 
-    /// The participants of a room; none where there is no such room.
+    /// The participants of a room. If there is no such room, the list is empty.
     pub fn participants(&self, room: &str) -> anyhow::Result<Vec<Value>> {
-        let answer = self.call("RoomService/ListParticipants", room, &json!({"room": room}))?;
-        Ok(list(&answer, "participants"))
+        let response = self.call("RoomService/ListParticipants", room, &json!({"room": room}))?;
+        Ok(list(&response, "participants"))
     }
 
-    /// How many jobs the server lists for the dispatch of `agent` to a room; `None` where there is no such dispatch.
+    /// The number of jobs that the server lists for the dispatch of `agent` to a room. `None` if there is no such dispatch.
     pub fn jobs(&self, room: &str, agent: &str) -> anyhow::Result<Option<usize>> {
         let method = "AgentDispatchService/ListDispatch";
-        let answer = match self.call(method, room, &json!({"room": room})) {
-            Ok(answer) => answer,
+        let response = match self.call(method, room, &json!({"room": room})) {
+            Ok(response) => response,
             Err(error) if is_not_found(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let dispatches = list(&answer, "agent_dispatches");
+        let dispatches = list(&response, "agent_dispatches");
         let dispatch = dispatches
             .iter()
             .find(|dispatch| text(dispatch, "agent_name") == agent);
@@ -71,7 +71,7 @@ impl Server {
             .map(drop)
     }
 
-    /// Takes a right away: `name` is a field of `ParticipantPermission`.
+    /// Revokes a permission of a participant. `name` is a field of `ParticipantPermission`.
     pub fn revoke(&self, room: &str, identity: &str, name: &str) -> anyhow::Result<()> {
         let mut permission = json!({
             "can_subscribe": true,
@@ -96,7 +96,7 @@ impl Server {
             .map(drop)
     }
 
-    /// A token that joins `room` as `identity`.
+    /// A token with which a client joins `room` as `identity`.
     pub fn token(&self, room: &str, identity: &str) -> anyhow::Result<String> {
         let token = AccessToken::with_api_key(&self.key, &self.secret)
             .with_identity(identity)
@@ -118,17 +118,17 @@ impl Server {
                 ..VideoGrants::default()
             })
             .to_jwt()?;
-        let mut answer = self
+        let mut response = self
             .agent
             .post(format!("{}/twirp/livekit.{method}", self.base))
             .header("Authorization", format!("Bearer {token}"))
             .send_json(request)
             .with_context(|| method.to_owned())?;
-        Ok(answer.body_mut().read_json()?)
+        Ok(response.body_mut().read_json()?)
     }
 }
 
-/// Whether the server has no such room: it says so, or no node of it answers for the room.
+/// Whether the server has no such room: 404, or 503 if no node is responsible for it.
 fn is_not_found(error: &anyhow::Error) -> bool {
     matches!(
         error.downcast_ref(),
@@ -136,7 +136,8 @@ fn is_not_found(error: &anyhow::Error) -> bool {
     )
 }
 
-/// A field by its name in the protobuf, or in the other spelling of protobuf's JSON, which the sandbox writes.
+/// A field by its name in the protobuf definition, or by its name in camel case, which the sandbox writes. JSON of protobuf
+/// allows both.
 fn field<'a>(value: &'a Value, name: &str) -> &'a Value {
     let mut words = name.split('_');
     let first = words.next().unwrap_or_default().to_owned();
@@ -147,7 +148,7 @@ fn field<'a>(value: &'a Value, name: &str) -> &'a Value {
     value.get(name).unwrap_or(&value[camel_case])
 }
 
-/// Protobuf's JSON leaves empty lists out.
+/// JSON of protobuf omits empty lists.
 fn list(value: &Value, name: &str) -> Vec<Value> {
     field(value, name).as_array().cloned().unwrap_or_default()
 }

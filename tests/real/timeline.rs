@@ -1,14 +1,15 @@
-//! The milestones that a probe passed, in the order of time: the same on both stacks, but for what nothing orders.
+//! The milestones of a probe in the order of time. The order is the same on both stacks, except for milestones that nothing
+//! orders.
 
-use crate::canary::Probe;
+use support::report::Probe;
 
-/// Pairs that come in either order, on either stack, and why.
+/// Milestones that may have either order on either stack, and why.
 ///
-/// With explicit dispatch `DispatchSent` lies between the canary's own way in and the agent's, and its order to both is held.
+/// With explicit dispatch, `DispatchSent` is after the canary's own milestones and before the agent's. That order is checked.
 const FREE: &[(&str, &[&str])] = &[
-    // Signalling acknowledges the track, while ICE and DTLS go their own way.
+    // The signal connection acknowledges the track, independently of ICE and DTLS.
     ("EchoPublished", &["MediaConnected"]),
-    // An agent can be there before the call that sent it has its answer.
+    // An agent can join before the response to its dispatch arrives.
     (
         "DispatchAccepted",
         &[
@@ -19,13 +20,13 @@ const FREE: &[(&str, &[&str])] = &[
             "AgentSpoke",
         ],
     ),
-    // An attribute of the participant, beside a track that is negotiated and the packets on it.
+    // An attribute of the participant, independent of the track and of the packets on it.
     (
         "AgentListening",
         &["AgentTrackSubscribed", "AgentFirstAudio", "AgentSpoke"],
     ),
-    // Where the room, the token or nobody names the agent, it and the canary set out together. Media is connected when
-    // both transports are, and the agent is heard over one of them.
+    // Without explicit dispatch, the agent and the canary connect at the same time. Media counts as connected when both
+    // transports are, and the agent's audio needs only one of them.
     ("SignalConnected", &["AgentJoined", "AgentListening"]),
     (
         "MediaConnected",
@@ -49,18 +50,18 @@ const FREE: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Only an agent with a session tells its state, and agent.py starts none where it is to be silent.
+/// Only an agent with a session reports its state. For a silent agent, `agent.py` starts no session.
 const OPTIONAL: &str = "AgentListening";
 
-pub struct Journey {
-    /// Cut off by a signal, anywhere.
+pub struct Timeline {
+    /// A signal ended the probe, at any milestone.
     aborted: bool,
-    /// Seconds since the probe's start.
+    /// The milestones with their seconds since the start of the probe.
     marks: Vec<(String, f64)>,
 }
 
-impl Journey {
-    pub fn of(probe: &Probe) -> Self {
+impl Timeline {
+    pub fn new(probe: &Probe) -> Self {
         let marks = probe.milestones.iter();
         Self {
             aborted: probe.outcome == "aborted",
@@ -75,13 +76,13 @@ impl Journey {
         marks.find(|(name, _)| name == milestone).map(|(_, at)| *at)
     }
 
-    /// Milestones that it has and `other` lacks.
-    fn beside<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = &'a str> {
+    /// The milestones that `other` lacks.
+    fn missing_in<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = &'a str> {
         let names = self.marks.iter().map(|(name, _)| name.as_str());
         names.filter(|name| *name != OPTIONAL && other.at(name).is_none())
     }
 
-    /// As text, in the order of time.
+    /// The milestones as text, in the order of time.
     fn text(&self) -> String {
         let mut marks: Vec<_> = self.marks.iter().collect();
         marks.sort_by(|(_, one), (_, other)| one.total_cmp(other));
@@ -93,8 +94,8 @@ impl Journey {
     }
 }
 
-/// What differs between the rooms of a scenario on the two stacks.
-pub fn differences(one: &[Journey], other: &[Journey]) -> Vec<String> {
+/// The differences between the rooms of a scenario on two stacks.
+pub fn differences(one: &[Timeline], other: &[Timeline]) -> Vec<String> {
     if one.len() != other.len() {
         return vec![format!("{} rooms and {}", one.len(), other.len())];
     }
@@ -112,20 +113,20 @@ pub fn differences(one: &[Journey], other: &[Journey]) -> Vec<String> {
         .collect()
 }
 
-fn difference(one: &Journey, other: &Journey) -> Option<String> {
+fn difference(one: &Timeline, other: &Timeline) -> Option<String> {
     if !one.aborted && !other.aborted {
-        let alone = one.beside(other).chain(other.beside(one)).next();
+        let alone = one.missing_in(other).chain(other.missing_in(one)).next();
         if let Some(alone) = alone {
-            return Some(format!("{alone} on one stack only"));
+            return Some(format!("{alone} is on one stack only"));
         }
     }
     for (first, _) in &one.marks {
         for (second, _) in &one.marks {
-            let before = |journey: &Journey| Some(journey.at(first)? < journey.at(second)?);
-            let after = |journey: &Journey| Some(journey.at(first)? > journey.at(second)?);
+            let before = |timeline: &Timeline| Some(timeline.at(first)? < timeline.at(second)?);
+            let after = |timeline: &Timeline| Some(timeline.at(first)? > timeline.at(second)?);
             let reversed = before(one) == Some(true) && after(other) == Some(true);
             if reversed && !is_free(first, second) {
-                return Some(format!("{first} and {second} change places"));
+                return Some(format!("{first} and {second} have another order"));
             }
         }
     }
@@ -133,7 +134,7 @@ fn difference(one: &Journey, other: &Journey) -> Option<String> {
 }
 
 fn is_free(one: &str, other: &str) -> bool {
-    FREE.iter().any(|(name, beside)| {
-        (*name == one && beside.contains(&other)) || (*name == other && beside.contains(&one))
+    FREE.iter().any(|(name, others)| {
+        (*name == one && others.contains(&other)) || (*name == other && others.contains(&one))
     })
 }

@@ -5,11 +5,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use support::canary::Finished;
+use support::report::Probe;
+use support::settings::Settings;
+use support::stack::{AGENT, Agent, Stack};
 
-use crate::canary::{Finished, Probe, Settings};
+use crate::fixture::{Fixture, expect_ok, notes_blocked_udp};
 use crate::relay::{Path, Relay, Server};
-use crate::scenarios::{Ground, expect_ok, notes_blocked_udp};
-use crate::stack::{AGENT, Agent, Site};
 
 /// Neither the canary's timers nor the relay's are finer on a busy machine.
 const JITTER_TOLERANCE: f64 = 0.004;
@@ -23,35 +25,35 @@ fn good() -> Path {
 }
 
 /// The one probe of a run over a path, which is ok and over UDP.
-fn expect_call(ground: &Ground, site: &Site, finished: &Finished) -> anyhow::Result<Probe> {
-    let mut batch = expect_ok(ground, site, finished, 1)?;
+fn expect_call(fixture: &Fixture, stack: &Stack, finished: &Finished) -> anyhow::Result<Probe> {
+    let mut batch = expect_ok(fixture, stack, finished, 1)?;
     let probe = batch.probes.pop().context("no probe")?;
     ensure!(!notes_blocked_udp(&probe), "{:?}", probe.evidence);
     Ok(probe)
 }
 
-/// A path to the site for all but its own agents; it is the site's last one.
-fn before(site: &Site, path: Path) -> anyhow::Result<Relay> {
-    let address = |port| SocketAddr::from((site.host, port));
+/// A path to the stack for all but its own agents; it is the stack's last one.
+fn before(stack: &Stack, path: Path) -> anyhow::Result<Relay> {
+    let address = |port| SocketAddr::from((stack.host, port));
     let server = Server {
-        api: address(site.port),
-        media: address(site.port + 2),
+        api: address(stack.port),
+        media: address(stack.port + 2),
     };
-    let relay = Relay::start(site.namespace_name()?, server, path)?;
-    site.detour(relay.ports.0, relay.ports.1)?;
+    let relay = Relay::start(stack.namespace_name()?, server, path)?;
+    stack.redirect(relay.ports.0, relay.ports.1)?;
     Ok(relay)
 }
 
 /// A call in which a part of the agent's packets is lost, and all of them come unevenly.
-fn expect_figures(ground: &Ground, site: &Site, loss: f64) -> anyhow::Result<String> {
+fn expect_figures(fixture: &Fixture, stack: &Stack, loss: f64) -> anyhow::Result<String> {
     let path = Path {
         jitter: Duration::from_millis(50),
         loss,
         ..good()
     };
-    let relay = before(site, path)?;
-    let finished = Settings::new(site).set("batch.hold", "14s").run()?;
-    let probe = expect_call(ground, site, &finished)?;
+    let relay = before(stack, path)?;
+    let finished = Settings::new(stack).set("batch.hold", "14s").run()?;
+    let probe = expect_call(fixture, stack, &finished)?;
     // What was on its way then may have come too late.
     let expected = relay.expected(probe.at("Left")?)?;
     let audio = &probe.audio;
@@ -76,21 +78,21 @@ fn expect_figures(ground: &Ground, site: &Site, loss: f64) -> anyhow::Result<Str
     Ok(seen)
 }
 
-pub fn loss_and_jitter_are_measured_as_they_are(ground: &Ground) -> anyhow::Result<String> {
-    let site = ground.site_behind_veth(&[Agent::named(AGENT)])?;
-    let few = expect_figures(ground, site, 0.05)?;
-    let many = expect_figures(ground, site, 0.2)?;
+pub fn loss_and_jitter_are_measured_as_they_are(fixture: &Fixture) -> anyhow::Result<String> {
+    let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
+    let few = expect_figures(fixture, stack, 0.05)?;
+    let many = expect_figures(fixture, stack, 0.2)?;
     Ok(format!("2 ok; {few}; {many}"))
 }
 
 pub fn distant_server_delays_the_join_by_its_distance_alone(
-    ground: &Ground,
+    fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let delay = Duration::from_millis(150);
-    let site = ground.site_behind_veth(&[Agent::named(AGENT)])?;
-    let _relay = before(site, Path { delay, ..good() })?;
-    let finished = Settings::new(site).set("batch.hold", "10s").run()?;
-    let probe = expect_call(ground, site, &finished)?;
+    let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
+    let _relay = before(stack, Path { delay, ..good() })?;
+    let finished = Settings::new(stack).set("batch.hold", "10s").run()?;
+    let probe = expect_call(fixture, stack, &finished)?;
     let agent = probe.agent.as_ref().context("no agent")?;
     // By the server's own stamp; both run on one clock here.
     let stamped = agent.joined_at_ms / 1e3;

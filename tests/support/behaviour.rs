@@ -1,19 +1,20 @@
-//! What a scenario's agent is told to do: in agent.py's words, and in the sandbox's faults for the same.
+//! What an agent does in a scenario: as dispatch metadata for `agent.py`, and as faults of the sandbox that have the same
+//! effect.
 
 use serde_json::{Map, Value, json};
 
 use crate::stack::{AGENT, BUSY_AGENT};
 
-pub struct Order {
-    /// The agent that is told so.
+pub struct Behaviour {
+    /// The name of the agent.
     pub agent: &'static str,
-    /// For agent.py: the dispatch metadata.
+    /// The dispatch metadata, for `agent.py`.
     metadata: Map<String, Value>,
-    /// For the sandbox, in the text of `--fault`.
+    /// The values of `--fault`, for the sandbox.
     pub faults: Vec<String>,
 }
 
-impl Order {
+impl Behaviour {
     fn new(behaviour: &str, faults: &[&str]) -> Self {
         Self {
             agent: AGENT,
@@ -22,22 +23,22 @@ impl Order {
         }
     }
 
-    /// Greets, and listens for the rest of the call.
+    /// Greets, and then only listens.
     pub fn greets() -> Self {
         Self::new("greet", &["no_reply"])
     }
 
-    /// Greets, and answers the first echo.
+    /// Greets, and replies to the first echo.
     pub fn replies() -> Self {
         Self::new("reply", &[])
     }
 
-    /// Greets, and answers the first echo, by models.
+    /// Greets, and replies to the first echo, both with models.
     pub fn converses() -> Self {
         Self::new("converse", &[])
     }
 
-    /// Speaks by models, of which one (`llm`, `tts`) fails: its provider answers with this error.
+    /// Speaks with models. The provider of one of them (`llm` or `tts`) responds with this error.
     pub fn whose_model_fails(model: &str, error: &str, fault: &str) -> Self {
         Self::new("converse", &[fault])
             .with("failing", model)
@@ -46,53 +47,54 @@ impl Order {
 
     /// Greets and hangs up at once.
     pub fn hangs_up() -> Self {
-        // The whole greeting.
+        // As long as the greeting.
         Self::new("leave", &["leaves_early=2500ms"])
     }
 
-    /// Takes its job and never joins.
+    /// Accepts its job and never joins.
     pub fn never_connects() -> Self {
         Self::new("never_connect", &["never_joins"])
     }
 
-    /// Breaks before it connects.
+    /// Fails before it connects.
     pub fn fails() -> Self {
         Self::new("fail", &["never_joins"])
     }
 
-    /// Speaks whether or not anybody has subscribed yet.
+    /// Speaks at once, even if no participant has subscribed yet.
     pub fn speaks_at_once() -> Self {
         Self::new("blurt", &["no_reply", "speaks_at_once"])
     }
 
-    /// Greets, answers the first echo and hangs up.
+    /// Greets, replies to the first echo and hangs up.
     pub fn replies_and_leaves() -> Self {
-        // All of its greeting, and some of its reply.
+        // Its whole greeting, and a part of its reply.
         Self::new("reply_and_leave", &["leaves_early=3s500ms"])
     }
 
-    /// Greets, with sound on a second track all along.
+    /// Greets, with background sound on a second track for the whole call.
     pub fn greets_over_background() -> Self {
         Self::new("greet_over_background", &["no_reply", "background"])
     }
 
-    /// The same sound, and a voice that is silent.
+    /// Plays that background sound, but does not speak.
     pub fn plays_background_alone() -> Self {
         Self::new("background_alone", &["silent_track", "background"])
     }
 
-    /// Publishes nothing itself: another participant speaks for it.
+    /// Publishes nothing. An avatar, which is another participant, speaks for it.
     pub fn speaks_by_avatar() -> Self {
         Self::new("speak_by_avatar", &["no_reply", "avatar"])
     }
 
-    /// Greets, and answers the first echo on another track.
+    /// Greets, and replies to the first echo on a second track.
     pub fn restarts_its_track() -> Self {
         Self::new("restart_track", &["restarts_track"])
     }
 
-    /// On the sandbox: an agent without a name comes too, and the second room's agent is silent.
-    pub fn beside_a_stray(self) -> Self {
+    /// On the sandbox: an agent without a name joins, too, and the agent of the second room is silent.
+    #[must_use]
+    pub fn with_stray_agent(self) -> Self {
         self.fault("stray").fault("room2:silent_track")
     }
 
@@ -108,7 +110,7 @@ impl Order {
         Self::new("silence", &["silent_track"])
     }
 
-    /// The worker that claims to be at full load: it is sent no job.
+    /// The worker that reports full load: LiveKit sends it no job.
     pub fn is_busy() -> Self {
         Self {
             agent: BUSY_AGENT,
@@ -116,36 +118,42 @@ impl Order {
         }
     }
 
-    /// By an agent without a name.
+    /// The same by an agent without a name.
+    #[must_use]
     pub fn unnamed(self) -> Self {
         Self { agent: "", ..self }
     }
 
-    /// Joins so many seconds after its dispatch, and the time that connecting takes.
+    /// Connects this many seconds after its dispatch.
+    #[must_use]
     pub fn after(self, seconds: u32) -> Self {
         self.fault(format!("join_delay={seconds}s100ms"))
             .with("connect_after", seconds)
     }
 
-    /// Joins so many seconds after its dispatch, which the canary waits only `deadline` of: its room is deleted by then.
+    /// Connects this many seconds after its dispatch. The canary waits only `deadline` seconds and has then deleted the room.
+    #[must_use]
     pub fn too_late(self, seconds: u32, deadline: u32) -> Self {
         let after_deletion = seconds - deadline;
         self.fault(format!("late_after_deletion={after_deletion}s"))
             .with("connect_after", seconds)
     }
 
-    /// Marks its job in the agents' report.
+    /// Marks the job in the report of the agents.
+    #[must_use]
     pub fn tag(self, tag: &str) -> Self {
         self.with("tag", tag)
     }
 
-    /// A setting of agent.py's alone.
+    /// Adds a setting of `agent.py`.
+    #[must_use]
     pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.metadata.insert(key.to_owned(), value.into());
         self
     }
 
-    /// A fault of the sandbox's alone.
+    /// Adds a fault of the sandbox.
+    #[must_use]
     pub fn fault(mut self, fault: impl Into<String>) -> Self {
         self.faults.push(fault.into());
         self

@@ -1,0 +1,104 @@
+//! Builds a settings file with one project and one target.
+
+use toml::{Table, Value};
+
+use crate::behaviour::Behaviour;
+use crate::canary::{Canary, Finished, Running, engine};
+use crate::stack::{AGENT, Stack};
+
+/// The name of the only target.
+pub const TARGET: &str = "scenario";
+
+pub struct Settings {
+    project: Table,
+    target: Table,
+}
+
+impl Settings {
+    /// One room with the stack's ordinary agent, open just long enough for a greeting and its echo.
+    pub fn new(stack: &Stack) -> Self {
+        let settings = Self {
+            project: Table::new(),
+            target: Table::new(),
+        };
+        settings
+            .project("url", stack.url.as_str())
+            .project("api_key", stack.key.as_str())
+            .project("api_secret", stack.secret.as_str())
+            .set("agent_name", AGENT)
+            .set("engine", engine())
+            .set("batch.rooms", 1)
+            .set("batch.hold", stack.hold)
+            .set("deadlines.join", "15s")
+    }
+
+    #[must_use]
+    pub fn project(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.project.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// Sets a key of the target, with dots: `batch.rooms`.
+    #[must_use]
+    pub fn set(mut self, path: &str, value: impl Into<Value>) -> Self {
+        let mut keys: Vec<_> = path.split('.').collect();
+        let last = keys.pop().unwrap_or_default();
+        let mut table = &mut self.target;
+        for key in keys {
+            table = table
+                .entry(key)
+                .or_insert_with(|| Table::new().into())
+                .as_table_mut()
+                .expect("no test sets a key both as a table and as a value");
+        }
+        table.insert(last.to_owned(), value.into());
+        self
+    }
+
+    /// Sets an attribute of the echo participant. Its name may contain dots.
+    #[must_use]
+    pub fn attribute(mut self, name: &str, value: &str) -> Self {
+        let attributes = self.target.entry("attributes");
+        let attributes = attributes.or_insert_with(|| Table::new().into());
+        let attributes = attributes.as_table_mut().expect("attributes are a table");
+        attributes.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// Calls the agent of this behaviour, and tells it the behaviour in the dispatch metadata.
+    #[must_use]
+    pub fn behaviour(self, behaviour: &Behaviour) -> Self {
+        self.set("agent_name", behaviour.agent)
+            .set("dispatch.metadata", behaviour.metadata())
+    }
+
+    /// Removes a key of the target.
+    #[must_use]
+    pub fn without(mut self, key: &str) -> Self {
+        self.target.remove(key);
+        self
+    }
+
+    /// The text of the file.
+    pub fn text(&self) -> String {
+        let mut file = Table::new();
+        let named = |name: &str, table: &Table| {
+            let mut outer = Table::new();
+            outer.insert(name.to_owned(), table.clone().into());
+            Value::Table(outer)
+        };
+        file.insert("projects".to_owned(), named("main", &self.project));
+        file.insert("targets".to_owned(), named(TARGET, &self.target));
+        file.to_string()
+    }
+
+    /// Starts `once` with these settings.
+    pub fn once(&self) -> anyhow::Result<Running> {
+        Canary::once().config(&self.text())?.start()
+    }
+
+    /// Runs `once` with these settings until it ends.
+    pub fn run(&self) -> anyhow::Result<Finished> {
+        self.once()?.finish()
+    }
+}

@@ -1,0 +1,440 @@
+//! The servers and agents that a test calls: the sandbox, a real livekit-server with livekit-agents workers, or upstream's
+//! mock server.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::api::LivekitApi;
+use crate::network::Namespace;
+use crate::process::{Process, command, command_in, free_ports, program, source};
+use crate::{SECRET, SHORT_TIMEOUT, canary, wait_for};
+
+/// The API key of the real servers.
+pub const KEY: &str = "scenario-key";
+
+/// The name under which a stack's ordinary worker registers.
+pub const AGENT: &str = "echo-tester";
+/// The name of a worker that reports full load.
+pub const BUSY_AGENT: &str = "busy-tester";
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum StackKind {
+    /// The canary's own sandbox, served by its binary.
+    Sandbox,
+    /// livekit-server and a livekit-agents worker.
+    Real,
+    /// Upstream's programmable mock of livekit-server: API and signalling without agents, rooms or media.
+    Mock,
+}
+
+impl StackKind {
+    pub const ALL: [Self; 3] = [Self::Sandbox, Self::Real, Self::Mock];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Sandbox => "sandbox",
+            Self::Real => "real",
+            Self::Mock => "test-server",
+        }
+    }
+}
+
+/// An agent worker to start.
+#[derive(Clone, Copy)]
+pub struct Agent {
+    /// If it is empty, the worker has no name and LiveKit sends it to every new room.
+    pub name: &'static str,
+    /// The load that it reports, 0 to 1.
+    pub load: f32,
+}
+
+impl Agent {
+    pub const fn named(name: &'static str) -> Self {
+        Self { name, load: 0.0 }
+    }
+}
+
+/// One server with its workers. Dropping it ends them all.
+pub struct Stack {
+    pub url: String,
+    pub key: String,
+    pub secret: String,
+    /// How long a room must stay open for a greeting and its echo.
+    pub hold: &'static str,
+    pub api: LivekitApi,
+    pub server: Process,
+    pub workers: Vec<Process>,
+    pub port: u16,
+    pub host: Ipv4Addr,
+    dir: TempDir,
+    /// The last field, so that it is dropped after the processes in it.
+    namespace: Option<Arc<Namespace>>,
+}
+
+impl Stack {
+    /// livekit-server with workers of `agents`. All of them are ready.
+    pub fn real(agents: &[Agent]) -> anyhow::Result<Self> {
+        Self::start(agents, None, "")
+    }
+
+    /// Such a stack with additional `settings` of the server, in YAML.
+    pub fn real_with(settings: &str, agents: &[Agent]) -> anyhow::Result<Self> {
+        Self::start(agents, None, settings)
+    }
+
+    /// Such a stack on the far side of a veth pair. None of its addresses is a loopback address.
+    pub fn real_behind_veth(agents: &[Agent]) -> anyhow::Result<Self> {
+        Self::start(agents, Some(Namespace::take()?), "")
+    }
+
+    /// Upstream's mock. An attribute of the participant selects what it does.
+    pub fn mock() -> anyhow::Result<Self> {
+        let dir = temporary_dir()?;
+        let port = free_ports()?;
+        let mut command = command(&program("TEST_SERVER")?);
+        command.args(["--bind", "127.0.0.1", "--api-secret", SECRET]);
+        command.args(["--ports", &port.to_string()]);
+        let mut stack = Self {
+            url: format!("ws://127.0.0.1:{port}"),
+            key: KEY.to_owned(),
+            secret: SECRET.to_owned(),
+            hold: "1s",
+            api: LivekitApi::new(format!("http://127.0.0.1:{port}"), KEY, SECRET),
+            server: Process::spawn("test-server", command, dir.path())?,
+            workers: Vec::new(),
+            port,
+            host: Ipv4Addr::LOCALHOST,
+            dir,
+            namespace: None,
+        };
+        wait_for_api("test-server", &mut stack.server, &stack.api)?;
+        Ok(stack)
+    }
+
+    /// A sandbox. Its agent has the name `agent` and these `faults` in every room.
+    pub fn sandbox(agent: &str, faults: &[String]) -> anyhow::Result<Self> {
+        let dir = temporary_dir()?;
+        let binary = canary::binary();
+        let mut command = command(binary.to_str().context("a path in UTF-8")?);
+        command
+            .args(["sandbox", "--port", "0", "--agent-name", agent])
+            .arg("--report")
+            .arg(report(dir.path()))
+            .args(faults.iter().flat_map(|fault| ["--fault", fault]));
+        let mut server = Process::spawn("sandbox", command, dir.path())?;
+        // The last of the three variables that it prints.
+        server.wait_for_line("LIVEKIT_API_SECRET=", SHORT_TIMEOUT)?;
+        let printed = server.log()?;
+        let variable = |name: &str| {
+            let mut lines = printed.lines();
+            let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            value
+                .map(str::to_owned)
+                .with_context(|| format!("no {name} in {printed}"))
+        };
+        let (url, key) = (variable("LIVEKIT_URL")?, variable("LIVEKIT_API_KEY")?);
+        let secret = variable("LIVEKIT_API_SECRET")?;
+        let address: SocketAddr = url.strip_prefix("ws://").context("not a ws URL")?.parse()?;
+        Ok(Self {
+            api: LivekitApi::new(format!("http://{address}"), &key, &secret),
+            port: address.port(),
+            host: Ipv4Addr::LOCALHOST,
+            url,
+            key,
+            secret,
+            hold: "9s",
+            server,
+            workers: Vec::new(),
+            dir,
+            namespace: None,
+        })
+    }
+
+    fn start(
+        agents: &[Agent],
+        namespace: Option<Arc<Namespace>>,
+        settings: &str,
+    ) -> anyhow::Result<Self> {
+        let dir = temporary_dir()?;
+        let port = free_ports()?;
+        let host = namespace
+            .as_ref()
+            .map_or(Ipv4Addr::LOCALHOST, |namespace| namespace.address());
+        let device = namespace.as_ref().map_or("lo", |it| it.device());
+        let config = server_config(host, device, port) + settings;
+        fs::write(dir.path().join(SERVER_CONFIG), config)?;
+        let server = spawn_server("livekit-server", namespace.as_deref(), dir.path())?;
+        let mut stack = Self {
+            url: format!("ws://{host}:{port}"),
+            key: KEY.to_owned(),
+            secret: SECRET.to_owned(),
+            // On a busy machine an agent greets about four seconds after its join.
+            hold: "10s",
+            api: LivekitApi::new(format!("http://{host}:{port}"), KEY, SECRET),
+            server,
+            workers: Vec::new(),
+            port,
+            host,
+            dir,
+            namespace,
+        };
+        wait_for_api("livekit-server", &mut stack.server, &stack.api)?;
+        for agent in agents {
+            stack.workers.push(stack.spawn_worker(agent)?);
+        }
+        for worker in &mut stack.workers {
+            worker.wait_for_line("registered worker", Duration::from_mins(2))?;
+        }
+        for agent in agents.iter().filter(|agent| agent.load < 0.5) {
+            stack.wait_for_agent(agent)?;
+        }
+        Ok(stack)
+    }
+
+    /// The address of the server's API.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((self.host, self.port))
+    }
+
+    /// Starts livekit-server again after it has ended, on the same addresses. It has forgotten every room.
+    pub fn restarted_server(&self) -> anyhow::Result<Process> {
+        let name = "livekit-server-restarted";
+        let mut server = spawn_server(name, self.namespace.as_deref(), self.dir())?;
+        wait_for_api("livekit-server", &mut server, &self.api)?;
+        Ok(server)
+    }
+
+    /// Waits until a job reaches the agent. livekit-server drops a job that is requested within about 100 ms of the
+    /// registration of the worker.
+    pub fn wait_for_agent(&self, agent: &Agent) -> anyhow::Result<()> {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        for _ in 0..10 {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let room = format!("proof-{}-{number}", agent.name);
+            if agent.name.is_empty() {
+                self.api.create_room(&room)?;
+            } else {
+                self.api
+                    .dispatch(&room, agent.name, r#"{"behaviour": "nothing"}"#)?;
+            }
+            let arrived = self.wait_for_event("a job", Duration::from_secs(2), |event| {
+                event.room() == room
+            });
+            self.api.delete_room(&room)?;
+            if arrived.is_ok() {
+                return Ok(());
+            }
+        }
+        bail!("no job reached {:?}\n{}", agent.name, self.logs());
+    }
+
+    fn spawn_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
+        let mut command = command_in(self.namespace.as_deref(), &program("PYTHON")?);
+        command
+            .arg(source("agent.py"))
+            .env("LIVEKIT_URL", &self.url)
+            .env("LIVEKIT_API_KEY", &self.key)
+            .env("LIVEKIT_API_SECRET", &self.secret)
+            .env("AGENT_NAME", agent.name)
+            .env("AGENT_LOAD", agent.load.to_string())
+            .env("REPORT", report(self.dir()));
+        Process::spawn(&format!("agent-{}", agent.name), command, self.dir())
+    }
+
+    /// Drops UDP to a stack behind a veth pair without a response, as a firewall does.
+    pub fn block_udp(&self) -> anyhow::Result<()> {
+        self.filter("-p udp -j DROP")
+    }
+
+    /// Drops media over TCP in the same way.
+    pub fn block_media_over_tcp(&self) -> anyhow::Result<()> {
+        self.filter(&format!("-p tcp --dport {} -j DROP", self.port + 1))
+    }
+
+    /// Resets every connection with media over TCP, and every new one.
+    pub fn reset_media_over_tcp(&self) -> anyhow::Result<()> {
+        let port = self.port + 1;
+        self.filter(&format!(
+            "-p tcp --dport {port} -j REJECT --reject-with tcp-reset"
+        ))
+    }
+
+    /// Redirects packets from our side to other ports there: those for the API, and those for media over UDP. An earlier
+    /// redirection ends. Datagrams that the server sends to us directly are dropped.
+    pub fn redirect(&self, api: u16, media: u16) -> anyhow::Result<()> {
+        let namespace = self.behind_veth()?;
+        let device = namespace.device();
+        namespace.iptables("-t nat -F PREROUTING")?;
+        for (protocol, from, to) in [("tcp", self.port, api), ("udp", self.port + 2, media)] {
+            namespace.iptables(&format!(
+                "-t nat -A PREROUTING -i {device} -p {protocol} --dport {from} -j REDIRECT --to-ports {to}"
+            ))?;
+        }
+        let direct = self.port + 2;
+        namespace.iptables("-F OUTPUT")?;
+        namespace.iptables(&format!(
+            "-A OUTPUT -o {device} -p udp --sport {direct} -j DROP"
+        ))
+    }
+
+    pub fn namespace_name(&self) -> anyhow::Result<&str> {
+        Ok(self.behind_veth()?.name())
+    }
+
+    fn filter(&self, rule: &str) -> anyhow::Result<()> {
+        self.behind_veth()?.filter(rule)
+    }
+
+    fn behind_veth(&self) -> anyhow::Result<&Namespace> {
+        self.namespace.as_deref().context("not behind a veth pair")
+    }
+
+    /// The folder of the files of its processes. It is deleted with the stack.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// All events that the agents have reported, the oldest first.
+    pub fn events(&self) -> anyhow::Result<Vec<AgentEvent>> {
+        let report = match fs::read_to_string(report(self.dir())) {
+            Ok(report) => report,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error.into()),
+        };
+        // An agent may have written only a part of the last line.
+        let whole = report.rfind('\n').map_or("", |end| report.split_at(end).0);
+        whole.lines().map(AgentEvent::read).collect()
+    }
+
+    /// Waits for the first event for which `wanted` is true.
+    pub fn wait_for_event(
+        &self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&AgentEvent) -> bool,
+    ) -> anyhow::Result<AgentEvent> {
+        wait_for(what, limit, || {
+            Ok(self.events()?.into_iter().find(|event| wanted(event)))
+        })
+    }
+
+    /// The last lines of every log, for a person who searches for the cause of a failure.
+    pub fn logs(&self) -> String {
+        self.each_log(|log| {
+            let lines: Vec<_> = log.lines().collect();
+            lines[lines.len().saturating_sub(40)..].join("\n")
+        })
+    }
+
+    /// The lines of every log about the rooms that `text` names.
+    pub fn logs_about(&self, text: &str) -> String {
+        let of_name = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        let rooms: BTreeSet<_> = text
+            .split(|c| !of_name(c))
+            .filter(|word| word.starts_with("canary-"))
+            .collect();
+        self.each_log(|log| {
+            let about = |line: &&str| rooms.iter().any(|room| line.contains(room));
+            log.lines().filter(about).collect::<Vec<_>>().join("\n")
+        })
+    }
+
+    fn each_log(&self, part: impl Fn(&str) -> String) -> String {
+        let part_of = |process: &Process| {
+            let log = process.log().unwrap_or_else(|error| error.to_string());
+            format!("--- {}\n{}\n", process.name, part(&log))
+        };
+        let processes = std::iter::once(&self.server).chain(&self.workers);
+        processes.map(part_of).collect::<Vec<_>>().concat()
+    }
+}
+
+fn temporary_dir() -> anyhow::Result<TempDir> {
+    Ok(tempfile::Builder::new().prefix("canary-real-").tempdir()?)
+}
+
+/// The file to which the agents of a stack report.
+fn report(dir: &Path) -> PathBuf {
+    dir.join("report.jsonl")
+}
+
+/// One line of an agent's report.
+pub struct AgentEvent(Value);
+
+impl AgentEvent {
+    pub fn read(line: &str) -> anyhow::Result<Self> {
+        Ok(Self(serde_json::from_str(line)?))
+    }
+
+    pub fn room(&self) -> &str {
+        self.text("room")
+    }
+
+    pub fn name(&self) -> &str {
+        self.text("event")
+    }
+
+    pub fn text(&self, key: &str) -> &str {
+        self.0[key].as_str().unwrap_or_default()
+    }
+
+    /// A number. Times are in Unix seconds.
+    pub fn number(&self, key: &str) -> anyhow::Result<f64> {
+        self.0[key]
+            .as_f64()
+            .with_context(|| format!("no {key} in {}", self.0))
+    }
+
+    pub fn attributes(&self) -> &Value {
+        &self.0["attributes"]
+    }
+}
+
+const SERVER_CONFIG: &str = "livekit.yaml";
+
+fn spawn_server(name: &str, namespace: Option<&Namespace>, dir: &Path) -> anyhow::Result<Process> {
+    let mut command = command_in(namespace, &program("LIVEKIT_SERVER")?);
+    command.arg("--config").arg(dir.join(SERVER_CONFIG));
+    Process::spawn(name, command, dir)
+}
+
+fn wait_for_api(name: &str, server: &mut Process, api: &LivekitApi) -> anyhow::Result<()> {
+    let what = format!("the API of {name}");
+    wait_for(&what, SHORT_TIMEOUT, || {
+        server.expect_running()?;
+        Ok(api.rooms().is_ok().then_some(()))
+    })
+}
+
+/// Media uses one interface only: `node_ip` replaces the address of each interface. On a machine with several interfaces, the
+/// server would respond to a check from another address than the one that was checked. Such a path dies within seconds, and
+/// sometimes ends the call.
+fn server_config(address: Ipv4Addr, device: &str, port: u16) -> String {
+    format!(
+        "port: {port}
+bind_addresses: [\"{address}\"]
+rtc:
+  tcp_port: {}
+  udp_port: {}
+  node_ip: {address}
+  use_external_ip: false
+  interfaces: {{includes: [{}]}}
+  enable_loopback_candidate: {}
+keys:
+  {KEY}: {SECRET}
+",
+        port + 1,
+        port + 2,
+        device,
+        address.is_loopback()
+    )
+}
