@@ -1,16 +1,18 @@
-//! The demo: a server, an agent and the canary in one process, and faults that the canary names.
+//! The demo: a server, an agent and the canary in one process, with faults that the canary must report.
+
+use rustix::process::Signal;
+use support::canary::Canary;
 
 use crate::canary;
-use crate::running::Running;
 
 #[test]
-fn one_batch_prints_an_ok_row_a_room_whatever_the_environment_names() {
+fn demo_ignores_the_environment_and_prints_an_ok_row_per_room() {
     let folder = tempfile::tempdir().unwrap();
-    let elsewhere = [("LIVEKIT_URL", "ws://127.0.0.1:1")];
+    let other_server = [("LIVEKIT_URL", "ws://127.0.0.1:1")];
     let run = canary(
         folder.path(),
         ["demo", "--once", "--rooms", "2"],
-        &elsewhere,
+        &other_server,
     );
     let ok = run.stdout.lines().filter(|line| line.ends_with("  ok"));
     assert_eq!((run.code, ok.count()), (Some(0), 2), "{}", run.output());
@@ -18,20 +20,22 @@ fn one_batch_prints_an_ok_row_a_room_whatever_the_environment_names() {
 }
 
 #[test]
-fn faults_follow_good_batches_and_an_interrupt_ends_it_well() {
-    let mut demo = Running::start(&["demo", "--rooms", "1", "--every", "1s"]);
+fn faults_follow_good_batches_and_an_interrupt_exits_0() -> anyhow::Result<()> {
+    let mut demo = Canary::new(["demo", "--rooms", "1", "--every", "1s"]).start()?;
     for _ in 0..3 {
-        demo.read_to_any(&["As expected", "NOT what"]);
+        demo.read_to(&["As expected", "NOT what"])?;
     }
-    let told = demo.told.join("\n");
-    let (code, rest) = demo.interrupt();
+    let batches = demo.stdout_read()?;
+    demo.signal(Signal::INT)?;
+    let finished = demo.finish()?.expect_code(0)?;
 
-    assert_eq!(told.matches("no fault").count(), 2, "{told}");
-    assert_eq!(told.matches("As expected.").count(), 3, "{told}");
+    assert_eq!(batches.matches("no fault").count(), 2, "{batches}");
+    assert_eq!(batches.matches("As expected.").count(), 3, "{batches}");
     assert!(
-        told.contains("fault: the agent takes 3 s to join"),
-        "{told}"
+        batches.contains("fault: the agent takes 3 s to join"),
+        "{batches}"
     );
-    assert!(rest.ends_with("none is left.\n"), "{rest}");
-    assert_eq!(code, Some(0), "{told}\n{rest}");
+    let stdout = finished.stdout;
+    assert!(stdout.ends_with("none is left.\n"), "{stdout}");
+    Ok(())
 }

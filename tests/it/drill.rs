@@ -1,17 +1,21 @@
-//! The fire drill: each reason is brought about and found, its series say so, and it ends as it is told.
+//! The fire drill: the canary reports each reason that a drill causes, its series have the label `drill`, and it ends on time.
 
 use std::sync::Mutex;
 use std::thread;
 
+use anyhow::Context as _;
 use livekit_canary::probe::{LimitKind, Reason};
+use rustix::process::Signal;
+use support::canary::{Canary, Running};
+use support::http::HttpClient;
+use support::scrape::Scrape;
 
 use crate::canary;
-use crate::running::Running;
 
-/// Drills that run side by side.
-const SIDE_BY_SIDE: usize = 8;
+/// Drills that run at the same time.
+const MAX_DRILLS: usize = 8;
 
-/// The arguments of every drill there is.
+/// The arguments of every drill.
 fn drills() -> Vec<Vec<&'static str>> {
     let mut drills = vec![vec!["ok"]];
     for reason in Reason::ALL {
@@ -27,18 +31,18 @@ fn drills() -> Vec<Vec<&'static str>> {
 }
 
 #[test]
-fn every_reason_is_brought_about_and_found() {
-    let left = Mutex::new(drills());
+fn every_reason_is_caused_and_reported() {
+    let queue = Mutex::new(drills());
     let wrong: Mutex<Vec<String>> = Mutex::default();
     thread::scope(|scope| {
-        for _ in 0..SIDE_BY_SIDE {
+        for _ in 0..MAX_DRILLS {
             scope.spawn(|| {
                 loop {
-                    let Some(drill) = left.lock().unwrap().pop() else {
+                    let Some(drill) = queue.lock().unwrap().pop() else {
                         return;
                     };
-                    if let Err(said) = once(&drill) {
-                        wrong.lock().unwrap().push(format!("{drill:?}: {said}"));
+                    if let Err(output) = run_drill(&drill) {
+                        wrong.lock().unwrap().push(format!("{drill:?}: {output}"));
                     }
                 }
             });
@@ -48,8 +52,11 @@ fn every_reason_is_brought_about_and_found() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Runs one batch; what was printed where it isn't of that drill.
-fn once(drill: &[&str]) -> Result<(), String> {
+/// Runs one batch of a drill.
+///
+/// # Errors
+/// The output, if the batch doesn't have the reason of the drill.
+fn run_drill(drill: &[&str]) -> Result<(), String> {
     let folder = tempfile::tempdir().unwrap();
     let flags = ["--once", "--rooms", "1"];
     let args = ["drill"].iter().chain(drill).chain(&flags);
@@ -63,97 +70,88 @@ fn once(drill: &[&str]) -> Result<(), String> {
     if run.code == Some(0) && found && of_kind && run.stdout.contains("As expected.") {
         return Ok(());
     }
-    Err(format!("exit status {:?}\n{}", run.code, run.output()))
+    Err(run.output())
 }
 
-fn drill(args: &[&str]) -> Running {
+fn start_drill(args: &[&str]) -> anyhow::Result<Running> {
     let fixed = ["drill", "--rooms", "1", "--every", "1s"];
     let page = ["--web.listen-address", "127.0.0.1:0"];
-    Running::start(&[&fixed[..], &page, args].concat())
+    Canary::new([&fixed[..], &page, args].concat()).start()
 }
 
-/// The address in a line that says `… at ADDRESS and …`.
-fn page(line: &str) -> &str {
-    let (_, rest) = line.split_once(" at ").unwrap();
-    rest.split_once(' ').unwrap().0
+fn interrupt(drill: Running) -> anyhow::Result<()> {
+    drill.signal(Signal::INT)?;
+    drill.finish()?.expect_code(0)?;
+    Ok(())
 }
 
-fn metrics(page: &str) -> String {
-    let answer = ureq::get(format!("{page}metrics")).call();
-    answer.unwrap().body_mut().read_to_string().unwrap()
-}
-
-/// The value of the series whose line begins so.
-fn value(metrics: &str, series: &str) -> f64 {
-    let line = metrics.lines().find(|line| line.starts_with(series));
-    let line = line.unwrap_or_else(|| panic!("no {series} in:\n{metrics}"));
-    line.rsplit(' ').next().unwrap().parse().unwrap()
+/// Waits for the line with the address of the page: `… at http://ADDRESS/ and …`.
+fn page(drill: &mut Running) -> anyhow::Result<HttpClient> {
+    let line = drill.read_to(&["Its page is at"])?;
+    let (_, rest) = line.split_once(" at http://").context("no address")?;
+    let (address, _) = rest.split_once('/').context("no end of the address")?;
+    Ok(HttpClient::new(address.parse()?))
 }
 
 #[test]
-fn the_series_of_a_drill_say_that_it_is_one() {
-    let mut drill = drill(&["plan_limit", "--limit", "api_rate"]);
-    let page = page(&drill.read_to("Its page is at")).to_owned();
-    drill.read_to("As expected");
-    let metrics = metrics(&page);
-    let info = metrics
-        .lines()
-        .find(|line| line.starts_with("livekit_canary_target_info{"))
-        .unwrap();
-    for label in [
-        r#"target="drill-plan-limit-api-rate""#,
-        r#"project="drill""#,
-        r#"drill="true""#,
-    ] {
-        assert!(info.contains(label), "{info}");
-    }
-    let rejections = "livekit_canary_plan_limit_rejections_total{limit=\"api_rate\"";
-    assert!(value(&metrics, rejections) >= 1.0, "{metrics}");
-    assert_eq!(drill.interrupt().0, Some(0));
+fn series_of_a_drill_have_the_label_drill() -> anyhow::Result<()> {
+    let mut drill = start_drill(&["plan_limit", "--limit", "api_rate"])?;
+    let page = page(&mut drill)?;
+    drill.read_to(&["As expected"])?;
+    let scrape = Scrape::parse(&page.text("/metrics")?)?;
+    let labels = [
+        ("target", "drill-plan-limit-api-rate"),
+        ("project", "drill"),
+        ("drill", "true"),
+    ];
+    scrape.value("target_info", &labels)?;
+    let rejections = scrape.count("plan_limit_rejections_total", &[("limit", "api_rate")])?;
+    assert!(rejections >= 1, "{rejections}");
+    interrupt(drill)
 }
 
 #[test]
-fn a_fault_that_ends_is_followed_by_good_batches_and_its_counters_go_on() {
-    // One of each kind: played by the sandbox, by the settings, by the probes themselves.
+fn good_batches_follow_the_end_of_a_fault_and_the_counters_continue() -> anyhow::Result<()> {
+    // One reason of each kind: caused by the sandbox, by the settings, and by the probes.
     thread::scope(|scope| {
-        for reason in ["room_create_failed", "unreachable", "internal"] {
-            scope.spawn(move || {
-                let mut drill = drill(&[reason, "--recover-after", "5s"]);
-                let page = page(&drill.read_to("Its page is at")).to_owned();
-                drill.read_to("the fault ends");
-                drill.read_to("no fault");
-                drill.read_to("As expected");
-                let metrics = metrics(&page);
-                let failed = metrics.lines().filter(|line| {
-                    line.starts_with("livekit_canary_probe_failures_total{")
-                        && line.contains(&format!("reason=\"{reason}\""))
-                        && !line.ends_with(" 0")
-                });
-                assert_eq!(failed.count(), 1, "{metrics}");
-                let good = r#"livekit_canary_slo_good_total{sli="availability""#;
-                assert!(value(&metrics, good) >= 1.0, "{metrics}");
-                assert_eq!(drill.interrupt().0, Some(0), "{reason}");
-            });
-        }
-    });
+        let recovers =
+            |reason: &'static str| scope.spawn(move || expect_recovery(reason).context(reason));
+        let drills = ["room_create_failed", "unreachable", "internal"].map(recovers);
+        let mut results = drills.into_iter().map(|drill| drill.join().unwrap());
+        results.try_for_each(|result| result)
+    })
+}
+
+fn expect_recovery(reason: &str) -> anyhow::Result<()> {
+    let mut drill = start_drill(&[reason, "--recover-after", "5s"])?;
+    let page = page(&mut drill)?;
+    drill.read_to(&["the fault ends"])?;
+    drill.read_to(&["no fault"])?;
+    drill.read_to(&["As expected"])?;
+    let scrape = Scrape::parse(&page.text("/metrics")?)?;
+    let failures = scrape.count("probe_failures_total", &[("reason", reason)])?;
+    assert!(failures >= 1, "{failures}");
+    assert_eq!(scrape.count("probe_failures_total", &[])?, failures);
+    let good = scrape.count("slo_good_total", &[("sli", "availability")])?;
+    assert!(good >= 1, "{good}");
+    interrupt(drill)
 }
 
 #[test]
-fn a_fault_begins_when_it_is_told_to() {
-    let mut drill = drill(&["config_rejected", "--after", "3s"]);
-    drill.read_to("no fault");
-    drill.read_to("the fault begins");
-    drill.read_to("Batch");
-    drill.read_to("config_rejected");
-    let mut told = drill.told.iter();
-    assert!(!told.any(|line| line.contains("NOT")), "{:?}", drill.told);
-    assert_eq!(drill.interrupt().0, Some(0));
+fn fault_begins_after_the_time_of_the_flag() -> anyhow::Result<()> {
+    let mut drill = start_drill(&["config_rejected", "--after", "3s"])?;
+    for text in ["no fault", "the fault begins", "Batch", "config_rejected"] {
+        drill.read_to(&[text])?;
+    }
+    let stdout = drill.stdout_read()?;
+    assert!(!stdout.contains("NOT"), "{stdout}");
+    interrupt(drill)
 }
 
 #[test]
-fn a_drill_ends_by_itself_after_its_time() {
+fn drill_ends_by_itself_after_its_time() {
     let folder = tempfile::tempdir().unwrap();
-    let kept = folder.path().join("history");
+    let history = folder.path().join("history");
     let args = [
         "drill",
         "agent_no_track",
@@ -164,16 +162,16 @@ fn a_drill_ends_by_itself_after_its_time() {
         "--for",
         "2s",
     ];
-    let keep = ["--history-dir", kept.to_str().unwrap()];
-    let run = canary(folder.path(), args.iter().chain(&keep), &[]);
+    let history_dir = ["--history-dir", history.to_str().unwrap()];
+    let run = canary(folder.path(), args.iter().chain(&history_dir), &[]);
     assert_eq!(run.code, Some(0), "{}", run.output());
-    assert!(kept.is_dir());
+    assert!(history.is_dir());
 }
 
 #[test]
-fn flags_that_would_change_nothing_are_refused() {
+fn flags_without_an_effect_are_rejected() {
     let folder = tempfile::tempdir().unwrap();
-    for (args, said) in [
+    for (args, message) in [
         (
             &["agent_silent", "--limit", "room"][..],
             "goes with plan_limit",
@@ -189,6 +187,6 @@ fn flags_that_would_change_nothing_are_refused() {
     ] {
         let run = canary(folder.path(), ["drill"].iter().chain(args), &[]);
         assert_eq!(run.code, Some(2), "{args:?}: {}", run.output());
-        assert!(run.stderr.contains(said), "{args:?}: {}", run.output());
+        assert!(run.stderr.contains(message), "{args:?}: {}", run.output());
     }
 }

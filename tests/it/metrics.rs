@@ -24,6 +24,7 @@ use livekit_canary::probe::{
     Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
 };
 use livekit_canary::report::{BatchReport, BatchResult, ProbeReport};
+use support::scrape::{Family, Sample, Scrape};
 use tokio::time::Instant;
 
 fn metrics() -> Metrics {
@@ -153,121 +154,48 @@ fn moment() -> DateTime<Utc> {
     DateTime::from_timestamp(1_790_000_000, 250_000_000).unwrap()
 }
 
-/// One line of the text format.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Sample {
-    name: String,
-    labels: BTreeMap<String, String>,
-    value: String,
+fn scraped(metrics: &Metrics) -> Scrape {
+    Scrape::parse(&metrics.render()).unwrap()
 }
 
-/// What a scrape says, read by the rules of the text format 0.0.4 as far as these series need them.
-#[derive(Debug, Default)]
-struct Scrape {
-    /// TYPE and HELP by family, in the order in which they came.
-    families: Vec<(String, String, String)>,
-    samples: Vec<Sample>,
+/// The value of the only series with this name and these labels.
+fn value_of(scrape: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
+    scrape.value(name, labels).unwrap()
 }
 
-impl Scrape {
-    fn take(metrics: &Metrics) -> Self {
-        Self::read(&metrics.render())
-    }
-
-    fn read(text: &str) -> Self {
-        let mut scrape = Self::default();
-        let mut help = None;
-        for line in text.lines() {
-            if let Some(rest) = line.strip_prefix("# HELP ") {
-                assert_eq!(help.replace(rest.split_once(' ').unwrap()), None, "{line}");
-            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
-                let (name, kind) = rest.split_once(' ').unwrap();
-                let (helped, help) = help.take().unwrap();
-                assert_eq!(helped, name);
-                let family = (name.to_owned(), kind.to_owned(), help.to_owned());
-                scrape.families.push(family);
-            } else {
-                let sample = sample(line);
-                let (family, ..) = scrape.families.last().unwrap();
-                assert!(sample.name.starts_with(family), "{line} under {family}");
-                scrape.samples.push(sample);
-            }
-        }
-        scrape
-    }
-
-    /// The value of the series of this name whose labels include these.
-    fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        let wanted = |sample: &&Sample| {
-            let has = |(label, value): &(&str, &str)| {
-                sample.labels.get(*label).is_some_and(|is| is == value)
-            };
-            sample.name == format!("{PREFIX}_{name}") && labels.iter().all(has)
-        };
-        let found: Vec<&Sample> = self.samples.iter().filter(wanted).collect();
-        let [sample] = found[..] else {
-            panic!("{} series are {name}{labels:?}", found.len());
-        };
-        sample.value.parse().unwrap()
-    }
-
-    /// The label values of a family's series, `target` and `project` apart, in the order of the catalogue.
-    fn label_values(&self, family: &str) -> BTreeSet<Vec<&str>> {
-        let definition = CATALOGUE.iter().find(|one| one.name == family).unwrap();
-        let within = definition
-            .labels
-            .iter()
-            .filter(|label| !["target", "project"].contains(*label));
-        self.family(family)
-            .map(|sample| {
-                let values = within.clone().map(|label| sample.labels[*label].as_str());
-                values.collect()
-            })
-            .collect()
-    }
-
-    /// The values of a label over all series.
-    fn values_of(&self, label: &str) -> BTreeSet<&str> {
-        let values = self.samples.iter().map(|sample| sample.labels.get(label));
-        values.flatten().map(String::as_str).collect()
-    }
-
-    /// The series of a family, histograms by their count.
-    fn family(&self, family: &str) -> impl Iterator<Item = &Sample> {
-        let name = format!("{PREFIX}_{family}");
-        let count = format!("{name}_count");
-        self.samples
-            .iter()
-            .filter(move |sample| sample.name == name || sample.name == count)
-    }
-
-    fn sum(&self, family: &str) -> f64 {
-        let values = self
-            .family(family)
-            .map(|sample| sample.value.parse::<f64>());
-        values.map(Result::unwrap).sum()
-    }
+/// The series of a family. Of a histogram, only the count.
+fn series<'a>(scrape: &'a Scrape, family: &str) -> impl Iterator<Item = &'a Sample> {
+    let name = format!("{PREFIX}_{family}");
+    let count = format!("{name}_count");
+    let samples = scrape.samples.iter();
+    samples.filter(move |sample| sample.name == name || sample.name == count)
 }
 
-fn sample(line: &str) -> Sample {
-    let (series, value) = line.rsplit_once(' ').unwrap();
-    let (name, labels) = match series.split_once('{') {
-        Some((name, labels)) => (name, labels.strip_suffix('}').unwrap()),
-        None => (series, ""),
-    };
-    let mut read = BTreeMap::new();
-    // No label value here has a comma or a quote in it.
-    for label in labels.split(',').filter(|label| !label.is_empty()) {
-        let (label, value) = label.split_once('=').unwrap();
-        let value = value.strip_prefix('"').unwrap().strip_suffix('"').unwrap();
-        let twice = read.insert(label.to_owned(), value.to_owned());
-        assert_eq!(twice, None, "{line}");
-    }
-    Sample {
-        name: name.to_owned(),
-        labels: read,
-        value: value.to_owned(),
-    }
+/// The label values of a family's series in the order of the catalogue, without `target` and `project`.
+fn label_values<'a>(scrape: &'a Scrape, family: &str) -> BTreeSet<Vec<&'a str>> {
+    let definition = CATALOGUE.iter().find(|one| one.name == family).unwrap();
+    let labels = definition
+        .labels
+        .iter()
+        .filter(|label| !["target", "project"].contains(*label));
+    series(scrape, family)
+        .map(|sample| {
+            let values = labels.clone().map(|label| sample.labels[*label].as_str());
+            values.collect()
+        })
+        .collect()
+}
+
+/// The values of a label over all series.
+fn values_of<'a>(scrape: &'a Scrape, label: &str) -> BTreeSet<&'a str> {
+    let values = scrape.samples.iter().map(|sample| sample.labels.get(label));
+    values.flatten().map(String::as_str).collect()
+}
+
+/// The sum over a family's series. Of a histogram, the sum of the counts.
+fn total(scrape: &Scrape, family: &str) -> f64 {
+    let values = series(scrape, family).map(Sample::number);
+    values.sum::<anyhow::Result<f64>>().unwrap()
 }
 
 #[test]
@@ -294,19 +222,19 @@ fn every_family_of_the_catalogue_is_there_before_anything_has_happened() {
     let metrics = metrics();
     metrics.project("acme", &project());
     metrics.target("support", &target(), &project(), false);
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     let ours: Vec<_> = scrape
         .families
         .iter()
-        .filter(|(name, ..)| name.starts_with(PREFIX))
+        .filter(|family| family.name.starts_with(PREFIX))
         .cloned()
         .collect();
     let mut expected: Vec<_> = CATALOGUE
         .iter()
-        .map(|family| {
-            let name = format!("{PREFIX}_{}", family.name);
-            let kind = family.kind.label().to_owned();
-            (name, kind, family.help.to_owned())
+        .map(|family| Family {
+            name: format!("{PREFIX}_{}", family.name),
+            kind: family.kind.label().to_owned(),
+            help: family.help.to_owned(),
         })
         .collect();
     expected.sort();
@@ -316,15 +244,15 @@ fn every_family_of_the_catalogue_is_there_before_anything_has_happened() {
 #[test]
 fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
     let (metrics, _support) = with_a_target();
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     for family in CATALOGUE {
         let expected: BTreeSet<&str> = family.labels.iter().copied().collect();
         assert!(
-            scrape.family(family.name).next().is_some(),
+            series(&scrape, family.name).next().is_some(),
             "{}",
             family.name
         );
-        for sample in scrape.family(family.name) {
+        for sample in series(&scrape, family.name) {
             let labels: BTreeSet<&str> = sample.labels.keys().map(String::as_str).collect();
             assert_eq!(labels, expected, "{}", family.name);
         }
@@ -334,9 +262,9 @@ fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
 #[test]
 fn every_label_value_exists_at_zero_before_anything_has_happened() {
     let (metrics, _support) = with_a_target();
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     for family in CATALOGUE {
-        for sample in scrape.family(family.name) {
+        for sample in series(&scrape, family.name) {
             if family.kind != Kind::Gauge {
                 assert_eq!(sample.value, "0", "{sample:?}");
             }
@@ -384,17 +312,16 @@ fn every_label_value_exists_at_zero_before_anything_has_happened() {
         ("agent_budget_used_seconds", one(&["day", "month"])),
     ];
     for (family, values) in expected {
-        assert_eq!(scrape.label_values(family), *values, "{family}");
+        assert_eq!(label_values(&scrape, family), *values, "{family}");
     }
 }
 
 #[test]
 fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
     let (metrics, _support) = with_a_target();
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     let is_nan = |family: &str| {
-        let values: BTreeSet<bool> = scrape
-            .family(family)
+        let values: BTreeSet<bool> = series(&scrape, family)
             .map(|sample| sample.value == "NaN")
             .collect();
         assert_eq!(values.len(), 1, "{family}");
@@ -427,7 +354,7 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
 #[test]
 fn buckets_are_one_ladder_from_a_tenth_to_three_hundred_seconds() {
     let (metrics, _support) = with_a_target();
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     let delays = [
         "agent_join_delay",
         "first_speech_delay",
@@ -509,34 +436,46 @@ fn names_follow_the_rules_of_prometheus() {
 fn probe_that_went_well_is_counted_in_everything_that_it_shows() {
     let (metrics, support) = with_a_target();
     support.probe(&report(), &Objectives::default());
-    let scrape = Scrape::take(&metrics);
-    assert_eq!(scrape.value("probes_total", &[]), 1.0);
-    assert_eq!(scrape.value("probes_aborted_total", &[]), 0.0);
-    assert_eq!(scrape.sum("probe_failures_total"), 0.0);
+    let scrape = scraped(&metrics);
+    assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
+    assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 0.0);
+    assert_eq!(total(&scrape, "probe_failures_total"), 0.0);
     for sli in Sli::ALL {
         let sli = [("sli", sli.label())];
-        assert_eq!(scrape.value("slo_eligible_total", &sli), 1.0);
-        assert_eq!(scrape.value("slo_good_total", &sli), 1.0);
+        assert_eq!(value_of(&scrape, "slo_eligible_total", &sli), 1.0);
+        assert_eq!(value_of(&scrape, "slo_good_total", &sli), 1.0);
     }
     // From 1.15 s to 62.5 s.
-    assert_eq!(scrape.value("agent_billed_seconds_total", &[]), 120.0);
-    assert_eq!(scrape.value("agent_audio_packets_total", &[]), 900.0);
-    assert_eq!(scrape.value("agent_audio_packets_lost_total", &[]), 3.0);
-    assert_eq!(scrape.value("agent_audio_jitter_seconds_sum", &[]), 0.004);
+    assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 120.0);
+    assert_eq!(value_of(&scrape, "agent_audio_packets_total", &[]), 900.0);
+    assert_eq!(
+        value_of(&scrape, "agent_audio_packets_lost_total", &[]),
+        3.0
+    );
+    assert_eq!(
+        value_of(&scrape, "agent_audio_jitter_seconds_sum", &[]),
+        0.004
+    );
     let first = [("position", "first")];
-    assert_eq!(scrape.value("agent_join_delay_seconds_sum", &first), 0.75);
-    assert_eq!(scrape.sum("agent_join_delay_seconds"), 1.0);
+    assert_eq!(
+        value_of(&scrape, "agent_join_delay_seconds_sum", &first),
+        0.75
+    );
+    assert_eq!(total(&scrape, "agent_join_delay_seconds"), 1.0);
     let bucket = |le| {
         let labels = [("position", "first"), ("le", le)];
-        scrape.value("agent_join_delay_seconds_bucket", &labels)
+        value_of(&scrape, "agent_join_delay_seconds_bucket", &labels)
     };
     assert_eq!(
         (bucket("0.5"), bucket("0.75"), bucket("300")),
         (0.0, 1.0, 1.0)
     );
-    assert_eq!(scrape.value("first_speech_delay_seconds_sum", &[]), 2.0);
-    assert_eq!(scrape.value("reply_delay_seconds_count", &[]), 2.0);
-    assert_eq!(scrape.value("reply_delay_seconds_sum", &[]), 3.75);
+    assert_eq!(
+        value_of(&scrape, "first_speech_delay_seconds_sum", &[]),
+        2.0
+    );
+    assert_eq!(value_of(&scrape, "reply_delay_seconds_count", &[]), 2.0);
+    assert_eq!(value_of(&scrape, "reply_delay_seconds_sum", &[]), 3.75);
     let spans = [
         ("room_create", 0.05),
         ("signal", 0.1),
@@ -548,8 +487,11 @@ fn probe_that_went_well_is_counted_in_everything_that_it_shows() {
     ];
     for (span, seconds) in spans {
         let span = [("span", span)];
-        assert_eq!(scrape.value("span_duration_seconds_count", &span), 1.0);
-        assert_eq!(scrape.value("span_duration_seconds_sum", &span), seconds);
+        assert_eq!(value_of(&scrape, "span_duration_seconds_count", &span), 1.0);
+        assert_eq!(
+            value_of(&scrape, "span_duration_seconds_sum", &span),
+            seconds
+        );
     }
 }
 
@@ -558,18 +500,18 @@ fn failure_is_counted_once_under_its_reason_and_origin() {
     for reason in Reason::ALL {
         let (metrics, support) = with_a_target();
         support.probe(&failed_at_once(reason), &Objectives::default());
-        let scrape = Scrape::take(&metrics);
+        let scrape = scraped(&metrics);
         let labels = [
             ("reason", reason.label()),
             ("origin", reason.origin().label()),
         ];
-        assert_eq!(scrape.value("probe_failures_total", &labels), 1.0);
-        assert_eq!(scrape.sum("probe_failures_total"), 1.0);
-        assert_eq!(scrape.value("probes_total", &[]), 1.0);
+        assert_eq!(value_of(&scrape, "probe_failures_total", &labels), 1.0);
+        assert_eq!(total(&scrape, "probe_failures_total"), 1.0);
+        assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
         let limited = matches!(reason, Reason::PlanLimit(_));
-        let limits = scrape.sum("plan_limit_rejections_total");
+        let limits = total(&scrape, "plan_limit_rejections_total");
         assert_eq!(limits, if limited { 1.0 } else { 0.0 }, "{reason:?}");
-        let ours = scrape.value("internal_errors_total", &[("kind", "probe")]);
+        let ours = value_of(&scrape, "internal_errors_total", &[("kind", "probe")]);
         let internal = reason == Reason::Internal;
         assert_eq!(ours, if internal { 1.0 } else { 0.0 }, "{reason:?}");
         // Nothing was measured, and nothing is made up.
@@ -577,9 +519,9 @@ fn failure_is_counted_once_under_its_reason_and_origin() {
             .iter()
             .filter(|one| matches!(one.kind, Kind::Histogram(_)))
         {
-            assert_eq!(scrape.sum(histogram.name), 0.0, "{}", histogram.name);
+            assert_eq!(total(&scrape, histogram.name), 0.0, "{}", histogram.name);
         }
-        assert_eq!(scrape.value("agent_billed_seconds_total", &[]), 0.0);
+        assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 0.0);
     }
 }
 
@@ -592,10 +534,10 @@ fn limit_is_counted_under_its_kind() {
             support.probe(&report, &Objectives::default());
         }
     }
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     for (times, kind) in LimitKind::ALL.into_iter().enumerate() {
         let limit = [("limit", kind.label())];
-        let counted = scrape.value("plan_limit_rejections_total", &limit);
+        let counted = value_of(&scrape, "plan_limit_rejections_total", &limit);
         assert_eq!(
             counted,
             f64::from(u32::try_from(times + 1).unwrap()),
@@ -619,14 +561,20 @@ fn delays_are_observed_whatever_the_outcome() {
         };
         support.probe(&report, &Objectives::default());
     }
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     let later = [("position", "later")];
-    assert_eq!(scrape.value("agent_join_delay_seconds_count", &later), 3.0);
-    assert_eq!(scrape.value("first_speech_delay_seconds_count", &[]), 3.0);
+    assert_eq!(
+        value_of(&scrape, "agent_join_delay_seconds_count", &later),
+        3.0
+    );
+    assert_eq!(
+        value_of(&scrape, "first_speech_delay_seconds_count", &[]),
+        3.0
+    );
     // An aborted call costs as much as any.
-    assert_eq!(scrape.value("agent_billed_seconds_total", &[]), 360.0);
-    assert_eq!(scrape.value("probes_total", &[]), 2.0);
-    assert_eq!(scrape.value("probes_aborted_total", &[]), 1.0);
+    assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 360.0);
+    assert_eq!(value_of(&scrape, "probes_total", &[]), 2.0);
+    assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 1.0);
 }
 
 #[test]
@@ -637,9 +585,9 @@ fn upper_bound_is_no_join_delay() {
         ..report()
     };
     support.probe(&report, &Objectives::default());
-    let scrape = Scrape::take(&metrics);
-    assert_eq!(scrape.sum("agent_join_delay_seconds"), 0.0);
-    assert_eq!(scrape.value("probes_total", &[]), 1.0);
+    let scrape = scraped(&metrics);
+    assert_eq!(total(&scrape, "agent_join_delay_seconds"), 0.0);
+    assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
 }
 
 #[test]
@@ -650,9 +598,9 @@ fn aborted_probe_counts_in_no_service_level() {
         ..report()
     };
     support.probe(&report, &Objectives::default());
-    let scrape = Scrape::take(&metrics);
-    assert_eq!(scrape.sum("slo_eligible_total"), 0.0);
-    assert_eq!(scrape.sum("slo_good_total"), 0.0);
+    let scrape = scraped(&metrics);
+    assert_eq!(total(&scrape, "slo_eligible_total"), 0.0);
+    assert_eq!(total(&scrape, "slo_good_total"), 0.0);
 }
 
 #[test]
@@ -670,13 +618,13 @@ fn batch_is_counted_by_its_result_and_only_a_completed_one_is_the_last() {
     let mut aborted = batch([Outcome::Ok, Outcome::Aborted]);
     aborted.ended_at = moment() + TimeDelta::hours(1);
     support.batch(&aborted, &objectives);
-    let scrape = Scrape::take(&metrics);
-    let of = |result| scrape.value("batches_total", &[("result", result)]);
+    let scrape = scraped(&metrics);
+    let of = |result| value_of(&scrape, "batches_total", &[("result", result)]);
     assert_eq!((of("limited"), of("aborted")), (1.0, 1.0));
-    assert_eq!(scrape.sum("batches_total"), 2.0);
-    let completed = scrape.value("last_batch_completed_timestamp_seconds", &[]);
+    assert_eq!(total(&scrape, "batches_total"), 2.0);
+    let completed = value_of(&scrape, "last_batch_completed_timestamp_seconds", &[]);
     assert_eq!(completed, 1_790_000_040.25);
-    assert_eq!(scrape.value("last_batch_success_ratio", &[]), 0.5);
+    assert_eq!(value_of(&scrape, "last_batch_success_ratio", &[]), 0.5);
 }
 
 #[test]
@@ -688,8 +636,8 @@ fn bad_batch_is_counted_once_in_each_service_level_that_it_was_bad_in() {
     support.batch(&batch([limited.clone(), limited]), &objectives);
     let silent = || failed(Reason::AgentSilent);
     support.batch(&batch([silent(), Outcome::Ok, silent()]), &objectives);
-    let scrape = Scrape::take(&metrics);
-    let of = |sli| scrape.value("slo_bad_batches_total", &[("sli", sli)]);
+    let scrape = scraped(&metrics);
+    let of = |sli| value_of(&scrape, "slo_bad_batches_total", &[("sli", sli)]);
     assert_eq!((of("availability"), of("service")), (1.0, 2.0));
 }
 
@@ -709,8 +657,8 @@ fn what_the_daemon_tells_of_a_target_is_shown() {
     support.restore_last_batch(moment() - TimeDelta::seconds(10));
     support.skipped(SkipCause::Budget);
     let open = [support.room_opened(), support.room_opened()];
-    let scrape = Scrape::take(&metrics);
-    let value = |name| scrape.value(name, &[]);
+    let scrape = scraped(&metrics);
+    let value = |name| value_of(&scrape, name, &[]);
     assert_eq!(value("last_tick_timestamp_seconds"), 1_790_000_000.25);
     assert_eq!(value("next_batch_timestamp_seconds"), 1_790_000_900.25);
     assert_eq!(value("batch_interval_seconds"), 900.0);
@@ -724,15 +672,18 @@ fn what_the_daemon_tells_of_a_target_is_shown() {
         1_789_999_990.25
     );
     assert_eq!(value("rooms_in_flight"), 2.0);
-    let skipped = scrape.value("batches_skipped_total", &[("cause", "budget")]);
-    assert_eq!((skipped, scrape.sum("batches_skipped_total")), (1.0, 1.0));
+    let skipped = value_of(&scrape, "batches_skipped_total", &[("cause", "budget")]);
+    assert_eq!(
+        (skipped, total(&scrape, "batches_skipped_total")),
+        (1.0, 1.0)
+    );
 
     drop(open);
     support.next_batch(None);
     support.intervals(None, None, None);
     support.paused(false);
-    let scrape = Scrape::take(&metrics);
-    let value = |name| scrape.value(name, &[]);
+    let scrape = scraped(&metrics);
+    let value = |name| value_of(&scrape, name, &[]);
     assert_eq!(value("rooms_in_flight"), 0.0);
     assert_eq!(value("target_paused"), 0.0);
     assert!(value("next_batch_timestamp_seconds").is_nan());
@@ -753,7 +704,7 @@ fn room_of_a_probe_that_panics_is_not_open_for_ever() {
         panic!("as a test has it");
     });
     assert!(crashed.join().is_err());
-    assert_eq!(Scrape::take(&metrics).value("rooms_in_flight", &[]), 0.0);
+    assert_eq!(value_of(&scraped(&metrics), "rooms_in_flight", &[]), 0.0);
 }
 
 #[test]
@@ -768,18 +719,18 @@ fn what_the_daemon_tells_of_a_project_and_of_itself_is_shown() {
     metrics.history_degraded(true);
     metrics.internal_error(InternalError::Janitor);
     metrics.config_loaded(moment());
-    let scrape = Scrape::take(&metrics);
-    let of = |name, period| scrape.value(name, &[("project", "acme"), ("period", period)]);
+    let scrape = scraped(&metrics);
+    let of = |name, period| value_of(&scrape, name, &[("project", "acme"), ("period", period)]);
     assert_eq!(of("agent_budget_seconds", "day"), 3600.0);
     assert!(of("agent_budget_seconds", "month").is_nan());
     assert_eq!(of("agent_budget_used_seconds", "day"), 420.0);
     assert!(of("agent_budget_used_seconds", "month").is_nan());
-    let value = |name| scrape.value(name, &[]);
+    let value = |name| value_of(&scrape, name, &[]);
     assert_eq!(value("backoff_until_timestamp_seconds"), 1_790_000_000.25);
     assert_eq!(value("history_dropped_total"), 4.0);
     assert_eq!(value("history_degraded"), 1.0);
     assert_eq!(
-        scrape.value("internal_errors_total", &[("kind", "janitor")]),
+        value_of(&scrape, "internal_errors_total", &[("kind", "janitor")]),
         1.0
     );
     assert_eq!(value("config_last_reload_successful"), 1.0);
@@ -790,17 +741,14 @@ fn what_the_daemon_tells_of_a_project_and_of_itself_is_shown() {
     metrics.project("acme", &project());
     acme.backoff_until(None);
     metrics.config_refused();
-    let scrape = Scrape::take(&metrics);
-    assert!(
-        scrape
-            .value("agent_budget_seconds", &[("period", "day")])
-            .is_nan()
-    );
+    let scrape = scraped(&metrics);
+    let budget = value_of(&scrape, "agent_budget_seconds", &[("period", "day")]);
+    assert!(budget.is_nan());
     assert_eq!(
-        scrape.value("agent_budget_used_seconds", &[("period", "day")]),
+        value_of(&scrape, "agent_budget_used_seconds", &[("period", "day")]),
         420.0
     );
-    let value = |name| scrape.value(name, &[]);
+    let value = |name| value_of(&scrape, name, &[]);
     assert!(value("backoff_until_timestamp_seconds").is_nan());
     assert_eq!(value("config_last_reload_successful"), 0.0);
     assert_eq!(value(loaded), 1_790_000_000.25);
@@ -824,15 +772,15 @@ fn changed_settings_of_a_target_keep_its_counters() {
     // A handle from before is as good.
     support.probe(&report(), &changed.objectives);
 
-    let scrape = Scrape::take(&metrics);
-    assert_eq!(scrape.value("probes_total", &[]), 3.0);
+    let scrape = scraped(&metrics);
+    assert_eq!(value_of(&scrape, "probes_total", &[]), 3.0);
     let join = [("sli", "join")];
-    assert_eq!(scrape.value("slo_eligible_total", &join), 3.0);
-    assert_eq!(scrape.value("slo_good_total", &join), 1.0);
-    assert_eq!(scrape.value("slo_threshold_seconds", &join), 0.5);
+    assert_eq!(value_of(&scrape, "slo_eligible_total", &join), 3.0);
+    assert_eq!(value_of(&scrape, "slo_good_total", &join), 1.0);
+    assert_eq!(value_of(&scrape, "slo_threshold_seconds", &join), 0.5);
     let availability = [("sli", "availability")];
-    assert_eq!(scrape.value("slo_objective_ratio", &availability), 0.9);
-    let info: Vec<&Sample> = scrape.family("target_info").collect();
+    assert_eq!(value_of(&scrape, "slo_objective_ratio", &availability), 0.9);
+    let info: Vec<&Sample> = series(&scrape, "target_info").collect();
     let [info] = info[..] else {
         panic!("the settings before are still there: {info:?}");
     };
@@ -866,7 +814,7 @@ fn series_of_a_removed_target_disappear_and_no_late_handle_brings_them_back() {
 
     let anew = metrics.target("support", &target(), &project(), false);
     support.probe(&report(), &Objectives::default());
-    let value = || Scrape::take(&metrics).value("probes_total", &[("target", "support")]);
+    let value = || value_of(&scraped(&metrics), "probes_total", &[("target", "support")]);
     assert_eq!(value(), 0.0);
     anew.probe(&report(), &Objectives::default());
     assert_eq!(value(), 1.0);
@@ -877,7 +825,7 @@ fn targets_never_mix() {
     let (metrics, support) = with_a_target();
     let sales = metrics.target("sales", &target(), &project(), false);
     let of_sales = |metrics: &Metrics| {
-        let mut samples = Scrape::take(metrics).samples;
+        let mut samples = scraped(metrics).samples;
         samples.retain(|sample| {
             sample
                 .labels
@@ -902,8 +850,8 @@ fn each_series_is_there_once_and_families_are_sorted() {
     let (metrics, _support) = with_a_target();
     metrics.project("other", &project());
     metrics.target("sales", &target(), &project(), false);
-    let scrape = Scrape::take(&metrics);
-    let names: Vec<&String> = scrape.families.iter().map(|(name, ..)| name).collect();
+    let scrape = scraped(&metrics);
+    let names: Vec<&String> = scrape.families.iter().map(|family| &family.name).collect();
     assert!(names.is_sorted());
     let series: BTreeSet<_> = scrape
         .samples
@@ -915,7 +863,7 @@ fn each_series_is_there_once_and_families_are_sorted() {
 
 #[test]
 fn process_is_described_as_usual() {
-    let scrape = Scrape::take(&metrics());
+    let scrape = scraped(&metrics());
     let value = |name: &str| {
         let sample = scrape.samples.iter().find(|sample| sample.name == name);
         sample.unwrap().value.parse::<f64>().unwrap()
@@ -983,7 +931,7 @@ fn target_that_was_removed_before_a_scrape_is_never_in_it() {
         });
         while !over.load(Ordering::SeqCst) {
             let gone = removed.load(Ordering::SeqCst);
-            let scrape = Scrape::take(&metrics);
+            let scrape = scraped(&metrics);
             for sample in &scrape.samples {
                 let Some(name) = sample.labels.get("target") else {
                     continue;
@@ -1017,16 +965,16 @@ fn no_scrape_sees_a_part_of_a_probe() {
         }
         loop {
             let last = probing.load(Ordering::SeqCst) == 0;
-            let scrape = Scrape::take(&metrics);
-            let probes = scrape.value("probes_total", &[]);
-            let ok = probes - scrape.sum("probe_failures_total");
-            let of = |name, sli| scrape.value(name, &[("sli", sli)]);
+            let scrape = scraped(&metrics);
+            let probes = value_of(&scrape, "probes_total", &[]);
+            let ok = probes - total(&scrape, "probe_failures_total");
+            let of = |name, sli| value_of(&scrape, name, &[("sli", sli)]);
             assert_eq!(of("slo_eligible_total", "availability"), probes);
             assert_eq!(of("slo_good_total", "availability"), ok);
             assert_eq!(of("slo_good_total", "join"), probes);
-            assert_eq!(scrape.sum("agent_join_delay_seconds"), probes);
+            assert_eq!(total(&scrape, "agent_join_delay_seconds"), probes);
             assert_eq!(
-                scrape.value("agent_billed_seconds_total", &[]),
+                value_of(&scrape, "agent_billed_seconds_total", &[]),
                 120.0 * probes
             );
             if last {
@@ -1073,7 +1021,7 @@ fn docs_list_the_catalogue() {
 #[test]
 fn docs_list_every_label_value() {
     let (metrics, _support) = with_a_target();
-    let scrape = Scrape::take(&metrics);
+    let scrape = scraped(&metrics);
     let rows = documented_table("| label | values |");
     for row in &rows {
         let [labels, values] = row[..] else {
@@ -1085,7 +1033,7 @@ fn docs_list_every_label_value() {
                 panic!("{labels} is not one label");
             };
             let listed: BTreeSet<&str> = quoted(values).into_iter().collect();
-            assert_eq!(listed, scrape.values_of(label), "{label}");
+            assert_eq!(listed, values_of(&scrape, label), "{label}");
         }
     }
     // Free words: those of the settings and of the build.
@@ -1140,12 +1088,15 @@ fn good_probes_are_eligible_ones_whatever_they_saw() {
                     ..report.clone()
                 };
                 support.probe(&report, &objectives);
-                let scrape = Scrape::take(&metrics);
+                let scrape = scraped(&metrics);
                 for sli in Sli::ALL {
-                    let of = |name| scrape.value(name, &[("sli", sli.label())]);
+                    let of = |name| value_of(&scrape, name, &[("sli", sli.label())]);
                     let (good, eligible) = (of("slo_good_total"), of("slo_eligible_total"));
                     assert!(good <= eligible, "{report:?}");
-                    assert!(eligible <= scrape.value("probes_total", &[]), "{report:?}");
+                    assert!(
+                        eligible <= value_of(&scrape, "probes_total", &[]),
+                        "{report:?}"
+                    );
                 }
             }
         }

@@ -39,23 +39,23 @@ reply = true
 "#;
 
 /// A running sandbox; it ends when this is dropped.
-pub struct Stage {
+pub struct SandboxThread {
     pub url: String,
     pub handle: Handle,
     shutdown: CancellationToken,
     thread: Option<thread::JoinHandle<()>>,
 }
 
-impl Stage {
+impl SandboxThread {
     fn new(agent_name: &str, faults: &[&str]) -> Self {
-        Self::with(Settings {
+        Self::start(Settings {
             agent_name: agent_name.to_owned(),
             faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
             ..Settings::default()
         })
     }
 
-    pub fn with(settings: Settings) -> Self {
+    pub fn start(settings: Settings) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -122,7 +122,7 @@ fn once(url: &str, flags: &[&str]) -> (Option<i32>, Value) {
     (run.code, report)
 }
 
-impl Drop for Stage {
+impl Drop for SandboxThread {
     fn drop(&mut self) {
         self.shutdown.cancel();
         if let Some(thread) = self.thread.take() {
@@ -143,8 +143,8 @@ fn verdict(probe: &Value) -> String {
 
 #[test]
 fn rooms_are_ok_and_the_agent_hears_every_echo() {
-    let stage = Stage::new("demo", &[]);
-    let (code, probes) = stage.once(&["--agent-name", "demo", "--rooms", "3"]);
+    let sandbox = SandboxThread::new("demo", &[]);
+    let (code, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "3"]);
     let verdicts: Vec<String> = probes.iter().map(verdict).collect();
     assert_eq!(
         (code, verdicts),
@@ -154,26 +154,26 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
     for probe in &probes {
         assert!(probe["join_delay_seconds"].is_f64());
         assert!(probe["reply_delay_seconds"].is_f64());
-        let heard = stage.handle.heard();
+        let heard = sandbox.handle.heard();
         let heard = heard.iter().filter(|heard| heard.room == probe["room"]);
         assert!(heard.clone().all(|heard| !heard.over_agent));
         // Its greeting has 125 frames; a busy machine may lose some of them.
         assert!(heard.clone().all(|heard| heard.frames > 100));
         assert_eq!(heard.count(), 1, "{probe:#?}");
     }
-    assert_eq!(stage.handle.rooms(), Vec::<String>::new());
+    assert_eq!(sandbox.handle.rooms(), Vec::<String>::new());
 }
 
 #[test]
 fn report_tells_what_the_agent_saw_heard_and_said() {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report.jsonl");
-    let stage = Stage::with(Settings {
+    let sandbox = SandboxThread::start(Settings {
         report: Some(report.clone()),
         ..Settings::default()
     });
-    let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
-    drop(stage);
+    let (_, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "1"]);
+    drop(sandbox);
     let report = std::fs::read_to_string(report).unwrap();
     let events: Vec<Value> = report
         .lines()
@@ -206,8 +206,8 @@ fn report_tells_what_the_agent_saw_heard_and_said() {
 
 #[test]
 fn milestones_come_in_the_real_servers_order() {
-    let stage = Stage::new("demo", &[]);
-    let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
+    let sandbox = SandboxThread::new("demo", &[]);
+    let (_, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "1"]);
     let mut marks: Vec<(f64, &str)> = probes[0]["milestones"]
         .as_object()
         .unwrap()
@@ -281,12 +281,12 @@ const DISPATCHES: &[(&str, &str, &[&str])] = &[
 fn every_way_to_dispatch_brings_the_agent() {
     side_by_side(DISPATCHES, |(mode, agent, order)| {
         // Later than the canary's own media, so that the order is the same each time.
-        let stage = Stage::new(agent, &["join_delay=1s"]);
+        let sandbox = SandboxThread::new(agent, &["join_delay=1s"]);
         let mut flags = vec!["--rooms", "1", "--dispatch", mode];
         if !agent.is_empty() {
             flags.extend(["--agent-name", agent]);
         }
-        let (code, probes) = stage.once(&flags);
+        let (code, probes) = sandbox.once(&flags);
         let probe = &probes[0];
         assert_eq!((code, &*verdict(probe)), (Some(0), "ok"), "{probe:#?}");
         let milestones = &probe["milestones"];
@@ -303,14 +303,14 @@ fn every_way_to_dispatch_brings_the_agent() {
 
 #[test]
 fn agent_that_is_there_before_the_canary_gives_an_upper_bound() {
-    let stage = Stage::new("demo", &[]);
-    let server = stage.url.strip_prefix("ws://").unwrap().parse().unwrap();
+    let sandbox = SandboxThread::new("demo", &[]);
+    let server = sandbox.url.strip_prefix("ws://").unwrap().parse().unwrap();
     let gate = Gate::before(server, Hold::Signal).unwrap();
     let (code, report) = thread::scope(|scope| {
         let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", "room"];
         let url = format!("ws://{}", gate.address);
         let running = scope.spawn(move || once(&url, &flags));
-        stage.wait_for_an_agent();
+        sandbox.wait_for_an_agent();
         gate.open();
         running.join().unwrap()
     });
@@ -331,29 +331,33 @@ fn agent_that_was_dispatched_with_the_room_and_does_not_come_leaves_nothing_behi
         ("token", "late_after_deletion=300ms", "agent_no_show"),
     ];
     side_by_side(&cases, |(mode, fault, expected)| {
-        let stage = Stage::new("demo", &[fault]);
+        let sandbox = SandboxThread::new("demo", &[fault]);
         let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", mode];
-        let (code, probes) = stage.once(&flags);
+        let (code, probes) = sandbox.once(&flags);
         assert_eq!(
             (code, &*verdict(&probes[0])),
             (Some(1), *expected),
             "{mode} {fault}"
         );
-        assert_eq!(stage.handle.rooms(), Vec::<String>::new(), "{mode} {fault}");
+        assert_eq!(
+            sandbox.handle.rooms(),
+            Vec::<String>::new(),
+            "{mode} {fault}"
+        );
     });
 }
 
 #[test]
 fn interval_and_burst_open_rooms_before_the_agent_has_come_to_any() {
     side_by_side(&[("interval", 200), ("burst", 0)], |(ramp, apart)| {
-        let stage = Stage::new("demo", &["join_delay=3s"]);
+        let sandbox = SandboxThread::new("demo", &["join_delay=3s"]);
         let interval = format!("{apart}ms");
         let mut flags = vec!["--agent-name", "demo", "--rooms", "5", "--ramp", ramp];
         if *apart > 0 {
             flags.extend(["--ramp-interval", interval.as_str()]);
         }
         flags.extend(["--join-timeout", "10s"]);
-        let (code, probes) = stage.once(&flags);
+        let (code, probes) = sandbox.once(&flags);
         assert_eq!(code, Some(0), "{probes:#?}");
         let started: Vec<DateTime<Utc>> = probes.iter().map(started_at).collect();
         let joined = probes[0]["milestones"]["AgentJoined"].as_f64().unwrap();
@@ -472,8 +476,8 @@ fn every_fault_ends_in_its_reason() {
 }
 
 fn differs(faults: &str, expected: &str) -> Option<String> {
-    let stage = Stage::new("demo", &faults.split(' ').collect::<Vec<_>>());
-    let (_, probes) = stage.once(&["--agent-name", "demo", "--rooms", "1"]);
+    let sandbox = SandboxThread::new("demo", &faults.split(' ').collect::<Vec<_>>());
+    let (_, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "1"]);
     let probe = &probes[0];
     let got = verdict(probe);
     if got != expected {
@@ -484,7 +488,7 @@ fn differs(faults: &str, expected: &str) -> Option<String> {
     }
     // A room stays only where its deletion fails, and then the evidence says so.
     let fails = faults.starts_with("delete_room=");
-    let stays = !stage.handle.rooms().is_empty();
+    let stays = !sandbox.handle.rooms().is_empty();
     let notes = probe["evidence"]["notes"].as_array().unwrap();
     let told = notes
         .iter()
@@ -494,8 +498,8 @@ fn differs(faults: &str, expected: &str) -> Option<String> {
 
 #[test]
 fn a_fault_of_one_room_spares_the_others() {
-    let stage = Stage::new("demo", &["room2:no_track"]);
-    let (code, probes) = stage.once(&["--agent-name", "demo", "--rooms", "3"]);
+    let sandbox = SandboxThread::new("demo", &["room2:no_track"]);
+    let (code, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "3"]);
     let verdicts: Vec<String> = probes.iter().map(verdict).collect();
     assert_eq!(
         (code, verdicts.as_slice()),
@@ -508,10 +512,10 @@ fn a_fault_of_one_room_spares_the_others() {
 
 #[test]
 fn a_wrong_secret_is_a_matter_of_the_settings() {
-    let stage = Stage::new("demo", &[]);
+    let sandbox = SandboxThread::new("demo", &[]);
     let folder = tempfile::tempdir().unwrap();
     let variables = [
-        ("LIVEKIT_URL", stage.url.as_str()),
+        ("LIVEKIT_URL", sandbox.url.as_str()),
         ("LIVEKIT_API_KEY", "devkey"),
         (
             "LIVEKIT_API_SECRET",

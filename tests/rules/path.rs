@@ -10,37 +10,6 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// Killed and waited for when it is dropped.
-struct Process(Child);
-
-impl Process {
-    fn start(dir: &Path, program: impl AsRef<Path>, args: &[String]) -> Self {
-        let program = program.as_ref();
-        let log = std::fs::File::create(dir.join("log")).unwrap();
-        let child = Command::new(program)
-            .args(args)
-            .current_dir(dir)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap_or_else(|error| panic!("{}: {error}", program.display()));
-        Self(child)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _gone_already = self.0.kill();
-        let _reaped = self.0.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 /// Every alert of every notification that is posted to `listener`.
 fn webhook(listener: TcpListener) -> Receiver<Value> {
     let (sender, alerts) = channel();

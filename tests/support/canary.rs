@@ -136,6 +136,13 @@ impl Running {
         Ok(fs::read_to_string(&self.stdout)?)
     }
 
+    /// The part of stdout that [`Running::read_to`] has read.
+    pub fn stdout_read(&self) -> anyhow::Result<String> {
+        let mut stdout = self.stdout()?;
+        stdout.truncate(self.read);
+        Ok(stdout)
+    }
+
     pub fn stderr(&self) -> anyhow::Result<String> {
         Ok(fs::read_to_string(&self.stderr)?)
     }
