@@ -616,7 +616,7 @@ struct Run {
 
 /// Writes what `livekit-canary rules` prints with these arguments to `rules.yml` in `dir`.
 fn write_rules(dir: &Path, args: &[&str]) {
-    let rules = Command::new(env!("CARGO_BIN_EXE_livekit-canary"))
+    let rules = Command::new(support::canary::binary())
         .arg("rules")
         .args(args)
         .current_dir(dir)

@@ -1,22 +1,31 @@
-//! The way of an alert: a fire drill is scraped by a real Prometheus, which tells a real Alertmanager, which calls a webhook.
+//! The way of an alert: a real Prometheus scrapes a drill and notifies a real Alertmanager, which calls a webhook.
 
+use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
+use support::canary::binary;
+use support::process::{Process, command, free_ports};
 
-/// Every alert of every notification that is posted to `listener`.
+/// Starts a program in `dir`, with its log there.
+fn start(name: &str, program: &Path, dir: &Path, arguments: &[&str]) -> Process {
+    let mut command = command(program.to_str().unwrap());
+    command.args(arguments).current_dir(dir);
+    Process::spawn(name, command, dir).unwrap()
+}
+
+/// Receives all alerts of all notifications that Alertmanager posts to `listener`.
 fn webhook(listener: TcpListener) -> Receiver<Value> {
     let (sender, alerts) = channel();
-    // Ends with the process.
+    // The thread ends with the process.
     thread::spawn(move || {
         for client in listener.incoming() {
-            let notification = take(client.unwrap());
+            let notification = read_request(client.unwrap());
             for alert in notification["alerts"].as_array().unwrap() {
                 if sender.send(alert.clone()).is_err() {
                     return;
@@ -27,8 +36,8 @@ fn webhook(listener: TcpListener) -> Receiver<Value> {
     alerts
 }
 
-/// One request with a body, answered.
-fn take(mut client: TcpStream) -> Value {
+/// Reads the body of one request, and responds.
+fn read_request(mut client: TcpStream) -> Value {
     let mut reader = BufReader::new(client.try_clone().unwrap());
     let mut length = 0;
     loop {
@@ -44,40 +53,40 @@ fn take(mut client: TcpStream) -> Value {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).unwrap();
-    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-    client.write_all(answer.as_bytes()).unwrap();
+    let response = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    client.write_all(response.as_bytes()).unwrap();
     serde_json::from_slice(&body).unwrap()
 }
 
-/// The rules for a canary that is scraped every second and opens a batch every ten.
-fn rules(dir: &Path) {
+/// Writes rules for a canary that is scraped every second and starts a batch every ten seconds.
+fn write_fast_rules(dir: &Path) {
     let settings = "alerts.scrape_interval = \"1s\"\n[targets.drill]\nagent_name = \"demo\"\nschedule.every = \"10s\"\n";
-    std::fs::write(dir.join("canary.toml"), settings).unwrap();
+    fs::write(dir.join("canary.toml"), settings).unwrap();
     super::write_rules(dir, &["--config", "canary.toml"]);
 }
 
 #[test]
-fn drill_makes_its_alert_arrive_and_resolve_through_prometheus_2() {
+fn alert_of_a_drill_arrives_and_resolves_through_prometheus_2() {
     let [two, _] = &super::programs().servers;
-    alert_arrives_and_resolves(two);
+    expect_alert(two);
 }
 
 #[test]
-fn drill_makes_its_alert_arrive_and_resolve_through_prometheus_3() {
+fn alert_of_a_drill_arrives_and_resolves_through_prometheus_3() {
     let [_, three] = &super::programs().servers;
-    alert_arrives_and_resolves(three);
+    expect_alert(three);
 }
 
-fn alert_arrives_and_resolves(prometheus_server: &Path) {
+fn expect_alert(prometheus_server: &Path) {
     let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let [drill_dir, prometheus_dir, alertmanager_dir] =
         folders.each_ref().map(tempfile::TempDir::path);
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let hook = listener.local_addr().unwrap();
     let alerts = webhook(listener);
-    let [canary, prometheus, alertmanager] = [(); 3].map(|()| free_port());
+    let [canary, prometheus, alertmanager] = [(); 3].map(|()| free_ports().unwrap());
 
-    // The routes that are deployed, but without their waits and with the webhook behind each.
+    // The deployed routes, without their waits, and with the webhook as the receiver of each.
     let deployed = include_str!("../../deploy/prometheus/alertmanager.yml");
     let receivers = ["pages", "tickets", "drills"];
     let routes = receivers.iter().fold(deployed.to_owned(), |text, name| {
@@ -91,9 +100,9 @@ fn alert_arrives_and_resolves(prometheus_server: &Path) {
         "  receiver: tickets\n  group_by",
         "  receiver: tickets\n  group_wait: 0s\n  group_interval: 1s\n  group_by",
     );
-    std::fs::write(alertmanager_dir.join("alertmanager.yml"), routes).unwrap();
-    rules(prometheus_dir);
-    std::fs::write(
+    fs::write(alertmanager_dir.join("alertmanager.yml"), routes).unwrap();
+    write_fast_rules(prometheus_dir);
+    fs::write(
         prometheus_dir.join("prometheus.yml"),
         format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}
@@ -111,18 +120,24 @@ scrape_configs:
     )
     .unwrap();
 
-    let args = |args: &[&str]| args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
-    let mut am_args = args(&[
+    let listen = format!("--web.listen-address=127.0.0.1:{alertmanager}");
+    let arguments = [
         "--config.file=alertmanager.yml",
         "--storage.path=data",
         "--cluster.listen-address=",
-    ]);
-    am_args.push(format!("--web.listen-address=127.0.0.1:{alertmanager}"));
-    let _alertmanager = Process::start(alertmanager_dir, "prometheus-alertmanager", &am_args);
-    let mut prometheus_args = args(&["--config.file=prometheus.yml", "--storage.tsdb.path=data"]);
-    prometheus_args.push(format!("--web.listen-address=127.0.0.1:{prometheus}"));
-    let _prometheus = Process::start(prometheus_dir, prometheus_server, &prometheus_args);
-    let mut drill_args = args(&[
+        &listen,
+    ];
+    let program = Path::new("prometheus-alertmanager");
+    let alertmanager = start("alertmanager", program, alertmanager_dir, &arguments);
+    let listen = format!("--web.listen-address=127.0.0.1:{prometheus}");
+    let arguments = [
+        "--config.file=prometheus.yml",
+        "--storage.tsdb.path=data",
+        &listen,
+    ];
+    let prometheus = start("prometheus", prometheus_server, prometheus_dir, &arguments);
+    let listen = format!("127.0.0.1:{canary}");
+    let arguments = [
         "drill",
         "agent_left_early",
         "--every",
@@ -134,29 +149,23 @@ scrape_configs:
         "--recover-after",
         "35s",
         "--web.listen-address",
-    ]);
-    drill_args.push(format!("127.0.0.1:{canary}"));
-    let _drill = Process::start(drill_dir, env!("CARGO_BIN_EXE_livekit-canary"), &drill_args);
+        &listen,
+    ];
+    let drill = start("drill", &binary(), drill_dir, &arguments);
 
-    let wait = |status: &str| -> Value {
+    let timeout = Duration::from_mins(2);
+    let wait_for_alert = |status: &str| -> Value {
         loop {
-            let alert = alerts
-                .recv_timeout(Duration::from_mins(2))
-                .unwrap_or_else(|_| {
-                    let log = |dir: &Path| std::fs::read_to_string(dir.join("log")).unwrap();
-                    panic!(
-                        "no alert is {status}\n{}\n{}\n{}",
-                        log(drill_dir),
-                        log(prometheus_dir),
-                        log(alertmanager_dir)
-                    )
-                });
+            let alert = alerts.recv_timeout(timeout).unwrap_or_else(|_| {
+                let logs = [&drill, &prometheus, &alertmanager].map(|it| it.log().unwrap());
+                panic!("no alert is {status}\n{}", logs.join("\n"))
+            });
             if alert["status"] == status && alert["labels"]["alertname"] == "AgentFailing" {
                 return alert;
             }
         }
     };
-    let fired = wait("firing");
+    let fired = wait_for_alert("firing");
     for (label, value) in [
         ("severity", "page"),
         ("component", "livekit-canary"),
@@ -170,6 +179,6 @@ scrape_configs:
     assert_eq!(fired["annotations"]["runbook"], "README.md#alerts");
     let summary = fired["annotations"]["summary"].as_str().unwrap();
     assert!(summary.starts_with(target), "{fired}");
-    let resolved = wait("resolved");
+    let resolved = wait_for_alert("resolved");
     assert_eq!(resolved["labels"], fired["labels"]);
 }
