@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Project, Stay, Target};
-use crate::guard::{Guard, Places, worst_cases};
+use crate::guard::{Guard, RoomPermits, worst_cases};
 use crate::history::Reservation;
 use crate::livekit::RoomName;
 use crate::livekit::engine::panic_message;
@@ -52,7 +52,7 @@ pub async fn run(
     events: mpsc::Sender<BatchEvent>,
 ) -> BatchReport {
     let rails = Rails::of(target, &context.target, &context.project, guard, &abort).await;
-    let max_rooms = rails.places.as_ref().map(Places::count);
+    let max_rooms = rails.places.as_ref().map(RoomPermits::count);
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
         rooms: context.target.batch.rooms,
@@ -131,7 +131,7 @@ struct Opening {
 struct Rails {
     guard: Option<Guard>,
     /// Held until the batch has ended.
-    places: Option<Places>,
+    places: Option<RoomPermits>,
     target: String,
     worst_cases: Vec<Duration>,
 }
@@ -147,7 +147,7 @@ impl Rails {
     ) -> Self {
         let places = match &guard {
             Some(guard) => {
-                let places = guard.places(target);
+                let places = guard.acquire(target);
                 abort.run_until_cancelled(places).await
             }
             None => None,
@@ -181,7 +181,7 @@ impl Rails {
         if let (Some(guard), Outcome::Failed(failure)) = (&self.guard, outcome)
             && let Reason::PlanLimit(limit) = failure.reason
         {
-            guard.rejected(limit, retry_after);
+            guard.record_rejection(limit, retry_after);
         }
     }
 }
@@ -385,7 +385,7 @@ where
             && !self.probes.is_empty()
             && !reports.any(|report| report.outcome.is_plan_limit())
         {
-            places.none_rejected();
+            places.confirm_none_rejected();
         }
     }
 

@@ -23,7 +23,7 @@ use crate::http::{
     self, BatchRefused, Control, Health, LastReload, NoSuchTarget, Pulse, Sources, Stage, Status,
     WebConfig,
 };
-use crate::janitor::{Fate, Janitor, Register, Swept};
+use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
 use crate::livekit::wire::api::Api;
 use crate::livekit::wire::connect::Endpoint;
@@ -162,7 +162,7 @@ struct Daemon {
     _watchdog: Watchdog,
     http: JoinSet<()>,
     http_end: CancellationToken,
-    sweep: JoinSet<Swept>,
+    sweep: JoinSet<SweepResult>,
 }
 
 /// Why a batch does not begin.
@@ -211,7 +211,7 @@ impl Daemon {
             targets: BTreeMap::new(),
             ticker,
             ticks,
-            janitor: Janitor::start_with(register(&launch.history, &metrics)),
+            janitor: Janitor::start_with(on_cleanup(&launch.history, &metrics)),
             history: launch.history,
             dropped: 0,
             metrics,
@@ -298,7 +298,7 @@ impl Daemon {
     /// Looks for the rooms that dead runs of this program journalled and nobody vouched for.
     fn begin_sweep(&mut self) {
         let mut rooms_of: BTreeMap<String, Vec<RoomName>> = BTreeMap::new();
-        for left in self.history.leftovers() {
+        for left in self.history.orphan_rooms() {
             rooms_of.entry(left.project).or_default().push(left.room);
         }
         for (name, rooms) in rooms_of {
@@ -319,7 +319,7 @@ impl Daemon {
         }
     }
 
-    fn swept(&mut self, swept: Result<Swept, JoinError>) {
+    fn swept(&mut self, swept: Result<SweepResult, JoinError>) {
         let swept = match swept {
             Ok(swept) => swept,
             Err(error) => {
@@ -334,7 +334,7 @@ impl Daemon {
                 target.metrics.swept(1);
             }
         }
-        for left in &swept.left {
+        for left in &swept.unconfirmed {
             tracing::warn!(
                 "room {} of an earlier run is left behind: {}",
                 left.room,
@@ -512,11 +512,11 @@ fn last_batch(report: &BatchReport) -> LastBatch {
 }
 
 /// Has the journal forget a room that the janitor vouches for, and counts one that it can't vouch for.
-fn register(history: &History, metrics: &Metrics) -> Register {
+fn on_cleanup(history: &History, metrics: &Metrics) -> OnCleanup {
     let (history, metrics) = (history.clone(), metrics.clone());
     Arc::new(move |room, fate| match fate {
-        Fate::Gone => history.gone(room),
-        Fate::LeftBehind { why } => {
+        CleanupResult::Gone => history.gone(room),
+        CleanupResult::Unconfirmed { why } => {
             tracing::warn!("room {room} may be left behind: {why}");
             let target = history.target_of(room);
             if let Some(target) = target.and_then(|name| metrics.live_target(&name)) {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::config::{Backoff, Budget, Period, Project, Ramp, Stay, Target};
-use crate::history::{History, RESERVE_WITHIN, Reservation, Used};
+use crate::history::{History, RESERVE_TIMEOUT, Reservation, Used};
 use crate::livekit::RoomName;
 use crate::probe::{LimitKind, longest_verdict, whole_minutes};
 use crate::report::Denial;
@@ -20,7 +20,7 @@ use crate::report::Denial;
 /// The guard rails of one project. Cheap to clone.
 #[derive(Clone)]
 pub struct Guard {
-    shared: Arc<Shared>,
+    shared: Arc<GuardShared>,
 }
 
 fn of(period: Period, used: &Used) -> Duration {
@@ -32,22 +32,22 @@ fn of(period: Period, used: &Used) -> Duration {
 
 /// The right to hold so many rooms of a project open at once, until it is dropped.
 #[must_use = "dropped at once, it is the right to nothing"]
-pub struct Places {
-    shared: Arc<Shared>,
+pub struct RoomPermits {
+    shared: Arc<GuardShared>,
     count: usize,
     /// The rejections that the project had met when the batch began.
     rejections: u64,
 }
 
-struct Shared {
+struct GuardShared {
     project: String,
     history: History,
-    state: Mutex<State>,
+    state: Mutex<GuardState>,
     /// Told at each change of the queue for places.
-    moved: Notify,
+    queue_changed: Notify,
 }
 
-struct State {
+struct GuardState {
     budget: Budget,
     backoff: Backoff,
     max_rooms: usize,
@@ -58,17 +58,17 @@ struct State {
     /// All that were ever met.
     rejections: u64,
     /// Back-offs since the last batch that met none.
-    in_a_row: u32,
-    resting_until: Option<Instant>,
+    consecutive: u32,
+    backoff_until: Option<Instant>,
 }
 
 impl Guard {
     pub fn new(name: &str, project: &Project, history: History) -> Self {
         Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(GuardShared {
                 project: name.to_owned(),
                 history,
-                state: Mutex::new(State {
+                state: Mutex::new(GuardState {
                     budget: project.budget.clone(),
                     backoff: project.backoff.clone(),
                     max_rooms: project.max_rooms,
@@ -76,10 +76,10 @@ impl Guard {
                     queue: VecDeque::new(),
                     next_ticket: 0,
                     rejections: 0,
-                    in_a_row: 0,
-                    resting_until: None,
+                    consecutive: 0,
+                    backoff_until: None,
                 }),
-                moved: Notify::new(),
+                queue_changed: Notify::new(),
             }),
         }
     }
@@ -91,20 +91,20 @@ impl Guard {
         state.backoff = project.backoff.clone();
         state.max_rooms = project.max_rooms;
         drop(state);
-        self.shared.moved.notify_waiters();
+        self.shared.queue_changed.notify_waiters();
     }
 
     /// Waits for the right to hold this batch's rooms open, or as many of them as the project may ever hold; whoever
     /// came first is served first. Cancel-safe.
-    pub async fn places(&self, target: &Target) -> Places {
-        let wanted = rooms_at_once(target);
-        let turn = Turn::queue(&self.shared);
+    pub async fn acquire(&self, target: &Target) -> RoomPermits {
+        let wanted = max_rooms_at_once(target);
+        let turn = QueueTicket::queue(&self.shared);
         loop {
-            let moved = self.shared.moved.notified();
+            let queue_changed = self.shared.queue_changed.notified();
             if let Some(places) = turn.take(wanted) {
                 return places;
             }
-            moved.await;
+            queue_changed.await;
         }
     }
 
@@ -112,7 +112,7 @@ impl Guard {
     pub fn refusal(&self, worst_case: Duration) -> Option<Denial> {
         let used = self.shared.history.used(&self.shared.project);
         let now = self.shared.history.now();
-        self.check_rest(now)
+        self.check_backoff(now)
             .and_then(|()| self.check_budget(&used, worst_case, now))
             .err()
     }
@@ -127,11 +127,11 @@ impl Guard {
         target: &str,
         worst_case: Duration,
     ) -> Result<Reservation, Denial> {
-        let Shared {
+        let GuardShared {
             project, history, ..
         } = &*self.shared;
         let admit = |used: &Used, now| {
-            self.check_rest(now)?;
+            self.check_backoff(now)?;
             self.check_budget(used, worst_case, now)
         };
         history
@@ -142,21 +142,21 @@ impl Guard {
     /// The service named a limit: no room of the project opens for a while.
     ///
     /// Rooms that were open already may meet it too; that makes the rest no longer unless the service says so.
-    pub fn rejected(&self, limit: LimitKind, retry_after: Option<Duration>) {
+    pub fn record_rejection(&self, limit: LimitKind, retry_after: Option<Duration>) {
         let now = Instant::now();
         let mut state = self.shared.lock();
         state.rejections += 1;
-        let resting_until = state.resting_until.filter(|until| *until > now);
-        let until = match (retry_after, resting_until) {
+        let backoff_until = state.backoff_until.filter(|until| *until > now);
+        let until = match (retry_after, backoff_until) {
             (Some(after), _) => now + after.min(state.backoff.longest),
-            (None, None) => now + exponential(&state.backoff, state.in_a_row),
+            (None, None) => now + exponential(&state.backoff, state.consecutive),
             (None, Some(until)) => until,
         };
-        if resting_until.is_none() {
-            state.in_a_row = state.in_a_row.saturating_add(1);
+        if backoff_until.is_none() {
+            state.consecutive = state.consecutive.saturating_add(1);
         }
-        if resting_until.is_none_or(|before| before < until) {
-            state.resting_until = Some(until);
+        if backoff_until.is_none_or(|before| before < until) {
+            state.backoff_until = Some(until);
             let rest = format_duration(Duration::from_secs((until - now).as_secs())).to_string();
             tracing::warn!(
                 project = self.shared.project,
@@ -168,7 +168,7 @@ impl Guard {
 
     /// `None` where the project does not rest.
     pub fn backoff_until(&self) -> Option<DateTime<Utc>> {
-        self.resting_until(self.shared.history.now())
+        self.backoff_end(self.shared.history.now())
     }
 
     /// Agent time used so far, open rooms counted at their worst.
@@ -177,7 +177,7 @@ impl Guard {
     }
 
     /// Rooms that batches hold places for.
-    pub fn places_taken(&self) -> usize {
+    pub fn rooms_held(&self) -> usize {
         self.shared.lock().taken
     }
 
@@ -185,14 +185,14 @@ impl Guard {
         self.shared.lock().budget.limit(period)
     }
 
-    fn resting_until(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        let until = self.shared.lock().resting_until?;
+    fn backoff_end(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let until = self.shared.lock().backoff_until?;
         let left = until.checked_duration_since(Instant::now())?;
         (!left.is_zero()).then(|| now + left)
     }
 
-    fn check_rest(&self, now: DateTime<Utc>) -> Result<(), Denial> {
-        match self.resting_until(now) {
+    fn check_backoff(&self, now: DateTime<Utc>) -> Result<(), Denial> {
+        match self.backoff_end(now) {
             Some(until) => Err(Denial::Backoff { until }),
             None => Ok(()),
         }
@@ -229,43 +229,43 @@ impl Guard {
     }
 }
 
-impl Places {
+impl RoomPermits {
     pub fn count(&self) -> usize {
         self.count
     }
 
     /// The batch has ended, and none of its rooms met a plan limit. Where no other batch of the project met one in the
     /// meantime either, the next back-off is as short as the first.
-    pub fn none_rejected(&self) {
+    pub fn confirm_none_rejected(&self) {
         let mut state = self.shared.lock();
         if state.rejections == self.rejections {
-            state.in_a_row = 0;
+            state.consecutive = 0;
         }
     }
 }
 
-impl Drop for Places {
+impl Drop for RoomPermits {
     fn drop(&mut self) {
         self.shared.lock().taken -= self.count;
-        self.shared.moved.notify_waiters();
+        self.shared.queue_changed.notify_waiters();
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl GuardShared {
+    fn lock(&self) -> MutexGuard<'_, GuardState> {
         // Each change is complete before anything in it could panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A place in the queue, given up when it is dropped.
-struct Turn<'a> {
-    shared: &'a Arc<Shared>,
+struct QueueTicket<'a> {
+    shared: &'a Arc<GuardShared>,
     ticket: u64,
 }
 
-impl<'a> Turn<'a> {
-    fn queue(shared: &'a Arc<Shared>) -> Self {
+impl<'a> QueueTicket<'a> {
+    fn queue(shared: &'a Arc<GuardShared>) -> Self {
         let mut state = shared.lock();
         let ticket = state.next_ticket;
         state.next_ticket += 1;
@@ -273,7 +273,7 @@ impl<'a> Turn<'a> {
         Self { shared, ticket }
     }
 
-    fn take(&self, wanted: usize) -> Option<Places> {
+    fn take(&self, wanted: usize) -> Option<RoomPermits> {
         let mut state = self.shared.lock();
         let count = wanted.min(state.max_rooms);
         let first = state.queue.front() == Some(&self.ticket);
@@ -281,7 +281,7 @@ impl<'a> Turn<'a> {
             return None;
         }
         state.taken += count;
-        Some(Places {
+        Some(RoomPermits {
             shared: Arc::clone(self.shared),
             count,
             rejections: state.rejections,
@@ -289,17 +289,17 @@ impl<'a> Turn<'a> {
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for QueueTicket<'_> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.queue.retain(|ticket| *ticket != self.ticket);
         drop(state);
-        self.shared.moved.notify_waiters();
+        self.shared.queue_changed.notify_waiters();
     }
 }
 
 /// The most rooms that a batch holds open at once.
-pub fn rooms_at_once(target: &Target) -> usize {
+pub fn max_rooms_at_once(target: &Target) -> usize {
     match target.batch.stay {
         Stay::Together => target.batch.rooms,
         Stay::OneByOne => 1,
@@ -309,7 +309,7 @@ pub fn rooms_at_once(target: &Target) -> usize {
 /// The most agent time that each room of a batch can be billed for, in the order of opening: its agent comes at once,
 /// and as late as allowed to all rooms that follow.
 pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
-    let one_join = longest_join(target, project);
+    let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let ramp_after = move |index: u32| {
         let later = rooms - 1 - index;
@@ -331,8 +331,8 @@ pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = D
 }
 
 /// The longest that a batch runs once it has its places, its last room gone.
-pub fn longest_batch(target: &Target, project: &Project) -> Duration {
-    let one_join = longest_join(target, project);
+pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
+    let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let held = target.batch.hold.max(longest_verdict(target)) + target.deadlines.cleanup * 2;
     match (target.batch.stay, target.batch.ramp) {
@@ -351,10 +351,10 @@ pub fn longest_batch(target: &Target, project: &Project) -> Duration {
 }
 
 /// From a room's opening to the agent's join, or to the word that there is none.
-fn longest_join(target: &Target, project: &Project) -> Duration {
+fn max_join_duration(target: &Target, project: &Project) -> Duration {
     let deadlines = &target.deadlines;
     // A room's creation and a last look at its dispatches are the calls that it takes.
-    project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join + RESERVE_WITHIN
+    project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join + RESERVE_TIMEOUT
 }
 
 /// Twice as long each time, and up to a quarter more, so that two canaries don't come back together.

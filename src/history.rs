@@ -34,13 +34,13 @@ use store::{NotOpened, Store};
 use writer::Writer;
 
 pub use ledger::Used;
-pub use read::{BatchFilter, Counts, LastBatch, MOST_BATCHES, ReadError};
+pub use read::{BatchFilter, Counts, LastBatch, MAX_BATCHES, ReadError};
 
 /// How long a reservation waits for the disk: whoever wants more than that is degraded, and probing goes on.
-pub const RESERVE_WITHIN: Duration = Duration::from_secs(5);
+pub const RESERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Batches that wait for the disk; what comes on top is dropped and counted.
-const MOST_WAITING: usize = 32;
+const MAX_QUEUED_RECORDS: usize = 32;
 
 /// The wall clock; another one in tests.
 pub type Clock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
@@ -73,7 +73,7 @@ pub enum OpenError {
 
 /// A room that an earlier run journalled and that nobody has vouched for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Leftover {
+pub struct OrphanRoom {
     pub room: RoomName,
     pub project: String,
     pub target: String,
@@ -286,11 +286,11 @@ impl History {
     }
 
     /// The rooms that dead runs of this program journalled and nobody vouched for, the oldest first.
-    pub fn leftovers(&self) -> Vec<Leftover> {
+    pub fn orphan_rooms(&self) -> Vec<OrphanRoom> {
         let state = self.shared.lock();
         let left = state.ledger.left_by_others(&self.shared.boot);
-        let mut left: Vec<Leftover> = left
-            .map(|(room, row)| Leftover {
+        let mut left: Vec<OrphanRoom> = left
+            .map(|(room, row)| OrphanRoom {
                 room: room.clone(),
                 project: row.project.clone(),
                 target: row.target.clone(),
@@ -305,7 +305,7 @@ impl History {
     pub fn record(&self, batch: &BatchReport, target: &Target, project: &Project) {
         let record = Arc::new(Record::of(batch, target, project));
         let mut state = self.shared.lock();
-        if state.records.len() < MOST_WAITING {
+        if state.records.len() < MAX_QUEUED_RECORDS {
             state.records.push_back(record);
             self.shared.wake(&mut state);
         } else {
@@ -430,9 +430,9 @@ impl Shared {
         let decided = progress.wait_for(|progress| {
             progress.written >= change || progress.ledger_down || progress.ended
         });
-        if timeout(RESERVE_WITHIN, decided).await.is_err() {
+        if timeout(RESERVE_TIMEOUT, decided).await.is_err() {
             self.ledger_down();
-            self.trouble(&format!("the disk took no row within {RESERVE_WITHIN:?}"));
+            self.trouble(&format!("the disk took no row within {RESERVE_TIMEOUT:?}"));
         }
     }
 

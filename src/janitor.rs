@@ -10,7 +10,7 @@
 //!   the job, but a livekit-agents 1.8.9 worker lets the entrypoint run on for 15 s first, and an entrypoint that
 //!   connects in that time re-creates the room with default settings: it stays for 5 minutes after the agent. One that
 //!   was connecting when the room was deleted does the same when it tries again, 15 s later. Deleted once more, the room
-//!   does not come back, unless automatic dispatch sends another agent to it: see [`Owned::drain`].
+//!   does not come back, unless automatic dispatch sends another agent to it: see [`RoomCleanup::drain`].
 //!
 //! So a deleted room in doubt is looked for by its exact name until its window is over, at most 5 s apart.
 
@@ -30,52 +30,52 @@ use crate::livekit::wire::api::{Api, ApiError, Call};
 
 /// Least `late_agent_window` that outlasts the 15 s which a livekit-agents worker grants a job that was ended, and its
 /// connection (about 2.5 s more at worst on two busy cores).
-pub const SHORTEST_SURE_WINDOW: Duration = Duration::from_secs(20);
+pub const MIN_SAFE_WINDOW: Duration = Duration::from_secs(20);
 
 /// For deletions under way, from the moment that nothing else is waited for any more.
-pub const LAST_DELETIONS: Duration = Duration::from_secs(2);
+pub const FINAL_DELETION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// First pause between two tries of a deletion; it doubles from there.
-const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const FIRST_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// For one deletion of the sweep, retries included.
-const SWEEP_CLEANUP: Duration = Duration::from_secs(10);
+const SWEEP_DELETION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Deletions of the sweep at a time: nobody waits for them.
-const SWEEP_AT_ONCE: usize = 4;
+const MAX_CONCURRENT_SWEEPS: usize = 4;
 
 /// Told of each room when the janitor has done with it; must not block.
-pub type Register = Arc<dyn Fn(&RoomName, Fate<'_>) + Send + Sync>;
+pub type OnCleanup = Arc<dyn Fn(&RoomName, CleanupResult<'_>) + Send + Sync>;
 
 /// How the janitor has done with a room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate<'a> {
+pub enum CleanupResult<'a> {
     /// Gone for good.
     Gone,
     /// It may stand, or come back.
-    LeftBehind { why: &'a str },
+    Unconfirmed { why: &'a str },
 }
 
 /// The handle through which probes hand their rooms over. Cheap to clone.
 #[derive(Clone)]
 pub struct Janitor {
-    shared: Arc<Shared>,
+    shared: Arc<JanitorShared>,
 }
 
-struct Shared {
+struct JanitorShared {
     /// Every room that is owned and not yet vouched for. A name leaves only when its room is gone for good.
-    rooms: Mutex<BTreeMap<RoomName, Standing>>,
+    rooms: Mutex<BTreeMap<RoomName, CleanupState>>,
     /// Told at each change of a room's standing.
     changed: Notify,
     /// Owns the clean-up tasks; each lease holds a token of it, so that it is empty only when all is done.
     tasks: TaskTracker,
     runtime: Handle,
-    register: Register,
+    on_cleanup: OnCleanup,
 }
 
 /// The right to a room's name. Dropping it, in whatever way, has the janitor delete the room.
 pub struct RoomLease {
-    owned: Option<Owned>,
+    owned: Option<RoomCleanup>,
 }
 
 /// What became of a room.
@@ -94,15 +94,15 @@ pub enum Deletion {
 
 /// What became of the rooms of dead runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Swept {
+pub struct SweepResult {
     /// Gone; re-checks go on.
     pub deleted: Vec<RoomName>,
-    pub left: Vec<LeftBehind>,
+    pub unconfirmed: Vec<UnconfirmedRoom>,
 }
 
 /// A room that the janitor can't vouch for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeftBehind {
+pub struct UnconfirmedRoom {
     pub room: RoomName,
     pub why: String,
 }
@@ -114,20 +114,20 @@ impl Janitor {
         Self::start_with(Arc::new(|_, _| {}))
     }
 
-    /// Tells `register` of each room that it has done with, before [`Janitor::close`] returns.
+    /// Tells `on_cleanup` of each room that it has done with, before [`Janitor::close`] returns.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start_with(register: Register) -> Self {
+    pub fn start_with(on_cleanup: OnCleanup) -> Self {
         let tasks = TaskTracker::new();
         tasks.close();
         Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(JanitorShared {
                 rooms: Mutex::default(),
                 changed: Notify::new(),
                 tasks,
                 runtime: Handle::current(),
-                register,
+                on_cleanup,
             }),
         }
     }
@@ -135,7 +135,7 @@ impl Janitor {
     /// Takes a room name over before the room can exist.
     ///
     /// `cleanup` bounds one deletion, retries included. `late_agent_window`: how long the deleted room is re-checked
-    /// where an agent may still come; see [`SHORTEST_SURE_WINDOW`].
+    /// where an agent may still come; see [`MIN_SAFE_WINDOW`].
     pub fn own(
         &self,
         room: RoomName,
@@ -143,9 +143,9 @@ impl Janitor {
         cleanup: Duration,
         late_agent_window: Duration,
     ) -> RoomLease {
-        self.shared.note(&room, Standing::Leased);
+        self.shared.set_state(&room, CleanupState::Leased);
         RoomLease {
-            owned: Some(Owned {
+            owned: Some(RoomCleanup {
                 shared: Arc::clone(&self.shared),
                 _token: self.shared.tasks.token(),
                 room,
@@ -160,22 +160,24 @@ impl Janitor {
     }
 
     /// Deletes rooms that runs of this program left behind which are dead now, a few at a time; a room that isn't there is
-    /// a success. Each is re-checked, and told to the register, like any other.
+    /// a success. Each is re-checked, and told to the on_cleanup, like any other.
     ///
     /// Takes 10 s for four rooms at most. Dropping the future leaves alone the rooms that it has not come to.
-    pub async fn sweep(&self, api: &Api, rooms: Vec<RoomName>) -> Swept {
+    pub async fn sweep(&self, api: &Api, rooms: Vec<RoomName>) -> SweepResult {
         let deletions = rooms.into_iter().map(|room| async {
             // An agent that was on its way may still come.
-            let window = SHORTEST_SURE_WINDOW;
-            let lease = self.own(room.clone(), api.clone(), SWEEP_CLEANUP, window);
+            let window = MIN_SAFE_WINDOW;
+            let lease = self.own(room.clone(), api.clone(), SWEEP_DELETION_TIMEOUT, window);
             (room, lease.delete().await)
         });
-        let mut deletions = stream::iter(deletions).buffered(SWEEP_AT_ONCE);
-        let mut swept = Swept::default();
+        let mut deletions = stream::iter(deletions).buffered(MAX_CONCURRENT_SWEEPS);
+        let mut swept = SweepResult::default();
         while let Some((room, deletion)) = deletions.next().await {
             match deletion {
                 Deletion::Deleted { .. } | Deletion::NothingThere => swept.deleted.push(room),
-                Deletion::NotDeleted { why } => swept.left.push(LeftBehind { room, why }),
+                Deletion::NotDeleted { why } => {
+                    swept.unconfirmed.push(UnconfirmedRoom { room, why })
+                }
             }
         }
         swept
@@ -185,11 +187,11 @@ impl Janitor {
     ///
     /// A room whose deletion failed has had its time and is not waited for. A near deadline ends the re-checks early.
     /// What is under way then goes on for as long as the runtime does.
-    pub async fn close(self, deadline: Instant) -> Vec<LeftBehind> {
+    pub async fn close(self, deadline: Instant) -> Vec<UnconfirmedRoom> {
         let all_decided = async {
             loop {
                 let changed = self.shared.changed.notified();
-                if self.shared.lock().values().all(Standing::is_decided) {
+                if self.shared.lock().values().all(CleanupState::is_decided) {
                     return;
                 }
                 changed.await;
@@ -202,11 +204,11 @@ impl Janitor {
                 () = self.shared.tasks.wait() => {}
             }
         };
-        // Whether all was done or the time is up, the register says the same.
+        // Whether all was done or the time is up, the on_cleanup says the same.
         let _elapsed = timeout_at(deadline, all_done).await;
         let now = Instant::now();
         let rooms = self.shared.lock();
-        let left = rooms.iter().map(|(room, standing)| LeftBehind {
+        let left = rooms.iter().map(|(room, standing)| UnconfirmedRoom {
             room: room.clone(),
             why: standing.describe(now),
         });
@@ -246,7 +248,7 @@ impl RoomLease {
         })
     }
 
-    fn owned(&mut self) -> &mut Owned {
+    fn owned(&mut self) -> &mut RoomCleanup {
         self.owned.as_mut().expect("taken only when the lease ends")
     }
 }
@@ -261,7 +263,7 @@ impl Drop for RoomLease {
 
 /// What would have to be said of a room if the process ended now.
 #[derive(Debug, Clone)]
-enum Standing {
+enum CleanupState {
     Leased,
     Deleting,
     /// It came back after its deletion.
@@ -280,7 +282,7 @@ enum Standing {
     },
 }
 
-impl Standing {
+impl CleanupState {
     fn is_decided(&self) -> bool {
         matches!(self, Self::NotDeleted { .. } | Self::Unknown { .. })
     }
@@ -305,26 +307,26 @@ impl Standing {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<RoomName, Standing>> {
+impl JanitorShared {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<RoomName, CleanupState>> {
         // Each change is a single insert or remove, so a panic elsewhere leaves nothing half done.
         self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, room: &RoomName, standing: Standing) {
+    fn set_state(&self, room: &RoomName, standing: CleanupState) {
         self.lock().insert(room.clone(), standing);
         self.changed.notify_waiters();
     }
 
-    fn forget(&self, room: &RoomName) {
+    fn remove(&self, room: &RoomName) {
         self.lock().remove(room);
         self.changed.notify_waiters();
     }
 }
 
 /// A room, all that its deletion needs, and the claim on the janitor's time.
-struct Owned {
-    shared: Arc<Shared>,
+struct RoomCleanup {
+    shared: Arc<JanitorShared>,
     _token: TaskTrackerToken,
     room: RoomName,
     api: Api,
@@ -335,10 +337,10 @@ struct Owned {
     not_created: bool,
 }
 
-impl Owned {
+impl RoomCleanup {
     fn clean_up(self, told: Option<oneshot::Sender<Deletion>>) {
         let shared = Arc::clone(&self.shared);
-        shared.note(&self.room, Standing::Deleting);
+        shared.set_state(&self.room, CleanupState::Deleting);
         let task = self.deleted_for_good(told);
         shared.tasks.spawn_on(task, &shared.runtime);
     }
@@ -363,16 +365,16 @@ impl Owned {
                 tracing::debug!(room = %self.room, "nobody waited for the room's deletion");
             }
         }
-        // Told before it is noted: whoever waits for the janitor finds the register complete.
+        // Told before it is noted: whoever waits for the janitor finds the on_cleanup complete.
         match self.watch(window, deleted).await {
             None => {
-                (self.shared.register)(&self.room, Fate::Gone);
-                self.shared.forget(&self.room);
+                (self.shared.on_cleanup)(&self.room, CleanupResult::Gone);
+                self.shared.remove(&self.room);
             }
             Some(left) => {
                 let why = left.describe(Instant::now());
-                (self.shared.register)(&self.room, Fate::LeftBehind { why: &why });
-                self.shared.note(&self.room, left);
+                (self.shared.on_cleanup)(&self.room, CleanupResult::Unconfirmed { why: &why });
+                self.shared.set_state(&self.room, left);
             }
         }
     }
@@ -399,7 +401,7 @@ impl Owned {
         let now = Instant::now();
         self.end_dispatches(dispatches, list, now + self.cleanup / 2)
             .await;
-        let deleted = persist(now + self.cleanup, || self.api.delete_room(&self.room)).await;
+        let deleted = retry_until(now + self.cleanup, || self.api.delete_room(&self.room)).await;
         match deleted {
             Err(error) if !error.is_not_found() => {
                 let why = error.to_string();
@@ -441,15 +443,19 @@ impl Owned {
     }
 
     /// Looks for the room until its window is over, and deletes it where it is found; says what is left in doubt.
-    async fn watch(&self, window: Duration, mut deleted: Result<(), String>) -> Option<Standing> {
-        let mut watch = Watch::new(Instant::now(), window);
+    async fn watch(
+        &self,
+        window: Duration,
+        mut deleted: Result<(), String>,
+    ) -> Option<CleanupState> {
+        let mut watch = RecheckSchedule::new(Instant::now(), window);
         let mut doubt = None;
         let mut returns = 0;
         while let Some(at) = watch.next {
             self.note(&watch, &deleted);
             sleep_until(at).await;
             let names = std::slice::from_ref(&self.room);
-            let listed = persist(at + self.cleanup, || self.api.list_rooms(names)).await;
+            let listed = retry_until(at + self.cleanup, || self.api.list_rooms(names)).await;
             doubt = match listed {
                 Ok(rooms) if rooms.is_empty() => {
                     deleted = Ok(());
@@ -469,8 +475,8 @@ impl Owned {
             };
         }
         match (deleted, doubt) {
-            (Err(why), _) => Some(Standing::NotDeleted { why }),
-            (Ok(()), Some(why)) => Some(Standing::Unknown { why }),
+            (Err(why), _) => Some(CleanupState::NotDeleted { why }),
+            (Ok(()), Some(why)) => Some(CleanupState::Unknown { why }),
             (Ok(()), None) => None,
         }
     }
@@ -479,7 +485,8 @@ impl Owned {
     async fn delete_again(&self, returns: u32, window: Duration) -> Result<(), String> {
         if returns > 0 {
             tracing::warn!(room = %self.room, returns, "a deleted room came back");
-            self.shared.note(&self.room, Standing::DeletingAgain);
+            self.shared
+                .set_state(&self.room, CleanupState::DeletingAgain);
         }
         if returns > 1 {
             self.drain(window).await;
@@ -495,24 +502,24 @@ impl Owned {
     async fn drain(&self, window: Duration) {
         let now = Instant::now();
         self.end_dispatches(&[], true, now + self.cleanup).await;
-        sleep_until(now + window.min(SHORTEST_SURE_WINDOW)).await;
+        sleep_until(now + window.min(MIN_SAFE_WINDOW)).await;
     }
 
-    fn note(&self, watch: &Watch, deleted: &Result<(), String>) {
+    fn note(&self, watch: &RecheckSchedule, deleted: &Result<(), String>) {
         let standing = match deleted {
-            Ok(()) => Standing::Watched {
+            Ok(()) => CleanupState::Watched {
                 since: watch.since,
                 until: watch.until,
             },
-            Err(why) => Standing::NotDeleted { why: why.clone() },
+            Err(why) => CleanupState::NotDeleted { why: why.clone() },
         };
-        self.shared.note(&self.room, standing);
+        self.shared.set_state(&self.room, standing);
     }
 }
 
 /// When to look for a deleted room: 1, 2 and 4 s apart, then every 5 s, and once more at the window's end.
 #[derive(Debug)]
-struct Watch {
+struct RecheckSchedule {
     window: Duration,
     since: Instant,
     until: Instant,
@@ -522,11 +529,11 @@ struct Watch {
     restarts_left: u8,
 }
 
-impl Watch {
+impl RecheckSchedule {
     const FIRST_PAUSE: Duration = Duration::from_secs(1);
     /// Bounds how long a room that came back can live, and what it can cost.
-    const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-    const MOST_RESTARTS: u8 = 3;
+    const MAX_PAUSE: Duration = Duration::from_secs(5);
+    const MAX_RESTARTS: u8 = 3;
 
     fn new(now: Instant, window: Duration) -> Self {
         let mut watch = Self {
@@ -535,7 +542,7 @@ impl Watch {
             until: now + window,
             next: Some(now),
             pause: Self::FIRST_PAUSE,
-            restarts_left: Self::MOST_RESTARTS,
+            restarts_left: Self::MAX_RESTARTS,
         };
         watch.checked(now);
         watch
@@ -543,7 +550,7 @@ impl Watch {
 
     fn checked(&mut self, now: Instant) {
         self.next = (now < self.until).then(|| (now + self.pause).min(self.until));
-        self.pause = (self.pause * 2).min(Self::LONGEST_PAUSE);
+        self.pause = (self.pause * 2).min(Self::MAX_PAUSE);
     }
 
     /// The room was there and has been deleted again: its window begins anew, three times at most.
@@ -559,12 +566,12 @@ impl Watch {
 
 /// Repeats a call until it is answered, or refused in earnest, or the deadline passes. This is clean-up, not
 /// measurement: a retry hides nothing that anybody measures.
-async fn persist<T, Fut>(deadline: Instant, call: impl Fn() -> Fut) -> Result<T, ApiError>
+async fn retry_until<T, Fut>(deadline: Instant, call: impl Fn() -> Fut) -> Result<T, ApiError>
 where
     Fut: Future<Output = Call<T>>,
 {
     let started = Instant::now();
-    let mut pause = FIRST_BACKOFF;
+    let mut pause = FIRST_RETRY_DELAY;
     loop {
         let Ok(answer) = timeout_at(deadline, call()).await else {
             let waited = started.elapsed();
@@ -577,7 +584,7 @@ where
             Err(error) => error,
         };
         let next = Instant::now() + pause_before_retry(&error).unwrap_or(pause);
-        if !may_pass(&error) || next >= deadline {
+        if !is_transient(&error) || next >= deadline {
             return Err(error);
         }
         sleep_until(next).await;
@@ -586,7 +593,7 @@ where
 }
 
 /// Whether the same call may fare better a moment later.
-fn may_pass(error: &ApiError) -> bool {
+fn is_transient(error: &ApiError) -> bool {
     match error {
         ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => true,
         ApiError::Refused(refusal) => {

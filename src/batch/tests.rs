@@ -427,7 +427,7 @@ fn target(rooms: usize) -> config::Target {
 
 async fn rails(guard: &Guard) -> Rails {
     Rails {
-        places: Some(guard.places(&target(2)).await),
+        places: Some(guard.acquire(&target(2)).await),
         guard: Some(guard.clone()),
         worst_cases: vec![3 * MINUTE; 10],
         ..no_rails()
@@ -468,7 +468,7 @@ async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
 #[tokio::test(start_paused = true)]
 async fn a_project_that_rests_opens_no_room_at_all() {
     let (guard, _) = guard(100);
-    guard.rejected(LimitKind::ApiRate, None);
+    guard.record_rejection(LimitKind::ApiRate, None);
     let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
     let (plan, abort) = (plan(3, Stay::Together), CancellationToken::new());
     let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
@@ -562,7 +562,7 @@ async fn a_dropped_batch_leaves_its_rooms_at_their_worst_and_gives_its_places_ba
     assert!(cut_short.await.is_err());
     assert_eq!(used_minutes(&guard), 6);
     let all = target(sample::project().max_rooms);
-    let _all = guard.places(&all).await;
+    let _all = guard.acquire(&all).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -582,7 +582,7 @@ async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
 async fn an_abort_ends_the_wait_for_places_and_nothing_opens() {
     let (guard, _) = guard(100);
     let project = sample::project();
-    let _all = guard.places(&target(project.max_rooms)).await;
+    let _all = guard.acquire(&target(project.max_rooms)).await;
     let abort = CancellationToken::new();
     let stop = async {
         sleep(SECOND).await;
@@ -602,13 +602,13 @@ async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
     let (guard, _) = guard(100);
     let rest = || guard.backoff_until().unwrap() - Utc::now();
     for _ in 0..3 {
-        guard.rejected(LimitKind::ApiRate, None);
+        guard.record_rejection(LimitKind::ApiRate, None);
         sleep(Duration::from_hours(1)).await;
     }
     let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
     let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
     run_guarded(plan, rails(&guard).await, abort, script).await;
-    guard.rejected(LimitKind::ApiRate, None);
+    guard.record_rejection(LimitKind::ApiRate, None);
     assert!(rest() < chrono::TimeDelta::minutes(2), "{}", rest());
 }
 

@@ -8,7 +8,7 @@ use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
 use crate::config::{Alerts, Config, Objectives, Period, Project, Schedule, Target};
-use crate::guard::{longest_batch, rooms_at_once, worst_cases};
+use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::probe::whole_minutes;
 use crate::rules::longest_watched;
 use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
@@ -53,7 +53,7 @@ impl BatchCost {
             agent_minutes: least..=agent_minutes,
             participant_minutes: least..=agent_minutes + minutes(before) * rooms,
             dearest_room: worst.into_iter().max().unwrap_or_default(),
-            longest: longest_batch(target, project),
+            longest: max_batch_duration(target, project),
         }
     }
 }
@@ -180,7 +180,7 @@ impl<'a> Forecast<'a> {
         let mut warnings = Vec::new();
         let held = targets
             .iter()
-            .map(|(_, forecast)| rooms_at_once(forecast.target));
+            .map(|(_, forecast)| max_rooms_at_once(forecast.target));
         let held: usize = held.sum();
         if held > project.max_rooms {
             warnings.push(format!(

@@ -13,7 +13,7 @@ use super::progress::{REFRESH, Screen};
 use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch;
 use crate::config::{Config, Problems, Project, Ramp, RawConfig, Target};
-use crate::janitor::{self, Janitor, LAST_DELETIONS, LeftBehind};
+use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
 use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
@@ -134,7 +134,7 @@ fn choose_target(draft: &RawConfig, wanted: Option<&str>) -> Result<String, Prob
 fn chosen(config: &Config, name: &str) -> (Arc<Target>, Arc<Project>) {
     let mut target = config.targets[name].clone();
     // A person or a pipeline waits for this command: it looks for late agents for as short as makes sense.
-    target.late_agent_window = target.late_agent_window.min(janitor::SHORTEST_SURE_WINDOW);
+    target.late_agent_window = target.late_agent_window.min(janitor::MIN_SAFE_WINDOW);
     let project = config.projects[&target.project].clone();
     (Arc::new(target), Arc::new(project))
 }
@@ -162,7 +162,7 @@ async fn batch_of_rooms(
     let until = match (interrupted_at, &report) {
         (None, _) => Instant::now() + target.late_agent_window + 2 * target.deadlines.cleanup,
         (Some(at), Some(_)) => at + ABORT_ALL,
-        (Some(at), None) => (at + ABORT_ALL).min(Instant::now() + LAST_DELETIONS),
+        (Some(at), None) => (at + ABORT_ALL).min(Instant::now() + FINAL_DELETION_TIMEOUT),
     };
     let notice = interrupted_at.is_none().then(|| {
         let window = humantime::format_duration(target.late_agent_window);
@@ -253,11 +253,11 @@ async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals
         Some(left) => left,
         None => {
             janitor
-                .close(until.min(Instant::now() + LAST_DELETIONS))
+                .close(until.min(Instant::now() + FINAL_DELETION_TIMEOUT))
                 .await
         }
     };
-    for LeftBehind { room, why } in left {
+    for UnconfirmedRoom { room, why } in left {
         complain(&format!("warning: room {room} may be left behind: {why}"));
     }
 }

@@ -8,7 +8,7 @@ use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 
 use super::{Daemon, Ending, Order, REFRESH, say, supervisor};
 use crate::http::{BatchRefused, Control, ReloadRefused, Stage};
-use crate::janitor::LAST_DELETIONS;
+use crate::janitor::FINAL_DELETION_TIMEOUT;
 
 /// What a batch that was told to stop may take beyond its rooms' deletion.
 const ABORT_BATCH: Duration = Duration::from_millis(2500);
@@ -37,7 +37,7 @@ impl Daemon {
             tracing::warn!("told to stop again: ending at once");
             // The probes are dropped, and the janitor deletes their rooms.
             self.batches.abort_all();
-            self.leave(Instant::now() + LAST_DELETIONS).await;
+            self.leave(Instant::now() + FINAL_DELETION_TIMEOUT).await;
         }
         self.http_end.cancel();
         self.control.close();

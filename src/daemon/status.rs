@@ -81,7 +81,7 @@ impl Project {
             name: name.to_owned(),
             url: self.settings.url.to_string(),
             max_rooms: self.settings.max_rooms,
-            rooms_in_flight: self.guard.places_taken(),
+            rooms_in_flight: self.guard.rooms_held(),
             backoff_until: self.guard.backoff_until(),
             budgets: Vec::from(budgets),
         }

@@ -68,7 +68,7 @@ impl Daemon {
         [
             self.running.len(),
             self.batches.len(),
-            guard.places_taken(),
+            guard.rooms_held(),
             series,
         ]
     }

@@ -11,7 +11,7 @@ const MINUTE: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 
 /// A guard whose wall clock the test sets.
-struct Fixture {
+struct GuardFixture {
     guard: Guard,
     now: Arc<Mutex<DateTime<Utc>>>,
     opened: usize,
@@ -32,7 +32,7 @@ fn project(max_rooms: usize, day: Option<Duration>, month: Option<Duration>) -> 
     }
 }
 
-impl Fixture {
+impl GuardFixture {
     fn new(project: &Project) -> Self {
         let now = Arc::new(Mutex::new(at("2026-03-10T12:00:00Z")));
         let clock = Arc::clone(&now);
@@ -89,13 +89,13 @@ fn together(rooms: usize) -> Target {
     target(rooms, Stay::Together)
 }
 
-type Waiting<'a> = Pin<Box<dyn Future<Output = Places> + 'a>>;
+type Waiting<'a> = Pin<Box<dyn Future<Output = RoomPermits> + 'a>>;
 
 fn queue<'a>(guard: &'a Guard, target: &'a Target) -> Waiting<'a> {
-    Box::pin(guard.places(target))
+    Box::pin(guard.acquire(target))
 }
 
-async fn now_or_not(waiting: &mut Waiting<'_>) -> Option<Places> {
+async fn now_or_not(waiting: &mut Waiting<'_>) -> Option<RoomPermits> {
     poll_fn(|context| {
         Poll::Ready(match waiting.as_mut().poll(context) {
             Poll::Ready(places) => Some(places),
@@ -109,7 +109,7 @@ async fn now_or_not(waiting: &mut Waiting<'_>) -> Option<Places> {
 
 #[tokio::test(start_paused = true)]
 async fn a_room_opens_only_if_its_worst_case_fits_into_the_day() {
-    let mut fixture = Fixture::new(&project(5, Some(10 * MINUTE), None));
+    let mut fixture = GuardFixture::new(&project(5, Some(10 * MINUTE), None));
     let first = fixture.open(4 * MINUTE).await.unwrap();
     let _second = fixture.open(4 * MINUTE).await.unwrap();
     let refusal = fixture.refused(3 * MINUTE).await;
@@ -131,7 +131,7 @@ async fn a_room_opens_only_if_its_worst_case_fits_into_the_day() {
 
 #[tokio::test(start_paused = true)]
 async fn a_new_day_and_a_new_month_count_anew() {
-    let mut fixture = Fixture::new(&project(5, Some(2 * MINUTE), Some(3 * MINUTE)));
+    let mut fixture = GuardFixture::new(&project(5, Some(2 * MINUTE), Some(3 * MINUTE)));
     fixture.set("2026-12-30T23:59:59Z");
     let _one = fixture.open(2 * MINUTE).await.unwrap();
     let refusal = fixture.refused(MINUTE).await;
@@ -157,7 +157,7 @@ async fn a_new_day_and_a_new_month_count_anew() {
 
 #[tokio::test(start_paused = true)]
 async fn without_a_budget_nothing_is_refused_and_all_is_counted() {
-    let mut fixture = Fixture::new(&project(5, None, None));
+    let mut fixture = GuardFixture::new(&project(5, None, None));
     for _ in 0..100 {
         drop(fixture.open(HOUR).await.unwrap());
     }
@@ -183,7 +183,7 @@ async fn a_lost_ledger_refuses_where_there_is_a_budget_until_it_is_accepted() {
 
 #[tokio::test(start_paused = true)]
 async fn a_changed_budget_counts_at_once() {
-    let mut fixture = Fixture::new(&project(5, Some(10 * MINUTE), None));
+    let mut fixture = GuardFixture::new(&project(5, Some(10 * MINUTE), None));
     let _open = fixture.open(4 * MINUTE).await.unwrap();
     fixture.guard.configure(&project(5, Some(5 * MINUTE), None));
     fixture.refused(2 * MINUTE).await;
@@ -195,9 +195,11 @@ async fn a_changed_budget_counts_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn after_a_rejection_no_room_opens_until_the_rest_is_over() {
-    let mut fixture = Fixture::new(&sample::project());
+    let mut fixture = GuardFixture::new(&sample::project());
     assert_eq!(fixture.guard.backoff_until(), None);
-    fixture.guard.rejected(LimitKind::ApiRate, Some(7 * SECOND));
+    fixture
+        .guard
+        .record_rejection(LimitKind::ApiRate, Some(7 * SECOND));
     assert_eq!(fixture.rest(), Some(7 * SECOND));
     let refusal = fixture.refused(MINUTE).await;
     assert_eq!(refusal.label(), "backoff");
@@ -213,10 +215,10 @@ async fn after_a_rejection_no_room_opens_until_the_rest_is_over() {
 
 #[tokio::test(start_paused = true)]
 async fn the_rest_doubles_with_jitter_and_neither_it_nor_retry_after_exceeds_the_longest() {
-    let fixture = Fixture::new(&sample::project());
+    let fixture = GuardFixture::new(&sample::project());
     let (first, longest) = (MINUTE, HOUR);
     for times in 0..40 {
-        fixture.guard.rejected(LimitKind::Connections, None);
+        fixture.guard.record_rejection(LimitKind::Connections, None);
         let rest = fixture.rest().unwrap();
         let least = first
             .saturating_mul(2_u32.saturating_pow(times))
@@ -229,45 +231,51 @@ async fn the_rest_doubles_with_jitter_and_neither_it_nor_retry_after_exceeds_the
     }
     fixture
         .guard
-        .rejected(LimitKind::Connections, Some(48 * HOUR));
+        .record_rejection(LimitKind::Connections, Some(48 * HOUR));
     assert_eq!(fixture.rest(), Some(longest));
 }
 
 #[tokio::test(start_paused = true)]
 async fn rejections_of_rooms_that_were_open_already_count_once_and_the_longest_wait_stands() {
-    let fixture = Fixture::new(&sample::project());
+    let fixture = GuardFixture::new(&sample::project());
     for _ in 0..5 {
-        fixture.guard.rejected(LimitKind::Connections, None);
+        fixture.guard.record_rejection(LimitKind::Connections, None);
     }
     let rest = fixture.rest().unwrap();
     assert!(rest <= MINUTE + MINUTE / 4, "{rest:?}");
-    fixture.guard.rejected(LimitKind::ApiRate, Some(SECOND));
+    fixture
+        .guard
+        .record_rejection(LimitKind::ApiRate, Some(SECOND));
     assert_eq!(fixture.rest(), Some(rest));
     fixture
         .guard
-        .rejected(LimitKind::ApiRate, Some(10 * MINUTE));
+        .record_rejection(LimitKind::ApiRate, Some(10 * MINUTE));
     assert_eq!(fixture.rest(), Some(10 * MINUTE));
     tokio::time::advance(10 * MINUTE).await;
-    fixture.guard.rejected(LimitKind::ApiRate, None);
+    fixture.guard.record_rejection(LimitKind::ApiRate, None);
     assert!(fixture.rest().unwrap() >= 2 * MINUTE);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_batch_that_began_after_the_last_rejection_and_met_none_makes_the_next_rest_short() {
-    let fixture = Fixture::new(&sample::project());
-    let before = fixture.guard.places(&together(1)).await;
+    let fixture = GuardFixture::new(&sample::project());
+    let before = fixture.guard.acquire(&together(1)).await;
     for _ in 0..4 {
-        fixture.guard.rejected(LimitKind::ApiRate, None);
+        fixture.guard.record_rejection(LimitKind::ApiRate, None);
         tokio::time::advance(HOUR).await;
     }
     // It says nothing of what came after it began.
-    before.none_rejected();
-    fixture.guard.rejected(LimitKind::ApiRate, None);
+    before.confirm_none_rejected();
+    fixture.guard.record_rejection(LimitKind::ApiRate, None);
     assert!(fixture.rest().unwrap() >= 16 * MINUTE);
     tokio::time::advance(HOUR).await;
 
-    fixture.guard.places(&together(1)).await.none_rejected();
-    fixture.guard.rejected(LimitKind::ApiRate, None);
+    fixture
+        .guard
+        .acquire(&together(1))
+        .await
+        .confirm_none_rejected();
+    fixture.guard.record_rejection(LimitKind::ApiRate, None);
     assert!(fixture.rest().unwrap() <= MINUTE + MINUTE / 4);
 }
 
@@ -275,9 +283,9 @@ async fn a_batch_that_began_after_the_last_rejection_and_met_none_makes_the_next
 
 #[tokio::test(start_paused = true)]
 async fn batches_wait_for_places_in_the_order_in_which_they_came() {
-    let guard = Fixture::new(&project(5, None, None)).guard;
+    let guard = GuardFixture::new(&project(5, None, None)).guard;
     let (three, two, one) = (together(3), together(2), target(9, Stay::OneByOne));
-    let first = guard.places(&three).await;
+    let first = guard.acquire(&three).await;
     assert_eq!(first.count(), 3);
     let mut second = queue(&guard, &three);
     let mut third = queue(&guard, &two);
@@ -299,9 +307,9 @@ async fn batches_wait_for_places_in_the_order_in_which_they_came() {
 
 #[tokio::test(start_paused = true)]
 async fn whoever_gives_up_waiting_holds_nobody_up() {
-    let guard = Fixture::new(&project(3, None, None)).guard;
+    let guard = GuardFixture::new(&project(3, None, None)).guard;
     let (three, one) = (together(3), together(1));
-    let first = guard.places(&one).await;
+    let first = guard.acquire(&one).await;
     let mut second = queue(&guard, &three);
     let mut third = queue(&guard, &one);
     assert!(now_or_not(&mut second).await.is_none());
@@ -309,14 +317,14 @@ async fn whoever_gives_up_waiting_holds_nobody_up() {
     drop(second);
     assert_eq!(third.await.count(), 1);
     drop(first);
-    assert_eq!(guard.places(&three).await.count(), 3);
+    assert_eq!(guard.acquire(&three).await.count(), 3);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_changed_limit_counts_for_those_who_wait_and_shuts_no_open_room() {
-    let guard = Fixture::new(&project(5, None, None)).guard;
+    let guard = GuardFixture::new(&project(5, None, None)).guard;
     let five = together(5);
-    let first = guard.places(&five).await;
+    let first = guard.acquire(&five).await;
     let mut second = queue(&guard, &five);
     assert!(now_or_not(&mut second).await.is_none());
     guard.configure(&project(3, None, None));

@@ -19,7 +19,7 @@ use super::store::{FILE, time};
 const READ_WITHIN: Duration = Duration::from_secs(5);
 
 /// Most batches of one answer.
-pub const MOST_BATCHES: usize = 200;
+pub const MAX_BATCHES: usize = 200;
 
 /// Which batches to give, the latest first.
 #[derive(Debug, Clone, Default)]
@@ -29,7 +29,7 @@ pub struct BatchFilter {
     pub result: Option<String>,
     /// A batch's id: only those that started before it. The last one of an answer asks for the next.
     pub before: Option<String>,
-    /// At most [`MOST_BATCHES`].
+    /// At most [`MAX_BATCHES`].
     pub limit: usize,
 }
 
@@ -132,7 +132,7 @@ pub(super) fn batches(
     connection: &Connection,
     filter: &BatchFilter,
 ) -> rusqlite::Result<Vec<Box<RawValue>>> {
-    let limit = i64::try_from(filter.limit.min(MOST_BATCHES)).unwrap_or(0);
+    let limit = i64::try_from(filter.limit.min(MAX_BATCHES)).unwrap_or(0);
     let conditions = [
         ("target = ?", &filter.target),
         ("result = ?", &filter.result),

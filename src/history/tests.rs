@@ -125,8 +125,8 @@ impl Run {
         self.history.used("acme").ledger_lost
     }
 
-    fn leftovers(&self) -> Vec<String> {
-        let left = self.history.leftovers().into_iter();
+    fn orphan_rooms(&self) -> Vec<String> {
+        let left = self.history.orphan_rooms().into_iter();
         left.map(|left| left.room.0).collect()
     }
 
@@ -229,7 +229,7 @@ async fn ids(history: &History, filter: BatchFilter) -> Vec<String> {
 
 fn all() -> BatchFilter {
     BatchFilter {
-        limit: MOST_BATCHES,
+        limit: MAX_BATCHES,
         ..BatchFilter::default()
     }
 }
@@ -282,7 +282,7 @@ async fn a_reservation_without_a_room_costs_nothing_and_one_that_is_dropped_with
     run.kill();
     let run = disk.start();
     assert_eq!(run.used(), (3, 3));
-    assert_eq!(run.leftovers(), ["canary-test-2"]);
+    assert_eq!(run.orphan_rooms(), ["canary-test-2"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -353,13 +353,13 @@ async fn after_a_kill_the_ledger_is_not_lower_than_what_was_used_and_every_room_
 
     let mut run = disk.start();
     assert_eq!(run.used(), (5, 5));
-    assert_eq!(run.leftovers(), ["canary-test-2"]);
+    assert_eq!(run.orphan_rooms(), ["canary-test-2"]);
     assert_eq!(run.history.target_of(&room("2")).unwrap(), "support");
     run.history.gone(&room("2"));
-    assert_eq!(run.leftovers(), [""; 0]);
+    assert_eq!(run.orphan_rooms(), [""; 0]);
     run.writer.turn();
     run.kill();
-    assert_eq!(disk.start().leftovers(), [""; 0]);
+    assert_eq!(disk.start().orphan_rooms(), [""; 0]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -399,7 +399,7 @@ async fn memory_and_disk_agree_whatever_happened_and_no_row_stays_in_memory() {
             run.writer.turn();
             let used = run.history.used("acme");
             let memory = run.history.shared.lock().ledger.len();
-            assert_eq!(memory, open.len() + run.leftovers().len());
+            assert_eq!(memory, open.len() + run.orphan_rooms().len());
             open.drain(..)
                 .for_each(|(_, reservation)| std::mem::forget(reservation));
             run.kill();
@@ -455,7 +455,7 @@ async fn a_disk_that_answers_nothing_holds_a_reservation_up_for_a_few_seconds_an
         let name = room(name);
         let reservation = run.history.reserve(&name, "acme", "support", MINUTE, admit);
         std::mem::forget(reservation.await.unwrap());
-        assert_eq!(began.elapsed(), RESERVE_WITHIN);
+        assert_eq!(began.elapsed(), RESERVE_TIMEOUT);
     }
     assert!(run.history.is_degraded());
     assert_eq!(run.used(), (2, 2));
@@ -498,7 +498,7 @@ async fn what_was_used_before_is_added_once_the_folder_can_be_read() {
     fs::rename(&away, &disk.settings.dir).unwrap();
     run.writer.turn();
     assert_eq!(run.used(), (3, 3));
-    assert_eq!(run.leftovers(), ["canary-test-1"]);
+    assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
 }
 
 /// A history with a settled room of two minutes and some batches, closed in order.
@@ -560,7 +560,11 @@ async fn a_corrupt_file_is_moved_aside_and_its_ledger_is_lost_until_that_is_acce
 
         let mut run = disk.start();
         assert!(run.is_lost(), "{what}: a restart does not find it");
-        assert_eq!(run.leftovers().last().unwrap(), "canary-test-2", "{what}");
+        assert_eq!(
+            run.orphan_rooms().last().unwrap(),
+            "canary-test-2",
+            "{what}"
+        );
         run.history.accept_lost_ledger();
         assert!(!run.is_lost(), "{what}");
         run.writer.turn();
@@ -580,7 +584,7 @@ async fn the_ledger_and_the_journal_of_a_file_that_is_corrupt_elsewhere_are_save
     assert_eq!(disk.aside(), 1);
     assert!(!run.is_lost());
     assert_eq!(run.used(), (2, 2));
-    assert_eq!(run.leftovers(), ["canary-test-1"]);
+    assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
     assert_eq!(ids(&run.history, all()).await, [""; 0]);
 }
 
@@ -601,7 +605,7 @@ async fn what_was_saved_of_a_corrupt_file_survives_a_kill_between_the_last_two_s
     fs::write(file.with_extension("sqlite3-wal"), log).unwrap();
     let run = disk.start();
     assert_eq!(run.used(), (2, 2));
-    assert_eq!(run.leftovers(), ["canary-test-1"]);
+    assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
     // And half a new file is made anew.
     drop(run);
     fs::remove_file(&file).unwrap();
@@ -674,7 +678,7 @@ async fn more_batches_than_may_wait_are_dropped_and_counted_and_no_row_of_the_le
     let mut run = disk.start();
     let _first = run.open("first", MINUTE).await;
     run.fill_disk();
-    for index in 0..MOST_WAITING + 3 {
+    for index in 0..MAX_QUEUED_RECORDS + 3 {
         let id = format!("b{index:02}");
         keep(
             &run,
@@ -688,8 +692,8 @@ async fn more_batches_than_may_wait_are_dropped_and_counted_and_no_row_of_the_le
     // The first may have found room in pages that were begun.
     let (kept, dropped) = (ids(&run.history, all()).await.len(), run.history.dropped());
     assert!((2..=3).contains(&dropped), "{dropped}");
-    assert_eq!(kept as u64 + dropped, MOST_WAITING as u64 + 3);
-    assert_eq!(disk.rows(), i64::try_from(MOST_WAITING).unwrap() + 4);
+    assert_eq!(kept as u64 + dropped, MAX_QUEUED_RECORDS as u64 + 3);
+    assert_eq!(disk.rows(), i64::try_from(MAX_QUEUED_RECORDS).unwrap() + 4);
 }
 
 #[tokio::test(start_paused = true)]

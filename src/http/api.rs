@@ -9,12 +9,12 @@ use tracing::warn;
 use url::form_urlencoded;
 
 use super::answer::{Answer, Refusal, json};
-use crate::history::{BatchFilter, History, MOST_BATCHES, ReadError};
+use crate::history::{BatchFilter, History, MAX_BATCHES, ReadError};
 
 /// The labels of a batch's result, as metrics have them.
 const RESULTS: [&str; 5] = ["ok", "degraded", "failed", "limited", "aborted"];
 /// Most batches of an answer; one more is read.
-const MOST_LISTED: usize = MOST_BATCHES - 1;
+const MOST_LISTED: usize = MAX_BATCHES - 1;
 /// Batches of an answer where the query doesn't say.
 const USUAL_LIMIT: usize = 50;
 

@@ -144,7 +144,7 @@ async fn respond(mut stream: BufReader<TcpStream>, status: u16, format: &str, bo
 
 async fn close(janitor: Janitor, within: Duration) -> Vec<String> {
     let left = janitor.close(Instant::now() + within).await;
-    let say = |left: LeftBehind| {
+    let say = |left: UnconfirmedRoom| {
         assert_eq!(left.room.0, ROOM);
         left.why
     };
@@ -388,20 +388,25 @@ async fn a_close_while_a_probe_still_holds_its_room_names_it() {
     drop(lease);
 }
 
-/// A janitor, and what it tells its register.
-fn registering() -> (Janitor, Arc<Mutex<Vec<String>>>) {
+/// A janitor, and what it tells its on_cleanup.
+fn janitor_with_results() -> (Janitor, Arc<Mutex<Vec<String>>>) {
     let told = Arc::new(Mutex::new(Vec::new()));
-    let register = Arc::clone(&told);
-    let janitor = Janitor::start_with(Arc::new(move |room: &RoomName, fate: Fate<'_>| {
-        register.lock().unwrap().push(format!("{room} {fate:?}"));
-    }));
+    let on_cleanup = Arc::clone(&told);
+    let janitor = Janitor::start_with(Arc::new(
+        move |room: &RoomName, result: CleanupResult<'_>| {
+            on_cleanup
+                .lock()
+                .unwrap()
+                .push(format!("{room} {result:?}"));
+        },
+    ));
     (janitor, told)
 }
 
 #[tokio::test]
 async fn a_room_is_told_to_be_gone_only_when_its_re_checks_are_over() {
     let server = Scripted::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
-    let (janitor, told) = registering();
+    let (janitor, told) = janitor_with_results();
     let lease = server.lease(&janitor, ENOUGH, BRIEF);
     assert!(is_deleted(&lease.delete().await));
     assert_eq!(*told.lock().unwrap(), [""; 0]);
@@ -413,16 +418,16 @@ async fn a_room_is_told_to_be_gone_only_when_its_re_checks_are_over() {
 async fn a_room_that_nobody_can_vouch_for_is_told_as_such_and_one_that_never_was_as_gone() {
     let denied = &[Answer::Refused(403, "permission_denied")];
     let server = Scripted::start(&[("ListRooms", denied)]).await;
-    let (janitor, told) = registering();
+    let (janitor, told) = janitor_with_results();
     drop(server.lease(&janitor, ENOUGH, BRIEF));
     assert_eq!(close(janitor, AMPLE).await.len(), 1);
     let said = told.lock().unwrap()[0].clone();
     assert!(
-        said.contains("LeftBehind") && said.contains("403"),
+        said.contains("Unconfirmed") && said.contains("403"),
         "{said}"
     );
 
-    let (janitor, told) = registering();
+    let (janitor, told) = janitor_with_results();
     let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
     lease.not_created();
     lease.delete().await;
@@ -443,17 +448,21 @@ async fn a_sweep_deletes_what_there_is_and_names_what_it_could_not() {
     .await;
     let janitor = Janitor::start();
     let names = ["one", "two", "three"].map(|name| RoomName(name.to_owned()));
-    let mut swept = Swept::default();
+    let mut swept = SweepResult::default();
     // One after the other, as the server is scripted.
     for name in names {
         let one = janitor.sweep(&server.api, vec![name]).await;
         swept.deleted.extend(one.deleted);
-        swept.left.extend(one.left);
+        swept.unconfirmed.extend(one.unconfirmed);
     }
     let deleted: Vec<&str> = swept.deleted.iter().map(|room| room.0.as_str()).collect();
     assert_eq!(deleted, ["one", "two"]);
-    assert_eq!(swept.left[0].room.0, "three");
-    assert!(swept.left[0].why.contains("403"), "{:?}", swept.left);
+    assert_eq!(swept.unconfirmed[0].room.0, "three");
+    assert!(
+        swept.unconfirmed[0].why.contains("403"),
+        "{:?}",
+        swept.unconfirmed
+    );
 }
 
 #[tokio::test]
@@ -462,7 +471,7 @@ async fn a_sweep_of_many_rooms_deletes_them_all() {
     let janitor = Janitor::start();
     let names: Vec<RoomName> = (0..20).map(|n| RoomName(format!("room-{n}"))).collect();
     let swept = janitor.sweep(&server.api, names.clone()).await;
-    assert_eq!((swept.deleted, swept.left), (names, Vec::new()));
+    assert_eq!((swept.deleted, swept.unconfirmed), (names, Vec::new()));
     let calls = server.calls();
     let deletions = calls.iter().filter(|call| *call == "DeleteRoom");
     assert_eq!(deletions.count(), 20);
@@ -471,7 +480,7 @@ async fn a_sweep_of_many_rooms_deletes_them_all() {
 /// The seconds since the deletion at which a room is looked for; found there at those in `found`.
 fn looks(window: u64, found: &[u64]) -> Vec<u64> {
     let start = Instant::now();
-    let mut watch = Watch::new(start, Duration::from_secs(window));
+    let mut watch = RecheckSchedule::new(start, Duration::from_secs(window));
     let mut looks = Vec::new();
     while let Some(at) = watch.next {
         let second = (at - start).as_secs();

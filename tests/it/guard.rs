@@ -9,7 +9,7 @@ use livekit_canary::batch;
 use livekit_canary::config::{self, Config, Period, RawConfig};
 use livekit_canary::guard::Guard;
 use livekit_canary::history::{BatchFilter, History};
-use livekit_canary::janitor::{Fate, Janitor};
+use livekit_canary::janitor::{CleanupResult, Janitor};
 use livekit_canary::livekit::RoomName;
 use livekit_canary::livekit::wire::api::Api;
 use livekit_canary::livekit::wire::connect::Endpoint;
@@ -147,9 +147,11 @@ fn open(folder: &Path) -> History {
 fn janitor(history: &History, left_behind: &Arc<Mutex<Vec<String>>>) -> Janitor {
     let (history, left_behind) = (history.clone(), Arc::clone(left_behind));
     Janitor::start_with(Arc::new(
-        move |room: &RoomName, fate: Fate<'_>| match fate {
-            Fate::Gone => history.gone(room),
-            Fate::LeftBehind { why } => left_behind.lock().unwrap().push(format!("{room}: {why}")),
+        move |room: &RoomName, fate: CleanupResult<'_>| match fate {
+            CleanupResult::Gone => history.gone(room),
+            CleanupResult::Unconfirmed { why } => {
+                left_behind.lock().unwrap().push(format!("{room}: {why}"))
+            }
         },
     ))
 }
@@ -198,7 +200,7 @@ async fn every_room_of_a_batch_is_journalled_billed_and_vouched_for() {
     let folder = stage.close().await;
 
     let history = open(folder.path());
-    assert_eq!(history.leftovers(), []);
+    assert_eq!(history.orphan_rooms(), []);
     assert_eq!(history.used("sandbox").month, Duration::from_mins(2));
     let counts = history.counts("demo").await.unwrap();
     assert_eq!((counts.rooms, counts.probes["ok"]), (2, 2));
@@ -226,7 +228,7 @@ async fn a_room_without_an_agent_is_billed_nothing() {
     assert_eq!(report.result().label(), "failed");
     assert_eq!(stage.used_minutes(), 0);
     let folder = stage.close().await;
-    assert_eq!(open(folder.path()).leftovers(), []);
+    assert_eq!(open(folder.path()).orphan_rooms(), []);
 }
 
 #[tokio::test]
@@ -304,7 +306,7 @@ async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved()
 
         let history = open(stage.folder.path());
         let left: Vec<RoomName> = history
-            .leftovers()
+            .orphan_rooms()
             .into_iter()
             .map(|left| left.room)
             .collect();
@@ -323,7 +325,7 @@ async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved()
 
         let janitor = janitor(&history, &Arc::default());
         let swept = janitor.sweep(&access(&stage.config).1, left.clone()).await;
-        assert_eq!((swept.deleted, swept.left), (left, Vec::new()));
+        assert_eq!((swept.deleted, swept.unconfirmed), (left, Vec::new()));
         assert_eq!(stage.sandbox.rooms(), [""; 0], "after {lines} events");
         stage.shutdown.cancel();
     }

@@ -98,7 +98,7 @@ async fn a_process_that_is_killed_leaves_no_reservation_unrecorded_and_the_folde
         let least = WORST * u32::try_from(reserved).unwrap();
         assert!(used.month >= least, "{used:?} is less than {least:?}");
         let left: BTreeSet<String> = history
-            .leftovers()
+            .orphan_rooms()
             .into_iter()
             .map(|left| left.room.0)
             .collect();
