@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::audio::rtp::Receiver;
-use super::event::{AudioStats, Ended, RoomEvent, Seen};
+use super::event::{AudioStats, EndReason, RoomEvent, RoomEventKind};
 use super::join::JoinRequest;
 #[cfg(feature = "libwebrtc")]
 use super::libwebrtc;
@@ -41,7 +41,7 @@ pub fn join(engine: Engine, request: JoinRequest) -> Participant {
 }
 
 impl Participant {
-    /// Asks the actor to leave; `Seen::Ended` follows on `events` within the actor's own short deadline.
+    /// Asks the actor to leave; `RoomEventKind::Ended` follows on `events` within the actor's own short deadline.
     pub fn leave(&self) {
         self.leave.cancel();
     }
@@ -74,23 +74,23 @@ async fn supervise(
         #[cfg(not(feature = "libwebrtc"))]
         Engine::Libwebrtc => {
             let why = "the engine libwebrtc is not in this binary".to_owned();
-            (Ended::Internal(why), AudioStats::default())
+            (EndReason::Internal(why), AudioStats::default())
         }
     };
     last.send(RoomEvent {
         at: Instant::now(),
-        seen: Seen::Ended { why, audio },
+        kind: RoomEventKind::Ended { reason: why, audio },
     });
 }
 
 /// Only the counters of the voice outlive a panic, and they are plain numbers.
-async fn caught(actor: impl Future<Output = Ended>) -> Ended {
+async fn caught(actor: impl Future<Output = EndReason>) -> EndReason {
     AssertUnwindSafe(actor)
         .catch_unwind()
         .await
         .unwrap_or_else(|panic| {
             let text = panic_message(panic.as_ref()).unwrap_or("without a text");
-            Ended::Internal(format!("the participant panicked: {text}"))
+            EndReason::Internal(format!("the participant panicked: {text}"))
         })
 }
 
@@ -115,10 +115,10 @@ mod tests {
     }
 
     /// The events up to the end of the channel.
-    async fn all(mut participant: Participant) -> Vec<Seen> {
+    async fn all(mut participant: Participant) -> Vec<RoomEventKind> {
         let mut seen = Vec::new();
         while let Some(event) = participant.events.recv().await {
-            seen.push(event.seen);
+            seen.push(event.kind);
         }
         seen
     }
@@ -132,8 +132,8 @@ mod tests {
         assert!(
             matches!(
                 &seen[..],
-                [Seen::Ended {
-                    why: Ended::Signal(SignalError::Unreachable(_)),
+                [RoomEventKind::Ended {
+                    reason: EndReason::Signal(SignalError::Unreachable(_)),
                     ..
                 }]
             ),
@@ -148,14 +148,14 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let mut participant = join(Engine::Native, request(port));
         let first = participant.events.recv().await.unwrap();
-        assert!(matches!(first.seen, Seen::SignalRequested));
+        assert!(matches!(first.kind, RoomEventKind::SignalRequested));
         participant.leave();
         let seen = all(participant).await;
         assert!(
             matches!(
                 seen[..],
-                [Seen::Ended {
-                    why: Ended::Left,
+                [RoomEventKind::Ended {
+                    reason: EndReason::Left,
                     ..
                 }]
             ),
@@ -183,7 +183,7 @@ mod tests {
         };
         let why = caught(actor).await;
         assert!(
-            matches!(&why, Ended::Internal(text) if text.contains("a fault of ours")),
+            matches!(&why, EndReason::Internal(text) if text.contains("a fault of ours")),
             "{why:?}"
         );
     }

@@ -6,18 +6,18 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::wire::request::presentable;
+use super::wire::request::sanitize;
 use super::wire::signal::SignalError;
 
 /// Something seen in the room, stamped on first receipt: in our code, and what came as media in the kernel.
 #[derive(Debug, Clone)]
 pub struct RoomEvent {
     pub at: Instant,
-    pub seen: Seen,
+    pub kind: RoomEventKind,
 }
 
 #[derive(Debug, Clone)]
-pub enum Seen {
+pub enum RoomEventKind {
     /// The upgrade request of the signal socket is about to be written, after TLS.
     SignalRequested,
     SignalConnected {
@@ -69,7 +69,7 @@ pub enum Seen {
     /// Words of a transcript; where they are ours, whatever participant their sender names.
     Transcribed {
         speaker: Speaker,
-        words: Words,
+        segment: TranscriptSegment,
     },
     /// A second agent of the target's name.
     AgentDuplicate {
@@ -83,7 +83,7 @@ pub enum Seen {
     },
     /// The last event, always.
     Ended {
-        why: Ended,
+        reason: EndReason,
         audio: AudioStats,
     },
 }
@@ -143,7 +143,7 @@ pub(crate) fn to_microseconds(seconds: f64) -> f64 {
 
 /// Why a participant is no longer in its room.
 #[derive(Debug, Clone)]
-pub enum Ended {
+pub enum EndReason {
     /// We left, as asked.
     Left,
     Signal(SignalError),
@@ -152,7 +152,7 @@ pub enum Ended {
         reason: String,
     },
     /// A right that our token granted was taken away in mid-call (`UpdateParticipant`).
-    Revoked(Right),
+    Revoked(MediaPermission),
     /// The server refused or never acknowledged the echo track.
     PublishFailed(String),
     /// ICE or DTLS never came up, or broke.
@@ -166,7 +166,7 @@ pub enum Ended {
 
 /// What a participant may do, as far as a probe needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Right {
+pub enum MediaPermission {
     Publish,
     Subscribe,
 }
@@ -182,14 +182,14 @@ pub struct AudioStats {
 
 /// A stretch of speech in words, as far as it is known.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Words {
+pub struct TranscriptSegment {
     /// Who spoke, by the sender's word.
     pub identity: String,
     /// The track that was written down.
     pub track: Option<String>,
     /// What is told again of a segment replaces what was told before.
     pub segment: String,
-    pub text: Text,
+    pub text: TranscriptText,
     /// Nothing more will come of it.
     pub is_final: bool,
     /// When the first of it came.
@@ -200,11 +200,11 @@ pub struct Words {
 
 /// What somebody said: at most 1 KiB on one line. It may hold personal data, so `Debug` gives only its length.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Text(String);
+pub struct TranscriptText(String);
 
-impl Text {
+impl TranscriptText {
     pub(crate) fn new(text: &str) -> Self {
-        Self(presentable(text))
+        Self(sanitize(text))
     }
 
     pub fn as_str(&self) -> &str {
@@ -216,7 +216,7 @@ impl Text {
     }
 }
 
-impl fmt::Debug for Text {
+impl fmt::Debug for TranscriptText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "[{} bytes]", self.0.len())
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 
 use super::RoomName;
-use super::event::Ended;
+use super::event::EndReason;
 use super::wire::connect::Endpoint;
 use super::wire::token::Keys;
 use crate::config::{Echo, Ice, Speech};
@@ -32,14 +32,14 @@ pub struct JoinRequest {
 }
 
 impl JoinRequest {
-    pub(crate) fn token(&self) -> Result<SecretString, Ended> {
+    pub(crate) fn token(&self) -> Result<SecretString, EndReason> {
         let token = self.keys.participant(
             &self.room,
             &self.identity,
             &self.attributes,
             self.room_config.as_ref(),
         );
-        token.map_err(|error| Ended::Internal(error.to_string()))
+        token.map_err(|error| EndReason::Internal(error.to_string()))
     }
 }
 

@@ -27,7 +27,7 @@ use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{Head, Receiver};
 use crate::livekit::audio::speech::{Detector, Heard};
 use crate::livekit::engine::join;
-use crate::livekit::event::{Ended, Seen};
+use crate::livekit::event::{EndReason, RoomEventKind};
 use crate::livekit::join::request;
 use crate::livekit::test_server::{Server, keys, read_request};
 use crate::livekit::wire::api::{Api, ApiError};
@@ -221,11 +221,14 @@ fn server_that_says_anything_in_any_order_ends_a_participant_without_a_fault_of_
         let mut participant = join(Engine::Native, request(server.endpoint()));
         let mut last = None;
         while let Some(event) = participant.events.recv().await {
-            last = Some(event.seen);
+            last = Some(event.kind);
         }
         match last {
-            Some(Seen::Ended { why, .. }) => {
-                assert!(!matches!(why, Ended::Internal(_) | Ended::Left), "{why:?}");
+            Some(RoomEventKind::Ended { reason: why, .. }) => {
+                assert!(
+                    !matches!(why, EndReason::Internal(_) | EndReason::Left),
+                    "{why:?}"
+                );
             }
             other => panic!("the last event is {other:?}"),
         }
@@ -258,7 +261,7 @@ proptest! {
     fn text_of_any_server_is_short_and_holds_no_token(
         text in vec(prop_oneof!["\\PC{0,50}", ".{0,50}", "eyJ[a-zA-Z0-9._-]{0,40}"], 0..60),
     ) {
-        let shown = request::presentable(&text.concat());
+        let shown = request::sanitize(&text.concat());
         prop_assert!(shown.len() <= 1024);
         prop_assert!(!shown.contains("eyJ") && !shown.contains(char::is_control), "{shown}");
     }

@@ -15,7 +15,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::{ServerConfig, crypto};
 use url::Url;
 
-use crate::livekit::wire::connect::{Endpoint, Refusal};
+use crate::livekit::wire::connect::Endpoint;
+use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::token::Keys;
 
 /// An answer to an HTTP request, and what must be left of it.
@@ -28,8 +29,8 @@ pub(crate) struct Case {
 }
 
 impl Case {
-    pub(crate) fn refusal(&self) -> Refusal {
-        Refusal {
+    pub(crate) fn refusal(&self) -> HttpRejection {
+        HttpRejection {
             status: self.status,
             twirp_code: self.twirp_code.map(str::to_owned),
             message: self.message.to_owned(),

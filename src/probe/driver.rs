@@ -21,10 +21,11 @@ use crate::config::{DispatchMode, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
 use crate::livekit::engine::{self, Participant, panic_message};
-use crate::livekit::event::{AudioStats, Ended, RoomEvent, Seen};
+use crate::livekit::event::{AudioStats, EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
 use crate::livekit::wire::api::{Api, ApiError, NamedAgent, NewRoom};
-use crate::livekit::wire::connect::{Endpoint, Refusal};
+use crate::livekit::wire::connect::Endpoint;
+use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
 
 /// The participant's identity. Each room has one of us, so it need not differ.
@@ -247,9 +248,9 @@ impl Driver {
                 Ok(_) => false,
             },
             Input::Room(RoomEvent {
-                seen:
-                    Seen::Ended {
-                        why: Ended::Signal(error),
+                kind:
+                    RoomEventKind::Ended {
+                        reason: EndReason::Signal(error),
                         ..
                     },
                 ..
@@ -372,7 +373,7 @@ fn agents(target: &Target) -> Vec<NamedAgent> {
 }
 
 /// A refusal before anything was done; not a conflict, a timeout or a fault of the server.
-fn refuses_for_good(refusal: &Refusal) -> bool {
+fn refuses_for_good(refusal: &HttpRejection) -> bool {
     matches!(refusal.status, 400 | 401 | 403 | 404 | 429)
 }
 
@@ -411,12 +412,12 @@ async fn next_event(participant: &mut Option<Participant>) -> RoomEvent {
     };
     let event = running.events.recv().await.unwrap_or_else(|| RoomEvent {
         at: Instant::now(),
-        seen: Seen::Ended {
-            why: Ended::Internal("the participant's task ended without a word".to_owned()),
+        kind: RoomEventKind::Ended {
+            reason: EndReason::Internal("the participant's task ended without a word".to_owned()),
             audio: AudioStats::default(),
         },
     });
-    if matches!(event.seen, Seen::Ended { .. }) {
+    if matches!(event.kind, RoomEventKind::Ended { .. }) {
         *participant = None;
     }
     event

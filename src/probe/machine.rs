@@ -13,7 +13,8 @@ use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::event::{
-    Agent, AudioStats, Ended, Right, RoomEvent, Seen, TurnMetrics, to_microseconds,
+    Agent, AudioStats, EndReason, MediaPermission, RoomEvent, RoomEventKind, TurnMetrics,
+    to_microseconds,
 };
 use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
 
@@ -394,11 +395,17 @@ impl Probe {
 
     fn room_event(&mut self, event: RoomEvent, now: Instant) {
         let at = event.at;
-        match event.seen {
-            Seen::Ended { why, audio } => self.ended(why, audio, at, now),
-            Seen::AgentError { identity, message } => self.agent_error(&identity, &message),
-            Seen::AgentMetrics { identity, metrics } => self.agent_metrics(&identity, metrics, at),
-            Seen::Transcribed { speaker, words } => self.transcript.hear(speaker, words),
+        match event.kind {
+            RoomEventKind::Ended { reason: why, audio } => self.ended(why, audio, at, now),
+            RoomEventKind::AgentError { identity, message } => {
+                self.agent_error(&identity, &message)
+            }
+            RoomEventKind::AgentMetrics { identity, metrics } => {
+                self.agent_metrics(&identity, metrics, at)
+            }
+            RoomEventKind::Transcribed { speaker, segment } => {
+                self.transcript.hear(speaker, segment)
+            }
             seen if self.outcome.is_some() || matches!(self.phase, Phase::LastLook { .. }) => {
                 self.late(seen, at);
             }
@@ -406,14 +413,14 @@ impl Probe {
         }
     }
 
-    fn timely(&mut self, seen: Seen, at: Instant) {
+    fn timely(&mut self, seen: RoomEventKind, at: Instant) {
         match seen {
-            Seen::SignalRequested => {
+            RoomEventKind::SignalRequested => {
                 if self.target.dispatch.mode.joins_to_create() {
                     self.mark(Milestone::DispatchSent, at);
                 }
             }
-            Seen::SignalConnected {
+            RoomEventKind::SignalConnected {
                 room_sid,
                 server_version,
                 region,
@@ -434,49 +441,49 @@ impl Probe {
                     }
                 ));
             }
-            Seen::MediaAddress(address) => keep(&mut self.media_addresses, address),
-            Seen::MediaConnected => self.mark(Milestone::MediaConnected, at),
-            Seen::UdpBlocked => self.note(
+            RoomEventKind::MediaAddress(address) => keep(&mut self.media_addresses, address),
+            RoomEventKind::MediaConnected => self.mark(Milestone::MediaConnected, at),
+            RoomEventKind::UdpBlocked => self.note(
                 "media runs over TCP: UDP doesn't get through, check the firewalls between here and LiveKit's media ports"
                     .to_owned(),
             ),
-            Seen::EchoPublished => self.mark(Milestone::EchoPublished, at),
-            Seen::AgentJoined {
+            RoomEventKind::EchoPublished => self.mark(Milestone::EchoPublished, at),
+            RoomEventKind::AgentJoined {
                 agent,
                 in_join_response,
             } => self.agent_joined_at(agent, in_join_response, at),
-            Seen::AgentConnected => self.tell_connected(),
-            Seen::AgentState(state) => {
+            RoomEventKind::AgentConnected => self.tell_connected(),
+            RoomEventKind::AgentState(state) => {
                 if state == "listening" {
                     self.mark(Milestone::AgentListening, at);
                 }
             }
-            Seen::AgentTrackSubscribed { .. } => self.mark(Milestone::AgentTrackSubscribed, at),
-            Seen::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
-            Seen::SpeechStarted => {
+            RoomEventKind::AgentTrackSubscribed { .. } => self.mark(Milestone::AgentTrackSubscribed, at),
+            RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
+            RoomEventKind::SpeechStarted => {
                 self.mark(Milestone::AgentSpoke, at);
                 self.turns.speech_started(at);
             }
-            Seen::SpeechEnded => self.turns.speech_ended(at),
-            Seen::EchoStarted => self.turns.echo_started(at),
-            Seen::EchoEnded => self.turns.echo_ended(at),
-            Seen::AgentLeft { reason } => {
+            RoomEventKind::SpeechEnded => self.turns.speech_ended(at),
+            RoomEventKind::EchoStarted => self.turns.echo_started(at),
+            RoomEventKind::EchoEnded => self.turns.echo_ended(at),
+            RoomEventKind::AgentLeft { reason } => {
                 self.incident.get_or_insert(Incident::Left { at, reason });
             }
-            Seen::AgentDuplicate { identity } => {
+            RoomEventKind::AgentDuplicate { identity } => {
                 self.another_agent();
                 self.incident
                     .get_or_insert(Incident::Duplicate { identity });
             }
-            Seen::OtherJoined {
+            RoomEventKind::OtherJoined {
                 identity,
                 kind,
                 agent_name,
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
-            Seen::AgentError { .. }
-            | Seen::AgentMetrics { .. }
-            | Seen::Transcribed { .. }
-            | Seen::Ended { .. } => unreachable!("handled before"),
+            RoomEventKind::AgentError { .. }
+            | RoomEventKind::AgentMetrics { .. }
+            | RoomEventKind::Transcribed { .. }
+            | RoomEventKind::Ended { .. } => unreachable!("handled before"),
         }
     }
 
@@ -511,11 +518,11 @@ impl Probe {
     }
 
     /// Past the verdict: it stands, and what a person may want to know is kept.
-    fn late(&mut self, seen: Seen, at: Instant) {
+    fn late(&mut self, seen: RoomEventKind, at: Instant) {
         match seen {
-            Seen::AgentDuplicate { .. } => self.another_agent(),
-            Seen::AgentConnected => self.tell_connected(),
-            Seen::AgentJoined { agent, .. } => {
+            RoomEventKind::AgentDuplicate { .. } => self.another_agent(),
+            RoomEventKind::AgentConnected => self.tell_connected(),
+            RoomEventKind::AgentJoined { agent, .. } => {
                 self.report.other_agents += 1;
                 self.saw(&agent.identity, AGENT, agent.name.as_deref());
                 let after = self.since(Milestone::DispatchSent, at);
@@ -524,17 +531,19 @@ impl Probe {
                     agent.identity
                 ));
             }
-            Seen::AgentTrackSubscribed { .. } => {
+            RoomEventKind::AgentTrackSubscribed { .. } => {
                 let after = self.since(Milestone::AgentJoined, at);
                 self.note(format!(
                     "the agent's audio track came{after}, too late to count"
                 ));
             }
-            Seen::SpeechStarted if self.report.timeline.get(Milestone::AgentSpoke).is_none() => {
+            RoomEventKind::SpeechStarted
+                if self.report.timeline.get(Milestone::AgentSpoke).is_none() =>
+            {
                 let after = self.since(Milestone::AgentJoined, at);
                 self.note(format!("the agent spoke{after}, too late to count"));
             }
-            Seen::OtherJoined {
+            RoomEventKind::OtherJoined {
                 identity,
                 kind,
                 agent_name,
@@ -607,10 +616,10 @@ impl Probe {
         }
     }
 
-    fn ended(&mut self, why: Ended, audio: AudioStats, at: Instant, now: Instant) {
+    fn ended(&mut self, why: EndReason, audio: AudioStats, at: Instant, now: Instant) {
         self.in_room = false;
         self.report.audio = audio;
-        if matches!(why, Ended::Left) {
+        if matches!(why, EndReason::Left) {
             self.mark(Milestone::Left, at);
         }
         if self.outcome.is_some() {
@@ -627,7 +636,7 @@ impl Probe {
         }
     }
 
-    fn failure_of(&mut self, why: Ended) -> Failure {
+    fn failure_of(&mut self, why: EndReason) -> Failure {
         let joined = self
             .report
             .timeline
@@ -635,21 +644,21 @@ impl Probe {
             .is_some();
         let evidence = &mut self.report.evidence;
         match why {
-            Ended::Left => Failure::new(
+            EndReason::Left => Failure::new(
                 Reason::Internal,
                 "the participant left without being asked: a fault of the canary",
             ),
-            Ended::Signal(error) if joined => Failure::of_lost_signal(&error, evidence),
-            Ended::Signal(error) => Failure::of_join(&error, evidence),
-            Ended::Removed { reason } => {
+            EndReason::Signal(error) if joined => Failure::of_lost_signal(&error, evidence),
+            EndReason::Signal(error) => Failure::of_join(&error, evidence),
+            EndReason::Removed { reason } => {
                 evidence.answer = Some(format!("Leave {reason}"));
                 Failure::of_leave(&reason)
             }
-            Ended::Revoked(right) => {
+            EndReason::Revoked(right) => {
                 evidence.step = Some("permission");
                 let right = match right {
-                    Right::Publish => "to publish",
-                    Right::Subscribe => "to subscribe",
+                    MediaPermission::Publish => "to publish",
+                    MediaPermission::Subscribe => "to subscribe",
                 };
                 Failure::new(
                     Reason::Removed,
@@ -658,7 +667,7 @@ impl Probe {
                     ),
                 )
             }
-            Ended::PublishFailed(why) => {
+            EndReason::PublishFailed(why) => {
                 evidence.step = Some("publish");
                 let why = quote(&why);
                 Failure::new(
@@ -666,7 +675,7 @@ impl Probe {
                     format!("the echo track was not published: {why}; check LiveKit's log"),
                 )
             }
-            Ended::MediaFailed { transport, detail } => {
+            EndReason::MediaFailed { transport, detail } => {
                 evidence.step = Some("media");
                 let detail = quote(&detail);
                 Failure::new(
@@ -676,7 +685,7 @@ impl Probe {
                     ),
                 )
             }
-            Ended::Internal(why) => Failure::new(
+            EndReason::Internal(why) => Failure::new(
                 Reason::Internal,
                 format!("the canary itself failed: {}", quote(&why)),
             ),

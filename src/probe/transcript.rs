@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use crate::livekit::event::Speaker;
-use crate::livekit::event::{Text, Words};
+use crate::livekit::event::{TranscriptSegment, TranscriptText};
 
 /// Segments of one probe, the text of each at most 1 KiB; what comes later isn't kept.
 const MOST_SEGMENTS: usize = 100;
@@ -14,7 +14,7 @@ pub struct Said {
     /// When the first of its words came.
     pub at: Instant,
     pub speaker: Speaker,
-    pub text: Text,
+    pub text: TranscriptText,
     /// `false`: cut off, or only guessed so far.
     pub is_final: bool,
 }
@@ -34,7 +34,7 @@ struct Segment {
 }
 
 impl Transcript {
-    pub(super) fn hear(&mut self, speaker: Speaker, words: Words) {
+    pub(super) fn hear(&mut self, speaker: Speaker, words: TranscriptSegment) {
         if words.older && self.streams {
             return;
         }
@@ -88,11 +88,11 @@ mod tests {
         let start = Instant::now();
         let mut transcript = Transcript::default();
         for (second, (speaker, segment, text, is_final, older)) in (0..).zip(told) {
-            let words = Words {
+            let words = TranscriptSegment {
                 identity: "agent-x".to_owned(),
                 track: None,
                 segment: (*segment).to_owned(),
-                text: Text::new(text),
+                text: TranscriptText::new(text),
                 is_final: *is_final,
                 began: start + Duration::from_secs(second),
                 older: *older,
@@ -140,11 +140,11 @@ mod tests {
         for (agent, count) in [(Some("agent-x"), 2), (Some("agent-y"), 1), (None, 1)] {
             let mut transcript = Transcript::default();
             for speaker in [Speaker::Agent, Speaker::Caller] {
-                let words = Words {
+                let words = TranscriptSegment {
                     identity: "agent-x".to_owned(),
                     track: None,
                     segment: "a".to_owned(),
-                    text: Text::new("hello"),
+                    text: TranscriptText::new("hello"),
                     is_final: true,
                     began: Instant::now(),
                     older: false,

@@ -6,7 +6,8 @@ use livekit_protocol::DisconnectReason;
 
 use super::reason::{Evidence, Failure, LimitKind, Reason};
 use crate::livekit::wire::api::ApiError;
-use crate::livekit::wire::connect::{ConnectError, Refusal};
+use crate::livekit::wire::connect::ConnectError;
+use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
 
 /// Longest quote of a server's words in a `detail`; the evidence keeps more.
@@ -76,7 +77,7 @@ impl Failure {
         }
     }
 
-    fn of_refused_call(step: Step, refusal: &Refusal) -> Self {
+    fn of_refused_call(step: Step, refusal: &HttpRejection) -> Self {
         let said = said(refusal);
         let call = step.call();
         if let Some(kind) = api_limit(refusal) {
@@ -129,7 +130,7 @@ impl Failure {
         }
     }
 
-    fn of_refused_join(refusal: &Refusal) -> Self {
+    fn of_refused_join(refusal: &HttpRejection) -> Self {
         let said = said(refusal);
         if refusal.status == 429 {
             let detail = format!("the signal connection met a limit: {said}");
@@ -285,7 +286,7 @@ impl Failure {
         )
     }
 
-    fn limit(kind: LimitKind, detail: &str, refusal: &Refusal) -> Self {
+    fn limit(kind: LimitKind, detail: &str, refusal: &HttpRejection) -> Self {
         let retry = match refusal.retry_after {
             Some(after) => format!("retry after {after:?}"),
             None => "no retry time was given".to_owned(),
@@ -302,7 +303,7 @@ impl Failure {
 }
 
 impl Evidence {
-    fn keep(&mut self, refusal: &Refusal) {
+    fn keep(&mut self, refusal: &HttpRejection) {
         self.http_status = Some(refusal.status);
         self.twirp_code.clone_from(&refusal.twirp_code);
         self.answer = Some(refusal.message.clone());
@@ -311,7 +312,7 @@ impl Evidence {
 }
 
 /// The limit that a refused API call names. Only what the service said is a limit.
-fn api_limit(refusal: &Refusal) -> Option<LimitKind> {
+fn api_limit(refusal: &HttpRejection) -> Option<LimitKind> {
     if names_node_limit(refusal) {
         return Some(LimitKind::Node);
     }
@@ -342,7 +343,7 @@ pub(super) fn names_inference_limit(error: &str) -> bool {
 
 /// livekit-server's words for a node above its own limits: of a join with 503 (`rtc.ErrLimitExceeded`), of a call that
 /// picks a room's node with 500 (`routing.ErrNodeLimitReached`).
-fn names_node_limit(refusal: &Refusal) -> bool {
+fn names_node_limit(refusal: &HttpRejection) -> bool {
     let text = refusal.message.to_lowercase();
     let words = [
         "node has exceeded its configured limit",
@@ -352,7 +353,7 @@ fn names_node_limit(refusal: &Refusal) -> bool {
 }
 
 /// A refusal in one line: `HTTP 404 (not_found): requested room does not exist`.
-fn said(refusal: &Refusal) -> String {
+fn said(refusal: &HttpRejection) -> String {
     let code = refusal.twirp_code.as_ref();
     let code = code
         .map(|code| format!(" ({})", quote(code)))

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
-use crate::livekit::event::Text;
+use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Said,
@@ -79,7 +79,7 @@ pub(crate) fn probe(
             vec![Said {
                 at: at(1100),
                 speaker: Speaker::Agent,
-                text: Text::new("Good day to you."),
+                text: TranscriptText::new("Good day to you."),
                 is_final: true,
             }]
         }),

@@ -39,7 +39,7 @@ use super::transport::{Line, Told};
 use super::watch::Watch;
 use crate::livekit::audio::echo::{self, Echo};
 use crate::livekit::audio::speech::{Detector, Heard, Sound};
-use crate::livekit::event::{Ended, RoomEvent, Seen};
+use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
 use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
 use crate::livekit::room::voice_selector::Listening;
@@ -73,7 +73,7 @@ pub(crate) async fn run(
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
     audio: &mut Tally,
-) -> Ended {
+) -> EndReason {
     let token = match request.token() {
         Ok(token) => token,
         Err(why) => return why,
@@ -101,7 +101,7 @@ pub(crate) async fn run(
     let mut seat = Seat(Some(Arc::new(room)));
     let served = match &seat.0 {
         Some(room) => session.serve(room, events, &leave).await,
-        None => Ok(Ended::Left),
+        None => Ok(EndReason::Left),
     };
     let told = session.watch.observer.tell_unfinished();
     let why = served
@@ -109,7 +109,7 @@ pub(crate) async fn run(
         .unwrap_or_else(|why| why);
     session.count_once_more().await;
     // A connection that is gone or that the server ended takes no farewell.
-    if matches!(why, Ended::Signal(_) | Ended::Removed { .. }) {
+    if matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
         hang_up.cancel();
     }
     seat.leave(&hang_up).await;
@@ -229,17 +229,17 @@ impl<'a> Session<'a> {
         connecting: impl Future<Output = RoomResult<(Room, SdkEvents)>>,
         leave: &CancellationToken,
         timeout: Duration,
-    ) -> Result<(Room, SdkEvents), Ended> {
+    ) -> Result<(Room, SdkEvents), EndReason> {
         let deadline = Instant::now() + timeout;
         let mut connecting = pin!(connecting);
         let connected = loop {
             tokio::select! {
                 biased;
-                () = leave.cancelled() => return Err(Ended::Left),
+                () = leave.cancelled() => return Err(EndReason::Left),
                 Some(told) = self.told.recv() => self.on_told(told)?,
                 connected = &mut connecting => break connected,
                 () = sleep_until(deadline), if !self.watch.joined() => {
-                    return Err(Ended::Signal(SignalError::JoinTimeout(timeout)));
+                    return Err(EndReason::Signal(SignalError::JoinTimeout(timeout)));
                 }
             }
         };
@@ -255,7 +255,7 @@ impl<'a> Session<'a> {
         room: &Arc<Room>,
         mut events: SdkEvents,
         leave: &CancellationToken,
-    ) -> Result<Ended, Ended> {
+    ) -> Result<EndReason, EndReason> {
         let mut publishing = Some(self.publish(room));
         let mut sampling = interval(SAMPLE);
         sampling.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -266,12 +266,12 @@ impl<'a> Session<'a> {
             // What the server said goes before what the SDK makes of it, and what has come before the timers.
             tokio::select! {
                 biased;
-                () = leave.cancelled() => return Ok(Ended::Left),
+                () = leave.cancelled() => return Ok(EndReason::Left),
                 Some(told) = self.told.recv() => self.on_told(told)?,
                 Some(event) = events.recv() => self.on_sdk(event)?,
                 Some(published) = OptionFuture::from(publishing.as_mut()) => {
                     publishing = None;
-                    published.map_err(|error| Ended::PublishFailed(error.to_string()))?;
+                    published.map_err(|error| EndReason::PublishFailed(error.to_string()))?;
                     self.published = true;
                 }
                 Some(frame) = next_frame(&mut self.voice) => self.on_frame(&frame)?,
@@ -302,14 +302,14 @@ impl<'a> Session<'a> {
         async move { participant.publish_track(track, options).await }.boxed()
     }
 
-    fn on_told(&mut self, told: Told) -> Result<(), Ended> {
+    fn on_told(&mut self, told: Told) -> Result<(), EndReason> {
         match self.watch.on_told(told)? {
             Some(at) => self.listen(at),
             None => Ok(()),
         }
     }
 
-    fn on_sdk(&mut self, event: SdkEvent) -> Result<(), Ended> {
+    fn on_sdk(&mut self, event: SdkEvent) -> Result<(), EndReason> {
         let now = Instant::now();
         match event {
             SdkEvent::TrackSubscribed {
@@ -396,7 +396,7 @@ impl<'a> Session<'a> {
     }
 
     /// Settles which track carries the agent's voice, and takes in what it had said by the time that is known.
-    fn listen(&mut self, at: Instant) -> Result<(), Ended> {
+    fn listen(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.tracks.iter().map(|(key, sid, _)| (*key, sid.as_str()));
         self.listening
             .settle(at, &self.watch.observer.roster, &tracks);
@@ -412,7 +412,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn on_frame(&mut self, frame: &AudioFrame<'_>) -> Result<(), Ended> {
+    fn on_frame(&mut self, frame: &AudioFrame<'_>) -> Result<(), EndReason> {
         let pcm = Arc::from(frame.data.as_ref());
         match self.listening.sift((Instant::now(), pcm)) {
             Some((at, pcm)) => self.on_voice(at, &pcm),
@@ -420,7 +420,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_voice(&mut self, at: Instant, pcm: &Arc<[i16]>) -> Result<(), Ended> {
+    fn on_voice(&mut self, at: Instant, pcm: &Arc<[i16]>) -> Result<(), EndReason> {
         let position = self.arrivals.on_frame(at, pcm.len());
         self.echo.on_frame(at, position.time, pcm);
         let sound = Sound {
@@ -437,7 +437,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn on_time(&mut self, now: Instant) -> Result<(), Ended> {
+    fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         match self.speech.on_time(now) {
             Some(heard) => self.watch.observer.heard(&mut self.echo, heard),
             None => Ok(()),
@@ -445,11 +445,19 @@ impl<'a> Session<'a> {
     }
 
     /// Hands what the echo has due to the SDK, which fills what is left with silence.
-    async fn play(&mut self, now: Instant) -> Result<(), Ended> {
+    async fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         while let Some(out) = self.echo.poll(now, self.speech.on_the_verge()) {
             match out {
-                echo::Out::Started => self.watch.observer.outlet.tell(now, Seen::EchoStarted)?,
-                echo::Out::Ended => self.watch.observer.outlet.tell(now, Seen::EchoEnded)?,
+                echo::Out::Started => self
+                    .watch
+                    .observer
+                    .outlet
+                    .tell(now, RoomEventKind::EchoStarted)?,
+                echo::Out::Ended => self
+                    .watch
+                    .observer
+                    .outlet
+                    .tell(now, RoomEventKind::EchoEnded)?,
                 echo::Out::Send { frame, .. } => send(&self.source, &frame).await?,
             }
         }
@@ -482,15 +490,21 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_measured(&mut self, measured: Measured) -> Result<(), Ended> {
+    fn on_measured(&mut self, measured: Measured) -> Result<(), EndReason> {
         let now = Instant::now();
         match measured {
             Measured::Transports(stats) if are_up(&stats) => {
                 self.media_told = true;
                 self.echo.open(now);
-                self.watch.observer.outlet.tell(now, Seen::MediaConnected)?;
+                self.watch
+                    .observer
+                    .outlet
+                    .tell(now, RoomEventKind::MediaConnected)?;
                 if over_tcp(&stats) {
-                    self.watch.observer.outlet.tell(now, Seen::UdpBlocked)?;
+                    self.watch
+                        .observer
+                        .outlet
+                        .tell(now, RoomEventKind::UdpBlocked)?;
                 }
                 Ok(())
             }
@@ -547,7 +561,7 @@ async fn next_frame(voice: &mut Option<Voice>) -> Option<AudioFrame<'static>> {
     voice.as_mut()?.stream.next().await
 }
 
-async fn send(source: &NativeAudioSource, pcm: &[i16]) -> Result<(), Ended> {
+async fn send(source: &NativeAudioSource, pcm: &[i16]) -> Result<(), EndReason> {
     let frame = AudioFrame {
         data: Cow::Borrowed(pcm),
         sample_rate: pcm::RATE,
@@ -555,7 +569,7 @@ async fn send(source: &NativeAudioSource, pcm: &[i16]) -> Result<(), Ended> {
         samples_per_channel: u32::try_from(pcm.len()).unwrap_or(u32::MAX),
     };
     let taken = source.capture_frame(&frame).await;
-    taken.map_err(|error| Ended::Internal(format!("the SDK takes no sound: {error}")))
+    taken.map_err(|error| EndReason::Internal(format!("the SDK takes no sound: {error}")))
 }
 
 fn segment(segment: TranscriptionSegment) -> proto::TranscriptionSegment {

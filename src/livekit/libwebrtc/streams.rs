@@ -107,7 +107,7 @@ mod tests {
     async fn stream_is_read_as_the_packets_that_it_came_in() {
         let content = [&b"Good "[..], b"day"].map(|it| Ok(it.to_vec()));
         let (told, unfinished) = told(content.to_vec()).await;
-        let [Told::Words(words)] = &told[..] else {
+        let [Told::Transcript(words)] = &told[..] else {
             panic!("{told:?}");
         };
         assert_eq!((words.text.as_str(), words.is_final), ("Good day", true));

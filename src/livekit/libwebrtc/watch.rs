@@ -10,7 +10,7 @@ use str0m::Candidate;
 use tokio::time::Instant;
 
 use super::transport::Told;
-use crate::livekit::event::{Ended, Seen};
+use crate::livekit::event::{EndReason, RoomEventKind};
 use crate::livekit::native::peer;
 use crate::livekit::room::observer::Observer;
 use crate::livekit::wire::signal::{self, Pings, SignalError, leave_reason};
@@ -47,12 +47,14 @@ impl Watch {
     }
 
     /// The time at which who is in the room may have changed, where it may.
-    pub(crate) fn on_told(&mut self, told: Told) -> Result<Option<Instant>, Ended> {
+    pub(crate) fn on_told(&mut self, told: Told) -> Result<Option<Instant>, EndReason> {
         match told {
             // The SDK asks once more where the server doesn't know its first path.
             Told::Requested(at) => {
                 if !std::mem::replace(&mut self.requested, true) {
-                    self.observer.outlet.tell(at, Seen::SignalRequested)?;
+                    self.observer
+                        .outlet
+                        .tell(at, RoomEventKind::SignalRequested)?;
                 }
             }
             Told::Pinged(at, timestamp) => self.pings.on_ping(timestamp, at),
@@ -62,7 +64,7 @@ impl Watch {
         Ok(None)
     }
 
-    fn on_message(&mut self, at: Instant, message: Response) -> Result<Option<Instant>, Ended> {
+    fn on_message(&mut self, at: Instant, message: Response) -> Result<Option<Instant>, EndReason> {
         self.heard_at = at;
         self.observer.on_addresses(at, addresses(&message))?;
         let (participants, in_join_response) = match message {
@@ -75,7 +77,7 @@ impl Watch {
             Response::Update(update) => (update.participants, false),
             Response::Leave(leave) if !self.joined => {
                 let reason = leave_reason(&leave);
-                return Err(Ended::Signal(SignalError::LeftBeforeJoin { reason }));
+                return Err(EndReason::Signal(SignalError::LeftBeforeJoin { reason }));
             }
             Response::PongResp(pong) => {
                 self.pings.on_pong(at, &pong);
@@ -91,27 +93,27 @@ impl Watch {
 
     /// A connection failed or closed. Before the join the SDK may go on to try another path of the server's; after it that
     /// is the end.
-    fn on_lost(&mut self, error: SignalError) -> Result<(), Ended> {
+    fn on_lost(&mut self, error: SignalError) -> Result<(), EndReason> {
         if self.joined {
-            return Err(Ended::Signal(error));
+            return Err(EndReason::Signal(error));
         }
         self.failed = Some(error);
         Ok(())
     }
 
     /// The SDK has given up to connect, with this text.
-    pub(crate) fn not_connected(&mut self, detail: String) -> Ended {
+    pub(crate) fn not_connected(&mut self, detail: String) -> EndReason {
         match self.failed.take() {
             _ if self.joined => media_failed(detail),
-            Some(error) => Ended::Signal(error),
-            None => Ended::Signal(SignalError::JoinTimeout(JOIN_TIMEOUT)),
+            Some(error) => EndReason::Signal(error),
+            None => EndReason::Signal(SignalError::JoinTimeout(JOIN_TIMEOUT)),
         }
     }
 
     /// The SDK has begun to reconnect, or says that it is disconnected, while the socket seemed to live.
-    pub(crate) fn reconnecting(&self, now: Instant) -> Ended {
+    pub(crate) fn reconnecting(&self, now: Instant) -> EndReason {
         if now.saturating_duration_since(self.heard_at) >= self.ping_timeout {
-            return Ended::Signal(SignalError::PingTimeout(self.ping_timeout));
+            return EndReason::Signal(SignalError::PingTimeout(self.ping_timeout));
         }
         media_failed("the SDK began to reconnect".to_owned())
     }
@@ -137,8 +139,8 @@ fn addresses(message: &Response) -> Vec<String> {
     }
 }
 
-fn media_failed(detail: String) -> Ended {
-    Ended::MediaFailed {
+fn media_failed(detail: String) -> EndReason {
+    EndReason::MediaFailed {
         transport: "SDK's",
         detail,
     }

@@ -21,7 +21,7 @@ use crate::livekit::audio::echo::{self, Echo};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, Receiver};
 use crate::livekit::audio::speech::Detector;
-use crate::livekit::event::{Ended, RoomEvent, Seen};
+use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
 use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
 use crate::livekit::room::voice_selector::Listening;
@@ -63,7 +63,7 @@ pub(crate) async fn run(
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
     voice: &mut Receiver,
-) -> Ended {
+) -> EndReason {
     let outlet = Outlet::new(events);
     let joining = async {
         let joined = connect(&request, &outlet).await?;
@@ -71,7 +71,7 @@ pub(crate) async fn run(
     };
     let mut session = tokio::select! {
         biased;
-        () = leave.cancelled() => return Ended::Left,
+        () = leave.cancelled() => return EndReason::Left,
         session = joining => match session {
             Ok(session) => session,
             Err(why) => return why,
@@ -83,27 +83,27 @@ pub(crate) async fn run(
         .and_then(|why| told.map(|()| why))
         .unwrap_or_else(|why| why);
     // A connection that is gone or that the server ended takes no farewell.
-    if !matches!(why, Ended::Signal(_) | Ended::Removed { .. }) {
+    if !matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
         session.signal.leave(LEAVE_TIMEOUT).await;
     }
     why
 }
 
 /// Connects; when the upgrade was requested is told at once.
-async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, Ended> {
+async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, EndReason> {
     let token = request.token()?;
     let (requested, request_sent) = oneshot::channel();
     let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
     let telling = async {
         match request_sent.await {
-            Ok(at) => outlet.tell(at, Seen::SignalRequested),
+            Ok(at) => outlet.tell(at, RoomEventKind::SignalRequested),
             // No connection came up: the other half says why.
             Err(_) => Ok(()),
         }
     };
     let (joined, told) = tokio::join!(connecting, telling);
     told?;
-    joined.map_err(Ended::Signal)
+    joined.map_err(EndReason::Signal)
 }
 
 /// A participant in its room.
@@ -151,7 +151,7 @@ impl<'a> Session<'a> {
         outlet: Outlet,
         voice: &'a mut Receiver,
         joined: Joined,
-    ) -> Result<Box<Self>, Ended> {
+    ) -> Result<Box<Self>, EndReason> {
         let Joined {
             signal,
             response,
@@ -202,7 +202,7 @@ impl<'a> Session<'a> {
         Ok(session)
     }
 
-    fn publish(&mut self, cid: String, offer: String) -> Result<(), Ended> {
+    fn publish(&mut self, cid: String, offer: String) -> Result<(), EndReason> {
         self.send(Request::AddTrack(proto::AddTrackRequest {
             cid,
             name: "echo".to_owned(),
@@ -215,7 +215,7 @@ impl<'a> Session<'a> {
         self.send(Request::Offer(description("offer", offer, OFFER)))
     }
 
-    async fn serve(&mut self, leave: &CancellationToken) -> Result<Ended, Ended> {
+    async fn serve(&mut self, leave: &CancellationToken) -> Result<EndReason, EndReason> {
         let mut buffer = [0; DATAGRAM];
         let timer = sleep_until(Instant::now());
         let left = leave.cancelled();
@@ -231,11 +231,11 @@ impl<'a> Session<'a> {
                 .next_step(left.as_mut(), timer.as_mut(), &mut buffer)
                 .await;
             match step {
-                Step::Left => return Ok(Ended::Left),
+                Step::Left => return Ok(EndReason::Left),
                 Step::Message(message) => {
                     // What was said came before it, even where it is the end.
                     self.drain(&mut buffer)?;
-                    let (at, message) = message.map_err(Ended::Signal)?;
+                    let (at, message) = message.map_err(EndReason::Signal)?;
                     self.on_message(at, *message).await?;
                 }
                 Step::Arrival(target, arrival) => self.receive(target, &arrival, &buffer)?,
@@ -245,7 +245,7 @@ impl<'a> Session<'a> {
     }
 
     /// Looks what has come, in a round for that: what is to be sent is sent in any case.
-    fn on_timer(&mut self, buffer: &mut [u8]) -> Result<(), Ended> {
+    fn on_timer(&mut self, buffer: &mut [u8]) -> Result<(), EndReason> {
         if Instant::now() < self.listen_at || !self.drain(buffer)? {
             return Ok(());
         }
@@ -258,7 +258,7 @@ impl<'a> Session<'a> {
     }
 
     /// Takes in what has come over UDP; returns whether that is all.
-    fn drain(&mut self, buffer: &mut [u8]) -> Result<bool, Ended> {
+    fn drain(&mut self, buffer: &mut [u8]) -> Result<bool, EndReason> {
         for _ in 0..MOST_IN_A_ROW {
             let Some((target, arrival)) = self.try_recv(buffer) else {
                 return Ok(true);
@@ -302,7 +302,7 @@ impl<'a> Session<'a> {
         target: proto::SignalTarget,
         arrival: &Arrival,
         buffer: &[u8],
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         let peer = self.peer(target);
         peer.on_arrival(Instant::now(), arrival, buffer)
             .map_err(|error| media_failed(peer.name(), &error))
@@ -316,7 +316,7 @@ impl<'a> Session<'a> {
     }
 
     /// Does all that is due now.
-    fn settle(&mut self, now: Instant) -> Result<(), Ended> {
+    fn settle(&mut self, now: Instant) -> Result<(), EndReason> {
         while let Some(happening) = poll(&mut self.subscriber, now)? {
             match happening {
                 Happening::Connected => self.on_connected(now)?,
@@ -336,7 +336,7 @@ impl<'a> Session<'a> {
     }
 
     /// What only passing time brings; asked when nothing is left to read.
-    fn on_time(&mut self, now: Instant) -> Result<(), Ended> {
+    fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(heard) = self.speech.on_time(now) {
             self.observer.heard(&mut self.echo, heard)?;
         }
@@ -344,7 +344,7 @@ impl<'a> Session<'a> {
             if let Some(broken) = peer.broken(now)
                 && now >= self.give_up_at(broken)
             {
-                return Err(Ended::MediaFailed {
+                return Err(EndReason::MediaFailed {
                     transport: peer.name(),
                     detail: broken.how.to_owned(),
                 });
@@ -372,19 +372,21 @@ impl<'a> Session<'a> {
         broken.since + if alive { MEDIA_GRACE } else { SILENT_GRACE }
     }
 
-    fn on_connected(&mut self, now: Instant) -> Result<(), Ended> {
+    fn on_connected(&mut self, now: Instant) -> Result<(), EndReason> {
         if !self.media_told && self.publisher.connected() && self.subscriber.connected() {
             self.media_told = true;
-            self.observer.outlet.tell(now, Seen::MediaConnected)?;
+            self.observer
+                .outlet
+                .tell(now, RoomEventKind::MediaConnected)?;
             let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
             if over_tcp && self.udp_tried {
-                self.observer.outlet.tell(now, Seen::UdpBlocked)?;
+                self.observer.outlet.tell(now, RoomEventKind::UdpBlocked)?;
             }
         }
         Ok(())
     }
 
-    async fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
+    async fn on_message(&mut self, at: Instant, message: Response) -> Result<(), EndReason> {
         match message {
             Response::Answer(answer) => self.on_answer(answer).await,
             Response::Offer(offer) => self.on_offer(at, offer).await,
@@ -394,11 +396,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    async fn on_answer(&mut self, answer: proto::SessionDescription) -> Result<(), Ended> {
+    async fn on_answer(&mut self, answer: proto::SessionDescription) -> Result<(), EndReason> {
         let accepted = self.publisher.accept_answer(answer.id, &answer.sdp).await;
         // No network garbles it: a server that takes no Opus answers with a track of no codec at all.
         let candidates = accepted.map_err(|error| {
-            Ended::PublishFailed(format!(
+            EndReason::PublishFailed(format!(
                 "{error} (does LiveKit's enabled_codecs have Opus?)"
             ))
         })?;
@@ -412,7 +414,7 @@ impl<'a> Session<'a> {
         &mut self,
         at: Instant,
         offer: proto::SessionDescription,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         let accepted = self.subscriber.accept_offer(&offer.sdp).await;
         let (answer, candidates) = accepted.map_err(|error| media_failed("subscriber", &error))?;
         self.tell_addresses()?;
@@ -422,7 +424,7 @@ impl<'a> Session<'a> {
         self.listen(at)
     }
 
-    async fn on_trickle(&mut self, trickle: &proto::TrickleRequest) -> Result<(), Ended> {
+    async fn on_trickle(&mut self, trickle: &proto::TrickleRequest) -> Result<(), EndReason> {
         let Some(line) = peer::candidate_line(trickle) else {
             return Ok(());
         };
@@ -431,7 +433,7 @@ impl<'a> Session<'a> {
         self.trickle(trickle.target(), candidates)
     }
 
-    fn tell_addresses(&mut self) -> Result<(), Ended> {
+    fn tell_addresses(&mut self) -> Result<(), EndReason> {
         let mut told = self.publisher.take_addresses();
         told.append(&mut self.subscriber.take_addresses());
         self.observer.on_addresses(Instant::now(), told)
@@ -441,7 +443,7 @@ impl<'a> Session<'a> {
         &mut self,
         target: proto::SignalTarget,
         candidates: Vec<String>,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         for candidate in candidates {
             let init =
                 serde_json::json!({ "candidate": candidate, "sdpMid": "0", "sdpMLineIndex": 0 });
@@ -459,7 +461,7 @@ impl<'a> Session<'a> {
         at: Instant,
         participants: Vec<proto::ParticipantInfo>,
         in_join_response: bool,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         let clock = self.signal.clock();
         self.observer
             .on_participants(at, participants, in_join_response, clock)?;
@@ -468,7 +470,7 @@ impl<'a> Session<'a> {
 
     /// Settles which m-line carries the agent's voice, and takes in what it had said by the time that is known:
     /// participants and descriptions come in any order.
-    fn listen(&mut self, at: Instant) -> Result<(), Ended> {
+    fn listen(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.subscriber.tracks().iter();
         let tracks = tracks.map(|(mid, sid)| (*mid, sid.as_str()));
         self.listening.settle(at, &self.observer.roster, &tracks);
@@ -478,7 +480,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn on_packet(&mut self, packet: Packet) -> Result<(), Ended> {
+    fn on_packet(&mut self, packet: Packet) -> Result<(), EndReason> {
         // A packet without a payload is padding, with which a server probes the path.
         if packet.payload.is_empty() || !self.is_voice(packet.head.ssrc) {
             return Ok(());
@@ -489,7 +491,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_voice(&mut self, packet: &Packet) -> Result<(), Ended> {
+    fn on_voice(&mut self, packet: &Packet) -> Result<(), EndReason> {
         let at = packet.at;
         self.observer.first_audio(at)?;
         let Some(position) = self.voice.on_packet(at, packet.head) else {
@@ -519,12 +521,12 @@ impl<'a> Session<'a> {
     }
 
     /// Sends what the echo has due by the round's own time: its packets keep their pace, however late a round begins.
-    fn play(&mut self, now: Instant) -> Result<(), Ended> {
+    fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let due = round_of(now);
         while let Some(out) = self.echo.poll(due, self.speech.on_the_verge()) {
             match out {
-                echo::Out::Started => self.observer.outlet.tell(now, Seen::EchoStarted)?,
-                echo::Out::Ended => self.observer.outlet.tell(now, Seen::EchoEnded)?,
+                echo::Out::Started => self.observer.outlet.tell(now, RoomEventKind::EchoStarted)?,
+                echo::Out::Ended => self.observer.outlet.tell(now, RoomEventKind::EchoEnded)?,
                 echo::Out::Send {
                     due,
                     frame,
@@ -553,8 +555,8 @@ impl<'a> Session<'a> {
         self.publisher.write(mid, packet);
     }
 
-    fn send(&mut self, message: Request) -> Result<(), Ended> {
-        self.signal.send(message).map_err(Ended::Signal)
+    fn send(&mut self, message: Request) -> Result<(), EndReason> {
+        self.signal.send(message).map_err(EndReason::Signal)
     }
 }
 
@@ -604,7 +606,7 @@ async fn arrival(
     .await
 }
 
-fn poll(peer: &mut Peer, now: Instant) -> Result<Option<Happening>, Ended> {
+fn poll(peer: &mut Peer, now: Instant) -> Result<Option<Happening>, EndReason> {
     peer.poll(now)
         .map_err(|error| media_failed(peer.name(), &error))
 }
@@ -618,8 +620,8 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
     }
 }
 
-fn media_failed(transport: &'static str, error: &PeerError) -> Ended {
-    Ended::MediaFailed {
+fn media_failed(transport: &'static str, error: &PeerError) -> EndReason {
+    EndReason::MediaFailed {
         transport,
         detail: error.to_string(),
     }

@@ -19,8 +19,8 @@ use prost::Message as _;
 use tokio::time::Instant;
 
 use super::transcript::{self, Heading};
-use crate::livekit::event::{Speaker, TurnMetrics, Words, to_microseconds};
-use crate::livekit::wire::request::presentable;
+use crate::livekit::event::{Speaker, TranscriptSegment, TurnMetrics, to_microseconds};
+use crate::livekit::wire::request::sanitize;
 
 const TOPIC: &str = "lk.agent.session";
 
@@ -45,7 +45,7 @@ pub(crate) enum Told {
         identity: String,
         metrics: TurnMetrics,
     },
-    Words(Words),
+    Transcript(TranscriptSegment),
 }
 
 /// Puts streams together.
@@ -85,7 +85,7 @@ impl Reader {
             }
             Some(Value::Transcription(packet)) if self.transcript => {
                 let words = transcript::of_packet(at, packet);
-                return words.map(Told::Words).collect();
+                return words.map(Told::Transcript).collect();
             }
             _ => {}
         }
@@ -93,7 +93,7 @@ impl Reader {
     }
 
     /// The transcripts that were cut off.
-    pub(crate) fn unfinished(&mut self) -> Vec<Words> {
+    pub(crate) fn unfinished(&mut self) -> Vec<TranscriptSegment> {
         let streams = self.streams.drain(..);
         let words = streams.filter_map(|stream| match stream.kind {
             Kind::Session => None,
@@ -145,7 +145,7 @@ impl Reader {
             Kind::Session => session_message(identity, &stream.content),
             Kind::Transcript(heading) => heading
                 .words(&stream.content, Some(trailer))
-                .map(Told::Words),
+                .map(Told::Transcript),
         }
     }
 }
@@ -158,7 +158,7 @@ fn session_message(identity: String, content: &[u8]) -> Option<Told> {
     match event.event? {
         Event::Error(error) => Some(Told::Error {
             identity,
-            message: presentable(&error.message),
+            message: sanitize(&error.message),
         }),
         // A message is added to the conversation once it was spoken.
         Event::ConversationItemAdded(added) => match added.item?.item? {

@@ -14,7 +14,9 @@ use super::roster::Roster;
 use super::voice_selector::Listening;
 use crate::livekit::audio::echo::{Echo, Frame};
 use crate::livekit::audio::speech::Heard;
-use crate::livekit::event::{Ended, Right, RoomEvent, Seen, Speaker, Words};
+use crate::livekit::event::{
+    EndReason, MediaPermission, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
+};
 use crate::livekit::join::JoinRequest;
 use crate::livekit::wire::signal::{ServerClock, leave_reason};
 
@@ -34,12 +36,12 @@ impl Outlet {
         Self { events }
     }
 
-    pub(crate) fn tell(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
-        self.pass(RoomEvent { at, seen })
+    pub(crate) fn tell(&self, at: Instant, seen: RoomEventKind) -> Result<(), EndReason> {
+        self.pass(RoomEvent { at, kind: seen })
     }
 
     /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
-    pub(crate) fn tell_if_room(&self, at: Instant, seen: Seen) -> Result<(), Ended> {
+    pub(crate) fn tell_if_room(&self, at: Instant, seen: RoomEventKind) -> Result<(), EndReason> {
         if self.events.capacity() > self.events.max_capacity() / 2 {
             self.tell(at, seen)
         } else {
@@ -48,12 +50,12 @@ impl Outlet {
     }
 
     /// Never waits: an event that waited would hold up the media.
-    pub(crate) fn pass(&self, event: RoomEvent) -> Result<(), Ended> {
+    pub(crate) fn pass(&self, event: RoomEvent) -> Result<(), EndReason> {
         self.events.try_send(event).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
-                Ended::Internal("the participant's events are not being read".to_owned())
+                EndReason::Internal("the participant's events are not being read".to_owned())
             }
-            mpsc::error::TrySendError::Closed(_) => Ended::Left,
+            mpsc::error::TrySendError::Closed(_) => EndReason::Left,
         })
     }
 }
@@ -92,12 +94,12 @@ impl Observer {
         &mut self,
         at: Instant,
         response: &proto::JoinResponse,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         let room = response.room.clone().unwrap_or_default();
         let server = response.server_info.clone().unwrap_or_default();
         self.outlet.tell(
             at,
-            Seen::SignalConnected {
+            RoomEventKind::SignalConnected {
                 room_sid: room.sid,
                 server_version: server.version,
                 region: server.region,
@@ -107,7 +109,7 @@ impl Observer {
         let own = response.participant.clone().unwrap_or_default();
         if own.permission.is_some_and(|it| !it.can_publish) {
             let why = "the token does not allow this participant to publish".to_owned();
-            return Err(Ended::PublishFailed(why));
+            return Err(EndReason::PublishFailed(why));
         }
         if !own.identity.is_empty() {
             self.roster.we_are(own.identity);
@@ -122,13 +124,15 @@ impl Observer {
         participants: Vec<proto::ParticipantInfo>,
         in_join_response: bool,
         clock: Option<ServerClock>,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         let own = |info: &&proto::ParticipantInfo| self.roster.is_own(&info.identity);
         if let Some(right) = participants.iter().find(own).and_then(revoked) {
-            return Err(Ended::Revoked(right));
+            return Err(EndReason::Revoked(right));
         }
         for mut event in self.roster.update(at, participants, in_join_response) {
-            if let (Seen::AgentJoined { agent, .. }, Some(clock)) = (&mut event.seen, clock) {
+            if let (RoomEventKind::AgentJoined { agent, .. }, Some(clock)) =
+                (&mut event.kind, clock)
+            {
                 let joined = clock.ours(agent.joined_at_ms);
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
@@ -142,11 +146,11 @@ impl Observer {
         &mut self,
         at: Instant,
         addresses: impl IntoIterator<Item = String>,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         for address in addresses {
             if self.addresses.len() < MOST_ADDRESSES && !self.addresses.contains(&address) {
                 self.outlet
-                    .tell_if_room(at, Seen::MediaAddress(address.clone()))?;
+                    .tell_if_room(at, RoomEventKind::MediaAddress(address.clone()))?;
                 self.addresses.push(address);
             }
         }
@@ -154,13 +158,13 @@ impl Observer {
     }
 
     /// Any other message of the server's: those about media are an engine's own business.
-    pub(crate) fn on_message(&mut self, at: Instant, message: Response) -> Result<(), Ended> {
+    pub(crate) fn on_message(&mut self, at: Instant, message: Response) -> Result<(), EndReason> {
         match message {
             Response::TrackPublished(published) if published.cid == self.track_cid => {
                 let first = self.track_sid.is_none();
                 self.track_sid = Some(published.track.unwrap_or_default().sid);
                 if first {
-                    self.outlet.tell(at, Seen::EchoPublished)?;
+                    self.outlet.tell(at, RoomEventKind::EchoPublished)?;
                 }
                 Ok(())
             }
@@ -168,10 +172,10 @@ impl Observer {
                 if Some(&gone.track_sid) == self.track_sid.as_ref() =>
             {
                 // livekit-server takes a client's track down for nothing else.
-                Err(Ended::Revoked(Right::Publish))
+                Err(EndReason::Revoked(MediaPermission::Publish))
             }
             Response::RequestResponse(response) => refused(&response),
-            Response::Leave(leave) => Err(Ended::Removed {
+            Response::Leave(leave) => Err(EndReason::Removed {
                 reason: leave_reason(&leave),
             }),
             _ => Ok(()),
@@ -182,39 +186,43 @@ impl Observer {
     pub(crate) fn tell_of_voice<K, S>(
         &self,
         listening: &mut Listening<K, S>,
-    ) -> Result<impl IntoIterator<Item = S> + use<K, S>, Ended> {
+    ) -> Result<impl IntoIterator<Item = S> + use<K, S>, EndReason> {
         let Some(found) = listening.found(&self.roster) else {
             return Ok(None.into_iter().flatten());
         };
-        let seen = Seen::AgentTrackSubscribed {
+        let seen = RoomEventKind::AgentTrackSubscribed {
             track_sid: found.track_sid,
         };
         self.outlet.tell(found.since, seen)?;
         Ok(Some(found.early).into_iter().flatten())
     }
 
-    pub(crate) fn first_audio(&mut self, at: Instant) -> Result<(), Ended> {
+    pub(crate) fn first_audio(&mut self, at: Instant) -> Result<(), EndReason> {
         if std::mem::replace(&mut self.first_audio_told, true) {
             return Ok(());
         }
-        self.outlet.tell(at, Seen::AgentFirstAudio)
+        self.outlet.tell(at, RoomEventKind::AgentFirstAudio)
     }
 
-    pub(crate) fn heard<F: Frame>(&self, echo: &mut Echo<F>, heard: Heard) -> Result<(), Ended> {
+    pub(crate) fn heard<F: Frame>(
+        &self,
+        echo: &mut Echo<F>,
+        heard: Heard,
+    ) -> Result<(), EndReason> {
         match heard {
             Heard::Started(at) => {
                 echo.on_speech_started(at);
-                self.outlet.tell(at, Seen::SpeechStarted)
+                self.outlet.tell(at, RoomEventKind::SpeechStarted)
             }
             Heard::Ended(at) => {
                 echo.on_speech_ended(at);
-                self.outlet.tell(at, Seen::SpeechEnded)
+                self.outlet.tell(at, RoomEventKind::SpeechEnded)
             }
         }
     }
 
     /// What came on a reliable data channel; what is no packet is dropped.
-    pub(crate) fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), Ended> {
+    pub(crate) fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), EndReason> {
         match proto::DataPacket::decode(data) {
             Ok(packet) => self.on_packet(at, packet),
             Err(_) => Ok(()),
@@ -225,46 +233,50 @@ impl Observer {
         &mut self,
         at: Instant,
         packet: proto::DataPacket,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), EndReason> {
         for told in self.reports.on_packet(at, packet) {
             let seen = match told {
-                Told::Error { identity, message } => Seen::AgentError { identity, message },
-                Told::Turn { identity, metrics } => Seen::AgentMetrics { identity, metrics },
-                Told::Words(words) => self.transcribed(words),
+                Told::Error { identity, message } => {
+                    RoomEventKind::AgentError { identity, message }
+                }
+                Told::Turn { identity, metrics } => {
+                    RoomEventKind::AgentMetrics { identity, metrics }
+                }
+                Told::Transcript(segment) => self.transcribed(segment),
             };
             self.outlet.tell_if_room(at, seen)?;
         }
         Ok(())
     }
 
-    fn transcribed(&self, words: Words) -> Seen {
-        let of_us = words.track.is_some() && words.track == self.track_sid;
-        let speaker = if of_us || self.roster.is_own(&words.identity) {
+    fn transcribed(&self, segment: TranscriptSegment) -> RoomEventKind {
+        let of_us = segment.track.is_some() && segment.track == self.track_sid;
+        let speaker = if of_us || self.roster.is_own(&segment.identity) {
             Speaker::Caller
         } else {
             Speaker::Agent
         };
-        Seen::Transcribed { speaker, words }
+        RoomEventKind::Transcribed { speaker, segment }
     }
 
     /// Tells what was being said when it all ended.
-    pub(crate) fn tell_unfinished(&mut self) -> Result<(), Ended> {
-        for words in self.reports.unfinished() {
-            let seen = self.transcribed(words);
+    pub(crate) fn tell_unfinished(&mut self) -> Result<(), EndReason> {
+        for segment in self.reports.unfinished() {
+            let seen = self.transcribed(segment);
             self.outlet.tell_if_room(Instant::now(), seen)?;
         }
         Ok(())
     }
 }
 
-fn refused(response: &proto::RequestResponse) -> Result<(), Ended> {
+fn refused(response: &proto::RequestResponse) -> Result<(), EndReason> {
     use proto::request_response::{Reason, Request as About};
     let fine = matches!(response.reason(), Reason::Ok | Reason::Queued);
     if fine || !matches!(response.request, Some(About::AddTrack(_))) {
         return Ok(());
     }
     let reason = response.reason().as_str_name();
-    Err(Ended::PublishFailed(format!(
+    Err(EndReason::PublishFailed(format!(
         "{reason}: {}",
         response.message
     )))
@@ -272,11 +284,11 @@ fn refused(response: &proto::RequestResponse) -> Result<(), Ended> {
 
 /// A right that a probe needs and that this says we don't have. Without the one to subscribe nothing of the agent would
 /// come any more, and the agent would seem silent.
-fn revoked(own: &proto::ParticipantInfo) -> Option<Right> {
+fn revoked(own: &proto::ParticipantInfo) -> Option<MediaPermission> {
     let permission = own.permission.as_ref()?;
     match (permission.can_subscribe, permission.can_publish) {
-        (false, _) => Some(Right::Subscribe),
-        (true, false) => Some(Right::Publish),
+        (false, _) => Some(MediaPermission::Subscribe),
+        (true, false) => Some(MediaPermission::Publish),
         (true, true) => None,
     }
 }
@@ -291,31 +303,35 @@ mod tests {
         let last = events.clone().try_reserve_owned().unwrap();
         let outlet = Outlet::new(events);
         let now = Instant::now();
-        assert!(outlet.tell(now, Seen::EchoStarted).is_ok());
-        assert!(outlet.tell(now, Seen::EchoEnded).is_ok());
-        let full = outlet.tell(now, Seen::MediaConnected);
-        assert!(matches!(full, Err(Ended::Internal(_))));
+        assert!(outlet.tell(now, RoomEventKind::EchoStarted).is_ok());
+        assert!(outlet.tell(now, RoomEventKind::EchoEnded).is_ok());
+        let full = outlet.tell(now, RoomEventKind::MediaConnected);
+        assert!(matches!(full, Err(EndReason::Internal(_))));
         last.send(RoomEvent {
             at: now,
-            seen: Seen::SpeechEnded,
+            kind: RoomEventKind::SpeechEnded,
         });
         let order: Vec<_> = std::iter::from_fn(|| reader.try_recv().ok()).collect();
         assert_eq!(order.len(), 3);
-        assert!(matches!(order[2].seen, Seen::SpeechEnded));
+        assert!(matches!(order[2].kind, RoomEventKind::SpeechEnded));
     }
 
     #[test]
     fn what_no_verdict_needs_leaves_the_rest_its_places() {
         let (events, mut reader) = mpsc::channel(10);
         let outlet = Outlet::new(events);
-        let error = || Seen::AgentError {
+        let error = || RoomEventKind::AgentError {
             identity: String::new(),
             message: String::new(),
         };
         for _ in 0..100 {
             assert!(outlet.tell_if_room(Instant::now(), error()).is_ok());
         }
-        assert!(outlet.tell(Instant::now(), Seen::EchoStarted).is_ok());
+        assert!(
+            outlet
+                .tell(Instant::now(), RoomEventKind::EchoStarted)
+                .is_ok()
+        );
         let told = std::iter::from_fn(|| reader.try_recv().ok());
         assert_eq!(told.count(), 6);
     }
@@ -331,8 +347,8 @@ mod tests {
             ..proto::ParticipantInfo::default()
         };
         assert_eq!(revoked(&own(true, true)), None);
-        assert_eq!(revoked(&own(true, false)), Some(Right::Publish));
-        assert_eq!(revoked(&own(false, true)), Some(Right::Subscribe));
+        assert_eq!(revoked(&own(true, false)), Some(MediaPermission::Publish));
+        assert_eq!(revoked(&own(false, true)), Some(MediaPermission::Subscribe));
         // An update that says nothing of permissions takes none away.
         assert_eq!(revoked(&proto::ParticipantInfo::default()), None);
     }

@@ -8,7 +8,7 @@ use livekit_protocol::participant_info::{Kind, State};
 use livekit_protocol::{DisconnectReason, ParticipantInfo, TrackInfo, TrackSource, TrackType};
 use tokio::time::Instant;
 
-use crate::livekit::event::{Agent, RoomEvent, Seen};
+use crate::livekit::event::{Agent, RoomEvent, RoomEventKind};
 
 /// Participants kept in mind; a probe's room has two.
 const MOST_PARTICIPANTS: usize = 64;
@@ -156,7 +156,7 @@ impl Roster {
             // A name that comes late names somebody who was there before.
             events.extend(seen.map(|seen| RoomEvent {
                 at: first_seen,
-                seen,
+                kind: seen,
             }));
         }
         events.extend(self.connection(at, &sid));
@@ -165,7 +165,7 @@ impl Roster {
 
     /// An agent of the target's name: the first is the agent, a second beside it a duplicate, and one after it has left
     /// a stray.
-    fn assign(&mut self, sid: &str, in_join_response: bool) -> Option<Seen> {
+    fn assign(&mut self, sid: &str, in_join_response: bool) -> Option<RoomEventKind> {
         let identity = self.present[sid].info.identity.clone();
         let current = self.agent.as_ref().and_then(|it| self.present.get_mut(it));
         match (&self.agent, current) {
@@ -178,7 +178,7 @@ impl Roster {
             }
             (Some(_), Some(_)) => {
                 self.member(sid)?.role = Role::Duplicate;
-                Some(Seen::AgentDuplicate { identity })
+                Some(RoomEventKind::AgentDuplicate { identity })
             }
             (Some(_), None) => {
                 let member = self.member(sid)?;
@@ -189,7 +189,7 @@ impl Roster {
                 self.agent = Some(sid.to_owned());
                 let member = self.member(sid)?;
                 member.role = Role::Agent;
-                Some(Seen::AgentJoined {
+                Some(RoomEventKind::AgentJoined {
                     agent: Agent {
                         identity,
                         sid: sid.to_owned(),
@@ -216,7 +216,7 @@ impl Roster {
         self.agent_connected = true;
         Some(RoomEvent {
             at,
-            seen: Seen::AgentConnected,
+            kind: RoomEventKind::AgentConnected,
         })
     }
 
@@ -230,7 +230,7 @@ impl Roster {
         self.agent_state = Some(state.clone());
         Some(RoomEvent {
             at,
-            seen: Seen::AgentState(state),
+            kind: RoomEventKind::AgentState(state),
         })
     }
 
@@ -238,7 +238,7 @@ impl Roster {
         let member = self.present.remove(&info.sid)?;
         (member.role == Role::Agent).then(|| RoomEvent {
             at,
-            seen: Seen::AgentLeft {
+            kind: RoomEventKind::AgentLeft {
                 reason: reason(info.disconnect_reason),
             },
         })
@@ -276,8 +276,8 @@ fn is_voice(track: &TrackInfo) -> bool {
     track.r#type() == TrackType::Audio && track.source() == TrackSource::Microphone
 }
 
-fn other(info: &ParticipantInfo) -> Seen {
-    Seen::OtherJoined {
+fn other(info: &ParticipantInfo) -> RoomEventKind {
+    RoomEventKind::OtherJoined {
         identity: info.identity.clone(),
         kind: info.kind().as_str_name().to_owned(),
         agent_name: agent_name(info).map(str::to_owned),

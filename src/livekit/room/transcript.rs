@@ -7,7 +7,7 @@
 use livekit_protocol::{Transcription, data_stream};
 use tokio::time::Instant;
 
-use crate::livekit::event::{Text, Words};
+use crate::livekit::event::{TranscriptSegment, TranscriptText};
 
 pub(crate) const TOPIC: &str = "lk.transcription";
 
@@ -50,10 +50,10 @@ impl Heading {
         self,
         content: &[u8],
         trailer: Option<&data_stream::Trailer>,
-    ) -> Option<Words> {
-        let text = Text::new(&String::from_utf8_lossy(content));
+    ) -> Option<TranscriptSegment> {
+        let text = TranscriptText::new(&String::from_utf8_lossy(content));
         let ended = trailer.is_some_and(|it| self.is_final || is_final(&it.attributes));
-        (!text.is_empty()).then_some(Words {
+        (!text.is_empty()).then_some(TranscriptSegment {
             identity: self.identity,
             track: self.track,
             segment: self.segment,
@@ -78,15 +78,18 @@ fn cut(text: &str, longest: usize) -> String {
 }
 
 /// What a packet of the older form says.
-pub(crate) fn of_packet(at: Instant, packet: Transcription) -> impl Iterator<Item = Words> {
+pub(crate) fn of_packet(
+    at: Instant,
+    packet: Transcription,
+) -> impl Iterator<Item = TranscriptSegment> {
     let identity = cut(&packet.transcribed_participant_identity, LONGEST_IDENTITY);
     let track = Some(id(&packet.track_id)).filter(|it| !it.is_empty());
     let segments = packet.segments.into_iter().take(MOST_SEGMENTS);
-    let words = segments.map(move |segment| Words {
+    let words = segments.map(move |segment| TranscriptSegment {
         identity: identity.clone(),
         track: track.clone(),
         segment: id(&segment.id),
-        text: Text::new(&segment.text),
+        text: TranscriptText::new(&segment.text),
         is_final: segment.r#final,
         began: at,
         older: true,

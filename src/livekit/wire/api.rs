@@ -10,8 +10,10 @@ use http_body_util::Full;
 use livekit_protocol as proto;
 use tokio::time::Instant;
 
-use super::connect::{ConnectError, Endpoint, Refusal};
-use super::request::{BODY_LIMIT, BodyEnd, ExchangeError, bearer, exchange, presentable};
+use super::connect::{ConnectError, Endpoint};
+use super::request::{
+    BODY_LIMIT, BodyEnd, ExchangeError, HttpRejection, bearer, exchange, sanitize,
+};
 use super::token::{Keys, Permission};
 use crate::livekit::RoomName;
 
@@ -39,7 +41,7 @@ pub enum ApiError {
     #[error("no answer within {0:?}")]
     Timeout(Duration),
     #[error("refused with HTTP {}: {}", .0.status, .0.message)]
-    Refused(Refusal),
+    Refused(HttpRejection),
     #[error("the connection broke before the answer was complete: {0}")]
     Broken(String),
     #[error("an answer that is not LiveKit's: {0}")]
@@ -365,7 +367,7 @@ impl From<proto::Job> for JobInfo {
         Self {
             id: job.id,
             status: state.status().as_str_name().to_owned(),
-            error: presentable(&state.error),
+            error: sanitize(&state.error),
         }
     }
 }

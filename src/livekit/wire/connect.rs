@@ -21,8 +21,6 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsConnector, rustls};
 use url::{Host, Url};
 
-pub use super::request::Refusal;
-
 /// A LiveKit host and how to trust it. Cheap to clone.
 #[derive(Clone)]
 pub struct Endpoint {

@@ -30,7 +30,7 @@ const HEAD_LIMIT: usize = 64 << 10;
 
 /// What a refused HTTP request or WebSocket upgrade said.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
+pub struct HttpRejection {
     pub status: u16,
     /// Twirp's `code`, where the body was Twirp JSON.
     pub twirp_code: Option<String>,
@@ -41,7 +41,7 @@ pub struct Refusal {
 }
 
 /// An HTTP answer.
-pub(crate) struct Answer {
+pub(crate) struct HttpResponse {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
@@ -87,7 +87,7 @@ pub(crate) async fn exchange(
     stream: Stream,
     request: Request<Full<Bytes>>,
     deadline: Instant,
-) -> Result<Answer, ExchangeError> {
+) -> Result<HttpResponse, ExchangeError> {
     let (mut sender, connection) = http1::Builder::new()
         .max_header_size(HEAD_LIMIT)
         .handshake(TokioIo::new(stream))
@@ -104,7 +104,7 @@ pub(crate) async fn exchange(
         } else {
             read(body, deadline).await
         };
-        Ok(Answer {
+        Ok(HttpResponse {
             status: head.status,
             headers: head.headers,
             body,
@@ -181,18 +181,18 @@ struct TwirpError {
     msg: String,
 }
 
-impl Answer {
-    pub(crate) fn refusal(&self) -> Refusal {
+impl HttpResponse {
+    pub(crate) fn refusal(&self) -> HttpRejection {
         let twirp: Option<TwirpError> = serde_json::from_slice(&self.body).ok();
         let (twirp_code, text) = match twirp {
-            Some(error) => (Some(presentable(&error.code)), error.msg),
+            Some(error) => (Some(sanitize(&error.code)), error.msg),
             None => (None, String::from_utf8_lossy(&self.body).into_owned()),
         };
-        let mut message = presentable(&text);
+        let mut message = sanitize(&text);
         if message.is_empty() {
             message = self.headline();
         }
-        Refusal {
+        HttpRejection {
             status: self.status.as_u16(),
             twirp_code,
             message,
@@ -214,7 +214,7 @@ impl Answer {
             // A query could hold anything.
             Some(to) => {
                 let to = to.split(['?', '#']).next().unwrap_or_default();
-                format!("redirected to {}", presentable(to))
+                format!("redirected to {}", sanitize(to))
             }
             None => self
                 .status
@@ -242,7 +242,7 @@ pub(crate) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
 /// A server's text for people: no token, no control characters, white space in runs of one, at most 1 KiB.
 ///
 /// livekit-server answers a bad signature with the whole token in its text.
-pub(crate) fn presentable(text: &str) -> String {
+pub(crate) fn sanitize(text: &str) -> String {
     let mut shown = String::new();
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
         if word.is_empty() {
@@ -298,24 +298,24 @@ mod tests {
     #[test]
     fn tokens_and_control_characters_never_stay_in_a_text() {
         assert_eq!(
-            presentable("invalid token: eyJ0eXAi.eyJleHAi.lSt_TAg-x, error: \x1b[31mbad\r\n"),
+            sanitize("invalid token: eyJ0eXAi.eyJleHAi.lSt_TAg-x, error: \x1b[31mbad\r\n"),
             "invalid token: [token], error: [31mbad"
         );
         assert_eq!(
-            presentable("/rtc?access_token=eyJhbGci.eyJ2aWRl.AbC&x=\"eyJhbGci\""),
+            sanitize("/rtc?access_token=eyJhbGci.eyJ2aWRl.AbC&x=\"eyJhbGci\""),
             "/rtc?access_token=[token]&x=\"[token]\""
         );
     }
 
     #[test]
     fn a_long_text_is_cut_at_one_kib_between_characters() {
-        let shown = presentable(&"€".repeat(2000));
+        let shown = sanitize(&"€".repeat(2000));
         assert_eq!(shown, "€".repeat(TEXT_LIMIT / 3));
     }
 
     #[test]
     fn a_redirect_says_where_to_without_the_query() {
-        let answer = Answer {
+        let answer = HttpResponse {
             status: StatusCode::MOVED_PERMANENTLY,
             headers: HeaderMap::from_iter([(
                 LOCATION,

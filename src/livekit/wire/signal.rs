@@ -31,8 +31,8 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, error::ProtocolError};
 
-use super::connect::{ConnectError, Endpoint, Refusal, Stream, rounded};
-use super::request::{Answer, ExchangeError, bearer, exchange, presentable};
+use super::connect::{ConnectError, Endpoint, Stream, rounded};
+use super::request::{ExchangeError, HttpRejection, HttpResponse, bearer, exchange, sanitize};
 
 /// The signal protocol that this client speaks. 18 would mean negotiated data channels, which it doesn't do.
 const PROTOCOL_VERSION: u32 = 16;
@@ -146,7 +146,7 @@ pub enum SignalError {
     #[error(transparent)]
     Unreachable(#[from] ConnectError),
     #[error("the signal connection was refused with HTTP {}: {}", .0.status, .0.message)]
-    Refused(Refusal),
+    Refused(HttpRejection),
     /// The connection came up, but the upgrade or the join response did not come in time.
     #[error("no join response within {0:?}")]
     JoinTimeout(Duration),
@@ -423,7 +423,7 @@ pub(crate) async fn open(
     })
 }
 
-async fn upgraded(answer: Answer, key: &str) -> Result<WebSocketStream<Stream>, SignalError> {
+async fn upgraded(answer: HttpResponse, key: &str) -> Result<WebSocketStream<Stream>, SignalError> {
     if answer.status != StatusCode::SWITCHING_PROTOCOLS {
         return Err(SignalError::Refused(answer.refusal()));
     }
@@ -472,7 +472,7 @@ fn closed(frame: Option<&tokio_tungstenite::tungstenite::protocol::CloseFrame>) 
         Some(frame) => format!(
             "code {}: {}",
             u16::from(frame.code),
-            presentable(&frame.reason)
+            sanitize(&frame.reason)
         ),
     })
 }

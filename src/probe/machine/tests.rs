@@ -4,7 +4,8 @@ use super::*;
 use crate::config::Expect;
 use crate::livekit::event::Speaker;
 use crate::livekit::wire::api::JobInfo;
-use crate::livekit::wire::connect::{ConnectError, Refusal};
+use crate::livekit::wire::connect::ConnectError;
+use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
 use crate::probe::{LimitKind, Span, Turn};
 
@@ -54,8 +55,8 @@ fn agent() -> Agent {
     }
 }
 
-fn refusal(status: u16, code: Option<&str>, message: &str) -> Refusal {
-    Refusal {
+fn refusal(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
+    HttpRejection {
         status,
         twirp_code: code.map(str::to_owned),
         message: message.to_owned(),
@@ -76,8 +77,8 @@ fn dispatches(agent_name: &str, job: Option<&str>) -> Vec<DispatchInfo> {
     }]
 }
 
-fn ping_timeout() -> Ended {
-    Ended::Signal(SignalError::PingTimeout(Duration::from_secs(15)))
+fn ping_timeout() -> EndReason {
+    EndReason::Signal(SignalError::PingTimeout(Duration::from_secs(15)))
 }
 
 impl Script {
@@ -110,10 +111,10 @@ impl Script {
         self
     }
 
-    fn see(self, at: u64, seen: Seen) -> Self {
+    fn see(self, at: u64, seen: RoomEventKind) -> Self {
         let event = RoomEvent {
             at: self.time(at),
-            seen,
+            kind: seen,
         };
         self.feed(at, Input::Room(event))
     }
@@ -164,7 +165,7 @@ impl Script {
     fn signal(self, at: u64) -> Self {
         self.see(
             at,
-            Seen::SignalConnected {
+            RoomEventKind::SignalConnected {
                 room_sid: "RM_1".to_owned(),
                 server_version: "1.13.5".to_owned(),
                 region: String::new(),
@@ -175,14 +176,14 @@ impl Script {
 
     /// Media up and the echo track published.
     fn up(self, at: u64) -> Self {
-        self.see(at, Seen::MediaConnected)
-            .see(at, Seen::EchoPublished)
+        self.see(at, RoomEventKind::MediaConnected)
+            .see(at, RoomEventKind::EchoPublished)
     }
 
     fn joined(self, at: u64) -> Self {
         self.see(
             at,
-            Seen::AgentJoined {
+            RoomEventKind::AgentJoined {
                 agent: agent(),
                 in_join_response: false,
             },
@@ -193,7 +194,7 @@ impl Script {
     fn stamped(self, joined: u64, at: u64, in_join_response: bool) -> Self {
         let joined = Some(self.time(joined));
         let agent = Agent { joined, ..agent() };
-        let seen = Seen::AgentJoined {
+        let seen = RoomEventKind::AgentJoined {
             agent,
             in_join_response,
         };
@@ -202,22 +203,23 @@ impl Script {
 
     fn track(self, at: u64) -> Self {
         let track_sid = "TR_1".to_owned();
-        self.see(at, Seen::AgentTrackSubscribed { track_sid })
+        self.see(at, RoomEventKind::AgentTrackSubscribed { track_sid })
     }
 
     fn left(self, at: u64, reason: &str) -> Self {
         let reason = reason.to_owned();
-        self.see(at, Seen::AgentLeft { reason })
+        self.see(at, RoomEventKind::AgentLeft { reason })
     }
 
     /// The agent says something from `start` to `end`.
     fn speech(self, start: u64, end: u64) -> Self {
-        self.see(start, Seen::SpeechStarted)
-            .see(end, Seen::SpeechEnded)
+        self.see(start, RoomEventKind::SpeechStarted)
+            .see(end, RoomEventKind::SpeechEnded)
     }
 
     fn echo(self, start: u64, end: u64) -> Self {
-        self.see(start, Seen::EchoStarted).see(end, Seen::EchoEnded)
+        self.see(start, RoomEventKind::EchoStarted)
+            .see(end, RoomEventKind::EchoEnded)
     }
 
     fn hold(self, at: u64, until: u64) -> Self {
@@ -225,9 +227,9 @@ impl Script {
         self.feed(at, Input::HoldUntil(until))
     }
 
-    fn ended(self, at: u64, why: Ended) -> Self {
+    fn ended(self, at: u64, why: EndReason) -> Self {
         let audio = AudioStats::default();
-        self.see(at, Seen::Ended { why, audio })
+        self.see(at, RoomEventKind::Ended { reason: why, audio })
     }
 
     // The ways in that most tests share.
@@ -247,7 +249,7 @@ impl Script {
         self.waiting()
             .joined(500)
             .track(520)
-            .see(530, Seen::AgentFirstAudio)
+            .see(530, RoomEventKind::AgentFirstAudio)
     }
 
     fn asked_for(&self, wanted: fn(&Action) -> bool) -> usize {
@@ -271,7 +273,7 @@ impl Script {
         assert!(self.is_settled(), "no outcome at {at} ms");
         if self.probe.in_room {
             assert_eq!(self.asked_for(|action| matches!(action, Action::Leave)), 1);
-            self = self.ended(at, Ended::Left);
+            self = self.ended(at, EndReason::Left);
         }
         assert_eq!(
             self.asked_for(|action| matches!(action, Action::DeleteRoom)),
@@ -340,9 +342,9 @@ fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
     let dispatches =
         |script: &Script| script.asked_for(|action| matches!(action, Action::Dispatch));
     let script = Script::new(explicit()).created(10, Ok(())).signal(40);
-    let script = script.see(60, Seen::EchoPublished);
+    let script = script.see(60, RoomEventKind::EchoPublished);
     assert_eq!(dispatches(&script), 0);
-    let script = script.see(90, Seen::MediaConnected);
+    let script = script.see(90, RoomEventKind::MediaConnected);
     assert_eq!(dispatches(&script), 1);
 }
 
@@ -354,7 +356,7 @@ fn automatic_dispatch_creates_no_room_and_is_sent_with_the_signal_request() {
         0
     );
     let script = script
-        .see(12, Seen::SignalRequested)
+        .see(12, RoomEventKind::SignalRequested)
         .signal(40)
         .joined(300)
         .up(350);
@@ -393,7 +395,10 @@ fn dispatch_by_room_is_sent_and_accepted_with_create_room() {
 #[test]
 fn dispatch_by_token_creates_no_room_and_is_accepted_with_the_join_response() {
     let script = Script::new(named(DispatchMode::Token));
-    let script = script.see(12, Seen::SignalRequested).signal(40).up(100);
+    let script = script
+        .see(12, RoomEventKind::SignalRequested)
+        .signal(40)
+        .up(100);
     assert_eq!(
         script.asked_for(|action| matches!(action, Action::CreateRoom | Action::Dispatch)),
         0
@@ -484,7 +489,7 @@ fn stamp_from_before_the_dispatch_or_after_the_first_sight_is_not_believed() {
 #[test]
 fn audio_before_the_track_event_counts_as_a_track() {
     let script = Script::new(explicit()).waiting().joined(500);
-    let script = script.see(510, Seen::AgentFirstAudio).wait(15_000);
+    let script = script.see(510, RoomEventKind::AgentFirstAudio).wait(15_000);
     assert!(!script.is_settled());
     let script = script.speech(16_000, 17_000).hold(17_000, 0).wait(17_000);
     assert_eq!(script.report(17_001).outcome, Outcome::Ok);
@@ -534,7 +539,7 @@ fn event_seen_just_in_time_counts_though_it_is_read_after_the_deadline() {
     let script = Script::new(explicit()).waiting();
     let event = RoomEvent {
         at: script.time(30_100),
-        seen: Seen::AgentJoined {
+        kind: RoomEventKind::AgentJoined {
             agent: agent(),
             in_join_response: false,
         },
@@ -598,7 +603,10 @@ fn dispatch_that_is_not_listed_is_told_from_one_without_a_job() {
         let script = match mode {
             DispatchMode::Explicit => script.waiting(),
             DispatchMode::Room => script.way_in(),
-            _ => script.see(20, Seen::SignalRequested).signal(40).up(100),
+            _ => script
+                .see(20, RoomEventKind::SignalRequested)
+                .signal(40)
+                .up(100),
         };
         let script = script.wait(30_101);
         let report = script.listed(30_110, Ok(listed)).report(30_120);
@@ -629,7 +637,7 @@ fn dispatch_that_is_not_listed_is_told_from_one_without_a_job() {
 #[test]
 fn automatic_dispatch_takes_any_job() {
     let script = Script::new(automatic())
-        .see(10, Seen::SignalRequested)
+        .see(10, RoomEventKind::SignalRequested)
         .signal(40)
         .up(100);
     let script = script.wait(30_009);
@@ -662,7 +670,7 @@ fn stray_agent_is_named_in_the_verdict() {
         (Some("suport"), "another agent came: \"suport\")"),
         (None, "another agent came: one without a name)"),
     ] {
-        let stray = Seen::OtherJoined {
+        let stray = RoomEventKind::OtherJoined {
             identity: "agent-x".to_owned(),
             kind: "AGENT".to_owned(),
             agent_name: name.map(str::to_owned),
@@ -682,7 +690,7 @@ fn late_agent_changes_no_verdict_but_is_evidence() {
         .waiting()
         .wait(30_101)
         .joined(30_105)
-        .see(30_106, Seen::AgentConnected);
+        .see(30_106, RoomEventKind::AgentConnected);
     let script = script.listed(30_110, Ok(Vec::new()));
     assert_eq!(script.told_joins(), [false]);
     assert_eq!(
@@ -762,7 +770,7 @@ fn blamed_if_it_answers_no_pings(silence: &ApiError) {
 fn removal_during_the_last_look_does_not_save_the_agent() {
     let script = Script::new(explicit()).waiting().wait(30_101);
     let reason = "ROOM_DELETED".to_owned();
-    let script = script.ended(30_105, Ended::Removed { reason });
+    let script = script.ended(30_105, EndReason::Removed { reason });
     assert_eq!(script.reason(30_110), Reason::DispatchUnanswered);
 }
 
@@ -776,8 +784,8 @@ fn agent_without_a_track_is_agent_no_track() {
     assert!(report.timeline.span(Span::AgentJoin).is_some());
 }
 
-fn agent_error(identity: &str, message: &str) -> Seen {
-    Seen::AgentError {
+fn agent_error(identity: &str, message: &str) -> RoomEventKind {
+    RoomEventKind::AgentError {
         identity: identity.to_owned(),
         message: message.to_owned(),
     }
@@ -842,7 +850,10 @@ fn agent_that_measures_its_turns_is_evidence_up_to_a_bound_and_a_stray_is_none()
                 e2e_latency_seconds: None,
             };
             let identity = identity.to_owned();
-            script = script.see(600 + turn, Seen::AgentMetrics { identity, metrics });
+            script = script.see(
+                600 + turn,
+                RoomEventKind::AgentMetrics { identity, metrics },
+            );
         }
     }
     let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
@@ -859,7 +870,7 @@ fn error_that_an_agent_overcomes_is_evidence_alone() {
     let script = Script::new(explicit()).waiting().joined(500).track(520);
     let script = script
         .see(700, agent_error(&agent, "status_code=429, retryable=True"))
-        .see(900, Seen::SpeechStarted)
+        .see(900, RoomEventKind::SpeechStarted)
         .hold(950, 1_000);
     let report = script.wait(1_000).report(1_010);
     assert_eq!(report.outcome, Outcome::Ok);
@@ -878,7 +889,7 @@ fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came
     ] {
         let mut script = Script::new(explicit()).waiting().joined(500).track(520);
         if audio {
-            script = script.see(540, Seen::AgentFirstAudio);
+            script = script.see(540, RoomEventKind::AgentFirstAudio);
         }
         let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
         let report = script.report(20_520);
@@ -891,7 +902,7 @@ fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came
 #[test]
 fn silent_agent_that_was_there_before_us_may_have_spoken_before() {
     let script = Script::new(named(DispatchMode::Token))
-        .see(10, Seen::SignalRequested)
+        .see(10, RoomEventKind::SignalRequested)
         .signal(40)
         .stamped(20, 40, true)
         .up(300)
@@ -907,11 +918,11 @@ fn silent_agent_that_was_there_before_us_may_have_spoken_before() {
 #[test]
 fn right_taken_away_in_mid_call_is_somebody_elses_doing_and_never_the_agents() {
     for (right, words) in [
-        (Right::Publish, "right to publish"),
-        (Right::Subscribe, "right to subscribe"),
+        (MediaPermission::Publish, "right to publish"),
+        (MediaPermission::Subscribe, "right to subscribe"),
     ] {
         let script = Script::new(explicit()).waiting().joined(500);
-        let report = script.ended(600, Ended::Revoked(right)).report(620);
+        let report = script.ended(600, EndReason::Revoked(right)).report(620);
         assert_eq!(reason_of(&report), Reason::Removed);
         let failure = report.outcome.failure().unwrap();
         assert!(failure.detail.contains(words), "{}", failure.detail);
@@ -921,7 +932,7 @@ fn right_taken_away_in_mid_call_is_somebody_elses_doing_and_never_the_agents() {
 #[test]
 fn agents_windows_begin_when_our_own_media_is_up() {
     let script = Script::new(automatic())
-        .see(10, Seen::SignalRequested)
+        .see(10, RoomEventKind::SignalRequested)
         .signal(40);
     let script = script.joined(100).up(9_000).wait(18_999);
     assert!(matches!(script.probe.phase, Phase::Watching));
@@ -934,26 +945,26 @@ fn agent_is_not_judged_while_our_own_media_is_missing() {
     let mut target = automatic();
     target.deadlines.join = Duration::from_secs(5);
     let script = Script::new(target)
-        .see(10, Seen::SignalRequested)
+        .see(10, RoomEventKind::SignalRequested)
         .signal(40)
-        .see(50, Seen::EchoPublished)
+        .see(50, RoomEventKind::EchoPublished)
         .wait(15_040);
     assert_eq!(script.reason(15_050), Reason::MediaFailed);
 }
 
 #[test]
 fn failure_of_media_says_where_the_server_wants_it() {
-    let address = |text: &str| Seen::MediaAddress(text.to_owned());
+    let address = |text: &str| RoomEventKind::MediaAddress(text.to_owned());
     let way_in = || Script::new(explicit()).created(10, Ok(())).signal(40);
     let told = way_in()
         .see(50, address("UDP 192.0.2.1:7882"))
-        .see(50, Seen::EchoPublished)
+        .see(50, RoomEventKind::EchoPublished)
         .see(60, address("TCP 192.0.2.1:7881"))
         .wait(15_040);
     let report = told.report(15_050);
     let wants = "LiveKit wants media at UDP 192.0.2.1:7882, TCP 192.0.2.1:7881".to_owned();
     assert!(report.evidence.notes.contains(&wants), "{report:?}");
-    let untold = way_in().see(50, Seen::EchoPublished).wait(15_040);
+    let untold = way_in().see(50, RoomEventKind::EchoPublished).wait(15_040);
     let report = untold.report(15_050);
     let none = "LiveKit named no address for media".to_owned();
     assert!(report.evidence.notes.contains(&none), "{report:?}");
@@ -989,7 +1000,9 @@ fn expected_reply_that_outlasts_the_hold_is_waited_for() {
         .echo(3_000, 4_300)
         .wait(20_000);
     assert!(!script.is_settled());
-    let script = script.see(21_000, Seen::SpeechStarted).wait(21_000);
+    let script = script
+        .see(21_000, RoomEventKind::SpeechStarted)
+        .wait(21_000);
     assert_eq!(script.report(21_010).outcome, Outcome::Ok);
 }
 
@@ -998,10 +1011,10 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
     let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script.hold(600, 1_000).speech(700, 2_000);
     let script = script
-        .see(3_000, Seen::EchoStarted)
+        .see(3_000, RoomEventKind::EchoStarted)
         .speech(3_500, 3_900)
-        .see(4_300, Seen::EchoEnded);
-    let script = script.see(6_000, Seen::SpeechStarted).wait(6_000);
+        .see(4_300, RoomEventKind::EchoEnded);
+    let script = script.see(6_000, RoomEventKind::SpeechStarted).wait(6_000);
     let report = script.report(6_010);
     assert_eq!(report.outcome, Outcome::Ok);
     assert!(report.turns[0].overlap);
@@ -1019,7 +1032,9 @@ fn echo_that_never_goes_out_is_our_own_fault() {
 #[test]
 fn agent_that_never_pauses_gives_no_reply() {
     let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
-    let script = script.speech(700, 60_000).see(60_900, Seen::SpeechStarted);
+    let script = script
+        .speech(700, 60_000)
+        .see(60_900, RoomEventKind::SpeechStarted);
     let script = script.wait(120_699);
     assert!(!script.is_settled());
     let script = script.wait(120_700).listed(120_710, Ok(Vec::new()));
@@ -1035,7 +1050,7 @@ fn long_greeting_still_gets_its_echo_and_reply() {
         .echo(101_000, 131_000);
     let script = script
         .wait(140_000)
-        .see(141_000, Seen::SpeechStarted)
+        .see(141_000, RoomEventKind::SpeechStarted)
         .wait(141_000);
     assert_eq!(script.report(141_010).outcome, Outcome::Ok);
 }
@@ -1045,8 +1060,8 @@ fn second_agent_is_agent_duplicate() {
     let identity = "agent-2".to_owned();
     let script = Script::new(explicit())
         .with_agent()
-        .see(900, Seen::AgentDuplicate { identity })
-        .see(905, Seen::AgentConnected);
+        .see(900, RoomEventKind::AgentDuplicate { identity })
+        .see(905, RoomEventKind::AgentConnected);
     assert_eq!(
         script.asked_for(|action| matches!(action, Action::AgentsConnected(false))),
         2
@@ -1062,7 +1077,7 @@ fn second_agent_past_the_verdict_is_billed_too() {
     let script = Script::new(explicit())
         .with_agent()
         .feed(900, Input::Abort)
-        .see(910, Seen::AgentDuplicate { identity });
+        .see(910, RoomEventKind::AgentDuplicate { identity });
     let report = script.report(920);
     assert_eq!(report.outcome, Outcome::Aborted);
     assert_eq!(report.billed(), Some(Duration::from_mins(2)));
@@ -1116,9 +1131,9 @@ fn agent_may_leave_when_its_target_says_so() {
 fn agent_that_leaves_before_our_media_is_up_is_judged_once_it_is() {
     let way_in = || {
         Script::new(automatic())
-            .see(10, Seen::SignalRequested)
+            .see(10, RoomEventKind::SignalRequested)
             .signal(40)
-            .see(50, Seen::EchoPublished)
+            .see(50, RoomEventKind::EchoPublished)
             .joined(60)
             .left(80, "AGENT_ERROR")
     };
@@ -1150,7 +1165,9 @@ fn hold_that_is_over_before_the_agent_spoke_waits_for_speech_or_its_deadline() {
         .hold(600, 1_000)
         .wait(20_499);
     assert!(!script.is_settled());
-    let spoke = script.see(20_500, Seen::SpeechStarted).wait(20_500);
+    let spoke = script
+        .see(20_500, RoomEventKind::SpeechStarted)
+        .wait(20_500);
     assert_eq!(spoke.report(20_510).outcome, Outcome::Ok);
 
     let script = Script::new(explicit())
@@ -1209,7 +1226,7 @@ fn failed_call_or_join_has_the_reason_of_its_step() {
             .way_in()
             .dispatched(101, 9_000, result)
     };
-    let join = |error: SignalError| create(Ok(())).ended(30, Ended::Signal(error));
+    let join = |error: SignalError| create(Ok(())).ended(30, EndReason::Signal(error));
     let turned_away = SignalError::LeftBeforeJoin {
         reason: "JOIN_FAILURE".to_owned(),
     };
@@ -1251,7 +1268,7 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
         (
             created()
                 .signal(40)
-                .see(60, Seen::EchoPublished)
+                .see(60, RoomEventKind::EchoPublished)
                 .wait(15_040),
             Reason::MediaFailed,
             Some("media"),
@@ -1265,7 +1282,7 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
         (
             created()
                 .signal(40)
-                .see(60, Seen::MediaConnected)
+                .see(60, RoomEventKind::MediaConnected)
                 .wait(15_040),
             Reason::PublishFailed,
             Some("publish"),
@@ -1281,13 +1298,13 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
 #[test]
 fn participant_that_ends_has_the_reason_of_its_end() {
     let ended = |why| Script::new(explicit()).with_agent().ended(900, why);
-    let lost = |error| ended(Ended::Signal(error));
+    let lost = |error| ended(EndReason::Signal(error));
     let removed = |reason: &str| {
-        ended(Ended::Removed {
+        ended(EndReason::Removed {
             reason: reason.to_owned(),
         })
     };
-    let media = Ended::MediaFailed {
+    let media = EndReason::MediaFailed {
         transport: "subscriber",
         detail: "ICE disconnected".to_owned(),
     };
@@ -1309,17 +1326,17 @@ fn participant_that_ends_has_the_reason_of_its_end() {
         (removed("SERVER_SHUTDOWN"), Reason::SignalLost, None),
         (removed("CONNECTION_TIMEOUT"), Reason::MediaFailed, None),
         (
-            ended(Ended::PublishFailed("refused".to_owned())),
+            ended(EndReason::PublishFailed("refused".to_owned())),
             Reason::PublishFailed,
             Some("publish"),
         ),
         (ended(media), Reason::MediaFailed, Some("media")),
         (
-            ended(Ended::Internal("a panic".to_owned())),
+            ended(EndReason::Internal("a panic".to_owned())),
             Reason::Internal,
             None,
         ),
-        (ended(Ended::Left), Reason::Internal, None),
+        (ended(EndReason::Left), Reason::Internal, None),
         (
             Script::new(explicit()).with_agent().feed(900, panicked),
             Reason::Internal,
@@ -1371,7 +1388,7 @@ fn room_is_not_deleted_while_a_call_could_still_bring_it_back() {
     let script = Script::new(explicit())
         .way_in()
         .feed(105, Input::Abort)
-        .ended(110, Ended::Left);
+        .ended(110, EndReason::Left);
     assert_eq!(deletes(&script), 0);
     let script = script.dispatched(101, 120, Ok(()));
     assert_eq!(
@@ -1412,8 +1429,11 @@ fn progress_tells_each_milestone_once_and_no_more_than_promised() {
         .joined(600)
         .speech(700, 900)
         .speech(950, 990);
-    let script = script.see(995, Seen::AgentState("listening".to_owned()));
-    let script = script.hold(1_000, 0).wait(1_000).ended(1_010, Ended::Left);
+    let script = script.see(995, RoomEventKind::AgentState("listening".to_owned()));
+    let script = script
+        .hold(1_000, 0)
+        .wait(1_000)
+        .ended(1_010, EndReason::Left);
     let gone = Deletion::Deleted {
         at: script.time(1_020),
     };
@@ -1428,7 +1448,7 @@ fn evidence_is_bounded_in_a_crowded_room() {
     for guest in 0..1_000 {
         script = script.see(
             200,
-            Seen::OtherJoined {
+            RoomEventKind::OtherJoined {
                 identity: format!("guest-{guest}"),
                 kind: "STANDARD".to_owned(),
                 agent_name: Some(format!("name-{guest}")),
@@ -1525,54 +1545,57 @@ fn random_input(random: &mut fastrand::Rng, script: &Script, at: u64) -> Input {
         3 => return Input::HoldUntil(random.bool().then_some(stamp)),
         4 if random.u8(..8) == 0 => return Input::Abort,
         5 if random.u8(..8) == 0 => return Input::Panicked(String::new()),
-        6 if random.u8(..4) == 0 => Seen::Ended {
-            why: match random.u8(..5) {
-                0 => Ended::Left,
+        6 if random.u8(..4) == 0 => RoomEventKind::Ended {
+            reason: match random.u8(..5) {
+                0 => EndReason::Left,
                 1 => ping_timeout(),
-                2 => Ended::Removed {
+                2 => EndReason::Removed {
                     reason: "ROOM_DELETED".to_owned(),
                 },
-                3 => Ended::PublishFailed(String::new()),
-                _ => Ended::Internal(String::new()),
+                3 => EndReason::PublishFailed(String::new()),
+                _ => EndReason::Internal(String::new()),
             },
             audio: AudioStats::default(),
         },
-        7 => Seen::SignalRequested,
-        8 | 9 => Seen::SignalConnected {
+        7 => RoomEventKind::SignalRequested,
+        8 | 9 => RoomEventKind::SignalConnected {
             room_sid: String::new(),
             server_version: String::new(),
             region: String::new(),
             node: String::new(),
         },
-        10 | 11 => Seen::MediaConnected,
-        12 | 13 => Seen::EchoPublished,
-        14 => Seen::AgentJoined {
+        10 | 11 => RoomEventKind::MediaConnected,
+        12 | 13 => RoomEventKind::EchoPublished,
+        14 => RoomEventKind::AgentJoined {
             agent: agent(),
             in_join_response: random.bool(),
         },
-        15 if random.bool() => Seen::AgentState("listening".to_owned()),
-        15 => Seen::AgentConnected,
-        16 => Seen::AgentTrackSubscribed {
+        15 if random.bool() => RoomEventKind::AgentState("listening".to_owned()),
+        15 => RoomEventKind::AgentConnected,
+        16 => RoomEventKind::AgentTrackSubscribed {
             track_sid: String::new(),
         },
-        17 => Seen::AgentFirstAudio,
-        18 => Seen::SpeechStarted,
-        19 => Seen::SpeechEnded,
-        20 => Seen::EchoStarted,
-        21 => Seen::EchoEnded,
-        22 if random.bool() => Seen::AgentLeft {
+        17 => RoomEventKind::AgentFirstAudio,
+        18 => RoomEventKind::SpeechStarted,
+        19 => RoomEventKind::SpeechEnded,
+        20 => RoomEventKind::EchoStarted,
+        21 => RoomEventKind::EchoEnded,
+        22 if random.bool() => RoomEventKind::AgentLeft {
             reason: String::new(),
         },
-        23 if random.bool() => Seen::AgentDuplicate {
+        23 if random.bool() => RoomEventKind::AgentDuplicate {
             identity: String::new(),
         },
-        _ => Seen::OtherJoined {
+        _ => RoomEventKind::OtherJoined {
             identity: String::new(),
             kind: String::new(),
             agent_name: None,
         },
     };
-    Input::Room(RoomEvent { at: stamp, seen })
+    Input::Room(RoomEvent {
+        at: stamp,
+        kind: seen,
+    })
 }
 
 /// Answers what is outstanding, as the driver does, and lets every deadline fire.

@@ -1,8 +1,8 @@
 use super::*;
 use crate::probe::Origin;
 
-fn refusal(status: u16, code: Option<&str>, message: &str) -> Refusal {
-    Refusal {
+fn refusal(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
+    HttpRejection {
         status,
         twirp_code: code.map(str::to_owned),
         message: message.to_owned(),
@@ -163,7 +163,7 @@ fn refusals_that_a_setting_explains_are_its_fault() {
 #[test]
 fn refusal_is_kept_as_evidence() {
     let mut evidence = Evidence::default();
-    let error = ApiError::Refused(Refusal {
+    let error = ApiError::Refused(HttpRejection {
         retry_after: Some(Duration::from_millis(1500)),
         ..refusal(429, Some("resource_exhausted"), "slow\ndown")
     });

@@ -4,7 +4,7 @@ use proto::participant_info::Kind;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::livekit::event::{Right, RoomEvent};
+use crate::livekit::event::{MediaPermission, RoomEvent};
 use crate::livekit::join;
 use crate::livekit::room::observer::Outlet;
 use crate::livekit::test_server::Server;
@@ -43,17 +43,17 @@ impl Room {
         self.start + Duration::from_millis(millis)
     }
 
-    fn say(&mut self, millis: u64, message: Response) -> Result<Option<Instant>, Ended> {
+    fn say(&mut self, millis: u64, message: Response) -> Result<Option<Instant>, EndReason> {
         let told = Told::Message(self.at(millis), Box::new(message));
         self.watch.on_told(told)
     }
 
     /// What was told, each with its millisecond.
-    fn told(&mut self) -> Vec<(u128, Seen)> {
+    fn told(&mut self) -> Vec<(u128, RoomEventKind)> {
         let events = std::iter::from_fn(|| self.events.try_recv().ok());
         let start = self.start;
         events
-            .map(|event| (event.at.duration_since(start).as_millis(), event.seen))
+            .map(|event| (event.at.duration_since(start).as_millis(), event.kind))
             .collect()
     }
 }
@@ -84,8 +84,8 @@ async fn agent_of_the_join_response_is_not_missed() {
     assert!(matches!(
         &room.told()[..],
         [
-            (0, Seen::SignalConnected { .. }),
-            (0, Seen::AgentJoined { agent, in_join_response: true }),
+            (0, RoomEventKind::SignalConnected { .. }),
+            (0, RoomEventKind::AgentJoined { agent, in_join_response: true }),
         ] if agent.identity == "agent-1"
     ));
 }
@@ -105,7 +105,7 @@ async fn agent_is_stamped_as_its_message_is_read_and_joined_by_the_servers_clock
     let expected = room.at(400);
     assert!(matches!(
         &room.told()[1..],
-        [(500, Seen::AgentJoined { agent, in_join_response: false })]
+        [(500, RoomEventKind::AgentJoined { agent, in_join_response: false })]
             if agent.joined == Some(expected)
     ));
 }
@@ -126,7 +126,7 @@ async fn addresses_of_media_are_told_once_each() {
     assert!(room.say(20, Response::Trickle(trickle)).is_ok());
     assert!(matches!(
         &room.told()[1..],
-        [(10, Seen::MediaAddress(address))] if address == "UDP 192.0.2.1:7882"
+        [(10, RoomEventKind::MediaAddress(address))] if address == "UDP 192.0.2.1:7882"
     ));
 }
 
@@ -144,13 +144,16 @@ async fn own_track_and_its_end_are_the_servers_word() {
     };
     assert!(room.say(10, published("another")).is_ok());
     assert!(room.say(20, published("echo-1")).is_ok());
-    assert!(matches!(room.told()[1..], [(20, Seen::EchoPublished)]));
+    assert!(matches!(
+        room.told()[1..],
+        [(20, RoomEventKind::EchoPublished)]
+    ));
     let gone = Response::TrackUnpublished(proto::TrackUnpublishedResponse {
         track_sid: "TR_1".to_owned(),
     });
     let why = room.say(30, gone);
     assert!(
-        matches!(why, Err(Ended::Revoked(Right::Publish))),
+        matches!(why, Err(EndReason::Revoked(MediaPermission::Publish))),
         "{why:?}"
     );
 }
@@ -162,7 +165,10 @@ async fn request_is_told_once_though_the_sdk_tries_two_paths() {
         let requested = Told::Requested(room.at(millis));
         assert!(room.watch.on_told(requested).is_ok());
     }
-    assert!(matches!(room.told()[..], [(5, Seen::SignalRequested)]));
+    assert!(matches!(
+        room.told()[..],
+        [(5, RoomEventKind::SignalRequested)]
+    ));
 }
 
 #[tokio::test]
@@ -175,12 +181,15 @@ async fn leave_is_the_end_and_before_the_join_a_refusal() {
     };
     let why = Room::joined(Vec::new()).await.say(10, leave());
     assert!(
-        matches!(&why, Err(Ended::Removed { reason }) if reason == "ROOM_DELETED"),
+        matches!(&why, Err(EndReason::Removed { reason }) if reason == "ROOM_DELETED"),
         "{why:?}"
     );
     let why = Room::new().await.say(10, leave());
     assert!(
-        matches!(why, Err(Ended::Signal(SignalError::LeftBeforeJoin { .. }))),
+        matches!(
+            why,
+            Err(EndReason::Signal(SignalError::LeftBeforeJoin { .. }))
+        ),
         "{why:?}"
     );
 }
@@ -191,7 +200,7 @@ async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
     assert!(room.watch.on_told(closed()).is_ok());
     let why = room.watch.not_connected("handshake error".to_owned());
     assert!(
-        matches!(why, Ended::Signal(SignalError::Closed(_))),
+        matches!(why, EndReason::Signal(SignalError::Closed(_))),
         "{why:?}"
     );
 }
@@ -200,19 +209,22 @@ async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
 async fn join_without_an_answer_is_a_join_timeout_and_one_without_media_is_medias_failure() {
     let why = Room::new().await.watch.not_connected(String::new());
     assert!(
-        matches!(why, Ended::Signal(SignalError::JoinTimeout(_))),
+        matches!(why, EndReason::Signal(SignalError::JoinTimeout(_))),
         "{why:?}"
     );
     let mut room = Room::joined(Vec::new()).await;
     assert!(room.watch.joined());
     let why = room.watch.not_connected("timed out".to_owned());
-    assert!(matches!(&why, Ended::MediaFailed { detail, .. } if detail == "timed out"));
+    assert!(matches!(&why, EndReason::MediaFailed { detail, .. } if detail == "timed out"));
 }
 
 #[tokio::test]
 async fn closed_socket_ends_a_participant_whatever_the_sdk_would_do() {
     let lost = Room::joined(Vec::new()).await.watch.on_told(closed());
-    assert!(matches!(lost, Err(Ended::Signal(SignalError::Closed(_)))));
+    assert!(matches!(
+        lost,
+        Err(EndReason::Signal(SignalError::Closed(_)))
+    ));
 }
 
 #[tokio::test]
@@ -220,10 +232,10 @@ async fn reconnect_is_the_signals_loss_where_the_server_was_quiet_and_else_that_
     let mut room = Room::joined(Vec::new()).await;
     assert!(room.say(10_000, update(agent())).is_ok());
     let soon = room.watch.reconnecting(room.at(16_000));
-    assert!(matches!(soon, Ended::MediaFailed { .. }), "{soon:?}");
+    assert!(matches!(soon, EndReason::MediaFailed { .. }), "{soon:?}");
     let late = room.watch.reconnecting(room.at(25_000));
     assert!(
-        matches!(late, Ended::Signal(SignalError::PingTimeout(_))),
+        matches!(late, EndReason::Signal(SignalError::PingTimeout(_))),
         "{late:?}"
     );
 }

@@ -129,7 +129,7 @@ fn speech(id: &str, attributes: &[(&str, &str)]) -> Vec<u8> {
 
 fn said(told: Vec<Told>) -> Vec<(String, String, bool)> {
     let words = told.into_iter().map(|told| match told {
-        Told::Words(words) => (
+        Told::Transcript(words) => (
             words.segment,
             words.text.as_str().to_owned(),
             words.is_final,
@@ -162,7 +162,7 @@ fn transcript_is_read_where_it_is_wanted_and_what_is_cut_off_is_not_final() {
         (segment.to_owned(), text.to_owned(), is_final)
     };
     assert_eq!(said(read.collect()), expected.map(own));
-    let cut = reader.unfinished().into_iter().map(Told::Words);
+    let cut = reader.unfinished().into_iter().map(Told::Transcript);
     assert_eq!(said(cut.collect()), [own(("c", "well, I", false))]);
 
     let mut unwanted = Reader::new(false);
@@ -331,11 +331,11 @@ proptest! {
             for one in told {
                 let length = match &one {
                     Told::Error { message, .. } => message.len(),
-                    Told::Words(words) => words.text.as_str().len(),
+                    Told::Transcript(words) => words.text.as_str().len(),
                     Told::Turn { .. } => 0,
                 };
                 prop_assert!(length <= 1024, "{length}");
-                if let Told::Words(words) = one {
+                if let Told::Transcript(words) = one {
                     let length = |text: &str| text.chars().count();
                     prop_assert!(length(&words.identity) <= 256);
                     prop_assert!(length(&words.segment) <= 64);

@@ -58,12 +58,12 @@ impl Room {
         let events = self.roster.update(now, vec![info], false);
         let told = events.into_iter().map(|event| {
             let at = event.at.duration_since(self.start).as_millis();
-            let what = match event.seen {
-                Seen::AgentJoined { agent, .. } => format!("agent {}", agent.sid),
-                Seen::AgentDuplicate { identity } => format!("duplicate {identity}"),
-                Seen::AgentLeft { reason } => format!("left {reason}"),
-                Seen::AgentState(state) => format!("state {state}"),
-                Seen::OtherJoined {
+            let what = match event.kind {
+                RoomEventKind::AgentJoined { agent, .. } => format!("agent {}", agent.sid),
+                RoomEventKind::AgentDuplicate { identity } => format!("duplicate {identity}"),
+                RoomEventKind::AgentLeft { reason } => format!("left {reason}"),
+                RoomEventKind::AgentState(state) => format!("state {state}"),
+                RoomEventKind::OtherJoined {
                     identity,
                     kind,
                     agent_name,
@@ -124,7 +124,7 @@ fn agent_in_the_join_response_is_marked() {
     assert!(matches!(
         &events[..],
         [RoomEvent {
-            seen: Seen::AgentJoined {
+            kind: RoomEventKind::AgentJoined {
                 in_join_response: true,
                 ..
             },
