@@ -1,12 +1,12 @@
 //! Ticks as they come, on the wall clock.
 //!
-//! [`Agenda`] decides, without waiting for anything; tokio-cron-scheduler carries the waiting: a one-shot job at a time,
+//! [`TickTable`] decides, without waiting for anything; tokio-cron-scheduler carries the waiting: a one-shot job at a time,
 //! armed at the nearest tick of all targets, or for a second where none is nearer. So the same job is the heartbeat: if
 //! it comes no more, no tick would.
 //!
 //! The scheduler looks at its jobs every 500 ms and counts in whole seconds, always rounded down here, so that a tick is
 //! at most those 500 ms late. It compares with its own wall clock: where that was set back, its job stays away, and is
-//! armed anew after [`PATIENCE`].
+//! armed anew after [`JOB_TIMEOUT`].
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,17 +18,17 @@ use tokio::time::{Instant, timeout};
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{next_tick, offset};
+use super::calendar::{next_tick, offset};
 use crate::config::Schedule;
 
 /// Longest time from one beat of the scheduler to the next.
-const BEAT: Duration = Duration::from_secs(1);
+const MAX_BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// A job that has not come after so long won't: it is armed anew.
-const PATIENCE: Duration = Duration::from_secs(3);
+const JOB_TIMEOUT: Duration = Duration::from_secs(3);
 /// A scheduler without a beat for so long is given up.
-const SILENCE: Duration = Duration::from_secs(30);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A target has one tick on its way at most, so that only more targets than this could fill the channel.
-const CHANNEL: usize = 1024;
+const CHANNEL_CAPACITY: usize = 1024;
 
 /// A batch is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,15 +50,15 @@ pub struct StartError(#[from] JobSchedulerError);
 
 /// Delivers the ticks of all targets. Dropping it ends them; the scheduler's own tasks last as long as the runtime.
 pub struct Ticker {
-    agenda: Arc<Mutex<Agenda>>,
+    table: Arc<Mutex<TickTable>>,
     /// What is armed may be too late by now.
     changed: Arc<Notify>,
     beats: watch::Receiver<Instant>,
-    clock: Clock,
-    _carrier: AbortOnDropHandle<()>,
+    clock: TimeSource,
+    _heartbeat: AbortOnDropHandle<()>,
 }
 
-type Clock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
+type TimeSource = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
 
 impl Ticker {
     /// Starts the scheduler, without any target, on the wall clock that `clock` tells.
@@ -77,24 +77,24 @@ impl Ticker {
         Ok(Self::on(scheduler, Arc::new(clock)))
     }
 
-    fn on(scheduler: JobScheduler, clock: Clock) -> (Self, mpsc::Receiver<Tick>) {
-        let (ticks, receiver) = mpsc::channel(CHANNEL);
+    fn on(scheduler: JobScheduler, clock: TimeSource) -> (Self, mpsc::Receiver<Tick>) {
+        let (ticks, receiver) = mpsc::channel(CHANNEL_CAPACITY);
         let (beat, beats) = watch::channel(Instant::now());
-        let agenda = Arc::new(Mutex::new(Agenda::new(clock(), ticks)));
+        let table = Arc::new(Mutex::new(TickTable::new(clock(), ticks)));
         let changed = Arc::new(Notify::new());
-        let carrier = Carrier {
+        let heartbeat = Heartbeat {
             scheduler,
             clock: Arc::clone(&clock),
-            agenda: Arc::clone(&agenda),
+            table: Arc::clone(&table),
             changed: Arc::clone(&changed),
             beat,
         };
         let ticker = Self {
-            agenda,
+            table,
             changed,
             beats,
             clock,
-            _carrier: AbortOnDropHandle::new(tokio::spawn(carrier.run())),
+            _heartbeat: AbortOnDropHandle::new(tokio::spawn(heartbeat.run())),
         };
         (ticker, receiver)
     }
@@ -104,25 +104,25 @@ impl Ticker {
     /// Its first tick is the schedule's first that comes after now and not before `first_not_before`.
     pub fn set(&self, target: &str, schedule: &Schedule, first_not_before: DateTime<Utc>) {
         let now = (self.clock)();
-        lock(&self.agenda).set(target, schedule, now, first_not_before);
+        lock(&self.table).set(target, schedule, now, first_not_before);
         self.changed.notify_one();
     }
 
     /// From now on `target` has no ticks; one that was delivered may still stand in the channel.
     pub fn remove(&self, target: &str) {
-        lock(&self.agenda).entries.remove(target);
+        lock(&self.table).entries.remove(target);
     }
 
     /// When the next batch of `target` is due; in the past while a tick that was delivered is not handled.
     pub fn next(&self, target: &str) -> Option<DateTime<Utc>> {
-        let agenda = lock(&self.agenda);
-        let entry = agenda.entries.get(target)?;
+        let table = lock(&self.table);
+        let entry = table.entries.get(target)?;
         entry.unhandled.or(entry.next)
     }
 
     /// Tells that the batch of this tick was started, or skipped for a reason. Until then no other comes for its target.
     pub fn handled(&self, tick: &Tick) {
-        if let Some(entry) = lock(&self.agenda).entries.get_mut(&tick.target)
+        if let Some(entry) = lock(&self.table).entries.get_mut(&tick.target)
             && entry.unhandled == Some(tick.due)
         {
             entry.unhandled = None;
@@ -141,21 +141,19 @@ impl Ticker {
     }
 }
 
-fn lock(agenda: &Mutex<Agenda>) -> MutexGuard<'_, Agenda> {
-    agenda
-        .lock()
-        .expect("nobody panics with the agenda in hand")
+fn lock(table: &Mutex<TickTable>) -> MutexGuard<'_, TickTable> {
+    table.lock().expect("nobody panics with the table in hand")
 }
 
 /// Which ticks are due, and which come next.
-struct Agenda {
-    entries: BTreeMap<String, Entry>,
+struct TickTable {
+    entries: BTreeMap<String, TickEntry>,
     ticks: mpsc::Sender<Tick>,
     /// The wall clock as it was last seen; never set back but by a clock that was.
     seen: DateTime<Utc>,
 }
 
-struct Entry {
+struct TickEntry {
     schedule: Schedule,
     offset: Duration,
     /// `None` where the schedule has no tick any more.
@@ -167,7 +165,7 @@ struct Entry {
     dropped: u64,
 }
 
-impl Agenda {
+impl TickTable {
     fn new(now: DateTime<Utc>, ticks: mpsc::Sender<Tick>) -> Self {
         Self {
             entries: BTreeMap::new(),
@@ -189,7 +187,7 @@ impl Agenda {
             former => {
                 let offset = offset(target, schedule);
                 let just_before = first_not_before - TimeDelta::nanoseconds(1);
-                Entry {
+                TickEntry {
                     next: next_tick(schedule, offset, now.max(just_before)),
                     schedule: schedule.clone(),
                     offset,
@@ -203,7 +201,7 @@ impl Agenda {
     }
 
     /// Delivers what is due, each target's tick once, however many came while nobody looked.
-    fn look(&mut self, now: DateTime<Utc>) {
+    fn emit_due(&mut self, now: DateTime<Utc>) {
         let set_back = now < self.seen;
         self.seen = now;
         for (target, entry) in &mut self.entries {
@@ -232,15 +230,15 @@ impl Agenda {
     }
 
     /// How long nothing is due.
-    fn quiet(&self, now: DateTime<Utc>) -> Duration {
+    fn until_next(&self, now: DateTime<Utc>) -> Duration {
         let nearest = self.entries.values().filter_map(|entry| entry.next).min();
-        nearest.map_or(BEAT, |nearest| {
+        nearest.map_or(MAX_BEAT_INTERVAL, |nearest| {
             (nearest - now).to_std().unwrap_or(Duration::ZERO)
         })
     }
 }
 
-impl Entry {
+impl TickEntry {
     fn plan(&mut self, now: DateTime<Utc>) {
         self.next = next_tick(&self.schedule, self.offset, now);
         self.planned_at = now;
@@ -259,35 +257,35 @@ impl Entry {
     }
 }
 
-/// Keeps a job armed, and looks at the agenda when it comes.
-struct Carrier {
+/// Keeps a job armed, and looks at the table when it comes.
+struct Heartbeat {
     scheduler: JobScheduler,
-    clock: Clock,
-    agenda: Arc<Mutex<Agenda>>,
+    clock: TimeSource,
+    table: Arc<Mutex<TickTable>>,
     changed: Arc<Notify>,
     beat: watch::Sender<Instant>,
 }
 
-impl Carrier {
+impl Heartbeat {
     /// Ends when the scheduler is given up.
     async fn run(self) {
         let (came, mut coming) = watch::channel(0_u64);
         let mut serial = 0;
-        while self.beat.borrow().elapsed() < SILENCE {
+        while self.beat.borrow().elapsed() < SILENCE_TIMEOUT {
             let wait = {
-                let mut agenda = lock(&self.agenda);
+                let mut table = lock(&self.table);
                 let now = (self.clock)();
-                agenda.look(now);
-                agenda.quiet(now).min(BEAT)
+                table.emit_due(now);
+                table.until_next(now).min(MAX_BEAT_INTERVAL)
             };
             serial += 1;
             // Its tasks may be dead, and then it never answers.
-            let armed = timeout(PATIENCE, self.arm(wait, serial, came.clone())).await;
+            let armed = timeout(JOB_TIMEOUT, self.arm(wait, serial, came.clone())).await;
             if let Ok(Err(error)) = armed {
                 tracing::warn!("the scheduler took no job: {error}");
             }
             tokio::select! {
-                beat = timeout(PATIENCE, coming.wait_for(|latest| *latest == serial)) => {
+                beat = timeout(JOB_TIMEOUT, coming.wait_for(|latest| *latest == serial)) => {
                     if let Ok(Ok(_)) = beat {
                         self.beat.send_replace(Instant::now());
                     }

@@ -16,25 +16,30 @@ use chrono_tz::Tz;
 use croner::Cron;
 use croner::errors::CronError;
 
-use super::Gaps;
-
 const MINUTE: TimeDelta = TimeDelta::minutes(1);
 const DAY: TimeDelta = TimeDelta::days(1);
 /// A fifth Monday of February can be so far away; whatever doesn't come in this time never does.
 const HORIZON: TimeDelta = TimeDelta::days(40 * 366);
 
+/// How far apart the ticks of a time lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gaps {
+    pub shortest: Duration,
+    pub longest: Duration,
+}
+
 pub(super) struct WallClock<'a> {
     expression: &'a Cron,
     zone: Tz,
-    hours: Set,
-    minutes: Set,
-    seconds: Set,
+    hours: NumberSet,
+    minutes: NumberSet,
+    seconds: NumberSet,
     /// It names its times, without a `*` in hour or minute: each comes once, whatever the clock does.
     particular: bool,
 }
 
 /// At most a day in which the zone keeps its offset, as an expression sees it.
-struct Stretch {
+struct OffsetPeriod {
     begin: DateTime<Utc>,
     /// What the wall clock is ahead of UTC.
     ahead: TimeDelta,
@@ -44,7 +49,7 @@ struct Stretch {
     skipped: Option<Range<NaiveDateTime>>,
 }
 
-impl Stretch {
+impl OffsetPeriod {
     fn end(&self) -> DateTime<Utc> {
         (self.wall.end - self.ahead).and_utc()
     }
@@ -65,9 +70,9 @@ impl<'a> WallClock<'a> {
         Self {
             expression,
             zone,
-            hours: Set::of(24, |hour| pattern.hour_match(hour)),
-            minutes: Set::of(60, |minute| pattern.minute_match(minute)),
-            seconds: Set::of(60, |second| pattern.second_match(second)),
+            hours: NumberSet::of(24, |hour| pattern.hour_match(hour)),
+            minutes: NumberSet::of(60, |minute| pattern.minute_match(minute)),
+            seconds: NumberSet::of(60, |second| pattern.second_match(second)),
             particular: !pattern.hours.from_wildcard && !pattern.minutes.from_wildcard,
         }
     }
@@ -85,15 +90,15 @@ impl<'a> WallClock<'a> {
 
     /// How many ticks lie from `begin`, which begins a minute, to before `end`, which does too.
     pub(super) fn ticks_in(&self, begin: DateTime<Utc>, end: DateTime<Utc>) -> u64 {
-        let stretches = self.stretches(begin);
-        let minutes: u64 = stretches
-            .take_while(|stretch| stretch.begin < end)
-            .map(|stretch| {
-                let mut wall = stretch.wall_from(begin);
-                wall.end = wall.end.min(end.naive_utc() + stretch.ahead);
-                let made_up = self.makes_up(&stretch, begin) && {
+        let periods = self.periods(begin);
+        let minutes: u64 = periods
+            .take_while(|period| period.begin < end)
+            .map(|period| {
+                let mut wall = period.wall_from(begin);
+                wall.end = wall.end.min(end.naive_utc() + period.ahead);
+                let made_up = self.makes_up(&period, begin) && {
                     // What was due at that minute anyway is one tick with it.
-                    let first = stretch.wall.start;
+                    let first = period.wall.start;
                     self.first_in(first..first + MINUTE).is_none()
                 };
                 self.matches_in(wall) + u64::from(made_up)
@@ -130,32 +135,32 @@ impl<'a> WallClock<'a> {
 
     /// The first minute with ticks that doesn't begin before `from`, which begins a minute.
     fn next_minute(&self, from: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        self.stretches(from)
-            .take_while(|stretch| stretch.begin <= from + HORIZON)
-            .find_map(|stretch| {
-                if self.makes_up(&stretch, from) {
-                    return Some(stretch.begin);
+        self.periods(from)
+            .take_while(|period| period.begin <= from + HORIZON)
+            .find_map(|period| {
+                if self.makes_up(&period, from) {
+                    return Some(period.begin);
                 }
-                let found = self.first_in(stretch.wall_from(from))?;
-                Some(stretch.instant(found))
+                let found = self.first_in(period.wall_from(from))?;
+                Some(period.instant(found))
             })
     }
 
-    /// Whether ticks that the change of the clock skipped come as the stretch begins.
-    fn makes_up(&self, stretch: &Stretch, from: DateTime<Utc>) -> bool {
-        let skipped = stretch.skipped.clone();
-        stretch.begin >= from && skipped.is_some_and(|skipped| self.first_in(skipped).is_some())
+    /// Whether ticks that the change of the clock skipped come as the period begins.
+    fn makes_up(&self, period: &OffsetPeriod, from: DateTime<Utc>) -> bool {
+        let skipped = period.skipped.clone();
+        period.begin >= from && skipped.is_some_and(|skipped| self.first_in(skipped).is_some())
     }
 
     /// Those that end after `from`. The day before is looked at as well, for the change of the clock that `from` may
     /// stand in the repeated hour of.
-    fn stretches(&self, from: DateTime<Utc>) -> impl Iterator<Item = Stretch> {
+    fn periods(&self, from: DateTime<Utc>) -> impl Iterator<Item = OffsetPeriod> {
         let mut begin = from - DAY;
         let mut before = self.ahead_at(begin);
         std::iter::repeat_with(move || {
             let ahead = self.ahead_at(begin);
             let end = self.next_change(begin, begin + DAY);
-            let mut stretch = Stretch {
+            let mut period = OffsetPeriod {
                 begin,
                 ahead,
                 wall: begin.naive_utc() + ahead..end.naive_utc() + ahead,
@@ -164,16 +169,16 @@ impl<'a> WallClock<'a> {
             if self.particular {
                 let unchanged = begin.naive_utc() + before;
                 if before < ahead {
-                    stretch.skipped = Some(unchanged..stretch.wall.start);
+                    period.skipped = Some(unchanged..period.wall.start);
                 }
                 // What the clock shows once more has been.
-                stretch.wall.start = stretch.wall.start.max(unchanged);
+                period.wall.start = period.wall.start.max(unchanged);
             }
             begin = end;
             before = ahead;
-            stretch
+            period
         })
-        .skip_while(move |stretch| stretch.end() <= from)
+        .skip_while(move |period| period.end() <= from)
     }
 
     fn ahead_at(&self, instant: DateTime<Utc>) -> TimeDelta {
@@ -273,9 +278,9 @@ impl<'a> WallClock<'a> {
 
 /// Numbers below 64.
 #[derive(Clone, Copy)]
-struct Set(u64);
+struct NumberSet(u64);
 
-impl Set {
+impl NumberSet {
     fn of(size: u32, matches: impl Fn(u32) -> Result<bool, CronError>) -> Self {
         let members = (0..size).filter(|number| matches(*number).is_ok_and(|matches| matches));
         Self(members.fold(0, |set, number| set | 1 << number))

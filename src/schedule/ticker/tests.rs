@@ -10,9 +10,9 @@ fn at(rfc3339: &str) -> DateTime<Utc> {
     rfc3339.parse().unwrap()
 }
 
-/// An agenda whose reader takes every tick at once, on a clock that the test sets.
+/// An table whose reader takes every tick at once, on a clock that the test sets.
 struct Simulation {
-    agenda: Agenda,
+    table: TickTable,
     ticks: mpsc::Receiver<Tick>,
     now: DateTime<Utc>,
 }
@@ -21,14 +21,14 @@ impl Simulation {
     fn at(now: &str) -> Self {
         let (sender, ticks) = mpsc::channel(4);
         Self {
-            agenda: Agenda::new(at(now), sender),
+            table: TickTable::new(at(now), sender),
             ticks,
             now: at(now),
         }
     }
 
     fn set(&mut self, target: &str, schedule: &Schedule) {
-        self.agenda.set(target, schedule, self.now, self.now);
+        self.table.set(target, schedule, self.now, self.now);
     }
 
     /// Sets the clock, and looks once.
@@ -38,10 +38,10 @@ impl Simulation {
     }
 
     fn look(&mut self) -> Vec<Tick> {
-        self.agenda.look(self.now);
+        self.table.emit_due(self.now);
         let mut taken = Vec::new();
         while let Ok(tick) = self.ticks.try_recv() {
-            let entry = self.agenda.entries.get_mut(&tick.target).unwrap();
+            let entry = self.table.entries.get_mut(&tick.target).unwrap();
             entry.unhandled = None;
             taken.push(tick);
         }
@@ -63,7 +63,7 @@ impl Simulation {
     }
 
     fn next(&self, target: &str) -> DateTime<Utc> {
-        self.agenda.entries[target].next.unwrap()
+        self.table.entries[target].next.unwrap()
     }
 }
 
@@ -180,14 +180,14 @@ fn first_tick_waits_until_it_may_come() {
         ("2026-11-24T09:00:00Z", "2026-11-24T10:15:00Z"),
     ] {
         simulation
-            .agenda
+            .table
             .set(&target, &schedule, now, at(not_before));
         assert_eq!(
             simulation.next(&target),
             at(first),
             "not before {not_before}"
         );
-        simulation.agenda.entries.clear();
+        simulation.table.entries.clear();
     }
 }
 
@@ -198,26 +198,26 @@ fn target_set_again_is_moved_by_another_schedule_only() {
     simulation.set(&target, &schedule);
     let later = at("2026-11-24T20:00:00Z");
     let now = simulation.now;
-    simulation.agenda.set(&target, &schedule, now, later);
+    simulation.table.set(&target, &schedule, now, later);
     assert_eq!(simulation.next(&target), at("2026-11-24T10:15:00Z"));
-    simulation.agenda.set(&target, &nightly(), now, now);
+    simulation.table.set(&target, &nightly(), now, now);
     assert_eq!(simulation.next(&target), at("2026-11-25T03:00:00Z"));
 }
 
 #[test]
 fn ticks_of_a_target_that_is_not_handled_are_dropped_and_told_with_the_next() {
     let (sender, mut ticks) = mpsc::channel(4);
-    let mut agenda = Agenda::new(at("2026-11-24T10:00:00Z"), sender);
+    let mut table = TickTable::new(at("2026-11-24T10:00:00Z"), sender);
     let (target, schedule) = quarters();
-    agenda.set(&target, &schedule, agenda.seen, agenda.seen);
+    table.set(&target, &schedule, table.seen, table.seen);
     for time in ["10:15", "10:30", "10:45"] {
-        agenda.look(at(&format!("2026-11-24T{time}:00Z")));
+        table.emit_due(at(&format!("2026-11-24T{time}:00Z")));
     }
     let first = ticks.try_recv().unwrap();
     assert_eq!(first.due, at("2026-11-24T10:15:00Z"));
     assert_eq!(ticks.try_recv(), Err(TryRecvError::Empty));
-    agenda.entries.get_mut(&target).unwrap().unhandled = None;
-    agenda.look(at("2026-11-24T11:00:00Z"));
+    table.entries.get_mut(&target).unwrap().unhandled = None;
+    table.emit_due(at("2026-11-24T11:00:00Z"));
     let next = ticks.try_recv().unwrap();
     assert_eq!((next.due, next.dropped), (at("2026-11-24T11:00:00Z"), 2));
 }
@@ -231,7 +231,7 @@ fn full_channel_drops_and_counts_and_holds_nobody_up() {
         simulation.set(target, &nightly());
     }
     assert_eq!(simulation.jump_to("2026-11-24T03:00:00Z").len(), 4);
-    let dropped = targets.map(|target| simulation.agenda.entries[target].dropped);
+    let dropped = targets.map(|target| simulation.table.entries[target].dropped);
     assert_eq!(dropped, [0, 0, 0, 0, 1]);
     assert_eq!(simulation.next("e"), at("2026-11-25T03:00:00Z"));
     simulation.ticks.close();
@@ -305,6 +305,6 @@ async fn scheduler_that_never_beats_is_given_up_after_30_s() {
     let scheduler = JobScheduler::new().await.unwrap();
     let (ticker, _ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
     ticker.stopped().await;
-    assert!(begun.elapsed() >= SILENCE);
+    assert!(begun.elapsed() >= SILENCE_TIMEOUT);
     assert!(ticker.last_beat() <= begun + Duration::from_millis(1));
 }
