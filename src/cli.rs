@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use strum::VariantArray;
 use tokio::runtime::Runtime;
 
 use crate::config::{DispatchMode, EchoMode, Engine, Problems, Ramp};
@@ -117,7 +118,7 @@ struct Once {
     rooms: Option<usize>,
 
     /// When the next room opens: after the agent's join (the default), at intervals, or all at once
-    #[arg(long, value_name = "RAMP", value_parser = names(Ramp::NAMES))]
+    #[arg(long, value_name = "RAMP", value_parser = names::<Ramp>())]
     ramp: Option<String>,
 
     /// From one room to the next with --ramp interval [default: 1s]
@@ -133,7 +134,7 @@ struct Once {
     echo_delay: Option<Duration>,
 
     /// Whole utterances once, or all that the agent says [default: turn]
-    #[arg(long, value_name = "MODE", value_parser = names(EchoMode::NAMES))]
+    #[arg(long, value_name = "MODE", value_parser = names::<EchoMode>())]
     echo_mode: Option<String>,
 
     /// Longest wait for the agent's join [default: 30s]
@@ -145,11 +146,11 @@ struct Once {
     speech_timeout: Option<Duration>,
 
     /// What names the agent: a call of its own, the room, our token, or nothing [default: explicit]
-    #[arg(long, value_name = "MODE", value_parser = names(DispatchMode::NAMES))]
+    #[arg(long, value_name = "MODE", value_parser = names::<DispatchMode>())]
     dispatch: Option<String>,
 
     /// The client stack that joins; libwebrtc only where it is built in [default: native]
-    #[arg(long, value_name = "ENGINE", value_parser = names(Engine::NAMES))]
+    #[arg(long, value_name = "ENGINE", value_parser = names::<Engine>())]
     engine: Option<String>,
 
     /// How to print the result
@@ -331,12 +332,12 @@ enum Format {
     Junit,
 }
 
-fn names<T>(choices: &[(&'static str, T)]) -> PossibleValuesParser {
-    choices
-        .iter()
-        .map(|(name, _)| *name)
-        .collect::<Vec<_>>()
-        .into()
+fn names<T>() -> PossibleValuesParser
+where
+    T: Copy + Into<&'static str> + VariantArray,
+{
+    let names = T::VARIANTS.iter().map(|choice| (*choice).into());
+    names.collect::<Vec<&'static str>>().into()
 }
 
 /// What the exit status says, for a caller that acts on it.

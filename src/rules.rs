@@ -10,227 +10,36 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::config::{Alerts, Config, Schedule};
-use crate::schedule::{AHEAD, gaps, mean_interval};
+use crate::config::{Alerts, Config};
 
 mod catalogue;
+mod records;
+mod window;
 mod yaml;
 
 pub use catalogue::{ALERTS, Alert, Severity};
+pub use window::max_watched_interval;
 
-const MINUTE: Duration = Duration::from_mins(1);
-const DAY: Duration = Duration::from_hours(24);
+use records::{BAD_BATCHES, ELIGIBLE, FAST, GOOD, RecordingRule, SLOW, record_name};
+use window::{MINUTE, Pace};
 
 /// Longest intervals of the classes, in minutes: the usual schedules fit exactly, others by a factor of two or so. Windows
 /// of all classes are read for every target, so those of rarer batches, which are days, come from the settings alone.
 const LADDER: [u64; 7] = [2, 5, 10, 15, 30, 60, 180];
-/// A window with fewer scrapes than that is too coarse: what `increase` adds for its edges would pass for a batch.
-const FEWEST_SCRAPES: u32 = 10;
-/// The fewest intervals that a window of a slow alert spans.
-const SLOW_INTERVALS: u32 = 24;
-
-/// The windows that alerts look at. All count in intervals of the target: a window of fixed length is empty where batches
-/// are rare, and Prometheus 3 no longer counts the sample at its far end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Window {
-    /// Two batches, however late one of them ends, and seldom a third.
-    Fast,
-    /// Three ticks of the schedule.
-    Persisting,
-    /// Long enough for two rejections where batches rest for an hour between them.
-    Lately,
-    /// At least 24 intervals; the burn that pages.
-    Page,
-    PageRecent,
-    /// At least 24 intervals; the burn that makes a ticket.
-    Ticket,
-    TicketRecent,
-}
-
-impl Window {
-    fn label(self) -> &'static str {
-        match self {
-            Self::Fast => "fast",
-            Self::Persisting => "persisting",
-            Self::Lately => "lately",
-            Self::Page => "page",
-            Self::PageRecent => "page_recent",
-            Self::Ticket => "ticket",
-            Self::TicketRecent => "ticket_recent",
-        }
-    }
-
-    /// Of targets with this interval.
-    fn length(self, interval: Duration, alerts: &Alerts) -> Duration {
-        let slow = |shortest: Duration| shortest.max(SLOW_INTERVALS * interval);
-        let length = match self {
-            Self::Fast => interval * 5 / 2,
-            Self::Persisting => interval * 7 / 2,
-            Self::Lately => (interval * 7 / 2).max(150 * MINUTE),
-            Self::Page => slow(PAGE_WINDOW),
-            Self::PageRecent => slow(PAGE_WINDOW) / 4,
-            Self::Ticket => slow(TICKET_WINDOW),
-            Self::TicketRecent => (slow(TICKET_WINDOW) / 12).max(6 * interval),
-        };
-        length.max(FEWEST_SCRAPES * alerts.scrape_interval)
-    }
-
-    /// What batches come at. Within a day the shortest interval says when the next one tells more; over days with nights
-    /// and weekends the mean says how many there are.
-    fn pace(self) -> Pace {
-        match self {
-            Self::Fast | Self::Persisting | Self::Lately => Pace::Shortest,
-            Self::Page | Self::PageRecent | Self::Ticket | Self::TicketRecent => Pace::Mean,
-        }
-    }
-}
-
-const PAGE_WINDOW: Duration = Duration::from_hours(6);
-const TICKET_WINDOW: Duration = Duration::from_hours(72);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pace {
-    Shortest,
-    Mean,
-}
-
-impl Pace {
-    const ALL: [Self; 2] = [Self::Shortest, Self::Mean];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Shortest => "shortest",
-            Self::Mean => "mean",
-        }
-    }
-
-    fn of(self, schedule: &Schedule, now: DateTime<Utc>) -> Option<Duration> {
-        match self {
-            Self::Shortest => gaps(schedule, now, AHEAD).map(|gaps| gaps.shortest),
-            Self::Mean => mean_interval(schedule, now.date_naive()),
-        }
-    }
-
-    /// The series that says it of a target; a paused one has none.
-    fn series(self) -> String {
-        format!("livekit_canary:batch_interval:{}", self.label())
-    }
-}
-
-/// The longest mean interval from which burn rates can be told: its windows must fit into that of the objectives.
-pub fn longest_watched(alerts: &Alerts) -> Duration {
-    alerts.slo_window / SLOW_INTERVALS
-}
-
-/// What a record counts, over one of the windows.
-struct Record {
-    name: &'static str,
-    window: Window,
-    /// The labels that it has beside those of a target.
-    labels: &'static str,
-    /// With `$w` for the window.
-    expr: &'static str,
-}
-
-/// `livekit_canary:slo_eligible:fast` and the like.
-fn record_name(record: &Record) -> String {
-    format!("livekit_canary:{}:{}", record.name, record.window.label())
-}
-
-const fn counted(
-    name: &'static str,
-    window: Window,
-    labels: &'static str,
-    expr: &'static str,
-) -> Record {
-    Record {
-        name,
-        window,
-        labels,
-        expr,
-    }
-}
-
-const ELIGIBLE: &str =
-    "sum without (instance, pod) (increase(livekit_canary_slo_eligible_total[$w]))";
-const GOOD: &str = "sum without (instance, pod) (increase(livekit_canary_slo_good_total[$w]))";
-const BAD_BATCHES: &str =
-    "sum without (instance, pod) (increase(livekit_canary_slo_bad_batches_total[$w]))";
-const BY_LIVEKIT: &str = "sum without (instance, pod, reason, origin) \
-     (increase(livekit_canary_probe_failures_total{origin=~\"livekit|network\"}[$w]))";
-const TICKS_LIMITED: &str = "sum without (instance, pod, result) \
-     (increase(livekit_canary_batches_total{result=\"limited\"}[$w])) + sum without (instance, pod, cause) \
-     (increase(livekit_canary_batches_skipped_total{cause=\"backoff\"}[$w]))";
-
-const FAST: &[Record] = &[
-    counted("slo_eligible", Window::Fast, "sli", ELIGIBLE),
-    counted("slo_good", Window::Fast, "sli", GOOD),
-    counted("slo_bad_batches", Window::Fast, "sli", BAD_BATCHES),
-    counted("failures_by_livekit", Window::Fast, "", BY_LIVEKIT),
-    counted(
-        "credentials_rejected",
-        Window::Fast,
-        "",
-        "sum without (instance, pod, reason, origin) \
-         (increase(livekit_canary_probe_failures_total{reason=\"auth_rejected\"}[$w]))",
-    ),
-    counted(
-        "batches",
-        Window::Fast,
-        "result",
-        "sum without (instance, pod) (increase(livekit_canary_batches_total[$w]))",
-    ),
-    counted(
-        "batches_skipped",
-        Window::Fast,
-        "cause",
-        "sum without (instance, pod) (increase(livekit_canary_batches_skipped_total[$w]))",
-    ),
-    counted("ticks_limited", Window::Persisting, "", TICKS_LIMITED),
-    counted(
-        "batches_limited",
-        Window::Lately,
-        "",
-        "sum without (instance, pod, result) (increase(livekit_canary_batches_total{result=\"limited\"}[$w]))",
-    ),
-    counted(
-        "limit_rejections",
-        Window::Lately,
-        "limit",
-        "sum without (instance, pod) (increase(livekit_canary_plan_limit_rejections_total[$w]))",
-    ),
-];
-
-const SLOW: &[Record] = &[
-    counted("slo_eligible", Window::Page, "sli", ELIGIBLE),
-    counted("slo_good", Window::Page, "sli", GOOD),
-    counted("slo_bad_batches", Window::Page, "sli", BAD_BATCHES),
-    counted("failures_by_livekit", Window::Page, "", BY_LIVEKIT),
-    counted("ticks_limited", Window::Page, "", TICKS_LIMITED),
-    counted("slo_eligible", Window::PageRecent, "sli", ELIGIBLE),
-    counted("slo_bad_batches", Window::PageRecent, "sli", BAD_BATCHES),
-    counted("slo_eligible", Window::Ticket, "sli", ELIGIBLE),
-    counted("slo_good", Window::Ticket, "sli", GOOD),
-    counted("slo_bad_batches", Window::Ticket, "sli", BAD_BATCHES),
-    counted("failures_by_livekit", Window::Ticket, "", BY_LIVEKIT),
-    counted("slo_eligible", Window::TicketRecent, "sli", ELIGIBLE),
-    counted("slo_bad_batches", Window::TicketRecent, "sli", BAD_BATCHES),
-];
-
 /// The rules for these settings, as a file of Prometheus'.
 pub fn render(config: &Config, now: DateTime<Utc>) -> String {
     let alerts = &config.alerts;
-    let mut file = yaml::File::new(alerts);
+    let mut file = yaml::RuleFile::new(alerts);
     file.group("livekit-canary", None);
     for pace in Pace::ALL {
-        file.record(&pace.series(), &interval_of_target(pace));
+        file.record(&pace.series(), &interval_of_target(*pace));
     }
     file.record("livekit_canary:slo_objective:ratio", OBJECTIVE);
     let (shortest, mean) = (
         classes(config, Pace::Shortest, now),
         classes(config, Pace::Mean, now),
     );
-    let add_records = |file: &mut yaml::File<'_>, records: &[Record]| {
+    let add_records = |file: &mut yaml::RuleFile<'_>, records: &[RecordingRule]| {
         for record in records {
             let classes = match record.window.pace() {
                 Pace::Shortest => &shortest,
@@ -257,7 +66,7 @@ pub fn render(config: &Config, now: DateTime<Utc>) -> String {
     file.text
 }
 
-fn add_alerts(file: &mut yaml::File<'_>, alerts: &Alerts, slow: bool) {
+fn add_alerts(file: &mut yaml::RuleFile<'_>, alerts: &Alerts, slow: bool) {
     for alert in ALERTS.iter().filter(|alert| alert.slow == slow) {
         file.alert(alert, &alert.expr(alerts));
     }
@@ -290,14 +99,14 @@ fn classes(config: &Config, pace: Pace, now: DateTime<Utc>) -> Vec<Duration> {
         Duration::from_secs(interval.as_secs() + part)
     });
     let all: BTreeSet<Duration> = ladder.into_iter().chain(own).collect();
-    let longest = longest_watched(&config.alerts);
+    let longest = max_watched_interval(&config.alerts);
     all.into_iter()
         .filter(|class| pace == Pace::Shortest || *class <= longest)
         .collect()
 }
 
 /// One line a class, each over its own window; classes with the same window are one.
-fn by_class(record: &Record, classes: &[Duration], alerts: &Alerts) -> String {
+fn by_class(record: &RecordingRule, classes: &[Duration], alerts: &Alerts) -> String {
     let length = |class: &Duration| record.window.length(*class, alerts);
     let interval = record.window.pace().series();
     let mut above = None;

@@ -10,7 +10,7 @@ use humantime::format_duration;
 use crate::config::{Alerts, Config, Objectives, Period, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::probe::whole_minutes;
-use crate::rules::longest_watched;
+use crate::rules::max_watched_interval;
 use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
 
 pub(super) struct Forecast<'a> {
@@ -159,7 +159,7 @@ impl<'a> Forecast<'a> {
     /// Where batches are too rare for the alerts on failed probes.
     fn unwatched(&self, target: &Target) -> Option<String> {
         let mean = mean_interval(&target.schedule, self.now.date_naive());
-        let longest = longest_watched(self.alerts);
+        let longest = max_watched_interval(self.alerts);
         let rare = match mean {
             None => "its batches are more than a week apart".to_owned(),
             Some(mean) if mean > longest => format!("its batches are {} apart", spelled(mean)),

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use config::{Map, Value};
+use strum::VariantArray;
 
 use super::problem::{Problem, alternatives, in_file, shown, similar};
 
@@ -238,19 +239,18 @@ impl<'a> Section<'a> {
         default
     }
 
-    pub(super) fn choice<C: Copy + Default>(
-        &mut self,
-        key: &'static str,
-        choices: &[(&'static str, C)],
-        what: &str,
-    ) -> C {
+    /// One of the variants of a closed enum, by its name.
+    pub(super) fn choice<C>(&mut self, key: &'static str, what: &str) -> C
+    where
+        C: Copy + Default + Into<&'static str> + VariantArray,
+    {
         let Lookup::Found(text) = self.text(key) else {
             return C::default();
         };
-        if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == text.value) {
-            return *choice;
+        let names: Vec<&str> = C::VARIANTS.iter().map(|choice| (*choice).into()).collect();
+        if let Some(index) = names.iter().position(|name| *name == text.value) {
+            return C::VARIANTS[index];
         }
-        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
         let message = format!("{} is not a {what}", shown(&text.value));
         let hint = match similar(&text.value, &names) {
             Some(name) => format!("did you mean {name:?}?"),

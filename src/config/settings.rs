@@ -105,9 +105,13 @@ pub struct Alerts {
     pub page: String,
     /// The severity of what can wait for working hours.
     pub ticket: String,
-    /// Where the table of alerts is to be read.
-    pub runbook: String,
+    /// The page that describes every alert under its name in lower case: `<page>#agentfailing`. It has no fragment.
+    pub runbook_base_url: Url,
 }
+
+/// The project's own page of alerts.
+const DEFAULT_RUNBOOK: &str =
+    "https://github.com/livekit-canary/livekit-canary/blob/main/docs/alerts.md";
 
 impl Default for Alerts {
     fn default() -> Self {
@@ -116,7 +120,7 @@ impl Default for Alerts {
             scrape_interval: Duration::from_secs(30),
             page: "page".to_owned(),
             ticket: "ticket".to_owned(),
-            runbook: "README.md#alerts".to_owned(),
+            runbook_base_url: DEFAULT_RUNBOOK.parse().expect("it is an absolute URL"),
         }
     }
 }
@@ -160,7 +164,8 @@ impl Budget {
 }
 
 /// What a budget counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::EnumCount, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Period {
     /// A UTC day.
     Day,
@@ -169,14 +174,11 @@ pub enum Period {
 }
 
 impl Period {
-    pub const ALL: [Self; 2] = [Self::Day, Self::Month];
+    pub const ALL: [Self; <Self as strum::EnumCount>::COUNT] = [Self::Day, Self::Month];
 
     /// The label value in metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Day => "day",
-            Self::Month => "month",
-        }
+        self.into()
     }
 
     /// The first day of the one that `day` lies in.
@@ -220,16 +222,13 @@ impl Project {
 }
 
 /// What media may run over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Ice {
     /// UDP, and TCP where UDP doesn't get through.
     #[default]
     All,
     Tcp,
-}
-
-impl Ice {
-    pub const NAMES: &[(&str, Self)] = &[("all", Self::All), ("tcp", Self::Tcp)];
 }
 
 /// One agent on a project: how it is called, how often, and what is expected of it.
@@ -279,7 +278,8 @@ impl Default for Target {
 }
 
 /// Which client stack joins the rooms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Engine {
     /// Pure Rust, in every binary.
     #[default]
@@ -289,8 +289,6 @@ pub enum Engine {
 }
 
 impl Engine {
-    pub const NAMES: &[(&str, Self)] = &[("native", Self::Native), ("libwebrtc", Self::Libwebrtc)];
-
     /// Those of this binary.
     #[cfg(not(feature = "libwebrtc"))]
     pub const BUILT_IN: [Self; 1] = [Self::Native];
@@ -299,10 +297,7 @@ impl Engine {
 
     /// The name that the config and the metrics use.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Native => "native",
-            Self::Libwebrtc => "libwebrtc",
-        }
+        self.into()
     }
 }
 
@@ -366,7 +361,8 @@ pub struct Dispatch {
 }
 
 /// What makes LiveKit send the agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum DispatchMode {
     /// The canary calls `CreateDispatch` for the named agent once its own media is up.
     #[default]
@@ -380,21 +376,9 @@ pub enum DispatchMode {
 }
 
 impl DispatchMode {
-    pub const NAMES: &[(&str, Self)] = &[
-        ("explicit", Self::Explicit),
-        ("room", Self::Room),
-        ("token", Self::Token),
-        ("automatic", Self::Automatic),
-    ];
-
     /// The name that the config and the results use.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Explicit => "explicit",
-            Self::Room => "room",
-            Self::Token => "token",
-            Self::Automatic => "automatic",
-        }
+        self.into()
     }
 
     /// Whether joining creates the room, with the settings that the token carries.
@@ -430,7 +414,8 @@ impl Default for Batch {
 }
 
 /// When the next room of a batch opens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Ramp {
     /// When the agent has joined the room before, that probe has ended, or its join deadline has passed.
     #[default]
@@ -442,34 +427,20 @@ pub enum Ramp {
 }
 
 impl Ramp {
-    pub const NAMES: &[(&str, Self)] = &[
-        ("after_join", Self::AfterJoin),
-        ("interval", Self::Interval),
-        ("burst", Self::Burst),
-    ];
-
     /// The name that the config and the results use.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::AfterJoin => "after_join",
-            Self::Interval => "interval",
-            Self::Burst => "burst",
-        }
+        self.into()
     }
 }
 
 /// How long the rooms of a batch stay open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Stay {
     #[default]
     Together,
     /// Never two at once; only with [`Ramp::AfterJoin`].
     OneByOne,
-}
-
-impl Stay {
-    pub const NAMES: &[(&str, Self)] =
-        &[("together", Self::Together), ("one_by_one", Self::OneByOne)];
 }
 
 /// The longest that each step may take.
@@ -523,17 +494,14 @@ impl Default for Echo {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum EchoMode {
     /// Plays a whole utterance once, `delay` after it ended.
     #[default]
     Turn,
     /// Passes the agent's audio back, `delay` later, without a pause.
     Continuous,
-}
-
-impl EchoMode {
-    pub const NAMES: &[(&str, Self)] = &[("turn", Self::Turn), ("continuous", Self::Continuous)];
 }
 
 /// What counts as speech.
@@ -564,18 +532,11 @@ pub struct Expect {
     pub agent_may_leave: AgentMayLeave,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum AgentMayLeave {
     #[default]
     Never,
     AfterSpeech,
     AfterReply,
-}
-
-impl AgentMayLeave {
-    pub const NAMES: &[(&str, Self)] = &[
-        ("never", Self::Never),
-        ("after_speech", Self::AfterSpeech),
-        ("after_reply", Self::AfterReply),
-    ];
 }

@@ -16,9 +16,9 @@ use super::problem::{Problem, Problems, alternatives, from_variable, in_file, sh
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
-    AgentMayLeave, Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch,
-    DispatchMode, Echo, EchoMode, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
-    Project, Ramp, Schedule, Speech, Stay, Target,
+    Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch, DispatchMode,
+    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, Ramp,
+    Schedule, Speech, Stay, Target,
 };
 
 /// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
@@ -91,7 +91,7 @@ fn config(draft: RawConfig, problems: &mut Vec<Problem>) -> Config {
         let mut section = Section::of("project", &name, place, table, problems);
         let limit = ProjectLimits {
             max_rooms: section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MAX_ROOMS),
-            ice: section.choice("ice", Ice::NAMES, "choice of media transports"),
+            ice: section.choice("ice", "choice of media transports"),
         };
         limits.insert(name.clone(), limit);
         if let Some(project) = project(section, limit, &fallback) {
@@ -202,7 +202,7 @@ fn alerts(mut section: Section<'_>) -> Alerts {
         ),
         page: line(&mut section, "page", default.page),
         ticket: line(&mut section, "ticket", default.ticket),
-        runbook: line(&mut section, "runbook", default.runbook),
+        runbook_base_url: runbook_base_url(&mut section, default.runbook_base_url),
     };
     if alerts.page == alerts.ticket {
         let message = "the same as page".to_owned();
@@ -224,6 +224,28 @@ fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String
     }
     let message = format!("{} is not a line of text", shown(&text.value));
     section.problem(key, text.place, message, "write one line without braces");
+    default
+}
+
+/// The address of the page that describes every alert; each alert's link adds its own fragment.
+fn runbook_base_url(section: &mut Section<'_>, default: Url) -> Url {
+    let Lookup::Found(text) = section.text("runbook_base_url") else {
+        return default;
+    };
+    let mistake = match Url::parse(&text.value) {
+        Err(_) => "not an absolute URL".to_owned(),
+        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
+            "its scheme is neither http nor https".to_owned()
+        }
+        Ok(url) if url.fragment().is_some() => {
+            "it has a fragment, but every alert adds its own".to_owned()
+        }
+        // Prometheus expands braces in an annotation as a template.
+        Ok(url) if url.as_str().contains(['{', '}']) => "it contains braces".to_owned(),
+        Ok(url) => return url,
+    };
+    let hint = "write it as \"https://host/path\": every alert appends its own anchor";
+    section.problem("runbook_base_url", text.place, mistake, hint);
     default
 }
 
@@ -496,7 +518,7 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
 
 fn engine(section: &mut Section<'_>, project: Option<(&str, ProjectLimits)>) -> Engine {
     let place = section.place_of("engine");
-    let engine = section.choice("engine", Engine::NAMES, "client stack");
+    let engine = section.choice("engine", "client stack");
     let mut problem = |message: String, hint: &str| {
         section.problem("engine", place.clone(), message, hint);
     };
@@ -549,7 +571,7 @@ fn project_of(
 }
 
 fn dispatch(mut section: Section<'_>) -> Dispatch {
-    let mode = section.choice("mode", DispatchMode::NAMES, "way to dispatch");
+    let mode = section.choice("mode", "way to dispatch");
     let metadata = match section.text("metadata") {
         Lookup::Found(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
             let message = "automatic dispatch carries no metadata".to_owned();
@@ -699,9 +721,9 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
     let [rooms_place, ramp_place] = ["rooms", "ramp"].map(|key| section.place_of(key));
     let batch = Batch {
         rooms: section.number("rooms", default.rooms, 1..=MAX_ROOMS),
-        ramp: section.choice("ramp", Ramp::NAMES, "ramp"),
+        ramp: section.choice("ramp", "ramp"),
         interval: section.duration("interval", default.interval, MIN_WAIT..=MAX_WAIT),
-        stay: section.choice("stay", Stay::NAMES, "way to stay"),
+        stay: section.choice("stay", "way to stay"),
         hold: section.duration("hold", default.hold, Duration::ZERO..=MAX_WAIT),
         stop_after_no_shows: section.number(
             "stop_after_no_shows",
@@ -752,7 +774,7 @@ fn deadlines(mut section: Section<'_>) -> Deadlines {
 fn echo(mut section: Section<'_>) -> Echo {
     let default = Echo::default();
     let echo = Echo {
-        mode: section.choice("mode", EchoMode::NAMES, "way to echo"),
+        mode: section.choice("mode", "way to echo"),
         delay: section.duration("delay", default.delay, Duration::ZERO..=MAX_WAIT),
         max_turns: section.number("max_turns", default.max_turns, 1..=1000),
     };
@@ -774,7 +796,7 @@ fn speech(mut section: Section<'_>) -> Speech {
 fn expect(mut section: Section<'_>) -> Expect {
     let expect = Expect {
         reply: section.boolean("reply", Expect::default().reply),
-        agent_may_leave: section.choice("agent_may_leave", AgentMayLeave::NAMES, "moment"),
+        agent_may_leave: section.choice("agent_may_leave", "moment"),
     };
     section.finish();
     expect

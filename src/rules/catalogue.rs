@@ -2,15 +2,27 @@
 
 use std::time::Duration;
 
-use super::yaml::COMPONENT;
-use super::{MINUTE, PAGE_WINDOW, TICKET_WINDOW};
+use url::Url;
+
+use super::window::{MINUTE, PAGE_WINDOW, TICKET_WINDOW};
 use crate::config::Alerts;
 
+/// The value of the label `component`, by which routes tell these alerts from others.
+pub(super) const COMPONENT: &str = "livekit-canary";
+
 /// How soon somebody must look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Severity {
     Page,
     Ticket,
+}
+
+impl Severity {
+    /// The key of the setting that holds this severity's label value.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// One alert rule.
@@ -35,14 +47,14 @@ enum Condition {
         slis: &'static str,
         own: bool,
     },
-    Burn(Burn),
+    Burn(BurnRate),
     /// As it stands.
     Plain(&'static str),
 }
 
 /// A burn of the error budget that would spend it before the window of the objectives ends.
 #[derive(Debug, Clone, Copy)]
-struct Burn {
+struct BurnRate {
     window: &'static str,
     /// Of records with this window's classes, the length where batches are frequent.
     length: Duration,
@@ -52,9 +64,16 @@ struct Burn {
 }
 
 /// Fewer probes than that tell nothing of a rate.
-const FEWEST_SAMPLES: &str = "19.5";
+const MIN_SAMPLES: &str = "19.5";
 
 impl Alert {
+    /// The address of this alert's section in the runbook.
+    pub(super) fn runbook(&self, alerts: &Alerts) -> Url {
+        let mut url = alerts.runbook_base_url.clone();
+        url.set_fragment(Some(&self.name.to_ascii_lowercase()));
+        url
+    }
+
     /// The expression. Counts are compared with a half between them: `increase` extrapolates, so it seldom is whole.
     pub(super) fn expr(&self, alerts: &Alerts) -> String {
         match self.condition {
@@ -111,7 +130,7 @@ or (
     }
 }
 
-impl Burn {
+impl BurnRate {
     fn expr(&self, alerts: &Alerts, slis: &str) -> String {
         let Self {
             window: w,
@@ -126,7 +145,7 @@ impl Burn {
   or
   livekit_canary:slo_good:{w}{{{slis}}} < livekit_canary:slo_eligible:{w} * livekit_canary:slo_objective:ratio / 2
 )
-and livekit_canary:slo_eligible:{w} > {FEWEST_SAMPLES}
+and livekit_canary:slo_eligible:{w} > {MIN_SAMPLES}
 and livekit_canary:slo_bad_batches:{w} > {bad_batches}
 and livekit_canary:slo_bad_batches:{w}_recent > 0.5"
         )
@@ -200,7 +219,7 @@ pub const ALERTS: &[Alert] = &[
         summary: "{{ $labels.target }}: {{ $labels.sli }} falls short of its objective, fast",
         remedy: "Some calls fail, again and again: compare failed rooms with good ones in the history (first room or \
                  later, time of day, reason), then as for AgentFailing or, for service, ServiceFailing.",
-        condition: Condition::Burn(Burn {
+        condition: Condition::Burn(BurnRate {
             window: "page",
             length: PAGE_WINDOW,
             share: 0.05,
@@ -214,7 +233,7 @@ pub const ALERTS: &[Alert] = &[
         slow: true,
         summary: "{{ $labels.target }}: {{ $labels.sli }} falls short of its objective",
         remedy: "The same, within working hours.",
-        condition: Condition::Burn(Burn {
+        condition: Condition::Burn(BurnRate {
             window: "ticket",
             length: TICKET_WINDOW,
             share: 0.1,

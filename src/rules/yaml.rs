@@ -3,15 +3,17 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::{Alert, DAY, Severity};
+use super::catalogue::{Alert, COMPONENT, Severity};
 use crate::config::Alerts;
 
-pub(super) struct File<'a> {
+const DAY: Duration = Duration::from_hours(24);
+
+pub(super) struct RuleFile<'a> {
     alerts: &'a Alerts,
     pub(super) text: String,
 }
 
-impl<'a> File<'a> {
+impl<'a> RuleFile<'a> {
     pub(super) fn new(alerts: &'a Alerts) -> Self {
         // The window ends now: a block that reaches beyond it must still be there.
         let kept = duration(alerts.slo_window + DAY);
@@ -59,10 +61,11 @@ groups:
             Severity::Ticket => &self.alerts.ticket,
         };
         let labels = [("severity", severity.as_str()), ("component", COMPONENT)];
+        let runbook = alert.runbook(self.alerts);
         let annotations = [
             ("summary", alert.summary),
             ("description", alert.remedy),
-            ("runbook", self.alerts.runbook.as_str()),
+            ("runbook_url", runbook.as_str()),
         ];
         for (block, entries) in [("labels", &labels[..]), ("annotations", &annotations[..])] {
             self.line(&format!("    {block}:"));
@@ -86,9 +89,6 @@ groups:
         self.text.push('\n');
     }
 }
-
-/// The value of the label `component`, by which routes tell these alerts from others.
-pub(super) const COMPONENT: &str = "livekit-canary";
 
 /// As Prometheus writes one: whole, largest units first.
 pub(super) fn duration(duration: Duration) -> String {

@@ -40,18 +40,18 @@ fn own_schedule_gets_windows_that_fit_it() {
 #[test]
 fn settings_of_alerts_are_in_the_rules() {
     let rules = rules(
-        "[alerts]\nslo_window = \"7d\"\npage = \"critical\"\nticket = \"warning\"\nrunbook = \"https://wiki/a#b\"\n",
+        "[alerts]\nslo_window = \"7d\"\npage = \"critical\"\nticket = \"warning\"\nrunbook_base_url = \"https://wiki/a\"\n",
     );
     for part in [
         "--storage.tsdb.retention.time=8d",
         "increase(livekit_canary_slo_good_total[7d])",
         "severity: \"critical\"",
         "severity: \"warning\"",
-        "runbook: \"https://wiki/a#b\"",
+        "runbook_url: \"https://wiki/a#agentfailing\"",
     ] {
         assert!(rules.contains(part), "no {part:?}");
     }
-    assert!(!rules.contains("severity: \"page\"") && !rules.contains("README.md"));
+    assert!(!rules.contains("severity: \"page\"") && !rules.contains("github.com"));
 }
 
 #[test]

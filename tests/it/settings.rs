@@ -441,7 +441,7 @@ fn history_that_forgets_failures_first_is_told() {
 #[test]
 fn alerts_that_nobody_could_use_are_told() {
     assert_snapshot!(complaint(
-        "[alerts]\nslo_window = \"1d\"\nscrape_interval = \"5m\"\npage = \"\"\nrunbook = \"{{ x }}\"\n"
+        "[alerts]\nslo_window = \"1d\"\nscrape_interval = \"5m\"\npage = \"\"\nrunbook_base_url = \"{{ x }}\"\n"
     ));
     assert_snapshot!(complaint("[alerts]\nticket = \"page\"\n"));
 }
@@ -498,7 +498,8 @@ fn interval_may_wait_in_the_file_for_its_ramp() {
 
 #[test]
 fn every_mode_of_dispatch_but_automatic_takes_metadata() {
-    for (name, mode) in DispatchMode::NAMES {
+    for mode in <DispatchMode as strum::VariantArray>::VARIANTS {
+        let name = mode.name();
         let settings = target_with(&format!(
             "dispatch = {{ mode = \"{name}\", metadata = \"{}\" }}",
             if *mode == DispatchMode::Automatic {
@@ -508,7 +509,7 @@ fn every_mode_of_dispatch_but_automatic_takes_metadata() {
             }
         ));
         let dispatch = &read(&settings, &CREDENTIALS).targets["support"].dispatch;
-        assert_eq!((dispatch.mode, dispatch.mode.name()), (*mode, *name));
+        assert_eq!(dispatch.mode, *mode);
         assert_eq!(
             dispatch.metadata.is_empty(),
             *mode == DispatchMode::Automatic

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use livekit_canary::rules::{ALERTS, Alert, Severity};
+use livekit_canary::rules::{ALERTS, Alert};
 use simulation::Event::{self, *};
 use simulation::{Reference, SCRAPE, Story};
 
@@ -527,7 +527,7 @@ fn deployed_configuration_is_valid_with_its_rules() {
 fn every_alert_has_a_story_in_which_it_fires_and_clears() {
     let text: String = include_str!("main.rs").split_whitespace().collect();
     let clears = |alert: &&Alert| {
-        let fires = format!("(\"{}{}", alert.name, severity(alert));
+        let fires = format!("(\"{}{}", alert.name, alert.severity.name());
         let mut stories = text.split(&fires).skip(1);
         stories.any(|rest| rest.split(')').next().unwrap().contains("Some("))
     };
@@ -537,13 +537,6 @@ fn every_alert_has_a_story_in_which_it_fires_and_clears() {
         .map(|alert| alert.name)
         .collect();
     assert!(untold.is_empty(), "{untold:?}");
-}
-
-fn severity(alert: &Alert) -> &'static str {
-    match alert.severity {
-        Severity::Page => "page",
-        Severity::Ticket => "ticket",
-    }
 }
 
 /// What is of Prometheus 2, and of 3.

@@ -176,7 +176,10 @@ scrape_configs:
     }
     let target = fired["labels"]["target"].as_str().unwrap();
     assert!(target.starts_with("drill-"), "{fired}");
-    assert_eq!(fired["annotations"]["runbook"], "README.md#alerts");
+    assert_eq!(
+        fired["annotations"]["runbook_url"],
+        "https://github.com/livekit-canary/livekit-canary/blob/main/docs/alerts.md#agentfailing"
+    );
     let summary = fired["annotations"]["summary"].as_str().unwrap();
     assert!(summary.starts_with(target), "{fired}");
     let resolved = wait_for_alert("resolved");
