@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::audio::rtp::Receiver;
+use super::audio::rtp::RtpReceiver;
 use super::event::{AudioStats, EndReason, RoomEvent, RoomEventKind};
 use super::join::JoinRequest;
 #[cfg(feature = "libwebrtc")]
@@ -60,13 +60,13 @@ async fn supervise(
     };
     let (why, audio) = match engine {
         Engine::Native => {
-            let mut voice = Receiver::default();
+            let mut voice = RtpReceiver::default();
             let actor = participant::run(request, events, leave, &mut voice);
             (caught(Box::pin(actor)).await, voice.stats())
         }
         #[cfg(feature = "libwebrtc")]
         Engine::Libwebrtc => {
-            let mut voice = libwebrtc::Tally::default();
+            let mut voice = libwebrtc::InboundTotals::default();
             let actor = libwebrtc::run(request, events, leave, &mut voice);
             (caught(Box::pin(actor)).await, voice.stats())
         }

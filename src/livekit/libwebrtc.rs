@@ -15,4 +15,4 @@ mod watch;
 #[cfg(feature = "libwebrtc")]
 pub(crate) use session::run;
 #[cfg(feature = "libwebrtc")]
-pub(crate) use stats::Tally;
+pub(crate) use stats::InboundTotals;

@@ -22,10 +22,10 @@ use crate::livekit::RoomName;
 use crate::livekit::arbitrary::{
     ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
 };
-use crate::livekit::audio::echo::Echo;
+use crate::livekit::audio::echo::EchoPlayer;
 use crate::livekit::audio::opus::{self, Decoder};
-use crate::livekit::audio::rtp::{Head, Receiver};
-use crate::livekit::audio::speech::{Detector, Heard};
+use crate::livekit::audio::rtp::{RtpHeader, RtpReceiver};
+use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::engine::join;
 use crate::livekit::event::{EndReason, RoomEventKind};
 use crate::livekit::join::request;
@@ -366,30 +366,30 @@ proptest! {
             ..settings::Echo::default()
         };
         let mut now = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         let mut decoder = Decoder::default();
         let mut speech = Detector::new(Speech::default(), opus::RATE);
-        let mut echo = Echo::new(echo_settings);
+        let mut echo = EchoPlayer::new(echo_settings);
         echo.open(now);
         let mut last = None;
         for (wait, ssrc, sequence, timestamp, payload) in packets {
             now += Duration::from_millis(wait);
             let payload: Arc<[u8]> = payload.into();
-            let head = Head { ssrc, sequence, timestamp };
+            let head = RtpHeader { ssrc, sequence, timestamp };
             if let Some(position) = receiver.on_packet(now, head) {
                 prop_assert!(last < Some(position.time), "the media clock went back");
                 last = Some(position.time);
                 echo.on_frame(now, position.time, &payload);
                 for heard in speech.on_sound(now, decoder.decode(position, &payload)) {
                     match heard {
-                        Heard::Started(at) => echo.on_speech_started(at),
-                        Heard::Ended(at) => echo.on_speech_ended(at),
+                        SpeechEvent::Started(at) => echo.on_speech_started(at),
+                        SpeechEvent::Ended(at) => echo.on_speech_ended(at),
                     }
                 }
             }
             // More would be a queue that is never done.
             let mut sent = 0;
-            while echo.poll(now, speech.on_the_verge()).is_some() {
+            while echo.poll(now, speech.speech_pending()).is_some() {
                 sent += 1;
                 prop_assert!(sent < 10_000, "the echo never ends");
             }

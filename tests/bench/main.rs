@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
-use livekit_canary::livekit::audio::opus::{Codec, LONGEST};
+use livekit_canary::livekit::audio::opus::{Codec, MAX_PACKET_SAMPLES};
 use ropus::{Application, Channels, Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -230,7 +230,7 @@ fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
 /// CPU seconds for decoding what one room's agent says in one minute, one packet right after the other.
 fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
-    let (mut codec, mut pcm) = (Codec::default(), vec![0; LONGEST]);
+    let (mut codec, mut pcm) = (Codec::default(), vec![0; MAX_PACKET_SAMPLES]);
     let before = own_cpu_seconds()?;
     for packet in packets
         .iter()

@@ -7,29 +7,29 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::rtp;
-use crate::config::{Echo as Settings, EchoMode};
+use crate::config::{Echo as EchoSettings, EchoMode};
 
 /// The silence that closes an echo, so that the listener hears its end and not a loss.
-const TAIL: Duration = Duration::from_millis(200);
+const TAIL_SILENCE: Duration = Duration::from_millis(200);
 
 /// A track without any packets is announced to nobody, and a listener that subscribes late misses the onset: between
 /// echoes a frame of silence goes out this often, as Opus does by itself in silence.
-const KEEP_ALIVE: Duration = Duration::from_millis(400);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// What is kept from before the detected start of an utterance; soft onsets stay below the threshold.
-const LEAD: Duration = Duration::from_millis(200);
+const LEAD_IN: Duration = Duration::from_millis(200);
 
 /// The longest recording.
-const LONGEST: Duration = Duration::from_secs(30);
+const MAX_RECORDING: Duration = Duration::from_secs(30);
 
 /// Frames held at most, whatever their length: 30 s of 10 ms.
-const MOST_FRAMES: usize = 3_000;
+const MAX_FRAMES: usize = 3_000;
 
 /// How far recorded pace and arrival may drift apart before the pass-through sets its clock anew.
-const DRIFT: Duration = Duration::from_millis(100);
+const MAX_DRIFT: Duration = Duration::from_millis(100);
 
 /// Speech is decided within this time of its first frame.
-const VERGE: Duration = Duration::from_millis(60);
+const SPEECH_DECISION_TIME: Duration = Duration::from_millis(60);
 
 /// A stretch of sound as one engine takes and gives it: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
@@ -41,7 +41,7 @@ pub(crate) trait Frame: Clone {
 
 /// Something to do now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Out<F> {
+pub(crate) enum EchoOutput<F> {
     /// A frame for the track.
     Send {
         /// Its place in time; the RTP timestamp follows from it.
@@ -58,7 +58,7 @@ pub(crate) enum Out<F> {
 
 /// One recorded frame.
 #[derive(Debug)]
-struct Recorded<F> {
+struct RecordedFrame<F> {
     arrived: Instant,
     /// On the receiver's media clock, in ticks.
     time: u64,
@@ -67,34 +67,34 @@ struct Recorded<F> {
 
 /// What the track does at a time to come.
 #[derive(Debug)]
-enum Planned<F> {
+enum PlannedOutput<F> {
     Frame(F),
-    Mark(Out<F>),
+    Mark(EchoOutput<F>),
 }
 
 /// The echo of one agent.
-pub(crate) struct Echo<F> {
-    settings: Settings,
+pub(crate) struct EchoPlayer<F> {
+    settings: EchoSettings,
     silence: F,
-    queue: VecDeque<(Instant, Planned<F>)>,
+    queue: VecDeque<(Instant, PlannedOutput<F>)>,
     last_sent: Option<Instant>,
     open: bool,
-    mode: Mode<F>,
+    mode: PlayMode<F>,
 }
 
-enum Mode<F> {
-    Turn(Turn<F>),
-    Continuous(Continuous<F>),
+enum PlayMode<F> {
+    Turn(TurnPlayer<F>),
+    Continuous(PassThrough<F>),
 }
 
-struct Turn<F> {
-    recorded: VecDeque<Recorded<F>>,
-    phase: Phase,
+struct TurnPlayer<F> {
+    recorded: VecDeque<RecordedFrame<F>>,
+    phase: TurnPhase,
     played: u32,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+enum TurnPhase {
     #[default]
     Idle,
     Recording,
@@ -106,22 +106,22 @@ enum Phase {
     },
 }
 
-struct Continuous<F> {
+struct PassThrough<F> {
     /// A due time and the media time that belongs to it.
     anchor: Option<(Instant, u64)>,
     /// Speech of the agent whose echo begins or ends at these times.
-    marks: VecDeque<(Instant, Out<F>)>,
+    marks: VecDeque<(Instant, EchoOutput<F>)>,
 }
 
-impl<F: Frame> Echo<F> {
-    pub(crate) fn new(settings: Settings) -> Self {
+impl<F: Frame> EchoPlayer<F> {
+    pub(crate) fn new(settings: EchoSettings) -> Self {
         let mode = match settings.mode {
-            EchoMode::Turn => Mode::Turn(Turn {
+            EchoMode::Turn => PlayMode::Turn(TurnPlayer {
                 recorded: VecDeque::new(),
-                phase: Phase::default(),
+                phase: TurnPhase::default(),
                 played: 0,
             }),
-            EchoMode::Continuous => Mode::Continuous(Continuous {
+            EchoMode::Continuous => PlayMode::Continuous(PassThrough {
                 anchor: None,
                 marks: VecDeque::new(),
             }),
@@ -146,18 +146,19 @@ impl<F: Frame> Echo<F> {
 
     /// A frame of the agent's audio, `time` on the receiver's media clock.
     pub(crate) fn on_frame(&mut self, arrived: Instant, time: u64, frame: &F) {
-        let frame = Recorded {
+        let frame = RecordedFrame {
             arrived,
             time,
             frame: frame.clone(),
         };
         match &mut self.mode {
-            Mode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(frame),
-            Mode::Turn(_) => {}
-            Mode::Continuous(continuous) => {
+            PlayMode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(frame),
+            PlayMode::Turn(_) => {}
+            PlayMode::Continuous(continuous) => {
                 let due = continuous.due(self.settings.delay, &frame);
-                if self.queue.len() < MOST_FRAMES {
-                    self.queue.push_back((due, Planned::Frame(frame.frame)));
+                if self.queue.len() < MAX_FRAMES {
+                    self.queue
+                        .push_back((due, PlannedOutput::Frame(frame.frame)));
                 }
             }
         }
@@ -166,9 +167,9 @@ impl<F: Frame> Echo<F> {
     pub(crate) fn on_speech_started(&mut self, at: Instant) {
         match &mut self.mode {
             // A pause within one greeting: the recording goes on, and the wait starts anew after its end.
-            Mode::Turn(turn) => turn.phase = Phase::Recording,
-            Mode::Continuous(continuous) => {
-                continuous.mark(at + self.settings.delay, Out::Started);
+            PlayMode::Turn(turn) => turn.phase = TurnPhase::Recording,
+            PlayMode::Continuous(continuous) => {
+                continuous.mark(at + self.settings.delay, EchoOutput::Started);
             }
         }
     }
@@ -176,37 +177,39 @@ impl<F: Frame> Echo<F> {
     /// `at` is the arrival of the utterance's last speech frame.
     pub(crate) fn on_speech_ended(&mut self, at: Instant) {
         match &mut self.mode {
-            Mode::Turn(turn) if turn.phase == Phase::Recording => {
-                turn.phase = Phase::Waiting {
+            PlayMode::Turn(turn) if turn.phase == TurnPhase::Recording => {
+                turn.phase = TurnPhase::Waiting {
                     until: at + self.settings.delay,
                     speech: turn.recorded.partition_point(|it| it.arrived <= at),
                     postponed: false,
                 };
             }
-            Mode::Turn(_) => {}
-            Mode::Continuous(continuous) => continuous.mark(at + self.settings.delay, Out::Ended),
+            PlayMode::Turn(_) => {}
+            PlayMode::Continuous(continuous) => {
+                continuous.mark(at + self.settings.delay, EchoOutput::Ended)
+            }
         }
     }
 
     /// What to do at `now`; to be called until there is nothing left.
     ///
-    /// `on_the_verge`: the agent may just have begun to speak; an echo that hasn't begun waits until that is decided.
-    pub(crate) fn poll(&mut self, now: Instant, on_the_verge: bool) -> Option<Out<F>> {
+    /// `speech_pending`: the agent may just have begun to speak; an echo that hasn't begun waits until that is decided.
+    pub(crate) fn poll(&mut self, now: Instant, speech_pending: bool) -> Option<EchoOutput<F>> {
         if !self.open {
             return None;
         }
-        if let Mode::Continuous(continuous) = &mut self.mode
+        if let PlayMode::Continuous(continuous) = &mut self.mode
             && let Some(mark) = continuous.marks.pop_front_if(|(due, _)| *due <= now)
         {
             return Some(mark.1);
         }
-        self.start_echo(now, on_the_verge);
+        self.start_echo(now, speech_pending);
         if self.queue.is_empty() && self.keep_alive_at().is_some_and(|due| due <= now) {
             return Some(self.send(now, self.silence.clone()));
         }
         match self.queue.pop_front_if(|(due, _)| *due <= now)? {
-            (_, Planned::Mark(out)) => Some(out),
-            (due, Planned::Frame(frame)) => Some(self.send(due, frame)),
+            (_, PlannedOutput::Mark(out)) => Some(out),
+            (due, PlannedOutput::Frame(frame)) => Some(self.send(due, frame)),
         }
     }
 
@@ -216,11 +219,11 @@ impl<F: Frame> Echo<F> {
             return None;
         }
         let own = match &self.mode {
-            Mode::Turn(turn) => match turn.phase {
-                Phase::Waiting { until, .. } if self.queue.is_empty() => Some(until),
+            PlayMode::Turn(turn) => match turn.phase {
+                TurnPhase::Waiting { until, .. } if self.queue.is_empty() => Some(until),
                 _ => None,
             },
-            Mode::Continuous(continuous) => continuous.marks.front().map(|(due, _)| *due),
+            PlayMode::Continuous(continuous) => continuous.marks.front().map(|(due, _)| *due),
         };
         let next = match self.queue.front() {
             Some((due, _)) => Some(*due),
@@ -230,14 +233,14 @@ impl<F: Frame> Echo<F> {
     }
 
     fn keep_alive_at(&self) -> Option<Instant> {
-        Some(self.last_sent? + KEEP_ALIVE)
+        Some(self.last_sent? + KEEP_ALIVE_INTERVAL)
     }
 
-    fn start_echo(&mut self, now: Instant, on_the_verge: bool) {
-        let Mode::Turn(turn) = &mut self.mode else {
+    fn start_echo(&mut self, now: Instant, speech_pending: bool) {
+        let PlayMode::Turn(turn) = &mut self.mode else {
             return;
         };
-        let Phase::Waiting {
+        let TurnPhase::Waiting {
             until,
             speech,
             postponed,
@@ -248,45 +251,48 @@ impl<F: Frame> Echo<F> {
         if now < *until || !self.queue.is_empty() {
             return;
         }
-        if on_the_verge && !*postponed {
-            *until = now + VERGE;
+        if speech_pending && !*postponed {
+            *until = now + SPEECH_DECISION_TIME;
             *postponed = true;
             return;
         }
         let speech = *speech;
-        turn.phase = Phase::Idle;
+        turn.phase = TurnPhase::Idle;
         turn.played += 1;
         let Some(first) = turn.recorded.front().filter(|_| speech > 0) else {
             return;
         };
         let first = first.time;
         let mut end = now;
-        self.queue.push_back((now, Planned::Mark(Out::Started)));
+        self.queue
+            .push_back((now, PlannedOutput::Mark(EchoOutput::Started)));
         for recorded in turn.recorded.drain(..).take(speech) {
             let due = now + rtp::span(recorded.time - first);
             end = due + recorded.frame.duration();
-            self.queue.push_back((due, Planned::Frame(recorded.frame)));
+            self.queue
+                .push_back((due, PlannedOutput::Frame(recorded.frame)));
         }
-        self.queue.push_back((end, Planned::Mark(Out::Ended)));
+        self.queue
+            .push_back((end, PlannedOutput::Mark(EchoOutput::Ended)));
         turn.recorded.shrink_to(0);
         self.silence_from(end);
     }
 
     fn silence_from(&mut self, start: Instant) {
         let mut due = start;
-        while due < start + TAIL {
+        while due < start + TAIL_SILENCE {
             self.queue
-                .push_back((due, Planned::Frame(self.silence.clone())));
+                .push_back((due, PlannedOutput::Frame(self.silence.clone())));
             due += self.silence.duration();
         }
     }
 
-    fn send(&mut self, due: Instant, frame: F) -> Out<F> {
+    fn send(&mut self, due: Instant, frame: F) -> EchoOutput<F> {
         let resumes = self
             .last_sent
-            .is_none_or(|last| due.saturating_duration_since(last) >= KEEP_ALIVE / 2);
+            .is_none_or(|last| due.saturating_duration_since(last) >= KEEP_ALIVE_INTERVAL / 2);
         self.last_sent = Some(due);
-        Out::Send {
+        EchoOutput::Send {
             due,
             frame,
             resumes,
@@ -294,29 +300,29 @@ impl<F: Frame> Echo<F> {
     }
 }
 
-impl<F> Turn<F> {
-    fn record(&mut self, frame: Recorded<F>) {
-        if self.phase == Phase::Idle {
-            let from = frame.time.saturating_sub(rtp::ticks(LEAD));
+impl<F> TurnPlayer<F> {
+    fn record(&mut self, frame: RecordedFrame<F>) {
+        if self.phase == TurnPhase::Idle {
+            let from = frame.time.saturating_sub(rtp::ticks(LEAD_IN));
             self.recorded.retain(|it| it.time >= from);
         }
         let first = self.recorded.front().map_or(frame.time, |it| it.time);
-        let full = self.recorded.len() >= MOST_FRAMES;
-        if !full && frame.time - first < rtp::ticks(LONGEST) {
+        let full = self.recorded.len() >= MAX_FRAMES;
+        if !full && frame.time - first < rtp::ticks(MAX_RECORDING) {
             self.recorded.push_back(frame);
         }
     }
 }
 
-impl<F> Continuous<F> {
-    fn due(&mut self, delay: Duration, frame: &Recorded<F>) -> Instant {
+impl<F> PassThrough<F> {
+    fn due(&mut self, delay: Duration, frame: &RecordedFrame<F>) -> Instant {
         let by_arrival = frame.arrived + delay;
         if let Some((due, time)) = self.anchor {
             let by_pace = due + rtp::span(frame.time.saturating_sub(time));
             let drift = by_pace
                 .saturating_duration_since(by_arrival)
                 .max(by_arrival.saturating_duration_since(by_pace));
-            if drift <= DRIFT {
+            if drift <= MAX_DRIFT {
                 self.anchor = Some((by_pace, frame.time));
                 return by_pace;
             }
@@ -326,9 +332,9 @@ impl<F> Continuous<F> {
     }
 
     /// Utterances are further apart than their end silence, so the marks in flight are few; a delay of hours would hold
-    /// as many frames no more than [`MOST_FRAMES`], and its marks go the same way.
-    fn mark(&mut self, due: Instant, out: Out<F>) {
-        if self.marks.len() < MOST_FRAMES {
+    /// as many frames no more than [`MAX_FRAMES`], and its marks go the same way.
+    fn mark(&mut self, due: Instant, out: EchoOutput<F>) {
+        if self.marks.len() < MAX_FRAMES {
             self.marks.push_back((due, out));
         }
     }

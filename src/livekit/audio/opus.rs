@@ -10,8 +10,8 @@ use ropus::silk::decoder::{SilkDecControl, SilkDecoder, silk_decode};
 use ropus::{Channels, DecodeMode};
 
 use super::echo::Frame;
-use super::rtp::{self, Position};
-use super::speech::{self, Sound};
+use super::rtp::{self, MediaPosition};
+use super::speech::{self, PcmChunk};
 
 /// Samples a second of the decoded sound, mono: the energy of speech lies below 8 kHz, and decoding more costs more.
 pub const RATE: u32 = 16_000;
@@ -23,10 +23,10 @@ const HERTZ: i32 = RATE as i32;
 const TICKS: u64 = (rtp::CLOCK_RATE / RATE) as u64;
 
 /// Half of what is judged at once, in RTP ticks: a pause that is longer is one.
-const PAUSE: u64 = (rtp::CLOCK_RATE / speech::WINDOWS / 2) as u64;
+const MAX_GAP: u64 = (rtp::CLOCK_RATE / speech::WINDOWS_PER_SECOND / 2) as u64;
 
 /// Samples of the longest packet, 120 ms.
-pub const LONGEST: usize = (RATE * 120 / 1000) as usize;
+pub const MAX_PACKET_SAMPLES: usize = (RATE * 120 / 1000) as usize;
 
 /// A packet this short carries no sound: discontinuous transmission (RFC 6716, 3.1 and what `WebRTC` sends).
 const DTX_BYTES: usize = 3;
@@ -35,7 +35,7 @@ const DTX_BYTES: usize = 3;
 pub(crate) const SILENCE: [u8; 3] = [0xf8, 0xff, 0xfe];
 
 /// What a packet lasts that doesn't say.
-const FRAME: Duration = Duration::from_millis(20);
+const DEFAULT_DURATION: Duration = Duration::from_millis(20);
 
 /// The first byte of the first packet without SILK (RFC 6716, 3.1).
 const CELT_ONLY: u8 = 0x80;
@@ -46,7 +46,7 @@ const STEREO: u8 = 0x04;
 /// Decodes one track.
 pub(crate) struct Decoder {
     codec: Codec,
-    pcm: Box<[i16; LONGEST]>,
+    pcm: Box<[i16; MAX_PACKET_SAMPLES]>,
     /// Media time at which the next packet begins if nothing was left out.
     expected: u64,
 }
@@ -55,7 +55,7 @@ impl Default for Decoder {
     fn default() -> Self {
         Self {
             codec: Codec::default(),
-            pcm: Box::new([0; LONGEST]),
+            pcm: Box::new([0; MAX_PACKET_SAMPLES]),
             expected: 0,
         }
     }
@@ -63,11 +63,11 @@ impl Default for Decoder {
 
 impl Decoder {
     /// Takes a packet of the track in, whatever its bytes.
-    pub(crate) fn decode(&mut self, position: Position, payload: &[u8]) -> Sound<'_> {
-        let paused = position.time > self.expected + PAUSE;
+    pub(crate) fn decode(&mut self, position: MediaPosition, payload: &[u8]) -> PcmChunk<'_> {
+        let paused = position.time > self.expected + MAX_GAP;
         let samples = self.samples(payload);
         self.expected = position.time + TICKS * samples as u64;
-        Sound {
+        PcmChunk {
             follows: position.follows && !paused && samples > 0,
             pcm: &self.pcm[..samples],
         }
@@ -86,7 +86,7 @@ impl Decoder {
             return 0;
         };
         // Turned down by its header. The decoder is kept: a new one for every such packet is dear.
-        samples.unwrap_or_default().min(LONGEST)
+        samples.unwrap_or_default().min(MAX_PACKET_SAMPLES)
     }
 }
 
@@ -235,7 +235,7 @@ impl Frame for Arc<[u8]> {
 /// How long a packet plays, by its first byte and, for many frames, its second (RFC 6716, 3.1 and 3.2).
 fn duration(payload: &[u8]) -> Duration {
     let Some(&toc) = payload.first() else {
-        return FRAME;
+        return DEFAULT_DURATION;
     };
     let frame = match toc >> 3 {
         config @ 0..12 => [10_000, 20_000, 40_000, 60_000][usize::from(config % 4)],
@@ -308,7 +308,7 @@ mod tests {
                 let case = format!("{rate} Hz, {channels:?}, {millis} ms, packet {number}");
                 assert!(packet[0] < CELT_ONLY, "{case}");
                 hybrid += usize::from(packet[0] >> 3 >= 12);
-                let (mut expected, mut heard) = ([0; LONGEST], [1; LONGEST]);
+                let (mut expected, mut heard) = ([0; MAX_PACKET_SAMPLES], [1; MAX_PACKET_SAMPLES]);
                 let samples = whole.decode(packet, &mut expected, DecodeMode::Normal);
                 assert_eq!(ours.decode(packet, &mut heard), samples.ok(), "{case}");
                 let samples = millis * 16;
@@ -327,7 +327,7 @@ mod tests {
         let speech = packets(encoder(Application::Voip), 20);
         let music = packets(encoder(Application::RestrictedLowDelay), 20);
         assert!(music.iter().all(|packet| packet[0] >= CELT_ONLY));
-        let (mut codec, mut pcm) = (Codec::default(), [0; LONGEST]);
+        let (mut codec, mut pcm) = (Codec::default(), [0; MAX_PACKET_SAMPLES]);
         for (number, packets) in speech.chunks(5).zip(music.chunks(5)).enumerate() {
             for packet in packets.0.iter().chain(packets.1) {
                 assert_eq!(codec.decode(packet, &mut pcm), Some(320));
@@ -351,7 +351,7 @@ mod tests {
         });
         let mut decoder = Decoder::default();
         let mut decode = |number: u64, payload: &[u8]| {
-            let position = Position {
+            let position = MediaPosition {
                 time: number * 960,
                 follows: true,
             };

@@ -27,7 +27,7 @@ pub(crate) fn span(ticks: u64) -> Duration {
 
 /// The head of one packet, with the extended sequence number.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Head {
+pub(crate) struct RtpHeader {
     pub(crate) ssrc: u32,
     pub(crate) sequence: u64,
     pub(crate) timestamp: u32,
@@ -35,7 +35,7 @@ pub(crate) struct Head {
 
 /// Where a packet stands on the receiver's own media clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Position {
+pub(crate) struct MediaPosition {
     /// Ticks since the first packet; strictly rising.
     pub(crate) time: u64,
     /// No packet is missing between this one and the one before.
@@ -44,8 +44,8 @@ pub(crate) struct Position {
 
 /// Counts one track's packets and lays them out on one clock.
 #[derive(Debug, Default)]
-pub(crate) struct Receiver {
-    stream: Option<Stream>,
+pub(crate) struct RtpReceiver {
+    stream: Option<RtpStream>,
     /// Loss of the streams before the current one.
     lost_before: u64,
     packets: u64,
@@ -55,7 +55,7 @@ pub(crate) struct Receiver {
 }
 
 #[derive(Debug)]
-struct Stream {
+struct RtpStream {
     ssrc: u32,
     first: u64,
     highest: u64,
@@ -65,9 +65,9 @@ struct Stream {
     time: u64,
 }
 
-impl Receiver {
+impl RtpReceiver {
     /// Takes one packet in. `None` for one that comes late or twice: it counts, but its moment has passed.
-    pub(crate) fn on_packet(&mut self, at: Instant, head: Head) -> Option<Position> {
+    pub(crate) fn on_packet(&mut self, at: Instant, head: RtpHeader) -> Option<MediaPosition> {
         self.packets += 1;
         let Some(stream) = self.stream.as_mut().filter(|it| it.ssrc == head.ssrc) else {
             return Some(self.begin(at, head));
@@ -85,26 +85,26 @@ impl Receiver {
         } else {
             stream.time += forward;
             let difference = ticks(elapsed).abs_diff(forward);
-            self.jitter += (lossy(difference) - self.jitter) / 16.0;
+            self.jitter += (to_f64(difference) - self.jitter) / 16.0;
             self.measured = true;
         }
         stream.highest = head.sequence;
         stream.timestamp = head.timestamp;
         stream.arrived = at;
-        Some(Position {
+        Some(MediaPosition {
             time: stream.time,
             follows,
         })
     }
 
     /// The sender's clock and numbers start anew with a new SSRC; ours go on by the arrival times.
-    fn begin(&mut self, at: Instant, head: Head) -> Position {
+    fn begin(&mut self, at: Instant, head: RtpHeader) -> MediaPosition {
         let time = self.stream.as_ref().map_or(0, |before| {
             let pause = at.saturating_duration_since(before.arrived);
             before.time + ticks(pause).max(1)
         });
-        self.lost_before += self.stream.as_ref().map_or(0, Stream::lost);
-        self.stream = Some(Stream {
+        self.lost_before += self.stream.as_ref().map_or(0, RtpStream::lost);
+        self.stream = Some(RtpStream {
             ssrc: head.ssrc,
             first: head.sequence,
             highest: head.sequence,
@@ -113,7 +113,7 @@ impl Receiver {
             arrived: at,
             time,
         });
-        Position {
+        MediaPosition {
             time,
             follows: false,
         }
@@ -122,7 +122,7 @@ impl Receiver {
     pub(crate) fn stats(&self) -> AudioStats {
         AudioStats {
             packets: self.packets,
-            lost: self.lost_before + self.stream.as_ref().map_or(0, Stream::lost),
+            lost: self.lost_before + self.stream.as_ref().map_or(0, RtpStream::lost),
             jitter: self
                 .measured
                 .then(|| Duration::from_secs_f64(self.jitter / f64::from(CLOCK_RATE))),
@@ -130,7 +130,7 @@ impl Receiver {
     }
 }
 
-impl Stream {
+impl RtpStream {
     /// Packets that never came; a duplicate hides one lost packet, as in RFC 3550, A.3.
     fn lost(&self) -> u64 {
         (self.highest - self.first + 1).saturating_sub(self.received)
@@ -139,7 +139,7 @@ impl Stream {
 
 /// Differences stay below [`CLOCK_JUMP`], far inside what an `f64` holds exactly.
 #[expect(clippy::cast_precision_loss, reason = "bounded by CLOCK_JUMP in ticks")]
-fn lossy(ticks: u64) -> f64 {
+fn to_f64(ticks: u64) -> f64 {
     ticks as f64
 }
 
@@ -147,8 +147,8 @@ fn lossy(ticks: u64) -> f64 {
 mod tests {
     use super::*;
 
-    fn head(ssrc: u32, sequence: u64, timestamp: u32) -> Head {
-        Head {
+    fn head(ssrc: u32, sequence: u64, timestamp: u32) -> RtpHeader {
+        RtpHeader {
             ssrc,
             sequence,
             timestamp,
@@ -169,13 +169,13 @@ mod tests {
     #[test]
     fn steady_packets_have_no_loss_and_no_jitter() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         for i in 0..50_u32 {
             let at = start + ms(20) * i;
             let position = receiver.on_packet(at, head(1, 7 + u64::from(i), 960 * i));
             assert_eq!(
                 position,
-                Some(Position {
+                Some(MediaPosition {
                     time: u64::from(960 * i),
                     follows: i > 0
                 })
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn gap_is_lost_until_the_late_packet_comes() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         receiver.on_packet(start, head(1, 10, 0));
         let after_gap = receiver.on_packet(start + ms(60), head(1, 13, 2880));
         assert!(after_gap.is_some_and(|position| !position.follows));
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn jitter_follows_the_formula_of_rfc_3550() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         receiver.on_packet(start, head(1, 0, 0));
         // 16 ms late, then in step again: |D| = 768 ticks twice.
         receiver.on_packet(start + ms(36), head(1, 1, 960));
@@ -218,11 +218,11 @@ mod tests {
     #[test]
     fn clock_goes_on_across_a_change_of_ssrc_and_the_loss_before_it_stays() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         receiver.on_packet(start, head(1, 5, 4_000_000_000));
         receiver.on_packet(start + ms(40), head(1, 7, 4_000_001_920));
         let position = receiver.on_packet(start + ms(60), head(2, 900, 17));
-        let expected = Position {
+        let expected = MediaPosition {
             time: 2880,
             follows: false,
         };
@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn timestamp_wraps_without_a_step() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         receiver.on_packet(start, head(1, 0, u32::MAX - 479));
         let position = receiver.on_packet(start + ms(20), head(1, 1, 480));
         assert_eq!(position.map(|position| position.time), Some(960));
@@ -242,7 +242,7 @@ mod tests {
     #[test]
     fn senders_clock_that_jumps_or_stands_still_never_turns_ours_back() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         let mut last = None;
         for (i, timestamp) in [5, 5, 3_000_000_000, 0, 960].into_iter().enumerate() {
             let at = start + ms(20) * u32::try_from(i).unwrap();
@@ -258,10 +258,10 @@ mod tests {
     #[test]
     fn pause_of_the_sender_is_kept() {
         let start = Instant::now();
-        let mut receiver = Receiver::default();
+        let mut receiver = RtpReceiver::default();
         receiver.on_packet(start, head(1, 0, 0));
         let position = receiver.on_packet(start + ms(20_000), head(1, 1, 960_000));
-        let expected = Position {
+        let expected = MediaPosition {
             time: 960_000,
             follows: true,
         };

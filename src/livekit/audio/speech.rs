@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use crate::config::Speech;
 
 /// Windows a second: each of 20 ms is judged.
-pub(crate) const WINDOWS: u32 = 50;
+pub(crate) const WINDOWS_PER_SECOND: u32 = 50;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Heard {
+pub(crate) enum SpeechEvent {
     /// An utterance began; stamped at the arrival of its first frame.
     Started(Instant),
     /// It ended; stamped at the arrival of its last speech frame.
@@ -21,7 +21,7 @@ pub(crate) enum Heard {
 
 /// Sound that came at one time, mono; empty where what came carries none.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sound<'a> {
+pub(crate) struct PcmChunk<'a> {
     /// It goes on where the sound before it ended.
     pub(crate) follows: bool,
     pub(crate) pcm: &'a [i16],
@@ -34,7 +34,7 @@ pub(crate) struct Detector {
     threshold: f64,
     /// Samples of the window that is judged.
     window_size: usize,
-    window: Window,
+    window: EnergyWindow,
     /// Consecutive windows of speech before an utterance counts, and the arrival of the first.
     run: Option<(u32, Instant)>,
     /// Arrival of the last speech frame; there is one while an utterance lasts.
@@ -43,7 +43,7 @@ pub(crate) struct Detector {
 
 /// The 20 ms of sound being collected.
 #[derive(Default)]
-struct Window {
+struct EnergyWindow {
     samples: usize,
     energy: f64,
     began: Option<Instant>,
@@ -53,12 +53,12 @@ impl Detector {
     /// `rate`: samples a second of the sound.
     pub(crate) fn new(settings: Speech, rate: u32) -> Self {
         let level = 10_f64.powf(f64::from(settings.threshold_dbfs) / 20.0) * 32_768.0;
-        let window_size = rate / WINDOWS;
+        let window_size = rate / WINDOWS_PER_SECOND;
         Self {
             settings,
             threshold: level * level * f64::from(window_size),
             window_size: window_size as usize,
-            window: Window::default(),
+            window: EnergyWindow::default(),
             run: None,
             last_speech: None,
         }
@@ -67,12 +67,12 @@ impl Detector {
     pub(crate) fn on_sound(
         &mut self,
         at: Instant,
-        sound: Sound<'_>,
-    ) -> impl Iterator<Item = Heard> + use<> {
+        sound: PcmChunk<'_>,
+    ) -> impl Iterator<Item = SpeechEvent> + use<> {
         let ended = self.on_time(at);
         // What was lost or not sent isn't speech, so what is consecutive starts anew.
         if !sound.follows {
-            self.window = Window::default();
+            self.window = EnergyWindow::default();
             self.run = None;
         }
         let mut started = None;
@@ -86,7 +86,7 @@ impl Detector {
             self.window.energy += energy(part);
             if self.window.samples == self.window_size {
                 let speech = self.window.energy > self.threshold;
-                self.window = Window::default();
+                self.window = EnergyWindow::default();
                 started = started.or(self.judge(began, speech));
             }
         }
@@ -94,12 +94,12 @@ impl Detector {
     }
 
     /// The end of an utterance is also a matter of time: a muted track and a killed agent send nothing.
-    pub(crate) fn on_time(&mut self, now: Instant) -> Option<Heard> {
+    pub(crate) fn on_time(&mut self, now: Instant) -> Option<SpeechEvent> {
         let last = self.last_speech?;
         (now >= last + self.settings.end_silence).then(|| {
             self.last_speech = None;
             self.run = None;
-            Heard::Ended(last)
+            SpeechEvent::Ended(last)
         })
     }
 
@@ -110,11 +110,11 @@ impl Detector {
     }
 
     /// The last frames may be the start of an utterance that isn't one yet.
-    pub(crate) fn on_the_verge(&self) -> bool {
+    pub(crate) fn speech_pending(&self) -> bool {
         self.last_speech.is_none() && self.run.is_some()
     }
 
-    fn judge(&mut self, at: Instant, speech: bool) -> Option<Heard> {
+    fn judge(&mut self, at: Instant, speech: bool) -> Option<SpeechEvent> {
         if !speech {
             self.run = None;
             return None;
@@ -130,7 +130,7 @@ impl Detector {
         }
         self.run = None;
         self.last_speech = Some(at);
-        Some(Heard::Started(first))
+        Some(SpeechEvent::Started(first))
     }
 }
 

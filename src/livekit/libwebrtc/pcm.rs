@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::livekit::audio::echo::Frame;
-use crate::livekit::audio::rtp::{self, Position};
+use crate::livekit::audio::rtp::{self, MediaPosition};
 
 /// Samples a second; also the ticks of the media clock.
 pub(crate) const RATE: u32 = rtp::CLOCK_RATE;
@@ -16,7 +16,7 @@ const FRAME: usize = RATE as usize / 100;
 
 /// The SDK's decoder goes on through losses and pauses of the sender; where nothing comes for so long, the track was another
 /// or stood still.
-const PAUSE: Duration = Duration::from_millis(100);
+const MAX_GAP: Duration = Duration::from_millis(100);
 
 /// Mono samples.
 impl Frame for Arc<[i16]> {
@@ -31,23 +31,23 @@ impl Frame for Arc<[i16]> {
 
 /// Lays frames out on one media clock.
 #[derive(Default)]
-pub(crate) struct Arrivals {
+pub(crate) struct FrameClock {
     /// When the last frame came, and the media time of its end.
     last: Option<(Instant, u64)>,
 }
 
-impl Arrivals {
-    pub(crate) fn on_frame(&mut self, at: Instant, samples: usize) -> Position {
+impl FrameClock {
+    pub(crate) fn on_frame(&mut self, at: Instant, samples: usize) -> MediaPosition {
         let position = match self.last {
-            None => Position {
+            None => MediaPosition {
                 time: 0,
                 follows: false,
             },
             Some((before, end)) => {
                 let since = at.saturating_duration_since(before);
-                let follows = since <= PAUSE;
+                let follows = since <= MAX_GAP;
                 let pause = if follows { 0 } else { rtp::ticks(since) };
-                Position {
+                MediaPosition {
                     time: end + pause,
                     follows,
                 }
@@ -62,8 +62,8 @@ impl Arrivals {
 mod tests {
     use super::*;
     use crate::config::{self, EchoMode, Speech};
-    use crate::livekit::audio::echo::{Echo, Out};
-    use crate::livekit::audio::speech::{Detector, Heard, Sound};
+    use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+    use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 
     const TEN: Duration = Duration::from_millis(10);
 
@@ -81,15 +81,15 @@ mod tests {
 
     /// What comes back of an agent that speaks for a second from the third second on: in which 10 ms it was loud, and when
     /// the echo began and ended.
-    fn echo_of_a_second(mode: EchoMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<Heard>) {
+    fn echo_of_a_second(mode: EchoMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<SpeechEvent>) {
         let start = Instant::now();
         let settings = config::Echo {
             mode,
             ..config::Echo::default()
         };
-        let mut echo = Echo::<Arc<[i16]>>::new(settings);
+        let mut echo = EchoPlayer::<Arc<[i16]>>::new(settings);
         let mut detector = Detector::new(Speech::default(), RATE);
-        let mut arrivals = Arrivals::default();
+        let mut clock = FrameClock::default();
         echo.open(start);
         let (mut loud, mut marks, mut all) = (Vec::new(), Vec::new(), Vec::new());
         for tick in 0..800_u64 {
@@ -99,25 +99,27 @@ mod tests {
             } else {
                 0.0
             });
-            let position = arrivals.on_frame(now, pcm.len());
+            let position = clock.on_frame(now, pcm.len());
             echo.on_frame(now, position.time, &pcm);
-            let sound = Sound {
+            let sound = PcmChunk {
                 follows: position.follows,
                 pcm: &pcm,
             };
             for heard in detector.on_sound(now, sound) {
                 all.push(heard);
                 match heard {
-                    Heard::Started(at) => echo.on_speech_started(at),
-                    Heard::Ended(at) => echo.on_speech_ended(at),
+                    SpeechEvent::Started(at) => echo.on_speech_started(at),
+                    SpeechEvent::Ended(at) => echo.on_speech_ended(at),
                 }
             }
-            while let Some(out) = echo.poll(now, detector.on_the_verge()) {
+            while let Some(out) = echo.poll(now, detector.speech_pending()) {
                 match out {
-                    Out::Send { frame, .. } if frame.iter().any(|it| *it != 0) => loud.push(tick),
-                    Out::Send { .. } => {}
-                    Out::Started => marks.push((tick, "started")),
-                    Out::Ended => marks.push((tick, "ended")),
+                    EchoOutput::Send { frame, .. } if frame.iter().any(|it| *it != 0) => {
+                        loud.push(tick)
+                    }
+                    EchoOutput::Send { .. } => {}
+                    EchoOutput::Started => marks.push((tick, "started")),
+                    EchoOutput::Ended => marks.push((tick, "ended")),
                 }
             }
         }
@@ -144,12 +146,12 @@ mod tests {
     #[test]
     fn clock_counts_samples_and_keeps_a_pause() {
         let start = Instant::now();
-        let mut arrivals = Arrivals::default();
-        assert!(!arrivals.on_frame(start, 480).follows);
+        let mut clock = FrameClock::default();
+        assert!(!clock.on_frame(start, 480).follows);
         // Frames come in bursts, and are as long as they are.
         for (millis, time, follows) in [(0, 480, true), (25, 960, true), (1_025, 49_440, false)] {
             let at = start + Duration::from_millis(millis);
-            assert_eq!(arrivals.on_frame(at, 480), Position { time, follows });
+            assert_eq!(clock.on_frame(at, 480), MediaPosition { time, follows });
         }
     }
 

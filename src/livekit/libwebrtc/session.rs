@@ -32,13 +32,13 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::pcm::{self, Arrivals};
-use super::stats::{Inbound, Tally};
-use super::streams::{self, Opened};
-use super::transport::{Line, Told};
-use super::watch::Watch;
-use crate::livekit::audio::echo::{self, Echo};
-use crate::livekit::audio::speech::{Detector, Heard, Sound};
+use super::pcm::{self, FrameClock};
+use super::stats::{InboundStats, InboundTotals};
+use super::streams::{self, OpenedStream};
+use super::transport::{SdkConnector, WireEvent};
+use super::watch::SignalWatch;
+use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
 use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
@@ -46,24 +46,24 @@ use crate::livekit::room::voice_selector::Listening;
 use crate::livekit::wire::signal::SignalError;
 
 /// Sound that may wait: for us 1 s of it, for the SDK 100 ms.
-const FRAMES_TO_READ: usize = 100;
-const MILLIS_TO_SEND: u32 = 100;
+const MAX_QUEUED_FRAMES: usize = 100;
+const SDK_QUEUE_MS: u32 = 100;
 
 /// Frames kept of a voice before its agent is known, 5 s of 10 ms: the server's news may come three seconds late.
-const MOST_EARLY: usize = 500;
+const MAX_EARLY_FRAMES: usize = 500;
 
 /// How often the SDK is asked for what it has no event for: its transports, and the agent's first packet.
-const SAMPLE: Duration = Duration::from_millis(50);
+const STATS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// In samples: how often the agent's audio is counted once it flows.
-const SELDOM: u32 = 20;
+const FLOWING_STATS_EVERY: u32 = 20;
 
 /// For the last count, before the room is left.
-const LAST_COUNT: Duration = Duration::from_millis(500);
+const LAST_STATS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Data streams that are read at once, and the most of one; a session's messages and transcripts are short.
-const MOST_STREAMS: usize = 8;
-const MOST_BYTES: usize = 64 * 1024;
+const MAX_STREAMS: usize = 8;
+const MAX_STREAM_BYTES: usize = 64 * 1024;
 
 type SdkEvents = mpsc::UnboundedReceiver<SdkEvent>;
 
@@ -72,7 +72,7 @@ pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
-    audio: &mut Tally,
+    audio: &mut InboundTotals,
 ) -> EndReason {
     let token = match request.token() {
         Ok(token) => token,
@@ -81,25 +81,25 @@ pub(crate) async fn run(
     let hang_up = CancellationToken::new();
     // Whatever ends this actor closes its socket, and with it what the SDK has running.
     let _hung_up = hang_up.clone().drop_guard();
-    let (line, told) = Line::new(
+    let (connector, wire_events) = SdkConnector::new(
         request.endpoint.clone(),
         token.clone(),
         request.signal_timeout,
         hang_up.clone(),
     );
-    let mut session = Session::new(&request, Outlet::new(events), told, audio);
+    let mut session = SdkSession::new(&request, Outlet::new(events), wire_events, audio);
     let connecting = Room::connect(
         request.endpoint.url.as_str(),
         token.expose_secret(),
         options(&request),
     );
-    let joined = session.join(line.carry(connecting), &leave, request.signal_timeout);
+    let joined = session.join(connector.carry(connecting), &leave, request.signal_timeout);
     let (room, events) = match joined.await {
         Ok(joined) => joined,
         Err(why) => return why,
     };
-    let mut seat = Seat(Some(Arc::new(room)));
-    let served = match &seat.0 {
+    let mut joined_room = LeaveOnDrop(Some(Arc::new(room)));
+    let served = match &joined_room.0 {
         Some(room) => session.serve(room, events, &leave).await,
         None => Ok(EndReason::Left),
     };
@@ -112,7 +112,7 @@ pub(crate) async fn run(
     if matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
         hang_up.cancel();
     }
-    seat.leave(&hang_up).await;
+    joined_room.leave(&hang_up).await;
     why
 }
 
@@ -121,14 +121,15 @@ fn options(request: &JoinRequest) -> RoomOptions {
     let mut options = RoomOptions::default();
     options.join_retries = 0;
     options.connect_timeout = request.signal_timeout;
-    options.data_stream = RoomDataStreamOptions::default().with_max_payload_byte_length(MOST_BYTES);
+    options.data_stream =
+        RoomDataStreamOptions::default().with_max_payload_byte_length(MAX_STREAM_BYTES);
     options
 }
 
 /// Our place in a room. The SDK's tasks hold each other: only its own farewell ends them, so one is said in any case.
-struct Seat(Option<Arc<Room>>);
+struct LeaveOnDrop(Option<Arc<Room>>);
 
-impl Seat {
+impl LeaveOnDrop {
     async fn leave(&mut self, hang_up: &CancellationToken) {
         let Some(room) = self.0.take() else {
             return;
@@ -144,7 +145,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for LeaveOnDrop {
     fn drop(&mut self) {
         if let (Some(room), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
             runtime.spawn(async move { room.close().await });
@@ -153,30 +154,30 @@ impl Drop for Seat {
 }
 
 /// A participant on its way into its room, and in it.
-struct Session<'a> {
-    told: mpsc::Receiver<Told>,
-    watch: Watch,
-    audio: &'a mut Tally,
+struct SdkSession<'a> {
+    wire_events: mpsc::Receiver<WireEvent>,
+    watch: SignalWatch,
+    audio: &'a mut InboundTotals,
     speech: Detector,
-    echo: Echo<Arc<[i16]>>,
+    echo: EchoPlayer<Arc<[i16]>>,
     source: NativeAudioSource,
     track: LocalAudioTrack,
     /// The audio tracks that are there, each under a number of its own.
     tracks: Vec<(u32, String, RemoteAudioTrack)>,
     next_track: u32,
     listening: Listening<u32, (Instant, Arc<[i16]>)>,
-    voice: Option<Voice>,
-    arrivals: Arrivals,
+    voice: Option<SdkVoice>,
+    clock: FrameClock,
     /// Data streams that are being read, packet by packet.
     packets: SelectAll<BoxStream<'static, DataPacket>>,
-    measuring: Option<BoxFuture<'static, Measured>>,
+    measuring: Option<BoxFuture<'static, MeasuredStats>>,
     samples: u32,
     published: bool,
-    media_told: bool,
+    media_reported: bool,
 }
 
 /// The track that is listened to.
-struct Voice {
+struct SdkVoice {
     key: u32,
     track: RemoteAudioTrack,
     stream: NativeAudioStream,
@@ -185,42 +186,42 @@ struct Voice {
 }
 
 /// What the SDK was asked for.
-enum Measured {
+enum MeasuredStats {
     Transports(Vec<RtcStats>),
     /// Of the track of this number.
     Voice(u32, Vec<RtcStats>),
 }
 
-impl<'a> Session<'a> {
+impl<'a> SdkSession<'a> {
     fn new(
         request: &JoinRequest,
         outlet: Outlet,
-        told: mpsc::Receiver<Told>,
-        audio: &'a mut Tally,
+        wire_events: mpsc::Receiver<WireEvent>,
+        audio: &'a mut InboundTotals,
     ) -> Self {
         let source =
-            NativeAudioSource::new(AudioSourceOptions::default(), pcm::RATE, 1, MILLIS_TO_SEND);
+            NativeAudioSource::new(AudioSourceOptions::default(), pcm::RATE, 1, SDK_QUEUE_MS);
         let track =
             LocalAudioTrack::create_audio_track("echo", RtcAudioSource::Native(source.clone()));
         let cid = track.rtc_track().id();
         Self {
-            told,
-            watch: Watch::new(Instant::now(), Observer::new(request, outlet, cid)),
+            wire_events,
+            watch: SignalWatch::new(Instant::now(), Observer::new(request, outlet, cid)),
             audio,
             speech: Detector::new(request.speech.clone(), pcm::RATE),
-            echo: Echo::new(request.echo.clone()),
+            echo: EchoPlayer::new(request.echo.clone()),
             source,
             track,
             tracks: Vec::new(),
             next_track: 0,
-            listening: Listening::new(MOST_EARLY),
+            listening: Listening::new(MAX_EARLY_FRAMES),
             voice: None,
-            arrivals: Arrivals::default(),
+            clock: FrameClock::default(),
             packets: SelectAll::new(),
             measuring: None,
             samples: 0,
             published: false,
-            media_told: false,
+            media_reported: false,
         }
     }
 
@@ -236,7 +237,7 @@ impl<'a> Session<'a> {
             tokio::select! {
                 biased;
                 () = leave.cancelled() => return Err(EndReason::Left),
-                Some(told) = self.told.recv() => self.on_told(told)?,
+                Some(event) = self.wire_events.recv() => self.on_wire_event(event)?,
                 connected = &mut connecting => break connected,
                 () = sleep_until(deadline), if !self.watch.joined() => {
                     return Err(EndReason::Signal(SignalError::JoinTimeout(timeout)));
@@ -244,8 +245,8 @@ impl<'a> Session<'a> {
             }
         };
         // What was told while it connected says better why it didn't.
-        while let Ok(told) = self.told.try_recv() {
-            self.on_told(told)?;
+        while let Ok(event) = self.wire_events.try_recv() {
+            self.on_wire_event(event)?;
         }
         connected.map_err(|error| self.watch.not_connected(error.to_string()))
     }
@@ -257,7 +258,7 @@ impl<'a> Session<'a> {
         leave: &CancellationToken,
     ) -> Result<EndReason, EndReason> {
         let mut publishing = Some(self.publish(room));
-        let mut sampling = interval(SAMPLE);
+        let mut sampling = interval(STATS_INTERVAL);
         sampling.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.play(Instant::now()).await?;
@@ -267,7 +268,7 @@ impl<'a> Session<'a> {
             tokio::select! {
                 biased;
                 () = leave.cancelled() => return Ok(EndReason::Left),
-                Some(told) = self.told.recv() => self.on_told(told)?,
+                Some(event) = self.wire_events.recv() => self.on_wire_event(event)?,
                 Some(event) = events.recv() => self.on_sdk(event)?,
                 Some(published) = OptionFuture::from(publishing.as_mut()) => {
                     publishing = None;
@@ -302,9 +303,9 @@ impl<'a> Session<'a> {
         async move { participant.publish_track(track, options).await }.boxed()
     }
 
-    fn on_told(&mut self, told: Told) -> Result<(), EndReason> {
-        match self.watch.on_told(told)? {
-            Some(at) => self.listen(at),
+    fn on_wire_event(&mut self, event: WireEvent) -> Result<(), EndReason> {
+        match self.watch.on_wire_event(event)? {
+            Some(at) => self.select_voice(at),
             None => Ok(()),
         }
     }
@@ -320,12 +321,12 @@ impl<'a> Session<'a> {
                 let sid = String::from(publication.sid());
                 self.tracks.push((self.next_track, sid, track));
                 self.next_track += 1;
-                self.listen(now)
+                self.select_voice(now)
             }
             SdkEvent::TrackUnsubscribed { publication, .. } => {
                 let gone = String::from(publication.sid());
                 self.tracks.retain(|(_, sid, _)| *sid != gone);
-                self.listen(now)
+                self.select_voice(now)
             }
             SdkEvent::Reconnecting | SdkEvent::Disconnected { .. } => {
                 Err(self.watch.reconnecting(now))
@@ -380,12 +381,12 @@ impl<'a> Session<'a> {
         R::Info: Clone + Send + 'static,
         R::Output: Into<Vec<u8>>,
     {
-        let Some(reader) = reader.filter(|_| self.packets.len() < MOST_STREAMS) else {
+        let Some(reader) = reader.filter(|_| self.packets.len() < MAX_STREAMS) else {
             return;
         };
         let info = reader.info().clone();
         let (id, topic) = named(&info);
-        let opened = Opened {
+        let opened = OpenedStream {
             identity: sender.into(),
             id,
             topic,
@@ -396,7 +397,7 @@ impl<'a> Session<'a> {
     }
 
     /// Settles which track carries the agent's voice, and takes in what it had said by the time that is known.
-    fn listen(&mut self, at: Instant) -> Result<(), EndReason> {
+    fn select_voice(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.tracks.iter().map(|(key, sid, _)| (*key, sid.as_str()));
         self.listening
             .settle(at, &self.watch.observer.roster, &tracks);
@@ -404,7 +405,7 @@ impl<'a> Session<'a> {
         if wanted != self.voice.as_ref().map(|voice| voice.key) {
             let mut tracks = self.tracks.iter();
             let found = tracks.find(|(key, ..)| Some(*key) == wanted);
-            self.voice = found.map(|(key, _, track)| Voice::of(*key, track.clone()));
+            self.voice = found.map(|(key, _, track)| SdkVoice::of(*key, track.clone()));
         }
         for (at, pcm) in self.watch.observer.tell_of_voice(&mut self.listening)? {
             self.on_voice(at, &pcm)?;
@@ -421,15 +422,15 @@ impl<'a> Session<'a> {
     }
 
     fn on_voice(&mut self, at: Instant, pcm: &Arc<[i16]>) -> Result<(), EndReason> {
-        let position = self.arrivals.on_frame(at, pcm.len());
+        let position = self.clock.on_frame(at, pcm.len());
         self.echo.on_frame(at, position.time, pcm);
-        let sound = Sound {
+        let sound = PcmChunk {
             follows: position.follows,
             pcm,
         };
         for heard in self.speech.on_sound(at, sound) {
             // Speech is audio, though its packets may not have been counted yet.
-            if let Heard::Started(at) = heard {
+            if let SpeechEvent::Started(at) = heard {
                 self.watch.observer.first_audio(at)?;
             }
             self.watch.observer.heard(&mut self.echo, heard)?;
@@ -446,19 +447,19 @@ impl<'a> Session<'a> {
 
     /// Hands what the echo has due to the SDK, which fills what is left with silence.
     async fn play(&mut self, now: Instant) -> Result<(), EndReason> {
-        while let Some(out) = self.echo.poll(now, self.speech.on_the_verge()) {
+        while let Some(out) = self.echo.poll(now, self.speech.speech_pending()) {
             match out {
-                echo::Out::Started => self
+                EchoOutput::Started => self
                     .watch
                     .observer
                     .outlet
                     .tell(now, RoomEventKind::EchoStarted)?,
-                echo::Out::Ended => self
+                EchoOutput::Ended => self
                     .watch
                     .observer
                     .outlet
                     .tell(now, RoomEventKind::EchoEnded)?,
-                echo::Out::Send { frame, .. } => send(&self.source, &frame).await?,
+                EchoOutput::Send { frame, .. } => send(&self.source, &frame).await?,
             }
         }
         Ok(())
@@ -470,31 +471,31 @@ impl<'a> Session<'a> {
         if self.measuring.is_some() {
             return;
         }
-        if self.published && !self.media_told {
+        if self.published && !self.media_reported {
             let room = Arc::clone(room);
             let asked = async move {
                 let stats = room.get_stats().await.ok();
                 let stats = stats.map(|it| [it.publisher_stats, it.subscriber_stats].concat());
-                Measured::Transports(stats.unwrap_or_default())
+                MeasuredStats::Transports(stats.unwrap_or_default())
             };
             self.measuring = Some(asked.boxed());
         } else if let Some(voice) = &self.voice
-            && (!voice.flows || self.samples.is_multiple_of(SELDOM))
+            && (!voice.flows || self.samples.is_multiple_of(FLOWING_STATS_EVERY))
         {
             let (key, track) = (voice.key, voice.track.clone());
             let asked = async move {
                 let stats = track.get_stats().await;
-                Measured::Voice(key, stats.unwrap_or_default())
+                MeasuredStats::Voice(key, stats.unwrap_or_default())
             };
             self.measuring = Some(asked.boxed());
         }
     }
 
-    fn on_measured(&mut self, measured: Measured) -> Result<(), EndReason> {
+    fn on_measured(&mut self, measured: MeasuredStats) -> Result<(), EndReason> {
         let now = Instant::now();
         match measured {
-            Measured::Transports(stats) if are_up(&stats) => {
-                self.media_told = true;
+            MeasuredStats::Transports(stats) if are_up(&stats) => {
+                self.media_reported = true;
                 self.echo.open(now);
                 self.watch
                     .observer
@@ -508,8 +509,8 @@ impl<'a> Session<'a> {
                 }
                 Ok(())
             }
-            Measured::Transports(_) => Ok(()),
-            Measured::Voice(key, stats) => {
+            MeasuredStats::Transports(_) => Ok(()),
+            MeasuredStats::Voice(key, stats) => {
                 let Some(inbound) = inbound(&stats).filter(|it| it.packets > 0) else {
                     return Ok(());
                 };
@@ -532,7 +533,7 @@ impl<'a> Session<'a> {
         let Some(track) = heard.map(|voice| voice.track.clone()) else {
             return;
         };
-        let counted = timeout(LAST_COUNT, track.get_stats()).await;
+        let counted = timeout(LAST_STATS_TIMEOUT, track.get_stats()).await;
         let counted = counted.ok().and_then(Result::ok);
         if let Some(inbound) = counted.and_then(|stats| inbound(&stats)) {
             self.audio.on_stats(inbound);
@@ -540,10 +541,10 @@ impl<'a> Session<'a> {
     }
 }
 
-impl Voice {
+impl SdkVoice {
     fn of(key: u32, track: RemoteAudioTrack) -> Self {
         let options = NativeAudioStreamOptions {
-            queue_size_frames: Some(FRAMES_TO_READ),
+            queue_size_frames: Some(MAX_QUEUED_FRAMES),
         };
         let rate = pcm::RATE.cast_signed();
         let stream = NativeAudioStream::with_options(track.rtc_track(), rate, 1, options);
@@ -557,7 +558,7 @@ impl Voice {
 }
 
 /// `None` at once where there is no voice, or no more of it.
-async fn next_frame(voice: &mut Option<Voice>) -> Option<AudioFrame<'static>> {
+async fn next_frame(voice: &mut Option<SdkVoice>) -> Option<AudioFrame<'static>> {
     voice.as_mut()?.stream.next().await
 }
 
@@ -618,9 +619,9 @@ fn over_tcp(stats: &[RtcStats]) -> bool {
     protocols.any(|protocol| protocol == "tcp")
 }
 
-fn inbound(stats: &[RtcStats]) -> Option<Inbound> {
+fn inbound(stats: &[RtcStats]) -> Option<InboundStats> {
     stats.iter().find_map(|stats| match stats {
-        RtcStats::InboundRtp(it) => Some(Inbound {
+        RtcStats::InboundRtp(it) => Some(InboundStats {
             ssrc: it.stream.ssrc,
             packets: it.received.packets_received,
             lost: it.received.packets_lost,

@@ -6,7 +6,7 @@ use crate::livekit::event::AudioStats;
 
 /// `inbound-rtp` of one stream, as the WebRTC statistics define it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Inbound {
+pub(crate) struct InboundStats {
     pub(crate) ssrc: u32,
     pub(crate) packets: u64,
     /// Negative where duplicates outnumber what was lost.
@@ -16,14 +16,14 @@ pub(crate) struct Inbound {
 
 /// The agent's audio so far.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct InboundTotals {
     /// Of the streams before the current one.
     before: AudioStats,
-    current: Option<Inbound>,
+    current: Option<InboundStats>,
 }
 
-impl Tally {
-    pub(crate) fn on_stats(&mut self, inbound: Inbound) {
+impl InboundTotals {
+    pub(crate) fn on_stats(&mut self, inbound: InboundStats) {
         let replaced = self.current.replace(inbound);
         if let Some(before) = replaced.filter(|it| it.ssrc != inbound.ssrc) {
             self.before = sum(self.before, before);
@@ -37,7 +37,7 @@ impl Tally {
 }
 
 /// The jitter is that of the last stream: it is a running mean.
-fn sum(before: AudioStats, inbound: Inbound) -> AudioStats {
+fn sum(before: AudioStats, inbound: InboundStats) -> AudioStats {
     let jitter = Duration::try_from_secs_f64(inbound.jitter_seconds).ok();
     AudioStats {
         packets: before.packets + inbound.packets,
@@ -51,8 +51,8 @@ fn sum(before: AudioStats, inbound: Inbound) -> AudioStats {
 mod tests {
     use super::*;
 
-    fn inbound(ssrc: u32, packets: u64, lost: i64, jitter_seconds: f64) -> Inbound {
-        Inbound {
+    fn inbound(ssrc: u32, packets: u64, lost: i64, jitter_seconds: f64) -> InboundStats {
+        InboundStats {
             ssrc,
             packets,
             lost,
@@ -62,39 +62,39 @@ mod tests {
 
     #[test]
     fn nothing_measured_is_nothing() {
-        let mut tally = Tally::default();
-        assert_eq!(tally.stats(), AudioStats::default());
-        tally.on_stats(inbound(1, 0, 0, 0.0));
-        assert_eq!(tally.stats(), AudioStats::default());
+        let mut totals = InboundTotals::default();
+        assert_eq!(totals.stats(), AudioStats::default());
+        totals.on_stats(inbound(1, 0, 0, 0.0));
+        assert_eq!(totals.stats(), AudioStats::default());
     }
 
     #[test]
     fn newer_figures_of_a_stream_replace_the_older_and_another_stream_adds_up() {
-        let mut tally = Tally::default();
+        let mut totals = InboundTotals::default();
         for figures in [
             inbound(1, 50, 1, 0.004),
             inbound(1, 100, 2, 0.003),
             inbound(2, 1, 0, 0.0),
         ] {
-            tally.on_stats(figures);
+            totals.on_stats(figures);
         }
         let expected = AudioStats {
             packets: 101,
             lost: 2,
             jitter: Some(Duration::from_millis(3)),
         };
-        assert_eq!(tally.stats(), expected);
+        assert_eq!(totals.stats(), expected);
     }
 
     #[test]
     fn figures_that_make_no_sense_harm_nothing() {
-        let mut tally = Tally::default();
-        tally.on_stats(inbound(1, 10, -3, f64::NAN));
+        let mut totals = InboundTotals::default();
+        totals.on_stats(inbound(1, 10, -3, f64::NAN));
         let expected = AudioStats {
             packets: 10,
             lost: 0,
             jitter: None,
         };
-        assert_eq!(tally.stats(), expected);
+        assert_eq!(totals.stats(), expected);
     }
 }

@@ -10,7 +10,7 @@ use proto::data_packet::Value;
 use proto::data_stream::{Chunk, Header, Trailer};
 
 /// A stream that a participant has begun to send.
-pub(crate) struct Opened {
+pub(crate) struct OpenedStream {
     pub(crate) identity: String,
     pub(crate) id: String,
     pub(crate) topic: String,
@@ -20,11 +20,11 @@ pub(crate) struct Opened {
 ///
 /// `attributes`: as they are known when they are asked for; the sender may add to them at the end.
 pub(crate) fn packets<E>(
-    opened: Opened,
+    opened: OpenedStream,
     attributes: impl Fn() -> HashMap<String, String>,
     content: impl Stream<Item = Result<Vec<u8>, E>>,
 ) -> impl Stream<Item = DataPacket> {
-    let Opened {
+    let OpenedStream {
         identity,
         id,
         topic,
@@ -77,7 +77,7 @@ mod tests {
 
     /// What the reader makes of a transcript with this content.
     async fn told(content: Vec<Result<Vec<u8>, ()>>) -> (Vec<Told>, usize) {
-        let opened = Opened {
+        let opened = OpenedStream {
             identity: "agent-x".to_owned(),
             id: "a".to_owned(),
             topic: transcript::TOPIC.to_owned(),

@@ -18,8 +18,8 @@ use livekit_net::{
 };
 use livekit_protocol as proto;
 use prost::Message as _;
-use proto::signal_request::Message as Outgoing;
-use proto::signal_response::Message as Incoming;
+use proto::signal_request::Message as Request;
+use proto::signal_response::Message as Response;
 use secrecy::SecretString;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
@@ -32,94 +32,94 @@ use crate::livekit::wire::connect::{Endpoint, Stream};
 use crate::livekit::wire::signal::{self, Rate, SignalError};
 
 /// Messages that may wait for the participant to read them; the socket waits with them.
-const BACKLOG: usize = 64;
+const MAX_PENDING_EVENTS: usize = 64;
 
 tokio::task_local! {
-    static LINE: Line;
+    static CONNECTOR: SdkConnector;
 }
 
 /// One participant's way to the server.
 #[derive(Clone)]
-pub(crate) struct Line {
+pub(crate) struct SdkConnector {
     endpoint: Endpoint,
     token: SecretString,
     timeout: Duration,
-    told: mpsc::Sender<Told>,
+    events: mpsc::Sender<WireEvent>,
     hang_up: CancellationToken,
 }
 
-/// What passes on a line.
+/// What passes on a connector.
 #[derive(Debug)]
-pub(crate) enum Told {
+pub(crate) enum WireEvent {
     /// The upgrade request is about to be written, after TLS.
     Requested(Instant),
     /// The SDK sent a ping with this timestamp.
     Pinged(Instant, i64),
-    Message(Instant, Box<Incoming>),
+    Message(Instant, Box<Response>),
     /// A connection was not made, or is gone.
     Lost(SignalError),
 }
 
-impl Line {
+impl SdkConnector {
     /// `timeout`: of one connection, from DNS to the answer to the upgrade. Cancelling `hang_up` closes whatever is open.
     pub(crate) fn new(
         endpoint: Endpoint,
         token: SecretString,
         timeout: Duration,
         hang_up: CancellationToken,
-    ) -> (Self, mpsc::Receiver<Told>) {
+    ) -> (Self, mpsc::Receiver<WireEvent>) {
         static REGISTER: Once = Once::new();
         REGISTER.call_once(|| {
-            livekit_net::set_ws_client(Arc::new(Transport));
-            livekit_net::set_http_client(Arc::new(Transport));
+            livekit_net::set_ws_client(Arc::new(SdkTransport));
+            livekit_net::set_http_client(Arc::new(SdkTransport));
         });
-        let (told, receiver) = mpsc::channel(BACKLOG);
-        let line = Self {
+        let (events, receiver) = mpsc::channel(MAX_PENDING_EVENTS);
+        let connector = Self {
             endpoint,
             token,
             timeout,
-            told,
+            events,
             hang_up,
         };
-        (line, receiver)
+        (connector, receiver)
     }
 
-    /// Does `work`, whose connections go over this line.
+    /// Does `work`, whose connections go over this connector.
     pub(crate) fn carry<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
-        LINE.scope(self, work)
+        CONNECTOR.scope(self, work)
     }
 
-    async fn connect(self, url: &str) -> Result<Connection, TransportError> {
+    async fn connect(self, url: &str) -> Result<SdkConnection, TransportError> {
         let url = Url::parse(url).map_err(|error| TransportError::Other(error.to_string()))?;
         let target = &url[Position::BeforePath..];
-        let asked = |at| self.tell_now(Told::Requested(at));
+        let asked = |at| self.try_emit(WireEvent::Requested(at));
         let opened = signal::open(&self.endpoint, target, &self.token, self.timeout, asked);
         match opened.await {
             Ok(opened) => {
                 let (sink, source) = opened.socket.split();
                 let rate = Rate::new(Instant::now());
-                Ok(Connection {
+                Ok(SdkConnection {
                     sink: Mutex::new(sink),
-                    source: Mutex::new(Source { source, rate }),
-                    line: self,
+                    source: Mutex::new(ReceiveHalf { source, rate }),
+                    connector: self,
                 })
             }
             Err(error) => {
                 let told = transport_error(&error);
-                self.tell(Told::Lost(error)).await;
+                self.emit(WireEvent::Lost(error)).await;
                 Err(told)
             }
         }
     }
 
     /// A participant that is gone doesn't want to know.
-    async fn tell(&self, told: Told) {
-        self.told.send(told).await.ok();
+    async fn emit(&self, told: WireEvent) {
+        self.events.send(told).await.ok();
     }
 
     /// What isn't worth waiting for.
-    fn tell_now(&self, told: Told) {
-        self.told.try_send(told).ok();
+    fn try_emit(&self, told: WireEvent) {
+        self.events.try_send(told).ok();
     }
 }
 
@@ -135,24 +135,26 @@ fn transport_error(error: &SignalError) -> TransportError {
 }
 
 /// What the SDK is given as its network.
-struct Transport;
+struct SdkTransport;
 
 #[async_trait]
-impl WsClient for Transport {
+impl WsClient for SdkTransport {
     async fn connect(
         &self,
         url: String,
         _headers: Vec<Header>,
         _timeout_ms: u64,
     ) -> Result<WsConnectResult, TransportError> {
-        let line = LINE.try_with(Line::clone).map_err(|_| refused())?;
-        let connection = Arc::new(line.connect(&url).await?);
+        let connector = CONNECTOR
+            .try_with(SdkConnector::clone)
+            .map_err(|_| refused())?;
+        let connection = Arc::new(connector.connect(&url).await?);
         Ok(WsConnectResult { connection })
     }
 }
 
 #[async_trait]
-impl HttpClient for Transport {
+impl HttpClient for SdkTransport {
     /// Asked for other regions, and for the reason of a refusal, which the upgrade's answer has told.
     async fn request(
         &self,
@@ -169,38 +171,39 @@ fn refused() -> TransportError {
     TransportError::Connection("a canary connects once".to_owned())
 }
 
-struct Connection {
+struct SdkConnection {
     sink: Mutex<SplitSink<WebSocketStream<Stream>, Message>>,
-    source: Mutex<Source>,
-    line: Line,
+    source: Mutex<ReceiveHalf>,
+    connector: SdkConnector,
 }
 
-struct Source {
+struct ReceiveHalf {
     source: SplitStream<WebSocketStream<Stream>>,
     rate: Rate,
 }
 
 #[async_trait]
-impl WsConnection for Connection {
+impl WsConnection for SdkConnection {
     async fn send(&self, frame: Vec<u8>) -> Result<(), TransportError> {
         if let Some(timestamp) = ping(&frame) {
-            self.line.tell_now(Told::Pinged(Instant::now(), timestamp));
+            self.connector
+                .try_emit(WireEvent::Pinged(Instant::now(), timestamp));
         }
         let sending = async { self.sink.lock().await.send(Message::binary(frame)).await };
         tokio::select! {
             biased;
-            () = self.line.hang_up.cancelled() => Err(TransportError::Closed),
+            () = self.connector.hang_up.cancelled() => Err(TransportError::Closed),
             sent = sending => sent.map_err(|error| transport_error(&signal::socket_error(&error))),
         }
     }
 
     async fn recv(&self) -> Result<Option<Vec<u8>>, TransportError> {
         let mut source = self.source.lock().await;
-        let Source { source, rate } = &mut *source;
+        let ReceiveHalf { source, rate } = &mut *source;
         loop {
             let frame = tokio::select! {
                 biased;
-                () = self.line.hang_up.cancelled() => return Ok(None),
+                () = self.connector.hang_up.cancelled() => return Ok(None),
                 frame = source.next() => frame,
             };
             let frame = frame.transpose();
@@ -214,14 +217,16 @@ impl WsConnection for Connection {
                 Ok((_, None, _)) => {}
                 Ok((at, Some(content), message)) => {
                     // The new token is for reconnecting, which a canary doesn't do.
-                    let message = message.filter(|it| !matches!(it, Incoming::RefreshToken(_)));
+                    let message = message.filter(|it| !matches!(it, Response::RefreshToken(_)));
                     if let Some(message) = message {
-                        self.line.tell(Told::Message(at, Box::new(message))).await;
+                        self.connector
+                            .emit(WireEvent::Message(at, Box::new(message)))
+                            .await;
                     }
                     return Ok(Some(content.into()));
                 }
                 Err(error) => {
-                    self.line.tell(Told::Lost(error)).await;
+                    self.connector.emit(WireEvent::Lost(error)).await;
                     return Ok(None);
                 }
             }
@@ -232,7 +237,7 @@ impl WsConnection for Connection {
         let closing = async { self.sink.lock().await.close().await };
         tokio::select! {
             biased;
-            () = self.line.hang_up.cancelled() => {}
+            () = self.connector.hang_up.cancelled() => {}
             // A connection that is gone is closed.
             _ = closing => {}
         }
@@ -242,7 +247,7 @@ impl WsConnection for Connection {
 /// The timestamp of a ping.
 fn ping(frame: &[u8]) -> Option<i64> {
     match proto::SignalRequest::decode(frame).ok()?.message? {
-        Outgoing::PingReq(ping) => Some(ping.timestamp),
+        Request::PingReq(ping) => Some(ping.timestamp),
         _ => None,
     }
 }
@@ -257,29 +262,29 @@ mod tests {
     use crate::livekit::RoomName;
     use crate::livekit::test_server::{REFUSALS, Server, keys};
 
-    fn line(server: &Server) -> (Line, mpsc::Receiver<Told>, CancellationToken) {
+    fn connector(server: &Server) -> (SdkConnector, mpsc::Receiver<WireEvent>, CancellationToken) {
         let room = RoomName("canary-1".to_owned());
         let token = keys().participant(&room, "echo", &BTreeMap::new(), None);
         let hang_up = CancellationToken::new();
-        let (line, told) = Line::new(
+        let (connector, told) = SdkConnector::new(
             server.endpoint(),
             token.unwrap(),
             Duration::from_secs(20),
             hang_up.clone(),
         );
-        (line, told, hang_up)
+        (connector, told, hang_up)
     }
 
     /// Connects as the SDK's signal client does.
     async fn connect(server: &Server) -> Result<Arc<dyn WsConnection>, TransportError> {
         let url = format!("ws://{}/rtc/v1?join_request=abc", server.address);
-        let client = livekit_net::ws_client().expect("a line was made before");
+        let client = livekit_net::ws_client().expect("a connector was made before");
         let connected = client.connect(url, Vec::new(), 5_000).await;
         connected.map(|connected| connected.connection)
     }
 
     fn update(sid: &str) -> Vec<u8> {
-        let message = Incoming::TrackUnpublished(proto::TrackUnpublishedResponse {
+        let message = Response::TrackUnpublished(proto::TrackUnpublishedResponse {
             track_sid: sid.to_owned(),
         });
         let message = Some(message);
@@ -290,15 +295,15 @@ mod tests {
     async fn refused_upgrade_is_told_with_its_text_and_retry_after() {
         for case in REFUSALS {
             let server = Server::answering(case.answer).await;
-            let (line, mut told, _) = line(&server);
-            let error = line.carry(connect(&server)).await.err();
+            let (connector, mut told, _) = connector(&server);
+            let error = connector.carry(connect(&server)).await.err();
             assert!(
                 matches!(error, Some(TransportError::Http { status }) if status == case.status),
                 "{error:?}"
             );
-            assert!(matches!(told.recv().await, Some(Told::Requested(_))));
+            assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
             match told.recv().await {
-                Some(Told::Lost(SignalError::Refused(refusal))) => {
+                Some(WireEvent::Lost(SignalError::Refused(refusal))) => {
                     assert_eq!(refusal, case.refusal());
                 }
                 other => panic!("{other:?}"),
@@ -309,7 +314,7 @@ mod tests {
     #[tokio::test]
     async fn connection_that_no_participant_asks_for_is_refused_unmade() {
         let server = Server::start(|_| async { panic!("it was made") }).await;
-        let (line, mut told, _) = line(&server);
+        let (connector, mut told, _) = connector(&server);
         // A task that the SDK has spawned is not the participant's own.
         let address = server.address;
         let reconnect = tokio::spawn(async move {
@@ -317,7 +322,7 @@ mod tests {
             let connected = client.connect(format!("ws://{address}/rtc"), Vec::new(), 5_000);
             connected.await.err()
         });
-        let error = line.carry(reconnect).await.unwrap();
+        let error = connector.carry(reconnect).await.unwrap();
         assert!(
             matches!(error, Some(TransportError::Connection(_))),
             "{error:?}"
@@ -342,19 +347,19 @@ mod tests {
             }
         })
         .await;
-        let (line, mut told, hang_up) = line(&server);
-        let connection = line.carry(connect(&server)).await.unwrap();
-        assert!(matches!(told.recv().await, Some(Told::Requested(_))));
+        let (connector, mut told, hang_up) = connector(&server);
+        let connection = connector.carry(connect(&server)).await.unwrap();
+        assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
         assert_eq!(connection.recv().await.unwrap(), Some(update("TR_1")));
-        let sid = |told: Option<Told>| match told {
-            Some(Told::Message(_, message)) => match *message {
-                Incoming::TrackUnpublished(gone) => gone.track_sid,
+        let sid = |told: Option<WireEvent>| match told {
+            Some(WireEvent::Message(_, message)) => match *message {
+                Response::TrackUnpublished(gone) => gone.track_sid,
                 other => panic!("{other:?}"),
             },
             other => panic!("{other:?}"),
         };
         assert_eq!(sid(told.recv().await), "TR_1");
-        let ping = Outgoing::PingReq(proto::Ping {
+        let ping = Request::PingReq(proto::Ping {
             timestamp: 7,
             rtt: 0,
         });
@@ -362,7 +367,7 @@ mod tests {
         let ping = proto::SignalRequest { message }.encode_to_vec();
         connection.send(ping).await.unwrap();
         assert_eq!(connection.recv().await.unwrap(), Some(update("TR_2")));
-        assert!(matches!(told.recv().await, Some(Told::Pinged(_, 7))));
+        assert!(matches!(told.recv().await, Some(WireEvent::Pinged(_, 7))));
         assert_eq!(sid(told.recv().await), "TR_2");
         hang_up.cancel();
         assert_eq!(connection.recv().await.unwrap(), None);
@@ -376,13 +381,13 @@ mod tests {
             socket.close(None).await.unwrap();
         })
         .await;
-        let (line, mut told, _) = line(&server);
-        let connection = line.carry(connect(&server)).await.unwrap();
+        let (connector, mut told, _) = connector(&server);
+        let connection = connector.carry(connect(&server)).await.unwrap();
         assert_eq!(connection.recv().await.unwrap(), None);
-        assert!(matches!(told.recv().await, Some(Told::Requested(_))));
+        assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
         let lost = told.recv().await;
         assert!(
-            matches!(lost, Some(Told::Lost(SignalError::Closed(_)))),
+            matches!(lost, Some(WireEvent::Lost(SignalError::Closed(_)))),
             "{lost:?}"
         );
     }

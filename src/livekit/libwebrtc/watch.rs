@@ -9,7 +9,7 @@ use proto::signal_response::Message as Response;
 use str0m::Candidate;
 use tokio::time::Instant;
 
-use super::transport::Told;
+use super::transport::WireEvent;
 use crate::livekit::event::{EndReason, RoomEventKind};
 use crate::livekit::native::peer;
 use crate::livekit::room::observer::Observer;
@@ -18,25 +18,25 @@ use crate::livekit::wire::signal::{self, Pings, SignalError, leave_reason};
 /// How long the SDK waits for a join response once its socket is open.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-pub(crate) struct Watch {
+pub(crate) struct SignalWatch {
     pub(crate) observer: Observer,
     pings: Pings,
     requested: bool,
     joined: bool,
-    heard_at: Instant,
+    last_received_at: Instant,
     ping_timeout: Duration,
     /// Why the last attempt to connect failed.
     failed: Option<SignalError>,
 }
 
-impl Watch {
+impl SignalWatch {
     pub(crate) fn new(now: Instant, observer: Observer) -> Self {
         Self {
             observer,
             pings: Pings::default(),
             requested: false,
             joined: false,
-            heard_at: now,
+            last_received_at: now,
             ping_timeout: Duration::from_secs(15),
             failed: None,
         }
@@ -47,25 +47,25 @@ impl Watch {
     }
 
     /// The time at which who is in the room may have changed, where it may.
-    pub(crate) fn on_told(&mut self, told: Told) -> Result<Option<Instant>, EndReason> {
+    pub(crate) fn on_wire_event(&mut self, told: WireEvent) -> Result<Option<Instant>, EndReason> {
         match told {
             // The SDK asks once more where the server doesn't know its first path.
-            Told::Requested(at) => {
+            WireEvent::Requested(at) => {
                 if !std::mem::replace(&mut self.requested, true) {
                     self.observer
                         .outlet
                         .tell(at, RoomEventKind::SignalRequested)?;
                 }
             }
-            Told::Pinged(at, timestamp) => self.pings.on_ping(timestamp, at),
-            Told::Lost(error) => self.on_lost(error)?,
-            Told::Message(at, message) => return self.on_message(at, *message),
+            WireEvent::Pinged(at, timestamp) => self.pings.on_ping(timestamp, at),
+            WireEvent::Lost(error) => self.on_lost(error)?,
+            WireEvent::Message(at, message) => return self.on_message(at, *message),
         }
         Ok(None)
     }
 
     fn on_message(&mut self, at: Instant, message: Response) -> Result<Option<Instant>, EndReason> {
-        self.heard_at = at;
+        self.last_received_at = at;
         self.observer.on_addresses(at, addresses(&message))?;
         let (participants, in_join_response) = match message {
             Response::Join(response) => {
@@ -112,7 +112,7 @@ impl Watch {
 
     /// The SDK has begun to reconnect, or says that it is disconnected, while the socket seemed to live.
     pub(crate) fn reconnecting(&self, now: Instant) -> EndReason {
-        if now.saturating_duration_since(self.heard_at) >= self.ping_timeout {
+        if now.saturating_duration_since(self.last_received_at) >= self.ping_timeout {
             return EndReason::Signal(SignalError::PingTimeout(self.ping_timeout));
         }
         media_failed("the SDK began to reconnect".to_owned())

@@ -18,24 +18,24 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes that may wait for the kernel to take them, above its own buffer: some two seconds of a voice.
-const MOST_UNSENT: usize = 16 * 1024;
+const MAX_UNSENT: usize = 16 * 1024;
 
-pub(crate) struct Connection {
+pub(crate) struct IceTcpConnection {
     remote: SocketAddr,
-    state: State,
+    state: TcpState,
 }
 
-enum State {
+enum TcpState {
     Connecting(Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>),
-    Open(Frames, IpAddr),
+    Open(TcpFrames, IpAddr),
     Closed,
 }
 
-type Frames = Framed<TcpStream, LengthDelimitedCodec>;
+type TcpFrames = Framed<TcpStream, LengthDelimitedCodec>;
 
 /// What a connection has to say.
 #[derive(Debug)]
-pub(crate) enum Came {
+pub(crate) enum TcpEvent {
     /// It is up, from this address of ours.
     Opened(IpAddr),
     /// A datagram to that address is in the buffer.
@@ -44,7 +44,7 @@ pub(crate) enum Came {
     Closed,
 }
 
-impl Connection {
+impl IceTcpConnection {
     /// Begins to connect; [`poll`](Self::poll) carries it on.
     pub(crate) fn to(remote: SocketAddr) -> Self {
         let connecting = async move {
@@ -55,20 +55,20 @@ impl Connection {
         };
         Self {
             remote,
-            state: State::Connecting(Box::pin(connecting)),
+            state: TcpState::Connecting(Box::pin(connecting)),
         }
     }
 
     /// Sends a datagram, or drops it where the connection isn't up or what waits to be sent is too much already.
     pub(crate) fn send(&mut self, datagram: &[u8]) {
-        let State::Open(frames, _) = &mut self.state else {
+        let TcpState::Open(frames, _) = &mut self.state else {
             return;
         };
         let unsent = frames.write_buffer_mut();
         let Ok(length) = u16::try_from(datagram.len()) else {
             return;
         };
-        if unsent.len() + datagram.len() > MOST_UNSENT {
+        if unsent.len() + datagram.len() > MAX_UNSENT {
             tracing::trace!("a datagram was not sent: the connection takes no more");
             return;
         }
@@ -81,33 +81,35 @@ impl Connection {
     }
 
     /// Goes on connecting, sending and receiving. A datagram that is empty or larger than `buffer` is dropped.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Came> {
-        let came = match &mut self.state {
-            State::Connecting(connecting) => ready!(connecting.as_mut().poll(cx)).and_then(|it| {
-                let local = it.local_addr()?.ip();
-                self.state = State::Open(framed(it), local);
-                Ok(Came::Opened(local))
-            }),
-            State::Open(frames, to) => ready!(poll_datagram(frames, cx, buffer))
-                .map(|length| Came::Datagram { to: *to, length }),
-            State::Closed => return Poll::Pending,
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<TcpEvent> {
+        let event = match &mut self.state {
+            TcpState::Connecting(connecting) => {
+                ready!(connecting.as_mut().poll(cx)).and_then(|it| {
+                    let local = it.local_addr()?.ip();
+                    self.state = TcpState::Open(framed(it), local);
+                    Ok(TcpEvent::Opened(local))
+                })
+            }
+            TcpState::Open(frames, to) => ready!(poll_datagram(frames, cx, buffer))
+                .map(|length| TcpEvent::Datagram { to: *to, length }),
+            TcpState::Closed => return Poll::Pending,
         };
-        Poll::Ready(came.unwrap_or_else(|error| {
+        Poll::Ready(event.unwrap_or_else(|error| {
             tracing::debug!(remote = %self.remote, %error, "no connection for media over TCP");
-            self.state = State::Closed;
-            Came::Closed
+            self.state = TcpState::Closed;
+            TcpEvent::Closed
         }))
     }
 }
 
-fn framed(stream: TcpStream) -> Frames {
+fn framed(stream: TcpStream) -> TcpFrames {
     LengthDelimitedCodec::builder()
         .length_field_type::<u16>()
         .new_framed(stream)
 }
 
 fn poll_datagram(
-    frames: &mut Frames,
+    frames: &mut TcpFrames,
     cx: &mut Context<'_>,
     buffer: &mut [u8],
 ) -> Poll<io::Result<usize>> {
@@ -138,38 +140,38 @@ mod tests {
     use super::*;
 
     /// A connection that is up, and the server's end of it.
-    async fn connected() -> (Connection, TcpStream) {
+    async fn connected() -> (IceTcpConnection, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut connection = Connection::to(listener.local_addr().unwrap());
+        let mut connection = IceTcpConnection::to(listener.local_addr().unwrap());
         let (opened, accepted) = tokio::join!(next(&mut connection), listener.accept());
         let (server, from) = accepted.unwrap();
         server.set_nodelay(true).unwrap();
         assert!(
-            matches!(opened, Heard::Opened(local) if local == from.ip()),
+            matches!(opened, OwnedTcpEvent::Opened(local) if local == from.ip()),
             "{opened:?}"
         );
         (connection, server)
     }
 
     #[derive(Debug, PartialEq)]
-    enum Heard {
+    enum OwnedTcpEvent {
         Opened(IpAddr),
         Datagram(Vec<u8>),
         Closed,
     }
 
-    async fn next(connection: &mut Connection) -> Heard {
+    async fn next(connection: &mut IceTcpConnection) -> OwnedTcpEvent {
         let mut buffer = [0; 16];
-        let came = poll_fn(|cx| connection.poll(cx, &mut buffer)).await;
-        match came {
-            Came::Opened(local) => Heard::Opened(local),
-            Came::Datagram { length, .. } => Heard::Datagram(buffer[..length].to_vec()),
-            Came::Closed => Heard::Closed,
+        let event = poll_fn(|cx| connection.poll(cx, &mut buffer)).await;
+        match event {
+            TcpEvent::Opened(local) => OwnedTcpEvent::Opened(local),
+            TcpEvent::Datagram { length, .. } => OwnedTcpEvent::Datagram(buffer[..length].to_vec()),
+            TcpEvent::Closed => OwnedTcpEvent::Closed,
         }
     }
 
-    fn datagram(bytes: &[u8]) -> Heard {
-        Heard::Datagram(bytes.to_vec())
+    fn datagram(bytes: &[u8]) -> OwnedTcpEvent {
+        OwnedTcpEvent::Datagram(bytes.to_vec())
     }
 
     #[tokio::test]
@@ -183,14 +185,14 @@ mod tests {
             server.write_all(b"\x00\x03two\x00\x05three").await.unwrap();
         };
         let reading = async {
-            let mut heard = Vec::new();
+            let mut events = Vec::new();
             for _ in 0..4 {
-                heard.push(next(&mut connection).await);
+                events.push(next(&mut connection).await);
             }
-            heard
+            events
         };
-        let ((), heard) = tokio::join!(sending, reading);
-        assert_eq!(heard, [b"one", &b"x"[..], b"two", b"three"].map(datagram));
+        let ((), events) = tokio::join!(sending, reading);
+        assert_eq!(events, [b"one", &b"x"[..], b"two", b"three"].map(datagram));
     }
 
     #[tokio::test]
@@ -201,8 +203,8 @@ mod tests {
             server.write_all(&vec![7; 0xffff]).await.unwrap();
             server.write_all(b"\x00\x04next").await.unwrap();
         };
-        let ((), heard) = tokio::join!(sending, next(&mut connection));
-        assert_eq!(heard, datagram(b"next"));
+        let ((), events) = tokio::join!(sending, next(&mut connection));
+        assert_eq!(events, datagram(b"next"));
     }
 
     #[tokio::test]
@@ -218,15 +220,15 @@ mod tests {
     async fn peer_that_reads_nothing_costs_datagrams_and_no_memory() {
         let (mut connection, mut server) = connected().await;
         let sent = [9; 1000];
-        let unsent = |connection: &mut Connection| match &mut connection.state {
-            State::Open(frames, _) => frames.write_buffer().len(),
+        let unsent = |connection: &mut IceTcpConnection| match &mut connection.state {
+            TcpState::Open(frames, _) => frames.write_buffer().len(),
             _ => panic!("not open"),
         };
-        while unsent(&mut connection) + sent.len() <= MOST_UNSENT {
+        while unsent(&mut connection) + sent.len() <= MAX_UNSENT {
             connection.send(&sent);
         }
         connection.send(&sent);
-        assert!(unsent(&mut connection) <= MOST_UNSENT);
+        assert!(unsent(&mut connection) <= MAX_UNSENT);
         // What was accepted arrives whole: the stream is still in step.
         let reading = async {
             let mut frame = [0; 1002];
@@ -237,8 +239,8 @@ mod tests {
             server.write_all(b"\x00\x04done").await.unwrap();
             server
         };
-        let (_server, heard) = tokio::join!(reading, next(&mut connection));
-        assert_eq!(heard, datagram(b"done"));
+        let (_server, events) = tokio::join!(reading, next(&mut connection));
+        assert_eq!(events, datagram(b"done"));
     }
 
     #[tokio::test]
@@ -247,7 +249,7 @@ mod tests {
         server.write_all(b"\x00\x03one\x00\x03t").await.unwrap();
         drop(server);
         assert_eq!(next(&mut connection).await, datagram(b"one"));
-        assert_eq!(next(&mut connection).await, Heard::Closed);
+        assert_eq!(next(&mut connection).await, OwnedTcpEvent::Closed);
         connection.send(b"nobody hears this");
         let mut buffer = [0; 16];
         let after = poll_fn(|cx| Poll::Ready(connection.poll(cx, &mut buffer))).await;
@@ -259,6 +261,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
-        assert_eq!(next(&mut Connection::to(address)).await, Heard::Closed);
+        assert_eq!(
+            next(&mut IceTcpConnection::to(address)).await,
+            OwnedTcpEvent::Closed
+        );
     }
 }

@@ -15,11 +15,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::peer::{self, Arrival, Broken, Happening, Outgoing, Packet, Peer, PeerError};
+use super::peer::{
+    self, BrokenTransport, Incoming, OutgoingPacket, PeerConnection, PeerError, PeerEvent,
+    ReceivedPacket,
+};
 use crate::config::Ice;
-use crate::livekit::audio::echo::{self, Echo};
+use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
-use crate::livekit::audio::rtp::{self, Receiver};
+use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
@@ -28,46 +31,46 @@ use crate::livekit::room::voice_selector::Listening;
 use crate::livekit::wire::signal::{Joined, Signal, SignalError};
 
 /// How long a transport may be down while the signal connection lives, which a ping every five seconds shows.
-const MEDIA_GRACE: Duration = Duration::from_secs(6);
+const MEDIA_DOWN_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// The same while the signal connection is quiet too: then the server or the whole network is gone, and the ping
 /// deadline (15 s) gives the better verdict.
-const SILENT_GRACE: Duration = Duration::from_secs(20);
+const SERVER_SILENT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Largest datagram taken; the path's MTU is below it.
-const DATAGRAM: usize = 2_048;
+const MAX_DATAGRAM: usize = 2_048;
 
 /// Streams whose m-line is remembered; a probe's room has one or two.
-const MOST_STREAMS: usize = 16;
+const MAX_STREAMS: usize = 16;
 
 /// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
-const MOST_EARLY: usize = 250;
+const MAX_EARLY_PACKETS: usize = 250;
 
 /// How often a participant whose media flows sends what is due: as often as its agent does, once a packet of 20 ms. All
 /// participants do so at the same moments, for a wake-up costs more than a packet.
-const ROUND: Duration = Duration::from_millis(20);
+const ROUND_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How often it looks what has come, where no packet must go back sooner: every second round, for the second of two packets
 /// costs far less than the first.
-const LISTEN: Duration = Duration::from_millis(40);
+const READ_INTERVAL: Duration = Duration::from_millis(40);
 
 /// Datagrams taken in a row before anything else is done; a flood must not hold up the rest.
-const MOST_IN_A_ROW: usize = 64;
+const MAX_DATAGRAMS_IN_A_ROW: usize = 64;
 
 /// The number of our one offer.
-const OFFER: u32 = 1;
+const OFFER_ID: u32 = 1;
 
 /// Joins, echoes and listens until something ends it. The last event is the caller's to send.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
-    voice: &mut Receiver,
+    voice: &mut RtpReceiver,
 ) -> EndReason {
     let outlet = Outlet::new(events);
     let joining = async {
         let joined = connect(&request, &outlet).await?;
-        Session::start(&request, outlet, voice, joined)
+        NativeSession::start(&request, outlet, voice, joined)
     };
     let mut session = tokio::select! {
         biased;
@@ -78,9 +81,9 @@ pub(crate) async fn run(
         },
     };
     let served = session.serve(&leave).await;
-    let told = session.observer.tell_unfinished();
+    let reported = session.observer.tell_unfinished();
     let why = served
-        .and_then(|why| told.map(|()| why))
+        .and_then(|why| reported.map(|()| why))
         .unwrap_or_else(|why| why);
     // A connection that is gone or that the server ended takes no farewell.
     if !matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
@@ -94,42 +97,42 @@ async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, EndRe
     let token = request.token()?;
     let (requested, request_sent) = oneshot::channel();
     let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
-    let telling = async {
+    let reporting = async {
         match request_sent.await {
             Ok(at) => outlet.tell(at, RoomEventKind::SignalRequested),
             // No connection came up: the other half says why.
             Err(_) => Ok(()),
         }
     };
-    let (joined, told) = tokio::join!(connecting, telling);
-    told?;
+    let (joined, reported) = tokio::join!(connecting, reporting);
+    reported?;
     joined.map_err(EndReason::Signal)
 }
 
 /// A participant in its room.
-struct Session<'a> {
+struct NativeSession<'a> {
     observer: Observer,
     signal: Signal,
-    publisher: Peer,
-    subscriber: Peer,
-    voice: &'a mut Receiver,
+    publisher: PeerConnection,
+    subscriber: PeerConnection,
+    voice: &'a mut RtpReceiver,
     decoder: Decoder,
     speech: Detector,
-    echo: Echo<Arc<[u8]>>,
-    track: Track,
-    listening: Listening<Mid, Packet>,
+    echo: EchoPlayer<Arc<[u8]>>,
+    track: EchoTrack,
+    listening: Listening<Mid, ReceivedPacket>,
     /// M-lines of the streams seen; learnt anew after each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
-    media_told: bool,
+    media_reported: bool,
     /// The round in which it next looks what has come.
-    listen_at: Instant,
-    listen_every: Duration,
+    read_at: Instant,
+    read_interval: Duration,
     /// Media over TCP is a fallback, not what was asked for.
     udp_tried: bool,
 }
 
 /// Our echo track.
-struct Track {
+struct EchoTrack {
     mid: Mid,
     sequence: u64,
     /// A moment and the RTP timestamp that belongs to it.
@@ -137,19 +140,19 @@ struct Track {
     last: Option<u64>,
 }
 
-enum Step {
+enum SessionStep {
     Left,
     Message(Result<(Instant, Box<Response>), SignalError>),
-    Arrival(proto::SignalTarget, Arrival),
+    Incoming(proto::SignalTarget, Incoming),
     Time,
 }
 
-impl<'a> Session<'a> {
+impl<'a> NativeSession<'a> {
     /// Starts publishing at once, without waiting for the acknowledgement: the server takes the requests in order.
     fn start(
         request: &JoinRequest,
         outlet: Outlet,
-        voice: &'a mut Receiver,
+        voice: &'a mut RtpReceiver,
         joined: Joined,
     ) -> Result<Box<Self>, EndReason> {
         let Joined {
@@ -164,12 +167,12 @@ impl<'a> Session<'a> {
         let mut observer = Observer::new(request, outlet, cid.clone());
         observer.on_join(at, &response)?;
         let peer = |target| {
-            let peer = Peer::new(target, local.ip(), request.ice);
+            let peer = PeerConnection::new(target, local.ip(), request.ice);
             peer.map_err(|error| media_failed(peer::name(target), &error))
         };
         let mut publisher = peer(proto::SignalTarget::Publisher)?;
         let subscriber = peer(proto::SignalTarget::Subscriber)?;
-        let (mid, offer) = publisher.offer_track("echo", &cid, OFFER);
+        let (mid, offer) = publisher.offer_track("echo", &cid, OFFER_ID);
         let mut session = Box::new(Self {
             observer,
             signal,
@@ -178,22 +181,22 @@ impl<'a> Session<'a> {
             voice,
             decoder: Decoder::default(),
             speech: Detector::new(request.speech.clone(), opus::RATE),
-            echo: Echo::new(request.echo.clone()),
-            track: Track {
+            echo: EchoPlayer::new(request.echo.clone()),
+            track: EchoTrack {
                 mid,
                 // Below 2^16, or the stack would need its rollover counter told to the server.
                 sequence: fastrand::u64(1..1 << 15),
                 origin: (Instant::now(), fastrand::u32(..)),
                 last: None,
             },
-            listening: Listening::new(MOST_EARLY),
+            listening: Listening::new(MAX_EARLY_PACKETS),
             streams: Vec::new(),
-            media_told: false,
-            listen_at: at,
-            listen_every: if request.echo.delay < LISTEN {
-                ROUND
+            media_reported: false,
+            read_at: at,
+            read_interval: if request.echo.delay < READ_INTERVAL {
+                ROUND_INTERVAL
             } else {
-                LISTEN
+                READ_INTERVAL
             },
             udp_tried: request.ice == Ice::All,
         });
@@ -212,11 +215,11 @@ impl<'a> Session<'a> {
             disable_red: true,
             ..proto::AddTrackRequest::default()
         }))?;
-        self.send(Request::Offer(description("offer", offer, OFFER)))
+        self.send(Request::Offer(description("offer", offer, OFFER_ID)))
     }
 
     async fn serve(&mut self, leave: &CancellationToken) -> Result<EndReason, EndReason> {
-        let mut buffer = [0; DATAGRAM];
+        let mut buffer = [0; MAX_DATAGRAM];
         let timer = sleep_until(Instant::now());
         let left = leave.cancelled();
         tokio::pin!(timer, left);
@@ -231,50 +234,52 @@ impl<'a> Session<'a> {
                 .next_step(left.as_mut(), timer.as_mut(), &mut buffer)
                 .await;
             match step {
-                Step::Left => return Ok(EndReason::Left),
-                Step::Message(message) => {
+                SessionStep::Left => return Ok(EndReason::Left),
+                SessionStep::Message(message) => {
                     // What was said came before it, even where it is the end.
                     self.drain(&mut buffer)?;
                     let (at, message) = message.map_err(EndReason::Signal)?;
                     self.on_message(at, *message).await?;
                 }
-                Step::Arrival(target, arrival) => self.receive(target, &arrival, &buffer)?,
-                Step::Time => self.on_timer(&mut buffer)?,
+                SessionStep::Incoming(target, incoming) => {
+                    self.receive(target, &incoming, &buffer)?
+                }
+                SessionStep::Time => self.on_timer(&mut buffer)?,
             }
         }
     }
 
     /// Looks what has come, in a round for that: what is to be sent is sent in any case.
     fn on_timer(&mut self, buffer: &mut [u8]) -> Result<(), EndReason> {
-        if Instant::now() < self.listen_at || !self.drain(buffer)? {
+        if Instant::now() < self.read_at || !self.drain(buffer)? {
             return Ok(());
         }
         let now = Instant::now();
         // Until then each transport asks for its own time.
-        if self.media_told {
-            self.listen_at = round_of(now) + self.listen_every;
+        if self.media_reported {
+            self.read_at = round_start(now) + self.read_interval;
         }
         self.on_time(now)
     }
 
     /// Takes in what has come over UDP; returns whether that is all.
     fn drain(&mut self, buffer: &mut [u8]) -> Result<bool, EndReason> {
-        for _ in 0..MOST_IN_A_ROW {
-            let Some((target, arrival)) = self.try_recv(buffer) else {
+        for _ in 0..MAX_DATAGRAMS_IN_A_ROW {
+            let Some((target, incoming)) = self.try_recv(buffer) else {
                 return Ok(true);
             };
-            self.receive(target, &arrival, buffer)?;
+            self.receive(target, &incoming, buffer)?;
             self.settle(Instant::now())?;
         }
         Ok(false)
     }
 
-    fn try_recv(&mut self, buffer: &mut [u8]) -> Option<(proto::SignalTarget, Arrival)> {
-        if let Some(arrival) = self.subscriber.try_recv(buffer) {
-            return Some((proto::SignalTarget::Subscriber, arrival));
+    fn try_recv(&mut self, buffer: &mut [u8]) -> Option<(proto::SignalTarget, Incoming)> {
+        if let Some(incoming) = self.subscriber.try_recv(buffer) {
+            return Some((proto::SignalTarget::Subscriber, incoming));
         }
-        let arrival = self.publisher.try_recv(buffer)?;
-        Some((proto::SignalTarget::Publisher, arrival))
+        let incoming = self.publisher.try_recv(buffer)?;
+        Some((proto::SignalTarget::Publisher, incoming))
     }
 
     /// What has come goes before the timers: a deadline that passed while we were not running proves nothing.
@@ -283,32 +288,32 @@ impl<'a> Session<'a> {
         left: impl Future<Output = ()>,
         timer: Pin<&mut Sleep>,
         buffer: &mut [u8],
-    ) -> Step {
+    ) -> SessionStep {
         tokio::select! {
             biased;
-            () = left => Step::Left,
+            () = left => SessionStep::Left,
             message = self.signal.recv() => {
-                Step::Message(message.map(|(at, message)| (at, Box::new(message))))
+                SessionStep::Message(message.map(|(at, message)| (at, Box::new(message))))
             }
-            (target, arrival) = arrival(&mut self.publisher, &mut self.subscriber, buffer) => {
-                Step::Arrival(target, arrival)
+            (target, incoming) = incoming(&mut self.publisher, &mut self.subscriber, buffer) => {
+                SessionStep::Incoming(target, incoming)
             }
-            () = timer => Step::Time,
+            () = timer => SessionStep::Time,
         }
     }
 
     fn receive(
         &mut self,
         target: proto::SignalTarget,
-        arrival: &Arrival,
+        incoming: &Incoming,
         buffer: &[u8],
     ) -> Result<(), EndReason> {
         let peer = self.peer(target);
-        peer.on_arrival(Instant::now(), arrival, buffer)
+        peer.on_incoming(Instant::now(), incoming, buffer)
             .map_err(|error| media_failed(peer.name(), &error))
     }
 
-    fn peer(&mut self, target: proto::SignalTarget) -> &mut Peer {
+    fn peer(&mut self, target: proto::SignalTarget) -> &mut PeerConnection {
         match target {
             proto::SignalTarget::Publisher => &mut self.publisher,
             proto::SignalTarget::Subscriber => &mut self.subscriber,
@@ -317,18 +322,18 @@ impl<'a> Session<'a> {
 
     /// Does all that is due now.
     fn settle(&mut self, now: Instant) -> Result<(), EndReason> {
-        while let Some(happening) = poll(&mut self.subscriber, now)? {
-            match happening {
-                Happening::Connected => self.on_connected(now)?,
-                Happening::Packet(packet) => self.on_packet(packet)?,
-                Happening::Data(at, data) => self.observer.on_data(at, &data)?,
+        while let Some(event) = poll(&mut self.subscriber, now)? {
+            match event {
+                PeerEvent::Connected => self.on_connected(now)?,
+                PeerEvent::Packet(packet) => self.on_packet(packet)?,
+                PeerEvent::Data(at, data) => self.observer.on_data(at, &data)?,
             }
         }
         // Before the publisher is polled, which sends it: otherwise every packet would wait for the next round.
         self.play(now)?;
-        while let Some(happening) = poll(&mut self.publisher, now)? {
-            if let Happening::Connected = happening {
-                self.echo.open(round_of(now));
+        while let Some(event) = poll(&mut self.publisher, now)? {
+            if let PeerEvent::Connected = event {
+                self.echo.open(round_start(now));
                 self.on_connected(now)?;
             }
         }
@@ -358,7 +363,7 @@ impl<'a> Session<'a> {
         let peers = [&self.publisher, &self.subscriber];
         let deadlines = peers.map(|peer| {
             if peer.connected() {
-                next_round(now, self.listen_at, self.echo.next_deadline())
+                next_round(now, self.read_at, self.echo.next_deadline())
             } else {
                 peer.next_deadline()
             }
@@ -367,14 +372,19 @@ impl<'a> Session<'a> {
     }
 
     /// When a broken transport is given up. With a server that is silent everywhere the signal's verdict comes first.
-    fn give_up_at(&self, broken: Broken) -> Instant {
+    fn give_up_at(&self, broken: BrokenTransport) -> Instant {
         let alive = self.signal.heard_at() > broken.since;
-        broken.since + if alive { MEDIA_GRACE } else { SILENT_GRACE }
+        broken.since
+            + if alive {
+                MEDIA_DOWN_TIMEOUT
+            } else {
+                SERVER_SILENT_TIMEOUT
+            }
     }
 
     fn on_connected(&mut self, now: Instant) -> Result<(), EndReason> {
-        if !self.media_told && self.publisher.connected() && self.subscriber.connected() {
-            self.media_told = true;
+        if !self.media_reported && self.publisher.connected() && self.subscriber.connected() {
+            self.media_reported = true;
             self.observer
                 .outlet
                 .tell(now, RoomEventKind::MediaConnected)?;
@@ -404,7 +414,7 @@ impl<'a> Session<'a> {
                 "{error} (does LiveKit's enabled_codecs have Opus?)"
             ))
         })?;
-        self.tell_addresses()?;
+        self.report_addresses()?;
         self.trickle(proto::SignalTarget::Publisher, candidates)
     }
 
@@ -417,11 +427,11 @@ impl<'a> Session<'a> {
     ) -> Result<(), EndReason> {
         let accepted = self.subscriber.accept_offer(&offer.sdp).await;
         let (answer, candidates) = accepted.map_err(|error| media_failed("subscriber", &error))?;
-        self.tell_addresses()?;
+        self.report_addresses()?;
         self.send(Request::Answer(description("answer", answer, offer.id)))?;
         self.trickle(proto::SignalTarget::Subscriber, candidates)?;
         self.streams.clear();
-        self.listen(at)
+        self.select_voice(at)
     }
 
     async fn on_trickle(&mut self, trickle: &proto::TrickleRequest) -> Result<(), EndReason> {
@@ -429,14 +439,14 @@ impl<'a> Session<'a> {
             return Ok(());
         };
         let candidates = self.peer(trickle.target()).add_candidate(&line).await;
-        self.tell_addresses()?;
+        self.report_addresses()?;
         self.trickle(trickle.target(), candidates)
     }
 
-    fn tell_addresses(&mut self) -> Result<(), EndReason> {
-        let mut told = self.publisher.take_addresses();
-        told.append(&mut self.subscriber.take_addresses());
-        self.observer.on_addresses(Instant::now(), told)
+    fn report_addresses(&mut self) -> Result<(), EndReason> {
+        let mut reported = self.publisher.take_addresses();
+        reported.append(&mut self.subscriber.take_addresses());
+        self.observer.on_addresses(Instant::now(), reported)
     }
 
     fn trickle(
@@ -465,12 +475,12 @@ impl<'a> Session<'a> {
         let clock = self.signal.clock();
         self.observer
             .on_participants(at, participants, in_join_response, clock)?;
-        self.listen(at)
+        self.select_voice(at)
     }
 
     /// Settles which m-line carries the agent's voice, and takes in what it had said by the time that is known:
     /// participants and descriptions come in any order.
-    fn listen(&mut self, at: Instant) -> Result<(), EndReason> {
+    fn select_voice(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.subscriber.tracks().iter();
         let tracks = tracks.map(|(mid, sid)| (*mid, sid.as_str()));
         self.listening.settle(at, &self.observer.roster, &tracks);
@@ -480,9 +490,9 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn on_packet(&mut self, packet: Packet) -> Result<(), EndReason> {
+    fn on_packet(&mut self, packet: ReceivedPacket) -> Result<(), EndReason> {
         // A packet without a payload is padding, with which a server probes the path.
-        if packet.payload.is_empty() || !self.is_voice(packet.head.ssrc) {
+        if packet.payload.is_empty() || !self.is_voice(packet.header.ssrc) {
             return Ok(());
         }
         match self.listening.sift(packet) {
@@ -491,10 +501,10 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn on_voice(&mut self, packet: &Packet) -> Result<(), EndReason> {
+    fn on_voice(&mut self, packet: &ReceivedPacket) -> Result<(), EndReason> {
         let at = packet.at;
         self.observer.first_audio(at)?;
-        let Some(position) = self.voice.on_packet(at, packet.head) else {
+        let Some(position) = self.voice.on_packet(at, packet.header) else {
             return Ok(());
         };
         self.echo.on_frame(at, position.time, &packet.payload);
@@ -514,7 +524,7 @@ impl<'a> Session<'a> {
             return *mid == Some(wanted);
         }
         let mid = self.subscriber.mid_of(ssrc);
-        if streams.len() < MOST_STREAMS {
+        if streams.len() < MAX_STREAMS {
             streams.push((ssrc, mid));
         }
         mid == Some(wanted)
@@ -522,12 +532,14 @@ impl<'a> Session<'a> {
 
     /// Sends what the echo has due by the round's own time: its packets keep their pace, however late a round begins.
     fn play(&mut self, now: Instant) -> Result<(), EndReason> {
-        let due = round_of(now);
-        while let Some(out) = self.echo.poll(due, self.speech.on_the_verge()) {
+        let due = round_start(now);
+        while let Some(out) = self.echo.poll(due, self.speech.speech_pending()) {
             match out {
-                echo::Out::Started => self.observer.outlet.tell(now, RoomEventKind::EchoStarted)?,
-                echo::Out::Ended => self.observer.outlet.tell(now, RoomEventKind::EchoEnded)?,
-                echo::Out::Send {
+                EchoOutput::Started => {
+                    self.observer.outlet.tell(now, RoomEventKind::EchoStarted)?
+                }
+                EchoOutput::Ended => self.observer.outlet.tell(now, RoomEventKind::EchoEnded)?,
+                EchoOutput::Send {
                     due,
                     frame,
                     resumes,
@@ -543,7 +555,7 @@ impl<'a> Session<'a> {
             return;
         };
         let (sequence, timestamp) = self.track.next(due);
-        let packet = Outgoing {
+        let packet = OutgoingPacket {
             payload_type,
             sequence,
             timestamp,
@@ -560,7 +572,7 @@ impl<'a> Session<'a> {
     }
 }
 
-impl Track {
+impl EchoTrack {
     /// Sequence number and RTP timestamp of the packet that is due at `due`. Timestamps keep the track's own clock, so
     /// that a pause is a pause, and never stand still.
     fn next(&mut self, due: Instant) -> (u64, u32) {
@@ -576,37 +588,41 @@ impl Track {
 }
 
 /// When the round began that `now` is in.
-fn round_of(now: Instant) -> Instant {
+fn round_start(now: Instant) -> Instant {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let since = now.saturating_duration_since(*FIRST.get_or_init(|| now));
-    let into = since.as_nanos() % ROUND.as_nanos();
+    let into = since.as_nanos() % ROUND_INTERVAL.as_nanos();
     now - Duration::from_nanos(u64::try_from(into).unwrap_or_default())
 }
 
 /// The next round, or the one after it where the next has nothing to read and nothing to send.
-fn next_round(now: Instant, listen_at: Instant, send_at: Option<Instant>) -> Instant {
-    let next = round_of(now) + ROUND;
-    let due = send_at.map_or(listen_at, |send_at| send_at.min(listen_at));
-    if due <= next { next } else { next + ROUND }
+fn next_round(now: Instant, read_at: Instant, send_at: Option<Instant>) -> Instant {
+    let next = round_start(now) + ROUND_INTERVAL;
+    let due = send_at.map_or(read_at, |send_at| send_at.min(read_at));
+    if due <= next {
+        next
+    } else {
+        next + ROUND_INTERVAL
+    }
 }
 
 /// Waits for what comes on either connection. Cancel-safe: what isn't returned stays where it was.
-async fn arrival(
-    publisher: &mut Peer,
-    subscriber: &mut Peer,
+async fn incoming(
+    publisher: &mut PeerConnection,
+    subscriber: &mut PeerConnection,
     buffer: &mut [u8],
-) -> (proto::SignalTarget, Arrival) {
+) -> (proto::SignalTarget, Incoming) {
     poll_fn(|cx| {
-        if let Poll::Ready(arrival) = subscriber.poll_recv(cx, buffer) {
-            return Poll::Ready((proto::SignalTarget::Subscriber, arrival));
+        if let Poll::Ready(incoming) = subscriber.poll_recv(cx, buffer) {
+            return Poll::Ready((proto::SignalTarget::Subscriber, incoming));
         }
-        let arrival = publisher.poll_recv(cx, buffer);
-        arrival.map(|arrival| (proto::SignalTarget::Publisher, arrival))
+        let incoming = publisher.poll_recv(cx, buffer);
+        incoming.map(|incoming| (proto::SignalTarget::Publisher, incoming))
     })
     .await
 }
 
-fn poll(peer: &mut Peer, now: Instant) -> Result<Option<Happening>, EndReason> {
+fn poll(peer: &mut PeerConnection, now: Instant) -> Result<Option<PeerEvent>, EndReason> {
     peer.poll(now)
         .map_err(|error| media_failed(peer.name(), &error))
 }
@@ -634,7 +650,7 @@ mod tests {
     #[test]
     fn timestamps_keep_the_clock_and_never_stand_still() {
         let epoch = Instant::now();
-        let mut track = Track {
+        let mut track = EchoTrack {
             mid: Mid::from("0"),
             sequence: 7,
             origin: (epoch, u32::MAX - 959),
@@ -649,24 +665,24 @@ mod tests {
     #[test]
     fn rounds_follow_each_other_at_their_pace_for_all() {
         // They are counted from whoever asks first.
-        round_of(Instant::now());
+        round_start(Instant::now());
         let now = Instant::now();
-        let round = round_of(now);
-        assert!(round <= now && now < round + ROUND);
-        assert_eq!(round_of(round), round);
+        let round = round_start(now);
+        assert!(round <= now && now < round + ROUND_INTERVAL);
+        assert_eq!(round_start(round), round);
         for millis in [0, 19, 20, 21, 12_345] {
             let later = now + Duration::from_millis(millis);
-            let apart = round_of(later).duration_since(round).as_nanos();
-            assert_eq!(apart % ROUND.as_nanos(), 0);
+            let apart = round_start(later).duration_since(round).as_nanos();
+            assert_eq!(apart % ROUND_INTERVAL.as_nanos(), 0);
         }
     }
 
     #[test]
     fn round_with_nothing_to_do_is_left_out() {
-        round_of(Instant::now());
+        round_start(Instant::now());
         let now = Instant::now();
-        let next = round_of(now) + ROUND;
-        let after = next + ROUND;
+        let next = round_start(now) + ROUND_INTERVAL;
+        let after = next + ROUND_INTERVAL;
         assert_eq!(next_round(now, after, None), after);
         assert_eq!(next_round(now, after, Some(after)), after);
         assert_eq!(next_round(now, after, Some(next)), next);
@@ -674,6 +690,6 @@ mod tests {
         // What is overdue waits no longer, and what is far off loses no round of listening.
         assert_eq!(next_round(now, now, None), next);
         assert_eq!(next_round(now, after, Some(now)), next);
-        assert_eq!(next_round(now, after + LISTEN, None), after);
+        assert_eq!(next_round(now, after + READ_INTERVAL, None), after);
     }
 }

@@ -16,55 +16,55 @@ use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
 use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
-use super::ice_tcp::{Came, Connection};
-use super::udp::{Datagram, Socket};
+use super::ice_tcp::{IceTcpConnection, TcpEvent};
+use super::udp::{Datagram, MediaSocket};
 use crate::config::Ice;
-use crate::livekit::audio::rtp::Head;
+use crate::livekit::audio::rtp::RtpHeader;
 
 /// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
-const MOST_SOCKETS: usize = 4;
+const MAX_SOCKETS: usize = 4;
 
 /// Candidates taken from the server; one that offers more doesn't mean us well.
-const MOST_CANDIDATES: usize = 64;
+const MAX_CANDIDATES: usize = 64;
 
 /// Connections for media over TCP of one peer connection: a server offers one address, or a few.
-const MOST_CONNECTIONS: usize = 4;
+const MAX_TCP_CONNECTIONS: usize = 4;
 
 /// How long UDP is tried alone. It takes some round trips, and a TCP connection that nobody needs costs the server.
-const UDP_ALONE: Duration = Duration::from_secs(1);
+const UDP_HEAD_START: Duration = Duration::from_secs(1);
 
 /// The port of a candidate that connects rather than listens (RFC 6544, 4.5).
-const NO_PORT: u16 = 9;
+const DISCARD_PORT: u16 = 9;
 
 /// The highest first byte of a STUN message, which DTLS and SRTP stay above (RFC 7983).
-const STUN: u8 = 3;
+const MAX_STUN_FIRST_BYTE: u8 = 3;
 
 /// Rounds of output and due timers within one call; more would be a timer that never moves on.
-const MOST_ROUNDS: usize = 32;
+const MAX_POLL_ROUNDS: usize = 32;
 
 /// How often and how long ICE asks an unresponsive server before it gives a path up: some eight seconds, where the
 /// stack's defaults take over twenty and a probe would blame the agent's silence on the agent.
-const CHECK_EVERY: Duration = Duration::from_secs(1);
-const MOST_CHECKS: usize = 8;
+const ICE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_ICE_CHECKS: usize = 8;
 
 /// A transport on which nothing at all came for so long is down: the server answers a check every second.
-const QUIET: Duration = Duration::from_secs(5);
+const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What came of a peer connection.
 #[derive(Debug)]
-pub(crate) enum Happening {
+pub(crate) enum PeerEvent {
     /// ICE and DTLS are up.
     Connected,
-    Packet(Packet),
+    Packet(ReceivedPacket),
     /// What came on a data channel, and when.
     Data(Instant, Vec<u8>),
 }
 
 /// A received RTP packet.
 #[derive(Debug)]
-pub(crate) struct Packet {
+pub(crate) struct ReceivedPacket {
     pub(crate) at: Instant,
-    pub(crate) head: Head,
+    pub(crate) header: RtpHeader,
     pub(crate) payload: Arc<[u8]>,
 }
 
@@ -83,17 +83,17 @@ pub(crate) enum PeerError {
 
 /// Why a transport that was up is not.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Broken {
+pub(crate) struct BrokenTransport {
     pub(crate) since: Instant,
     pub(crate) how: &'static str,
 }
 
-pub(crate) struct Peer {
+pub(crate) struct PeerConnection {
     rtc: Box<Rtc>,
     target: SignalTarget,
     ice: Ice,
-    sockets: Vec<Socket>,
-    tcp: Tcp,
+    sockets: Vec<MediaSocket>,
+    tcp: TcpFallback,
     /// When the stack next wants to be told the time.
     timeout: Instant,
     /// The stack took something in, and its output hasn't been polled to the end since.
@@ -103,9 +103,9 @@ pub(crate) struct Peer {
     connected: bool,
     /// What the last of our own packets, rather than a check, went over.
     carrier: Option<Protocol>,
-    broken: Option<Broken>,
+    broken: Option<BrokenTransport>,
     /// When the server last sent something that is its own.
-    heard_at: Instant,
+    last_received_at: Instant,
     pending: Option<(u32, SdpPendingOffer)>,
     candidates: usize,
     /// Where the server wants media, since this was last asked.
@@ -116,16 +116,16 @@ pub(crate) struct Peer {
 
 /// The way round blocked UDP: connections to the server's passive candidates.
 #[derive(Default)]
-struct Tcp {
+struct TcpFallback {
     /// Candidates that are not connected to yet.
     offered: Vec<Candidate>,
     /// When they are to be, unless ICE has a path by then.
     due: Option<Instant>,
-    connections: Vec<(Candidate, Connection)>,
+    connections: Vec<(Candidate, IceTcpConnection)>,
 }
 
 /// What the network brought.
-pub(crate) enum Arrival {
+pub(crate) enum Incoming {
     Datagram {
         at: Instant,
         proto: Protocol,
@@ -139,7 +139,7 @@ pub(crate) enum Arrival {
     Closed(Candidate),
 }
 
-impl Peer {
+impl PeerConnection {
     /// Starts with a UDP host candidate on `local`, the address that reaches the signal connection's server.
     ///
     /// # Errors
@@ -155,22 +155,22 @@ impl Peer {
             .enable_opus(true, false)
             .set_extension_map(extensions)
             .set_rtp_mode(true);
-        config.set_max_stun_rto(CHECK_EVERY);
-        config.set_max_stun_retransmits(MOST_CHECKS);
+        config.set_max_stun_rto(ICE_CHECK_INTERVAL);
+        config.set_max_stun_retransmits(MAX_ICE_CHECKS);
         let rtc = config.build(now.into_std());
         let mut peer = Self {
             rtc: Box::new(rtc),
             target,
             ice,
             sockets: Vec::new(),
-            tcp: Tcp::default(),
+            tcp: TcpFallback::default(),
             timeout: now,
             unpolled: true,
             path: false,
             connected: false,
             carrier: None,
             broken: None,
-            heard_at: now,
+            last_received_at: now,
             pending: None,
             candidates: 0,
             addresses: Vec::new(),
@@ -196,9 +196,9 @@ impl Peer {
     }
 
     /// Whether the transport was up and is not; to be asked when no datagram is waiting to be read.
-    pub(crate) fn broken(&self, now: Instant) -> Option<Broken> {
-        let quiet_at = self.heard_at + QUIET;
-        let quiet = (self.connected && now >= quiet_at).then_some(Broken {
+    pub(crate) fn broken(&self, now: Instant) -> Option<BrokenTransport> {
+        let quiet_at = self.last_received_at + QUIET_TIMEOUT;
+        let quiet = (self.connected && now >= quiet_at).then_some(BrokenTransport {
             since: quiet_at,
             how: "nothing came from the server any more",
         });
@@ -286,7 +286,7 @@ impl Peer {
     }
 
     /// Queues a packet of our track; [`poll`](Self::poll) sends it.
-    pub(crate) fn write(&mut self, mid: Mid, packet: Outgoing) {
+    pub(crate) fn write(&mut self, mid: Mid, packet: OutgoingPacket) {
         let mut api = self.rtc.direct_api();
         let Some(stream) = api.stream_tx_by_mid(mid, None) else {
             return;
@@ -309,36 +309,36 @@ impl Peer {
     }
 
     /// Waits for what comes; once connected, no longer on a socket that media comes by. Only one task may poll.
-    pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
+    pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Incoming> {
         for socket in &mut self.sockets {
             if let Poll::Ready(datagram) = socket.poll_recv(cx, buffer) {
                 // From now on it is read by the clock; one that nothing comes by is dearer to read than to watch.
-                if self.connected && buffer[0] > STUN {
+                if self.connected && buffer[0] > MAX_STUN_FIRST_BYTE {
                     socket.stop_watching();
                 }
-                return Poll::Ready(Arrival::over_udp(&datagram, socket));
+                return Poll::Ready(Incoming::from_udp(&datagram, socket));
             }
         }
         self.tcp.poll(cx, buffer)
     }
 
     /// What has come over UDP.
-    pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Arrival> {
+    pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Incoming> {
         self.sockets.iter_mut().find_map(|socket| {
             let datagram = socket.try_recv(buffer)?;
-            Some(Arrival::over_udp(&datagram, socket))
+            Some(Incoming::from_udp(&datagram, socket))
         })
     }
 
     /// Takes in what came. One at a time: the stack wants its output polled after each.
-    pub(crate) fn on_arrival(
+    pub(crate) fn on_incoming(
         &mut self,
         now: Instant,
-        arrival: &Arrival,
+        incoming: &Incoming,
         buffer: &[u8],
     ) -> Result<(), PeerError> {
-        match arrival {
-            Arrival::Datagram {
+        match incoming {
+            Incoming::Datagram {
                 at,
                 proto,
                 from,
@@ -353,14 +353,14 @@ impl Peer {
             }
             // The server isn't told: it would do nothing with a candidate that connects, and takes the address from
             // the first check.
-            Arrival::Opened(local) => {
+            Incoming::Opened(local) => {
                 if let Some(candidate) = active_candidate(*local) {
                     self.rtc.add_local_candidate(candidate);
                 }
                 self.wake(now);
                 Ok(())
             }
-            Arrival::Closed(remote) => {
+            Incoming::Closed(remote) => {
                 self.rtc.direct_api().invalidate_candidate(remote);
                 self.wake(now);
                 Ok(())
@@ -377,7 +377,7 @@ impl Peer {
     ) -> Result<(), PeerError> {
         let input = Input::Receive(now.into_std(), receive);
         if self.rtc.accepts(&input) {
-            self.heard_at = at;
+            self.last_received_at = at;
             self.unpolled = true;
             self.rtc.handle_input(input)?;
         }
@@ -388,7 +388,7 @@ impl Peer {
     ///
     /// # Errors
     /// DTLS failed, or the stack gave up.
-    pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<Happening>, PeerError> {
+    pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<PeerEvent>, PeerError> {
         if !self.path {
             self.tcp.connect(now);
         }
@@ -397,7 +397,7 @@ impl Peer {
             return Ok(None);
         }
         self.unpolled = true;
-        for _ in 0..MOST_ROUNDS {
+        for _ in 0..MAX_POLL_ROUNDS {
             if self.timeout <= now {
                 self.rtc.handle_input(Input::Timeout(now.into_std()))?;
             }
@@ -409,8 +409,8 @@ impl Peer {
                     }
                     Output::Transmit(packet) => self.transmit(&packet),
                     Output::Event(event) => {
-                        if let Some(happening) = self.on_event(now, event) {
-                            return Ok(Some(happening));
+                        if let Some(event) = self.on_event(now, event) {
+                            return Ok(Some(event));
                         }
                     }
                 }
@@ -436,25 +436,28 @@ impl Peer {
         due.map_or(self.timeout, |due| due.min(self.timeout))
     }
 
-    fn on_event(&mut self, now: Instant, event: Event) -> Option<Happening> {
+    fn on_event(&mut self, now: Instant, event: Event) -> Option<PeerEvent> {
         match event {
             Event::Connected => {
                 self.connected = true;
-                Some(Happening::Connected)
+                Some(PeerEvent::Connected)
             }
-            Event::RtpPacket(packet) => Some(Happening::Packet(Packet::new(self.heard_at, packet))),
-            Event::ChannelData(data) => Some(Happening::Data(self.heard_at, data.data)),
+            Event::RtpPacket(packet) => Some(PeerEvent::Packet(ReceivedPacket::new(
+                self.last_received_at,
+                packet,
+            ))),
+            Event::ChannelData(data) => Some(PeerEvent::Data(self.last_received_at, data.data)),
             Event::IceConnectionStateChange(state) => {
                 self.path |= state.is_connected();
                 let lost = self.connected && state == IceConnectionState::Disconnected;
-                self.broken = lost.then_some(Broken {
+                self.broken = lost.then_some(BrokenTransport {
                     since: now,
                     how: "ICE lost its connection: the server answers no more checks",
                 });
                 None
             }
             Event::Closed => {
-                self.broken = Some(Broken {
+                self.broken = Some(BrokenTransport {
                     since: now,
                     how: "the server closed the transport",
                 });
@@ -467,14 +470,17 @@ impl Peer {
     /// UDP promises nothing: what a full buffer or a missing route drops is lost like any other packet.
     fn transmit(&mut self, packet: &Transmit) {
         let (source, bytes) = (packet.source, &*packet.contents);
-        if bytes.first().is_some_and(|first| *first > STUN) {
+        if bytes
+            .first()
+            .is_some_and(|first| *first > MAX_STUN_FIRST_BYTE)
+        {
             self.carrier = Some(packet.proto);
         }
         if packet.proto == Protocol::Tcp {
             self.tcp.send(packet.destination, bytes);
             return;
         }
-        let same = |it: &&Socket| {
+        let same = |it: &&MediaSocket| {
             let local = it.local();
             local.ip() == source.ip() && local.port() == source.port()
         };
@@ -493,7 +499,7 @@ impl Peer {
             Protocol::Tcp => candidate.tcptype() == Some(TcpType::Passive),
             _ => false,
         };
-        (usable && self.candidates < MOST_CANDIDATES).then(|| {
+        (usable && self.candidates < MAX_CANDIDATES).then(|| {
             self.candidates += 1;
             self.addresses.push(address(&candidate));
             candidate
@@ -522,7 +528,7 @@ impl Peer {
     async fn reach(&mut self, remote: Candidate) -> Option<String> {
         if remote.proto() == Protocol::Tcp {
             let wait = match self.ice {
-                Ice::All => UDP_ALONE,
+                Ice::All => UDP_HEAD_START,
                 Ice::Tcp => Duration::ZERO,
             };
             self.tcp.offer(remote, Instant::now() + wait);
@@ -530,7 +536,7 @@ impl Peer {
         }
         let local = route_to(remote.addr()).await?;
         let known = self.sockets.iter().any(|it| it.local().ip() == local);
-        if known || self.sockets.len() >= MOST_SOCKETS {
+        if known || self.sockets.len() >= MAX_SOCKETS {
             return None;
         }
         self.listen(local)
@@ -538,7 +544,7 @@ impl Peer {
 
     /// Binds a socket to `local` and offers it as a host candidate.
     fn listen(&mut self, local: IpAddr) -> Option<String> {
-        let socket = Socket::bind(local).ok()?;
+        let socket = MediaSocket::bind(local).ok()?;
         let local = socket.local();
         let candidate = Candidate::host(local, Protocol::Udp).ok()?;
         let line = candidate.to_sdp_string();
@@ -548,12 +554,12 @@ impl Peer {
     }
 }
 
-impl Tcp {
+impl TcpFallback {
     /// Takes a candidate, unless it is known. The first one says when to connect.
     fn offer(&mut self, remote: Candidate, due: Instant) {
         let connections = self.connections.iter().map(|(remote, _)| remote);
         let mut known = self.offered.iter().chain(connections);
-        let room = self.offered.len() + self.connections.len() < MOST_CONNECTIONS;
+        let room = self.offered.len() + self.connections.len() < MAX_TCP_CONNECTIONS;
         if room && known.all(|it| it.addr() != remote.addr()) {
             self.offered.push(remote);
             self.due.get_or_insert(due);
@@ -563,26 +569,26 @@ impl Tcp {
     fn connect(&mut self, now: Instant) {
         if self.due.take_if(|due| *due <= now).is_some() {
             let begun = self.offered.drain(..).map(|remote| {
-                let connection = Connection::to(remote.addr());
+                let connection = IceTcpConnection::to(remote.addr());
                 (remote, connection)
             });
             self.connections.extend(begun);
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Arrival> {
+    fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Incoming> {
         for (remote, connection) in &mut self.connections {
             if let Poll::Ready(came) = connection.poll(cx, buffer) {
                 return Poll::Ready(match came {
-                    Came::Opened(local) => Arrival::Opened(local),
-                    Came::Datagram { to, length } => Arrival::Datagram {
+                    TcpEvent::Opened(local) => Incoming::Opened(local),
+                    TcpEvent::Datagram { to, length } => Incoming::Datagram {
                         at: Instant::now(),
                         proto: Protocol::Tcp,
                         from: remote.addr(),
-                        to: SocketAddr::new(to, NO_PORT),
+                        to: SocketAddr::new(to, DISCARD_PORT),
                         length,
                     },
-                    Came::Closed => Arrival::Closed(remote.clone()),
+                    TcpEvent::Closed => Incoming::Closed(remote.clone()),
                 });
             }
         }
@@ -602,14 +608,14 @@ impl Tcp {
 fn active_candidate(local: IpAddr) -> Option<Candidate> {
     Candidate::builder()
         .tcp()
-        .host(SocketAddr::new(local, NO_PORT))
+        .host(SocketAddr::new(local, DISCARD_PORT))
         .tcptype(TcpType::Active)
         .build()
         .ok()
 }
 
-impl Arrival {
-    fn over_udp(datagram: &Datagram, socket: &Socket) -> Self {
+impl Incoming {
+    fn from_udp(datagram: &Datagram, socket: &MediaSocket) -> Self {
         Self::Datagram {
             at: datagram.at,
             proto: Protocol::Udp,
@@ -620,11 +626,11 @@ impl Arrival {
     }
 }
 
-impl Packet {
+impl ReceivedPacket {
     fn new(at: Instant, packet: RtpPacket) -> Self {
         Self {
             at,
-            head: Head {
+            header: RtpHeader {
                 ssrc: *packet.header.ssrc,
                 sequence: *packet.seq_no,
                 timestamp: packet.header.timestamp,
@@ -643,7 +649,7 @@ pub(crate) fn name(target: SignalTarget) -> &'static str {
 }
 
 /// A packet of our track.
-pub(crate) struct Outgoing {
+pub(crate) struct OutgoingPacket {
     pub(crate) payload_type: Pt,
     pub(crate) sequence: u64,
     pub(crate) timestamp: u32,
@@ -739,8 +745,8 @@ mod tests {
         );
     }
 
-    fn peer(target: SignalTarget, ice: Ice) -> Peer {
-        Peer::new(target, Ipv4Addr::LOCALHOST.into(), ice).unwrap()
+    fn peer(target: SignalTarget, ice: Ice) -> PeerConnection {
+        PeerConnection::new(target, Ipv4Addr::LOCALHOST.into(), ice).unwrap()
     }
 
     #[tokio::test]
@@ -767,7 +773,7 @@ mod tests {
             let line = format!("candidate:1 1 udp 1 127.0.0.1 {port} typ host");
             assert_eq!(peer.add_candidate(&line).await, [""; 0]);
         }
-        assert_eq!(peer.candidates, MOST_CANDIDATES);
+        assert_eq!(peer.candidates, MAX_CANDIDATES);
         assert_eq!(peer.sockets.len(), 1);
     }
 
@@ -812,7 +818,7 @@ mod tests {
         }
         peer.poll(Instant::now()).unwrap();
         assert!(peer.sockets.is_empty());
-        assert_eq!(peer.tcp.connections.len(), MOST_CONNECTIONS);
+        assert_eq!(peer.tcp.connections.len(), MAX_TCP_CONNECTIONS);
     }
 
     #[tokio::test]
@@ -821,14 +827,14 @@ mod tests {
         let now = Instant::now();
         for first in 0..=255_u8 {
             let bytes = [first; 64];
-            let datagram = Arrival::Datagram {
+            let datagram = Incoming::Datagram {
                 at: now,
                 proto: Protocol::Udp,
                 from: "127.0.0.1:9".parse().unwrap(),
                 to: peer.sockets[0].local(),
                 length: bytes.len(),
             };
-            peer.on_arrival(now, &datagram, &bytes).unwrap();
+            peer.on_incoming(now, &datagram, &bytes).unwrap();
         }
         assert!(peer.poll(now).unwrap().is_none());
     }

@@ -16,14 +16,14 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
-pub(crate) struct Socket {
-    reader: Reader,
+pub(crate) struct MediaSocket {
+    reader: DatagramReader,
     /// Wakes the task for each datagram; `None` once the task comes often enough by itself.
     watch: Option<AsyncFd<Arc<net::UdpSocket>>>,
     local: SocketAddr,
 }
 
-struct Reader {
+struct DatagramReader {
     udp: Arc<net::UdpSocket>,
     /// Where the kernel puts its stamp.
     control: Vec<u8>,
@@ -38,7 +38,7 @@ pub(crate) struct Datagram {
     pub(crate) length: usize,
 }
 
-impl Socket {
+impl MediaSocket {
     /// Binds to any free port of `local`.
     pub(crate) fn bind(local: IpAddr) -> io::Result<Self> {
         let udp = Arc::new(net::UdpSocket::bind((local, 0))?);
@@ -52,7 +52,7 @@ impl Socket {
         )]
         let watch = AsyncFd::with_interest(Arc::clone(&udp), Interest::READABLE)?;
         let local = udp.local_addr()?;
-        let reader = Reader {
+        let reader = DatagramReader {
             udp,
             control: cmsg_space!(TimeVal),
             empty_at: Instant::now(),
@@ -107,15 +107,15 @@ impl Socket {
     }
 }
 
-impl Reader {
+impl DatagramReader {
     fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Datagram> {
         loop {
             let asked_at = Instant::now();
-            match Received::read(&self.udp, buffer, &mut self.control) {
+            match RawDatagram::read(&self.udp, buffer, &mut self.control) {
                 Ok(received) => {
                     let (wall, now) = (SystemTime::now(), Instant::now());
                     return Some(Datagram {
-                        at: came_at(received.stamp, wall, self.empty_at, now),
+                        at: arrival_time(received.stamp, wall, self.empty_at, now),
                         from: received.from,
                         length: received.length,
                     });
@@ -131,13 +131,13 @@ impl Reader {
     }
 }
 
-struct Received {
+struct RawDatagram {
     from: SocketAddr,
     length: usize,
     stamp: Option<SystemTime>,
 }
 
-impl Received {
+impl RawDatagram {
     fn read(udp: &net::UdpSocket, buffer: &mut [u8], control: &mut [u8]) -> io::Result<Self> {
         let mut parts = [IoSliceMut::new(buffer)];
         let flags = MsgFlags::empty();
@@ -169,7 +169,7 @@ fn stamp(message: &ControlMessageOwned) -> Option<SystemTime> {
 }
 
 /// The kernel stamps by the wall clock, which may be set meanwhile: the moment lies between the two on ours in any case.
-fn came_at(
+fn arrival_time(
     stamp: Option<SystemTime>,
     wall: SystemTime,
     empty_at: Instant,
@@ -190,9 +190,9 @@ mod tests {
     const LONG: Duration = Duration::from_secs(20);
     const LATE: Duration = Duration::from_millis(300);
 
-    fn pair() -> (Socket, Socket) {
+    fn pair() -> (MediaSocket, MediaSocket) {
         let loopback = IpAddr::from([127, 0, 0, 1]);
-        let socket = || Socket::bind(loopback).unwrap();
+        let socket = || MediaSocket::bind(loopback).unwrap();
         (socket(), socket())
     }
 
@@ -232,7 +232,7 @@ mod tests {
     fn clock_that_is_set_moves_no_arrival_out_of_its_bounds() {
         let (wall, now) = (SystemTime::now(), Instant::now());
         let empty_at = now - Duration::from_millis(20);
-        let came = |stamp| came_at(stamp, wall, empty_at, now);
+        let came = |stamp| arrival_time(stamp, wall, empty_at, now);
         let ago = Duration::from_millis(5);
         assert_eq!(came(Some(wall - ago)), now - ago);
         assert_eq!(came(Some(wall - LONG)), empty_at);

@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use super::agent_session::{self, Told};
 use super::roster::Roster;
 use super::voice_selector::Listening;
-use crate::livekit::audio::echo::{Echo, Frame};
-use crate::livekit::audio::speech::Heard;
+use crate::livekit::audio::echo::{EchoPlayer, Frame};
+use crate::livekit::audio::speech::SpeechEvent;
 use crate::livekit::event::{
     EndReason, MediaPermission, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
 };
@@ -206,15 +206,15 @@ impl Observer {
 
     pub(crate) fn heard<F: Frame>(
         &self,
-        echo: &mut Echo<F>,
-        heard: Heard,
+        echo: &mut EchoPlayer<F>,
+        heard: SpeechEvent,
     ) -> Result<(), EndReason> {
         match heard {
-            Heard::Started(at) => {
+            SpeechEvent::Started(at) => {
                 echo.on_speech_started(at);
                 self.outlet.tell(at, RoomEventKind::SpeechStarted)
             }
-            Heard::Ended(at) => {
+            SpeechEvent::Ended(at) => {
                 echo.on_speech_ended(at);
                 self.outlet.tell(at, RoomEventKind::SpeechEnded)
             }

@@ -9,8 +9,8 @@ fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn settings(mode: EchoMode, delay: u64) -> Settings {
-    Settings {
+fn settings(mode: EchoMode, delay: u64) -> EchoSettings {
+    EchoSettings {
         mode,
         delay: ms(delay),
         max_turns: 1,
@@ -18,18 +18,18 @@ fn settings(mode: EchoMode, delay: u64) -> Settings {
 }
 
 /// A call on a clock of its own: an agent that sends a packet every 20 ms, numbered in its payload.
-struct Call {
-    echo: Echo<Arc<[u8]>>,
+struct SimulatedCall {
+    echo: EchoPlayer<Arc<[u8]>>,
     start: Instant,
     now: Instant,
     number: u8,
-    out: Vec<(u64, Out<Arc<[u8]>>)>,
+    out: Vec<(u64, EchoOutput<Arc<[u8]>>)>,
 }
 
-impl Call {
-    fn new(settings: Settings) -> Self {
+impl SimulatedCall {
+    fn new(settings: EchoSettings) -> Self {
         let start = Instant::now();
-        let mut echo = Echo::new(settings);
+        let mut echo = EchoPlayer::new(settings);
         echo.open(start);
         Self {
             echo,
@@ -96,7 +96,7 @@ impl Call {
     fn echoed(&self) -> Vec<(u64, u8)> {
         let mut echoed = Vec::new();
         for (at, out) in &self.out {
-            if let Out::Send { frame, .. } = out
+            if let EchoOutput::Send { frame, .. } = out
                 && frame[0] == SPEECH
             {
                 echoed.push((*at, frame[1]));
@@ -105,10 +105,10 @@ impl Call {
         echoed
     }
 
-    fn marks(&self) -> Vec<(u64, Out<Arc<[u8]>>)> {
+    fn marks(&self) -> Vec<(u64, EchoOutput<Arc<[u8]>>)> {
         let marks = self.out.iter();
         marks
-            .filter(|(_, out)| !matches!(out, Out::Send { .. }))
+            .filter(|(_, out)| !matches!(out, EchoOutput::Send { .. }))
             .cloned()
             .collect()
     }
@@ -116,41 +116,44 @@ impl Call {
 
 #[test]
 fn turn_is_played_once_at_its_pace_and_then_there_is_silence() {
-    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.wait(1_000);
     call.utterance(50);
     call.wait(10_000);
     // Last speech at 1 980 ms, the echo 1 000 ms later.
     let expected: Vec<_> = (0..50).map(|i| (2_980 + 20 * u64::from(i), i)).collect();
     assert_eq!(call.echoed(), expected);
-    assert_eq!(call.marks(), [(2_980, Out::Started), (3_980, Out::Ended)]);
-    let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, Out::Send { .. });
+    assert_eq!(
+        call.marks(),
+        [(2_980, EchoOutput::Started), (3_980, EchoOutput::Ended)]
+    );
+    let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, EchoOutput::Send { .. });
     let after: Vec<_> = call.out.iter().filter(sent).collect();
     let times: Vec<_> = after.iter().map(|(at, _)| *at).collect();
     let tail: Vec<_> = (0..10).map(|i| 3_980 + 20 * i).collect();
     assert_eq!(times[..10], tail);
     assert_eq!(times[10] - times[9], 400);
     for (_, out) in after {
-        assert!(matches!(out, Out::Send { frame, .. } if **frame == SILENCE));
+        assert!(matches!(out, EchoOutput::Send { frame, .. } if **frame == SILENCE));
     }
 }
 
 #[test]
 fn what_came_shortly_before_the_speech_is_played_too() {
-    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.packets(50);
     call.wait(20);
     call.utterance(10);
     call.wait(5_000);
     let numbers: Vec<_> = call.echoed().iter().map(|(_, number)| *number).collect();
-    let lead = u8::try_from(LEAD.as_millis() / 20).unwrap();
+    let lead = u8::try_from(LEAD_IN.as_millis() / 20).unwrap();
     assert_eq!(numbers.first(), Some(&(50 - lead + 2)));
     assert_eq!(numbers.last(), Some(&59));
 }
 
 #[test]
 fn second_sentence_before_the_echo_joins_the_first() {
-    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.utterance(50);
     call.wait(200);
     let second = call.now;
@@ -176,21 +179,21 @@ fn second_sentence_before_the_echo_joins_the_first() {
 
 #[test]
 fn echo_waits_while_the_agent_may_just_have_begun() {
-    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.utterance(10);
     let due = call.start + ms(180 + 1_000);
     call.run_to(due - ms(1));
     while let Some(out) = call.echo.poll(due, true) {
-        assert_ne!(out, Out::Started);
+        assert_ne!(out, EchoOutput::Started);
     }
     let postponed = call.echo.next_deadline().unwrap();
-    assert_eq!(postponed, due + VERGE);
-    assert_eq!(call.echo.poll(postponed, true), Some(Out::Started));
+    assert_eq!(postponed, due + SPEECH_DECISION_TIME);
+    assert_eq!(call.echo.poll(postponed, true), Some(EchoOutput::Started));
 }
 
 #[test]
 fn no_more_turns_than_the_setting_allows() {
-    let mut call = Call::new(Settings {
+    let mut call = SimulatedCall::new(EchoSettings {
         max_turns: 2,
         ..settings(EchoMode::Turn, 700)
     });
@@ -204,7 +207,7 @@ fn no_more_turns_than_the_setting_allows() {
 
 #[test]
 fn utterance_during_playback_is_the_next_turn() {
-    let mut call = Call::new(Settings {
+    let mut call = SimulatedCall::new(EchoSettings {
         max_turns: 2,
         ..settings(EchoMode::Turn, 700)
     });
@@ -220,7 +223,7 @@ fn utterance_during_playback_is_the_next_turn() {
 
 #[test]
 fn recording_ends_after_thirty_seconds() {
-    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.utterance(2_000);
     call.wait(60_000);
     assert_eq!(call.echoed().len(), 1_500);
@@ -229,43 +232,46 @@ fn recording_ends_after_thirty_seconds() {
 
 #[test]
 fn nothing_is_sent_before_the_track_is_open() {
-    let mut echo = Echo::<Arc<[u8]>>::new(Settings::default());
+    let mut echo = EchoPlayer::<Arc<[u8]>>::new(EchoSettings::default());
     let now = Instant::now();
     assert_eq!(echo.next_deadline(), None);
     assert_eq!(echo.poll(now, false), None);
     echo.open(now);
     assert!(matches!(
         echo.poll(now, false),
-        Some(Out::Send { resumes: true, .. })
+        Some(EchoOutput::Send { resumes: true, .. })
     ));
 }
 
 #[test]
 fn idle_track_sends_a_frame_of_silence_every_400_ms() {
-    let mut call = Call::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.wait(180);
     call.out.clear();
     call.wait(4_000);
     assert_eq!(call.out.len(), 10);
     for (_, out) in &call.out {
-        assert!(matches!(out, Out::Send { resumes: true, .. }));
+        assert!(matches!(out, EchoOutput::Send { resumes: true, .. }));
     }
 }
 
 #[test]
 fn continuous_echo_passes_every_packet_on_after_the_delay() {
-    let mut call = Call::new(settings(EchoMode::Continuous, 2_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Continuous, 2_000));
     call.wait(1_000);
     call.utterance(50);
     call.wait(10_000);
     let expected: Vec<_> = (0..80).map(|i| (3_000 + 20 * u64::from(i), i)).collect();
     assert_eq!(call.echoed(), expected);
-    assert_eq!(call.marks(), [(3_000, Out::Started), (3_980, Out::Ended)]);
+    assert_eq!(
+        call.marks(),
+        [(3_000, EchoOutput::Started), (3_980, EchoOutput::Ended)]
+    );
 }
 
 #[test]
 fn continuous_echo_keeps_the_pace_of_the_speaker_under_jitter() {
-    let mut call = Call::new(settings(EchoMode::Continuous, 1_000));
+    let mut call = SimulatedCall::new(settings(EchoMode::Continuous, 1_000));
     for i in 0..20_u64 {
         let late = if i % 2 == 1 { 15 } else { 0 };
         call.run_to(call.start + ms(20 * i + late));

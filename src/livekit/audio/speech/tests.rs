@@ -3,13 +3,13 @@ use std::time::Duration;
 use ropus::{Application, Channels, Encoder};
 
 use super::super::opus::{self, Decoder};
-use super::super::rtp::Position;
+use super::super::rtp::MediaPosition;
 use super::*;
 
 const FRAME: Duration = Duration::from_millis(20);
 
 /// A track, encoded for real, one packet after the other.
-struct Track {
+struct EncodedTrack {
     encoder: Encoder,
     samples: usize,
     phase: usize,
@@ -17,10 +17,10 @@ struct Track {
     time: u64,
     decoder: Decoder,
     detector: Detector,
-    heard: Vec<Heard>,
+    events: Vec<SpeechEvent>,
 }
 
-impl Track {
+impl EncodedTrack {
     fn new(millis: usize, settings: Speech) -> Self {
         let encoder = Encoder::builder(48_000, Channels::Mono, Application::Voip);
         Self {
@@ -31,7 +31,7 @@ impl Track {
             time: 0,
             decoder: Decoder::default(),
             detector: Detector::new(settings, opus::RATE),
-            heard: Vec::new(),
+            events: Vec::new(),
         }
     }
 
@@ -63,12 +63,12 @@ impl Track {
     }
 
     fn deliver(&mut self, packet: &[u8], follows: bool) {
-        let position = Position {
+        let position = MediaPosition {
             time: self.time,
             follows,
         };
         let sound = self.decoder.decode(position, packet);
-        self.heard.extend(self.detector.on_sound(self.now, sound));
+        self.events.extend(self.detector.on_sound(self.now, sound));
         self.skip();
     }
 
@@ -80,7 +80,7 @@ impl Track {
     fn wait_for_deadline(&mut self) {
         if let Some(deadline) = self.detector.next_deadline() {
             assert_eq!(self.detector.on_time(deadline - FRAME / 20), None);
-            self.heard.extend(self.detector.on_time(deadline));
+            self.events.extend(self.detector.on_time(deadline));
         }
     }
 }
@@ -90,13 +90,13 @@ const QUIET: f64 = 60.0;
 
 #[test]
 fn utterance_is_stamped_at_its_first_and_last_frame() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     track.send(25, 0.0);
     let first = track.send(50, LOUD);
     // Opus spreads its last frame a little into the next packet.
     let after = track.send(60, 0.0);
-    let [Heard::Started(started), Heard::Ended(ended)] = track.heard[..] else {
-        panic!("{:?}", track.heard);
+    let [SpeechEvent::Started(started), SpeechEvent::Ended(ended)] = track.events[..] else {
+        panic!("{:?}", track.events);
     };
     assert_eq!(started, first);
     assert!(ended >= after - FRAME && ended <= after + FRAME);
@@ -104,9 +104,9 @@ fn utterance_is_stamped_at_its_first_and_last_frame() {
 
 #[test]
 fn sound_below_the_threshold_is_not_speech() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     track.send(100, QUIET);
-    assert_eq!(track.heard, []);
+    assert_eq!(track.events, []);
     assert_eq!(track.detector.next_deadline(), None);
 }
 
@@ -116,63 +116,67 @@ fn two_loud_frames_are_a_click_and_not_speech() {
         min_frames: 4,
         ..Speech::default()
     };
-    let mut track = Track::new(20, settings);
+    let mut track = EncodedTrack::new(20, settings);
     for _ in 0..10 {
         track.send(2, LOUD);
         track.send(5, 0.0);
     }
-    assert_eq!(track.heard, []);
+    assert_eq!(track.events, []);
 }
 
 #[test]
 fn utterance_ends_by_time_when_packets_stop() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     track.send(10, LOUD);
     let last = track.now - FRAME;
     track.wait_for_deadline();
-    assert_eq!(track.heard.last(), Some(&Heard::Ended(last)));
+    assert_eq!(track.events.last(), Some(&SpeechEvent::Ended(last)));
     assert_eq!(track.detector.next_deadline(), None);
 }
 
 #[test]
 fn pause_shorter_than_the_end_silence_is_within_one_utterance() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     track.send(10, LOUD);
     track.send(25, 0.0);
     track.send(10, LOUD);
-    assert_eq!(track.heard.len(), 1);
+    assert_eq!(track.events.len(), 1);
     track.wait_for_deadline();
-    assert_eq!(track.heard.len(), 2);
+    assert_eq!(track.events.len(), 2);
 }
 
 #[test]
 fn speech_after_an_end_that_no_timer_saw_is_two_utterances() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     track.send(10, LOUD);
     for _ in 0..50 {
         track.skip();
     }
     track.send(10, LOUD);
     assert!(matches!(
-        track.heard[..],
-        [Heard::Started(_), Heard::Ended(_), Heard::Started(_)]
+        track.events[..],
+        [
+            SpeechEvent::Started(_),
+            SpeechEvent::Ended(_),
+            SpeechEvent::Started(_)
+        ]
     ));
 }
 
 #[test]
 fn every_packet_length_is_judged_in_windows_of_20_ms() {
     for millis in [10, 20, 40, 60] {
-        let mut track = Track::new(millis, Speech::default());
+        let mut track = EncodedTrack::new(millis, Speech::default());
         track.send(600 / millis, 0.0);
         let first = track.send(600 / millis, LOUD);
-        assert_eq!(track.heard, [Heard::Started(first)], "{millis} ms");
+        assert_eq!(track.events, [SpeechEvent::Started(first)], "{millis} ms");
     }
 }
 
 #[test]
 fn lost_packet_and_dtx_break_what_is_consecutive() {
     for dtx in [false, true] {
-        let mut track = Track::new(20, Speech::default());
+        let mut track = EncodedTrack::new(20, Speech::default());
         for _ in 0..10 {
             let packet = track.encode(LOUD);
             if dtx {
@@ -184,23 +188,23 @@ fn lost_packet_and_dtx_break_what_is_consecutive() {
             let packet = track.encode(LOUD);
             track.deliver(&packet, true);
         }
-        assert_eq!(track.heard, [], "dtx: {dtx}");
+        assert_eq!(track.events, [], "dtx: {dtx}");
     }
 }
 
 #[test]
 fn pause_in_media_time_breaks_what_is_consecutive() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     for _ in 0..5 {
         track.send(2, LOUD);
         track.skip();
     }
-    assert_eq!(track.heard, []);
+    assert_eq!(track.events, []);
 }
 
 #[test]
 fn corrupt_payloads_neither_panic_nor_deafen() {
-    let mut track = Track::new(20, Speech::default());
+    let mut track = EncodedTrack::new(20, Speech::default());
     let mut random = fastrand::Rng::with_seed(7);
     for _ in 0..3_000 {
         let length = random.usize(0..200);
@@ -210,10 +214,10 @@ fn corrupt_payloads_neither_panic_nor_deafen() {
         track.deliver(&packet, true);
     }
     track.wait_for_deadline();
-    track.heard.clear();
+    track.events.clear();
     track.send(40, 0.0);
     track.wait_for_deadline();
-    track.heard.clear();
+    track.events.clear();
     track.send(10, LOUD);
-    assert!(matches!(track.heard[..], [Heard::Started(_)]));
+    assert!(matches!(track.events[..], [SpeechEvent::Started(_)]));
 }

@@ -9,13 +9,13 @@ use crate::livekit::join;
 use crate::livekit::room::observer::Outlet;
 use crate::livekit::test_server::Server;
 
-struct Room {
-    watch: Watch,
+struct WatchedRoom {
+    watch: SignalWatch,
     events: mpsc::Receiver<RoomEvent>,
     start: Instant,
 }
 
-impl Room {
+impl WatchedRoom {
     async fn new() -> Self {
         let silent = Server::silent().await;
         let (outlet, events) = mpsc::channel(64);
@@ -23,7 +23,7 @@ impl Room {
         let observer = Observer::new(&request, Outlet::new(outlet), "echo-1".to_owned());
         let start = Instant::now();
         Self {
-            watch: Watch::new(start, observer),
+            watch: SignalWatch::new(start, observer),
             events,
             start,
         }
@@ -44,8 +44,8 @@ impl Room {
     }
 
     fn say(&mut self, millis: u64, message: Response) -> Result<Option<Instant>, EndReason> {
-        let told = Told::Message(self.at(millis), Box::new(message));
-        self.watch.on_told(told)
+        let told = WireEvent::Message(self.at(millis), Box::new(message));
+        self.watch.on_wire_event(told)
     }
 
     /// What was told, each with its millisecond.
@@ -74,13 +74,13 @@ fn update(participant: proto::ParticipantInfo) -> Response {
     Response::Update(proto::ParticipantUpdate { participants })
 }
 
-fn closed() -> Told {
-    Told::Lost(SignalError::Closed("by the server".to_owned()))
+fn closed() -> WireEvent {
+    WireEvent::Lost(SignalError::Closed("by the server".to_owned()))
 }
 
 #[tokio::test]
 async fn agent_of_the_join_response_is_not_missed() {
-    let mut room = Room::joined(vec![agent()]).await;
+    let mut room = WatchedRoom::joined(vec![agent()]).await;
     assert!(matches!(
         &room.told()[..],
         [
@@ -92,9 +92,9 @@ async fn agent_of_the_join_response_is_not_missed() {
 
 #[tokio::test]
 async fn agent_is_stamped_as_its_message_is_read_and_joined_by_the_servers_clock() {
-    let mut room = Room::joined(Vec::new()).await;
-    let pinged = Told::Pinged(room.at(0), 7);
-    assert!(matches!(room.watch.on_told(pinged), Ok(None)));
+    let mut room = WatchedRoom::joined(Vec::new()).await;
+    let pinged = WireEvent::Pinged(room.at(0), 7);
+    assert!(matches!(room.watch.on_wire_event(pinged), Ok(None)));
     let pong = proto::Pong {
         last_ping_timestamp: 7,
         timestamp: 1_000_010,
@@ -112,7 +112,7 @@ async fn agent_is_stamped_as_its_message_is_read_and_joined_by_the_servers_clock
 
 #[tokio::test]
 async fn addresses_of_media_are_told_once_each() {
-    let mut room = Room::joined(Vec::new()).await;
+    let mut room = WatchedRoom::joined(Vec::new()).await;
     let line = "candidate:1 1 udp 2130706431 192.0.2.1 7882 typ host";
     let answer = proto::SessionDescription {
         sdp: format!("v=0\r\na={line}\r\na=mid:0\r\n"),
@@ -132,7 +132,7 @@ async fn addresses_of_media_are_told_once_each() {
 
 #[tokio::test]
 async fn own_track_and_its_end_are_the_servers_word() {
-    let mut room = Room::joined(Vec::new()).await;
+    let mut room = WatchedRoom::joined(Vec::new()).await;
     let published = |cid: &str| {
         Response::TrackPublished(proto::TrackPublishedResponse {
             cid: cid.to_owned(),
@@ -160,10 +160,10 @@ async fn own_track_and_its_end_are_the_servers_word() {
 
 #[tokio::test]
 async fn request_is_told_once_though_the_sdk_tries_two_paths() {
-    let mut room = Room::new().await;
+    let mut room = WatchedRoom::new().await;
     for millis in [5, 9] {
-        let requested = Told::Requested(room.at(millis));
-        assert!(room.watch.on_told(requested).is_ok());
+        let requested = WireEvent::Requested(room.at(millis));
+        assert!(room.watch.on_wire_event(requested).is_ok());
     }
     assert!(matches!(
         room.told()[..],
@@ -179,12 +179,12 @@ async fn leave_is_the_end_and_before_the_join_a_refusal() {
             ..proto::LeaveRequest::default()
         })
     };
-    let why = Room::joined(Vec::new()).await.say(10, leave());
+    let why = WatchedRoom::joined(Vec::new()).await.say(10, leave());
     assert!(
         matches!(&why, Err(EndReason::Removed { reason }) if reason == "ROOM_DELETED"),
         "{why:?}"
     );
-    let why = Room::new().await.say(10, leave());
+    let why = WatchedRoom::new().await.say(10, leave());
     assert!(
         matches!(
             why,
@@ -196,8 +196,8 @@ async fn leave_is_the_end_and_before_the_join_a_refusal() {
 
 #[tokio::test]
 async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
-    let mut room = Room::new().await;
-    assert!(room.watch.on_told(closed()).is_ok());
+    let mut room = WatchedRoom::new().await;
+    assert!(room.watch.on_wire_event(closed()).is_ok());
     let why = room.watch.not_connected("handshake error".to_owned());
     assert!(
         matches!(why, EndReason::Signal(SignalError::Closed(_))),
@@ -207,12 +207,12 @@ async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
 
 #[tokio::test]
 async fn join_without_an_answer_is_a_join_timeout_and_one_without_media_is_medias_failure() {
-    let why = Room::new().await.watch.not_connected(String::new());
+    let why = WatchedRoom::new().await.watch.not_connected(String::new());
     assert!(
         matches!(why, EndReason::Signal(SignalError::JoinTimeout(_))),
         "{why:?}"
     );
-    let mut room = Room::joined(Vec::new()).await;
+    let mut room = WatchedRoom::joined(Vec::new()).await;
     assert!(room.watch.joined());
     let why = room.watch.not_connected("timed out".to_owned());
     assert!(matches!(&why, EndReason::MediaFailed { detail, .. } if detail == "timed out"));
@@ -220,7 +220,10 @@ async fn join_without_an_answer_is_a_join_timeout_and_one_without_media_is_media
 
 #[tokio::test]
 async fn closed_socket_ends_a_participant_whatever_the_sdk_would_do() {
-    let lost = Room::joined(Vec::new()).await.watch.on_told(closed());
+    let lost = WatchedRoom::joined(Vec::new())
+        .await
+        .watch
+        .on_wire_event(closed());
     assert!(matches!(
         lost,
         Err(EndReason::Signal(SignalError::Closed(_)))
@@ -229,7 +232,7 @@ async fn closed_socket_ends_a_participant_whatever_the_sdk_would_do() {
 
 #[tokio::test]
 async fn reconnect_is_the_signals_loss_where_the_server_was_quiet_and_else_that_of_media() {
-    let mut room = Room::joined(Vec::new()).await;
+    let mut room = WatchedRoom::joined(Vec::new()).await;
     assert!(room.say(10_000, update(agent())).is_ok());
     let soon = room.watch.reconnecting(room.at(16_000));
     assert!(matches!(soon, EndReason::MediaFailed { .. }), "{soon:?}");

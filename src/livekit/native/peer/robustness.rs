@@ -8,13 +8,13 @@ use proptest::prelude::*;
 use super::*;
 use crate::livekit::arbitrary::{ANSWER, OFFER, bytes, candidate, check, sdp, sdp_changes};
 
-fn peer(target: SignalTarget) -> Peer {
+fn peer(target: SignalTarget) -> PeerConnection {
     let local = Ipv4Addr::LOCALHOST.into();
-    Peer::new(target, local, Ice::All).unwrap()
+    PeerConnection::new(target, local, Ice::All).unwrap()
 }
 
 /// Lets so much time pass for it, at a stroke and step by step; a transport may fail meanwhile.
-fn age(peer: &mut Peer) {
+fn age(peer: &mut PeerConnection) {
     let now = Instant::now();
     for seconds in [0, 1, 2, 10, 60] {
         let now = now + Duration::from_secs(seconds);
@@ -29,10 +29,10 @@ fn age(peer: &mut Peer) {
     }
 }
 
-fn assert_bounded(peer: &Peer) {
-    assert!(peer.candidates <= MOST_CANDIDATES);
-    assert!(peer.sockets.len() <= MOST_SOCKETS);
-    assert!(peer.tcp.offered.len() + peer.tcp.connections.len() <= MOST_CONNECTIONS);
+fn assert_bounded(peer: &PeerConnection) {
+    assert!(peer.candidates <= MAX_CANDIDATES);
+    assert!(peer.sockets.len() <= MAX_SOCKETS);
+    assert!(peer.tcp.offered.len() + peer.tcp.connections.len() <= MAX_TCP_CONNECTIONS);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn any_text_is_no_description_that_breaks_anything() {
 }
 
 /// Carries on until both are connected.
-async fn connect(one: &mut Peer, other: &mut Peer) {
+async fn connect(one: &mut PeerConnection, other: &mut PeerConnection) {
     let mut buffer = [0; 2_048];
     loop {
         let now = Instant::now();
@@ -88,45 +88,46 @@ async fn connect(one: &mut Peer, other: &mut Peer) {
         }
         let deadline = one.next_deadline().min(other.next_deadline());
         let came = poll_fn(|cx| {
-            if let Poll::Ready(arrival) = one.poll_recv(cx, &mut buffer) {
-                return Poll::Ready((true, arrival));
+            if let Poll::Ready(incoming) = one.poll_recv(cx, &mut buffer) {
+                return Poll::Ready((true, incoming));
             }
             other
                 .poll_recv(cx, &mut buffer)
-                .map(|arrival| (false, arrival))
+                .map(|incoming| (false, incoming))
         });
-        if let Ok((first, arrival)) = tokio::time::timeout_at(deadline, came).await {
+        if let Ok((first, incoming)) = tokio::time::timeout_at(deadline, came).await {
             let peer = if first { &mut *one } else { &mut *other };
-            peer.on_arrival(Instant::now(), &arrival, &buffer).unwrap();
+            peer.on_incoming(Instant::now(), &incoming, &buffer)
+                .unwrap();
         }
     }
 }
 
 /// What a stranger, or the server itself, sends once a connection is up.
 #[derive(Debug, Clone)]
-enum Sent {
+enum HostileInput {
     /// A datagram that nobody encrypted.
     Raw(Vec<u8>),
     /// An encrypted packet with any sequence number, timestamp and payload.
     Rtp(u16, u32, Vec<u8>),
 }
 
-fn sent() -> impl Strategy<Value = Vec<Sent>> {
+fn hostile_inputs() -> impl Strategy<Value = Vec<HostileInput>> {
     // The first byte tells STUN, DTLS and SRTP apart.
     let first = prop_oneof![0..4_u8, 20..64_u8, 128..192_u8, any::<u8>()];
     let raw = (first, bytes(200)).prop_map(|(first, mut rest)| {
         rest.insert(0, first);
-        Sent::Raw(rest)
+        HostileInput::Raw(rest)
     });
     let rtp = (any::<u16>(), any::<u32>(), bytes(200));
-    let rtp =
-        rtp.prop_map(|(sequence, timestamp, payload)| Sent::Rtp(sequence, timestamp, payload));
+    let rtp = rtp
+        .prop_map(|(sequence, timestamp, payload)| HostileInput::Rtp(sequence, timestamp, payload));
     vec(prop_oneof![raw, rtp], 0..20)
 }
 
 #[test]
 fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
-    check(12, &sent(), async |sent| {
+    check(12, &hostile_inputs(), async |sent| {
         let mut publisher = peer(SignalTarget::Publisher);
         let mut subscriber = peer(SignalTarget::Subscriber);
         let (mid, offer) = publisher.offer_track("echo", "echo-1", 1);
@@ -138,8 +139,8 @@ fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
         for one in sent {
             let now = Instant::now();
             match one {
-                Sent::Raw(bytes) => {
-                    let datagram = Arrival::Datagram {
+                HostileInput::Raw(bytes) => {
+                    let datagram = Incoming::Datagram {
                         at: now,
                         proto: Protocol::Udp,
                         from,
@@ -147,10 +148,10 @@ fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
                         length: bytes.len(),
                     };
                     // Refusing is as good as dropping: a forged alert ends a DTLS connection.
-                    subscriber.on_arrival(now, &datagram, &bytes).ok();
+                    subscriber.on_incoming(now, &datagram, &bytes).ok();
                 }
-                Sent::Rtp(sequence, timestamp, payload) => {
-                    let packet = Outgoing {
+                HostileInput::Rtp(sequence, timestamp, payload) => {
+                    let packet = OutgoingPacket {
                         payload_type,
                         sequence: sequence.into(),
                         timestamp,
@@ -162,8 +163,8 @@ fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
                     publisher.write(mid, packet);
                     publisher.poll(now).unwrap();
                     let mut buffer = [0; 2_048];
-                    if let Some(arrival) = subscriber.try_recv(&mut buffer) {
-                        subscriber.on_arrival(now, &arrival, &buffer).ok();
+                    if let Some(incoming) = subscriber.try_recv(&mut buffer) {
+                        subscriber.on_incoming(now, &incoming, &buffer).ok();
                     }
                 }
             }
