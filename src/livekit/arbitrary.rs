@@ -10,7 +10,7 @@ use proptest::test_runner::{Config, TestRunner};
 use tokio::time::timeout;
 
 /// A test that takes longer than this waits for something that never comes.
-const BLOCKED: Duration = Duration::from_secs(30);
+const CASE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs `test` on so many inputs, each on the same runtime.
 pub(crate) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::Value)) {
@@ -19,7 +19,7 @@ pub(crate) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::V
         .build()
         .unwrap();
     let result = TestRunner::new(config(cases)).run(inputs, |input| {
-        let tested = runtime.block_on(async { timeout(BLOCKED, test(input)).await });
+        let tested = runtime.block_on(async { timeout(CASE_TIMEOUT, test(input)).await });
         prop_assert!(tested.is_ok(), "it blocks");
         Ok(())
     });
@@ -156,10 +156,10 @@ fn replaced(line: &str, word: Index, by: &str) -> String {
 }
 
 /// A subscriber offer of livekit-server 1.13.5: a data channel and an agent's voice.
-pub(crate) const OFFER: &str = include_str!("peer/offer.sdp");
+pub(crate) const OFFER: &str = include_str!("native/peer/offer.sdp");
 
 /// Its answer to our publisher offer, whose m-line is `MID`.
-pub(crate) const ANSWER: &str = include_str!("peer/answer.sdp");
+pub(crate) const ANSWER: &str = include_str!("native/peer/answer.sdp");
 
 /// Changes of a description.
 pub(crate) fn sdp_changes() -> impl Strategy<Value = Vec<Change>> {

@@ -19,7 +19,7 @@ use super::native::participant;
 use crate::config::Engine;
 
 /// Events that may wait to be read. A busy call has some tens; who falls behind this far no longer reads.
-const EVENTS: usize = 256;
+const MAX_QUEUED_EVENTS: usize = 256;
 
 /// A running participant. Dropping it ends the actor without ceremony.
 pub struct Participant {
@@ -30,7 +30,7 @@ pub struct Participant {
 
 /// Starts a participant and returns at once; must be called on a Tokio runtime.
 pub fn join(engine: Engine, request: JoinRequest) -> Participant {
-    let (sender, events) = mpsc::channel(EVENTS);
+    let (sender, events) = mpsc::channel(MAX_QUEUED_EVENTS);
     let leave = CancellationToken::new();
     let actor = tokio::spawn(supervise(engine, request, sender, leave.clone()));
     Participant {
@@ -62,13 +62,13 @@ async fn supervise(
         Engine::Native => {
             let mut voice = RtpReceiver::default();
             let actor = participant::run(request, events, leave, &mut voice);
-            (caught(Box::pin(actor)).await, voice.stats())
+            (catch_panic(Box::pin(actor)).await, voice.stats())
         }
         #[cfg(feature = "libwebrtc")]
         Engine::Libwebrtc => {
             let mut voice = libwebrtc::InboundTotals::default();
             let actor = libwebrtc::run(request, events, leave, &mut voice);
-            (caught(Box::pin(actor)).await, voice.stats())
+            (catch_panic(Box::pin(actor)).await, voice.stats())
         }
         // The settings refuse it.
         #[cfg(not(feature = "libwebrtc"))]
@@ -84,7 +84,7 @@ async fn supervise(
 }
 
 /// Only the counters of the voice outlive a panic, and they are plain numbers.
-async fn caught(actor: impl Future<Output = EndReason>) -> EndReason {
+async fn catch_panic(actor: impl Future<Output = EndReason>) -> EndReason {
     AssertUnwindSafe(actor)
         .catch_unwind()
         .await
@@ -181,7 +181,7 @@ mod tests {
             tokio::task::yield_now().await;
             panic!("a fault of ours")
         };
-        let why = caught(actor).await;
+        let why = catch_panic(actor).await;
         assert!(
             matches!(&why, EndReason::Internal(text) if text.contains("a fault of ours")),
             "{why:?}"

@@ -29,7 +29,7 @@ use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::engine::join;
 use crate::livekit::event::{EndReason, RoomEventKind};
 use crate::livekit::join::request;
-use crate::livekit::test_server::{Server, keys, read_request};
+use crate::livekit::test_server::{TestServer, keys, read_request};
 use crate::livekit::wire::api::{Api, ApiError};
 use crate::livekit::wire::request;
 use crate::livekit::wire::signal;
@@ -217,7 +217,8 @@ async fn play(stream: TcpStream, others: Vec<proto::ParticipantInfo>, moves: Vec
 fn server_that_says_anything_in_any_order_ends_a_participant_without_a_fault_of_ours() {
     let inputs = (vec(participant(), 0..3), moves());
     check(48, &inputs, async |(others, moves)| {
-        let server = Server::start(move |stream| play(stream, others.clone(), moves.clone())).await;
+        let server =
+            TestServer::start(move |stream| play(stream, others.clone(), moves.clone())).await;
         let mut participant = join(Engine::Native, request(server.endpoint()));
         let mut last = None;
         while let Some(event) = participant.events.recv().await {
@@ -312,7 +313,7 @@ fn answer() -> impl Strategy<Value = Vec<u8>> {
 #[test]
 fn answer_of_any_form_is_a_result_of_the_call() {
     check(100, &answer(), async |answer| {
-        let server = Server::start(move |mut stream| {
+        let server = TestServer::start(move |mut stream| {
             let answer = answer.clone();
             async move {
                 use tokio::io::AsyncWriteExt;

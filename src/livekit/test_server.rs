@@ -20,7 +20,7 @@ use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::token::Keys;
 
 /// An answer to an HTTP request, and what must be left of it.
-pub(crate) struct Case {
+pub(crate) struct RejectionCase {
     pub answer: &'static str,
     pub status: u16,
     pub twirp_code: Option<&'static str>,
@@ -28,8 +28,8 @@ pub(crate) struct Case {
     pub retry_after: Option<u64>,
 }
 
-impl Case {
-    pub(crate) fn refusal(&self) -> HttpRejection {
+impl RejectionCase {
+    pub(crate) fn rejection(&self) -> HttpRejection {
         HttpRejection {
             status: self.status,
             twirp_code: self.twirp_code.map(str::to_owned),
@@ -40,22 +40,22 @@ impl Case {
 }
 
 /// Refusals as livekit-server, Twirp and proxies before them word them.
-pub(crate) const REFUSALS: [Case; 6] = [
-    Case {
+pub(crate) const REJECTIONS: [RejectionCase; 6] = [
+    RejectionCase {
         answer: "HTTP/1.1 401 Unauthorized\r\nContent-Length: 26\r\n\r\ninvalid API key: some-key\r\n",
         status: 401,
         twirp_code: None,
         message: "invalid API key: some-key",
         retry_after: None,
     },
-    Case {
+    RejectionCase {
         answer: "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
         status: 403,
         twirp_code: None,
         message: "Forbidden",
         retry_after: None,
     },
-    Case {
+    RejectionCase {
         answer: "HTTP/1.1 404 Not Found\r\nContent-Length: 58\r\n\r\n\
                  {\"code\":\"not_found\",\"msg\":\"requested room does not exist\"}",
         status: 404,
@@ -63,7 +63,7 @@ pub(crate) const REFUSALS: [Case; 6] = [
         message: "requested room does not exist",
         retry_after: None,
     },
-    Case {
+    RejectionCase {
         answer: "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nTransfer-Encoding: chunked\r\n\r\n\
                  2d\r\n{\"code\":\"resource_exhausted\",\"msg\":\"too many \r\n\
                  a\r\nrequests\"}\r\n0\r\n\r\n",
@@ -72,7 +72,7 @@ pub(crate) const REFUSALS: [Case; 6] = [
         message: "too many requests",
         retry_after: Some(7),
     },
-    Case {
+    RejectionCase {
         answer: "HTTP/1.1 429 Too Many Requests\r\nRetry-After: Sun, 06 Nov 1994 08:49:37 GMT\r\n\
                  Connection: close\r\n\r\n<html><h1>Slow\n down</h1></html>",
         status: 429,
@@ -80,7 +80,7 @@ pub(crate) const REFUSALS: [Case; 6] = [
         message: "<html><h1>Slow down</h1></html>",
         retry_after: Some(0),
     },
-    Case {
+    RejectionCase {
         answer: "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 43\r\n\r\n\
                  node has exceeded its configured limit\r\n\r\n\n",
         status: 503,
@@ -91,12 +91,12 @@ pub(crate) const REFUSALS: [Case; 6] = [
 ];
 
 /// A listening socket whose connections each go to the same handler; gone when dropped.
-pub(crate) struct Server {
+pub(crate) struct TestServer {
     pub address: SocketAddr,
     task: JoinHandle<()>,
 }
 
-impl Server {
+impl TestServer {
     pub(crate) async fn start<F, Fut>(handle: F) -> Self
     where
         F: Fn(TcpStream) -> Fut + Send + 'static,
@@ -150,7 +150,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for TestServer {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -236,9 +236,9 @@ impl Authority {
     }
 
     /// A server that speaks TLS as `name`, and answers one request.
-    pub(crate) async fn server(&self, name: &str, year: i32, answer: &'static str) -> Server {
+    pub(crate) async fn server(&self, name: &str, year: i32, answer: &'static str) -> TestServer {
         let acceptor = self.acceptor(name, year);
-        Server::start(move |stream| {
+        TestServer::start(move |stream| {
             let acceptor = acceptor.clone();
             async move {
                 // A client that doesn't trust us leaves in the middle of the handshake.

@@ -4,6 +4,7 @@
 use crate::config::Project;
 
 pub mod api;
+pub(crate) mod candidate;
 pub mod connect;
 pub mod request;
 pub mod signal;

@@ -41,8 +41,8 @@ use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
-use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
-use crate::livekit::room::voice_selector::Listening;
+use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
+use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::signal::SignalError;
 
 /// Sound that may wait: for us 1 s of it, for the SDK 100 ms.
@@ -87,7 +87,7 @@ pub(crate) async fn run(
         request.signal_timeout,
         hang_up.clone(),
     );
-    let mut session = SdkSession::new(&request, Outlet::new(events), wire_events, audio);
+    let mut session = SdkSession::new(&request, EventSender::new(events), wire_events, audio);
     let connecting = Room::connect(
         request.endpoint.url.as_str(),
         token.expose_secret(),
@@ -103,7 +103,7 @@ pub(crate) async fn run(
         Some(room) => session.serve(room, events, &leave).await,
         None => Ok(EndReason::Left),
     };
-    let told = session.watch.observer.tell_unfinished();
+    let told = session.watch.observer.report_unfinished();
     let why = served
         .and_then(|why| told.map(|()| why))
         .unwrap_or_else(|why| why);
@@ -165,7 +165,7 @@ struct SdkSession<'a> {
     /// The audio tracks that are there, each under a number of its own.
     tracks: Vec<(u32, String, RemoteAudioTrack)>,
     next_track: u32,
-    listening: Listening<u32, (Instant, Arc<[i16]>)>,
+    voice_selector: VoiceSelector<u32, (Instant, Arc<[i16]>)>,
     voice: Option<SdkVoice>,
     clock: FrameClock,
     /// Data streams that are being read, packet by packet.
@@ -195,7 +195,7 @@ enum MeasuredStats {
 impl<'a> SdkSession<'a> {
     fn new(
         request: &JoinRequest,
-        outlet: Outlet,
+        events: EventSender,
         wire_events: mpsc::Receiver<WireEvent>,
         audio: &'a mut InboundTotals,
     ) -> Self {
@@ -206,7 +206,7 @@ impl<'a> SdkSession<'a> {
         let cid = track.rtc_track().id();
         Self {
             wire_events,
-            watch: SignalWatch::new(Instant::now(), Observer::new(request, outlet, cid)),
+            watch: SignalWatch::new(Instant::now(), Observer::new(request, events, cid)),
             audio,
             speech: Detector::new(request.speech.clone(), pcm::RATE),
             echo: EchoPlayer::new(request.echo.clone()),
@@ -214,7 +214,7 @@ impl<'a> SdkSession<'a> {
             track,
             tracks: Vec::new(),
             next_track: 0,
-            listening: Listening::new(MAX_EARLY_FRAMES),
+            voice_selector: VoiceSelector::new(MAX_EARLY_FRAMES),
             voice: None,
             clock: FrameClock::default(),
             packets: SelectAll::new(),
@@ -399,15 +399,15 @@ impl<'a> SdkSession<'a> {
     /// Settles which track carries the agent's voice, and takes in what it had said by the time that is known.
     fn select_voice(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.tracks.iter().map(|(key, sid, _)| (*key, sid.as_str()));
-        self.listening
-            .settle(at, &self.watch.observer.roster, &tracks);
-        let wanted = self.listening.key();
+        self.voice_selector
+            .select(at, &self.watch.observer.roster, &tracks);
+        let wanted = self.voice_selector.selected();
         if wanted != self.voice.as_ref().map(|voice| voice.key) {
             let mut tracks = self.tracks.iter();
             let found = tracks.find(|(key, ..)| Some(*key) == wanted);
             self.voice = found.map(|(key, _, track)| SdkVoice::of(*key, track.clone()));
         }
-        for (at, pcm) in self.watch.observer.tell_of_voice(&mut self.listening)? {
+        for (at, pcm) in self.watch.observer.report_voice(&mut self.voice_selector)? {
             self.on_voice(at, &pcm)?;
         }
         Ok(())
@@ -415,7 +415,7 @@ impl<'a> SdkSession<'a> {
 
     fn on_frame(&mut self, frame: &AudioFrame<'_>) -> Result<(), EndReason> {
         let pcm = Arc::from(frame.data.as_ref());
-        match self.listening.sift((Instant::now(), pcm)) {
+        match self.voice_selector.admit_or_buffer((Instant::now(), pcm)) {
             Some((at, pcm)) => self.on_voice(at, &pcm),
             None => Ok(()),
         }
@@ -433,14 +433,14 @@ impl<'a> SdkSession<'a> {
             if let SpeechEvent::Started(at) = heard {
                 self.watch.observer.first_audio(at)?;
             }
-            self.watch.observer.heard(&mut self.echo, heard)?;
+            self.watch.observer.on_speech(&mut self.echo, heard)?;
         }
         Ok(())
     }
 
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         match self.speech.on_time(now) {
-            Some(heard) => self.watch.observer.heard(&mut self.echo, heard),
+            Some(heard) => self.watch.observer.on_speech(&mut self.echo, heard),
             None => Ok(()),
         }
     }
@@ -452,13 +452,13 @@ impl<'a> SdkSession<'a> {
                 EchoOutput::Started => self
                     .watch
                     .observer
-                    .outlet
-                    .tell(now, RoomEventKind::EchoStarted)?,
+                    .events
+                    .send(now, RoomEventKind::EchoStarted)?,
                 EchoOutput::Ended => self
                     .watch
                     .observer
-                    .outlet
-                    .tell(now, RoomEventKind::EchoEnded)?,
+                    .events
+                    .send(now, RoomEventKind::EchoEnded)?,
                 EchoOutput::Send { frame, .. } => send(&self.source, &frame).await?,
             }
         }
@@ -499,13 +499,13 @@ impl<'a> SdkSession<'a> {
                 self.echo.open(now);
                 self.watch
                     .observer
-                    .outlet
-                    .tell(now, RoomEventKind::MediaConnected)?;
+                    .events
+                    .send(now, RoomEventKind::MediaConnected)?;
                 if over_tcp(&stats) {
                     self.watch
                         .observer
-                        .outlet
-                        .tell(now, RoomEventKind::UdpBlocked)?;
+                        .events
+                        .send(now, RoomEventKind::UdpBlocked)?;
                 }
                 Ok(())
             }
@@ -516,7 +516,7 @@ impl<'a> SdkSession<'a> {
                 };
                 let mut voice = self.voice.as_mut().filter(|voice| voice.key == key);
                 // Those of a voice whose agent isn't known yet are counted once it is.
-                if !self.listening.told() {
+                if !self.voice_selector.is_announced() {
                     return Ok(());
                 }
                 if let Some(voice) = &mut voice {
@@ -529,7 +529,10 @@ impl<'a> SdkSession<'a> {
     }
 
     async fn count_once_more(&mut self) {
-        let heard = self.voice.as_ref().filter(|_| self.listening.told());
+        let heard = self
+            .voice
+            .as_ref()
+            .filter(|_| self.voice_selector.is_announced());
         let Some(track) = heard.map(|voice| voice.track.clone()) else {
             return;
         };

@@ -72,11 +72,11 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::livekit::room::agent_session::{Reader, Told};
+    use crate::livekit::room::agent_session::{AgentMessage, StreamReader};
     use crate::livekit::room::transcript;
 
     /// What the reader makes of a transcript with this content.
-    async fn told(content: Vec<Result<Vec<u8>, ()>>) -> (Vec<Told>, usize) {
+    async fn told(content: Vec<Result<Vec<u8>, ()>>) -> (Vec<AgentMessage>, usize) {
         let opened = OpenedStream {
             identity: "agent-x".to_owned(),
             id: "a".to_owned(),
@@ -94,7 +94,7 @@ mod tests {
             HashMap::from([(key.to_owned(), "true".to_owned())])
         };
         let packets = packets(opened, attributes, stream::iter(content));
-        let mut reader = Reader::new(true);
+        let mut reader = StreamReader::new(true);
         let told = packets.map(|packet| reader.on_packet(Instant::now(), packet));
         let told = told.collect::<Vec<_>>().await;
         (
@@ -107,7 +107,7 @@ mod tests {
     async fn stream_is_read_as_the_packets_that_it_came_in() {
         let content = [&b"Good "[..], b"day"].map(|it| Ok(it.to_vec()));
         let (told, unfinished) = told(content.to_vec()).await;
-        let [Told::Transcript(words)] = &told[..] else {
+        let [AgentMessage::Transcript(words)] = &told[..] else {
             panic!("{told:?}");
         };
         assert_eq!((words.text.as_str(), words.is_final), ("Good day", true));

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use url::{Position, Url};
 
 use crate::livekit::wire::connect::{Endpoint, Stream};
-use crate::livekit::wire::signal::{self, Rate, SignalError};
+use crate::livekit::wire::signal::{self, MessageRate, SignalError};
 
 /// Messages that may wait for the participant to read them; the socket waits with them.
 const MAX_PENDING_EVENTS: usize = 64;
@@ -93,11 +93,12 @@ impl SdkConnector {
         let url = Url::parse(url).map_err(|error| TransportError::Other(error.to_string()))?;
         let target = &url[Position::BeforePath..];
         let asked = |at| self.try_emit(WireEvent::Requested(at));
-        let opened = signal::open(&self.endpoint, target, &self.token, self.timeout, asked);
+        let opened =
+            signal::open_websocket(&self.endpoint, target, &self.token, self.timeout, asked);
         match opened.await {
             Ok(opened) => {
                 let (sink, source) = opened.socket.split();
-                let rate = Rate::new(Instant::now());
+                let rate = MessageRate::new(Instant::now());
                 Ok(SdkConnection {
                     sink: Mutex::new(sink),
                     source: Mutex::new(ReceiveHalf { source, rate }),
@@ -179,7 +180,7 @@ struct SdkConnection {
 
 struct ReceiveHalf {
     source: SplitStream<WebSocketStream<Stream>>,
-    rate: Rate,
+    rate: MessageRate,
 }
 
 #[async_trait]
@@ -208,7 +209,7 @@ impl WsConnection for SdkConnection {
             };
             let frame = frame.transpose();
             let frame = frame.map_err(|error| signal::socket_error(&error));
-            let taken = frame.and_then(|frame| signal::take(frame, rate));
+            let taken = frame.and_then(|frame| signal::read_frame(frame, rate));
             let read = taken.and_then(|(at, content)| {
                 let message = content.as_ref().map(signal::decode).transpose()?;
                 Ok((at, content, message.flatten()))
@@ -260,9 +261,11 @@ mod tests {
 
     use super::*;
     use crate::livekit::RoomName;
-    use crate::livekit::test_server::{REFUSALS, Server, keys};
+    use crate::livekit::test_server::{REJECTIONS, TestServer, keys};
 
-    fn connector(server: &Server) -> (SdkConnector, mpsc::Receiver<WireEvent>, CancellationToken) {
+    fn connector(
+        server: &TestServer,
+    ) -> (SdkConnector, mpsc::Receiver<WireEvent>, CancellationToken) {
         let room = RoomName("canary-1".to_owned());
         let token = keys().participant(&room, "echo", &BTreeMap::new(), None);
         let hang_up = CancellationToken::new();
@@ -276,7 +279,7 @@ mod tests {
     }
 
     /// Connects as the SDK's signal client does.
-    async fn connect(server: &Server) -> Result<Arc<dyn WsConnection>, TransportError> {
+    async fn connect(server: &TestServer) -> Result<Arc<dyn WsConnection>, TransportError> {
         let url = format!("ws://{}/rtc/v1?join_request=abc", server.address);
         let client = livekit_net::ws_client().expect("a connector was made before");
         let connected = client.connect(url, Vec::new(), 5_000).await;
@@ -293,8 +296,8 @@ mod tests {
 
     #[tokio::test]
     async fn refused_upgrade_is_told_with_its_text_and_retry_after() {
-        for case in REFUSALS {
-            let server = Server::answering(case.answer).await;
+        for case in REJECTIONS {
+            let server = TestServer::answering(case.answer).await;
             let (connector, mut told, _) = connector(&server);
             let error = connector.carry(connect(&server)).await.err();
             assert!(
@@ -304,7 +307,7 @@ mod tests {
             assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
             match told.recv().await {
                 Some(WireEvent::Lost(SignalError::Refused(refusal))) => {
-                    assert_eq!(refusal, case.refusal());
+                    assert_eq!(refusal, case.rejection());
                 }
                 other => panic!("{other:?}"),
             }
@@ -313,7 +316,7 @@ mod tests {
 
     #[tokio::test]
     async fn connection_that_no_participant_asks_for_is_refused_unmade() {
-        let server = Server::start(|_| async { panic!("it was made") }).await;
+        let server = TestServer::start(|_| async { panic!("it was made") }).await;
         let (connector, mut told, _) = connector(&server);
         // A task that the SDK has spawned is not the participant's own.
         let address = server.address;
@@ -336,7 +339,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_passes_is_told_and_reaches_both_ends_as_it_is() {
-        let server = Server::start(|stream| async move {
+        let server = TestServer::start(|stream| async move {
             let mut socket = accept_async(stream).await.unwrap();
             socket.send(Message::binary(update("TR_1"))).await.unwrap();
             // Back comes what the client says.
@@ -376,7 +379,7 @@ mod tests {
 
     #[tokio::test]
     async fn close_of_the_servers_is_told_with_its_reason() {
-        let server = Server::start(|stream| async move {
+        let server = TestServer::start(|stream| async move {
             let mut socket = accept_async(stream).await.unwrap();
             socket.close(None).await.unwrap();
         })

@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::transport::WireEvent;
 use crate::livekit::event::{EndReason, RoomEventKind};
-use crate::livekit::native::peer;
 use crate::livekit::room::observer::Observer;
+use crate::livekit::wire::candidate::{candidate_line, media_address};
 use crate::livekit::wire::signal::{self, Pings, SignalError, leave_reason};
 
 /// How long the SDK waits for a join response once its socket is open.
@@ -53,8 +53,8 @@ impl SignalWatch {
             WireEvent::Requested(at) => {
                 if !std::mem::replace(&mut self.requested, true) {
                     self.observer
-                        .outlet
-                        .tell(at, RoomEventKind::SignalRequested)?;
+                        .events
+                        .send(at, RoomEventKind::SignalRequested)?;
                 }
             }
             WireEvent::Pinged(at, timestamp) => self.pings.on_ping(timestamp, at),
@@ -123,7 +123,7 @@ impl SignalWatch {
 fn addresses(message: &Response) -> Vec<String> {
     let read = |line: &str| {
         let candidate = Candidate::from_sdp_string(line.trim()).ok()?;
-        Some(peer::address(&candidate))
+        Some(media_address(&candidate))
     };
     match message {
         Response::Answer(description) | Response::Offer(description) => {
@@ -132,7 +132,7 @@ fn addresses(message: &Response) -> Vec<String> {
             candidates.filter_map(read).collect()
         }
         Response::Trickle(trickle) => {
-            let line = peer::candidate_line(trickle);
+            let line = candidate_line(trickle);
             line.iter().filter_map(|line| read(line)).collect()
         }
         _ => Vec::new(),

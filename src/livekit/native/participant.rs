@@ -26,8 +26,9 @@ use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
-use crate::livekit::room::observer::{LEAVE_TIMEOUT, Observer, Outlet};
-use crate::livekit::room::voice_selector::Listening;
+use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
+use crate::livekit::room::voice_selector::VoiceSelector;
+use crate::livekit::wire::candidate::candidate_line;
 use crate::livekit::wire::signal::{Joined, Signal, SignalError};
 
 /// How long a transport may be down while the signal connection lives, which a ping every five seconds shows.
@@ -67,10 +68,10 @@ pub(crate) async fn run(
     leave: CancellationToken,
     voice: &mut RtpReceiver,
 ) -> EndReason {
-    let outlet = Outlet::new(events);
+    let events = EventSender::new(events);
     let joining = async {
-        let joined = connect(&request, &outlet).await?;
-        NativeSession::start(&request, outlet, voice, joined)
+        let joined = connect(&request, &events).await?;
+        NativeSession::start(&request, events, voice, joined)
     };
     let mut session = tokio::select! {
         biased;
@@ -81,7 +82,7 @@ pub(crate) async fn run(
         },
     };
     let served = session.serve(&leave).await;
-    let reported = session.observer.tell_unfinished();
+    let reported = session.observer.report_unfinished();
     let why = served
         .and_then(|why| reported.map(|()| why))
         .unwrap_or_else(|why| why);
@@ -93,13 +94,13 @@ pub(crate) async fn run(
 }
 
 /// Connects; when the upgrade was requested is told at once.
-async fn connect(request: &JoinRequest, outlet: &Outlet) -> Result<Joined, EndReason> {
+async fn connect(request: &JoinRequest, events: &EventSender) -> Result<Joined, EndReason> {
     let token = request.token()?;
     let (requested, request_sent) = oneshot::channel();
     let connecting = Signal::connect(&request.endpoint, &token, request.signal_timeout, requested);
     let reporting = async {
         match request_sent.await {
-            Ok(at) => outlet.tell(at, RoomEventKind::SignalRequested),
+            Ok(at) => events.send(at, RoomEventKind::SignalRequested),
             // No connection came up: the other half says why.
             Err(_) => Ok(()),
         }
@@ -120,7 +121,7 @@ struct NativeSession<'a> {
     speech: Detector,
     echo: EchoPlayer<Arc<[u8]>>,
     track: EchoTrack,
-    listening: Listening<Mid, ReceivedPacket>,
+    voice_selector: VoiceSelector<Mid, ReceivedPacket>,
     /// M-lines of the streams seen; learnt anew after each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
     media_reported: bool,
@@ -151,7 +152,7 @@ impl<'a> NativeSession<'a> {
     /// Starts publishing at once, without waiting for the acknowledgement: the server takes the requests in order.
     fn start(
         request: &JoinRequest,
-        outlet: Outlet,
+        events: EventSender,
         voice: &'a mut RtpReceiver,
         joined: Joined,
     ) -> Result<Box<Self>, EndReason> {
@@ -164,7 +165,7 @@ impl<'a> NativeSession<'a> {
         } = joined;
         // The same in `AddTrack` and in the offer's msid.
         let cid = format!("echo-{:016x}", fastrand::u64(..));
-        let mut observer = Observer::new(request, outlet, cid.clone());
+        let mut observer = Observer::new(request, events, cid.clone());
         observer.on_join(at, &response)?;
         let peer = |target| {
             let peer = PeerConnection::new(target, local.ip(), request.ice);
@@ -189,7 +190,7 @@ impl<'a> NativeSession<'a> {
                 origin: (Instant::now(), fastrand::u32(..)),
                 last: None,
             },
-            listening: Listening::new(MAX_EARLY_PACKETS),
+            voice_selector: VoiceSelector::new(MAX_EARLY_PACKETS),
             streams: Vec::new(),
             media_reported: false,
             read_at: at,
@@ -343,7 +344,7 @@ impl<'a> NativeSession<'a> {
     /// What only passing time brings; asked when nothing is left to read.
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(heard) = self.speech.on_time(now) {
-            self.observer.heard(&mut self.echo, heard)?;
+            self.observer.on_speech(&mut self.echo, heard)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -373,7 +374,7 @@ impl<'a> NativeSession<'a> {
 
     /// When a broken transport is given up. With a server that is silent everywhere the signal's verdict comes first.
     fn give_up_at(&self, broken: BrokenTransport) -> Instant {
-        let alive = self.signal.heard_at() > broken.since;
+        let alive = self.signal.received_at() > broken.since;
         broken.since
             + if alive {
                 MEDIA_DOWN_TIMEOUT
@@ -386,11 +387,11 @@ impl<'a> NativeSession<'a> {
         if !self.media_reported && self.publisher.connected() && self.subscriber.connected() {
             self.media_reported = true;
             self.observer
-                .outlet
-                .tell(now, RoomEventKind::MediaConnected)?;
+                .events
+                .send(now, RoomEventKind::MediaConnected)?;
             let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
             if over_tcp && self.udp_tried {
-                self.observer.outlet.tell(now, RoomEventKind::UdpBlocked)?;
+                self.observer.events.send(now, RoomEventKind::UdpBlocked)?;
             }
         }
         Ok(())
@@ -435,7 +436,7 @@ impl<'a> NativeSession<'a> {
     }
 
     async fn on_trickle(&mut self, trickle: &proto::TrickleRequest) -> Result<(), EndReason> {
-        let Some(line) = peer::candidate_line(trickle) else {
+        let Some(line) = candidate_line(trickle) else {
             return Ok(());
         };
         let candidates = self.peer(trickle.target()).add_candidate(&line).await;
@@ -483,8 +484,9 @@ impl<'a> NativeSession<'a> {
     fn select_voice(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.subscriber.tracks().iter();
         let tracks = tracks.map(|(mid, sid)| (*mid, sid.as_str()));
-        self.listening.settle(at, &self.observer.roster, &tracks);
-        for packet in self.observer.tell_of_voice(&mut self.listening)? {
+        self.voice_selector
+            .select(at, &self.observer.roster, &tracks);
+        for packet in self.observer.report_voice(&mut self.voice_selector)? {
             self.on_voice(&packet)?;
         }
         Ok(())
@@ -495,7 +497,7 @@ impl<'a> NativeSession<'a> {
         if packet.payload.is_empty() || !self.is_voice(packet.header.ssrc) {
             return Ok(());
         }
-        match self.listening.sift(packet) {
+        match self.voice_selector.admit_or_buffer(packet) {
             Some(packet) => self.on_voice(&packet),
             None => Ok(()),
         }
@@ -510,13 +512,13 @@ impl<'a> NativeSession<'a> {
         self.echo.on_frame(at, position.time, &packet.payload);
         let sound = self.decoder.decode(position, &packet.payload);
         for heard in self.speech.on_sound(at, sound) {
-            self.observer.heard(&mut self.echo, heard)?;
+            self.observer.on_speech(&mut self.echo, heard)?;
         }
         Ok(())
     }
 
     fn is_voice(&mut self, ssrc: u32) -> bool {
-        let Some(wanted) = self.listening.key() else {
+        let Some(wanted) = self.voice_selector.selected() else {
             return false;
         };
         let streams = &mut self.streams;
@@ -536,9 +538,9 @@ impl<'a> NativeSession<'a> {
         while let Some(out) = self.echo.poll(due, self.speech.speech_pending()) {
             match out {
                 EchoOutput::Started => {
-                    self.observer.outlet.tell(now, RoomEventKind::EchoStarted)?
+                    self.observer.events.send(now, RoomEventKind::EchoStarted)?
                 }
-                EchoOutput::Ended => self.observer.outlet.tell(now, RoomEventKind::EchoEnded)?,
+                EchoOutput::Ended => self.observer.events.send(now, RoomEventKind::EchoEnded)?,
                 EchoOutput::Send {
                     due,
                     frame,

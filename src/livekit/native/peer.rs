@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use livekit_protocol::{SignalTarget, TrickleRequest};
+use livekit_protocol::SignalTarget;
 use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
 use str0m::media::{Direction, MediaKind, Mid, Pt};
 use str0m::net::{Protocol, Receive, TcpType, Transmit};
@@ -20,6 +20,7 @@ use super::ice_tcp::{IceTcpConnection, TcpEvent};
 use super::udp::{Datagram, MediaSocket};
 use crate::config::Ice;
 use crate::livekit::audio::rtp::RtpHeader;
+use crate::livekit::wire::candidate::media_address;
 
 /// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
 const MAX_SOCKETS: usize = 4;
@@ -501,7 +502,7 @@ impl PeerConnection {
         };
         (usable && self.candidates < MAX_CANDIDATES).then(|| {
             self.candidates += 1;
-            self.addresses.push(address(&candidate));
+            self.addresses.push(media_address(&candidate));
             candidate
         })
     }
@@ -676,21 +677,6 @@ fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
         RtcError::Sdp(_) | RtcError::RemoteSdp(_) => PeerError::Sdp(what),
         other => PeerError::Stack(other),
     }
-}
-
-/// The line of SDP that a server trickles, in the form of `RTCIceCandidateInit`.
-pub(crate) fn candidate_line(trickle: &TrickleRequest) -> Option<String> {
-    let init: serde_json::Value = serde_json::from_str(&trickle.candidate_init).ok()?;
-    init["candidate"].as_str().map(str::to_owned)
-}
-
-/// Where a candidate wants media: `UDP 192.0.2.1:7882`.
-pub(crate) fn address(candidate: &Candidate) -> String {
-    let proto = match candidate.proto() {
-        Protocol::Udp => "UDP",
-        _ => "TCP",
-    };
-    format!("{proto} {}", candidate.addr())
 }
 
 /// The tracks that an offer sends, by m-line. LiveKit's stream id is `<participant sid>|<track sid>`, and its track id

@@ -18,24 +18,24 @@ use livekit_protocol::{DataPacket, data_stream};
 use prost::Message as _;
 use tokio::time::Instant;
 
-use super::transcript::{self, Heading};
+use super::transcript::{self, TranscriptHeader};
 use crate::livekit::event::{Speaker, TranscriptSegment, TurnMetrics, to_microseconds};
 use crate::livekit::wire::request::sanitize;
 
 const TOPIC: &str = "lk.agent.session";
 
 /// Streams that are under way at once; the oldest gives way.
-const MOST_STREAMS: usize = 8;
+const MAX_STREAMS: usize = 8;
 
 /// Of one stream. An error is a line or a few, a turn with its text some KiB.
-const MOST_BYTES: usize = 64 * 1024;
+const MAX_STREAM_BYTES: usize = 64 * 1024;
 
 /// Of a stream's id, which is a UUID.
-const LONGEST_ID: usize = 128;
+const MAX_STREAM_ID_LENGTH: usize = 128;
 
 /// What a participant told; its identity is the server's word.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Told {
+pub(crate) enum AgentMessage {
     /// An error that its session reported, in its words.
     Error {
         identity: String,
@@ -49,24 +49,24 @@ pub(crate) enum Told {
 }
 
 /// Puts streams together.
-pub(crate) struct Reader {
+pub(crate) struct StreamReader {
     /// Whether transcripts are wanted; otherwise nothing of them is kept even for a moment.
     transcript: bool,
-    streams: VecDeque<Stream>,
+    streams: VecDeque<OpenStream>,
 }
 
-struct Stream {
+struct OpenStream {
     id: String,
     content: Vec<u8>,
-    kind: Kind,
+    kind: StreamKind,
 }
 
-enum Kind {
+enum StreamKind {
     Session,
-    Transcript(Heading),
+    Transcript(TranscriptHeader),
 }
 
-impl Reader {
+impl StreamReader {
     pub(crate) fn new(transcript: bool) -> Self {
         Self {
             transcript,
@@ -75,7 +75,7 @@ impl Reader {
     }
 
     /// Takes what came on a reliable data channel.
-    pub(crate) fn on_packet(&mut self, at: Instant, packet: DataPacket) -> Vec<Told> {
+    pub(crate) fn on_packet(&mut self, at: Instant, packet: DataPacket) -> Vec<AgentMessage> {
         let identity = packet.participant_identity;
         match packet.value {
             Some(Value::StreamHeader(header)) => self.begin(at, &identity, header),
@@ -84,8 +84,8 @@ impl Reader {
                 return self.end(identity, &trailer).into_iter().collect();
             }
             Some(Value::Transcription(packet)) if self.transcript => {
-                let words = transcript::of_packet(at, packet);
-                return words.map(Told::Transcript).collect();
+                let segments = transcript::from_packet(at, packet);
+                return segments.map(AgentMessage::Transcript).collect();
             }
             _ => {}
         }
@@ -95,28 +95,28 @@ impl Reader {
     /// The transcripts that were cut off.
     pub(crate) fn unfinished(&mut self) -> Vec<TranscriptSegment> {
         let streams = self.streams.drain(..);
-        let words = streams.filter_map(|stream| match stream.kind {
-            Kind::Session => None,
-            Kind::Transcript(heading) => heading.words(&stream.content, None),
+        let segments = streams.filter_map(|stream| match stream.kind {
+            StreamKind::Session => None,
+            StreamKind::Transcript(header) => header.into_segment(&stream.content, None),
         });
-        words.collect()
+        segments.collect()
     }
 
     fn begin(&mut self, at: Instant, identity: &str, header: data_stream::Header) {
         let kind = match header.topic.as_str() {
-            TOPIC => Kind::Session,
+            TOPIC => StreamKind::Session,
             transcript::TOPIC if self.transcript => {
-                Kind::Transcript(Heading::of(at, identity, &header))
+                StreamKind::Transcript(TranscriptHeader::new(at, identity, &header))
             }
             _ => return,
         };
-        if header.stream_id.len() > LONGEST_ID {
+        if header.stream_id.len() > MAX_STREAM_ID_LENGTH {
             return;
         }
-        if self.streams.len() == MOST_STREAMS {
+        if self.streams.len() == MAX_STREAMS {
             self.streams.pop_front();
         }
-        self.streams.push_back(Stream {
+        self.streams.push_back(OpenStream {
             id: header.stream_id,
             content: Vec::new(),
             kind,
@@ -128,35 +128,35 @@ impl Reader {
         let Some(stream) = self.streams.iter_mut().find(|it| it.id == *id) else {
             return;
         };
-        let fits = stream.content.len() + chunk.content.len() <= MOST_BYTES;
+        let fits = stream.content.len() + chunk.content.len() <= MAX_STREAM_BYTES;
         if fits {
             stream.content.extend_from_slice(&chunk.content);
-        } else if matches!(stream.kind, Kind::Session) {
+        } else if matches!(stream.kind, StreamKind::Session) {
             // Half a message says nothing; of a text what has come is kept.
             self.streams.retain(|it| it.id != *id);
         }
     }
 
-    fn end(&mut self, identity: String, trailer: &data_stream::Trailer) -> Option<Told> {
+    fn end(&mut self, identity: String, trailer: &data_stream::Trailer) -> Option<AgentMessage> {
         let mut streams = self.streams.iter();
         let ended = streams.position(|it| it.id == trailer.stream_id)?;
         let stream = self.streams.remove(ended)?;
         match stream.kind {
-            Kind::Session => session_message(identity, &stream.content),
-            Kind::Transcript(heading) => heading
-                .words(&stream.content, Some(trailer))
-                .map(Told::Transcript),
+            StreamKind::Session => session_message(identity, &stream.content),
+            StreamKind::Transcript(header) => header
+                .into_segment(&stream.content, Some(trailer))
+                .map(AgentMessage::Transcript),
         }
     }
 }
 
-fn session_message(identity: String, content: &[u8]) -> Option<Told> {
+fn session_message(identity: String, content: &[u8]) -> Option<AgentMessage> {
     let message = AgentSessionMessage::decode(content).ok()?.message?;
     let Message::Event(event) = message else {
         return None;
     };
     match event.event? {
-        Event::Error(error) => Some(Told::Error {
+        Event::Error(error) => Some(AgentMessage::Error {
             identity,
             message: sanitize(&error.message),
         }),
@@ -164,7 +164,7 @@ fn session_message(identity: String, content: &[u8]) -> Option<Told> {
         Event::ConversationItemAdded(added) => match added.item?.item? {
             Item::Message(message) => {
                 let metrics = metrics_of(&message)?;
-                Some(Told::Turn { identity, metrics })
+                Some(AgentMessage::Turn { identity, metrics })
             }
             _ => None,
         },

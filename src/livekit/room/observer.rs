@@ -9,9 +9,9 @@ use proto::signal_response::Message as Response;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::agent_session::{self, Told};
+use super::agent_session::{self, AgentMessage};
 use super::roster::Roster;
-use super::voice_selector::Listening;
+use super::voice_selector::VoiceSelector;
 use crate::livekit::audio::echo::{EchoPlayer, Frame};
 use crate::livekit::audio::speech::SpeechEvent;
 use crate::livekit::event::{
@@ -24,34 +24,34 @@ use crate::livekit::wire::signal::{ServerClock, leave_reason};
 pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Places for media that are told; a server offers a few.
-const MOST_ADDRESSES: usize = 128;
+const MAX_MEDIA_ADDRESSES: usize = 128;
 
 /// The way out for what is seen.
-pub(crate) struct Outlet {
-    events: mpsc::Sender<RoomEvent>,
+pub(crate) struct EventSender {
+    sender: mpsc::Sender<RoomEvent>,
 }
 
-impl Outlet {
+impl EventSender {
     pub(crate) fn new(events: mpsc::Sender<RoomEvent>) -> Self {
-        Self { events }
+        Self { sender: events }
     }
 
-    pub(crate) fn tell(&self, at: Instant, seen: RoomEventKind) -> Result<(), EndReason> {
-        self.pass(RoomEvent { at, kind: seen })
+    pub(crate) fn send(&self, at: Instant, kind: RoomEventKind) -> Result<(), EndReason> {
+        self.forward(RoomEvent { at, kind })
     }
 
     /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
-    pub(crate) fn tell_if_room(&self, at: Instant, seen: RoomEventKind) -> Result<(), EndReason> {
-        if self.events.capacity() > self.events.max_capacity() / 2 {
-            self.tell(at, seen)
+    pub(crate) fn send_if_room(&self, at: Instant, kind: RoomEventKind) -> Result<(), EndReason> {
+        if self.sender.capacity() > self.sender.max_capacity() / 2 {
+            self.send(at, kind)
         } else {
             Ok(())
         }
     }
 
     /// Never waits: an event that waited would hold up the media.
-    pub(crate) fn pass(&self, event: RoomEvent) -> Result<(), EndReason> {
-        self.events.try_send(event).map_err(|error| match error {
+    pub(crate) fn forward(&self, event: RoomEvent) -> Result<(), EndReason> {
+        self.sender.try_send(event).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 EndReason::Internal("the participant's events are not being read".to_owned())
             }
@@ -61,28 +61,28 @@ impl Outlet {
 }
 
 pub(crate) struct Observer {
-    pub(crate) outlet: Outlet,
+    pub(crate) events: EventSender,
     pub(crate) roster: Roster,
     /// Where the server wants media, as far as it was told.
     addresses: Vec<String>,
     track_cid: String,
     /// The server's id of the echo track, once it acknowledged the track.
     track_sid: Option<String>,
-    reports: agent_session::Reader,
-    first_audio_told: bool,
+    streams: agent_session::StreamReader,
+    first_audio_sent: bool,
 }
 
 impl Observer {
     /// `track_cid`: the client's id of the echo track.
-    pub(crate) fn new(request: &JoinRequest, outlet: Outlet, track_cid: String) -> Self {
+    pub(crate) fn new(request: &JoinRequest, events: EventSender, track_cid: String) -> Self {
         Self {
-            outlet,
+            events,
             roster: Roster::new(request.identity.clone(), request.agent_name.clone()),
             addresses: Vec::new(),
             track_cid,
             track_sid: None,
-            reports: agent_session::Reader::new(request.transcript),
-            first_audio_told: false,
+            streams: agent_session::StreamReader::new(request.transcript),
+            first_audio_sent: false,
         }
     }
 
@@ -97,7 +97,7 @@ impl Observer {
     ) -> Result<(), EndReason> {
         let room = response.room.clone().unwrap_or_default();
         let server = response.server_info.clone().unwrap_or_default();
-        self.outlet.tell(
+        self.events.send(
             at,
             RoomEventKind::SignalConnected {
                 room_sid: room.sid,
@@ -112,7 +112,7 @@ impl Observer {
             return Err(EndReason::PublishFailed(why));
         }
         if !own.identity.is_empty() {
-            self.roster.we_are(own.identity);
+            self.roster.set_own_identity(own.identity);
         }
         Ok(())
     }
@@ -133,10 +133,10 @@ impl Observer {
             if let (RoomEventKind::AgentJoined { agent, .. }, Some(clock)) =
                 (&mut event.kind, clock)
             {
-                let joined = clock.ours(agent.joined_at_ms);
+                let joined = clock.to_local(agent.joined_at_ms);
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
-            self.outlet.pass(event)?;
+            self.events.forward(event)?;
         }
         Ok(())
     }
@@ -148,9 +148,9 @@ impl Observer {
         addresses: impl IntoIterator<Item = String>,
     ) -> Result<(), EndReason> {
         for address in addresses {
-            if self.addresses.len() < MOST_ADDRESSES && !self.addresses.contains(&address) {
-                self.outlet
-                    .tell_if_room(at, RoomEventKind::MediaAddress(address.clone()))?;
+            if self.addresses.len() < MAX_MEDIA_ADDRESSES && !self.addresses.contains(&address) {
+                self.events
+                    .send_if_room(at, RoomEventKind::MediaAddress(address.clone()))?;
                 self.addresses.push(address);
             }
         }
@@ -164,7 +164,7 @@ impl Observer {
                 let first = self.track_sid.is_none();
                 self.track_sid = Some(published.track.unwrap_or_default().sid);
                 if first {
-                    self.outlet.tell(at, RoomEventKind::EchoPublished)?;
+                    self.events.send(at, RoomEventKind::EchoPublished)?;
                 }
                 Ok(())
             }
@@ -183,28 +183,28 @@ impl Observer {
     }
 
     /// Tells of the voice once the agent is known; what it had said by then is left to be heard.
-    pub(crate) fn tell_of_voice<K, S>(
+    pub(crate) fn report_voice<K, S>(
         &self,
-        listening: &mut Listening<K, S>,
+        selector: &mut VoiceSelector<K, S>,
     ) -> Result<impl IntoIterator<Item = S> + use<K, S>, EndReason> {
-        let Some(found) = listening.found(&self.roster) else {
+        let Some(found) = selector.announce(&self.roster) else {
             return Ok(None.into_iter().flatten());
         };
         let seen = RoomEventKind::AgentTrackSubscribed {
             track_sid: found.track_sid,
         };
-        self.outlet.tell(found.since, seen)?;
+        self.events.send(found.since, seen)?;
         Ok(Some(found.early).into_iter().flatten())
     }
 
     pub(crate) fn first_audio(&mut self, at: Instant) -> Result<(), EndReason> {
-        if std::mem::replace(&mut self.first_audio_told, true) {
+        if std::mem::replace(&mut self.first_audio_sent, true) {
             return Ok(());
         }
-        self.outlet.tell(at, RoomEventKind::AgentFirstAudio)
+        self.events.send(at, RoomEventKind::AgentFirstAudio)
     }
 
-    pub(crate) fn heard<F: Frame>(
+    pub(crate) fn on_speech<F: Frame>(
         &self,
         echo: &mut EchoPlayer<F>,
         heard: SpeechEvent,
@@ -212,11 +212,11 @@ impl Observer {
         match heard {
             SpeechEvent::Started(at) => {
                 echo.on_speech_started(at);
-                self.outlet.tell(at, RoomEventKind::SpeechStarted)
+                self.events.send(at, RoomEventKind::SpeechStarted)
             }
             SpeechEvent::Ended(at) => {
                 echo.on_speech_ended(at);
-                self.outlet.tell(at, RoomEventKind::SpeechEnded)
+                self.events.send(at, RoomEventKind::SpeechEnded)
             }
         }
     }
@@ -234,17 +234,17 @@ impl Observer {
         at: Instant,
         packet: proto::DataPacket,
     ) -> Result<(), EndReason> {
-        for told in self.reports.on_packet(at, packet) {
-            let seen = match told {
-                Told::Error { identity, message } => {
+        for message in self.streams.on_packet(at, packet) {
+            let seen = match message {
+                AgentMessage::Error { identity, message } => {
                     RoomEventKind::AgentError { identity, message }
                 }
-                Told::Turn { identity, metrics } => {
+                AgentMessage::Turn { identity, metrics } => {
                     RoomEventKind::AgentMetrics { identity, metrics }
                 }
-                Told::Transcript(segment) => self.transcribed(segment),
+                AgentMessage::Transcript(segment) => self.transcribed(segment),
             };
-            self.outlet.tell_if_room(at, seen)?;
+            self.events.send_if_room(at, seen)?;
         }
         Ok(())
     }
@@ -260,10 +260,10 @@ impl Observer {
     }
 
     /// Tells what was being said when it all ended.
-    pub(crate) fn tell_unfinished(&mut self) -> Result<(), EndReason> {
-        for segment in self.reports.unfinished() {
+    pub(crate) fn report_unfinished(&mut self) -> Result<(), EndReason> {
+        for segment in self.streams.unfinished() {
             let seen = self.transcribed(segment);
-            self.outlet.tell_if_room(Instant::now(), seen)?;
+            self.events.send_if_room(Instant::now(), seen)?;
         }
         Ok(())
     }
@@ -301,11 +301,11 @@ mod tests {
     fn unread_events_end_the_participant_and_leave_the_last_its_place() {
         let (events, mut reader) = mpsc::channel(3);
         let last = events.clone().try_reserve_owned().unwrap();
-        let outlet = Outlet::new(events);
+        let sender = EventSender::new(events);
         let now = Instant::now();
-        assert!(outlet.tell(now, RoomEventKind::EchoStarted).is_ok());
-        assert!(outlet.tell(now, RoomEventKind::EchoEnded).is_ok());
-        let full = outlet.tell(now, RoomEventKind::MediaConnected);
+        assert!(sender.send(now, RoomEventKind::EchoStarted).is_ok());
+        assert!(sender.send(now, RoomEventKind::EchoEnded).is_ok());
+        let full = sender.send(now, RoomEventKind::MediaConnected);
         assert!(matches!(full, Err(EndReason::Internal(_))));
         last.send(RoomEvent {
             at: now,
@@ -319,17 +319,17 @@ mod tests {
     #[test]
     fn what_no_verdict_needs_leaves_the_rest_its_places() {
         let (events, mut reader) = mpsc::channel(10);
-        let outlet = Outlet::new(events);
+        let sender = EventSender::new(events);
         let error = || RoomEventKind::AgentError {
             identity: String::new(),
             message: String::new(),
         };
         for _ in 0..100 {
-            assert!(outlet.tell_if_room(Instant::now(), error()).is_ok());
+            assert!(sender.send_if_room(Instant::now(), error()).is_ok());
         }
         assert!(
-            outlet
-                .tell(Instant::now(), RoomEventKind::EchoStarted)
+            sender
+                .send(Instant::now(), RoomEventKind::EchoStarted)
                 .is_ok()
         );
         let told = std::iter::from_fn(|| reader.try_recv().ok());

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::livekit::event::{Agent, RoomEvent, RoomEventKind};
 
 /// Participants kept in mind; a probe's room has two.
-const MOST_PARTICIPANTS: usize = 64;
+const MAX_PARTICIPANTS: usize = 64;
 
 /// Set by the server in an agent's token.
 const NAME_BY_SERVER: &str = "lk.agent_name";
@@ -61,7 +61,7 @@ impl Roster {
     }
 
     /// The server may give us another identity than we asked for.
-    pub(crate) fn we_are(&mut self, identity: String) {
+    pub(crate) fn set_own_identity(&mut self, identity: String) {
         self.own_identity = identity;
     }
 
@@ -82,9 +82,9 @@ impl Roster {
                 continue;
             }
             if info.state() == State::Disconnected {
-                events.extend(self.leave(at, &info));
+                events.extend(self.on_disconnected(at, &info));
             } else {
-                self.sight(at, info, in_join_response, &mut events);
+                self.on_present(at, info, in_join_response, &mut events);
             }
         }
         events
@@ -114,7 +114,7 @@ impl Roster {
             .map(|track| track.sid.as_str())
     }
 
-    fn sight(
+    fn on_present(
         &mut self,
         at: Instant,
         info: ParticipantInfo,
@@ -122,7 +122,7 @@ impl Roster {
         events: &mut Vec<RoomEvent>,
     ) {
         let sid = info.sid.clone();
-        let room_left = self.present.len() < MOST_PARTICIPANTS;
+        let room_left = self.present.len() < MAX_PARTICIPANTS;
         let (member, first) = match self.present.entry(sid.clone()) {
             Entry::Occupied(known) => {
                 let member = known.into_mut();
@@ -149,7 +149,7 @@ impl Roster {
             let seen = if agent {
                 self.assign(&sid, in_join_response)
             } else if first {
-                Some(other(&member.info))
+                Some(other_joined(&member.info))
             } else {
                 None
             };
@@ -183,7 +183,7 @@ impl Roster {
             (Some(_), None) => {
                 let member = self.member(sid)?;
                 member.role = Role::Duplicate;
-                Some(other(&member.info))
+                Some(other_joined(&member.info))
             }
             (None, _) => {
                 self.agent = Some(sid.to_owned());
@@ -234,19 +234,19 @@ impl Roster {
         })
     }
 
-    fn leave(&mut self, at: Instant, info: &ParticipantInfo) -> Option<RoomEvent> {
+    fn on_disconnected(&mut self, at: Instant, info: &ParticipantInfo) -> Option<RoomEvent> {
         let member = self.present.remove(&info.sid)?;
         (member.role == Role::Agent).then(|| RoomEvent {
             at,
             kind: RoomEventKind::AgentLeft {
-                reason: reason(info.disconnect_reason),
+                reason: disconnect_reason(info.disconnect_reason),
             },
         })
     }
 }
 
 /// The protocol's own name of a disconnect reason.
-pub(crate) fn reason(number: i32) -> String {
+pub(crate) fn disconnect_reason(number: i32) -> String {
     DisconnectReason::try_from(number).map_or_else(
         |_| format!("unknown reason {number}"),
         |reason| reason.as_str_name().to_owned(),
@@ -276,7 +276,7 @@ fn is_voice(track: &TrackInfo) -> bool {
     track.r#type() == TrackType::Audio && track.source() == TrackSource::Microphone
 }
 
-fn other(info: &ParticipantInfo) -> RoomEventKind {
+fn other_joined(info: &ParticipantInfo) -> RoomEventKind {
     RoomEventKind::OtherJoined {
         identity: info.identity.clone(),
         kind: info.kind().as_str_name().to_owned(),

@@ -16,16 +16,16 @@ const TRACK: &str = "lk.transcribed_track_id";
 const FINAL: &str = "lk.transcription_final";
 
 /// Segments read from one packet; a sender puts one into each.
-const MOST_SEGMENTS: usize = 8;
+const MAX_SEGMENTS: usize = 8;
 
 /// Of a segment's or a track's id; theirs have a dozen characters.
-const LONGEST_ID: usize = 64;
+const MAX_ID_LENGTH: usize = 64;
 
 /// Of a participant's identity: what livekit-server takes by default, so that none is cut that anybody has.
-const LONGEST_IDENTITY: usize = 256;
+const MAX_IDENTITY_LENGTH: usize = 256;
 
 /// What a text stream's header says of it.
-pub(crate) struct Heading {
+pub(crate) struct TranscriptHeader {
     identity: String,
     track: Option<String>,
     segment: String,
@@ -33,11 +33,11 @@ pub(crate) struct Heading {
     began: Instant,
 }
 
-impl Heading {
-    pub(crate) fn of(at: Instant, identity: &str, header: &data_stream::Header) -> Self {
+impl TranscriptHeader {
+    pub(crate) fn new(at: Instant, identity: &str, header: &data_stream::Header) -> Self {
         let attribute = |key| header.attributes.get(key).map(|value| id(value));
         Self {
-            identity: cut(identity, LONGEST_IDENTITY),
+            identity: cut(identity, MAX_IDENTITY_LENGTH),
             track: attribute(TRACK),
             segment: attribute(SEGMENT).unwrap_or_else(|| id(&header.stream_id)),
             is_final: is_final(&header.attributes),
@@ -46,7 +46,7 @@ impl Heading {
     }
 
     /// `None` where nothing was said. Without its trailer the stream was cut off.
-    pub(crate) fn words(
+    pub(crate) fn into_segment(
         self,
         content: &[u8],
         trailer: Option<&data_stream::Trailer>,
@@ -70,22 +70,25 @@ fn is_final(attributes: &std::collections::HashMap<String, String>) -> bool {
 }
 
 fn id(text: &str) -> String {
-    cut(text, LONGEST_ID)
+    cut(text, MAX_ID_LENGTH)
 }
 
-fn cut(text: &str, longest: usize) -> String {
-    text.chars().take(longest).collect()
+fn cut(text: &str, max: usize) -> String {
+    text.chars().take(max).collect()
 }
 
 /// What a packet of the older form says.
-pub(crate) fn of_packet(
+pub(crate) fn from_packet(
     at: Instant,
     packet: Transcription,
 ) -> impl Iterator<Item = TranscriptSegment> {
-    let identity = cut(&packet.transcribed_participant_identity, LONGEST_IDENTITY);
+    let identity = cut(
+        &packet.transcribed_participant_identity,
+        MAX_IDENTITY_LENGTH,
+    );
     let track = Some(id(&packet.track_id)).filter(|it| !it.is_empty());
-    let segments = packet.segments.into_iter().take(MOST_SEGMENTS);
-    let words = segments.map(move |segment| TranscriptSegment {
+    let segments = packet.segments.into_iter().take(MAX_SEGMENTS);
+    let segments = segments.map(move |segment| TranscriptSegment {
         identity: identity.clone(),
         track: track.clone(),
         segment: id(&segment.id),
@@ -94,5 +97,5 @@ pub(crate) fn of_packet(
         began: at,
         older: true,
     });
-    words.filter(|words| !words.text.is_empty())
+    segments.filter(|segment| !segment.text.is_empty())
 }

@@ -12,9 +12,9 @@ use tokio::time::Instant;
 
 use super::connect::{ConnectError, Endpoint};
 use super::request::{
-    BODY_LIMIT, BodyEnd, ExchangeError, HttpRejection, bearer, exchange, sanitize,
+    BodyEnd, ExchangeError, HttpRejection, MAX_BODY_BYTES, bearer, exchange, sanitize,
 };
-use super::token::{Keys, Permission};
+use super::token::{ApiPermission, Keys};
 use crate::livekit::RoomName;
 
 /// A client of one project's server API. Cheap to clone.
@@ -127,7 +127,7 @@ impl Api {
             agents: room.agents.iter().cloned().map(Into::into).collect(),
             ..proto::CreateRoomRequest::default()
         };
-        self.call("RoomService/CreateRoom", Permission::Create, &request)
+        self.call("RoomService/CreateRoom", ApiPermission::Create, &request)
             .await
             .map(|room: proto::Room| RoomInfo::from(room))
     }
@@ -137,7 +137,7 @@ impl Api {
         let request = proto::ListRoomsRequest {
             names: names.iter().map(|name| name.0.clone()).collect(),
         };
-        self.call("RoomService/ListRooms", Permission::List, &request)
+        self.call("RoomService/ListRooms", ApiPermission::List, &request)
             .await
             .map(|answer: proto::ListRoomsResponse| {
                 answer.rooms.into_iter().map(RoomInfo::from).collect()
@@ -148,7 +148,7 @@ impl Api {
         let request = proto::DeleteRoomRequest {
             room: room.0.clone(),
         };
-        self.call("RoomService/DeleteRoom", Permission::Create, &request)
+        self.call("RoomService/DeleteRoom", ApiPermission::Create, &request)
             .await
             .map(|_: proto::DeleteRoomResponse| ())
     }
@@ -160,7 +160,7 @@ impl Api {
         };
         self.call(
             "RoomService/ListParticipants",
-            Permission::Admin(room),
+            ApiPermission::Admin(room),
             &request,
         )
         .await
@@ -187,7 +187,7 @@ impl Api {
         };
         self.call(
             "AgentDispatchService/CreateDispatch",
-            Permission::Admin(room),
+            ApiPermission::Admin(room),
             &request,
         )
         .await
@@ -205,7 +205,7 @@ impl Api {
         };
         self.call(
             "AgentDispatchService/ListDispatch",
-            Permission::Admin(room),
+            ApiPermission::Admin(room),
             &request,
         )
         .await
@@ -223,7 +223,7 @@ impl Api {
         };
         self.call(
             "AgentDispatchService/DeleteDispatch",
-            Permission::Admin(room),
+            ApiPermission::Admin(room),
             &request,
         )
         .await
@@ -234,7 +234,7 @@ impl Api {
     async fn call<A: prost::Message + Default>(
         &self,
         method: &str,
-        permission: Permission<'_>,
+        permission: ApiPermission<'_>,
         request: &impl prost::Message,
     ) -> Call<A> {
         let mut sent_at = None;
@@ -251,7 +251,7 @@ impl Api {
     async fn attempt<A: prost::Message + Default>(
         &self,
         method: &str,
-        permission: Permission<'_>,
+        permission: ApiPermission<'_>,
         request: &impl prost::Message,
         sent_at: &mut Option<Instant>,
     ) -> Result<A, ApiError> {
@@ -267,13 +267,13 @@ impl Api {
                 ExchangeError::Malformed(text) => ApiError::Protocol(text),
             })?;
         if answer.status != StatusCode::OK {
-            return Err(ApiError::Refused(answer.refusal()));
+            return Err(ApiError::Refused(answer.rejection()));
         }
         match answer.body_end {
             BodyEnd::Whole => A::decode(answer.body)
                 .map_err(|error| ApiError::Protocol(format!("HTTP 200 without protobuf: {error}"))),
             BodyEnd::TooLong => Err(ApiError::Protocol(format!(
-                "a body of more than {BODY_LIMIT} bytes"
+                "a body of more than {MAX_BODY_BYTES} bytes"
             ))),
             BodyEnd::Late => Err(ApiError::Timeout(self.timeout)),
             BodyEnd::Cut => Err(ApiError::Broken(format!(
@@ -286,7 +286,7 @@ impl Api {
     fn request(
         &self,
         method: &str,
-        permission: Permission<'_>,
+        permission: ApiPermission<'_>,
         body: Vec<u8>,
     ) -> Request<Full<Bytes>> {
         let path = format!("/twirp/livekit.{method}");

@@ -22,11 +22,11 @@ use tokio::time::{Instant, timeout_at};
 use super::connect::Stream;
 
 /// Most bytes of an answer's body that are read.
-pub(crate) const BODY_LIMIT: usize = 1 << 20;
+pub(crate) const MAX_BODY_BYTES: usize = 1 << 20;
 /// Most bytes of a refusal's text that are kept.
-const TEXT_LIMIT: usize = 1 << 10;
+const MAX_TEXT_BYTES: usize = 1 << 10;
 /// Most bytes of an answer's header section; hyper's own limit is 400 KiB.
-const HEAD_LIMIT: usize = 64 << 10;
+const MAX_HEADER_BYTES: usize = 64 << 10;
 
 /// What a refused HTTP request or WebSocket upgrade said.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(crate) struct HttpResponse {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BodyEnd {
     Whole,
-    /// More than [`BODY_LIMIT`]; the rest is left unread.
+    /// More than [`MAX_BODY_BYTES`]; the rest is left unread.
     TooLong,
     /// The deadline passed in the middle of it.
     Late,
@@ -89,7 +89,7 @@ pub(crate) async fn exchange(
     deadline: Instant,
 ) -> Result<HttpResponse, ExchangeError> {
     let (mut sender, connection) = http1::Builder::new()
-        .max_header_size(HEAD_LIMIT)
+        .max_header_size(MAX_HEADER_BYTES)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| failed(&error))?;
@@ -145,7 +145,7 @@ async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, BodyEnd) {
                 let Some(data) = frame.data_ref() else {
                     continue;
                 };
-                let room = BODY_LIMIT - bytes.len();
+                let room = MAX_BODY_BYTES - bytes.len();
                 bytes.extend_from_slice(&data[..data.len().min(room)]);
                 if data.len() > room {
                     break BodyEnd::TooLong;
@@ -182,7 +182,7 @@ struct TwirpError {
 }
 
 impl HttpResponse {
-    pub(crate) fn refusal(&self) -> HttpRejection {
+    pub(crate) fn rejection(&self) -> HttpRejection {
         let twirp: Option<TwirpError> = serde_json::from_slice(&self.body).ok();
         let (twirp_code, text) = match twirp {
             Some(error) => (Some(sanitize(&error.code)), error.msg),
@@ -252,8 +252,8 @@ pub(crate) fn sanitize(text: &str) -> String {
             shown.push(' ');
         }
         redact(word, &mut shown);
-        if shown.len() > TEXT_LIMIT {
-            shown.truncate(shown.floor_char_boundary(TEXT_LIMIT));
+        if shown.len() > MAX_TEXT_BYTES {
+            shown.truncate(shown.floor_char_boundary(MAX_TEXT_BYTES));
             break;
         }
     }
@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn a_long_text_is_cut_at_one_kib_between_characters() {
         let shown = sanitize(&"€".repeat(2000));
-        assert_eq!(shown, "€".repeat(TEXT_LIMIT / 3));
+        assert_eq!(shown, "€".repeat(MAX_TEXT_BYTES / 3));
     }
 
     #[test]
@@ -326,7 +326,7 @@ mod tests {
             upgraded: None,
         };
         assert_eq!(
-            answer.refusal().message,
+            answer.rejection().message,
             "redirected to https://example.com/rtc"
         );
     }

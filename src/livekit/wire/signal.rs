@@ -39,11 +39,11 @@ const PROTOCOL_VERSION: u32 = 16;
 /// The upstream Rust SDK whose behaviour this client follows; servers keep work-arounds by SDK and version.
 const SDK_VERSION: &str = "0.10.0";
 /// Largest message accepted. A join response with a few participants takes some KiB.
-const MESSAGE_LIMIT: usize = 1 << 20;
+const MAX_MESSAGE_BYTES: usize = 1 << 20;
 /// Most bytes that may wait for a server that doesn't read.
-const BACKLOG_LIMIT: usize = 1 << 20;
+const MAX_BACKLOG_BYTES: usize = 1 << 20;
 /// Most messages in one second; a room of three sends some tens while it is being joined.
-const RATE_LIMIT: u32 = 1000;
+const MAX_MESSAGES_PER_SECOND: u32 = 1000;
 
 /// An open signal connection, after the join response.
 pub struct Signal {
@@ -55,13 +55,13 @@ pub struct Signal {
     /// No later than the ping timeout.
     give_up: Pin<Box<Sleep>>,
     /// When the last message came.
-    heard_at: Instant,
+    received_at: Instant,
     pings: Pings,
-    rate: Rate,
+    rate: MessageRate,
 }
 
 /// A WebSocket to the server, before its first message.
-pub(crate) struct Opened {
+pub(crate) struct OpenSocket {
     pub(crate) socket: WebSocketStream<Stream>,
     /// Our end of the TCP connection, and the server's.
     pub(crate) local: SocketAddr,
@@ -93,8 +93,8 @@ impl Pings {
         self.rtt = at.saturating_duration_since(sent);
         if pong.timestamp > 0 && self.clock.is_none_or(|known| self.rtt < known.rtt) {
             self.clock = Some(ServerClock {
-                ours: sent + self.rtt / 2,
-                theirs: pong.timestamp,
+                local: sent + self.rtt / 2,
+                server: pong.timestamp,
                 rtt: self.rtt,
             });
         }
@@ -109,9 +109,9 @@ impl Pings {
 /// A moment on the server's clock and on ours, from a ping and its pong.
 #[derive(Debug, Clone, Copy)]
 pub struct ServerClock {
-    ours: Instant,
+    local: Instant,
     /// Unix milliseconds.
-    theirs: i64,
+    server: i64,
     /// From ping to pong; the two moments lie at most half of it apart.
     rtt: Duration,
 }
@@ -120,12 +120,12 @@ impl ServerClock {
     /// Our moment of a stamp of the server's, in Unix milliseconds; `None` for 0, which is no stamp.
     ///
     /// Cloud's nodes keep their clocks together better than a join is exact.
-    pub fn ours(self, stamp: i64) -> Option<Instant> {
-        let apart = Duration::from_millis(stamp.abs_diff(self.theirs));
+    pub fn to_local(self, stamp: i64) -> Option<Instant> {
+        let apart = Duration::from_millis(stamp.abs_diff(self.server));
         match stamp {
             0 => None,
-            _ if stamp < self.theirs => self.ours.checked_sub(apart),
-            _ => self.ours.checked_add(apart),
+            _ if stamp < self.server => self.local.checked_sub(apart),
+            _ => self.local.checked_add(apart),
         }
     }
 }
@@ -178,13 +178,13 @@ impl Signal {
             "{}?auto_subscribe=1&adaptive_stream=0&protocol={PROTOCOL_VERSION}&sdk=rust&version={SDK_VERSION}",
             endpoint.target("/rtc")
         );
-        let asked = |at| {
+        let on_request = |at| {
             // A caller that no longer listens doesn't want to know.
             requested.send(at).ok();
         };
-        let opened = open(endpoint, &target, token, timeout, asked).await?;
+        let opened = open_websocket(endpoint, &target, token, timeout, on_request).await?;
         let (local, peer) = (opened.local, opened.peer);
-        let mut signal = Self::over(opened.socket);
+        let mut signal = Self::new(opened.socket);
         let (at, first) = timeout_at(deadline, signal.next_message())
             .await
             .map_err(|_| SignalError::JoinTimeout(timeout))??;
@@ -200,8 +200,8 @@ impl Signal {
                 return Err(SignalError::Protocol(text));
             }
         };
-        signal.heard_at = at;
-        signal.keep_alive_as(&response);
+        signal.received_at = at;
+        signal.set_keep_alive(&response);
         Ok(Joined {
             signal,
             response,
@@ -211,23 +211,23 @@ impl Signal {
         })
     }
 
-    fn over(socket: WebSocketStream<Stream>) -> Self {
+    fn new(socket: WebSocketStream<Stream>) -> Self {
         let now = Instant::now();
         Self {
             socket,
             unflushed: false,
-            ping: every(Duration::from_secs(5)),
+            ping: ping_interval(Duration::from_secs(5)),
             ping_timeout: Duration::from_secs(15),
             give_up: Box::pin(sleep_until(now)),
-            heard_at: now,
+            received_at: now,
             pings: Pings::default(),
-            rate: Rate::new(now),
+            rate: MessageRate::new(now),
         }
     }
 
-    fn keep_alive_as(&mut self, response: &proto::JoinResponse) {
+    fn set_keep_alive(&mut self, response: &proto::JoinResponse) {
         let (ping, timeout) = keep_alive(response);
-        self.ping = every(ping);
+        self.ping = ping_interval(ping);
         self.ping_timeout = timeout;
     }
 
@@ -242,14 +242,14 @@ impl Signal {
                 biased;
                 message = next_message(&mut self.socket, &mut self.unflushed, &mut self.rate) => {
                     let (at, message) = message?;
-                    self.heard_at = at;
-                    if let Some(message) = self.sift(at, message) {
+                    self.received_at = at;
+                    if let Some(message) = self.filter(at, message) {
                         return Ok((at, message));
                     }
                 }
                 () = &mut self.give_up => {
-                    // Armed anew only here: this is asked for with every packet of media, and must cost nothing then.
-                    let give_up = self.heard_at + self.ping_timeout;
+                    // Armed anew only here: this is polled with every packet of media, and must cost nothing then.
+                    let give_up = self.received_at + self.ping_timeout;
                     if give_up <= Instant::now() {
                         return Err(SignalError::PingTimeout(self.ping_timeout));
                     }
@@ -261,8 +261,8 @@ impl Signal {
     }
 
     /// When the server was last heard, pongs included.
-    pub fn heard_at(&self) -> Instant {
-        self.heard_at
+    pub fn received_at(&self) -> Instant {
+        self.received_at
     }
 
     /// See [`Pings::clock`].
@@ -308,7 +308,7 @@ impl Signal {
     }
 
     /// Keeps back what is this connection's own business.
-    fn sift(&mut self, at: Instant, message: Incoming) -> Option<Incoming> {
+    fn filter(&mut self, at: Instant, message: Incoming) -> Option<Incoming> {
         match message {
             Incoming::PongResp(pong) => {
                 self.pings.on_pong(at, &pong);
@@ -349,7 +349,7 @@ impl Signal {
 async fn next_message(
     socket: &mut WebSocketStream<Stream>,
     unflushed: &mut bool,
-    rate: &mut Rate,
+    rate: &mut MessageRate,
 ) -> Result<(Instant, Incoming), SignalError> {
     loop {
         let frame = poll_fn(|cx| {
@@ -361,7 +361,7 @@ async fn next_message(
             next.map(|frame| frame.transpose().map_err(|error| socket_error(&error)))
         })
         .await?;
-        let (at, content) = take(frame, rate)?;
+        let (at, content) = read_frame(frame, rate)?;
         if let Some(bytes) = content
             && let Some(message) = decode(&bytes)?
         {
@@ -371,9 +371,9 @@ async fn next_message(
 }
 
 /// When a frame came, and its content where it is one for a client; or why there are no more.
-pub(crate) fn take(
+pub(crate) fn read_frame(
     frame: Option<Message>,
-    rate: &mut Rate,
+    rate: &mut MessageRate,
 ) -> Result<(Instant, Option<Bytes>), SignalError> {
     let at = Instant::now();
     let Some(frame) = frame else {
@@ -394,20 +394,20 @@ pub(crate) fn take(
 
 /// Opens a WebSocket at `target`, a path with its query, within `timeout` from DNS to the answer to the upgrade.
 ///
-/// `asked` is told the time just before the upgrade is written, after TLS.
-pub(crate) async fn open(
+/// `on_request` gets the time just before the upgrade is written, after TLS.
+pub(crate) async fn open_websocket(
     endpoint: &Endpoint,
     target: &str,
     token: &SecretString,
     timeout: Duration,
-    asked: impl FnOnce(Instant),
-) -> Result<Opened, SignalError> {
+    on_request: impl FnOnce(Instant),
+) -> Result<OpenSocket, SignalError> {
     let deadline = Instant::now() + timeout;
     let stream = endpoint.connect(deadline).await?;
     let (local, peer) = (stream.local, stream.peer);
     let key = generate_key();
     let request = upgrade_request(endpoint, target, token, &key);
-    asked(Instant::now());
+    on_request(Instant::now());
     let answer = exchange(stream, request, deadline)
         .await
         .map_err(|error| match error {
@@ -416,7 +416,7 @@ pub(crate) async fn open(
             ExchangeError::Malformed(text) => SignalError::Protocol(text),
         })?;
     let socket = upgraded(answer, &key).await?;
-    Ok(Opened {
+    Ok(OpenSocket {
         socket,
         local,
         peer,
@@ -425,7 +425,7 @@ pub(crate) async fn open(
 
 async fn upgraded(answer: HttpResponse, key: &str) -> Result<WebSocketStream<Stream>, SignalError> {
     if answer.status != StatusCode::SWITCHING_PROTOCOLS {
-        return Err(SignalError::Refused(answer.refusal()));
+        return Err(SignalError::Refused(answer.rejection()));
     }
     if !accepts(&answer.headers, key) {
         let text = "the answer to the upgrade is not a WebSocket's".to_owned();
@@ -434,13 +434,13 @@ async fn upgraded(answer: HttpResponse, key: &str) -> Result<WebSocketStream<Str
     let (stream, read_ahead) = answer
         .upgraded
         .expect("an answer of status 101 carries its connection");
-    // So much is filled with zeros whenever the socket is asked, which is with every packet of media.
+    // So much is filled with zeros whenever the socket is polled, which is with every packet of media.
     let config = WebSocketConfig::default()
         .read_buffer_size(1 << 10)
         .write_buffer_size(0)
-        .max_write_buffer_size(BACKLOG_LIMIT)
-        .max_message_size(Some(MESSAGE_LIMIT))
-        .max_frame_size(Some(MESSAGE_LIMIT));
+        .max_write_buffer_size(MAX_BACKLOG_BYTES)
+        .max_message_size(Some(MAX_MESSAGE_BYTES))
+        .max_frame_size(Some(MAX_MESSAGE_BYTES));
     let read_ahead = read_ahead.to_vec();
     let socket =
         WebSocketStream::from_partially_read(stream, read_ahead, Role::Client, Some(config));
@@ -496,7 +496,7 @@ pub(crate) fn socket_error(error: &SocketError) -> SignalError {
             SignalError::Closed("the server cut it without a word".to_owned())
         }
         SocketError::WriteBufferFull(_) => SignalError::Closed(format!(
-            "the server reads nothing: {BACKLOG_LIMIT} bytes wait for it"
+            "the server reads nothing: {MAX_BACKLOG_BYTES} bytes wait for it"
         )),
         other => SignalError::Protocol(other.to_string()),
     }
@@ -549,19 +549,19 @@ fn accepts(headers: &HeaderMap, key: &str) -> bool {
 }
 
 /// The first at once: its pong tells the server's clock before an agent can have joined.
-fn every(span: Duration) -> Interval {
+fn ping_interval(span: Duration) -> Interval {
     let mut pings = interval(span);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     pings
 }
 
 /// Counts the frames of each second.
-pub(crate) struct Rate {
+pub(crate) struct MessageRate {
     since: Instant,
     frames: u32,
 }
 
-impl Rate {
+impl MessageRate {
     pub(crate) fn new(since: Instant) -> Self {
         Self { since, frames: 0 }
     }
@@ -572,7 +572,7 @@ impl Rate {
             *self = Self::new(at);
         }
         self.frames += 1;
-        if self.frames > RATE_LIMIT {
+        if self.frames > MAX_MESSAGES_PER_SECOND {
             return Err(SignalError::Protocol(format!(
                 "{} messages within {}; a room sends some tens a second at most",
                 self.frames,

@@ -12,7 +12,7 @@ use crate::livekit::RoomName;
 
 /// A token is used at once and the server looks at it only once, so its life is nothing but an allowance for clocks
 /// that differ: this much, plus the server's own minute.
-const LIFE: Duration = Duration::from_mins(10);
+const TOKEN_TTL: Duration = Duration::from_mins(10);
 
 /// The key pair that signs tokens; `Debug` does not show the secret.
 #[derive(Clone)]
@@ -28,12 +28,12 @@ pub enum TokenError {
     #[error("the API secret is empty")]
     EmptySecret,
     #[error("a participant's token needs a room and an identity")]
-    Nobody,
+    MissingIdentity,
 }
 
 /// What one call of the server API needs.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Permission<'a> {
+pub(crate) enum ApiPermission<'a> {
     /// Creating and deleting rooms.
     Create,
     List,
@@ -67,7 +67,7 @@ impl Keys {
     /// of a room that doesn't exist yet unless the token has that grant.
     ///
     /// # Errors
-    /// [`TokenError::Nobody`] where room or identity is empty.
+    /// [`TokenError::MissingIdentity`] where room or identity is empty.
     pub fn participant(
         &self,
         room: &RoomName,
@@ -76,7 +76,7 @@ impl Keys {
         room_config: Option<&proto::RoomConfiguration>,
     ) -> Result<SecretString, TokenError> {
         if room.0.is_empty() || identity.is_empty() {
-            return Err(TokenError::Nobody);
+            return Err(TokenError::MissingIdentity);
         }
         let grants = VideoGrants {
             room_join: true,
@@ -98,17 +98,17 @@ impl Keys {
         Ok(sign(token))
     }
 
-    pub(crate) fn api(&self, permission: Permission<'_>) -> SecretString {
+    pub(crate) fn api(&self, permission: ApiPermission<'_>) -> SecretString {
         let grants = match permission {
-            Permission::Create => VideoGrants {
+            ApiPermission::Create => VideoGrants {
                 room_create: true,
                 ..VideoGrants::default()
             },
-            Permission::List => VideoGrants {
+            ApiPermission::List => VideoGrants {
                 room_list: true,
                 ..VideoGrants::default()
             },
-            Permission::Admin(room) => VideoGrants {
+            ApiPermission::Admin(room) => VideoGrants {
                 room_admin: true,
                 room: room.0.clone(),
                 ..VideoGrants::default()
@@ -119,7 +119,7 @@ impl Keys {
 
     fn token(&self, grants: VideoGrants) -> AccessToken {
         AccessToken::with_api_key(&self.api_key, self.api_secret.expose_secret())
-            .with_ttl(LIFE)
+            .with_ttl(TOKEN_TTL)
             .with_grants(grants)
     }
 }
@@ -214,7 +214,7 @@ mod tests {
             Some(TokenError::EmptySecret)
         );
         let nobody = keys().participant(&room(), "", &BTreeMap::new(), None);
-        assert_eq!(nobody.err(), Some(TokenError::Nobody));
+        assert_eq!(nobody.err(), Some(TokenError::MissingIdentity));
     }
 
     #[test]

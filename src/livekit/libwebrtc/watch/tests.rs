@@ -6,8 +6,8 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::livekit::event::{MediaPermission, RoomEvent};
 use crate::livekit::join;
-use crate::livekit::room::observer::Outlet;
-use crate::livekit::test_server::Server;
+use crate::livekit::room::observer::EventSender;
+use crate::livekit::test_server::TestServer;
 
 struct WatchedRoom {
     watch: SignalWatch,
@@ -17,10 +17,10 @@ struct WatchedRoom {
 
 impl WatchedRoom {
     async fn new() -> Self {
-        let silent = Server::silent().await;
-        let (outlet, events) = mpsc::channel(64);
+        let silent = TestServer::silent().await;
+        let (sender, events) = mpsc::channel(64);
         let request = join::request(silent.endpoint());
-        let observer = Observer::new(&request, Outlet::new(outlet), "echo-1".to_owned());
+        let observer = Observer::new(&request, EventSender::new(sender), "echo-1".to_owned());
         let start = Instant::now();
         Self {
             watch: SignalWatch::new(start, observer),

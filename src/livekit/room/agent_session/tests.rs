@@ -8,8 +8,8 @@ use proptest::sample::select;
 use super::*;
 use crate::livekit::arbitrary::{bytes, config, protobuf};
 
-impl Reader {
-    fn on_data(&mut self, at: Instant, data: &[u8]) -> Vec<Told> {
+impl StreamReader {
+    fn on_data(&mut self, at: Instant, data: &[u8]) -> Vec<AgentMessage> {
         DataPacket::decode(data).map_or_else(|_| Vec::new(), |packet| self.on_packet(at, packet))
     }
 }
@@ -93,7 +93,7 @@ fn turns_are_told_with_what_was_measured_and_with_nothing_else() {
         e2e_latency: Some(-1.0),
         ..MetricsReport::default()
     };
-    let mut reader = Reader::new(false);
+    let mut reader = StreamReader::new(false);
     let mut told = |role, report| {
         let packets = [
             header("a", TOPIC),
@@ -113,7 +113,7 @@ fn turns_are_told_with_what_was_measured_and_with_nothing_else() {
     );
     assert_eq!(
         told(ChatRole::Assistant, measured),
-        [Told::Turn {
+        [AgentMessage::Turn {
             identity: "agent-x".to_owned(),
             metrics: own
         }]
@@ -127,9 +127,9 @@ fn speech(id: &str, attributes: &[(&str, &str)]) -> Vec<u8> {
     header_with(id, transcript::TOPIC, attributes)
 }
 
-fn said(told: Vec<Told>) -> Vec<(String, String, bool)> {
+fn said(told: Vec<AgentMessage>) -> Vec<(String, String, bool)> {
     let words = told.into_iter().map(|told| match told {
-        Told::Transcript(words) => (
+        AgentMessage::Transcript(words) => (
             words.segment,
             words.text.as_str().to_owned(),
             words.is_final,
@@ -153,7 +153,7 @@ fn transcript_is_read_where_it_is_wanted_and_what_is_cut_off_is_not_final() {
         speech("c", &[("lk.transcription_final", "true")]),
         chunk("c", b"well, I"),
     ];
-    let mut reader = Reader::new(true);
+    let mut reader = StreamReader::new(true);
     let read = packets
         .iter()
         .flat_map(|packet| reader.on_data(Instant::now(), packet));
@@ -162,10 +162,13 @@ fn transcript_is_read_where_it_is_wanted_and_what_is_cut_off_is_not_final() {
         (segment.to_owned(), text.to_owned(), is_final)
     };
     assert_eq!(said(read.collect()), expected.map(own));
-    let cut = reader.unfinished().into_iter().map(Told::Transcript);
+    let cut = reader
+        .unfinished()
+        .into_iter()
+        .map(AgentMessage::Transcript);
     assert_eq!(said(cut.collect()), [own(("c", "well, I", false))]);
 
-    let mut unwanted = Reader::new(false);
+    let mut unwanted = StreamReader::new(false);
     for packet in &packets {
         assert_eq!(unwanted.on_data(Instant::now(), packet), []);
     }
@@ -184,21 +187,21 @@ fn older_packets_are_read_and_the_words_are_not_in_debug_output() {
             ..TranscriptionSegment::default()
         }],
     }));
-    let told = Reader::new(true).on_data(Instant::now(), &older);
+    let told = StreamReader::new(true).on_data(Instant::now(), &older);
     assert!(!format!("{told:?}").contains("Smith"));
     let expected = ("SG_1".to_owned(), "my name is Smith".to_owned(), true);
     assert_eq!(said(told), [expected]);
-    assert_eq!(Reader::new(false).on_data(Instant::now(), &older), []);
+    assert_eq!(StreamReader::new(false).on_data(Instant::now(), &older), []);
 }
 
 /// The errors that the reader finds in these, one after the other.
 fn read(packets: &[Vec<u8>]) -> Vec<String> {
-    let mut reader = Reader::new(true);
+    let mut reader = StreamReader::new(true);
     let told = packets
         .iter()
         .flat_map(|packet| reader.on_data(Instant::now(), packet));
     let errors = told.map(|told| match told {
-        Told::Error { identity, message } => {
+        AgentMessage::Error { identity, message } => {
             assert_eq!(identity, "agent-x");
             message
         }
@@ -238,7 +241,7 @@ fn other_topics_and_whatever_is_malformed_say_nothing() {
 
 #[test]
 fn what_is_kept_is_bounded() {
-    let mut reader = Reader::new(true);
+    let mut reader = StreamReader::new(true);
     let now = Instant::now();
     for id in 0..100 {
         for topic in [TOPIC, transcript::TOPIC] {
@@ -249,9 +252,9 @@ fn what_is_kept_is_bounded() {
             }
         }
     }
-    assert!(reader.streams.len() <= MOST_STREAMS);
+    assert!(reader.streams.len() <= MAX_STREAMS);
     let kept = reader.streams.iter().map(|stream| stream.content.len());
-    assert!(kept.sum::<usize>() <= MOST_STREAMS * MOST_BYTES);
+    assert!(kept.sum::<usize>() <= MAX_STREAMS * MAX_STREAM_BYTES);
 }
 
 fn identity() -> impl Strategy<Value = String> {
@@ -324,27 +327,27 @@ proptest! {
 
     #[test]
     fn packets_of_any_kind_and_order_are_read_within_bounds(packets in vec(any_packet(), 0..80)) {
-        let mut reader = Reader::new(true);
+        let mut reader = StreamReader::new(true);
         for packet in packets {
             let told = reader.on_data(Instant::now(), &packet);
             prop_assert!(told.len() <= 8, "{} at once", told.len());
             for one in told {
                 let length = match &one {
-                    Told::Error { message, .. } => message.len(),
-                    Told::Transcript(words) => words.text.as_str().len(),
-                    Told::Turn { .. } => 0,
+                    AgentMessage::Error { message, .. } => message.len(),
+                    AgentMessage::Transcript(words) => words.text.as_str().len(),
+                    AgentMessage::Turn { .. } => 0,
                 };
                 prop_assert!(length <= 1024, "{length}");
-                if let Told::Transcript(words) = one {
+                if let AgentMessage::Transcript(words) = one {
                     let length = |text: &str| text.chars().count();
                     prop_assert!(length(&words.identity) <= 256);
                     prop_assert!(length(&words.segment) <= 64);
                     prop_assert!(words.track.is_none_or(|track| length(&track) <= 64));
                 }
             }
-            prop_assert!(reader.streams.len() <= MOST_STREAMS);
+            prop_assert!(reader.streams.len() <= MAX_STREAMS);
             let kept = reader.streams.iter().map(|stream| stream.content.len());
-            prop_assert!(kept.max().unwrap_or(0) <= MOST_BYTES);
+            prop_assert!(kept.max().unwrap_or(0) <= MAX_STREAM_BYTES);
         }
     }
 }

@@ -36,13 +36,13 @@ fn gone(mut info: ParticipantInfo, reason: DisconnectReason) -> ParticipantInfo 
     info
 }
 
-struct Room {
+struct RosterRoom {
     roster: Roster,
     start: Instant,
     millis: u64,
 }
 
-impl Room {
+impl RosterRoom {
     fn new(agent_name: Option<&str>) -> Self {
         Self {
             roster: Roster::new("me".to_owned(), agent_name.map(str::to_owned)),
@@ -88,7 +88,7 @@ fn told(at: u64, what: &str) -> Vec<(u64, String)> {
 
 #[test]
 fn agent_of_the_name_is_seen_once_and_leaves_once() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     assert_eq!(room.update(agent("PA_1")), told(1, "agent PA_1"));
     assert_eq!(room.update(agent("PA_1")), []);
     let gone = gone(agent("PA_1"), DisconnectReason::ConnectionTimeout);
@@ -105,7 +105,7 @@ fn agent_is_connected_once_the_server_calls_it_active() {
         info.state = State::Active.into();
         info
     };
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     let stray = participant("PA_0", Kind::Agent, &[(NAME_BY_SERVER, "billing")]);
     let other = room.update(active(stray));
     assert!(other[0].1.starts_with("other"), "{other:?}");
@@ -119,7 +119,7 @@ fn agent_is_connected_once_the_server_calls_it_active() {
 
 #[test]
 fn agent_in_the_join_response_is_marked() {
-    let mut room = Room::new(None);
+    let mut room = RosterRoom::new(None);
     let events = room.roster.update(room.start, vec![agent("PA_1")], true);
     assert!(matches!(
         &events[..],
@@ -136,7 +136,7 @@ fn agent_in_the_join_response_is_marked() {
 #[test]
 fn either_name_attribute_will_do() {
     for key in [NAME_BY_SERVER, NAME_BY_WORKER] {
-        let mut room = Room::new(Some("support"));
+        let mut room = RosterRoom::new(Some("support"));
         let info = participant("PA_1", Kind::Agent, &[(key, "support")]);
         assert_eq!(room.update(info), told(1, "agent PA_1"));
     }
@@ -144,7 +144,7 @@ fn either_name_attribute_will_do() {
 
 #[test]
 fn another_name_another_kind_and_a_helper_are_strays() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     let sales = participant("PA_1", Kind::Agent, &[(NAME_BY_SERVER, "sales")]);
     let person = participant("PA_2", Kind::Standard, &[(NAME_BY_SERVER, "support")]);
     let avatar = participant(
@@ -169,7 +169,7 @@ fn another_name_another_kind_and_a_helper_are_strays() {
 
 #[test]
 fn we_ourselves_are_nobody() {
-    let mut room = Room::new(None);
+    let mut room = RosterRoom::new(None);
     let mut me = agent("PA_1");
     me.identity = "me".to_owned();
     assert_eq!(room.update(me), []);
@@ -177,7 +177,7 @@ fn we_ourselves_are_nobody() {
 
 #[test]
 fn name_that_comes_late_dates_the_agent_back_to_its_first_sight() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     let unnamed = participant("PA_1", Kind::Agent, &[]);
     assert_eq!(
         room.update(unnamed),
@@ -199,7 +199,7 @@ fn name_that_comes_late_dates_the_agent_back_to_its_first_sight() {
 
 #[test]
 fn second_agent_beside_the_first_is_a_duplicate_and_after_it_a_stray() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     room.update(agent("PA_1"));
     assert_eq!(
         room.update(agent("PA_2")),
@@ -215,7 +215,7 @@ fn second_agent_beside_the_first_is_a_duplicate_and_after_it_a_stray() {
 
 #[test]
 fn same_agent_in_a_new_session_is_no_duplicate_and_its_old_session_ends_unnoticed() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     let old = agent("PA_1");
     let mut new = agent("PA_2");
     new.identity.clone_from(&old.identity);
@@ -233,7 +233,7 @@ fn same_agent_in_a_new_session_is_no_duplicate_and_its_old_session_ends_unnotice
 
 #[test]
 fn state_is_told_when_it_changes() {
-    let mut room = Room::new(None);
+    let mut room = RosterRoom::new(None);
     let with_state = |state: &str| participant("PA_1", Kind::Agent, &[(STATE, state)]);
     room.update(agent("PA_1"));
     assert_eq!(
@@ -252,7 +252,7 @@ fn state_is_told_when_it_changes() {
 
 #[test]
 fn stale_update_changes_nothing() {
-    let mut room = Room::new(None);
+    let mut room = RosterRoom::new(None);
     let mut fresh = agent("PA_1");
     fresh.version = 5;
     fresh.tracks = vec![track("TR_1", TrackSource::Microphone)];
@@ -265,7 +265,7 @@ fn stale_update_changes_nothing() {
 
 #[test]
 fn voice_is_the_microphone_and_not_the_background() {
-    let mut room = Room::new(None);
+    let mut room = RosterRoom::new(None);
     let mut info = agent("PA_1");
     info.tracks = vec![
         track("TR_background", TrackSource::Unknown),
@@ -283,7 +283,7 @@ fn voice_is_the_microphone_and_not_the_background() {
 
 #[test]
 fn avatar_speaks_for_its_agent() {
-    let mut room = Room::new(None);
+    let mut room = RosterRoom::new(None);
     let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_1")]);
     avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
     room.update(avatar);
@@ -297,7 +297,7 @@ fn avatar_speaks_for_its_agent() {
 
 #[test]
 fn avatar_of_another_agent_is_no_voice_once_the_agent_is_known() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_9")]);
     avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
     room.update(avatar);
@@ -308,9 +308,9 @@ fn avatar_of_another_agent_is_no_voice_once_the_agent_is_known() {
 
 #[test]
 fn crowd_is_kept_in_mind_only_up_to_a_bound() {
-    let mut room = Room::new(Some("support"));
+    let mut room = RosterRoom::new(Some("support"));
     for i in 0..1_000 {
         room.update(participant(&format!("PA_{i}"), Kind::Standard, &[]));
     }
-    assert_eq!(room.roster.present.len(), MOST_PARTICIPANTS);
+    assert_eq!(room.roster.present.len(), MAX_PARTICIPANTS);
 }

@@ -4,13 +4,13 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::livekit::test_server::{
-    Authority, REFUSALS, SECRET, Server, endpoint, keys, read_request, respond,
+    Authority, REJECTIONS, SECRET, TestServer, endpoint, keys, read_request, respond,
 };
 
-const LONG: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn api(endpoint: Endpoint) -> Api {
-    Api::new(endpoint, keys(), LONG)
+    Api::new(endpoint, keys(), TIMEOUT)
 }
 
 fn room() -> RoomName {
@@ -18,7 +18,7 @@ fn room() -> RoomName {
 }
 
 async fn error_of(answer: &'static str) -> ApiError {
-    let server = Server::answering(answer).await;
+    let server = TestServer::answering(answer).await;
     let call = api(server.endpoint()).list_rooms(&[]).await;
     assert!(call.sent_at.is_some());
     call.result.unwrap_err()
@@ -26,9 +26,9 @@ async fn error_of(answer: &'static str) -> ApiError {
 
 #[tokio::test]
 async fn every_refusal_keeps_status_text_and_retry_after() {
-    for case in REFUSALS {
+    for case in REJECTIONS {
         match error_of(case.answer).await {
-            ApiError::Refused(refusal) => assert_eq!(refusal, case.refusal()),
+            ApiError::Refused(refusal) => assert_eq!(refusal, case.rejection()),
             other => panic!("{other}"),
         }
     }
@@ -36,14 +36,14 @@ async fn every_refusal_keeps_status_text_and_retry_after() {
 
 #[tokio::test]
 async fn only_twirps_own_not_found_counts_as_not_found() {
-    assert!(error_of(REFUSALS[2].answer).await.is_not_found());
+    assert!(error_of(REJECTIONS[2].answer).await.is_not_found());
     let proxy = "HTTP/1.1 404 Not Found\r\n\r\nno such route";
     assert!(!error_of(proxy).await.is_not_found());
 }
 
 #[tokio::test]
 async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
-    let server = Server::quoting_the_token().await;
+    let server = TestServer::quoting_the_token().await;
     let call = api(server.endpoint()).list_rooms(&[]).await;
     let shown = format!("{call:?} {}", call.result.as_ref().unwrap_err());
     assert!(shown.contains("invalid token"), "{shown}");
@@ -66,7 +66,7 @@ async fn a_connection_that_breaks_before_the_answer_is_complete_is_broken() {
     let in_the_body = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nthe beginning";
     let error = error_of(in_the_body).await;
     assert!(matches!(error, ApiError::Broken(_)), "{error}");
-    let before_it = Server::start(|mut stream| async move {
+    let before_it = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
     })
     .await;
@@ -77,7 +77,7 @@ async fn a_connection_that_breaks_before_the_answer_is_complete_is_broken() {
 
 #[tokio::test]
 async fn a_body_without_end_is_cut_at_its_limit() {
-    let server = Server::start(|mut stream| async move {
+    let server = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
         let head = b"HTTP/1.1 200 OK\r\n\r\n";
         stream.write_all(head).await.unwrap();
@@ -91,7 +91,7 @@ async fn a_body_without_end_is_cut_at_its_limit() {
 
 #[tokio::test]
 async fn a_server_that_says_nothing_is_a_timeout_after_the_request_was_sent() {
-    let server = Server::silent().await;
+    let server = TestServer::silent().await;
     let api = Api::new(server.endpoint(), keys(), Duration::from_millis(100));
     let call = api.list_rooms(&[]).await;
     assert!(call.sent_at.is_some());
@@ -101,7 +101,7 @@ async fn a_server_that_says_nothing_is_a_timeout_after_the_request_was_sent() {
 
 #[tokio::test]
 async fn a_refusal_whose_body_never_ends_is_still_that_refusal() {
-    let server = Server::start(|mut stream| async move {
+    let server = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
         let start = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 99\r\n\r\nbusy";
         stream.write_all(start).await.unwrap();
@@ -133,7 +133,7 @@ async fn a_request_that_was_never_written_has_no_time() {
 /// Makes every call and returns each path with the grants of its token.
 async fn requests() -> Vec<(String, VideoGrants)> {
     let (heads, mut seen) = mpsc::channel(10);
-    let server = Server::start(move |mut stream| {
+    let server = TestServer::start(move |mut stream| {
         let heads = heads.clone();
         async move {
             heads.send(read_request(&mut stream).await).await.unwrap();

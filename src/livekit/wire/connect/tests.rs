@@ -2,9 +2,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::*;
-use crate::livekit::test_server::{Authority, Server, endpoint};
+use crate::livekit::test_server::{Authority, TestServer, endpoint};
 
-const LONG: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 async fn connect(endpoint: &Endpoint, within: Duration) -> Result<Stream, ConnectError> {
     endpoint.connect(Instant::now() + within).await
@@ -24,7 +24,7 @@ fn tls_text(result: Result<Stream, ConnectError>) -> String {
 
 #[tokio::test]
 async fn an_unknown_host_fails_in_the_dns_stage() {
-    let error = connect(&endpoint("wss://nonexistent.invalid"), LONG)
+    let error = connect(&endpoint("wss://nonexistent.invalid"), TIMEOUT)
         .await
         .err()
         .unwrap();
@@ -41,7 +41,7 @@ async fn a_closed_port_fails_in_the_tcp_stage_and_is_named() {
         .unwrap()
         .local_addr()
         .unwrap();
-    let error = connect(&endpoint(&format!("ws://{address}")), LONG)
+    let error = connect(&endpoint(&format!("ws://{address}")), TIMEOUT)
         .await
         .err()
         .unwrap();
@@ -70,7 +70,7 @@ async fn dead_address() -> (SocketAddr, Vec<TcpStream>, TcpListener) {
 #[tokio::test]
 async fn a_dead_first_address_leaves_time_for_the_next() {
     let (dead, _queue, _listener) = dead_address().await;
-    let server = Server::silent().await;
+    let server = TestServer::silent().await;
     let stream = server
         .endpoint()
         .dial(
@@ -123,7 +123,7 @@ async fn a_server_of_a_private_ca_is_trusted_with_its_ca_file() {
         .server("localhost", 2999, "HTTP/1.1 200 OK\r\n\r\n")
         .await;
     let url = format!("wss://localhost:{}", server.address.port());
-    let mut stream = connect(&trusting(&authority, &url), LONG).await.unwrap();
+    let mut stream = connect(&trusting(&authority, &url), TIMEOUT).await.unwrap();
     assert_eq!(stream.peer, server.address);
     stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
     stream.flush().await.unwrap();
@@ -136,7 +136,7 @@ async fn a_server_of_a_private_ca_is_trusted_with_its_ca_file() {
 async fn an_untrusted_issuer_is_told_as_such() {
     let server = Authority::new().server("localhost", 2999, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
-    let text = tls_text(connect(&endpoint(&url), LONG).await);
+    let text = tls_text(connect(&endpoint(&url), TIMEOUT).await);
     assert!(text.contains("issuer is not trusted"), "{text}");
     assert!(text.contains("ca_file"), "{text}");
 }
@@ -146,7 +146,7 @@ async fn a_certificate_for_another_name_says_for_which() {
     let authority = Authority::new();
     let server = authority.server("other.example", 2999, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
-    let text = tls_text(connect(&trusting(&authority, &url), LONG).await);
+    let text = tls_text(connect(&trusting(&authority, &url), TIMEOUT).await);
     assert_eq!(text, "the certificate is for another name: other.example");
 }
 
@@ -155,13 +155,13 @@ async fn an_expired_certificate_says_since_when() {
     let authority = Authority::new();
     let server = authority.server("localhost", 2001, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
-    let text = tls_text(connect(&trusting(&authority, &url), LONG).await);
+    let text = tls_text(connect(&trusting(&authority, &url), TIMEOUT).await);
     assert_eq!(text, "the certificate expired at 2001-12-31 00:00:00 UTC");
 }
 
 #[tokio::test]
 async fn a_port_without_tls_is_told_as_such() {
-    let server = Server::start(|mut stream| async move {
+    let server = TestServer::start(|mut stream| async move {
         stream
             .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
             .await
@@ -170,13 +170,13 @@ async fn a_port_without_tls_is_told_as_such() {
         while matches!(stream.read(&mut sink).await, Ok(1..)) {}
     })
     .await;
-    let text = tls_text(connect(&endpoint(&format!("wss://{}", server.address)), LONG).await);
+    let text = tls_text(connect(&endpoint(&format!("wss://{}", server.address)), TIMEOUT).await);
     assert_eq!(text, "the port does not speak TLS");
 }
 
 #[tokio::test]
 async fn a_handshake_without_an_answer_times_out_in_the_tls_stage() {
-    let server = Server::silent().await;
+    let server = TestServer::silent().await;
     let url = format!("wss://{}", server.address);
     let text = tls_text(connect(&endpoint(&url), Duration::from_millis(100)).await);
     assert!(text.starts_with("timed out after "), "{text}");

@@ -12,12 +12,12 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use super::*;
 use crate::livekit::RoomName;
 use crate::livekit::test_server::{
-    Authority, REFUSALS, SECRET, Server, endpoint, keys, read_request,
+    Authority, REJECTIONS, SECRET, TestServer, endpoint, keys, read_request,
 };
 
-const LONG: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-type Socket = WebSocketStream<TcpStream>;
+type ServerSocket = WebSocketStream<TcpStream>;
 
 fn token() -> SecretString {
     let room = RoomName("canary-1".to_owned());
@@ -35,23 +35,23 @@ async fn connect_within(
     (result, at.await.ok())
 }
 
-async fn error_of(server: &Server) -> SignalError {
-    let (result, requested) = connect_within(&server.endpoint(), LONG).await;
+async fn error_of(server: &TestServer) -> SignalError {
+    let (result, requested) = connect_within(&server.endpoint(), TIMEOUT).await;
     assert!(requested.is_some());
     result.err().unwrap()
 }
 
-async fn join(server: &Server) -> Joined {
-    connect_within(&server.endpoint(), LONG).await.0.unwrap()
+async fn join(server: &TestServer) -> Joined {
+    connect_within(&server.endpoint(), TIMEOUT).await.0.unwrap()
 }
 
 /// A server that accepts the upgrade and leaves the rest to `talk`.
-async fn upgrading<F, Fut>(talk: F) -> Server
+async fn upgrading<F, Fut>(talk: F) -> TestServer
 where
-    F: Fn(Socket) -> Fut + Clone + Send + Sync + 'static,
+    F: Fn(ServerSocket) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send,
 {
-    Server::start(move |stream| {
+    TestServer::start(move |stream| {
         let talk = talk.clone();
         async move { talk(accept_async(stream).await.unwrap()).await }
     })
@@ -59,9 +59,9 @@ where
 }
 
 /// A server that answers the join, then leaves the rest to `talk`.
-async fn joining<F, Fut>(talk: F) -> Server
+async fn joining<F, Fut>(talk: F) -> TestServer
 where
-    F: Fn(Socket) -> Fut + Clone + Send + Sync + 'static,
+    F: Fn(ServerSocket) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send,
 {
     upgrading(move |mut socket| {
@@ -72,7 +72,7 @@ where
                 ping_timeout: 15,
                 ..proto::JoinResponse::default()
             };
-            say(&mut socket, Incoming::Join(join)).await;
+            send(&mut socket, Incoming::Join(join)).await;
             talk(socket).await;
         }
     })
@@ -86,14 +86,14 @@ fn encoded(message: Incoming) -> Vec<u8> {
     response.encode_to_vec()
 }
 
-async fn say(socket: &mut Socket, message: Incoming) {
+async fn send(socket: &mut ServerSocket, message: Incoming) {
     socket
         .send(Message::binary(encoded(message)))
         .await
         .unwrap();
 }
 
-async fn hear(socket: &mut Socket) -> Option<Outgoing> {
+async fn recv(socket: &mut ServerSocket) -> Option<Outgoing> {
     loop {
         match socket.next().await? {
             Ok(Message::Binary(bytes)) => {
@@ -120,9 +120,9 @@ fn sid(message: &Incoming) -> &str {
 
 #[tokio::test]
 async fn every_refused_upgrade_keeps_status_text_and_retry_after() {
-    for case in REFUSALS {
-        match error_of(&Server::answering(case.answer).await).await {
-            SignalError::Refused(refusal) => assert_eq!(refusal, case.refusal()),
+    for case in REJECTIONS {
+        match error_of(&TestServer::answering(case.answer).await).await {
+            SignalError::Refused(refusal) => assert_eq!(refusal, case.rejection()),
             other => panic!("{other}"),
         }
     }
@@ -130,7 +130,7 @@ async fn every_refused_upgrade_keeps_status_text_and_retry_after() {
 
 #[tokio::test]
 async fn a_200_instead_of_an_upgrade_is_a_refusal_with_its_text() {
-    let server = Server::answering("HTTP/1.1 200 OK\r\n\r\n<html>Please sign in").await;
+    let server = TestServer::answering("HTTP/1.1 200 OK\r\n\r\n<html>Please sign in").await;
     match error_of(&server).await {
         SignalError::Refused(refusal) => {
             assert_eq!(refusal.status, 200);
@@ -142,7 +142,7 @@ async fn a_200_instead_of_an_upgrade_is_a_refusal_with_its_text() {
 
 #[tokio::test]
 async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
-    let error = error_of(&Server::quoting_the_token().await).await;
+    let error = error_of(&TestServer::quoting_the_token().await).await;
     let shown = format!("{error} {error:?}");
     assert!(shown.contains("invalid token"), "{shown}");
     assert!(!shown.contains("eyJ") && !shown.contains(SECRET), "{shown}");
@@ -151,7 +151,7 @@ async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
 #[tokio::test]
 async fn the_token_travels_in_a_header_and_never_in_the_url() {
     let (heads, mut seen) = mpsc::channel(1);
-    let server = Server::start(move |mut stream| {
+    let server = TestServer::start(move |mut stream| {
         let heads = heads.clone();
         async move { heads.send(read_request(&mut stream).await).await.unwrap() }
     })
@@ -170,7 +170,7 @@ async fn the_token_travels_in_a_header_and_never_in_the_url() {
 
 #[tokio::test]
 async fn an_answer_with_a_wrong_accept_key_is_no_websocket() {
-    let server = Server::answering(
+    let server = TestServer::answering(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
              Sec-WebSocket-Accept: bm90IHRoZSBrZXk=\r\n\r\n",
     )
@@ -186,7 +186,7 @@ async fn an_upgrade_or_a_join_without_an_answer_is_a_join_timeout() {
         std::future::pending::<()>().await;
     })
     .await;
-    for server in [Server::silent().await, accepts_and_waits] {
+    for server in [TestServer::silent().await, accepts_and_waits] {
         let (result, requested) =
             connect_within(&server.endpoint(), Duration::from_millis(500)).await;
         assert!(requested.is_some());
@@ -197,7 +197,7 @@ async fn an_upgrade_or_a_join_without_an_answer_is_a_join_timeout() {
 
 #[tokio::test]
 async fn a_handshake_without_an_answer_is_unreachable_and_nothing_was_requested() {
-    let server = Server::silent().await;
+    let server = TestServer::silent().await;
     let endpoint = endpoint(&format!("wss://{}", server.address));
     let (result, requested) = connect_within(&endpoint, Duration::from_millis(100)).await;
     assert_eq!(requested, None);
@@ -215,7 +215,7 @@ async fn leave_before_the_join_response_tells_its_reason() {
             reason: proto::DisconnectReason::JoinFailure.into(),
             ..proto::LeaveRequest::default()
         };
-        say(&mut socket, Incoming::Leave(leave)).await;
+        send(&mut socket, Incoming::Leave(leave)).await;
     })
     .await;
     let error = error_of(&server).await;
@@ -246,7 +246,7 @@ async fn a_join_through_tls_knows_both_ends_of_the_connection() {
     let authority = Authority::new();
     let acceptor = authority.acceptor("localhost", 2999);
     let (peers, mut seen) = mpsc::channel(1);
-    let server = Server::start(move |stream| {
+    let server = TestServer::start(move |stream| {
         let (acceptor, peers) = (acceptor.clone(), peers.clone());
         async move {
             peers.send(stream.peer_addr().unwrap()).await.unwrap();
@@ -260,7 +260,7 @@ async fn a_join_through_tls_knows_both_ends_of_the_connection() {
     .await;
     let url = format!("wss://localhost:{}", server.address.port());
     let endpoint = Endpoint::new(&url.parse().unwrap(), Some(authority.pem.path())).unwrap();
-    let (result, requested) = connect_within(&endpoint, LONG).await;
+    let (result, requested) = connect_within(&endpoint, TIMEOUT).await;
     let joined = result.unwrap();
     assert_eq!(joined.local, seen.recv().await.unwrap());
     assert_eq!(joined.peer, server.address);
@@ -269,7 +269,7 @@ async fn a_join_through_tls_knows_both_ends_of_the_connection() {
 
 #[tokio::test]
 async fn what_comes_with_the_upgrade_in_one_segment_is_not_lost() {
-    let server = Server::start(|mut stream| async move {
+    let server = TestServer::start(|mut stream| async move {
         let head = read_request(&mut stream).await;
         let key = head
             .lines()
@@ -298,7 +298,7 @@ fn frame(payload: &[u8]) -> Vec<u8> {
     [&[0x82, length], payload].concat()
 }
 
-async fn protocol_error(server: &Server) -> String {
+async fn protocol_error(server: &TestServer) -> String {
     let mut joined = join(server).await;
     loop {
         match joined.signal.recv().await {
@@ -342,9 +342,9 @@ async fn a_flood_is_refused_with_its_figures() {
 #[test]
 fn a_second_of_many_messages_does_not_count_against_the_next() {
     let start = Instant::now();
-    let mut rate = Rate::new(start);
+    let mut rate = MessageRate::new(start);
     for second in 0..5 {
-        for _ in 0..RATE_LIMIT {
+        for _ in 0..MAX_MESSAGES_PER_SECOND {
             rate.count(start + Duration::from_secs(second)).unwrap();
         }
     }
@@ -391,7 +391,7 @@ async fn last_words_of_the_server_are_read_after_a_write_that_found_the_connecti
                     reason: proto::DisconnectReason::RoomDeleted.into(),
                     ..proto::LeaveRequest::default()
                 };
-                say(&mut socket, Incoming::Leave(leave)).await;
+                send(&mut socket, Incoming::Leave(leave)).await;
                 let frame = CloseFrame {
                     code: 1011.into(),
                     reason: "no more".into(),
@@ -426,7 +426,7 @@ async fn last_words_of_the_server_are_read_after_a_write_that_found_the_connecti
 #[tokio::test]
 async fn a_server_that_answers_no_pings_is_given_up() {
     let server =
-        joining(|mut socket| async move { while hear(&mut socket).await.is_some() {} }).await;
+        joining(|mut socket| async move { while recv(&mut socket).await.is_some() {} }).await;
     let mut joined = join(&server).await;
     tokio::time::pause();
     let error = joined.signal.recv().await.unwrap_err();
@@ -442,7 +442,7 @@ async fn a_quiet_connection_lives_as_long_as_pings_are_answered() {
         // Ten pings take 50 s, thrice the deadline.
         for _ in 0..10 {
             let timestamp = loop {
-                match hear(&mut socket).await.unwrap() {
+                match recv(&mut socket).await.unwrap() {
                     Outgoing::PingReq(ping) => break ping.timestamp,
                     other => assert!(matches!(other, Outgoing::Ping(_)), "{other:?}"),
                 }
@@ -451,9 +451,9 @@ async fn a_quiet_connection_lives_as_long_as_pings_are_answered() {
                 last_ping_timestamp: timestamp,
                 timestamp,
             };
-            say(&mut socket, Incoming::PongResp(pong)).await;
+            send(&mut socket, Incoming::PongResp(pong)).await;
         }
-        say(&mut socket, update("TR_alive")).await;
+        send(&mut socket, update("TR_alive")).await;
         std::future::pending::<()>().await;
     })
     .await;
@@ -489,9 +489,9 @@ async fn quickest_pong_tells_the_servers_clock() {
     let clock = pong(10_000, 60, 1_010_059).unwrap();
     for (stamp, ours) in [(1_000_600, 600), (1_007_000, 7_000)] {
         let expected = start + Duration::from_millis(ours);
-        assert_eq!(clock.ours(stamp), Some(expected), "{stamp}");
+        assert_eq!(clock.to_local(stamp), Some(expected), "{stamp}");
     }
-    assert_eq!(clock.ours(0), None);
+    assert_eq!(clock.to_local(0), None);
 }
 
 #[tokio::test]
@@ -525,8 +525,8 @@ async fn no_message_is_lost_when_recv_is_cancelled_over_and_over() {
 #[tokio::test]
 async fn a_refreshed_token_never_leaves_the_connection() {
     let server = joining(|mut socket| async move {
-        say(&mut socket, Incoming::RefreshToken("eyJ".to_owned())).await;
-        say(&mut socket, update("TR_next")).await;
+        send(&mut socket, Incoming::RefreshToken("eyJ".to_owned())).await;
+        send(&mut socket, update("TR_next")).await;
         std::future::pending::<()>().await;
     })
     .await;
@@ -561,8 +561,8 @@ async fn sending_to_a_server_that_reads_nothing_fails_instead_of_waiting() {
 #[tokio::test]
 async fn what_the_socket_did_not_take_at_once_is_written_while_receiving() {
     let server = joining(|mut socket| async move {
-        while let Some(Outgoing::Offer(_)) = hear(&mut socket).await {}
-        say(&mut socket, update("TR_all_heard")).await;
+        while let Some(Outgoing::Offer(_)) = recv(&mut socket).await {}
+        send(&mut socket, update("TR_all_heard")).await;
         std::future::pending::<()>().await;
     })
     .await;
@@ -583,14 +583,14 @@ async fn leaving_tells_the_server_why_and_waits_for_its_close() {
         let requests = requests.clone();
         async move {
             requests
-                .send(hear(&mut socket).await.unwrap())
+                .send(recv(&mut socket).await.unwrap())
                 .await
                 .unwrap();
-            assert!(hear(&mut socket).await.is_none());
+            assert!(recv(&mut socket).await.is_none());
         }
     })
     .await;
-    join(&server).await.signal.leave(LONG).await;
+    join(&server).await.signal.leave(TIMEOUT).await;
     match seen.recv().await.unwrap() {
         Outgoing::Leave(leave) => {
             assert_eq!(leave.reason(), proto::DisconnectReason::ClientInitiated);
