@@ -3,13 +3,14 @@
 //! It knows no metrics and no HTTP.
 
 use std::collections::HashMap;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use chrono::{DateTime, SubsecRound, Utc};
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesOrdered;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
@@ -20,20 +21,42 @@ use crate::guard::{Guard, RoomPermits, worst_cases};
 use crate::history::Reservation;
 use crate::livekit::RoomName;
 use crate::livekit::engine::panic_message;
-use crate::probe::driver::{self, Context, HoldUntil};
-use crate::probe::{Failure, Milestone, Outcome, Position, Progress, Reason, Report};
-use crate::report::{BatchReport, Denial, NotOpened, ProbeReport};
+use crate::probe::driver::{self, Context, Emit, HoldUntil};
+use crate::probe::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason};
+use crate::report::{BatchReport, Denial, NotOpened};
 
 mod ramp;
 
 use ramp::{Plan, Ramp};
 
-/// What a batch tells while it runs.
+/// What happens in a batch, in order. `index` counts its rooms from 0, in the order of opening.
 #[derive(Debug, Clone)]
 pub enum BatchEvent {
-    Opened { index: usize, room: RoomName },
-    Progress { index: usize, progress: Progress },
-    Ended { index: usize, report: Box<Report> },
+    /// No room is open yet: the batch may still wait for its rooms.
+    Started {
+        batch_id: String,
+        target: String,
+    },
+    RoomOpened {
+        index: usize,
+        room: RoomName,
+    },
+    Probe {
+        index: usize,
+        event: ProbeEvent,
+    },
+    /// The probe has ended; no event of this room follows.
+    RoomClosed {
+        index: usize,
+        report: Box<ProbeReport>,
+    },
+    Ended(Arc<BatchReport>),
+}
+
+/// The most events that a batch of so many rooms emits.
+pub fn max_events(rooms: usize) -> usize {
+    // The batch's start and end; each room's opening, progress and closing.
+    2 + rooms * (ProbeEvent::MAX_PER_PROBE + 2)
 }
 
 /// Runs one batch to its end; a cancelled `abort` ends it early, every probe `aborted`, every room deleted.
@@ -41,7 +64,7 @@ pub enum BatchEvent {
 /// It starts once the project's `guard` has places for its rooms, and asks it before each of them. Without a guard every
 /// room may open, and none is journalled.
 ///
-/// `events` never holds the batch up: what a slow or gone reader can't take is lost to it, but not to the report.
+/// `on_event` is called with each event as soon as the batch knows of it. It must not block: the batch waits for it.
 /// Dropping the future drops the probes, and the janitor deletes their rooms.
 pub async fn run(
     batch_id: String,
@@ -49,10 +72,14 @@ pub async fn run(
     context: Context,
     guard: Option<Guard>,
     abort: CancellationToken,
-    events: mpsc::Sender<BatchEvent>,
-) -> BatchReport {
-    let rails = Rails::of(target, &context.target, &context.project, guard, &abort).await;
-    let max_rooms = rails.places.as_ref().map(RoomPermits::count);
+    mut on_event: impl FnMut(&BatchEvent),
+) -> Arc<BatchReport> {
+    on_event(&BatchEvent::Started {
+        batch_id: batch_id.clone(),
+        target: target.to_owned(),
+    });
+    let admission = Admission::wait(target, &context.target, &context.project, guard, &abort).await;
+    let max_rooms = admission.places.as_ref().map(RoomPermits::count);
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
         rooms: context.target.batch.rooms,
@@ -63,26 +90,28 @@ pub async fn run(
         hold: context.target.batch.hold,
         stop_after_no_shows: context.target.batch.stop_after_no_shows,
     };
-    let open = |index, opening: Opening| {
+    let start_probe = |index, start: ProbeStart| {
         driver::run(
             context.of_room(index),
-            opening.room,
-            opening.position,
-            opening.hold_until,
-            opening.abort,
-            opening.progress,
+            start.room,
+            start.position,
+            start.hold_until,
+            start.abort,
+            start.emit,
         )
     };
-    let running = Running::new(plan, rails, abort, events, open);
-    let (probes, not_opened) = running.run().await;
-    BatchReport {
+    let runner = BatchRunner::new(plan, admission, abort, start_probe, &mut on_event);
+    let (probes, not_opened) = runner.run().await;
+    let report = Arc::new(BatchReport {
         batch_id,
         target: target.to_owned(),
         started_at,
         ended_at: Utc::now().trunc_subsecs(6),
         probes,
         not_opened,
-    }
+    });
+    on_event(&BatchEvent::Ended(Arc::clone(&report)));
+    report
 }
 
 /// Sorts by time; unique across processes.
@@ -119,16 +148,16 @@ fn base32(mut bits: u64, digits: usize) -> String {
 }
 
 /// What a probe is started with.
-struct Opening {
+struct ProbeStart {
     room: RoomName,
     position: Position,
     hold_until: HoldUntil,
     abort: CancellationToken,
-    progress: mpsc::Sender<Progress>,
+    emit: Emit,
 }
 
 /// What the project's guard grants a batch; everything where there is none.
-struct Rails {
+struct Admission {
     guard: Option<Guard>,
     /// Held until the batch has ended.
     places: Option<RoomPermits>,
@@ -136,9 +165,9 @@ struct Rails {
     worst_cases: Vec<Duration>,
 }
 
-impl Rails {
+impl Admission {
     /// Waits until the batch may hold its rooms open. An abort ends the wait: nothing opens after it.
-    async fn of(
+    async fn wait(
         name: &str,
         target: &Target,
         project: &Project,
@@ -160,7 +189,7 @@ impl Rails {
         }
     }
 
-    fn reserve(&self, index: usize) -> BoxFuture<'static, Asked> {
+    fn reserve(&self, index: usize) -> BoxFuture<'static, Admitted> {
         let (guard, target) = (self.guard.clone(), self.target.clone());
         let worst_case = self.worst_cases.get(index).copied().unwrap_or_default();
         let room = new_room_name();
@@ -169,7 +198,7 @@ impl Rails {
                 Some(guard) => guard.reserve(&room, &target, worst_case).await.map(Some),
                 None => Ok(None),
             };
-            Asked {
+            Admitted {
                 index,
                 room,
                 reservation,
@@ -187,69 +216,62 @@ impl Rails {
 }
 
 /// Whether a room may open.
-struct Asked {
+struct Admitted {
     index: usize,
     room: RoomName,
     reservation: Result<Option<Reservation>, Denial>,
 }
 
-struct OpenedProbe {
+/// A probe that was started, and its report once it has ended.
+struct ActiveProbe {
     room: RoomName,
-    /// When it was opened, on both clocks.
-    opened: (DateTime<Utc>, Instant),
+    opened_at: DateTime<Utc>,
     hold_until: watch::Sender<Option<Instant>>,
     /// Until the probe has ended; dropped before that, the room's worst case stands.
     reservation: Option<Reservation>,
-    report: Option<Report>,
-}
-
-impl OpenedProbe {
-    /// Its start is the zero of its milestones, on the wall clock: on a busy machine its task runs some time after it
-    /// was opened.
-    fn into_report(self) -> ProbeReport {
-        let report = self.report.expect("every task has ended with a report");
-        let (wall, clock) = self.opened;
-        let started = report.timeline.get(Milestone::Started).unwrap_or(clock);
-        let started_at = wall + started.saturating_duration_since(clock);
-        ProbeReport {
-            report,
-            started_at: started_at.trunc_subsecs(6),
-        }
-    }
+    report: Option<ProbeReport>,
 }
 
 /// A batch at work: the thin loop around [`Ramp`] that owns the probes' tasks.
-struct Running<F> {
+struct BatchRunner<F, E> {
     ramp: Ramp,
-    rails: Rails,
-    open: F,
+    admission: Admission,
+    start_probe: F,
     abort: CancellationToken,
-    events: mpsc::Sender<BatchEvent>,
+    on_event: E,
+    /// The events of all probes; the one channel of a batch.
+    events: mpsc::Receiver<BatchEvent>,
+    events_tx: mpsc::Sender<BatchEvent>,
     /// Rooms that the guard is asked for, in the order of opening.
-    asked: FuturesOrdered<BoxFuture<'static, Asked>>,
-    probes: Vec<OpenedProbe>,
-    tasks: JoinSet<Report>,
+    asked: FuturesOrdered<BoxFuture<'static, Admitted>>,
+    probes: Vec<ActiveProbe>,
+    tasks: JoinSet<ProbeReport>,
     index_of: HashMap<task::Id, usize>,
 }
 
-impl<F, Fut> Running<F>
+impl<F, Fut, E> BatchRunner<F, E>
 where
-    F: Fn(usize, Opening) -> Fut,
-    Fut: Future<Output = Report> + Send + 'static,
+    F: Fn(usize, ProbeStart) -> Fut,
+    Fut: Future<Output = ProbeReport> + Send + 'static,
+    E: FnMut(&BatchEvent),
 {
     fn new(
         plan: Plan,
-        rails: Rails,
+        admission: Admission,
         abort: CancellationToken,
-        events: mpsc::Sender<BatchEvent>,
-        open: F,
+        start_probe: F,
+        on_event: E,
     ) -> Self {
+        // A place for all that the probes can emit: none of them ever waits, and nothing is lost.
+        let (events_tx, events) = mpsc::channel(max_events(plan.rooms));
         Self {
             ramp: Ramp::new(plan),
-            rails,
-            open,
+            admission,
+            start_probe,
             abort,
+            on_event,
             events,
+            events_tx,
             asked: FuturesOrdered::new(),
             probes: Vec::new(),
             tasks: JoinSet::new(),
@@ -258,7 +280,6 @@ where
     }
 
     async fn run(mut self) -> (Vec<ProbeReport>, Option<NotOpened>) {
-        let (told, mut progress) = mpsc::channel(Progress::MOST);
         let abort = self.abort.clone();
         loop {
             let aborted = abort.is_cancelled();
@@ -266,101 +287,105 @@ where
                 self.ramp.halt("the batch was aborted".to_owned());
             }
             while let Some(index) = self.ramp.open_next(Instant::now()) {
-                self.asked.push_back(self.rails.reserve(index));
+                self.asked.push_back(self.admission.reserve(index));
             }
             if self.ramp.halted {
                 self.asked = FuturesOrdered::new();
-                self.ramp.stages.truncate(self.probes.len());
+                self.ramp.rooms.truncate(self.probes.len());
             }
             self.hold_together_once_over();
             let due = self.ramp.due();
             if self.tasks.is_empty() && self.asked.is_empty() && due.is_none() {
                 break;
             }
-            // Progress before endings: a probe has told all of its progress before its task ends.
             tokio::select! {
                 biased;
                 () = abort.cancelled(), if !aborted => {}
-                Some((index, progress)) = progress.recv() => self.progressed(index, progress),
-                Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
-                Some(asked) = self.asked.next() => self.answered(asked, told.clone()),
+                Some(event) = self.events.recv() => self.handle(event),
+                Some(ended) = self.tasks.join_next_with_id() => self.probe_ended(ended),
+                Some(admitted) = self.asked.next() => self.admitted(admitted),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
             }
         }
-        self.tell_guard_of_no_rejection();
-        let reports = self.probes.into_iter().map(OpenedProbe::into_report);
+        self.report_no_rejection();
+        let reports = self
+            .probes
+            .into_iter()
+            .map(|probe| probe.report.expect("every task has ended with a report"));
         (reports.collect(), self.ramp.not_opened())
     }
 
-    fn answered(&mut self, asked: Asked, told: mpsc::Sender<(usize, Progress)>) {
-        match asked.reservation {
-            Ok(reservation) => self.open(asked.index, asked.room, reservation, told),
+    fn admitted(&mut self, admitted: Admitted) {
+        match admitted.reservation {
+            Ok(reservation) => self.open(admitted.index, admitted.room, reservation),
             Err(refusal) => self.ramp.refused(refusal),
         }
     }
 
-    fn open(
-        &mut self,
-        index: usize,
-        room: RoomName,
-        mut reservation: Option<Reservation>,
-        told: mpsc::Sender<(usize, Progress)>,
-    ) {
+    fn open(&mut self, index: usize, room: RoomName, mut reservation: Option<Reservation>) {
         if let Some(reservation) = &mut reservation {
             reservation.opened();
         }
         let (hold_until, held) = watch::channel(None);
-        let (progress, seen) = mpsc::channel(Progress::MOST);
-        self.probes.push(OpenedProbe {
+        self.probes.push(ActiveProbe {
             room: room.clone(),
-            opened: (Utc::now(), Instant::now()),
+            opened_at: Utc::now().trunc_subsecs(6),
             hold_until,
             reservation,
             report: None,
         });
-        self.tell(BatchEvent::Opened {
+        self.handle(BatchEvent::RoomOpened {
             index,
             room: room.clone(),
         });
-        let probe = (self.open)(
-            index,
-            Opening {
-                room,
-                position: position(index),
-                hold_until: held,
-                abort: self.abort.clone(),
-                progress,
-            },
-        );
-        let task = self.tasks.spawn(forward(index, probe, seen, told));
+        let start = ProbeStart {
+            room,
+            position: position(index),
+            hold_until: held,
+            abort: self.abort.clone(),
+            emit: emit_to(self.events_tx.clone(), index),
+        };
+        let task = self.tasks.spawn((self.start_probe)(index, start));
         self.index_of.insert(task.id(), index);
     }
 
-    fn progressed(&mut self, index: usize, progress: Progress) {
-        match &progress {
-            Progress::JoinSettled { joined: true } => self.ramp.joined(index),
-            Progress::Settled {
+    /// The ramp sees an event first, then `on_event`.
+    fn handle(&mut self, event: BatchEvent) {
+        if let BatchEvent::Probe { index, event } = &event {
+            self.advance(*index, event);
+        }
+        (self.on_event)(&event);
+    }
+
+    fn advance(&mut self, index: usize, event: &ProbeEvent) {
+        match event {
+            ProbeEvent::JoinDecided { joined: true } => self.ramp.joined(index),
+            ProbeEvent::OutcomeDecided {
                 outcome,
                 retry_after,
             } => {
-                self.ramp.settled(index, outcome);
-                self.rails.rejected(outcome, *retry_after);
+                self.ramp.outcome_decided(index, outcome);
+                self.admission.rejected(outcome, *retry_after);
             }
-            Progress::Reached {
+            ProbeEvent::Reached {
                 milestone: Milestone::AgentJoined,
                 at,
             } if self.ramp.plan.stay == Stay::OneByOne => {
                 self.hold(index, *at + self.ramp.plan.hold);
             }
-            Progress::JoinSettled { joined: false } | Progress::Reached { .. } => {}
+            ProbeEvent::JoinDecided { joined: false } | ProbeEvent::Reached { .. } => {}
         }
-        self.tell(BatchEvent::Progress { index, progress });
     }
 
-    fn ended(&mut self, ended: Result<(task::Id, Report), JoinError>) {
+    fn probe_ended(&mut self, ended: Result<(task::Id, ProbeReport), JoinError>) {
+        // On another thread the probe may have emitted its last events after the channel was looked at.
+        while let Ok(event) = self.events.try_recv() {
+            self.handle(event);
+        }
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
         let index = self.index_of[&id];
-        let reservation = self.probes[index].reservation.take();
+        let probe = &mut self.probes[index];
+        let reservation = probe.reservation.take();
         let report = match ended {
             Ok((_, report)) => {
                 if let Some(reservation) = reservation {
@@ -369,19 +394,19 @@ where
                 report
             }
             // Nobody knows what its agent did: its worst case stands.
-            Err(error) => crashed(self.probes[index].room.clone(), position(index), error),
+            Err(error) => crashed(probe, position(index), error),
         };
+        probe.report = Some(report.clone());
         self.ramp.ended(index, &report.outcome);
-        self.tell(BatchEvent::Ended {
+        self.handle(BatchEvent::RoomClosed {
             index,
-            report: Box::new(report.clone()),
+            report: Box::new(report),
         });
-        self.probes[index].report = Some(report);
     }
 
-    fn tell_guard_of_no_rejection(&self) {
+    fn report_no_rejection(&self) {
         let mut reports = self.probes.iter().filter_map(|probe| probe.report.as_ref());
-        if let Some(places) = &self.rails.places
+        if let Some(places) = &self.admission.places
             && !self.probes.is_empty()
             && !reports.any(|report| report.outcome.is_plan_limit())
         {
@@ -406,16 +431,20 @@ where
             first
         });
     }
+}
 
-    fn tell(&self, event: BatchEvent) {
-        if self.events.try_send(event).is_err() {
-            tracing::trace!("the reader of the batch's progress is slow or gone");
+/// Sends a probe's events to its batch; never waits.
+fn emit_to(events: mpsc::Sender<BatchEvent>, index: usize) -> Emit {
+    Box::new(move |event| {
+        // A batch that is gone has no use for them.
+        if let Err(TrySendError::Full(lost)) = events.try_send(BatchEvent::Probe { index, event }) {
+            tracing::warn!(?lost, "an event was lost: its channel is too small");
         }
-    }
+    })
 }
 
 /// Where the room's deletion is not known, its agent may stay on in it: then not less than the worst case.
-fn settle(reservation: Reservation, report: &Report) {
+fn settle(reservation: Reservation, report: &ProbeReport) {
     let billed = match report.billed() {
         Some(billed) if report.timeline.get(Milestone::RoomDeleted).is_none() => {
             billed.max(reservation.worst_case())
@@ -433,34 +462,9 @@ fn position(index: usize) -> Position {
     }
 }
 
-/// Runs a probe and passes on what it tells, in order and before its end.
-async fn forward(
-    index: usize,
-    probe: impl Future<Output = Report>,
-    mut seen: mpsc::Receiver<Progress>,
-    told: mpsc::Sender<(usize, Progress)>,
-) -> Report {
-    let mut probe = std::pin::pin!(probe);
-    let report = loop {
-        tokio::select! {
-            biased;
-            Some(progress) = seen.recv() => pass_on(&told, index, progress).await,
-            report = &mut probe => break report,
-        }
-    };
-    while let Ok(progress) = seen.try_recv() {
-        pass_on(&told, index, progress).await;
-    }
-    report
-}
-
-async fn pass_on(told: &mpsc::Sender<(usize, Progress)>, index: usize, progress: Progress) {
-    let sent = told.send((index, progress)).await;
-    sent.expect("the batch reads until its last probe has ended");
-}
-
 /// The report of a probe whose task panicked, past the driver's own guard.
-fn crashed(room: RoomName, position: Position, error: JoinError) -> Report {
+fn crashed(probe: &ActiveProbe, position: Position, error: JoinError) -> ProbeReport {
+    let room = probe.room.clone();
     let detail = match error.try_into_panic() {
         Ok(panic) => {
             let text = panic_message(&*panic).unwrap_or("no message");
@@ -473,7 +477,7 @@ fn crashed(room: RoomName, position: Position, error: JoinError) -> Report {
         reason: Reason::Internal,
         detail,
     };
-    Report::new(room, position, Outcome::Failed(failure))
+    ProbeReport::new(room, position, probe.opened_at, Outcome::Failed(failure))
 }
 
 #[cfg(test)]

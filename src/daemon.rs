@@ -64,19 +64,9 @@ pub struct Launch {
     pub observer: Option<Observer>,
 }
 
-/// Called where it happens, so it must wait for nothing.
-pub type Observer = Arc<dyn Fn(Moment<'_>) + Send + Sync>;
-
-/// What an observer is told of a batch.
-#[derive(Debug, Clone, Copy)]
-pub enum Moment<'a> {
-    /// No room is open yet.
-    Beginning {
-        target: &'a str,
-    },
-    Event(&'a BatchEvent),
-    Ended(&'a Arc<BatchReport>),
-}
+/// Called with each event of every batch, in the batch's own task: it must not block. A batch that has ended is already in
+/// metrics and history.
+pub type Observer = Arc<dyn Fn(&BatchEvent) + Send + Sync>;
 
 /// What the outside wants of a running daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -396,9 +386,6 @@ impl Daemon {
         {
             return Err(NotBegun::Refused(refusal));
         }
-        if let Some(observer) = &self.observer {
-            observer(Moment::Beginning { target: name });
-        }
         let batch_id = batch::new_id();
         target.running = Some(batch_id.clone());
         let recorder = Recorder {
@@ -438,15 +425,12 @@ impl Daemon {
             }
         };
         let (name, batch_id) = self.running.remove(&id).expect("noted when it began");
-        if let (Some(report), Some(observer)) = (&report, &self.observer) {
-            observer(Moment::Ended(report));
-        }
         let target = self.targets.get_mut(&name);
         if let Some(target) = target.filter(|target| target.running == Some(batch_id)) {
             target.running = None;
             if let Some(report) = report.filter(|report| !report.opened_nothing()) {
                 let mut probes = report.probes.iter();
-                target.agent_known |= probes.any(|probe| probe.report.agent.is_some());
+                target.agent_known |= probes.any(|probe| probe.agent.is_some());
                 target.last_batch = Some(last_batch(&report));
             }
         }

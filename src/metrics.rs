@@ -16,8 +16,8 @@ use chrono::{DateTime, Utc};
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec};
 
 use crate::config::{Objectives, Period, Project, Target};
-use crate::probe::{LimitKind, Outcome, Position, Reason, Report, Span};
-use crate::report::{BatchReport, BatchResult, ProbeReport};
+use crate::probe::{LimitKind, Outcome, Position, ProbeReport, Reason, Span};
+use crate::report::{BatchReport, BatchResult};
 
 mod catalogue;
 mod family;
@@ -440,7 +440,7 @@ impl TargetMetrics {
     }
 
     /// Counts a probe whose outcome is final, once: no scrape sees a part of it.
-    pub fn probe(&self, report: &Report, objectives: &Objectives) {
+    pub fn probe(&self, report: &ProbeReport, objectives: &Objectives) {
         let series = self.moving();
         series.count_outcome(&report.outcome);
         let failure = report.outcome.failure();
@@ -471,7 +471,7 @@ impl TargetMetrics {
     pub fn batch(&self, report: &BatchReport, objectives: &Objectives) {
         let series = self.moving();
         for sli in Sli::ALL {
-            let bad = |probe: &ProbeReport| sli.judge(&probe.report, objectives) == Verdict::Bad;
+            let bad = |probe: &ProbeReport| sli.judge(probe, objectives) == Verdict::Bad;
             if report.probes.iter().any(bad) {
                 let label = [sli.label()];
                 series.bad_batches.with_label_values(&label).inc();
@@ -556,7 +556,7 @@ impl TargetSeries {
     }
 
     /// Whatever the outcome: delays of successes alone would flatter.
-    fn observe_delays(&self, report: &Report) {
+    fn observe_delays(&self, report: &ProbeReport) {
         let span = |span| report.timeline.span(span);
         if let Some(delay) = span(Span::AgentJoin).filter(|_| !report.join_upper_bound) {
             let position = [report.position.label()];

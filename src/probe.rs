@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
@@ -44,7 +45,9 @@ impl Position {
 
 /// Everything that one probe found out.
 #[derive(Debug, Clone)]
-pub struct Report {
+pub struct ProbeReport {
+    /// Wall clock of [`Milestone::Started`], in whole microseconds; for display.
+    pub started_at: DateTime<Utc>,
     pub room: RoomName,
     pub room_sid: Option<String>,
     pub position: Position,
@@ -63,10 +66,16 @@ pub struct Report {
     pub join_upper_bound: bool,
 }
 
-impl Report {
+impl ProbeReport {
     /// A report of nothing seen yet.
-    pub(crate) fn new(room: RoomName, position: Position, outcome: Outcome) -> Self {
+    pub(crate) fn new(
+        room: RoomName,
+        position: Position,
+        started_at: DateTime<Utc>,
+        outcome: Outcome,
+    ) -> Self {
         Self {
+            started_at,
             room,
             room_sid: None,
             position,
@@ -115,28 +124,28 @@ pub fn whole_minutes(session: Duration) -> Duration {
     MINUTE.saturating_mul(u32::try_from(whole).unwrap_or(u32::MAX))
 }
 
-/// What a probe tells while it runs, for live progress and for the ramp.
+/// What a probe emits while it runs, for live progress and for the ramp.
 #[derive(Debug, Clone)]
-pub enum Progress {
+pub enum ProbeEvent {
     Reached {
         milestone: Milestone,
         at: Instant,
     },
     /// The agent's join is decided, one way or the other: joined, deadline passed, or the probe failed before.
-    JoinSettled {
+    JoinDecided {
         joined: bool,
     },
     /// The outcome is final; leaving and deleting follow.
-    Settled {
+    OutcomeDecided {
         outcome: Outcome,
         /// What the answer asked for that ended the probe.
         retry_after: Option<Duration>,
     },
 }
 
-impl Progress {
-    /// The most that one probe tells: each milestone once, the join, the outcome.
-    pub const MOST: usize = Milestone::ALL.len() + 2;
+impl ProbeEvent {
+    /// Each milestone once, the join, the outcome.
+    pub const MAX_PER_PROBE: usize = Milestone::ALL.len() + 2;
 }
 
 #[cfg(test)]
@@ -144,9 +153,9 @@ mod tests {
     use super::*;
 
     /// A probe whose marks are seconds after its start.
-    fn report(marks: &[(Milestone, u64)]) -> Report {
+    fn report(marks: &[(Milestone, u64)]) -> ProbeReport {
         let room = RoomName("canary-0a1b2-1c3d4e5f6g7h8".to_owned());
-        let mut report = Report::new(room, Position::First, Outcome::Ok);
+        let mut report = ProbeReport::new(room, Position::First, Utc::now(), Outcome::Ok);
         let base = Instant::now();
         report.timeline.mark(Milestone::Started, base);
         for (milestone, seconds) in marks {

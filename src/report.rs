@@ -8,7 +8,7 @@ use chrono::{DateTime, Utc};
 use humantime::format_duration;
 
 use crate::config::Period;
-use crate::probe::{Outcome, Report, Span};
+use crate::probe::{Outcome, ProbeReport, Span};
 
 pub(crate) mod json;
 #[cfg(test)]
@@ -26,13 +26,6 @@ pub struct BatchReport {
     pub probes: Vec<ProbeReport>,
     /// Rooms of the batch that never opened, and why.
     pub not_opened: Option<NotOpened>,
-}
-
-#[derive(Debug, Clone)]
-pub struct ProbeReport {
-    pub report: Report,
-    /// Wall clock of the probe's start, for display.
-    pub started_at: DateTime<Utc>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +94,7 @@ impl BatchReport {
     /// A batch that was aborted is not judged by the rooms that had ended before; nor is one that never opened a room.
     pub fn result(&self) -> BatchResult {
         let any = |wanted: fn(&Outcome) -> bool| {
-            let mut outcomes = self.probes.iter().map(|probe| &probe.report.outcome);
+            let mut outcomes = self.probes.iter().map(|probe| &probe.outcome);
             outcomes.any(wanted)
         };
         let ok = any(|outcome| *outcome == Outcome::Ok);
@@ -136,14 +129,14 @@ impl BatchReport {
     /// The join delays are those of every probe whose agent joined, whatever its outcome, without upper bounds.
     pub fn summary(&self) -> Summary {
         let count = |wanted: fn(&Outcome) -> bool| {
-            let outcomes = self.probes.iter().map(|probe| &probe.report.outcome);
+            let outcomes = self.probes.iter().map(|probe| &probe.outcome);
             outcomes.filter(|outcome| wanted(outcome)).count()
         };
         let delays = self
             .probes
             .iter()
-            .filter(|probe| !probe.report.join_upper_bound)
-            .filter_map(|probe| probe.report.timeline.span(Span::AgentJoin));
+            .filter(|probe| !probe.join_upper_bound)
+            .filter_map(|probe| probe.timeline.span(Span::AgentJoin));
         Summary {
             ok: count(|outcome| matches!(outcome, Outcome::Ok)),
             failed: count(|outcome| matches!(outcome, Outcome::Failed(_))),

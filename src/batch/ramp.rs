@@ -20,9 +20,9 @@ pub(super) struct Plan {
     pub(super) stop_after_no_shows: usize,
 }
 
-/// How far an opened probe has come, as far as the ramp cares.
+/// How far an opened room has come, as far as the ramp cares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(super) enum RoomState {
     Joining,
     /// Its agent has joined, or its outcome is final: the next room may open beside it.
     Decided,
@@ -40,7 +40,7 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub(super) struct Ramp {
     pub(super) plan: Plan,
-    pub(super) stages: Vec<Stage>,
+    pub(super) rooms: Vec<RoomState>,
     /// When the last room opened.
     opened: Option<Instant>,
     /// Rooms without an agent since the last one with an agent.
@@ -60,7 +60,7 @@ impl Ramp {
     pub(super) fn new(plan: Plan) -> Self {
         Self {
             plan,
-            stages: Vec::new(),
+            rooms: Vec::new(),
             opened: None,
             no_shows: 0,
             stopped: None,
@@ -70,12 +70,12 @@ impl Ramp {
 
     /// Counts the next room as open and says its index, if it may open now.
     pub(super) fn open_next(&mut self, now: Instant) -> Option<usize> {
-        let index = self.stages.len();
+        let index = self.rooms.len();
         if !self.has_more() || !self.is_ready(now) {
             return None;
         }
         // Rooms that stay together only close once the ramp is over: waiting for a free place would be for ever.
-        let open = self.stages.iter().filter(|stage| **stage != Stage::Ended);
+        let open = self.rooms.iter().filter(|room| **room != RoomState::Ended);
         if open.count() >= self.plan.max_rooms {
             self.stop(format!(
                 "the project's max_rooms is {}",
@@ -83,22 +83,22 @@ impl Ramp {
             ));
             return None;
         }
-        self.stages.push(Stage::Joining);
+        self.rooms.push(RoomState::Joining);
         self.opened = Some(now);
         Some(index)
     }
 
     fn has_more(&self) -> bool {
-        self.stopped.is_none() && self.stages.len() < self.plan.rooms
+        self.stopped.is_none() && self.rooms.len() < self.plan.rooms
     }
 
     fn is_ready(&self, now: Instant) -> bool {
-        let Some(before) = self.stages.last() else {
+        let Some(before) = self.rooms.last() else {
             return true;
         };
         match (self.plan.ramp, self.plan.stay) {
-            (config::Ramp::AfterJoin, Stay::Together) => *before != Stage::Joining,
-            (config::Ramp::AfterJoin, Stay::OneByOne) => *before == Stage::Ended,
+            (config::Ramp::AfterJoin, Stay::Together) => *before != RoomState::Joining,
+            (config::Ramp::AfterJoin, Stay::OneByOne) => *before == RoomState::Ended,
             (config::Ramp::Interval, _) => self.due().is_some_and(|due| due <= now),
             (config::Ramp::Burst, _) => true,
         }
@@ -113,22 +113,22 @@ impl Ramp {
     }
 
     pub(super) fn joined(&mut self, index: usize) {
-        if self.stages[index] == Stage::Joining {
-            self.stages[index] = Stage::Decided;
+        if self.rooms[index] == RoomState::Joining {
+            self.rooms[index] = RoomState::Decided;
             self.no_shows = 0;
         }
     }
 
-    pub(super) fn settled(&mut self, index: usize, outcome: &Outcome) {
+    pub(super) fn outcome_decided(&mut self, index: usize, outcome: &Outcome) {
         if let Outcome::Failed(failure) = outcome
             && let Some(why) = stops_the_batch(failure)
         {
             self.halt(why.to_owned());
         }
-        if self.stages[index] != Stage::Joining {
+        if self.rooms[index] != RoomState::Joining {
             return;
         }
-        self.stages[index] = Stage::Decided;
+        self.rooms[index] = RoomState::Decided;
         self.no_shows += 1;
         if self.no_shows == self.plan.stop_after_no_shows {
             self.halt(match self.no_shows {
@@ -139,8 +139,8 @@ impl Ramp {
     }
 
     pub(super) fn ended(&mut self, index: usize, outcome: &Outcome) {
-        self.settled(index, outcome);
-        self.stages[index] = Stage::Ended;
+        self.outcome_decided(index, outcome);
+        self.rooms[index] = RoomState::Ended;
     }
 
     /// The first reason stands.
@@ -163,11 +163,11 @@ impl Ramp {
 
     /// No room opens any more, and every join is decided.
     pub(super) fn is_over(&self) -> bool {
-        !self.has_more() && !self.stages.contains(&Stage::Joining)
+        !self.has_more() && !self.rooms.contains(&RoomState::Joining)
     }
 
     pub(super) fn not_opened(self) -> Option<NotOpened> {
-        let rooms = self.plan.rooms - self.stages.len();
+        let rooms = self.plan.rooms - self.rooms.len();
         (rooms > 0).then(|| {
             let stop = self.stopped;
             let stop = stop.expect("a ramp ends early only where it was stopped");

@@ -10,7 +10,7 @@ use crate::history::History;
 use crate::probe::LimitKind;
 use crate::report::sample;
 
-type Probe = Pin<Box<dyn Future<Output = Report> + Send>>;
+type Probe = Pin<Box<dyn Future<Output = ProbeReport> + Send>>;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -41,31 +41,27 @@ fn failed(reason: Reason) -> Outcome {
     })
 }
 
-fn report(opening: &Opening, outcome: Outcome) -> Report {
-    Report::new(opening.room.clone(), opening.position, outcome)
+fn report(start: &ProbeStart, outcome: Outcome) -> ProbeReport {
+    ProbeReport::new(start.room.clone(), start.position, Utc::now(), outcome)
 }
 
-fn settled(outcome: Outcome) -> Progress {
-    Progress::Settled {
+fn settled(outcome: Outcome) -> ProbeEvent {
+    ProbeEvent::OutcomeDecided {
         outcome,
         retry_after: None,
     }
 }
 
-async fn say(opening: &Opening, progress: Progress) {
-    opening.progress.send(progress).await.unwrap();
-}
-
 /// The agent joins after `delay`; the probe ends when its hold is over or the batch is aborted.
-async fn joins(delay: Duration, mut opening: Opening) -> Report {
-    let abort = opening.abort.clone();
+async fn joins(delay: Duration, mut start: ProbeStart) -> ProbeReport {
+    let abort = start.abort.clone();
     let held = async {
         sleep(delay).await;
         let at = Instant::now();
         let milestone = Milestone::AgentJoined;
-        say(&opening, Progress::Reached { milestone, at }).await;
-        say(&opening, Progress::JoinSettled { joined: true }).await;
-        let until = opening
+        (start.emit)(ProbeEvent::Reached { milestone, at });
+        (start.emit)(ProbeEvent::JoinDecided { joined: true });
+        let until = start
             .hold_until
             .wait_for(Option::is_some)
             .await
@@ -76,18 +72,18 @@ async fn joins(delay: Duration, mut opening: Opening) -> Report {
         () = held => Outcome::Ok,
         () = abort.cancelled() => Outcome::Aborted,
     };
-    say(&opening, settled(outcome.clone())).await;
-    report(&opening, outcome)
+    (start.emit)(settled(outcome.clone()));
+    report(&start, outcome)
 }
 
 /// No agent comes: the outcome is known after `delay`, and the room is deleted 1 s later.
-async fn fails(delay: Duration, reason: Reason, opening: Opening) -> Report {
+async fn fails(delay: Duration, reason: Reason, start: ProbeStart) -> ProbeReport {
     sleep(delay).await;
-    say(&opening, Progress::JoinSettled { joined: false }).await;
+    (start.emit)(ProbeEvent::JoinDecided { joined: false });
     sleep(Duration::from_millis(5)).await;
-    say(&opening, settled(failed(reason))).await;
+    (start.emit)(settled(failed(reason)));
     sleep(SECOND).await;
-    report(&opening, failed(reason))
+    report(&start, failed(reason))
 }
 
 /// When a probe was opened and when it ended, in seconds since the batch began.
@@ -97,11 +93,11 @@ struct Ran {
     times: Vec<OpenedAndEnded>,
     outcomes: Vec<Outcome>,
     not_opened: Option<NotOpened>,
-    events: mpsc::Receiver<BatchEvent>,
+    events: Vec<BatchEvent>,
 }
 
-fn no_rails() -> Rails {
-    Rails {
+fn no_guard() -> Admission {
+    Admission {
         guard: None,
         places: None,
         target: "support".to_owned(),
@@ -112,26 +108,26 @@ fn no_rails() -> Rails {
 async fn run_scripted(
     plan: Plan,
     abort: CancellationToken,
-    script: impl Fn(usize, Opening) -> Probe,
+    script: impl Fn(usize, ProbeStart) -> Probe,
 ) -> Ran {
-    run_guarded(plan, no_rails(), abort, script).await
+    run_guarded(plan, no_guard(), abort, script).await
 }
 
 async fn run_guarded(
     plan: Plan,
-    rails: Rails,
+    admission: Admission,
     abort: CancellationToken,
-    script: impl Fn(usize, Opening) -> Probe,
+    script: impl Fn(usize, ProbeStart) -> Probe,
 ) -> Ran {
-    let (events, seen) = mpsc::channel(10_000);
+    let mut events = Vec::new();
     let times = Arc::new(Mutex::new(Vec::<OpenedAndEnded>::new()));
     let began = Instant::now();
-    let open = |index, opening| {
+    let open = |index, start| {
         times
             .lock()
             .unwrap()
             .push((began.elapsed().as_secs(), None));
-        let probe = script(index, opening);
+        let probe = script(index, start);
         let times = Arc::clone(&times);
         async move {
             let report = probe.await;
@@ -139,13 +135,15 @@ async fn run_guarded(
             report
         }
     };
-    let (probes, not_opened) = Running::new(plan, rails, abort, events, open).run().await;
-    let outcomes = probes.into_iter().map(|probe| probe.report.outcome);
+    let on_event = |event: &BatchEvent| events.push(event.clone());
+    let runner = BatchRunner::new(plan, admission, abort, open, on_event);
+    let (probes, not_opened) = runner.run().await;
+    let outcomes = probes.into_iter().map(|probe| probe.outcome);
     Ran {
         times: times.lock().unwrap().clone(),
         outcomes: outcomes.collect(),
         not_opened,
-        events: seen,
+        events,
     }
 }
 
@@ -156,7 +154,7 @@ fn why(ran: &Ran) -> (usize, &str) {
 
 #[tokio::test(start_paused = true)]
 async fn together_each_room_opens_on_the_join_before_and_all_end_hold_after_the_last_join() {
-    let script = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+    let script = |_, start| Box::pin(joins(2 * SECOND, start)) as Probe;
     let ran = run_scripted(plan(3, Stay::Together), CancellationToken::new(), script).await;
     assert_eq!(ran.times, [(0, Some(16)), (2, Some(16)), (4, Some(16))]);
     assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok, Outcome::Ok]);
@@ -167,7 +165,7 @@ async fn together_each_room_opens_on_the_join_before_and_all_end_hold_after_the_
 async fn one_by_one_never_has_two_rooms_open_and_holds_each_from_its_own_join() {
     let mut plan = plan(3, Stay::OneByOne);
     plan.max_rooms = 1;
-    let script = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+    let script = |_, start| Box::pin(joins(2 * SECOND, start)) as Probe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.times, [(0, Some(12)), (12, Some(24)), (24, Some(36))]);
     assert_eq!(ran.not_opened, None);
@@ -175,9 +173,9 @@ async fn one_by_one_never_has_two_rooms_open_and_holds_each_from_its_own_join() 
 
 #[tokio::test(start_paused = true)]
 async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_last_join() {
-    let script = |index, opening| match index {
-        1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, opening)) as Probe,
-        _ => Box::pin(joins(5 * SECOND, opening)),
+    let script = |index, start| match index {
+        1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, start)) as Probe,
+        _ => Box::pin(joins(5 * SECOND, start)),
     };
     let plan = plan_of(config::Ramp::Interval, 3);
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
@@ -188,7 +186,7 @@ async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_las
 
 #[tokio::test(start_paused = true)]
 async fn interval_outlasts_a_time_without_any_room_open() {
-    let script = |_, opening| Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+    let script = |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe;
     let mut plan = plan_of(config::Ramp::Interval, 3);
     plan.interval = 5 * SECOND;
     plan.stop_after_no_shows = 0;
@@ -199,21 +197,21 @@ async fn interval_outlasts_a_time_without_any_room_open() {
 #[tokio::test(start_paused = true)]
 async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
     let no_shows =
-        |_, opening| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+        |_, start| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, start)) as Probe;
     let plan = || plan_of(config::Ramp::Interval, 9);
     let ran = run_scripted(plan(), CancellationToken::new(), no_shows).await;
     // The second no-show is known 5 ms after the fourth room opened.
     assert_eq!(why(&ran), (5, "no agent came to 2 rooms in a row"));
 
     let limit = Reason::PlanLimit(LimitKind::Connections);
-    let rejected = move |index, opening| match index {
-        1 => Box::pin(fails(SECOND / 2, limit, opening)) as Probe,
-        _ => Box::pin(joins(20 * SECOND, opening)),
+    let rejected = move |index, start| match index {
+        1 => Box::pin(fails(SECOND / 2, limit, start)) as Probe,
+        _ => Box::pin(joins(20 * SECOND, start)),
     };
     let ran = run_scripted(plan(), CancellationToken::new(), rejected).await;
     assert_eq!(why(&ran), (7, "a plan limit was met"));
 
-    let all_join = |_, opening| Box::pin(joins(20 * SECOND, opening)) as Probe;
+    let all_join = |_, start| Box::pin(joins(20 * SECOND, start)) as Probe;
     let mut capped = plan();
     capped.max_rooms = 3;
     let ran = run_scripted(capped, CancellationToken::new(), all_join).await;
@@ -232,9 +230,9 @@ async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
 
 #[tokio::test(start_paused = true)]
 async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
-    let script = |index, opening| match index {
-        0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe,
-        _ => Box::pin(joins(2 * SECOND, opening)),
+    let script = |index, start| match index {
+        0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe,
+        _ => Box::pin(joins(2 * SECOND, start)),
     };
     let plan = plan_of(config::Ramp::Burst, 4);
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
@@ -247,21 +245,21 @@ async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
 async fn burst_of_two_hundred_loses_no_room_and_no_event() {
     let mut plan = plan_of(config::Ramp::Burst, 200);
     plan.max_rooms = 200;
-    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
-    let mut ran = run_scripted(plan, CancellationToken::new(), script).await;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes, vec![Outcome::Ok; 200]);
-    let mut ended = 0;
-    while let Ok(event) = ran.events.try_recv() {
-        ended += usize::from(matches!(event, BatchEvent::Ended { .. }));
-    }
-    assert_eq!(ended, 200);
+    let count =
+        |wanted: fn(&BatchEvent) -> bool| ran.events.iter().filter(|event| wanted(event)).count();
+    let emitted = |event: &BatchEvent| matches!(event, BatchEvent::Probe { .. });
+    let closed = |event: &BatchEvent| matches!(event, BatchEvent::RoomClosed { .. });
+    assert_eq!((count(emitted), count(closed)), (3 * 200, 200));
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_does_not_come_delays_the_next_room_only_until_the_outcome() {
-    let script = |index, opening| match index {
-        0 => Box::pin(fails(3 * SECOND, Reason::AgentNoShow, opening)) as Probe,
-        _ => Box::pin(joins(SECOND, opening)),
+    let script = |index, start| match index {
+        0 => Box::pin(fails(3 * SECOND, Reason::AgentNoShow, start)) as Probe,
+        _ => Box::pin(joins(SECOND, start)),
     };
     let ran = run_scripted(plan(3, Stay::Together), CancellationToken::new(), script).await;
     assert_eq!(ran.times, [(0, Some(4)), (3, Some(15)), (4, Some(15))]);
@@ -273,9 +271,9 @@ async fn an_agent_that_does_not_come_delays_the_next_room_only_until_the_outcome
 
 #[tokio::test(start_paused = true)]
 async fn no_shows_in_a_row_stop_the_ramp_and_a_join_between_starts_the_count_anew() {
-    let script = |index, opening| match index {
-        1 => Box::pin(joins(SECOND, opening)) as Probe,
-        _ => Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)),
+    let script = |index, start| match index {
+        1 => Box::pin(joins(SECOND, start)) as Probe,
+        _ => Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)),
     };
     let ran = run_scripted(plan(7, Stay::Together), CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes.len(), 4);
@@ -287,7 +285,7 @@ async fn no_shows_in_a_row_stop_the_ramp_and_a_join_between_starts_the_count_ane
 async fn no_number_of_no_shows_stops_the_ramp_where_the_guard_is_off() {
     let mut plan = plan(4, Stay::Together);
     plan.stop_after_no_shows = 0;
-    let script = |_, opening| Box::pin(fails(SECOND, Reason::DispatchUnanswered, opening)) as Probe;
+    let script = |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes.len(), 4);
     assert_eq!(ran.not_opened, None);
@@ -304,9 +302,9 @@ async fn after_a_rejection_no_room_opens_and_the_open_ones_are_held_to_their_end
         (Reason::ConfigRejected, "a setting was rejected"),
         (Reason::Unreachable, "the server could not be reached"),
     ] {
-        let script = |index, opening| match index {
-            1 => Box::pin(fails(SECOND, reason, opening)) as Probe,
-            _ => Box::pin(joins(2 * SECOND, opening)),
+        let script = |index, start| match index {
+            1 => Box::pin(fails(SECOND, reason, start)) as Probe,
+            _ => Box::pin(joins(2 * SECOND, start)),
         };
         let ran = run_scripted(plan(5, Stay::Together), CancellationToken::new(), script).await;
         assert_eq!(ran.times, [(0, Some(13)), (2, Some(4))]);
@@ -317,25 +315,25 @@ async fn after_a_rejection_no_room_opens_and_the_open_ones_are_held_to_their_end
 
 #[tokio::test(start_paused = true)]
 async fn a_panicking_probe_among_five_is_reported_by_its_room_and_harms_no_other() {
-    async fn panics(opening: Opening) -> Report {
-        let index = opening.room.clone();
-        drop(opening);
+    async fn panics(start: ProbeStart) -> ProbeReport {
+        let index = start.room.clone();
+        drop(start);
         sleep(SECOND).await;
         panic!("scripted fault in {index}");
     }
-    let script = |index, opening: Opening| match index {
-        2 => Box::pin(panics(opening)) as Probe,
-        _ => Box::pin(joins(SECOND, opening)),
+    let script = |index, start: ProbeStart| match index {
+        2 => Box::pin(panics(start)) as Probe,
+        _ => Box::pin(joins(SECOND, start)),
     };
     let mut ran = run_scripted(plan(5, Stay::Together), CancellationToken::new(), script).await;
     let crashed = ran.outcomes.remove(2);
     assert_eq!(ran.outcomes, vec![Outcome::Ok; 4]);
     let mut opened = Vec::new();
     let mut told = None;
-    while let Ok(event) = ran.events.try_recv() {
+    for event in ran.events {
         match event {
-            BatchEvent::Opened { room, .. } => opened.push(room),
-            BatchEvent::Ended { index: 2, report } => told = Some(report),
+            BatchEvent::RoomOpened { room, .. } => opened.push(room),
+            BatchEvent::RoomClosed { index: 2, report } => told = Some(report),
             _ => {}
         }
     }
@@ -351,9 +349,9 @@ async fn a_panicking_probe_among_five_is_reported_by_its_room_and_harms_no_other
 #[tokio::test(start_paused = true)]
 async fn an_abort_mid_ramp_opens_nothing_more_and_waits_for_every_probe() {
     let abort = CancellationToken::new();
-    let script = |index, opening| match index {
-        0 => Box::pin(fails(SECOND, Reason::AgentNoShow, opening)) as Probe,
-        _ => Box::pin(joins(2 * SECOND, opening)),
+    let script = |index, start| match index {
+        0 => Box::pin(fails(SECOND, Reason::AgentNoShow, start)) as Probe,
+        _ => Box::pin(joins(2 * SECOND, start)),
     };
     let stop = async {
         sleep(4 * SECOND).await;
@@ -376,17 +374,16 @@ async fn an_abort_mid_ramp_opens_nothing_more_and_waits_for_every_probe() {
 #[tokio::test(start_paused = true)]
 async fn a_dropped_batch_drops_its_probes_and_with_them_their_leases() {
     let (probe_lives, mut dropped) = mpsc::channel::<()>(1);
-    let open = move |_, opening| {
+    let open = move |_, start| {
         let alive = probe_lives.clone();
         async move {
-            let report = joins(SECOND, opening).await;
+            let report = joins(SECOND, start).await;
             drop(alive);
             report
         }
     };
-    let (events, _reader) = mpsc::channel(1);
     let plan = plan(3, Stay::Together);
-    let running = Running::new(plan, no_rails(), CancellationToken::new(), events, open);
+    let running = BatchRunner::new(plan, no_guard(), CancellationToken::new(), open, |_| {});
     let cut_short = tokio::time::timeout(3 * SECOND, running.run());
     assert!(cut_short.await.is_err());
     assert_eq!(dropped.recv().await, None);
@@ -396,7 +393,7 @@ async fn a_dropped_batch_drops_its_probes_and_with_them_their_leases() {
 async fn more_rooms_than_the_cap_are_named_as_not_opened() {
     let mut plan = plan(5, Stay::Together);
     plan.max_rooms = 3;
-    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes, vec![Outcome::Ok; 3]);
     assert_eq!(why(&ran), (2, "the project's max_rooms is 3"));
@@ -425,19 +422,19 @@ fn target(rooms: usize) -> config::Target {
     }
 }
 
-async fn rails(guard: &Guard) -> Rails {
-    Rails {
+async fn admission(guard: &Guard) -> Admission {
+    Admission {
         places: Some(guard.acquire(&target(2)).await),
         guard: Some(guard.clone()),
         worst_cases: vec![3 * MINUTE; 10],
-        ..no_rails()
+        ..no_guard()
     }
 }
 
 /// The agent joins, and is in the room for 70 s.
-async fn is_billed(opening: Opening) -> Report {
+async fn is_billed(start: ProbeStart) -> ProbeReport {
     let began = Instant::now();
-    let mut report = joins(SECOND, opening).await;
+    let mut report = joins(SECOND, start).await;
     report.timeline.mark(Milestone::AgentJoined, began);
     let deleted = began + 70 * SECOND;
     report.timeline.mark(Milestone::RoomDeleted, deleted);
@@ -452,9 +449,9 @@ fn used_minutes(guard: &Guard) -> u64 {
 async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
     for ramp in [config::Ramp::AfterJoin, config::Ramp::Burst] {
         let (guard, _) = guard(8);
-        let script = |_, opening| Box::pin(is_billed(opening)) as Probe;
+        let script = |_, start| Box::pin(is_billed(start)) as Probe;
         let abort = CancellationToken::new();
-        let ran = run_guarded(plan_of(ramp, 5), rails(&guard).await, abort, script).await;
+        let ran = run_guarded(plan_of(ramp, 5), admission(&guard).await, abort, script).await;
         assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok], "{ramp:?}");
         let not_opened = ran.not_opened.unwrap();
         let refusal = not_opened.refusal.unwrap();
@@ -469,9 +466,9 @@ async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
 async fn a_project_that_rests_opens_no_room_at_all() {
     let (guard, _) = guard(100);
     guard.record_rejection(LimitKind::ApiRate, None);
-    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
     let (plan, abort) = (plan(3, Stay::Together), CancellationToken::new());
-    let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+    let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
     assert_eq!(ran.outcomes, []);
     let not_opened = ran.not_opened.unwrap();
     assert_eq!(not_opened.rooms, 3);
@@ -481,23 +478,23 @@ async fn a_project_that_rests_opens_no_room_at_all() {
 
 #[tokio::test(start_paused = true)]
 async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_project() {
-    async fn is_rejected(opening: Opening) -> Report {
+    async fn is_rejected(start: ProbeStart) -> ProbeReport {
         sleep(SECOND).await;
         let outcome = failed(Reason::PlanLimit(LimitKind::Connections));
-        let progress = Progress::Settled {
+        let progress = ProbeEvent::OutcomeDecided {
             outcome: outcome.clone(),
             retry_after: Some(90 * SECOND),
         };
-        say(&opening, progress).await;
+        (start.emit)(progress);
         // Its room takes long to delete.
         sleep(20 * SECOND).await;
-        report(&opening, outcome)
+        report(&start, outcome)
     }
     let (guard, _) = guard(100);
-    let rejected = |_, opening| Box::pin(is_rejected(opening)) as Probe;
-    let joins = |_, opening| Box::pin(joins(2 * SECOND, opening)) as Probe;
+    let rejected = |_, start| Box::pin(is_rejected(start)) as Probe;
+    let joins = |_, start| Box::pin(joins(2 * SECOND, start)) as Probe;
     let plan = || plan(2, Stay::Together);
-    let (one, other) = (rails(&guard).await, rails(&guard).await);
+    let (one, other) = (admission(&guard).await, admission(&guard).await);
     let (one, other) = tokio::join!(
         run_guarded(plan(), one, CancellationToken::new(), rejected),
         run_guarded(plan(), other, CancellationToken::new(), joins),
@@ -515,12 +512,12 @@ async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_pro
 
 #[tokio::test(start_paused = true)]
 async fn every_end_of_a_probe_settles_its_room() {
-    async fn panics(_: Opening) -> Report {
+    async fn panics(_: ProbeStart) -> ProbeReport {
         sleep(SECOND).await;
         panic!("scripted")
     }
-    async fn is_not_deleted(opening: Opening) -> Report {
-        let mut report = joins(SECOND, opening).await;
+    async fn is_not_deleted(start: ProbeStart) -> ProbeReport {
+        let mut report = joins(SECOND, start).await;
         report.timeline.mark(Milestone::AgentJoined, Instant::now());
         report
     }
@@ -532,17 +529,17 @@ async fn every_end_of_a_probe_settles_its_room() {
     ] {
         let (guard, history) = guard(100);
         let seen = Arc::new(Mutex::new(None));
-        let script = |_, opening: Opening| {
-            *seen.lock().unwrap() = Some(opening.room.clone());
+        let script = |_, start: ProbeStart| {
+            *seen.lock().unwrap() = Some(start.room.clone());
             match what {
-                "an agent for 70 s" => Box::pin(is_billed(opening)) as Probe,
-                "no agent" => Box::pin(fails(SECOND, Reason::AgentNoShow, opening)),
-                "a panic" => Box::pin(panics(opening)),
-                _ => Box::pin(is_not_deleted(opening)),
+                "an agent for 70 s" => Box::pin(is_billed(start)) as Probe,
+                "no agent" => Box::pin(fails(SECOND, Reason::AgentNoShow, start)),
+                "a panic" => Box::pin(panics(start)),
+                _ => Box::pin(is_not_deleted(start)),
             }
         };
         let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
-        let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+        let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
         assert_eq!(ran.outcomes.len(), 1, "{what}");
         assert_eq!(used_minutes(&guard), minutes, "{what}");
         // Whoever vouches for the room is another.
@@ -554,10 +551,9 @@ async fn every_end_of_a_probe_settles_its_room() {
 #[tokio::test(start_paused = true)]
 async fn a_dropped_batch_leaves_its_rooms_at_their_worst_and_gives_its_places_back() {
     let (guard, _) = guard(100);
-    let (events, _reader) = mpsc::channel(1);
-    let open = |_, opening| is_billed(opening);
+    let open = |_, start| is_billed(start);
     let (plan, abort) = (plan(2, Stay::Together), CancellationToken::new());
-    let running = Running::new(plan, rails(&guard).await, abort, events, open);
+    let running = BatchRunner::new(plan, admission(&guard).await, abort, open, |_| {});
     let cut_short = tokio::time::timeout(3 * SECOND, running.run());
     assert!(cut_short.await.is_err());
     assert_eq!(used_minutes(&guard), 6);
@@ -570,9 +566,9 @@ async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
     let (guard, _) = guard(100);
     let abort = CancellationToken::new();
     abort.cancel();
-    let script = |_, opening| Box::pin(is_billed(opening)) as Probe;
+    let script = |_, start| Box::pin(is_billed(start)) as Probe;
     let plan = plan_of(config::Ramp::Burst, 3);
-    let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+    let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
     assert_eq!(ran.outcomes, []);
     assert_eq!(why(&ran), (3, "the batch was aborted"));
     assert_eq!(used_minutes(&guard), 0);
@@ -589,11 +585,11 @@ async fn an_abort_ends_the_wait_for_places_and_nothing_opens() {
         abort.cancel();
     };
     let settings = target(1);
-    let waiting = Rails::of("support", &settings, &project, Some(guard), &abort);
-    let (rails, ()) = tokio::join!(waiting, stop);
-    assert!(rails.places.is_none());
-    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
-    let ran = run_guarded(plan(1, Stay::Together), rails, abort, script).await;
+    let waiting = Admission::wait("support", &settings, &project, Some(guard), &abort);
+    let (admission, ()) = tokio::join!(waiting, stop);
+    assert!(admission.places.is_none());
+    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let ran = run_guarded(plan(1, Stay::Together), admission, abort, script).await;
     assert_eq!(why(&ran), (1, "the batch was aborted"));
 }
 
@@ -605,9 +601,9 @@ async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
         guard.record_rejection(LimitKind::ApiRate, None);
         sleep(Duration::from_hours(1)).await;
     }
-    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
     let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
-    run_guarded(plan, rails(&guard).await, abort, script).await;
+    run_guarded(plan, admission(&guard).await, abort, script).await;
     guard.record_rejection(LimitKind::ApiRate, None);
     assert!(rest() < chrono::TimeDelta::minutes(2), "{}", rest());
 }
@@ -623,16 +619,16 @@ async fn a_room_is_journalled_on_disk_before_it_can_exist() {
     let guard = Guard::new("acme", &sample::project(), history);
     let file = dir.path().join("history.sqlite3");
     let journalled = Arc::new(Mutex::new(Vec::new()));
-    let script = |_, opening: Opening| {
+    let script = |_, start: ProbeStart| {
         let database = rusqlite::Connection::open(&file).unwrap();
         let sql = "SELECT count(*) FROM rooms WHERE room = ?1";
         let rows: i64 = database
-            .query_row(sql, [&opening.room.0], |row| row.get(0))
+            .query_row(sql, [&start.room.0], |row| row.get(0))
             .unwrap();
         journalled.lock().unwrap().push(rows);
-        let report = report(&opening, Outcome::Ok);
+        let report = report(&start, Outcome::Ok);
         Box::pin(async move {
-            drop(opening);
+            drop(start);
             report
         }) as Probe
     };
@@ -640,62 +636,85 @@ async fn a_room_is_journalled_on_disk_before_it_can_exist() {
     // No agent joins, and two rooms may be over before the disk has the third.
     plan.stop_after_no_shows = 0;
     let abort = CancellationToken::new();
-    let ran = run_guarded(plan, rails(&guard).await, abort, script).await;
+    let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
     assert_eq!(ran.outcomes.len(), 3);
     assert_eq!(*journalled.lock().unwrap(), [1, 1, 1]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reader_that_never_reads_or_is_gone_holds_nothing_up() {
-    for keep in [true, false] {
-        let (events, reader) = mpsc::channel(1);
-        let reader = keep.then_some(reader);
-        let open = |_, opening| joins(SECOND, opening);
-        let plan = plan(3, Stay::Together);
-        let running = Running::new(plan, no_rails(), CancellationToken::new(), events, open);
-        let (probes, _) = running.run().await;
-        assert_eq!(probes.len(), 3);
-        drop(reader);
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_probe_starts_on_the_wall_clock_where_its_milestones_do_however_late_its_task_runs() {
-    let runs_late = |_, opening: Opening| async move {
-        sleep(SECOND).await;
-        let mut report = report(&opening, Outcome::Ok);
-        report.timeline.mark(Milestone::Started, Instant::now());
-        say(&opening, settled(Outcome::Ok)).await;
-        report
+async fn a_probe_emits_all_that_it_can_without_a_wait_for_the_batch() {
+    let script = |_, start: ProbeStart| {
+        // Before its task runs, and so before the batch reads anything.
+        for milestone in Milestone::ALL {
+            let at = Instant::now();
+            (start.emit)(ProbeEvent::Reached { milestone, at });
+        }
+        (start.emit)(ProbeEvent::JoinDecided { joined: true });
+        (start.emit)(settled(Outcome::Ok));
+        let report = report(&start, Outcome::Ok);
+        Box::pin(async move { report }) as Probe
     };
-    let opened = Utc::now().trunc_subsecs(6);
-    let (events, _reader) = mpsc::channel(100);
-    let abort = CancellationToken::new();
-    let plan = plan(1, Stay::Together);
-    let running = Running::new(plan, no_rails(), abort, events, runs_late);
-    let (probes, _) = running.run().await;
-    assert!(probes[0].started_at >= opened + SECOND);
+    let ran = run_scripted(
+        plan_of(config::Ramp::Burst, 10),
+        CancellationToken::new(),
+        script,
+    )
+    .await;
+    assert_eq!(ran.outcomes, vec![Outcome::Ok; 10]);
+    let kept = ran.events.iter();
+    let kept = kept.filter(|event| matches!(event, BatchEvent::Probe { .. }));
+    assert_eq!(kept.count(), 10 * ProbeEvent::MAX_PER_PROBE);
+    assert_eq!(2 + ran.events.len(), max_events(10), "with start and end");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn progress_that_a_probe_emits_as_it_ends_comes_before_its_end() {
+    let script = |_, start: ProbeStart| {
+        Box::pin(async move {
+            (start.emit)(ProbeEvent::JoinDecided { joined: false });
+            (start.emit)(settled(Outcome::Ok));
+            report(&start, Outcome::Ok)
+        }) as Probe
+    };
+    let mut plan = plan_of(config::Ramp::Burst, 200);
+    plan.max_rooms = 200;
+    plan.stop_after_no_shows = 0;
+    plan.hold = Duration::ZERO;
+    let ran = run_scripted(plan, CancellationToken::new(), script).await;
+    let mut emitted = vec![0; 200];
+    for event in ran.events {
+        match event {
+            BatchEvent::Probe { index, .. } => emitted[index] += 1,
+            BatchEvent::RoomClosed { index, .. } => assert_eq!(emitted[index], 2, "room {index}"),
+            _ => {}
+        }
+    }
+    assert_eq!(emitted, [2; 200]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn progress_is_told_in_order_and_before_the_end() {
-    let script = |_, opening| Box::pin(joins(SECOND, opening)) as Probe;
-    let mut ran = run_scripted(plan(1, Stay::Together), CancellationToken::new(), script).await;
-    let mut told = Vec::new();
-    while let Ok(event) = ran.events.try_recv() {
-        told.push(match event {
-            BatchEvent::Opened { .. } => "opened",
-            BatchEvent::Progress { progress, .. } => match progress {
-                Progress::Reached { .. } => "reached",
-                Progress::JoinSettled { .. } => "join settled",
-                Progress::Settled { .. } => "settled",
-            },
-            BatchEvent::Ended { .. } => "ended",
-        });
-    }
+async fn progress_comes_in_order_and_before_the_end() {
+    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let ran = run_scripted(plan(1, Stay::Together), CancellationToken::new(), script).await;
+    let names = ran.events.into_iter().map(|event| match event {
+        BatchEvent::RoomOpened { .. } => "opened",
+        BatchEvent::Probe { event, .. } => match event {
+            ProbeEvent::Reached { .. } => "reached",
+            ProbeEvent::JoinDecided { .. } => "join decided",
+            ProbeEvent::OutcomeDecided { .. } => "outcome decided",
+        },
+        BatchEvent::RoomClosed { .. } => "closed",
+        BatchEvent::Started { .. } | BatchEvent::Ended(_) => unreachable!("of the whole batch"),
+    });
     assert_eq!(
-        told,
-        ["opened", "reached", "join settled", "settled", "ended"]
+        names.collect::<Vec<_>>(),
+        [
+            "opened",
+            "reached",
+            "join decided",
+            "outcome decided",
+            "closed"
+        ]
     );
 }
 

@@ -11,12 +11,13 @@ use super::once::verdict;
 use super::progress::Screen;
 use super::rehearsal::{self, How};
 use super::sandboxed::{
-    Happened, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
+    LocalEvent, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
 };
 use super::{Demo, Exit, phrasing, print_unless_closed};
+use crate::batch::BatchEvent;
 use crate::daemon::Order;
-use crate::probe::{LimitKind, Outcome, Reason, Span};
-use crate::report::{BatchReport, ProbeReport};
+use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
+use crate::report::BatchReport;
 use crate::sandbox::fault::{Rooms, Rule};
 use crate::sandbox::{Handle, Sandbox, Settings};
 use crate::telemetry;
@@ -154,8 +155,7 @@ impl Expected {
         }
     }
 
-    fn is_met_by(self, probe: &ProbeReport) -> bool {
-        let report = &probe.report;
+    fn is_met_by(self, report: &ProbeReport) -> bool {
         match (self, &report.outcome) {
             (Self::Ok, Outcome::Ok) => true,
             (Self::OkLate(least), Outcome::Ok) => {
@@ -234,14 +234,14 @@ async fn play(
     let mut number = 0;
     loop {
         match daemon.next().await? {
-            Happened::Begun { number: begun } => {
-                number = begun;
+            LocalEvent::Batch(BatchEvent::Started { .. }) => {
+                number += 1;
                 let fault = Drill::of_batch(number).map(|drill| drill.announcement(args.rooms));
                 if !print_unless_closed(&heading(number, fault))? {
                     daemon.stop();
                 }
             }
-            Happened::Ended(report) => {
+            LocalEvent::Batch(BatchEvent::Ended(report)) => {
                 let judgement = judged(Drill::of_batch(number), &report, args.rooms);
                 let read = print_unless_closed(&(result(&report) + &judgement))?;
                 if args.once {
@@ -251,11 +251,12 @@ async fn play(
                     daemon.stop();
                 }
             }
-            Happened::Interrupted => {
+            LocalEvent::Batch(_) => {}
+            LocalEvent::Interrupted => {
                 exit.get_or_insert(if args.once { Exit::Aborted } else { Exit::Ok });
                 daemon.stop();
             }
-            Happened::Over => break,
+            LocalEvent::Stopped => break,
         }
     }
     if !args.once {

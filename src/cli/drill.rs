@@ -13,9 +13,10 @@ use tokio::time::{Instant, sleep_until};
 use super::progress::Screen;
 use super::rehearsal::{self, How, Rehearsal};
 use super::sandboxed::{
-    Happened, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
+    LocalEvent, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
 };
 use super::{DrillArgs, Exit, phrasing, print_unless_closed};
+use crate::batch::BatchEvent;
 use crate::config::{Config, Problems};
 use crate::daemon::Order;
 use crate::probe::driver::Fault;
@@ -235,6 +236,8 @@ struct Drill {
     recover_after: Option<Duration>,
     over_at: Option<Instant>,
     turned_at: Option<Instant>,
+    /// How many have begun.
+    batches: usize,
     /// What is played in the batch that runs; `None` where that has changed under way.
     batch: Option<Act>,
     exit: Exit,
@@ -265,6 +268,7 @@ impl Drill {
             recover_after: args.recover_after,
             over_at: args.whole.map(|whole| now + whole),
             turned_at: None,
+            batches: 0,
             batch: None,
             exit: Exit::Ok,
         }
@@ -278,15 +282,16 @@ impl Drill {
                 // A batch that began before the fault is told so.
                 biased;
                 happened = self.daemon.next() => match happened? {
-                    Happened::Begun { number } => self.begun(number)?,
-                    Happened::Ended(report) => self.ended(&report)?,
-                    Happened::Interrupted => {
+                    LocalEvent::Batch(BatchEvent::Started { .. }) => self.begun()?,
+                    LocalEvent::Batch(BatchEvent::Ended(report)) => self.ended(&report)?,
+                    LocalEvent::Batch(_) => {}
+                    LocalEvent::Interrupted => {
                         if self.once {
                             self.exit = Exit::Aborted;
                         }
                         self.stop();
                     }
-                    Happened::Over => break,
+                    LocalEvent::Stopped => break,
                 },
                 () = at(self.turn_at) => self.turn()?,
                 () = at(self.over_at) => self.stop(),
@@ -313,12 +318,13 @@ impl Drill {
         self.say(&format!("\n{line}\n"))
     }
 
-    fn begun(&mut self, number: usize) -> anyhow::Result<()> {
+    fn begun(&mut self) -> anyhow::Result<()> {
+        self.batches += 1;
         let settled = self.turned_at.is_none_or(|at| at.elapsed() > SETTLING);
         self.batch = settled.then_some(self.act);
         let fault = self.played(self.act);
         let fault = fault.map(|rehearsal| format!("fault: {}", rehearsal.what));
-        self.say(&heading(number, fault))
+        self.say(&heading(self.batches, fault))
     }
 
     /// What is played in an act.
@@ -372,7 +378,7 @@ fn wrong(played: Option<&Rehearsal>, batch: &BatchReport) -> Vec<String> {
     let describe = expected.map_or_else(|| NO_FAULT.to_owned(), phrasing::reason);
     let rooms = batch.probes.iter().enumerate();
     rooms
-        .filter(|(_, probe)| match &probe.report.outcome {
+        .filter(|(_, probe)| match &probe.outcome {
             Outcome::Ok => expected.is_some(),
             Outcome::Failed(failure) => Some(failure.reason) != expected,
             Outcome::Aborted => false,

@@ -8,9 +8,9 @@ use quick_junit::{NonSuccessKind, Property, Report, TestCase, TestCaseStatus, Te
 use super::Exit;
 use super::phrasing::{evidence, printable, reason};
 use crate::config::{Project, Target};
-use crate::probe::{Failure, Outcome, Span, Turn};
+use crate::probe::{Failure, Outcome, ProbeReport, Span, Turn};
+use crate::report::BatchReport;
 use crate::report::json::session_url;
-use crate::report::{BatchReport, ProbeReport};
 
 /// One XML document with a newline at its end.
 pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
@@ -72,7 +72,7 @@ fn case(index: usize, batch: &BatchReport, status: TestCaseStatus) -> TestCase {
 }
 
 fn room(index: usize, batch: &BatchReport, probe: &ProbeReport, project: &Project) -> TestCase {
-    let report = &probe.report;
+    let report = probe;
     let mut case = case(index, batch, status(probe));
     case.set_timestamp(probe.started_at);
     let marks = report.timeline.marks();
@@ -106,7 +106,7 @@ fn room(index: usize, batch: &BatchReport, probe: &ProbeReport, project: &Projec
 }
 
 fn status(probe: &ProbeReport) -> TestCaseStatus {
-    let outcome = &probe.report.outcome;
+    let outcome = &probe.outcome;
     match outcome {
         Outcome::Ok => TestCaseStatus::success(),
         Outcome::Aborted => {
@@ -132,7 +132,7 @@ fn failed(kind: NonSuccessKind, failure: &Failure, probe: &ProbeReport) -> TestC
         format!("{} (origin: {origin})", reason(failure.reason)),
         detail.clone(),
     ];
-    lines.extend(evidence(&probe.report.evidence));
+    lines.extend(evidence(&probe.evidence));
     status
         .set_type(failure.reason.label())
         .set_message(detail)
@@ -166,7 +166,7 @@ mod tests {
         batch
             .probes
             .push(probe(5, Outcome::Aborted, Evidence::default(), &WELL[..4]));
-        batch.probes[0].report.join_upper_bound = true;
+        batch.probes[0].join_upper_bound = true;
         assert_snapshot!(rendered(&batch));
     }
 

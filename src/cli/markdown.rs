@@ -10,9 +10,9 @@ use super::phrasing::{
     track_delay, which,
 };
 use crate::config::{Project, Target};
-use crate::probe::{Milestone, Report, Span, Turn};
+use crate::probe::{Milestone, ProbeReport, Span, Turn};
+use crate::report::BatchReport;
 use crate::report::json::session_url;
-use crate::report::{BatchReport, ProbeReport};
 
 const HEADER: &str = "\
 | # | room | dispatched at (UTC) | joined at (UTC) | join delay | track subscribed | first speech | reply | outcome |
@@ -59,7 +59,7 @@ fn settings(batch: &BatchReport, target: &Target) -> String {
 }
 
 fn row(number: usize, probe: &ProbeReport, project: &Project) -> String {
-    let report = &probe.report;
+    let report = probe;
     let reply = report.turns.iter().find_map(Turn::reply_delay);
     let cells = [
         number.to_string(),
@@ -76,7 +76,7 @@ fn row(number: usize, probe: &ProbeReport, project: &Project) -> String {
 }
 
 /// The room's name, leading to its session where that has a page.
-fn room(report: &Report, project: &Project) -> String {
+fn room(report: &ProbeReport, project: &Project) -> String {
     let name = escaped(&report.room.0);
     match session_url(report, project) {
         Some(url) => format!("[{name}]({url})"),
@@ -92,7 +92,7 @@ fn item((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Proje
         failure.reason.origin().label(),
         escaped(&failure.detail)
     );
-    let reports = || rooms.iter().map(|index| &batch.probes[*index].report);
+    let reports = || rooms.iter().map(|index| &batch.probes[*index]);
     // It differs from room to room in nothing but the names of things.
     let first = reports().next();
     for line in first.map_or_else(Vec::new, |report| evidence(&report.evidence)) {
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn batch_that_went_well_has_no_list_of_failures() {
         let mut bound = probe(2, Outcome::Ok, Evidence::default(), WELL);
-        bound.report.join_upper_bound = true;
+        bound.join_upper_bound = true;
         let rooms = vec![probe(1, Outcome::Ok, Evidence::default(), WELL), bound];
         let project = Project {
             cloud_project: None,
@@ -166,7 +166,7 @@ mod tests {
             evidence,
             WELL,
         )];
-        rooms[0].report.room_sid = Some("RM_1) <b>".to_owned());
+        rooms[0].room_sid = Some("RM_1) <b>".to_owned());
         let why = words.to_owned();
         let batch = batch(
             rooms,

@@ -1,11 +1,11 @@
 //! `once`: one batch now.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +15,6 @@ use crate::batch;
 use crate::config::{Config, Problems, Project, Ramp, RawConfig, Target};
 use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
-use crate::probe::Progress;
 use crate::probe::driver::{Context, Fault};
 use crate::report::{BatchReport, json};
 use crate::telemetry;
@@ -186,18 +185,17 @@ async fn watch(
     context: Context,
     screen: &mut Screen,
     signals: &mut Signals,
-) -> (Option<BatchReport>, Option<Instant>) {
+) -> (Option<Arc<BatchReport>>, Option<Instant>) {
     let abort = CancellationToken::new();
-    // All that a batch can tell: a room's opening, its progress and its end. So nothing is lost, however it comes.
-    let most = context.target.batch.rooms * (Progress::MOST + 2);
-    let (sender, mut events) = mpsc::channel(most);
+    // The batch's events and what comes from outside both draw on it, in this one task.
+    let screen = RefCell::new(screen);
     let mut running = Box::pin(batch::run(
         batch::new_id(),
         name,
         context,
         None,
         abort.clone(),
-        sender,
+        |event| screen.borrow_mut().show(event),
     ));
     let mut refresh = interval(REFRESH);
     refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -205,9 +203,7 @@ async fn watch(
     let report = loop {
         let hung = interrupted_at.map_or_else(far_off, |at| at + ABORT_BATCH);
         tokio::select! {
-            // What happened is shown before the end is.
             biased;
-            Some(event) = events.recv() => screen.show(event),
             report = &mut running => break Some(report),
             () = signals.next() => {
                 if interrupted_at.is_some() {
@@ -215,16 +211,13 @@ async fn watch(
                 }
                 interrupted_at = Some(Instant::now());
                 abort.cancel();
-                screen.say("stopping: deleting the rooms; a second signal ends at once");
+                screen.borrow().say("stopping: deleting the rooms; a second signal ends at once");
             }
             () = sleep_until(hung), if interrupted_at.is_some() => break None,
-            _ = refresh.tick() => screen.refresh(),
+            _ = refresh.tick() => screen.borrow_mut().refresh(),
         }
     };
-    while let Ok(event) = events.try_recv() {
-        screen.show(event);
-    }
-    screen.close();
+    screen.borrow_mut().close();
     if report.is_none() {
         complain("warning: stopped before the rooms had ended; there is no result");
     }
@@ -266,7 +259,7 @@ async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals
 pub(super) fn verdict(report: &BatchReport) -> Exit {
     let exits = || {
         let probes = report.probes.iter();
-        probes.map(|probe| Exit::of(&probe.report.outcome))
+        probes.map(|probe| Exit::of(&probe.outcome))
     };
     let precedence = [
         Exit::Aborted,

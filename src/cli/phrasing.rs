@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::probe::{Evidence, Failure, Milestone, Outcome, Reason, Report, Span};
-use crate::report::{BatchReport, ProbeReport};
+use crate::probe::{Evidence, Failure, Milestone, Outcome, ProbeReport, Reason, Span};
+use crate::report::BatchReport;
 
 /// Time of day of a milestone, from the wall clock of the probe's start and the monotonic clock since.
 pub(super) fn time(probe: &ProbeReport, milestone: Milestone) -> String {
-    let since = probe.report.timeline.since_started(milestone);
+    let since = probe.timeline.since_started(milestone);
     let at: Option<DateTime<Utc>> = since.map(|since| probe.started_at + since);
     at.map_or_else(|| "-".to_owned(), |at| at.format("%H:%M:%S").to_string())
 }
@@ -24,7 +24,7 @@ pub(super) fn delay(duration: Option<Duration>) -> String {
 }
 
 /// Marked where it is but an upper bound.
-pub(super) fn join_delay(report: &Report) -> String {
+pub(super) fn join_delay(report: &ProbeReport) -> String {
     let bound = if report.join_upper_bound { "≤ " } else { "" };
     let span = report.timeline.span(Span::AgentJoin);
     span.map_or_else(
@@ -34,13 +34,13 @@ pub(super) fn join_delay(report: &Report) -> String {
 }
 
 /// From the dispatch, as the other delays, so that a row reads as one clock.
-pub(super) fn track_delay(report: &Report) -> Option<Duration> {
+pub(super) fn track_delay(report: &ProbeReport) -> Option<Duration> {
     let sent = report.timeline.get(Milestone::DispatchSent)?;
     let subscribed = report.timeline.get(Milestone::AgentTrackSubscribed)?;
     subscribed.checked_duration_since(sent)
 }
 
-pub(super) fn outcome(report: &Report) -> &'static str {
+pub(super) fn outcome(report: &ProbeReport) -> &'static str {
     let failure = report.outcome.failure();
     failure.map_or(report.outcome.label(), |failure| failure.reason.label())
 }
@@ -77,7 +77,7 @@ pub(super) type FailedAlike<'a> = (Vec<usize>, &'a Failure);
 pub(super) fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
     let mut groups: Vec<FailedAlike<'_>> = Vec::new();
     for (index, probe) in batch.probes.iter().enumerate() {
-        let Outcome::Failed(failure) = &probe.report.outcome else {
+        let Outcome::Failed(failure) = &probe.outcome else {
             continue;
         };
         match groups.iter_mut().find(|(_, other)| *other == failure) {

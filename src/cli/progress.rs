@@ -11,7 +11,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::phrasing::{delay, join_delay, printable};
 use super::{complain, table};
 use crate::batch::BatchEvent;
-use crate::probe::{Milestone, Outcome, Progress, Report, Span, Timeline};
+use crate::probe::{Milestone, Outcome, ProbeEvent, ProbeReport, Span, Timeline};
 
 /// How often a screen that waits is drawn again.
 pub(super) const REFRESH: Duration = Duration::from_millis(200);
@@ -76,9 +76,10 @@ impl Screen {
         LogWriter(self.live.clone())
     }
 
-    pub(super) fn show(&mut self, event: BatchEvent) {
+    pub(super) fn show(&mut self, event: &BatchEvent) {
         match event {
-            BatchEvent::Opened { index, room } => {
+            BatchEvent::Started { .. } | BatchEvent::Ended(_) => {}
+            BatchEvent::RoomOpened { index, room } => {
                 if let Some(live) = &self.live {
                     if self.as_table && self.head.is_none() {
                         let head = live.add(ProgressBar::no_length());
@@ -110,16 +111,16 @@ impl Screen {
                     ));
                 }
             }
-            BatchEvent::Progress { index, progress } => {
-                if let Some(line) = self.lines.get_mut(index) {
-                    line.advance(&progress);
+            BatchEvent::Probe { index, event } => {
+                if let Some(line) = self.lines.get_mut(*index) {
+                    line.advance(event);
                 }
             }
-            BatchEvent::Ended { index, report } => {
-                if let Some(line) = self.lines.get_mut(index) {
-                    line.end(&report);
+            BatchEvent::RoomClosed { index, report } => {
+                if let Some(line) = self.lines.get_mut(*index) {
+                    line.end(report);
                 } else {
-                    let outcome = describe(&report);
+                    let outcome = describe(report);
                     complain(&format!("room {} of {}: {outcome}", index + 1, self.rooms));
                 }
             }
@@ -164,9 +165,9 @@ impl Screen {
 }
 
 impl Line {
-    fn advance(&mut self, progress: &Progress) {
-        match progress {
-            Progress::Reached { milestone, at } => {
+    fn advance(&mut self, event: &ProbeEvent) {
+        match event {
+            ProbeEvent::Reached { milestone, at } => {
                 let since = at.saturating_duration_since(self.opened_at).as_secs_f64();
                 let phrase = phrase(*milestone);
                 if let Some(row) = &mut self.row {
@@ -176,27 +177,27 @@ impl Line {
                     self.state = format!("{phrase} (at {since:.1} s)");
                 }
             }
-            Progress::Settled {
+            ProbeEvent::OutcomeDecided {
                 outcome: Outcome::Failed(failure),
                 ..
             } => {
                 self.state = format!("{}, cleaning up", failure.reason.label());
             }
-            Progress::Settled {
+            ProbeEvent::OutcomeDecided {
                 outcome: Outcome::Aborted,
                 ..
             } => {
                 "aborted, cleaning up".clone_into(&mut self.state);
             }
-            Progress::Settled {
+            ProbeEvent::OutcomeDecided {
                 outcome: Outcome::Ok,
                 ..
             }
-            | Progress::JoinSettled { .. } => {}
+            | ProbeEvent::JoinDecided { .. } => {}
         }
     }
 
-    fn end(&mut self, report: &Report) {
+    fn end(&mut self, report: &ProbeReport) {
         self.ended = true;
         let description = match &self.row {
             Some(_) => table::brief_of(report),
@@ -236,7 +237,7 @@ fn phrase(milestone: Milestone) -> Option<&'static str> {
     })
 }
 
-fn describe(report: &Report) -> String {
+fn describe(report: &ProbeReport) -> String {
     match &report.outcome {
         Outcome::Ok => {
             let join = join_delay(report);

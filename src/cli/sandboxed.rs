@@ -20,9 +20,9 @@ use tokio_util::sync::CancellationToken;
 use super::once::Signals;
 use super::progress::{REFRESH, Screen};
 use super::{phrasing, table};
-use crate::batch::BatchEvent;
+use crate::batch::{self, BatchEvent};
 use crate::config::{Config, Http, Problems, RawConfig};
-use crate::daemon::{self, Ending, Launch, Moment, Observer, Order};
+use crate::daemon::{self, Ending, Launch, Observer, Order};
 use crate::history::History;
 use crate::http::WebConfig;
 use crate::probe::driver::Fault;
@@ -59,8 +59,8 @@ const DAEMON_SETTINGS: &[(&[&str], &str)] = &[
     (&["lifetime", "shutdown_linger"], "0s"),
 ];
 
-/// More than a few batches tell.
-const MOST_TOLD: usize = 1024;
+/// Batches whose events may wait to be shown.
+const MAX_WAITING_BATCHES: usize = 4;
 
 /// The one target that the daemon watches.
 pub(super) struct Wanted {
@@ -136,7 +136,7 @@ pub(super) struct SandboxedDaemon {
     pub(super) page: String,
     screen: Screen,
     signals: Signals,
-    seen: mpsc::Receiver<Told>,
+    events: mpsc::Receiver<BatchEvent>,
     order: mpsc::Sender<Order>,
     config: watch::Sender<Config>,
     refresh: Interval,
@@ -147,22 +147,13 @@ pub(super) struct SandboxedDaemon {
     stop_sandbox: CancellationToken,
 }
 
-/// What the daemon's batches are told as, in their order.
-enum Told {
-    Beginning { number: usize },
-    Event(BatchEvent),
-    Ended(Arc<BatchReport>),
-}
-
 /// What a command acts on.
-pub(super) enum Happened {
-    Begun {
-        number: usize,
-    },
-    Ended(Arc<BatchReport>),
+pub(super) enum LocalEvent {
+    /// The screen has shown it.
+    Batch(BatchEvent),
     Interrupted,
-    /// The daemon has ended, as it was told.
-    Over,
+    /// The daemon has ended, as it was asked to.
+    Stopped,
 }
 
 impl SandboxedDaemon {
@@ -170,7 +161,9 @@ impl SandboxedDaemon {
         let page = format!("http://{}/", setup.listener.local_addr()?);
         let handle = sandbox.handle();
         let stop_sandbox = CancellationToken::new();
-        let (told, seen) = mpsc::channel(MOST_TOLD);
+        let rooms = config.targets.values().map(|target| target.batch.rooms);
+        let most = batch::max_events(rooms.max().unwrap_or_default());
+        let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * most);
         let (order, orders) = mpsc::channel(4);
         let (settings, again) = watch::channel(config.clone());
         let launch = Launch {
@@ -182,7 +175,7 @@ impl SandboxedDaemon {
             build: super::run::build(),
             fault: setup.fault,
             drill: setup.drill,
-            observer: Some(observer(handle.clone(), setup.before_batch, told)),
+            observer: Some(observer(handle.clone(), setup.before_batch, events_tx)),
         };
         let mut refresh = interval(REFRESH);
         refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -191,7 +184,7 @@ impl SandboxedDaemon {
             page,
             screen: setup.screen,
             signals: Signals::new()?,
-            seen,
+            events,
             order,
             config: settings,
             refresh,
@@ -203,26 +196,25 @@ impl SandboxedDaemon {
     }
 
     /// What happens next; progress is shown meanwhile. Cancel-safe.
-    pub(super) async fn next(&mut self) -> anyhow::Result<Happened> {
+    pub(super) async fn next(&mut self) -> anyhow::Result<LocalEvent> {
         loop {
             tokio::select! {
                 // What happened is shown before the end is.
                 biased;
-                Some(told) = self.seen.recv(), if !self.stopping => match told {
-                    Told::Beginning { number } => return Ok(Happened::Begun { number }),
-                    Told::Event(event) => self.screen.show(event),
-                    Told::Ended(report) => {
+                Some(event) = self.events.recv(), if !self.stopping => {
+                    self.screen.show(&event);
+                    if matches!(event, BatchEvent::Ended(_)) {
                         self.screen.close();
-                        return Ok(Happened::Ended(report));
                     }
-                },
+                    return Ok(LocalEvent::Batch(event));
+                }
                 ended = &mut self.daemon => {
                     ended.context("the daemon died")??;
-                    return Ok(Happened::Over);
+                    return Ok(LocalEvent::Stopped);
                 }
                 () = self.signals.next() => {
                     self.screen.close();
-                    return Ok(Happened::Interrupted);
+                    return Ok(LocalEvent::Interrupted);
                 }
                 _ = self.refresh.tick() => self.screen.refresh(),
             }
@@ -254,21 +246,19 @@ impl SandboxedDaemon {
     }
 }
 
-/// Passes on what becomes of the batches.
-fn observer(handle: Handle, before_batch: BeforeBatch, told: mpsc::Sender<Told>) -> Observer {
-    let begun = AtomicUsize::new(0);
-    Arc::new(move |moment| {
-        let told_of = match moment {
-            Moment::Beginning { .. } => {
-                let number = begun.fetch_add(1, Ordering::Relaxed) + 1;
-                before_batch(&handle, number);
-                Told::Beginning { number }
-            }
-            Moment::Event(event) => Told::Event(event.clone()),
-            Moment::Ended(report) => Told::Ended(Arc::clone(report)),
-        };
-        if told.try_send(told_of).is_err() {
-            tracing::debug!("nobody looks at the batches any more");
+/// Calls `before_batch` where a batch starts, and sends every event on.
+fn observer(
+    handle: Handle,
+    before_batch: BeforeBatch,
+    events: mpsc::Sender<BatchEvent>,
+) -> Observer {
+    let started = AtomicUsize::new(0);
+    Arc::new(move |event| {
+        if let BatchEvent::Started { .. } = event {
+            before_batch(&handle, started.fetch_add(1, Ordering::Relaxed) + 1);
+        }
+        if events.try_send(event.clone()).is_err() {
+            tracing::debug!("a batch event was dropped: the command is stopping or slow");
         }
     })
 }
@@ -288,7 +278,7 @@ pub(super) fn result(batch: &BatchReport) -> String {
     let head = format!("  room  {}", table::BRIEF_HEAD);
     let mut text = format!("{}\n", style(head).dim());
     for (index, probe) in batch.probes.iter().enumerate() {
-        let row = table::brief_of(&probe.report);
+        let row = table::brief_of(probe);
         writeln!(text, "  {:>4}  {row}", index + 1).expect("writing to a string can't fail");
     }
     for said in [phrasing::summary(batch), table::reasons(batch)] {

@@ -10,9 +10,9 @@ use super::phrasing::{
     track_delay, which,
 };
 use crate::config::Project;
-use crate::probe::{Failure, Milestone, Outcome, Report, Span, Timeline, Turn};
+use crate::probe::{Failure, Milestone, Outcome, ProbeReport, Span, Timeline, Turn};
+use crate::report::BatchReport;
 use crate::report::json::session_url;
-use crate::report::{BatchReport, ProbeReport};
 
 /// Below it, the table leaves out what matters least.
 const FULL_WIDTH: u16 = 120;
@@ -68,17 +68,17 @@ fn columns(narrow: bool) -> Vec<Column> {
     let dispatched = text("dispatched\nat (UTC)", |probe| {
         time(probe, Milestone::DispatchSent)
     });
-    let join = number("join\ndelay", |probe| join_delay(&probe.report));
+    let join = number("join\ndelay", |probe| join_delay(probe));
     let speech = number("first\nspeech", |probe| {
-        delay(probe.report.timeline.span(Span::FirstSpeech))
+        delay(probe.timeline.span(Span::FirstSpeech))
     });
     let reply = number("reply", |probe| {
-        delay(probe.report.turns.iter().find_map(Turn::reply_delay))
+        delay(probe.turns.iter().find_map(Turn::reply_delay))
     });
-    let outcome = text("outcome", |probe| outcome(&probe.report).to_owned());
+    let outcome = text("outcome", |probe| outcome(probe).to_owned());
     if narrow {
         let room = text("room", |probe| {
-            let name = &probe.report.room.0;
+            let name = &probe.room.0;
             match name.rsplit_once('-') {
                 Some((start, end)) => format!("{start}-\n{end}"),
                 None => name.clone(),
@@ -87,17 +87,15 @@ fn columns(narrow: bool) -> Vec<Column> {
         return vec![room, dispatched, join, speech, reply, outcome];
     }
     vec![
-        text("room", |probe| probe.report.room.to_string()),
+        text("room", |probe| probe.room.to_string()),
         dispatched,
         text("joined\nat (UTC)", |probe| {
             time(probe, Milestone::AgentJoined)
         }),
         join,
-        number("track sub-\nscribed", |probe| {
-            delay(track_delay(&probe.report))
-        }),
+        number("track sub-\nscribed", |probe| delay(track_delay(probe))),
         text("echo pub-\nlished", |probe| {
-            let published = probe.report.timeline.get(Milestone::EchoPublished);
+            let published = probe.timeline.get(Milestone::EchoPublished);
             if published.is_some() { "yes" } else { "-" }.to_owned()
         }),
         speech,
@@ -117,7 +115,7 @@ pub(super) fn brief(timeline: &Timeline, reply: Option<Duration>, outcome: impl 
 }
 
 /// The row of a room that has ended; its outcome has the colour that stdout takes.
-pub(super) fn brief_of(report: &Report) -> String {
+pub(super) fn brief_of(report: &ProbeReport) -> String {
     let outcome = console::style(outcome(report));
     let outcome = match report.outcome {
         Outcome::Ok => outcome.green(),
@@ -161,7 +159,7 @@ fn head(rooms: &[usize], failure: &Failure) -> String {
 
 fn block((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Project) -> String {
     let mut text = head(rooms, failure);
-    let reports = rooms.iter().map(|index| &batch.probes[*index].report);
+    let reports = rooms.iter().map(|index| &batch.probes[*index]);
     // It differs from room to room in nothing but the names of things.
     let first = reports.clone().next();
     push_indented(

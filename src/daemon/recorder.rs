@@ -3,17 +3,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{Moment, Observer};
+use super::Observer;
 use crate::batch::{self, BatchEvent};
 use crate::config::{Project, Target};
 use crate::guard::Guard;
 use crate::history::History;
 use crate::metrics::{OpenRoom, TargetMetrics};
 use crate::probe::driver::Context;
-use crate::probe::{Outcome, Progress, Report};
+use crate::probe::{Outcome, ProbeReport};
 use crate::report::{BatchReport, NotOpened};
 
 /// What one batch is recorded to, as it was set when the batch began.
@@ -34,50 +33,37 @@ impl Recorder {
         guard: Guard,
         abort: CancellationToken,
     ) -> Arc<BatchReport> {
-        // All that a batch can tell, so that nothing is lost.
-        let most = self.settings.batch.rooms * (Progress::MOST + 2);
-        let (sender, mut events) = mpsc::channel(most);
-        let mut running = Box::pin(batch::run(
+        let mut open = HashMap::new();
+        let on_event = |event: &BatchEvent| self.event(event, &mut open);
+        batch::run(
             batch_id,
             &self.target,
             context,
             Some(guard),
             abort,
-            sender,
-        ));
-        let mut open = HashMap::new();
-        let report = loop {
-            tokio::select! {
-                biased;
-                Some(event) = events.recv() => self.event(event, &mut open),
-                report = &mut running => break report,
-            }
-        };
-        drop(running);
-        while let Ok(event) = events.try_recv() {
-            self.event(event, &mut open);
-        }
-        self.batch(&report);
-        Arc::new(report)
+            on_event,
+        )
+        .await
     }
 
-    fn event(&self, event: BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
-        if let Some(observer) = &self.observer {
-            observer(Moment::Event(&event));
-        }
+    fn event(&self, event: &BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
         match event {
-            BatchEvent::Opened { index, .. } => {
-                open.insert(index, self.metrics.room_opened());
+            BatchEvent::Started { .. } | BatchEvent::Probe { .. } => {}
+            BatchEvent::RoomOpened { index, .. } => {
+                open.insert(*index, self.metrics.room_opened());
             }
-            BatchEvent::Progress { .. } => {}
-            BatchEvent::Ended { index, report } => {
-                open.remove(&index);
-                self.probe(&report);
+            BatchEvent::RoomClosed { index, report } => {
+                open.remove(index);
+                self.probe(report);
             }
+            BatchEvent::Ended(report) => self.batch(report),
+        }
+        if let Some(observer) = &self.observer {
+            observer(event);
         }
     }
 
-    fn probe(&self, report: &Report) {
+    fn probe(&self, report: &ProbeReport) {
         self.metrics.probe(report, &self.settings.objectives);
         let Outcome::Failed(failure) = &report.outcome else {
             return;

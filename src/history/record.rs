@@ -35,16 +35,16 @@ struct Probe {
 impl Record {
     pub fn of(batch: &BatchReport, target: &Target, project: &Project) -> Self {
         let probes = batch.probes.iter().map(|probe| {
-            let outcome = &probe.report.outcome;
+            let outcome = &probe.outcome;
             Probe {
-                room: probe.report.room.0.clone(),
+                room: probe.room.0.clone(),
                 outcome: outcome.label(),
                 reason: outcome.failure().map(|failure| failure.reason.label()),
                 started_at: probe.started_at,
                 document: json::of_probe(probe, project),
             }
         });
-        let mut timelines = batch.probes.iter().map(|probe| &probe.report.timeline);
+        let mut timelines = batch.probes.iter().map(|probe| &probe.timeline);
         let seen = timelines.any(|timeline| timeline.get(Milestone::AgentJoined).is_some());
         Self {
             id: batch.batch_id.clone(),

@@ -200,7 +200,7 @@ fn batch(id: &str, target: &str, started_at: &str, outcome: Outcome) -> BatchRep
     report.started_at = at(started_at);
     report.ended_at = at(started_at) + TimeDelta::seconds(40);
     for (place, probe) in report.probes.iter_mut().enumerate() {
-        probe.report.room = RoomName(format!("canary-{id}-{place}"));
+        probe.room = RoomName(format!("canary-{id}-{place}"));
     }
     report
 }
@@ -748,7 +748,7 @@ async fn a_batch_and_a_probe_come_back_as_the_documents_that_were_rendered() {
     let kept: serde_json::Value = serde_json::from_str(kept.get()).unwrap();
     assert_eq!(kept, rendered);
 
-    let one = mixed.probes[1].report.room.clone();
+    let one = mixed.probes[1].room.clone();
     let kept = run.history.probe(one.0).await.unwrap().unwrap();
     let kept: serde_json::Value = serde_json::from_str(kept.get()).unwrap();
     let expected = rendered["probes"][1].as_object_mut().unwrap();

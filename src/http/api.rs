@@ -187,7 +187,7 @@ mod tests {
                 _ => failed(Reason::AgentSilent, "no speech"),
             };
             let mut probe = sample_probe(number, outcome, Evidence::default(), WELL);
-            probe.report.room = RoomName(format!("canary-x-{number}"));
+            probe.room = RoomName(format!("canary-x-{number}"));
             let mut batch = mixed();
             batch.batch_id = format!("b-{number}");
             batch.started_at += TimeDelta::seconds(number.into());

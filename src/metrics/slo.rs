@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::config::Objectives;
-use crate::probe::{Milestone, Origin, Outcome, Report};
+use crate::probe::{Milestone, Origin, Outcome, ProbeReport};
 
 /// What a service level is measured by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +63,7 @@ impl Sli {
     }
 
     /// What a probe whose outcome is final says of this.
-    pub fn judge(self, report: &Report, objectives: &Objectives) -> Verdict {
+    pub fn judge(self, report: &ProbeReport, objectives: &Objectives) -> Verdict {
         let eligible = match &report.outcome {
             Outcome::Ok => true,
             Outcome::Aborted => false,
@@ -104,7 +104,7 @@ impl Sli {
 }
 
 /// An agent that was there before it was dispatched, by another's dispatch, was in time.
-fn in_time(report: &Report, milestone: Milestone, within: Duration) -> Verdict {
+fn in_time(report: &ProbeReport, milestone: Milestone, within: Duration) -> Verdict {
     let Some(at) = report.timeline.get(milestone) else {
         return Verdict::Bad;
     };

@@ -6,17 +6,17 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{SubsecRound as _, Utc};
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use livekit_protocol::RoomConfiguration;
-use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Input, Probe, expected_agent};
-use super::{Position, Progress, Report};
+use super::{Position, ProbeEvent, ProbeReport};
 use crate::config::{DispatchMode, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
@@ -103,21 +103,24 @@ impl Context {
     }
 }
 
+/// Receives a probe's events; must not block.
+pub type Emit = Box<dyn Fn(ProbeEvent) + Send + Sync>;
+
 /// When the probe may end by itself: `None` until the batch knows. Without a sender the hold is over.
 pub type HoldUntil = watch::Receiver<Option<Instant>>;
 
 /// Runs one probe to its end, room deleted or its deletion given up. Never panics: a panic inside becomes `internal`.
 ///
-/// Progress never holds the probe up: nothing is lost on a channel of [`Progress::MOST`] places or more.
+/// Its start on the wall clock is when the future is first polled, as are its milestones.
 pub async fn run(
     context: Context,
     room: RoomName,
     position: Position,
     hold_until: HoldUntil,
     abort: CancellationToken,
-    progress: mpsc::Sender<Progress>,
-) -> Report {
-    let driver = Driver::new(context, room, position, hold_until, abort, progress);
+    emit: Emit,
+) -> ProbeReport {
+    let driver = Driver::new(context, room, position, hold_until, abort, emit);
     driver.run_to_the_end().await
 }
 
@@ -137,7 +140,7 @@ struct Driver {
     hold_until: Option<HoldUntil>,
     /// `None` once it has been told.
     abort: Option<CancellationToken>,
-    progress: mpsc::Sender<Progress>,
+    emit: Emit,
 }
 
 impl Driver {
@@ -147,7 +150,7 @@ impl Driver {
         position: Position,
         mut hold_until: HoldUntil,
         abort: CancellationToken,
-        progress: mpsc::Sender<Progress>,
+        emit: Emit,
     ) -> Self {
         let target = &context.target;
         let lease = context.janitor.own(
@@ -162,6 +165,8 @@ impl Driver {
                 Arc::clone(target),
                 room.clone(),
                 position,
+                // Its start is the first input, which is fed next.
+                Utc::now().trunc_subsecs(6),
                 context.agent_known,
             ),
             lease: Some(lease),
@@ -170,13 +175,13 @@ impl Driver {
             inputs: VecDeque::from([Input::Start, Input::HoldUntil(hold)]),
             hold_until: Some(hold_until),
             abort: Some(abort),
-            progress,
+            emit,
             room,
             context,
         }
     }
 
-    async fn run_to_the_end(mut self) -> Report {
+    async fn run_to_the_end(mut self) -> ProbeReport {
         let too_long = too_long(self.abort.clone());
         tokio::select! {
             biased;
@@ -303,11 +308,7 @@ impl Driver {
                     })
                 });
             }
-            Action::Tell(progress) => {
-                if let Err(TrySendError::Full(lost)) = self.progress.try_send(progress) {
-                    tracing::warn!(room = %self.room, ?lost, "progress was lost: its channel is too small");
-                }
-            }
+            Action::Emit(event) => (self.emit)(event),
         }
     }
 

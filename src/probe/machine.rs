@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use super::transcript::Transcript;
 use super::turns::Turns;
 use super::verdict::{Step, names_inference_limit, quote};
-use super::{AgentTurn, Failure, Milestone, Outcome, Position, Progress, Reason, Report};
+use super::{AgentTurn, Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason};
 use crate::config::{AgentMayLeave, DispatchMode, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
@@ -83,7 +84,7 @@ pub(super) enum Action {
     AgentsConnected(bool),
     Leave,
     DeleteRoom,
-    Tell(Progress),
+    Emit(ProbeEvent),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,7 +187,7 @@ pub(super) struct Probe {
     media_addresses: Vec<String>,
     turns: Turns,
     transcript: Transcript,
-    report: Report,
+    report: ProbeReport,
     actions: Vec<Action>,
 }
 
@@ -196,6 +197,7 @@ impl Probe {
         target: Arc<Target>,
         room: RoomName,
         position: Position,
+        started_at: DateTime<Utc>,
         agent_known: bool,
     ) -> Self {
         Self {
@@ -216,9 +218,10 @@ impl Probe {
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
             transcript: Transcript::default(),
-            report: Report::new(
+            report: ProbeReport::new(
                 room,
                 position,
+                started_at,
                 Outcome::Failed(Failure::new(
                     Reason::Internal,
                     "the probe did not come to its end: a fault of the canary",
@@ -267,7 +270,7 @@ impl Probe {
         self.report.agent.is_some()
     }
 
-    pub(super) fn into_report(mut self) -> Report {
+    pub(super) fn into_report(mut self) -> ProbeReport {
         self.report.turns = self.turns.list().to_vec();
         if self.target.transcript {
             let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
@@ -1049,7 +1052,7 @@ impl Probe {
         self.report.outcome = outcome.clone();
         self.outcome = Some(outcome.clone());
         let retry_after = self.report.evidence.retry_after_seconds;
-        self.actions.push(Action::Tell(Progress::Settled {
+        self.actions.push(Action::Emit(ProbeEvent::OutcomeDecided {
             outcome,
             retry_after: retry_after.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
         }));
@@ -1071,7 +1074,7 @@ impl Probe {
     fn mark(&mut self, milestone: Milestone, at: Instant) {
         if self.report.timeline.mark(milestone, at) {
             self.actions
-                .push(Action::Tell(Progress::Reached { milestone, at }));
+                .push(Action::Emit(ProbeEvent::Reached { milestone, at }));
         }
     }
 
@@ -1079,7 +1082,7 @@ impl Probe {
         if !self.join_told {
             self.join_told = true;
             self.actions
-                .push(Action::Tell(Progress::JoinSettled { joined }));
+                .push(Action::Emit(ProbeEvent::JoinDecided { joined }));
         }
     }
 

@@ -6,10 +6,10 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Serialize, Serializer};
 use tokio::time::Instant;
 
-use super::{BatchReport, ProbeReport};
+use super::BatchReport;
 use crate::config::{Project, Target};
 use crate::livekit::event::{Speaker, to_microseconds};
-use crate::probe::{Evidence, Milestone, Reason, Report, Span, Turn};
+use crate::probe::{Evidence, Milestone, ProbeReport, Reason, Span, Turn};
 
 #[derive(Serialize)]
 #[expect(
@@ -178,15 +178,14 @@ fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> Batch<'a> {
     }
 }
 
-fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
-    let report = &probe.report;
+fn probe<'a>(report: &'a ProbeReport, project: &Project) -> Probe<'a> {
     let span = |span| report.timeline.span(span).map(seconds);
     let reply = report.turns.iter().find_map(Turn::reply_delay).map(seconds);
     let failure = report.outcome.failure();
     Probe {
         room: &report.room.0,
         room_sid: report.room_sid.as_deref(),
-        started_at: wall_clock(probe.started_at),
+        started_at: wall_clock(report.started_at),
         position: report.position.label(),
         outcome: report.outcome.label(),
         reason: failure.map(|failure| failure.reason.label()),
@@ -237,7 +236,7 @@ fn probe<'a>(probe: &'a ProbeReport, project: &Project) -> Probe<'a> {
     }
 }
 
-fn marks(report: &Report, turn: &Turn) -> TurnMarks {
+fn marks(report: &ProbeReport, turn: &Turn) -> TurnMarks {
     let since = |at| since_started(report, at);
     TurnMarks {
         agent_started: since(turn.agent_started),
@@ -249,14 +248,14 @@ fn marks(report: &Report, turn: &Turn) -> TurnMarks {
     }
 }
 
-fn since_started(report: &Report, at: Option<Instant>) -> Option<f64> {
+fn since_started(report: &ProbeReport, at: Option<Instant>) -> Option<f64> {
     let started = report.timeline.get(Milestone::Started)?;
     Some(seconds(at?.checked_duration_since(started)?))
 }
 
 /// The page of this room's session in LiveKit Cloud, where the project is known. A room id of another form than
 /// LiveKit's, which is a server's word, makes no link.
-pub(crate) fn session_url(report: &Report, project: &Project) -> Option<String> {
+pub(crate) fn session_url(report: &ProbeReport, project: &Project) -> Option<String> {
     let cloud_project = project.cloud_project.as_ref()?;
     let well_formed = |sid: &&String| {
         sid.bytes()

@@ -10,10 +10,10 @@ use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
-    AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Said,
-    Timeline, Turn,
+    AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
+    Said, Timeline, Turn,
 };
-use crate::report::{BatchReport, NotOpened, ProbeReport};
+use crate::report::{BatchReport, NotOpened};
 
 fn start_of_day() -> DateTime<Utc> {
     DateTime::from_timestamp(1_790_000_000, 123_456_000).expect("a time that chrono knows")
@@ -64,7 +64,8 @@ pub(crate) fn probe(
         replied: Some(at(7250)),
         overlap: false,
     };
-    let report = Report {
+    ProbeReport {
+        started_at: start_of_day() + Duration::from_secs(u64::from(number)),
         room: RoomName(format!("canary-0a1b2-{number:x}c3d4e5f6g7h8")),
         room_sid: Some(format!("RM_{number}")),
         position: if number == 1 {
@@ -98,10 +99,6 @@ pub(crate) fn probe(
         },
         timeline,
         join_upper_bound: false,
-    };
-    ProbeReport {
-        report,
-        started_at: start_of_day() + Duration::from_secs(u64::from(number)),
     }
 }
 

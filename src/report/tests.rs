@@ -13,9 +13,9 @@ fn failed(reason: Reason) -> Outcome {
     })
 }
 
-fn report(outcome: Outcome) -> Report {
+fn report(outcome: Outcome) -> ProbeReport {
     let room = RoomName("canary-0a1b2-1c3d4e5f6g7h8".to_owned());
-    Report::new(room, Position::First, outcome)
+    ProbeReport::new(room, Position::First, Utc::now(), outcome)
 }
 
 #[test]
@@ -38,10 +38,7 @@ fn an_upper_bound_is_no_join_delay_of_the_summary() {
         let now = Instant::now();
         report.timeline.mark(Milestone::DispatchSent, now);
         report.timeline.mark(Milestone::AgentJoined, now + delay);
-        ProbeReport {
-            report,
-            started_at: Utc::now(),
-        }
+        report
     };
     let batch = BatchReport {
         batch_id: String::new(),
@@ -62,10 +59,7 @@ fn result_of_a_batch_follows_from_its_rooms() {
     let silent = || failed(Reason::AgentSilent);
     let limited = || failed(Reason::PlanLimit(LimitKind::Quota));
     let result = |outcomes: Vec<Outcome>| {
-        let probes = outcomes.into_iter().map(|outcome| ProbeReport {
-            report: report(outcome),
-            started_at: Utc::now(),
-        });
+        let probes = outcomes.into_iter().map(report);
         sample::batch(probes.collect(), None).result()
     };
     assert_eq!(result(vec![ok(), ok()]), BatchResult::Ok);

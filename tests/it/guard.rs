@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
-use livekit_canary::batch;
+use livekit_canary::batch::{self, BatchEvent};
 use livekit_canary::config::{self, Config, Period, RawConfig};
 use livekit_canary::guard::Guard;
 use livekit_canary::history::{BatchFilter, History};
@@ -20,7 +20,6 @@ use livekit_canary::report::BatchReport;
 use livekit_canary::sandbox::{Handle, Sandbox, Settings};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -90,11 +89,10 @@ impl Stage {
         }
     }
 
-    async fn batch(&self, rooms: usize) -> BatchReport {
+    async fn batch(&self, rooms: usize) -> Arc<BatchReport> {
         let mut target = self.config.targets["demo"].clone();
         target.batch.rooms = rooms;
         let context = context(&self.config, target, self.janitor.clone());
-        let (events, _) = mpsc::channel(1);
         let abort = CancellationToken::new();
         batch::run(
             batch::new_id(),
@@ -102,7 +100,7 @@ impl Stage {
             context,
             Some(self.guard.clone()),
             abort,
-            events,
+            |_| {},
         )
         .await
     }
@@ -177,7 +175,7 @@ fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context
 }
 
 fn limit(report: &BatchReport) -> &'static str {
-    match &report.probes[0].report.outcome {
+    match &report.probes[0].outcome {
         Outcome::Failed(failure) => match failure.reason {
             Reason::PlanLimit(limit) => limit.label(),
             other => panic!("{}: {}", other.label(), failure.detail),
@@ -211,7 +209,7 @@ async fn every_room_of_a_batch_is_journalled_billed_and_vouched_for() {
     let heads = history.batches(filter).await.unwrap();
     let head: Value = serde_json::from_str(heads[0].get()).unwrap();
     assert_eq!(head["batch_id"], report.batch_id.as_str());
-    let room = report.probes[0].report.room.clone();
+    let room = report.probes[0].room.clone();
     let probe = history.probe(room.0.clone()).await.unwrap().unwrap();
     let probe: Value = serde_json::from_str(probe.get()).unwrap();
     assert_eq!(
@@ -261,7 +259,7 @@ async fn each_limit_that_the_service_names_stops_the_batch_and_lets_the_project_
 
         let next = stage.batch(3).await;
         assert_eq!(next.probes.len(), 0, "{fault}");
-        let refusal = next.not_opened.unwrap().refusal.unwrap();
+        let refusal = next.not_opened.as_ref().unwrap().refusal.as_ref().unwrap();
         assert_eq!(refusal.label(), "backoff", "{fault}");
         stage.close().await;
     }
@@ -282,21 +280,15 @@ async fn child() {
     let guard = Guard::new("sandbox", &config.projects["sandbox"], history.clone());
     let janitor = janitor(&history, &Arc::default());
     let context = context(&config, target, janitor);
-    let (events, mut told) = mpsc::channel(100);
     let abort = CancellationToken::new();
-    let running = batch::run(batch::new_id(), "demo", context, Some(guard), abort, events);
-    let tell = async {
-        while let Some(event) = told.recv().await {
-            say(&format!("{event:?}"));
-        }
-    };
-    tokio::join!(running, tell);
+    let print = |event: &BatchEvent| say(&format!("{event:?}"));
+    batch::run(batch::new_id(), "demo", context, Some(guard), abort, print).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved() {
-    // From before the first room to after the last one's join.
-    for lines in [1, 3, 8, 20, 36] {
+    // The first line is the batch's start. From before the first room to after the last one's join.
+    for lines in [2, 4, 9, 21, 37] {
         let stage = Stage::new(&[]).await;
         assert!(stage.history.close(Instant::now() + AMPLE).await);
         let url = &stage.config.projects["sandbox"].url;

@@ -21,9 +21,9 @@ use livekit_canary::metrics::{
     TargetMetrics, Verdict,
 };
 use livekit_canary::probe::{
-    Evidence, Failure, LimitKind, Milestone, Outcome, Position, Reason, Report, Timeline, Turn,
+    Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason, Timeline, Turn,
 };
-use livekit_canary::report::{BatchReport, BatchResult, ProbeReport};
+use livekit_canary::report::{BatchReport, BatchResult};
 use support::scrape::{Family, Sample, Scrape};
 use tokio::time::Instant;
 
@@ -68,7 +68,7 @@ fn with_a_target() -> (Metrics, TargetMetrics) {
 }
 
 /// A probe that went well.
-fn report() -> Report {
+fn report() -> ProbeReport {
     let base = Instant::now();
     let at = |millis| base + Duration::from_millis(millis);
     let mut timeline = Timeline::default();
@@ -94,7 +94,7 @@ fn report() -> Report {
         replied: Some(at(replied)),
         ..Turn::default()
     };
-    Report {
+    ProbeReport {
         room: RoomName("canary-0a1b2-1c3d4e5f6g7h8".to_owned()),
         room_sid: None,
         position: Position::First,
@@ -111,6 +111,7 @@ fn report() -> Report {
             jitter: Some(Duration::from_millis(4)),
         },
         join_upper_bound: false,
+        started_at: moment(),
     }
 }
 
@@ -122,8 +123,8 @@ fn failed(reason: Reason) -> Outcome {
 }
 
 /// A probe that failed before anything was seen.
-fn failed_at_once(reason: Reason) -> Report {
-    Report {
+fn failed_at_once(reason: Reason) -> ProbeReport {
+    ProbeReport {
         outcome: failed(reason),
         timeline: Timeline::default(),
         turns: Vec::new(),
@@ -134,11 +135,8 @@ fn failed_at_once(reason: Reason) -> Report {
 
 fn batch(outcomes: impl IntoIterator<Item = Outcome>) -> BatchReport {
     let probes = outcomes.into_iter().map(|outcome| ProbeReport {
-        report: Report {
-            outcome,
-            ..report()
-        },
-        started_at: moment(),
+        outcome,
+        ..report()
     });
     BatchReport {
         batch_id: "20260921T141320-0a1b2-c3d4".to_owned(),
@@ -554,7 +552,7 @@ fn delays_are_observed_whatever_the_outcome() {
         failed(Reason::SignalLost),
         Outcome::Aborted,
     ] {
-        let report = Report {
+        let report = ProbeReport {
             outcome,
             position: Position::Later,
             ..report()
@@ -580,7 +578,7 @@ fn delays_are_observed_whatever_the_outcome() {
 #[test]
 fn upper_bound_is_no_join_delay() {
     let (metrics, support) = with_a_target();
-    let report = Report {
+    let report = ProbeReport {
         join_upper_bound: true,
         ..report()
     };
@@ -593,7 +591,7 @@ fn upper_bound_is_no_join_delay() {
 #[test]
 fn aborted_probe_counts_in_no_service_level() {
     let (metrics, support) = with_a_target();
-    let report = Report {
+    let report = ProbeReport {
         outcome: Outcome::Aborted,
         ..report()
     };
@@ -896,7 +894,7 @@ fn words_of_a_setting_stay_within_their_quotes() {
 #[test]
 fn secrets_are_no_labels() {
     let (metrics, support) = with_a_target();
-    let report = Report {
+    let report = ProbeReport {
         outcome: Outcome::Failed(Failure {
             reason: Reason::AuthRejected,
             detail: "the-detail".to_owned(),
@@ -951,7 +949,7 @@ fn no_scrape_sees_a_part_of_a_probe() {
     let probing = AtomicUsize::new(2);
     thread::scope(|scope| {
         for outcome in [Outcome::Ok, failed(Reason::AgentNoReply)] {
-            let report = Report {
+            let report = ProbeReport {
                 outcome,
                 ..report()
             };
@@ -1082,7 +1080,7 @@ fn good_probes_are_eligible_ones_whatever_they_saw() {
     for outcome in outcomes {
         for report in [report(), failed_at_once(Reason::Internal)] {
             for join_upper_bound in [false, true] {
-                let report = Report {
+                let report = ProbeReport {
                     outcome: outcome.clone(),
                     join_upper_bound,
                     ..report.clone()

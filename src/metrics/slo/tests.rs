@@ -3,10 +3,10 @@ use crate::probe::{Evidence, LimitKind, Reason};
 use crate::report::sample;
 
 /// A probe that was dispatched at once; the marks are milliseconds after that.
-fn report(outcome: Outcome, marks: &[(Milestone, u64)]) -> Report {
+fn report(outcome: Outcome, marks: &[(Milestone, u64)]) -> ProbeReport {
     let dispatched = [(Milestone::DispatchSent, 0)];
     let marks = [dispatched.as_slice(), marks].concat();
-    sample::probe(1, outcome, Evidence::default(), &marks).report
+    sample::probe(1, outcome, Evidence::default(), &marks)
 }
 
 fn failed(reason: Reason) -> Outcome {
@@ -15,7 +15,7 @@ fn failed(reason: Reason) -> Outcome {
 
 /// What each of [`Sli::ALL`] makes of it, with the default thresholds of 5 s and 8 s: `+` good, `-` bad, `.` not
 /// counted.
-fn verdicts(report: &Report) -> String {
+fn verdicts(report: &ProbeReport) -> String {
     let objectives = Objectives::default();
     let verdicts = Sli::ALL.map(|sli| match sli.judge(report, &objectives) {
         Verdict::Good => '+',
@@ -131,7 +131,7 @@ fn agent_that_was_there_before_its_dispatch_was_in_time() {
         (Milestone::AgentSpoke, 200),
         (Milestone::DispatchSent, 300),
     ];
-    let early = sample::probe(1, Outcome::Ok, Evidence::default(), &marks).report;
+    let early = sample::probe(1, Outcome::Ok, Evidence::default(), &marks);
     assert_eq!(verdicts(&early), "++++");
     let undispatched = sample::probe(
         1,
@@ -139,7 +139,7 @@ fn agent_that_was_there_before_its_dispatch_was_in_time() {
         Evidence::default(),
         IN_TIME,
     );
-    assert_eq!(verdicts(&undispatched.report), "-++-");
+    assert_eq!(verdicts(&undispatched), "-++-");
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::sync::Mutex;
 use secrecy::SecretString;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use url::Url;
 
@@ -102,7 +103,7 @@ fn context(url: &Url) -> Context {
 struct Started {
     driver: Driver,
     abort: CancellationToken,
-    progress: mpsc::Receiver<Progress>,
+    events: mpsc::UnboundedReceiver<ProbeEvent>,
     _hold: watch::Sender<Option<Instant>>,
 }
 
@@ -112,18 +113,19 @@ fn start(url: &Url) -> Started {
 
 fn start_with(context: Context) -> Started {
     let (hold, until) = watch::channel(None);
-    let (told, progress) = mpsc::channel(Progress::MOST);
+    let (events_tx, events) = mpsc::unbounded_channel();
+    let emit = Box::new(move |event| events_tx.send(event).unwrap());
     let abort = CancellationToken::new();
     let room = RoomName("canary-test".to_owned());
     Started {
-        driver: Driver::new(context, room, Position::First, until, abort.clone(), told),
+        driver: Driver::new(context, room, Position::First, until, abort.clone(), emit),
         abort,
-        progress,
+        events,
         _hold: hold,
     }
 }
 
-fn reason(report: &Report) -> Reason {
+fn reason(report: &ProbeReport) -> Reason {
     match &report.outcome {
         Outcome::Failed(failure) => failure.reason,
         other => panic!("not failed but {other:?}"),
@@ -150,21 +152,43 @@ async fn unreachable_server_settles_join_and_outcome_once() {
     let report = started.driver.run_to_the_end().await;
     assert_eq!(reason(&report), Reason::Unreachable);
     let mut told = Vec::new();
-    started.progress.recv_many(&mut told, Progress::MOST).await;
+    started
+        .events
+        .recv_many(&mut told, ProbeEvent::MAX_PER_PROBE)
+        .await;
     assert!(
         matches!(
             told.as_slice(),
             [
-                Progress::Reached {
+                ProbeEvent::Reached {
                     milestone: Milestone::Started,
                     ..
                 },
-                Progress::JoinSettled { joined: false },
-                Progress::Settled { .. },
+                ProbeEvent::JoinDecided { joined: false },
+                ProbeEvent::OutcomeDecided { .. },
             ]
         ),
         "{told:?}"
     );
+}
+
+#[tokio::test]
+async fn probe_starts_on_the_wall_clock_when_its_task_first_runs() {
+    let server = Server::start(LIMIT).await;
+    let (_hold, until) = watch::channel(None);
+    let room = RoomName("canary-test".to_owned());
+    let probe = run(
+        context(&server.url),
+        room,
+        Position::First,
+        until,
+        CancellationToken::new(),
+        Box::new(|_| {}),
+    );
+    sleep(Duration::from_millis(2)).await;
+    let before = Utc::now().trunc_subsecs(6);
+    let report = probe.await;
+    assert!(before <= report.started_at && report.started_at <= Utc::now());
 }
 
 #[tokio::test]

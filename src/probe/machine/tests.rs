@@ -91,6 +91,7 @@ impl Script {
             Arc::new(target),
             RoomName("canary-test".to_owned()),
             Position::First,
+            Utc::now(),
             agent_known,
         );
         let script = Self {
@@ -258,7 +259,7 @@ impl Script {
 
     fn told_joins(&self) -> Vec<bool> {
         let told = self.asked.iter().filter_map(|action| match action {
-            Action::Tell(Progress::JoinSettled { joined }) => Some(*joined),
+            Action::Emit(ProbeEvent::JoinDecided { joined }) => Some(*joined),
             _ => None,
         });
         told.collect()
@@ -269,7 +270,7 @@ impl Script {
     }
 
     /// Leaves and deletes as asked, and holds what is true of every probe that has ended.
-    fn report(mut self, at: u64) -> Report {
+    fn report(mut self, at: u64) -> ProbeReport {
         assert!(self.is_settled(), "no outcome at {at} ms");
         if self.probe.in_room {
             assert_eq!(self.asked_for(|action| matches!(action, Action::Leave)), 1);
@@ -280,7 +281,10 @@ impl Script {
             1
         );
         assert_eq!(
-            self.asked_for(|action| matches!(action, Action::Tell(Progress::Settled { .. }))),
+            self.asked_for(|action| matches!(
+                action,
+                Action::Emit(ProbeEvent::OutcomeDecided { .. })
+            )),
             1
         );
         assert_eq!(self.told_joins().len(), 1);
@@ -296,7 +300,7 @@ impl Script {
     }
 }
 
-fn reason_of(report: &Report) -> Reason {
+fn reason_of(report: &ProbeReport) -> Reason {
     match &report.outcome {
         Outcome::Failed(failure) => failure.reason,
         other => panic!("not failed but {other:?}"),
@@ -1438,8 +1442,8 @@ fn progress_tells_each_milestone_once_and_no_more_than_promised() {
         at: script.time(1_020),
     };
     let script = script.feed(1_020, Input::Deleted(gone));
-    let told = script.asked_for(|action| matches!(action, Action::Tell(_)));
-    assert_eq!(told, Progress::MOST);
+    let told = script.asked_for(|action| matches!(action, Action::Emit(_)));
+    assert_eq!(told, ProbeEvent::MAX_PER_PROBE);
 }
 
 #[test]
@@ -1487,16 +1491,16 @@ fn any_order_of_events_ends_in_one_outcome() {
         }
         at = finish(&mut script, at);
         assert!(script.probe.is_over(), "seed {seed} still runs at {at}");
-        let settled =
-            script.asked_for(|action| matches!(action, Action::Tell(Progress::Settled { .. })));
+        let settled = script
+            .asked_for(|action| matches!(action, Action::Emit(ProbeEvent::OutcomeDecided { .. })));
         let deleted = script.asked_for(|action| matches!(action, Action::DeleteRoom));
         assert_eq!(
             (settled, deleted, script.told_joins().len()),
             (1, 1, 1),
             "seed {seed}"
         );
-        let told = script.asked_for(|action| matches!(action, Action::Tell(_)));
-        assert!(told <= Progress::MOST, "seed {seed}");
+        let told = script.asked_for(|action| matches!(action, Action::Emit(_)));
+        assert!(told <= ProbeEvent::MAX_PER_PROBE, "seed {seed}");
     }
 }
 
