@@ -17,7 +17,7 @@ use crate::fixture::{
     join_delays, wait_for_job, wait_for_two_greetings,
 };
 
-/// What the agent of this room heard, in seconds of its own tone.
+/// How long the agent of this room heard its own tone, in seconds.
 fn heard(stack: &Stack, room: &str) -> anyhow::Result<f64> {
     let events = stack.events()?;
     let mut heard = events
@@ -28,9 +28,9 @@ fn heard(stack: &Stack, room: &str) -> anyhow::Result<f64> {
     first.number("seconds")
 }
 
-// --- when it speaks ---
+// --- when the agent speaks ---
 
-pub fn speech_before_our_subscription_counts_from_when_it_is_heard(
+pub fn speech_before_the_subscription_counts_from_its_first_audio(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::speaks_at_once().with("seconds", 2.5))?;
@@ -45,16 +45,14 @@ pub fn speech_before_our_subscription_counts_from_when_it_is_heard(
     ))
 }
 
-pub fn speech_before_anybody_listens_is_an_agent_that_says_nothing(
-    fixture: &Fixture,
-) -> anyhow::Result<String> {
-    let tag = "speaks-to-nobody";
+pub fn speech_before_the_canary_joins_is_agent_silent(fixture: &Fixture) -> anyhow::Result<String> {
+    let tag = "speaks-too-early";
     let (stack, settings) = fixture.call(&Behaviour::speaks_at_once().tag(tag))?;
     let gate = Gate::before(stack.address(), Hold::Signal)?;
     let running = settings
         .project("url", format!("ws://{}", gate.address))
         .set("dispatch.mode", "room")
-        // The gate's time counts.
+        // The time at the gate counts.
         .set("deadlines.signal", "30s")
         .set("deadlines.join", "60s")
         .set("deadlines.speech", "5s")
@@ -70,7 +68,9 @@ pub fn speech_before_anybody_listens_is_an_agent_that_says_nothing(
     Ok(probe.detail().to_owned())
 }
 
-pub fn agent_that_leaves_without_its_reply_left_early(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn agent_that_leaves_before_its_reply_is_agent_left_early(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::hangs_up())?;
     let finished = settings
         .set("expect.agent_may_leave", "after_reply")
@@ -101,18 +101,18 @@ pub fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyhow::Res
     ))
 }
 
-pub fn agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed(
+pub fn agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (batch, _) = expect_no_agent(fixture, Behaviour::fails(), "fails-at-once")?;
     Ok(batch.only_probe()?.detail().to_owned())
 }
 
-// --- who speaks, and on what ---
+// --- who speaks, and on which track ---
 
-/// An unnamed worker, which LiveKit sends to every room, beside the target's agent: first that one speaks, then it is
-/// silent, then it doesn't come at all.
-pub fn stray_agent_is_evidence_and_never_the_agent(fixture: &Fixture) -> anyhow::Result<String> {
+/// An unnamed worker, which LiveKit sends to every room, in addition to the target's agent. The agent speaks in the first
+/// room, is silent in the second, and doesn't join the third.
+pub fn stray_agent_is_evidence_but_never_the_agent(fixture: &Fixture) -> anyhow::Result<String> {
     let agents = [Agent::named(""), Agent::named(AGENT)];
     let stack = fixture.own_stack(&agents, &Behaviour::greets().with_stray_agent())?;
     let settings = |behaviour: &Behaviour| {
@@ -137,22 +137,24 @@ pub fn stray_agent_is_evidence_and_never_the_agent(fixture: &Fixture) -> anyhow:
     let silent = expect(fixture, &silent, 1, &["agent_silent"])?;
     named(&silent)?;
 
-    let nobody = settings(&Behaviour::greets()).set("agent_name", "no-such-agent");
-    let nobody = expect(fixture, &nobody.run()?, 1, &["dispatch_unanswered"])?;
-    named(&nobody)?;
-    let told = nobody
+    let absent = settings(&Behaviour::greets()).set("agent_name", "no-such-agent");
+    let absent = expect(fixture, &absent.run()?, 1, &["dispatch_unanswered"])?;
+    named(&absent)?;
+    let names_stray = absent
         .only_probe()?
         .detail()
         .contains("another agent came: one without a name");
-    ensure!(told, "{nobody:?}");
+    ensure!(names_stray, "{absent:?}");
     ensure!(
-        nobody.only_probe()?.join_delay_seconds.is_none(),
-        "{nobody:?}"
+        absent.only_probe()?.join_delay_seconds.is_none(),
+        "{absent:?}"
     );
-    Ok("ok, agent_silent, dispatch_unanswered, the stray named each time".to_owned())
+    Ok("ok, agent_silent, dispatch_unanswered, the stray agent named in each".to_owned())
 }
 
-pub fn background_sound_is_neither_speech_nor_echoed(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn background_sound_is_not_speech_and_is_not_echoed(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets_over_background())?;
     let batch = expect_ok(fixture, stack, &settings.run()?, 1)?;
     let after = expect_heard(stack, batch.only_probe()?)?;
@@ -161,10 +163,12 @@ pub fn background_sound_is_neither_speech_nor_echoed(fixture: &Fixture) -> anyho
     ))
 }
 
-pub fn background_alone_is_a_silent_agent(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn background_sound_without_speech_is_agent_silent(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let behaviour = Behaviour::plays_background_alone();
     let (batch, seen) = expect_faulty(fixture, &behaviour, "agent_silent")?;
-    // Those of the voice: 50 a second, for 5 s.
+    // The packets of the voice: 50 per second for 5 s.
     let packets = batch.only_probe()?.audio.packets;
     ensure!((100..400).contains(&packets), "{seen}");
     Ok(seen)
@@ -186,7 +190,7 @@ pub fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<String> 
     Ok(format!("ok, join {}, echo heard", join_delays(&batch)?))
 }
 
-pub fn agent_that_restarts_its_track_is_heard_on(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn agent_that_restarts_its_track_is_still_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::restarts_its_track())?;
     let finished = settings
         .set("echo.max_turns", 2)
@@ -195,7 +199,7 @@ pub fn agent_that_restarts_its_track_is_heard_on(fixture: &Fixture) -> anyhow::R
     let batch = expect_ok(fixture, stack, &finished, 1)?;
     let probe = batch.only_probe()?;
     let reply = probe.reply_delay_seconds.context("no reply delay")?;
-    // The second utterance, which came on another track, was echoed as the first was.
+    // The second utterance, on another track, was echoed like the first.
     let events = stack.events()?;
     let echoes = events
         .iter()
@@ -210,12 +214,12 @@ pub fn agent_that_restarts_its_track_is_heard_on(fixture: &Fixture) -> anyhow::R
     ))
 }
 
-// --- how it comes ---
+// --- how the agent joins ---
 
-pub fn agent_before_the_answer_to_its_dispatch_has_a_join_delay(
+pub fn agent_that_joins_before_the_dispatch_response_has_a_join_delay(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let tag = "outruns-the-answer";
+    let tag = "joins-before-the-response";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
     let gate = Gate::before(stack.address(), Hold::DispatchResponse)?;
     let running = settings
@@ -231,18 +235,18 @@ pub fn agent_before_the_answer_to_its_dispatch_has_a_join_delay(
     ensure!(!probe.join_upper_bound, "{probe:?}");
     expect_heard(stack, probe)?;
     Ok(format!(
-        "ok, join {}, {:.1} s before the answer",
+        "ok, join {}, {:.1} s before the response",
         join_delays(&batch)?,
         accepted - probe.at("AgentJoined")?
     ))
 }
 
-// --- what others do to the call ---
+// --- what other clients do to the call ---
 
-/// Another client joins `room` as `identity`, and leaves once it is in.
+/// Another client joins `room` as `identity`, and leaves at once.
 ///
-/// Whoever it removes may delete the room before it is in. LiveKit then tries again, for 18 s at most (`serve` in
-/// rtcservice.go), and creates the room anew: that one is nobody's but this client's, and goes with it.
+/// The participant that it replaces may delete the room before this client has joined. LiveKit then retries for at most 18 s
+/// (`serve` in rtcservice.go), and creates the room again. This function deletes that room.
 pub fn take_identity(stack: &Stack, room: &str, identity: &str) -> anyhow::Result<()> {
     let mut socket = TcpStream::connect(stack.address())?;
     socket.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -258,16 +262,16 @@ pub fn take_identity(stack: &Stack, room: &str, identity: &str) -> anyhow::Resul
     socket.read_exact(&mut answer)?;
     ensure!(&answer == b"HTTP/1.1 101", "{}", answer.escape_ascii());
     drop(socket);
-    // Nothing may be left to delete.
+    // The room may already be deleted.
     stack.api.delete_room(room).ok();
     Ok(())
 }
 
-/// One room in mid-call, what `harm` does to the canary in it, and what must come of that.
+/// During a call, `harm` removes the canary from its room. The probe is `removed`, and its detail contains `text`.
 fn expect_removed(
     fixture: &Fixture,
     tag: &str,
-    says: &str,
+    text: &str,
     harm: impl Fn(&Stack, &str, &str) -> anyhow::Result<()>,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
@@ -279,7 +283,7 @@ fn expect_removed(
     expect_gone(stack, &batch)?;
     let probe = batch.only_probe()?;
     ensure!(probe.origin.as_deref() == Some("external"), "{probe:?}");
-    ensure!(probe.detail().contains(says), "{probe:?}");
+    ensure!(probe.detail().contains(text), "{probe:?}");
     Ok(probe.detail().to_owned())
 }
 
@@ -287,15 +291,15 @@ pub fn identity_taken_by_another_client_is_removed(fixture: &Fixture) -> anyhow:
     expect_removed(fixture, "has-a-double", "DUPLICATE_IDENTITY", take_identity)
 }
 
-pub fn right_to_publish_taken_away_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn revoked_publish_permission_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
     let harm =
         |stack: &Stack, room: &str, caller: &str| stack.api.revoke(room, caller, "can_publish");
     expect_removed(fixture, "may-not-publish", "to publish", harm)
 }
 
-pub fn right_to_subscribe_taken_away_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn revoked_subscribe_permission_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "may-not-subscribe";
-    // Before the agent speaks: otherwise nothing would be missing.
+    // The agent is silent, because without the permission the canary must miss its speech.
     let (stack, settings) = fixture.call(&Behaviour::is_silent().tag(tag))?;
     let running = settings.set("deadlines.speech", "8s").once()?;
     let caller = wait_for_job(stack, tag, "caller")?;
@@ -308,8 +312,8 @@ pub fn right_to_subscribe_taken_away_is_removed(fixture: &Fixture) -> anyhow::Re
     Ok(probe.detail().to_owned())
 }
 
-/// Nobody comes, which shows that each of the rooms was there to come to.
-pub fn server_that_creates_no_room_by_itself_takes_every_dispatch(
+/// No agent joins, so every probe waits in its room. This shows that the room exists.
+pub fn server_without_auto_create_accepts_every_dispatch(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.own_stack_with("room:\n  auto_create: false\n", &[])?;
@@ -326,9 +330,9 @@ pub fn server_that_creates_no_room_by_itself_takes_every_dispatch(
     Ok("explicit, room, token and automatic: dispatch_unanswered".to_owned())
 }
 
-// --- what becomes of the server ---
+// --- the server restarts or drains ---
 
-pub fn restarted_server_is_signal_lost_and_serves_the_next_batch(
+pub fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
@@ -338,12 +342,16 @@ pub fn restarted_server_is_signal_lost_and_serves_the_next_batch(
     let running = settings.once()?;
     wait_for_two_greetings(stack)?;
     stack.server.signal(Signal::TERM)?;
-    // Two signals at once would be one.
-    wait_for("the server to take it", Duration::from_secs(10), || {
-        let log = stack.server.log()?;
-        Ok(log.contains("exit requested").then_some(()))
-    })?;
-    // The second one makes it end with its calls.
+    // Two signals at the same time would count as one.
+    wait_for(
+        "the server to handle the signal",
+        Duration::from_secs(10),
+        || {
+            let log = stack.server.log()?;
+            Ok(log.contains("exit requested").then_some(()))
+        },
+    )?;
+    // After the second signal the server ends its calls and exits.
     stack.server.signal(Signal::TERM)?;
     wait_for("the server to end", Duration::from_secs(20), || {
         Ok(TcpListener::bind(stack.address()).is_ok().then_some(()))
@@ -362,7 +370,7 @@ pub fn restarted_server_is_signal_lost_and_serves_the_next_batch(
     ))
 }
 
-pub fn drained_server_lets_its_calls_end_well(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn calls_on_a_drained_server_end_normally(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let running = Settings::new(stack)
         .set("batch.rooms", 2)
@@ -378,5 +386,5 @@ pub fn drained_server_lets_its_calls_end_well(fixture: &Fixture) -> anyhow::Resu
     wait_for("the server to end", Duration::from_secs(20), || {
         Ok(stack.api.rooms().is_err().then_some(()))
     })?;
-    Ok("2 ok, echoes heard, the server ended after them".to_owned())
+    Ok("2 ok, echoes heard, the server ended after the calls".to_owned())
 }

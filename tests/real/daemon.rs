@@ -128,9 +128,7 @@ fn wait_for_batches(daemon: &Daemon, count: f64, limit: Duration) -> anyhow::Res
     })
 }
 
-pub fn outage_fails_the_batches_within_it_and_no_other(
-    fixture: &Fixture,
-) -> anyhow::Result<String> {
+pub fn outage_fails_only_the_batches_within_it(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
@@ -299,7 +297,7 @@ impl Database {
     }
 }
 
-pub fn killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms(
+pub fn killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
@@ -510,7 +508,7 @@ fn lint(metrics: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub fn prometheus_holds_what_the_history_holds(_: &Fixture) -> anyhow::Result<String> {
+pub fn prometheus_has_the_same_counts_as_the_history(_: &Fixture) -> anyhow::Result<String> {
     let dir = DaemonDir::new()?;
     let prometheus_dir = tempfile::tempdir()?;
     let sandbox = Stack::sandbox(AGENT, &[])?;

@@ -1,5 +1,5 @@
-//! Scenarios of a bad network between the canary and LiveKit: the agent is well, and its figures must say what the path
-//! did.
+//! Scenarios of a bad network between the canary and LiveKit. The agent works, and the figures of the call must match the
+//! network.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use support::stack::{AGENT, Agent, Stack};
 use crate::fixture::{Fixture, expect_ok, notes_blocked_udp};
 use crate::relay::{Path, Relay, Server};
 
-/// Neither the canary's timers nor the relay's are finer on a busy machine.
+/// The resolution of timers on a busy machine, in seconds: of the canary and of the relay.
 const JITTER_TOLERANCE: f64 = 0.004;
 
 fn good() -> Path {
@@ -24,7 +24,7 @@ fn good() -> Path {
     }
 }
 
-/// The one probe of a run over a path, which is ok and over UDP.
+/// The only probe of a run is ok, and its media used UDP.
 fn expect_call(fixture: &Fixture, stack: &Stack, finished: &Finished) -> anyhow::Result<Probe> {
     let mut batch = expect_ok(fixture, stack, finished, 1)?;
     let probe = batch.probes.pop().context("no probe")?;
@@ -32,8 +32,8 @@ fn expect_call(fixture: &Fixture, stack: &Stack, finished: &Finished) -> anyhow:
     Ok(probe)
 }
 
-/// A path to the stack for all but its own agents; it is the stack's last one.
-fn before(stack: &Stack, path: Path) -> anyhow::Result<Relay> {
+/// Starts a relay in front of the stack. The agents of the stack don't use it. A later relay replaces it.
+fn start_relay(stack: &Stack, path: Path) -> anyhow::Result<Relay> {
     let address = |port| SocketAddr::from((stack.host, port));
     let server = Server {
         api: address(stack.port),
@@ -44,17 +44,17 @@ fn before(stack: &Stack, path: Path) -> anyhow::Result<Relay> {
     Ok(relay)
 }
 
-/// A call in which a part of the agent's packets is lost, and all of them come unevenly.
+/// A call in which a part of the agent's packets is lost, and the others have jitter.
 fn expect_figures(fixture: &Fixture, stack: &Stack, loss: f64) -> anyhow::Result<String> {
     let path = Path {
         jitter: Duration::from_millis(50),
         loss,
         ..good()
     };
-    let relay = before(stack, path)?;
+    let relay = start_relay(stack, path)?;
     let finished = Settings::new(stack).set("batch.hold", "14s").run()?;
     let probe = expect_call(fixture, stack, &finished)?;
-    // What was on its way then may have come too late.
+    // Packets that were on their way at that time may have arrived too late.
     let expected = relay.expected(probe.at("Left")?)?;
     let audio = &probe.audio;
     let seen = format!(
@@ -78,23 +78,23 @@ fn expect_figures(fixture: &Fixture, stack: &Stack, loss: f64) -> anyhow::Result
     Ok(seen)
 }
 
-pub fn loss_and_jitter_are_measured_as_they_are(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn measured_loss_and_jitter_match_the_network(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
     let few = expect_figures(fixture, stack, 0.05)?;
     let many = expect_figures(fixture, stack, 0.2)?;
     Ok(format!("2 ok; {few}; {many}"))
 }
 
-pub fn distant_server_delays_the_join_by_its_distance_alone(
+pub fn join_delay_of_a_distant_server_contains_the_network_delay_once(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let delay = Duration::from_millis(150);
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
-    let _relay = before(stack, Path { delay, ..good() })?;
+    let _relay = start_relay(stack, Path { delay, ..good() })?;
     let finished = Settings::new(stack).set("batch.hold", "10s").run()?;
     let probe = expect_call(fixture, stack, &finished)?;
     let agent = probe.agent.as_ref().context("no agent")?;
-    // By the server's own stamp; both run on one clock here.
+    // By the time of the server; here both use one clock.
     let stamped = agent.joined_at_ms / 1e3;
     let late = probe.at("AgentJoined")? - stamped;
     let delayed = stamped - probe.at("DispatchSent")?;
@@ -103,7 +103,7 @@ pub fn distant_server_delays_the_join_by_its_distance_alone(
         "ok; joined {delayed:.3} s after the dispatch by the server's clock, {late:+.3} s from that by ours; spoke \
          {heard:.3} s after it"
     );
-    // Of what came before, the request's way alone is the path's; the news' way back is no part of the delay.
+    // The path delays the request once. The way of the join event back to the canary isn't part of the join delay.
     ensure!(delayed > delay.as_secs_f64(), "{seen}");
     ensure!(late.abs() < delay.as_secs_f64() + 0.02, "{seen}");
     Ok(seen)

@@ -1,7 +1,7 @@
-//! A bad network between the canary and a server behind a veth pair: what passes it is delayed, and what comes from the
-//! server's media port is lost and delayed unevenly too. The agents, on the server's side, have a clean path.
+//! A bad network between the canary and a server behind a veth pair. It delays everything in both directions. Datagrams from
+//! the server's media port are also lost, and have jitter. The agents are on the server's side and have a good network.
 //!
-//! It keeps what RTP it delivered and when, which is what a receiver's figures of loss and jitter can be checked against.
+//! The relay records which RTP packets it delivered and when. The loss and jitter that a receiver measures must match that.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -19,33 +19,33 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-/// Packets or chunks on their way in one direction; a second of both media directions is some 200.
-const IN_FLIGHT: usize = 4096;
+/// The maximum of packets or chunks on their way in one direction. One second of media in both directions is about 200.
+const MAX_IN_FLIGHT: usize = 4096;
 const DATAGRAM: usize = 2048;
-/// Ticks a second of Opus over RTP (RFC 7587, 4.1).
+/// Ticks per second of Opus over RTP (RFC 7587, 4.1).
 const CLOCK_RATE: f64 = 48_000.0;
 
-/// What a path does to what passes.
+/// What the network does to packets.
 #[derive(Clone, Copy)]
 pub struct Path {
-    /// Each way, on everything.
+    /// In each direction, for all packets.
     pub delay: Duration,
-    /// The most that a datagram from the server is delayed besides. None overtakes another, as in a queue.
+    /// The maximum additional delay of a datagram from the server. Datagrams stay in order, as in a queue.
     pub jitter: Duration,
-    /// The part of datagrams from the server that are lost, 0 to 1.
+    /// The share of datagrams from the server that are lost, 0 to 1.
     pub loss: f64,
 }
 
-/// Where a relay stands: the ports of the server that it takes the traffic of.
+/// The addresses of the server that the relay forwards to.
 #[derive(Clone, Copy)]
 pub struct Server {
     pub api: SocketAddr,
     pub media: SocketAddr,
 }
 
-/// Dropping it stops it.
+/// Dropping the relay stops it.
 pub struct Relay {
-    /// Where what is for the API and for media must be sent instead.
+    /// The ports of the relay for the API and for media.
     pub ports: (u16, u16),
     delivered: Arc<Mutex<Vec<Packet>>>,
     stop: CancellationToken,
@@ -61,7 +61,7 @@ struct Packet {
     timestamp: u32,
 }
 
-/// What a receiver of the delivered packets must find.
+/// The figures that a receiver of the delivered packets must measure.
 pub struct Expected {
     pub packets: usize,
     pub lost: usize,
@@ -70,26 +70,26 @@ pub struct Expected {
 }
 
 impl Relay {
-    /// Before `server`, in the network namespace of this name.
+    /// Starts a relay in front of `server`, in the network namespace of this name.
     pub fn start(namespace: &str, server: Server, path: Path) -> anyhow::Result<Self> {
         let namespace = File::open(format!("/run/netns/{namespace}"))?;
         let delivered = Arc::new(Mutex::new(Vec::new()));
         let stop = CancellationToken::new();
-        let (told, ports) = std::sync::mpsc::channel();
+        let (ports_tx, ports_rx) = std::sync::mpsc::channel();
         let (stopped, record) = (stop.clone(), Arc::clone(&delivered));
-        // Of its own, because a namespace is a thread's.
+        // A thread of its own, because each thread has its network namespace.
         let thread = thread::spawn(move || {
             let link = LinkNameSpaceType::Network;
             let outcome = move_into_link_name_space(namespace.as_fd(), Some(link))
                 .map_err(anyhow::Error::from)
-                .and_then(|()| serve(server, path, &record, &told, &stopped));
+                .and_then(|()| serve(server, path, &record, &ports_tx, &stopped));
             if let Err(error) = outcome {
-                // Nobody waits any more where it had started.
-                drop(told.send(Err(error)));
+                // If the relay had started, there is no receiver any more.
+                drop(ports_tx.send(Err(error)));
             }
         });
         let limit = Duration::from_secs(10);
-        let ports = ports.recv_timeout(limit).context("the relay")??;
+        let ports = ports_rx.recv_timeout(limit).context("the relay")??;
         Ok(Self {
             ports,
             delivered,
@@ -98,7 +98,7 @@ impl Relay {
         })
     }
 
-    /// Of the stream that carried most of the packets, from its first to the last one before `until`.
+    /// The figures of the stream with the most packets, up to the Unix time `until`.
     pub fn expected(&self, until: f64) -> anyhow::Result<Expected> {
         let delivered = self
             .delivered
@@ -114,7 +114,7 @@ impl Relay {
         let sequences: BTreeSet<_> = stream.iter().map(|packet| packet.sequence).collect();
         let (first, last) = (sequences.first(), sequences.last());
         let span = usize::from(last.context("none")? - first.context("none")?) + 1;
-        // A call of these scenarios is a thousand packets; one in sixty wraps around.
+        // A call of these scenarios has a thousand packets. In one of sixty calls the sequence numbers wrap around.
         ensure!(
             span < 10_000,
             "the sequence numbers wrapped around: run it again"
@@ -131,7 +131,7 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.stop.cancel();
         if let Some(thread) = self.thread.take() {
-            // It panicked: the scenario fails by what didn't come through.
+            // If the thread panicked, the scenario fails because packets are missing.
             drop(thread.join());
         }
     }
@@ -154,7 +154,7 @@ fn serve(
     server: Server,
     path: Path,
     record: &Arc<Mutex<Vec<Packet>>>,
-    told: &Ports,
+    ports: &Ports,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -163,8 +163,8 @@ fn serve(
     runtime.block_on(async {
         let api = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
         let media = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?;
-        told.send(Ok((api.local_addr()?.port(), media.local_addr()?.port())))?;
-        // Ends with the runtime, as do all tasks of a connection.
+        ports.send(Ok((api.local_addr()?.port(), media.local_addr()?.port())))?;
+        // All tasks of a connection end with the runtime.
         tokio::select! {
             () = stop.cancelled() => Ok(()),
             result = pass_connections(&api, server.api, path.delay) => result,
@@ -195,7 +195,7 @@ async fn pass_bytes(
     mut to: tokio::net::tcp::OwnedWriteHalf,
     delay: Duration,
 ) {
-    let (queue, mut due) = mpsc::channel::<(Instant, Vec<u8>)>(IN_FLIGHT);
+    let (queue, mut due) = mpsc::channel::<(Instant, Vec<u8>)>(MAX_IN_FLIGHT);
     let reading = async move {
         let mut buffer = [0; 16 * 1024];
         while let Ok(read @ 1..) = from.read(&mut buffer).await {
@@ -229,17 +229,17 @@ async fn pass_datagrams(
         if !clients.contains_key(&client) {
             let inside = Arc::new(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await?);
             inside.connect(server).await?;
-            let (queue, due) = mpsc::channel(IN_FLIGHT);
+            let (queue, due) = mpsc::channel(MAX_IN_FLIGHT);
             tokio::spawn(send_up(due, Arc::clone(&inside)));
-            let (down, due_down) = mpsc::channel(IN_FLIGHT);
-            // The same losses in every run, other ones for each transport.
+            let (down, due_down) = mpsc::channel(MAX_IN_FLIGHT);
+            // The same losses in every run, but different ones for each transport.
             let random = fastrand::Rng::with_seed(clients.len() as u64);
             tokio::spawn(receive_down(inside, down, path, random));
             let (outside, record) = (Arc::clone(&outside), Arc::clone(record));
             tokio::spawn(send_down(due_down, outside, client, record));
             clients.insert(client, queue);
         }
-        // A full queue loses what comes, as a router's does.
+        // A full queue drops the datagram, as a router does.
         let datagram = (Instant::now() + path.delay, buffer[..read].to_vec());
         drop(clients[&client].try_send(datagram));
     }
@@ -248,7 +248,7 @@ async fn pass_datagrams(
 async fn send_up(mut due: mpsc::Receiver<(Instant, Vec<u8>)>, inside: Arc<UdpSocket>) {
     while let Some((at, datagram)) = due.recv().await {
         sleep_until(at).await;
-        // What the other side doesn't take is lost, as on any path.
+        // A datagram that can't be sent is lost, as in any network.
         drop(inside.send(&datagram).await);
     }
 }
@@ -294,8 +294,8 @@ async fn send_down(
     }
 }
 
-/// The head of an RTP packet, which SRTP leaves readable; `None` for what else shares the port (RFC 7983), RTCP among it
-/// (RFC 5761, 4).
+/// Parses the header of an RTP packet, which SRTP doesn't encrypt. `None` for other packets on the port (RFC 7983), such as
+/// RTCP (RFC 5761, 4).
 fn rtp(datagram: &[u8]) -> Option<Packet> {
     let (head, _) = datagram.split_first_chunk::<12>()?;
     let is_rtcp = (192..=223).contains(&head[1]);

@@ -1,4 +1,4 @@
-//! Scenarios about what an agent's session tells of itself: the errors of its models, what it measured, what was said.
+//! Scenarios about what the agent's session reports: errors of its models, its metrics, and the transcript.
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
@@ -8,7 +8,7 @@ use support::report::Batch;
 
 use crate::fixture::{Fixture, expect};
 
-/// Calls an agent whose model fails, long enough for every attempt that a session makes by its defaults.
+/// Calls an agent whose model fails, for long enough for all attempts that a session makes by default.
 fn call_failing(
     fixture: &Fixture,
     behaviour: &Behaviour,
@@ -20,7 +20,7 @@ fn call_failing(
     expect(fixture, &finished, code, &[verdict])
 }
 
-/// A call in which the agent greets, hears its echo and answers.
+/// A call in which the agent greets, hears its echo and replies.
 fn converse(fixture: &Fixture, transcript: bool) -> anyhow::Result<(Batch, Finished)> {
     let (_, settings) = fixture.call(&Behaviour::converses())?;
     let finished = settings
@@ -32,59 +32,59 @@ fn converse(fixture: &Fixture, transcript: bool) -> anyhow::Result<(Batch, Finis
     Ok((batch, finished))
 }
 
-/// The first of the evidence's notes that has these words.
-fn noted<'a>(batch: &'a Batch, words: &str) -> anyhow::Result<&'a str> {
+/// The first note that contains this text.
+fn note<'a>(batch: &'a Batch, text: &str) -> anyhow::Result<&'a str> {
     let notes = &batch.probes[0].evidence.notes;
-    let note = notes.iter().find(|note| note.contains(words));
-    ensure!(note.is_some(), "{words:?} isn't in {notes:?}");
+    let note = notes.iter().find(|note| note.contains(text));
+    ensure!(note.is_some(), "{text:?} isn't in {notes:?}");
     Ok(note.map_or("", String::as_str))
 }
 
 fn expect_inference_limit(
     fixture: &Fixture,
     behaviour: &Behaviour,
-    words: &str,
+    text: &str,
 ) -> anyhow::Result<String> {
     let batch = call_failing(fixture, behaviour, 3, "plan_limit")?;
     let probe = &batch.probes[0];
     ensure!(probe.limit.as_deref() == Some("inference"), "{probe:?}");
     ensure!(probe.origin.as_deref() == Some("limit"), "{probe:?}");
-    noted(&batch, words)?;
+    note(&batch, text)?;
     Ok(probe.detail.clone().unwrap_or_default())
 }
 
-pub fn model_that_answers_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn llm_that_responds_with_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
     let behaviour = Behaviour::whose_model_fails("llm", "429", "inference_error=status_code=429");
     expect_inference_limit(fixture, &behaviour, "status_code=429")
 }
 
-pub fn voice_that_answers_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn tts_that_responds_with_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
     let behaviour = Behaviour::whose_model_fails("tts", "429", "inference_error=status_code=429");
     expect_inference_limit(fixture, &behaviour, "status_code=429")
 }
 
-pub fn inference_that_is_used_up_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn exhausted_inference_quota_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
     let quota = "inference_quota_exceeded";
     let behaviour =
         Behaviour::whose_model_fails("llm", "quota", &format!("inference_error={quota}"));
     expect_inference_limit(fixture, &behaviour, quota)
 }
 
-pub fn other_error_of_a_model_is_evidence_of_a_silent_agent(
+pub fn other_error_of_an_llm_is_evidence_of_a_silent_agent(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let behaviour = Behaviour::whose_model_fails("llm", "500", "inference_error=status_code=500");
     let batch = call_failing(fixture, &behaviour, 1, "agent_silent")?;
-    Ok(noted(&batch, "status_code=500")?.to_owned())
+    Ok(note(&batch, "status_code=500")?.to_owned())
 }
 
-pub fn conversation_is_written_down_where_that_is_wanted(
+pub fn transcript_is_recorded_if_the_target_requests_it(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (batch, finished) = converse(fixture, true)?;
     let probe = &batch.probes[0];
-    let said = probe.transcript.as_deref().context("no transcript")?;
-    let lines: Vec<_> = said
+    let segments = probe.transcript.as_deref().context("no transcript")?;
+    let lines: Vec<_> = segments
         .iter()
         .map(|it| (it.speaker.as_str(), it.text.as_str(), it.r#final))
         .collect();
@@ -93,27 +93,28 @@ pub fn conversation_is_written_down_where_that_is_wanted(
         ("caller", "hello there", true),
         ("agent", "Good day to you.", true),
     ];
-    ensure!(lines == expected, "{said:?}");
-    let in_order = said.is_sorted_by(|one, other| one.at < other.at);
+    ensure!(lines == expected, "{segments:?}");
+    let in_order = segments.is_sorted_by(|one, other| one.at < other.at);
     let joined = probe.seconds("AgentJoined")?;
-    ensure!(in_order && said[0].at > joined, "{said:?}");
-    ensure!(!finished.stderr.contains("hello there"), "it is in the log");
-    let at: Vec<_> = said.iter().map(|it| format!("{:.2}", it.at)).collect();
+    ensure!(in_order && segments[0].at > joined, "{segments:?}");
+    ensure!(
+        !finished.stderr.contains("hello there"),
+        "the transcript is in the log"
+    );
+    let at: Vec<_> = segments.iter().map(|it| format!("{:.2}", it.at)).collect();
     Ok(format!("3 segments, at {} s", at.join(", ")))
 }
 
-pub fn conversation_is_not_written_down_where_nobody_asked(
-    fixture: &Fixture,
-) -> anyhow::Result<String> {
+pub fn transcript_is_not_recorded_by_default(fixture: &Fixture) -> anyhow::Result<String> {
     let (batch, finished) = converse(fixture, false)?;
     ensure!(batch.probes[0].transcript.is_none());
-    for words in ["Good day", "hello there"] {
-        ensure!(!finished.output().contains(words), "{}", finished.output());
+    for text in ["Good day", "hello there"] {
+        ensure!(!finished.output().contains(text), "{}", finished.output());
     }
-    Ok("ok, no transcript, none of its words anywhere".to_owned())
+    Ok("ok, no transcript, and none of its words in any output".to_owned())
 }
 
-pub fn turns_are_measured_by_the_agent_itself(fixture: &Fixture) -> anyhow::Result<String> {
+pub fn metrics_of_the_agent_session_are_evidence(fixture: &Fixture) -> anyhow::Result<String> {
     let (batch, _) = converse(fixture, false)?;
     let turns = &batch.probes[0].evidence.agent_metrics;
     let speakers: Vec<_> = turns.iter().map(|turn| turn["speaker"].as_str()).collect();

@@ -1,4 +1,4 @@
-//! The table of scenarios: what is done to the product, and what must come of it.
+//! The table of scenarios: what each does to the canary, and the result that it must have.
 
 use std::time::Duration;
 
@@ -16,22 +16,24 @@ use support::{SECRET, wait_for};
 use tokio::time::Instant;
 
 use crate::agents::{
-    agent_before_the_answer_to_its_dispatch_has_a_join_delay,
-    agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed,
-    agent_that_leaves_after_its_reply_is_ok, agent_that_leaves_without_its_reply_left_early,
-    agent_that_restarts_its_track_is_heard_on, avatar_speaks_for_its_agent,
-    background_alone_is_a_silent_agent, background_sound_is_neither_speech_nor_echoed,
-    drained_server_lets_its_calls_end_well, identity_taken_by_another_client_is_removed,
-    restarted_server_is_signal_lost_and_serves_the_next_batch,
-    right_to_publish_taken_away_is_removed, right_to_subscribe_taken_away_is_removed,
-    server_that_creates_no_room_by_itself_takes_every_dispatch,
-    speech_before_anybody_listens_is_an_agent_that_says_nothing,
-    speech_before_our_subscription_counts_from_when_it_is_heard,
-    stray_agent_is_evidence_and_never_the_agent,
+    agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed,
+    agent_that_joins_before_the_dispatch_response_has_a_join_delay,
+    agent_that_leaves_after_its_reply_is_ok,
+    agent_that_leaves_before_its_reply_is_agent_left_early,
+    agent_that_restarts_its_track_is_still_heard, avatar_speaks_for_its_agent,
+    background_sound_is_not_speech_and_is_not_echoed,
+    background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
+    identity_taken_by_another_client_is_removed,
+    restarted_server_is_signal_lost_and_the_next_batch_is_ok,
+    revoked_publish_permission_is_removed, revoked_subscribe_permission_is_removed,
+    server_without_auto_create_accepts_every_dispatch,
+    speech_before_the_canary_joins_is_agent_silent,
+    speech_before_the_subscription_counts_from_its_first_audio,
+    stray_agent_is_evidence_but_never_the_agent,
 };
 use crate::daemon::{
-    killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms,
-    outage_fails_the_batches_within_it_and_no_other, prometheus_holds_what_the_history_holds,
+    killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms,
+    outage_fails_only_the_batches_within_it, prometheus_has_the_same_counts_as_the_history,
 };
 use crate::fixture::{
     Fixture, expect, expect_agent_fault, expect_faulty, expect_gone, expect_heard, expect_no_agent,
@@ -39,32 +41,34 @@ use crate::fixture::{
     wait_for_two_greetings,
 };
 use crate::network_path::{
-    distant_server_delays_the_join_by_its_distance_alone, loss_and_jitter_are_measured_as_they_are,
+    join_delay_of_a_distant_server_contains_the_network_delay_once,
+    measured_loss_and_jitter_match_the_network,
 };
 use crate::proxy::TlsProxy;
 use crate::reports::{
-    conversation_is_not_written_down_where_nobody_asked,
-    conversation_is_written_down_where_that_is_wanted, inference_that_is_used_up_is_a_plan_limit,
-    model_that_answers_429_is_a_plan_limit, other_error_of_a_model_is_evidence_of_a_silent_agent,
-    turns_are_measured_by_the_agent_itself, voice_that_answers_429_is_a_plan_limit,
+    exhausted_inference_quota_is_a_plan_limit, llm_that_responds_with_429_is_a_plan_limit,
+    metrics_of_the_agent_session_are_evidence, other_error_of_an_llm_is_evidence_of_a_silent_agent,
+    transcript_is_not_recorded_by_default, transcript_is_recorded_if_the_target_requests_it,
+    tts_that_responds_with_429_is_a_plan_limit,
 };
 
 pub struct Scenario {
-    /// The sentence that is false where it fails.
+    /// The sentence that is false if the scenario fails.
     pub name: &'static str,
     pub expected: &'static str,
-    /// Why the sandbox can't express it; `None` where it can.
+    /// Why the scenario can't run on the sandbox; `None` if it can.
     pub real_only: Option<&'static str>,
-    /// Rooms in which agents speak at the same time; more for one that measures what a busy machine changes.
+    /// The number of rooms in which agents speak at the same time. It is higher for a scenario whose figures a busy machine
+    /// would change.
     pub load: u32,
-    /// Does it, checks it, and says what was seen.
+    /// Runs the scenario with its checks, and returns a summary.
     run: Run,
 }
 
 pub type Run = fn(&Fixture) -> anyhow::Result<String>;
 
 impl Scenario {
-    /// What runs there, or why nothing does; `None` where nobody expects it.
+    /// The scenario on this kind of stack, or why it can't run there. `None` if it isn't meant for it.
     pub fn on(&self, stack: StackKind) -> Option<Result<Run, &'static str>> {
         match (stack, self.real_only) {
             (StackKind::Sandbox, Some(why)) => Some(Err(why)),
@@ -74,20 +78,20 @@ impl Scenario {
     }
 }
 
-/// Why some scenarios are the real stack's alone.
-const NO_PROCESS: &str = "its agent is no process of its own that could be killed";
-const NO_NETWORK: &str = "it binds to 127.0.0.1 alone, where nothing lies between";
-const NO_MODELS: &str = "its agent has no models whose work could be measured";
-const NO_TCP: &str = "it takes media over UDP alone";
-const SAME: &str = "what a killed daemon leaves is the same there";
-const OWN_SANDBOX: &str = "it has a sandbox of its own on either";
-const NO_PERMISSIONS: &str = "it changes no permission of a participant";
-const NO_SETTINGS: &str = "its rooms may always be created by a token";
-const NO_RESTART: &str = "it ends at once, and comes back on another port";
+/// Why some scenarios run only on the real stack.
+const NO_PROCESS: &str = "its agent is not a separate process";
+const NO_NETWORK: &str = "it listens on 127.0.0.1 only, so there is no network in between";
+const NO_MODELS: &str = "its agent has no models";
+const NO_TCP: &str = "it supports media over UDP only";
+const SAME: &str = "a killed daemon leaves the same on both stacks";
+const OWN_SANDBOX: &str = "it starts its own sandbox on both stacks";
+const NO_PERMISSIONS: &str = "it can't revoke a permission";
+const NO_SETTINGS: &str = "it always creates a room for a token";
+const NO_RESTART: &str = "it ends at once, and listens on another port after a restart";
 
 macro_rules! scenarios {
     ($($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
-        /// The longest first, so that none of them is left alone at the end.
+        /// The longest first, so that no long one runs alone at the end.
         pub const SCENARIOS: &[Scenario] = &[
             $(Scenario {
                 name: stringify!($name),
@@ -105,90 +109,90 @@ macro_rules! scenarios {
 }
 
 scenarios! {
-    outage_fails_the_batches_within_it_and_no_other: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;
-    killed_daemon_loses_no_ledger_and_the_next_deletes_its_rooms: "no torn row, ledger whole, journalled rooms gone", real only: SAME, load: 2;
-    prometheus_holds_what_the_history_holds: "counters = history, promtool finds nothing", real only: OWN_SANDBOX;
-    killed_job_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
-    killed_worker_is_an_agent_that_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
-    frozen_server_is_signal_lost_and_its_rooms_are_named: "signal_lost within 20 s, rooms named, exit 4", load: 2;
-    late_agent_changes_no_verdict_and_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
-    stray_agent_is_evidence_and_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named", load: 2;
-    restarted_server_is_signal_lost_and_serves_the_next_batch: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART, load: 2;
-    drained_server_lets_its_calls_end_well: "2 ok, exit 0, then the server ends", real only: NO_RESTART, load: 2;
-    loss_and_jitter_are_measured_as_they_are: "2 ok, both figures right, exit 0", real only: NO_NETWORK, load: 4;
-    distant_server_delays_the_join_by_its_distance_alone: "ok, joined by the server's clock, exit 0", real only: NO_NETWORK, load: 4;
+    outage_fails_only_the_batches_within_it: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;
+    killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms: "no incomplete row, ledger complete, journalled rooms deleted", real only: SAME, load: 2;
+    prometheus_has_the_same_counts_as_the_history: "counters = history, promtool finds nothing", real only: OWN_SANDBOX;
+    killed_job_is_agent_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
+    killed_worker_is_agent_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
+    frozen_server_is_signal_lost_and_its_rooms_are_listed: "signal_lost within 20 s, rooms named, exit 4", load: 2;
+    late_agent_of_create_dispatch_changes_no_verdict_and_leaves_no_room: "no agent; 15 s later no room, exit 1";
+    stray_agent_is_evidence_but_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named", load: 2;
+    restarted_server_is_signal_lost_and_the_next_batch_is_ok: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART, load: 2;
+    calls_on_a_drained_server_end_normally: "2 ok, exit 0, then the server ends", real only: NO_RESTART, load: 2;
+    measured_loss_and_jitter_match_the_network: "2 ok, both figures right, exit 0", real only: NO_NETWORK, load: 4;
+    join_delay_of_a_distant_server_contains_the_network_delay_once: "ok, joined by the server's clock, exit 0", real only: NO_NETWORK, load: 4;
     five_rooms_open_in_order_and_the_agent_hears_every_echo: "5 ok, exit 0", load: 5;
-    panicking_probe_harms_no_other: "4 ok, 1 internal, exit 4", load: 5;
+    panic_in_one_probe_does_not_affect_the_others: "4 ok, 1 internal, exit 4", load: 5;
     delayed_agent_has_at_least_its_delay_as_join_delay: "ok, every join delay >= 2.000 s", load: 3;
-    no_worker_at_all_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
+    no_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
     busy_worker_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
     wrong_agent_name_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
-    agent_that_never_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
-    model_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
-    voice_that_answers_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
-    inference_that_is_used_up_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
-    conversation_is_written_down_where_that_is_wanted: "ok, agent, caller and agent in its transcript, exit 0";
-    conversation_is_not_written_down_where_nobody_asked: "ok, transcript null, exit 0";
-    turns_are_measured_by_the_agent_itself: "ok, figures of three turns, exit 0", real only: NO_MODELS;
-    other_error_of_a_model_is_evidence_of_a_silent_agent: "agent_silent, error noted, exit 1";
-    agent_that_fails_before_it_connects_is_blamed_where_its_job_is_listed: "agent_no_show where a job is listed, exit 1";
-    speech_before_our_subscription_counts_from_when_it_is_heard: "ok, first speech after the subscription, exit 0";
-    speech_before_anybody_listens_is_an_agent_that_says_nothing: "agent_silent that says so, exit 1";
-    background_sound_is_neither_speech_nor_echoed: "ok, its greeting alone echoed, exit 0";
-    background_alone_is_a_silent_agent: "agent_silent, exit 1";
+    agent_that_never_connects_is_agent_no_show_if_its_job_is_listed: "agent_no_show if a job is listed, exit 1";
+    llm_that_responds_with_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    tts_that_responds_with_429_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    exhausted_inference_quota_is_a_plan_limit: "plan_limit/inference, error noted, exit 3";
+    transcript_is_recorded_if_the_target_requests_it: "ok, agent, caller and agent in its transcript, exit 0";
+    transcript_is_not_recorded_by_default: "ok, transcript null, exit 0";
+    metrics_of_the_agent_session_are_evidence: "ok, figures of three turns, exit 0", real only: NO_MODELS;
+    other_error_of_an_llm_is_evidence_of_a_silent_agent: "agent_silent, error noted, exit 1";
+    agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed: "agent_no_show if a job is listed, exit 1";
+    speech_before_the_subscription_counts_from_its_first_audio: "ok, first speech after the subscription, exit 0";
+    speech_before_the_canary_joins_is_agent_silent: "agent_silent with this explanation, exit 1";
+    background_sound_is_not_speech_and_is_not_echoed: "ok, its greeting alone echoed, exit 0";
+    background_sound_without_speech_is_agent_silent: "agent_silent, exit 1";
     avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0";
-    agent_that_restarts_its_track_is_heard_on: "ok with a reply on the second track, exit 0";
-    agent_before_the_answer_to_its_dispatch_has_a_join_delay: "ok with a join delay, exit 0";
-    agent_that_leaves_without_its_reply_left_early: "agent_left_early, exit 1";
+    agent_that_restarts_its_track_is_still_heard: "ok with a reply on the second track, exit 0";
+    agent_that_joins_before_the_dispatch_response_has_a_join_delay: "ok with a join delay, exit 0";
+    agent_that_leaves_before_its_reply_is_agent_left_early: "agent_left_early, exit 1";
     agent_that_leaves_after_its_reply_is_ok: "ok with a reply delay, exit 0";
-    agent_without_packets_is_silent: "agent_silent with a join delay, exit 1";
-    agent_with_a_track_of_silence_is_silent: "agent_silent with a join delay, exit 1";
-    agent_without_a_track_has_no_track: "agent_no_track with a join delay, exit 1";
-    agent_that_hangs_up_left_early: "agent_left_early, exit 1";
+    agent_without_packets_is_agent_silent: "agent_silent with a join delay, exit 1";
+    agent_with_a_silent_track_is_agent_silent: "agent_silent with a join delay, exit 1";
+    agent_without_a_track_is_agent_no_track: "agent_no_track with a join delay, exit 1";
+    agent_that_hangs_up_is_agent_left_early: "agent_left_early, exit 1";
     agent_that_may_leave_after_speech_is_ok: "ok, exit 0";
-    second_agent_is_a_duplicate: "agent_duplicate, exit 1";
+    second_agent_is_agent_duplicate: "agent_duplicate, exit 1";
     pypi_client_hears_the_agent_and_is_heard: "greeting heard, 2 s of tone heard, reply heard";
-    answering_agent_has_a_reply_delay: "ok with a reply delay, exit 0";
+    agent_that_replies_has_a_reply_delay: "ok with a reply delay, exit 0";
     missing_reply_is_agent_no_reply: "agent_no_reply, exit 1";
     continuous_echo_is_heard: "ok, echo heard, exit 0";
     one_by_one_holds_each_room_from_its_own_join: "ok, each room for its own hold, exit 0";
     metadata_and_attributes_reach_the_agent: "ok, canary=true seen, exit 0";
-    unnamed_agent_comes_by_automatic_dispatch: "ok, exit 0";
-    agent_comes_by_create_room: "ok, metadata seen, exit 0";
-    agent_comes_by_token: "ok, metadata seen, exit 0";
-    interval_opens_rooms_whatever_the_agent_does: "3 ok, 2 s apart, exit 0", load: 3;
-    burst_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0", load: 3;
-    server_off_loopback_is_ok: "ok, exit 0", real only: NO_NETWORK, load: 2;
-    blocked_udp_is_a_call_over_tcp_that_says_so: "2 ok over TCP, noted, exit 0", real only: NO_NETWORK, load: 2;
+    unnamed_agent_joins_by_automatic_dispatch: "ok, exit 0";
+    agent_joins_by_create_room: "ok, metadata seen, exit 0";
+    agent_joins_by_token: "ok, metadata seen, exit 0";
+    interval_ramp_opens_rooms_before_the_agent_joins: "3 ok, 2 s apart, exit 0", load: 3;
+    burst_ramp_opens_all_rooms_at_once: "3 ok, within 1 s, exit 0", load: 3;
+    server_on_another_host_is_ok: "ok, exit 0", real only: NO_NETWORK, load: 2;
+    blocked_udp_is_a_call_over_tcp_with_a_note: "2 ok over TCP, noted, exit 0", real only: NO_NETWORK, load: 2;
     blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4", real only: NO_NETWORK;
-    broken_connection_with_media_is_media_failed: "media_failed within 10 s, exit 4", real only: NO_NETWORK;
-    tcp_alone_is_ok: "2 ok over TCP, exit 0", real only: NO_TCP, load: 2;
+    reset_media_connection_is_media_failed: "media_failed within 10 s, exit 4", real only: NO_NETWORK;
+    tcp_only_is_ok: "2 ok over TCP, exit 0", real only: NO_TCP, load: 2;
     wss_with_a_private_authority_is_ok: "ok, exit 0";
     untrusted_certificate_is_unreachable: "unreachable, exit 4";
     certificate_for_another_name_is_unreachable: "unreachable, exit 4";
-    two_batches_at_once_do_not_disturb_each_other: "both ok, exit 0", load: 4;
-    room_deleted_by_somebody_else_is_removed: "removed, exit 4";
-    participant_removed_by_somebody_else_is_removed: "removed, exit 4";
+    two_batches_at_the_same_time_do_not_affect_each_other: "both ok, exit 0", load: 4;
+    room_deleted_by_another_client_is_removed: "removed, exit 4";
+    participant_removed_by_another_client_is_removed: "removed, exit 4";
     identity_taken_by_another_client_is_removed: "removed, exit 4";
-    right_to_subscribe_taken_away_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
-    right_to_publish_taken_away_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
-    server_that_creates_no_room_by_itself_takes_every_dispatch: "4 dispatch_unanswered, exit 1", real only: NO_SETTINGS;
+    revoked_subscribe_permission_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
+    revoked_publish_permission_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
+    server_without_auto_create_accepts_every_dispatch: "4 dispatch_unanswered, exit 1", real only: NO_SETTINGS;
     killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4", load: 2;
-    wrong_secret_is_a_config_error: "auth_rejected, exit 2";
+    wrong_secret_is_auth_rejected: "auth_rejected, exit 2";
     unknown_host_is_unreachable: "unreachable, exit 4";
     closed_port_is_unreachable: "unreachable, exit 4";
     table_has_a_row_for_every_room: "a row for every room, exit 1";
-    check_tries_the_credentials: "exit 0; wrong secret: exit 2";
+    check_connect_tries_the_credentials: "exit 0; wrong secret: exit 2";
     five_mistakes_are_reported_at_once: "five errors, exit 2";
     ctrl_c_aborts_within_five_seconds: "aborted, exit 130 within 5 s";
     sigterm_aborts_within_five_seconds: "aborted, exit 130 within 5 s";
-    late_agent_of_create_room_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
-    late_agent_of_a_token_leaves_nothing_behind: "no agent; 15 s later no room, exit 1";
-    room_and_token_that_name_nobodys_agent_are_unanswered: "dispatch_unanswered, exit 1";
-    agent_that_is_there_before_the_canary_is_an_upper_bound: "ok, an upper bound, exit 0";
+    late_agent_of_create_room_leaves_no_room: "no agent; 15 s later no room, exit 1";
+    late_agent_of_a_token_leaves_no_room: "no agent; 15 s later no room, exit 1";
+    unknown_agent_name_in_a_room_or_token_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
+    agent_that_joins_before_the_canary_has_an_upper_bound_as_join_delay: "ok, an upper bound, exit 0";
 }
 
-// --- it goes well ---
+// --- calls that are ok ---
 
 fn five_rooms_open_in_order_and_the_agent_hears_every_echo(
     fixture: &Fixture,
@@ -224,7 +228,7 @@ fn delayed_agent_has_at_least_its_delay_as_join_delay(fixture: &Fixture) -> anyh
     Ok(format!("3 ok, join {}", join_delays(&batch)?))
 }
 
-/// A caller that shares nothing with the canary: client.py, on the client library of the Python package index.
+/// A caller that shares no code with the canary: `client.py` with LiveKit's Python client library.
 fn pypi_client_hears_the_agent_and_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let behaviour = Behaviour::replies();
     let stack = fixture.stack(&behaviour)?;
@@ -240,14 +244,14 @@ fn pypi_client_hears_the_agent_and_is_heard(fixture: &Fixture) -> anyhow::Result
     let status = client.finish(Duration::from_mins(2))?;
     let printed = client.log()?;
     ensure!(status.success(), "{status}: {printed}");
-    let told = |event: &str| {
+    let heard_event = |event: &str| {
         let mut lines = printed.lines().filter(|line| line.starts_with('{'));
         let line =
             lines.find_map(|line| AgentEvent::read(line).ok().filter(|it| it.name() == event));
         line.with_context(|| format!("no {event} in {printed}"))?
             .number("seconds")
     };
-    let (greeting, reply) = (told("greeting")?, told("reply")?);
+    let (greeting, reply) = (heard_event("greeting")?, heard_event("reply")?);
     let heard = stack
         .wait_for_event("the agent to hear", Duration::from_secs(5), |event| {
             event.name() == "heard" && event.room() == room
@@ -261,7 +265,7 @@ fn pypi_client_hears_the_agent_and_is_heard(fixture: &Fixture) -> anyhow::Result
     ))
 }
 
-fn answering_agent_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_that_replies_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::replies())?;
     let finished = settings
         .set("expect.reply", true)
@@ -296,14 +300,14 @@ fn one_by_one_holds_each_room_from_its_own_join(fixture: &Fixture) -> anyhow::Re
     let open =
         |probe: &Probe| Some(probe.seconds("Left").ok()? - probe.seconds("AgentJoined").ok()?);
     for probe in &batch.probes {
-        let seconds = open(probe).context("never left")?;
+        let seconds = open(probe).context("the probe never left")?;
         ensure!((6.0..8.0).contains(&seconds), "held for {seconds} s");
     }
     Ok(format!("3 ok, each held for {}", range(&batch, open)?))
 }
 
 fn metadata_and_attributes_reach_the_agent(fixture: &Fixture) -> anyhow::Result<String> {
-    let tag = "metadata arrives whole";
+    let tag = "metadata-arrives";
     let behaviour = Behaviour::greets().tag(tag);
     let (stack, settings) = fixture.call(&behaviour)?;
     let finished = settings.set("attributes.team", "blue").run()?;
@@ -320,7 +324,7 @@ fn metadata_and_attributes_reach_the_agent(fixture: &Fixture) -> anyhow::Result<
     Ok(format!("ok, the agent saw {attributes}"))
 }
 
-fn unnamed_agent_comes_by_automatic_dispatch(fixture: &Fixture) -> anyhow::Result<String> {
+fn unnamed_agent_joins_by_automatic_dispatch(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named("")], &Behaviour::greets().unnamed())?;
     let finished = Settings::new(stack)
         .without("agent_name")
@@ -334,9 +338,9 @@ fn unnamed_agent_comes_by_automatic_dispatch(fixture: &Fixture) -> anyhow::Resul
     Ok(format!("2 ok, join {}", join_delays(&batch)?))
 }
 
-/// The named agent, and its metadata, without a `CreateDispatch` of ours.
+/// The agent joins, and receives its metadata, without a `CreateDispatch` request.
 fn expect_dispatched(fixture: &Fixture, mode: &str) -> anyhow::Result<String> {
-    let tag = format!("comes by {mode}");
+    let tag = format!("joins-by-{mode}");
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(&tag))?;
     let finished = settings
         .set("dispatch.mode", mode)
@@ -350,15 +354,15 @@ fn expect_dispatched(fixture: &Fixture, mode: &str) -> anyhow::Result<String> {
     Ok(format!("2 ok, join {}", join_delays(&batch)?))
 }
 
-fn agent_comes_by_create_room(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_joins_by_create_room(fixture: &Fixture) -> anyhow::Result<String> {
     expect_dispatched(fixture, "room")
 }
 
-fn agent_comes_by_token(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_joins_by_token(fixture: &Fixture) -> anyhow::Result<String> {
     expect_dispatched(fixture, "token")
 }
 
-/// When each of three rooms opened, in seconds since the first did.
+/// The start of each of three probes, in seconds after the first.
 fn openings(fixture: &Fixture, stack: &Stack, settings: Settings) -> anyhow::Result<Vec<f64>> {
     let finished = settings.set("batch.rooms", 3).run()?;
     let batch = expect_ok(fixture, stack, &finished, 3)?;
@@ -370,7 +374,7 @@ fn openings(fixture: &Fixture, stack: &Stack, settings: Settings) -> anyhow::Res
     Ok(opened.iter().map(|at| at - opened[0]).collect())
 }
 
-fn interval_opens_rooms_whatever_the_agent_does(fixture: &Fixture) -> anyhow::Result<String> {
+fn interval_ramp_opens_rooms_before_the_agent_joins(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets().after(3))?;
     let settings = settings
         .set("batch.ramp", "interval")
@@ -383,23 +387,23 @@ fn interval_opens_rooms_whatever_the_agent_does(fixture: &Fixture) -> anyhow::Re
     Ok(format!("3 ok, opened at {opened:.2?} s"))
 }
 
-fn burst_opens_all_rooms_at_once(fixture: &Fixture) -> anyhow::Result<String> {
+fn burst_ramp_opens_all_rooms_at_once(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets())?;
     let opened = openings(fixture, stack, settings.set("batch.ramp", "burst"))?;
     ensure!(opened.iter().all(|at| *at < 1.0), "opened at {opened:?}");
     Ok(format!("3 ok, opened at {opened:.2?} s"))
 }
 
-fn agent_that_is_there_before_the_canary_is_an_upper_bound(
+fn agent_that_joins_before_the_canary_has_an_upper_bound_as_join_delay(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let tag = "is-there-first";
+    let tag = "joins-first";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
     let gate = Gate::before(stack.address(), Hold::Signal)?;
     let running = settings
         .project("url", format!("ws://{}", gate.address))
         .set("dispatch.mode", "room")
-        // The gate's time counts.
+        // The time at the gate counts.
         .set("deadlines.signal", "30s")
         .set("deadlines.join", "60s")
         .once()?;
@@ -417,7 +421,7 @@ fn agent_that_is_there_before_the_canary_is_an_upper_bound(
     ))
 }
 
-fn server_off_loopback_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
+fn server_on_another_host_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
     let finished = Settings::new(stack).set("batch.rooms", 2).run()?;
     let batch = expect_ok(fixture, stack, &finished, 2)?;
@@ -432,12 +436,12 @@ fn server_off_loopback_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
     ))
 }
 
-/// How long media took to come up, after the join response.
+/// The seconds from the join response until media was connected.
 fn media(probe: &Probe) -> anyhow::Result<f64> {
     Ok(probe.seconds("MediaConnected")? - probe.seconds("SignalConnected")?)
 }
 
-fn blocked_udp_is_a_call_over_tcp_that_says_so(fixture: &Fixture) -> anyhow::Result<String> {
+fn blocked_udp_is_a_call_over_tcp_with_a_note(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
     stack.block_udp()?;
     let finished = Settings::new(stack).set("batch.rooms", 2).run()?;
@@ -462,14 +466,14 @@ fn blocked_udp_and_tcp_is_media_failed_within_its_deadline(
     let probe = &batch.probes[0];
     ensure!(probe.origin.as_deref() == Some("network"), "{probe:?}");
     let seconds = unix_seconds(batch.ended_at) - probe.at("SignalConnected")?;
-    // The deadline, and the time to leave and delete.
+    // The deadline, and the time to leave and to delete the room.
     ensure!(seconds < 17.0, "over {seconds} s after the join response");
     Ok(format!(
         "media_failed, over {seconds:.1} s after the join response"
     ))
 }
 
-fn broken_connection_with_media_is_media_failed(fixture: &Fixture) -> anyhow::Result<String> {
+fn reset_media_connection_is_media_failed(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "media-breaks";
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
     let running = Settings::new(stack)
@@ -483,18 +487,18 @@ fn broken_connection_with_media_is_media_failed(fixture: &Fixture) -> anyhow::Re
     let batch = expect(fixture, &running.finish()?, 4, &["media_failed"])?;
     let seconds = broken.elapsed().as_secs_f64();
     expect_gone(stack, &batch)?;
-    // The signal connection lives, so the verdict waits for the transport to come back.
+    // The signal connection is up, so the canary first waits whether the transport recovers.
     ensure!(seconds < 10.0, "over {seconds} s after the break");
     let detail = batch.probes[0].detail().to_owned();
     Ok(format!("{detail}; over {seconds:.1} s after the break"))
 }
 
-fn tcp_alone_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
+fn tcp_only_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets())?;
     let finished = settings.project("ice", "tcp").set("batch.rooms", 2).run()?;
     let batch = expect_ok(fixture, stack, &finished, 2)?;
     for probe in &batch.probes {
-        // It was asked for, so it is no finding.
+        // TCP was requested, so it is not noted.
         ensure!(!notes_blocked_udp(probe), "{:?}", probe.evidence);
         expect_heard(stack, probe)?;
     }
@@ -514,7 +518,9 @@ fn wss_with_a_private_authority_is_ok(fixture: &Fixture) -> anyhow::Result<Strin
     Ok(format!("ok, join {}", join_delays(&batch)?))
 }
 
-fn two_batches_at_once_do_not_disturb_each_other(fixture: &Fixture) -> anyhow::Result<String> {
+fn two_batches_at_the_same_time_do_not_affect_each_other(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets())?;
     let settings = settings.set("batch.rooms", 2);
     let (one, other) = (settings.once()?, settings.once()?);
@@ -537,10 +543,10 @@ fn agent_that_may_leave_after_speech_is_ok(fixture: &Fixture) -> anyhow::Result<
     Ok(format!("ok, join {}", join_delays(&batch)?))
 }
 
-// --- nobody comes ---
+// --- no agent joins ---
 
-/// No agent in any of two rooms, each within its join deadline (5 s) and two seconds more.
-fn expect_nobody(fixture: &Fixture, stack: &Stack, agent: &str) -> anyhow::Result<String> {
+/// No agent joins any of two rooms. Each takes at most its join deadline of 5 s and two seconds more.
+fn expect_unanswered(fixture: &Fixture, stack: &Stack, agent: &str) -> anyhow::Result<String> {
     let finished = Settings::new(stack)
         .set("agent_name", agent)
         .set("batch.rooms", 2)
@@ -557,22 +563,22 @@ fn expect_nobody(fixture: &Fixture, stack: &Stack, agent: &str) -> anyhow::Resul
     Ok(format!("2 dispatch_unanswered, each after {seconds}"))
 }
 
-fn no_worker_at_all_is_dispatch_unanswered(fixture: &Fixture) -> anyhow::Result<String> {
+fn no_worker_is_dispatch_unanswered(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[], &Behaviour::is_busy())?;
-    expect_nobody(fixture, stack, AGENT)
+    expect_unanswered(fixture, stack, AGENT)
 }
 
 fn busy_worker_is_dispatch_unanswered(fixture: &Fixture) -> anyhow::Result<String> {
     let behaviour = Behaviour::is_busy();
-    expect_nobody(fixture, fixture.stack(&behaviour)?, behaviour.agent)
+    expect_unanswered(fixture, fixture.stack(&behaviour)?, behaviour.agent)
 }
 
 fn wrong_agent_name_is_dispatch_unanswered(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.stack(&Behaviour::greets())?;
-    expect_nobody(fixture, stack, "no-such-agent")
+    expect_unanswered(fixture, stack, "no-such-agent")
 }
 
-fn room_and_token_that_name_nobodys_agent_are_unanswered(
+fn unknown_agent_name_in_a_room_or_token_is_dispatch_unanswered(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.stack(&Behaviour::greets())?;
@@ -587,7 +593,7 @@ fn room_and_token_that_name_nobodys_agent_are_unanswered(
         let batch = expect(fixture, &running?.finish()?, 1, &["dispatch_unanswered"])?;
         expect_gone(stack, &batch)?;
         let detail = batch.probes[0].detail().to_owned();
-        // Not that it lists no dispatch: the server took it.
+        // The detail doesn't say that no dispatch is listed: the server accepted it.
         ensure!(detail.contains("no accepted job"), "{mode}: {detail}");
     }
     Ok("both dispatch_unanswered, both dispatches listed".to_owned())
@@ -608,29 +614,29 @@ fn table_has_a_row_for_every_room(fixture: &Fixture) -> anyhow::Result<String> {
     Ok("2 rows dispatch_unanswered, exit 1".to_owned())
 }
 
-fn agent_that_never_connects_is_blamed_where_its_job_is_listed(
+fn agent_that_never_connects_is_agent_no_show_if_its_job_is_listed(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (_, wanted) = expect_no_agent(fixture, Behaviour::never_connects(), "never-connects")?;
     Ok(format!("{wanted}, as the server listed its jobs"))
 }
 
-fn late_agent_changes_no_verdict_and_leaves_nothing_behind(
+fn late_agent_of_create_dispatch_changes_no_verdict_and_leaves_no_room(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     expect_late(fixture, "explicit")
 }
 
-fn late_agent_of_create_room_leaves_nothing_behind(fixture: &Fixture) -> anyhow::Result<String> {
+fn late_agent_of_create_room_leaves_no_room(fixture: &Fixture) -> anyhow::Result<String> {
     expect_late(fixture, "room")
 }
 
-fn late_agent_of_a_token_leaves_nothing_behind(fixture: &Fixture) -> anyhow::Result<String> {
+fn late_agent_of_a_token_leaves_no_room(fixture: &Fixture) -> anyhow::Result<String> {
     expect_late(fixture, "token")
 }
 
 fn expect_late(fixture: &Fixture, dispatch: &str) -> anyhow::Result<String> {
-    let tag = &format!("comes late by {dispatch}");
+    let tag = &format!("joins-late-by-{dispatch}");
     let (stack, settings) = fixture.call(&Behaviour::greets().too_late(10, 5).tag(tag))?;
     let running = settings
         .set("dispatch.mode", dispatch)
@@ -639,37 +645,37 @@ fn expect_late(fixture: &Fixture, dispatch: &str) -> anyhow::Result<String> {
     let job = wait_for_job(stack, tag, "job")?;
     let wanted = reason_by_listed_jobs(stack, job.room())?;
     let batch = expect(fixture, &running.finish()?, 1, &[wanted])?;
-    let came = wait_for_job(stack, tag, "connecting")?.number("at")?;
-    wait_for("15 s since it came", Duration::from_secs(40), || {
-        Ok((unix_seconds(Utc::now()) > came + 15.0).then_some(()))
-    })?;
+    let connected = wait_for_job(stack, tag, "connecting")?.number("at")?;
+    wait_for(
+        "15 s after the agent connected",
+        Duration::from_secs(40),
+        || Ok((unix_seconds(Utc::now()) > connected + 15.0).then_some(())),
+    )?;
     expect_gone(stack, &batch)?;
     ensure!(stack.api.participants(job.room())?.is_empty());
-    Ok(format!(
-        "{wanted}; the agent came and is gone, and its room"
-    ))
+    Ok(format!("{wanted}; the late agent and its room are gone"))
 }
 
-// --- somebody comes, and it goes wrong ---
+// --- an agent joins, and the call fails ---
 
-fn agent_without_packets_is_silent(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_without_packets_is_agent_silent(fixture: &Fixture) -> anyhow::Result<String> {
     let (batch, seen) = expect_faulty(fixture, &Behaviour::sends_no_packets(), "agent_silent")?;
     ensure!(batch.probes[0].audio.packets == 0, "{seen}");
     Ok(seen)
 }
 
-fn agent_with_a_track_of_silence_is_silent(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_with_a_silent_track_is_agent_silent(fixture: &Fixture) -> anyhow::Result<String> {
     let (batch, seen) = expect_faulty(fixture, &Behaviour::is_silent(), "agent_silent")?;
-    // 50 a second, for 5 s.
+    // 50 packets per second for 5 s.
     ensure!(batch.probes[0].audio.packets > 100, "{seen}");
     Ok(seen)
 }
 
-fn agent_without_a_track_has_no_track(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_without_a_track_is_agent_no_track(fixture: &Fixture) -> anyhow::Result<String> {
     Ok(expect_faulty(fixture, &Behaviour::has_no_track(), "agent_no_track")?.1)
 }
 
-fn agent_that_hangs_up_left_early(fixture: &Fixture) -> anyhow::Result<String> {
+fn agent_that_hangs_up_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
     Ok(expect_faulty(fixture, &Behaviour::hangs_up(), "agent_left_early")?.1)
 }
 
@@ -682,8 +688,8 @@ fn missing_reply_is_agent_no_reply(fixture: &Fixture) -> anyhow::Result<String> 
     Ok(expect_agent_fault(fixture, stack, &settings, "agent_no_reply")?.1)
 }
 
-fn second_agent_is_a_duplicate(fixture: &Fixture) -> anyhow::Result<String> {
-    let tag = "has-a-twin";
+fn second_agent_is_agent_duplicate(fixture: &Fixture) -> anyhow::Result<String> {
+    let tag = "has-a-duplicate";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
     let running = settings.once()?;
     let greeted = wait_for_job(stack, tag, "greeted")?;
@@ -693,7 +699,7 @@ fn second_agent_is_a_duplicate(fixture: &Fixture) -> anyhow::Result<String> {
     Ok(format!("agent_duplicate, join {}", join_delays(&batch)?))
 }
 
-fn killed_job_is_an_agent_that_left_early(fixture: &Fixture) -> anyhow::Result<String> {
+fn killed_job_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "is-killed";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
     let running = settings.set("batch.hold", "30s").once()?;
@@ -709,7 +715,7 @@ fn killed_job_is_an_agent_that_left_early(fixture: &Fixture) -> anyhow::Result<S
     ))
 }
 
-fn killed_worker_is_an_agent_that_left_early(fixture: &Fixture) -> anyhow::Result<String> {
+fn killed_worker_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let running = Settings::new(stack).set("batch.hold", "30s").once()?;
     let limit = Duration::from_secs(30);
@@ -724,7 +730,7 @@ fn killed_worker_is_an_agent_that_left_early(fixture: &Fixture) -> anyhow::Resul
     ))
 }
 
-fn room_deleted_by_somebody_else_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+fn room_deleted_by_another_client_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "room-is-deleted";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
     let running = settings.once()?;
@@ -735,7 +741,7 @@ fn room_deleted_by_somebody_else_is_removed(fixture: &Fixture) -> anyhow::Result
     Ok(batch.probes[0].detail().to_owned())
 }
 
-fn participant_removed_by_somebody_else_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+fn participant_removed_by_another_client_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "caller-is-removed";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
     let running = settings.once()?;
@@ -748,7 +754,8 @@ fn participant_removed_by_somebody_else_is_removed(fixture: &Fixture) -> anyhow:
     Ok(batch.probes[0].detail().to_owned())
 }
 
-/// Two rooms in mid-conversation on a stack of their own, and what `harm` to its server makes of them within `limit`.
+/// Two rooms during their calls on their own stack. After the signal `harm` to the server, both are `signal_lost` within
+/// `limit` seconds.
 fn expect_signal_lost(fixture: &Fixture, harm: Signal, limit: f64) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let running = Settings::new(stack)
@@ -762,7 +769,7 @@ fn expect_signal_lost(fixture: &Fixture, harm: Signal, limit: f64) -> anyhow::Re
     let harmed = unix_seconds(Utc::now());
     let finished = running.finish()?;
     let batch = expect(fixture, &finished, 4, &["signal_lost"; 2])?;
-    // The process goes on trying to delete the rooms; the batch is over when all verdicts are in.
+    // The batch ends when all verdicts are known. The process still tries to delete the rooms after that.
     let seconds = unix_seconds(batch.ended_at) - harmed;
     ensure!(seconds < limit, "took {seconds} s");
     for probe in &batch.probes {
@@ -771,23 +778,23 @@ fn expect_signal_lost(fixture: &Fixture, harm: Signal, limit: f64) -> anyhow::Re
         ensure!(named, "{} isn't named: {}", probe.room, finished.output());
     }
     Ok(format!(
-        "2 signal_lost, batch over after {seconds:.1} s, rooms named"
+        "2 signal_lost, batch ended after {seconds:.1} s, rooms named"
     ))
 }
 
 fn killed_server_is_signal_lost_at_once(fixture: &Fixture) -> anyhow::Result<String> {
-    // The verdict at once, and the attempts to delete.
+    // The verdict is immediate. The rest is for the attempts to delete the rooms.
     expect_signal_lost(fixture, Signal::KILL, 3.0)
 }
 
-fn frozen_server_is_signal_lost_and_its_rooms_are_named(
+fn frozen_server_is_signal_lost_and_its_rooms_are_listed(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     // 20 s for the verdict, 2 s for the attempt to delete.
     expect_signal_lost(fixture, Signal::STOP, 22.0)
 }
 
-fn panicking_probe_harms_no_other(fixture: &Fixture) -> anyhow::Result<String> {
+fn panic_in_one_probe_does_not_affect_the_others(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.stack(&Behaviour::greets())?;
     let finished = Canary::once()
         .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", stack.hold])
@@ -797,20 +804,20 @@ fn panicking_probe_harms_no_other(fixture: &Fixture) -> anyhow::Result<String> {
     let verdicts = ["ok", "ok", "internal", "ok", "ok"];
     let batch = expect(fixture, &finished, 4, &verdicts)?;
     expect_gone(stack, &batch)?;
-    Ok("4 ok, 1 internal, five rooms gone".to_owned())
+    Ok("4 ok, 1 internal, five rooms deleted".to_owned())
 }
 
-// --- we never get in ---
+// --- the canary can't connect ---
 
 fn expect_unreachable(
     fixture: &Fixture,
     settings: &Settings,
-    says: &str,
+    text: &str,
 ) -> anyhow::Result<String> {
     let finished = settings.run()?;
     let batch = expect(fixture, &finished, 4, &["unreachable"])?;
     let detail = batch.probes[0].detail().to_owned();
-    ensure!(detail.contains(says), "{says:?} isn't in {detail:?}");
+    ensure!(detail.contains(text), "{text:?} isn't in {detail:?}");
     Ok(detail)
 }
 
@@ -842,8 +849,8 @@ fn closed_port_is_unreachable(fixture: &Fixture) -> anyhow::Result<String> {
     expect_unreachable(fixture, &settings, "127.0.0.1:1")
 }
 
-fn wrong_secret_is_a_config_error(fixture: &Fixture) -> anyhow::Result<String> {
-    // Of the right one's length and start, so that the search for it in the output finds parts too.
+fn wrong_secret_is_auth_rejected(fixture: &Fixture) -> anyhow::Result<String> {
+    // With the same length and beginning as the right one, so that the search in the output finds parts of it, too.
     let wrong = SECRET.replace("hold", "know");
     let (_, settings) = fixture.call(&Behaviour::greets())?;
     let finished = settings.project("api_secret", wrong.as_str()).run()?;
@@ -852,7 +859,7 @@ fn wrong_secret_is_a_config_error(fixture: &Fixture) -> anyhow::Result<String> {
     Ok(batch.probes[0].detail().to_owned())
 }
 
-fn check_tries_the_credentials(fixture: &Fixture) -> anyhow::Result<String> {
+fn check_connect_tries_the_credentials(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.stack(&Behaviour::greets())?;
     let check = |secret: &str| {
         let settings = Settings::new(stack).project("api_secret", secret);
@@ -895,7 +902,7 @@ mode = "loud"
     Ok("five errors, exit 2".to_owned())
 }
 
-// --- we are told to stop ---
+// --- the canary is stopped ---
 
 fn expect_aborted(fixture: &Fixture, signal: Signal, tag: &str) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
