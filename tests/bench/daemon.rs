@@ -1,4 +1,4 @@
-//! What the daemon itself costs: a scrape while batches run, and its memory while none does.
+//! What the daemon costs: the time of a scrape while batches run, and its memory while no batch runs.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,20 +11,20 @@ use tokio::time::Instant;
 
 use crate::{pause, status};
 
-/// Targets whose batches run while the metrics are scraped, and scrapes.
+/// Targets whose batches run while the metrics are scraped.
 const BUSY_TARGETS: usize = 50;
 const SCRAPES: usize = 200;
-/// From one scrape to the next.
-const GAP: Duration = Duration::from_millis(50);
+/// The pause between two scrapes.
+const SCRAPE_PAUSE: Duration = Duration::from_millis(50);
 const IDLE_TARGETS: usize = 10;
-/// How long the idle daemon is left alone before it is looked at.
-const REST: Duration = Duration::from_secs(10);
+/// The time without batches before the memory is measured.
+const IDLE_TIME: Duration = Duration::from_secs(10);
 
 pub struct Daemons {
-    /// Milliseconds, ascending.
+    /// The times of the scrapes in milliseconds, ascending.
     scrapes: Vec<f64>,
     scrape_kb: usize,
-    /// That ended while it was scraped.
+    /// The batches that ended during the scrapes.
     batches: f64,
     idle_rss_mb: f64,
 }
@@ -51,7 +51,7 @@ fn scrape(sandbox: &Stack) -> anyhow::Result<Daemons> {
         let start = Instant::now();
         bytes = daemon.http.text("/metrics")?.len();
         scrapes.push(start.elapsed().as_secs_f64() * 1e3);
-        pause(GAP);
+        pause(SCRAPE_PAUSE);
     }
     scrapes.sort_by(f64::total_cmp);
     let batches = ended()? - before;
@@ -64,7 +64,7 @@ fn scrape(sandbox: &Stack) -> anyhow::Result<Daemons> {
     })
 }
 
-/// After a batch of each target, and long before the next.
+/// The memory after a batch of each target, and long before the next batch.
 fn idle_rss(sandbox: &Stack) -> anyhow::Result<f64> {
     println!("idle: {IDLE_TARGETS} targets");
     let daemon_dir = DaemonDir::new()?;
@@ -80,7 +80,7 @@ fn idle_rss(sandbox: &Stack) -> anyhow::Result<f64> {
         Ok(ended.iter().all(|count| *count > 0.0).then_some(()))
     })?;
     daemon.pause()?;
-    pause(REST);
+    pause(IDLE_TIME);
     let kb = status(&daemon.running.child.id().to_string(), "VmRSS:")?;
     daemon.terminate()?;
     Ok(kb / 1024.0)
@@ -100,7 +100,7 @@ impl Daemons {
             "scrape_median_ms": self.quantile(50),
             "scrape_p99_ms": self.quantile(99),
             "scrape_max_ms": self.quantile(100),
-            "batches_meanwhile": self.batches,
+            "batches_during_scrapes": self.batches,
             "idle_targets": IDLE_TARGETS,
             "idle_rss_mb": self.idle_rss_mb,
         })
@@ -112,8 +112,8 @@ impl fmt::Display for Daemons {
         let (median, p99, max) = (self.quantile(50), self.quantile(99), self.quantile(100));
         write!(
             f,
-            "{SCRAPES} scrapes of {BUSY_TARGETS} targets, {} batches meanwhile: median {median:.1} ms, p99 {p99:.1} \
-             ms, longest {max:.1} ms\nidle with {IDLE_TARGETS} targets: {:.1} MB",
+            "{SCRAPES} scrapes of {BUSY_TARGETS} targets, {} batches during them: median {median:.1} ms, p99 {p99:.1} \
+             ms, max {max:.1} ms\nidle with {IDLE_TARGETS} targets: {:.1} MB",
             self.batches, self.idle_rss_mb
         )
     }

@@ -28,42 +28,45 @@ use daemon::Daemons;
 
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
-/// From the last room's call to the window: for that room's own start, and the echo's delay of one second.
+/// The time between the start of the last call and the measurement: for the start of that room, and for the echo delay of one
+/// second.
 const SETTLE: Duration = Duration::from_secs(3);
-/// The sandbox's agents cost next to nothing; the talker and livekit-server leave two cores no room for 200.
+/// The agents of the sandbox use almost no CPU. On the real stack, the talker and livekit-server use too much for 200 rooms on
+/// two cores.
 const ROOMS_ON_SANDBOX: &[u32] = &[1, 10, 50, 200];
 const ROOMS_ON_REAL: &[u32] = &[1, 10, 50];
-/// The longest that a program may take until it has a call in every room: so much, and so much a room.
-const START: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
-/// Rooms whose join is compared with the server's own stamp, and as many whose first speech is with the agent's.
+/// The limit until a program has a call in every room: a fixed part, and a part per room.
+const START_TIMEOUT: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(1));
+/// The number of rooms whose join is compared with the time of the server. The same number is used for the first speech.
 const JOINS: u32 = 50;
-/// Rooms whose reply is compared with the agent's own log.
+/// The number of rooms whose reply is compared with the log of the agent.
 const REPLIES: u32 = 10;
 /// Scrape a second of the speech that is encoded.
 const RATE: u16 = 48_000;
-/// Packets of Opus that one room brings in a minute.
-const PACKETS_A_MINUTE: u32 = 50 * 60;
+/// Opus packets per minute in one room.
+const PACKETS_PER_MINUTE: u32 = 50 * 60;
 
-/// Measure what the canary costs, and another program on the same work
+/// Measure the CPU time and memory of the canary, and of another program that does the same work
 #[derive(Parser)]
 struct Arguments {
-    /// Only on this stack; the real one needs Go and Python
+    /// Use only this stack; the real one needs Go and Python
     #[arg(long, value_enum)]
     stack: Option<StackChoice>,
 
-    /// How many rooms to hold open, one after the other [default: 1,10,50,200 on the sandbox, 1,10,50 on the real stack]
+    /// Numbers of rooms to measure, one after the other [default: 1,10,50,200 on the sandbox, 1,10,50 on the real stack]
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     rooms: Vec<u32>,
 
-    /// Another program to measure on the same work, as a command line for sh
+    /// Another program to measure with the same work, as a command line for sh
     ///
-    /// It gets four arguments more: the server's URL, the number of rooms, the agent's name, and how many seconds it
-    /// must last; and the key pair in the usual two variables. In every room it calls the agent and echoes what that
-    /// says. It and all that it starts are measured once the agent speaks in every room.
+    /// The program receives four more arguments: the URL of the server, the number of rooms, the name of the agent, and
+    /// the number of seconds that it must run. The key pair is in LIVEKIT_API_KEY and LIVEKIT_API_SECRET. In every room
+    /// the program must call the agent and echo its speech. The measurement of the program and of all processes that it
+    /// starts begins when the agent speaks in every room.
     #[arg(long, value_name = "CMD")]
     peer: Option<String>,
 
-    /// Given by cargo
+    /// Set by cargo
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -89,7 +92,7 @@ fn main() -> anyhow::Result<()> {
         found.daemons = Some(daemon::measure()?);
         for rooms in arguments.rooms_on(ROOMS_ON_SANDBOX) {
             for program in arguments.programs() {
-                // What one left behind must not be the other's burden.
+                // Each program gets a new sandbox, so that rooms of an earlier one don't cost it time.
                 let speakers = SpeakingStack::sandbox()?;
                 found
                     .loads
@@ -136,7 +139,7 @@ impl Arguments {
 }
 
 struct Findings {
-    /// CPU seconds for what one room's agent says in one minute.
+    /// CPU seconds to decode one minute of speech.
     decoding: f64,
     daemons: Option<Daemons>,
     accuracy: Vec<Accuracy>,
@@ -185,7 +188,7 @@ fn print_tables(found: &Findings, ratios: &[Ratio]) {
     }
 }
 
-/// One object a line.
+/// Prints one JSON object per line.
 fn print_json(found: &Findings, ratios: &[Ratio]) {
     let decoding = found.decoding;
     println!();
@@ -207,7 +210,7 @@ fn print_json(found: &Findings, ratios: &[Ratio]) {
     }
 }
 
-/// One second of something like voiced speech: Opus packets of 20 ms, mono.
+/// One second of a sound like voiced speech: mono Opus packets of 20 ms.
 fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
     let mut encoder =
         Encoder::builder(u32::from(RATE), Channels::Mono, Application::Voip).build()?;
@@ -227,7 +230,7 @@ fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
         .collect()
 }
 
-/// CPU seconds for decoding what one room's agent says in one minute, one packet right after the other.
+/// CPU seconds to decode one minute of speech, with one packet directly after the other.
 fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     const MINUTES: u32 = 20;
     let (mut codec, mut pcm) = (Codec::default(), vec![0; MAX_PACKET_SAMPLES]);
@@ -235,24 +238,24 @@ fn decoding(packets: &[Vec<u8>]) -> anyhow::Result<f64> {
     for packet in packets
         .iter()
         .cycle()
-        .take((MINUTES * PACKETS_A_MINUTE) as usize)
+        .take((MINUTES * PACKETS_PER_MINUTE) as usize)
     {
         let samples = codec.decode(packet, &mut pcm);
-        samples.context("a packet of speech was turned down")?;
+        samples.context("the decoder rejected a packet of speech")?;
     }
     Ok((own_cpu_seconds()? - before) / f64::from(MINUTES))
 }
 
-/// What an agent sends without a pause.
+/// What an agent sends without pauses.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Voice {
     Speech,
-    /// As many packets of the same sizes, which the decoder turns down at once: what is left is the transport.
+    /// The same number of packets with the same sizes, which the decoder rejects at once. So only the transport uses CPU time.
     Undecodable,
 }
 
 impl Voice {
-    /// Also the name of the agent that sends it, all rooms in one process.
+    /// Also the name of the agent that sends it. One process sends it to all rooms.
     fn label(self) -> &'static str {
         match self {
             Self::Speech => "speech",
@@ -260,11 +263,11 @@ impl Voice {
         }
     }
 
-    /// Made of packets of speech.
-    fn of(self, mut packets: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    /// Makes the packets of this voice from packets of speech.
+    fn packets(self, mut packets: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
         if self == Self::Undecodable {
             for packet in &mut packets {
-                // A packet of several frames, and none of them (RFC 6716, 3.2.5).
+                // The header of several frames with a count of 0, which is invalid (RFC 6716, 3.2.5).
                 packet[..2].copy_from_slice(&[3, 0]);
             }
         }
@@ -272,11 +275,11 @@ impl Voice {
     }
 }
 
-/// A server whose agents speak without a pause.
+/// A server whose agents speak without pauses.
 struct SpeakingStack {
     label: &'static str,
     stack: Stack,
-    /// On the real stack: the agents, each of which all rooms share.
+    /// The agents of the real stack. All rooms share them.
     talkers: Vec<(Voice, Process)>,
 }
 
@@ -310,14 +313,14 @@ impl SpeakingStack {
         self.talker(voice).map_or(AGENT, |_| voice.label())
     }
 
-    /// In how many rooms the agent of this voice has begun to speak since it was started.
+    /// The number of rooms in which the agent of this voice has begun to speak since its start.
     fn rooms_with_speech(&self, voice: Voice) -> anyhow::Result<usize> {
         if let Some(talker) = self.talker(voice) {
             return Ok(talker.log()?.matches("talking").count());
         }
         let events = self.stack.events()?;
-        let met = events.iter().filter(|event| event.name() == "caller");
-        let rooms: BTreeSet<_> = met.map(AgentEvent::room).collect();
+        let callers = events.iter().filter(|event| event.name() == "caller");
+        let rooms: BTreeSet<_> = callers.map(AgentEvent::room).collect();
         Ok(rooms.len())
     }
 }
@@ -326,7 +329,7 @@ fn start_talker(stack: &Stack, voice: Voice, packets: Vec<Vec<u8>>) -> anyhow::R
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("packets");
     let mut data = Vec::new();
-    for packet in voice.of(packets) {
+    for packet in voice.packets(packets) {
         data.extend(u16::try_from(packet.len())?.to_be_bytes());
         data.extend(packet);
     }
@@ -342,30 +345,34 @@ fn start_talker(stack: &Stack, voice: Voice, packets: Vec<Vec<u8>>) -> anyhow::R
     Ok(talker)
 }
 
-/// How far the canary's stamps lie from those of who did what is stamped.
+/// The difference between the canary's times and the times of the program that caused the events.
 struct Accuracy {
     bench: &'static str,
-    /// Whose stamp of what is taken from the canary's.
-    beside: &'static str,
-    /// Milliseconds, ascending; above zero the canary's is later.
-    off: Vec<f64>,
+    /// What is subtracted from the time of the canary.
+    reference: &'static str,
+    /// In milliseconds, ascending. If it is positive, the canary is later.
+    differences: Vec<f64>,
 }
 
 impl Accuracy {
-    fn new(bench: &'static str, beside: &'static str, mut off: Vec<f64>) -> Self {
-        off.sort_by(f64::total_cmp);
-        Self { bench, beside, off }
+    fn new(bench: &'static str, reference: &'static str, mut differences: Vec<f64>) -> Self {
+        differences.sort_by(f64::total_cmp);
+        Self {
+            bench,
+            reference,
+            differences,
+        }
     }
 
     fn quantile(&self, percent: usize) -> f64 {
-        self.off[(self.off.len() * percent).div_ceil(100).max(1) - 1]
+        self.differences[(self.differences.len() * percent).div_ceil(100).max(1) - 1]
     }
 
     fn json(&self) -> Value {
         json!({
             "bench": self.bench,
-            "rooms": self.off.len(),
-            "least_ms": self.quantile(0),
+            "rooms": self.differences.len(),
+            "min_ms": self.quantile(0),
             "median_ms": self.quantile(50),
             "p99_ms": self.quantile(99),
         })
@@ -374,16 +381,16 @@ impl Accuracy {
 
 impl std::fmt::Display for Accuracy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [least, median, p99] = [0, 50, 99].map(|percent| self.quantile(percent));
-        let (rooms, beside) = (self.off.len(), self.beside);
+        let [min, median, p99] = [0, 50, 99].map(|percent| self.quantile(percent));
+        let (rooms, reference) = (self.differences.len(), self.reference);
         write!(
             f,
-            "{rooms} rooms, {beside}: least {least:+.1} ms, median {median:+.1} ms, p99 {p99:+.1} ms"
+            "{rooms} rooms, {reference}: min {min:+.1} ms, median {median:+.1} ms, p99 {p99:+.1} ms"
         )
     }
 }
 
-/// Many short rooms with real jobs, one after the other, so that the machine stays nearly idle.
+/// Opens many short rooms with real jobs, one after the other, so that the machine is almost idle.
 fn join_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
     let finished = Settings::new(stack)
         .project("max_rooms", JOINS)
@@ -393,19 +400,23 @@ fn join_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
         .set("batch.hold", "2s")
         .run()?;
     let batch = finished.batch()?;
-    let mut off = Vec::new();
+    let mut differences = Vec::new();
     for probe in &batch.probes {
         let agent = probe.agent.as_ref();
         let agent = agent.with_context(|| format!("no agent in {probe:?}"))?;
-        off.push(probe.at("AgentJoined")? * 1e3 - agent.joined_at_ms);
+        differences.push(probe.at("AgentJoined")? * 1e3 - agent.joined_at_ms);
     }
-    ensure!(off.len() == JOINS as usize, "only {} rooms", off.len());
-    let beside = "AgentJoined - the server's joined_at";
-    Ok(Accuracy::new("join_accuracy", beside, off))
+    ensure!(
+        differences.len() == JOINS as usize,
+        "only {} rooms",
+        differences.len()
+    );
+    let reference = "AgentJoined - the server's joined_at";
+    Ok(Accuracy::new("join_accuracy", reference, differences))
 }
 
-/// The talker says itself when it sends its first packet of speech: nothing but the way through the server lies between.
-/// A livekit-agents job can't say it as well, for the SDK encodes and paces on its own.
+/// The talker logs when it sends its first packet of speech. Only the way through the server is in between. A livekit-agents
+/// job can't log it as exactly, because its SDK encodes and paces the audio.
 fn speech_accuracy(speakers: &SpeakingStack) -> anyhow::Result<Accuracy> {
     let talker = speakers.talker(Voice::Speech).context("no talker")?;
     let finished = Settings::new(&speakers.stack)
@@ -418,26 +429,37 @@ fn speech_accuracy(speakers: &SpeakingStack) -> anyhow::Result<Accuracy> {
         .run()?;
     let batch = finished.batch()?;
     let log = talker.log()?;
-    let mut off = Vec::new();
+    let mut differences = Vec::new();
     for probe in &batch.probes {
-        let told = format!("talking {} ", probe.room);
-        let sent = log.lines().find_map(|line| line.strip_prefix(&told));
+        let prefix = format!("talking {} ", probe.room);
+        let sent = log.lines().find_map(|line| line.strip_prefix(&prefix));
         let sent: f64 = sent
             .with_context(|| format!("the talker didn't speak in {}", probe.room))?
             .parse()?;
-        off.push((probe.at("AgentSpoke")? - sent) * 1e3);
+        differences.push((probe.at("AgentSpoke")? - sent) * 1e3);
     }
-    ensure!(off.len() == JOINS as usize, "only {} rooms", off.len());
-    let beside = "AgentSpoke - the agent's first packet of speech";
-    Ok(Accuracy::new("first_speech_accuracy", beside, off))
+    ensure!(
+        differences.len() == JOINS as usize,
+        "only {} rooms",
+        differences.len()
+    );
+    let reference = "AgentSpoke - the agent's first packet of speech";
+    Ok(Accuracy::new(
+        "first_speech_accuracy",
+        reference,
+        differences,
+    ))
 }
 
-/// What the agent's own log says of a reply: from the end of the echo that it heard to when its session took up
-/// the state `speaking`, with the first frame that it gave to its track.
-/// The canary's is from the end of the last packet of speech that it sent to the arrival of the first audible one, so both
-/// ways through the server and the agent's jitter buffer come on top: the caller waits for them too.
+/// Compares the reply delay with the log of the agent.
+///
+/// The agent measures from the end of the echo that it heard until its session enters the state `speaking`, with the first
+/// frame on its track. The canary measures from the end of the last packet of speech that it sent until the first audible
+/// packet arrives. So its delay also contains both ways through the server and the agent's jitter buffer, for which the
+/// caller waits, too.
 fn reply_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
-    // A worker starts a process for its next job with each call; on two cores that would be in the conversation's way.
+    // With each call the worker starts a process for its next job. On two cores that would delay the conversation, so the agent
+    // connects later.
     let behaviour = Behaviour::replies()
         .with("connect_after", 5)
         .with("seconds", 1);
@@ -451,40 +473,44 @@ fn reply_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
         .run()?;
     let batch = finished.batch()?;
     let events = stack.events()?;
-    let mut off = Vec::new();
+    let mut differences = Vec::new();
     for probe in &batch.probes {
-        let told = |name: &str, key: &str| {
+        let reported = |name: &str, key: &str| {
             let mut events = events.iter();
             let event = events.find(|event| event.room() == probe.room && event.name() == name);
             event
                 .with_context(|| format!("no {name} in {}", probe.room))?
                 .number(key)
         };
-        let own = told("replied", "began")? - told("heard", "ended")?;
+        let own = reported("replied", "began")? - reported("heard", "ended")?;
         let delay = probe.reply_delay_seconds;
         let delay = delay.with_context(|| format!("no reply in {probe:?}"))?;
-        off.push((delay - own) * 1e3);
+        differences.push((delay - own) * 1e3);
     }
-    ensure!(off.len() == REPLIES as usize, "only {} rooms", off.len());
-    let beside = "reply delay - the agent's own";
-    Ok(Accuracy::new("reply_accuracy", beside, off))
+    ensure!(
+        differences.len() == REPLIES as usize,
+        "only {} rooms",
+        differences.len()
+    );
+    let reference = "reply delay - the agent's own";
+    Ok(Accuracy::new("reply_accuracy", reference, differences))
 }
 
-/// Who is measured.
+/// The program that is measured.
 #[derive(Clone, Copy)]
 enum Program<'a> {
     Canary,
-    /// By its command line.
+    /// With its command line.
     Peer(&'a str),
 }
 
-/// It, at work.
-enum Subject {
+/// The running program.
+enum RunningProgram {
     Canary(Running),
     Peer(Process),
 }
 
-/// What a program used while speech flowed both ways in all of its rooms.
+/// What a program used while speech flowed in both directions in all of its rooms.
 struct Load {
     stack: &'static str,
     program: &'static str,
@@ -524,7 +550,7 @@ fn percent(cpu_seconds: f64) -> f64 {
     100.0 * cpu_seconds / WINDOW.as_secs_f64()
 }
 
-/// How much more a peer used than the canary, on the same work.
+/// The usage of a peer divided by that of the canary, for the same work.
 struct Ratio {
     stack: &'static str,
     rooms: u32,
@@ -533,7 +559,7 @@ struct Ratio {
 }
 
 impl Ratio {
-    /// Of two loads in a row, where they belong together.
+    /// The ratio of two consecutive loads if they have the same stack and rooms.
     fn of(pair: &[Load]) -> Option<Self> {
         let [canary, peer] = pair else { return None };
         let together = (canary.stack, canary.rooms) == (peer.stack, peer.rooms);
@@ -564,7 +590,12 @@ impl Program<'_> {
         }
     }
 
-    fn start(self, speakers: &SpeakingStack, voice: Voice, rooms: u32) -> anyhow::Result<Subject> {
+    fn start(
+        self,
+        speakers: &SpeakingStack,
+        voice: Voice,
+        rooms: u32,
+    ) -> anyhow::Result<RunningProgram> {
         match self {
             Self::Canary => {
                 let settings = Settings::new(&speakers.stack)
@@ -574,13 +605,13 @@ impl Program<'_> {
                     .set("batch.ramp", "interval")
                     .set("batch.interval", "200ms")
                     .set("batch.hold", "5m")
-                    // Nothing is heard of what can't be decoded.
+                    // The canary hears no speech in packets that can't be decoded.
                     .set("deadlines.speech", "5m")
                     .set("echo.mode", "continuous");
-                Ok(Subject::Canary(settings.once()?))
+                Ok(RunningProgram::Canary(settings.once()?))
             }
             Self::Peer(line) => {
-                let seconds = (longest_start(rooms) + SETTLE + WINDOW).as_secs();
+                let seconds = (start_timeout(rooms) + SETTLE + WINDOW).as_secs();
                 let mut command = command("sh");
                 command
                     .args(["-c", &format!("{line} \"$@\""), "peer"])
@@ -594,17 +625,17 @@ impl Program<'_> {
                     .env("LIVEKIT_API_KEY", &speakers.stack.key)
                     .env("LIVEKIT_API_SECRET", &speakers.stack.secret);
                 let peer = Process::spawn("peer", command, speakers.stack.dir())?;
-                Ok(Subject::Peer(peer))
+                Ok(RunningProgram::Peer(peer))
             }
         }
     }
 }
 
-fn longest_start(rooms: u32) -> Duration {
-    START.0 + START.1 * rooms
+fn start_timeout(rooms: u32) -> Duration {
+    START_TIMEOUT.0 + START_TIMEOUT.1 * rooms
 }
 
-impl Subject {
+impl RunningProgram {
     fn id(&self) -> u32 {
         match self {
             Self::Canary(running) => running.child.id(),
@@ -612,7 +643,7 @@ impl Subject {
         }
     }
 
-    /// All that it said, where it does not do its work.
+    /// Its output, for the error if it doesn't work.
     fn log(self) -> anyhow::Result<String> {
         match self {
             Self::Canary(running) => {
@@ -623,7 +654,7 @@ impl Subject {
         }
     }
 
-    /// Ends it, and sees that speech did flow, which only the canary tells.
+    /// Ends the program. For the canary, also checks that speech flowed.
     fn end(self) -> anyhow::Result<()> {
         let Self::Canary(running) = self else {
             return Ok(());
@@ -657,7 +688,7 @@ fn load(
     let subject = program.start(speakers, voice, rooms)?;
     let all = wait_for(
         "the agent to speak in all rooms",
-        longest_start(rooms),
+        start_timeout(rooms),
         || Ok((speakers.rooms_with_speech(voice)? >= before + rooms as usize).then_some(())),
     );
     if let Err(error) = all {
@@ -693,7 +724,7 @@ fn pause(length: Duration) {
     }
 }
 
-/// What a process has used, with all that it started.
+/// What a process and the processes that it started have used.
 #[derive(Default)]
 struct Usage {
     cpu_seconds: f64,
@@ -701,7 +732,7 @@ struct Usage {
     threads: f64,
 }
 
-/// Of the process and of its group, where it leads one.
+/// The usage of a process, and of its process group if it leads one.
 fn usage(process: u32) -> anyhow::Result<Usage> {
     let mut usage = Usage::default();
     for entry in fs::read_dir("/proc")? {
@@ -709,7 +740,7 @@ fn usage(process: u32) -> anyhow::Result<Usage> {
         let Some(id) = name.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
             continue;
         };
-        // A process may end while it is looked at.
+        // The process may have ended since the folder was read.
         let Ok(fields) = stat(id) else { continue };
         let group = fields.get(GROUP).context("no process group")?;
         if id == process.to_string() || *group == process.to_string() {
@@ -722,7 +753,7 @@ fn usage(process: u32) -> anyhow::Result<Usage> {
     Ok(usage)
 }
 
-/// Places in /proc/…/stat after the name, which may hold blanks and stands in parentheses.
+/// Indexes in /proc/…/stat after the name. The name is in parentheses and may contain spaces.
 const GROUP: usize = 2;
 const USER_TIME: usize = 11;
 
@@ -732,7 +763,7 @@ fn stat(process: &str) -> anyhow::Result<Vec<String>> {
     Ok(fields.split(' ').map(str::to_owned).collect())
 }
 
-/// User and system time, to 10 ms.
+/// User and system time, with a resolution of 10 ms.
 fn ticks(fields: &[String]) -> anyhow::Result<f64> {
     let times = fields.iter().skip(USER_TIME).take(2);
     let ticks = times.map(|it| it.parse::<f64>()).sum::<Result<f64, _>>()?;
@@ -740,12 +771,12 @@ fn ticks(fields: &[String]) -> anyhow::Result<f64> {
     Ok(ticks / 100.0)
 }
 
-/// User and system time of this process, to 10 ms.
+/// User and system time of this process, with a resolution of 10 ms.
 fn own_cpu_seconds() -> anyhow::Result<f64> {
     ticks(&stat("self")?)
 }
 
-/// A figure of /proc/…/status, in the unit that stands there.
+/// A figure of /proc/…/status, in the unit of that file.
 fn status(process: &str, key: &str) -> anyhow::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status
