@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strum::VariantArray;
 use tokio::runtime::Runtime;
 
-use crate::config::{DispatchMode, EchoMode, Engine, Problems, Ramp};
+use crate::config::{DispatchMode, EchoMode, Engine, Problems, RampMode};
 use crate::probe::{Origin, Outcome};
 use crate::sandbox::fault::{self, Rule};
 use crate::sandbox::report;
@@ -118,7 +118,7 @@ struct Once {
     rooms: Option<usize>,
 
     /// When the next room opens: after the agent's join (the default), at intervals, or all at once
-    #[arg(long, value_name = "RAMP", value_parser = names::<Ramp>())]
+    #[arg(long, value_name = "RAMP", value_parser = names::<RampMode>())]
     ramp: Option<String>,
 
     /// From one room to the next with --ramp interval [default: 1s]

@@ -11,7 +11,7 @@ use humantime::format_duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::config::{Backoff, Budget, Period, Project, Ramp, Stay, Target};
+use crate::config::{Backoff, Budget, Period, Project, RampMode, Stay, Target};
 use crate::history::{History, RESERVE_TIMEOUT, Reservation, Used};
 use crate::livekit::RoomName;
 use crate::probe::{LimitKind, longest_verdict, whole_minutes};
@@ -314,12 +314,12 @@ pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = D
     let ramp_after = move |index: u32| {
         let later = rooms - 1 - index;
         match (target.batch.stay, target.batch.ramp) {
-            (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(later),
-            (Stay::Together, Ramp::Interval | Ramp::Burst) if rooms == 1 => Duration::ZERO,
-            (Stay::Together, Ramp::Interval) => {
+            (Stay::Together, RampMode::AfterJoin) => one_join.saturating_mul(later),
+            (Stay::Together, RampMode::Interval | RampMode::Burst) if rooms == 1 => Duration::ZERO,
+            (Stay::Together, RampMode::Interval) => {
                 target.batch.interval.saturating_mul(later) + one_join
             }
-            (Stay::Together, Ramp::Burst) => one_join,
+            (Stay::Together, RampMode::Burst) => one_join,
             (Stay::OneByOne, _) => Duration::ZERO,
         }
     };
@@ -336,8 +336,8 @@ pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let held = target.batch.hold.max(longest_verdict(target)) + target.deadlines.cleanup * 2;
     match (target.batch.stay, target.batch.ramp) {
-        (Stay::Together, Ramp::AfterJoin) => one_join.saturating_mul(rooms) + held,
-        (Stay::Together, Ramp::Interval) => {
+        (Stay::Together, RampMode::AfterJoin) => one_join.saturating_mul(rooms) + held,
+        (Stay::Together, RampMode::Interval) => {
             target
                 .batch
                 .interval
@@ -345,7 +345,7 @@ pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
                 + one_join
                 + held
         }
-        (Stay::Together, Ramp::Burst) => one_join + held,
+        (Stay::Together, RampMode::Burst) => one_join + held,
         (Stay::OneByOne, _) => (one_join + held).saturating_mul(rooms),
     }
 }

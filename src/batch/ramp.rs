@@ -13,7 +13,7 @@ use crate::report::{Denial, NotOpened};
 pub(super) struct Plan {
     pub(super) rooms: usize,
     pub(super) max_rooms: usize,
-    pub(super) ramp: config::Ramp,
+    pub(super) ramp: config::RampMode,
     pub(super) interval: Duration,
     pub(super) stay: Stay,
     pub(super) hold: Duration,
@@ -97,16 +97,16 @@ impl Ramp {
             return true;
         };
         match (self.plan.ramp, self.plan.stay) {
-            (config::Ramp::AfterJoin, Stay::Together) => *before != RoomState::Joining,
-            (config::Ramp::AfterJoin, Stay::OneByOne) => *before == RoomState::Ended,
-            (config::Ramp::Interval, _) => self.due().is_some_and(|due| due <= now),
-            (config::Ramp::Burst, _) => true,
+            (config::RampMode::AfterJoin, Stay::Together) => *before != RoomState::Joining,
+            (config::RampMode::AfterJoin, Stay::OneByOne) => *before == RoomState::Ended,
+            (config::RampMode::Interval, _) => self.due().is_some_and(|due| due <= now),
+            (config::RampMode::Burst, _) => true,
         }
     }
 
     /// When the next room opens if nothing but time has to pass.
     pub(super) fn due(&self) -> Option<Instant> {
-        let timed = self.plan.ramp == config::Ramp::Interval && self.has_more();
+        let timed = self.plan.ramp == config::RampMode::Interval && self.has_more();
         self.opened
             .filter(|_| timed)
             .map(|opened| opened + self.plan.interval)

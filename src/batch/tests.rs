@@ -19,7 +19,7 @@ fn plan(rooms: usize, stay: Stay) -> Plan {
     Plan {
         rooms,
         max_rooms: 10,
-        ramp: config::Ramp::AfterJoin,
+        ramp: config::RampMode::AfterJoin,
         interval: SECOND,
         stay,
         hold: 10 * SECOND,
@@ -27,7 +27,7 @@ fn plan(rooms: usize, stay: Stay) -> Plan {
     }
 }
 
-fn plan_of(ramp: config::Ramp, rooms: usize) -> Plan {
+fn plan_of(ramp: config::RampMode, rooms: usize) -> Plan {
     Plan {
         ramp,
         ..plan(rooms, Stay::Together)
@@ -177,7 +177,7 @@ async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_las
         1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, start)) as Probe,
         _ => Box::pin(joins(5 * SECOND, start)),
     };
-    let plan = plan_of(config::Ramp::Interval, 3);
+    let plan = plan_of(config::RampMode::Interval, 3);
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     // The second room, opened at 1, is decided last, at 10.
     assert_eq!(ran.times, [(0, Some(20)), (1, Some(11)), (2, Some(20))]);
@@ -187,7 +187,7 @@ async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_las
 #[tokio::test(start_paused = true)]
 async fn interval_outlasts_a_time_without_any_room_open() {
     let script = |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe;
-    let mut plan = plan_of(config::Ramp::Interval, 3);
+    let mut plan = plan_of(config::RampMode::Interval, 3);
     plan.interval = 5 * SECOND;
     plan.stop_after_no_shows = 0;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
@@ -198,7 +198,7 @@ async fn interval_outlasts_a_time_without_any_room_open() {
 async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
     let no_shows =
         |_, start| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, start)) as Probe;
-    let plan = || plan_of(config::Ramp::Interval, 9);
+    let plan = || plan_of(config::RampMode::Interval, 9);
     let ran = run_scripted(plan(), CancellationToken::new(), no_shows).await;
     // The second no-show is known 5 ms after the fourth room opened.
     assert_eq!(why(&ran), (5, "no agent came to 2 rooms in a row"));
@@ -234,7 +234,7 @@ async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
         0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe,
         _ => Box::pin(joins(2 * SECOND, start)),
     };
-    let plan = plan_of(config::Ramp::Burst, 4);
+    let plan = plan_of(config::RampMode::Burst, 4);
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     let (failed, held) = ((0, Some(2)), (0, Some(12)));
     assert_eq!(ran.times, [failed, failed, held, held]);
@@ -243,7 +243,7 @@ async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
 
 #[tokio::test(start_paused = true)]
 async fn burst_of_two_hundred_loses_no_room_and_no_event() {
-    let mut plan = plan_of(config::Ramp::Burst, 200);
+    let mut plan = plan_of(config::RampMode::Burst, 200);
     plan.max_rooms = 200;
     let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
@@ -447,7 +447,7 @@ fn used_minutes(guard: &Guard) -> u64 {
 
 #[tokio::test(start_paused = true)]
 async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
-    for ramp in [config::Ramp::AfterJoin, config::Ramp::Burst] {
+    for ramp in [config::RampMode::AfterJoin, config::RampMode::Burst] {
         let (guard, _) = guard(8);
         let script = |_, start| Box::pin(is_billed(start)) as Probe;
         let abort = CancellationToken::new();
@@ -567,7 +567,7 @@ async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
     let abort = CancellationToken::new();
     abort.cancel();
     let script = |_, start| Box::pin(is_billed(start)) as Probe;
-    let plan = plan_of(config::Ramp::Burst, 3);
+    let plan = plan_of(config::RampMode::Burst, 3);
     let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
     assert_eq!(ran.outcomes, []);
     assert_eq!(why(&ran), (3, "the batch was aborted"));
@@ -632,7 +632,7 @@ async fn a_room_is_journalled_on_disk_before_it_can_exist() {
             report
         }) as Probe
     };
-    let mut plan = plan_of(config::Ramp::Burst, 3);
+    let mut plan = plan_of(config::RampMode::Burst, 3);
     // No agent joins, and two rooms may be over before the disk has the third.
     plan.stop_after_no_shows = 0;
     let abort = CancellationToken::new();
@@ -655,7 +655,7 @@ async fn a_probe_emits_all_that_it_can_without_a_wait_for_the_batch() {
         Box::pin(async move { report }) as Probe
     };
     let ran = run_scripted(
-        plan_of(config::Ramp::Burst, 10),
+        plan_of(config::RampMode::Burst, 10),
         CancellationToken::new(),
         script,
     )
@@ -676,7 +676,7 @@ async fn progress_that_a_probe_emits_as_it_ends_comes_before_its_end() {
             report(&start, Outcome::Ok)
         }) as Probe
     };
-    let mut plan = plan_of(config::Ramp::Burst, 200);
+    let mut plan = plan_of(config::RampMode::Burst, 200);
     plan.max_rooms = 200;
     plan.stop_after_no_shows = 0;
     plan.hold = Duration::ZERO;

@@ -7,7 +7,9 @@ use humantime::format_duration;
 
 use super::forecast::Forecast;
 use super::{Check, Exit, print};
-use crate::config::{Config, EchoMode, Period, Problems, Project, Ramp, RawConfig, Stay, Target};
+use crate::config::{
+    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
+};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
 use crate::telemetry;
@@ -119,8 +121,8 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         Stay::OneByOne => "one by one, each held for",
     };
     let ramp = match batch.ramp {
-        Ramp::AfterJoin | Ramp::Burst => batch.ramp.name().to_owned(),
-        Ramp::Interval => format!("one every {}", format_duration(batch.interval)),
+        RampMode::AfterJoin | RampMode::Burst => batch.ramp.name().to_owned(),
+        RampMode::Interval => format!("one every {}", format_duration(batch.interval)),
     };
     let rooms = format!("{} rooms, {ramp}", batch.rooms);
     entry(

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::progress::{REFRESH, Screen};
 use super::{Exit, Format, Once, complain, junit, markdown, print, table};
 use crate::batch;
-use crate::config::{Config, Problems, Project, Ramp, RawConfig, Target};
+use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
 use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
 use crate::probe::driver::{Context, Fault};
@@ -103,7 +103,7 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
     let config = draft.validate()?;
     let ramp = config.targets[&name].batch.ramp;
     // In a file the key may wait for its ramp; a flag that does nothing is a mistake.
-    if args.ramp_interval.is_some() && ramp != Ramp::Interval {
+    if args.ramp_interval.is_some() && ramp != RampMode::Interval {
         return Err(Problems::single(
             format!(
                 "--ramp-interval changes nothing: the ramp is {}",

@@ -390,13 +390,13 @@ impl DispatchMode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     pub rooms: usize,
-    pub ramp: Ramp,
-    /// Only [`Ramp::Interval`] looks at it.
+    pub ramp: RampMode,
+    /// Only [`RampMode::Interval`] looks at it.
     pub interval: Duration,
     pub stay: Stay,
     /// `together`: from the ramp's end; `one_by_one`: from the agent's join in that room.
     pub hold: Duration,
-    /// After this many rooms without an agent the rest doesn't open; 0 turns it off. [`Ramp::Burst`] leaves no rest.
+    /// After this many rooms without an agent the rest doesn't open; 0 turns it off. [`RampMode::Burst`] leaves no rest.
     pub stop_after_no_shows: usize,
 }
 
@@ -404,7 +404,7 @@ impl Default for Batch {
     fn default() -> Self {
         Self {
             rooms: 3,
-            ramp: Ramp::default(),
+            ramp: RampMode::default(),
             interval: Duration::from_secs(1),
             stay: Stay::default(),
             hold: Duration::from_secs(15),
@@ -416,7 +416,7 @@ impl Default for Batch {
 /// When the next room of a batch opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
-pub enum Ramp {
+pub enum RampMode {
     /// When the agent has joined the room before, that probe has ended, or its join deadline has passed.
     #[default]
     AfterJoin,
@@ -426,7 +426,7 @@ pub enum Ramp {
     Burst,
 }
 
-impl Ramp {
+impl RampMode {
     /// The name that the config and the results use.
     pub fn name(self) -> &'static str {
         self.into()
@@ -439,7 +439,7 @@ impl Ramp {
 pub enum Stay {
     #[default]
     Together,
-    /// Never two at once; only with [`Ramp::AfterJoin`].
+    /// Never two at once; only with [`RampMode::AfterJoin`].
     OneByOne,
 }
 

@@ -17,7 +17,7 @@ use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch, DispatchMode,
-    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, Ramp,
+    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, RampMode,
     Schedule, Speech, Stay, Target,
 };
 
@@ -745,7 +745,7 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
         );
         section.problem("rooms", rooms_place, message, &hint);
     }
-    if batch.stay == Stay::OneByOne && batch.ramp != Ramp::AfterJoin {
+    if batch.stay == Stay::OneByOne && batch.ramp != RampMode::AfterJoin {
         let ramp = batch.ramp.name();
         let message = format!("{ramp:?} opens rooms beside each other, and stay is \"one_by_one\"");
         let hint = "set it to \"after_join\", or stay to \"together\"";

@@ -358,6 +358,6 @@ fn worst_case_of_a_room_grows_with_the_rooms_that_come_after_it() {
         target.batch.interval = 30 * SECOND;
         target
     };
-    assert_eq!(minutes(&ramp(Ramp::Interval)), [3, 3, 2]);
-    assert_eq!(minutes(&ramp(Ramp::Burst)), [2, 2, 2]);
+    assert_eq!(minutes(&ramp(RampMode::Interval)), [3, 3, 2]);
+    assert_eq!(minutes(&ramp(RampMode::Burst)), [2, 2, 2]);
 }

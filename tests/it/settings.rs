@@ -8,8 +8,8 @@ use std::time::Duration;
 use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
-    Alerts, Backoff, Budget, Config, DaemonSettings, DispatchMode, HistorySettings, Project, Ramp,
-    RawConfig, Schedule, Target,
+    Alerts, Backoff, Budget, Config, DaemonSettings, DispatchMode, HistorySettings, Project,
+    RampMode, RawConfig, Schedule, Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -486,8 +486,8 @@ fn schedule_by_the_environment_beats_the_other_key_of_the_file() {
 #[test]
 fn interval_may_wait_in_the_file_for_its_ramp() {
     for (more, ramp) in [
-        ("", Ramp::AfterJoin),
-        ("batch.ramp = \"interval\"", Ramp::Interval),
+        ("", RampMode::AfterJoin),
+        ("batch.ramp = \"interval\"", RampMode::Interval),
     ] {
         let settings = target_with(&format!("batch.interval = \"250ms\"\n{more}"));
         let batch = &read(&settings, &CREDENTIALS).targets["support"].batch;
