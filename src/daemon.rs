@@ -20,8 +20,8 @@ use crate::config::{self, Config, Problems};
 use crate::guard::{Guard, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
-    self, BatchRefused, Control, Health, LastReload, NoSuchTarget, Pulse, Sources, Stage, Status,
-    WebConfig,
+    self, BatchRefused, Control, DaemonStage, Health, LastReload, NoSuchTarget, Pulse, Sources,
+    Status, WebConfig,
 };
 use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
@@ -145,7 +145,7 @@ struct Daemon {
     abort: CancellationToken,
     control: mpsc::Receiver<Control>,
     status: watch::Sender<Arc<Status>>,
-    stage: Stage,
+    stage: DaemonStage,
     started_at: DateTime<Utc>,
     last_reload: Option<LastReload>,
     pulse: Pulse,
@@ -170,7 +170,7 @@ impl Daemon {
         let (status, seen) = watch::channel(Arc::new(Status {
             version: env!("CARGO_PKG_VERSION"),
             started_at,
-            stage: Stage::Starting,
+            stage: DaemonStage::Starting,
             targets: Vec::new(),
             projects: Vec::new(),
             last_reload: None,
@@ -213,7 +213,7 @@ impl Daemon {
             abort: CancellationToken::new(),
             control,
             status,
-            stage: Stage::Starting,
+            stage: DaemonStage::Starting,
             started_at,
             last_reload: None,
             pulse,
@@ -226,7 +226,7 @@ impl Daemon {
         daemon.metrics.config_loaded(started_at);
         daemon.restore().await;
         daemon.begin_sweep();
-        daemon.stage = Stage::Running;
+        daemon.stage = DaemonStage::Running;
         daemon.refresh();
         Ok(daemon)
     }
@@ -452,7 +452,7 @@ impl Daemon {
 
     fn run_now(&mut self, name: &str) -> Result<String, BatchRefused> {
         if !self.targets.contains_key(name) {
-            return Err(BatchRefused::NoSuchTarget);
+            return Err(NoSuchTarget.into());
         }
         self.begin(name, false).map_err(|not| match not {
             NotBegun::Busy { batch_id } => BatchRefused::Busy { batch_id },

@@ -20,10 +20,10 @@
 pub mod batch;
 pub mod cli;
 pub mod config;
-pub mod daemon;
+mod daemon;
 pub mod guard;
 pub mod history;
-pub mod http;
+mod http;
 pub mod janitor;
 pub mod livekit;
 pub mod metrics;

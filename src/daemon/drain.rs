@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 
 use super::{Daemon, Ending, Order, REFRESH, say, supervisor};
-use crate::http::{BatchRefused, Control, ReloadRefused, Stage};
+use crate::http::{BatchRefused, Control, DaemonStage, ReloadRefused};
 use crate::janitor::FINAL_DELETION_TIMEOUT;
 
 /// What a batch that was told to stop may take beyond its rooms' deletion.
@@ -23,7 +23,7 @@ impl Daemon {
         grace: Duration,
     ) -> Ending {
         supervisor::stopping();
-        self.stage = Stage::Draining;
+        self.stage = DaemonStage::Draining;
         for name in self.targets.keys() {
             self.ticker.remove(name);
         }

@@ -1,23 +1,64 @@
-//! Requests that a browser was tricked into: none of them may steer the canary, nor read it past a loopback address.
+//! The lifecycle permission: which requests may change the daemon's state.
+//!
+//! It also stops requests that a hostile web page makes a browser send, by cross-site requests or by DNS rebinding.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use http::header::{HOST, ORIGIN};
 use http::uri::Authority;
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
-/// Whether a page of another origin sent this, as far as headers tell. A client that is no browser sends neither header.
+use super::response::HttpError;
+
+/// Proof that a request may change the daemon's state. Only [`permit_change`] creates one.
+#[derive(Debug)]
+pub(super) struct ChangePermit {
+    _private: (),
+}
+
+/// Checks that a request may change the daemon's state. If there are users, the caller has authenticated the request.
 ///
-/// `Sec-Fetch-Site` is the browser's own verdict, which a proxy's change of `Host` can't spoil; browsers leave it out on
-/// plain HTTP, where `Origin` must be compared.
-pub(super) fn is_cross_origin(headers: &HeaderMap) -> bool {
+/// `trusted`: there are users, or `http.enable_lifecycle` is set. `on_loopback`: `http.listen` is a loopback address.
+///
+/// # Errors
+/// 403 with the setting or the header that would have to change.
+pub(super) fn permit_change(
+    headers: &HeaderMap,
+    trusted: bool,
+    on_loopback: bool,
+) -> Result<ChangePermit, HttpError> {
+    let forbidden = |text| Err(HttpError::new(StatusCode::FORBIDDEN, text));
+    if !trusted && !on_loopback {
+        return forbidden(
+            "POST is disabled: it requires users (basic_auth_users in http.web_config_file), a loopback address in \
+             http.listen, or http.enable_lifecycle = true",
+        );
+    }
+    // If the loopback address is the only protection, a page whose name resolves to 127.0.0.1 must not get past it.
+    if !trusted && !is_for_loopback(headers) {
+        return forbidden(
+            "POST requires localhost, 127.0.0.1 or [::1] as Host: http.listen is a loopback address, and there are no \
+             users",
+        );
+    }
+    if is_cross_origin(headers) {
+        return forbidden("a web page of another origin may not send this request");
+    }
+    Ok(ChangePermit { _private: () })
+}
+
+/// Whether a page of another origin sent this request. A client that is not a browser sends neither header.
+///
+/// `Sec-Fetch-Site` is the browser's own verdict, and holds even if a proxy changes `Host`. Browsers omit it on plain HTTP,
+/// so `Origin` is compared there.
+fn is_cross_origin(headers: &HeaderMap) -> bool {
     if let Some(site) = headers.get("sec-fetch-site") {
         return site != "same-origin" && site != "none";
     }
     let Some(origin) = headers.get(ORIGIN) else {
         return false;
     };
-    // The scheme isn't compared: behind a proxy that ends TLS it differs.
+    // The scheme is not compared, because it differs behind a proxy that terminates TLS.
     let origin = origin
         .to_str()
         .ok()
@@ -29,9 +70,9 @@ pub(super) fn is_cross_origin(headers: &HeaderMap) -> bool {
     }
 }
 
-/// Whether the request was meant for this machine's loopback: a page whose name was rebound to 127.0.0.1 sends its own
-/// name. Without `Host` it is no browser's.
-pub(super) fn is_for_loopback(headers: &HeaderMap) -> bool {
+/// Whether `Host` names this machine's loopback. A page whose name was rebound to 127.0.0.1 sends that name as `Host`. A
+/// request without `Host` does not come from a browser.
+fn is_for_loopback(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {
         (None, _) => true,
@@ -76,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_other_origins_are_told_from_our_own_and_from_other_clients() {
+    fn only_a_page_of_another_origin_is_cross_origin() {
         let host = ("host", "canary:9787");
         for (cross, others) in [
             (false, &[][..]),
@@ -84,7 +125,7 @@ mod tests {
             (false, &[("origin", "https://CANARY:9787")]),
             (false, &[("sec-fetch-site", "same-origin")]),
             (false, &[("sec-fetch-site", "none")]),
-            // A proxy has put its own Host.
+            // A proxy has replaced the Host.
             (
                 false,
                 &[
@@ -116,8 +157,8 @@ mod tests {
     }
 
     #[test]
-    fn only_loopback_names_are_for_loopback() {
-        for ours in [
+    fn only_loopback_names_count_as_loopback() {
+        for loopback in [
             "localhost",
             "LOCALHOST:9787",
             "127.0.0.1:1",
@@ -125,7 +166,10 @@ mod tests {
             "[::1]",
             "[::1]:9787",
         ] {
-            assert!(is_for_loopback(&headers(&[("host", ours)])), "{ours}");
+            assert!(
+                is_for_loopback(&headers(&[("host", loopback)])),
+                "{loopback}"
+            );
         }
         for other in [
             "",

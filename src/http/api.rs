@@ -1,4 +1,4 @@
-//! The API's answers from the history, and what a query may say.
+//! The responses of the API that come from the history, and the queries that they accept.
 
 use std::time::Duration;
 
@@ -8,28 +8,29 @@ use serde_json::value::RawValue;
 use tracing::warn;
 use url::form_urlencoded;
 
-use super::answer::{Answer, Refusal, json};
+use super::response::{HttpError, ServerResponse, json};
 use crate::history::{BatchFilter, History, MAX_BATCHES, ReadError};
+use crate::report::BatchResult;
 
-/// The labels of a batch's result, as metrics have them.
-const RESULTS: [&str; 5] = ["ok", "degraded", "failed", "limited", "aborted"];
-/// Most batches of an answer; one more is read.
-const MOST_LISTED: usize = MAX_BATCHES - 1;
-/// Batches of an answer where the query doesn't say.
-const USUAL_LIMIT: usize = 50;
+/// The most batches in one response. One less than the history returns, because one more is read.
+const MAX_LIMIT: usize = MAX_BATCHES - 1;
+/// Batches in a response if the query has no `limit`.
+const DEFAULT_LIMIT: usize = 50;
+/// Characters of a wrong key or value that an error repeats.
+const MAX_QUOTED_CHARS: usize = 40;
 
 #[derive(Serialize)]
-struct Batches {
+struct BatchPage {
     /// The latest first, without their probes.
     batches: Vec<Box<RawValue>>,
-    /// What `before` must be for those that follow; null where there are no more.
+    /// The value of `before` for the next page; null on the last page.
     next_before: Option<String>,
 }
 
-pub(super) async fn batches(history: &History, uri: &Uri) -> Result<Answer, Refusal> {
+pub(super) async fn batches(history: &History, uri: &Uri) -> Result<ServerResponse, HttpError> {
     let filter = filter(uri)?;
     let limit = filter.limit;
-    // One more than asked for tells whether there are more.
+    // One more than requested shows whether there is a next page.
     let filter = BatchFilter {
         limit: limit + 1,
         ..filter
@@ -38,83 +39,81 @@ pub(super) async fn batches(history: &History, uri: &Uri) -> Result<Answer, Refu
     let more = batches.len() > limit;
     batches.truncate(limit);
     let last = batches.last().filter(|_| more);
-    let next_before = last.and_then(|batch| id(batch));
-    let found = Batches {
+    let next_before = last.and_then(|batch| batch_id(batch));
+    let page = BatchPage {
         batches,
         next_before,
     };
-    Ok(json(StatusCode::OK, &found))
+    Ok(json(StatusCode::OK, &page))
 }
 
-fn id(batch: &RawValue) -> Option<String> {
+fn batch_id(batch: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
-    struct Head {
+    struct WithBatchId {
         batch_id: String,
     }
-    let head: Head = serde_json::from_str(batch.get()).ok()?;
-    Some(head.batch_id)
+    let batch: WithBatchId = serde_json::from_str(batch.get()).ok()?;
+    Some(batch.batch_id)
 }
 
-pub(super) async fn batch(history: &History, id: &str) -> Result<Answer, Refusal> {
+pub(super) async fn batch(history: &History, id: &str) -> Result<ServerResponse, HttpError> {
     let found = history.batch(id.to_owned()).await.map_err(unreadable)?;
-    let missing = "no batch that has ended has this id, or it is no longer kept; /api/v1/batches lists those there are";
-    let found = found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, missing))?;
+    let missing = "the history has no ended batch with this id; /api/v1/batches lists those it has";
+    let found = found.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, missing))?;
     Ok(json(StatusCode::OK, &found))
 }
 
-/// `room`: a probe's id is the name of its room.
-pub(super) async fn probe(history: &History, room: &str) -> Result<Answer, Refusal> {
+/// A probe's id is the name of its room.
+pub(super) async fn probe(history: &History, room: &str) -> Result<ServerResponse, HttpError> {
     let found = history.probe(room.to_owned()).await.map_err(unreadable)?;
-    let missing = "no batch that is kept has a probe of this room; /api/v1/batches/{id} lists a batch's probes";
-    let found = found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, missing))?;
+    let missing = "the history has no probe of this room; /api/v1/batches/{batch_id} lists the probes of a batch";
+    let found = found.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, missing))?;
     Ok(json(StatusCode::OK, &found))
 }
 
-fn unreadable(error: ReadError) -> Refusal {
-    let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string());
+fn unreadable(error: ReadError) -> HttpError {
+    let response = HttpError::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string());
     match error {
-        ReadError::Busy => refusal.retry_after(Duration::from_secs(5)),
+        ReadError::Busy => response.retry_after(Duration::from_secs(5)),
         ReadError::Failed(source) => {
-            warn!("HTTP: the history can't be read: {source}");
-            refusal
+            warn!("HTTP: cannot read the history: {source}");
+            response
         }
     }
 }
 
-fn filter(uri: &Uri) -> Result<BatchFilter, Refusal> {
+fn filter(uri: &Uri) -> Result<BatchFilter, HttpError> {
     let [target, result, limit, before] = query(uri, ["target", "result", "limit", "before"])?;
-    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    let in_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     if let Some(target) = &target
-        && (target.is_empty() || !target.bytes().all(word))
+        && (target.is_empty() || !target.bytes().all(in_name))
     {
-        return Err(bad(
+        return Err(bad_value(
             "target",
             target,
-            "a target's name: /api/v1/targets lists them",
+            "a target's name; /api/v1/targets lists all targets",
         ));
     }
-    if let Some(result) = &result
-        && !RESULTS.contains(&result.as_str())
-    {
-        let expected = format!("one of {}", RESULTS.join(", "));
-        return Err(bad("result", result, &expected));
+    if let Some(result) = &result {
+        let labels: Vec<_> = BatchResult::ALL
+            .iter()
+            .map(|result| result.label())
+            .collect();
+        if !labels.contains(&result.as_str()) {
+            let expected = format!("one of {}", labels.join(", "));
+            return Err(bad_value("result", result, &expected));
+        }
     }
     if let Some(before) = &before
-        && (before.is_empty() || !before.bytes().all(word))
+        && (before.is_empty() || !before.bytes().all(in_name))
     {
-        return Err(bad("before", before, "a batch's id"));
+        return Err(bad_value("before", before, "a batch's id"));
     }
-    let limit = limit.map_or(Ok(USUAL_LIMIT), |limit| {
+    let limit = limit.map_or(Ok(DEFAULT_LIMIT), |limit| {
         let number = limit.parse().ok();
         number
-            .filter(|number| (1..=MOST_LISTED).contains(number))
-            .ok_or_else(|| {
-                bad(
-                    "limit",
-                    &limit,
-                    &format!("a number from 1 to {MOST_LISTED}"),
-                )
-            })
+            .filter(|number| (1..=MAX_LIMIT).contains(number))
+            .ok_or_else(|| bad_value("limit", &limit, &format!("a number from 1 to {MAX_LIMIT}")))
     })?;
     Ok(BatchFilter {
         target,
@@ -124,9 +123,9 @@ fn filter(uri: &Uri) -> Result<BatchFilter, Refusal> {
     })
 }
 
-fn bad(key: &str, value: &str, expected: &str) -> Refusal {
-    let shown: String = value.chars().take(40).collect();
-    Refusal::new(
+fn bad_value(key: &str, value: &str, expected: &str) -> HttpError {
+    let shown: String = value.chars().take(MAX_QUOTED_CHARS).collect();
+    HttpError::new(
         StatusCode::BAD_REQUEST,
         format!("{key}: {shown:?} is not {expected}"),
     )
@@ -135,26 +134,26 @@ fn bad(key: &str, value: &str, expected: &str) -> Refusal {
 /// The values of these keys.
 ///
 /// # Errors
-/// Another key, or one given twice: what would be ignored was meant to say something.
+/// 400 for an unknown key, or for one that is given twice: the client expects an effect that it would not have.
 pub(super) fn query<const N: usize>(
     uri: &Uri,
     known: [&str; N],
-) -> Result<[Option<String>; N], Refusal> {
+) -> Result<[Option<String>; N], HttpError> {
     let mut values = [const { None }; N];
     for (key, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
-        let refusal = |verdict| {
-            let shown: String = key.chars().take(40).collect();
-            let text = format!("query key {shown:?} {verdict}");
-            Refusal::new(StatusCode::BAD_REQUEST, text)
+        let error = |problem| {
+            let shown: String = key.chars().take(MAX_QUOTED_CHARS).collect();
+            let text = format!("query key {shown:?} {problem}");
+            HttpError::new(StatusCode::BAD_REQUEST, text)
         };
-        let Some(place) = known.iter().position(|known| *known == key) else {
-            return Err(refusal(match known.len() {
-                0 => "is not known: this path takes no query".to_owned(),
-                _ => format!("is not known; known are {}", known.join(", ")),
+        let Some(index) = known.iter().position(|known| *known == key) else {
+            return Err(error(match known.len() {
+                0 => "is unknown: this path takes no query".to_owned(),
+                _ => format!("is unknown; the known keys are {}", known.join(", ")),
             }));
         };
-        if values[place].replace(value.into_owned()).is_some() {
-            return Err(refusal("is given twice".to_owned()));
+        if values[index].replace(value.into_owned()).is_some() {
+            return Err(error("is given twice".to_owned()));
         }
     }
     Ok(values)
@@ -174,8 +173,8 @@ mod tests {
     use crate::config::{self, Target};
     use crate::livekit::RoomName;
     use crate::probe::{Evidence, Outcome, Reason};
+    use crate::report::BatchReport;
     use crate::report::sample::{WELL, failed, mixed, probe as sample_probe, project};
-    use crate::report::{BatchReport, BatchResult};
 
     const COUNT: u8 = 5;
 
@@ -204,22 +203,22 @@ mod tests {
             dir: folder.path().join("state"),
             ..config::HistorySettings::default()
         };
-        // On the batches' own day none is too old to be kept.
+        // The clock shows the batches' own day, so that none is too old for the history.
         let clock = Arc::new(|| mixed().ended_at);
         let history = History::open_with_clock(&settings, clock).unwrap();
         for batch in batches() {
             history.record(&batch, &Target::default(), &project());
         }
-        // All is on disk then, and can still be read.
-        let soon = Instant::now() + Duration::from_secs(20);
-        assert!(history.close(soon).await);
+        // After closing, everything is on disk and can still be read.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        assert!(history.close(deadline).await);
         (history, folder)
     }
 
     async fn listed(history: &History, query: &str) -> (Vec<String>, Option<String>) {
         let uri = format!("/api/v1/batches?{query}").parse().unwrap();
-        let answer = super::batches(history, &uri).await.unwrap();
-        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        let response = super::batches(history, &uri).await.unwrap();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
         let body: Value = serde_json::from_slice(&body).unwrap();
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let ids = body["batches"].as_array().unwrap().iter();
@@ -230,7 +229,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn batches_are_listed_page_by_page_and_by_what_the_query_says() {
+    async fn query_selects_and_pages_the_batches() {
         let (history, _folder) = history().await;
         for (query, ids, next) in [
             ("", &["b-4", "b-3", "b-2", "b-1", "b-0"][..], None),
@@ -241,7 +240,7 @@ mod tests {
             ("before=b-0", &[], None),
             ("result=failed", &["b-3", "b-1"], None),
             ("result=limited", &[], None),
-            ("target=nobody", &[], None),
+            ("target=unknown", &[], None),
             ("target=support&result=ok&limit=1", &["b-4"], Some("b-4")),
         ] {
             let listed = listed(&history, query).await;
@@ -251,10 +250,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn batch_has_its_probes_and_a_probe_stands_alone() {
+    async fn batch_includes_its_probes_and_a_probe_is_found_by_its_room() {
         let (history, _folder) = history().await;
-        let document = async |answer: Result<Answer, Refusal>| {
-            let body = answer.unwrap().into_body().collect().await.unwrap();
+        let document = async |response: Result<ServerResponse, HttpError>| {
+            let body = response.unwrap().into_body().collect().await.unwrap();
             serde_json::from_slice::<Value>(&body.to_bytes()).unwrap()
         };
         let one = document(super::batch(&history, "b-1").await).await;
@@ -268,16 +267,16 @@ mod tests {
             super::probe(&history, "canary-x-9").await,
             super::batch(&history, "' OR 1=1 --").await,
         ] {
-            assert_eq!(Answer::from(missing.err().unwrap()).status(), 404);
+            assert_eq!(ServerResponse::from(missing.err().unwrap()).status(), 404);
         }
     }
 
     #[test]
-    fn query_that_would_be_ignored_is_refused() {
-        for (query, said) in [
+    fn query_that_would_be_ignored_is_an_error() {
+        for (query, expected) in [
             (
                 "targets=a",
-                "\"targets\" is not known; known are target, result, limit, before",
+                "\"targets\" is unknown; the known keys are target, result, limit, before",
             ),
             ("target=a&target=b", "\"target\" is given twice"),
             ("target=", "\"\" is not a target's name"),
@@ -297,16 +296,11 @@ mod tests {
         ] {
             let uri = format!("/?{query}").parse().unwrap();
             let error = filter(&uri).unwrap_err();
-            assert!(error.text().contains(said), "{query}: {}", error.text());
+            assert!(error.text().contains(expected), "{query}: {}", error.text());
         }
         let long = format!("/?limit={}", "9".repeat(5000)).parse().unwrap();
         assert!(filter(&long).unwrap_err().text().len() < 200);
         assert!(query(&"/?a=1".parse().unwrap(), []).is_err());
         assert!(query(&"/?".parse().unwrap(), []).is_ok());
-    }
-
-    #[test]
-    fn results_are_those_that_a_batch_can_have() {
-        assert_eq!(RESULTS, BatchResult::ALL.map(BatchResult::label));
     }
 }

@@ -1,4 +1,4 @@
-//! Whether our own tasks are alive and ticking: what `/-/healthy` answers, whatever becomes of the targets.
+//! Whether the canary's own tasks run and give signs of life, which `/-/healthy` reports. The targets' health is not part of it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,33 +6,33 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The tasks that must live, each under its name. Cheap to clone.
+/// The tasks that must run, by name. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Health {
-    tasks: Arc<Mutex<BTreeMap<&'static str, Task>>>,
+pub(crate) struct Health {
+    tasks: Arc<Mutex<BTreeMap<&'static str, WatchedTask>>>,
 }
 
 #[derive(Debug)]
-struct Task {
-    /// The longest that it may go without a beat; `None` where only its end counts.
-    longest_gap: Option<Duration>,
+struct WatchedTask {
+    /// The longest time without a beat. `None` if the task gives no beats, so that only its end counts.
+    max_gap: Option<Duration>,
     last_beat: Instant,
     dead: bool,
 }
 
-/// Held by a task for as long as it runs. Dropping it says that the task has died, by a panic too.
+/// Held by a task while it runs. Dropping it marks the task as dead, so a panic does so as well.
 #[derive(Debug)]
-#[must_use = "dropping it says that the task has died"]
-pub struct Pulse {
+#[must_use = "dropping it marks the task as dead"]
+pub(crate) struct Pulse {
     health: Health,
     name: &'static str,
 }
 
 impl Health {
-    /// Watches a task from now on. A dead one of that name is forgotten; a living one must not have it.
-    pub fn watch(&self, name: &'static str, longest_gap: Option<Duration>) -> Pulse {
-        let task = Task {
-            longest_gap,
+    /// Watches a task from now on, in place of a dead task with this name. No live task may have the name.
+    pub(crate) fn watch(&self, name: &'static str, max_gap: Option<Duration>) -> Pulse {
+        let task = WatchedTask {
+            max_gap,
             last_beat: Instant::now(),
             dead: false,
         };
@@ -43,44 +43,38 @@ impl Health {
         }
     }
 
-    /// What is wrong with each task that is dead or silent, its name first; empty means healthy.
-    pub fn failing(&self) -> Vec<String> {
+    /// One text per task that is dead or silent, beginning with its name. Empty means healthy.
+    pub(crate) fn failing(&self) -> Vec<String> {
         let tasks = self.tasks();
-        tasks.iter().filter_map(Task::complaint).collect()
+        tasks.iter().filter_map(WatchedTask::problem).collect()
     }
 
-    fn tasks(&self) -> MutexGuard<'_, BTreeMap<&'static str, Task>> {
-        // Every change is a single assignment: a panic between two leaves nothing half done.
+    fn tasks(&self) -> MutexGuard<'_, BTreeMap<&'static str, WatchedTask>> {
+        // Every change is a single assignment, so a panic of a holder leaves no task half changed.
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Task {
-    fn complaint((name, task): (&&'static str, &Self)) -> Option<String> {
+impl WatchedTask {
+    fn problem((name, task): (&&'static str, &Self)) -> Option<String> {
         if task.dead {
-            return Some(format!("{name}: has ended"));
+            return Some(format!("{name}: the task has ended"));
         }
-        let longest = task.longest_gap?;
+        let max_gap = task.max_gap?;
         let silent = task.last_beat.elapsed();
-        (silent > longest).then(|| {
-            let (silent, longest) = (silent.as_secs(), longest.as_secs_f64());
-            format!("{name}: no sign of life for {silent} s, where {longest} s is the most")
+        (silent > max_gap).then(|| {
+            let (silent, max_gap) = (silent.as_secs(), max_gap.as_secs_f64());
+            format!("{name}: no sign of life for {silent} s (limit {max_gap} s)")
         })
     }
 }
 
 impl Pulse {
-    /// Says that the task is alive and doing its work.
-    pub fn beat(&self) {
+    /// Records a sign of life.
+    pub(crate) fn beat(&self) {
         if let Some(task) = self.health.tasks().get_mut(self.name) {
             task.last_beat = Instant::now();
         }
-    }
-
-    /// Ends the watch: the task is about to end as it should.
-    pub fn retire(self) {
-        self.health.tasks().remove(self.name);
-        // Its drop finds nothing to mark.
     }
 }
 
@@ -101,7 +95,7 @@ mod tests {
     const GAP: Duration = Duration::from_secs(10);
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_beats_is_healthy_and_one_that_stopped_is_named() {
+    async fn task_that_stops_beating_is_named_as_failing() {
         let health = Health::default();
         let ticks = health.watch("scheduler", Some(GAP));
         let _quiet = health.watch("recorder", None);
@@ -111,26 +105,19 @@ mod tests {
             assert!(health.failing().is_empty());
         }
         advance(2 * GAP).await;
-        let expected = "scheduler: no sign of life for 20 s, where 10 s is the most";
+        let expected = "scheduler: no sign of life for 20 s (limit 10 s)";
         assert_eq!(health.failing(), [expected]);
     }
 
     #[tokio::test]
-    async fn a_task_that_panics_is_dead() {
+    async fn task_that_panics_is_dead() {
         let health = Health::default();
         let pulse = health.watch("recorder", None);
         let task = tokio::spawn(async move {
             let _pulse = pulse;
-            panic!("as the test wants");
+            panic!("on purpose");
         });
         assert!(task.await.is_err());
-        assert_eq!(health.failing(), ["recorder: has ended"]);
-    }
-
-    #[test]
-    fn a_task_that_retires_is_missed_by_nobody() {
-        let health = Health::default();
-        health.watch("recorder", None).retire();
-        assert!(health.failing().is_empty());
+        assert_eq!(health.failing(), ["recorder: the task has ended"]);
     }
 }

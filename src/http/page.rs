@@ -1,12 +1,12 @@
-//! The status page: plain HTML, without scripts and without anything from elsewhere.
+//! The status page: plain HTML without scripts and without external resources.
 
 use std::fmt::{self, Display, Formatter, Write};
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::status::{ProjectStatus, Stage, Status, TargetStatus};
+use super::status::{DaemonStage, ProjectStatus, Status, TargetStatus};
 
-/// Allows the page what it has, a style of its own; a name that slipped through unescaped could load and run nothing.
+/// Allows only the inline style. A name that was not escaped could neither load nor run anything.
 pub(super) const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; \
                                  frame-ancestors 'none'";
 
@@ -23,7 +23,7 @@ small { opacity: .75; display: block }
 /// The page as it is at `now`.
 pub(super) fn render(status: &Status, now: DateTime<Utc>) -> String {
     let mut page = String::with_capacity(4096);
-    write_page(&mut page, status, now).expect("a String takes everything");
+    write_page(&mut page, status, now).expect("writing to a String cannot fail");
     page
 }
 
@@ -36,11 +36,11 @@ fn write_page(page: &mut String, status: &Status, now: DateTime<Utc>) -> fmt::Re
          <p>Version {}, {}, up since {}. Times are UTC.</p>\n",
         Escaped(status.version),
         match status.stage {
-            Stage::Starting => "starting",
-            Stage::Running => "running",
-            Stage::Draining => "draining: no new batch starts",
+            DaemonStage::Starting => "starting",
+            DaemonStage::Running => "running",
+            DaemonStage::Draining => "draining: no new batch starts",
         },
-        Moment(status.started_at, now),
+        RelativeTime(status.started_at, now),
     )?;
     if let Some(error) = status
         .last_reload
@@ -105,14 +105,14 @@ fn write_target(page: &mut String, target: &TargetStatus, now: DateTime<Utc>) ->
             if batch.aborted > 0 {
                 write!(page, ", {} aborted", batch.aborted)?;
             }
-            write!(page, "<small>{}</small>", Moment(batch.ended_at, now))?;
+            write!(page, "<small>{}</small>", RelativeTime(batch.ended_at, now))?;
         }
     }
     page.push_str("<td>");
     match target.next_batch_at {
         _ if target.paused => page.push_str("paused"),
         None => page.push_str("none"),
-        Some(at) => write!(page, "{}", Moment(at, now))?,
+        Some(at) => write!(page, "{}", RelativeTime(at, now))?,
     }
     writeln!(page, "<small>{}</small>", Escaped(&target.schedule))
 }
@@ -130,7 +130,7 @@ fn write_project(page: &mut String, project: &ProjectStatus, now: DateTime<Utc>)
         write!(
             page,
             "<small class=\"bad\">backing off until {}</small>",
-            Moment(until, now)
+            RelativeTime(until, now)
         )?;
     }
     page.push_str("<td>");
@@ -161,10 +161,10 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// A time, and how far it is from now: `2026-11-24 13:15:00 (2 min ago)`.
-struct Moment(DateTime<Utc>, DateTime<Utc>);
+/// A time, and its distance from now: `2026-11-24 13:15:00 (2 min ago)`.
+struct RelativeTime(DateTime<Utc>, DateTime<Utc>);
 
-impl Display for Moment {
+impl Display for RelativeTime {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Self(at, now) = self;
         let distance = *now - *at;

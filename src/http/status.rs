@@ -1,129 +1,77 @@
-//! What the daemon tells HTTP of itself, and what HTTP asks of the daemon.
-
-use std::time::Duration;
+//! What the daemon publishes of itself: the page shows it, and `/api/v1/targets` serializes it.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use tokio::sync::oneshot;
 
 use crate::history::LastBatch;
 
-/// A moment of the daemon: the page shows it, and `/api/v1/targets` is it.
+/// The daemon at one moment. The names of the fields are keys of the API.
 #[derive(Debug, Clone, Serialize)]
-pub struct Status {
-    pub version: &'static str,
-    pub started_at: DateTime<Utc>,
-    pub stage: Stage,
-    pub targets: Vec<TargetStatus>,
-    pub projects: Vec<ProjectStatus>,
-    /// `None` until the first reload: what the daemon started with isn't one.
-    pub last_reload: Option<LastReload>,
+pub(crate) struct Status {
+    pub(crate) version: &'static str,
+    pub(crate) started_at: DateTime<Utc>,
+    pub(crate) stage: DaemonStage,
+    pub(crate) targets: Vec<TargetStatus>,
+    pub(crate) projects: Vec<ProjectStatus>,
+    /// `None` until the first reload. The start is not a reload.
+    pub(crate) last_reload: Option<LastReload>,
 }
 
-/// Only [`Stage::Running`] is ready.
+/// The daemon is ready only while it is [`DaemonStage::Running`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stage {
+pub(crate) enum DaemonStage {
     Starting,
     Running,
     Draining,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct TargetStatus {
-    pub name: String,
-    pub project: String,
-    /// Of the project; without credentials.
-    pub url: String,
-    /// `None`: any agent, with automatic dispatch.
-    pub agent_name: Option<String>,
-    pub dispatch: &'static str,
-    /// As the config has it, such as `every 15m`.
-    pub schedule: String,
-    pub paused: bool,
-    /// The batch that is open now.
-    pub running: Option<String>,
-    pub next_batch_at: Option<DateTime<Utc>>,
-    pub last_tick_at: Option<DateTime<Utc>>,
-    pub last_batch: Option<LastBatch>,
-    /// Why a batch would not open now: back-off or budget, as a sentence.
-    pub held_back: Option<String>,
+pub(crate) struct TargetStatus {
+    pub(crate) name: String,
+    pub(crate) project: String,
+    /// The URL of the project, without credentials.
+    pub(crate) url: String,
+    /// `None` if dispatch is automatic: any agent may join.
+    pub(crate) agent_name: Option<String>,
+    pub(crate) dispatch: &'static str,
+    /// As in the settings, such as `every 15m`.
+    pub(crate) schedule: String,
+    pub(crate) paused: bool,
+    /// The id of the batch that is running.
+    pub(crate) running: Option<String>,
+    pub(crate) next_batch_at: Option<DateTime<Utc>>,
+    pub(crate) last_tick_at: Option<DateTime<Utc>>,
+    pub(crate) last_batch: Option<LastBatch>,
+    /// Why no batch could start now: a back-off or a budget, as text for people.
+    pub(crate) held_back: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct ProjectStatus {
-    pub name: String,
+pub(crate) struct ProjectStatus {
+    pub(crate) name: String,
     /// Without credentials.
-    pub url: String,
-    pub max_rooms: usize,
-    pub rooms_in_flight: usize,
-    pub backoff_until: Option<DateTime<Utc>>,
-    pub budgets: Vec<BudgetStatus>,
+    pub(crate) url: String,
+    pub(crate) max_rooms: usize,
+    pub(crate) rooms_in_flight: usize,
+    pub(crate) backoff_until: Option<DateTime<Utc>>,
+    pub(crate) budgets: Vec<BudgetStatus>,
 }
 
 /// Agent time of one period, as LiveKit bills it.
 #[derive(Debug, Clone, Serialize)]
-pub struct BudgetStatus {
+pub(crate) struct BudgetStatus {
     /// `day` or `month`, both in UTC.
-    pub period: &'static str,
-    pub used_seconds: u64,
-    /// `None`: no limit is set.
-    pub limit_seconds: Option<u64>,
+    pub(crate) period: &'static str,
+    pub(crate) used_seconds: u64,
+    /// `None` if no limit is set.
+    pub(crate) limit_seconds: Option<u64>,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct LastReload {
-    pub at: DateTime<Utc>,
-    pub ok: bool,
-    /// The problems of the file that was refused.
-    pub error: Option<String>,
+pub(crate) struct LastReload {
+    pub(crate) at: DateTime<Utc>,
+    pub(crate) ok: bool,
+    /// The problems of the settings that were refused; `None` if they were applied.
+    pub(crate) error: Option<String>,
 }
-
-/// What a POST asks of the daemon, which answers each once it has decided. A reply that is dropped is answered as a
-/// fault of ours.
-#[derive(Debug)]
-pub enum Control {
-    /// Read the settings again, all or nothing.
-    Reload {
-        reply: oneshot::Sender<Result<(), ReloadRefused>>,
-    },
-    /// Open a batch of `target` now, beside its schedule; the answer is the batch's id.
-    RunBatch {
-        target: String,
-        reply: oneshot::Sender<Result<String, BatchRefused>>,
-    },
-    SetPaused {
-        target: String,
-        paused: bool,
-        reply: oneshot::Sender<Result<(), NoSuchTarget>>,
-    },
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ReloadRefused {
-    /// The new settings have problems, told in full; the old ones go on.
-    #[error("{0}")]
-    Invalid(String),
-    #[error("the canary is shutting down")]
-    ShuttingDown,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BatchRefused {
-    #[error("batch {batch_id} of this target is still running")]
-    Busy { batch_id: String },
-    /// A guard rail: budget or back-off.
-    #[error("{text}")]
-    Refused {
-        text: String,
-        retry_after: Option<Duration>,
-    },
-    #[error("no target has this name; /api/v1/targets lists them")]
-    NoSuchTarget,
-    #[error("the canary is shutting down")]
-    ShuttingDown,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("no target has this name; /api/v1/targets lists them")]
-pub struct NoSuchTarget;

@@ -1,4 +1,4 @@
-//! Who may ask: users with bcrypt hashes, checked off the async threads and not twice for the same password.
+//! Users with bcrypt hashes. Passwords are checked on blocking threads, and a correct one only once.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,38 +8,41 @@ use aws_lc_rs::rand::SystemRandom;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use bcrypt::HashParts;
-use http::HeaderValue;
+use http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 use tokio::task;
 
-/// Names and bcrypt hashes. No `Debug`: a hash is half a password.
+use super::response::HttpError;
+
+/// User names and bcrypt hashes. Without `Debug`, because a hash makes it possible to guess the password.
 pub(super) struct Users {
     hashes: BTreeMap<String, String>,
-    /// Checked where there is no such user, so that the time of an answer doesn't tell.
+    /// Checked for an unknown user, so that the response time does not reveal which users exist.
     decoy: String,
 }
 
-/// A hash above this cost takes longer to check than a request may last.
-const HIGHEST_COST: u32 = 16;
+/// Checking a hash above this cost takes longer than the timeout of a request.
+const MAX_COST: u32 = 16;
 
 impl Users {
     /// # Errors
-    /// A hash that isn't bcrypt's, or that costs more than a request has time for; the text names the user alone.
+    /// A hash that is not a bcrypt hash, or whose cost is out of range. The text has the user's name and no part of the hash.
     pub(super) fn new(hashes: BTreeMap<String, String>) -> Result<Self, String> {
-        let mut highest = 0;
+        let mut max_cost = 0;
         for (name, hash) in &hashes {
             let parts: HashParts = hash.parse().map_err(|_| not_a_hash(name))?;
             let cost = parts.get_cost();
-            // The crate would refuse a lower one at every request.
-            if !(4..=HIGHEST_COST).contains(&cost) {
+            // The bcrypt crate would refuse a lower cost at every request.
+            if !(4..=MAX_COST).contains(&cost) {
                 return Err(format!(
-                    "basic_auth_users: {name:?}: the hash has cost {cost}, and must have 4 to {HIGHEST_COST}; 10 is usual"
+                    "basic_auth_users: {name:?}: the hash has cost {cost}, which must be from 4 to {MAX_COST}; 10 is usual"
                 ));
             }
-            highest = highest.max(cost);
+            max_cost = max_cost.max(cost);
         }
-        // The hash of no password that anyone knows: all its bits are zero, which is what a dot stands for.
-        let decoy = format!("$2b${highest:02}${:.<53}", "");
+        // A dot is six zero bits. No known password has the hash of zeros.
+        let decoy = format!("$2b${max_cost:02}${:.<53}", "");
         Ok(Self { hashes, decoy })
     }
 
@@ -48,38 +51,60 @@ impl Users {
     }
 }
 
-/// A password in plain text, most often: it is not repeated.
+/// The error for a wrong hash. It does not repeat the value, which is usually a password in plain text.
 pub(super) fn not_a_hash(name: &str) -> String {
     format!("basic_auth_users: {name:?}: not a bcrypt hash; `htpasswd -nB USER` prints one")
 }
 
-/// How many checks run at once: each takes a core for tens of milliseconds, beside probes that keep time.
-const CHECKS_AT_ONCE: usize = 2;
-/// More than there are scrapers, each with one password.
-const MOST_REMEMBERED: usize = 64;
+/// Password checks that run at once. Each takes a core for tens of milliseconds, which the running probes need as well.
+const MAX_CONCURRENT_CHECKS: usize = 2;
+/// Correct passwords that are remembered. An installation has fewer scrapers than this, each with one password.
+const MAX_REMEMBERED: usize = 64;
 
-/// Checks passwords, and remembers which were right: a scraper sends the same one every few seconds.
+/// Checks passwords and remembers the correct ones, because a scraper sends the same password every few seconds.
 pub(super) struct Passwords {
-    /// Of this process alone: what is remembered can't be tried out anywhere else.
+    /// Random for this process, so that the remembered tags are useless in any other.
     key: hmac::Key,
-    right: Mutex<VecDeque<hmac::Tag>>,
-    turns: Arc<Semaphore>,
+    /// The oldest first.
+    verified: Mutex<VecDeque<hmac::Tag>>,
+    permits: Arc<Semaphore>,
 }
 
 impl Passwords {
     pub(super) fn new() -> Self {
         let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-            .expect("the system has random bytes: TLS and tokens need them as well");
+            .expect("TLS and tokens need the system's random bytes as well");
         Self {
             key,
-            right: Mutex::new(VecDeque::new()),
-            turns: Arc::new(Semaphore::new(CHECKS_AT_ONCE)),
+            verified: Mutex::new(VecDeque::new()),
+            permits: Arc::new(Semaphore::new(MAX_CONCURRENT_CHECKS)),
         }
     }
 
-    /// Whether `authorization` names one of `users` with their password.
-    pub(super) async fn admit(&self, users: &Users, authorization: Option<&HeaderValue>) -> bool {
-        let Some((name, password)) = authorization.and_then(basic) else {
+    /// Checks that the request names one of `users` with the user's password.
+    ///
+    /// # Errors
+    /// 401 with a challenge, which makes a browser ask for a user name and a password.
+    pub(super) async fn authenticate(
+        &self,
+        users: &Users,
+        headers: &HeaderMap,
+    ) -> Result<(), HttpError> {
+        let authorization = headers.get(AUTHORIZATION);
+        if self.accepts(users, authorization).await {
+            return Ok(());
+        }
+        let text = match authorization {
+            None => "this path requires a user name and a password",
+            Some(_) => "wrong user name or password",
+        };
+        let challenge =
+            HeaderValue::from_static("Basic realm=\"livekit-canary\", charset=\"UTF-8\"");
+        Err(HttpError::new(StatusCode::UNAUTHORIZED, text).with(WWW_AUTHENTICATE, challenge))
+    }
+
+    async fn accepts(&self, users: &Users, authorization: Option<&HeaderValue>) -> bool {
+        let Some((name, password)) = authorization.and_then(basic_credentials) else {
             return false;
         };
         let known = users.hashes.get(&name);
@@ -88,29 +113,30 @@ impl Passwords {
         if known.is_some() && self.remembers(&tag) {
             return true;
         }
-        let right = self.check(password, hash).await && known.is_some();
-        if right {
+        // An unknown user's password is checked as well: see `Users::decoy`.
+        let correct = self.check(password, hash).await && known.is_some();
+        if correct {
             self.remember(tag);
         }
-        right
+        correct
     }
 
     async fn check(&self, password: Vec<u8>, hash: String) -> bool {
-        let turn = Arc::clone(&self.turns).acquire_owned().await;
-        let turn = turn.expect("nobody closes the semaphore");
+        let permit = Arc::clone(&self.permits).acquire_owned().await;
+        let permit = permit.expect("the semaphore is never closed");
         let checked = task::spawn_blocking(move || {
-            // Here, since a check goes on when the client has left.
-            let _turn = turn;
-            bcrypt::verify(password, &hash).is_ok_and(|right| right)
+            // Held by the thread, because the check goes on if the client disconnects.
+            let _permit = permit;
+            bcrypt::verify(password, &hash).is_ok_and(|correct| correct)
         });
         checked.await.unwrap_or(false)
     }
 
-    /// Stands for a user, a password and the hash that it was checked against. A rotated hash is another one.
+    /// Identifies a user, a password and the hash that it was checked against. After a change of the hash the tag differs.
     fn tag(&self, name: &str, password: &[u8], hash: &str) -> hmac::Tag {
         let mut context = hmac::Context::with_key(&self.key);
         for part in [name.as_bytes(), password, hash.as_bytes()] {
-            // The length keeps "ab" + "c" from being "a" + "bc".
+            // The length distinguishes "ab" + "c" from "a" + "bc".
             context.update(&part.len().to_be_bytes());
             context.update(part);
         }
@@ -118,23 +144,25 @@ impl Passwords {
     }
 
     fn remembers(&self, tag: &hmac::Tag) -> bool {
-        let right = self.right.lock().unwrap_or_else(PoisonError::into_inner);
-        right.iter().any(|one| one.as_ref() == tag.as_ref())
+        let verified = self.verified.lock();
+        let verified = verified.unwrap_or_else(PoisonError::into_inner);
+        verified.iter().any(|one| one.as_ref() == tag.as_ref())
     }
 
     fn remember(&self, tag: hmac::Tag) {
-        let mut right = self.right.lock().unwrap_or_else(PoisonError::into_inner);
-        // Two requests may have checked the same password at once.
-        right.retain(|one| one.as_ref() != tag.as_ref());
-        if right.len() == MOST_REMEMBERED {
-            right.pop_front();
+        let verified = self.verified.lock();
+        let mut verified = verified.unwrap_or_else(PoisonError::into_inner);
+        // Two requests may have checked the same password at the same time.
+        verified.retain(|one| one.as_ref() != tag.as_ref());
+        if verified.len() == MAX_REMEMBERED {
+            verified.pop_front();
         }
-        right.push_back(tag);
+        verified.push_back(tag);
     }
 }
 
-/// Name and password of `Authorization: Basic …` (RFC 7617).
-fn basic(header: &HeaderValue) -> Option<(String, Vec<u8>)> {
+/// User name and password of `Authorization: Basic …` (RFC 7617).
+fn basic_credentials(header: &HeaderValue) -> Option<(String, Vec<u8>)> {
     let (scheme, credentials) = header.to_str().ok()?.split_once(' ')?;
     if !scheme.eq_ignore_ascii_case("basic") {
         return None;
@@ -164,31 +192,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn right_password_is_checked_once_and_then_remembered() {
+    async fn correct_password_is_checked_once_and_then_remembered() {
         let passwords = Passwords::new();
         let users = users(&[("prometheus", "a:b")]);
         for _ in 0..3 {
             assert!(
                 passwords
-                    .admit(&users, Some(&header("prometheus", "a:b")))
+                    .accepts(&users, Some(&header("prometheus", "a:b")))
                     .await
             );
         }
-        assert_eq!(passwords.right.lock().unwrap().len(), 1);
+        assert_eq!(passwords.verified.lock().unwrap().len(), 1);
     }
 
     #[tokio::test]
-    async fn remembered_password_is_wrong_once_the_hash_has_changed() {
+    async fn remembered_password_is_refused_after_its_hash_has_changed() {
         let passwords = Passwords::new();
         let header = header("prometheus", "old");
         assert!(
             passwords
-                .admit(&users(&[("prometheus", "old")]), Some(&header))
+                .accepts(&users(&[("prometheus", "old")]), Some(&header))
                 .await
         );
         assert!(
             !passwords
-                .admit(&users(&[("prometheus", "new")]), Some(&header))
+                .accepts(&users(&[("prometheus", "new")]), Some(&header))
                 .await
         );
     }
@@ -201,7 +229,7 @@ mod tests {
             header("prometheus", "wrong"),
             header("prometheus", ""),
             header("Prometheus", "right"),
-            header("nobody", "right"),
+            header("unknown", "right"),
         ];
         headers.extend(
             [
@@ -213,25 +241,25 @@ mod tests {
             .map(HeaderValue::from_static),
         );
         for header in &headers {
-            assert!(!passwords.admit(&users, Some(header)).await, "{header:?}");
+            assert!(!passwords.accepts(&users, Some(header)).await, "{header:?}");
         }
-        assert!(!passwords.admit(&users, None).await);
-        assert!(passwords.right.lock().unwrap().is_empty());
+        assert!(!passwords.accepts(&users, None).await);
+        assert!(passwords.verified.lock().unwrap().is_empty());
     }
 
     #[tokio::test]
-    async fn what_is_remembered_has_a_bound() {
+    async fn number_of_remembered_passwords_is_bounded() {
         let passwords = Passwords::new();
-        for number in 0..=MOST_REMEMBERED {
+        for number in 0..=MAX_REMEMBERED {
             passwords.remember(passwords.tag("user", &[], &number.to_string()));
         }
-        assert_eq!(passwords.right.lock().unwrap().len(), MOST_REMEMBERED);
+        assert_eq!(passwords.verified.lock().unwrap().len(), MAX_REMEMBERED);
         assert!(!passwords.remembers(&passwords.tag("user", &[], "0")));
         assert!(passwords.remembers(&passwords.tag("user", &[], "1")));
     }
 
     #[test]
-    fn unknown_user_costs_the_work_of_the_dearest_known_one() {
+    fn unknown_user_takes_as_long_to_check_as_the_most_expensive_known_one() {
         let hashes = [("a", 4), ("b", 6)]
             .map(|(name, cost)| (name.to_owned(), bcrypt::hash("secret", cost).unwrap()));
         let users = Users::new(hashes.into()).unwrap();
@@ -241,9 +269,9 @@ mod tests {
     }
 
     #[test]
-    fn hash_that_is_none_is_refused_by_the_users_name_alone() {
+    fn wrong_hash_is_refused_with_the_name_of_the_user_and_without_the_hash() {
         let hash = bcrypt::hash("secret", 4).unwrap();
-        for (hash, said) in [
+        for (hash, expected) in [
             ("hunter2".to_owned(), "not a bcrypt hash"),
             (hash.replacen("$04$", "$17$", 1), "cost 17"),
             (hash.replacen("$04$", "$03$", 1), "cost 3"),
@@ -255,7 +283,10 @@ mod tests {
                 error.starts_with("basic_auth_users: \"alice\": "),
                 "{error}"
             );
-            assert!(error.contains(said) && !error.contains(&hash), "{error}");
+            assert!(
+                error.contains(expected) && !error.contains(&hash),
+                "{error}"
+            );
         }
     }
 }

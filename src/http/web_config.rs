@@ -1,7 +1,7 @@
-//! TLS and users from a file in the format of Prometheus' exporter-toolkit, read again whenever it has changed.
+//! TLS and users from a file in the format of Prometheus' exporter-toolkit, read again when it changes.
 //!
-//! Source of the format: <https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md>. What is
-//! not supported is an error: a setting that protects nothing must not look as if it did.
+//! Source of the format: <https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md>. An
+//! unsupported setting is an error, because the operator would believe that it protects something.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,42 +25,42 @@ use tracing::{debug, info, warn};
 use super::users::{Users, not_a_hash};
 use crate::config;
 
-/// How HTTP is protected: TLS and users, if a file sets them, and whether POST needs neither.
-pub struct WebConfig {
+/// How the server is protected: TLS and users if a file sets them, and whether POST is allowed without either.
+pub(crate) struct WebConfig {
     pub(super) enable_lifecycle: bool,
-    source: Source,
+    source: SecuritySource,
 }
 
-enum Source {
-    /// No file is named: plain HTTP for everybody.
+enum SecuritySource {
+    /// No file is set: plain HTTP without users.
     None,
-    File(Rotated),
+    File(WebConfigFile),
 }
 
-/// A file and those that it names.
-struct Rotated {
+/// A web configuration file, and the certificate and key files that it names.
+struct WebConfigFile {
     path: PathBuf,
     hasher: RandomState,
-    current: watch::Sender<Arc<Protection>>,
-    /// Held while the files are read, so that many requests at once don't read them at once.
-    state: Mutex<State>,
+    current: watch::Sender<Arc<WebSecurity>>,
+    /// Locked while the files are read, so that concurrent requests read them one after the other.
+    last_read: Mutex<LastRead>,
 }
 
-struct State {
-    /// Stands for the content that was seen last, good or bad: each is judged, and logged, once.
-    seen: u64,
-    /// What a request that has given up left behind.
-    reading: Option<JoinHandle<Result<Text, String>>>,
+struct LastRead {
+    /// The hash of the last content, valid or not: each content is checked and logged once.
+    content_hash: u64,
+    /// A read that a request has started and not waited for, because it took longer than [`READ_TIMEOUT`].
+    pending: Option<JoinHandle<Result<RawWebConfig, String>>>,
 }
 
-/// A disk that takes longer must not hold up who asks: what was read before holds until it answers.
-const LONGEST_READ: Duration = Duration::from_secs(2);
+/// If the disk takes longer, the request continues with the previous version.
+const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What one version of the file asks for.
+/// What one version of the file requires of clients.
 #[derive(Default)]
-pub(super) struct Protection {
+pub(super) struct WebSecurity {
     pub(super) tls: Option<Arc<ServerConfig>>,
-    /// `None` where there are none: everybody may ask.
+    /// `None` if the file sets no users: every client may read.
     pub(super) users: Option<Users>,
 }
 
@@ -68,11 +68,14 @@ impl WebConfig {
     /// Reads the file that `http.web_config_file` names, if any.
     ///
     /// # Errors
-    /// What is wrong with the file, or with the certificate and key that it names: a text for people, without secrets.
-    pub fn load(http: &config::Http) -> Result<Self, String> {
+    /// What is wrong with the file, or with the certificate and key that it names, as text for people and without secrets.
+    pub(crate) fn load(http: &config::Http) -> Result<Self, String> {
         let source = match &http.web_config_file {
-            None => Source::None,
-            Some(path) => Source::File(Rotated::load(path).map_err(|error| in_file(path, &error))?),
+            None => SecuritySource::None,
+            Some(path) => {
+                let file = WebConfigFile::load(path).map_err(|error| in_file(path, &error))?;
+                SecuritySource::File(file)
+            }
         };
         Ok(Self {
             enable_lifecycle: http.enable_lifecycle,
@@ -80,11 +83,12 @@ impl WebConfig {
         })
     }
 
-    /// What holds now. The files are read each time: they are small, and a time stamp can miss a change.
-    pub(super) async fn current(&self) -> Arc<Protection> {
+    /// The version that is in effect now. The files are read at each call: they are small, and a modification time can miss a
+    /// change.
+    pub(super) async fn current(&self) -> Arc<WebSecurity> {
         match &self.source {
-            Source::None => Arc::new(Protection::default()),
-            Source::File(file) => file.current().await,
+            SecuritySource::None => Arc::new(WebSecurity::default()),
+            SecuritySource::File(file) => file.current().await,
         }
     }
 }
@@ -93,73 +97,77 @@ fn in_file(path: &Path, error: &str) -> String {
     format!("{}: {error}", path.display())
 }
 
-impl Rotated {
+impl WebConfigFile {
     fn load(path: &Path) -> Result<Self, String> {
         let hasher = RandomState::new();
-        let read = Text::read(path);
-        let seen = hasher.hash_one(&read);
-        let protection = read?.protection()?;
+        let read = RawWebConfig::read(path);
+        let content_hash = hasher.hash_one(&read);
+        let security = read?.into_security()?;
         Ok(Self {
             path: path.to_owned(),
             hasher,
-            current: watch::Sender::new(Arc::new(protection)),
-            state: Mutex::new(State {
-                seen,
-                reading: None,
+            current: watch::Sender::new(Arc::new(security)),
+            last_read: Mutex::new(LastRead {
+                content_hash,
+                pending: None,
             }),
         })
     }
 
-    async fn current(&self) -> Arc<Protection> {
-        if timeout(LONGEST_READ, self.read_again()).await.is_err() {
-            debug!("{}: not read within {LONGEST_READ:?}", self.path.display());
+    async fn current(&self) -> Arc<WebSecurity> {
+        if timeout(READ_TIMEOUT, self.reload()).await.is_err() {
+            debug!(
+                "{}: reading takes longer than {READ_TIMEOUT:?}; the previous version stays in effect",
+                self.path.display()
+            );
         }
         Arc::clone(&self.current.borrow())
     }
 
-    async fn read_again(&self) {
-        let mut state = self.state.lock().await;
-        if let Some(reading) = &mut state.reading {
-            // It may have begun before the last change, and counts for nothing.
-            reading.await.ok();
+    async fn reload(&self) {
+        let mut last = self.last_read.lock().await;
+        if let Some(pending) = &mut last.pending {
+            // It may have started before the last change of the file, so its content is dropped.
+            pending.await.ok();
         }
         let path = self.path.clone();
-        let reading = task::spawn_blocking(move || Text::read(&path));
-        let read = state.reading.insert(reading).await;
-        state.reading = None;
+        let reading = task::spawn_blocking(move || RawWebConfig::read(&path));
+        let read = last.pending.insert(reading).await;
+        last.pending = None;
         let Ok(read) = read else { return };
-        let seen = self.hasher.hash_one(&read);
-        if seen != state.seen {
-            state.seen = seen;
-            self.judge(read);
+        let content_hash = self.hasher.hash_one(&read);
+        if content_hash != last.content_hash {
+            last.content_hash = content_hash;
+            self.apply(read);
         }
     }
 
-    fn judge(&self, read: Result<Text, String>) {
+    /// Replaces the current version, unless the new one has an error.
+    fn apply(&self, read: Result<RawWebConfig, String>) {
         let current = Arc::clone(&self.current.borrow());
         let accepted = read
-            .and_then(Text::protection)
+            .and_then(RawWebConfig::into_security)
             .and_then(|new| current.may_become(&new).map(|()| new));
         match accepted {
             Ok(new) => {
                 self.current.send_replace(Arc::new(new));
-                info!(file = %self.path.display(), "web configuration read again");
+                info!(file = %self.path.display(), "web configuration reloaded");
             }
             Err(error) => warn!(
-                "{}; what was read before stays in force",
+                "{}; the previous version stays in effect",
                 in_file(&self.path, &error)
             ),
         }
     }
 }
 
-impl Protection {
-    /// A file that is being written is empty for a moment: that must not open what was closed.
+impl WebSecurity {
+    /// A file that is being written can be empty for a moment, which must not remove the protection.
     fn may_become(&self, new: &Self) -> Result<(), String> {
         let what = if self.users.is_some() && new.users.is_none() {
-            "basic_auth_users can't be removed"
+            "basic_auth_users cannot be removed"
         } else if self.tls.is_some() != new.tls.is_some() {
-            "tls_server_config can't be added or removed"
+            "tls_server_config cannot be added or removed"
         } else {
             return Ok(());
         };
@@ -167,26 +175,26 @@ impl Protection {
     }
 }
 
-/// The content of the files, the key included: no `Debug`.
+/// The content of the files. Without `Debug`, because it includes the private key.
 #[derive(Hash)]
-struct Text {
+struct RawWebConfig {
     users: BTreeMap<String, String>,
-    tls: Option<TlsText>,
+    tls: Option<RawTls>,
 }
 
 #[derive(Hash)]
-struct TlsText {
+struct RawTls {
     certificate_file: PathBuf,
     certificate: Vec<u8>,
     key_file: PathBuf,
     key: Vec<u8>,
-    /// Whether 1.2 is refused.
+    /// Whether TLS 1.2 is refused.
     only_tls13: bool,
 }
 
-/// Sections of exporter-toolkit that exist there, and not here.
+/// Sections that exporter-toolkit has and the canary does not support.
 const UNSUPPORTED: &[&str] = &["http_server_config", "rate_limit"];
-/// The same below `tls_server_config`.
+/// Keys below `tls_server_config` that exporter-toolkit has and the canary does not support.
 const UNSUPPORTED_TLS: &[&str] = &[
     "cert",
     "cipher_suites",
@@ -200,19 +208,19 @@ const UNSUPPORTED_TLS: &[&str] = &[
     "prefer_server_cipher_suites",
 ];
 
-impl Text {
+impl RawWebConfig {
     fn read(path: &Path) -> Result<Self, String> {
         let yaml = fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
         let mut root = parse(&yaml)?;
         let tls = match root.remove("tls_server_config") {
             None | Some(Value::Null) => None,
-            Some(section) => Some(TlsText::read(section, path)?),
+            Some(section) => Some(RawTls::read(section, path)?),
         };
         let users = match root.remove("basic_auth_users") {
             None | Some(Value::Null) => BTreeMap::new(),
             Some(section) => users(section)?,
         };
-        nothing_left(
+        expect_empty(
             &root,
             "",
             "tls_server_config and basic_auth_users",
@@ -220,25 +228,25 @@ impl Text {
         )?;
         if tls.is_none() && users.is_empty() {
             return Err(
-                "sets neither tls_server_config nor basic_auth_users, and so protects nothing; \
-                 without http.web_config_file HTTP is open to everybody"
+                "sets neither tls_server_config nor basic_auth_users, so it protects nothing; \
+                 to serve plain HTTP without users, remove http.web_config_file"
                     .to_owned(),
             );
         }
         Ok(Self { users, tls })
     }
 
-    fn protection(self) -> Result<Protection, String> {
+    fn into_security(self) -> Result<WebSecurity, String> {
         let users = Users::new(self.users)?;
-        Ok(Protection {
-            tls: self.tls.map(TlsText::config).transpose()?,
+        Ok(WebSecurity {
+            tls: self.tls.map(RawTls::into_server_config).transpose()?,
             users: (!users.is_empty()).then_some(users),
         })
     }
 }
 
 fn parse(yaml: &str) -> Result<Map<String, Value>, String> {
-    // A snippet of the file would show hashes.
+    // The error must not quote the file, which holds hashes.
     let options = serde_saphyr::options! { with_snippet: false };
     let root: Option<Value> =
         serde_saphyr::from_str_with_options(yaml, options).map_err(|error| {
@@ -263,8 +271,8 @@ fn users(section: Value) -> Result<BTreeMap<String, String>, String> {
     users.collect()
 }
 
-/// An error for the first key that is still there: it sets what would not come about.
-fn nothing_left(
+/// An error for the first remaining key, because it would have no effect.
+fn expect_empty(
     section: &Map<String, Value>,
     prefix: &str,
     supported: &str,
@@ -273,15 +281,15 @@ fn nothing_left(
     let Some(key) = section.keys().next() else {
         return Ok(());
     };
-    let verdict = if unsupported.contains(&key.as_str()) {
+    let problem = if unsupported.contains(&key.as_str()) {
         "is not supported"
     } else {
-        "is not a known key"
+        "is an unknown key"
     };
-    Err(format!("{prefix}{key} {verdict}; use {supported}"))
+    Err(format!("{prefix}{key} {problem}; use {supported}"))
 }
 
-impl TlsText {
+impl RawTls {
     fn read(section: Value, path: &Path) -> Result<Self, String> {
         const PREFIX: &str = "tls_server_config.";
         let Value::Object(mut section) = section else {
@@ -290,12 +298,12 @@ impl TlsText {
         let mut text = |key: &str| match section.remove(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(format!("{PREFIX}{key}: not a text")),
+            Some(_) => Err(format!("{PREFIX}{key}: not a string")),
         };
         let certificate = text("cert_file")?;
         let key = text("key_file")?;
         let min_version = text("min_version")?;
-        nothing_left(
+        expect_empty(
             &section,
             PREFIX,
             "cert_file, key_file and min_version",
@@ -310,7 +318,7 @@ impl TlsText {
                 ));
             }
         };
-        // Relative to the folder of the file that names them.
+        // File names are relative to the folder of the web configuration file.
         let file = |key: &str, name: Option<String>| {
             let name = name.ok_or_else(|| format!("{PREFIX}{key} is missing"))?;
             let file = path.parent().unwrap_or(Path::new("")).join(name);
@@ -330,8 +338,8 @@ impl TlsText {
         })
     }
 
-    /// The provider is named, never the process's default: a dependency that turns on a second one must change nothing.
-    fn config(self) -> Result<Arc<ServerConfig>, String> {
+    /// Names the crypto provider instead of using the process's default, which another dependency could change.
+    fn into_server_config(self) -> Result<Arc<ServerConfig>, String> {
         const VERSIONS: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
         let (certificate_file, key_file) =
             (self.certificate_file.display(), self.key_file.display());
@@ -339,11 +347,11 @@ impl TlsText {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| format!("{certificate_file} is not valid PEM: {error}"))?;
         if chain.is_empty() {
-            return Err(format!("{certificate_file} holds no PEM certificate"));
+            return Err(format!("{certificate_file} has no PEM certificate"));
         }
-        // The error of a key file says what was expected, and nothing of its content.
+        // This error describes the expected format and quotes nothing of the file.
         let key = PrivateKeyDer::from_pem_slice(&self.key)
-            .map_err(|error| format!("{key_file} holds no usable PEM key: {error}"))?;
+            .map_err(|error| format!("{key_file} has no usable PEM key: {error}"))?;
         let versions = if self.only_tls13 {
             &VERSIONS[..1]
         } else {
@@ -356,7 +364,7 @@ impl TlsText {
                 .with_no_client_auth()
                 .with_single_cert(chain, key)
                 .map_err(|error| {
-                    format!("{certificate_file} and {key_file} can't be used together: {error}")
+                    format!("{certificate_file} and {key_file} cannot be used together: {error}")
                 })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Arc::new(config))
@@ -374,9 +382,9 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Log(Arc<Lock<Vec<u8>>>);
+    struct CapturedLog(Arc<Lock<Vec<u8>>>);
 
-    impl io::Write for Log {
+    impl io::Write for CapturedLog {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().write(bytes)
         }
@@ -386,7 +394,7 @@ mod tests {
         }
     }
 
-    impl MakeWriter<'_> for Log {
+    impl MakeWriter<'_> for CapturedLog {
         type Writer = Self;
 
         fn make_writer(&self) -> Self {
@@ -394,8 +402,8 @@ mod tests {
         }
     }
 
-    impl Log {
-        /// The lines since the last call.
+    impl CapturedLog {
+        /// The lines since the previous call.
         fn take(&self) -> Vec<String> {
             let bytes = std::mem::take(&mut *self.0.lock().unwrap());
             let text = String::from_utf8(bytes).unwrap();
@@ -404,8 +412,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn new_version_is_logged_once_whether_good_or_broken_and_without_its_hashes() {
-        let log = Log::default();
+    async fn new_version_is_logged_once_and_without_its_hashes() {
+        let log = CapturedLog::default();
         let subscriber = tracing_subscriber::fmt()
             .with_ansi(false)
             .with_writer(log.clone())
@@ -421,23 +429,20 @@ mod tests {
             ..config::Http::default()
         })
         .unwrap();
-        for (text, said) in [
+        for (text, expected) in [
             (users(&hash), None),
             (users(&hash[1..]), Some("not a bcrypt hash")),
             (String::new(), Some("protects nothing")),
-            (
-                users(&bcrypt::hash("other", 4).unwrap()),
-                Some("read again"),
-            ),
+            (users(&bcrypt::hash("other", 4).unwrap()), Some("reloaded")),
         ] {
             fs::write(&path, text).unwrap();
             for _ in 0..3 {
                 web.current().await;
             }
             let lines = log.take();
-            assert_eq!(lines.len(), usize::from(said.is_some()), "{lines:?}");
+            assert_eq!(lines.len(), usize::from(expected.is_some()), "{lines:?}");
             for line in &lines {
-                assert!(said.is_some_and(|said| line.contains(said)), "{line}");
+                assert!(expected.is_some_and(|text| line.contains(text)), "{line}");
                 assert!(!line.contains(&hash[7..]), "{line}");
             }
         }
@@ -450,7 +455,7 @@ mod tests {
         })]
 
         #[test]
-        fn file_of_any_text_is_taken_or_refused_with_a_reason(text in prop_oneof![
+        fn file_with_any_text_is_accepted_or_refused_with_a_reason(text in prop_oneof![
             "\\PC{0,100}",
             "((tls_server_config|basic_auth_users|http_server_config|headers):|  [a-z_]{1,12}: [ -~]{0,16}|[&*!%@][ -~]{0,9}|\n){0,12}",
         ]) {
@@ -461,8 +466,8 @@ mod tests {
                 web_config_file: Some(file),
                 ..config::Http::default()
             };
-            if let Err(told) = WebConfig::load(&http) {
-                prop_assert!(told.contains("web.yml: ") && told.len() < 2000, "{told}");
+            if let Err(error) = WebConfig::load(&http) {
+                prop_assert!(error.contains("web.yml: ") && error.len() < 2000, "{error}");
             }
         }
     }

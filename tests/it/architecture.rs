@@ -28,7 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["config", "history", "livekit", "probe", "report"],
     ),
     // Shows what it is handed: no probe, no batch.
-    ("http", &["config", "history", "metrics"]),
+    ("http", &["config", "history", "metrics", "report"]),
     // Puts everything together; the recorder alone looks into a report.
     (
         "daemon",

@@ -12,7 +12,6 @@ mod drill;
 mod forecast;
 mod guard;
 mod history;
-mod http;
 mod metrics;
 mod robustness;
 mod rules;

@@ -1,4 +1,4 @@
-//! HTTP at the socket: what clients, browsers' tricks and broken peers get.
+//! The server at its socket: the responses to clients, to hostile web pages and to broken peers.
 
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -13,16 +13,10 @@ use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use livekit_canary::config;
-use livekit_canary::history::{History, LastBatch};
-use livekit_canary::http::{
-    BatchRefused, BudgetStatus, Control, Health, LastReload, NoSuchTarget, ProjectStatus,
-    ReloadRefused, Sources, Stage, Status, TargetStatus, WebConfig, serve,
-};
-use livekit_canary::metrics::{Build, Metrics};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls_pki_types::{CertificateDer, ServerName};
 use serde_json::{Value, json};
+use strum::VariantArray;
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -35,10 +29,16 @@ use tokio_rustls::rustls::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::sync::CancellationToken;
 
-/// A line of every scrape.
+use super::routes::{ChangeRouteKind, ReadRouteKind};
+use super::*;
+use crate::config;
+use crate::history::{History, LastBatch};
+use crate::metrics::{Build, Metrics};
+
+/// The beginning of a line that every scrape has.
 const SERIES: &str = "\nlivekit_canary_history_degraded ";
-/// Ends a test that hangs; none waits so long.
-const GIVE_UP: Duration = Duration::from_mins(2);
+/// Ends a test that hangs. No test waits this long otherwise.
+const TEST_TIMEOUT: Duration = Duration::from_mins(2);
 
 fn at(seconds: i64) -> DateTime<Utc> {
     DateTime::UNIX_EPOCH + TimeDelta::seconds(1_790_000_000 + seconds)
@@ -48,7 +48,7 @@ fn status() -> Status {
     Status {
         version: "1.2.3",
         started_at: at(0),
-        stage: Stage::Running,
+        stage: DaemonStage::Running,
         targets: vec![TargetStatus {
             name: "support".to_owned(),
             project: "acme".to_owned(),
@@ -87,8 +87,8 @@ fn status() -> Status {
     }
 }
 
-/// A server with a daemon behind it that the test plays.
-struct Server {
+/// A server, and the daemon's side of its channels, which the test plays.
+struct HttpFixture {
     address: SocketAddr,
     metrics: Metrics,
     status: watch::Sender<Arc<Status>>,
@@ -99,7 +99,7 @@ struct Server {
     _state: TempDir,
 }
 
-impl Server {
+impl HttpFixture {
     async fn start() -> Self {
         Self::with(&config::Http::default(), Ipv4Addr::LOCALHOST).await
     }
@@ -150,43 +150,43 @@ impl Server {
         TcpStream::connect(self.address).await.unwrap()
     }
 
-    async fn get(&self, path: &str) -> Reply {
-        self.ask(request(Method::GET, path)).await
+    async fn get(&self, path: &str) -> ClientReply {
+        self.send(request(Method::GET, path)).await
     }
 
-    async fn post(&self, path: &str) -> Reply {
-        self.ask(request(Method::POST, path)).await
+    async fn post(&self, path: &str) -> ClientReply {
+        self.send(request(Method::POST, path)).await
     }
 
-    /// One request on a connection of its own.
-    async fn ask(&self, request: Request<Full<Bytes>>) -> Reply {
-        ask(self.tcp().await, request).await
+    /// Sends one request on a connection of its own.
+    async fn send(&self, request: Request<Full<Bytes>>) -> ClientReply {
+        send_on(self.tcp().await, request).await
     }
 
-    /// A POST, which the daemon answers as `answer` says.
-    async fn steer(&mut self, path: &str, answer: impl FnOnce(Control)) -> Reply {
-        let asked = ask(self.tcp().await, request(Method::POST, path));
-        let played = async { answer(self.control.recv().await.unwrap()) };
-        let (reply, ()) = timeout(GIVE_UP, async { tokio::join!(asked, played) })
+    /// Sends a POST, and passes the request that the daemon receives to `daemon`.
+    async fn post_to_daemon(&mut self, path: &str, daemon: impl FnOnce(Control)) -> ClientReply {
+        let sent = send_on(self.tcp().await, request(Method::POST, path));
+        let handled = async { daemon(self.control.recv().await.unwrap()) };
+        let (reply, ()) = timeout(TEST_TIMEOUT, async { tokio::join!(sent, handled) })
             .await
             .unwrap();
         reply
     }
 }
 
-impl Drop for Server {
+impl Drop for HttpFixture {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-struct Reply {
+struct ClientReply {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
 }
 
-impl Reply {
+impl ClientReply {
     fn header(&self, name: &str) -> &str {
         self.headers
             .get(name)
@@ -202,7 +202,7 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap()
     }
 
-    /// The status, and the text of a refusal.
+    /// The status, and the text of the error.
     fn error(&self) -> (u16, String) {
         let error = self.json()["error"].as_str().unwrap().to_owned();
         (self.status.as_u16(), error)
@@ -227,49 +227,51 @@ fn with(
     request
 }
 
-type Sender = SendRequest<Full<Bytes>>;
+type ClientSender = SendRequest<Full<Bytes>>;
 
-/// A connection that takes one request after the other; it ends with the task that is returned.
+/// A connection for one request after the other. It is open as long as the returned task.
 async fn client(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-) -> (Sender, JoinSet<()>) {
+) -> (ClientSender, JoinSet<()>) {
     let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
     let mut tasks = JoinSet::new();
     tasks.spawn(async { drop(connection.await) });
     (sender, tasks)
 }
 
-async fn send(sender: &mut Sender, request: Request<Full<Bytes>>) -> Reply {
+async fn send_with(sender: &mut ClientSender, request: Request<Full<Bytes>>) -> ClientReply {
     let (head, body) = sender.send_request(request).await.unwrap().into_parts();
-    Reply {
+    ClientReply {
         status: head.status,
         headers: head.headers,
         body: body.collect().await.unwrap().to_bytes(),
     }
 }
 
-async fn ask(
+async fn send_on(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     request: Request<Full<Bytes>>,
-) -> Reply {
+) -> ClientReply {
     let (mut sender, _tasks) = client(stream).await;
-    timeout(GIVE_UP, send(&mut sender, request)).await.unwrap()
+    timeout(TEST_TIMEOUT, send_with(&mut sender, request))
+        .await
+        .unwrap()
 }
 
-/// Writes bytes that no client would, and reads until the server closes.
-async fn raw(server: &Server, bytes: &[u8]) -> String {
+/// Writes bytes that no client would write, and reads until the server closes.
+async fn send_raw(server: &HttpFixture, bytes: &[u8]) -> String {
     let mut stream = server.tcp().await;
-    // The server may have had enough before the end.
+    // The server may close before it has read everything.
     stream.write_all(bytes).await.ok();
     let mut answer = Vec::new();
     let read = stream.read_to_end(&mut answer);
-    timeout(GIVE_UP, read).await.unwrap().ok();
+    timeout(TEST_TIMEOUT, read).await.unwrap().ok();
     String::from_utf8(answer).unwrap()
 }
 
 #[tokio::test]
-async fn every_path_answers_in_its_content_type_and_is_stored_nowhere() {
-    let server = Server::start().await;
+async fn every_path_responds_with_its_content_type_and_forbids_storing() {
+    let server = HttpFixture::start().await;
     for (path, content_type, part) in [
         (
             "/metrics",
@@ -285,7 +287,7 @@ async fn every_path_answers_in_its_content_type_and_is_stored_nowhere() {
             "application/json",
             "{\"batches\":[],\"next_before\":null}\n",
         ),
-        // What isn't API takes any query: a scraper may add one of its own.
+        // A path outside the API ignores a query, because a scraper may add one.
         (
             "/metrics?a=b",
             "text/plain; version=0.0.4; charset=utf-8",
@@ -303,23 +305,23 @@ async fn every_path_answers_in_its_content_type_and_is_stored_nowhere() {
 
 #[tokio::test]
 async fn head_has_the_headers_of_get_and_no_body() {
-    let server = Server::start().await;
+    let server = HttpFixture::start().await;
     for path in ["/metrics", "/", "/-/healthy", "/api/v1/targets", "/nowhere"] {
         let get = server.get(path).await;
-        let head = server.ask(request(Method::HEAD, path)).await;
+        let head = server.send(request(Method::HEAD, path)).await;
         assert_eq!(head.status, get.status, "{path}");
         assert!(head.body.is_empty(), "{path}");
         assert_eq!(head.header("content-type"), get.header("content-type"));
         if !["/", "/metrics"].contains(&path) {
-            // Those two tell of time that passes.
+            // The bodies of those two change with time.
             assert_eq!(head.header("content-length"), get.body.len().to_string());
         }
     }
 }
 
 #[tokio::test]
-async fn unknown_path_is_404_and_wrong_method_405_with_those_allowed() {
-    let server = Server::start().await;
+async fn unknown_path_is_404_and_wrong_method_is_405_with_the_allowed_methods() {
+    let server = HttpFixture::start().await;
     for path in [
         "/metrics/",
         "/nowhere",
@@ -346,7 +348,7 @@ async fn unknown_path_is_404_and_wrong_method_405_with_those_allowed() {
             "GET, HEAD",
         ),
     ] {
-        let reply = server.ask(request(method.clone(), path)).await;
+        let reply = server.send(request(method.clone(), path)).await;
         assert_eq!(
             (reply.status.as_u16(), reply.header("allow")),
             (405, allowed),
@@ -356,8 +358,8 @@ async fn unknown_path_is_404_and_wrong_method_405_with_those_allowed() {
 }
 
 #[tokio::test]
-async fn api_says_what_there_is_not_and_what_it_does_not_understand() {
-    let mut server = Server::start().await;
+async fn api_names_what_is_missing_and_what_is_wrong_in_a_query() {
+    let mut server = HttpFixture::start().await;
     for path in ["/api/v1/batches/none", "/api/v1/probes/none"] {
         let (status, error) = server.get(path).await.error();
         assert_eq!(status, 404);
@@ -372,39 +374,35 @@ async fn api_says_what_there_is_not_and_what_it_does_not_understand() {
         assert_eq!(server.get(path).await.error().0, 400, "{path}");
     }
     let run = "/api/v1/targets/support/batches?rooms=5";
-    let unknown = "query key \"rooms\" is not known: this path takes no query";
+    let unknown = "query key \"rooms\" is unknown: this path takes no query";
     assert_eq!(server.post(run).await.error(), (400, unknown.to_owned()));
     assert!(server.control.try_recv().is_err());
 }
 
 #[tokio::test]
-async fn every_documented_path_exists() {
-    let server = Server::start().await;
-    let (_, section) = include_str!("../../docs/api.md")
-        .split_once("\n## Paths\n")
-        .unwrap();
-    let rows = section
-        .lines()
-        .skip_while(|line| !line.starts_with("| `"))
-        .take_while(|line| line.starts_with('|'));
-    let mut seen = 0;
-    for row in rows {
-        let cell = row.trim_matches('|').split('|').next().unwrap();
-        let path = cell.split('`').nth(1).unwrap();
-        // A GET of what takes POST is refused for its method, and does nothing.
-        let reply = server
-            .get(&path.trim_start_matches("POST ").replace(['{', '}'], ""))
-            .await;
-        assert!(!reply.text().contains("no such path"), "{path}");
-        assert_eq!(path.starts_with("POST "), reply.status == 405, "{path}");
-        seen += 1;
+async fn every_route_responds_to_get_unless_it_changes_state() {
+    let mut server = HttpFixture::start().await;
+    for kind in ReadRouteKind::VARIANTS {
+        let reply = server.get(kind.example()).await;
+        assert_ne!(reply.status, StatusCode::METHOD_NOT_ALLOWED, "{kind:?}");
+        assert!(!reply.text().contains("no such path"), "{kind:?}");
     }
-    assert_eq!(seen, 11);
+    for path in changes() {
+        for method in [Method::GET, Method::HEAD, Method::PUT, Method::DELETE] {
+            let reply = server.send(request(method.clone(), path)).await;
+            assert_eq!(
+                (reply.status.as_u16(), reply.header("allow")),
+                (405, "POST"),
+                "{method} {path}"
+            );
+        }
+    }
+    assert!(server.control.try_recv().is_err());
 }
 
 #[tokio::test]
-async fn metrics_are_compressed_for_whom_asks() {
-    let server = Server::start().await;
+async fn metrics_are_compressed_if_the_client_accepts_gzip() {
+    let server = HttpFixture::start().await;
     for (accept, compressed) in [
         ("gzip", true),
         ("gzip, deflate", true),
@@ -418,8 +416,8 @@ async fn metrics_are_compressed_for_whom_asks() {
         ("", false),
         (";;;,,q=", false),
     ] {
-        let asked = with(request(Method::GET, "/metrics"), "accept-encoding", accept);
-        let reply = server.ask(asked).await;
+        let sent = with(request(Method::GET, "/metrics"), "accept-encoding", accept);
+        let reply = server.send(sent).await;
         assert_eq!(reply.status, StatusCode::OK);
         assert_eq!(reply.header("vary"), "accept-encoding");
         let encoding = reply.header("content-encoding");
@@ -437,29 +435,28 @@ async fn metrics_are_compressed_for_whom_asks() {
 }
 
 #[tokio::test]
-async fn health_names_the_tasks_that_are_dead_and_not_the_stage() {
-    let server = Server::start().await;
+async fn health_names_the_dead_tasks_and_does_not_depend_on_the_stage() {
+    let server = HttpFixture::start().await;
     server.status.send_modify(|status| {
-        Arc::make_mut(status).stage = Stage::Draining;
+        Arc::make_mut(status).stage = DaemonStage::Draining;
     });
     let pulse = server.health.watch("scheduler", None);
-    let other = server.health.watch("recorder", Some(GIVE_UP));
+    let _other = server.health.watch("recorder", Some(TEST_TIMEOUT));
     assert_eq!(server.get("/-/healthy").await.status, StatusCode::OK);
     drop(pulse);
     let reply = server.get("/-/healthy").await;
     assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(reply.text(), "scheduler: has ended\n");
-    other.retire();
+    assert_eq!(reply.text(), "scheduler: the task has ended\n");
 }
 
 #[tokio::test]
-async fn only_a_running_canary_is_ready() {
-    let server = Server::start().await;
+async fn only_a_running_daemon_is_ready() {
+    let server = HttpFixture::start().await;
     let _dead = server.health.watch("recorder", None);
     for (stage, code) in [
-        (Stage::Starting, 503),
-        (Stage::Running, 200),
-        (Stage::Draining, 503),
+        (DaemonStage::Starting, 503),
+        (DaemonStage::Running, 200),
+        (DaemonStage::Draining, 503),
     ] {
         server
             .status
@@ -471,7 +468,7 @@ async fn only_a_running_canary_is_ready() {
 
 #[tokio::test]
 async fn targets_are_the_status_of_the_daemon() {
-    let server = Server::start().await;
+    let server = HttpFixture::start().await;
     let document = server.get("/api/v1/targets").await.json();
     insta::assert_snapshot!(serde_json::to_string_pretty(&document).unwrap());
 }
@@ -479,7 +476,7 @@ async fn targets_are_the_status_of_the_daemon() {
 #[tokio::test]
 async fn page_escapes_every_text_that_it_shows() {
     const HOSTILE: &str = "<script>\"'&";
-    let server = Server::start().await;
+    let server = HttpFixture::start().await;
     server.status.send_modify(|status| {
         let status = Arc::make_mut(status);
         let hostile = || HOSTILE.to_owned();
@@ -515,25 +512,25 @@ async fn page_escapes_every_text_that_it_shows() {
 }
 
 #[tokio::test]
-async fn reload_tells_how_it_went() {
-    let mut server = Server::start().await;
+async fn response_to_reload_has_its_result() {
+    let mut server = HttpFixture::start().await;
     let answer = |answer: Result<(), ReloadRefused>| {
         |control| match control {
             Control::Reload { reply } => reply.send(answer).unwrap(),
             other => panic!("{other:?}"),
         }
     };
-    let reply = server.steer("/-/reload", answer(Ok(()))).await;
+    let reply = server.post_to_daemon("/-/reload", answer(Ok(()))).await;
     assert_eq!(reply.status, StatusCode::OK);
     assert_eq!(reply.json(), json!({ "reloaded": true }));
 
     let problems = "error: target \"a\": batch.rooms: 0 is too few\nhint: 1 or more".to_owned();
     let invalid = answer(Err(ReloadRefused::Invalid(problems.clone())));
-    let reply = server.steer("/-/reload", invalid).await;
+    let reply = server.post_to_daemon("/-/reload", invalid).await;
     assert_eq!(reply.error(), (422, problems));
 
     let late = answer(Err(ReloadRefused::ShuttingDown));
-    let reply = server.steer("/-/reload", late).await;
+    let reply = server.post_to_daemon("/-/reload", late).await;
     assert_eq!(
         reply.error(),
         (503, "the canary is shutting down".to_owned())
@@ -541,9 +538,9 @@ async fn reload_tells_how_it_went() {
 }
 
 #[tokio::test]
-async fn batch_is_accepted_or_refused_for_a_reason() {
+async fn batch_is_accepted_or_refused_with_a_reason() {
     const PATH: &str = "/api/v1/targets/support/batches";
-    let mut server = Server::start().await;
+    let mut server = HttpFixture::start().await;
     let answer = |answer: Result<&str, BatchRefused>| {
         let answer = answer.map(str::to_owned);
         |control| match control {
@@ -554,7 +551,7 @@ async fn batch_is_accepted_or_refused_for_a_reason() {
             other => panic!("{other:?}"),
         }
     };
-    let reply = server.steer(PATH, answer(Ok("some-batch"))).await;
+    let reply = server.post_to_daemon(PATH, answer(Ok("some-batch"))).await;
     assert_eq!(reply.status, StatusCode::ACCEPTED);
     assert_eq!(reply.json(), json!({ "batch_id": "some-batch" }));
     assert_eq!(reply.header("location"), "/api/v1/batches/some-batch");
@@ -575,10 +572,15 @@ async fn batch_is_accepted_or_refused_for_a_reason() {
             "the project backs off",
             "2",
         ),
-        (BatchRefused::NoSuchTarget, 404, "no target has", ""),
+        (
+            BatchRefused::NoSuchTarget(NoSuchTarget),
+            404,
+            "no target has",
+            "",
+        ),
         (BatchRefused::ShuttingDown, 503, "shutting down", ""),
     ] {
-        let reply = server.steer(PATH, answer(Err(refusal))).await;
+        let reply = server.post_to_daemon(PATH, answer(Err(refusal))).await;
         let (status, error) = reply.error();
         assert_eq!((status, reply.header("retry-after")), (code, retry_after));
         assert!(error.contains(text), "{error}");
@@ -587,12 +589,12 @@ async fn batch_is_accepted_or_refused_for_a_reason() {
 
 #[tokio::test]
 async fn target_is_paused_and_resumed() {
-    let mut server = Server::start().await;
+    let mut server = HttpFixture::start().await;
     for (path, expected) in [("pause", true), ("resume", false)] {
         let path = format!("/api/v1/targets/support/{path}");
         for known in [true, false] {
             let reply = server
-                .steer(&path, |control| match control {
+                .post_to_daemon(&path, |control| match control {
                     Control::SetPaused {
                         target,
                         paused,
@@ -615,10 +617,10 @@ async fn target_is_paused_and_resumed() {
 }
 
 #[tokio::test]
-async fn request_that_the_daemon_drops_or_can_t_take_is_its_fault() {
-    let mut server = Server::start().await;
-    let reply = server.steer("/-/reload", drop).await;
-    let dropped = "the canary has dropped this request; its log says why";
+async fn request_that_the_daemon_drops_is_500_and_one_that_it_cannot_receive_is_503() {
+    let mut server = HttpFixture::start().await;
+    let reply = server.post_to_daemon("/-/reload", drop).await;
+    let dropped = "the canary dropped this request; its log gives the reason";
     assert_eq!(reply.error(), (500, dropped.to_owned()));
     let counted = "livekit_canary_internal_errors_total{kind=\"http\"} 1\n";
     assert!(server.get("/metrics").await.text().contains(counted));
@@ -631,24 +633,25 @@ async fn request_that_the_daemon_drops_or_can_t_take_is_its_fault() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn request_that_the_daemon_never_answers_has_a_deadline() {
-    let mut server = Server::start().await;
+async fn request_without_a_reply_of_the_daemon_times_out() {
+    let mut server = HttpFixture::start().await;
     let mut unanswered = None;
     let reply = server
-        .steer("/-/reload", |control| unanswered = Some(control))
+        .post_to_daemon("/-/reload", |control| unanswered = Some(control))
         .await;
-    assert_eq!(reply.error(), (503, "no answer within 30s".to_owned()));
+    assert_eq!(
+        reply.error(),
+        (503, "the canary did not respond within 30s".to_owned())
+    );
 }
 
-const CHANGES: [&str; 4] = [
-    "/-/reload",
-    "/api/v1/targets/support/batches",
-    "/api/v1/targets/support/pause",
-    "/api/v1/targets/support/resume",
-];
+/// A path of every route that changes state.
+fn changes() -> impl Iterator<Item = &'static str> {
+    ChangeRouteKind::VARIANTS.iter().map(|kind| kind.example())
+}
 
-/// Answers every request, and counts them.
-async fn obey(control: &mut mpsc::Receiver<Control>) {
+/// Accepts the next request as the daemon.
+async fn accept_next(control: &mut mpsc::Receiver<Control>) {
     match control.recv().await.unwrap() {
         Control::Reload { reply } => reply.send(Ok(())).unwrap(),
         Control::RunBatch { reply, .. } => reply.send(Ok("some-batch".to_owned())).unwrap(),
@@ -657,10 +660,10 @@ async fn obey(control: &mut mpsc::Receiver<Control>) {
 }
 
 #[tokio::test]
-async fn post_from_the_network_needs_users_or_the_setting() {
+async fn every_change_of_state_from_the_network_requires_users_or_the_setting() {
     let any = Ipv4Addr::UNSPECIFIED;
-    let server = Server::with(&config::Http::default(), any).await;
-    for path in CHANGES {
+    let server = HttpFixture::with(&config::Http::default(), any).await;
+    for path in changes() {
         let (status, error) = server.post(path).await.error();
         assert_eq!(status, 403, "{path}");
         for way_out in ["basic_auth_users", "http.listen", "http.enable_lifecycle"] {
@@ -673,28 +676,28 @@ async fn post_from_the_network_needs_users_or_the_setting() {
         enable_lifecycle: true,
         ..config::Http::default()
     };
-    let folder = Web::new("basic_auth_users: {}", &[("alice", "secret")]);
+    let folder = WebFolder::new("basic_auth_users: {}", &[("alice", "secret")]);
     for (http, authorization) in [
         (enabled, None),
         (folder.http(), Some("Basic YWxpY2U6c2VjcmV0")),
     ] {
-        let mut server = Server::with(&http, any).await;
-        for path in CHANGES {
-            let mut asked = with(request(Method::POST, path), "host", "canary.example");
+        let mut server = HttpFixture::with(&http, any).await;
+        for path in changes() {
+            let mut sent = with(request(Method::POST, path), "host", "canary.example");
             if let Some(authorization) = authorization {
-                asked = with(asked, "authorization", authorization);
+                sent = with(sent, "authorization", authorization);
             }
             let stream = server.tcp().await;
-            let (reply, ()) = tokio::join!(ask(stream, asked), obey(&mut server.control));
+            let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
             assert!(reply.status.is_success(), "{path}: {}", reply.text());
         }
     }
 }
 
 #[tokio::test]
-async fn post_of_another_origin_or_to_another_name_does_nothing() {
-    let mut server = Server::start().await;
-    for path in CHANGES {
+async fn every_change_of_state_is_refused_for_another_origin_or_another_host() {
+    let mut server = HttpFixture::start().await;
+    for path in changes() {
         for (name, value) in [
             ("origin", "http://evil.example"),
             ("origin", "null"),
@@ -703,8 +706,8 @@ async fn post_of_another_origin_or_to_another_name_does_nothing() {
             ("host", "evil.example"),
             ("host", "localhost.evil.example:9787"),
         ] {
-            let asked = with(request(Method::POST, path), name, value);
-            let reply = server.ask(asked).await;
+            let sent = with(request(Method::POST, path), name, value);
+            let reply = server.send(sent).await;
             assert_eq!(reply.error().0, 403, "{path} with {name}: {value}");
         }
     }
@@ -714,31 +717,35 @@ async fn post_of_another_origin_or_to_another_name_does_nothing() {
         ("sec-fetch-site", "same-origin"),
         ("host", "[::1]:9787"),
     ] {
-        let asked = with(request(Method::POST, CHANGES[1]), name, value);
+        let sent = with(
+            request(Method::POST, ChangeRouteKind::RunBatch.example()),
+            name,
+            value,
+        );
         let stream = server.tcp().await;
-        let (reply, ()) = tokio::join!(ask(stream, asked), obey(&mut server.control));
+        let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
         assert_eq!(reply.status, StatusCode::ACCEPTED, "{name}: {value}");
     }
 }
 
 #[tokio::test]
-async fn body_is_refused_before_it_is_read_to_its_end() {
-    let mut server = Server::start().await;
+async fn body_is_refused_before_all_of_it_is_read() {
+    let mut server = HttpFixture::start().await;
     for (body, code) in [(vec![b'x'; 2], 400), (vec![b'x'; 1_000_000], 413)] {
-        let asked = request(Method::POST, "/-/reload").map(|_| Full::from(body));
-        assert_eq!(server.ask(asked).await.error().0, code);
+        let sent = request(Method::POST, "/-/reload").map(|_| Full::from(body));
+        assert_eq!(server.send(sent).await.error().0, code);
     }
     assert!(server.control.try_recv().is_err());
-    // One that would never end, and one where none is expected.
+    // A body that never ends, and one that is longer than the server reads.
     for start in [
         "POST /-/reload HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
         "POST /-/reload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999\r\n\r\n",
     ] {
         let body = "1000\r\n".to_owned() + &"x".repeat(0x1000) + "\r\n";
-        let answer = raw(&server, (start.to_owned() + &body + &body).as_bytes()).await;
+        let answer = send_raw(&server, (start.to_owned() + &body + &body).as_bytes()).await;
         assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     }
-    let answer = raw(
+    let answer = send_raw(
         &server,
         b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc",
     )
@@ -747,8 +754,8 @@ async fn body_is_refused_before_it_is_read_to_its_end() {
 }
 
 #[tokio::test]
-async fn what_is_no_request_is_refused_and_leaves_the_server_as_it_was() {
-    let server = Server::start().await;
+async fn invalid_request_is_refused_and_the_server_continues() {
+    let server = HttpFixture::start().await;
     let long = "x".repeat(100_000);
     let head = |headers: &str| format!("GET / HTTP/1.1\r\n{headers}\r\n");
     for (bytes, code) in [
@@ -761,10 +768,10 @@ async fn what_is_no_request_is_refused_and_leaves_the_server_as_it_was() {
         (head(&format!("X: {long}\r\n")), "431"),
         (head(&"X: y\r\n".repeat(500)), "431"),
         (format!("GET /{long} HTTP/1.1\r\n\r\n"), "4"),
-        // TLS where none is spoken.
+        // TLS, to a server without TLS.
         ("\x16\x03\x01\x02\0\x01\0\x01\r\n\r\n".to_owned(), "400"),
     ] {
-        let answer = raw(&server, bytes.as_bytes()).await;
+        let answer = send_raw(&server, bytes.as_bytes()).await;
         let start = &bytes[..bytes.len().min(40)];
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {code}")),
@@ -775,24 +782,24 @@ async fn what_is_no_request_is_refused_and_leaves_the_server_as_it_was() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn client_that_never_ends_its_head_is_shown_out() {
-    let server = Server::start().await;
+async fn client_that_never_completes_its_headers_is_disconnected() {
+    let server = HttpFixture::start().await;
     for begun in ["", "GET / HTTP/1.1\r\nHost: local"] {
-        // The clock runs on while all wait: the read ends because the server has closed.
-        let answer = raw(&server, begun.as_bytes()).await;
+        // The paused clock advances while every task waits. The read ends because the server has closed the connection.
+        let answer = send_raw(&server, begun.as_bytes()).await;
         assert_eq!(answer, "");
     }
     let (mut sender, mut tasks) = client(server.tcp().await).await;
-    let asked = request(Method::GET, "/-/healthy");
-    assert_eq!(send(&mut sender, asked).await.status, StatusCode::OK);
-    // An open connection that asks nothing more.
-    timeout(GIVE_UP, tasks.join_next()).await.unwrap();
+    let sent = request(Method::GET, "/-/healthy");
+    assert_eq!(send_with(&mut sender, sent).await.status, StatusCode::OK);
+    // An open connection without further requests.
+    timeout(TEST_TIMEOUT, tasks.join_next()).await.unwrap();
 }
 
 #[tokio::test]
-async fn client_that_takes_nothing_of_its_answer_is_shown_out() {
-    let server = Server::start().await;
-    // More than the buffers of the kernel hold.
+async fn client_that_does_not_read_its_response_is_disconnected() {
+    let server = HttpFixture::start().await;
+    // The response must be larger than the buffers of the kernel.
     let project = config::Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
         api_key: "some-key".to_owned(),
@@ -810,48 +817,51 @@ async fn client_that_takes_nothing_of_its_answer_is_shown_out() {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     let mut stream = socket.connect(server.address).await.unwrap();
-    let asked = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    stream.write_all(asked).await.unwrap();
-    // The answer has begun; from here on time passes.
+    let sent = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    stream.write_all(sent).await.unwrap();
+    // The response has begun. From here on the test needs time to pass.
     stream.read_u8().await.unwrap();
     tokio::time::pause();
     tokio::time::sleep(Duration::from_secs(40)).await;
     tokio::time::resume();
     let mut rest = Vec::new();
     let read = stream.read_to_end(&mut rest);
-    let read = timeout(GIVE_UP, read).await.unwrap();
-    assert!(read.is_err() || rest.len() < whole, "all of it came");
+    let read = timeout(TEST_TIMEOUT, read).await.unwrap();
+    assert!(
+        read.is_err() || rest.len() < whole,
+        "the client received the whole response"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_client_more_than_there_are_slots_waits_for_one() {
-    let server = Server::start().await;
+async fn client_beyond_the_slots_waits_for_a_free_slot() {
+    let server = HttpFixture::start().await;
     let mut idle = Vec::new();
     for _ in 0..256 {
         let mut stream = server.tcp().await;
-        let asked = b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n";
-        stream.write_all(asked).await.unwrap();
+        let sent = b"GET /-/healthy HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        stream.write_all(sent).await.unwrap();
         stream.read_u8().await.unwrap();
         idle.push(stream);
     }
-    let asked = server.get("/-/healthy");
-    tokio::pin!(asked);
-    // Before the idle ones are shown out nothing comes, and then it does.
-    let early = timeout(Duration::from_secs(30), asked.as_mut()).await;
-    assert!(early.is_err(), "answered beside 256 others");
-    assert_eq!(asked.await.status, StatusCode::OK);
+    let sent = server.get("/-/healthy");
+    tokio::pin!(sent);
+    // No response comes until the idle clients are disconnected.
+    let early = timeout(Duration::from_secs(30), sent.as_mut()).await;
+    assert!(early.is_err(), "a response in spite of 256 other clients");
+    assert_eq!(sent.await.status, StatusCode::OK);
 }
 
 #[tokio::test(start_paused = true)]
-async fn shutdown_lets_an_answer_finish_and_closes_what_is_idle_at_once() {
+async fn shutdown_finishes_a_response_and_closes_idle_connections_at_once() {
     let begun = Instant::now();
-    let mut server = Server::start().await;
+    let mut server = HttpFixture::start().await;
     let (mut idle, mut idle_tasks) = client(server.tcp().await).await;
-    let asked = request(Method::GET, "/-/healthy");
-    assert_eq!(send(&mut idle, asked).await.status, StatusCode::OK);
+    let sent = request(Method::GET, "/-/healthy");
+    assert_eq!(send_with(&mut idle, sent).await.status, StatusCode::OK);
     let shutdown = server.shutdown.clone();
     let reply = server
-        .steer("/-/reload", |control| {
+        .post_to_daemon("/-/reload", |control| {
             shutdown.cancel();
             let Control::Reload { reply } = control else {
                 panic!("{control:?}")
@@ -860,35 +870,38 @@ async fn shutdown_lets_an_answer_finish_and_closes_what_is_idle_at_once() {
         })
         .await;
     assert_eq!(reply.status, StatusCode::OK);
-    timeout(GIVE_UP, &mut server.task).await.unwrap().unwrap();
-    timeout(GIVE_UP, idle_tasks.join_next()).await.unwrap();
-    // On paused time: nothing had to be waited for.
+    timeout(TEST_TIMEOUT, &mut server.task)
+        .await
+        .unwrap()
+        .unwrap();
+    timeout(TEST_TIMEOUT, idle_tasks.join_next()).await.unwrap();
+    // On paused time: the shutdown waited for no timeout.
     assert!(begun.elapsed() < Duration::from_secs(1));
     assert!(TcpStream::connect(server.address).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
-async fn shutdown_does_not_wait_for_ever_for_an_answer() {
-    let mut server = Server::start().await;
+async fn shutdown_does_not_wait_forever_for_a_response() {
+    let mut server = HttpFixture::start().await;
     let (mut sender, _tasks) = client(server.tcp().await).await;
-    let asked = sender.send_request(request(Method::POST, "/-/reload"));
+    let sent = sender.send_request(request(Method::POST, "/-/reload"));
     let end = async {
         let unanswered = server.control.recv().await;
         server.shutdown.cancel();
         (&mut server.task).await.unwrap();
         drop(unanswered);
     };
-    let (answered, ()) = tokio::join!(asked, end);
+    let (answered, ()) = tokio::join!(sent, end);
     assert!(answered.is_err());
 }
 
-/// A folder with a web configuration and what it names.
-struct Web {
+/// A folder with a web configuration and the files that it names.
+struct WebFolder {
     folder: TempDir,
 }
 
-impl Web {
-    /// Writes `web.yml`: this text, with users that have these passwords in place of `{}`.
+impl WebFolder {
+    /// Writes `web.yml` with this text. Users with these passwords replace `{}`.
     fn new(yaml: &str, users: &[(&str, &str)]) -> Self {
         let web = Self {
             folder: tempfile::tempdir().unwrap(),
@@ -940,17 +953,17 @@ fn get_as(path: &str, name: &str, password: &str) -> Request<Full<Bytes>> {
 const USERS: &str = "basic_auth_users: {}\n";
 
 #[tokio::test]
-async fn with_users_all_but_health_asks_for_one() {
-    let web = Web::new(USERS, &[("alice", "secret"), ("bob", "hunter2")]);
-    let server = Server::with_web(&web.http()).await;
+async fn with_users_every_path_except_health_requires_one() {
+    let web = WebFolder::new(USERS, &[("alice", "secret"), ("bob", "hunter2")]);
+    let server = HttpFixture::with_web(&web.http()).await;
     for path in ["/-/healthy", "/-/ready"] {
         assert_eq!(server.get(path).await.status, StatusCode::OK, "{path}");
     }
     let mut closed = vec!["/", "/metrics", "/api/v1/targets", "/nowhere"];
-    closed.extend(CHANGES);
+    closed.extend(changes());
     for path in closed {
         for method in [Method::GET, Method::POST] {
-            let reply = server.ask(request(method, path)).await;
+            let reply = server.send(request(method, path)).await;
             assert_eq!(reply.status, StatusCode::UNAUTHORIZED, "{path}");
             let challenge = "Basic realm=\"livekit-canary\", charset=\"UTF-8\"";
             assert_eq!(reply.header("www-authenticate"), challenge);
@@ -963,20 +976,20 @@ async fn with_users_all_but_health_asks_for_one() {
         ("carol", "secret", 401),
         ("", "", 401),
     ] {
-        let reply = server.ask(get_as("/metrics", name, password)).await;
+        let reply = server.send(get_as("/metrics", name, password)).await;
         assert_eq!(reply.status.as_u16(), code, "{name}");
     }
 }
 
 #[tokio::test]
-async fn users_are_read_again_and_never_lost() {
-    let web = Web::new(USERS, &[("alice", "old")]);
-    let server = Server::with_web(&web.http()).await;
+async fn users_are_read_again_and_never_removed() {
+    let web = WebFolder::new(USERS, &[("alice", "old")]);
+    let server = HttpFixture::with_web(&web.http()).await;
     let (mut sender, _tasks) = client(server.tcp().await).await;
-    // On an open connection too.
+    // An open connection follows the change as well.
     let mut code = async |password| {
-        let asked = get_as("/metrics", "alice", password);
-        send(&mut sender, asked).await.status.as_u16()
+        let sent = get_as("/metrics", "alice", password);
+        send_with(&mut sender, sent).await.status.as_u16()
     };
     assert_eq!((code("old").await, code("new").await), (200, 401));
     web.write(USERS, &[("alice", "new")]);
@@ -998,35 +1011,35 @@ async fn users_are_read_again_and_never_lost() {
 }
 
 #[tokio::test]
-async fn disk_that_does_not_answer_holds_up_nobody() {
-    let web = Web::new(USERS, &[("alice", "old")]);
-    let server = Server::with_web(&web.http()).await;
-    // Whoever opens a pipe without a writer waits for one.
+async fn disk_that_does_not_respond_delays_no_request() {
+    let web = WebFolder::new(USERS, &[("alice", "old")]);
+    let server = HttpFixture::with_web(&web.http()).await;
+    // To open a pipe for reading blocks until there is a writer.
     let (pipe, file, new) = (web.path("pipe"), web.path("web.yml"), web.path("new"));
     let made = std::process::Command::new("mkfifo").arg(&pipe).status();
     assert!(made.unwrap().success());
     std::fs::hard_link(&pipe, &new).unwrap();
     std::fs::rename(&new, &file).unwrap();
     for _ in 0..2 {
-        let reply = server.ask(get_as("/metrics", "alice", "old")).await;
+        let reply = server.send(get_as("/metrics", "alice", "old")).await;
         assert_eq!(reply.status, StatusCode::OK);
     }
     std::fs::remove_file(&file).unwrap();
     web.write(USERS, &[("alice", "new")]);
-    // The disk answers at last; what it says is no longer what the file holds.
+    // The disk responds at last, with content that the file no longer has.
     let writer = tokio::fs::OpenOptions::new().write(true).open(&pipe).await;
     drop(writer.unwrap());
-    let reply = server.ask(get_as("/metrics", "alice", "new")).await;
+    let reply = server.send(get_as("/metrics", "alice", "new")).await;
     assert_eq!(reply.status, StatusCode::OK);
 }
 
 /// A certificate authority, and a client that trusts it.
-struct Authority {
+struct TestAuthority {
     issuer: Issuer<'static, KeyPair>,
     root: CertificateDer<'static>,
 }
 
-impl Authority {
+impl TestAuthority {
     fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -1038,7 +1051,7 @@ impl Authority {
         }
     }
 
-    /// Writes a certificate for `name` and its key; the certificate's bytes are returned.
+    /// Writes a certificate for `name` and its key, and returns the certificate.
     fn issue(&self, name: &str, certificate: &Path, key_file: &Path) -> CertificateDer<'static> {
         let key = KeyPair::generate().unwrap();
         let params = CertificateParams::new([name.to_owned()]).unwrap();
@@ -1050,7 +1063,7 @@ impl Authority {
 
     async fn connect(
         &self,
-        server: &Server,
+        server: &HttpFixture,
         versions: &[&'static SupportedProtocolVersion],
     ) -> std::io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
@@ -1077,9 +1090,12 @@ fn presented(stream: &TlsStream<TcpStream>) -> CertificateDer<'static> {
 }
 
 /// A folder with a certificate for localhost, and its authority.
-fn tls_web(yaml: &str, users: &[(&str, &str)]) -> (Web, Authority, CertificateDer<'static>) {
-    let web = Web::new(yaml, users);
-    let authority = Authority::new();
+fn tls_web(
+    yaml: &str,
+    users: &[(&str, &str)],
+) -> (WebFolder, TestAuthority, CertificateDer<'static>) {
+    let web = WebFolder::new(yaml, users);
+    let authority = TestAuthority::new();
     let certificate = authority.issue(
         "localhost",
         &web.path("server.crt"),
@@ -1089,53 +1105,52 @@ fn tls_web(yaml: &str, users: &[(&str, &str)]) -> (Web, Authority, CertificateDe
 }
 
 #[tokio::test]
-async fn tls_is_spoken_with_the_certificate_of_the_file_and_users_still_asked_for() {
+async fn tls_uses_the_certificate_of_the_file_and_users_are_still_required() {
     let yaml = TLS.to_owned() + USERS;
     let (web, authority, certificate) = tls_web(&yaml, &[("alice", "secret")]);
-    let server = Server::with_web(&web.http()).await;
+    let server = HttpFixture::with_web(&web.http()).await;
     for versions in [&BOTH[..], &BOTH[1..]] {
         let stream = authority.connect(&server, versions).await.unwrap();
         assert_eq!(presented(&stream), certificate);
-        let reply = ask(stream, get_as("/metrics", "alice", "secret")).await;
+        let reply = send_on(stream, get_as("/metrics", "alice", "secret")).await;
         assert!(reply.text().contains(SERIES), "{}", reply.text());
     }
     let stream = authority.connect(&server, &BOTH).await.unwrap();
-    let reply = ask(stream, request(Method::GET, "/metrics")).await;
+    let reply = send_on(stream, request(Method::GET, "/metrics")).await;
     assert_eq!(reply.status, StatusCode::UNAUTHORIZED);
-    // A version without users opens nothing.
+    // A version of the file without users does not remove them.
     web.write(TLS, &[]);
     let stream = authority.connect(&server, &BOTH).await.unwrap();
-    let reply = ask(stream, request(Method::GET, "/metrics")).await;
+    let reply = send_on(stream, request(Method::GET, "/metrics")).await;
     assert_eq!(reply.status, StatusCode::UNAUTHORIZED);
-    // Whoever speaks no TLS hears no HTTP.
-    let answer = server.tcp().await;
-    let (mut sender, _tasks) = client(answer).await;
-    let asked = sender.send_request(request(Method::GET, "/-/healthy"));
-    assert!(timeout(GIVE_UP, asked).await.unwrap().is_err());
+    // A client without TLS gets no HTTP response.
+    let (mut sender, _tasks) = client(server.tcp().await).await;
+    let sent = sender.send_request(request(Method::GET, "/-/healthy"));
+    assert!(timeout(TEST_TIMEOUT, sent).await.unwrap().is_err());
 }
 
 #[tokio::test]
-async fn older_version_than_the_least_is_refused() {
+async fn tls_version_below_min_version_is_refused() {
     let yaml = TLS.to_owned() + "  min_version: TLS13\n";
     let (web, authority, _) = tls_web(&yaml, &[]);
-    let server = Server::with_web(&web.http()).await;
+    let server = HttpFixture::with_web(&web.http()).await;
     assert!(authority.connect(&server, &BOTH[1..]).await.is_err());
     let stream = authority.connect(&server, &BOTH).await.unwrap();
-    let reply = ask(stream, request(Method::GET, "/-/ready")).await;
+    let reply = send_on(stream, request(Method::GET, "/-/ready")).await;
     assert_eq!(reply.status, StatusCode::OK);
 }
 
 #[tokio::test]
-async fn certificate_is_read_again_for_the_next_connection_and_kept_while_the_new_one_is_broken() {
+async fn new_certificate_is_used_for_the_next_connection_unless_it_is_invalid() {
     let (web, authority, first) = tls_web(TLS, &[]);
-    let server = Server::with_web(&web.http()).await;
+    let server = HttpFixture::with_web(&web.http()).await;
     let certificate = async || {
         let stream = authority.connect(&server, &BOTH).await.unwrap();
         presented(&stream)
     };
     assert_eq!(certificate().await, first);
     let (file, key) = (web.path("server.crt"), web.path("server.key"));
-    // The certificate has come, its key not yet.
+    // The new certificate is there, but its key is not.
     let other = web.path("other.key");
     let second = authority.issue("localhost", &file, &other);
     assert_eq!(certificate().await, first);
@@ -1146,7 +1161,7 @@ async fn certificate_is_read_again_for_the_next_connection_and_kept_while_the_ne
     assert_eq!(certificate().await, second);
     std::fs::remove_file(&key).unwrap();
     assert_eq!(certificate().await, second);
-    // TLS must not be lost with its settings.
+    // If the settings of TLS are removed, TLS stays.
     web.write(USERS, &[("alice", "secret")]);
     assert_eq!(certificate().await, second);
     web.write(TLS, &[]);
@@ -1155,22 +1170,18 @@ async fn certificate_is_read_again_for_the_next_connection_and_kept_while_the_ne
 }
 
 #[tokio::test(start_paused = true)]
-async fn client_that_never_begins_its_handshake_is_shown_out() {
+async fn client_that_never_completes_its_handshake_is_disconnected() {
     let (web, ..) = tls_web(TLS, &[]);
-    let server = Server::with_web(&web.http()).await;
-    assert_eq!(raw(&server, b"").await, "");
-    assert_eq!(raw(&server, b"\x16\x03\x01").await, "");
+    let server = HttpFixture::with_web(&web.http()).await;
+    assert_eq!(send_raw(&server, b"").await, "");
+    assert_eq!(send_raw(&server, b"\x16\x03\x01").await, "");
 }
 
 #[test]
-fn web_configuration_that_would_not_come_about_is_an_error_that_names_the_key() {
+fn web_configuration_with_a_mistake_is_an_error_that_names_the_key() {
     let (web, ..) = tls_web(TLS, &[]);
-    let stranger = Authority::new();
-    stranger.issue(
-        "localhost",
-        &web.path("stranger.crt"),
-        &web.path("stranger.key"),
-    );
+    let other = TestAuthority::new();
+    other.issue("localhost", &web.path("other.crt"), &web.path("other.key"));
     std::fs::write(web.path("empty.pem"), "").unwrap();
     std::fs::write(
         web.path("broken.pem"),
@@ -1199,7 +1210,7 @@ fn web_configuration_that_would_not_come_about_is_an_error_that_names_the_key() 
         tls("key_file: server.key"),
         tls("cert_file: server.crt, key_file: nowhere.key"),
         tls("cert_file: 5, key_file: server.key"),
-        tls("cert_file: server.crt, key_file: stranger.key"),
+        tls("cert_file: server.crt, key_file: other.key"),
         tls("cert_file: server.key, key_file: server.key"),
         tls("cert_file: server.crt, key_file: server.crt"),
         tls("cert_file: empty.pem, key_file: server.key"),

@@ -1,0 +1,441 @@
+//! The paths: what each requires of a request, and which handler responds.
+//!
+//! [`ReadRoute`] and [`ChangeRoute`] are apart so that the compiler guards every change of state: the enum decides the method,
+//! and only [`AppState::respond`] calls [`AppState::change`], with the [`ChangePermit`] that every handler of a change needs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, X_CONTENT_TYPE_OPTIONS};
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, StatusCode};
+use http_body_util::{BodyExt, Collected, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::access::{self, ChangePermit};
+use super::control::{Control, Controller};
+use super::health::Health;
+use super::response::{HttpError, ServerResponse, json, plain, response};
+use super::scrape::Scrapes;
+use super::status::{DaemonStage, Status};
+use super::users::Passwords;
+use super::web_config::WebConfig;
+use super::{api, page};
+use crate::history::History;
+use crate::metrics::{InternalError, Metrics};
+
+/// From the headers of a request to its response.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// No request may have a body. The server reads this much to find out whether there is one.
+const MAX_BODY_BYTES: usize = 4 * 1024;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route<'a> {
+    /// GET or HEAD.
+    Read(ReadRoute<'a>),
+    /// POST, with the lifecycle permission.
+    Change(ChangeRoute<'a>),
+}
+
+/// The routes that change nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    test,
+    derive(strum::EnumDiscriminants),
+    strum_discriminants(name(ReadRouteKind), derive(strum::VariantArray, Hash))
+)]
+pub(super) enum ReadRoute<'a> {
+    Page,
+    Metrics,
+    Healthy,
+    Ready,
+    Targets,
+    Batches,
+    /// By the batch's id.
+    Batch(&'a str),
+    /// By the name of the probe's room.
+    Probe(&'a str),
+}
+
+/// The routes that change the daemon's state. Each name is a target's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    test,
+    derive(strum::EnumDiscriminants),
+    strum_discriminants(name(ChangeRouteKind), derive(strum::VariantArray, Hash))
+)]
+pub(super) enum ChangeRoute<'a> {
+    Reload,
+    RunBatch(&'a str),
+    Pause(&'a str),
+    Resume(&'a str),
+}
+
+/// What a read requires of its request.
+struct ReadRule {
+    /// Whether the request must name a user, if there are users.
+    needs_user: bool,
+    /// Whether a query is allowed. If it is not, a query is a mistake that the response reports.
+    takes_query: bool,
+}
+
+impl<'a> Route<'a> {
+    /// Compares names as they are: no batch, room or target has a name that a path must escape.
+    pub(super) fn parse(path: &'a str) -> Option<Self> {
+        let segments: Vec<_> = path.strip_prefix('/')?.split('/').collect();
+        let route = match segments[..] {
+            [""] => Self::Read(ReadRoute::Page),
+            ["metrics"] => Self::Read(ReadRoute::Metrics),
+            ["-", "healthy"] => Self::Read(ReadRoute::Healthy),
+            ["-", "ready"] => Self::Read(ReadRoute::Ready),
+            ["-", "reload"] => Self::Change(ChangeRoute::Reload),
+            ["api", "v1", ref api @ ..] => return Self::parse_api(api),
+            _ => return None,
+        };
+        Some(route)
+    }
+
+    fn parse_api(segments: &[&'a str]) -> Option<Self> {
+        let route = match *segments {
+            ["targets"] => Self::Read(ReadRoute::Targets),
+            ["batches"] => Self::Read(ReadRoute::Batches),
+            ["batches", id] => Self::Read(ReadRoute::Batch(id)),
+            ["probes", room] => Self::Read(ReadRoute::Probe(room)),
+            ["targets", name, "batches"] => Self::Change(ChangeRoute::RunBatch(name)),
+            ["targets", name, "pause"] => Self::Change(ChangeRoute::Pause(name)),
+            ["targets", name, "resume"] => Self::Change(ChangeRoute::Resume(name)),
+            _ => return None,
+        };
+        Some(route)
+    }
+
+    /// # Errors
+    /// 405 with the methods that the route accepts.
+    pub(super) fn check_method(self, method: &Method) -> Result<(), HttpError> {
+        let (accepted, allowed) = match self {
+            Self::Read(_) => (method == Method::GET || method == Method::HEAD, "GET, HEAD"),
+            Self::Change(_) => (method == Method::POST, "POST"),
+        };
+        if accepted {
+            return Ok(());
+        }
+        let text = format!("this path accepts {allowed}, not {method}");
+        Err(HttpError::new(StatusCode::METHOD_NOT_ALLOWED, text)
+            .with(ALLOW, HeaderValue::from_static(allowed)))
+    }
+}
+
+impl ReadRoute<'_> {
+    fn rule(self) -> ReadRule {
+        let (needs_user, takes_query) = match self {
+            // The health probes of an orchestrator have no password.
+            Self::Healthy | Self::Ready => (false, true),
+            // Browsers and scrapers may add a query of their own to what isn't API.
+            Self::Page | Self::Metrics | Self::Batches => (true, true),
+            Self::Targets | Self::Batch(_) | Self::Probe(_) => (true, false),
+        };
+        ReadRule {
+            needs_user,
+            takes_query,
+        }
+    }
+}
+
+/// What the daemon gives to the server.
+pub(crate) struct Sources {
+    pub(crate) metrics: Metrics,
+    pub(crate) status: watch::Receiver<Arc<Status>>,
+    pub(crate) health: Health,
+    pub(crate) history: History,
+    /// Receives the requests that change the daemon's state.
+    pub(crate) control: mpsc::Sender<Control>,
+}
+
+/// What the responses are made from, and what decides whether a request is allowed.
+pub(super) struct AppState {
+    /// Whether the listener's address is a loopback address.
+    on_loopback: bool,
+    web: WebConfig,
+    passwords: Passwords,
+    scrapes: Scrapes,
+    controller: Controller,
+    metrics: Metrics,
+    status: watch::Receiver<Arc<Status>>,
+    health: Health,
+    history: History,
+}
+
+impl AppState {
+    pub(super) fn new(on_loopback: bool, web: WebConfig, sources: Sources) -> Self {
+        Self {
+            on_loopback,
+            web,
+            passwords: Passwords::new(),
+            scrapes: Scrapes::new(sources.metrics.clone()),
+            controller: Controller::new(sources.control, sources.metrics.clone()),
+            metrics: sources.metrics,
+            status: sources.status,
+            health: sources.health,
+            history: sources.history,
+        }
+    }
+
+    pub(super) fn web(&self) -> &WebConfig {
+        &self.web
+    }
+
+    pub(super) fn count_internal_error(&self) {
+        self.metrics.internal_error(InternalError::Http);
+    }
+
+    pub(super) async fn respond(&self, request: Request<Incoming>) -> ServerResponse {
+        let mut response = match timeout(REQUEST_TIMEOUT, self.try_respond(request)).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => error.into(),
+            Err(_) => {
+                let text = format!("the canary did not respond within {REQUEST_TIMEOUT:?}");
+                HttpError::new(StatusCode::SERVICE_UNAVAILABLE, text).into()
+            }
+        };
+        let headers = response.headers_mut();
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        response
+    }
+
+    async fn try_respond(&self, request: Request<Incoming>) -> Result<ServerResponse, HttpError> {
+        let (head, body) = request.into_parts();
+        let route = Route::parse(head.uri.path());
+        if let Some(route @ Route::Read(read)) = route
+            && !read.rule().needs_user
+        {
+            route.check_method(&head.method)?;
+            return self.read(read, &head).await;
+        }
+        // Before every other check: a client without a user does not learn which paths exist.
+        let security = self.web.current().await;
+        if let Some(users) = &security.users {
+            self.passwords.authenticate(users, &head.headers).await?;
+        }
+        let route = route.ok_or_else(|| {
+            let text = "no such path; / links to those that exist";
+            HttpError::new(StatusCode::NOT_FOUND, text)
+        })?;
+        route.check_method(&head.method)?;
+        match route {
+            Route::Read(read) => {
+                if !read.rule().takes_query {
+                    api::query(&head.uri, [])?;
+                }
+                self.read(read, &head).await
+            }
+            Route::Change(change) => {
+                api::query(&head.uri, [])?;
+                let trusted = security.users.is_some() || self.web.enable_lifecycle;
+                let permit = access::permit_change(&head.headers, trusted, self.on_loopback)?;
+                expect_no_body(body).await?;
+                self.change(change, permit).await
+            }
+        }
+    }
+
+    async fn read(&self, route: ReadRoute<'_>, head: &Parts) -> Result<ServerResponse, HttpError> {
+        let status = || Arc::clone(&self.status.borrow());
+        match route {
+            ReadRoute::Page => Ok(page(&status())),
+            ReadRoute::Metrics => self.scrapes.respond(&head.headers).await,
+            ReadRoute::Healthy => Ok(healthy(&self.health)),
+            ReadRoute::Ready => Ok(ready(status().stage)),
+            ReadRoute::Targets => Ok(json(StatusCode::OK, &*status())),
+            ReadRoute::Batches => api::batches(&self.history, &head.uri).await,
+            ReadRoute::Batch(id) => api::batch(&self.history, id).await,
+            ReadRoute::Probe(room) => api::probe(&self.history, room).await,
+        }
+    }
+
+    async fn change(
+        &self,
+        route: ChangeRoute<'_>,
+        permit: ChangePermit,
+    ) -> Result<ServerResponse, HttpError> {
+        let controller = &self.controller;
+        match route {
+            ChangeRoute::Reload => controller.reload(permit).await,
+            ChangeRoute::RunBatch(target) => controller.run_batch(permit, target).await,
+            ChangeRoute::Pause(target) => controller.set_paused(permit, target, true).await,
+            ChangeRoute::Resume(target) => controller.set_paused(permit, target, false).await,
+        }
+    }
+}
+
+fn page(status: &Status) -> ServerResponse {
+    let page = page::render(status, chrono::Utc::now());
+    let mut response = response(StatusCode::OK, "text/html; charset=utf-8", page);
+    let policy = HeaderValue::from_static(page::POLICY);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_SECURITY_POLICY, policy);
+    response
+}
+
+fn healthy(health: &Health) -> ServerResponse {
+    match &health.failing()[..] {
+        [] => plain(StatusCode::OK, "livekit-canary is healthy"),
+        failing => plain(StatusCode::SERVICE_UNAVAILABLE, &failing.join("\n")),
+    }
+}
+
+fn ready(stage: DaemonStage) -> ServerResponse {
+    match stage {
+        DaemonStage::Starting => plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "livekit-canary is starting",
+        ),
+        DaemonStage::Running => plain(StatusCode::OK, "livekit-canary is ready"),
+        DaemonStage::Draining => plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "livekit-canary is draining",
+        ),
+    }
+}
+
+/// A client that sends a body expects an effect of it, so a body is an error and never ignored.
+async fn expect_no_body(body: Incoming) -> Result<(), HttpError> {
+    let error = |status| HttpError::new(status, "this path takes no body");
+    let read = Limited::new(body, MAX_BODY_BYTES).collect().await;
+    match read.map(Collected::to_bytes) {
+        Ok(body) if body.is_empty() => Ok(()),
+        Ok(_) => Err(error(StatusCode::BAD_REQUEST)),
+        Err(failure) if failure.is::<LengthLimitError>() => {
+            Err(error(StatusCode::PAYLOAD_TOO_LARGE))
+        }
+        Err(failure) => {
+            let text = format!("cannot read the body: {failure}");
+            Err(HttpError::new(StatusCode::BAD_REQUEST, text))
+        }
+    }
+}
+
+#[cfg(test)]
+impl ReadRouteKind {
+    pub(super) fn example(self) -> &'static str {
+        match self {
+            Self::Page => "/",
+            Self::Metrics => "/metrics",
+            Self::Healthy => "/-/healthy",
+            Self::Ready => "/-/ready",
+            Self::Targets => "/api/v1/targets",
+            Self::Batches => "/api/v1/batches",
+            Self::Batch => "/api/v1/batches/some-batch",
+            Self::Probe => "/api/v1/probes/some-room",
+        }
+    }
+}
+
+#[cfg(test)]
+impl ChangeRouteKind {
+    pub(super) fn example(self) -> &'static str {
+        match self {
+            Self::Reload => "/-/reload",
+            Self::RunBatch => "/api/v1/targets/support/batches",
+            Self::Pause => "/api/v1/targets/support/pause",
+            Self::Resume => "/api/v1/targets/support/resume",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use strum::VariantArray;
+
+    use super::*;
+
+    /// Every path of the table in `docs/api.md`, and whether it needs POST.
+    fn documented_paths() -> Vec<(String, bool)> {
+        let docs = include_str!("../../docs/api.md");
+        let (_, section) = docs.split_once("\n## Paths\n").unwrap();
+        let rows = section
+            .lines()
+            .skip_while(|line| !line.starts_with("| `"))
+            .take_while(|line| line.starts_with('|'));
+        let mut paths = Vec::new();
+        for row in rows {
+            let cell = row.trim_matches('|').split('|').next().unwrap();
+            let mut full = String::new();
+            let mut is_post = false;
+            for code in cell.split('`').skip(1).step_by(2) {
+                let path = code.strip_prefix("POST ");
+                is_post |= path.is_some();
+                let path = path.unwrap_or(code);
+                // `…/resume` stands for the path before it with another last segment.
+                full = match path.strip_prefix("…/") {
+                    Some(last) => {
+                        let (before, _) = full.rsplit_once('/').unwrap();
+                        format!("{before}/{last}")
+                    }
+                    None => path.to_owned(),
+                };
+                paths.push((full.clone(), is_post));
+            }
+        }
+        paths
+    }
+
+    #[test]
+    fn documented_paths_are_the_routes_and_post_is_for_changes_of_state() {
+        let mut reads = HashSet::new();
+        let mut changes = HashSet::new();
+        for (path, is_post) in documented_paths() {
+            let route = Route::parse(&path).unwrap_or_else(|| panic!("{path} is no route"));
+            assert_eq!(is_post, matches!(route, Route::Change(_)), "{path}");
+            let is_new = match route {
+                Route::Read(read) => reads.insert(ReadRouteKind::from(read)),
+                Route::Change(change) => changes.insert(ChangeRouteKind::from(change)),
+            };
+            assert!(is_new, "{path} is documented twice");
+        }
+        assert_eq!(
+            reads,
+            HashSet::from_iter(ReadRouteKind::VARIANTS.iter().copied())
+        );
+        assert_eq!(
+            changes,
+            HashSet::from_iter(ChangeRouteKind::VARIANTS.iter().copied())
+        );
+    }
+
+    #[test]
+    fn every_route_accepts_only_the_methods_of_its_kind() {
+        let accepted = |route: Route<'_>| {
+            [
+                Method::GET,
+                Method::HEAD,
+                Method::POST,
+                Method::PUT,
+                Method::PATCH,
+                Method::DELETE,
+                Method::OPTIONS,
+            ]
+            .into_iter()
+            .filter(|method| route.check_method(method).is_ok())
+            .collect::<Vec<_>>()
+        };
+        for kind in ReadRouteKind::VARIANTS {
+            let Some(Route::Read(read)) = Route::parse(kind.example()) else {
+                panic!("{kind:?} is not parsed as a read");
+            };
+            assert_eq!(ReadRouteKind::from(read), *kind);
+            assert_eq!(accepted(Route::Read(read)), [Method::GET, Method::HEAD]);
+        }
+        for kind in ChangeRouteKind::VARIANTS {
+            let Some(Route::Change(change)) = Route::parse(kind.example()) else {
+                panic!("{kind:?} is not parsed as a change");
+            };
+            assert_eq!(ChangeRouteKind::from(change), *kind);
+            assert_eq!(accepted(Route::Change(change)), [Method::POST]);
+        }
+    }
+}
