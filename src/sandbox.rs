@@ -14,20 +14,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use socket2::SockRef;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio_util::sync::CancellationToken;
 
 mod agent;
+mod command;
 mod data_stream;
 mod demux;
 pub mod fault;
+mod ids;
 mod peer;
 mod registry;
 pub mod report;
 mod room;
 mod server;
+mod settings;
 mod signal;
 mod token;
 mod twirp;
@@ -38,6 +41,7 @@ use peer::Net;
 use registry::Shared;
 
 pub use registry::Heard;
+pub use settings::SandboxSettings;
 
 /// The longest that tasks may take to end after shutdown; none of them waits for the network by then.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -46,22 +50,6 @@ const MAX_DATAGRAM: usize = 2048;
 /// Bytes asked of the kernel for datagrams that wait: 200 rooms bring some 20 000 a second, each accounted with 1 KiB.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// How a sandbox is set up.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// The TCP port on 127.0.0.1; 0 takes a free one.
-    pub port: u16,
-    pub api_key: String,
-    pub api_secret: SecretString,
-    /// The name that the demo agent registers under; an empty one is dispatched to every new room by itself.
-    pub agent_name: String,
-    /// Utterances that the agent answers in one room.
-    pub max_replies: u32,
-    pub faults: Vec<Rule>,
-    /// Where to append what the agents saw, heard and said: see [`report::SYNTAX`].
-    pub report: Option<PathBuf>,
-}
-
 /// Why a sandbox can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -69,21 +57,6 @@ pub enum BindError {
     Loopback(#[from] io::Error),
     #[error("can't open the report {}", .path.display())]
     Report { path: PathBuf, source: io::Error },
-}
-
-impl Default for Settings {
-    /// The key pair of `livekit-server --dev`, and an agent named `demo`.
-    fn default() -> Self {
-        Self {
-            port: 0,
-            api_key: "devkey".to_owned(),
-            api_secret: SecretString::from("secret"),
-            agent_name: "demo".to_owned(),
-            max_replies: 3,
-            faults: Vec::new(),
-            report: None,
-        }
-    }
 }
 
 /// A sandbox that is bound and not yet running.
@@ -105,7 +78,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// A port that is taken, or no loopback; a report that can't be written.
-    pub async fn bind(settings: Settings) -> Result<Self, BindError> {
+    pub async fn bind(settings: SandboxSettings) -> Result<Self, BindError> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
         let address = listener.local_addr()?;
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -198,12 +171,6 @@ impl Handle {
     /// What the agents heard, oldest first; the latest 10 000 utterances are kept.
     pub fn heard(&self) -> Vec<Heard> {
         self.shared.heard()
-    }
-}
-
-impl Shared {
-    fn secret(&self) -> &str {
-        self.settings.api_secret.expose_secret()
     }
 }
 

@@ -19,7 +19,7 @@ use crate::daemon::Order;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
 use crate::report::BatchReport;
 use crate::sandbox::fault::{Rooms, Rule};
-use crate::sandbox::{Handle, Sandbox, Settings};
+use crate::sandbox::{Handle, Sandbox, SandboxSettings};
 use crate::telemetry;
 
 const TARGET: &str = "demo";
@@ -187,7 +187,7 @@ pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
 }
 
 async fn perform(args: &Demo, screen: Screen) -> anyhow::Result<Exit> {
-    let sandbox = Sandbox::bind(Settings::default()).await?;
+    let sandbox = Sandbox::bind(SandboxSettings::default()).await?;
     let folder = tempfile::tempdir().context("can't make a folder for the history")?;
     let wanted = Wanted {
         target: TARGET.to_owned(),

@@ -23,7 +23,7 @@ use crate::probe::driver::Fault;
 use crate::probe::{LimitKind, Outcome, Reason};
 use crate::report::BatchReport;
 use crate::sandbox::fault::Rule;
-use crate::sandbox::{Sandbox, Settings};
+use crate::sandbox::{Sandbox, SandboxSettings};
 use crate::telemetry;
 
 const PROJECT: &str = "drill";
@@ -98,7 +98,7 @@ async fn perform(
     rehearsal: Option<&'static Rehearsal>,
     screen: Screen,
 ) -> anyhow::Result<Exit> {
-    let sandbox = Sandbox::bind(Settings::default()).await?;
+    let sandbox = Sandbox::bind(SandboxSettings::default()).await?;
     let temporary = tempfile::tempdir().context("can't make a folder for the history")?;
     let closed = ClosedPort::reserve().context("can't reserve a port on loopback")?;
     let wanted = Wanted {

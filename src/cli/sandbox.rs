@@ -4,7 +4,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
 
 use super::{Exit, SandboxArgs, print};
-use crate::sandbox::{Sandbox, Settings};
+use crate::sandbox::{Sandbox, SandboxSettings};
 use crate::telemetry;
 
 pub(super) fn run(args: &SandboxArgs) -> anyhow::Result<Exit> {
@@ -13,8 +13,8 @@ pub(super) fn run(args: &SandboxArgs) -> anyhow::Result<Exit> {
 }
 
 async fn serve(args: &SandboxArgs) -> anyhow::Result<Exit> {
-    let defaults = Settings::default();
-    let settings = Settings {
+    let defaults = SandboxSettings::default();
+    let settings = SandboxSettings {
         port: args.port,
         agent_name: args.agent_name.clone(),
         faults: args.faults.clone(),

@@ -10,7 +10,7 @@ use proto::agent::{
 use proto::data_packet::Value;
 use proto::data_stream::{self, header::ContentHeader};
 
-use super::registry::{guid, unix_millis};
+use super::ids::{guid, unix_millis};
 
 /// An error as an `AgentSession` reports it: an `AgentSessionMessage` in a byte stream.
 pub(crate) fn error(sender: &str, error: &str) -> Vec<proto::DataPacket> {

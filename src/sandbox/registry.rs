@@ -2,18 +2,19 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::Settings;
 use super::agent::Voice;
+use super::command::Command;
 use super::fault::{Faults, Rule};
+use super::ids::guid;
 use super::peer::Net;
 use super::report::{Event, Report};
-use super::room::{Command, NewRoom, Room};
+use super::settings::SandboxSettings;
 
 const MAX_ROOMS: usize = 2000;
 /// Room names whose number is remembered.
@@ -21,8 +22,6 @@ const MAX_NUMBERS: usize = 10_000;
 /// Utterances kept for [`Handle::heard`](super::Handle::heard).
 const MAX_HEARD: usize = 10_000;
 const COMMAND_QUEUE: usize = 256;
-/// Two seconds of a few participants' audio.
-const DATAGRAM_QUEUE: usize = 512;
 
 /// An utterance that a demo agent heard its caller say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +37,7 @@ pub struct Heard {
 }
 
 pub(crate) struct Shared {
-    pub settings: Settings,
+    pub settings: SandboxSettings,
     pub net: Arc<Net>,
     pub voice: Arc<Voice>,
     pub node_id: String,
@@ -68,6 +67,12 @@ pub(crate) struct RoomHandle {
     commands: mpsc::Sender<Command>,
 }
 
+/// What a new room's task reads from.
+pub(crate) struct RoomQueues {
+    pub id: u64,
+    pub commands: mpsc::Receiver<Command>,
+}
+
 /// The sandbox holds as many rooms as it may.
 #[derive(Debug)]
 pub(crate) struct TooManyRooms;
@@ -90,7 +95,7 @@ impl RoomHandle {
 }
 
 impl Shared {
-    pub(crate) fn new(settings: Settings, net: Net, report: Option<Report>) -> Self {
+    pub(crate) fn new(settings: SandboxSettings, net: Net, report: Option<Report>) -> Self {
         Self {
             faults: Mutex::new(settings.faults.clone()),
             settings,
@@ -120,16 +125,14 @@ impl Shared {
         *lock(&self.faults) = rules;
     }
 
-    /// The open room of this name, created where there is none.
+    /// The open room of this name, and the queues of its task if it is new: the caller starts the task.
     pub(crate) fn open(
-        self: &Arc<Self>,
+        &self,
         name: &str,
-        new: NewRoom,
-    ) -> Result<RoomHandle, TooManyRooms> {
-        let faults = self.faults(name);
+    ) -> Result<(RoomHandle, Option<RoomQueues>), TooManyRooms> {
         let mut rooms = lock(&self.rooms);
         if let Some(room) = rooms.open.get(name) {
-            return Ok(room.clone());
+            return Ok((room.clone(), None));
         }
         if rooms.open.len() >= MAX_ROOMS {
             return Err(TooManyRooms);
@@ -137,13 +140,13 @@ impl Shared {
         rooms.last_id += 1;
         let id = rooms.last_id;
         let (commands, command_queue) = mpsc::channel(COMMAND_QUEUE);
-        let (datagrams, datagram_queue) = mpsc::channel(DATAGRAM_QUEUE);
         let handle = RoomHandle { id, commands };
         rooms.open.insert(name.to_owned(), handle.clone());
-        drop(rooms);
-        let room = Room::new(Arc::clone(self), id, name, new, faults, datagrams);
-        self.tracker.spawn(room.run(command_queue, datagram_queue));
-        Ok(handle)
+        let queues = RoomQueues {
+            id,
+            commands: command_queue,
+        };
+        Ok((handle, Some(queues)))
     }
 
     pub(crate) fn find(&self, name: &str) -> Option<RoomHandle> {
@@ -221,17 +224,6 @@ impl Rooms {
 /// The data behind a lock is valid between statements, so a panic elsewhere doesn't spoil it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An id in LiveKit's form: a prefix and twelve random letters and digits.
-pub(crate) fn guid(prefix: &str) -> String {
-    let random = std::iter::repeat_with(fastrand::alphanumeric).take(12);
-    prefix.chars().chain(random).collect()
-}
-
-pub(crate) fn unix_millis() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |now| i64::try_from(now.as_millis()).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]

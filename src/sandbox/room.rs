@@ -9,17 +9,27 @@ use prost::Message as _;
 use proto::signal_request::Message as Up;
 use proto::signal_response::Message as Down;
 use str0m::media::Mid;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::agent::{Act, Agent, Clip, FRAME, Job, Script, Sound, Utterance};
+use super::agent::{Act, Agent, Clip, FRAME, Script, Sound, Utterance};
+use super::command::{Command, Joined, NewRoom, Newcomer, RoomFull, leave};
 use super::data_stream;
 use super::demux::{Datagram, PeerId, Side};
 use super::fault::{Fault, Faults};
-use super::peer::{Audio, NewTrack, Offer, Peer, PeerEvent, first_mid, track_ids};
-use super::registry::{Heard, Shared, guid, unix_millis};
+use super::ids::{guid, unix_millis};
+use super::peer::{Audio, Peer, PeerEvent, first_mid, track_ids};
+use super::registry::{Heard, RoomHandle, Shared, TooManyRooms};
 use super::report::{Event, Stretch};
+
+mod agent_seat;
+mod dispatch;
+mod participant;
+
+use agent_seat::{Line, Seat, agent_info, agent_track, avatar_of};
+use dispatch::{Dispatch, Errand, new_job};
+use participant::{Participant, is_microphone, newcomer_info};
 
 /// The livekit-server that the sandbox behaves as.
 const SERVER_VERSION: &str = "1.13.5";
@@ -34,124 +44,10 @@ const SIGNAL_QUEUE: usize = 256;
 /// What the agent writes down of itself, and of whatever it hears.
 const AGENT_WORDS: &str = "Good day to you.";
 const CALLER_WORDS: &str = "hello there";
+/// Two seconds of a few participants' audio.
+const DATAGRAM_QUEUE: usize = 512;
 const MAX_PARTICIPANTS: usize = 64;
 const MAX_DISPATCHES: usize = 64;
-const MAX_TRACKS: usize = 16;
-
-/// Who joins: what its token says, and how it wants to be served.
-#[derive(Debug)]
-pub(crate) struct Newcomer {
-    pub identity: String,
-    pub name: String,
-    pub metadata: String,
-    pub attributes: std::collections::HashMap<String, String>,
-    pub permission: proto::ParticipantPermission,
-    pub kind: proto::participant_info::Kind,
-    pub auto_subscribe: bool,
-    pub client_protocol: i32,
-}
-
-/// A seat in the room: the number to speak under, and what the server says.
-pub(crate) struct Joined {
-    pub number: u64,
-    pub join: Box<proto::JoinResponse>,
-    pub messages: mpsc::Receiver<Down>,
-}
-
-/// The room holds as many participants as it may.
-#[derive(Debug)]
-pub(crate) struct RoomFull;
-
-pub(crate) enum Command {
-    Join(Box<Newcomer>, oneshot::Sender<Result<Joined, RoomFull>>),
-    Signal(u64, Box<Up>),
-    SignalClosed(u64),
-    Info(oneshot::Sender<proto::Room>),
-    SetMetadata(String, oneshot::Sender<proto::Room>),
-    Participants(oneshot::Sender<Vec<proto::ParticipantInfo>>),
-    /// Whether there was such a participant.
-    Remove(String, oneshot::Sender<bool>),
-    /// `None`: the room holds too many dispatches.
-    Dispatch(
-        Box<proto::AgentDispatch>,
-        oneshot::Sender<Option<proto::AgentDispatch>>,
-    ),
-    ListDispatch(oneshot::Sender<Vec<proto::AgentDispatch>>),
-    DeleteDispatch(String, oneshot::Sender<Option<proto::AgentDispatch>>),
-    JobAccepted(Box<proto::Job>),
-    /// An agent's process has reached the room.
-    AgentJoin(Box<proto::Job>, Box<Script>),
-    Close(oneshot::Sender<()>),
-}
-
-/// What a room is created with.
-#[derive(Debug, Default)]
-pub(crate) struct NewRoom {
-    pub empty_timeout: u32,
-    pub departure_timeout: u32,
-    pub max_participants: u32,
-    pub metadata: String,
-    pub agents: Vec<proto::RoomAgentDispatch>,
-}
-
-struct Participant {
-    number: u64,
-    info: proto::ParticipantInfo,
-    auto_subscribe: bool,
-    out: mpsc::Sender<Down>,
-    publisher: Peer,
-    subscriber: Peer,
-    tracks: Vec<Track>,
-    subscriptions: Vec<Subscription>,
-    signal_lost: Option<Instant>,
-}
-
-/// A track that a participant publishes.
-struct Track {
-    cid: String,
-    info: proto::TrackInfo,
-    mid: Option<Mid>,
-    /// Its first packet has come: the others see it.
-    live: bool,
-    subscription_told: bool,
-}
-
-/// A track that a participant receives.
-struct Subscription {
-    track_sid: String,
-    mid: Mid,
-    /// The client has answered the offer that holds it.
-    live: bool,
-    /// The source's sequence number and time at the first packet sent here.
-    base: Option<(u64, u32)>,
-}
-
-/// An agent in the room.
-struct Seat {
-    info: proto::ParticipantInfo,
-    /// Who speaks on its behalf.
-    avatar: Option<proto::ParticipantInfo>,
-    agent: Agent,
-    dispatch_id: String,
-    visible: bool,
-    /// Ids of the callers' tracks that it subscribed to.
-    listens_to: Vec<String>,
-    voice: Option<Line>,
-    background: Option<Line>,
-}
-
-/// A track that an agent plays on.
-struct Line {
-    track_sid: String,
-    seq: u64,
-    time: u32,
-}
-
-struct Dispatch {
-    info: proto::AgentDispatch,
-    /// Ends the jobs that have not joined yet.
-    cancel: CancellationToken,
-}
 
 pub(crate) struct Room {
     shared: Arc<Shared>,
@@ -169,6 +65,27 @@ pub(crate) struct Room {
     /// Participants to remove once the events at hand are dealt with.
     leaving: Vec<(u64, Option<proto::DisconnectReason>)>,
     closed: CancellationToken,
+}
+
+/// The open room of this name; a new room is created and its task started.
+///
+/// # Errors
+/// The sandbox holds as many rooms as it may.
+pub(crate) fn open(
+    shared: &Arc<Shared>,
+    name: &str,
+    new: NewRoom,
+) -> Result<RoomHandle, TooManyRooms> {
+    let (handle, queues) = shared.open(name)?;
+    if let Some(queues) = queues {
+        let (datagrams, datagram_queue) = mpsc::channel(DATAGRAM_QUEUE);
+        let faults = shared.faults(name);
+        let room = Room::new(Arc::clone(shared), queues.id, name, new, faults, datagrams);
+        shared
+            .tracker
+            .spawn(room.run(queues.commands, datagram_queue));
+    }
+    Ok(handle)
 }
 
 impl Room {
@@ -1040,7 +957,7 @@ impl Room {
                     cancel,
                     room_closed: self.closed.clone(),
                 };
-                self.shared.tracker.spawn(errand.run(shared));
+                self.shared.tracker.spawn(bring_agent(errand, shared));
             };
             if script.has(&Fault::Duplicate) {
                 let mut second = script.clone();
@@ -1108,315 +1025,21 @@ impl Room {
     }
 }
 
-impl Seat {
-    /// The agent, and who speaks on its behalf.
-    fn people(&self) -> impl Iterator<Item = &proto::ParticipantInfo> {
-        std::iter::once(&self.info).chain(&self.avatar)
+/// Brings a job's agent to its room.
+async fn bring_agent(errand: Errand, shared: Arc<Shared>) {
+    let Some(errand) = errand.run(&shared).await else {
+        return;
+    };
+    // Connecting creates a room that is missing, as a token with roomJoin may.
+    if let Ok(room) = open(&shared, errand.room_name(), NewRoom::default()) {
+        let script = Box::new(errand.script);
+        room.send(Command::AgentJoin(errand.job, script)).await;
     }
-
-    fn people_mut(&mut self) -> impl Iterator<Item = &mut proto::ParticipantInfo> {
-        std::iter::once(&mut self.info).chain(&mut self.avatar)
-    }
-
-    /// Who publishes it.
-    fn speaker(&mut self, sound: Sound) -> &mut proto::ParticipantInfo {
-        match (sound, &mut self.avatar) {
-            (Sound::Voice, Some(avatar)) => avatar,
-            _ => &mut self.info,
-        }
-    }
-
-    fn line(&mut self, sound: Sound) -> &mut Option<Line> {
-        match sound {
-            Sound::Voice => &mut self.voice,
-            Sound::Background => &mut self.background,
-        }
-    }
-}
-
-impl Participant {
-    fn peer(&mut self, side: Side) -> &mut Peer {
-        match side {
-            Side::Publisher => &mut self.publisher,
-            Side::Subscriber => &mut self.subscriber,
-        }
-    }
-
-    /// Sends a message; a client that reads none until its queue is full is treated as gone.
-    fn tell(&mut self, message: Down) {
-        if self.out.try_send(message).is_err() && self.signal_lost.is_none() {
-            self.signal_lost = Some(Instant::now());
-        }
-    }
-
-    fn trickle(&mut self, side: Side, mid: &str) {
-        let target = match side {
-            Side::Publisher => proto::SignalTarget::Publisher,
-            Side::Subscriber => proto::SignalTarget::Subscriber,
-        };
-        let candidate_init = self.peer(side).candidate_init(mid);
-        self.tell(Down::Trickle(proto::TrickleRequest {
-            candidate_init,
-            target: target.into(),
-            r#final: true,
-        }));
-    }
-
-    fn add_track(&mut self, request: proto::AddTrackRequest) {
-        if self.tracks.len() >= MAX_TRACKS || self.tracks.iter().any(|t| t.cid == request.cid) {
-            return;
-        }
-        let info = proto::TrackInfo {
-            sid: guid("TR_AM"),
-            r#type: request.r#type,
-            name: request.name,
-            muted: request.muted,
-            source: request.source,
-            codecs: vec![proto::SimulcastCodecInfo {
-                cid: request.cid.clone(),
-                ..proto::SimulcastCodecInfo::default()
-            }],
-            stream: "camera".to_owned(),
-            ..proto::TrackInfo::default()
-        };
-        self.tracks.push(Track {
-            cid: request.cid.clone(),
-            info: info.clone(),
-            mid: None,
-            live: false,
-            subscription_told: false,
-        });
-        self.tell(Down::TrackPublished(proto::TrackPublishedResponse {
-            cid: request.cid,
-            track: Some(info),
-        }));
-    }
-
-    /// Makes what this client receives equal to `tracks` (owner and track ids), its own left out.
-    fn negotiate(&mut self, tracks: &[(String, String)], now: Instant) {
-        let wanted: Vec<&(String, String)> = tracks
-            .iter()
-            .filter(|(owner, _)| self.auto_subscribe && *owner != self.info.sid)
-            .collect();
-        let new: Vec<&(String, String)> = wanted
-            .iter()
-            .filter(|(_, track)| !self.subscriptions.iter().any(|s| s.track_sid == *track))
-            .copied()
-            .collect();
-        let stopped: Vec<Mid> = self
-            .subscriptions
-            .iter()
-            .filter(|s| !wanted.iter().any(|(_, track)| *track == s.track_sid))
-            .map(|s| s.mid)
-            .collect();
-        let lines: Vec<NewTrack> = new
-            .iter()
-            .map(|(owner, track)| NewTrack {
-                stream_id: format!("{owner}|{track}"),
-                track_id: track.clone(),
-            })
-            .collect();
-        let Some(offer) = self.subscriber.offer(&lines, &stopped, now) else {
-            return;
-        };
-        self.subscriptions.retain(|s| !stopped.contains(&s.mid));
-        for ((owner, track), mid) in new.iter().zip(&offer.mids) {
-            self.subscriptions.push(Subscription {
-                track_sid: track.clone(),
-                mid: *mid,
-                live: false,
-                base: None,
-            });
-            self.tell(Down::SubscriptionPermissionUpdate(
-                proto::SubscriptionPermissionUpdate {
-                    participant_sid: owner.clone(),
-                    track_sid: track.clone(),
-                    allowed: true,
-                },
-            ));
-        }
-        self.send_offer(offer);
-    }
-
-    fn send_offer(&mut self, offer: Offer) {
-        let mid_to_track_id = self
-            .subscriptions
-            .iter()
-            .map(|s| (s.mid.to_string(), s.track_sid.clone()))
-            .collect();
-        let mid = first_mid(&offer.sdp).to_owned();
-        self.tell(Down::Offer(proto::SessionDescription {
-            r#type: "offer".to_owned(),
-            sdp: offer.sdp,
-            id: offer.id,
-            mid_to_track_id,
-        }));
-        if offer.id == 1 {
-            self.trickle(Side::Subscriber, &mid);
-        }
-    }
-}
-
-/// One job of a worker: accepted, started, and on its way to the room.
-struct Errand {
-    job: Box<proto::Job>,
-    script: Script,
-    cancel: CancellationToken,
-    room_closed: CancellationToken,
-}
-
-impl Errand {
-    async fn run(self, shared: Arc<Shared>) {
-        let shutdown = shared.shutdown.clone();
-        // Ends with the process whatever it waits for.
-        tokio::select! {
-            () = shutdown.cancelled() => {}
-            () = self.travel(shared) => {}
-        }
-    }
-
-    async fn travel(self, shared: Arc<Shared>) {
-        let dispatched = Instant::now();
-        if self.script.job == Job::Refused {
-            return;
-        }
-        let accepts_after = Duration::from_millis(fastrand::u64(5..25));
-        tokio::time::sleep(accepts_after).await;
-        let room = self.job.room.as_ref().map(|room| room.name.clone());
-        let name = room.unwrap_or_default();
-        let agent = agent_info(&self.job).identity;
-        let metadata = self.job.metadata.clone();
-        shared.report(&name, &agent, &Event::Job { metadata });
-        if let Some(room) = shared.find(&name) {
-            room.send(Command::JobAccepted(self.job.clone())).await;
-        }
-        if self.script.job == Job::Taken {
-            return;
-        }
-        if let Some(late) = self.script.late {
-            self.room_closed.cancelled().await;
-            tokio::time::sleep(late).await;
-        } else {
-            tokio::select! {
-                () = self.cancel.cancelled() => return,
-                () = tokio::time::sleep_until(dispatched + self.script.join_delay) => {}
-            }
-        }
-        shared.report(&name, &agent, &Event::Connecting);
-        // Connecting creates the room where it is missing, as a token with roomJoin may.
-        if let Ok(room) = shared.open(&name, NewRoom::default()) {
-            let script = Box::new(self.script);
-            room.send(Command::AgentJoin(self.job, script)).await;
-        }
-    }
-}
-
-fn is_microphone(track: &proto::TrackInfo) -> bool {
-    track.source() == proto::TrackSource::Microphone
-}
-
-pub(super) fn leave(reason: proto::DisconnectReason) -> Down {
-    Down::Leave(proto::LeaveRequest {
-        reason: reason.into(),
-        ..proto::LeaveRequest::default()
-    })
 }
 
 fn codec(mime: &str) -> proto::Codec {
     proto::Codec {
         mime: mime.to_owned(),
         ..proto::Codec::default()
-    }
-}
-
-fn newcomer_info(newcomer: &Newcomer) -> proto::ParticipantInfo {
-    let joined = unix_millis();
-    proto::ParticipantInfo {
-        sid: guid("PA_"),
-        identity: newcomer.identity.clone(),
-        name: newcomer.name.clone(),
-        metadata: newcomer.metadata.clone(),
-        attributes: newcomer.attributes.clone(),
-        joined_at: joined / 1000,
-        joined_at_ms: joined,
-        permission: Some(newcomer.permission.clone()),
-        kind: newcomer.kind.into(),
-        client_protocol: newcomer.client_protocol,
-        ..proto::ParticipantInfo::default()
-    }
-}
-
-/// The server sets `lk.agent_name`, the worker `lk.agent.name`.
-fn agent_info(job: &proto::Job) -> proto::ParticipantInfo {
-    let joined = unix_millis();
-    let mut attributes = std::collections::HashMap::new();
-    if !job.agent_name.is_empty() {
-        attributes.insert("lk.agent_name".to_owned(), job.agent_name.clone());
-        attributes.insert("lk.agent.name".to_owned(), job.agent_name.clone());
-    }
-    let identity = job.state.as_ref().map(|s| s.participant_identity.clone());
-    proto::ParticipantInfo {
-        sid: guid("PA_"),
-        identity: identity.unwrap_or_default(),
-        state: proto::participant_info::State::Joined.into(),
-        joined_at: joined / 1000,
-        joined_at_ms: joined,
-        kind: proto::participant_info::Kind::Agent.into(),
-        attributes,
-        permission: Some(proto::ParticipantPermission {
-            can_subscribe: true,
-            can_publish: true,
-            can_publish_data: true,
-            can_update_metadata: true,
-            ..proto::ParticipantPermission::default()
-        }),
-        ..proto::ParticipantInfo::default()
-    }
-}
-
-/// As an avatar's worker joins beside the agent's.
-fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::ParticipantInfo {
-    let on_behalf = ("lk.publish_on_behalf".to_owned(), agent.identity.clone());
-    proto::ParticipantInfo {
-        sid: guid("PA_"),
-        identity: format!("avatar-{room}"),
-        attributes: [on_behalf].into(),
-        ..agent.clone()
-    }
-}
-
-/// Named as livekit-agents does; its background sound has no source.
-fn agent_track(sound: Sound) -> proto::TrackInfo {
-    let (name, source, mid) = match sound {
-        Sound::Voice => ("roomio_audio", proto::TrackSource::Microphone, "0"),
-        Sound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
-    };
-    proto::TrackInfo {
-        sid: guid("TR_AM"),
-        name: name.to_owned(),
-        source: source.into(),
-        mime_type: "audio/opus".to_owned(),
-        mid: mid.to_owned(),
-        stream: "camera".to_owned(),
-        ..proto::TrackInfo::default()
-    }
-}
-
-fn new_job(dispatch: &proto::AgentDispatch, room: &proto::Room) -> proto::Job {
-    let id = guid("AJ_");
-    proto::Job {
-        dispatch_id: dispatch.id.clone(),
-        room: Some(room.clone()),
-        metadata: dispatch.metadata.clone(),
-        agent_name: dispatch.agent_name.clone(),
-        state: Some(proto::JobState {
-            status: proto::JobStatus::JsRunning.into(),
-            started_at: unix_millis() * 1_000_000,
-            participant_identity: format!("agent-{id}"),
-            worker_id: "AW_sandbox".to_owned(),
-            ..proto::JobState::default()
-        }),
-        id,
-        ..proto::Job::default()
     }
 }

@@ -1,12 +1,10 @@
 //! HTTP on one port: the signal socket's upgrade, `validate`, and the server API over Twirp.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -15,21 +13,19 @@ use livekit_protocol as proto;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
+use super::command::{Command, Joined, NewRoom, Newcomer, RoomFull};
 use super::fault::{Answer, Faults, HttpStep, SignalStep};
-use super::registry::{RoomHandle, Shared, TooManyRooms, guid};
-use super::room::{Command, Joined, NewRoom, Newcomer, RoomFull};
-use super::signal::{self, Opening};
+use super::ids::guid;
+use super::registry::{RoomHandle, Shared, TooManyRooms};
+use super::room;
+use super::signal::{self, HANG, Opening};
 use super::token::{Denied, authenticate, check_join};
-use super::twirp::{TwirpError, Wire, response};
-
-pub(crate) type Body = BoxBody<Bytes, Infallible>;
+use super::twirp::{Body, TwirpError, Wire, response};
 
 const MAX_CONNECTIONS: usize = 4096;
 const MAX_BODY: usize = 1 << 20;
 /// Also how long a kept connection may be idle; clients pool theirs.
 const HEADER_TIMEOUT: Duration = Duration::from_mins(5);
-/// How long a fault hangs before it gives the connection up.
-pub(crate) const HANG: Duration = Duration::from_mins(2);
 
 /// Ends the connection without an answer.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +133,7 @@ async fn route(
         .map(|value| value.to_str().unwrap_or_default());
     let claims = authenticate(
         &shared.settings.api_key,
-        shared.secret(),
+        shared.settings.secret(),
         authorization,
         query.get("access_token"),
     )?;
@@ -257,7 +253,7 @@ async fn enter(
     // A room can close between finding it and joining it; the next one is new.
     for _ in 0..3 {
         let new = claims.room_config.clone().map(from_token);
-        let room = shared.open(name, new.unwrap_or_default())?;
+        let room = room::open(shared, name, new.unwrap_or_default())?;
         let newcomer = Box::new(newcomer(claims, query));
         match room.ask(|reply| Command::Join(newcomer, reply)).await {
             Some(Ok(joined)) => return Ok((room, joined)),
@@ -471,7 +467,7 @@ impl Call<'_> {
             agents: request.agents,
         };
         // A room that exists stays as it is.
-        let room = self.shared.open(&request.name, new)?;
+        let room = room::open(&self.shared, &request.name, new)?;
         let info = room.ask(Command::Info).await;
         Ok(self.wire.encode(&info.ok_or_else(TwirpError::no_room)?))
     }
@@ -573,7 +569,7 @@ impl Call<'_> {
             ..proto::AgentDispatch::default()
         });
         // As on the real server, a missing room is created.
-        let room = self.shared.open(&request.room, NewRoom::default())?;
+        let room = room::open(&self.shared, &request.room, NewRoom::default())?;
         let made = room.ask(|reply| Command::Dispatch(dispatch, reply)).await;
         let made = made.ok_or_else(TwirpError::no_room)?;
         let full = || TwirpError::exhausted("the room holds as many dispatches as it may");

@@ -16,10 +16,13 @@ use tokio_tungstenite::tungstenite::protocol::{
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::sync::CancellationToken;
 
+use super::command::{Command, Joined, leave};
 use super::fault::Action;
-use super::registry::{RoomHandle, unix_millis};
-use super::room::{Command, Joined, leave};
-use super::server::HANG;
+use super::ids::unix_millis;
+use super::registry::RoomHandle;
+
+/// How long a fault hangs before it gives the connection up.
+pub(crate) const HANG: Duration = Duration::from_mins(2);
 
 /// The largest message that a client may send; a session description is some 20 KiB.
 const MAX_MESSAGE: usize = 1 << 20;

@@ -1,13 +1,16 @@
 //! Twirp over HTTP: protobuf and JSON bodies, and errors in livekit-server's words.
 
+use std::convert::Infallible;
+
 use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode, header};
+use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use prost::Message;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::server::Body;
+pub(crate) type Body = BoxBody<Bytes, Infallible>;
 
 /// How a call's bodies are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

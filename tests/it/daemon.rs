@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use livekit_canary::sandbox::Settings;
+use livekit_canary::sandbox::SandboxSettings;
 use rustix::process::Signal;
 use serde_json::Value;
 use support::SECRET;
@@ -47,10 +47,10 @@ struct Fixture {
 
 impl Fixture {
     fn new(faults: &[&str], settings: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let sandbox = SandboxThread::start(Settings {
+        let sandbox = SandboxThread::start(SandboxSettings {
             api_secret: SECRET.into(),
             faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
-            ..Settings::default()
+            ..SandboxSettings::default()
         });
         let dir = DaemonDir::new()?;
         std::fs::write(dir.path().join("secret"), SECRET)?;

@@ -17,7 +17,7 @@ use livekit_canary::livekit::wire::token::Keys;
 use livekit_canary::probe::driver::Context;
 use livekit_canary::probe::{Outcome, Reason};
 use livekit_canary::report::BatchReport;
-use livekit_canary::sandbox::{Handle, Sandbox, Settings};
+use livekit_canary::sandbox::{Handle, Sandbox, SandboxSettings};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -62,10 +62,10 @@ struct Stage {
 
 impl Stage {
     async fn new(faults: &[&str]) -> Self {
-        let settings = Settings {
+        let settings = SandboxSettings {
             agent_name: "demo".to_owned(),
             faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
-            ..Settings::default()
+            ..SandboxSettings::default()
         };
         let sandbox = Sandbox::bind(settings).await.unwrap();
         let folder = tempfile::tempdir().unwrap();

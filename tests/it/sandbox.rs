@@ -8,7 +8,7 @@ use livekit_canary::livekit::RoomName;
 use livekit_canary::livekit::wire::api::Api;
 use livekit_canary::livekit::wire::connect::Endpoint;
 use livekit_canary::livekit::wire::token::Keys;
-use livekit_canary::sandbox::{Handle, Sandbox, Settings};
+use livekit_canary::sandbox::{Handle, Sandbox, SandboxSettings};
 use serde_json::Value;
 use support::gate::{Gate, Hold};
 use tokio::time::Instant;
@@ -48,14 +48,14 @@ pub struct SandboxThread {
 
 impl SandboxThread {
     fn new(agent_name: &str, faults: &[&str]) -> Self {
-        Self::start(Settings {
+        Self::start(SandboxSettings {
             agent_name: agent_name.to_owned(),
             faults: faults.iter().map(|text| text.parse().unwrap()).collect(),
-            ..Settings::default()
+            ..SandboxSettings::default()
         })
     }
 
-    pub fn start(settings: Settings) -> Self {
+    pub fn start(settings: SandboxSettings) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -168,9 +168,9 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
 fn report_tells_what_the_agent_saw_heard_and_said() {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report.jsonl");
-    let sandbox = SandboxThread::start(Settings {
+    let sandbox = SandboxThread::start(SandboxSettings {
         report: Some(report.clone()),
-        ..Settings::default()
+        ..SandboxSettings::default()
     });
     let (_, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "1"]);
     drop(sandbox);

@@ -1,0 +1,73 @@
+//! What may be asked of a room's task, and its answers.
+
+use std::collections::HashMap;
+
+use livekit_protocol as proto;
+use proto::signal_request::Message as Up;
+use proto::signal_response::Message as Down;
+use tokio::sync::{mpsc, oneshot};
+
+use super::agent::Script;
+
+/// Who joins: what its token says, and how it wants to be served.
+#[derive(Debug)]
+pub(crate) struct Newcomer {
+    pub identity: String,
+    pub name: String,
+    pub metadata: String,
+    pub attributes: HashMap<String, String>,
+    pub permission: proto::ParticipantPermission,
+    pub kind: proto::participant_info::Kind,
+    pub auto_subscribe: bool,
+    pub client_protocol: i32,
+}
+
+/// A seat in the room: the number to speak under, and what the server says.
+pub(crate) struct Joined {
+    pub number: u64,
+    pub join: Box<proto::JoinResponse>,
+    pub messages: mpsc::Receiver<Down>,
+}
+
+/// The room holds as many participants as it may.
+#[derive(Debug)]
+pub(crate) struct RoomFull;
+
+pub(crate) enum Command {
+    Join(Box<Newcomer>, oneshot::Sender<Result<Joined, RoomFull>>),
+    Signal(u64, Box<Up>),
+    SignalClosed(u64),
+    Info(oneshot::Sender<proto::Room>),
+    SetMetadata(String, oneshot::Sender<proto::Room>),
+    Participants(oneshot::Sender<Vec<proto::ParticipantInfo>>),
+    /// Whether there was such a participant.
+    Remove(String, oneshot::Sender<bool>),
+    /// `None`: the room holds too many dispatches.
+    Dispatch(
+        Box<proto::AgentDispatch>,
+        oneshot::Sender<Option<proto::AgentDispatch>>,
+    ),
+    ListDispatch(oneshot::Sender<Vec<proto::AgentDispatch>>),
+    DeleteDispatch(String, oneshot::Sender<Option<proto::AgentDispatch>>),
+    JobAccepted(Box<proto::Job>),
+    /// An agent's process has reached the room.
+    AgentJoin(Box<proto::Job>, Box<Script>),
+    Close(oneshot::Sender<()>),
+}
+
+/// What a room is created with.
+#[derive(Debug, Default)]
+pub(crate) struct NewRoom {
+    pub empty_timeout: u32,
+    pub departure_timeout: u32,
+    pub max_participants: u32,
+    pub metadata: String,
+    pub agents: Vec<proto::RoomAgentDispatch>,
+}
+
+pub(crate) fn leave(reason: proto::DisconnectReason) -> Down {
+    Down::Leave(proto::LeaveRequest {
+        reason: reason.into(),
+        ..proto::LeaveRequest::default()
+    })
+}

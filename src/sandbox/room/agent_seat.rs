@@ -1,0 +1,111 @@
+//! An agent's place in a room: how it appears to the others, and the tracks that it plays on.
+
+use std::collections::HashMap;
+
+use livekit_protocol as proto;
+
+use crate::sandbox::agent::{Agent, Sound};
+use crate::sandbox::ids::{guid, unix_millis};
+
+/// An agent in the room.
+pub(super) struct Seat {
+    pub(super) info: proto::ParticipantInfo,
+    /// Who speaks on its behalf.
+    pub(super) avatar: Option<proto::ParticipantInfo>,
+    pub(super) agent: Agent,
+    pub(super) dispatch_id: String,
+    pub(super) visible: bool,
+    /// Ids of the callers' tracks that it subscribed to.
+    pub(super) listens_to: Vec<String>,
+    pub(super) voice: Option<Line>,
+    pub(super) background: Option<Line>,
+}
+
+/// A track that an agent plays on.
+pub(super) struct Line {
+    pub(super) track_sid: String,
+    pub(super) seq: u64,
+    pub(super) time: u32,
+}
+
+impl Seat {
+    /// The agent, and who speaks on its behalf.
+    pub(super) fn people(&self) -> impl Iterator<Item = &proto::ParticipantInfo> {
+        std::iter::once(&self.info).chain(&self.avatar)
+    }
+
+    pub(super) fn people_mut(&mut self) -> impl Iterator<Item = &mut proto::ParticipantInfo> {
+        std::iter::once(&mut self.info).chain(&mut self.avatar)
+    }
+
+    /// Who publishes it.
+    pub(super) fn speaker(&mut self, sound: Sound) -> &mut proto::ParticipantInfo {
+        match (sound, &mut self.avatar) {
+            (Sound::Voice, Some(avatar)) => avatar,
+            _ => &mut self.info,
+        }
+    }
+
+    pub(super) fn line(&mut self, sound: Sound) -> &mut Option<Line> {
+        match sound {
+            Sound::Voice => &mut self.voice,
+            Sound::Background => &mut self.background,
+        }
+    }
+}
+
+/// The server sets `lk.agent_name`, the worker `lk.agent.name`.
+pub(super) fn agent_info(job: &proto::Job) -> proto::ParticipantInfo {
+    let joined = unix_millis();
+    let mut attributes = HashMap::new();
+    if !job.agent_name.is_empty() {
+        attributes.insert("lk.agent_name".to_owned(), job.agent_name.clone());
+        attributes.insert("lk.agent.name".to_owned(), job.agent_name.clone());
+    }
+    let identity = job.state.as_ref().map(|s| s.participant_identity.clone());
+    proto::ParticipantInfo {
+        sid: guid("PA_"),
+        identity: identity.unwrap_or_default(),
+        state: proto::participant_info::State::Joined.into(),
+        joined_at: joined / 1000,
+        joined_at_ms: joined,
+        kind: proto::participant_info::Kind::Agent.into(),
+        attributes,
+        permission: Some(proto::ParticipantPermission {
+            can_subscribe: true,
+            can_publish: true,
+            can_publish_data: true,
+            can_update_metadata: true,
+            ..proto::ParticipantPermission::default()
+        }),
+        ..proto::ParticipantInfo::default()
+    }
+}
+
+/// As an avatar's worker joins beside the agent's.
+pub(super) fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::ParticipantInfo {
+    let on_behalf = ("lk.publish_on_behalf".to_owned(), agent.identity.clone());
+    proto::ParticipantInfo {
+        sid: guid("PA_"),
+        identity: format!("avatar-{room}"),
+        attributes: [on_behalf].into(),
+        ..agent.clone()
+    }
+}
+
+/// Named as livekit-agents does; its background sound has no source.
+pub(super) fn agent_track(sound: Sound) -> proto::TrackInfo {
+    let (name, source, mid) = match sound {
+        Sound::Voice => ("roomio_audio", proto::TrackSource::Microphone, "0"),
+        Sound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
+    };
+    proto::TrackInfo {
+        sid: guid("TR_AM"),
+        name: name.to_owned(),
+        source: source.into(),
+        mime_type: "audio/opus".to_owned(),
+        mid: mid.to_owned(),
+        stream: "camera".to_owned(),
+        ..proto::TrackInfo::default()
+    }
+}

@@ -1,0 +1,45 @@
+//! How a sandbox is set up.
+
+use std::path::PathBuf;
+
+use secrecy::{ExposeSecret as _, SecretString};
+
+use super::fault::Rule;
+
+/// How a sandbox is set up.
+#[derive(Debug, Clone)]
+pub struct SandboxSettings {
+    /// The TCP port on 127.0.0.1; 0 takes a free one.
+    pub port: u16,
+    pub api_key: String,
+    pub api_secret: SecretString,
+    /// The name that the demo agent registers under; an empty one is dispatched to every new room by itself.
+    pub agent_name: String,
+    /// Utterances that the agent answers in one room.
+    pub max_replies: u32,
+    pub faults: Vec<Rule>,
+    /// Where to append what the agents saw, heard and said: see [`report::SYNTAX`](super::report::SYNTAX).
+    pub report: Option<PathBuf>,
+}
+
+impl Default for SandboxSettings {
+    /// The key pair of `livekit-server --dev`, and an agent named `demo`.
+    fn default() -> Self {
+        Self {
+            port: 0,
+            api_key: "devkey".to_owned(),
+            api_secret: SecretString::from("secret"),
+            agent_name: "demo".to_owned(),
+            max_replies: 3,
+            faults: Vec::new(),
+            report: None,
+        }
+    }
+}
+
+impl SandboxSettings {
+    /// The key that signs and verifies tokens.
+    pub(crate) fn secret(&self) -> &str {
+        self.api_secret.expose_secret()
+    }
+}
