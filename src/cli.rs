@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 
 use crate::config::{DispatchMode, EchoMode, Engine, Problems, RampMode};
 use crate::probe::{Origin, Outcome};
-use crate::sandbox::fault::{self, Rule};
+use crate::sandbox::fault::{self, FaultRule};
 use crate::sandbox::report;
 
 mod check;
@@ -297,7 +297,7 @@ struct SandboxArgs {
 
     /// What goes wrong, as told below; may be given several times
     #[arg(long = "fault", value_name = "FAULT")]
-    faults: Vec<Rule>,
+    faults: Vec<FaultRule>,
 
     /// The name that the agent registers under; an empty one is sent to every new room
     #[arg(long, value_name = "NAME", default_value = "demo")]

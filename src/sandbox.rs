@@ -36,11 +36,11 @@ mod token;
 mod twirp;
 
 use demux::Demux;
-use fault::Rule;
+use fault::FaultRule;
 use peer::Net;
-use registry::Shared;
+use registry::Registry;
 
-pub use registry::Heard;
+pub use registry::CallerUtterance;
 pub use settings::SandboxSettings;
 
 /// The longest that tasks may take to end after shutdown; none of them waits for the network by then.
@@ -56,21 +56,21 @@ pub enum BindError {
     #[error("can't bind to loopback")]
     Loopback(#[from] io::Error),
     #[error("can't open the report {}", .path.display())]
-    Report { path: PathBuf, source: io::Error },
+    AgentReport { path: PathBuf, source: io::Error },
 }
 
 /// A sandbox that is bound and not yet running.
 pub struct Sandbox {
     listener: TcpListener,
     address: SocketAddr,
-    shared: Arc<Shared>,
-    report: Option<report::Writer>,
+    shared: Arc<Registry>,
+    report: Option<report::ReportWriter>,
 }
 
 /// A running sandbox's controls.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    shared: Arc<Registry>,
 }
 
 impl Sandbox {
@@ -95,7 +95,7 @@ impl Sandbox {
         let (report, writer) = match &settings.report {
             Some(path) => {
                 let opened = report::open(path).await;
-                let (report, writer) = opened.map_err(|source| BindError::Report {
+                let (report, writer) = opened.map_err(|source| BindError::AgentReport {
                     path: path.clone(),
                     source,
                 })?;
@@ -106,7 +106,7 @@ impl Sandbox {
         Ok(Self {
             listener,
             address,
-            shared: Arc::new(Shared::new(settings, net, report)),
+            shared: Arc::new(Registry::new(settings, net, report)),
             report: writer,
         })
     }
@@ -153,7 +153,7 @@ impl Sandbox {
 
 impl Handle {
     /// Replaces the faults; rooms that exist keep theirs, but for their HTTP and signal faults.
-    pub fn set_faults(&self, rules: Vec<Rule>) {
+    pub fn set_faults(&self, rules: Vec<FaultRule>) {
         self.shared.set_faults(rules);
     }
 
@@ -169,7 +169,7 @@ impl Handle {
     }
 
     /// What the agents heard, oldest first; the latest 10 000 utterances are kept.
-    pub fn heard(&self) -> Vec<Heard> {
+    pub fn heard(&self) -> Vec<CallerUtterance> {
         self.shared.heard()
     }
 }

@@ -18,7 +18,7 @@ use crate::batch::BatchEvent;
 use crate::daemon::Order;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
 use crate::report::BatchReport;
-use crate::sandbox::fault::{Rooms, Rule};
+use crate::sandbox::fault::{FaultRule, RoomSelector};
 use crate::sandbox::{Handle, Sandbox, SandboxSettings};
 use crate::telemetry;
 
@@ -127,11 +127,11 @@ impl Drill {
     }
 
     /// `seen`: the rooms that the sandbox has numbered so far.
-    fn rule(&self, rooms: usize, seen: u64) -> Rule {
+    fn rule(&self, rooms: usize, seen: u64) -> FaultRule {
         let (_, fault) = self.play.staging();
-        let mut rule: Rule = fault.parse().expect("a test reads every fault");
+        let mut rule: FaultRule = fault.parse().expect("a test reads every fault");
         if let Some(index) = self.only_room(rooms) {
-            rule.rooms = Rooms::Nth(seen + index as u64 + 1);
+            rule.rooms = RoomSelector::Nth(seen + index as u64 + 1);
         }
         rule
     }

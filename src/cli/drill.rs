@@ -22,7 +22,7 @@ use crate::daemon::Order;
 use crate::probe::driver::Fault;
 use crate::probe::{LimitKind, Outcome, Reason};
 use crate::report::BatchReport;
-use crate::sandbox::fault::Rule;
+use crate::sandbox::fault::FaultRule;
 use crate::sandbox::{Sandbox, SandboxSettings};
 use crate::telemetry;
 
@@ -187,7 +187,7 @@ struct Staging {
 }
 
 impl Staging {
-    fn of_sandbox(&self, on: bool) -> Vec<Rule> {
+    fn of_sandbox(&self, on: bool) -> Vec<FaultRule> {
         match self.how {
             Some(How::Sandbox(fault)) if on => {
                 vec![fault.parse().expect("a test reads every fault")]

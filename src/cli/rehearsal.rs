@@ -107,7 +107,7 @@ impl Wrong {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::fault::Rule;
+    use crate::sandbox::fault::FaultRule;
 
     #[test]
     fn every_reason_and_every_limit_can_be_played() {
@@ -124,7 +124,7 @@ mod tests {
     fn the_sandbox_knows_every_fault_that_is_its_own() {
         for rehearsal in ALL {
             if let How::Sandbox(fault) = rehearsal.how {
-                let read: Result<Rule, _> = fault.parse();
+                let read: Result<FaultRule, _> = fault.parse();
                 assert!(read.is_ok(), "{read:?}");
             }
         }

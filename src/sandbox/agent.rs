@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::fault::{Fault, Faults};
+use super::fault::{Faults, InjectedFault};
 
 /// An Opus frame is 20 ms of audio.
 pub(crate) const FRAME: Duration = Duration::from_millis(20);
@@ -24,13 +24,13 @@ const REPLY_DELAY: Duration = Duration::from_millis(500);
 const BEFORE_SPEAKING: Duration = Duration::from_millis(100);
 
 /// The agent's voice: 20 ms Opus frames, encoded once.
-pub(crate) struct Voice {
+pub(crate) struct VoiceClips {
     greeting: Vec<Arc<[u8]>>,
     reply: Vec<Arc<[u8]>>,
     silence: Arc<[u8]>,
 }
 
-impl Voice {
+impl VoiceClips {
     pub(crate) fn load() -> Self {
         Self {
             greeting: frames(include_bytes!("greeting.opusframes")),
@@ -54,13 +54,13 @@ fn frames(mut bytes: &[u8]) -> Vec<Arc<[u8]>> {
 
 /// How one agent behaves in one room.
 #[derive(Debug, Clone)]
-pub(crate) struct Script {
-    pub job: Job,
+pub(crate) struct AgentScript {
+    pub job: JobBehaviour,
     /// From the dispatch to the join.
     pub join_delay: Duration,
     /// Waits for its room's deletion, and so much longer, before it connects.
     pub late: Option<Duration>,
-    track: Track,
+    track: TrackBehaviour,
     leaves_after: Option<Duration>,
     /// `None`: never answers.
     reply_delay: Option<Duration>,
@@ -72,7 +72,7 @@ pub(crate) struct Script {
 
 /// What becomes of the job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Job {
+pub(crate) enum JobBehaviour {
     /// No worker takes it.
     Refused,
     /// A worker takes it and never joins.
@@ -81,21 +81,21 @@ pub(crate) enum Job {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Track {
+enum TrackBehaviour {
     None,
     WithoutPackets,
     Silent,
     Speaking,
 }
 
-impl Script {
+impl AgentScript {
     pub(crate) fn new(faults: &Faults, max_replies: u32) -> Self {
         let mut script = Self {
-            job: Job::Done,
+            job: JobBehaviour::Done,
             // What a worker with a warm process takes.
             join_delay: Duration::from_millis(fastrand::u64(120..320)),
             late: None,
-            track: Track::Speaking,
+            track: TrackBehaviour::Speaking,
             leaves_after: None,
             reply_delay: Some(REPLY_DELAY),
             max_replies,
@@ -104,55 +104,55 @@ impl Script {
         };
         for fault in faults.iter() {
             match fault {
-                Fault::JoinDelay(delay) => script.join_delay = *delay,
-                Fault::NeverAccepts => script.job = Job::Refused,
-                Fault::NeverJoins => script.job = Job::Taken,
-                Fault::NoTrack => script.track = Track::None,
-                Fault::SilentTrack => script.track = Track::Silent,
-                Fault::NoPackets => script.track = Track::WithoutPackets,
-                Fault::LeavesEarly(after) => script.leaves_after = Some(*after),
-                Fault::LateAfterDeletion(after) => script.late = Some(*after),
-                Fault::SlowReply(delay) => script.reply_delay = Some(*delay),
-                Fault::NoReply => script.reply_delay = None,
-                Fault::InferenceError(text) => script.error = Some(text.clone()),
+                InjectedFault::JoinDelay(delay) => script.join_delay = *delay,
+                InjectedFault::NeverAccepts => script.job = JobBehaviour::Refused,
+                InjectedFault::NeverJoins => script.job = JobBehaviour::Taken,
+                InjectedFault::NoTrack => script.track = TrackBehaviour::None,
+                InjectedFault::SilentTrack => script.track = TrackBehaviour::Silent,
+                InjectedFault::NoPackets => script.track = TrackBehaviour::WithoutPackets,
+                InjectedFault::LeavesEarly(after) => script.leaves_after = Some(*after),
+                InjectedFault::LateAfterDeletion(after) => script.late = Some(*after),
+                InjectedFault::SlowReply(delay) => script.reply_delay = Some(*delay),
+                InjectedFault::NoReply => script.reply_delay = None,
+                InjectedFault::InferenceError(text) => script.error = Some(text.clone()),
                 // Their being there says all, or they are the room's and not the agent's.
-                Fault::NeverPauses
-                | Fault::SpeaksAtOnce
-                | Fault::Background
-                | Fault::Avatar
-                | Fault::RestartsTrack
-                | Fault::Duplicate
-                | Fault::Stray
-                | Fault::NoMedia
-                | Fault::Http { .. }
-                | Fault::Signal { .. } => {}
+                InjectedFault::NeverPauses
+                | InjectedFault::SpeaksAtOnce
+                | InjectedFault::Background
+                | InjectedFault::Avatar
+                | InjectedFault::RestartsTrack
+                | InjectedFault::Duplicate
+                | InjectedFault::Stray
+                | InjectedFault::NoMedia
+                | InjectedFault::Http { .. }
+                | InjectedFault::Signal { .. } => {}
             }
         }
         script
     }
 
-    pub(crate) fn has(&self, fault: &Fault) -> bool {
+    pub(crate) fn has(&self, fault: &InjectedFault) -> bool {
         self.faults.has(fault)
     }
 }
 
 /// What the room does for its agent.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Act {
+pub(crate) enum AgentAction {
     /// Its media is up: the others see it now.
     Appear,
-    Publish(Sound),
+    Publish(AgentSound),
     /// Takes its voice away.
     Unpublish,
     /// Sets `lk.agent.state`.
     State(&'static str),
     /// Sends one frame; `first` marks the start of an utterance.
     Send {
-        sound: Sound,
+        sound: AgentSound,
         frame: Arc<[u8]>,
         first: bool,
     },
-    Heard(Utterance),
+    CallerUtterance(Utterance),
     /// It has said all of this.
     Said {
         clip: Clip,
@@ -160,14 +160,14 @@ pub(crate) enum Act {
         ended: Instant,
     },
     /// Reports an error on its session stream.
-    Report(String),
+    AgentReport(String),
     Leave,
 }
 
 /// Each has a track of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Sound {
-    Voice,
+pub(crate) enum AgentSound {
+    VoiceClips,
     Background,
 }
 
@@ -183,10 +183,10 @@ pub(crate) struct Utterance {
     pub over_agent: bool,
 }
 
-pub(crate) struct Agent {
-    script: Script,
-    voice: Arc<Voice>,
-    phase: Phase,
+pub(crate) struct DemoAgent {
+    script: AgentScript,
+    voice: Arc<VoiceClips>,
+    phase: AgentPhase,
     /// When the phase ends by itself.
     until: Option<Instant>,
     subscribed: bool,
@@ -194,12 +194,12 @@ pub(crate) struct Agent {
     next_frame: Option<Instant>,
     background: Background,
     speech_sent: Duration,
-    ear: Ear,
+    ear: CallerEar,
     replies: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+enum AgentPhase {
     /// Joined; its media comes up.
     Connecting,
     /// Seen by all; its session starts.
@@ -222,20 +222,20 @@ pub(crate) enum Clip {
     Reply,
 }
 
-impl Agent {
+impl DemoAgent {
     /// An agent that joins now.
-    pub(crate) fn new(script: Script, voice: Arc<Voice>, now: Instant) -> Self {
+    pub(crate) fn new(script: AgentScript, voice: Arc<VoiceClips>, now: Instant) -> Self {
         Self {
             script,
             voice,
-            phase: Phase::Connecting,
+            phase: AgentPhase::Connecting,
             until: Some(now + Duration::from_millis(fastrand::u64(30..80))),
             subscribed: false,
             caller_published: false,
             next_frame: None,
             background: Background::default(),
             speech_sent: Duration::ZERO,
-            ear: Ear::default(),
+            ear: CallerEar::default(),
             replies: 0,
         }
     }
@@ -255,30 +255,35 @@ impl Agent {
     /// A caller has subscribed to the agent's voice.
     pub(crate) fn on_subscribed(&mut self, now: Instant) {
         self.subscribed = true;
-        if matches!(self.script.track, Track::Silent | Track::Speaking) {
+        if matches!(
+            self.script.track,
+            TrackBehaviour::Silent | TrackBehaviour::Speaking
+        ) {
             self.next_frame.get_or_insert(now);
         }
     }
 
     /// A frame of the caller's audio arrived.
     pub(crate) fn on_caller_frame(&mut self, bytes: usize, now: Instant) {
-        let speaking = matches!(self.phase, Phase::Speaking { .. });
+        let speaking = matches!(self.phase, AgentPhase::Speaking { .. });
         self.ear.on_frame(bytes, speaking, now);
     }
 
     /// Does what is due at `now`.
-    pub(crate) fn on_time(&mut self, now: Instant) -> Vec<Act> {
+    pub(crate) fn on_time(&mut self, now: Instant) -> Vec<AgentAction> {
         let mut acts = Vec::new();
         if self.until.is_some_and(|until| until <= now) {
             self.until = None;
             self.next_phase(now, &mut acts);
         }
         let heard = self.subscribed && self.caller_published;
-        if self.phase == Phase::Waiting && (heard || self.script.has(&Fault::SpeaksAtOnce)) {
+        if self.phase == AgentPhase::Waiting
+            && (heard || self.script.has(&InjectedFault::SpeaksAtOnce))
+        {
             self.begin(now, &mut acts);
         }
         if let Some(utterance) = self.ear.on_time(now) {
-            acts.push(Act::Heard(utterance));
+            acts.push(AgentAction::CallerUtterance(utterance));
             self.answer(utterance, now, &mut acts);
         }
         self.send_due_frames(now, &mut acts);
@@ -286,84 +291,87 @@ impl Agent {
         acts
     }
 
-    fn next_phase(&mut self, now: Instant, acts: &mut Vec<Act>) {
+    fn next_phase(&mut self, now: Instant, acts: &mut Vec<AgentAction>) {
         match self.phase {
-            Phase::Connecting => {
-                self.phase = Phase::Starting;
+            AgentPhase::Connecting => {
+                self.phase = AgentPhase::Starting;
                 self.until = Some(now + Duration::from_millis(fastrand::u64(20..50)));
-                acts.push(Act::Appear);
+                acts.push(AgentAction::Appear);
             }
-            Phase::Starting => {
-                self.phase = Phase::Waiting;
-                acts.push(Act::State("initializing"));
-                if self.script.track != Track::None {
-                    acts.push(Act::Publish(Sound::Voice));
+            AgentPhase::Starting => {
+                self.phase = AgentPhase::Waiting;
+                acts.push(AgentAction::State("initializing"));
+                if self.script.track != TrackBehaviour::None {
+                    acts.push(AgentAction::Publish(AgentSound::VoiceClips));
                     // A session listens as soon as its output is published, before a packet of it can have come.
-                    acts.push(Act::State("listening"));
+                    acts.push(AgentAction::State("listening"));
                 }
-                if self.script.has(&Fault::Background) {
-                    acts.push(Act::Publish(Sound::Background));
+                if self.script.has(&InjectedFault::Background) {
+                    acts.push(AgentAction::Publish(AgentSound::Background));
                     self.background.next_frame = Some(now);
                 }
             }
-            Phase::Thinking if self.script.has(&Fault::RestartsTrack) => {
-                self.phase = Phase::Waiting;
+            AgentPhase::Thinking if self.script.has(&InjectedFault::RestartsTrack) => {
+                self.phase = AgentPhase::Waiting;
                 self.subscribed = false;
                 self.next_frame = None;
-                acts.extend([Act::Unpublish, Act::Publish(Sound::Voice)]);
+                acts.extend([
+                    AgentAction::Unpublish,
+                    AgentAction::Publish(AgentSound::VoiceClips),
+                ]);
             }
-            Phase::BeforeSpeaking | Phase::Thinking => self.speak(now, acts),
-            Phase::Waiting | Phase::Speaking { .. } | Phase::Listening => {}
+            AgentPhase::BeforeSpeaking | AgentPhase::Thinking => self.speak(now, acts),
+            AgentPhase::Waiting | AgentPhase::Speaking { .. } | AgentPhase::Listening => {}
         }
     }
 
     /// Its caller is there.
-    fn begin(&mut self, now: Instant, acts: &mut Vec<Act>) {
+    fn begin(&mut self, now: Instant, acts: &mut Vec<AgentAction>) {
         if let Some(error) = self.script.error.take() {
-            acts.push(Act::Report(error));
-            self.script.track = Track::Silent;
+            acts.push(AgentAction::AgentReport(error));
+            self.script.track = TrackBehaviour::Silent;
         }
-        if self.script.track == Track::Speaking {
+        if self.script.track == TrackBehaviour::Speaking {
             self.next_frame.get_or_insert(now);
-            self.phase = Phase::BeforeSpeaking;
+            self.phase = AgentPhase::BeforeSpeaking;
             self.until = Some(now + BEFORE_SPEAKING);
         } else {
-            self.phase = Phase::Listening;
+            self.phase = AgentPhase::Listening;
         }
     }
 
-    fn speak(&mut self, now: Instant, acts: &mut Vec<Act>) {
+    fn speak(&mut self, now: Instant, acts: &mut Vec<AgentAction>) {
         let clip = if self.replies == 0 {
             Clip::Greeting
         } else {
             Clip::Reply
         };
-        self.phase = Phase::Speaking {
+        self.phase = AgentPhase::Speaking {
             clip,
             began: now,
             frame: 0,
         };
-        acts.push(Act::State("speaking"));
+        acts.push(AgentAction::State("speaking"));
     }
 
-    fn answer(&mut self, utterance: Utterance, now: Instant, acts: &mut Vec<Act>) {
-        let may = self.phase == Phase::Listening
+    fn answer(&mut self, utterance: Utterance, now: Instant, acts: &mut Vec<AgentAction>) {
+        let may = self.phase == AgentPhase::Listening
             && !utterance.over_agent
             && self.replies < self.script.max_replies
-            && self.script.track == Track::Speaking;
+            && self.script.track == TrackBehaviour::Speaking;
         if let (true, Some(delay)) = (may, self.script.reply_delay) {
             self.replies += 1;
-            self.phase = Phase::Thinking;
+            self.phase = AgentPhase::Thinking;
             self.until = Some(now + delay);
-            acts.push(Act::State("thinking"));
+            acts.push(AgentAction::State("thinking"));
         }
     }
 
-    fn send_due_frames(&mut self, now: Instant, acts: &mut Vec<Act>) {
+    fn send_due_frames(&mut self, now: Instant, acts: &mut Vec<AgentAction>) {
         while take_due(&mut self.next_frame, now) {
             let (frame, first) = self.next_audio(now, acts);
-            let sound = Sound::Voice;
-            acts.push(Act::Send {
+            let sound = AgentSound::VoiceClips;
+            acts.push(AgentAction::Send {
                 sound,
                 frame,
                 first,
@@ -374,32 +382,32 @@ impl Agent {
                 .is_some_and(|after| self.speech_sent >= after)
             {
                 self.next_frame = None;
-                acts.push(Act::Leave);
+                acts.push(AgentAction::Leave);
             }
         }
     }
 
-    fn next_audio(&mut self, now: Instant, acts: &mut Vec<Act>) -> (Arc<[u8]>, bool) {
-        let Phase::Speaking { clip, began, frame } = self.phase else {
+    fn next_audio(&mut self, now: Instant, acts: &mut Vec<AgentAction>) -> (Arc<[u8]>, bool) {
+        let AgentPhase::Speaking { clip, began, frame } = self.phase else {
             return (Arc::clone(&self.voice.silence), false);
         };
         let frames = match clip {
             Clip::Greeting => &self.voice.greeting,
             Clip::Reply => &self.voice.reply,
         };
-        let at = if self.script.has(&Fault::NeverPauses) {
+        let at = if self.script.has(&InjectedFault::NeverPauses) {
             frame % frames.len()
         } else {
             frame
         };
         let Some(audio) = frames.get(at) else {
-            self.phase = Phase::Listening;
+            self.phase = AgentPhase::Listening;
             let ended = now;
-            acts.push(Act::Said { clip, began, ended });
-            acts.push(Act::State("listening"));
+            acts.push(AgentAction::Said { clip, began, ended });
+            acts.push(AgentAction::State("listening"));
             return (Arc::clone(&self.voice.silence), false);
         };
-        self.phase = Phase::Speaking {
+        self.phase = AgentPhase::Speaking {
             clip,
             began,
             frame: frame + 1,
@@ -428,11 +436,11 @@ struct Background {
 }
 
 impl Background {
-    fn due_frames(&mut self, voice: &Voice, now: Instant) -> Vec<Act> {
+    fn due_frames(&mut self, voice: &VoiceClips, now: Instant) -> Vec<AgentAction> {
         let mut acts = Vec::new();
         while take_due(&mut self.next_frame, now) {
-            acts.push(Act::Send {
-                sound: Sound::Background,
+            acts.push(AgentAction::Send {
+                sound: AgentSound::Background,
                 frame: Arc::clone(&voice.reply[self.sent % voice.reply.len()]),
                 first: self.sent == 0,
             });
@@ -444,7 +452,7 @@ impl Background {
 
 /// Hears utterances by the size of their frames.
 #[derive(Default)]
-struct Ear {
+struct CallerEar {
     /// Frames of speech in a row, before an utterance.
     run: u32,
     run_started: Option<Instant>,
@@ -458,7 +466,7 @@ struct Open {
     over_agent: bool,
 }
 
-impl Ear {
+impl CallerEar {
     fn on_frame(&mut self, bytes: usize, agent_speaks: bool, now: Instant) {
         if bytes <= SPEECH_BYTES {
             self.run = 0;

@@ -7,7 +7,7 @@ use proto::signal_request::Message as Up;
 use proto::signal_response::Message as Down;
 use tokio::sync::{mpsc, oneshot};
 
-use super::agent::Script;
+use super::agent::AgentScript;
 
 /// Who joins: what its token says, and how it wants to be served.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(crate) struct Newcomer {
 }
 
 /// A seat in the room: the number to speak under, and what the server says.
-pub(crate) struct Joined {
+pub(crate) struct JoinedClient {
     pub number: u64,
     pub join: Box<proto::JoinResponse>,
     pub messages: mpsc::Receiver<Down>,
@@ -33,8 +33,11 @@ pub(crate) struct Joined {
 #[derive(Debug)]
 pub(crate) struct RoomFull;
 
-pub(crate) enum Command {
-    Join(Box<Newcomer>, oneshot::Sender<Result<Joined, RoomFull>>),
+pub(crate) enum RoomCommand {
+    Join(
+        Box<Newcomer>,
+        oneshot::Sender<Result<JoinedClient, RoomFull>>,
+    ),
     Signal(u64, Box<Up>),
     SignalClosed(u64),
     Info(oneshot::Sender<proto::Room>),
@@ -43,7 +46,7 @@ pub(crate) enum Command {
     /// Whether there was such a participant.
     Remove(String, oneshot::Sender<bool>),
     /// `None`: the room holds too many dispatches.
-    Dispatch(
+    RoomDispatch(
         Box<proto::AgentDispatch>,
         oneshot::Sender<Option<proto::AgentDispatch>>,
     ),
@@ -51,13 +54,13 @@ pub(crate) enum Command {
     DeleteDispatch(String, oneshot::Sender<Option<proto::AgentDispatch>>),
     JobAccepted(Box<proto::Job>),
     /// An agent's process has reached the room.
-    AgentJoin(Box<proto::Job>, Box<Script>),
+    AgentJoin(Box<proto::Job>, Box<AgentScript>),
     Close(oneshot::Sender<()>),
 }
 
 /// What a room is created with.
 #[derive(Debug, Default)]
-pub(crate) struct NewRoom {
+pub(crate) struct RoomOptions {
     pub empty_timeout: u32,
     pub departure_timeout: u32,
     pub max_participants: u32,

@@ -30,7 +30,7 @@ pub(crate) struct PeerId {
 
 /// A datagram on its way to a room.
 #[derive(Debug)]
-pub(crate) struct Datagram {
+pub(crate) struct RoutedDatagram {
     pub peer: PeerId,
     pub at: Instant,
     pub source: SocketAddr,
@@ -39,26 +39,26 @@ pub(crate) struct Datagram {
 
 #[derive(Default)]
 pub(crate) struct Demux {
-    routes: Mutex<Routes>,
+    routes: Mutex<DatagramRoutes>,
 }
 
 #[derive(Default)]
-struct Routes {
-    sessions: HashMap<u64, Session>,
+struct DatagramRoutes {
+    sessions: HashMap<u64, IceSession>,
     by_ufrag: HashMap<String, u64>,
     by_address: HashMap<SocketAddr, u64>,
     next: u64,
 }
 
-struct Session {
+struct IceSession {
     peer: PeerId,
-    room: mpsc::Sender<Datagram>,
+    room: mpsc::Sender<RoutedDatagram>,
     ufrag: String,
     addresses: Vec<SocketAddr>,
 }
 
 /// A registered peer connection; dropping it ends the routing.
-pub(crate) struct Registration {
+pub(crate) struct PeerRegistration {
     demux: std::sync::Arc<Demux>,
     session: u64,
 }
@@ -69,20 +69,20 @@ impl Demux {
         self: &std::sync::Arc<Self>,
         ufrag: &str,
         peer: PeerId,
-        room: mpsc::Sender<Datagram>,
-    ) -> Registration {
+        room: mpsc::Sender<RoutedDatagram>,
+    ) -> PeerRegistration {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         let session = routes.next;
         routes.next += 1;
         routes.by_ufrag.insert(ufrag.to_owned(), session);
-        let entry = Session {
+        let entry = IceSession {
             peer,
             room,
             ufrag: ufrag.to_owned(),
             addresses: Vec::new(),
         };
         routes.sessions.insert(session, entry);
-        Registration {
+        PeerRegistration {
             demux: std::sync::Arc::clone(self),
             session,
         }
@@ -98,7 +98,7 @@ impl Demux {
         let Some(entry) = session.and_then(|session| routes.sessions.get(&session)) else {
             return;
         };
-        let datagram = Datagram {
+        let datagram = RoutedDatagram {
             peer: entry.peer,
             at: Instant::now(),
             source,
@@ -120,7 +120,7 @@ impl Demux {
     }
 }
 
-impl Routes {
+impl DatagramRoutes {
     /// The session that owns `ufrag`; `source` leads there from now on.
     fn learn(&mut self, ufrag: &str, source: SocketAddr) -> Option<u64> {
         let session = *self.by_ufrag.get(ufrag)?;
@@ -137,7 +137,7 @@ impl Routes {
     }
 }
 
-impl Drop for Registration {
+impl Drop for PeerRegistration {
     fn drop(&mut self) {
         let mut routes = self
             .demux

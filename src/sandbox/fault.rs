@@ -12,20 +12,20 @@ use serde::{Deserialize, Serialize};
 /// One fault and the rooms that it holds for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Rule {
-    pub rooms: Rooms,
-    pub fault: Fault,
+pub struct FaultRule {
+    pub rooms: RoomSelector,
+    pub fault: InjectedFault,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rooms {
+pub enum RoomSelector {
     All,
     /// The n-th room of this sandbox, from 1.
     Nth(u64),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub enum InjectedFault {
     /// The agent joins this long after its dispatch.
     JoinDelay(Duration),
     /// No worker takes the job: the dispatch never lists one.
@@ -66,11 +66,11 @@ pub enum Fault {
     NoMedia,
     Http {
         step: HttpStep,
-        answer: Answer,
+        answer: FaultAnswer,
     },
     Signal {
         step: SignalStep,
-        action: Action,
+        action: FaultAction,
     },
 }
 
@@ -97,7 +97,7 @@ pub enum SignalStep {
 
 /// What an HTTP request gets instead of its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum FaultAnswer {
     /// 429, as Twirp JSON or as a proxy's HTML page.
     TooMany {
         retry_after: Option<Duration>,
@@ -120,7 +120,7 @@ pub enum Answer {
 
 /// What happens on the signal socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
+pub enum FaultAction {
     /// `Leave` with `JOIN_FAILURE`.
     Leave,
     /// `Leave` with `PARTICIPANT_REMOVED`.
@@ -132,7 +132,7 @@ pub enum Action {
 
 /// For `--help`: every fault with its form.
 pub const SYNTAX: &str = "\
-A fault is [roomN:]NAME[=VALUE]; without roomN: it holds for every room. Rooms count from 1.
+A fault is [roomN:]NAME[=VALUE]; without roomN: it holds for every room. RoomSelector count from 1.
 The agent:
   join_delay=2s            joins late
   never_accepts            no worker takes the job
@@ -170,7 +170,7 @@ pub struct FaultError {
     problem: String,
 }
 
-impl FromStr for Rule {
+impl FromStr for FaultRule {
     type Err = FaultError;
 
     fn from_str(text: &str) -> Result<Self, FaultError> {
@@ -181,7 +181,7 @@ impl FromStr for Rule {
     }
 }
 
-impl TryFrom<String> for Rule {
+impl TryFrom<String> for FaultRule {
     type Error = FaultError;
 
     fn try_from(text: String) -> Result<Self, FaultError> {
@@ -189,22 +189,22 @@ impl TryFrom<String> for Rule {
     }
 }
 
-impl From<Rule> for String {
-    fn from(rule: Rule) -> Self {
+impl From<FaultRule> for String {
+    fn from(rule: FaultRule) -> Self {
         rule.to_string()
     }
 }
 
-fn parse(text: &str) -> Result<Rule, String> {
+fn parse(text: &str) -> Result<FaultRule, String> {
     let (rooms, fault) = match text.strip_prefix("room").and_then(|t| t.split_once(':')) {
-        Some((number, fault)) => (Rooms::Nth(parse_number(number)?), fault),
-        None => (Rooms::All, text),
+        Some((number, fault)) => (RoomSelector::Nth(parse_number(number)?), fault),
+        None => (RoomSelector::All, text),
     };
     let (name, value) = match fault.split_once('=') {
         Some((name, value)) => (name.trim(), Some(value.trim())),
         None => (fault.trim(), None),
     };
-    Ok(Rule {
+    Ok(FaultRule {
         rooms,
         fault: parse_fault(name, value)?,
     })
@@ -219,46 +219,46 @@ fn parse_number(number: &str) -> Result<u64, String> {
     }
 }
 
-fn parse_fault(name: &str, value: Option<&str>) -> Result<Fault, String> {
+fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String> {
     let duration = || {
         let value = value.ok_or_else(|| format!("needs a duration, as in {name}=2s"))?;
         parse_duration(value)
     };
-    let plain = |fault: Fault| match value {
+    let plain = |fault: InjectedFault| match value {
         None => Ok(fault),
         Some(_) => Err(format!("{name} takes no value")),
     };
     match name {
-        "join_delay" => Ok(Fault::JoinDelay(duration()?)),
-        "leaves_early" => Ok(Fault::LeavesEarly(duration()?)),
-        "late_after_deletion" => Ok(Fault::LateAfterDeletion(duration()?)),
-        "slow_reply" => Ok(Fault::SlowReply(duration()?)),
-        "never_accepts" => plain(Fault::NeverAccepts),
-        "never_joins" => plain(Fault::NeverJoins),
-        "no_track" => plain(Fault::NoTrack),
-        "silent_track" => plain(Fault::SilentTrack),
-        "no_packets" => plain(Fault::NoPackets),
-        "never_pauses" => plain(Fault::NeverPauses),
-        "speaks_at_once" => plain(Fault::SpeaksAtOnce),
-        "background" => plain(Fault::Background),
-        "avatar" => plain(Fault::Avatar),
-        "restarts_track" => plain(Fault::RestartsTrack),
-        "duplicate" => plain(Fault::Duplicate),
-        "stray" => plain(Fault::Stray),
-        "no_reply" => plain(Fault::NoReply),
-        "no_media" => plain(Fault::NoMedia),
-        "inference_error" => Ok(Fault::InferenceError(
+        "join_delay" => Ok(InjectedFault::JoinDelay(duration()?)),
+        "leaves_early" => Ok(InjectedFault::LeavesEarly(duration()?)),
+        "late_after_deletion" => Ok(InjectedFault::LateAfterDeletion(duration()?)),
+        "slow_reply" => Ok(InjectedFault::SlowReply(duration()?)),
+        "never_accepts" => plain(InjectedFault::NeverAccepts),
+        "never_joins" => plain(InjectedFault::NeverJoins),
+        "no_track" => plain(InjectedFault::NoTrack),
+        "silent_track" => plain(InjectedFault::SilentTrack),
+        "no_packets" => plain(InjectedFault::NoPackets),
+        "never_pauses" => plain(InjectedFault::NeverPauses),
+        "speaks_at_once" => plain(InjectedFault::SpeaksAtOnce),
+        "background" => plain(InjectedFault::Background),
+        "avatar" => plain(InjectedFault::Avatar),
+        "restarts_track" => plain(InjectedFault::RestartsTrack),
+        "duplicate" => plain(InjectedFault::Duplicate),
+        "stray" => plain(InjectedFault::Stray),
+        "no_reply" => plain(InjectedFault::NoReply),
+        "no_media" => plain(InjectedFault::NoMedia),
+        "inference_error" => Ok(InjectedFault::InferenceError(
             value.unwrap_or(INFERENCE_ERROR).to_owned(),
         )),
         _ => parse_step(name, value),
     }
 }
 
-fn parse_step(name: &str, value: Option<&str>) -> Result<Fault, String> {
+fn parse_step(name: &str, value: Option<&str>) -> Result<InjectedFault, String> {
     let missing = || format!("needs a value, as in {name}=drop");
     if let Some((step, _)) = HTTP_STEPS.iter().find(|(_, text)| *text == name) {
         let answer = parse_answer(value.ok_or_else(missing)?)?;
-        return Ok(Fault::Http {
+        return Ok(InjectedFault::Http {
             step: *step,
             answer,
         });
@@ -269,21 +269,21 @@ fn parse_step(name: &str, value: Option<&str>) -> Result<Fault, String> {
         _ => return Err(format!("{name:?} is not the name of a fault")),
     };
     let action = match value.ok_or_else(missing)? {
-        "leave" => Action::Leave,
-        "remove" => Action::Remove,
-        "drop" => Action::Drop,
-        "hang" => Action::Hang,
-        "flood" => Action::Flood,
+        "leave" => FaultAction::Leave,
+        "remove" => FaultAction::Remove,
+        "drop" => FaultAction::Drop,
+        "hang" => FaultAction::Hang,
+        "flood" => FaultAction::Flood,
         other => {
             return Err(format!(
                 "{other:?} is none of leave, remove, drop, hang, flood"
             ));
         }
     };
-    Ok(Fault::Signal { step, action })
+    Ok(InjectedFault::Signal { step, action })
 }
 
-fn parse_answer(value: &str) -> Result<Answer, String> {
+fn parse_answer(value: &str) -> Result<FaultAnswer, String> {
     let mut parts = value.split(',').map(str::trim);
     let head = parts.next().unwrap_or_default();
     let (mut retry_after, mut html) = (None, false);
@@ -296,15 +296,15 @@ fn parse_answer(value: &str) -> Result<Answer, String> {
         }
     }
     match head {
-        "429" => Ok(Answer::TooMany { retry_after, html }),
-        "resource_exhausted" => Ok(Answer::ResourceExhausted),
-        "quota" => Ok(Answer::Quota),
-        "unnamed" => Ok(Answer::Unnamed),
-        "503" => Ok(Answer::NodeLimit),
-        "500" => Ok(Answer::ServerError),
-        "drop" => Ok(Answer::Drop),
-        "hang" => Ok(Answer::Hang),
-        "flood" => Ok(Answer::Flood),
+        "429" => Ok(FaultAnswer::TooMany { retry_after, html }),
+        "resource_exhausted" => Ok(FaultAnswer::ResourceExhausted),
+        "quota" => Ok(FaultAnswer::Quota),
+        "unnamed" => Ok(FaultAnswer::Unnamed),
+        "503" => Ok(FaultAnswer::NodeLimit),
+        "500" => Ok(FaultAnswer::ServerError),
+        "drop" => Ok(FaultAnswer::Drop),
+        "hang" => Ok(FaultAnswer::Hang),
+        "flood" => Ok(FaultAnswer::Flood),
         _ => Err(format!(
             "{head:?} is none of 429, resource_exhausted, quota, unnamed, 503, 500, drop, hang, flood"
         )),
@@ -326,16 +326,16 @@ const HTTP_STEPS: [(HttpStep, &str); 7] = [
     (HttpStep::Upgrade, "upgrade"),
 ];
 
-impl fmt::Display for Rule {
+impl fmt::Display for FaultRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Rooms::Nth(number) = self.rooms {
+        if let RoomSelector::Nth(number) = self.rooms {
             write!(f, "room{number}:")?;
         }
         self.fault.fmt(f)
     }
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for InjectedFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let timed = |f: &mut fmt::Formatter<'_>, name, time: &Duration| {
             write!(f, "{name}={}", compact(*time))
@@ -370,11 +370,11 @@ impl fmt::Display for Fault {
                     SignalStep::AfterJoin => "after_join",
                 };
                 let action = match action {
-                    Action::Leave => "leave",
-                    Action::Remove => "remove",
-                    Action::Drop => "drop",
-                    Action::Hang => "hang",
-                    Action::Flood => "flood",
+                    FaultAction::Leave => "leave",
+                    FaultAction::Remove => "remove",
+                    FaultAction::Drop => "drop",
+                    FaultAction::Hang => "hang",
+                    FaultAction::Flood => "flood",
                 };
                 write!(f, "{step}={action}")
             }
@@ -382,7 +382,7 @@ impl fmt::Display for Fault {
     }
 }
 
-impl fmt::Display for Answer {
+impl fmt::Display for FaultAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooMany { retry_after, html } => {
@@ -412,14 +412,14 @@ fn compact(time: Duration) -> String {
 
 /// The faults of one room.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Faults(Vec<Fault>);
+pub(crate) struct Faults(Vec<InjectedFault>);
 
 impl Faults {
     /// Those of `rules` that hold for room `number`.
-    pub(crate) fn of_room(rules: &[Rule], number: u64) -> Self {
-        let holds = |rule: &&Rule| match rule.rooms {
-            Rooms::All => true,
-            Rooms::Nth(nth) => nth == number,
+    pub(crate) fn of_room(rules: &[FaultRule], number: u64) -> Self {
+        let holds = |rule: &&FaultRule| match rule.rooms {
+            RoomSelector::All => true,
+            RoomSelector::Nth(nth) => nth == number,
         };
         Self(
             rules
@@ -430,18 +430,18 @@ impl Faults {
         )
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Fault> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &InjectedFault> {
         self.0.iter()
     }
 
-    pub(crate) fn has(&self, fault: &Fault) -> bool {
+    pub(crate) fn has(&self, fault: &InjectedFault) -> bool {
         self.0.contains(fault)
     }
 
     /// What request `step` gets instead of its answer.
-    pub(crate) fn answer(&self, step: HttpStep) -> Option<&Answer> {
+    pub(crate) fn answer(&self, step: HttpStep) -> Option<&FaultAnswer> {
         self.iter().find_map(|fault| match fault {
-            Fault::Http { step: at, answer }
+            InjectedFault::Http { step: at, answer }
                 if *at == step || (*at == HttpStep::Api && step != HttpStep::Upgrade) =>
             {
                 Some(answer)
@@ -450,9 +450,9 @@ impl Faults {
         })
     }
 
-    pub(crate) fn action(&self, at: SignalStep) -> Option<Action> {
+    pub(crate) fn action(&self, at: SignalStep) -> Option<FaultAction> {
         self.iter().find_map(|fault| match fault {
-            Fault::Signal { step, action } if *step == at => Some(*action),
+            InjectedFault::Signal { step, action } if *step == at => Some(*action),
             _ => None,
         })
     }
@@ -498,16 +498,16 @@ mod tests {
             "after_join=flood",
         ];
         for text in texts {
-            let rule: Rule = text.parse().unwrap();
+            let rule: FaultRule = text.parse().unwrap();
             assert_eq!(rule.to_string(), text);
             let json = serde_json::to_string(&rule).unwrap();
-            assert_eq!(serde_json::from_str::<Rule>(&json).unwrap(), rule);
+            assert_eq!(serde_json::from_str::<FaultRule>(&json).unwrap(), rule);
         }
     }
 
     #[test]
     fn a_wrong_fault_says_what_is_wrong_with_it() {
-        let problem = |text: &str| text.parse::<Rule>().unwrap_err().to_string();
+        let problem = |text: &str| text.parse::<FaultRule>().unwrap_err().to_string();
         assert_eq!(
             problem("jion_delay=2s"),
             "fault \"jion_delay=2s\": \"jion_delay\" is not the name of a fault"
@@ -527,16 +527,19 @@ mod tests {
             "room2:no_track".parse().unwrap(),
             "no_reply".parse().unwrap(),
         ];
-        assert!(Faults::of_room(&rules, 2).has(&Fault::NoTrack));
-        assert!(!Faults::of_room(&rules, 1).has(&Fault::NoTrack));
-        assert!(Faults::of_room(&rules, 1).has(&Fault::NoReply));
+        assert!(Faults::of_room(&rules, 2).has(&InjectedFault::NoTrack));
+        assert!(!Faults::of_room(&rules, 1).has(&InjectedFault::NoTrack));
+        assert!(Faults::of_room(&rules, 1).has(&InjectedFault::NoReply));
     }
 
     #[test]
     fn an_api_fault_spares_the_signal_upgrade() {
         let rules = ["api=drop".parse().unwrap()];
         let faults = Faults::of_room(&rules, 1);
-        assert_eq!(faults.answer(HttpStep::CreateRoom), Some(&Answer::Drop));
+        assert_eq!(
+            faults.answer(HttpStep::CreateRoom),
+            Some(&FaultAnswer::Drop)
+        );
         assert_eq!(faults.answer(HttpStep::Upgrade), None);
     }
 }

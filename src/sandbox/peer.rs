@@ -17,7 +17,7 @@ use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::demux::{Datagram, Demux, PeerId, Registration, Side};
+use super::demux::{Demux, PeerId, PeerRegistration, RoutedDatagram, Side};
 
 /// Candidates kept while the client's description is still on its way.
 const MAX_EARLY_CANDIDATES: usize = 32;
@@ -32,14 +32,14 @@ pub(crate) struct Net {
     pub demux: Arc<Demux>,
 }
 
-pub(crate) struct Peer {
+pub(crate) struct ClientPeer {
     rtc: Rtc,
     net: Arc<Net>,
-    _registration: Registration,
+    _registration: PeerRegistration,
     ufrag: String,
     /// When str0m wants to be told the time.
     pub deadline: Instant,
-    pub events: VecDeque<PeerEvent>,
+    pub events: VecDeque<ClientPeerEvent>,
     remote_known: bool,
     early: Vec<Candidate>,
     pending: Option<(u32, SdpPendingOffer)>,
@@ -48,15 +48,15 @@ pub(crate) struct Peer {
     lossy: Option<ChannelId>,
 }
 
-pub(crate) enum PeerEvent {
+pub(crate) enum ClientPeerEvent {
     Connected,
     Disconnected,
-    Audio(Audio),
+    AudioPacket(AudioPacket),
     Data { packet: Vec<u8>, reliable: bool },
 }
 
 /// One packet of a client's audio.
-pub(crate) struct Audio {
+pub(crate) struct AudioPacket {
     pub mid: Mid,
     pub seq: u64,
     pub time: u32,
@@ -78,11 +78,11 @@ pub(crate) struct NewTrack {
     pub track_id: String,
 }
 
-impl Peer {
+impl ClientPeer {
     pub(crate) fn new(
         id: PeerId,
         net: &Arc<Net>,
-        room: mpsc::Sender<Datagram>,
+        room: mpsc::Sender<RoutedDatagram>,
         now: Instant,
     ) -> Self {
         let mut extensions = ExtensionMap::empty();
@@ -233,10 +233,10 @@ impl Peer {
     /// Takes a trickled candidate; one that is no UDP host candidate of ours to use is ignored.
     pub(crate) fn add_candidate(&mut self, candidate_init: &str, now: Instant) {
         #[derive(serde::Deserialize)]
-        struct Init {
+        struct CandidateInit {
             candidate: String,
         }
-        let Ok(init) = serde_json::from_str::<Init>(candidate_init) else {
+        let Ok(init) = serde_json::from_str::<CandidateInit>(candidate_init) else {
             return;
         };
         let Ok(candidate) = Candidate::from_sdp_string(&init.candidate) else {
@@ -254,7 +254,7 @@ impl Peer {
         }
     }
 
-    pub(crate) fn on_datagram(&mut self, datagram: &Datagram) {
+    pub(crate) fn on_datagram(&mut self, datagram: &RoutedDatagram) {
         let Ok(receive) = Receive::new(
             Protocol::Udp,
             datagram.source,
@@ -281,11 +281,11 @@ impl Peer {
     fn fail(&mut self, error: &RtcError) {
         tracing::debug!(%error, "a peer connection broke");
         self.rtc.disconnect();
-        self.events.push_back(PeerEvent::Disconnected);
+        self.events.push_back(ClientPeerEvent::Disconnected);
     }
 
     /// Sends one audio packet; nothing before the m-line is negotiated.
-    pub(crate) fn send_audio(&mut self, mid: Mid, audio: &Audio, now: Instant) {
+    pub(crate) fn send_audio(&mut self, mid: Mid, audio: &AudioPacket, now: Instant) {
         let Some(pt) = self
             .rtc
             .media(mid)
@@ -346,16 +346,16 @@ impl Peer {
 
     fn on_event(&mut self, event: Event) {
         let event = match event {
-            Event::Connected => PeerEvent::Connected,
+            Event::Connected => ClientPeerEvent::Connected,
             Event::IceConnectionStateChange(IceConnectionState::Disconnected) | Event::Closed => {
-                PeerEvent::Disconnected
+                ClientPeerEvent::Disconnected
             }
             Event::RtpPacket(packet) => {
                 let ssrc = packet.header.ssrc;
                 let Some(mid) = self.rtc.direct_api().stream_rx(&ssrc).map(|rx| rx.mid()) else {
                     return;
                 };
-                PeerEvent::Audio(Audio {
+                ClientPeerEvent::AudioPacket(AudioPacket {
                     mid,
                     seq: *packet.seq_no,
                     time: packet.header.timestamp,
@@ -370,7 +370,7 @@ impl Peer {
                         .config()
                         .is_some_and(|config| config.label == "_lossy")
                 });
-                PeerEvent::Data {
+                ClientPeerEvent::Data {
                     packet: data.data,
                     reliable: !lossy,
                 }

@@ -8,12 +8,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::agent::Voice;
-use super::command::Command;
-use super::fault::{Faults, Rule};
+use super::agent::VoiceClips;
+use super::command::RoomCommand;
+use super::fault::{FaultRule, Faults};
 use super::ids::guid;
 use super::peer::Net;
-use super::report::{Event, Report};
+use super::report::{AgentReport, ReportEvent};
 use super::settings::SandboxSettings;
 
 const MAX_ROOMS: usize = 2000;
@@ -25,7 +25,7 @@ const COMMAND_QUEUE: usize = 256;
 
 /// An utterance that a demo agent heard its caller say.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Heard {
+pub struct CallerUtterance {
     pub room: String,
     pub agent: String,
     /// 20 ms frames of speech.
@@ -36,22 +36,22 @@ pub struct Heard {
     pub over_agent: bool,
 }
 
-pub(crate) struct Shared {
+pub(crate) struct Registry {
     pub settings: SandboxSettings,
     pub net: Arc<Net>,
-    pub voice: Arc<Voice>,
+    pub voice: Arc<VoiceClips>,
     pub node_id: String,
     /// Owns every task of the sandbox.
     pub tracker: TaskTracker,
     pub shutdown: CancellationToken,
-    faults: Mutex<Vec<Rule>>,
-    rooms: Mutex<Rooms>,
-    heard: Mutex<VecDeque<Heard>>,
-    report: Option<Report>,
+    faults: Mutex<Vec<FaultRule>>,
+    rooms: Mutex<RoomTable>,
+    heard: Mutex<VecDeque<CallerUtterance>>,
+    report: Option<AgentReport>,
 }
 
 #[derive(Default)]
-struct Rooms {
+struct RoomTable {
     open: HashMap<String, RoomHandle>,
     numbers: HashMap<String, u64>,
     /// Names in the order of their numbers.
@@ -64,13 +64,13 @@ struct Rooms {
 #[derive(Clone)]
 pub(crate) struct RoomHandle {
     id: u64,
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<RoomCommand>,
 }
 
 /// What a new room's task reads from.
 pub(crate) struct RoomQueues {
     pub id: u64,
-    pub commands: mpsc::Receiver<Command>,
+    pub commands: mpsc::Receiver<RoomCommand>,
 }
 
 /// The sandbox holds as many rooms as it may.
@@ -81,7 +81,7 @@ impl RoomHandle {
     /// Asks the room; `None` where it has closed.
     pub(crate) async fn ask<T>(
         &self,
-        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+        command: impl FnOnce(oneshot::Sender<T>) -> RoomCommand,
     ) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(command(reply)).await.ok()?;
@@ -89,18 +89,18 @@ impl RoomHandle {
     }
 
     /// Tells the room something; whether it is still there.
-    pub(crate) async fn send(&self, command: Command) -> bool {
+    pub(crate) async fn send(&self, command: RoomCommand) -> bool {
         self.commands.send(command).await.is_ok()
     }
 }
 
-impl Shared {
-    pub(crate) fn new(settings: SandboxSettings, net: Net, report: Option<Report>) -> Self {
+impl Registry {
+    pub(crate) fn new(settings: SandboxSettings, net: Net, report: Option<AgentReport>) -> Self {
         Self {
             faults: Mutex::new(settings.faults.clone()),
             settings,
             net: Arc::new(net),
-            voice: Arc::new(Voice::load()),
+            voice: Arc::new(VoiceClips::load()),
             node_id: guid("ND_"),
             tracker: TaskTracker::new(),
             shutdown: CancellationToken::new(),
@@ -121,7 +121,7 @@ impl Shared {
         Faults::of_room(&lock(&self.faults), 0)
     }
 
-    pub(crate) fn set_faults(&self, rules: Vec<Rule>) {
+    pub(crate) fn set_faults(&self, rules: Vec<FaultRule>) {
         *lock(&self.faults) = rules;
     }
 
@@ -177,7 +177,7 @@ impl Shared {
         lock(&self.rooms).last_number
     }
 
-    pub(crate) fn record(&self, heard: Heard) {
+    pub(crate) fn record(&self, heard: CallerUtterance) {
         tracing::info!(
             room = heard.room,
             frames = heard.frames,
@@ -193,18 +193,18 @@ impl Shared {
     }
 
     /// Adds a line to the report, where one is kept.
-    pub(crate) fn report(&self, room: &str, agent: &str, event: &Event) {
+    pub(crate) fn report(&self, room: &str, agent: &str, event: &ReportEvent) {
         if let Some(report) = &self.report {
             report.write(room, agent, event);
         }
     }
 
-    pub(crate) fn heard(&self) -> Vec<Heard> {
+    pub(crate) fn heard(&self) -> Vec<CallerUtterance> {
         lock(&self.heard).iter().cloned().collect()
     }
 }
 
-impl Rooms {
+impl RoomTable {
     fn number(&mut self, name: &str) -> u64 {
         if let Some(number) = self.numbers.get(name) {
             return *number;
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_room_keeps_its_number_and_the_next_name_gets_the_next() {
-        let mut rooms = Rooms::default();
+        let mut rooms = RoomTable::default();
         assert_eq!(
             [rooms.number("a"), rooms.number("b"), rooms.number("a")],
             [1, 2, 1]
@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn numbers_of_old_rooms_are_forgotten_before_they_fill_the_memory() {
-        let mut rooms = Rooms::default();
+        let mut rooms = RoomTable::default();
         for name in 0..=MAX_NUMBERS {
             rooms.number(&name.to_string());
         }

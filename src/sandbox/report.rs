@@ -27,8 +27,8 @@ A line of the report has room, agent (its identity), event and at; times are Uni
 /// What an agent reports.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-pub(crate) enum Event {
-    Job {
+pub(crate) enum ReportEvent {
+    JobBehaviour {
         metadata: String,
     },
     Connecting,
@@ -37,26 +37,26 @@ pub(crate) enum Event {
         caller: String,
         attributes: HashMap<String, String>,
     },
-    Greeted(Stretch),
-    Heard {
+    Greeted(SpeechInterval),
+    CallerUtterance {
         #[serde(flatten)]
-        stretch: Stretch,
+        stretch: SpeechInterval,
         /// Of frames with speech.
         seconds: f64,
         over_agent: bool,
     },
-    Replied(Stretch),
+    Replied(SpeechInterval),
     Left,
 }
 
 /// From when to when, in Unix seconds.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(crate) struct Stretch {
+pub(crate) struct SpeechInterval {
     began: f64,
     ended: f64,
 }
 
-impl Stretch {
+impl SpeechInterval {
     pub(crate) fn of(began: Instant, ended: Instant) -> Self {
         Self {
             began: unix_seconds(began),
@@ -73,39 +73,42 @@ fn unix_seconds(at: Instant) -> f64 {
 }
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct ReportLine<'a> {
     room: &'a str,
     agent: &'a str,
     at: f64,
     #[serde(flatten)]
-    event: &'a Event,
+    event: &'a ReportEvent,
 }
 
 /// Where agents report to.
-pub(crate) struct Report {
+pub(crate) struct AgentReport {
     lines: mpsc::Sender<Vec<u8>>,
 }
 
 /// Puts the lines into the file.
-pub(crate) struct Writer {
+pub(crate) struct ReportWriter {
     path: PathBuf,
     file: File,
     lines: mpsc::Receiver<Vec<u8>>,
 }
 
 /// Opens the report at `path`, which may hold lines already: new ones follow them.
-pub(crate) async fn open(path: &Path) -> std::io::Result<(Report, Writer)> {
+pub(crate) async fn open(path: &Path) -> std::io::Result<(AgentReport, ReportWriter)> {
     let mut options = OpenOptions::new();
     let file = options.create(true).append(true).open(path).await?;
     let (sender, lines) = mpsc::channel(QUEUE);
     let path = path.to_owned();
-    Ok((Report { lines: sender }, Writer { path, file, lines }))
+    Ok((
+        AgentReport { lines: sender },
+        ReportWriter { path, file, lines },
+    ))
 }
 
-impl Report {
-    pub(crate) fn write(&self, room: &str, agent: &str, event: &Event) {
+impl AgentReport {
+    pub(crate) fn write(&self, room: &str, agent: &str, event: &ReportEvent) {
         let at = unix_seconds(Instant::now());
-        let line = Line {
+        let line = ReportLine {
             room,
             agent,
             at,
@@ -120,7 +123,7 @@ impl Report {
     }
 }
 
-impl Writer {
+impl ReportWriter {
     /// Writes until shutdown, what was reported by then included.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) {
         let mut waiting = Vec::new();
@@ -159,13 +162,13 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "before\n").unwrap();
         let (report, writer) = open(file.path()).await.unwrap();
-        let stretch = Stretch::of(Instant::now(), Instant::now());
-        let heard = Event::Heard {
+        let stretch = SpeechInterval::of(Instant::now(), Instant::now());
+        let heard = ReportEvent::CallerUtterance {
             stretch,
             seconds: 1.5,
             over_agent: false,
         };
-        for event in [Event::Connecting, heard, Event::Left] {
+        for event in [ReportEvent::Connecting, heard, ReportEvent::Left] {
             report.write("r", "a", &event);
         }
         let shutdown = CancellationToken::new();

@@ -13,23 +13,23 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::agent::{Act, Agent, Clip, FRAME, Script, Sound, Utterance};
-use super::command::{Command, Joined, NewRoom, Newcomer, RoomFull, leave};
+use super::agent::{AgentAction, AgentScript, AgentSound, Clip, DemoAgent, FRAME, Utterance};
+use super::command::{JoinedClient, Newcomer, RoomCommand, RoomFull, RoomOptions, leave};
 use super::data_stream;
-use super::demux::{Datagram, PeerId, Side};
-use super::fault::{Fault, Faults};
+use super::demux::{PeerId, RoutedDatagram, Side};
+use super::fault::{Faults, InjectedFault};
 use super::ids::{guid, unix_millis};
-use super::peer::{Audio, Peer, PeerEvent, first_mid, track_ids};
-use super::registry::{Heard, RoomHandle, Shared, TooManyRooms};
-use super::report::{Event, Stretch};
+use super::peer::{AudioPacket, ClientPeer, ClientPeerEvent, first_mid, track_ids};
+use super::registry::{CallerUtterance, Registry, RoomHandle, TooManyRooms};
+use super::report::{ReportEvent, SpeechInterval};
 
 mod agent_seat;
 mod dispatch;
 mod participant;
 
-use agent_seat::{Line, Seat, agent_info, agent_track, avatar_of};
-use dispatch::{Dispatch, Errand, new_job};
-use participant::{Participant, is_microphone, newcomer_info};
+use agent_seat::{AgentSeat, AudioOut, agent_info, agent_track, avatar_of};
+use dispatch::{AgentJob, RoomDispatch, new_job};
+use participant::{Client, is_microphone, newcomer_info};
 
 /// The livekit-server that the sandbox behaves as.
 const SERVER_VERSION: &str = "1.13.5";
@@ -49,15 +49,15 @@ const DATAGRAM_QUEUE: usize = 512;
 const MAX_PARTICIPANTS: usize = 64;
 const MAX_DISPATCHES: usize = 64;
 
-pub(crate) struct Room {
-    shared: Arc<Shared>,
+pub(crate) struct RoomActor {
+    shared: Arc<Registry>,
     id: u64,
     info: proto::Room,
     faults: Faults,
-    participants: Vec<Participant>,
-    seats: Vec<Seat>,
-    dispatches: Vec<Dispatch>,
-    datagrams: mpsc::Sender<Datagram>,
+    participants: Vec<Client>,
+    seats: Vec<AgentSeat>,
+    dispatches: Vec<RoomDispatch>,
+    datagrams: mpsc::Sender<RoutedDatagram>,
     next_number: u64,
     somebody_joined: bool,
     /// When the last participant other than an agent left, or the room's creation.
@@ -72,15 +72,15 @@ pub(crate) struct Room {
 /// # Errors
 /// The sandbox holds as many rooms as it may.
 pub(crate) fn open(
-    shared: &Arc<Shared>,
+    shared: &Arc<Registry>,
     name: &str,
-    new: NewRoom,
+    new: RoomOptions,
 ) -> Result<RoomHandle, TooManyRooms> {
     let (handle, queues) = shared.open(name)?;
     if let Some(queues) = queues {
         let (datagrams, datagram_queue) = mpsc::channel(DATAGRAM_QUEUE);
         let faults = shared.faults(name);
-        let room = Room::new(Arc::clone(shared), queues.id, name, new, faults, datagrams);
+        let room = RoomActor::new(Arc::clone(shared), queues.id, name, new, faults, datagrams);
         shared
             .tracker
             .spawn(room.run(queues.commands, datagram_queue));
@@ -88,14 +88,14 @@ pub(crate) fn open(
     Ok(handle)
 }
 
-impl Room {
+impl RoomActor {
     pub(crate) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<Registry>,
         id: u64,
         name: &str,
-        new: NewRoom,
+        new: RoomOptions,
         faults: Faults,
-        datagrams: mpsc::Sender<Datagram>,
+        datagrams: mpsc::Sender<RoutedDatagram>,
     ) -> Self {
         let created = unix_millis();
         let or_default = |value: u32, default: u32| if value > 0 { value } else { default };
@@ -144,8 +144,8 @@ impl Room {
     /// Runs the room until it closes.
     pub(crate) async fn run(
         mut self,
-        mut commands: mpsc::Receiver<Command>,
-        mut datagrams: mpsc::Receiver<Datagram>,
+        mut commands: mpsc::Receiver<RoomCommand>,
+        mut datagrams: mpsc::Receiver<RoutedDatagram>,
     ) {
         let shutdown = self.shared.shutdown.clone();
         while !self.closed.is_cancelled() {
@@ -214,8 +214,8 @@ impl Room {
         }
     }
 
-    fn on_datagram(&mut self, datagram: &Datagram) {
-        if self.faults.has(&Fault::NoMedia) {
+    fn on_datagram(&mut self, datagram: &RoutedDatagram) {
+        if self.faults.has(&InjectedFault::NoMedia) {
             return;
         }
         let PeerId { participant, side } = datagram.peer;
@@ -250,9 +250,9 @@ impl Room {
         }
     }
 
-    fn on_peer_event(&mut self, at: usize, side: Side, event: PeerEvent, now: Instant) {
+    fn on_peer_event(&mut self, at: usize, side: Side, event: ClientPeerEvent, now: Instant) {
         match event {
-            PeerEvent::Connected => {
+            ClientPeerEvent::Connected => {
                 // The subscriber connection is the primary one.
                 if side == Side::Subscriber {
                     let participant = &mut self.participants[at];
@@ -260,18 +260,18 @@ impl Room {
                     self.announce(at);
                 }
             }
-            PeerEvent::Disconnected => {
+            ClientPeerEvent::Disconnected => {
                 let participant = &self.participants[at];
                 if participant.signal_lost.is_some() {
                     self.leaving.push((participant.number, None));
                 }
             }
-            PeerEvent::Audio(audio) => self.on_audio(at, &audio, now),
-            PeerEvent::Data { packet, reliable } => self.on_data(at, &packet, reliable, now),
+            ClientPeerEvent::AudioPacket(audio) => self.on_audio(at, &audio, now),
+            ClientPeerEvent::Data { packet, reliable } => self.on_data(at, &packet, reliable, now),
         }
     }
 
-    fn on_audio(&mut self, at: usize, audio: &Audio, now: Instant) {
+    fn on_audio(&mut self, at: usize, audio: &AudioPacket, now: Instant) {
         let participant = &mut self.participants[at];
         let Some(track) = participant
             .tracks
@@ -339,7 +339,7 @@ impl Room {
     fn agents_meet(&self, caller: &proto::ParticipantInfo, track_sid: &String) {
         for seat in self.seats.iter().filter(|seat| seat.visible) {
             if !seat.listens_to.contains(track_sid) {
-                let event = Event::Caller {
+                let event = ReportEvent::Caller {
                     caller: caller.identity.clone(),
                     attributes: caller.attributes.clone(),
                 };
@@ -348,7 +348,7 @@ impl Room {
         }
     }
 
-    fn report(&self, seat: &Seat, event: &Event) {
+    fn report(&self, seat: &AgentSeat, event: &ReportEvent) {
         self.shared
             .report(&self.info.name, &seat.info.identity, event);
     }
@@ -380,7 +380,7 @@ impl Room {
     }
 
     /// Sends one packet of a track to all who receive it.
-    fn forward(&mut self, track_sid: &str, audio: &Audio, now: Instant) {
+    fn forward(&mut self, track_sid: &str, audio: &AudioPacket, now: Instant) {
         for participant in &mut self.participants {
             let Some(subscription) = participant
                 .subscriptions
@@ -394,7 +394,7 @@ impl Room {
             let Some(distance) = audio.seq.checked_sub(seq) else {
                 continue;
             };
-            let rebased = Audio {
+            let rebased = AudioPacket {
                 mid: subscription.mid,
                 seq: distance + 1,
                 time: audio.time.wrapping_sub(time),
@@ -463,25 +463,25 @@ impl Room {
     }
 
     /// Does what an agent wants; whether it leaves.
-    fn act(&mut self, at: usize, act: Act, now: Instant) -> bool {
+    fn act(&mut self, at: usize, act: AgentAction, now: Instant) -> bool {
         let seat = &mut self.seats[at];
         match act {
-            Act::Appear => {
+            AgentAction::Appear => {
                 seat.visible = true;
                 for info in seat.people_mut() {
                     info.state = proto::participant_info::State::Active.into();
                 }
                 // The avatar first: of an agent that publishes nothing the real server tells up to three seconds late.
                 if seat.avatar.is_some() {
-                    self.announce_of(at, |seat| seat.speaker(Sound::Voice));
+                    self.announce_of(at, |seat| seat.speaker(AgentSound::VoiceClips));
                 }
                 self.announce_of(at, |seat| &mut seat.info);
-                self.report(&self.seats[at], &Event::Connected);
+                self.report(&self.seats[at], &ReportEvent::Connected);
                 self.agents_listen(now);
             }
-            Act::Publish(sound) => {
+            AgentAction::Publish(sound) => {
                 let track = agent_track(sound);
-                *seat.line(sound) = Some(Line {
+                *seat.line(sound) = Some(AudioOut {
                     track_sid: track.sid.clone(),
                     seq: 0,
                     time: 0,
@@ -492,30 +492,30 @@ impl Room {
                 self.announce_of(at, |seat| seat.speaker(sound));
                 self.renegotiate(now);
             }
-            Act::Unpublish => {
+            AgentAction::Unpublish => {
                 if let Some(line) = seat.voice.take() {
-                    let tracks = &mut seat.speaker(Sound::Voice).tracks;
+                    let tracks = &mut seat.speaker(AgentSound::VoiceClips).tracks;
                     tracks.retain(|track| track.sid != line.track_sid);
                 }
-                self.announce_of(at, |seat| seat.speaker(Sound::Voice));
+                self.announce_of(at, |seat| seat.speaker(AgentSound::VoiceClips));
                 self.renegotiate(now);
             }
-            Act::State(state) => {
+            AgentAction::State(state) => {
                 let attributes = &mut seat.info.attributes;
                 attributes.insert("lk.agent.state".to_owned(), state.to_owned());
                 self.announce_of(at, |seat| &mut seat.info);
             }
-            Act::Send {
+            AgentAction::Send {
                 sound,
                 frame,
                 first,
             } => self.send_agent_frame(at, sound, frame, first, now),
-            Act::Heard(utterance) => self.on_heard(at, utterance, now),
-            Act::Said { clip, began, ended } => {
-                let stretch = Stretch::of(began, ended);
+            AgentAction::CallerUtterance(utterance) => self.on_heard(at, utterance, now),
+            AgentAction::Said { clip, began, ended } => {
+                let stretch = SpeechInterval::of(began, ended);
                 let event = match clip {
-                    Clip::Greeting => Event::Greeted(stretch),
-                    Clip::Reply => Event::Replied(stretch),
+                    Clip::Greeting => ReportEvent::Greeted(stretch),
+                    Clip::Reply => ReportEvent::Replied(stretch),
                 };
                 let seat = &self.seats[at];
                 self.report(seat, &event);
@@ -523,24 +523,24 @@ impl Room {
                 let stream = data_stream::transcript(&seat.info.identity, track, AGENT_WORDS);
                 self.send_stream(stream, now);
             }
-            Act::Report(error) => {
+            AgentAction::AgentReport(error) => {
                 let sender = seat.info.identity.clone();
                 self.send_stream(data_stream::error(&sender, &error), now);
             }
-            Act::Leave => return true,
+            AgentAction::Leave => return true,
         }
         false
     }
 
     fn on_heard(&mut self, at: usize, utterance: Utterance, now: Instant) {
         let seat = &self.seats[at];
-        let heard = Event::Heard {
-            stretch: Stretch::of(utterance.began, utterance.ended),
+        let heard = ReportEvent::CallerUtterance {
+            stretch: SpeechInterval::of(utterance.began, utterance.ended),
             seconds: (FRAME * utterance.frames).as_secs_f64(),
             over_agent: utterance.over_agent,
         };
         self.report(seat, &heard);
-        self.shared.record(Heard {
+        self.shared.record(CallerUtterance {
             room: self.info.name.clone(),
             agent: seat.info.identity.clone(),
             frames: utterance.frames,
@@ -571,7 +571,7 @@ impl Room {
     fn send_agent_frame(
         &mut self,
         at: usize,
-        sound: Sound,
+        sound: AgentSound,
         payload: Arc<[u8]>,
         first: bool,
         now: Instant,
@@ -581,7 +581,7 @@ impl Room {
         };
         line.seq += 1;
         line.time = line.time.wrapping_add(960);
-        let audio = Audio {
+        let audio = AudioPacket {
             mid: Mid::from("0"),
             seq: line.seq,
             time: line.time,
@@ -594,7 +594,7 @@ impl Room {
 
     fn agent_leaves(&mut self, at: usize, reason: proto::DisconnectReason, now: Instant) {
         let mut seat = self.seats.remove(at);
-        self.report(&seat, &Event::Left);
+        self.report(&seat, &ReportEvent::Left);
         for info in seat.people_mut() {
             info.state = proto::participant_info::State::Disconnected.into();
             info.disconnect_reason = reason.into();
@@ -605,7 +605,11 @@ impl Room {
     }
 
     /// Tells everybody how an agent, or who speaks for it, stands.
-    fn announce_of(&mut self, at: usize, who: impl Fn(&mut Seat) -> &mut proto::ParticipantInfo) {
+    fn announce_of(
+        &mut self,
+        at: usize,
+        who: impl Fn(&mut AgentSeat) -> &mut proto::ParticipantInfo,
+    ) {
         let seat = &mut self.seats[at];
         let visible = seat.visible;
         let info = who(seat);
@@ -647,7 +651,7 @@ impl Room {
             tracks.extend(live.map(|t| (participant.info.sid.clone(), t.info.sid.clone())));
         }
         let seats = self.seats.iter().filter(|seat| seat.visible);
-        for info in seats.flat_map(Seat::people) {
+        for info in seats.flat_map(AgentSeat::people) {
             let published = info.tracks.iter();
             tracks.extend(published.map(|track| (info.sid.clone(), track.sid.clone())));
         }
@@ -656,18 +660,18 @@ impl Room {
         }
     }
 
-    fn on_command(&mut self, command: Command, now: Instant) {
+    fn on_command(&mut self, command: RoomCommand, now: Instant) {
         // A caller that has gone away needs no answer: hence the ignored sends.
         match command {
-            Command::Join(newcomer, reply) => drop(reply.send(self.join(&newcomer, now))),
-            Command::Signal(number, message) => self.on_signal(number, *message, now),
-            Command::SignalClosed(number) => {
+            RoomCommand::Join(newcomer, reply) => drop(reply.send(self.join(&newcomer, now))),
+            RoomCommand::Signal(number, message) => self.on_signal(number, *message, now),
+            RoomCommand::SignalClosed(number) => {
                 for p in self.participants.iter_mut().filter(|p| p.number == number) {
                     p.signal_lost = Some(now);
                 }
             }
-            Command::Info(reply) => drop(reply.send(self.info())),
-            Command::SetMetadata(metadata, reply) => {
+            RoomCommand::Info(reply) => drop(reply.send(self.info())),
+            RoomCommand::SetMetadata(metadata, reply) => {
                 self.info.metadata = metadata;
                 let room = self.info();
                 for participant in &mut self.participants {
@@ -676,19 +680,21 @@ impl Room {
                 }
                 drop(reply.send(room));
             }
-            Command::Participants(reply) => drop(reply.send(self.everybody())),
-            Command::Remove(identity, reply) => drop(reply.send(self.expel(&identity, now))),
-            Command::Dispatch(dispatch, reply) => drop(reply.send(self.add_dispatch(*dispatch))),
-            Command::ListDispatch(reply) => {
+            RoomCommand::Participants(reply) => drop(reply.send(self.everybody())),
+            RoomCommand::Remove(identity, reply) => drop(reply.send(self.expel(&identity, now))),
+            RoomCommand::RoomDispatch(dispatch, reply) => {
+                drop(reply.send(self.add_dispatch(*dispatch)))
+            }
+            RoomCommand::ListDispatch(reply) => {
                 let all = self.dispatches.iter().map(|d| d.info.clone()).collect();
                 drop(reply.send(all));
             }
-            Command::DeleteDispatch(id, reply) => {
+            RoomCommand::DeleteDispatch(id, reply) => {
                 drop(reply.send(self.delete_dispatch(&id, now)));
             }
-            Command::JobAccepted(job) => self.job_accepted(*job),
-            Command::AgentJoin(job, script) => self.agent_joins(&job, *script, now),
-            Command::Close(reply) => {
+            RoomCommand::JobAccepted(job) => self.job_accepted(*job),
+            RoomCommand::AgentJoin(job, script) => self.agent_joins(&job, *script, now),
+            RoomCommand::Close(reply) => {
                 self.close(proto::DisconnectReason::RoomDeleted);
                 // Nobody to tell where the caller has gone away.
                 if reply.send(()).is_err() {
@@ -720,12 +726,12 @@ impl Room {
     fn everybody(&self) -> Vec<proto::ParticipantInfo> {
         let people = self.participants.iter().map(|p| &p.info);
         people
-            .chain(self.seats.iter().flat_map(Seat::people))
+            .chain(self.seats.iter().flat_map(AgentSeat::people))
             .cloned()
             .collect()
     }
 
-    fn join(&mut self, newcomer: &Newcomer, now: Instant) -> Result<Joined, RoomFull> {
+    fn join(&mut self, newcomer: &Newcomer, now: Instant) -> Result<JoinedClient, RoomFull> {
         let twin = self
             .participants
             .iter()
@@ -750,9 +756,9 @@ impl Room {
                 participant: number,
                 side,
             };
-            Peer::new(id, &self.shared.net, self.datagrams.clone(), now)
+            ClientPeer::new(id, &self.shared.net, self.datagrams.clone(), now)
         };
-        let participant = Participant {
+        let participant = Client {
             number,
             info: newcomer_info(newcomer),
             auto_subscribe: newcomer.auto_subscribe,
@@ -770,7 +776,7 @@ impl Room {
             self.empty_since = None;
         }
         self.renegotiate(now);
-        Ok(Joined {
+        Ok(JoinedClient {
             number,
             join,
             messages,
@@ -920,7 +926,7 @@ impl Room {
             );
             return true;
         }
-        let is_of = |seat: &Seat| seat.people().any(|info| info.identity == identity);
+        let is_of = |seat: &AgentSeat| seat.people().any(|info| info.identity == identity);
         match self.seats.iter().position(is_of) {
             Some(at) => {
                 let reason = proto::DisconnectReason::ParticipantRemoved;
@@ -942,16 +948,16 @@ impl Room {
         });
         let cancel = CancellationToken::new();
         let is_target = info.agent_name == self.shared.settings.agent_name;
-        let is_stray = info.agent_name.is_empty() && self.faults.has(&Fault::Stray);
+        let is_stray = info.agent_name.is_empty() && self.faults.has(&InjectedFault::Stray);
         if is_target || is_stray {
             // What goes wrong goes wrong with the target's agent.
             let none = Faults::default();
             let faults = if is_target { &self.faults } else { &none };
-            let script = Script::new(faults, self.shared.settings.max_replies);
-            let launch = |script: Script| {
+            let script = AgentScript::new(faults, self.shared.settings.max_replies);
+            let launch = |script: AgentScript| {
                 let job = Box::new(new_job(&info, &self.info));
                 let (shared, cancel) = (Arc::clone(&self.shared), cancel.clone());
-                let errand = Errand {
+                let errand = AgentJob {
                     job,
                     script,
                     cancel,
@@ -959,14 +965,14 @@ impl Room {
                 };
                 self.shared.tracker.spawn(bring_agent(errand, shared));
             };
-            if script.has(&Fault::Duplicate) {
+            if script.has(&InjectedFault::Duplicate) {
                 let mut second = script.clone();
                 second.join_delay += Duration::from_millis(300);
                 launch(second);
             }
             launch(script);
         }
-        self.dispatches.push(Dispatch {
+        self.dispatches.push(RoomDispatch {
             info: info.clone(),
             cancel,
         });
@@ -994,14 +1000,14 @@ impl Room {
     }
 
     /// Its media is not up yet, so that it neither hears nor is seen.
-    fn agent_joins(&mut self, job: &proto::Job, script: Script, now: Instant) {
+    fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
         let info = agent_info(job);
-        let seat = Seat {
+        let seat = AgentSeat {
             avatar: script
-                .has(&Fault::Avatar)
+                .has(&InjectedFault::Avatar)
                 .then(|| avatar_of(&info, &self.info.name)),
             info,
-            agent: Agent::new(script, Arc::clone(&self.shared.voice), now),
+            agent: DemoAgent::new(script, Arc::clone(&self.shared.voice), now),
             dispatch_id: job.dispatch_id.clone(),
             visible: false,
             listens_to: Vec::new(),
@@ -1016,7 +1022,7 @@ impl Room {
             participant.tell(leave(reason));
         }
         for seat in &self.seats {
-            self.report(seat, &Event::Left);
+            self.report(seat, &ReportEvent::Left);
         }
         self.participants.clear();
         self.seats.clear();
@@ -1026,14 +1032,14 @@ impl Room {
 }
 
 /// Brings a job's agent to its room.
-async fn bring_agent(errand: Errand, shared: Arc<Shared>) {
+async fn bring_agent(errand: AgentJob, shared: Arc<Registry>) {
     let Some(errand) = errand.run(&shared).await else {
         return;
     };
     // Connecting creates a room that is missing, as a token with roomJoin may.
-    if let Ok(room) = open(&shared, errand.room_name(), NewRoom::default()) {
+    if let Ok(room) = open(&shared, errand.room_name(), RoomOptions::default()) {
         let script = Box::new(errand.script);
-        room.send(Command::AgentJoin(errand.job, script)).await;
+        room.send(RoomCommand::AgentJoin(errand.job, script)).await;
     }
 }
 

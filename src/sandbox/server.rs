@@ -13,14 +13,14 @@ use livekit_protocol as proto;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use super::command::{Command, Joined, NewRoom, Newcomer, RoomFull};
-use super::fault::{Answer, Faults, HttpStep, SignalStep};
+use super::command::{JoinedClient, Newcomer, RoomCommand, RoomFull, RoomOptions};
+use super::fault::{FaultAnswer, Faults, HttpStep, SignalStep};
 use super::ids::guid;
-use super::registry::{RoomHandle, Shared, TooManyRooms};
+use super::registry::{Registry, RoomHandle, TooManyRooms};
 use super::room;
-use super::signal::{self, HANG, Opening};
+use super::signal::{self, HANG, SignalOpening};
 use super::token::{Denied, authenticate, check_join};
-use super::twirp::{Body, TwirpError, Wire, response};
+use super::twirp::{Body, TwirpFailure, Wire, response};
 
 const MAX_CONNECTIONS: usize = 4096;
 const MAX_BODY: usize = 1 << 20;
@@ -34,24 +34,24 @@ pub(crate) struct Dropped;
 
 /// Why a call gets no ordinary answer.
 enum Interrupt {
-    Answer(Box<Response<Body>>),
+    FaultAnswer(Box<Response<Body>>),
     Drop,
 }
 
-impl From<TwirpError> for Interrupt {
-    fn from(error: TwirpError) -> Self {
-        Self::Answer(Box::new(error.into_response()))
+impl From<TwirpFailure> for Interrupt {
+    fn from(error: TwirpFailure) -> Self {
+        Self::FaultAnswer(Box::new(error.into_response()))
     }
 }
 
 impl From<TooManyRooms> for Interrupt {
     fn from(_: TooManyRooms) -> Self {
-        TwirpError::exhausted("the sandbox holds as many rooms as it may").into()
+        TwirpFailure::exhausted("the sandbox holds as many rooms as it may").into()
     }
 }
 
 /// Accepts connections until shutdown.
-pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+pub(crate) async fn serve(listener: TcpListener, shared: Arc<Registry>) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let accepted = tokio::select! {
@@ -78,7 +78,7 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-async fn connection(stream: TcpStream, shared: Arc<Shared>) {
+async fn connection(stream: TcpStream, shared: Arc<Registry>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
@@ -101,14 +101,14 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) {
 }
 
 async fn answer(
-    shared: &Arc<Shared>,
+    shared: &Arc<Registry>,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Dropped> {
     let path = request.uri().path().to_owned();
     let result = route(shared, request, &path).await;
     let mut response = match result {
         Ok(response) => response,
-        Err(Interrupt::Answer(response)) => *response,
+        Err(Interrupt::FaultAnswer(response)) => *response,
         Err(Interrupt::Drop) => return Err(Dropped),
     };
     if matches!(path.as_str(), "/rtc/validate" | "/rtc/v1/validate") {
@@ -122,7 +122,7 @@ async fn answer(
 }
 
 async fn route(
-    shared: &Arc<Shared>,
+    shared: &Arc<Registry>,
     request: Request<Incoming>,
     path: &str,
 ) -> Result<Response<Body>, Interrupt> {
@@ -165,7 +165,7 @@ async fn route(
 
 impl From<Denied> for Interrupt {
     fn from(denied: Denied) -> Self {
-        Self::Answer(Box::new(plain(denied.status, denied.text)))
+        Self::FaultAnswer(Box::new(plain(denied.status, denied.text)))
     }
 }
 
@@ -201,7 +201,7 @@ impl Query {
 }
 
 async fn join(
-    shared: &Arc<Shared>,
+    shared: &Arc<Registry>,
     mut request: Request<Incoming>,
     claims: Option<Claims>,
     query: &Query,
@@ -215,13 +215,13 @@ async fn join(
     interrupt(&faults, HttpStep::Upgrade).await?;
 
     let opening = if let Some(action) = faults.action(SignalStep::BeforeJoin) {
-        Opening::Misbehave(action)
+        SignalOpening::Misbehave(action)
     } else if query.flag("reconnect", false) {
         // This server keeps no session to resume.
-        Opening::StateMismatch
+        SignalOpening::StateMismatch
     } else {
         let (room, joined) = enter(shared, &name, claims, query).await?;
-        Opening::Session {
+        SignalOpening::IceSession {
             room,
             joined,
             fault: faults.action(SignalStep::AfterJoin),
@@ -245,17 +245,17 @@ async fn join(
 
 /// Takes a seat in the room, which is created where it is missing.
 async fn enter(
-    shared: &Arc<Shared>,
+    shared: &Arc<Registry>,
     name: &str,
     claims: &Claims,
     query: &Query,
-) -> Result<(RoomHandle, Joined), Interrupt> {
+) -> Result<(RoomHandle, JoinedClient), Interrupt> {
     // A room can close between finding it and joining it; the next one is new.
     for _ in 0..3 {
         let new = claims.room_config.clone().map(from_token);
         let room = room::open(shared, name, new.unwrap_or_default())?;
         let newcomer = Box::new(newcomer(claims, query));
-        match room.ask(|reply| Command::Join(newcomer, reply)).await {
+        match room.ask(|reply| RoomCommand::Join(newcomer, reply)).await {
             Some(Ok(joined)) => return Ok((room, joined)),
             Some(Err(RoomFull)) => break,
             None => {}
@@ -269,8 +269,8 @@ async fn enter(
     .into())
 }
 
-fn from_token(config: proto::RoomConfiguration) -> NewRoom {
-    NewRoom {
+fn from_token(config: proto::RoomConfiguration) -> RoomOptions {
+    RoomOptions {
         empty_timeout: config.empty_timeout,
         departure_timeout: config.departure_timeout,
         max_participants: config.max_participants,
@@ -323,29 +323,29 @@ async fn interrupt(faults: &Faults, step: HttpStep) -> Result<(), Interrupt> {
         return Ok(());
     };
     let answer = match answer {
-        Answer::TooMany { retry_after, html } => too_many(step, *retry_after, *html),
-        Answer::ResourceExhausted => {
-            TwirpError::exhausted("agent sessions limit exceeded").into_response()
+        FaultAnswer::TooMany { retry_after, html } => too_many(step, *retry_after, *html),
+        FaultAnswer::ResourceExhausted => {
+            TwirpFailure::exhausted("agent sessions limit exceeded").into_response()
         }
-        Answer::Quota => TwirpError::exhausted("monthly quota exceeded").into_response(),
-        Answer::Unnamed => TwirpError {
+        FaultAnswer::Quota => TwirpFailure::exhausted("monthly quota exceeded").into_response(),
+        FaultAnswer::Unnamed => TwirpFailure {
             status: StatusCode::FORBIDDEN,
-            ..TwirpError::exhausted("no more of these")
+            ..TwirpFailure::exhausted("no more of these")
         }
         .into_response(),
-        Answer::NodeLimit => plain(
+        FaultAnswer::NodeLimit => plain(
             StatusCode::SERVICE_UNAVAILABLE,
             "node has exceeded its configured limit",
         ),
-        Answer::ServerError => plain(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
-        Answer::Drop => return Err(Interrupt::Drop),
-        Answer::Hang => {
+        FaultAnswer::ServerError => plain(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
+        FaultAnswer::Drop => return Err(Interrupt::Drop),
+        FaultAnswer::Hang => {
             tokio::time::sleep(HANG).await;
             return Err(Interrupt::Drop);
         }
-        Answer::Flood => flood(),
+        FaultAnswer::Flood => flood(),
     };
-    Err(Interrupt::Answer(Box::new(answer)))
+    Err(Interrupt::FaultAnswer(Box::new(answer)))
 }
 
 fn too_many(step: HttpStep, retry_after: Option<Duration>, html: bool) -> Response<Body> {
@@ -359,7 +359,7 @@ fn too_many(step: HttpStep, retry_after: Option<Duration>, html: bool) -> Respon
             "too many concurrent connections",
         )
     } else {
-        TwirpError::exhausted("rate limit exceeded").into_response()
+        TwirpFailure::exhausted("rate limit exceeded").into_response()
     };
     if let Some(after) = retry_after {
         let seconds = HeaderValue::from(after.as_secs());
@@ -381,7 +381,7 @@ fn flood() -> Response<Body> {
 }
 
 async fn twirp(
-    shared: &Arc<Shared>,
+    shared: &Arc<Registry>,
     request: Request<Incoming>,
     claims: Option<Claims>,
     method: &str,
@@ -393,13 +393,13 @@ async fn twirp(
             "unsupported method {:?} (only POST is allowed)",
             verb.as_str()
         );
-        return Err(TwirpError::bad_route(verb.as_str(), path, msg).into());
+        return Err(TwirpFailure::bad_route(verb.as_str(), path, msg).into());
     }
     let wire = Wire::of(request.headers())
-        .map_err(|msg| TwirpError::bad_route(verb.as_str(), path, msg))?;
+        .map_err(|msg| TwirpFailure::bad_route(verb.as_str(), path, msg))?;
     let body = Limited::new(request.into_body(), MAX_BODY).collect().await;
     let body = body.map_err(|_| Interrupt::Drop)?.to_bytes();
-    let call = Call {
+    let call = TwirpCall {
         shared,
         claims,
         wire,
@@ -418,14 +418,14 @@ async fn twirp(
         "AgentDispatchService/DeleteDispatch" => call.delete_dispatch().await,
         _ => {
             let msg = format!("no handler for path {path:?}");
-            Err(TwirpError::bad_route(verb.as_str(), path, msg).into())
+            Err(TwirpFailure::bad_route(verb.as_str(), path, msg).into())
         }
     }
 }
 
 /// One call of the server API.
-struct Call<'a> {
-    shared: &'a Arc<Shared>,
+struct TwirpCall<'a> {
+    shared: &'a Arc<Registry>,
     claims: Option<Claims>,
     wire: Wire,
     body: Bytes,
@@ -433,16 +433,16 @@ struct Call<'a> {
 
 type Answered = Result<Response<Body>, Interrupt>;
 
-impl Call<'_> {
-    fn permit(&self, granted: impl Fn(&Claims) -> bool) -> Result<(), TwirpError> {
+impl TwirpCall<'_> {
+    fn permit(&self, granted: impl Fn(&Claims) -> bool) -> Result<(), TwirpFailure> {
         if self.claims.as_ref().is_some_and(granted) {
             Ok(())
         } else {
-            Err(TwirpError::permission_denied())
+            Err(TwirpFailure::permission_denied())
         }
     }
 
-    fn permit_admin(&self, room: &str) -> Result<(), TwirpError> {
+    fn permit_admin(&self, room: &str) -> Result<(), TwirpFailure> {
         self.permit(|claims| claims.video.room_admin && claims.video.room == room)
     }
 
@@ -451,15 +451,15 @@ impl Call<'_> {
     }
 
     /// The room of this name, or the error that the real server gives where nobody serves it.
-    fn room(&self, name: &str) -> Result<RoomHandle, TwirpError> {
-        self.shared.find(name).ok_or_else(TwirpError::no_room)
+    fn room(&self, name: &str) -> Result<RoomHandle, TwirpFailure> {
+        self.shared.find(name).ok_or_else(TwirpFailure::no_room)
     }
 
     async fn create_room(&self) -> Answered {
         let request: proto::CreateRoomRequest = self.wire.decode(&self.body)?;
         self.fault(HttpStep::CreateRoom, &request.name).await?;
         self.permit(|claims| claims.video.room_create)?;
-        let new = NewRoom {
+        let new = RoomOptions {
             empty_timeout: request.empty_timeout,
             departure_timeout: request.departure_timeout,
             max_participants: request.max_participants,
@@ -468,8 +468,8 @@ impl Call<'_> {
         };
         // A room that exists stays as it is.
         let room = room::open(&self.shared, &request.name, new)?;
-        let info = room.ask(Command::Info).await;
-        Ok(self.wire.encode(&info.ok_or_else(TwirpError::no_room)?))
+        let info = room.ask(RoomCommand::Info).await;
+        Ok(self.wire.encode(&info.ok_or_else(TwirpFailure::no_room)?))
     }
 
     async fn list_rooms(&self) -> Answered {
@@ -482,7 +482,7 @@ impl Call<'_> {
         let mut rooms = Vec::new();
         for (name, room) in self.shared.open_rooms() {
             if request.names.is_empty() || request.names.contains(&name) {
-                rooms.extend(room.ask(Command::Info).await);
+                rooms.extend(room.ask(RoomCommand::Info).await);
             }
         }
         Ok(self.wire.encode(&proto::ListRoomsResponse { rooms }))
@@ -492,9 +492,9 @@ impl Call<'_> {
         let request: proto::DeleteRoomRequest = self.wire.decode(&self.body)?;
         self.fault(HttpStep::DeleteRoom, &request.room).await?;
         self.permit(|claims| claims.video.room_create)?;
-        let missing = || TwirpError::not_found("requested room does not exist");
+        let missing = || TwirpFailure::not_found("requested room does not exist");
         let room = self.shared.take(&request.room).ok_or_else(missing)?;
-        room.ask(Command::Close).await;
+        room.ask(RoomCommand::Close).await;
         Ok(self.wire.encode(&proto::DeleteRoomResponse::default()))
     }
 
@@ -505,14 +505,17 @@ impl Call<'_> {
         let metadata = request.metadata;
         let room = self.room(&request.room)?;
         let info = room
-            .ask(|reply| Command::SetMetadata(metadata, reply))
+            .ask(|reply| RoomCommand::SetMetadata(metadata, reply))
             .await;
-        Ok(self.wire.encode(&info.ok_or_else(TwirpError::no_room)?))
+        Ok(self.wire.encode(&info.ok_or_else(TwirpFailure::no_room)?))
     }
 
     async fn participants(&self, room: &str) -> Vec<proto::ParticipantInfo> {
         match self.shared.find(room) {
-            Some(room) => room.ask(Command::Participants).await.unwrap_or_default(),
+            Some(room) => room
+                .ask(RoomCommand::Participants)
+                .await
+                .unwrap_or_default(),
             None => Vec::new(),
         }
     }
@@ -535,7 +538,7 @@ impl Call<'_> {
             .await
             .into_iter()
             .find(|participant| participant.identity == request.identity);
-        let missing = || TwirpError::not_found("participant does not exist");
+        let missing = || TwirpFailure::not_found("participant does not exist");
         Ok(self.wire.encode(&found.ok_or_else(missing)?))
     }
 
@@ -546,12 +549,12 @@ impl Call<'_> {
         let removed = match self.shared.find(&request.room) {
             Some(room) => {
                 let identity = request.identity;
-                room.ask(|reply| Command::Remove(identity, reply)).await
+                room.ask(|reply| RoomCommand::Remove(identity, reply)).await
             }
             None => None,
         };
         if removed != Some(true) {
-            return Err(TwirpError::not_found("participant does not exist").into());
+            return Err(TwirpFailure::not_found("participant does not exist").into());
         }
         Ok(self
             .wire
@@ -569,10 +572,12 @@ impl Call<'_> {
             ..proto::AgentDispatch::default()
         });
         // As on the real server, a missing room is created.
-        let room = room::open(&self.shared, &request.room, NewRoom::default())?;
-        let made = room.ask(|reply| Command::Dispatch(dispatch, reply)).await;
-        let made = made.ok_or_else(TwirpError::no_room)?;
-        let full = || TwirpError::exhausted("the room holds as many dispatches as it may");
+        let room = room::open(&self.shared, &request.room, RoomOptions::default())?;
+        let made = room
+            .ask(|reply| RoomCommand::RoomDispatch(dispatch, reply))
+            .await;
+        let made = made.ok_or_else(TwirpFailure::no_room)?;
+        let full = || TwirpFailure::exhausted("the room holds as many dispatches as it may");
         Ok(self.wire.encode(&made.ok_or_else(full)?))
     }
 
@@ -581,8 +586,8 @@ impl Call<'_> {
         self.fault(HttpStep::ListDispatch, &request.room).await?;
         self.permit_admin(&request.room)?;
         let room = self.room(&request.room)?;
-        let all = room.ask(Command::ListDispatch).await;
-        let mut agent_dispatches = all.ok_or_else(TwirpError::no_room)?;
+        let all = room.ask(RoomCommand::ListDispatch).await;
+        let mut agent_dispatches = all.ok_or_else(TwirpFailure::no_room)?;
         if !request.dispatch_id.is_empty() {
             agent_dispatches.retain(|dispatch| dispatch.id == request.dispatch_id);
         }
@@ -596,9 +601,11 @@ impl Call<'_> {
         self.permit_admin(&request.room)?;
         let room = self.room(&request.room)?;
         let id = request.dispatch_id;
-        let deleted = room.ask(|reply| Command::DeleteDispatch(id, reply)).await;
-        let deleted = deleted.ok_or_else(TwirpError::no_room)?;
-        let missing = || TwirpError::not_found("dispatch ID not found");
+        let deleted = room
+            .ask(|reply| RoomCommand::DeleteDispatch(id, reply))
+            .await;
+        let deleted = deleted.ok_or_else(TwirpFailure::no_room)?;
+        let missing = || TwirpFailure::not_found("dispatch ID not found");
         Ok(self.wire.encode(&deleted.ok_or_else(missing)?))
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
-use super::fault::Rule;
+use super::fault::FaultRule;
 
 /// How a sandbox is set up.
 #[derive(Debug, Clone)]
@@ -17,7 +17,7 @@ pub struct SandboxSettings {
     pub agent_name: String,
     /// Utterances that the agent answers in one room.
     pub max_replies: u32,
-    pub faults: Vec<Rule>,
+    pub faults: Vec<FaultRule>,
     /// Where to append what the agents saw, heard and said: see [`report::SYNTAX`](super::report::SYNTAX).
     pub report: Option<PathBuf>,
 }

@@ -16,8 +16,8 @@ use tokio_tungstenite::tungstenite::protocol::{
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::sync::CancellationToken;
 
-use super::command::{Command, Joined, leave};
-use super::fault::Action;
+use super::command::{JoinedClient, RoomCommand, leave};
+use super::fault::FaultAction;
 use super::ids::unix_millis;
 use super::registry::RoomHandle;
 
@@ -35,23 +35,23 @@ const SILENCE: Duration = Duration::from_secs(20);
 /// Messages of a flood: some 200 MB.
 const FLOOD_MESSAGES: usize = 200_000;
 
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
+type SignalSocket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// How a signal socket begins.
-pub(crate) enum Opening {
-    Session {
+pub(crate) enum SignalOpening {
+    IceSession {
         room: RoomHandle,
-        joined: Joined,
-        fault: Option<Action>,
+        joined: JoinedClient,
+        fault: Option<FaultAction>,
     },
     /// A reconnect that can't be resumed: the client is told to connect anew.
     StateMismatch,
     /// The fault that comes before the join response.
-    Misbehave(Action),
+    Misbehave(FaultAction),
 }
 
 /// Serves one signal socket to its end.
-pub(crate) async fn run(upgrade: OnUpgrade, opening: Opening, shutdown: CancellationToken) {
+pub(crate) async fn run(upgrade: OnUpgrade, opening: SignalOpening, shutdown: CancellationToken) {
     let upgraded = tokio::time::timeout(UPGRADE_TIMEOUT, upgrade).await;
     let socket = match upgraded {
         Ok(Ok(upgraded)) => Some(websocket(upgraded).await),
@@ -59,7 +59,7 @@ pub(crate) async fn run(upgrade: OnUpgrade, opening: Opening, shutdown: Cancella
     };
     match (opening, socket) {
         (
-            Opening::Session {
+            SignalOpening::IceSession {
                 room,
                 joined,
                 fault,
@@ -73,9 +73,9 @@ pub(crate) async fn run(upgrade: OnUpgrade, opening: Opening, shutdown: Cancella
                     tracing::debug!("a signal socket broke");
                 }
             }
-            room.send(Command::SignalClosed(number)).await;
+            room.send(RoomCommand::SignalClosed(number)).await;
         }
-        (Opening::StateMismatch, Some(mut socket)) => {
+        (SignalOpening::StateMismatch, Some(mut socket)) => {
             let message = Down::Leave(proto::LeaveRequest {
                 can_reconnect: true,
                 reason: proto::DisconnectReason::StateMismatch.into(),
@@ -86,7 +86,7 @@ pub(crate) async fn run(upgrade: OnUpgrade, opening: Opening, shutdown: Cancella
                 close(&mut socket).await;
             }
         }
-        (Opening::Misbehave(action), Some(mut socket)) => {
+        (SignalOpening::Misbehave(action), Some(mut socket)) => {
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 () = misbehave(&mut socket, action) => {}
@@ -96,7 +96,7 @@ pub(crate) async fn run(upgrade: OnUpgrade, opening: Opening, shutdown: Cancella
     }
 }
 
-async fn websocket(upgraded: Upgraded) -> Socket {
+async fn websocket(upgraded: Upgraded) -> SignalSocket {
     let mut config = WebSocketConfig::default();
     config.max_message_size = Some(MAX_MESSAGE);
     config.max_frame_size = Some(MAX_MESSAGE);
@@ -104,15 +104,15 @@ async fn websocket(upgraded: Upgraded) -> Socket {
 }
 
 /// The socket is no longer of use.
-struct Broken;
+struct BrokenSocket;
 
 async fn serve(
-    socket: &mut Socket,
+    socket: &mut SignalSocket,
     room: &RoomHandle,
-    mut joined: Joined,
-    fault: Option<Action>,
+    mut joined: JoinedClient,
+    fault: Option<FaultAction>,
     shutdown: &CancellationToken,
-) -> Result<(), Broken> {
+) -> Result<(), BrokenSocket> {
     send(socket, Down::Join(*joined.join)).await?;
     if let Some(action) = fault {
         tokio::select! {
@@ -133,7 +133,7 @@ async fn serve(
             }
             frame = tokio::time::timeout(SILENCE, socket.next()) => {
                 let Ok(Some(Ok(frame))) = frame else {
-                    return Err(Broken);
+                    return Err(BrokenSocket);
                 };
                 match frame {
                     Message::Binary(bytes) => on_request(socket, room, joined.number, &bytes).await?,
@@ -146,12 +146,12 @@ async fn serve(
 }
 
 async fn on_request(
-    socket: &mut Socket,
+    socket: &mut SignalSocket,
     room: &RoomHandle,
     number: u64,
     bytes: &[u8],
-) -> Result<(), Broken> {
-    let request = proto::SignalRequest::decode(bytes).map_err(|_| Broken)?;
+) -> Result<(), BrokenSocket> {
+    let request = proto::SignalRequest::decode(bytes).map_err(|_| BrokenSocket)?;
     match request.message {
         Some(Up::Ping(_)) => send(socket, Down::Pong(unix_millis())).await,
         Some(Up::PingReq(request)) => {
@@ -163,27 +163,28 @@ async fn on_request(
         }
         // A room that has closed also closes the queue of messages, which ends the socket.
         Some(message) => {
-            room.send(Command::Signal(number, Box::new(message))).await;
+            room.send(RoomCommand::Signal(number, Box::new(message)))
+                .await;
             Ok(())
         }
         None => Ok(()),
     }
 }
 
-async fn send(socket: &mut Socket, message: Down) -> Result<(), Broken> {
+async fn send(socket: &mut SignalSocket, message: Down) -> Result<(), BrokenSocket> {
     let message = proto::SignalResponse {
         message: Some(message),
     };
     let frame = Message::Binary(message.encode_to_vec().into());
     match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {
         Ok(Ok(())) => Ok(()),
-        _ => Err(Broken),
+        _ => Err(BrokenSocket),
     }
 }
 
 /// Closes the socket, and reads what is still on its way: unread bytes would make the kernel reset the connection, and
 /// the client would lose the `Leave` before it.
-async fn close(socket: &mut Socket) {
+async fn close(socket: &mut SignalSocket) {
     let normal = CloseFrame {
         code: CloseCode::Normal,
         reason: "".into(),
@@ -202,19 +203,19 @@ async fn close(socket: &mut Socket) {
     }
 }
 
-async fn turn_away(socket: &mut Socket, reason: proto::DisconnectReason) {
+async fn turn_away(socket: &mut SignalSocket, reason: proto::DisconnectReason) {
     if send(socket, leave(reason)).await.is_ok() {
         close(socket).await;
     }
 }
 
-async fn misbehave(socket: &mut Socket, action: Action) {
+async fn misbehave(socket: &mut SignalSocket, action: FaultAction) {
     match action {
-        Action::Leave => turn_away(socket, proto::DisconnectReason::JoinFailure).await,
-        Action::Remove => turn_away(socket, proto::DisconnectReason::ParticipantRemoved).await,
-        Action::Drop => {}
-        Action::Hang => tokio::time::sleep(HANG).await,
-        Action::Flood => {
+        FaultAction::Leave => turn_away(socket, proto::DisconnectReason::JoinFailure).await,
+        FaultAction::Remove => turn_away(socket, proto::DisconnectReason::ParticipantRemoved).await,
+        FaultAction::Drop => {}
+        FaultAction::Hang => tokio::time::sleep(HANG).await,
+        FaultAction::Flood => {
             for _ in 0..FLOOD_MESSAGES {
                 let message = Down::RoomUpdate(proto::RoomUpdate {
                     room: Some(proto::Room {

@@ -20,7 +20,7 @@ pub(crate) enum Wire {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct TwirpError {
+pub(crate) struct TwirpFailure {
     pub status: StatusCode,
     pub code: &'static str,
     pub msg: String,
@@ -28,7 +28,7 @@ pub(crate) struct TwirpError {
     pub route: Option<String>,
 }
 
-impl TwirpError {
+impl TwirpFailure {
     fn new(status: StatusCode, code: &'static str, msg: impl Into<String>) -> Self {
         Self {
             status,
@@ -99,7 +99,7 @@ impl Wire {
         }
     }
 
-    pub(crate) fn decode<T>(self, body: &[u8]) -> Result<T, TwirpError>
+    pub(crate) fn decode<T>(self, body: &[u8]) -> Result<T, TwirpFailure>
     where
         T: Message + Default + DeserializeOwned,
     {
@@ -107,7 +107,7 @@ impl Wire {
             Self::Json => serde_json::from_slice(body).ok(),
             Self::Protobuf => T::decode(body).ok(),
         };
-        decoded.ok_or_else(|| TwirpError::malformed(self))
+        decoded.ok_or_else(|| TwirpFailure::malformed(self))
     }
 
     pub(crate) fn encode<T: Message + Serialize>(self, answer: &T) -> Response<Body> {

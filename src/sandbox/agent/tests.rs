@@ -1,20 +1,20 @@
 use super::*;
 
 /// An agent under `faults`, run by hand on a clock of its own.
-struct Stage {
-    agent: Agent,
+struct ScriptedCall {
+    agent: DemoAgent,
     now: Instant,
-    acts: Vec<(Duration, Act)>,
+    acts: Vec<(Duration, AgentAction)>,
     start: Instant,
 }
 
-impl Stage {
+impl ScriptedCall {
     fn new(faults: &[&str]) -> Self {
         let rules: Vec<_> = faults.iter().map(|text| text.parse().unwrap()).collect();
-        let script = Script::new(&Faults::of_room(&rules, 1), 2);
+        let script = AgentScript::new(&Faults::of_room(&rules, 1), 2);
         let now = Instant::now();
         Self {
-            agent: Agent::new(script, Arc::new(Voice::load()), now),
+            agent: DemoAgent::new(script, Arc::new(VoiceClips::load()), now),
             now,
             acts: Vec::new(),
             start: now,
@@ -50,7 +50,7 @@ impl Stage {
         self.acts
             .iter()
             .filter_map(|(_, act)| match act {
-                Act::State(state) => Some(*state),
+                AgentAction::State(state) => Some(*state),
                 _ => None,
             })
             .collect()
@@ -60,7 +60,7 @@ impl Stage {
         self.acts
             .iter()
             .filter_map(|(_, act)| match act {
-                Act::Heard(utterance) => Some(*utterance),
+                AgentAction::CallerUtterance(utterance) => Some(*utterance),
                 _ => None,
             })
             .collect()
@@ -71,7 +71,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
 fn an_agent_speaks_only_once_it_is_subscribed_and_its_caller_published() {
-    let mut stage = Stage::new(&[]);
+    let mut stage = ScriptedCall::new(&[]);
     stage.run(SECOND);
     assert_eq!(stage.states(), ["initializing", "listening"]);
     stage.agent.on_caller_published();
@@ -87,7 +87,7 @@ fn an_agent_speaks_only_once_it_is_subscribed_and_its_caller_published() {
 
 #[test]
 fn an_utterance_is_answered_once() {
-    let mut stage = Stage::new(&[]);
+    let mut stage = ScriptedCall::new(&[]);
     stage.meet();
     stage.run(SECOND * 4);
     stage.run_hearing(SECOND, Some(100));
@@ -103,7 +103,7 @@ fn an_utterance_is_answered_once() {
 
 #[test]
 fn replies_are_bounded() {
-    let mut stage = Stage::new(&[]);
+    let mut stage = ScriptedCall::new(&[]);
     stage.meet();
     stage.run(SECOND * 4);
     for _ in 0..4 {
@@ -116,7 +116,7 @@ fn replies_are_bounded() {
 
 #[test]
 fn what_it_hears_while_it_speaks_gets_no_answer() {
-    let mut stage = Stage::new(&[]);
+    let mut stage = ScriptedCall::new(&[]);
     stage.meet();
     stage.run(Duration::from_millis(500));
     stage.run_hearing(SECOND, Some(100));
@@ -127,7 +127,7 @@ fn what_it_hears_while_it_speaks_gets_no_answer() {
 
 #[test]
 fn silence_and_comfort_noise_are_not_heard() {
-    let mut stage = Stage::new(&[]);
+    let mut stage = ScriptedCall::new(&[]);
     stage.meet();
     stage.run_hearing(SECOND * 5, Some(55));
     assert_eq!(stage.heard(), []);
@@ -135,14 +135,14 @@ fn silence_and_comfort_noise_are_not_heard() {
 
 #[test]
 fn a_silent_track_sends_frames_and_no_speech() {
-    let mut stage = Stage::new(&["silent_track"]);
+    let mut stage = ScriptedCall::new(&["silent_track"]);
     stage.meet();
     stage.run(SECOND * 3);
     let sizes: Vec<usize> = stage
         .acts
         .iter()
         .filter_map(|(_, act)| match act {
-            Act::Send { frame, .. } => Some(frame.len()),
+            AgentAction::Send { frame, .. } => Some(frame.len()),
             _ => None,
         })
         .collect();
@@ -152,42 +152,46 @@ fn a_silent_track_sends_frames_and_no_speech() {
 
 #[test]
 fn a_track_without_packets_is_published_and_stays_empty() {
-    let mut stage = Stage::new(&["no_packets"]);
+    let mut stage = ScriptedCall::new(&["no_packets"]);
     stage.meet();
     stage.run(SECOND * 3);
-    let publish = Act::Publish(Sound::Voice);
+    let publish = AgentAction::Publish(AgentSound::VoiceClips);
     assert!(stage.acts.iter().any(|(_, act)| *act == publish));
     let sends = stage
         .acts
         .iter()
-        .any(|(_, act)| matches!(act, Act::Send { .. }));
+        .any(|(_, act)| matches!(act, AgentAction::Send { .. }));
     assert!(!sends);
 }
 
 #[test]
 fn background_plays_all_along_on_a_track_of_its_own() {
-    let mut stage = Stage::new(&["background"]);
+    let mut stage = ScriptedCall::new(&["background"]);
     stage.run(SECOND * 2);
-    let publish = Act::Publish(Sound::Background);
+    let publish = AgentAction::Publish(AgentSound::Background);
     assert!(stage.acts.iter().any(|(_, act)| *act == publish));
     let mut sent = stage.acts.iter().filter_map(|(_, act)| match act {
-        Act::Send { sound, frame, .. } => Some((*sound, frame.len())),
+        AgentAction::Send { sound, frame, .. } => Some((*sound, frame.len())),
         _ => None,
     });
     assert!(sent.clone().count() > 90, "before anybody has subscribed");
-    assert!(sent.all(|(sound, bytes)| sound == Sound::Background && bytes > SPEECH_BYTES));
+    assert!(sent.all(|(sound, bytes)| sound == AgentSound::Background && bytes > SPEECH_BYTES));
 }
 
 #[test]
 fn an_agent_that_restarts_its_track_answers_once_the_new_one_is_subscribed() {
-    let mut stage = Stage::new(&["restarts_track"]);
+    let mut stage = ScriptedCall::new(&["restarts_track"]);
     stage.meet();
     stage.run(SECOND * 4);
     stage.run_hearing(SECOND, Some(100));
     stage.run(SECOND * 4);
     assert_eq!(stage.states().last(), Some(&"thinking"));
-    let voice =
-        |(_, act): &&(Duration, Act)| matches!(act, Act::Unpublish | Act::Publish(Sound::Voice));
+    let voice = |(_, act): &&(Duration, AgentAction)| {
+        matches!(
+            act,
+            AgentAction::Unpublish | AgentAction::Publish(AgentSound::VoiceClips)
+        )
+    };
     assert_eq!(stage.acts.iter().filter(voice).count(), 3);
     stage.agent.on_subscribed(stage.now);
     stage.run(SECOND * 4);
@@ -196,13 +200,13 @@ fn an_agent_that_restarts_its_track_answers_once_the_new_one_is_subscribed() {
 
 #[test]
 fn an_agent_that_leaves_early_leaves_within_its_greeting() {
-    let mut stage = Stage::new(&["leaves_early=500ms"]);
+    let mut stage = ScriptedCall::new(&["leaves_early=500ms"]);
     stage.meet();
     stage.run(SECOND * 3);
     let leaves = stage
         .acts
         .iter()
-        .filter(|(_, act)| *act == Act::Leave)
+        .filter(|(_, act)| *act == AgentAction::Leave)
         .count();
     assert_eq!(leaves, 1);
     assert!(
@@ -215,27 +219,26 @@ fn an_agent_that_leaves_early_leaves_within_its_greeting() {
 
 #[test]
 fn an_agent_that_never_pauses_is_never_through_with_its_greeting() {
-    let mut stage = Stage::new(&["never_pauses"]);
+    let mut stage = ScriptedCall::new(&["never_pauses"]);
     stage.meet();
     stage.run(SECOND * 10);
     assert_eq!(stage.states(), ["initializing", "listening", "speaking"]);
-    let speech = stage
-        .acts
-        .iter()
-        .filter(|(_, act)| matches!(act, Act::Send { frame, .. } if frame.len() > SPEECH_BYTES));
+    let speech = stage.acts.iter().filter(
+        |(_, act)| matches!(act, AgentAction::Send { frame, .. } if frame.len() > SPEECH_BYTES),
+    );
     assert!(speech.count() > 450);
 }
 
 #[test]
 fn what_an_agent_said_is_told_once_it_is_said() {
-    let mut stage = Stage::new(&[]);
+    let mut stage = ScriptedCall::new(&[]);
     stage.meet();
     stage.run(SECOND * 4);
     let said: Vec<_> = stage
         .acts
         .iter()
         .filter_map(|(_, act)| match act {
-            Act::Said { clip, began, ended } => Some((*clip, *ended - *began)),
+            AgentAction::Said { clip, began, ended } => Some((*clip, *ended - *began)),
             _ => None,
         })
         .collect();
@@ -248,17 +251,17 @@ fn what_an_agent_said_is_told_once_it_is_said() {
 
 #[test]
 fn an_inference_error_is_reported_and_silences_the_agent() {
-    let mut stage = Stage::new(&["inference_error=quota"]);
+    let mut stage = ScriptedCall::new(&["inference_error=quota"]);
     stage.meet();
     stage.run(SECOND * 3);
-    let report = Act::Report("quota".to_owned());
+    let report = AgentAction::AgentReport("quota".to_owned());
     assert!(stage.acts.iter().any(|(_, act)| *act == report));
     assert!(!stage.states().contains(&"speaking"));
 }
 
 #[test]
 fn the_greeting_lasts_two_to_three_seconds_of_audible_frames() {
-    let greeting = Voice::load().greeting;
+    let greeting = VoiceClips::load().greeting;
     assert!((100..150).contains(&greeting.len()));
     assert!(greeting.iter().all(|frame| frame.len() > SPEECH_BYTES));
 }

@@ -4,31 +4,31 @@ use std::collections::HashMap;
 
 use livekit_protocol as proto;
 
-use crate::sandbox::agent::{Agent, Sound};
+use crate::sandbox::agent::{AgentSound, DemoAgent};
 use crate::sandbox::ids::{guid, unix_millis};
 
 /// An agent in the room.
-pub(super) struct Seat {
+pub(super) struct AgentSeat {
     pub(super) info: proto::ParticipantInfo,
     /// Who speaks on its behalf.
     pub(super) avatar: Option<proto::ParticipantInfo>,
-    pub(super) agent: Agent,
+    pub(super) agent: DemoAgent,
     pub(super) dispatch_id: String,
     pub(super) visible: bool,
     /// Ids of the callers' tracks that it subscribed to.
     pub(super) listens_to: Vec<String>,
-    pub(super) voice: Option<Line>,
-    pub(super) background: Option<Line>,
+    pub(super) voice: Option<AudioOut>,
+    pub(super) background: Option<AudioOut>,
 }
 
 /// A track that an agent plays on.
-pub(super) struct Line {
+pub(super) struct AudioOut {
     pub(super) track_sid: String,
     pub(super) seq: u64,
     pub(super) time: u32,
 }
 
-impl Seat {
+impl AgentSeat {
     /// The agent, and who speaks on its behalf.
     pub(super) fn people(&self) -> impl Iterator<Item = &proto::ParticipantInfo> {
         std::iter::once(&self.info).chain(&self.avatar)
@@ -39,17 +39,17 @@ impl Seat {
     }
 
     /// Who publishes it.
-    pub(super) fn speaker(&mut self, sound: Sound) -> &mut proto::ParticipantInfo {
+    pub(super) fn speaker(&mut self, sound: AgentSound) -> &mut proto::ParticipantInfo {
         match (sound, &mut self.avatar) {
-            (Sound::Voice, Some(avatar)) => avatar,
+            (AgentSound::VoiceClips, Some(avatar)) => avatar,
             _ => &mut self.info,
         }
     }
 
-    pub(super) fn line(&mut self, sound: Sound) -> &mut Option<Line> {
+    pub(super) fn line(&mut self, sound: AgentSound) -> &mut Option<AudioOut> {
         match sound {
-            Sound::Voice => &mut self.voice,
-            Sound::Background => &mut self.background,
+            AgentSound::VoiceClips => &mut self.voice,
+            AgentSound::Background => &mut self.background,
         }
     }
 }
@@ -94,10 +94,10 @@ pub(super) fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::Pa
 }
 
 /// Named as livekit-agents does; its background sound has no source.
-pub(super) fn agent_track(sound: Sound) -> proto::TrackInfo {
+pub(super) fn agent_track(sound: AgentSound) -> proto::TrackInfo {
     let (name, source, mid) = match sound {
-        Sound::Voice => ("roomio_audio", proto::TrackSource::Microphone, "0"),
-        Sound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
+        AgentSound::VoiceClips => ("roomio_audio", proto::TrackSource::Microphone, "0"),
+        AgentSound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
     };
     proto::TrackInfo {
         sid: guid("TR_AM"),

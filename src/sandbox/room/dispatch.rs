@@ -7,29 +7,29 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::agent_seat::agent_info;
-use crate::sandbox::agent::{Job, Script};
-use crate::sandbox::command::Command;
+use crate::sandbox::agent::{AgentScript, JobBehaviour};
+use crate::sandbox::command::RoomCommand;
 use crate::sandbox::ids::{guid, unix_millis};
-use crate::sandbox::registry::Shared;
-use crate::sandbox::report::Event;
+use crate::sandbox::registry::Registry;
+use crate::sandbox::report::ReportEvent;
 
-pub(super) struct Dispatch {
+pub(super) struct RoomDispatch {
     pub(super) info: proto::AgentDispatch,
     /// Ends the jobs that have not joined yet.
     pub(super) cancel: CancellationToken,
 }
 
 /// One job of a worker: accepted, started, and on its way to the room.
-pub(super) struct Errand {
+pub(super) struct AgentJob {
     pub(super) job: Box<proto::Job>,
-    pub(super) script: Script,
+    pub(super) script: AgentScript,
     pub(super) cancel: CancellationToken,
     pub(super) room_closed: CancellationToken,
 }
 
-impl Errand {
+impl AgentJob {
     /// Does what a worker and its job's process do until the agent connects to the room; `None` if it never does.
-    pub(super) async fn run(self, shared: &Shared) -> Option<Self> {
+    pub(super) async fn run(self, shared: &Registry) -> Option<Self> {
         // The sandbox's end ends it, whatever it waits for.
         tokio::select! {
             () = shared.shutdown.cancelled() => None,
@@ -37,9 +37,9 @@ impl Errand {
         }
     }
 
-    async fn travel(self, shared: &Shared) -> Option<Self> {
+    async fn travel(self, shared: &Registry) -> Option<Self> {
         let dispatched = Instant::now();
-        if self.script.job == Job::Refused {
+        if self.script.job == JobBehaviour::Refused {
             return None;
         }
         let accepts_after = Duration::from_millis(fastrand::u64(5..25));
@@ -47,11 +47,11 @@ impl Errand {
         let name = self.room_name();
         let agent = agent_info(&self.job).identity;
         let metadata = self.job.metadata.clone();
-        shared.report(name, &agent, &Event::Job { metadata });
+        shared.report(name, &agent, &ReportEvent::JobBehaviour { metadata });
         if let Some(room) = shared.find(name) {
-            room.send(Command::JobAccepted(self.job.clone())).await;
+            room.send(RoomCommand::JobAccepted(self.job.clone())).await;
         }
-        if self.script.job == Job::Taken {
+        if self.script.job == JobBehaviour::Taken {
             return None;
         }
         if let Some(late) = self.script.late {
@@ -63,7 +63,7 @@ impl Errand {
                 () = tokio::time::sleep_until(dispatched + self.script.join_delay) => {}
             }
         }
-        shared.report(name, &agent, &Event::Connecting);
+        shared.report(name, &agent, &ReportEvent::Connecting);
         Some(self)
     }
 

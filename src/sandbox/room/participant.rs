@@ -9,25 +9,25 @@ use tokio::time::Instant;
 use crate::sandbox::command::Newcomer;
 use crate::sandbox::demux::Side;
 use crate::sandbox::ids::{guid, unix_millis};
-use crate::sandbox::peer::{NewTrack, Offer, Peer, first_mid};
+use crate::sandbox::peer::{ClientPeer, NewTrack, Offer, first_mid};
 
 /// Tracks per participant; further ones are ignored.
 const MAX_TRACKS: usize = 16;
 
-pub(super) struct Participant {
+pub(super) struct Client {
     pub(super) number: u64,
     pub(super) info: proto::ParticipantInfo,
     pub(super) auto_subscribe: bool,
     pub(super) out: mpsc::Sender<Down>,
-    pub(super) publisher: Peer,
-    pub(super) subscriber: Peer,
-    pub(super) tracks: Vec<Track>,
+    pub(super) publisher: ClientPeer,
+    pub(super) subscriber: ClientPeer,
+    pub(super) tracks: Vec<PublishedTrack>,
     pub(super) subscriptions: Vec<Subscription>,
     pub(super) signal_lost: Option<Instant>,
 }
 
 /// A track that a participant publishes.
-pub(super) struct Track {
+pub(super) struct PublishedTrack {
     pub(super) cid: String,
     pub(super) info: proto::TrackInfo,
     pub(super) mid: Option<Mid>,
@@ -46,8 +46,8 @@ pub(super) struct Subscription {
     pub(super) base: Option<(u64, u32)>,
 }
 
-impl Participant {
-    pub(super) fn peer(&mut self, side: Side) -> &mut Peer {
+impl Client {
+    pub(super) fn peer(&mut self, side: Side) -> &mut ClientPeer {
         match side {
             Side::Publisher => &mut self.publisher,
             Side::Subscriber => &mut self.subscriber,
@@ -91,7 +91,7 @@ impl Participant {
             stream: "camera".to_owned(),
             ..proto::TrackInfo::default()
         };
-        self.tracks.push(Track {
+        self.tracks.push(PublishedTrack {
             cid: request.cid.clone(),
             info: info.clone(),
             mid: None,
