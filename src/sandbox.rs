@@ -1,12 +1,12 @@
 //! An embedded, loopback-only LiveKit server with a demo agent and faults, for demos, fire drills and tests.
 //!
-//! It behaves towards a client as livekit-server 1.13.5 does, and shares no code with the client side of this crate:
-//! otherwise one misreading of the protocol would cancel out.
+//! It behaves towards a client as livekit-server 1.13.5 does. It shares no code with the client side of this crate:
+//! otherwise a misreading of the protocol on one side would be hidden by the same misreading on the other.
 //!
-//! What it lacks, knowingly: video, RED, simulcast, TURN, ICE over TCP, the single peer connection of `/rtc/v1`, resuming
+//! Known gaps: video, RED, simulcast, TURN, ICE over TCP, the single peer connection of `/rtc/v1`, resuming
 //! a session, agent workers of other processes, and the messages `speakers_changed`, `connection_quality` and
-//! `refresh_token`. Twirp JSON leaves out empty fields and spells names in camel case, which clients read alike. A call
-//! for the dispatches of a room that doesn't exist fails at once, where the real server takes three seconds.
+//! `refresh_token`. Twirp JSON omits empty fields and spells names in camel case, which clients accept. A call for the
+//! dispatches of a room that doesn't exist fails at once; the real server takes three seconds.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -43,11 +43,12 @@ use registry::Registry;
 pub use registry::CallerUtterance;
 pub use settings::SandboxSettings;
 
-/// The longest that tasks may take to end after shutdown; none of them waits for the network by then.
+/// How long tasks may take to end after shutdown; none of them waits for the network by then.
 const DRAIN: Duration = Duration::from_secs(3);
-/// The largest datagram; DTLS and RTP stay below 1500.
+/// Bytes of the largest datagram; DTLS and RTP stay below 1500.
 const MAX_DATAGRAM: usize = 2048;
-/// Bytes asked of the kernel for datagrams that wait: 200 rooms bring some 20 000 a second, each accounted with 1 KiB.
+/// Receive buffer requested from the kernel, in bytes: 200 rooms send some 20,000 datagrams per second, and the kernel
+/// accounts 1 KiB for each.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// Why a sandbox can't start.
@@ -77,13 +78,13 @@ impl Sandbox {
     /// Binds the TCP port and the one UDP port, both on loopback, and opens the report.
     ///
     /// # Errors
-    /// A port that is taken, or no loopback; a report that can't be written.
+    /// [`BindError`] if the port is taken, if there is no loopback, or if the report can't be written.
     pub async fn bind(settings: SandboxSettings) -> Result<Self, BindError> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, settings.port)).await?;
         let address = listener.local_addr()?;
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         socket.set_nonblocking(true)?;
-        // The kernel gives what it allows, or keeps its default.
+        // The kernel grants at most its own limit.
         if let Err(error) = SockRef::from(&socket).set_recv_buffer_size(RECEIVE_BUFFER) {
             tracing::debug!(%error, "the UDP socket keeps its receive buffer");
         }
@@ -111,7 +112,7 @@ impl Sandbox {
         })
     }
 
-    /// What a client connects to.
+    /// The URL that a client connects to.
     pub fn url(&self) -> String {
         format!("ws://{}", self.address)
     }
@@ -146,13 +147,16 @@ impl Sandbox {
         shared.shutdown.cancel();
         tracker.close();
         if tokio::time::timeout(DRAIN, tracker.wait()).await.is_err() {
-            tracing::warn!(tasks = tracker.len(), "the sandbox left tasks behind");
+            tracing::warn!(
+                tasks = tracker.len(),
+                "some tasks of the sandbox did not end in time"
+            );
         }
     }
 }
 
 impl Handle {
-    /// Replaces the faults; rooms that exist keep theirs, but for their HTTP and signal faults.
+    /// Replaces the faults. Rooms that exist keep theirs, except for HTTP and signal faults.
     pub fn set_faults(&self, rules: Vec<FaultRule>) {
         self.shared.set_faults(rules);
     }
@@ -168,21 +172,21 @@ impl Handle {
         self.shared.rooms_seen()
     }
 
-    /// What the agents heard, oldest first; the latest 10 000 utterances are kept.
+    /// The utterances that the agents heard, oldest first; the latest 10,000 are kept.
     pub fn heard(&self) -> Vec<CallerUtterance> {
         self.shared.heard()
     }
 }
 
-/// Reads the one UDP socket on a thread of its own: behind hundreds of rooms that all shake hands at once, a task would
-/// come too late for the kernel's buffer, and what a handshake loses it misses for seconds.
+/// Reads the UDP socket on a thread of its own. While hundreds of rooms handshake at once, a task would run too late to
+/// empty the kernel's buffer, and a handshake that loses a datagram waits seconds for the retransmission.
 fn receive_apart(net: &Net, shutdown: &CancellationToken) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build();
     let received = runtime.and_then(|runtime| runtime.block_on(receive(net, shutdown)));
     if let Err(error) = received {
-        tracing::error!(%error, "the sandbox can't read its UDP socket: no media comes up");
+        tracing::error!(%error, "the sandbox can't read its UDP socket: no media will connect");
     }
 }
 
@@ -197,7 +201,7 @@ async fn receive(net: &Net, shutdown: &CancellationToken) -> io::Result<()> {
         };
         match received {
             Ok((size, source)) => net.demux.dispatch(source, &buffer[..size]),
-            // A client's closed port comes back as an error of the next read.
+            // The kernel reports a client's closed port as an error of the next read.
             Err(error) => tracing::debug!(%error, "the UDP socket reported an error"),
         }
     }

@@ -1,5 +1,5 @@
-//! The demo agent: what it does when, as a plain state machine. It lives inside the SFU; the room carries its actions
-//! out, and tells it what its caller does.
+//! The demo agent as a plain state machine: events in, actions out. It lives inside the SFU: the room performs its
+//! actions and passes it what its caller does.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,11 +16,11 @@ pub(crate) const FRAME: Duration = Duration::from_millis(20);
 const SPEECH_BYTES: usize = 60;
 /// Consecutive frames of speech that start an utterance.
 const SPEECH_FRAMES: u32 = 3;
-/// Quiet that ends one.
+/// This long without speech ends an utterance.
 const END_OF_UTTERANCE: Duration = Duration::from_millis(600);
 /// From the end of an utterance, as the agent sees it, to its reply.
 const REPLY_DELAY: Duration = Duration::from_millis(500);
-/// A real agent takes some 100 ms from listening to its first word.
+/// A real agent needs some 100 ms from `listening` to its first word.
 const BEFORE_SPEAKING: Duration = Duration::from_millis(100);
 
 /// The agent's voice: 20 ms Opus frames, encoded once.
@@ -58,7 +58,7 @@ pub(crate) struct AgentScript {
     pub job: JobBehaviour,
     /// From the dispatch to the join.
     pub join_delay: Duration,
-    /// Waits for its room's deletion, and so much longer, before it connects.
+    /// The agent connects this long after its room was deleted.
     pub late: Option<Duration>,
     track: TrackBehaviour,
     leaves_after: Option<Duration>,
@@ -66,11 +66,11 @@ pub(crate) struct AgentScript {
     reply_delay: Option<Duration>,
     max_replies: u32,
     error: Option<String>,
-    /// All of them: some say all by being there.
+    /// All faults of this room; those without a parameter are checked with `has`.
     faults: Faults,
 }
 
-/// What becomes of the job.
+/// How a worker treats the job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum JobBehaviour {
     /// No worker takes it.
@@ -92,7 +92,7 @@ impl AgentScript {
     pub(crate) fn new(faults: &Faults, max_replies: u32) -> Self {
         let mut script = Self {
             job: JobBehaviour::Done,
-            // What a worker with a warm process takes.
+            // The time that a worker with a warm process needs.
             join_delay: Duration::from_millis(fastrand::u64(120..320)),
             late: None,
             track: TrackBehaviour::Speaking,
@@ -115,7 +115,7 @@ impl AgentScript {
                 InjectedFault::SlowReply(delay) => script.reply_delay = Some(*delay),
                 InjectedFault::NoReply => script.reply_delay = None,
                 InjectedFault::InferenceError(text) => script.error = Some(text.clone()),
-                // Their being there says all, or they are the room's and not the agent's.
+                // These have no parameter (see `has`), or they concern the room and not the agent.
                 InjectedFault::NeverPauses
                 | InjectedFault::SpeaksAtOnce
                 | InjectedFault::Background
@@ -139,10 +139,10 @@ impl AgentScript {
 /// What the room does for its agent.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum AgentAction {
-    /// Its media is up: the others see it now.
+    /// Its media is up: the other participants see it from now on.
     Appear,
     Publish(AgentSound),
-    /// Takes its voice away.
+    /// Unpublishes its voice.
     Unpublish,
     /// Sets `lk.agent.state`.
     State(&'static str),
@@ -152,26 +152,26 @@ pub(crate) enum AgentAction {
         frame: Arc<[u8]>,
         first: bool,
     },
-    CallerUtterance(Utterance),
-    /// It has said all of this.
+    Heard(Utterance),
+    /// It has spoken this clip to its end.
     Said {
         clip: Clip,
         began: Instant,
         ended: Instant,
     },
     /// Reports an error on its session stream.
-    AgentReport(String),
+    Report(String),
     Leave,
 }
 
-/// Each has a track of its own.
+/// What an agent plays; each sound has its own track.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AgentSound {
-    VoiceClips,
+    Voice,
     Background,
 }
 
-/// What the agent heard its caller say.
+/// An utterance of the caller, as the agent heard it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Utterance {
     pub frames: u32,
@@ -179,7 +179,7 @@ pub(crate) struct Utterance {
     pub began: Instant,
     /// The end of its last frame.
     pub ended: Instant,
-    /// It began while the agent itself spoke: no turn of the caller's.
+    /// It began while the agent itself spoke, so it is no turn of the caller.
     pub over_agent: bool,
 }
 
@@ -202,7 +202,7 @@ pub(crate) struct DemoAgent {
 enum AgentPhase {
     /// Joined; its media comes up.
     Connecting,
-    /// Seen by all; its session starts.
+    /// Visible to all participants; its session starts.
     Starting,
     /// Published; waits for its caller.
     Waiting,
@@ -283,7 +283,7 @@ impl DemoAgent {
             self.begin(now, &mut acts);
         }
         if let Some(utterance) = self.ear.on_time(now) {
-            acts.push(AgentAction::CallerUtterance(utterance));
+            acts.push(AgentAction::Heard(utterance));
             self.answer(utterance, now, &mut acts);
         }
         self.send_due_frames(now, &mut acts);
@@ -302,8 +302,8 @@ impl DemoAgent {
                 self.phase = AgentPhase::Waiting;
                 acts.push(AgentAction::State("initializing"));
                 if self.script.track != TrackBehaviour::None {
-                    acts.push(AgentAction::Publish(AgentSound::VoiceClips));
-                    // A session listens as soon as its output is published, before a packet of it can have come.
+                    acts.push(AgentAction::Publish(AgentSound::Voice));
+                    // A session listens as soon as its output is published, before any packet of it can have arrived.
                     acts.push(AgentAction::State("listening"));
                 }
                 if self.script.has(&InjectedFault::Background) {
@@ -317,7 +317,7 @@ impl DemoAgent {
                 self.next_frame = None;
                 acts.extend([
                     AgentAction::Unpublish,
-                    AgentAction::Publish(AgentSound::VoiceClips),
+                    AgentAction::Publish(AgentSound::Voice),
                 ]);
             }
             AgentPhase::BeforeSpeaking | AgentPhase::Thinking => self.speak(now, acts),
@@ -325,10 +325,10 @@ impl DemoAgent {
         }
     }
 
-    /// Its caller is there.
+    /// Its caller has published and subscribed.
     fn begin(&mut self, now: Instant, acts: &mut Vec<AgentAction>) {
         if let Some(error) = self.script.error.take() {
-            acts.push(AgentAction::AgentReport(error));
+            acts.push(AgentAction::Report(error));
             self.script.track = TrackBehaviour::Silent;
         }
         if self.script.track == TrackBehaviour::Speaking {
@@ -370,7 +370,7 @@ impl DemoAgent {
     fn send_due_frames(&mut self, now: Instant, acts: &mut Vec<AgentAction>) {
         while take_due(&mut self.next_frame, now) {
             let (frame, first) = self.next_audio(now, acts);
-            let sound = AgentSound::VoiceClips;
+            let sound = AgentSound::Voice;
             acts.push(AgentAction::Send {
                 sound,
                 frame,
@@ -417,18 +417,18 @@ impl DemoAgent {
     }
 }
 
-/// Whether a frame is due; the next one then comes a frame later.
+/// Returns whether a frame is due, and schedules the next one a frame later.
 fn take_due(next_frame: &mut Option<Instant>, now: Instant) -> bool {
     let Some(due) = next_frame.filter(|due| *due <= now) else {
         return false;
     };
-    // After a stall of the process, go on from now rather than send a burst.
+    // After a stall of the process, continue from now instead of sending a burst.
     let late = now - due > FRAME * 10;
     *next_frame = Some(if late { now } else { due } + FRAME);
     true
 }
 
-/// Sound without an end: a voice as well, so that who takes it for the agent's hears it speak.
+/// Endless sound. It contains a voice as well, so that a client that mistakes it for the agent hears speech.
 #[derive(Default)]
 struct Background {
     next_frame: Option<Instant>,
@@ -450,7 +450,7 @@ impl Background {
     }
 }
 
-/// Hears utterances by the size of their frames.
+/// Detects utterances by the size of their frames.
 #[derive(Default)]
 struct CallerEar {
     /// Frames of speech in a row, before an utterance.

@@ -1,4 +1,4 @@
-//! What may be asked of a room's task, and its answers.
+//! The commands that a room's task accepts, and their answers.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::agent::AgentScript;
 
-/// Who joins: what its token says, and how it wants to be served.
+/// A client that joins: the claims of its token, and its options.
 #[derive(Debug)]
 pub(crate) struct Newcomer {
     pub identity: String,
@@ -22,14 +22,14 @@ pub(crate) struct Newcomer {
     pub client_protocol: i32,
 }
 
-/// A seat in the room: the number to speak under, and what the server says.
+/// The result of a join: the number of the client, and the messages for it.
 pub(crate) struct JoinedClient {
     pub number: u64,
     pub join: Box<proto::JoinResponse>,
     pub messages: mpsc::Receiver<Down>,
 }
 
-/// The room holds as many participants as it may.
+/// The room has reached its limit of participants.
 #[derive(Debug)]
 pub(crate) struct RoomFull;
 
@@ -43,10 +43,10 @@ pub(crate) enum RoomCommand {
     Info(oneshot::Sender<proto::Room>),
     SetMetadata(String, oneshot::Sender<proto::Room>),
     Participants(oneshot::Sender<Vec<proto::ParticipantInfo>>),
-    /// Whether there was such a participant.
+    /// Answers whether there was such a participant.
     Remove(String, oneshot::Sender<bool>),
-    /// `None`: the room holds too many dispatches.
-    RoomDispatch(
+    /// Answers `None` if the room has too many dispatches.
+    Dispatch(
         Box<proto::AgentDispatch>,
         oneshot::Sender<Option<proto::AgentDispatch>>,
     ),

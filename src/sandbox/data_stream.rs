@@ -33,7 +33,7 @@ pub(crate) fn error(sender: &str, error: &str) -> Vec<proto::DataPacket> {
     stream(sender, header, message.encode_to_vec())
 }
 
-/// Words as an `AgentSession` writes them down; `speaker` is in the place of the sender, which an agent may fill in.
+/// A transcription as an `AgentSession` sends it; `speaker` stands in the sender field, which an agent may set freely.
 pub(crate) fn transcript(
     speaker: &str,
     track: Option<&str>,

@@ -1,5 +1,5 @@
-//! Which peer connection a datagram on the one UDP socket belongs to: by the ufrag in a STUN request, else by the
-//! address it came from. No list is scanned on the way of media.
+//! Routes a datagram from the shared UDP socket to its peer connection: by the ufrag of a STUN request, otherwise by the
+//! source address. Media takes one map lookup; no list is scanned.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// Addresses remembered for one peer connection; a browser's candidates are fewer.
+/// Addresses remembered per peer connection; a browser has fewer candidates.
 const MAX_ADDRESSES: usize = 16;
 
 /// Which of the two peer connections of a participant.
@@ -64,7 +64,7 @@ pub(crate) struct PeerRegistration {
 }
 
 impl Demux {
-    /// Routes what is meant for the holder of `ufrag` to `room`.
+    /// Routes datagrams for the holder of `ufrag` to `room`.
     pub(crate) fn register(
         self: &std::sync::Arc<Self>,
         ufrag: &str,
@@ -88,7 +88,8 @@ impl Demux {
         }
     }
 
-    /// Hands a datagram to its room; one of nobody's, or for a room that can't keep up, is dropped, as UDP may.
+    /// Passes a datagram to its room. A datagram without a known room, or for a room with a full queue, is dropped, as a
+    /// network may do.
     pub(crate) fn dispatch(&self, source: SocketAddr, data: &[u8]) {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         let session = match stun_local_ufrag(data) {
@@ -121,7 +122,7 @@ impl Demux {
 }
 
 impl DatagramRoutes {
-    /// The session that owns `ufrag`; `source` leads there from now on.
+    /// The session that owns `ufrag`; later datagrams from `source` go to it too.
     fn learn(&mut self, ufrag: &str, source: SocketAddr) -> Option<u64> {
         let session = *self.by_ufrag.get(ufrag)?;
         if self.by_address.get(&source) == Some(&session) {
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_of_nobody_is_dropped() {
+    fn a_datagram_from_an_unknown_source_is_dropped() {
         let demux = Arc::new(Demux::default());
         let (room, mut inbox) = mpsc::channel(8);
         let _one = demux.register("one", peer(1), room);

@@ -1,7 +1,7 @@
-//! Faults as data: what goes wrong, in which rooms, and the compact text that says so.
+//! Faults as data: what goes wrong, in which rooms, and the compact text form.
 //!
 //! A rule reads `[roomN:]FAULT[=VALUE]`; without `roomN:` it holds for every room. Rooms are numbered from 1 in the
-//! order in which the sandbox first hears of their names.
+//! order in which their names first reach the sandbox.
 
 use std::fmt;
 use std::str::FromStr;
@@ -42,25 +42,25 @@ pub enum InjectedFault {
     LeavesEarly(Duration),
     /// Its greeting never ends.
     NeverPauses,
-    /// It speaks as soon as its track is published, whoever listens.
+    /// It speaks as soon as its track is published, before anyone has subscribed.
     SpeaksAtOnce,
-    /// Sound plays on a second track of its own, all along.
+    /// Background sound plays on a second track all the time.
     Background,
     /// It publishes no voice: another participant speaks on its behalf.
     Avatar,
-    /// It answers on another track than it greeted on.
+    /// It greets on one track and answers on another.
     RestartsTrack,
     /// A second agent of its name joins.
     Duplicate,
-    /// An agent without a name comes to the room too, as an unnamed worker's does.
+    /// An agent without a name joins the room too, as the agent of an unnamed worker does.
     Stray,
     /// It connects this long after its room was deleted, and so re-creates the room.
     LateAfterDeletion(Duration),
     /// It takes this long to answer what it heard.
     SlowReply(Duration),
-    /// It hears, and never answers.
+    /// It hears its caller and never answers.
     NoReply,
-    /// It reports this error on its session stream, and says nothing.
+    /// It reports this error on its session stream and never speaks.
     InferenceError(String),
     /// No datagram is answered: ICE never comes up.
     NoMedia,
@@ -95,7 +95,7 @@ pub enum SignalStep {
     AfterJoin,
 }
 
-/// What an HTTP request gets instead of its answer.
+/// The HTTP response that replaces the normal one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FaultAnswer {
     /// 429, as Twirp JSON or as a proxy's HTML page.
@@ -103,13 +103,13 @@ pub enum FaultAnswer {
         retry_after: Option<Duration>,
         html: bool,
     },
-    /// Twirp's `resource_exhausted`, saying that agent sessions are used up.
+    /// Twirp's `resource_exhausted` with a message about agent sessions.
     ResourceExhausted,
-    /// The same, saying that a quota is.
+    /// Twirp's `resource_exhausted` with a message about a quota.
     Quota,
-    /// The same with 403, as earlier versions of Twirp have it, and without a word of what is used up.
+    /// `resource_exhausted` with HTTP 403, as earlier versions of Twirp send it, without naming what is used up.
     Unnamed,
-    /// 503 in livekit-server's words for a full node.
+    /// 503 with livekit-server's message for a full node.
     NodeLimit,
     /// A bare 500.
     ServerError,
@@ -132,23 +132,23 @@ pub enum FaultAction {
 
 /// For `--help`: every fault with its form.
 pub const SYNTAX: &str = "\
-A fault is [roomN:]NAME[=VALUE]; without roomN: it holds for every room. RoomSelector count from 1.
+A fault is [roomN:]NAME[=VALUE]; without roomN: it applies to every room. Rooms count from 1.
 The agent:
   join_delay=2s            joins late
   never_accepts            no worker takes the job
   never_joins              a worker takes the job and never joins
   no_track                 joins without an audio track
   silent_track             its track carries silence only
-  no_packets               its track carries nothing
-  leaves_early=500ms       leaves after so much of its greeting
+  no_packets               its track carries no packet
+  leaves_early=500ms       leaves this long after its greeting began
   never_pauses             its greeting never ends
-  speaks_at_once           speaks before anybody has subscribed
-  background               plays sound on a second track, all along
+  speaks_at_once           speaks before anyone has subscribed
+  background               plays sound on a second track all the time
   avatar                   another participant speaks on its behalf
-  restarts_track           answers on another track than it greeted on
+  restarts_track           greets on one track and answers on another
   duplicate                a second agent joins
   stray                    an agent without a name joins too
-  late_after_deletion=1s   connects so long after its room was deleted
+  late_after_deletion=1s   connects this long after its room was deleted
   slow_reply=5s            answers late
   no_reply                 never answers
   inference_error[=TEXT]   reports an inference error (429) and falls silent
@@ -162,7 +162,7 @@ The service:
 const INFERENCE_ERROR: &str =
     "message='inference_quota_exceeded', status_code=429, retryable=False, body=None";
 
-/// Why a text is no fault.
+/// Why a text can't be read as a fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("fault {text:?}: {problem}")]
 pub struct FaultError {
@@ -438,7 +438,7 @@ impl Faults {
         self.0.contains(fault)
     }
 
-    /// What request `step` gets instead of its answer.
+    /// The response that replaces the normal one of request `step`, if any.
     pub(crate) fn answer(&self, step: HttpStep) -> Option<&FaultAnswer> {
         self.iter().find_map(|fault| match fault {
             InjectedFault::Http { step: at, answer }
@@ -506,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_fault_says_what_is_wrong_with_it() {
+    fn an_error_names_what_is_wrong_with_a_fault() {
         let problem = |text: &str| text.parse::<FaultRule>().unwrap_err().to_string();
         assert_eq!(
             problem("jion_delay=2s"),
@@ -522,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn a_numbered_fault_holds_for_its_room_only() {
+    fn a_numbered_fault_holds_only_for_its_room() {
         let rules = [
             "room2:no_track".parse().unwrap(),
             "no_reply".parse().unwrap(),
@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn an_api_fault_spares_the_signal_upgrade() {
+    fn an_api_fault_does_not_affect_the_signal_upgrade() {
         let rules = ["api=drop".parse().unwrap()];
         let faults = Faults::of_room(&rules, 1);
         assert_eq!(

@@ -1,7 +1,7 @@
 //! One peer connection of a participant: SDP both ways, ICE candidates, audio and data channels, on str0m.
 //!
-//! Every change of the connection is followed by a full drain of its output, as str0m demands; what it reports waits
-//! in a queue for the room.
+//! Every change of the connection is followed by a full drain of its output, as str0m requires. Its events wait in a
+//! queue for the room.
 
 use std::collections::VecDeque;
 use std::net::{SocketAddr, UdpSocket};
@@ -19,12 +19,12 @@ use tokio::time::Instant;
 
 use super::demux::{Demux, PeerId, PeerRegistration, RoutedDatagram, Side};
 
-/// Candidates kept while the client's description is still on its way.
+/// Candidates kept until the client's description arrives.
 const MAX_EARLY_CANDIDATES: usize = 32;
-/// Before a check is repeated. The first one often comes before the client knows this side's credentials.
+/// Interval between connectivity checks. The first one often arrives before the client knows this side's credentials.
 const STUN_RTO: Duration = Duration::from_millis(50);
 
-/// What a peer connection stands on.
+/// What all peer connections share.
 pub(crate) struct Net {
     /// Doesn't block.
     pub socket: UdpSocket,
@@ -37,7 +37,7 @@ pub(crate) struct ClientPeer {
     net: Arc<Net>,
     _registration: PeerRegistration,
     ufrag: String,
-    /// When str0m wants to be told the time.
+    /// When str0m expects its next timeout input.
     pub deadline: Instant,
     pub events: VecDeque<ClientPeerEvent>,
     remote_known: bool,
@@ -51,7 +51,7 @@ pub(crate) struct ClientPeer {
 pub(crate) enum ClientPeerEvent {
     Connected,
     Disconnected,
-    AudioPacket(AudioPacket),
+    Audio(AudioPacket),
     Data { packet: Vec<u8>, reliable: bool },
 }
 
@@ -87,11 +87,11 @@ impl ClientPeer {
     ) -> Self {
         let mut extensions = ExtensionMap::empty();
         if id.side == Side::Publisher {
-            // As livekit-server answers an audio offer; it forwards neither to subscribers.
+            // The extensions with which livekit-server answers an audio offer. It forwards neither to subscribers.
             extensions.set(1, Extension::AudioLevel);
             extensions.set(4, Extension::RtpMid);
         }
-        // Without RED: in RTP mode a RED payload would pass for Opus.
+        // Without RED: in RTP mode, a RED payload would be taken for Opus.
         let mut config = Rtc::builder();
         config.set_initial_stun_rto(STUN_RTO);
         let mut rtc = config
@@ -105,7 +105,9 @@ impl ClientPeer {
             Ok(candidate) => {
                 rtc.add_local_candidate(candidate);
             }
-            Err(error) => tracing::error!(%error, "the UDP socket's address is no candidate"),
+            Err(error) => {
+                tracing::error!(%error, "the UDP socket's address can't be an ICE candidate")
+            }
         }
         let mut peer = Self {
             rtc,
@@ -151,7 +153,7 @@ impl ClientPeer {
         Ok(answer.to_sdp_string())
     }
 
-    /// Offers what changed; `None` while an earlier offer is unanswered, and where nothing changes.
+    /// Offers what changed; `None` while an earlier offer is unanswered, and if nothing changed.
     pub(crate) fn offer(
         &mut self,
         tracks: &[NewTrack],
@@ -230,7 +232,7 @@ impl ClientPeer {
         self.tell_time(now);
     }
 
-    /// Takes a trickled candidate; one that is no UDP host candidate of ours to use is ignored.
+    /// Adds a trickled candidate; any other than a UDP host candidate is ignored.
     pub(crate) fn add_candidate(&mut self, candidate_init: &str, now: Instant) {
         #[derive(serde::Deserialize)]
         struct CandidateInit {
@@ -284,7 +286,7 @@ impl ClientPeer {
         self.events.push_back(ClientPeerEvent::Disconnected);
     }
 
-    /// Sends one audio packet; nothing before the m-line is negotiated.
+    /// Sends one audio packet; drops it before the m-line is negotiated.
     pub(crate) fn send_audio(&mut self, mid: Mid, audio: &AudioPacket, now: Instant) {
         let Some(pt) = self
             .rtc
@@ -304,7 +306,7 @@ impl ClientPeer {
         self.tell_time(now);
     }
 
-    /// Sends a data packet; it is dropped where the channel isn't open or its buffer is full.
+    /// Sends a data packet; drops it if the channel isn't open or its buffer is full.
     pub(crate) fn send_data(&mut self, packet: &[u8], reliable: bool, now: Instant) {
         let id = if reliable { self.reliable } else { self.lossy };
         let Some(mut channel) = id.and_then(|id| self.rtc.channel(id)) else {
@@ -355,7 +357,7 @@ impl ClientPeer {
                 let Some(mid) = self.rtc.direct_api().stream_rx(&ssrc).map(|rx| rx.mid()) else {
                     return;
                 };
-                ClientPeerEvent::AudioPacket(AudioPacket {
+                ClientPeerEvent::Audio(AudioPacket {
                     mid,
                     seq: *packet.seq_no,
                     time: packet.header.timestamp,

@@ -1,4 +1,4 @@
-//! What all rooms share: which rooms are open, their numbers, the faults, and what agents heard and report.
+//! What all rooms share: the open rooms and their numbers, the faults, and what the agents heard and report.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ const MAX_NUMBERS: usize = 10_000;
 const MAX_HEARD: usize = 10_000;
 const COMMAND_QUEUE: usize = 256;
 
-/// An utterance that a demo agent heard its caller say.
+/// An utterance of a caller that a demo agent heard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CallerUtterance {
     pub room: String,
@@ -60,7 +60,7 @@ struct RoomTable {
     last_id: u64,
 }
 
-/// A way to talk to a room's task.
+/// Sends commands to a room's task.
 #[derive(Clone)]
 pub(crate) struct RoomHandle {
     id: u64,
@@ -73,12 +73,12 @@ pub(crate) struct RoomQueues {
     pub commands: mpsc::Receiver<RoomCommand>,
 }
 
-/// The sandbox holds as many rooms as it may.
+/// The sandbox has reached its limit of rooms.
 #[derive(Debug)]
 pub(crate) struct TooManyRooms;
 
 impl RoomHandle {
-    /// Asks the room; `None` where it has closed.
+    /// Sends a command and awaits its answer; `None` if the room has closed.
     pub(crate) async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<T>) -> RoomCommand,
@@ -88,7 +88,7 @@ impl RoomHandle {
         answer.await.ok()
     }
 
-    /// Tells the room something; whether it is still there.
+    /// Sends a command; returns whether the room is still open.
     pub(crate) async fn send(&self, command: RoomCommand) -> bool {
         self.commands.send(command).await.is_ok()
     }
@@ -110,7 +110,7 @@ impl Registry {
         }
     }
 
-    /// The faults of the room of this name, which gets its number here where it is new.
+    /// The faults of the room of this name; a new name gets its number here.
     pub(crate) fn faults(&self, room: &str) -> Faults {
         let number = lock(&self.rooms).number(room);
         Faults::of_room(&lock(&self.faults), number)
@@ -153,7 +153,7 @@ impl Registry {
         lock(&self.rooms).open.get(name).cloned()
     }
 
-    /// Closes the way to the room of this name, and hands it over to be told.
+    /// Removes the room of this name from the open rooms and returns its handle, so that it can be closed.
     pub(crate) fn take(&self, name: &str) -> Option<RoomHandle> {
         lock(&self.rooms).open.remove(name)
     }
@@ -183,7 +183,7 @@ impl Registry {
             frames = heard.frames,
             milliseconds = heard.duration.as_millis(),
             over_agent = heard.over_agent,
-            "the demo agent heard its caller"
+            "the demo agent heard an utterance of its caller"
         );
         let mut record = lock(&self.heard);
         if record.len() == MAX_HEARD {
@@ -192,7 +192,7 @@ impl Registry {
         record.push_back(heard);
     }
 
-    /// Adds a line to the report, where one is kept.
+    /// Adds a line to the report, if there is one.
     pub(crate) fn report(&self, room: &str, agent: &str, event: &ReportEvent) {
         if let Some(report) = &self.report {
             report.write(room, agent, event);
@@ -221,7 +221,7 @@ impl RoomTable {
     }
 }
 
-/// The data behind a lock is valid between statements, so a panic elsewhere doesn't spoil it.
+/// Ignores poisoning: the data behind a lock is valid after every statement.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_old_rooms_are_forgotten_before_they_fill_the_memory() {
+    fn numbers_of_old_rooms_are_dropped_beyond_the_limit() {
         let mut rooms = RoomTable::default();
         for name in 0..=MAX_NUMBERS {
             rooms.number(&name.to_string());

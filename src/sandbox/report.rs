@@ -1,4 +1,4 @@
-//! What the demo agents saw, heard and said, a JSON object a line, in a file for whoever judges a client by it.
+//! The report of the demo agents: one JSON object per line of what they saw, heard and spoke. Tests judge a client by it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Lines that may wait for the disk: some seconds of 200 rooms.
+/// Lines that may wait for the disk: a few seconds of 200 rooms.
 const QUEUE: usize = 8192;
 
 /// For `--help`: what a report holds.
@@ -28,7 +28,7 @@ A line of the report has room, agent (its identity), event and at; times are Uni
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum ReportEvent {
-    JobBehaviour {
+    Job {
         metadata: String,
     },
     Connecting,
@@ -38,10 +38,10 @@ pub(crate) enum ReportEvent {
         attributes: HashMap<String, String>,
     },
     Greeted(SpeechInterval),
-    CallerUtterance {
+    Heard {
         #[serde(flatten)]
         stretch: SpeechInterval,
-        /// Of frames with speech.
+        /// Seconds of frames with speech.
         seconds: f64,
         over_agent: bool,
     },
@@ -49,7 +49,7 @@ pub(crate) enum ReportEvent {
     Left,
 }
 
-/// From when to when, in Unix seconds.
+/// Start and end of speech, in Unix seconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct SpeechInterval {
     began: f64,
@@ -65,7 +65,7 @@ impl SpeechInterval {
     }
 }
 
-/// A moment of the past on the wall clock.
+/// A past instant on the wall clock, in Unix seconds.
 fn unix_seconds(at: Instant) -> f64 {
     let now = SystemTime::now() - at.elapsed();
     now.duration_since(UNIX_EPOCH)
@@ -81,19 +81,19 @@ struct ReportLine<'a> {
     event: &'a ReportEvent,
 }
 
-/// Where agents report to.
+/// Takes the reports of the agents.
 pub(crate) struct AgentReport {
     lines: mpsc::Sender<Vec<u8>>,
 }
 
-/// Puts the lines into the file.
+/// Writes the lines to the file.
 pub(crate) struct ReportWriter {
     path: PathBuf,
     file: File,
     lines: mpsc::Receiver<Vec<u8>>,
 }
 
-/// Opens the report at `path`, which may hold lines already: new ones follow them.
+/// Opens the report at `path`; new lines are appended to what the file holds.
 pub(crate) async fn open(path: &Path) -> std::io::Result<(AgentReport, ReportWriter)> {
     let mut options = OpenOptions::new();
     let file = options.create(true).append(true).open(path).await?;
@@ -116,15 +116,15 @@ impl AgentReport {
         };
         let mut line = serde_json::to_vec(&line).expect("text and numbers make JSON");
         line.push(b'\n');
-        // An agent doesn't wait for the disk; why nobody takes lines any more is said elsewhere.
+        // An agent must not wait for the disk. A closed channel means that the writer failed and logged why.
         if let Err(TrySendError::Full(_)) = self.lines.try_send(line) {
-            tracing::warn!(room, "a line of the report is lost: the disk is too slow");
+            tracing::warn!(room, "lost a line of the report: the disk is too slow");
         }
     }
 }
 
 impl ReportWriter {
-    /// Writes until shutdown, what was reported by then included.
+    /// Writes until shutdown, including what was reported before it.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) {
         let mut waiting = Vec::new();
         loop {
@@ -158,12 +158,12 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn lines_follow_what_is_there_and_none_is_lost_at_the_end() {
+    async fn lines_are_appended_and_none_is_lost_at_the_end() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "before\n").unwrap();
         let (report, writer) = open(file.path()).await.unwrap();
         let stretch = SpeechInterval::of(Instant::now(), Instant::now());
-        let heard = ReportEvent::CallerUtterance {
+        let heard = ReportEvent::Heard {
             stretch,
             seconds: 1.5,
             over_agent: false,

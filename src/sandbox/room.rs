@@ -1,5 +1,5 @@
-//! One room: its participants, their tracks and who hears whom, its dispatches and its agents. A task of its own owns
-//! all of it; others send it commands.
+//! One room: its participants, their tracks and subscriptions, its dispatches and its agents. One task owns all of it;
+//! others send it commands.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,17 +31,18 @@ use agent_seat::{AgentSeat, AudioOut, agent_info, agent_track, avatar_of};
 use dispatch::{AgentJob, RoomDispatch, new_job};
 use participant::{Client, is_microphone, newcomer_info};
 
-/// The livekit-server that the sandbox behaves as.
+/// The version of livekit-server whose behaviour the sandbox follows.
 const SERVER_VERSION: &str = "1.13.5";
-/// Its defaults, in seconds.
+/// Defaults of livekit-server, in seconds.
 pub(crate) const DEFAULT_EMPTY_TIMEOUT: u32 = 300;
 pub(crate) const DEFAULT_DEPARTURE_TIMEOUT: u32 = 20;
 
-/// How long a participant outlives its signal socket, for a reconnect that this server never grants.
+/// How long a participant outlives its signal socket. A real server waits this long for a reconnect; the sandbox accepts
+/// none.
 const SIGNAL_GRACE: Duration = Duration::from_secs(20);
-/// Signal messages that may wait for a client; one that lets more pile up is dropped.
+/// Signal messages that may wait for a client; a client that falls further behind is dropped.
 const SIGNAL_QUEUE: usize = 256;
-/// What the agent writes down of itself, and of whatever it hears.
+/// The agent's transcription of its own speech, and of any speech of its caller.
 const AGENT_WORDS: &str = "Good day to you.";
 const CALLER_WORDS: &str = "hello there";
 /// Two seconds of a few participants' audio.
@@ -59,10 +60,10 @@ pub(crate) struct RoomActor {
     dispatches: Vec<RoomDispatch>,
     datagrams: mpsc::Sender<RoutedDatagram>,
     next_number: u64,
-    somebody_joined: bool,
+    was_joined: bool,
     /// When the last participant other than an agent left, or the room's creation.
     empty_since: Option<Instant>,
-    /// Participants to remove once the events at hand are dealt with.
+    /// Participants to remove after the pending events are handled.
     leaving: Vec<(u64, Option<proto::DisconnectReason>)>,
     closed: CancellationToken,
 }
@@ -70,7 +71,7 @@ pub(crate) struct RoomActor {
 /// The open room of this name; a new room is created and its task started.
 ///
 /// # Errors
-/// The sandbox holds as many rooms as it may.
+/// [`TooManyRooms`] if the sandbox has reached its limit.
 pub(crate) fn open(
     shared: &Arc<Registry>,
     name: &str,
@@ -120,7 +121,7 @@ impl RoomActor {
             dispatches: Vec::new(),
             datagrams,
             next_number: 0,
-            somebody_joined: false,
+            was_joined: false,
             empty_since: Some(Instant::now()),
             leaving: Vec::new(),
             closed: CancellationToken::new(),
@@ -181,9 +182,9 @@ impl RoomActor {
             .unwrap_or_else(|| Instant::now() + Duration::from_mins(1))
     }
 
-    /// When an empty room closes by itself; agents don't keep it open.
+    /// When an empty room closes; agents don't keep it open.
     fn expiry(&self) -> Option<Instant> {
-        let timeout = if self.somebody_joined {
+        let timeout = if self.was_joined {
             self.info.departure_timeout
         } else {
             self.info.empty_timeout
@@ -228,7 +229,7 @@ impl RoomActor {
         }
     }
 
-    /// Deals with what peer connections reported, until all is quiet.
+    /// Handles the events of the peer connections until there are none.
     fn settle(&mut self, now: Instant) {
         loop {
             let next = self
@@ -266,7 +267,7 @@ impl RoomActor {
                     self.leaving.push((participant.number, None));
                 }
             }
-            ClientPeerEvent::AudioPacket(audio) => self.on_audio(at, &audio, now),
+            ClientPeerEvent::Audio(audio) => self.on_audio(at, &audio, now),
             ClientPeerEvent::Data { packet, reliable } => self.on_data(at, &packet, reliable, now),
         }
     }
@@ -310,7 +311,7 @@ impl RoomActor {
         self.renegotiate(now);
     }
 
-    /// Lets the agents whose media is up subscribe to callers' microphones: an agent hears no other source.
+    /// Subscribes the agents whose media is up to callers' microphones; an agent hears no other source.
     fn agents_listen(&mut self, now: Instant) {
         if !self.seats.iter().any(|seat| seat.visible) {
             return;
@@ -325,7 +326,7 @@ impl RoomActor {
             }
         }
         for sid in &live {
-            self.tell_subscribed(sid, now);
+            self.notify_subscribed(sid, now);
             for seat in self.seats.iter_mut().filter(|seat| seat.visible) {
                 if !seat.listens_to.contains(sid) {
                     seat.listens_to.push(sid.clone());
@@ -353,8 +354,8 @@ impl RoomActor {
             .report(&self.info.name, &seat.info.identity, event);
     }
 
-    /// Tells a track's owner of its first subscriber.
-    fn tell_subscribed(&mut self, track_sid: &str, now: Instant) {
+    /// Notifies a track's owner of its first subscriber.
+    fn notify_subscribed(&mut self, track_sid: &str, now: Instant) {
         for seat in &mut self.seats {
             if seat
                 .voice
@@ -372,14 +373,14 @@ impl RoomActor {
             else {
                 continue;
             };
-            if !std::mem::replace(&mut track.subscription_told, true) {
+            if !std::mem::replace(&mut track.subscription_notified, true) {
                 let track_sid = track_sid.to_owned();
-                participant.tell(Down::TrackSubscribed(proto::TrackSubscribed { track_sid }));
+                participant.send(Down::TrackSubscribed(proto::TrackSubscribed { track_sid }));
             }
         }
     }
 
-    /// Sends one packet of a track to all who receive it.
+    /// Sends one packet of a track to all its subscribers.
     fn forward(&mut self, track_sid: &str, audio: &AudioPacket, now: Instant) {
         for participant in &mut self.participants {
             let Some(subscription) = participant
@@ -389,7 +390,7 @@ impl RoomActor {
             else {
                 continue;
             };
-            // SRTP wants a sequence that starts within its first 65536.
+            // SRTP requires a sequence that starts below 65536 (RFC 3711, 3.3.1).
             let (seq, time) = *subscription.base.get_or_insert((audio.seq, audio.time));
             let Some(distance) = audio.seq.checked_sub(seq) else {
                 continue;
@@ -406,7 +407,7 @@ impl RoomActor {
         }
     }
 
-    /// Passes a client's data packet on, signed with its sender.
+    /// Forwards a client's data packet with the sender filled in.
     fn on_data(&mut self, at: usize, packet: &[u8], reliable: bool, now: Instant) {
         let Ok(mut packet) = proto::DataPacket::decode(packet) else {
             return;
@@ -444,7 +445,7 @@ impl RoomActor {
                 .agent
                 .deadline()
                 .is_some_and(|due| due <= now);
-            // An agent that waits for its caller has no deadline, and costs nothing to ask.
+            // An agent that waits for its caller has no deadline; asking it is cheap.
             let acts = if due || self.seats[at].agent.deadline().is_none() {
                 self.seats[at].agent.on_time(now)
             } else {
@@ -462,7 +463,7 @@ impl RoomActor {
         }
     }
 
-    /// Does what an agent wants; whether it leaves.
+    /// Performs an agent's action; returns whether the agent leaves.
     fn act(&mut self, at: usize, act: AgentAction, now: Instant) -> bool {
         let seat = &mut self.seats[at];
         match act {
@@ -471,9 +472,9 @@ impl RoomActor {
                 for info in seat.people_mut() {
                     info.state = proto::participant_info::State::Active.into();
                 }
-                // The avatar first: of an agent that publishes nothing the real server tells up to three seconds late.
+                // The avatar first: the real server announces an agent that publishes nothing up to three seconds late.
                 if seat.avatar.is_some() {
-                    self.announce_of(at, |seat| seat.speaker(AgentSound::VoiceClips));
+                    self.announce_of(at, |seat| seat.speaker(AgentSound::Voice));
                 }
                 self.announce_of(at, |seat| &mut seat.info);
                 self.report(&self.seats[at], &ReportEvent::Connected);
@@ -494,10 +495,10 @@ impl RoomActor {
             }
             AgentAction::Unpublish => {
                 if let Some(line) = seat.voice.take() {
-                    let tracks = &mut seat.speaker(AgentSound::VoiceClips).tracks;
+                    let tracks = &mut seat.speaker(AgentSound::Voice).tracks;
                     tracks.retain(|track| track.sid != line.track_sid);
                 }
-                self.announce_of(at, |seat| seat.speaker(AgentSound::VoiceClips));
+                self.announce_of(at, |seat| seat.speaker(AgentSound::Voice));
                 self.renegotiate(now);
             }
             AgentAction::State(state) => {
@@ -510,7 +511,7 @@ impl RoomActor {
                 frame,
                 first,
             } => self.send_agent_frame(at, sound, frame, first, now),
-            AgentAction::CallerUtterance(utterance) => self.on_heard(at, utterance, now),
+            AgentAction::Heard(utterance) => self.on_heard(at, utterance, now),
             AgentAction::Said { clip, began, ended } => {
                 let stretch = SpeechInterval::of(began, ended);
                 let event = match clip {
@@ -523,7 +524,7 @@ impl RoomActor {
                 let stream = data_stream::transcript(&seat.info.identity, track, AGENT_WORDS);
                 self.send_stream(stream, now);
             }
-            AgentAction::AgentReport(error) => {
+            AgentAction::Report(error) => {
                 let sender = seat.info.identity.clone();
                 self.send_stream(data_stream::error(&sender, &error), now);
             }
@@ -534,7 +535,7 @@ impl RoomActor {
 
     fn on_heard(&mut self, at: usize, utterance: Utterance, now: Instant) {
         let seat = &self.seats[at];
-        let heard = ReportEvent::CallerUtterance {
+        let heard = ReportEvent::Heard {
             stretch: SpeechInterval::of(utterance.began, utterance.ended),
             seconds: (FRAME * utterance.frames).as_secs_f64(),
             over_agent: utterance.over_agent,
@@ -604,7 +605,7 @@ impl RoomActor {
         self.renegotiate(now);
     }
 
-    /// Tells everybody how an agent, or who speaks for it, stands.
+    /// Sends all participants the state of an agent, or of its avatar.
     fn announce_of(
         &mut self,
         at: usize,
@@ -620,7 +621,7 @@ impl RoomActor {
         }
     }
 
-    /// Tells everybody, the participant itself included, how a participant stands.
+    /// Sends all participants, including the participant itself, the state of a participant.
     fn announce(&mut self, at: usize) {
         let participant = &mut self.participants[at];
         participant.info.version += 1;
@@ -639,11 +640,11 @@ impl RoomActor {
             let update = proto::ParticipantUpdate {
                 participants: vec![info.clone()],
             };
-            participant.tell(Down::Update(update));
+            participant.send(Down::Update(update));
         }
     }
 
-    /// Offers each client the tracks that it lacks, and takes away those that are gone.
+    /// Offers each client the tracks that it lacks, and removes those that are gone.
     fn renegotiate(&mut self, now: Instant) {
         let mut tracks: Vec<(String, String)> = Vec::new();
         for participant in &self.participants {
@@ -661,7 +662,7 @@ impl RoomActor {
     }
 
     fn on_command(&mut self, command: RoomCommand, now: Instant) {
-        // A caller that has gone away needs no answer: hence the ignored sends.
+        // The requester may have gone; then the answer is dropped.
         match command {
             RoomCommand::Join(newcomer, reply) => drop(reply.send(self.join(&newcomer, now))),
             RoomCommand::Signal(number, message) => self.on_signal(number, *message, now),
@@ -676,13 +677,13 @@ impl RoomActor {
                 let room = self.info();
                 for participant in &mut self.participants {
                     let room = Some(room.clone());
-                    participant.tell(Down::RoomUpdate(proto::RoomUpdate { room }));
+                    participant.send(Down::RoomUpdate(proto::RoomUpdate { room }));
                 }
                 drop(reply.send(room));
             }
-            RoomCommand::Participants(reply) => drop(reply.send(self.everybody())),
+            RoomCommand::Participants(reply) => drop(reply.send(self.all_participants())),
             RoomCommand::Remove(identity, reply) => drop(reply.send(self.expel(&identity, now))),
-            RoomCommand::RoomDispatch(dispatch, reply) => {
+            RoomCommand::Dispatch(dispatch, reply) => {
                 drop(reply.send(self.add_dispatch(*dispatch)))
             }
             RoomCommand::ListDispatch(reply) => {
@@ -696,9 +697,8 @@ impl RoomActor {
             RoomCommand::AgentJoin(job, script) => self.agent_joins(&job, *script, now),
             RoomCommand::Close(reply) => {
                 self.close(proto::DisconnectReason::RoomDeleted);
-                // Nobody to tell where the caller has gone away.
                 if reply.send(()).is_err() {
-                    tracing::debug!("a room was deleted for a caller that went away");
+                    tracing::debug!("a room was deleted, but its requester had gone");
                 }
             }
         }
@@ -706,10 +706,10 @@ impl RoomActor {
 
     fn info(&self) -> proto::Room {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let everybody = self.everybody();
-        let publishers = everybody.iter().filter(|info| info.is_publisher);
+        let all_participants = self.all_participants();
+        let publishers = all_participants.iter().filter(|info| info.is_publisher);
         proto::Room {
-            // As livekit-server counts: agents are no participants here, but publishers.
+            // As livekit-server counts: an agent is not a participant here, but it is a publisher.
             num_participants: count(self.people()),
             num_publishers: count(publishers.count()),
             ..self.info.clone()
@@ -723,7 +723,7 @@ impl RoomActor {
         people.count()
     }
 
-    fn everybody(&self) -> Vec<proto::ParticipantInfo> {
+    fn all_participants(&self) -> Vec<proto::ParticipantInfo> {
         let people = self.participants.iter().map(|p| &p.info);
         people
             .chain(self.seats.iter().flat_map(AgentSeat::people))
@@ -772,7 +772,7 @@ impl RoomActor {
         let join = Box::new(self.join_response(&participant.info));
         self.participants.push(participant);
         if !is_agent {
-            self.somebody_joined = true;
+            self.was_joined = true;
             self.empty_since = None;
         }
         self.renegotiate(now);
@@ -787,7 +787,7 @@ impl RoomActor {
         proto::JoinResponse {
             room: Some(self.info()),
             participant: Some(info.clone()),
-            other_participants: self.everybody(),
+            other_participants: self.all_participants(),
             server_version: SERVER_VERSION.to_owned(),
             subscriber_primary: true,
             ping_timeout: 15,
@@ -850,7 +850,7 @@ impl RoomActor {
                     id: offer.id,
                     ..proto::SessionDescription::default()
                 };
-                participant.tell(Down::Answer(answer));
+                participant.send(Down::Answer(answer));
                 participant.trickle(Side::Publisher, first_mid(&offer.sdp));
             }
             Err(error) => self.bad_description(at, &error),
@@ -870,9 +870,9 @@ impl RoomActor {
                     began.push(subscription.track_sid.clone());
                 }
                 for track_sid in began {
-                    self.tell_subscribed(&track_sid, now);
+                    self.notify_subscribed(&track_sid, now);
                 }
-                // What came meanwhile waited for this answer.
+                // Changes in the meantime waited for this answer.
                 self.renegotiate(now);
             }
             Ok(false) => tracing::debug!("an answer to an offer that is no longer open"),
@@ -885,20 +885,20 @@ impl RoomActor {
         tracing::warn!(
             room = self.info.name,
             error,
-            "a client's session description is unusable"
+            "rejected a client's session description"
         );
         self.leaving
             .push((number, Some(proto::DisconnectReason::UnknownReason)));
     }
 
-    /// Removes a participant; `reason` makes a `Leave` to it, `None` means that it went by itself.
+    /// Removes a participant. With a `reason`, it is sent a `Leave`; `None` means that it left by itself.
     fn remove(&mut self, number: u64, reason: Option<proto::DisconnectReason>, now: Instant) {
         let Some(at) = self.participants.iter().position(|p| p.number == number) else {
             return;
         };
         let mut gone = self.participants.remove(at);
         if let Some(reason) = reason {
-            gone.tell(leave(reason));
+            gone.send(leave(reason));
         }
         gone.info.state = proto::participant_info::State::Disconnected.into();
         gone.info.version += 1;
@@ -950,7 +950,7 @@ impl RoomActor {
         let is_target = info.agent_name == self.shared.settings.agent_name;
         let is_stray = info.agent_name.is_empty() && self.faults.has(&InjectedFault::Stray);
         if is_target || is_stray {
-            // What goes wrong goes wrong with the target's agent.
+            // Faults concern only the target's agent.
             let none = Faults::default();
             let faults = if is_target { &self.faults } else { &none };
             let script = AgentScript::new(faults, self.shared.settings.max_replies);
@@ -999,7 +999,7 @@ impl RoomActor {
         }
     }
 
-    /// Its media is not up yet, so that it neither hears nor is seen.
+    /// Adds an agent whose media is not up yet: it does not hear, and the others do not see it.
     fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
         let info = agent_info(job);
         let seat = AgentSeat {
@@ -1019,7 +1019,7 @@ impl RoomActor {
 
     fn close(&mut self, reason: proto::DisconnectReason) {
         for participant in &mut self.participants {
-            participant.tell(leave(reason));
+            participant.send(leave(reason));
         }
         for seat in &self.seats {
             self.report(seat, &ReportEvent::Left);

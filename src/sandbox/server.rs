@@ -32,21 +32,21 @@ const HEADER_TIMEOUT: Duration = Duration::from_mins(5);
 #[error("the connection is dropped, as the fault demands")]
 pub(crate) struct Dropped;
 
-/// Why a call gets no ordinary answer.
+/// Why a call gets no normal answer.
 enum Interrupt {
-    FaultAnswer(Box<Response<Body>>),
+    Answer(Box<Response<Body>>),
     Drop,
 }
 
 impl From<TwirpFailure> for Interrupt {
     fn from(error: TwirpFailure) -> Self {
-        Self::FaultAnswer(Box::new(error.into_response()))
+        Self::Answer(Box::new(error.into_response()))
     }
 }
 
 impl From<TooManyRooms> for Interrupt {
     fn from(_: TooManyRooms) -> Self {
-        TwirpFailure::exhausted("the sandbox holds as many rooms as it may").into()
+        TwirpFailure::exhausted("the sandbox has reached its limit of rooms").into()
     }
 }
 
@@ -61,7 +61,7 @@ pub(crate) async fn serve(listener: TcpListener, shared: Arc<Registry>) {
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Out of descriptors, most likely: give connections time to end.
+                // Most likely out of file descriptors: give connections time to end.
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
@@ -108,11 +108,11 @@ async fn answer(
     let result = route(shared, request, &path).await;
     let mut response = match result {
         Ok(response) => response,
-        Err(Interrupt::FaultAnswer(response)) => *response,
+        Err(Interrupt::Answer(response)) => *response,
         Err(Interrupt::Drop) => return Err(Dropped),
     };
     if matches!(path.as_str(), "/rtc/validate" | "/rtc/v1/validate") {
-        // Browsers validate from any page.
+        // Browsers send this request from any page.
         let any = HeaderValue::from_static("*");
         response
             .headers_mut()
@@ -140,7 +140,7 @@ async fn route(
     match path {
         "/" => Ok(plain(StatusCode::OK, "OK")),
         "/rtc" => join(shared, request, claims, &query).await,
-        // No single peer connection here: clients fall back to /rtc on a 404.
+        // The sandbox has no single peer connection: clients fall back to /rtc on a 404.
         "/rtc/v1" => Ok(response(StatusCode::NOT_FOUND, "", "")),
         "/rtc/validate" => {
             check_join(claims.as_ref())?;
@@ -165,7 +165,7 @@ async fn route(
 
 impl From<Denied> for Interrupt {
     fn from(denied: Denied) -> Self {
-        Self::FaultAnswer(Box::new(plain(denied.status, denied.text)))
+        Self::Answer(Box::new(plain(denied.status, denied.text)))
     }
 }
 
@@ -191,7 +191,7 @@ impl Query {
         found.map(|(_, value)| value.as_str())
     }
 
-    /// Go's reading of a flag: `1` or `true`.
+    /// Whether a flag is set, as the Go server parses it: `1` or `true`.
     fn flag(&self, name: &str, default: bool) -> bool {
         match self.get(name) {
             None | Some("") => default,
@@ -217,11 +217,11 @@ async fn join(
     let opening = if let Some(action) = faults.action(SignalStep::BeforeJoin) {
         SignalOpening::Misbehave(action)
     } else if query.flag("reconnect", false) {
-        // This server keeps no session to resume.
+        // The sandbox keeps no session that could be resumed.
         SignalOpening::StateMismatch
     } else {
         let (room, joined) = enter(shared, &name, claims, query).await?;
-        SignalOpening::IceSession {
+        SignalOpening::Session {
             room,
             joined,
             fault: faults.action(SignalStep::AfterJoin),
@@ -243,14 +243,14 @@ async fn join(
     Ok(switch)
 }
 
-/// Takes a seat in the room, which is created where it is missing.
+/// Joins the room; a missing room is created.
 async fn enter(
     shared: &Arc<Registry>,
     name: &str,
     claims: &Claims,
     query: &Query,
 ) -> Result<(RoomHandle, JoinedClient), Interrupt> {
-    // A room can close between finding it and joining it; the next one is new.
+    // A room can close between the lookup and the join; the next attempt creates a new one.
     for _ in 0..3 {
         let new = claims.room_config.clone().map(from_token);
         let room = room::open(shared, name, new.unwrap_or_default())?;
@@ -261,7 +261,7 @@ async fn enter(
             None => {}
         }
     }
-    // What the real server makes of a full room.
+    // The real server's response for a full room.
     Err(Denied {
         status: StatusCode::INTERNAL_SERVER_ERROR,
         text: "connection closed by media".to_owned(),
@@ -304,7 +304,7 @@ fn newcomer(claims: &Claims, query: &Query) -> Newcomer {
     }
 }
 
-/// `Sec-WebSocket-Accept` for an upgrade request; `None` where it is none.
+/// `Sec-WebSocket-Accept` for an upgrade request; `None` if the request is none.
 fn websocket_accept(request: &Request<Incoming>) -> Option<String> {
     let headers = request.headers();
     let names_websocket = headers
@@ -317,7 +317,7 @@ fn websocket_accept(request: &Request<Incoming>) -> Option<String> {
         .then(|| tokio_tungstenite::tungstenite::handshake::derive_accept_key(key.as_bytes()))
 }
 
-/// Does to a request what the room's faults demand.
+/// Applies the room's faults to a request.
 async fn interrupt(faults: &Faults, step: HttpStep) -> Result<(), Interrupt> {
     let Some(answer) = faults.answer(step) else {
         return Ok(());
@@ -345,7 +345,7 @@ async fn interrupt(faults: &Faults, step: HttpStep) -> Result<(), Interrupt> {
         }
         FaultAnswer::Flood => flood(),
     };
-    Err(Interrupt::FaultAnswer(Box::new(answer)))
+    Err(Interrupt::Answer(Box::new(answer)))
 }
 
 fn too_many(step: HttpStep, retry_after: Option<Duration>, html: bool) -> Response<Body> {
@@ -368,7 +368,7 @@ fn too_many(step: HttpStep, retry_after: Option<Duration>, html: bool) -> Respon
     answer
 }
 
-/// An answer that never seems to end: 256 MiB.
+/// A very long answer: 256 MiB.
 fn flood() -> Response<Body> {
     const CHUNK: usize = 64 << 10;
     let chunk = Bytes::from(vec![b' '; CHUNK]);
@@ -450,7 +450,7 @@ impl TwirpCall<'_> {
         interrupt(&self.shared.faults(room), step).await
     }
 
-    /// The room of this name, or the error that the real server gives where nobody serves it.
+    /// The room of this name, or the real server's error for a missing room.
     fn room(&self, name: &str) -> Result<RoomHandle, TwirpFailure> {
         self.shared.find(name).ok_or_else(TwirpFailure::no_room)
     }
@@ -466,7 +466,7 @@ impl TwirpCall<'_> {
             metadata: request.metadata,
             agents: request.agents,
         };
-        // A room that exists stays as it is.
+        // An existing room is left unchanged.
         let room = room::open(&self.shared, &request.name, new)?;
         let info = room.ask(RoomCommand::Info).await;
         Ok(self.wire.encode(&info.ok_or_else(TwirpFailure::no_room)?))
@@ -571,13 +571,13 @@ impl TwirpCall<'_> {
             metadata: request.metadata,
             ..proto::AgentDispatch::default()
         });
-        // As on the real server, a missing room is created.
+        // The real server creates a missing room, too.
         let room = room::open(&self.shared, &request.room, RoomOptions::default())?;
         let made = room
-            .ask(|reply| RoomCommand::RoomDispatch(dispatch, reply))
+            .ask(|reply| RoomCommand::Dispatch(dispatch, reply))
             .await;
         let made = made.ok_or_else(TwirpFailure::no_room)?;
-        let full = || TwirpFailure::exhausted("the room holds as many dispatches as it may");
+        let full = || TwirpFailure::exhausted("the room has reached its limit of dispatches");
         Ok(self.wire.encode(&made.ok_or_else(full)?))
     }
 

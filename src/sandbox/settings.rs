@@ -9,16 +9,16 @@ use super::fault::FaultRule;
 /// How a sandbox is set up.
 #[derive(Debug, Clone)]
 pub struct SandboxSettings {
-    /// The TCP port on 127.0.0.1; 0 takes a free one.
+    /// The TCP port on 127.0.0.1; 0 selects a free one.
     pub port: u16,
     pub api_key: String,
     pub api_secret: SecretString,
-    /// The name that the demo agent registers under; an empty one is dispatched to every new room by itself.
+    /// The name under which the demo agent registers. With an empty name it is dispatched to every new room automatically.
     pub agent_name: String,
-    /// Utterances that the agent answers in one room.
+    /// Utterances that the agent answers per room.
     pub max_replies: u32,
     pub faults: Vec<FaultRule>,
-    /// Where to append what the agents saw, heard and said: see [`report::SYNTAX`](super::report::SYNTAX).
+    /// The file to which the agents' report is appended: see [`report::SYNTAX`](super::report::SYNTAX).
     pub report: Option<PathBuf>,
 }
 

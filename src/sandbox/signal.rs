@@ -21,30 +21,30 @@ use super::fault::FaultAction;
 use super::ids::unix_millis;
 use super::registry::RoomHandle;
 
-/// How long a fault hangs before it gives the connection up.
+/// How long a fault hangs before it closes the connection.
 pub(crate) const HANG: Duration = Duration::from_mins(2);
 
 /// The largest message that a client may send; a session description is some 20 KiB.
 const MAX_MESSAGE: usize = 1 << 20;
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(10);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
-/// For a client to answer a close; shorter than the sandbox's own drain.
+/// How long a client may take to answer a close; shorter than the sandbox's own drain.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// The announced ping timeout, and a little more for the way.
+/// The announced ping timeout plus a margin for the network.
 const SILENCE: Duration = Duration::from_secs(20);
-/// Messages of a flood: some 200 MB.
+/// Messages per flood: some 200 MB.
 const FLOOD_MESSAGES: usize = 200_000;
 
 type SignalSocket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// How a signal socket begins.
 pub(crate) enum SignalOpening {
-    IceSession {
+    Session {
         room: RoomHandle,
         joined: JoinedClient,
         fault: Option<FaultAction>,
     },
-    /// A reconnect that can't be resumed: the client is told to connect anew.
+    /// A reconnect that can't be resumed: the client must connect again.
     StateMismatch,
     /// The fault that comes before the join response.
     Misbehave(FaultAction),
@@ -59,7 +59,7 @@ pub(crate) async fn run(upgrade: OnUpgrade, opening: SignalOpening, shutdown: Ca
     };
     match (opening, socket) {
         (
-            SignalOpening::IceSession {
+            SignalOpening::Session {
                 room,
                 joined,
                 fault,
@@ -103,7 +103,7 @@ async fn websocket(upgraded: Upgraded) -> SignalSocket {
     WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await
 }
 
-/// The socket is no longer of use.
+/// The socket can't be used any more.
 struct BrokenSocket;
 
 async fn serve(
@@ -125,7 +125,7 @@ async fn serve(
         tokio::select! {
             message = joined.messages.recv() => {
                 let Some(message) = message else {
-                    // The room has let the participant go; what it had to say is said.
+                    // The room has removed the participant and sent its last message.
                     close(socket).await;
                     return Ok(());
                 };
@@ -182,8 +182,8 @@ async fn send(socket: &mut SignalSocket, message: Down) -> Result<(), BrokenSock
     }
 }
 
-/// Closes the socket, and reads what is still on its way: unread bytes would make the kernel reset the connection, and
-/// the client would lose the `Leave` before it.
+/// Closes the socket and reads what still arrives. Unread bytes would make the kernel reset the connection, and the
+/// client would lose the `Leave` that was sent before.
 async fn close(socket: &mut SignalSocket) {
     let normal = CloseFrame {
         code: CloseCode::Normal,

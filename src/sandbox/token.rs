@@ -1,9 +1,9 @@
-//! Who a request comes from: access tokens and their refusals, in livekit-server's words.
+//! Authentication of requests: access tokens, and their rejections with livekit-server's messages.
 
 use http::StatusCode;
 use livekit_api::access_token::{AccessTokenError, Claims, TokenVerifier};
 
-/// A refusal before any handler: plain text, as livekit-server's middleware writes it.
+/// A rejection before any handler: plain text, as livekit-server's middleware sends it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Denied {
     pub status: StatusCode,
@@ -42,7 +42,7 @@ pub(crate) fn authenticate(
     }
     match TokenVerifier::with_api_key(key, secret).verify(token) {
         Ok(claims) => Ok(Some(claims)),
-        // The real server quotes the whole token here: a client must not pass that on, and is tested for it.
+        // The real server quotes the whole token here. A client must not pass it on, and tests check that.
         Err(error) => Err(unauthorized(format!(
             "invalid token: {token}, error: {}",
             in_server_words(&error)
@@ -62,12 +62,12 @@ fn in_server_words(error: &AccessTokenError) -> String {
     }
 }
 
-/// The verifier's error type is not exported; its source names the kind.
+/// The verifier's error type is not exported; its source identifies the kind.
 fn is(error: &AccessTokenError, kind: &str) -> bool {
     std::error::Error::source(error).is_some_and(|source| source.to_string() == kind)
 }
 
-/// What a join needs of its token.
+/// Checks the claims that a join needs.
 pub(crate) fn check_join(claims: Option<&Claims>) -> Result<&Claims, Denied> {
     let Some(claims) = claims else {
         return Err(unauthorized("no permissions to access the room"));
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_token_is_taken_from_header_and_query() {
+    fn a_valid_token_is_accepted_from_header_and_query() {
         let jwt = token(SECRET).to_jwt().unwrap();
         let header = format!("Bearer {jwt}");
         let by_header = authenticate(KEY, SECRET, Some(&header), None).unwrap();
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_tokens_are_refused_in_the_real_servers_words() {
+    fn bad_tokens_are_rejected_with_the_real_servers_messages() {
         let forged = token("another secret of more than thirty-two bytes");
         assert!(denied(&forged.to_jwt().unwrap()).ends_with("signature is invalid"));
         let foreign = AccessToken::with_api_key("other", SECRET).to_jwt().unwrap();
@@ -135,7 +135,7 @@ mod tests {
         let mut claims = Claims::from_unverified(&token(SECRET).to_jwt().unwrap()).unwrap();
         claims.exp = 1;
         let expired = token(SECRET).with_ttl(Duration::ZERO).to_jwt().unwrap();
-        // The verifier forgives a minute, as the real server does.
+        // The verifier allows a minute of clock skew, as the real server does.
         assert!(authenticate(KEY, SECRET, None, Some(&expired)).is_ok());
     }
 

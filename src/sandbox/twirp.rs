@@ -1,4 +1,4 @@
-//! Twirp over HTTP: protobuf and JSON bodies, and errors in livekit-server's words.
+//! Twirp over HTTP: protobuf and JSON bodies, and errors with livekit-server's messages.
 
 use std::convert::Infallible;
 
@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 pub(crate) type Body = BoxBody<Bytes, Infallible>;
 
-/// How a call's bodies are written.
+/// The encoding of a call's bodies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wire {
     Json,
@@ -24,7 +24,7 @@ pub(crate) struct TwirpFailure {
     pub status: StatusCode,
     pub code: &'static str,
     pub msg: String,
-    /// For `bad_route`: what was asked, `METHOD path`.
+    /// For `bad_route`: the requested `METHOD path`.
     pub route: Option<String>,
 }
 
@@ -46,13 +46,13 @@ impl TwirpFailure {
         )
     }
 
-    /// The internal bus wraps these errors; its words reach the client.
+    /// The internal bus wraps these errors, and its message reaches the client.
     pub(crate) fn not_found(what: &str) -> Self {
         let msg = format!("twirp error unknown: {what}");
         Self::new(StatusCode::NOT_FOUND, "not_found", msg)
     }
 
-    /// No room of that name exists, so nobody answers on the bus.
+    /// No room of that name exists, so no node answers on the bus.
     pub(crate) fn no_room() -> Self {
         let msg = "twirp error unknown: no response from servers";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", msg)
@@ -88,7 +88,7 @@ impl TwirpFailure {
 }
 
 impl Wire {
-    /// The form that the request's content type names.
+    /// The encoding that the request's content type names.
     pub(crate) fn of(headers: &HeaderMap) -> Result<Self, String> {
         let value = headers.get(header::CONTENT_TYPE);
         let kind = value.and_then(|v| v.to_str().ok()).unwrap_or_default();

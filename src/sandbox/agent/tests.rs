@@ -60,7 +60,7 @@ impl ScriptedCall {
         self.acts
             .iter()
             .filter_map(|(_, act)| match act {
-                AgentAction::CallerUtterance(utterance) => Some(*utterance),
+                AgentAction::Heard(utterance) => Some(*utterance),
                 _ => None,
             })
             .collect()
@@ -155,7 +155,7 @@ fn a_track_without_packets_is_published_and_stays_empty() {
     let mut stage = ScriptedCall::new(&["no_packets"]);
     stage.meet();
     stage.run(SECOND * 3);
-    let publish = AgentAction::Publish(AgentSound::VoiceClips);
+    let publish = AgentAction::Publish(AgentSound::Voice);
     assert!(stage.acts.iter().any(|(_, act)| *act == publish));
     let sends = stage
         .acts
@@ -189,7 +189,7 @@ fn an_agent_that_restarts_its_track_answers_once_the_new_one_is_subscribed() {
     let voice = |(_, act): &&(Duration, AgentAction)| {
         matches!(
             act,
-            AgentAction::Unpublish | AgentAction::Publish(AgentSound::VoiceClips)
+            AgentAction::Unpublish | AgentAction::Publish(AgentSound::Voice)
         )
     };
     assert_eq!(stage.acts.iter().filter(voice).count(), 3);
@@ -254,7 +254,7 @@ fn an_inference_error_is_reported_and_silences_the_agent() {
     let mut stage = ScriptedCall::new(&["inference_error=quota"]);
     stage.meet();
     stage.run(SECOND * 3);
-    let report = AgentAction::AgentReport("quota".to_owned());
+    let report = AgentAction::Report("quota".to_owned());
     assert!(stage.acts.iter().any(|(_, act)| *act == report));
     assert!(!stage.states().contains(&"speaking"));
 }

@@ -10,7 +10,7 @@ use crate::sandbox::ids::{guid, unix_millis};
 /// An agent in the room.
 pub(super) struct AgentSeat {
     pub(super) info: proto::ParticipantInfo,
-    /// Who speaks on its behalf.
+    /// The participant that speaks on its behalf.
     pub(super) avatar: Option<proto::ParticipantInfo>,
     pub(super) agent: DemoAgent,
     pub(super) dispatch_id: String,
@@ -29,7 +29,7 @@ pub(super) struct AudioOut {
 }
 
 impl AgentSeat {
-    /// The agent, and who speaks on its behalf.
+    /// The agent, and the participant that speaks on its behalf.
     pub(super) fn people(&self) -> impl Iterator<Item = &proto::ParticipantInfo> {
         std::iter::once(&self.info).chain(&self.avatar)
     }
@@ -38,23 +38,23 @@ impl AgentSeat {
         std::iter::once(&mut self.info).chain(&mut self.avatar)
     }
 
-    /// Who publishes it.
+    /// The participant that publishes this sound.
     pub(super) fn speaker(&mut self, sound: AgentSound) -> &mut proto::ParticipantInfo {
         match (sound, &mut self.avatar) {
-            (AgentSound::VoiceClips, Some(avatar)) => avatar,
+            (AgentSound::Voice, Some(avatar)) => avatar,
             _ => &mut self.info,
         }
     }
 
     pub(super) fn line(&mut self, sound: AgentSound) -> &mut Option<AudioOut> {
         match sound {
-            AgentSound::VoiceClips => &mut self.voice,
+            AgentSound::Voice => &mut self.voice,
             AgentSound::Background => &mut self.background,
         }
     }
 }
 
-/// The server sets `lk.agent_name`, the worker `lk.agent.name`.
+/// An agent's participant. The server sets the attribute `lk.agent_name`, the worker `lk.agent.name`.
 pub(super) fn agent_info(job: &proto::Job) -> proto::ParticipantInfo {
     let joined = unix_millis();
     let mut attributes = HashMap::new();
@@ -82,7 +82,7 @@ pub(super) fn agent_info(job: &proto::Job) -> proto::ParticipantInfo {
     }
 }
 
-/// As an avatar's worker joins beside the agent's.
+/// An avatar's participant, as the avatar's worker joins it in addition to the agent.
 pub(super) fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::ParticipantInfo {
     let on_behalf = ("lk.publish_on_behalf".to_owned(), agent.identity.clone());
     proto::ParticipantInfo {
@@ -93,10 +93,10 @@ pub(super) fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::Pa
     }
 }
 
-/// Named as livekit-agents does; its background sound has no source.
+/// A track as livekit-agents publishes it: its names, and no source for background sound.
 pub(super) fn agent_track(sound: AgentSound) -> proto::TrackInfo {
     let (name, source, mid) = match sound {
-        AgentSound::VoiceClips => ("roomio_audio", proto::TrackSource::Microphone, "0"),
+        AgentSound::Voice => ("roomio_audio", proto::TrackSource::Microphone, "0"),
         AgentSound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
     };
     proto::TrackInfo {

@@ -28,9 +28,9 @@ pub(super) struct AgentJob {
 }
 
 impl AgentJob {
-    /// Does what a worker and its job's process do until the agent connects to the room; `None` if it never does.
+    /// Plays the worker and the job's process until the agent connects to the room; `None` if it never does.
     pub(super) async fn run(self, shared: &Registry) -> Option<Self> {
-        // The sandbox's end ends it, whatever it waits for.
+        // Shutdown ends it at any point.
         tokio::select! {
             () = shared.shutdown.cancelled() => None,
             arrived = self.travel(shared) => arrived,
@@ -47,7 +47,7 @@ impl AgentJob {
         let name = self.room_name();
         let agent = agent_info(&self.job).identity;
         let metadata = self.job.metadata.clone();
-        shared.report(name, &agent, &ReportEvent::JobBehaviour { metadata });
+        shared.report(name, &agent, &ReportEvent::Job { metadata });
         if let Some(room) = shared.find(name) {
             room.send(RoomCommand::JobAccepted(self.job.clone())).await;
         }

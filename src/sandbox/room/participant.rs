@@ -31,9 +31,9 @@ pub(super) struct PublishedTrack {
     pub(super) cid: String,
     pub(super) info: proto::TrackInfo,
     pub(super) mid: Option<Mid>,
-    /// Its first packet has come: the others see it.
+    /// Its first packet has arrived: the other participants see the track.
     pub(super) live: bool,
-    pub(super) subscription_told: bool,
+    pub(super) subscription_notified: bool,
 }
 
 /// A track that a participant receives.
@@ -54,8 +54,8 @@ impl Client {
         }
     }
 
-    /// Sends a message; a client that reads none until its queue is full is treated as gone.
-    pub(super) fn tell(&mut self, message: Down) {
+    /// Sends a message; a client whose queue is full is treated as gone.
+    pub(super) fn send(&mut self, message: Down) {
         if self.out.try_send(message).is_err() && self.signal_lost.is_none() {
             self.signal_lost = Some(Instant::now());
         }
@@ -67,7 +67,7 @@ impl Client {
             Side::Subscriber => proto::SignalTarget::Subscriber,
         };
         let candidate_init = self.peer(side).candidate_init(mid);
-        self.tell(Down::Trickle(proto::TrickleRequest {
+        self.send(Down::Trickle(proto::TrickleRequest {
             candidate_init,
             target: target.into(),
             r#final: true,
@@ -96,15 +96,15 @@ impl Client {
             info: info.clone(),
             mid: None,
             live: false,
-            subscription_told: false,
+            subscription_notified: false,
         });
-        self.tell(Down::TrackPublished(proto::TrackPublishedResponse {
+        self.send(Down::TrackPublished(proto::TrackPublishedResponse {
             cid: request.cid,
             track: Some(info),
         }));
     }
 
-    /// Makes what this client receives equal to `tracks` (owner and track ids), its own left out.
+    /// Subscribes this client to exactly `tracks` (ids of owner and track), excluding its own.
     pub(super) fn negotiate(&mut self, tracks: &[(String, String)], now: Instant) {
         let wanted: Vec<&(String, String)> = tracks
             .iter()
@@ -139,7 +139,7 @@ impl Client {
                 live: false,
                 base: None,
             });
-            self.tell(Down::SubscriptionPermissionUpdate(
+            self.send(Down::SubscriptionPermissionUpdate(
                 proto::SubscriptionPermissionUpdate {
                     participant_sid: owner.clone(),
                     track_sid: track.clone(),
@@ -157,7 +157,7 @@ impl Client {
             .map(|s| (s.mid.to_string(), s.track_sid.clone()))
             .collect();
         let mid = first_mid(&offer.sdp).to_owned();
-        self.tell(Down::Offer(proto::SessionDescription {
+        self.send(Down::Offer(proto::SessionDescription {
             r#type: "offer".to_owned(),
             sdp: offer.sdp,
             id: offer.id,
