@@ -1,6 +1,6 @@
-//! Commands, flags and exit codes; data on stdout, all else on stderr.
+//! The command line: commands, flags and exit statuses. Results go to stdout, everything else to stderr.
 //!
-//! It knows no WebRTC.
+//! It reads settings, starts the work and prints what comes back. It does not know WebRTC.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -22,18 +22,18 @@ use crate::sandbox::report;
 mod check;
 mod demo;
 mod drill;
+mod fault_catalogue;
 mod forecast;
+mod format;
 mod health;
 mod junit;
+mod local_daemon;
 mod markdown;
 mod once;
-mod phrasing;
 mod progress;
-mod rehearsal;
 mod rules;
 mod run;
 mod sandbox;
-mod sandboxed;
 mod table;
 
 /// Production canary for LiveKit voice agents
@@ -46,285 +46,301 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Command {
-    Run(Run),
-    Once(Once),
-    Check(Check),
-    Rules(Rules),
-    Demo(Demo),
+    Run(RunArgs),
+    Once(OnceArgs),
+    Check(CheckArgs),
+    Rules(RulesArgs),
+    Demo(DemoArgs),
     Drill(DrillArgs),
     Sandbox(SandboxArgs),
-    Health(Health),
+    Health(HealthArgs),
 }
 
-/// Watch every configured target, always
+/// Watch every configured target continuously
 ///
-/// Opens a batch of rooms against each target whenever its schedule says so, and serves what it found out
-/// on /metrics, as a page and as JSON. SIGHUP reads the settings again. SIGTERM lets the rooms that are
-/// open end, deletes them, and stops; a second one ends at once.
+/// Starts a batch of rooms for each target when its schedule is due. Serves the
+/// results on /metrics, as a page and as JSON.
+///
+/// SIGHUP reloads the settings. SIGTERM lets the open rooms end, deletes them and
+/// stops. A second SIGTERM stops at once.
 #[derive(Args, Clone)]
 #[command(after_help = RUN_EPILOGUE, verbatim_doc_comment)]
-struct Run {
-    /// The settings (TOML); config/canary.toml shows every key
+struct RunArgs {
+    /// Settings file (TOML); config/canary.toml shows every key
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Where to serve metrics, page and API [default: 0.0.0.0:9787]
+    /// Address that serves metrics, page and API [default: 0.0.0.0:9787]
     #[arg(long = "web.listen-address", value_name = "ADDRESS")]
     listen_address: Option<SocketAddr>,
 
-    /// TLS and users, in the format of Prometheus' exporter-toolkit
+    /// File with TLS settings and users, in the format of Prometheus' exporter-toolkit
     #[arg(long = "web.config.file", value_name = "FILE")]
     web_config_file: Option<PathBuf>,
 
-    /// Answer POST (reload, pause, a batch now) on any address, without users too
+    /// Accept POST (reload, pause, run a batch) on any address, even if no users are set
     #[arg(long = "web.enable-lifecycle")]
     enable_lifecycle: bool,
 
-    /// Where the ledger of the budget was lost: count what was used from zero
+    /// If the ledger of used agent time is lost, count the used time from zero
     #[arg(long)]
     accept_lost_ledger: bool,
 }
 
 const RUN_EPILOGUE: &str = "\
-Credentials come from LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET where no file sets them.
-RUST_LOG sets the level of the log, which goes to stderr: text on a terminal, JSON otherwise.
+Credentials come from LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET, unless
+the settings file sets them. The log goes to stderr: as text on a terminal,
+otherwise as JSON. RUST_LOG sets its level.
 
 Exit status:
-  0  told to stop, and all rooms were seen to
-  1  a fault of the canary's own, or told to stop twice
+  0  stopped by a signal, after all rooms were cleaned up
+  1  the canary itself failed, or a second signal ended it at once
   2  wrong usage or settings, or another process uses the history";
 
-/// Open one batch of rooms now and tell what happened in each
+/// Open one batch of rooms now and report what happened in each
 ///
-/// Opens the rooms, has the agent join each, waits for its first words, echoes them, and
-/// deletes the rooms. Progress goes to stderr, the result to stdout.
+/// In each room, the agent joins and speaks, and the canary plays its speech back.
+/// Then the canary deletes the rooms. Progress goes to stderr, the result to stdout.
 #[derive(Args)]
 #[command(after_help = ONCE_EPILOGUE, verbatim_doc_comment)]
-struct Once {
-    /// Settings to start from (TOML); without it: the environment and these flags
+struct OnceArgs {
+    /// Settings file (TOML); without it, only the environment and these flags apply
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// The target of the settings; needed where they have several
+    /// Target to probe; required if the settings have several
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
 
-    /// The name that the agent registered under
+    /// Name that the agent registers under
     #[arg(long, value_name = "NAME")]
     agent_name: Option<String>,
 
-    /// Rooms to open [default: 3]
+    /// Number of rooms to open [default: 3]
     #[arg(long, value_name = "N")]
     rooms: Option<usize>,
 
-    /// When the next room opens: after the agent's join (the default), at intervals, or all at once
-    #[arg(long, value_name = "RAMP", value_parser = names::<RampMode>())]
+    /// When the next room opens: after the agent's join, at intervals, or all at once [default: after_join]
+    #[arg(long, value_name = "RAMP", value_parser = value_names::<RampMode>())]
     ramp: Option<String>,
 
-    /// From one room to the next with --ramp interval [default: 1s]
+    /// Time from one room to the next with --ramp interval [default: 1s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     ramp_interval: Option<Duration>,
 
-    /// How long the rooms stay open once the last agent has joined, or won't [default: 15s]
+    /// How long the rooms stay open after the last agent joined or failed to join [default: 15s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     hold: Option<Duration>,
 
-    /// Pause between the agent's speech and its echo [default: 1s]
+    /// Delay between the agent's speech and its echo [default: 1s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     echo_delay: Option<Duration>,
 
-    /// Whole utterances once, or all that the agent says [default: turn]
-    #[arg(long, value_name = "MODE", value_parser = names::<EchoMode>())]
+    /// What the canary plays back: whole utterances, each once, or all of the agent's audio [default: turn]
+    #[arg(long, value_name = "MODE", value_parser = value_names::<EchoMode>())]
     echo_mode: Option<String>,
 
-    /// Longest wait for the agent's join [default: 30s]
+    /// Maximum wait for the agent's join [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     join_timeout: Option<Duration>,
 
-    /// Longest wait for the agent's first words, from its join [default: 20s]
+    /// Maximum wait for the agent's first speech after its join [default: 20s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     speech_timeout: Option<Duration>,
 
-    /// What names the agent: a call of its own, the room, our token, or nothing [default: explicit]
-    #[arg(long, value_name = "MODE", value_parser = names::<DispatchMode>())]
+    /// How the agent is dispatched: CreateDispatch (explicit), CreateRoom (room), join token (token), or automatically [default: explicit]
+    #[arg(long, value_name = "MODE", value_parser = value_names::<DispatchMode>())]
     dispatch: Option<String>,
 
-    /// The client stack that joins; libwebrtc only where it is built in [default: native]
-    #[arg(long, value_name = "ENGINE", value_parser = names::<Engine>())]
+    /// Client stack that joins the rooms; libwebrtc only if this binary includes it [default: native]
+    #[arg(long, value_name = "ENGINE", value_parser = value_names::<Engine>())]
     engine: Option<String>,
 
-    /// How to print the result
-    #[arg(long, value_enum, default_value_t = Format::Table)]
-    format: Format,
+    /// Output format of the result
+    #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
+    format: OutputFormat,
 }
 
 const ONCE_EPILOGUE: &str = "\
-Credentials come from LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET where no file sets them.
+Credentials come from LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET, unless
+the settings file sets them.
 
-Exit status, the first that applies:
+Exit status: the first that applies to any room
   130  aborted by a signal
-    2  wrong usage, settings or credentials
-    1  the agent failed, or nobody answered the dispatch
-    3  a plan limit was met
-    4  inconclusive: only LiveKit, the network or the canary failed
-    0  every room ok";
+    2  wrong usage, settings or credentials (origin config)
+    1  the agent failed (origin agent), or no agent answered (undetermined)
+    3  a plan limit was reached (origin limit)
+    4  inconclusive: other failures (origin livekit, network, external or canary),
+       or the result cannot be printed
+    0  every room is ok";
 
-/// Validate the settings, print what was understood and what the schedules come to
+/// Check the settings and print what they mean and what the schedules cost
 ///
-/// Opens no room. Warns where a schedule can't fit its budget or its interval.
-/// Exit status: 0 all right; 2 wrong settings or credentials; 4 a server can't
-/// be reached or answers with an error.
+/// Opens no room. Warns if a schedule exceeds its budget or its interval.
+///
+/// Exit status:
+///   0  the settings are valid and, with --connect, the credentials work
+///   2  wrong usage, settings or credentials
+///   4  a server cannot be reached, or answers with an error
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
-struct Check {
-    /// Settings to check (TOML); without it: the environment alone
+struct CheckArgs {
+    /// Settings file (TOML); without it, only the environment applies
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Only this target and its project
+    /// Check only this target and its project
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
 
-    /// Also try each project's credentials by a call that changes nothing
+    /// Also test each project's credentials with a read-only request
     #[arg(long)]
     connect: bool,
 }
 
 /// Print Prometheus alert rules for the settings
 ///
-/// They serve every target of every canary that Prometheus scrapes; the schedules of these settings get windows
-/// that fit them exactly. Reads no credentials and connects to nothing.
+/// The rules cover every target of every canary that Prometheus scrapes. Their
+/// windows fit the schedules of these settings exactly. The command reads no
+/// credentials and connects to nothing.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
-struct Rules {
-    /// Settings to make rules for (TOML); without it: the defaults
+struct RulesArgs {
+    /// Settings file (TOML); without it, the defaults apply
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
-/// See the canary at work on this machine, with nothing to sign up for
+/// Show the canary at work on this machine, without an account
 ///
-/// Starts a LiveKit server with a demo agent on a free loopback port, and runs a batch against it every few
-/// seconds, until Ctrl-C. After two good batches, every other one meets a fault: it is announced, and followed
-/// by what the canary makes of it. Uses no settings, and nothing but 127.0.0.1.
+/// Starts a LiveKit server with a demo agent on a free loopback port, and runs a
+/// batch against it every few seconds until Ctrl-C. After two good batches, every
+/// second batch has a fault. The demo announces the fault, and then prints what
+/// the canary found. It uses no settings and connects only to 127.0.0.1.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
-struct Demo {
-    /// One batch without a fault, then exit as `once` does
+struct DemoArgs {
+    /// Run one batch without a fault, then exit as `once` does
     #[arg(long)]
     once: bool,
 
-    /// From the start of a batch to the start of the next, which waits for its end
+    /// Time between the starts of two batches; while a batch runs, no other starts
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "10s",
           conflicts_with = "once")]
     every: Duration,
 
-    /// Rooms of a batch, 1 to 5
+    /// Rooms per batch, 1 to 5
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=5),
           default_value_t = 3)]
     rooms: usize,
 }
 
-/// See alerts arrive, and resolve, before there is an outage
+/// Rehearse an outage: see alerts arrive and resolve
 ///
-/// Runs the daemon, its metrics, page and history included, against a LiveKit server with a demo agent on this
-/// machine that plays the fault of one reason. The target is named for it (drill-agent-silent), and its
-/// `target_info` says drill="true", so that a route can send what it raises elsewhere. Uses no settings, and opens
-/// no room anywhere but on 127.0.0.1.
+/// Runs the daemon with its metrics, page and history against a LiveKit server
+/// with a demo agent on this machine, and injects the fault of one reason. The
+/// target is named after the reason (drill-agent-silent). Its series `target_info`
+/// has the label drill="true", so that a route can send its alerts elsewhere.
+/// The drill uses no settings and opens rooms only on 127.0.0.1.
 #[derive(Args)]
 #[command(after_help = DRILL_EPILOGUE, verbatim_doc_comment)]
 struct DrillArgs {
-    /// What the canary is to find, or ok
+    /// Reason that the canary must find, or ok for no fault
     #[arg(value_name = "REASON", value_parser = PossibleValuesParser::new(drill::reasons()))]
     reason: String,
 
-    /// Which limit, with `plan_limit`
+    /// Kind of limit; required with `plan_limit`
     #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(drill::limits()),
           required_if_eq("reason", "plan_limit"))]
     limit: Option<String>,
 
-    /// From the start of a batch to the start of the next, which waits for its end
+    /// Time between the starts of two batches; while a batch runs, no other starts
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "30s")]
     every: Duration,
 
-    /// Rooms of a batch, 1 to 5
+    /// Rooms per batch, 1 to 5
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=5),
           default_value_t = 3)]
     rooms: usize,
 
-    /// Begin the fault after so long, not at once
+    /// Start the fault after this time [default: at once]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     after: Option<Duration>,
 
-    /// End the fault when it has lasted so long, and go on without it
+    /// End the fault when it has lasted this long, and continue without it
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     recover_after: Option<Duration>,
 
-    /// End the drill after so long [default: Ctrl-C ends it]
+    /// End the drill after this time [default: run until Ctrl-C]
     #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
-    whole: Option<Duration>,
+    duration: Option<Duration>,
 
-    /// One batch
-    #[arg(long, conflicts_with_all = ["every", "after", "recover_after", "whole"])]
+    /// Run one batch only
+    #[arg(long, conflicts_with_all = ["every", "after", "recover_after", "duration"])]
     once: bool,
 
-    /// Where to serve metrics, page and API [default: 127.0.0.1:9787, or another port where that is taken]
+    /// Address that serves metrics, page and API [default: 127.0.0.1:9787, or a free port if it is taken]
     #[arg(long = "web.listen-address", value_name = "ADDRESS")]
     listen_address: Option<SocketAddr>,
 
-    /// Keep the history here, not in a folder that goes with the drill
+    /// Folder that keeps the history; without it, the history is deleted when the drill ends
     #[arg(long, value_name = "FOLDER")]
     history_dir: Option<PathBuf>,
 }
 
 const DRILL_EPILOGUE: &str = "\
 Exit status:
-    0  the canary found what was played, in every batch
-    1  it didn't, or couldn't go on
+    0  the canary found the injected fault in every batch
+    1  it did not, or it could not continue
     2  wrong usage
   130  --once, aborted by a signal";
 
-/// Run a LiveKit server with a demo agent on this machine, until Ctrl-C
+/// Run a LiveKit server with a demo agent on this machine until Ctrl-C
 ///
-/// Listens on 127.0.0.1 only and prints the URL and the key pair that `once` needs. The agent greets,
-/// listens and replies; faults make it and the server fail as real ones do.
+/// Listens only on 127.0.0.1, and prints the URL and the key pair that `once`
+/// needs. The agent greets, listens and replies. With a fault, the agent or the
+/// server fails as a real one does.
 #[derive(Args)]
 #[command(after_help = format!("{}\n\n{}", fault::SYNTAX, report::SYNTAX), verbatim_doc_comment)]
 struct SandboxArgs {
-    /// TCP port; 0 takes a free one
+    /// TCP port; 0 selects a free one
     #[arg(long, default_value_t = 7880)]
     port: u16,
 
-    /// What goes wrong, as told below; may be given several times
+    /// Fault to inject, as described below; can be repeated
     #[arg(long = "fault", value_name = "FAULT")]
     faults: Vec<FaultRule>,
 
-    /// The name that the agent registers under; an empty one is sent to every new room
+    /// Name that the agent registers under; if it is empty, the agent is dispatched to every new room
     #[arg(long, value_name = "NAME", default_value = "demo")]
     agent_name: String,
 
-    /// Append what the agents saw, heard and said to FILE, a JSON object a line, as told below
+    /// Append what the agents observe and do to FILE, one JSON object per line, as described below
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }
 
 /// Ask a daemon on this machine whether it is healthy
 ///
-/// For a container's health check: exit status 0 where it answers with success, 1 where it doesn't. It speaks
-/// plain HTTP only; where the daemon has TLS, check it from outside.
+/// For a container's health check. Uses plain HTTP only: if the daemon has TLS,
+/// check it from outside.
+///
+/// Exit status:
+///   0  the daemon answers with success
+///   1  it does not
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
-struct Health {
-    /// What to ask
+struct HealthArgs {
+    /// URL to request
     #[arg(value_name = "URL", value_parser = health::plain_url, default_value = "http://127.0.0.1:9787/-/healthy")]
     url: url::Url,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
+enum OutputFormat {
     /// For a terminal
     Table,
-    /// All that was found out, for programs
+    /// Everything that the canary found, for programs
     Json,
     /// For a comment on a pull request
     Markdown,
@@ -332,44 +348,53 @@ enum Format {
     Junit,
 }
 
-fn names<T>() -> PossibleValuesParser
+/// The values that a flag accepts: those of the setting that it sets.
+fn value_names<T>() -> PossibleValuesParser
 where
     T: Copy + Into<&'static str> + VariantArray,
 {
-    let names = T::VARIANTS.iter().map(|choice| (*choice).into());
+    let names = T::VARIANTS.iter().map(|value| (*value).into());
     names.collect::<Vec<&'static str>>().into()
 }
 
-/// What the exit status says, for a caller that acts on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the exit status means to a script that acts on it. `docs/exit-status.md` describes it per command.
+///
+/// The variants are in ascending order of precedence: among the rooms of a batch, the greatest decides. A failed agent
+/// outranks a plan limit and an inconclusive room, because a pipeline must not pass a deploy whose agent failed. Wrong
+/// settings outrank the agent, because what such a batch found is not reliable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Exit {
     Ok,
-    /// An agent failed, or nobody answered the dispatch.
-    Agent,
-    /// Usage, settings or credentials.
-    Config,
-    PlanLimit,
-    /// Nothing is said about the agent.
+    /// There is no verdict on the agent.
     Inconclusive,
-    /// The daemon could not go on, or was not let end in order.
-    Fault,
+    PlanLimit,
+    /// The agent failed, or no agent answered the dispatch.
+    Agent,
+    /// Wrong usage, settings or credentials.
+    Config,
     Aborted,
+    /// The daemon failed, or a second signal ended it before its clean-up was done. No room's outcome leads here.
+    CanaryFailed,
 }
 
 impl Exit {
-    /// What one room's outcome says.
+    /// The status that the outcome of one room asks for.
     fn of(outcome: &Outcome) -> Self {
         match outcome {
             Outcome::Ok => Self::Ok,
             Outcome::Aborted => Self::Aborted,
-            Outcome::Failed(failure) => match failure.reason.origin() {
-                Origin::Agent | Origin::Undetermined => Self::Agent,
-                Origin::Limit => Self::PlanLimit,
-                Origin::Config => Self::Config,
-                Origin::Livekit | Origin::Network | Origin::External | Origin::Canary => {
-                    Self::Inconclusive
-                }
-            },
+            Outcome::Failed(failure) => Self::of_origin(failure.reason.origin()),
+        }
+    }
+
+    fn of_origin(origin: Origin) -> Self {
+        match origin {
+            Origin::Agent | Origin::Undetermined => Self::Agent,
+            Origin::Limit => Self::PlanLimit,
+            Origin::Config => Self::Config,
+            Origin::Livekit | Origin::Network | Origin::External | Origin::Canary => {
+                Self::Inconclusive
+            }
         }
     }
 }
@@ -378,7 +403,7 @@ impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         Self::from(match exit {
             Exit::Ok => 0,
-            Exit::Agent | Exit::Fault => 1,
+            Exit::Agent | Exit::CanaryFailed => 1,
             Exit::Config => 2,
             Exit::PlanLimit => 3,
             Exit::Inconclusive => 4,
@@ -392,8 +417,8 @@ pub fn main() -> ExitCode {
     install_panic_hook();
     let exit = match CommandLine::parse().command {
         Command::Run(args) => run::run(&args),
-        Command::Once(once) => once::run(&once),
-        Command::Check(check) => check::run(&check),
+        Command::Once(args) => once::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Rules(args) => rules::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Drill(args) => drill::run(&args),
@@ -401,14 +426,14 @@ pub fn main() -> ExitCode {
         Command::Health(args) => health::run(&args),
     };
     exit.unwrap_or_else(|error| {
-        complain(&report(&error));
+        print_error(&error_text(&error));
         Exit::Config
     })
     .into()
 }
 
-/// Problems of the settings speak for themselves; any other error is told with its causes.
-fn report(error: &anyhow::Error) -> String {
+/// The text of an error. Problems of the settings have their own layout; any other error is printed with its causes.
+fn error_text(error: &anyhow::Error) -> String {
     match error.downcast_ref::<Problems>() {
         Some(problems) => problems.to_string(),
         None => format!("error: {error:#}"),
@@ -419,8 +444,8 @@ fn no_such_target(name: &str, known: &[String]) -> Problems {
     Problems::single(
         format!("target {name:?} is not configured"),
         match known {
-            [] => "no target is".to_owned(),
-            _ => format!("configured: {}", known.join(", ")),
+            [] => "the settings have no targets".to_owned(),
+            _ => format!("choose one of: {}", known.join(", ")),
         },
     )
 }
@@ -429,20 +454,23 @@ fn environment() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os()
 }
 
-/// A panic of one probe is caught by its driver and told as its outcome: one line of log is enough here.
+/// Reports a panic in one line, without a backtrace.
+///
+/// The driver of a probe catches its panic and turns it into the outcome `internal`, so the process continues.
 fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
+        let place = place.as_deref().unwrap_or("an unknown place");
         let message = panic.payload_as_str().unwrap_or("no message");
         if tracing::dispatcher::has_been_set() {
-            tracing::error!(place, "internal fault: {message}");
+            tracing::error!(place, "internal error: {message}");
         } else {
-            complain(&format!("error: internal fault: {message}, at {place:?}"));
+            print_error(&format!("error: internal error at {place}: {message}"));
         }
     }));
 }
 
-/// One thread carries every room: the work is mostly waiting, and a second one costs more to wake than it takes over.
+/// One worker thread serves every room. The work is mostly waiting: waking a second thread costs more than that thread saves.
 fn runtime() -> anyhow::Result<Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -450,19 +478,20 @@ fn runtime() -> anyhow::Result<Runtime> {
         .build()?)
 }
 
-/// One message on stderr. A closed stderr is no reason to stop.
-fn complain(message: &str) {
+/// Prints an error, a warning or a notice on stderr.
+fn print_error(message: &str) {
     let mut stderr = std::io::stderr().lock();
     let written = writeln!(stderr, "{message}");
+    // A closed stderr must not stop the command: the rooms still have to be cleaned up.
     drop(written);
 }
 
-/// The result on stdout. Whoever closed the pipe has seen enough: that alone is no error.
+/// Prints the result on stdout. A closed pipe is not an error: its reader, such as `head`, wanted no more.
 fn print(text: &str) -> anyhow::Result<()> {
     print_unless_closed(text).map(drop)
 }
 
-/// Whether anyone still reads stdout, for a command that goes on for as long as somebody does.
+/// Prints on stdout and returns whether stdout is still open, for a command that stops when it is not.
 fn print_unless_closed(text: &str) -> anyhow::Result<bool> {
     let mut stdout = std::io::stdout().lock();
     match stdout
@@ -471,6 +500,30 @@ fn print_unless_closed(text: &str) -> anyhow::Result<bool> {
     {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(anyhow::Error::new(error).context("can't write to stdout")),
+        Err(error) => Err(anyhow::Error::new(error).context("cannot write to stdout")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_of_once_names_the_origins_of_each_exit_status() {
+        let lines = ONCE_EPILOGUE.replace("\n       ", " ");
+        for origin in Origin::ALL {
+            let status = match Exit::of_origin(origin) {
+                Exit::Agent => "    1  ",
+                Exit::Config => "    2  ",
+                Exit::PlanLimit => "    3  ",
+                Exit::Inconclusive => "    4  ",
+                other => panic!("{origin:?} leads to {other:?}"),
+            };
+            let line = lines.lines().find(|line| line.starts_with(status)).unwrap();
+            assert!(
+                line.contains(origin.label()),
+                "{origin:?} is not in {line:?}"
+            );
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `check`: what the settings say, and whether the servers take the credentials.
+//! `check`: prints how the canary reads the settings, and tests the credentials.
 
 use std::fmt::Write as _;
 
@@ -6,7 +6,7 @@ use chrono::Utc;
 use humantime::format_duration;
 
 use super::forecast::Forecast;
-use super::{Check, Exit, print};
+use super::{CheckArgs, Exit, print};
 use crate::config::{
     Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
 };
@@ -14,13 +14,13 @@ use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
 use crate::telemetry;
 
-/// 401 and 403 mean the key pair; a 404 means that this host isn't LiveKit's.
-const SETTINGS_AT_FAULT: [u16; 3] = [401, 403, 404];
+/// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's.
+const WRONG_SETTINGS: [u16; 3] = [401, 403, 404];
 
-pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let all = draft.validate()?;
-    // A project's targets share its limits, whichever are shown.
+    // The targets of a project share its limits, so the forecast needs all of them, even if only one is printed.
     let forecast = Forecast::new(&all, Utc::now());
     let mut config = all.clone();
     if let Some(name) = &args.target {
@@ -37,11 +37,11 @@ pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
     for (index, (name, project)) in config.projects.iter().enumerate() {
         describe_project(&mut text, name, project);
         if let Some(connection) = connections.get(index) {
-            let (line, one) = connection_result(connection);
+            let (line, project_exit) = connection_result(connection);
             entry(&mut text, "connect", &line);
-            // Settings that are wrong somewhere say more than a server that is away.
-            if exit != Exit::Config && one != Exit::Ok {
-                exit = one;
+            // Wrong settings of one project outrank an unreachable server of another.
+            if exit != Exit::Config && project_exit != Exit::Ok {
+                exit = project_exit;
             }
         }
         warn(&mut text, &forecast.warnings_of_project(name, project));
@@ -56,13 +56,14 @@ pub(super) fn run(args: &Check) -> anyhow::Result<Exit> {
         text.push('\n');
     }
     if config.targets.is_empty() {
-        text.push_str("no targets\n");
+        text.push_str("no targets are configured\n");
     }
     print(text.trim_end_matches('\n'))?;
     print("\n")?;
     Ok(exit)
 }
 
+/// Removes every other target, and the projects that only they use.
 fn narrow(config: &mut Config, target: &str) -> Result<(), Problems> {
     let names: Vec<String> = config.targets.keys().cloned().collect();
     config.targets.retain(|name, _| name == target);
@@ -73,7 +74,7 @@ fn narrow(config: &mut Config, target: &str) -> Result<(), Problems> {
     Ok(())
 }
 
-/// One line of what was understood.
+/// Adds one line: a setting and its value.
 fn entry(text: &mut String, key: &str, value: &str) {
     writeln!(text, "  {key:<12}{value}").expect("writing to a string can't fail");
 }
@@ -101,7 +102,7 @@ fn describe_project(text: &mut String, name: &str, project: &Project) {
     let limits: Vec<String> = Period::ALL
         .into_iter()
         .filter_map(|period| Some((project.budget.limit(period)?, period.label())))
-        .map(|(limit, period)| format!("{} a UTC {period}", limit.as_secs() / 60))
+        .map(|(limit, period)| format!("{} per UTC {period}", limit.as_secs() / 60))
         .collect();
     if !limits.is_empty() {
         let limits = limits.join(", ");
@@ -149,7 +150,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
     );
 }
 
-/// Asks each project for a room that doesn't exist: it takes valid credentials and changes nothing.
+/// Lists a room that does not exist on each project: the request needs valid credentials and changes nothing.
 fn connect(config: &Config) -> anyhow::Result<Vec<Result<(), ApiError>>> {
     let apis = config
         .projects
@@ -157,9 +158,9 @@ fn connect(config: &Config) -> anyhow::Result<Vec<Result<(), ApiError>>> {
         .map(|project| Ok(wire::access(project)?.1))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let runtime = super::runtime()?;
-    let nobody = [RoomName("canary-check".to_owned())];
+    let no_room = [RoomName("canary-check".to_owned())];
     let calls = apis.iter().map(|api| async {
-        let call = api.list_rooms(&nobody).await;
+        let call = api.list_rooms(&no_room).await;
         call.result.map(drop)
     });
     let results = runtime.block_on(futures_util::future::join_all(calls));
@@ -172,7 +173,7 @@ fn connection_result(result: &Result<(), ApiError>) -> (String, Exit) {
         Ok(()) => ("ok".to_owned(), Exit::Ok),
         Err(error) => {
             let exit = match error {
-                ApiError::Refused(refusal) if SETTINGS_AT_FAULT.contains(&refusal.status) => {
+                ApiError::Refused(refusal) if WRONG_SETTINGS.contains(&refusal.status) => {
                     Exit::Config
                 }
                 _ => Exit::Inconclusive,

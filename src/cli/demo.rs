@@ -1,19 +1,19 @@
-//! `demo`: the sandbox and the canary in one process, batch after batch, with faults by turns.
+//! `demo`: the sandbox and the canary in one process, one batch after another, each second one with a fault.
 //!
-//! What is announced is what the sandbox was told; what follows is what the canary found out by itself. Where the two
-//! differ, the demo says so.
+//! The demo announces the fault that it injects into the sandbox, and then prints what the canary found without knowing of
+//! it. If the two differ, the demo prints that.
 
 use std::time::Duration;
 
 use anyhow::Context as _;
 
-use super::once::verdict;
-use super::progress::Screen;
-use super::rehearsal::{self, How};
-use super::sandboxed::{
-    LocalEvent, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
+use super::fault_catalogue::{self, Injection};
+use super::local_daemon::{
+    LocalDaemon, LocalEvent, LocalSetup, LocalTarget, batch_result, comparison, heading, listen,
 };
-use super::{Demo, Exit, phrasing, print_unless_closed};
+use super::once::verdict;
+use super::progress::ProgressView;
+use super::{DemoArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
 use crate::daemon::Order;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
@@ -24,55 +24,56 @@ use crate::telemetry;
 
 const TARGET: &str = "demo";
 
-/// Batches without a fault before the first that has one; from there on they alternate.
-const GOOD_AT_FIRST: usize = 2;
+/// Batches without a fault before the first batch with one. After that they alternate.
+const FIRST_GOOD_BATCHES: usize = 2;
 
-/// A fault that is played for one batch.
-struct Drill {
-    play: Play,
-    rooms: Affected,
+/// A fault that is injected into one batch.
+struct ScheduledFault {
+    fault: DemoFault,
+    rooms: AffectedRooms,
 }
 
-/// What is played, and so what the canary must make of it.
+/// The fault, and so what the canary must find.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Play {
+enum DemoFault {
     LateJoin,
     Failure(Reason),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Affected {
+enum AffectedRooms {
     All,
-    /// The second, where there is one: so the table shows what the fault changes.
+    /// The second room if there is one, so that the table shows the difference to the first.
     One,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Expected {
+enum ExpectedOutcome {
     Ok,
+    /// Ok, with a join delay of at least this long.
     OkLate(Duration),
     Failed(Reason),
 }
 
-const fn in_one(reason: Reason) -> Drill {
-    Drill {
-        play: Play::Failure(reason),
-        rooms: Affected::One,
+const fn in_one(reason: Reason) -> ScheduledFault {
+    ScheduledFault {
+        fault: DemoFault::Failure(reason),
+        rooms: AffectedRooms::One,
     }
 }
 
-const fn in_all(reason: Reason) -> Drill {
-    Drill {
-        play: Play::Failure(reason),
-        rooms: Affected::All,
+const fn in_all(reason: Reason) -> ScheduledFault {
+    ScheduledFault {
+        fault: DemoFault::Failure(reason),
+        rooms: AffectedRooms::All,
     }
 }
 
-/// In the order of playing: what a person knows by sight first, and no two of a kind in a row.
-const DRILLS: &[Drill] = &[
-    Drill {
-        play: Play::LateJoin,
-        rooms: Affected::One,
+/// The faults in the order of their batches: familiar ones first, and never two of the same kind in a row.
+const SCHEDULE: &[ScheduledFault] = &[
+    ScheduledFault {
+        fault: DemoFault::LateJoin,
+        rooms: AffectedRooms::One,
     },
     in_one(Reason::AgentSilent),
     in_all(Reason::PlanLimit(LimitKind::Connections)),
@@ -88,56 +89,58 @@ const DRILLS: &[Drill] = &[
     in_all(Reason::PlanLimit(LimitKind::AgentSessions)),
 ];
 
-impl Play {
-    /// What is said of it, and the fault of the sandbox that brings it about.
-    fn staging(self) -> (&'static str, &'static str) {
+impl DemoFault {
+    /// Returns the description for people, and the rule for the sandbox.
+    fn description_and_rule(self) -> (&'static str, &'static str) {
         match self {
-            // A little more: the server stamps the join in whole milliseconds, on a clock that is only estimated here.
+            // 50 ms more than announced: the server stamps the join in whole milliseconds, and the canary only estimates the
+            // server's clock. A measured delay just below 3 s would look wrong.
             Self::LateJoin => ("the agent takes 3 s to join", "join_delay=3s50ms"),
             Self::Failure(reason) => {
-                let rehearsal = rehearsal::of(reason);
-                let How::Sandbox(fault) = rehearsal.how else {
-                    unreachable!("a test looks at every drill")
+                let fault = fault_catalogue::for_reason(reason);
+                let Injection::Sandbox(rule) = fault.injection else {
+                    unreachable!("a test checks every fault of the schedule")
                 };
-                (rehearsal.what, fault)
+                (fault.description, rule)
             }
         }
     }
 
-    fn expected(self) -> Expected {
+    fn expected(self) -> ExpectedOutcome {
         match self {
-            Self::LateJoin => Expected::OkLate(Duration::from_secs(3)),
-            Self::Failure(reason) => Expected::Failed(reason),
+            Self::LateJoin => ExpectedOutcome::OkLate(Duration::from_secs(3)),
+            Self::Failure(reason) => ExpectedOutcome::Failed(reason),
         }
     }
 }
 
-impl Drill {
-    /// What is played in batch `number`, counted from 1.
+impl ScheduledFault {
+    /// Returns the fault of batch `number`, which starts at 1.
     fn of_batch(number: usize) -> Option<&'static Self> {
-        let faulty = number.checked_sub(GOOD_AT_FIRST + 1)?;
+        let faulty = number.checked_sub(FIRST_GOOD_BATCHES + 1)?;
         faulty
             .is_multiple_of(2)
-            .then(|| &DRILLS[faulty / 2 % DRILLS.len()])
+            .then(|| &SCHEDULE[faulty / 2 % SCHEDULE.len()])
     }
 
-    /// Index of the one affected room of a batch; `None` where all are.
+    /// Returns the index of the affected room of a batch, and `None` if all rooms are affected.
     fn only_room(&self, rooms: usize) -> Option<usize> {
-        (self.rooms == Affected::One).then(|| rooms.min(2) - 1)
+        (self.rooms == AffectedRooms::One).then(|| rooms.min(2) - 1)
     }
 
-    /// `seen`: the rooms that the sandbox has numbered so far.
-    fn rule(&self, rooms: usize, seen: u64) -> FaultRule {
-        let (_, fault) = self.play.staging();
-        let mut rule: FaultRule = fault.parse().expect("a test reads every fault");
+    /// Returns the rule for the sandbox. The sandbox numbers all its rooms, and it has opened `earlier_rooms` before this
+    /// batch.
+    fn rule(&self, rooms: usize, earlier_rooms: u64) -> FaultRule {
+        let (_, rule) = self.fault.description_and_rule();
+        let mut rule: FaultRule = rule.parse().expect("a test parses every rule");
         if let Some(index) = self.only_room(rooms) {
-            rule.rooms = RoomSelector::Nth(seen + index as u64 + 1);
+            rule.rooms = RoomSelector::Nth(earlier_rooms + index as u64 + 1);
         }
         rule
     }
 
     fn announcement(&self, rooms: usize) -> String {
-        let (what, _) = self.play.staging();
+        let (what, _) = self.fault.description_and_rule();
         match self.only_room(rooms) {
             Some(index) if rooms > 1 => format!("fault in room {}: {what}", index + 1),
             _ => format!("fault: {what}"),
@@ -145,11 +148,11 @@ impl Drill {
     }
 }
 
-impl Expected {
-    fn of_room(drill: Option<&Drill>, index: usize, rooms: usize) -> Self {
-        match drill {
-            Some(drill) if drill.only_room(rooms).is_none_or(|only| only == index) => {
-                drill.play.expected()
+impl ExpectedOutcome {
+    fn of_room(fault: Option<&ScheduledFault>, index: usize, rooms: usize) -> Self {
+        match fault {
+            Some(fault) if fault.only_room(rooms).is_none_or(|only| only == index) => {
+                fault.fault.expected()
             }
             _ => Self::Ok,
         }
@@ -158,9 +161,9 @@ impl Expected {
     fn is_met_by(self, report: &ProbeReport) -> bool {
         match (self, &report.outcome) {
             (Self::Ok, Outcome::Ok) => true,
-            (Self::OkLate(least), Outcome::Ok) => {
+            (Self::OkLate(min), Outcome::Ok) => {
                 let join = report.timeline.span(Span::AgentJoin);
-                join.is_some_and(|join| join >= least)
+                join.is_some_and(|join| join >= min)
             }
             (Self::Failed(reason), Outcome::Failed(failure)) => failure.reason == reason,
             _ => false,
@@ -170,64 +173,64 @@ impl Expected {
     fn describe(self) -> String {
         match self {
             Self::Ok => "ok".to_owned(),
-            Self::OkLate(least) => format!("ok, with a join delay of {least:?} or more"),
-            Self::Failed(reason) => phrasing::reason(reason),
+            Self::OkLate(min) => format!("ok, with a join delay of at least {min:?}"),
+            Self::Failed(reason) => format::reason(reason),
         }
     }
 }
 
-pub(super) fn run(args: &Demo) -> anyhow::Result<Exit> {
-    let screen = Screen::live_table(args.rooms);
-    // The demo tells of failed rooms and of skipped ticks in its own way.
-    telemetry::log_to(screen.log_writer(), Screen::colour(), "error");
+pub(super) fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
+    let view = ProgressView::live_table(args.rooms);
+    // Only errors: the demo prints failed rooms itself, and skipped ticks do not matter to it.
+    telemetry::log_to(view.log_writer(), ProgressView::colour(), "error");
     let runtime = super::runtime()?;
-    let exit = runtime.block_on(perform(args, screen));
+    let exit = runtime.block_on(run_demo(args, view));
     runtime.shutdown_background();
     exit
 }
 
-async fn perform(args: &Demo, screen: Screen) -> anyhow::Result<Exit> {
+async fn run_demo(args: &DemoArgs, view: ProgressView) -> anyhow::Result<Exit> {
     let sandbox = Sandbox::bind(SandboxSettings::default()).await?;
-    let folder = tempfile::tempdir().context("can't make a folder for the history")?;
-    let wanted = Wanted {
+    let folder = tempfile::tempdir().context("cannot create a folder for the history")?;
+    let target = LocalTarget {
         target: TARGET.to_owned(),
         project: "default",
         rooms: args.rooms,
         every: args.every,
         history_dir: folder.path().to_owned(),
     };
-    let config = wanted.draft(&sandbox)?.validate()?;
+    let config = target.draft(&sandbox)?.validate()?;
     let url = sandbox.url();
     let rooms = args.rooms;
-    let setup = Setup {
+    let setup = LocalSetup {
         listener: listen(None).await?,
-        screen,
+        view,
         fault: None,
         drill: false,
-        before_batch: Box::new(move |handle, number| stage(handle, number, rooms)),
+        before_batch: Box::new(move |handle, number| inject_due_fault(handle, number, rooms)),
     };
-    let mut daemon = SandboxedDaemon::start(sandbox, config, setup)?;
+    let mut daemon = LocalDaemon::start(sandbox, config, setup)?;
     let introduction = introduction(args, &url, &daemon.page);
-    let exit = play(&mut daemon, args, &introduction).await;
+    let exit = run_batches(&mut daemon, args, &introduction).await;
     daemon.close().await?;
     exit
 }
 
-/// Has the sandbox play what is due.
-fn stage(handle: &Handle, number: usize, rooms: usize) {
-    let drill = Drill::of_batch(number);
-    let rule = drill.map(|drill| drill.rule(rooms, handle.rooms_seen()));
+/// Sets the fault of batch `number` in the sandbox.
+fn inject_due_fault(handle: &Handle, number: usize, rooms: usize) {
+    let fault = ScheduledFault::of_batch(number);
+    let rule = fault.map(|fault| fault.rule(rooms, handle.rooms_seen()));
     handle.set_faults(rule.into_iter().collect());
 }
 
-async fn play(
-    daemon: &mut SandboxedDaemon,
-    args: &Demo,
+async fn run_batches(
+    daemon: &mut LocalDaemon,
+    args: &DemoArgs,
     introduction: &str,
 ) -> anyhow::Result<Exit> {
     let mut exit = None;
     if print_unless_closed(introduction)? {
-        daemon.tell(Order::Batch(TARGET.to_owned()));
+        daemon.send(Order::Batch(TARGET.to_owned()));
     } else {
         daemon.stop();
     }
@@ -236,18 +239,19 @@ async fn play(
         match daemon.next().await? {
             LocalEvent::Batch(BatchEvent::Started { .. }) => {
                 number += 1;
-                let fault = Drill::of_batch(number).map(|drill| drill.announcement(args.rooms));
+                let fault =
+                    ScheduledFault::of_batch(number).map(|fault| fault.announcement(args.rooms));
                 if !print_unless_closed(&heading(number, fault))? {
                     daemon.stop();
                 }
             }
             LocalEvent::Batch(BatchEvent::Ended(report)) => {
-                let judgement = judged(Drill::of_batch(number), &report, args.rooms);
-                let read = print_unless_closed(&(result(&report) + &judgement))?;
+                let comparison = compare(ScheduledFault::of_batch(number), &report, args.rooms);
+                let open = print_unless_closed(&(batch_result(&report) + &comparison))?;
                 if args.once {
                     exit = Some(verdict(&report));
                 }
-                if args.once || !read {
+                if args.once || !open {
                     daemon.stop();
                 }
             }
@@ -260,17 +264,18 @@ async fn play(
         }
     }
     if !args.once {
-        let left = match daemon.handle.rooms().len() {
-            0 => "none is left".to_owned(),
-            left => format!("{left} are left"),
-        };
         let opened = daemon.handle.rooms_seen();
-        print_unless_closed(&format!("Stopped. Of the {opened} rooms opened, {left}.\n"))?;
+        let remaining = match daemon.handle.rooms().len() {
+            0 => "none of them remains".to_owned(),
+            1 => "1 of them remains".to_owned(),
+            count => format!("{count} of them remain"),
+        };
+        print_unless_closed(&format!("Stopped. Rooms opened: {opened}; {remaining}.\n"))?;
     }
     Ok(exit.unwrap_or(Exit::Ok))
 }
 
-fn introduction(args: &Demo, url: &str, page: &str) -> String {
+fn introduction(args: &DemoArgs, url: &str, page: &str) -> String {
     let rooms = match args.rooms {
         1 => "1 room".to_owned(),
         rooms => format!("{rooms} rooms"),
@@ -281,30 +286,31 @@ fn introduction(args: &Demo, url: &str, page: &str) -> String {
         (
             format!(" every {}", humantime::format_duration(args.every)),
             format!(
-                "The first {GOOD_AT_FIRST} batches go well, then every other one meets a fault. \
-                 Ctrl-C ends it.\n"
+                "The first {FIRST_GOOD_BATCHES} batches have no fault, then every second one has. \
+                 Ctrl-C ends the demo.\n"
             ),
         )
     };
     format!(
         "A LiveKit server with a demo agent runs on this machine ({url}).\n\
-         The canary opens {rooms}{often}. In each it calls the agent, waits for\n\
-         its first words, plays them back to it and waits for the reply. Join delay and\n\
-         first speech count from the call, reply from the end of what was played back.\n\
-         Its page is at {page} and its metrics at {page}metrics.\n{then}"
+         The canary opens {rooms}{often}. In each room it dispatches the agent,\n\
+         waits for its first speech, plays that back to it and waits for the reply.\n\
+         Join delay and first speech are measured from the dispatch, reply from the end\n\
+         of the playback.\n\
+         The page is at {page} and the metrics are at {page}metrics.\n{then}"
     )
 }
 
-fn judged(drill: Option<&Drill>, batch: &BatchReport, rooms: usize) -> String {
+fn compare(fault: Option<&ScheduledFault>, batch: &BatchReport, rooms: usize) -> String {
     let probes = batch.probes.iter().enumerate();
-    let wrong: Vec<String> = probes
+    let mismatches: Vec<String> = probes
         .filter_map(|(index, probe)| {
-            let expected = Expected::of_room(drill, index, rooms);
+            let expected = ExpectedOutcome::of_room(fault, index, rooms);
             (!expected.is_met_by(probe))
                 .then(|| format!("room {} should be {}", index + 1, expected.describe()))
         })
         .collect();
-    judgement(&wrong)
+    comparison(&mismatches)
 }
 
 #[cfg(test)]
@@ -325,25 +331,25 @@ mod tests {
         batch(probes.collect(), None)
     }
 
-    fn drill(fault: &str) -> &'static Drill {
-        let mut drills = DRILLS.iter();
-        drills
-            .find(|drill| drill.play.staging().1 == fault)
-            .unwrap()
+    fn scheduled(rule: &str) -> &'static ScheduledFault {
+        let found = SCHEDULE
+            .iter()
+            .find(|fault| fault.fault.description_and_rule().1 == rule);
+        found.unwrap()
     }
 
     #[test]
-    fn every_drill_has_a_fault_that_the_sandbox_knows() {
-        for drill in DRILLS {
-            let (_, fault) = drill.play.staging();
-            assert_eq!(drill.rule(3, 0).fault.to_string(), fault);
+    fn the_sandbox_accepts_every_scheduled_fault() {
+        for fault in SCHEDULE {
+            let (_, rule) = fault.fault.description_and_rule();
+            assert_eq!(fault.rule(3, 0).fault.to_string(), rule);
         }
     }
 
     #[test]
     fn every_heading_fits_80_columns() {
-        for drill in DRILLS {
-            let heading = heading(999, Some(drill.announcement(3)));
+        for fault in SCHEDULE {
+            let heading = heading(999, Some(fault.announcement(3)));
             assert!(
                 console::measure_text_width(heading.trim()) <= 80,
                 "{heading}"
@@ -352,48 +358,51 @@ mod tests {
     }
 
     #[test]
-    fn every_drill_is_played_with_a_good_batch_between() {
-        let good = |number| Drill::of_batch(number).is_none();
+    fn every_fault_gets_a_batch_with_a_good_batch_after_it() {
+        let good = |number| ScheduledFault::of_batch(number).is_none();
         assert!(good(1) && good(2));
-        let last = GOOD_AT_FIRST + 2 * DRILLS.len();
-        for number in GOOD_AT_FIRST + 1..=last {
-            assert_eq!(good(number), (number - GOOD_AT_FIRST).is_multiple_of(2));
+        let last = FIRST_GOOD_BATCHES + 2 * SCHEDULE.len();
+        for number in FIRST_GOOD_BATCHES + 1..=last {
+            assert_eq!(
+                good(number),
+                (number - FIRST_GOOD_BATCHES).is_multiple_of(2)
+            );
         }
-        let played = (1..=last).filter_map(Drill::of_batch);
+        let injected = (1..=last).filter_map(ScheduledFault::of_batch);
         assert!(
-            played
-                .map(|drill| drill.play)
-                .eq(DRILLS.iter().map(|drill| drill.play))
+            injected
+                .map(|fault| fault.fault)
+                .eq(SCHEDULE.iter().map(|fault| fault.fault))
         );
-        assert!(Drill::of_batch(last + 1).unwrap().play == DRILLS[0].play);
+        assert!(ScheduledFault::of_batch(last + 1).unwrap().fault == SCHEDULE[0].fault);
     }
 
     #[test]
-    fn rooms_of_earlier_batches_are_counted_where_one_room_is_meant() {
-        let silent = drill("silent_track");
+    fn rule_for_one_room_counts_the_rooms_of_earlier_batches() {
+        let silent = scheduled("silent_track");
         assert_eq!(silent.rule(3, 6).to_string(), "room8:silent_track");
         assert_eq!(silent.rule(1, 6).to_string(), "room7:silent_track");
         assert_eq!(
-            drill("never_accepts").rule(3, 6).to_string(),
+            scheduled("never_accepts").rule(3, 6).to_string(),
             "never_accepts"
         );
     }
 
     #[test]
-    fn what_the_canary_says_is_held_against_what_was_played() {
-        let silent = drill("silent_track");
-        let good = |drill, report: &BatchReport| judged(drill, report, 3).contains("As expected");
+    fn findings_of_the_canary_are_compared_with_the_injected_fault() {
+        let silent = scheduled("silent_track");
+        let good = |fault, report: &BatchReport| compare(fault, report, 3).contains("As expected");
         assert!(good(Some(silent), &silent_in(2, 3)));
         assert!(good(None, &silent_in(0, 3)));
         assert!(!good(Some(silent), &silent_in(0, 3)), "a missed fault");
         assert!(!good(Some(silent), &silent_in(3, 3)), "another room");
         assert!(
-            !good(Some(drill("no_track")), &silent_in(2, 3)),
+            !good(Some(scheduled("no_track")), &silent_in(2, 3)),
             "another reason"
         );
         assert!(!good(None, &silent_in(1, 3)), "a false alarm");
         assert!(
-            !good(Some(drill("join_delay=3s50ms")), &silent_in(0, 3)),
+            !good(Some(scheduled("join_delay=3s50ms")), &silent_in(0, 3)),
             "a short join delay"
         );
     }

@@ -1,4 +1,4 @@
-//! `drill`: a fault that is played to the daemon's own pipeline, so that a team sees its alerts arrive, and resolve.
+//! `drill`: injects a fault into what the daemon probes, so that a team sees its alerts arrive and resolve.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -10,12 +10,12 @@ use humantime::format_duration;
 use socket2::{Domain, Socket, Type};
 use tokio::time::{Instant, sleep_until};
 
-use super::progress::Screen;
-use super::rehearsal::{self, How, Rehearsal};
-use super::sandboxed::{
-    LocalEvent, SandboxedDaemon, Setup, Wanted, heading, judgement, listen, result,
+use super::fault_catalogue::{CatalogueFault, FAULTS, Injection};
+use super::local_daemon::{
+    LocalDaemon, LocalEvent, LocalSetup, LocalTarget, batch_result, comparison, heading, listen,
 };
-use super::{DrillArgs, Exit, phrasing, print_unless_closed};
+use super::progress::ProgressView;
+use super::{DrillArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
 use crate::config::{Config, Problems};
 use crate::daemon::Order;
@@ -28,117 +28,119 @@ use crate::telemetry;
 
 const PROJECT: &str = "drill";
 
-/// Plays nothing: the canary on a service that works.
+/// The REASON that injects no fault.
 const NO_FAULT: &str = "ok";
 
-/// Which of two batches a fault fell into is not known more exactly: the daemon is told, and has its own work first.
-const SETTLING: Duration = Duration::from_secs(1);
+/// How long a switch of the fault takes to reach the daemon. A batch that starts meanwhile can run with or without it.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
 
-/// What REASON may be.
+/// The values of REASON.
 pub(super) fn reasons() -> Vec<&'static str> {
     let reasons = Reason::ALL.iter().map(|reason| reason.label());
     reasons.chain([NO_FAULT]).collect()
 }
 
-/// What `--limit` may be.
+/// The values of `--limit`.
 pub(super) fn limits() -> Vec<&'static str> {
     LimitKind::ALL.map(LimitKind::label).to_vec()
 }
 
 pub(super) fn run(args: &DrillArgs) -> anyhow::Result<Exit> {
-    let rehearsal = chosen(args)?;
-    let screen = Screen::live_table(args.rooms);
-    // What becomes of the batches is told in words.
-    telemetry::log_to(screen.log_writer(), Screen::colour(), "error");
+    let fault = selected(args)?;
+    let view = ProgressView::live_table(args.rooms);
+    // Only errors: the drill prints the result of each batch itself.
+    telemetry::log_to(view.log_writer(), ProgressView::colour(), "error");
     let runtime = super::runtime()?;
-    let exit = runtime.block_on(perform(args, rehearsal, screen));
+    let exit = runtime.block_on(run_drill(args, fault, view));
     runtime.shutdown_background();
     exit
 }
 
-/// What the flags ask for; `None` plays no fault.
-fn chosen(args: &DrillArgs) -> Result<Option<&'static Rehearsal>, Problems> {
-    let found = rehearsal::ALL.iter().find(|one| match one.reason {
+/// Returns the fault that the flags select, and `None` for [`NO_FAULT`].
+fn selected(args: &DrillArgs) -> Result<Option<&'static CatalogueFault>, Problems> {
+    let found = FAULTS.iter().find(|fault| match fault.reason {
         Reason::PlanLimit(kind) => {
-            args.reason == one.reason.label() && args.limit.as_deref() == Some(kind.label())
+            args.reason == fault.reason.label() && args.limit.as_deref() == Some(kind.label())
         }
         reason => args.reason == reason.label(),
     });
     let plan_limit = Reason::PlanLimit(LimitKind::Other).label();
     if args.limit.is_some() && args.reason != plan_limit {
         return Err(Problems::single(
-            format!("--limit changes nothing: the reason is {}", args.reason),
-            format!("it goes with {plan_limit}"),
+            format!("--limit has no effect: the reason is {}", args.reason),
+            format!("use it only with {plan_limit}"),
         ));
     }
-    let course = [
+    let fault_times = [
         ("--after", args.after.is_some()),
         ("--recover-after", args.recover_after.is_some()),
     ];
-    let useless = course.iter().find(|(_, given)| *given && found.is_none());
+    let useless = fault_times
+        .iter()
+        .find(|(_, given)| *given && found.is_none());
     if let Some((flag, _)) = useless {
         return Err(Problems::single(
-            format!("{flag} changes nothing: {NO_FAULT} plays no fault"),
-            "leave it out, or choose a reason",
+            format!("{flag} has no effect: {NO_FAULT} injects no fault"),
+            "remove it, or choose a reason",
         ));
     }
-    if let (Some(whole), Some(after)) = (args.whole, args.after)
-        && after >= whole
+    if let (Some(duration), Some(after)) = (args.duration, args.after)
+        && after >= duration
     {
         return Err(Problems::single(
-            "the drill is over before its fault begins",
+            "the drill ends before its fault begins",
             "make --after shorter than --for",
         ));
     }
     Ok(found)
 }
 
-async fn perform(
+async fn run_drill(
     args: &DrillArgs,
-    rehearsal: Option<&'static Rehearsal>,
-    screen: Screen,
+    fault: Option<&'static CatalogueFault>,
+    view: ProgressView,
 ) -> anyhow::Result<Exit> {
     let sandbox = Sandbox::bind(SandboxSettings::default()).await?;
-    let temporary = tempfile::tempdir().context("can't make a folder for the history")?;
-    let closed = ClosedPort::reserve().context("can't reserve a port on loopback")?;
-    let wanted = Wanted {
-        target: target(rehearsal),
+    let temporary = tempfile::tempdir().context("cannot create a folder for the history")?;
+    let closed = ClosedPort::reserve().context("cannot reserve a port on loopback")?;
+    let target = LocalTarget {
+        target: target_name(fault),
         project: PROJECT,
         rooms: args.rooms,
         every: args.every,
         history_dir: (args.history_dir.clone()).unwrap_or_else(|| temporary.path().to_owned()),
     };
-    let good = wanted.draft(&sandbox)?.validate()?;
-    let bad = match rehearsal.map(|rehearsal| &rehearsal.how) {
-        Some(How::Settings(wrong)) => {
-            let mut draft = wanted.draft(&sandbox)?;
-            wrong.lay(&mut draft, PROJECT, &sandbox.url(), closed.number());
+    let good = target.draft(&sandbox)?.validate()?;
+    let bad = match fault.map(|fault| &fault.injection) {
+        Some(Injection::Setting(setting)) => {
+            let mut draft = target.draft(&sandbox)?;
+            setting.apply(&mut draft, PROJECT, &sandbox.url(), closed.number());
             draft.validate()?
         }
         _ => good.clone(),
     };
-    let fault = Staging {
-        how: rehearsal.map(|rehearsal| &rehearsal.how),
+    let switch = FaultSwitch {
+        injection: fault.map(|fault| &fault.injection),
         good,
         bad,
     };
     let at_once = args.after.is_none();
-    let setup = Setup {
+    let setup = LocalSetup {
         listener: listen(args.listen_address).await?,
-        screen,
-        fault: fault.of_probes(at_once),
+        view,
+        fault: switch.of_probes(at_once),
         drill: true,
         before_batch: Box::new(|_, _| {}),
     };
-    sandbox.handle().set_faults(fault.of_sandbox(at_once));
+    sandbox.handle().set_faults(switch.of_sandbox(at_once));
     let url = sandbox.url();
-    let daemon = SandboxedDaemon::start(sandbox, fault.config(at_once), setup)?;
-    let mut drill = Drill::new(args, rehearsal, fault, &wanted.target, daemon);
+    let daemon = LocalDaemon::start(sandbox, switch.config(at_once), setup)?;
+    let mut drill = Drill::new(args, fault, switch, &target.target, daemon);
     let exit = drill
-        .play(&introduction(
+        .run(&introduction(
             args,
-            rehearsal,
-            &wanted.target,
+            fault,
+            &target.target,
             &url,
             &drill.daemon.page,
         ))
@@ -147,9 +149,9 @@ async fn perform(
     exit
 }
 
-/// A name that an alert's route can tell from those of real targets: `drill-agent-silent`.
-fn target(rehearsal: Option<&Rehearsal>) -> String {
-    let what = match rehearsal.map(|rehearsal| rehearsal.reason) {
+/// Returns a target name such as `drill-agent-silent`. An alert route can match it, and no real target has it by chance.
+fn target_name(fault: Option<&CatalogueFault>) -> String {
+    let what = match fault.map(|fault| fault.reason) {
         Some(Reason::PlanLimit(kind)) => format!("plan-limit-{}", kind.label()),
         Some(reason) => reason.label().to_owned(),
         None => NO_FAULT.to_owned(),
@@ -157,7 +159,7 @@ fn target(rehearsal: Option<&Rehearsal>) -> String {
     format!("drill-{}", what.replace('_', "-"))
 }
 
-/// A port of loopback that is taken and refuses every connection, since nobody listens on it.
+/// A reserved loopback port that refuses every connection: its socket is bound, but does not listen.
 struct ClosedPort {
     _socket: Socket,
     address: SocketAddr,
@@ -170,7 +172,7 @@ impl ClosedPort {
         let address = socket.local_addr()?.as_socket();
         Ok(Self {
             _socket: socket,
-            address: address.expect("it was bound to such an address"),
+            address: address.expect("the socket was bound to an IPv4 address"),
         })
     }
 
@@ -179,25 +181,26 @@ impl ClosedPort {
     }
 }
 
-/// A fault, ready to be played and taken away.
-struct Staging {
-    how: Option<&'static How>,
+/// Turns the fault on and off.
+struct FaultSwitch {
+    injection: Option<&'static Injection>,
     good: Config,
+    /// [`FaultSwitch::good`] with the bad setting, if the fault is one.
     bad: Config,
 }
 
-impl Staging {
+impl FaultSwitch {
     fn of_sandbox(&self, on: bool) -> Vec<FaultRule> {
-        match self.how {
-            Some(How::Sandbox(fault)) if on => {
-                vec![fault.parse().expect("a test reads every fault")]
+        match self.injection {
+            Some(Injection::Sandbox(rule)) if on => {
+                vec![rule.parse().expect("a test parses every rule")]
             }
             _ => Vec::new(),
         }
     }
 
     fn of_probes(&self, on: bool) -> Option<Fault> {
-        let panics = on && self.how == Some(&How::Panic);
+        let panics = on && self.injection == Some(&Injection::Panic);
         panics.then_some(Fault::Panic { index: None })
     }
 
@@ -205,85 +208,84 @@ impl Staging {
         if on { &self.bad } else { &self.good }.clone()
     }
 
-    /// Has it played from the next batch on, or no more.
-    fn turn(&self, on: bool, daemon: &SandboxedDaemon) {
-        match self.how {
-            Some(How::Sandbox(_)) => daemon.handle.set_faults(self.of_sandbox(on)),
-            Some(How::Settings(_)) => daemon.set_config(self.config(on)),
-            Some(How::Panic) => daemon.tell(Order::Play(self.of_probes(on))),
+    /// Turns the fault on or off. Batches that start later see it.
+    fn set(&self, on: bool, daemon: &LocalDaemon) {
+        match self.injection {
+            Some(Injection::Sandbox(_)) => daemon.handle.set_faults(self.of_sandbox(on)),
+            Some(Injection::Setting(_)) => daemon.set_config(self.config(on)),
+            Some(Injection::Panic) => daemon.send(Order::Play(self.of_probes(on))),
             None => {}
         }
     }
 }
 
-/// Where the drill is in its course.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Act {
-    Before,
+enum DrillPhase {
+    BeforeFault,
     Fault,
-    After,
+    AfterFault,
 }
 
 struct Drill {
-    rehearsal: Option<&'static Rehearsal>,
-    staging: Staging,
+    fault: Option<&'static CatalogueFault>,
+    switch: FaultSwitch,
     target: String,
     once: bool,
-    daemon: SandboxedDaemon,
-    act: Act,
-    /// When the next act begins.
-    turn_at: Option<Instant>,
+    daemon: LocalDaemon,
+    phase: DrillPhase,
+    /// When the next phase begins; `None` if this is the last.
+    switch_at: Option<Instant>,
     recover_after: Option<Duration>,
-    over_at: Option<Instant>,
-    turned_at: Option<Instant>,
-    /// How many have begun.
+    end_at: Option<Instant>,
+    switched_at: Option<Instant>,
+    /// The number of batches that have started.
     batches: usize,
-    /// What is played in the batch that runs; `None` where that has changed under way.
-    batch: Option<Act>,
+    /// The phase that the running batch belongs to; `None` if the phase changed during it.
+    batch_phase: Option<DrillPhase>,
     exit: Exit,
 }
 
 impl Drill {
     fn new(
         args: &DrillArgs,
-        rehearsal: Option<&'static Rehearsal>,
-        staging: Staging,
+        fault: Option<&'static CatalogueFault>,
+        switch: FaultSwitch,
         target: &str,
-        daemon: SandboxedDaemon,
+        daemon: LocalDaemon,
     ) -> Self {
         let now = Instant::now();
         let wait = args.after.or(args.recover_after);
         Self {
-            rehearsal,
-            staging,
+            fault,
+            switch,
             target: target.to_owned(),
             once: args.once,
             daemon,
-            act: if args.after.is_some() {
-                Act::Before
+            phase: if args.after.is_some() {
+                DrillPhase::BeforeFault
             } else {
-                Act::Fault
+                DrillPhase::Fault
             },
-            turn_at: wait.map(|wait| now + wait),
+            switch_at: wait.map(|wait| now + wait),
             recover_after: args.recover_after,
-            over_at: args.whole.map(|whole| now + whole),
-            turned_at: None,
+            end_at: args.duration.map(|duration| now + duration),
+            switched_at: None,
             batches: 0,
-            batch: None,
+            batch_phase: None,
             exit: Exit::Ok,
         }
     }
 
-    async fn play(&mut self, introduction: &str) -> anyhow::Result<Exit> {
-        self.say(introduction)?;
-        self.daemon.tell(Order::Batch(self.target.clone()));
+    async fn run(&mut self, introduction: &str) -> anyhow::Result<Exit> {
+        self.print(introduction)?;
+        self.daemon.send(Order::Batch(self.target.clone()));
         loop {
             tokio::select! {
-                // A batch that began before the fault is told so.
+                // In order, so that a batch that started before the switch is recorded before it.
                 biased;
-                happened = self.daemon.next() => match happened? {
-                    LocalEvent::Batch(BatchEvent::Started { .. }) => self.begun()?,
-                    LocalEvent::Batch(BatchEvent::Ended(report)) => self.ended(&report)?,
+                event = self.daemon.next() => match event? {
+                    LocalEvent::Batch(BatchEvent::Started { .. }) => self.batch_started()?,
+                    LocalEvent::Batch(BatchEvent::Ended(report)) => self.batch_ended(&report)?,
                     LocalEvent::Batch(_) => {}
                     LocalEvent::Interrupted => {
                         if self.once {
@@ -293,65 +295,64 @@ impl Drill {
                     }
                     LocalEvent::Stopped => break,
                 },
-                () = at(self.turn_at) => self.turn()?,
-                () = at(self.over_at) => self.stop(),
+                () = sleep_until_some(self.switch_at) => self.switch_phase()?,
+                () = sleep_until_some(self.end_at) => self.stop(),
             }
         }
         Ok(self.exit)
     }
 
-    fn turn(&mut self) -> anyhow::Result<()> {
-        self.batch = None;
-        self.turned_at = Some(Instant::now());
-        let begins = self.act == Act::Before;
-        self.staging.turn(begins, &self.daemon);
+    fn switch_phase(&mut self) -> anyhow::Result<()> {
+        self.batch_phase = None;
+        self.switched_at = Some(Instant::now());
+        let begins = self.phase == DrillPhase::BeforeFault;
+        self.switch.set(begins, &self.daemon);
         let what = if begins { "begins" } else { "ends" };
         if begins {
-            self.act = Act::Fault;
-            self.turn_at = self.recover_after.map(|wait| Instant::now() + wait);
+            self.phase = DrillPhase::Fault;
+            self.switch_at = self.recover_after.map(|wait| Instant::now() + wait);
         } else {
-            self.act = Act::After;
-            self.turn_at = None;
+            self.phase = DrillPhase::AfterFault;
+            self.switch_at = None;
         }
         let time = Utc::now().format("%H:%M:%S");
         let line = style(format!("{time} UTC, the fault {what}.")).bold();
-        self.say(&format!("\n{line}\n"))
+        self.print(&format!("\n{line}\n"))
     }
 
-    fn begun(&mut self) -> anyhow::Result<()> {
+    fn batch_started(&mut self) -> anyhow::Result<()> {
         self.batches += 1;
-        let settled = self.turned_at.is_none_or(|at| at.elapsed() > SETTLING);
-        self.batch = settled.then_some(self.act);
-        let fault = self.played(self.act);
-        let fault = fault.map(|rehearsal| format!("fault: {}", rehearsal.what));
-        self.say(&heading(self.batches, fault))
+        let settled = self.switched_at.is_none_or(|at| at.elapsed() > SETTLE_TIME);
+        self.batch_phase = settled.then_some(self.phase);
+        let fault = self.fault_in(self.phase);
+        let fault = fault.map(|fault| format!("fault: {}", fault.description));
+        self.print(&heading(self.batches, fault))
     }
 
-    /// What is played in an act.
-    fn played(&self, act: Act) -> Option<&'static Rehearsal> {
-        self.rehearsal.filter(|_| act == Act::Fault)
+    fn fault_in(&self, phase: DrillPhase) -> Option<&'static CatalogueFault> {
+        self.fault.filter(|_| phase == DrillPhase::Fault)
     }
 
-    fn ended(&mut self, report: &BatchReport) -> anyhow::Result<()> {
-        let judged = match self.batch.take() {
-            Some(act) => {
-                let wrong = wrong(self.played(act), report);
-                if !wrong.is_empty() {
-                    self.exit = Exit::Fault;
+    fn batch_ended(&mut self, report: &BatchReport) -> anyhow::Result<()> {
+        let comparison = match self.batch_phase.take() {
+            Some(phase) => {
+                let mismatches = mismatches(self.fault_in(phase), report);
+                if !mismatches.is_empty() {
+                    self.exit = Exit::CanaryFailed;
                 }
-                judgement(&wrong)
+                comparison(&mismatches)
             }
-            None => "  Not judged: the fault began or ended meanwhile.\n".to_owned(),
+            None => "  Not compared: the fault began or ended during this batch.\n".to_owned(),
         };
-        self.say(&(result(report) + &judged))?;
+        self.print(&(batch_result(report) + &comparison))?;
         if self.once {
             self.stop();
         }
         Ok(())
     }
 
-    /// Whoever closed the pipe has seen enough.
-    fn say(&mut self, text: &str) -> anyhow::Result<()> {
+    /// Prints on stdout. If the reader has closed it, the drill stops.
+    fn print(&mut self, text: &str) -> anyhow::Result<()> {
         if !print_unless_closed(text)? {
             self.stop();
         }
@@ -359,23 +360,23 @@ impl Drill {
     }
 
     fn stop(&mut self) {
-        (self.turn_at, self.over_at) = (None, None);
+        (self.switch_at, self.end_at) = (None, None);
         self.daemon.stop();
     }
 }
 
-/// Never, where there is no such time.
-async fn at(time: Option<Instant>) {
+/// Sleeps until `time`, or forever if it is `None`.
+async fn sleep_until_some(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
     }
 }
 
-/// The rooms of which the canary said something else than what was played.
-fn wrong(played: Option<&Rehearsal>, batch: &BatchReport) -> Vec<String> {
-    let expected = played.map(|rehearsal| rehearsal.reason);
-    let describe = expected.map_or_else(|| NO_FAULT.to_owned(), phrasing::reason);
+/// Returns the rooms in which the canary found something else than the injected fault.
+fn mismatches(fault: Option<&CatalogueFault>, batch: &BatchReport) -> Vec<String> {
+    let expected = fault.map(|fault| fault.reason);
+    let description = expected.map_or_else(|| NO_FAULT.to_owned(), format::reason);
     let rooms = batch.probes.iter().enumerate();
     rooms
         .filter(|(_, probe)| match &probe.outcome {
@@ -383,50 +384,50 @@ fn wrong(played: Option<&Rehearsal>, batch: &BatchReport) -> Vec<String> {
             Outcome::Failed(failure) => Some(failure.reason) != expected,
             Outcome::Aborted => false,
         })
-        .map(|(index, _)| format!("room {} should be {describe}", index + 1))
+        .map(|(index, _)| format!("room {} should be {description}", index + 1))
         .collect()
 }
 
 fn introduction(
     args: &DrillArgs,
-    rehearsal: Option<&Rehearsal>,
+    fault: Option<&CatalogueFault>,
     target: &str,
     url: &str,
     page: &str,
 ) -> String {
-    let what = match rehearsal {
-        Some(rehearsal) => format!(
+    let what = match fault {
+        Some(fault) => format!(
             "{} ({}, origin {})",
-            rehearsal.what,
-            phrasing::reason(rehearsal.reason),
-            rehearsal.reason.origin().label()
+            fault.description,
+            format::reason(fault.reason),
+            fault.reason.origin().label()
         ),
         None => "no fault".to_owned(),
     };
     let often = if args.once {
-        "One batch".to_owned()
+        "One batch runs".to_owned()
     } else {
-        format!("A batch every {}", format_duration(args.every))
+        format!("A batch runs every {}", format_duration(args.every))
     };
     let begins = match args.after {
         Some(after) => format!("The fault begins after {}", format_duration(after)),
-        None => "The fault is there from the start".to_owned(),
+        None => "The fault begins at once".to_owned(),
     };
     let ends = match args.recover_after {
         Some(recover) => format!("{begins} and ends {} later. ", format_duration(recover)),
         None => format!("{begins}. "),
     };
-    let course = if rehearsal.is_some() { &ends } else { "" };
-    let end = match args.whole {
+    let fault_times = if fault.is_some() { &ends } else { "" };
+    let end = match args.duration {
         _ if args.once => String::new(),
-        Some(whole) => format!("The drill ends after {}.", format_duration(whole)),
+        Some(duration) => format!("The drill ends after {}.", format_duration(duration)),
         None => "Ctrl-C ends the drill.".to_owned(),
     };
     format!(
-        "Fire drill: {what}.\n\
+        "Drill: {what}.\n\
          {often} against a LiveKit server with a demo agent on this machine ({url}).\n\
-         The target is {target}, and its target_info says drill=\"true\".\n\
-         Its page is at {page} and its metrics at {page}metrics.\n\
-         {course}{end}\n"
+         The target is {target}. Its series target_info has the label drill=\"true\".\n\
+         The page is at {page} and the metrics are at {page}metrics.\n\
+         {fault_times}{end}\n"
     )
 }

@@ -1,4 +1,4 @@
-//! What the schedules come to: the ticks of the coming year times what a batch costs, and where that can't fit.
+//! What the schedules cost: the ticks of the coming year times the cost of a batch, and warnings if a limit is too low.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -16,7 +16,7 @@ use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks
 pub(super) struct Forecast<'a> {
     now: DateTime<Utc>,
     alerts: &'a Alerts,
-    /// Of twelve whole months, this one first.
+    /// The days of twelve whole months, starting with the current month.
     days: Vec<NaiveDate>,
     targets: BTreeMap<&'a str, TargetForecast<'a>>,
 }
@@ -24,19 +24,20 @@ pub(super) struct Forecast<'a> {
 struct TargetForecast<'a> {
     target: &'a Target,
     offset: Duration,
-    /// In the order of the days.
+    /// The number of ticks on each of [`Forecast::days`].
     ticks: Vec<u64>,
     batch: BatchCost,
 }
 
-/// What one batch comes to, from where all goes well to where all takes its longest.
+/// What one batch costs. A range goes from the best case, where nothing is late, to the worst, where each step takes as
+/// long as its deadline allows.
 struct BatchCost {
     agent_minutes: RangeInclusive<u64>,
-    /// The canary's own participants.
+    /// Minutes of the canary's own participants.
     participant_minutes: RangeInclusive<u64>,
-    /// One room's agent time at worst: what the budget must have left for it to open.
-    dearest_room: Duration,
-    longest: Duration,
+    /// The agent time that the budget must still have for every room to open.
+    max_room_cost: Duration,
+    max_duration: Duration,
 }
 
 impl BatchCost {
@@ -46,14 +47,15 @@ impl BatchCost {
         let least = minutes(whole_minutes(target.batch.hold)) * rooms;
         let worst: Vec<Duration> = worst_cases(target, project).collect();
         let agent_minutes: u64 = worst.iter().map(|room| minutes(*room)).sum();
-        // The canary is there first: its media, the dispatch and the agent's way in come before the agent's time.
+        // The canary joins before the agent: its participant is billed while its media connects, while the dispatch is
+        // sent, and while the agent is on its way.
         let deadlines = &target.deadlines;
         let before = whole_minutes(deadlines.media + project.api_timeout + deadlines.join);
         Self {
             agent_minutes: least..=agent_minutes,
             participant_minutes: least..=agent_minutes + minutes(before) * rooms,
-            dearest_room: worst.into_iter().max().unwrap_or_default(),
-            longest: max_batch_duration(target, project),
+            max_room_cost: worst.into_iter().max().unwrap_or_default(),
+            max_duration: max_batch_duration(target, project),
         }
     }
 }
@@ -87,7 +89,7 @@ impl<'a> Forecast<'a> {
         }
     }
 
-    /// Entries of a target's description.
+    /// The lines about the schedule in a target's description: key and value.
     pub(super) fn of_target(&self, name: &str) -> Vec<(&'static str, String)> {
         let forecast = &self.targets[name];
         let schedule = match &forecast.target.schedule {
@@ -100,19 +102,19 @@ impl<'a> Forecast<'a> {
             ("next", forecast.next(self.now, 3).join(", ")),
         ];
         if let Some(gaps) = forecast.gaps(self.now) {
-            entries.push(("longest gap", spelled(gaps.longest)));
+            entries.push(("longest gap", in_days(gaps.longest)));
         }
         entries.push((
             "worst case",
             format!(
-                "{} agent minutes a batch, which takes {}",
+                "{} agent minutes and {} per batch",
                 cost.agent_minutes.end(),
-                spelled(cost.longest)
+                in_days(cost.max_duration)
             ),
         ));
         for (key, batches) in [
-            ("a day", forecast.ticks.iter().copied().max().unwrap_or(0)),
-            ("30 days", forecast.in_30_days()),
+            ("per day", forecast.ticks.iter().copied().max().unwrap_or(0)),
+            ("per 30 days", forecast.ticks_in_30_days()),
         ] {
             let times = |minutes: &RangeInclusive<u64>| {
                 let [least, worst] = [minutes.start(), minutes.end()].map(|end| end * batches);
@@ -138,36 +140,36 @@ impl<'a> Forecast<'a> {
         let forecast = &self.targets[name];
         let mut warnings = Vec::new();
         if let Some(gaps) = forecast.gaps(self.now)
-            && gaps.shortest < forecast.batch.longest
+            && gaps.shortest < forecast.batch.max_duration
         {
             warnings.push(format!(
-                "a batch may take {}, and the next is due after {}: while one runs, the next is skipped (overlap)",
-                spelled(forecast.batch.longest),
-                spelled(gaps.shortest)
+                "a batch can take {}, but the next one is due after {}: it is skipped if the first is still running (overlap)",
+                in_days(forecast.batch.max_duration),
+                in_days(gaps.shortest)
             ));
         }
         let target = forecast.target;
-        warnings.extend(self.unwatched(target));
+        warnings.extend(self.too_rare_for_alerts(target));
         let window = self.alerts.slo_window;
         #[expect(clippy::cast_precision_loss, reason = "a share is shown, not a count")]
-        let rooms_in_30_days = (forecast.in_30_days() * target.batch.rooms as u64) as f64;
+        let rooms_in_30_days = (forecast.ticks_in_30_days() * target.batch.rooms as u64) as f64;
         let rooms = rooms_in_30_days * window.div_duration_f64(Duration::from_hours(30 * 24));
-        warnings.extend(single_room_misses(&target.objectives, window, rooms));
+        warnings.extend(single_failure_misses(&target.objectives, window, rooms));
         warnings
     }
 
-    /// Where batches are too rare for the alerts on failed probes.
-    fn unwatched(&self, target: &Target) -> Option<String> {
+    /// A warning if batches are too rare for the alerts on burn rates.
+    fn too_rare_for_alerts(&self, target: &Target) -> Option<String> {
         let mean = mean_interval(&target.schedule, self.now.date_naive());
-        let longest = max_watched_interval(self.alerts);
-        let rare = match mean {
-            None => "its batches are more than a week apart".to_owned(),
-            Some(mean) if mean > longest => format!("its batches are {} apart", spelled(mean)),
+        let max = max_watched_interval(self.alerts);
+        let interval = match mean {
+            None => "over 7 days".to_owned(),
+            Some(mean) if mean > max => in_days(mean),
             Some(_) => return None,
         };
         Some(format!(
-            "{rare} on average, and alerts on burn rates need {} at most, a 24th of alerts.slo_window",
-            spelled(longest)
+            "the mean interval between batches is {interval}, but burn-rate alerts need at most {} (1/24 of alerts.slo_window)",
+            in_days(max)
         ))
     }
 
@@ -184,8 +186,8 @@ impl<'a> Forecast<'a> {
         let held: usize = held.sum();
         if held > project.max_rooms {
             warnings.push(format!(
-                "its targets can hold {held} rooms at once, and max_rooms is {}: a batch waits until the rooms of \
-                 another are gone",
+                "its targets can hold {held} rooms at once, but max_rooms is {}: a batch waits until the rooms of \
+                 another batch are gone",
                 project.max_rooms
             ));
         }
@@ -198,7 +200,7 @@ impl<'a> Forecast<'a> {
         warnings
     }
 
-    /// The most agent minutes of such a period, over all these targets.
+    /// The agent minutes of all these targets in the busiest period of this length.
     fn busiest(
         &self,
         targets: &[(&str, &TargetForecast<'_>)],
@@ -217,7 +219,7 @@ impl<'a> Forecast<'a> {
 }
 
 impl TargetForecast<'_> {
-    /// In the zone of the schedule.
+    /// The next `count` ticks, in the time zone of the schedule.
     fn next(&self, now: DateTime<Utc>, count: usize) -> Vec<String> {
         let next = |after: &DateTime<Utc>| next_tick(&self.target.schedule, self.offset, *after);
         std::iter::successors(next(&now), next)
@@ -236,8 +238,8 @@ impl TargetForecast<'_> {
         gaps(&self.target.schedule, now, AHEAD)
     }
 
-    /// In the busiest 30 days.
-    fn in_30_days(&self) -> u64 {
+    /// The number of ticks in the busiest 30 days.
+    fn ticks_in_30_days(&self) -> u64 {
         let windows = self.ticks.windows(30).map(|days| days.iter().sum());
         windows.max().unwrap_or(0)
     }
@@ -253,43 +255,45 @@ fn beyond_budget(
     let budget = format!("budget.agent_time_per_{period} is {}", in_minutes(limit));
     let never = targets
         .iter()
-        .filter(|(_, forecast)| forecast.batch.dearest_room > limit);
+        .filter(|(_, forecast)| forecast.batch.max_room_cost > limit);
     let mut warnings: Vec<String> = never
         .map(|(target, forecast)| {
-            let room = in_minutes(forecast.batch.dearest_room);
-            format!("{budget}, and a room of target {target:?} may use {room}: it never opens")
+            let room = in_minutes(forecast.batch.max_room_cost);
+            format!(
+                "{budget}, but one room of target {target:?} can use {room}: its rooms never open"
+            )
         })
         .collect();
     let least = busiest(|cost| *cost.agent_minutes.start());
     let worst = busiest(|cost| *cost.agent_minutes.end());
     let available = limit.as_secs() / 60;
     let needed = if least > available {
-        format!("{least} where all goes well")
+        format!("at least {least}")
     } else if worst > available {
-        format!("up to {worst} where agents come late")
+        format!("up to {worst} if agents join late")
     } else {
         return warnings;
     };
     warnings.push(format!(
-        "{budget}, and its targets' schedules come to {needed}: batches will be skipped (budget)"
+        "{budget}, but the schedules of its targets need {needed}: batches will be skipped (budget)"
     ));
     warnings
 }
 
-/// In whole seconds, and in days where `humantime` takes months of 30.44 days.
-fn spelled(time: Duration) -> String {
+/// A duration in days, hours, minutes and seconds. `humantime` alone would print 31 days as `1month 13h 26m 24s`.
+fn in_days(time: Duration) -> String {
     const DAY: u64 = 24 * 60 * 60;
     let (days, rest) = (
         time.as_secs() / DAY,
         Duration::from_secs(time.as_secs() % DAY),
     );
-    let rest_spelled = format_duration(rest);
+    let rest_text = format_duration(rest);
     match (days, rest) {
-        (0, _) => rest_spelled.to_string(),
+        (0, _) => rest_text.to_string(),
         (1, Duration::ZERO) => "1 day".to_owned(),
-        (1, _) => format!("1 day {rest_spelled}"),
+        (1, _) => format!("1 day {rest_text}"),
         (_, Duration::ZERO) => format!("{days} days"),
-        (_, _) => format!("{days} days {rest_spelled}"),
+        (_, _) => format!("{days} days {rest_text}"),
     }
 }
 
@@ -297,8 +301,8 @@ fn in_minutes(time: Duration) -> String {
     format!("{} agent minutes", time.as_secs() / 60)
 }
 
-/// An objective that so few rooms can't tell from perfection: the first that fails misses it.
-fn single_room_misses(objectives: &Objectives, window: Duration, rooms: f64) -> Option<String> {
+/// A warning if there are so few rooms that a single failure misses an objective.
+fn single_failure_misses(objectives: &Objectives, window: Duration, rooms: f64) -> Option<String> {
     if rooms < 1.0 {
         return None;
     }
@@ -315,19 +319,19 @@ fn single_room_misses(objectives: &Objectives, window: Duration, rooms: f64) -> 
     let (names, shares): (Vec<&str>, Vec<f64>) = missed.copied().unzip();
     let strictest = shares.into_iter().reduce(f64::max)?;
     let advice = match 1.0 - 1.0 / rooms {
-        highest if highest >= 0.01 => {
+        max if max >= 0.01 => {
             format!(
-                "set them to {} at most, or open rooms more often",
-                (highest * 1e4).floor() / 1e4
+                "Set them to at most {}, or open rooms more often",
+                (max * 1e4).floor() / 1e4
             )
         }
-        _ => "open rooms more often".to_owned(),
+        _ => "Open rooms more often".to_owned(),
     };
     Some(format!(
-        "one failed room misses an objective: {strictest} allows {:.1} failures of {rooms:.0} rooms in {} (objectives: {}); \
+        "one failed room misses an objective: {strictest} allows {:.1} failures of {rooms:.0} rooms in {} (objectives: {}). \
          {advice}",
         allowed(strictest),
-        spelled(window),
+        in_days(window),
         names.join(", "),
     ))
 }

@@ -1,4 +1,4 @@
-//! `health`: asks a daemon whether it is healthy, for a container whose image has nothing else that could.
+//! `health`: asks a daemon whether it is healthy. It serves container images that have no HTTP client of their own.
 
 use std::time::Duration;
 
@@ -12,64 +12,66 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use url::{Position, Url};
 
-use super::{Exit, Health, complain, print};
+use super::{Exit, HealthArgs, error_text, print, print_error};
 
-/// For the whole answer; a healthy daemon needs a few milliseconds.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// An answer names the few tasks that are silent.
-const LONGEST_ANSWER: usize = 16 << 10;
+/// For connection, request and response together; a healthy daemon needs a few milliseconds.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// In bytes. The response of an unhealthy daemon names the few tasks that are stuck.
+const MAX_RESPONSE: usize = 16 << 10;
 
-pub(super) fn run(args: &Health) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &HealthArgs) -> anyhow::Result<Exit> {
     let runtime = super::runtime()?;
-    let asked = runtime.block_on(async { timeout(PATIENCE, ask(&args.url)).await });
+    let response = runtime.block_on(async { timeout(RESPONSE_TIMEOUT, get(&args.url)).await });
     runtime.shutdown_background();
-    let asked = asked.unwrap_or_else(|_| anyhow::bail!("no answer within {PATIENCE:?}"));
-    match asked.with_context(|| args.url.to_string()) {
-        Ok((true, said)) => {
-            print(&said)?;
+    let response =
+        response.unwrap_or_else(|_| anyhow::bail!("no answer within {RESPONSE_TIMEOUT:?}"));
+    match response.with_context(|| args.url.to_string()) {
+        Ok((true, text)) => {
+            print(&text)?;
             Ok(Exit::Ok)
         }
-        Ok((false, said)) => {
-            complain(said.trim_end());
-            Ok(Exit::Fault)
+        Ok((false, text)) => {
+            print_error(text.trim_end());
+            Ok(Exit::CanaryFailed)
         }
         Err(error) => {
-            complain(&super::report(&error));
-            Ok(Exit::Fault)
+            print_error(&error_text(&error));
+            Ok(Exit::CanaryFailed)
         }
     }
 }
 
-/// Whether the answer was a good one, and its text.
-async fn ask(url: &Url) -> anyhow::Result<(bool, String)> {
-    let host = url.host_str().context("no host")?;
-    let port = url.port_or_known_default().context("no port")?;
+/// Returns whether the status is a success, and the body.
+async fn get(url: &Url) -> anyhow::Result<(bool, String)> {
+    let host = url.host_str().context("the URL has no host")?;
+    let port = url.port_or_known_default().context("the URL has no port")?;
     let stream = TcpStream::connect((host.trim_matches(['[', ']']), port)).await?;
     let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // Path and query: what a server is asked for.
+    // HTTP/1.1 in origin form: path and query, without scheme and host.
     let request = Request::get(&url[Position::BeforePath..Position::AfterQuery])
         .header(header::HOST, format!("{host}:{port}"))
         .body(Empty::<Bytes>::new())?;
-    let answered = async {
-        let answer = requests.send_request(request).await?;
-        let good = answer.status().is_success();
-        let body = Limited::new(answer.into_body(), LONGEST_ANSWER);
+    let response = async {
+        let response = requests.send_request(request).await?;
+        let success = response.status().is_success();
+        let body = Limited::new(response.into_body(), MAX_RESPONSE);
         let body = body.collect().await.map_err(anyhow::Error::from_boxed)?;
         let text = String::from_utf8_lossy(&body.to_bytes()).into_owned();
-        anyhow::Ok((good, text))
+        anyhow::Ok((success, text))
     };
-    // The connection does the work; its own end is no news.
+    // The request makes progress only while the connection is polled. A connection that ends well needs no handling: the
+    // response is the result.
     tokio::select! {
-        answered = answered => answered,
+        response = response => response,
         Err(error) = connection => Err(error.into()),
     }
 }
 
-/// A URL of plain HTTP.
+/// Parses a URL with the scheme `http`.
 pub(super) fn plain_url(text: &str) -> Result<Url, String> {
     let url: Url = text.parse().map_err(|error| format!("{error}"))?;
     match url.scheme() {
         "http" => Ok(url),
-        other => Err(format!("{other} is not supported, only http is")),
+        other => Err(format!("the scheme {other} is not supported, use http")),
     }
 }

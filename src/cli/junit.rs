@@ -1,18 +1,18 @@
-//! The result of a batch as `JUnit` XML, for a CI system's test report: a test case a room.
+//! The result of a batch as `JUnit` XML, for a CI system's test report: one test case per room.
 //!
-//! What makes `once` exit with 1, a fault of the agent, is a failure; any other one is an error, which blames nobody's
-//! deploy.
+//! A failure that makes `once` exit with status 1 is a JUnit failure: it blames the agent. Every other failure is a JUnit
+//! error: it does not blame the deploy.
 
 use quick_junit::{NonSuccessKind, Property, Report, TestCase, TestCaseStatus, TestSuite};
 
 use super::Exit;
-use super::phrasing::{evidence, printable, reason};
+use super::format::{evidence, printable, reason};
 use crate::config::{Project, Target};
 use crate::probe::{Failure, Outcome, ProbeReport, Span, Turn};
 use crate::report::BatchReport;
 use crate::report::json::session_url;
 
-/// One XML document with a newline at its end.
+/// Returns an XML document that ends with a newline.
 pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
     let took = (batch.ended_at - batch.started_at).to_std();
     let mut suite = TestSuite::new(batch.target.as_str());
@@ -31,7 +31,7 @@ pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) ->
     }
     let mut report = Report::new("livekit-canary");
     report.set_timestamp(batch.started_at);
-    // A clock that was set back has no time to tell.
+    // If the wall clock was set back during the batch, its duration is unknown.
     if let Ok(took) = took {
         suite.set_time(took);
         report.set_time(took);
@@ -39,7 +39,7 @@ pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) ->
     report.add_test_suite(suite);
     report
         .to_string()
-        .expect("writing to a string can't fail, and the crate drops what XML can't hold")
+        .expect("writing to a string cannot fail, and the crate drops what XML forbids")
 }
 
 fn properties(batch: &BatchReport, target: &Target) -> Vec<Property> {
@@ -64,7 +64,8 @@ fn properties(batch: &BatchReport, target: &Target) -> Vec<Property> {
     properties
 }
 
-/// A CI system follows a test by its name: the room's place in the batch, as its name is never used again.
+/// A CI system follows a test from run to run by its name. So the name is the room's place in the batch: the name of a
+/// room is never used again.
 fn case(index: usize, batch: &BatchReport, status: TestCaseStatus) -> TestCase {
     let mut case = TestCase::new(format!("room {}", index + 1), status);
     case.set_classname(format!("livekit-canary.{}", batch.target));
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_makes_once_exit_with_1_is_a_failure() {
+    fn only_a_reason_that_makes_once_exit_with_1_is_a_failure() {
         for reason in Reason::ALL {
             let outcome = failed(reason, "as scripted");
             let blamed = Exit::of(&outcome) == Exit::Agent;
@@ -189,13 +190,18 @@ mod tests {
     }
 
     #[test]
-    fn words_of_a_server_stay_words() {
-        let words = "</failure>&\"'<![CDATA[ ]]> \u{0}\u{1b}[31m\u{fffe}";
+    fn text_of_a_server_stays_text() {
+        let text_of_server = "</failure>&\"'<![CDATA[ ]]> \u{0}\u{1b}[31m\u{fffe}";
         let evidence = Evidence {
-            answer: Some(words.to_owned()),
+            answer: Some(text_of_server.to_owned()),
             ..Evidence::default()
         };
-        let rooms = vec![probe(1, failed(Reason::AgentSilent, words), evidence, WELL)];
+        let rooms = vec![probe(
+            1,
+            failed(Reason::AgentSilent, text_of_server),
+            evidence,
+            WELL,
+        )];
         let text = rendered(&batch(rooms, None));
         assert_eq!(text.matches("</failure>").count(), 1, "{text}");
         assert!(!text.contains(['\u{0}', '\u{1b}', '\u{fffe}']), "{text}");

@@ -1,13 +1,13 @@
-//! The result of a batch as GitHub-flavoured Markdown, for a comment on a pull request: the verdict, one row a room,
-//! then what failed and why.
+//! The result of a batch as GitHub-flavoured Markdown, for a comment on a pull request: the summary, one row per room,
+//! then each kind of failure.
 
 use std::fmt::Write as _;
 
 use humantime::format_duration;
 
-use super::phrasing::{
-    FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
-    track_delay, which,
+use super::format::{
+    FailureGroup, delay, evidence, failures, join_delay, outcome, printable, reason, room_numbers,
+    summary, time, track_delay,
 };
 use crate::config::{Project, Target};
 use crate::probe::{Milestone, ProbeReport, Span, Turn};
@@ -19,12 +19,12 @@ const HEADER: &str = "\
 |--:|:-----|:--------------------|:----------------|-----------:|-----------------:|-------------:|------:|:--------|
 ";
 
-/// Ends with a newline. Times of day are UTC.
+/// Returns Markdown that ends with a newline. Times of day are UTC.
 pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
     let mut text = format!("### livekit-canary: {}\n\n", escaped(&batch.target));
     for line in summary(batch).lines() {
         text.push_str(&escaped(line));
-        // A line break, which a plain newline is only in some places.
+        // A backslash breaks the line everywhere. A newline alone does so only in comments, not in files.
         text.push_str("\\\n");
     }
     text.push_str(&escaped(&settings(batch, target)));
@@ -49,7 +49,7 @@ pub(super) fn render(batch: &BatchReport, target: &Target, project: &Project) ->
 fn settings(batch: &BatchReport, target: &Target) -> String {
     let took = (batch.ended_at - batch.started_at).num_seconds().max(0);
     format!(
-        "Batch {} of {} UTC, {took} s long; ramp {}, hold {}, dispatch {}",
+        "Batch {}, started at {} UTC, took {took} s; ramp {}, hold {}, dispatch {}",
         batch.batch_id,
         batch.started_at.format("%Y-%m-%d %H:%M:%S"),
         target.batch.ramp.name(),
@@ -75,7 +75,7 @@ fn row(number: usize, probe: &ProbeReport, project: &Project) -> String {
     format!("| {} |\n", cells.join(" | "))
 }
 
-/// The room's name, leading to its session where that has a page.
+/// Returns the room's name, as a link if its session has a page.
 fn room(report: &ProbeReport, project: &Project) -> String {
     let name = escaped(&report.room.0);
     match session_url(report, project) {
@@ -84,16 +84,16 @@ fn room(report: &ProbeReport, project: &Project) -> String {
     }
 }
 
-fn item((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Project) -> String {
+fn item((rooms, failure): &FailureGroup<'_>, batch: &BatchReport, project: &Project) -> String {
     let mut text = format!(
         "- **{}: {}** (origin: {})\\\n  {}\n",
-        which(rooms),
+        room_numbers(rooms),
         escaped(&reason(failure.reason)),
         failure.reason.origin().label(),
         escaped(&failure.detail)
     );
     let reports = || rooms.iter().map(|index| &batch.probes[*index]);
-    // It differs from room to room in nothing but the names of things.
+    // The evidence of the first room stands for all: that of the others differs only in identifiers.
     let first = reports().next();
     for line in first.map_or_else(Vec::new, |report| evidence(&report.evidence)) {
         writeln!(text, "  - {}", escaped(&line)).expect("writing to a string can't fail");
@@ -105,7 +105,7 @@ fn item((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Proje
     text
 }
 
-/// Text on one line that stays text: a server's words make no table cell, no link, no HTML, and call nobody.
+/// Escapes text, so that what a server wrote cannot become a table cell, a link, HTML or a mention.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for char in printable(text).trim().chars() {
@@ -114,7 +114,7 @@ fn escaped(text: &str) -> String {
                 escaped.push('\\');
                 escaped.push(char);
             }
-            // GitHub links @user and #1 whether escaped or not, unless something stands between.
+            // GitHub links @user and #1 even after a backslash. A zero-width space between the two prevents that.
             '@' | '#' => {
                 escaped.push(char);
                 escaped.push('\u{200b}');
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn batch_that_went_well_has_no_list_of_failures() {
+    fn batch_without_failures_has_no_list_of_failures() {
         let mut bound = probe(2, Outcome::Ok, Evidence::default(), WELL);
         bound.join_upper_bound = true;
         let rooms = vec![probe(1, Outcome::Ok, Evidence::default(), WELL), bound];
@@ -153,21 +153,21 @@ mod tests {
     }
 
     #[test]
-    fn words_of_a_server_stay_words() {
-        let words = "a|b\n| c | <img src=x> [x](http://evil) `code` **bold** @everyone #1 &amp; \\| \u{1b}[2J";
+    fn text_of_a_server_stays_text() {
+        let text_of_server = "a|b\n| c | <img src=x> [x](http://evil) `code` **bold** @everyone #1 &amp; \\| \u{1b}[2J";
         let evidence = Evidence {
-            answer: Some(words.to_owned()),
-            participants: vec![words.to_owned()],
+            answer: Some(text_of_server.to_owned()),
+            participants: vec![text_of_server.to_owned()],
             ..Evidence::default()
         };
         let mut rooms = vec![probe(
             1,
-            failed(Reason::SignalFailed, words),
+            failed(Reason::SignalFailed, text_of_server),
             evidence,
             WELL,
         )];
         rooms[0].room_sid = Some("RM_1) <b>".to_owned());
-        let why = words.to_owned();
+        let why = text_of_server.to_owned();
         let batch = batch(
             rooms,
             Some(NotOpened {

@@ -1,4 +1,4 @@
-//! `once`: one batch now.
+//! `once`: runs one batch now, prints its result, and confirms that its rooms are gone.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::progress::{REFRESH, Screen};
-use super::{Exit, Format, Once, complain, junit, markdown, print, table};
+use super::progress::{ProgressView, REFRESH_INTERVAL};
+use super::{Exit, OnceArgs, OutputFormat, error_text, junit, markdown, print, print_error, table};
 use crate::batch;
 use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
 use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
@@ -19,21 +19,23 @@ use crate::probe::driver::{Context, Fault};
 use crate::report::{BatchReport, json};
 use crate::telemetry;
 
-/// The target that flags and environment describe where no file does.
+/// The target of the flags and the environment if there is no settings file.
 const IMPLIED_TARGET: &str = "default";
 
-/// From the first signal: how long the batch may take to end itself, and when this process is gone, whatever hangs.
-const ABORT_BATCH: Duration = Duration::from_millis(2500);
-const ABORT_ALL: Duration = Duration::from_secs(4);
+/// How long the batch may take to end after the first signal.
+const ABORT_TIMEOUT: Duration = Duration::from_millis(2500);
+/// How long the process may run after the first signal, even if something hangs.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(4);
 
-const NOTICEABLE: Duration = Duration::from_secs(1);
+/// A wait that takes longer than this is explained.
+const NOTICE_AFTER: Duration = Duration::from_secs(1);
 
-pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
     let (name, config) = settings(args)?;
-    let (target, project) = chosen(&config, &name);
+    let (target, project) = selected(&config, &name);
     let fault = Fault::from_env()?;
-    let screen = Screen::new(target.batch.rooms);
-    telemetry::log_to(screen.log_writer(), Screen::colour(), "warn");
+    let view = ProgressView::new(target.batch.rooms);
+    telemetry::log_to(view.log_writer(), ProgressView::colour(), "warn");
 
     let (endpoint, api) =
         wire::access(&project).with_context(|| format!("project {:?}", target.project))?;
@@ -48,15 +50,17 @@ pub(super) fn run(args: &Once) -> anyhow::Result<Exit> {
             agent_known: false,
             fault,
         };
-        batch_of_rooms(&name, context, screen, args.format).await
+        probe_and_print(&name, context, view, args.format).await
     });
-    // A DNS lookup that hangs can't be cancelled; everything else has ended by now.
+    // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
+    // ended by now.
     runtime.shutdown_background();
     exit
 }
 
-/// Flags over environment over file. The name is that of the one target to probe.
-fn settings(args: &Once) -> Result<(String, Config), Problems> {
+/// Reads the settings, and returns them with the name of the target to probe. A flag overrides the environment, and the
+/// environment overrides the file.
+fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let name = choose_target(&draft, args.target.as_deref())?;
     draft.ensure_target(&name);
@@ -102,13 +106,10 @@ fn settings(args: &Once) -> Result<(String, Config), Problems> {
     }
     let config = draft.validate()?;
     let ramp = config.targets[&name].batch.ramp;
-    // In a file the key may wait for its ramp; a flag that does nothing is a mistake.
+    // A file may set the interval of a ramp that it does not use yet. A flag without effect is a mistake.
     if args.ramp_interval.is_some() && ramp != RampMode::Interval {
         return Err(Problems::single(
-            format!(
-                "--ramp-interval changes nothing: the ramp is {}",
-                ramp.name()
-            ),
+            format!("--ramp-interval has no effect: the ramp is {}", ramp.name()),
             "add --ramp interval".to_owned(),
         ));
     }
@@ -124,52 +125,52 @@ fn choose_target(draft: &RawConfig, wanted: Option<&str>) -> Result<String, Prob
         (Some(wanted), names) if names.iter().any(|name| name == wanted) => Ok(wanted.to_owned()),
         (None, names) => Err(Problems::single(
             "the settings have several targets",
-            format!("choose one by --target: {}", names.join(", ")),
+            format!("choose one with --target: {}", names.join(", ")),
         )),
         (Some(wanted), names) => Err(super::no_such_target(wanted, names)),
     }
 }
 
-fn chosen(config: &Config, name: &str) -> (Arc<Target>, Arc<Project>) {
+fn selected(config: &Config, name: &str) -> (Arc<Target>, Arc<Project>) {
     let mut target = config.targets[name].clone();
-    // A person or a pipeline waits for this command: it looks for late agents for as short as makes sense.
+    // A person or a pipeline waits for this command, so it watches for late agents only as long as needed.
     target.late_agent_window = target.late_agent_window.min(janitor::MIN_SAFE_WINDOW);
     let project = config.projects[&target.project].clone();
     (Arc::new(target), Arc::new(project))
 }
 
-async fn batch_of_rooms(
+async fn probe_and_print(
     name: &str,
     context: Context,
-    mut screen: Screen,
-    format: Format,
+    mut view: ProgressView,
+    format: OutputFormat,
 ) -> anyhow::Result<Exit> {
-    let mut signals = Signals::new()?;
+    let mut signals = StopSignals::new()?;
     let janitor = context.janitor.clone();
     let (target, project) = (Arc::clone(&context.target), Arc::clone(&context.project));
-    let (report, interrupted_at) = watch(name, context, &mut screen, &mut signals).await;
+    let (report, interrupted_at) = run_batch(name, context, &mut view, &mut signals).await;
 
     let printed = report.as_ref().map_or(Ok(()), |report| {
         print(&match format {
-            Format::Table => table::render(report, &project, table::terminal_width()),
-            Format::Json => json::render(report, &target, &project),
-            Format::Markdown => markdown::render(report, &target, &project),
-            Format::Junit => junit::render(report, &target, &project),
+            OutputFormat::Table => table::render(report, &project, table::terminal_width()),
+            OutputFormat::Json => json::render(report, &target, &project),
+            OutputFormat::Markdown => markdown::render(report, &target, &project),
+            OutputFormat::Junit => junit::render(report, &target, &project),
         })
     });
-    // What remains is to vouch for the rooms, also where the result met a full disk.
+    // The rooms are confirmed even if the result could not be printed, for example on a full disk.
     let until = match (interrupted_at, &report) {
         (None, _) => Instant::now() + target.late_agent_window + 2 * target.deadlines.cleanup,
-        (Some(at), Some(_)) => at + ABORT_ALL,
-        (Some(at), None) => (at + ABORT_ALL).min(Instant::now() + FINAL_DELETION_TIMEOUT),
+        (Some(at), Some(_)) => at + EXIT_TIMEOUT,
+        (Some(at), None) => (at + EXIT_TIMEOUT).min(Instant::now() + FINAL_DELETION_TIMEOUT),
     };
     let notice = interrupted_at.is_none().then(|| {
         let window = humantime::format_duration(target.late_agent_window);
-        format!("making sure for about {window} that no room is left behind; Ctrl-C skips it")
+        format!("checking for about {window} that no room reappears; Ctrl-C ends the check")
     });
-    vouch(janitor, until, notice, &mut signals).await;
+    confirm_cleanup(janitor, until, notice, &mut signals).await;
     if let Err(error) = printed {
-        complain(&super::report(&error));
+        print_error(&error_text(&error));
         return Ok(Exit::Inconclusive);
     }
     Ok(match report {
@@ -178,31 +179,34 @@ async fn batch_of_rooms(
     })
 }
 
-/// Runs the batch and shows its progress. A first signal aborts it; a second one, or an abort that takes too long, drops
-/// it: there is no report then, and the janitor deletes the rooms.
-async fn watch(
+/// Runs the batch and shows its progress. Returns its report and the time of the first signal.
+///
+/// The first signal aborts the batch. A second signal, or an abort that takes longer than [`ABORT_TIMEOUT`], drops it: then
+/// there is no report, and the janitor deletes the rooms.
+async fn run_batch(
     name: &str,
     context: Context,
-    screen: &mut Screen,
-    signals: &mut Signals,
+    view: &mut ProgressView,
+    signals: &mut StopSignals,
 ) -> (Option<Arc<BatchReport>>, Option<Instant>) {
     let abort = CancellationToken::new();
-    // The batch's events and what comes from outside both draw on it, in this one task.
-    let screen = RefCell::new(screen);
+    // The batch's events, signals and the clock all draw on it, in this one task.
+    let view = RefCell::new(view);
     let mut running = Box::pin(batch::run(
         batch::new_id(),
         name,
         context,
         None,
         abort.clone(),
-        |event| screen.borrow_mut().show(event),
+        |event| view.borrow_mut().show(event),
     ));
-    let mut refresh = interval(REFRESH);
+    let mut refresh = interval(REFRESH_INTERVAL);
     refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut interrupted_at = None;
     let report = loop {
-        let hung = interrupted_at.map_or_else(far_off, |at| at + ABORT_BATCH);
+        let hung = interrupted_at.map_or_else(far_off, |at| at + ABORT_TIMEOUT);
         tokio::select! {
+            // In order, so that a batch that has ended has a report, even if a signal arrives at the same time.
             biased;
             report = &mut running => break Some(report),
             () = signals.next() => {
@@ -211,79 +215,75 @@ async fn watch(
                 }
                 interrupted_at = Some(Instant::now());
                 abort.cancel();
-                screen.borrow().say("stopping: deleting the rooms; a second signal ends at once");
+                view.borrow().print("stopping: deleting the rooms; a second signal exits at once");
             }
             () = sleep_until(hung), if interrupted_at.is_some() => break None,
-            _ = refresh.tick() => screen.borrow_mut().refresh(),
+            _ = refresh.tick() => view.borrow_mut().refresh(),
         }
     };
-    screen.borrow_mut().close();
+    view.borrow_mut().close();
     if report.is_none() {
-        complain("warning: stopped before the rooms had ended; there is no result");
+        print_error(
+            "warning: the batch was stopped before its rooms had ended, so there is no result",
+        );
     }
     (report, interrupted_at)
 }
 
-/// Waits until every room is known to be gone, and names those that aren't. A wait that can be noticed is explained by
-/// `notice`. A signal ends it.
-async fn vouch(janitor: Janitor, until: Instant, notice: Option<String>, signals: &mut Signals) {
-    let noticed_at = Instant::now() + NOTICEABLE;
+/// Waits until every room is confirmed as deleted, and prints a warning for each room that is not.
+///
+/// If the wait takes longer than [`NOTICE_AFTER`], `notice` explains it. A signal ends the wait.
+async fn confirm_cleanup(
+    janitor: Janitor,
+    until: Instant,
+    notice: Option<String>,
+    signals: &mut StopSignals,
+) {
+    let notice_at = Instant::now() + NOTICE_AFTER;
     let mut closing = Box::pin(janitor.clone().close(until));
-    let first = tokio::select! {
-        left = &mut closing => Some(left),
+    let unconfirmed = tokio::select! {
+        rooms = &mut closing => Some(rooms),
         () = signals.next() => None,
-        () = sleep_until(noticed_at) => {
+        () = sleep_until(notice_at) => {
             if let Some(notice) = notice {
-                complain(&notice);
+                print_error(&notice);
             }
             tokio::select! {
-                left = closing => Some(left),
+                rooms = closing => Some(rooms),
                 () = signals.next() => None,
             }
         }
     };
-    let left = match first {
-        Some(left) => left,
+    let unconfirmed = match unconfirmed {
+        Some(rooms) => rooms,
         None => {
             janitor
                 .close(until.min(Instant::now() + FINAL_DELETION_TIMEOUT))
                 .await
         }
     };
-    for UnconfirmedRoom { room, why } in left {
-        complain(&format!("warning: room {room} may be left behind: {why}"));
+    for UnconfirmedRoom { room, why } in unconfirmed {
+        print_error(&format!("warning: room {room} may still exist: {why}"));
     }
 }
 
-/// The first that applies, so that a pipeline blames the deploy for nothing else than the agent.
+/// Returns the exit status of a batch: that of the room with the highest precedence.
 pub(super) fn verdict(report: &BatchReport) -> Exit {
-    let exits = || {
-        let probes = report.probes.iter();
-        probes.map(|probe| Exit::of(&probe.outcome))
-    };
-    let precedence = [
-        Exit::Aborted,
-        Exit::Config,
-        Exit::Agent,
-        Exit::PlanLimit,
-        Exit::Inconclusive,
-    ];
-    let mut precedence = precedence.into_iter();
-    let first = precedence.find(|exit| exits().any(|one| one == *exit));
-    first.unwrap_or(Exit::Ok)
+    let exits = report.probes.iter().map(|probe| Exit::of(&probe.outcome));
+    exits.max().unwrap_or(Exit::Ok)
 }
 
 fn far_off() -> Instant {
     Instant::now() + Duration::from_hours(24)
 }
 
-/// SIGINT and SIGTERM, which mean the same here.
-pub(super) struct Signals {
+/// SIGINT and SIGTERM, which have the same effect.
+pub(super) struct StopSignals {
     interrupt: Signal,
     terminate: Signal,
 }
 
-impl Signals {
+impl StopSignals {
     pub(super) fn new() -> anyhow::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn deploy_is_blamed_only_for_the_agent() {
+    fn only_a_failed_agent_gives_exit_status_1() {
         let of = |reason| failed(reason, "");
         let limit = of(Reason::PlanLimit(LimitKind::Room));
         for (outcomes, exit) in [

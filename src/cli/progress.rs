@@ -1,5 +1,5 @@
-//! What a running batch shows on stderr: on a terminal a line per room that stays up to date, elsewhere a plain line per
-//! opening and per outcome.
+//! The progress of a batch on stderr. On a terminal it is one line per room, which is redrawn; elsewhere it is one line
+//! when a room opens and one when it ends.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -8,35 +8,35 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::phrasing::{delay, join_delay, printable};
-use super::{complain, table};
+use super::format::{delay, join_delay, printable};
+use super::{print_error, table};
 use crate::batch::BatchEvent;
 use crate::probe::{Milestone, Outcome, ProbeEvent, ProbeReport, Span, Timeline};
 
-/// How often a screen that waits is drawn again.
-pub(super) const REFRESH: Duration = Duration::from_millis(200);
+/// How often the seconds of open rooms are redrawn.
+pub(super) const REFRESH_INTERVAL: Duration = Duration::from_millis(200);
 
-pub(super) struct Screen {
+pub(super) struct ProgressView {
     rooms: usize,
-    /// On a terminal only.
+    /// The lines that are redrawn; `None` if each event is a line of its own.
     live: Option<MultiProgress>,
-    /// Lines are rows of [`table::brief`] that fill up.
+    /// Each line is a row of [`table::brief_row`], which fills up.
     as_table: bool,
     head: Option<ProgressBar>,
-    lines: Vec<Line>,
+    lines: Vec<RoomLine>,
 }
 
 /// One room on a terminal.
-struct Line {
+struct RoomLine {
     bar: ProgressBar,
     opened_at: Instant,
     state: String,
-    /// The row so far, where lines are rows.
+    /// The row so far; `None` if lines are not rows.
     row: Option<Timeline>,
     ended: bool,
 }
 
-impl Screen {
+impl ProgressView {
     pub(super) fn new(rooms: usize) -> Self {
         let live =
             is_terminal().then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
@@ -49,8 +49,8 @@ impl Screen {
         }
     }
 
-    /// A table that fills up, where lines can be redrawn; elsewhere nothing, for results that follow at once and tell as
-    /// much.
+    /// A table that fills up, if stderr can redraw lines. Otherwise it shows nothing: the result has the same content and
+    /// follows at once.
     pub(super) fn live_table(rooms: usize) -> Self {
         let target = if is_terminal() {
             ProgressDrawTarget::stderr()
@@ -66,12 +66,12 @@ impl Screen {
         }
     }
 
-    /// Whether stderr takes colour; `NO_COLOR` is respected.
+    /// Returns whether stderr takes colour. `NO_COLOR` turns it off.
     pub(super) fn colour() -> bool {
         is_terminal() && console::colors_enabled_stderr()
     }
 
-    /// Where logs go: above the live lines, which are redrawn.
+    /// Returns a writer for the log. Its lines appear above the lines that are redrawn.
     pub(super) fn log_writer(&self) -> LogWriter {
         LogWriter(self.live.clone())
     }
@@ -95,7 +95,7 @@ impl Screen {
                     } else {
                         format!("{:>3} {room}", index + 1)
                     });
-                    self.lines.push(Line {
+                    self.lines.push(RoomLine {
                         bar,
                         opened_at: Instant::now(),
                         state: "opening".to_owned(),
@@ -104,7 +104,7 @@ impl Screen {
                     });
                     self.refresh();
                 } else {
-                    complain(&format!(
+                    print_error(&format!(
                         "room {} of {}: {room} opens",
                         index + 1,
                         self.rooms
@@ -120,33 +120,35 @@ impl Screen {
                 if let Some(line) = self.lines.get_mut(*index) {
                     line.end(report);
                 } else {
-                    let outcome = describe(report);
-                    complain(&format!("room {} of {}: {outcome}", index + 1, self.rooms));
+                    let outcome = outcome_text(report);
+                    print_error(&format!("room {} of {}: {outcome}", index + 1, self.rooms));
                 }
             }
         }
     }
 
-    /// Brings the running clocks up to date.
+    /// Redraws the seconds of every open room.
     pub(super) fn refresh(&mut self) {
         for line in self.lines.iter().filter(|line| !line.ended) {
             let open_for = line.opened_at.elapsed().as_secs();
             line.bar.set_message(match &line.row {
-                Some(row) => table::brief(row, None, format!("{}, {open_for} s", line.state)),
+                Some(row) => table::brief_row(row, None, format!("{}, {open_for} s", line.state)),
                 None => format!("{open_for:>3} s  {}", line.state),
             });
         }
     }
 
-    pub(super) fn say(&self, message: &str) {
+    /// Prints a message above the lines that are redrawn.
+    pub(super) fn print(&self, message: &str) {
         match &self.live {
-            Some(live) => live.suspend(|| complain(message)),
-            None => complain(message),
+            Some(live) => live.suspend(|| print_error(message)),
+            None => print_error(message),
         }
     }
 
-    /// The table tells it all: where it goes to the same terminal, the live lines make room for it.
-    /// The screen is then ready for another batch.
+    /// Ends the lines of this batch, so that another batch can begin.
+    ///
+    /// If stdout is the same terminal, the lines are cleared: the result replaces them.
     pub(super) fn close(&mut self) {
         let lines = self.lines.drain(..).map(|line| line.bar);
         for bar in self.head.take().into_iter().chain(lines) {
@@ -164,17 +166,17 @@ impl Screen {
     }
 }
 
-impl Line {
+impl RoomLine {
     fn advance(&mut self, event: &ProbeEvent) {
         match event {
             ProbeEvent::Reached { milestone, at } => {
                 let since = at.saturating_duration_since(self.opened_at).as_secs_f64();
-                let phrase = phrase(*milestone);
+                let state = state_after(*milestone);
                 if let Some(row) = &mut self.row {
                     row.mark(*milestone, *at);
-                    self.state = phrase.map_or(std::mem::take(&mut self.state), str::to_owned);
-                } else if let Some(phrase) = phrase {
-                    self.state = format!("{phrase} (at {since:.1} s)");
+                    self.state = state.map_or(std::mem::take(&mut self.state), str::to_owned);
+                } else if let Some(state) = state {
+                    self.state = format!("{state} (at {since:.1} s)");
                 }
             }
             ProbeEvent::OutcomeDecided {
@@ -200,8 +202,8 @@ impl Line {
     fn end(&mut self, report: &ProbeReport) {
         self.ended = true;
         let description = match &self.row {
-            Some(_) => table::brief_of(report),
-            None => describe(report),
+            Some(_) => table::brief_row_of(report),
+            None => outcome_text(report),
         };
         self.bar.set_style(style(match report.outcome {
             Outcome::Ok => "green",
@@ -214,15 +216,15 @@ impl Line {
 
 fn style(colour: &str) -> ProgressStyle {
     ProgressStyle::with_template(&format!("{{prefix:.{colour}}}  {{wide_msg}}"))
-        .expect("the template is well-formed whatever the colour")
+        .expect("the template is valid for every colour")
 }
 
-/// The state that a milestone leaves a room in; `None` where it changes nothing that a reader waits for.
-fn phrase(milestone: Milestone) -> Option<&'static str> {
+/// Returns the state of a room after a milestone, and `None` if the milestone does not change what the room waits for.
+fn state_after(milestone: Milestone) -> Option<&'static str> {
     Some(match milestone {
         Milestone::RoomCreated => "room created",
-        Milestone::SignalConnected => "connected, media not up yet",
-        Milestone::MediaConnected => "media up",
+        Milestone::SignalConnected => "connected, waiting for media",
+        Milestone::MediaConnected => "media connected",
         Milestone::EchoPublished => "echo published",
         Milestone::DispatchSent => "waiting for the agent",
         Milestone::AgentJoined => "agent joined",
@@ -237,12 +239,13 @@ fn phrase(milestone: Milestone) -> Option<&'static str> {
     })
 }
 
-fn describe(report: &ProbeReport) -> String {
+fn outcome_text(report: &ProbeReport) -> String {
     match &report.outcome {
+        // Short, because it shares 80 columns with the name of the room.
         Outcome::Ok => {
             let join = join_delay(report);
             let speech = delay(report.timeline.span(Span::FirstSpeech));
-            format!("ok: agent joined after {join}, spoke after {speech}")
+            format!("ok: agent joined in {join}, spoke in {speech}")
         }
         Outcome::Aborted => "aborted".to_owned(),
         Outcome::Failed(failure) => {
@@ -253,12 +256,12 @@ fn describe(report: &ProbeReport) -> String {
     }
 }
 
-/// Whether stderr can redraw lines.
+/// Returns whether stderr can redraw lines.
 fn is_terminal() -> bool {
     console::user_attended_stderr() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Hands each log line to stderr whole, between two drawings of the live lines.
+/// Writes each log line to stderr as a whole, between two redraws.
 pub(super) struct LogWriter(Option<MultiProgress>);
 
 pub(super) struct LogLine<'a> {
@@ -292,8 +295,8 @@ impl Drop for LogLine<'_> {
         let text = String::from_utf8_lossy(&self.text);
         let text = text.trim_end();
         match self.live {
-            Some(live) => live.suspend(|| complain(text)),
-            None => complain(text),
+            Some(live) => live.suspend(|| print_error(text)),
+            None => print_error(text),
         }
     }
 }

@@ -1,12 +1,12 @@
-//! `rules`: Prometheus rules for the settings.
+//! `rules`: prints Prometheus rules for the settings.
 
 use chrono::Utc;
 
-use super::{Exit, Rules, print};
+use super::{Exit, RulesArgs, print};
 use crate::config::RawConfig;
 use crate::rules;
 
-pub(super) fn run(args: &Rules) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &RulesArgs) -> anyhow::Result<Exit> {
     let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let config = draft.without_credentials().validate()?;
     print(&rules::render(&config, Utc::now()))?;

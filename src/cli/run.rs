@@ -1,4 +1,4 @@
-//! `run`: the daemon.
+//! `run`: starts the daemon with the settings, and turns signals into its commands.
 
 use std::net::SocketAddr;
 
@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::{Exit, Run};
+use super::{Exit, RunArgs};
 use crate::config::{Config, Engine, Problems, RawConfig};
 use crate::daemon::{self, Launch, Order};
 use crate::history::History;
@@ -16,7 +16,7 @@ use crate::metrics::Build;
 use crate::probe::driver::Fault;
 use crate::telemetry;
 
-pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
     let config = settings(args)?;
     let fault = Fault::from_env()?;
     let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
@@ -42,22 +42,23 @@ pub(super) fn run(args: &Run) -> anyhow::Result<Exit> {
             drill: false,
             observer: None,
         };
-        daemon::run(launch, orders()?).await
+        daemon::run(launch, commands_from_signals()?).await
     });
-    // A DNS lookup that hangs can't be cancelled; everything else has ended by now.
+    // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
+    // ended by now.
     runtime.shutdown_background();
     match ending {
         Ok(daemon::Ending::Drained) => Ok(Exit::Ok),
-        Ok(daemon::Ending::CutShort) => Ok(Exit::Fault),
+        Ok(daemon::Ending::CutShort) => Ok(Exit::CanaryFailed),
         Err(error) => {
             tracing::error!("{error:#}");
-            Ok(Exit::Fault)
+            Ok(Exit::CanaryFailed)
         }
     }
 }
 
-/// Flags over environment over file.
-fn settings(args: &Run) -> Result<Config, Problems> {
+/// Reads the settings. A flag overrides the environment, and the environment overrides the file.
+fn settings(args: &RunArgs) -> Result<Config, Problems> {
     let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     if let Some(address) = args.listen_address {
         let flag = "--web.listen-address";
@@ -74,8 +75,8 @@ fn settings(args: &Run) -> Result<Config, Problems> {
     let config = draft.validate()?;
     if config.targets.is_empty() {
         return Err(Problems::single(
-            "no target is configured: there is nothing to watch",
-            "add [targets.NAME] with the agent_name; config/canary.toml shows every key",
+            "no target is configured, so there is nothing to watch",
+            "add [targets.NAME] with agent_name; config/canary.toml shows every key",
         ));
     }
     Ok(config)
@@ -83,31 +84,31 @@ fn settings(args: &Run) -> Result<Config, Problems> {
 
 pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
-    listener.with_context(|| format!("can't listen on {address}"))
+    listener.with_context(|| format!("cannot listen on {address}"))
 }
 
-/// SIGHUP reloads, SIGTERM and Ctrl-C stop.
-fn orders() -> anyhow::Result<mpsc::Receiver<Order>> {
-    let (sender, orders) = mpsc::channel(4);
-    for (kind, order) in [
+/// Receives the commands that signals send: SIGHUP reloads, SIGTERM and Ctrl-C stop.
+fn commands_from_signals() -> anyhow::Result<mpsc::Receiver<Order>> {
+    let (sender, commands) = mpsc::channel(4);
+    for (kind, command) in [
         (SignalKind::hangup(), Order::Reload),
         (SignalKind::terminate(), Order::Stop),
         (SignalKind::interrupt(), Order::Stop),
     ] {
-        let mut signals = signal(kind).context("can't wait for signals")?;
+        let mut signals = signal(kind).context("cannot listen for signals")?;
         let sender = sender.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                if sender.send(order.clone()).await.is_err() {
+                if sender.send(command.clone()).await.is_err() {
                     return;
                 }
             }
         });
     }
-    Ok(orders)
+    Ok(commands)
 }
 
-/// What this binary is made of, its engines included.
+/// The version, revision, compiler and engines of this binary, for the series `build_info`.
 pub(super) fn build() -> Build {
     Build {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -122,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn build_names_the_engines_that_are_in_it() {
+    fn build_names_every_engine_of_this_binary() {
         let expected = if cfg!(feature = "libwebrtc") {
             "native,libwebrtc"
         } else {

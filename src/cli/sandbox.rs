@@ -1,4 +1,4 @@
-//! `sandbox`: a LiveKit server on loopback with a demo agent, until it is told to stop.
+//! `sandbox`: runs a LiveKit server with a demo agent on loopback until a signal stops it.
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
@@ -32,7 +32,7 @@ async fn serve(args: &SandboxArgs) -> anyhow::Result<Exit> {
     tokio::pin!(serving);
     tokio::select! {
         () = &mut serving => {}
-        signal = terminated() => {
+        signal = stop_signal() => {
             signal?;
             shutdown.cancel();
             serving.await;
@@ -41,7 +41,8 @@ async fn serve(args: &SandboxArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
-/// The key pair is the sandbox's own and opens nothing but this loopback port: it may be shown.
+/// What a shell needs to reach the sandbox. The key pair is the sandbox's own and valid only on this loopback port, so
+/// printing it is safe.
 fn introduction(url: &str, key: &str, secret: &SecretString) -> String {
     format!(
         "LIVEKIT_URL={url}\nLIVEKIT_API_KEY={key}\nLIVEKIT_API_SECRET={}\n",
@@ -49,8 +50,8 @@ fn introduction(url: &str, key: &str, secret: &SecretString) -> String {
     )
 }
 
-/// Ctrl-C or SIGTERM.
-async fn terminated() -> std::io::Result<()> {
+/// Waits for Ctrl-C or SIGTERM.
+async fn stop_signal() -> std::io::Result<()> {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {
         interrupted = tokio::signal::ctrl_c() => interrupted,

@@ -1,30 +1,30 @@
-//! The result of a batch as a table for people: one row a room, then what failed and why.
+//! The result of a batch as a table for a terminal: one row per room, then each kind of failure.
 
 use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
-use super::phrasing::{
-    FailedAlike, delay, evidence, failures, join_delay, outcome, printable, reason, summary, time,
-    track_delay, which,
+use super::format::{
+    FailureGroup, delay, evidence, failures, join_delay, outcome, printable, reason, room_numbers,
+    summary, time, track_delay,
 };
 use crate::config::Project;
 use crate::probe::{Failure, Milestone, Outcome, ProbeReport, Span, Timeline, Turn};
 use crate::report::BatchReport;
 use crate::report::json::session_url;
 
-/// Below it, the table leaves out what matters least.
+/// Columns that the full table needs. A narrower terminal gets the table for 80 columns.
 const FULL_WIDTH: u16 = 120;
 
-/// Columns of the terminal that the result goes to; `None` where it goes elsewhere.
+/// Returns the width of the terminal that stdout writes to, and `None` if stdout is not a terminal.
 pub(super) fn terminal_width() -> Option<u16> {
     console::Term::stdout()
         .size_checked()
         .map(|(_rows, columns)| columns)
 }
 
-/// Ends with a newline. Times of day are UTC.
+/// Returns text that ends with a newline. Times of day are UTC.
 pub(super) fn render(batch: &BatchReport, project: &Project, width: Option<u16>) -> String {
     let mut text = String::new();
     if !batch.probes.is_empty() {
@@ -35,25 +35,28 @@ pub(super) fn render(batch: &BatchReport, project: &Project, width: Option<u16>)
     text.push('\n');
     for group in failures(batch) {
         text.push('\n');
-        text.push_str(&block(&group, batch, project));
+        text.push_str(&failure_block(&group, batch, project));
     }
     text
 }
 
-/// What failed and why, without the evidence.
-pub(super) fn reasons(batch: &BatchReport) -> String {
+/// Returns each kind of failure without its evidence.
+pub(super) fn failures_in_brief(batch: &BatchReport) -> String {
     let groups = failures(batch);
-    let heads = groups.iter().map(|(rooms, failure)| head(rooms, failure));
+    let heads = groups
+        .iter()
+        .map(|(rooms, failure)| failure_head(rooms, failure));
     heads.collect()
 }
 
+/// A column of the table, apart from the number of the row.
 struct Column {
     header: &'static str,
     alignment: CellAlignment,
     cell: fn(&ProbeReport) -> String,
 }
 
-/// Below [`FULL_WIDTH`] the table fits 80 columns: it leaves out what the other columns imply, and breaks room names.
+/// A narrow table fits 80 columns: it omits what other columns imply, and breaks room names at their last hyphen.
 fn columns(narrow: bool) -> Vec<Column> {
     let text = |header, cell| Column {
         header,
@@ -104,18 +107,22 @@ fn columns(narrow: bool) -> Vec<Column> {
     ]
 }
 
-/// Above the rows of [`brief`].
+/// The header above rows of [`brief_row`].
 pub(super) const BRIEF_HEAD: &str = "join delay  first speech    reply  outcome";
 
-/// A room as a line of fixed columns, finished or not, for where only a glance is given to it.
-pub(super) fn brief(timeline: &Timeline, reply: Option<Duration>, outcome: impl Display) -> String {
+/// A room as a row of fixed columns, for `demo` and `drill`. The room may still be open.
+pub(super) fn brief_row(
+    timeline: &Timeline,
+    reply: Option<Duration>,
+    outcome: impl Display,
+) -> String {
     let join = delay(timeline.span(Span::AgentJoin));
     let speech = delay(timeline.span(Span::FirstSpeech));
     format!("{join:>10}  {speech:>12}  {:>7}  {outcome}", delay(reply))
 }
 
-/// The row of a room that has ended; its outcome has the colour that stdout takes.
-pub(super) fn brief_of(report: &ProbeReport) -> String {
+/// The row of a room that has ended. Its outcome has a colour if stdout takes colour.
+pub(super) fn brief_row_of(report: &ProbeReport) -> String {
     let outcome = console::style(outcome(report));
     let outcome = match report.outcome {
         Outcome::Ok => outcome.green(),
@@ -123,7 +130,7 @@ pub(super) fn brief_of(report: &ProbeReport) -> String {
         Outcome::Failed(_) => outcome.red(),
     };
     let reply = report.turns.iter().find_map(Turn::reply_delay);
-    brief(&report.timeline, reply, outcome)
+    brief_row(&report.timeline, reply, outcome)
 }
 
 fn rows(batch: &BatchReport, width: Option<u16>) -> String {
@@ -145,11 +152,11 @@ fn rows(batch: &BatchReport, width: Option<u16>) -> String {
     table.trim_fmt()
 }
 
-/// The rooms, reason, origin and detail.
-fn head(rooms: &[usize], failure: &Failure) -> String {
+/// Returns the rooms, reason, origin and detail of one kind of failure.
+fn failure_head(rooms: &[usize], failure: &Failure) -> String {
     let mut text = format!(
         "{}: {} (origin: {})\n",
-        which(rooms),
+        room_numbers(rooms),
         reason(failure.reason),
         failure.reason.origin().label()
     );
@@ -157,10 +164,15 @@ fn head(rooms: &[usize], failure: &Failure) -> String {
     text
 }
 
-fn block((rooms, failure): &FailedAlike<'_>, batch: &BatchReport, project: &Project) -> String {
-    let mut text = head(rooms, failure);
+/// Returns one kind of failure with its evidence and the links to its sessions.
+fn failure_block(
+    (rooms, failure): &FailureGroup<'_>,
+    batch: &BatchReport,
+    project: &Project,
+) -> String {
+    let mut text = failure_head(rooms, failure);
     let reports = rooms.iter().map(|index| &batch.probes[*index]);
-    // It differs from room to room in nothing but the names of things.
+    // The evidence of the first room stands for all: that of the others differs only in identifiers.
     let first = reports.clone().next();
     push_indented(
         &mut text,
@@ -177,13 +189,15 @@ pub(super) fn push_indented<L: Display>(text: &mut String, lines: impl IntoItera
     }
 }
 
-/// Breaks a sentence between words, so that it is readable whatever the terminal's width.
+/// Breaks a sentence between words, so that it is readable on a terminal of 80 columns.
 fn wrapped(sentence: &str) -> Vec<String> {
-    /// With its indents it fits 80 columns, in the demo too.
+    /// 80 columns less two indents of 2: `demo` and `drill` indent once more.
     const WIDTH: usize = 76;
     let mut lines = vec![String::new()];
     for word in sentence.split_whitespace() {
-        let line = lines.last_mut().expect("it begins with one and only grows");
+        let line = lines
+            .last_mut()
+            .expect("the list starts with one line and only grows");
         if line.is_empty() {
             line.push_str(word);
         } else if line.chars().count() + 1 + word.chars().count() <= WIDTH {
@@ -210,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn narrow_terminal_gets_what_fits_80_columns() {
+    fn narrow_terminal_gets_a_table_of_80_columns() {
         let text = render(&mixed(), &project(), Some(80));
         let rows = text.split("\n\n").next().unwrap();
         let widest = rows.lines().map(|line| line.chars().count()).max();
@@ -219,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn batch_that_went_well_is_a_table_and_one_line() {
+    fn batch_without_failures_is_a_table_and_one_line() {
         let rooms = vec![
             probe(1, Outcome::Ok, Evidence::default(), WELL),
             probe(2, Outcome::Ok, Evidence::default(), WELL),
@@ -228,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_a_server_cannot_redraw_the_terminal() {
+    fn text_of_a_server_cannot_redraw_the_terminal() {
         assert!(!render(&mixed(), &project(), None).contains('\u{1b}'));
     }
 }

@@ -595,7 +595,7 @@ fn settings_without_a_target_exit_2() -> anyhow::Result<()> {
     fixture.write()?;
     let run = fixture.dir.run_refused()?;
     assert_eq!(run.code, Some(2), "{}", run.output());
-    let message = "no target is configured: there is nothing to watch";
+    let message = "no target is configured, so there is nothing to watch";
     assert!(run.stderr.contains(message), "{}", run.output());
     Ok(())
 }
@@ -607,7 +607,7 @@ fn port_in_use_exits_1_and_names_the_address() -> anyhow::Result<()> {
     let fixture = Fixture::new(&[], &[("http.listen", &address)])?;
     let run = fixture.dir.run_refused()?;
     assert_eq!(run.code, Some(1), "{}", run.output());
-    let message = format!("can't listen on {address}: Address already in use");
+    let message = format!("cannot listen on {address}: Address already in use");
     assert!(run.stderr.contains(&message), "{}", run.output());
     Ok(())
 }

@@ -23,7 +23,7 @@ fn demo_ignores_the_environment_and_prints_an_ok_row_per_room() {
 fn faults_follow_good_batches_and_an_interrupt_exits_0() -> anyhow::Result<()> {
     let mut demo = Canary::new(["demo", "--rooms", "1", "--every", "1s"]).start()?;
     for _ in 0..3 {
-        demo.read_to(&["As expected", "NOT what"])?;
+        demo.read_to(&["As expected", "NOT as expected"])?;
     }
     let batches = demo.stdout_read()?;
     demo.signal(Signal::INT)?;
@@ -36,6 +36,6 @@ fn faults_follow_good_batches_and_an_interrupt_exits_0() -> anyhow::Result<()> {
         "{batches}"
     );
     let stdout = finished.stdout;
-    assert!(stdout.ends_with("none is left.\n"), "{stdout}");
+    assert!(stdout.ends_with("none of them remains.\n"), "{stdout}");
     Ok(())
 }

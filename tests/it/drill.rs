@@ -87,7 +87,7 @@ fn interrupt(drill: Running) -> anyhow::Result<()> {
 
 /// Waits for the line with the address of the page: `… at http://ADDRESS/ and …`.
 fn page(drill: &mut Running) -> anyhow::Result<HttpClient> {
-    let line = drill.read_to(&["Its page is at"])?;
+    let line = drill.read_to(&["The page is at"])?;
     let (_, rest) = line.split_once(" at http://").context("no address")?;
     let (address, _) = rest.split_once('/').context("no end of the address")?;
     Ok(HttpClient::new(address.parse()?))
@@ -174,9 +174,9 @@ fn flags_without_an_effect_are_rejected() {
     for (args, message) in [
         (
             &["agent_silent", "--limit", "room"][..],
-            "goes with plan_limit",
+            "only with plan_limit",
         ),
-        (&["ok", "--recover-after", "1m"], "plays no fault"),
+        (&["ok", "--recover-after", "1m"], "injects no fault"),
         (
             &["removed", "--for", "1m", "--after", "1m"],
             "shorter than --for",

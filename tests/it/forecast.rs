@@ -1,4 +1,4 @@
-//! What `check` makes of the schedules: what they come to, and where that can't fit.
+//! What `check` prints about the schedules: their cost, and a warning if a limit is too low for it.
 
 use chrono::{DateTime, TimeDelta, Utc};
 
@@ -60,7 +60,7 @@ fn worst_case(output: &str) -> u64 {
 fn three_rooms_every_quarter_of_an_hour_are_at_least_8640_minutes_in_30_days() {
     let output = check_support("");
     let worst = worst_case(&output);
-    for (key, batches, least) in [("a day", 96, 288), ("30 days", 2880, 8640)] {
+    for (key, batches, least) in [("per day", 96, 288), ("per 30 days", 2880, 8640)] {
         let agent = format!(
             "{batches} batches, {least} to {} agent minutes",
             batches * worst
@@ -77,7 +77,7 @@ fn three_rooms_every_quarter_of_an_hour_are_at_least_8640_minutes_in_30_days() {
 fn hold_of_more_than_a_minute_is_billed_for_each_that_begins() {
     let output = check_support("batch = { rooms = 1, hold = \"61s\" }");
     assert!(
-        entry(&output, "a day").starts_with("96 batches, 192 agent minutes,"),
+        entry(&output, "per day").starts_with("96 batches, 192 agent minutes,"),
         "{output}"
     );
 }
@@ -118,12 +118,12 @@ fn cron_is_told_in_its_zone_with_its_longest_gap_and_its_busiest_days() {
     );
     assert_eq!(entry(&output, "longest gap"), "2 days 16h");
     assert!(
-        entry(&output, "a day").starts_with("9 batches, 27 to "),
+        entry(&output, "per day").starts_with("9 batches, 27 to "),
         "{output}"
     );
     // No 30 days have more than 22 of these days.
     assert!(
-        entry(&output, "30 days").starts_with("198 batches, 594 to "),
+        entry(&output, "per 30 days").starts_with("198 batches, 594 to "),
         "{output}"
     );
     assert_eq!(warnings(&output), [] as [&str; 0]);
@@ -133,14 +133,14 @@ fn cron_is_told_in_its_zone_with_its_longest_gap_and_its_busiest_days() {
 fn budget_that_the_schedule_cannot_fit_is_warned_of() {
     let output = check("budget.agent_time_per_day = \"4h\"", "", "", &[]);
     assert!(
-        output.contains("agent minutes: at most 240 a UTC day\n"),
+        output.contains("agent minutes: at most 240 per UTC day\n"),
         "{output}"
     );
     warning_says(
         &output,
         &[
             "agent_time_per_day is 240",
-            "come to 288 where all goes well",
+            "need at least 288:",
             "skipped",
         ],
     );
@@ -150,7 +150,7 @@ fn budget_that_the_schedule_cannot_fit_is_warned_of() {
         &output,
         &[
             "agent_time_per_month is 8880",
-            "come to 8928 where all goes well",
+            "need at least 8928:",
         ],
     );
 }
@@ -165,7 +165,7 @@ fn budget_that_only_the_worst_case_exceeds_is_warned_of_as_such() {
     let worst = 96 * worst_case(&output);
     warning_says(
         &output,
-        &[&format!("come to up to {worst} where agents come late")],
+        &[&format!("need up to {worst} if agents join late")],
     );
     assert_eq!(warnings(&with_minutes(worst)), [] as [&str; 0]);
 }
@@ -187,10 +187,10 @@ fn budget_below_the_worst_case_of_a_room_never_opens_it() {
         panic!("{output}");
     };
     assert!(
-        never.contains("a room of target \"support\" may use"),
+        never.contains("one room of target \"support\" can use"),
         "{never}"
     );
-    assert!(never.contains("never opens"), "{never}");
+    assert!(never.contains("never open"), "{never}");
     assert!(skipped.contains("skipped"), "{skipped}");
 }
 
@@ -199,7 +199,7 @@ fn batch_that_may_outlast_its_interval_is_warned_of() {
     let output = check_support("schedule.every = \"2m\"");
     warning_says(
         &output,
-        &["a batch may take", "the next is due after 2m", "(overlap)"],
+        &["a batch can take", "the next one is due after 2m", "(overlap)"],
     );
     // The shortest gap is what counts.
     let output = check_support("schedule.cron = \"0,2 */1 * * *\"");
@@ -220,7 +220,7 @@ fn batch_takes_as_long_as_its_ramp_and_its_stay_make_it() {
         let output = check_support(&format!(
             "{deadlines}\nbatch = {{ hold = \"50s\", {ramp} }}"
         ));
-        let expected = format!("which takes {takes}");
+        let expected = format!("and {takes} per batch");
         assert!(
             entry(&output, "worst case").ends_with(&expected),
             "{ramp}: {output}"
@@ -250,7 +250,7 @@ fn objective_that_a_single_failed_room_misses_is_warned_of() {
         "one failed room",
         "0.9999 allows 0.9 failures of 8640 rooms in 30 days",
         "(objectives: availability, service)",
-        "0.9998 at most",
+        "at most 0.9998",
     ];
     warning_says(&output, &says);
     let output = check_support("objectives = { availability = 0.9998, service = 0.9998 }");
@@ -265,7 +265,7 @@ fn schedule_too_sparse_for_alerts_or_objectives_is_told_to_tick_more_often() {
         panic!("{output}");
     };
     assert!(
-        unwatched.starts_with("its batches are 7 days apart on average"),
+        unwatched.starts_with("the mean interval between batches is 7 days"),
         "{unwatched}"
     );
     assert!(missed.ends_with("or open rooms more often"), "{missed}");

@@ -1,4 +1,4 @@
-//! The daemon and a sandbox for it in one process: what `demo` and `drill` show, each in its own way.
+//! The daemon and a sandbox that it probes, in one process. `demo` and `drill` run it and print what its batches find.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -17,9 +17,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::once::Signals;
-use super::progress::{REFRESH, Screen};
-use super::{phrasing, table};
+use super::once::StopSignals;
+use super::progress::{ProgressView, REFRESH_INTERVAL};
+use super::{format, table};
 use crate::batch::{self, BatchEvent};
 use crate::config::{Config, Http, Problems, RawConfig};
 use crate::daemon::{self, Ending, Launch, Observer, Order};
@@ -29,8 +29,8 @@ use crate::probe::driver::Fault;
 use crate::report::BatchReport;
 use crate::sandbox::{Handle, Sandbox};
 
-/// Loopback answers at once, so what is late by seconds won't come. Each is the shortest that leaves a busy machine
-/// some room, so that a fault takes little longer than a good call.
+/// Short deadlines: loopback answers at once, so whatever is seconds late does not come. A failed room then takes little
+/// longer than a good one. Each deadline still leaves time on a busy machine.
 const TARGET_SETTINGS: &[(&[&str], &str)] = &[
     (&["agent_name"], "demo"),
     (&["batch", "hold"], "1s"),
@@ -46,24 +46,24 @@ const TARGET_SETTINGS: &[(&[&str], &str)] = &[
     (&["late_agent_window"], "1s"),
 ];
 
-/// A plan limit that is played holds nothing back for long.
+/// The pause after an injected plan limit is short.
 const PROJECT_SETTINGS: &[(&[&str], &str)] = &[
     (&["backoff", "first"], "1s"),
     (&["backoff", "longest"], "1s"),
 ];
 
-/// Nothing waits for a scrape.
+/// No Prometheus needs time for a last scrape.
 const DAEMON_SETTINGS: &[(&[&str], &str)] = &[
     (&["lifetime", "startup_delay"], "0s"),
     (&["lifetime", "drain_grace"], "0s"),
     (&["lifetime", "shutdown_linger"], "0s"),
 ];
 
-/// Batches whose events may wait to be shown.
+/// Batches whose events can wait in the channel until they are shown.
 const MAX_WAITING_BATCHES: usize = 4;
 
-/// The one target that the daemon watches.
-pub(super) struct Wanted {
+/// The one target that the daemon probes.
+pub(super) struct LocalTarget {
     pub(super) target: String,
     pub(super) project: &'static str,
     pub(super) rooms: usize,
@@ -71,8 +71,9 @@ pub(super) struct Wanted {
     pub(super) history_dir: PathBuf,
 }
 
-impl Wanted {
-    /// The settings are read as a user's are, but from here alone: no environment can send a drill to a real project.
+impl LocalTarget {
+    /// Returns settings that are validated as a user's are, but come only from here. The environment is not read, so that
+    /// it cannot point a drill at a real project.
     pub(super) fn draft(&self, sandbox: &Sandbox) -> Result<RawConfig, Problems> {
         let (target, project) = (self.target.as_str(), self.project);
         let mut draft = RawConfig::read(None, [])?;
@@ -104,9 +105,9 @@ impl Wanted {
     }
 }
 
-/// The daemon's own port on loopback, or any where that is taken; or what was asked for.
-pub(super) async fn listen(wanted: Option<SocketAddr>) -> anyhow::Result<TcpListener> {
-    if let Some(address) = wanted {
+/// Listens on `address`. Without one it takes the daemon's default port on loopback, or a free port if that is taken.
+pub(super) async fn listen(address: Option<SocketAddr>) -> anyhow::Result<TcpListener> {
+    if let Some(address) = address {
         return super::run::listen(address).await;
     }
     let port = Http::default().listen.port();
@@ -114,56 +115,61 @@ pub(super) async fn listen(wanted: Option<SocketAddr>) -> anyhow::Result<TcpList
         Ok(listener) => Ok(listener),
         Err(_) => TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
-            .context("can't listen on loopback"),
+            .context("cannot listen on loopback"),
     }
 }
 
-/// Called with the number of a batch, counted from 1, before it opens a room.
+/// Called before a batch opens its first room, with the number of the batch, which starts at 1.
 pub(super) type BeforeBatch = Box<dyn Fn(&Handle, usize) + Send + Sync>;
 
-/// What the daemon starts with beside its settings.
-pub(super) struct Setup {
+/// What the daemon starts with in addition to its settings.
+pub(super) struct LocalSetup {
     pub(super) listener: TcpListener,
-    pub(super) screen: Screen,
+    pub(super) view: ProgressView,
     pub(super) fault: Option<Fault>,
     pub(super) drill: bool,
     pub(super) before_batch: BeforeBatch,
 }
 
-/// A daemon that runs, its sandbox, and the screen that shows both.
-pub(super) struct SandboxedDaemon {
+/// A running daemon, its sandbox, and the view of its batches.
+pub(super) struct LocalDaemon {
     pub(super) handle: Handle,
     pub(super) page: String,
-    screen: Screen,
-    signals: Signals,
+    view: ProgressView,
+    signals: StopSignals,
     events: mpsc::Receiver<BatchEvent>,
     order: mpsc::Sender<Order>,
     config: watch::Sender<Config>,
     refresh: Interval,
-    /// Nothing more is shown.
+    /// Batches are no longer shown.
     stopping: bool,
     daemon: JoinHandle<anyhow::Result<Ending>>,
     sandbox: JoinHandle<()>,
     stop_sandbox: CancellationToken,
 }
 
-/// What a command acts on.
+/// What `demo` and `drill` react to.
 pub(super) enum LocalEvent {
-    /// The screen has shown it.
+    /// The view has shown it already.
     Batch(BatchEvent),
+    /// Ctrl-C or SIGTERM.
     Interrupted,
-    /// The daemon has ended, as it was asked to.
+    /// The daemon has ended, after a request to stop.
     Stopped,
 }
 
-impl SandboxedDaemon {
-    pub(super) fn start(sandbox: Sandbox, config: Config, setup: Setup) -> anyhow::Result<Self> {
+impl LocalDaemon {
+    pub(super) fn start(
+        sandbox: Sandbox,
+        config: Config,
+        setup: LocalSetup,
+    ) -> anyhow::Result<Self> {
         let page = format!("http://{}/", setup.listener.local_addr()?);
         let handle = sandbox.handle();
         let stop_sandbox = CancellationToken::new();
         let rooms = config.targets.values().map(|target| target.batch.rooms);
-        let most = batch::max_events(rooms.max().unwrap_or_default());
-        let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * most);
+        let max_events = batch::max_events(rooms.max().unwrap_or_default());
+        let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * max_events);
         let (order, orders) = mpsc::channel(4);
         let (settings, again) = watch::channel(config.clone());
         let launch = Launch {
@@ -177,13 +183,13 @@ impl SandboxedDaemon {
             drill: setup.drill,
             observer: Some(observer(handle.clone(), setup.before_batch, events_tx)),
         };
-        let mut refresh = interval(REFRESH);
+        let mut refresh = interval(REFRESH_INTERVAL);
         refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             handle,
             page,
-            screen: setup.screen,
-            signals: Signals::new()?,
+            view: setup.view,
+            signals: StopSignals::new()?,
             events,
             order,
             config: settings,
@@ -195,58 +201,58 @@ impl SandboxedDaemon {
         })
     }
 
-    /// What happens next; progress is shown meanwhile. Cancel-safe.
+    /// Waits for the next event and shows progress meanwhile. Cancel-safe.
     pub(super) async fn next(&mut self) -> anyhow::Result<LocalEvent> {
         loop {
             tokio::select! {
-                // What happened is shown before the end is.
+                // In order, so that the events of a batch are shown before the end of the daemon.
                 biased;
                 Some(event) = self.events.recv(), if !self.stopping => {
-                    self.screen.show(&event);
+                    self.view.show(&event);
                     if matches!(event, BatchEvent::Ended(_)) {
-                        self.screen.close();
+                        self.view.close();
                     }
                     return Ok(LocalEvent::Batch(event));
                 }
                 ended = &mut self.daemon => {
-                    ended.context("the daemon died")??;
+                    ended.context("the daemon panicked")??;
                     return Ok(LocalEvent::Stopped);
                 }
                 () = self.signals.next() => {
-                    self.screen.close();
+                    self.view.close();
                     return Ok(LocalEvent::Interrupted);
                 }
-                _ = self.refresh.tick() => self.screen.refresh(),
+                _ = self.refresh.tick() => self.view.refresh(),
             }
         }
     }
 
-    /// An order that finds no place is one of many of its kind.
-    pub(super) fn tell(&self, order: Order) {
+    /// Sends a command to the daemon. A full queue drops it: the queue then holds several of the same kind.
+    pub(super) fn send(&self, order: Order) {
         if let Err(error) = self.order.try_send(order) {
-            tracing::debug!("the daemon takes no orders: {error}");
+            tracing::debug!("the daemon did not accept a command: {error}");
         }
     }
 
     pub(super) fn set_config(&self, config: Config) {
         self.config.send_replace(config);
-        self.tell(Order::Reload);
+        self.send(Order::Reload);
     }
 
-    /// What comes now is but the end; a second call makes it a quick one.
+    /// Asks the daemon to stop. A second call makes it stop at once.
     pub(super) fn stop(&mut self) {
         self.stopping = true;
-        self.tell(Order::Stop);
+        self.send(Order::Stop);
     }
 
-    /// Ends the sandbox; the daemon must be over.
+    /// Stops the sandbox. The daemon must have ended before.
     pub(super) async fn close(self) -> anyhow::Result<()> {
         self.stop_sandbox.cancel();
-        self.sandbox.await.context("the sandbox died")
+        self.sandbox.await.context("the sandbox panicked")
     }
 }
 
-/// Calls `before_batch` where a batch starts, and sends every event on.
+/// Calls `before_batch` when a batch starts, and forwards every event.
 fn observer(
     handle: Handle,
     before_batch: BeforeBatch,
@@ -263,6 +269,7 @@ fn observer(
     })
 }
 
+/// Returns the line above a batch: its number, the time and the fault.
 pub(super) fn heading(number: usize, fault: Option<String>) -> String {
     let what = match fault {
         Some(fault) => style(fault).yellow(),
@@ -273,26 +280,27 @@ pub(super) fn heading(number: usize, fault: Option<String>) -> String {
     format!("\n{batch}, {time} UTC, {}\n", what.bold())
 }
 
-/// What came of a batch: fewer columns than the table of `once`, so that batch below batch is easy to compare.
-pub(super) fn result(batch: &BatchReport) -> String {
+/// Returns the result of a batch. It has fewer columns than the table of `once`, so that batches are easy to compare.
+pub(super) fn batch_result(batch: &BatchReport) -> String {
     let head = format!("  room  {}", table::BRIEF_HEAD);
     let mut text = format!("{}\n", style(head).dim());
     for (index, probe) in batch.probes.iter().enumerate() {
-        let row = table::brief_of(probe);
-        writeln!(text, "  {:>4}  {row}", index + 1).expect("writing to a string can't fail");
+        let row = table::brief_row_of(probe);
+        writeln!(text, "  {:>4}  {row}", index + 1).expect("writing to a string cannot fail");
     }
-    for said in [phrasing::summary(batch), table::reasons(batch)] {
-        table::push_indented(&mut text, said.lines());
+    for part in [format::summary(batch), table::failures_in_brief(batch)] {
+        table::push_indented(&mut text, part.lines());
     }
     text
 }
 
-/// Whether the canary said of each room what was played there: `wrong` says where it didn't.
-pub(super) fn judgement(wrong: &[String]) -> String {
-    let judgement = if wrong.is_empty() {
+/// Returns a line that states whether the canary found the injected fault in each room. `mismatches` lists the rooms where
+/// it did not.
+pub(super) fn comparison(mismatches: &[String]) -> String {
+    let comparison = if mismatches.is_empty() {
         style("As expected.".to_owned()).green()
     } else {
-        style(format!("NOT what was played: {}.", wrong.join(", "))).red()
+        style(format!("NOT as expected: {}.", mismatches.join(", "))).red()
     };
-    format!("  {judgement}\n")
+    format!("  {comparison}\n")
 }

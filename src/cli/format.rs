@@ -1,4 +1,4 @@
-//! How the parts of a result are put into words, the same in every format for people.
+//! The parts of a result as text. Every output format for people uses the same.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -8,14 +8,17 @@ use chrono::{DateTime, Utc};
 use crate::probe::{Evidence, Failure, Milestone, Outcome, ProbeReport, Reason, Span};
 use crate::report::BatchReport;
 
-/// Time of day of a milestone, from the wall clock of the probe's start and the monotonic clock since.
+/// Returns the UTC time of day of a milestone, or `-`.
+///
+/// It is the wall clock at the probe's start plus the monotonic time since then, so a clock that is set meanwhile does not
+/// reorder milestones.
 pub(super) fn time(probe: &ProbeReport, milestone: Milestone) -> String {
     let since = probe.timeline.since_started(milestone);
     let at: Option<DateTime<Utc>> = since.map(|since| probe.started_at + since);
     at.map_or_else(|| "-".to_owned(), |at| at.format("%H:%M:%S").to_string())
 }
 
-/// Seconds to the millisecond, or `-`.
+/// Returns seconds with three decimals, or `-`.
 pub(super) fn delay(duration: Option<Duration>) -> String {
     duration.map_or_else(
         || "-".to_owned(),
@@ -23,7 +26,7 @@ pub(super) fn delay(duration: Option<Duration>) -> String {
     )
 }
 
-/// Marked where it is but an upper bound.
+/// Returns the join delay, with `≤` if only an upper bound of it is known.
 pub(super) fn join_delay(report: &ProbeReport) -> String {
     let bound = if report.join_upper_bound { "≤ " } else { "" };
     let span = report.timeline.span(Span::AgentJoin);
@@ -33,18 +36,21 @@ pub(super) fn join_delay(report: &ProbeReport) -> String {
     )
 }
 
-/// From the dispatch, as the other delays, so that a row reads as one clock.
+/// Returns the time from the dispatch to the subscription of the agent's track. The other delays of a row start at the
+/// dispatch, too.
 pub(super) fn track_delay(report: &ProbeReport) -> Option<Duration> {
     let sent = report.timeline.get(Milestone::DispatchSent)?;
     let subscribed = report.timeline.get(Milestone::AgentTrackSubscribed)?;
     subscribed.checked_duration_since(sent)
 }
 
+/// Returns the label of the outcome: `ok`, `aborted` or the reason.
 pub(super) fn outcome(report: &ProbeReport) -> &'static str {
     let failure = report.outcome.failure();
     failure.map_or(report.outcome.label(), |failure| failure.reason.label())
 }
 
+/// Returns the counts and delays of a batch, and on a second line the rooms that did not open.
 pub(super) fn summary(batch: &BatchReport) -> String {
     let summary = batch.summary();
     let mut text = format!("{} of {} rooms ok", summary.ok, batch.probes.len());
@@ -71,11 +77,11 @@ pub(super) fn summary(batch: &BatchReport) -> String {
     text
 }
 
-/// Rooms to which the same happened, by their index: told once.
-pub(super) type FailedAlike<'a> = (Vec<usize>, &'a Failure);
+/// The rooms that failed in the same way, by their index in the batch. It is printed once for all of them.
+pub(super) type FailureGroup<'a> = (Vec<usize>, &'a Failure);
 
-pub(super) fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
-    let mut groups: Vec<FailedAlike<'_>> = Vec::new();
+pub(super) fn failures(batch: &BatchReport) -> Vec<FailureGroup<'_>> {
+    let mut groups: Vec<FailureGroup<'_>> = Vec::new();
     for (index, probe) in batch.probes.iter().enumerate() {
         let Outcome::Failed(failure) = &probe.outcome else {
             continue;
@@ -88,8 +94,8 @@ pub(super) fn failures(batch: &BatchReport) -> Vec<FailedAlike<'_>> {
     groups
 }
 
-/// `room 2`, `rooms 2, 3`: as the rows count them.
-pub(super) fn which(rooms: &[usize]) -> String {
+/// Returns `room 2` or `rooms 2, 3`, with the numbers of the table's rows.
+pub(super) fn room_numbers(rooms: &[usize]) -> String {
     let numbers: Vec<String> = rooms.iter().map(|index| (index + 1).to_string()).collect();
     let plural = if rooms.len() == 1 { "room" } else { "rooms" };
     format!("{plural} {}", numbers.join(", "))
@@ -102,7 +108,7 @@ pub(super) fn reason(reason: Reason) -> String {
     }
 }
 
-/// What a person needs to go on from here; the JSON has it all.
+/// Returns the evidence that a person needs first, one line each. The JSON has all of it.
 pub(super) fn evidence(evidence: &Evidence) -> Vec<String> {
     let mut lines = Vec::new();
     if let Some(step) = evidence.step {
@@ -117,13 +123,13 @@ pub(super) fn evidence(evidence: &Evidence) -> Vec<String> {
         lines.push(format!("HTTP status: {status}{code}"));
     }
     if let Some(answer) = &evidence.answer {
-        lines.push(format!("answer: {answer}"));
+        lines.push(format!("response: {answer}"));
     }
     if let Some(seconds) = evidence.retry_after_seconds {
         lines.push(format!("retry after: {seconds} s"));
     }
     match evidence.dispatches.as_deref() {
-        Some([]) => lines.push("dispatches: none listed".to_owned()),
+        Some([]) => lines.push("dispatches: none".to_owned()),
         Some(listed) => lines.extend(listed.iter().map(|one| format!("dispatch: {one}"))),
         None => {}
     }
@@ -134,17 +140,18 @@ pub(super) fn evidence(evidence: &Evidence) -> Vec<String> {
     lines.into_iter().map(|line| one_line(&line)).collect()
 }
 
-/// Not longer than a reader needs.
+/// Returns the text on one line, without its end if it is long.
 fn one_line(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let mut line: String = printable(text).chars().take(LONGEST).collect();
-    if text.chars().count() > LONGEST {
+    const MAX_CHARS: usize = 300;
+    let mut line: String = printable(text).chars().take(MAX_CHARS).collect();
+    if text.chars().count() > MAX_CHARS {
         line.push('…');
     }
     line
 }
 
-/// A server's words without control characters, which could redraw a terminal, and without the two that no XML may hold.
+/// Returns the text without control characters, which could redraw a terminal, and without U+FFFE and U+FFFF, which XML
+/// forbids.
 pub(super) fn printable(text: &str) -> String {
     text.replace(
         |char: char| char.is_control() || matches!(char, '\u{fffe}' | '\u{ffff}'),
