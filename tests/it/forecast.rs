@@ -138,20 +138,13 @@ fn budget_that_the_schedule_cannot_fit_is_warned_of() {
     );
     warning_says(
         &output,
-        &[
-            "agent_time_per_day is 240",
-            "need at least 288:",
-            "skipped",
-        ],
+        &["agent_time_per_day is 240", "need at least 288:", "skipped"],
     );
     // The longest month has 31 days.
     let output = check("budget.agent_time_per_month = \"148h\"", "", "", &[]);
     warning_says(
         &output,
-        &[
-            "agent_time_per_month is 8880",
-            "need at least 8928:",
-        ],
+        &["agent_time_per_month is 8880", "need at least 8928:"],
     );
 }
 
@@ -199,7 +192,11 @@ fn batch_that_may_outlast_its_interval_is_warned_of() {
     let output = check_support("schedule.every = \"2m\"");
     warning_says(
         &output,
-        &["a batch can take", "the next one is due after 2m", "(overlap)"],
+        &[
+            "a batch can take",
+            "the next one is due after 2m",
+            "(overlap)",
+        ],
     );
     // The shortest gap is what counts.
     let output = check_support("schedule.cron = \"0,2 */1 * * *\"");
