@@ -1,8 +1,8 @@
-//! The daemon: puts schedule, batches, history, metrics and HTTP together, keeps them going, and ends them in order.
+//! The daemon: connects schedule, batches, history, metrics and HTTP, runs them, and shuts them down in order.
 //!
-//! One task owns all of its state and waits for whatever comes first: a tick, a request, the end of a batch, an order, or
-//! the death of a task that nothing works without. It knows no probe: batches run in tasks of their own, and a
-//! [`Recorder`] tells logs, metrics and history what came of them.
+//! One task owns all of the state. It waits for the next event: a tick, an HTTP request, the end of a batch, a command, or
+//! the death of a task that the daemon needs. It knows no probe: each batch runs in a task of its own, and a [`Recorder`]
+//! writes its results to log, metrics and history.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -43,68 +43,71 @@ mod tests;
 use recorder::Recorder;
 use supervisor::Watchdog;
 
-/// How often what nobody tells is looked at: budgets, back-off, the state of the history.
-const REFRESH: Duration = Duration::from_secs(1);
-/// Without a sign of life for so long the daemon's own loop counts as hung.
-const LONGEST_SILENCE: Duration = Duration::from_secs(15);
+/// How often the daemon polls what reports no changes: budgets, back-offs and the state of the history.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// If the daemon's loop runs no turn for this long, `/-/healthy` reports it as hung.
+const MAX_SILENCE: Duration = Duration::from_secs(15);
 
-/// All that a daemon starts with; the caller has read the settings, opened the history and bound the socket.
-pub struct Launch {
-    pub config: Config,
-    /// Reads the settings again, secrets included.
-    pub reread: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
-    pub listener: TcpListener,
-    pub web: WebConfig,
-    pub history: History,
-    pub build: Build,
-    pub fault: Option<Fault>,
-    /// What happens is played: the series say so.
-    pub drill: bool,
-    /// Told of every batch, for a command that shows them.
-    pub observer: Option<Observer>,
+/// What a daemon starts with. The caller has read the settings, opened the history and bound the socket.
+pub(crate) struct DaemonOptions {
+    pub(crate) config: Config,
+    /// Reads the settings again for a reload, including the secrets.
+    pub(crate) read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+    pub(crate) listener: TcpListener,
+    pub(crate) web: WebConfig,
+    pub(crate) history: History,
+    pub(crate) build: Build,
+    pub(crate) fault: Option<Fault>,
+    /// The faults are simulated, and the `drill` label of the series shows it.
+    pub(crate) drill: bool,
+    /// For a command that shows the batches.
+    pub(crate) observer: Option<BatchObserver>,
 }
 
-/// Called with each event of every batch, in the batch's own task: it must not block. A batch that has ended is already in
-/// metrics and history.
-pub type Observer = Arc<dyn Fn(&BatchEvent) + Send + Sync>;
+/// Receives each event of every batch, in the batch's own task, so it must not block. When it receives the end of a batch,
+/// metrics and history have the batch already.
+pub(crate) type BatchObserver = Arc<dyn Fn(&BatchEvent) + Send + Sync>;
 
-/// What the outside wants of a running daemon.
+/// A request to a running daemon from a signal or from `demo` and `drill`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Order {
+pub(crate) enum DaemonCommand {
     Reload,
-    /// A batch of this target now, beside its schedule.
-    Batch(String),
-    /// The batches from now on play this fault, or none.
-    Play(Option<Fault>),
-    /// The first asks for an orderly end, a second for one at once.
+    /// Starts a batch of this target now, in addition to its schedule.
+    RunBatch(String),
+    /// The following batches simulate this fault, or none.
+    SetFault(Option<Fault>),
+    /// The first shuts down in order, a second one immediately.
     Stop,
 }
 
-/// How a daemon that was told to stop ended.
+/// How a daemon shut down after [`DaemonCommand::Stop`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
+pub(crate) enum ShutdownKind {
     Drained,
-    /// By a second order: not everything was waited for.
-    CutShort,
+    /// A second `Stop` cut the shutdown short.
+    Immediate,
 }
 
-/// Runs until it is told to stop.
+/// Runs until [`DaemonCommand::Stop`], or until the sender of commands is dropped.
 ///
 /// # Errors
-/// It can't start, or something that it can't do without has died. Rooms are deleted then as well.
-pub async fn run(launch: Launch, mut orders: mpsc::Receiver<Order>) -> anyhow::Result<Ending> {
-    let mut daemon = Daemon::start(launch).await?;
+/// The daemon cannot start, or a task that it needs has died. It deletes its rooms in this case as well.
+pub(crate) async fn run(
+    options: DaemonOptions,
+    mut commands: mpsc::Receiver<DaemonCommand>,
+) -> anyhow::Result<ShutdownKind> {
+    let mut daemon = Daemon::start(options).await?;
     supervisor::ready();
-    let served = daemon.serve(&mut orders).await;
+    let served = daemon.serve(&mut commands).await;
     let grace = match &served {
         Ok(()) => daemon.config.daemon.lifetime.drain_grace,
         Err(_) => Duration::ZERO,
     };
-    let ending = daemon.drain(&mut orders, grace).await;
+    let ending = daemon.drain(&mut commands, grace).await;
     served.map(|()| ending)
 }
 
-struct Project {
+struct ProjectRuntime {
     settings: Arc<config::Project>,
     endpoint: Endpoint,
     api: Api,
@@ -112,13 +115,13 @@ struct Project {
     metrics: ProjectMetrics,
 }
 
-struct Target {
+struct TargetRuntime {
     settings: Arc<config::Target>,
     metrics: TargetMetrics,
     paused: bool,
-    /// An agent has come to one of its rooms, in this process or before.
+    /// Whether an agent has joined one of its rooms, in this process or an earlier one.
     agent_known: bool,
-    /// The batch that runs, or waits for its rooms.
+    /// The id of the batch that runs or waits for room permits.
     running: Option<String>,
     last_tick: Option<DateTime<Utc>>,
     last_batch: Option<LastBatch>,
@@ -126,21 +129,21 @@ struct Target {
 
 struct Daemon {
     config: Config,
-    reread: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
-    projects: BTreeMap<String, Project>,
-    targets: BTreeMap<String, Target>,
+    read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+    projects: BTreeMap<String, ProjectRuntime>,
+    targets: BTreeMap<String, TargetRuntime>,
     ticker: Ticker,
     ticks: mpsc::Receiver<Tick>,
     history: History,
-    /// Drops of the history that the metrics know of.
-    dropped: u64,
+    /// Dropped records of the history that the metrics have counted.
+    counted_drops: u64,
     metrics: Metrics,
     janitor: Janitor,
     fault: Option<Fault>,
     drill: bool,
-    observer: Option<Observer>,
+    observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,
-    /// Of each batch that runs, its target and its id.
+    /// The target and the batch id of each running task.
     running: HashMap<task::Id, (String, String)>,
     abort: CancellationToken,
     control: mpsc::Receiver<Control>,
@@ -155,19 +158,19 @@ struct Daemon {
     sweep: JoinSet<SweepResult>,
 }
 
-/// Why a batch does not begin.
-enum NotBegun {
+/// Why a batch does not start.
+enum BatchNotStarted {
     Paused,
     Busy { batch_id: String },
-    Refused(Denial),
+    Denied(Denial),
 }
 
 impl Daemon {
-    async fn start(launch: Launch) -> anyhow::Result<Self> {
-        let metrics = Metrics::new(&launch.build);
+    async fn start(options: DaemonOptions) -> anyhow::Result<Self> {
+        let metrics = Metrics::new(&options.build);
         let (ticker, ticks) = Ticker::start(Utc::now).await?;
         let started_at = Utc::now();
-        let (status, seen) = watch::channel(Arc::new(Status {
+        let (status, status_receiver) = watch::channel(Arc::new(Status {
             version: env!("CARGO_PKG_VERSION"),
             started_at,
             stage: DaemonStage::Starting,
@@ -175,39 +178,39 @@ impl Daemon {
             projects: Vec::new(),
             last_reload: None,
         }));
-        let (asked, control) = mpsc::channel(16);
+        let (control_sender, control) = mpsc::channel(16);
         let health = Health::default();
-        let pulse = health.watch("daemon", Some(LONGEST_SILENCE));
+        let pulse = health.watch("daemon", Some(MAX_SILENCE));
         let watchdog = Watchdog::start(&health);
         let http_end = CancellationToken::new();
         let mut http = JoinSet::new();
         let sources = Sources {
             metrics: metrics.clone(),
-            status: seen,
+            status: status_receiver,
             health,
-            history: launch.history.clone(),
-            control: asked,
+            history: options.history.clone(),
+            control: control_sender,
         };
         http.spawn(http::serve(
-            launch.listener,
-            launch.web,
+            options.listener,
+            options.web,
             sources,
             http_end.clone(),
         ));
         let mut daemon = Self {
-            config: launch.config.clone(),
-            reread: launch.reread,
+            config: options.config.clone(),
+            read_config: options.read_config,
             projects: BTreeMap::new(),
             targets: BTreeMap::new(),
             ticker,
             ticks,
-            janitor: Janitor::start_with(on_cleanup(&launch.history, &metrics)),
-            history: launch.history,
-            dropped: 0,
+            janitor: Janitor::start_with(on_cleanup(&options.history, &metrics)),
+            history: options.history,
+            counted_drops: 0,
             metrics,
-            fault: launch.fault,
-            drill: launch.drill,
-            observer: launch.observer,
+            fault: options.fault,
+            drill: options.drill,
+            observer: options.observer,
             batches: JoinSet::new(),
             running: HashMap::new(),
             abort: CancellationToken::new(),
@@ -222,42 +225,42 @@ impl Daemon {
             http_end,
             sweep: JoinSet::new(),
         };
-        daemon.apply(launch.config).map_err(anyhow::Error::msg)?;
+        daemon.apply(options.config).map_err(anyhow::Error::msg)?;
         daemon.metrics.config_loaded(started_at);
         daemon.restore().await;
-        daemon.begin_sweep();
+        daemon.start_sweep();
         daemon.stage = DaemonStage::Running;
         daemon.refresh();
         Ok(daemon)
     }
 
-    /// Waits for whatever comes first, until it is told to stop.
-    async fn serve(&mut self, orders: &mut mpsc::Receiver<Order>) -> anyhow::Result<()> {
-        let mut refresh = interval(REFRESH);
+    /// Handles events until [`DaemonCommand::Stop`].
+    async fn serve(&mut self, commands: &mut mpsc::Receiver<DaemonCommand>) -> anyhow::Result<()> {
+        let mut refresh = interval(REFRESH_INTERVAL);
         refresh.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                order = orders.recv() => match order {
-                    Some(Order::Reload) => drop(self.reload().await),
-                    Some(Order::Batch(target)) => self.run_as_ordered(&target),
-                    Some(Order::Play(fault)) => self.fault = fault,
-                    Some(Order::Stop) | None => return Ok(()),
+                command = commands.recv() => match command {
+                    Some(DaemonCommand::Reload) => drop(self.reload().await),
+                    Some(DaemonCommand::RunBatch(target)) => self.run_as_commanded(&target),
+                    Some(DaemonCommand::SetFault(fault)) => self.fault = fault,
+                    Some(DaemonCommand::Stop) | None => return Ok(()),
                 },
                 Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
                 Some(tick) = self.ticks.recv() => self.tick(&tick),
-                Some(asked) = self.control.recv() => self.answer(asked).await,
+                Some(control) = self.control.recv() => self.handle_control(control).await,
                 Some(swept) = self.sweep.join_next() => self.swept(swept),
                 ended = self.http.join_next() => {
                     self.metrics.internal_error(InternalError::Http);
-                    anyhow::bail!("the HTTP server died: {ended:?}");
+                    anyhow::bail!("the HTTP server has ended: {ended:?}");
                 }
-                () = self.ticker.stopped() => anyhow::bail!("the scheduler ticks no more"),
+                () = self.ticker.stopped() => anyhow::bail!("the scheduler has ended"),
                 _ = refresh.tick() => self.refresh(),
             }
         }
     }
 
-    /// What the history knows of the targets from before this process, or from before they were removed.
+    /// Restores the last batch of targets that are new to this process from the history.
     async fn restore(&mut self) {
         for (name, target) in &mut self.targets {
             if target.last_batch.is_some() && target.agent_known {
@@ -277,7 +280,9 @@ impl Daemon {
                     }
                 }
                 Err(error) => {
-                    tracing::warn!("can't read what came of targets before: {error:#}");
+                    tracing::warn!(
+                        "cannot read the targets' earlier batches from the history: {error:#}"
+                    );
                     // Each further read could take as long as this one did.
                     return;
                 }
@@ -285,22 +290,25 @@ impl Daemon {
         }
     }
 
-    /// Looks for the rooms that dead runs of this program journalled and nobody vouched for.
-    fn begin_sweep(&mut self) {
+    /// Starts to delete the rooms that dead runs of this program journalled without a confirmed deletion.
+    fn start_sweep(&mut self) {
         let mut rooms_of: BTreeMap<String, Vec<RoomName>> = BTreeMap::new();
-        for left in self.history.orphan_rooms() {
-            rooms_of.entry(left.project).or_default().push(left.room);
+        for orphan in self.history.orphan_rooms() {
+            rooms_of
+                .entry(orphan.project)
+                .or_default()
+                .push(orphan.room);
         }
         for (name, rooms) in rooms_of {
             let Some(project) = self.projects.get(&name) else {
                 tracing::warn!(
-                    "{} rooms of earlier runs are not looked for: project {name} is not configured any more",
+                    "{} rooms of earlier runs are not deleted: project {name} is no longer configured",
                     rooms.len()
                 );
                 continue;
             };
             tracing::info!(
-                "looking for {} rooms that an earlier run left on project {name}",
+                "deleting {} rooms that an earlier run left on project {name}",
                 rooms.len()
             );
             let (api, janitor) = (project.api.clone(), self.janitor.clone());
@@ -314,7 +322,7 @@ impl Daemon {
             Ok(swept) => swept,
             Err(error) => {
                 self.metrics.internal_error(InternalError::Janitor);
-                tracing::error!("the search for left rooms died: {error}");
+                tracing::error!("clean-up of leftover rooms failed: {error}");
                 return;
             }
         };
@@ -324,11 +332,11 @@ impl Daemon {
                 target.metrics.swept(1);
             }
         }
-        for left in &swept.unconfirmed {
+        for unconfirmed in &swept.unconfirmed {
             tracing::warn!(
-                "room {} of an earlier run is left behind: {}",
-                left.room,
-                left.why
+                "room {} of an earlier run may still exist: {}",
+                unconfirmed.room,
+                unconfirmed.why
             );
         }
     }
@@ -343,22 +351,23 @@ impl Daemon {
         for _ in 0..tick.dropped {
             target.metrics.skipped(SkipCause::Overlap);
         }
-        let begun = self.begin(&tick.target, true);
+        let started = self.start_batch(&tick.target, true);
         self.ticker.handled(tick);
-        self.tell_next(&tick.target);
+        self.publish_next_batch(&tick.target);
         let target = &self.targets[&tick.target];
-        let (cause, why) = match begun {
+        let (cause, why) = match started {
             Ok(_) => return,
-            Err(NotBegun::Paused) => (SkipCause::Paused, "it is paused".to_owned()),
-            Err(NotBegun::Busy { batch_id }) => {
-                (SkipCause::Overlap, format!("batch {batch_id} still runs"))
-            }
-            Err(NotBegun::Refused(refusal)) => (cause(&refusal), refusal.to_string()),
+            Err(BatchNotStarted::Paused) => (SkipCause::Paused, "the target is paused".to_owned()),
+            Err(BatchNotStarted::Busy { batch_id }) => (
+                SkipCause::Overlap,
+                format!("batch {batch_id} is still running"),
+            ),
+            Err(BatchNotStarted::Denied(denial)) => (skip_cause(&denial), denial.to_string()),
         };
-        skipped(&tick.target, &target.metrics, None, cause, &why);
+        record_skip(&tick.target, &target.metrics, None, cause, &why);
     }
 
-    fn tell_next(&self, name: &str) {
+    fn publish_next_batch(&self, name: &str) {
         let target = &self.targets[name];
         target.metrics.next_batch(self.ticker.next(name));
         let (schedule, now) = (&target.settings.schedule, Utc::now());
@@ -370,21 +379,24 @@ impl Daemon {
         );
     }
 
-    /// Starts a batch and gives its id.
-    fn begin(&mut self, name: &str, by_schedule: bool) -> Result<String, NotBegun> {
-        let target = self.targets.get_mut(name).expect("the caller looked");
+    /// Starts a batch of the existing target `name`, and returns the batch's id.
+    fn start_batch(&mut self, name: &str, by_schedule: bool) -> Result<String, BatchNotStarted> {
+        let target = self
+            .targets
+            .get_mut(name)
+            .expect("the caller has checked that the target exists");
         if by_schedule && target.paused {
-            return Err(NotBegun::Paused);
+            return Err(BatchNotStarted::Paused);
         }
         if let Some(batch_id) = target.running.clone() {
-            return Err(NotBegun::Busy { batch_id });
+            return Err(BatchNotStarted::Busy { batch_id });
         }
         let project = &self.projects[&target.settings.project];
-        if let Some(refusal) = project
+        if let Some(denial) = project
             .guard
             .refusal(first_worst_case(&target.settings, &project.settings))
         {
-            return Err(NotBegun::Refused(refusal));
+            return Err(BatchNotStarted::Denied(denial));
         }
         let batch_id = batch::new_id();
         target.running = Some(batch_id.clone());
@@ -416,15 +428,18 @@ impl Daemon {
     fn batch_ended(&mut self, ended: Result<(task::Id, Arc<BatchReport>), JoinError>) {
         let (id, report) = match ended {
             Ok((id, report)) => (id, Some(report)),
-            // Cut short by our own end.
+            // The shutdown aborted the task.
             Err(error) if error.is_cancelled() => (error.id(), None),
             Err(error) => {
                 self.metrics.internal_error(InternalError::Batch);
-                tracing::error!("a batch died: {error}");
+                tracing::error!("the task of a batch failed: {error}");
                 (error.id(), None)
             }
         };
-        let (name, batch_id) = self.running.remove(&id).expect("noted when it began");
+        let (name, batch_id) = self
+            .running
+            .remove(&id)
+            .expect("inserted when the batch started");
         let target = self.targets.get_mut(&name);
         if let Some(target) = target.filter(|target| target.running == Some(batch_id)) {
             target.running = None;
@@ -437,15 +452,15 @@ impl Daemon {
         self.refresh();
     }
 
-    async fn answer(&mut self, asked: Control) {
-        match asked {
-            Control::Reload { reply } => say(reply, self.reload().await),
-            Control::RunBatch { target, reply } => say(reply, self.run_now(&target)),
+    async fn handle_control(&mut self, control: Control) {
+        match control {
+            Control::Reload { reply } => send_reply(reply, self.reload().await),
+            Control::RunBatch { target, reply } => send_reply(reply, self.run_now(&target)),
             Control::SetPaused {
                 target,
                 paused,
                 reply,
-            } => say(reply, self.set_paused(&target, paused)),
+            } => send_reply(reply, self.set_paused(&target, paused)),
         }
         self.refresh();
     }
@@ -454,21 +469,27 @@ impl Daemon {
         if !self.targets.contains_key(name) {
             return Err(NoSuchTarget.into());
         }
-        self.begin(name, false).map_err(|not| match not {
-            NotBegun::Busy { batch_id } => BatchRefused::Busy { batch_id },
-            NotBegun::Refused(refusal) => BatchRefused::Refused {
-                retry_after: refusal
-                    .until()
-                    .and_then(|at| (at - Utc::now()).to_std().ok()),
-                text: refusal.to_string(),
-            },
-            NotBegun::Paused => unreachable!("only the schedule looks at it"),
-        })
+        self.start_batch(name, false)
+            .map_err(|reason| match reason {
+                BatchNotStarted::Busy { batch_id } => BatchRefused::Busy { batch_id },
+                BatchNotStarted::Denied(denial) => BatchRefused::Refused {
+                    retry_after: denial
+                        .until()
+                        .and_then(|at| (at - Utc::now()).to_std().ok()),
+                    text: denial.to_string(),
+                },
+                BatchNotStarted::Paused => {
+                    unreachable!("only a scheduled batch depends on the pause")
+                }
+            })
     }
 
-    fn run_as_ordered(&mut self, name: &str) {
+    fn run_as_commanded(&mut self, name: &str) {
         if let Err(refused) = self.run_now(name) {
-            tracing::warn!(target_name = name, "no batch of target {name}: {refused}");
+            tracing::warn!(
+                target_name = name,
+                "target {name}: batch not started: {refused}"
+            );
         }
     }
 
@@ -495,13 +516,13 @@ fn last_batch(report: &BatchReport) -> LastBatch {
     }
 }
 
-/// Has the journal forget a room that the janitor vouches for, and counts one that it can't vouch for.
+/// Removes a room from the journal once the janitor confirms its deletion, and counts a room without confirmation.
 fn on_cleanup(history: &History, metrics: &Metrics) -> OnCleanup {
     let (history, metrics) = (history.clone(), metrics.clone());
-    Arc::new(move |room, fate| match fate {
+    Arc::new(move |room, result| match result {
         CleanupResult::Gone => history.gone(room),
         CleanupResult::Unconfirmed { why } => {
-            tracing::warn!("room {room} may be left behind: {why}");
+            tracing::warn!("room {room} may still exist: {why}");
             let target = history.target_of(room);
             if let Some(target) = target.and_then(|name| metrics.live_target(&name)) {
                 target.leaked(1);
@@ -510,18 +531,18 @@ fn on_cleanup(history: &History, metrics: &Metrics) -> OnCleanup {
     })
 }
 
-/// Whoever asked may have gone.
-fn say<T>(reply: oneshot::Sender<T>, answer: T) {
-    let _gone: Result<(), T> = reply.send(answer);
+/// Sends a reply. It is lost if the client has disconnected, which is no error.
+fn send_reply<T>(reply: oneshot::Sender<T>, answer: T) {
+    let _lost: Result<(), T> = reply.send(answer);
 }
 
-/// What the first room of a batch may cost: where the budget has no room for that, the batch has none.
+/// The most agent time that the first room of a batch may use. If the budget has less left, the batch does not start.
 fn first_worst_case(target: &config::Target, project: &config::Project) -> Duration {
     worst_cases(target, project).next().unwrap_or_default()
 }
 
-/// Counts a tick that opened no room, and says why.
-fn skipped(
+/// Counts and logs a batch that opened no room.
+fn record_skip(
     target: &str,
     metrics: &TargetMetrics,
     batch_id: Option<&str>,
@@ -529,19 +550,19 @@ fn skipped(
     why: &str,
 ) {
     metrics.skipped(cause);
-    // Paused on purpose, every few minutes: not worth a line each.
+    // An operator paused the target, so a line per tick would only fill the log.
     if cause != SkipCause::Paused {
         tracing::warn!(
             target_name = target,
             batch_id,
             cause = cause.label(),
-            "no batch of target {target}: {why}"
+            "target {target}: batch skipped: {why}"
         );
     }
 }
 
-fn cause(refusal: &Denial) -> SkipCause {
-    match refusal {
+fn skip_cause(denial: &Denial) -> SkipCause {
+    match denial {
         Denial::Backoff { .. } => SkipCause::Backoff,
         Denial::Budget { .. } | Denial::LedgerLost => SkipCause::Budget,
     }

@@ -15,7 +15,7 @@ use super::once::verdict;
 use super::progress::ProgressView;
 use super::{DemoArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
-use crate::daemon::Order;
+use crate::daemon::DaemonCommand;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
 use crate::report::BatchReport;
 use crate::sandbox::fault::{FaultRule, RoomSelector};
@@ -230,7 +230,7 @@ async fn run_batches(
 ) -> anyhow::Result<Exit> {
     let mut exit = None;
     if print_unless_closed(introduction)? {
-        daemon.send(Order::Batch(TARGET.to_owned()));
+        daemon.send(DaemonCommand::RunBatch(TARGET.to_owned()));
     } else {
         daemon.stop();
     }

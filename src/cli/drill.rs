@@ -18,7 +18,7 @@ use super::progress::ProgressView;
 use super::{DrillArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
 use crate::config::{Config, Problems};
-use crate::daemon::Order;
+use crate::daemon::DaemonCommand;
 use crate::probe::driver::Fault;
 use crate::probe::{LimitKind, Outcome, Reason};
 use crate::report::BatchReport;
@@ -213,7 +213,7 @@ impl FaultSwitch {
         match self.injection {
             Some(Injection::Sandbox(_)) => daemon.handle.set_faults(self.of_sandbox(on)),
             Some(Injection::Setting(_)) => daemon.set_config(self.config(on)),
-            Some(Injection::Panic) => daemon.send(Order::Play(self.of_probes(on))),
+            Some(Injection::Panic) => daemon.send(DaemonCommand::SetFault(self.of_probes(on))),
             None => {}
         }
     }
@@ -278,7 +278,8 @@ impl Drill {
 
     async fn run(&mut self, introduction: &str) -> anyhow::Result<Exit> {
         self.print(introduction)?;
-        self.daemon.send(Order::Batch(self.target.clone()));
+        self.daemon
+            .send(DaemonCommand::RunBatch(self.target.clone()));
         loop {
             tokio::select! {
                 // In order, so that a batch that started before the switch is recorded before it.

@@ -22,7 +22,7 @@ use super::progress::{ProgressView, REFRESH_INTERVAL};
 use super::{format, table};
 use crate::batch::{self, BatchEvent};
 use crate::config::{Config, Http, Problems, RawConfig};
-use crate::daemon::{self, Ending, Launch, Observer, Order};
+use crate::daemon::{self, BatchObserver, DaemonCommand, DaemonOptions, ShutdownKind};
 use crate::history::History;
 use crate::http::WebConfig;
 use crate::probe::driver::Fault;
@@ -138,12 +138,12 @@ pub(super) struct LocalDaemon {
     view: ProgressView,
     signals: StopSignals,
     events: mpsc::Receiver<BatchEvent>,
-    order: mpsc::Sender<Order>,
+    order: mpsc::Sender<DaemonCommand>,
     config: watch::Sender<Config>,
     refresh: Interval,
     /// Batches are no longer shown.
     stopping: bool,
-    daemon: JoinHandle<anyhow::Result<Ending>>,
+    daemon: JoinHandle<anyhow::Result<ShutdownKind>>,
     sandbox: JoinHandle<()>,
     stop_sandbox: CancellationToken,
 }
@@ -172,11 +172,11 @@ impl LocalDaemon {
         let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * max_events);
         let (order, orders) = mpsc::channel(4);
         let (settings, again) = watch::channel(config.clone());
-        let launch = Launch {
+        let launch = DaemonOptions {
             web: WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?,
             history: History::open(&config.daemon.history)?,
             config,
-            reread: Box::new(move || Ok(again.borrow().clone())),
+            read_config: Box::new(move || Ok(again.borrow().clone())),
             listener: setup.listener,
             build: super::run::build(),
             fault: setup.fault,
@@ -228,7 +228,7 @@ impl LocalDaemon {
     }
 
     /// Sends a command to the daemon. A full queue drops it: the queue then holds several of the same kind.
-    pub(super) fn send(&self, order: Order) {
+    pub(super) fn send(&self, order: DaemonCommand) {
         if let Err(error) = self.order.try_send(order) {
             tracing::debug!("the daemon did not accept a command: {error}");
         }
@@ -236,13 +236,13 @@ impl LocalDaemon {
 
     pub(super) fn set_config(&self, config: Config) {
         self.config.send_replace(config);
-        self.send(Order::Reload);
+        self.send(DaemonCommand::Reload);
     }
 
     /// Asks the daemon to stop. A second call makes it stop at once.
     pub(super) fn stop(&mut self) {
         self.stopping = true;
-        self.send(Order::Stop);
+        self.send(DaemonCommand::Stop);
     }
 
     /// Stops the sandbox. The daemon must have ended before.
@@ -257,7 +257,7 @@ fn observer(
     handle: Handle,
     before_batch: BeforeBatch,
     events: mpsc::Sender<BatchEvent>,
-) -> Observer {
+) -> BatchObserver {
     let started = AtomicUsize::new(0);
     Arc::new(move |event| {
         if let BatchEvent::Started { .. } = event {

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::{Exit, RunArgs};
 use crate::config::{Config, Engine, Problems, RawConfig};
-use crate::daemon::{self, Launch, Order};
+use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
 use crate::http::WebConfig;
 use crate::metrics::Build;
@@ -31,9 +31,9 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
         let address = listener.local_addr()?;
         tracing::info!(%address, "listening on {address}");
         let again = args.clone();
-        let launch = Launch {
+        let launch = DaemonOptions {
             config,
-            reread: Box::new(move || settings(&again)),
+            read_config: Box::new(move || settings(&again)),
             listener,
             web,
             history,
@@ -48,8 +48,8 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
     // ended by now.
     runtime.shutdown_background();
     match ending {
-        Ok(daemon::Ending::Drained) => Ok(Exit::Ok),
-        Ok(daemon::Ending::CutShort) => Ok(Exit::CanaryFailed),
+        Ok(daemon::ShutdownKind::Drained) => Ok(Exit::Ok),
+        Ok(daemon::ShutdownKind::Immediate) => Ok(Exit::CanaryFailed),
         Err(error) => {
             tracing::error!("{error:#}");
             Ok(Exit::CanaryFailed)
@@ -88,12 +88,12 @@ pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 /// Receives the commands that signals send: SIGHUP reloads, SIGTERM and Ctrl-C stop.
-fn commands_from_signals() -> anyhow::Result<mpsc::Receiver<Order>> {
+fn commands_from_signals() -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
     let (sender, commands) = mpsc::channel(4);
     for (kind, command) in [
-        (SignalKind::hangup(), Order::Reload),
-        (SignalKind::terminate(), Order::Stop),
-        (SignalKind::interrupt(), Order::Stop),
+        (SignalKind::hangup(), DaemonCommand::Reload),
+        (SignalKind::terminate(), DaemonCommand::Stop),
+        (SignalKind::interrupt(), DaemonCommand::Stop),
     ] {
         let mut signals = signal(kind).context("cannot listen for signals")?;
         let sender = sender.clone();

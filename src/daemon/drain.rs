@@ -1,4 +1,4 @@
-//! The end of a daemon, in order: ticks, batches, rooms, history, and HTTP last.
+//! The shutdown of a daemon, in order: ticks, batches, rooms, history, and HTTP last.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -6,134 +6,142 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 
-use super::{Daemon, Ending, Order, REFRESH, say, supervisor};
+use super::{Daemon, DaemonCommand, REFRESH_INTERVAL, ShutdownKind, send_reply, supervisor};
 use crate::http::{BatchRefused, Control, DaemonStage, ReloadRefused};
 use crate::janitor::FINAL_DELETION_TIMEOUT;
 
-/// What a batch that was told to stop may take beyond its rooms' deletion.
-const ABORT_BATCH: Duration = Duration::from_millis(2500);
-/// For what the history has yet to write.
-const LAST_WRITES: Duration = Duration::from_secs(5);
+/// How long an aborted batch may take in addition to the deletion of its rooms.
+const ABORT_TIMEOUT: Duration = Duration::from_millis(2500);
+/// How long the history may take to write its last records.
+const HISTORY_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Daemon {
-    /// Ends in order: ticks, batches, rooms, history, and HTTP last, so that a scrape sees how it all ended.
+    /// Shuts down, with HTTP last, so that a scraper still receives the final values. Batches may run on for `grace`.
     pub(super) async fn drain(
         mut self,
-        orders: &mut mpsc::Receiver<Order>,
+        commands: &mut mpsc::Receiver<DaemonCommand>,
         grace: Duration,
-    ) -> Ending {
+    ) -> ShutdownKind {
         supervisor::stopping();
         self.stage = DaemonStage::Draining;
         for name in self.targets.keys() {
             self.ticker.remove(name);
         }
         self.refresh();
-        tracing::info!("stopping, {} batches under way", self.batches.len());
-        let ending = tokio::select! {
-            () = self.end_in_order(grace) => Ending::Drained,
-            () = told_to_stop(orders) => Ending::CutShort,
+        tracing::info!("stopping; {} batches are running", self.batches.len());
+        let kind = tokio::select! {
+            () = self.shut_down(grace) => ShutdownKind::Drained,
+            () = second_stop(commands) => ShutdownKind::Immediate,
         };
-        if ending == Ending::CutShort {
-            tracing::warn!("told to stop again: ending at once");
-            // The probes are dropped, and the janitor deletes their rooms.
+        if kind == ShutdownKind::Immediate {
+            tracing::warn!("stop requested again: stopping at once");
+            // This drops the probes, whose rooms the janitor deletes.
             self.batches.abort_all();
-            self.leave(Instant::now() + FINAL_DELETION_TIMEOUT).await;
+            self.clean_up(Instant::now() + FINAL_DELETION_TIMEOUT).await;
         }
         self.http_end.cancel();
         self.control.close();
-        while let Some(asked) = self.control.recv().await {
-            refuse(asked);
+        while let Some(control) = self.control.recv().await {
+            refuse(control);
         }
         while self.http.join_next().await.is_some() {}
-        ending
+        kind
     }
 
-    async fn end_in_order(&mut self, grace: Duration) {
+    async fn shut_down(&mut self, grace: Duration) {
         self.join_batches(Instant::now() + grace).await;
         if !self.batches.is_empty() {
-            tracing::warn!("aborting {} batches", self.batches.len());
+            tracing::warn!(
+                "aborting {} batches that did not end within the grace period",
+                self.batches.len()
+            );
             self.abort.cancel();
-            let patience = ABORT_BATCH + self.longest_cleanup();
-            self.join_batches(Instant::now() + patience).await;
+            let limit = ABORT_TIMEOUT + self.max_cleanup_deadline();
+            self.join_batches(Instant::now() + limit).await;
+            // A batch that is still running now hangs.
             self.batches.abort_all();
         }
-        self.leave(Instant::now() + self.longest_cleanup()).await;
+        self.clean_up(Instant::now() + self.max_cleanup_deadline())
+            .await;
         let linger = self.config.daemon.lifetime.shutdown_linger;
-        self.attend(sleep(linger)).await;
+        self.serve_until(sleep(linger)).await;
     }
 
     async fn join_batches(&mut self, until: Instant) {
-        let mut refresh = interval(REFRESH);
+        let mut refresh = interval(REFRESH_INTERVAL);
         while !self.batches.is_empty() {
             tokio::select! {
                 () = sleep_until(until) => return,
-                () = self.meanwhile(&mut refresh) => {}
+                () = self.next_event(&mut refresh) => {}
             }
         }
     }
 
-    /// Waits until the rooms are gone and what there is to write is written. A room that can't be vouched for stays in
-    /// the journal, and the next start looks for it.
-    async fn leave(&mut self, until: Instant) {
+    /// Waits until the rooms are deleted and the history has written its records. A room without confirmed deletion stays in
+    /// the journal, and the next start deletes it.
+    async fn clean_up(&mut self, until: Instant) {
         let closing = self.janitor.clone().close(until);
-        for left in self.attend(closing).await {
+        for unconfirmed in self.serve_until(closing).await {
             tracing::warn!(
-                "room {} may be left behind, the next start looks for it: {}",
-                left.room,
-                left.why
+                "room {} may still exist; the next start deletes it: {}",
+                unconfirmed.room,
+                unconfirmed.why
             );
         }
         let history = self.history.clone();
-        let closing = history.close(Instant::now() + LAST_WRITES);
-        if !self.attend(closing).await {
-            tracing::warn!("the history could not be written to its end");
+        let closing = history.close(Instant::now() + HISTORY_CLOSE_TIMEOUT);
+        if !self.serve_until(closing).await {
+            tracing::warn!("the history could not write all of its records");
         }
     }
 
-    async fn attend<T>(&mut self, what: impl Future<Output = T>) -> T {
-        let mut what = pin!(what);
-        let mut refresh = interval(REFRESH);
+    /// Handles events until `work` is done.
+    async fn serve_until<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        let mut refresh = interval(REFRESH_INTERVAL);
         loop {
             tokio::select! {
-                done = &mut what => return done,
-                () = self.meanwhile(&mut refresh) => {}
+                done = &mut work => return done,
+                () = self.next_event(&mut refresh) => {}
             }
         }
     }
 
-    /// The next thing that a daemon on its way out sees to: a scraper and an operator still get answers.
-    async fn meanwhile(&mut self, refresh: &mut Interval) {
+    /// Handles one event during the shutdown. Scrapers and operators still get responses. Cancel-safe.
+    async fn next_event(&mut self, refresh: &mut Interval) {
         tokio::select! {
             Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
             Some(swept) = self.sweep.join_next() => self.swept(swept),
-            Some(asked) = self.control.recv() => refuse(asked),
+            Some(control) = self.control.recv() => refuse(control),
             _ = refresh.tick() => self.refresh(),
         }
     }
 
-    fn longest_cleanup(&self) -> Duration {
+    fn max_cleanup_deadline(&self) -> Duration {
         let targets = self.config.targets.values();
-        let longest = targets.map(|target| target.deadlines.cleanup).max();
-        longest.unwrap_or_default()
+        let max = targets.map(|target| target.deadlines.cleanup).max();
+        max.unwrap_or_default()
     }
 }
 
-async fn told_to_stop(orders: &mut mpsc::Receiver<Order>) {
+async fn second_stop(commands: &mut mpsc::Receiver<DaemonCommand>) {
     loop {
-        match orders.recv().await {
-            Some(Order::Stop) => return,
-            Some(Order::Reload | Order::Batch(_) | Order::Play(_)) => {}
-            // Nobody can tell any more.
+        match commands.recv().await {
+            Some(DaemonCommand::Stop) => return,
+            Some(
+                DaemonCommand::Reload | DaemonCommand::RunBatch(_) | DaemonCommand::SetFault(_),
+            ) => {}
+            // No further command can come.
             None => std::future::pending().await,
         }
     }
 }
 
-/// Answers a request that comes too late.
-fn refuse(asked: Control) {
-    match asked {
-        Control::Reload { reply } => say(reply, Err(ReloadRefused::ShuttingDown)),
-        Control::RunBatch { reply, .. } => say(reply, Err(BatchRefused::ShuttingDown)),
-        Control::SetPaused { reply, .. } => say(reply, Ok(())),
+/// Replies to a request that arrives during the shutdown.
+fn refuse(control: Control) {
+    match control {
+        Control::Reload { reply } => send_reply(reply, Err(ReloadRefused::ShuttingDown)),
+        Control::RunBatch { reply, .. } => send_reply(reply, Err(BatchRefused::ShuttingDown)),
+        Control::SetPaused { reply, .. } => send_reply(reply, Ok(())),
     }
 }

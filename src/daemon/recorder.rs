@@ -1,11 +1,11 @@
-//! Runs one batch and tells logs, metrics and history what came of it.
+//! Runs one batch, and records its events in log, metrics and history.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use super::Observer;
+use super::BatchObserver;
 use crate::batch::{self, BatchEvent};
 use crate::config::{Project, Target};
 use crate::guard::Guard;
@@ -15,14 +15,14 @@ use crate::probe::driver::Context;
 use crate::probe::{Outcome, ProbeReport};
 use crate::report::{BatchReport, NotOpened};
 
-/// What one batch is recorded to, as it was set when the batch began.
+/// Where one batch is recorded, with the settings that were in effect when it started.
 pub(super) struct Recorder {
     pub(super) target: String,
     pub(super) settings: Arc<Target>,
     pub(super) project: Arc<Project>,
     pub(super) metrics: TargetMetrics,
     pub(super) history: History,
-    pub(super) observer: Option<Observer>,
+    pub(super) observer: Option<BatchObserver>,
 }
 
 impl Recorder {
@@ -34,7 +34,7 @@ impl Recorder {
         abort: CancellationToken,
     ) -> Arc<BatchReport> {
         let mut open = HashMap::new();
-        let on_event = |event: &BatchEvent| self.event(event, &mut open);
+        let on_event = |event: &BatchEvent| self.record_event(event, &mut open);
         batch::run(
             batch_id,
             &self.target,
@@ -46,7 +46,7 @@ impl Recorder {
         .await
     }
 
-    fn event(&self, event: &BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
+    fn record_event(&self, event: &BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
         match event {
             BatchEvent::Started { .. } | BatchEvent::Probe { .. } => {}
             BatchEvent::RoomOpened { index, .. } => {
@@ -54,16 +54,16 @@ impl Recorder {
             }
             BatchEvent::RoomClosed { index, report } => {
                 open.remove(index);
-                self.probe(report);
+                self.record_probe(report);
             }
-            BatchEvent::Ended(report) => self.batch(report),
+            BatchEvent::Ended(report) => self.record_batch(report),
         }
         if let Some(observer) = &self.observer {
             observer(event);
         }
     }
 
-    fn probe(&self, report: &ProbeReport) {
+    fn record_probe(&self, report: &ProbeReport) {
         self.metrics.probe(report, &self.settings.objectives);
         let Outcome::Failed(failure) = &report.outcome else {
             return;
@@ -81,15 +81,15 @@ impl Recorder {
         );
     }
 
-    fn batch(&self, report: &BatchReport) {
+    fn record_batch(&self, report: &BatchReport) {
         if let Some(NotOpened {
-            refusal: Some(refusal),
+            refusal: Some(denial),
             ..
         }) = &report.not_opened
             && report.probes.is_empty()
         {
-            let (id, cause) = (Some(report.batch_id.as_str()), super::cause(refusal));
-            super::skipped(&self.target, &self.metrics, id, cause, &refusal.to_string());
+            let (id, cause) = (Some(report.batch_id.as_str()), super::skip_cause(denial));
+            super::record_skip(&self.target, &self.metrics, id, cause, &denial.to_string());
             return;
         }
         self.metrics.batch(report, &self.settings.objectives);

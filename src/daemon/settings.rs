@@ -1,11 +1,11 @@
-//! Settings that come into effect while batches run.
+//! Applies settings, at the start and by reloads while batches run.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use chrono::Utc;
 
-use super::{Daemon, Project, Target, supervisor};
+use super::{Daemon, ProjectRuntime, TargetRuntime, supervisor};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
@@ -15,9 +15,9 @@ use crate::livekit::wire::{self, api::Api};
 impl Daemon {
     pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
         supervisor::reloading();
-        let reread = (self.reread)().map_err(|problems| problems.to_string());
+        let config = (self.read_config)().map_err(|problems| problems.to_string());
         let before = self.config.daemon.clone();
-        let applied = reread.and_then(|config| self.apply(config));
+        let applied = config.and_then(|config| self.apply(config));
         let at = Utc::now();
         match &applied {
             Ok(()) => {
@@ -31,7 +31,7 @@ impl Daemon {
             }
             Err(why) => {
                 self.metrics.config_refused();
-                tracing::error!("settings not reloaded, the old ones stay: {why}");
+                tracing::error!("settings not reloaded; the previous ones stay in effect: {why}");
             }
         }
         self.last_reload = Some(LastReload {
@@ -44,7 +44,7 @@ impl Daemon {
         applied.map_err(ReloadRefused::Invalid)
     }
 
-    /// Brings settings into effect, all or nothing. Batches that run go on with those that they began with.
+    /// Applies all of `config` or, with an error, nothing. A running batch keeps the settings that it started with.
     pub(super) fn apply(&mut self, config: Config) -> Result<(), String> {
         let mut access = BTreeMap::new();
         for (name, project) in &config.projects {
@@ -97,7 +97,7 @@ impl Daemon {
             }
             None => Guard::new(name, &settings, self.history.clone()),
         };
-        let project = Project {
+        let project = ProjectRuntime {
             settings,
             endpoint,
             api,
@@ -116,7 +116,7 @@ impl Daemon {
             known.agent_known &= known.settings.agent_name == settings.agent_name;
             known.settings = Arc::clone(&settings);
         } else {
-            let target = Target {
+            let target = TargetRuntime {
                 settings: Arc::clone(&settings),
                 metrics: metrics.clone(),
                 paused: false,
@@ -130,10 +130,10 @@ impl Daemon {
         }
         metrics.paused(self.targets[name].paused);
         self.ticker.set(name, &settings.schedule, first);
-        self.tell_next(name);
+        self.publish_next_batch(name);
     }
 
-    /// A target that was removed and comes back may still have one.
+    /// A target that was removed and is back may still have a running batch.
     fn running_batch(&self, name: &str) -> Option<String> {
         let mut running = self.running.values();
         let found = running.find(|(target, _)| target == name);

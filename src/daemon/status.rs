@@ -1,19 +1,19 @@
-//! What the daemon tells of itself: the status that HTTP shows, and the gauges that nobody else keeps.
+//! What the daemon publishes of itself: the status for HTTP, and the gauges that it must poll.
 
 use std::sync::Arc;
 
-use super::{Daemon, Project, Target, first_worst_case};
+use super::{Daemon, ProjectRuntime, TargetRuntime, first_worst_case};
 use crate::config::Period;
 use crate::http::{BudgetStatus, ProjectStatus, Status, TargetStatus};
 
 impl Daemon {
-    /// Looks at what nobody tells of, and tells everybody.
+    /// Updates the polled gauges and the status, and gives the sign of life.
     pub(super) fn refresh(&mut self) {
         self.pulse.beat();
         self.metrics.history_degraded(self.history.is_degraded());
         let dropped = self.history.dropped();
-        self.metrics.history_dropped(dropped - self.dropped);
-        self.dropped = dropped;
+        self.metrics.history_dropped(dropped - self.counted_drops);
+        self.counted_drops = dropped;
         for project in self.projects.values() {
             project.metrics.backoff_until(project.guard.backoff_until());
             for period in Period::ALL {
@@ -42,16 +42,16 @@ impl Daemon {
         }
     }
 
-    /// Why a batch that is not under way could not begin now.
-    fn held_back(&self, target: &Target) -> Option<String> {
+    /// Why no batch could start now. `None` if one could, or if one is running.
+    fn held_back(&self, target: &TargetRuntime) -> Option<String> {
         let settings = &target.settings;
         let project = &self.projects[&settings.project];
         let worst_case = first_worst_case(settings, &project.settings);
-        let refusal = project.guard.refusal(worst_case)?;
-        target.running.is_none().then(|| refusal.to_string())
+        let denial = project.guard.refusal(worst_case)?;
+        target.running.is_none().then(|| denial.to_string())
     }
 
-    fn target_status(&self, name: &str, target: &Target) -> TargetStatus {
+    fn target_status(&self, name: &str, target: &TargetRuntime) -> TargetStatus {
         let settings = &target.settings;
         TargetStatus {
             name: name.to_owned(),
@@ -70,7 +70,7 @@ impl Daemon {
     }
 }
 
-impl Project {
+impl ProjectRuntime {
     fn status(&self, name: &str) -> ProjectStatus {
         let budgets = Period::ALL.map(|period| BudgetStatus {
             period: period.label(),

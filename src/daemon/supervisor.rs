@@ -1,4 +1,4 @@
-//! What the service manager that started the daemon is told, as `sd_notify(3)` has it; without one, nothing is.
+//! Notifies the service manager of the daemon's state, by the protocol of `sd_notify(3)`. Does nothing without one.
 
 use std::time::Duration;
 
@@ -8,19 +8,21 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::http::Health;
 
-/// Ends with the daemon.
+/// Sends signs of life to the service manager until it is dropped.
 pub(super) struct Watchdog {
     _beats: JoinSet<()>,
 }
 
 impl Watchdog {
-    /// Where the manager asked for signs of life, gives one at half the time that it allows: for as long as `/-/healthy`
-    /// answers 200, so that a hung daemon is restarted and one that watches failing targets isn't.
+    /// If the manager expects signs of life, sends them twice per allowed interval while `/-/healthy` responds with 200. So a
+    /// hung daemon is restarted, and one whose targets fail is not.
     pub(super) fn start(health: &Health) -> Self {
         let mut beats = JoinSet::new();
         if let Some(allowed) = sd_notify::watchdog_enabled().filter(|allowed| !allowed.is_zero()) {
             let health = health.clone();
-            beats.spawn(beat(health, allowed / 2, || tell(&[NotifyState::Watchdog])));
+            beats.spawn(beat(health, allowed / 2, || {
+                notify(&[NotifyState::Watchdog])
+            }));
         }
         Self { _beats: beats }
     }
@@ -37,27 +39,27 @@ async fn beat(health: Health, every: Duration, alive: impl Fn()) {
     }
 }
 
-/// The settings are in effect and HTTP is answered.
+/// The settings are in effect, and the HTTP server responds.
 pub(super) fn ready() {
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
 }
 
-/// Followed by [`ready`], whatever comes of it: the old settings stay in effect where the new ones are wrong.
+/// [`ready`] must follow, also after a failed reload, because the previous settings stay in effect then.
 pub(super) fn reloading() {
     match NotifyState::monotonic_usec_now() {
-        // Since version 253 systemd wants both in one message.
-        Ok(now) => tell(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::warn!("can't read the monotonic clock: {error}"),
+        // Since version 253, systemd requires both in one message.
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::warn!("cannot read the monotonic clock: {error}"),
     }
 }
 
 pub(super) fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
 }
 
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!("the service manager can't be told {states:?}: {error}");
+        tracing::warn!("cannot notify the service manager of {states:?}: {error}");
     }
 }
 
@@ -73,7 +75,7 @@ mod tests {
     const HALF: Duration = Duration::from_secs(10);
 
     #[tokio::test(start_paused = true)]
-    async fn signs_of_life_end_with_the_health_of_the_daemons_own_tasks() {
+    async fn signs_of_life_stop_when_a_task_of_the_daemon_is_dead() {
         let health = Health::default();
         let pulse = health.watch("daemon", None);
         let beats = Arc::new(AtomicU32::new(0));
@@ -85,7 +87,7 @@ mod tests {
         tasks.spawn(beat(health, HALF, alive));
         let after = async |time| {
             advance(time).await;
-            // The task runs before this one goes on.
+            // Lets the task run before this one continues.
             tokio::task::yield_now().await;
             beats.load(Ordering::Relaxed)
         };

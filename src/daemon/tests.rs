@@ -5,7 +5,7 @@ use tokio::time::{Instant, timeout};
 use super::*;
 use crate::config::RawConfig;
 
-/// A closed port: every probe is over at once, and nothing is left for anybody to clean up.
+/// The port is closed: every probe fails at once, and no room needs a clean-up.
 const SETTINGS: &str = r#"
 projects.acme = { url = "ws://127.0.0.1:1", api_key = "key", api_secret = "secret" }
 targets.early = { agent_name = "early" }
@@ -27,10 +27,10 @@ async fn daemon() -> (Daemon, TempDir) {
         rustc: "3".to_owned(),
         engine: "4".to_owned(),
     };
-    let launch = Launch {
+    let options = DaemonOptions {
         web: WebConfig::load(&config.daemon.http).unwrap(),
         history: History::open(&config.daemon.history).unwrap(),
-        reread: Box::new({
+        read_config: Box::new({
             let config = config.clone();
             move || Ok(config.clone())
         }),
@@ -41,12 +41,12 @@ async fn daemon() -> (Daemon, TempDir) {
         drill: false,
         observer: None,
     };
-    (Daemon::start(launch).await.unwrap(), folder)
+    (Daemon::start(options).await.unwrap(), folder)
 }
 
 impl Daemon {
-    /// A tick of every target, as the ticker would deliver it, and all that comes of it.
-    async fn live_through(&mut self, due: DateTime<Utc>) {
+    /// Delivers a tick to every target, and waits until its batches have ended.
+    async fn run_tick(&mut self, due: DateTime<Utc>) {
         let names: Vec<String> = self.targets.keys().cloned().collect();
         for target in names {
             self.tick(&Tick {
@@ -61,7 +61,7 @@ impl Daemon {
         }
     }
 
-    /// Of what a leak would make more: bookkeeping, places, series.
+    /// The counts that a leak would increase: running batches, their tasks, room permits, and series.
     fn size(&self) -> [usize; 4] {
         let guard = &self.projects["acme"].guard;
         let series = self.metrics.render().lines().count();
@@ -75,14 +75,14 @@ impl Daemon {
 }
 
 #[tokio::test]
-async fn a_day_of_batches_leaves_no_task_no_series_and_no_place_behind() {
+async fn day_of_batches_leaks_no_task_no_series_and_no_room_permit() {
     let (mut daemon, _folder) = daemon().await;
     let midnight = Utc::now();
-    daemon.live_through(midnight).await;
+    daemon.run_tick(midnight).await;
     let (size, tasks) = (daemon.size(), Handle::current().metrics().num_alive_tasks());
     for minutes in (5..24 * 60).step_by(5) {
         daemon
-            .live_through(midnight + Duration::from_mins(minutes))
+            .run_tick(midnight + Duration::from_mins(minutes))
             .await;
         assert_eq!(daemon.size(), size, "after {minutes} minutes");
     }
@@ -93,7 +93,7 @@ async fn a_day_of_batches_leaves_no_task_no_series_and_no_place_behind() {
     };
     timeout(Duration::from_mins(1), settled)
         .await
-        .expect("no more tasks than after one batch");
+        .expect("there are more tasks than after one batch");
     assert!(
         daemon
             .history
