@@ -172,7 +172,7 @@ impl LocalDaemon {
         let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * max_events);
         let (order, orders) = mpsc::channel(4);
         let (settings, again) = watch::channel(config.clone());
-        let launch = DaemonOptions {
+        let options = DaemonOptions {
             web: WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?,
             history: History::open(&config.daemon.history)?,
             config,
@@ -195,7 +195,7 @@ impl LocalDaemon {
             config: settings,
             refresh,
             stopping: false,
-            daemon: tokio::spawn(daemon::run(launch, orders)),
+            daemon: tokio::spawn(daemon::run(options, orders)),
             sandbox: tokio::spawn(sandbox.run(stop_sandbox.clone())),
             stop_sandbox,
         })

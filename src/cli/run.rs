@@ -31,7 +31,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
         let address = listener.local_addr()?;
         tracing::info!(%address, "listening on {address}");
         let again = args.clone();
-        let launch = DaemonOptions {
+        let options = DaemonOptions {
             config,
             read_config: Box::new(move || settings(&again)),
             listener,
@@ -42,7 +42,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
             drill: false,
             observer: None,
         };
-        daemon::run(launch, commands_from_signals()?).await
+        daemon::run(options, commands_from_signals()?).await
     });
     // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
     // ended by now.
