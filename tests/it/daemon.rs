@@ -107,7 +107,7 @@ fn target(daemon: &Daemon, name: &str) -> anyhow::Result<Value> {
     Ok(target.cloned().unwrap_or_default())
 }
 
-/// Waits until a daemon that was told to stop has no batch. It still responds for as long as it lingers.
+/// Waits until a daemon that is shutting down has no batch. It still responds until the end of `shutdown_linger`.
 fn wait_for_drained(daemon: &Daemon) -> anyhow::Result<()> {
     daemon.wait_for("the end of the drain", || {
         let status: Value = daemon.http.json("/api/v1/targets")?;
@@ -418,7 +418,7 @@ fn batch_by_post_is_in_the_history_under_the_returned_id() -> anyhow::Result<()>
     assert_eq!(post(&daemon, "/api/v1/targets/demo/resume")?, 200);
     assert_eq!(count(&daemon.scrape()?, "target_paused", &[])?, 0);
     for path in ["pause", "resume", "batches"] {
-        let path = format!("/api/v1/targets/nobody/{path}");
+        let path = format!("/api/v1/targets/unknown/{path}");
         assert_eq!(post(&daemon, &path)?, 404, "{path}");
     }
     daemon.terminate()?;
