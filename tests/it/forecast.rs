@@ -6,7 +6,7 @@ use crate::canary;
 
 const PROJECT: &str = "url = \"wss://a.example\"\napi_key = \"k\"\napi_secret = \"s\"\n";
 
-/// What `check` prints of these settings; a project `acme` and a target `support` are there already.
+/// Runs `check` with these settings, added to a project `acme` and a target `support`. Returns what it prints.
 fn check(project: &str, support: &str, more: &str, args: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let settings = format!(
@@ -23,7 +23,7 @@ fn check_support(settings: &str) -> String {
     check("", settings, "", &[])
 }
 
-/// The value of an entry.
+/// Returns the value of the line with this key.
 fn entry<'a>(output: &'a str, key: &str) -> &'a str {
     let line = output
         .lines()
@@ -39,8 +39,8 @@ fn warnings(output: &str) -> Vec<&str> {
         .collect()
 }
 
-/// The only warning, which says all of this.
-fn warning_says(output: &str, parts: &[&str]) {
+/// Asserts that there is one warning, and that it contains all `parts`.
+fn assert_only_warning(output: &str, parts: &[&str]) {
     let warnings = warnings(output);
     let [warning] = warnings[..] else {
         panic!("{warnings:#?}");
@@ -50,7 +50,7 @@ fn warning_says(output: &str, parts: &[&str]) {
     }
 }
 
-/// The agent minutes of a batch in the worst case.
+/// Returns the agent minutes of a batch in the worst case.
 fn worst_case(output: &str) -> u64 {
     let words = entry(output, "worst case").split_whitespace().next();
     words.unwrap().parse().unwrap()
@@ -74,7 +74,7 @@ fn three_rooms_every_quarter_of_an_hour_are_at_least_8640_minutes_in_30_days() {
 }
 
 #[test]
-fn hold_of_more_than_a_minute_is_billed_for_each_that_begins() {
+fn hold_is_billed_for_every_minute_that_begins() {
     let output = check_support("batch = { rooms = 1, hold = \"61s\" }");
     assert!(
         entry(&output, "per day").starts_with("96 batches, 192 agent minutes,"),
@@ -83,7 +83,7 @@ fn hold_of_more_than_a_minute_is_billed_for_each_that_begins() {
 }
 
 #[test]
-fn next_ticks_lie_ahead_an_interval_apart() {
+fn next_ticks_are_in_the_future_and_one_interval_apart() {
     let begun = Utc::now();
     let output = check_support("schedule.every = \"20m\"");
     assert_eq!(entry(&output, "schedule"), "every 20m");
@@ -106,7 +106,7 @@ fn next_ticks_lie_ahead_an_interval_apart() {
 }
 
 #[test]
-fn cron_is_told_in_its_zone_with_its_longest_gap_and_its_busiest_days() {
+fn cron_schedule_is_printed_in_its_zone_with_its_longest_gap_and_busiest_days() {
     let output = check_support(
         "schedule = { cron = \"0 9-17 * * mon-fri\", time_zone = \"Asia/Kolkata\" }\nobjectives = { \
          availability = 0.9, join = 0.9, first_speech = 0.9, service = 0.9 }",
@@ -130,33 +130,33 @@ fn cron_is_told_in_its_zone_with_its_longest_gap_and_its_busiest_days() {
 }
 
 #[test]
-fn budget_that_the_schedule_cannot_fit_is_warned_of() {
+fn budget_below_the_best_case_of_the_schedule_gives_a_warning() {
     let output = check("budget.agent_time_per_day = \"4h\"", "", "", &[]);
     assert!(
         output.contains("agent minutes: at most 240 per UTC day\n"),
         "{output}"
     );
-    warning_says(
+    assert_only_warning(
         &output,
         &["agent_time_per_day is 240", "need at least 288:", "skipped"],
     );
     // The longest month has 31 days.
     let output = check("budget.agent_time_per_month = \"148h\"", "", "", &[]);
-    warning_says(
+    assert_only_warning(
         &output,
         &["agent_time_per_month is 8880", "need at least 8928:"],
     );
 }
 
 #[test]
-fn budget_that_only_the_worst_case_exceeds_is_warned_of_as_such() {
+fn budget_below_the_worst_case_of_the_schedule_gives_its_own_warning() {
     let with_minutes = |minutes: u64| {
         let budget = format!("budget.agent_time_per_day = \"{minutes}m\"");
         check(&budget, "", "", &[])
     };
     let output = with_minutes(288);
     let worst = 96 * worst_case(&output);
-    warning_says(
+    assert_only_warning(
         &output,
         &[&format!("need up to {worst} if agents join late")],
     );
@@ -164,17 +164,17 @@ fn budget_that_only_the_worst_case_exceeds_is_warned_of_as_such() {
 }
 
 #[test]
-fn budget_is_that_of_all_targets_even_where_one_is_shown() {
+fn budget_counts_all_targets_even_if_one_is_printed() {
     let more = "[targets.sales]\nagent_name = \"b\"\nbatch.rooms = 2\nschedule.every = \"10m\"\n";
     let project = "budget.agent_time_per_day = \"10h\"";
     let output = check(project, "", more, &["--target", "support"]);
     // 288 of the one and 288 of the other, each at least.
-    warning_says(&output, &["agent_time_per_day is 600", "up to"]);
+    assert_only_warning(&output, &["agent_time_per_day is 600", "up to"]);
     assert!(!output.contains("sales"), "{output}");
 }
 
 #[test]
-fn budget_below_the_worst_case_of_a_room_never_opens_it() {
+fn budget_below_the_worst_case_of_a_room_gives_a_warning_that_it_never_opens() {
     let output = check("budget.agent_time_per_month = \"2m\"", "", "", &[]);
     let [never, skipped] = warnings(&output)[..] else {
         panic!("{output}");
@@ -188,9 +188,9 @@ fn budget_below_the_worst_case_of_a_room_never_opens_it() {
 }
 
 #[test]
-fn batch_that_may_outlast_its_interval_is_warned_of() {
+fn batch_that_can_outlast_its_interval_gives_a_warning() {
     let output = check_support("schedule.every = \"2m\"");
-    warning_says(
+    assert_only_warning(
         &output,
         &[
             "a batch can take",
@@ -204,7 +204,7 @@ fn batch_that_may_outlast_its_interval_is_warned_of() {
 }
 
 #[test]
-fn batch_takes_as_long_as_its_ramp_and_its_stay_make_it() {
+fn duration_of_a_batch_depends_on_its_ramp_and_its_stay() {
     // A join may take 65 s, and a room is held for 50 s, then cleaned up for 20 s.
     let deadlines =
         "deadlines = { signal = \"10s\", media = \"10s\", join = \"20s\", cleanup = \"10s\" }";
@@ -226,10 +226,10 @@ fn batch_takes_as_long_as_its_ramp_and_its_stay_make_it() {
 }
 
 #[test]
-fn targets_that_can_hold_more_rooms_together_than_the_project_are_warned_of() {
+fn targets_that_can_hold_more_rooms_than_their_project_give_a_warning() {
     let more = "[targets.sales]\nagent_name = \"b\"\nbatch.rooms = 3\n";
     let output = check("max_rooms = 5", "", more, &[]);
-    warning_says(
+    assert_only_warning(
         &output,
         &["can hold 6 rooms at once", "max_rooms is 5", "waits"],
     );
@@ -241,29 +241,29 @@ fn targets_that_can_hold_more_rooms_together_than_the_project_are_warned_of() {
 }
 
 #[test]
-fn objective_that_a_single_failed_room_misses_is_warned_of() {
+fn objective_that_a_single_failed_room_misses_gives_a_warning() {
     let output = check_support("objectives = { availability = 0.9999, service = 0.9999 }");
-    let says = [
+    let parts = [
         "one failed room",
         "0.9999 allows 0.9 failures of 8640 rooms in 30 days",
         "(objectives: availability, service)",
         "at most 0.9998",
     ];
-    warning_says(&output, &says);
+    assert_only_warning(&output, &parts);
     let output = check_support("objectives = { availability = 0.9998, service = 0.9998 }");
     assert_eq!(warnings(&output), [] as [&str; 0]);
 }
 
 #[test]
-fn schedule_too_sparse_for_alerts_or_objectives_is_told_to_tick_more_often() {
+fn schedule_with_rare_batches_gives_warnings_about_alerts_and_objectives() {
     let output = check_support("schedule.cron = \"0 9 * * mon\"");
     let warnings = warnings(&output);
-    let [unwatched, missed] = warnings[..] else {
+    let [too_rare, missed] = warnings[..] else {
         panic!("{output}");
     };
     assert!(
-        unwatched.starts_with("the mean interval between batches is 7 days"),
-        "{unwatched}"
+        too_rare.starts_with("the mean interval between batches is 7 days"),
+        "{too_rare}"
     );
     assert!(missed.ends_with("or open rooms more often"), "{missed}");
 }
