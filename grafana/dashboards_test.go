@@ -19,7 +19,7 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/timeseries"
 )
 
-// What a strict decoding needs to know of panels and queries.
+// Registers the types of panels and queries for strict decoding.
 func TestMain(tests *testing.M) {
 	runtime := cog.NewRuntime()
 	runtime.RegisterPanelcfgVariant(bargauge.VariantConfig())
@@ -31,19 +31,19 @@ func TestMain(tests *testing.M) {
 	os.Exit(tests.Run())
 }
 
-func TestFileIsWhatTheSourceMakes(t *testing.T) {
+func TestFilesMatchTheSource(t *testing.T) {
 	for file, make := range dashboards {
 		made, err := render(make)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(read(t, file), made) {
-			t.Errorf("%s is not what is made now: run `go run .` in its folder's parent", file)
+			t.Errorf("%s is out of date: run `go run .` in the folder grafana", file)
 		}
 	}
 }
 
-func TestDashboardIsOneByGrafanasTypes(t *testing.T) {
+func TestDashboardsConformToGrafanasTypes(t *testing.T) {
 	for file := range dashboards {
 		if _, err := decode(read(t, file)); err != nil {
 			t.Errorf("%s: %v", file, err)
@@ -51,35 +51,35 @@ func TestDashboardIsOneByGrafanasTypes(t *testing.T) {
 	}
 }
 
-func TestUnknownOptionIsNone(t *testing.T) {
+func TestUnknownOptionsAreRefused(t *testing.T) {
 	for _, broken := range []string{`"reduceOptions"`, `"legendFormat"`, `"schemaVersion"`, `"gridPos"`} {
-		text := strings.ReplaceAll(string(read(t, "dashboards/overview.json")), broken, `"unheardOf"`)
+		text := strings.ReplaceAll(string(read(t, "dashboards/overview.json")), broken, `"unknownOption"`)
 		if _, err := decode([]byte(text)); err == nil {
-			t.Errorf("%s is not missed", broken)
+			t.Errorf("renaming %s is not detected", broken)
 		}
 	}
 }
 
-func TestPanelSaysWhatItShowsAndInWhichUnit(t *testing.T) {
+func TestEveryPanelHasTitleDescriptionAndUnit(t *testing.T) {
 	for file := range dashboards {
-		for _, complaint := range silent(panels(t, read(t, file))) {
-			t.Errorf("%s: %s", file, complaint)
+		for _, problem := range undescribed(panels(t, read(t, file))) {
+			t.Errorf("%s: %s", file, problem)
 		}
 	}
 }
 
-func TestPanelThatSaysNothingIsFound(t *testing.T) {
+func TestPanelWithoutTitleDescriptionOrUnitIsReported(t *testing.T) {
 	for _, broken := range []string{`"description": "Whether`, `"unit": "percentunit"`, `"title": "Last batch"`} {
 		key := strings.SplitN(broken, ":", 2)[0]
 		text := strings.ReplaceAll(string(read(t, "dashboards/target.json")), broken, key+`: "", "was`+broken[1:])
-		if len(silent(loosely(t, text))) == 0 {
-			t.Errorf("nothing is missed without %s", broken)
+		if len(undescribed(loosely(t, text))) == 0 {
+			t.Errorf("a panel without %s is not reported", broken)
 		}
 	}
 }
 
-// Else a rollout breaks a window in two, and shows each target twice.
-func TestCounterIsSummedOverInstances(t *testing.T) {
+// Otherwise a rollout would split a window in two and show each target twice.
+func TestCountersAreSummedOverInstances(t *testing.T) {
 	summed := regexp.MustCompile(`sum (without \(instance, pod[^)]*\)|by \(le\)) \(increase\(`)
 	for file := range dashboards {
 		for _, panel := range panels(t, read(t, file)) {
@@ -99,13 +99,13 @@ func TestPanelsDoNotOverlap(t *testing.T) {
 		for _, panel := range panels(t, read(t, file)) {
 			place := panel.GridPos
 			if place.X+place.W > 24 {
-				t.Errorf("%s: %s sticks out", file, *panel.Title)
+				t.Errorf("%s: %s exceeds the width of the dashboard", file, *panel.Title)
 			}
 			for x := place.X; x < place.X+place.W; x++ {
 				for y := place.Y; y < place.Y+place.H; y++ {
 					cell := fmt.Sprint(x, ",", y)
 					if other := taken[cell]; other != "" {
-						t.Fatalf("%s: %s lies on %s", file, *panel.Title, other)
+						t.Fatalf("%s: %s overlaps %s", file, *panel.Title, other)
 					}
 					taken[cell] = *panel.Title
 				}
@@ -123,8 +123,8 @@ func read(t *testing.T, file string) []byte {
 	return text
 }
 
-// The strict decoder complains, and loses what it decoded: it takes an empty list of complaints for an error. So the
-// lenient one decodes.
+// The strict decoder reports problems, but it returns an error even if there are none, and drops the decoded value. The
+// lenient decoder therefore returns the value.
 func decode(text []byte) (dashboard.Dashboard, error) {
 	var strict, decoded dashboard.Dashboard
 	if err := strict.UnmarshalJSONStrict(text); err != nil && err.Error() != "" {
@@ -145,7 +145,7 @@ func panels(t *testing.T, text []byte) []dashboard.Panel {
 	return panelsOf(decoded)
 }
 
-// Of a dashboard with a key too many.
+// The panels of a dashboard that may contain an unknown key.
 func loosely(t *testing.T, text string) []dashboard.Panel {
 	t.Helper()
 	var decoded dashboard.Dashboard
@@ -163,27 +163,27 @@ func panelsOf(decoded dashboard.Dashboard) []dashboard.Panel {
 		}
 	}
 	if len(panels) < 10 {
-		panic("a dashboard here has more panels than these")
+		panic("a dashboard has fewer than ten panels: were some not decoded?")
 	}
 	return panels
 }
 
-// What panels don't say.
-func silent(panels []dashboard.Panel) []string {
-	var complaints []string
+// Panels without a title, a description or a unit.
+func undescribed(panels []dashboard.Panel) []string {
+	var problems []string
 	for _, panel := range panels {
 		if panel.Title == nil || *panel.Title == "" {
-			complaints = append(complaints, fmt.Sprintf("panel %d has no title", *panel.Id))
+			problems = append(problems, fmt.Sprintf("panel %d has no title", *panel.Id))
 			continue
 		}
 		if panel.Description == nil || *panel.Description == "" {
-			complaints = append(complaints, *panel.Title+" has no description")
+			problems = append(problems, *panel.Title+" has no description")
 		}
 		if unit(panel) == "" {
-			complaints = append(complaints, *panel.Title+" has no unit")
+			problems = append(problems, *panel.Title+" has no unit")
 		}
 	}
-	return complaints
+	return problems
 }
 
 func unit(panel dashboard.Panel) string {

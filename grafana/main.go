@@ -1,5 +1,5 @@
-// Writes the dashboards: run `go run .` in this folder after a change. What Grafana reads are the files; a test holds
-// them equal to what this makes.
+// Writes the dashboards that Grafana loads. Run `go run .` in this folder after a change; a test compares the files with
+// the output.
 package main
 
 import (
@@ -12,10 +12,10 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
 )
 
-// The oldest schema that has all that is used here: Grafana 11's. Later versions migrate it as they load it.
+// The schema of Grafana 11, the oldest that has every option used here. Later versions migrate it when they load it.
 const schemaVersion = 39
 
-// What is made, by the file that it is kept in.
+// The dashboards by their files.
 var dashboards = map[string]func() (dashboard.Dashboard, error){
 	"dashboards/overview.json": overview,
 	"dashboards/target.json":   target,
@@ -42,12 +42,12 @@ func render(make func() (dashboard.Dashboard, error)) ([]byte, error) {
 	made.SchemaVersion = schemaVersion
 	identify(made.Panels)
 	text, err := json.MarshalIndent(made, "", "  ")
-	// Go escapes what would matter in HTML, and a query full of \u003e can't be read in a diff.
+	// Go escapes characters that matter in HTML. Without these escapes, queries are readable in a diff.
 	readable := strings.NewReplacer(`\u003e`, ">", `\u003c`, "<", `\u0026`, "&").Replace(string(text))
 	return []byte(readable + "\n"), err
 }
 
-// Links and alerts name a panel by its number.
+// Numbers the panels, because links and alerts refer to a panel by its number.
 func identify(panels []dashboard.PanelOrRowPanel) {
 	for index, one := range panels {
 		id := uint32(index + 1)

@@ -6,13 +6,13 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/units"
 )
 
-// All targets at once; its rows are an on-call engineer's questions in their order.
+// All targets. The rows are an on-call engineer's questions, in the order in which they arise.
 func overview() (dashboard.Dashboard, error) {
-	board := begin(overviewUid, "LiveKit canary", "Whether callers get an agent, and if not, whose fault it is.").
+	board := begin(overviewUid, "LiveKit canary", "Whether callers get an agent, and if not, which part fails.").
 		Link(dashboard.NewDashboardLinkBuilder("One target").
 			Type(dashboard.DashboardLinkTypeLink).
 			Icon("dashboard").
-			Tooltip("The drill-down").
+			Tooltip("Details of one target").
 			Url("/d/" + targetUid).
 			IncludeVars(false).
 			KeepTime(true)).
@@ -34,19 +34,18 @@ func overview() (dashboard.Dashboard, error) {
 }
 
 func overallService(board *dashboard.DashboardBuilder) {
-	board.WithRow(dashboard.NewRowBuilder("Are callers hurt?")).
+	board.WithRow(dashboard.NewRowBuilder("Are callers affected?")).
 		WithPanel(rows(about{
 			"Service levels over the SLO window",
-			"The share of rooms that were good, of those that count, over the SLO window; the objective; and what is left of " +
-				"the error budget: 100 % where no room failed, 0 where the objective is just met, less where it is missed. " +
-				"Rooms: how many the level rests on; a hundred rooms can't tell 99 % from 98 %. Bad batches: one bad batch is a " +
-				"moment, many are a habit.",
+			"Service level: the share of eligible rooms that were good over the SLO window. Error budget left: 100 % if no room " +
+				"failed, 0 if the objective is just met, negative if it is missed. Rooms: the number of eligible rooms; 100 rooms " +
+				"are too few to distinguish 99 % from 98 %. Bad batches: one is an incident, many show a lasting problem.",
 			count, 15, 9,
 		}, []string{"target", "sli"}, levels()...)).
 		WithPanel(number(about{
 			"Last batch",
-			"The share of the rooms of each target's last batch that were ok. One failed room is no outage: look at the next " +
-				"batch, or at the service levels.",
+			"The share of ok rooms in the last batch of each target. One failed room is not an outage: check the next batch or " +
+				"the service levels.",
 			share, 5, 9,
 		}, query{known(latest("last_batch_success_ratio", "")), "{{target}}"}).
 			Decimals(0).
@@ -54,8 +53,8 @@ func overallService(board *dashboard.DashboardBuilder) {
 		WithPanel(batchesInWindow(4, 9, "{{target}}")).
 		WithPanel(lines(about{
 			"Service level, last $window",
-			"The share of rooms that were good, of those that count, in the window before each point; dashed: the objective. " +
-				"A gap: no room counted.",
+			"The share of eligible rooms that were good in the window before each point. Dashed: the objective. A gap means " +
+				"that no room was eligible.",
 			share, 12, 8,
 		},
 			query{serviceLevel(`sli=~"$sli"`, "$window"), "{{target}} {{sli}}"},
@@ -63,8 +62,8 @@ func overallService(board *dashboard.DashboardBuilder) {
 		).Max(1)).
 		WithPanel(lines(about{
 			"Error budget left over the SLO window",
-			"100 %: no room failed in the SLO window before each point. 0: the objective is just met. Below: it is missed. " +
-				"Steep: it burns now; level and low: it burnt earlier.",
+			"100 %: no room failed in the SLO window before each point. 0: the objective is just met. Negative: it is missed. " +
+				"A steep fall means that the budget burns now. A low, flat line means that it burnt earlier.",
 			share, 12, 8,
 		}, query{budgetLeft(`sli=~"$sli"`, "$slo_window"), "{{target}} {{sli}}"}).
 			Min(-1).Max(1).
@@ -77,15 +76,16 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 	board.WithRow(dashboard.NewRowBuilder("Is it the agent?")).
 		WithPanel(lines(about{
 			"Join delay of the rooms that an agent joined, last $window",
-			"From the dispatch to the agent's join. It covers joined rooms only: where agents stay away it has nothing to say, " +
-				"and may even look better. The panel beside it counts those too. Dashed: the threshold of the join objective.",
+			"Time from the dispatch to the agent's join, in rooms that an agent joined. Rooms without an agent are missing here, " +
+				"so an outage can look like an improvement; the next panel includes them. Dashed: the threshold of the join " +
+				"objective.",
 			units.Seconds, 12, 8,
 		}, append(quantiles(delay, "", "position"),
 			query{latest("slo_threshold_seconds", `sli="join"`), "{{target}} threshold"})...)).
 		WithPanel(lines(about{
 			"Rooms joined within the threshold, last $window",
-			"The join service level: rooms whose agent joined in time, of all that count, those that no agent joined included. " +
-				"Dashed: the objective.",
+			"The join service level: the share of eligible rooms whose agent joined in time. Rooms that no agent joined are " +
+				"included. Dashed: the objective.",
 			share, 12, 8,
 		},
 			query{serviceLevel(`sli="join"`, "$window"), "{{target}}"},
@@ -93,19 +93,19 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 		).Max(1)).
 		WithPanel(heatOf(about{
 			"Join delays, last $window",
-			"How many rooms of the chosen targets had which join delay, in the window before each column. Joined rooms only.",
+			"Distribution of the join delays of the chosen targets, in the window before each column. Only rooms that an agent joined.",
 			units.Seconds, 12, 8,
 		}, delay)).
 		WithPanel(lines(about{
 			"First room of a batch and later ones, p50 of the join delay, last $window",
-			"A first room that takes longer than later ones meets a cold start: no idle process, or a worker scaled to zero. " +
-				"Joined rooms only.",
+			"If the first room takes longer than later ones, the agent has a cold start: no idle process, or a worker that was " +
+				"scaled to zero. Only rooms that an agent joined.",
 			units.Seconds, 12, 8,
 		}, query{quantile("0.5", delay, ""), "{{target}} {{position}}"})).
 		WithPanel(counts(about{
 			"Rooms that the agent failed, last $window",
-			"By reason, of origin agent or undetermined (LiveKit took the dispatch, and nobody came). Dotted: all rooms that " +
-				"came to an end. docs/reasons.md explains each reason and what to do.",
+			"Failed rooms by reason, with origin agent or undetermined (LiveKit accepted the dispatch, but no agent joined). " +
+				"Dotted: all rooms that ended. docs/reasons.md explains each reason and what to do.",
 			count, 24, 8,
 		}, probes(), failures(`origin=~"agent|undetermined"`, "{{target}} {{reason}}")))
 }
@@ -114,20 +114,20 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 	board.WithRow(dashboard.NewRowBuilder("Is it LiveKit or the network?")).
 		WithPanel(counts(about{
 			"Failed rooms by origin, last $window",
-			"Who is at fault. livekit, network, limit, external, config and canary say nothing about the agent. " +
-				"Dotted: all rooms that came to an end.",
+			"The part that failed. Failures with origin livekit, network, limit, external, config or canary say nothing about " +
+				"the agent. Dotted: all rooms that ended.",
 			count, 12, 8,
 		}, probes(), failures("", "{{target}} {{origin}}", "reason"))).
 		WithPanel(lines(about{
-			"The canary's own way in, p90, last $window",
-			"What comes before any agent: creating the room, the signal connection, media, publishing the echo track, and the " +
-				"dispatch call. Slow here is slow for callers too, and no fault of the agent's.",
+			"Steps before the agent, p90, last $window",
+			"The canary's own steps: it creates the room, connects signal and media, publishes the echo track, and calls the " +
+				"dispatch. Slow steps are slow for callers too, and the agent is not the cause.",
 			units.Seconds, 12, 8,
-		}, query{quantile("0.9", "span_duration_seconds", wayIn), "{{target}} {{span}}"})).
+		}, query{quantile("0.9", "span_duration_seconds", stepsBeforeAgent), "{{target}} {{span}}"})).
 		WithPanel(rows(about{
 			"Failures in the time range",
-			"Every reason that occurred in the dashboard's time range. A target's link leads to its batches, with the " +
-				"evidence of each room.",
+			"Every reason that occurred in the dashboard's time range. The link of a target opens its batches, with the evidence " +
+				"of each room.",
 			count, 24, 7,
 		}, []string{"target", "origin", "reason"}, column{
 			query{sum(growth("probe_failures_total", "", "$__range")) + " > 0", "Rooms"}, count,
@@ -141,26 +141,27 @@ func overallPlan(board *dashboard.DashboardBuilder) {
 	const rest = prefix + `backoff_until_timestamp_seconds{project=~"$project"}`
 	board.WithRow(dashboard.NewRowBuilder("Is it the plan?")).
 		WithPanel(counts(about{
-			"Rooms that met a plan limit, last $window",
-			"By the limit that the service named. connections, agent_sessions, inference and quota are met by callers too. " +
-				"Dotted: all rooms that came to an end.",
+			"Rooms that reached a plan limit, last $window",
+			"Rooms by the limit that LiveKit reported. The limits connections, agent_sessions, inference and quota affect " +
+				"callers too. Dotted: all rooms that ended.",
 			count, 8, 8,
 		}, probes(), rejections("{{target}} {{limit}}"))).
 		WithPanel(counts(about{
-			"Batches that did not open, last $window",
-			"Ticks that started no batch: overlap (the batch before still ran), budget (the canary's own, see beside), backoff " +
-				"(after a plan limit), paused. Dotted: batches that ended. Too many, and the service levels rest on few rooms.",
+			"Skipped batches, last $window",
+			"Ticks that started no batch. overlap: the previous batch still ran. budget: the agent budget is spent. backoff: a " +
+				"pause after a plan limit. paused: by hand. Dotted: batches that ended. Many skipped batches leave few rooms for " +
+				"the service levels.",
 			count, 8, 8,
 		}, batches(), skipped("{{target}} {{cause}}"))).
 		WithPanel(fill(about{
 			"Agent budget used",
-			"Agent time of this UTC day and calendar month, what running rooms have reserved included, of what the settings " +
-				"allow. Full: batches are skipped, and callers are not concerned. Nothing where no budget is set.",
+			"Agent time used in this UTC day and calendar month, as a share of the budget. Reservations of running rooms are " +
+				"included. At 100 % the canary skips batches; callers are not affected. Empty if no budget is set.",
 			share, 5, 8,
 		}, query{aggregate("max", used, nil) + "\n/ " + aggregate("max", most, nil) + " >= 0", "{{project}} {{period}}"}).Decimals(0)).
 		WithPanel(number(about{
-			"Rest after a plan limit",
-			"How long a project's batches still rest because the service named a limit. Nothing where none does.",
+			"Pause after a plan limit",
+			"How long a project still opens no rooms because LiveKit reported a plan limit. Empty if there is no pause.",
 			units.Seconds, 3, 8,
 		}, query{aggregate("max", rest, nil) + " - time() > 0", "{{project}}"}).Decimals(0).Thresholds(steps("orange")))
 }
@@ -169,8 +170,8 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 	board.WithRow(dashboard.NewRowBuilder("Is it the canary?")).
 		WithPanel(rows(about{
 			"Schedules",
-			"Whether batches come when they are due. A next batch that is overdue: the canary is stuck, stopped or not " +
-				"scraped. A target without a row here is not watched at all.",
+			"Whether batches start when they are due. An overdue next batch means that the canary is stuck, stopped or not " +
+				"scraped. A target without a row here is not monitored.",
 			units.Seconds, 16, 8,
 		}, []string{"target"},
 			column{query{latest("target_paused", ""), "Schedule"}, count,
@@ -187,7 +188,7 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 		)).
 		WithPanel(rows(about{
 			"Canaries",
-			"What runs, as last scraped.",
+			"The canaries that Prometheus scrapes, with their versions.",
 			units.Seconds, 8, 8,
 		}, []string{"instance", "version", "revision"},
 			column{query{"time() - " + described("process_start_time_seconds"), "Up for"}, units.Seconds, nil},
@@ -195,18 +196,18 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 				units.Seconds, nil},
 		)).
 		WithPanel(lines(about{
-			"What should be nought, last $window",
-			"Faults of the canary itself, by part; records that its history could not take; rooms that could not be deleted, or " +
-				"may have come back. Each is logged with its cause.",
+			"What should be zero, last $window",
+			"Internal errors of the canary, by part. Records that it could not write to its history. Rooms that it could not " +
+				"delete, or that may exist again. The log has the cause of each.",
 			count, 12, 8,
 		},
-			query{sum("increase(" + prefix + "internal_errors_total[$window])"), "fault: {{kind}}"},
+			query{sum("increase(" + prefix + "internal_errors_total[$window])"), "internal error: {{kind}}"},
 			query{sum("increase(" + prefix + "history_dropped_total[$window])"), "records dropped"},
 			query{sum(growth("rooms_leaked_total", "", "$window")), "{{target}}: rooms leaked"},
 		)).
 		WithPanel(lines(about{
 			"CPU and memory",
-			"CPU of the process in cores (left), and its resident memory (right).",
+			"CPU of the process in cores (left axis), and its resident memory (right axis).",
 			count, 6, 8,
 		},
 			query{ofCanary("rate(process_cpu_seconds_total[$__rate_interval])"), "{{instance}} CPU"},
@@ -217,23 +218,23 @@ func overallCanary(board *dashboard.DashboardBuilder) {
 		})).
 		WithPanel(number(about{
 			"History",
-			"Whether outcomes and the agent budget are written to disk. Probing goes on without.",
+			"Whether outcomes and the agent budget are written to disk. Probing continues without it.",
 			units.Short, 3, 8,
 		}, query{prefix + "history_degraded", "{{instance}}"}).Mappings(words("written", "degraded", false))).
 		WithPanel(number(about{
 			"Settings",
-			"Whether the last load of the settings was taken. Refused: those before it are in force; the log and the status " +
-				"page say why.",
+			"Whether the canary accepted the settings at the last load. If it rejected them, it still uses the previous ones; the " +
+				"log and the status page show why.",
 			units.Short, 3, 8,
-		}, query{prefix + "config_last_reload_successful", "{{instance}}"}).Mappings(words("refused", "in force", true)))
+		}, query{prefix + "config_last_reload_successful", "{{instance}}"}).Mappings(words("rejected", "in force", true)))
 }
 
-// With the labels of the canary's build.
+// A gauge with the labels of the canary's build.
 func described(gauge string) string {
 	return gauge + " * on (job, instance) group_right () " + prefix + "build_info"
 }
 
-// Series of `process_*` carry no name of ours.
+// Selects the `process_*` series of canaries, whose names have no prefix of the canary.
 func ofCanary(expr string) string {
 	return expr + " and on (job, instance) " + prefix + "build_info"
 }

@@ -15,13 +15,13 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/units"
 )
 
-// What every panel says of itself.
+// The texts and the size of a panel.
 type about struct {
 	title string
-	// What it shows, of which rooms, and what to conclude.
+	// What the panel shows, for which rooms, and what to conclude.
 	description string
 	unit        string
-	// Of 24 columns, and in rows of some 36 pixels.
+	// The width in 24ths of the dashboard, and the height in rows of about 36 pixels.
 	width, height uint32
 }
 
@@ -31,7 +31,7 @@ const (
 	count = units.Short
 )
 
-// Lines over time. A threshold or an objective among them is dashed.
+// Lines over time. Thresholds and objectives are dashed.
 func lines(about about, queries ...query) *timeseries.PanelBuilder {
 	return timeseries.NewPanelBuilder().
 		Title(about.title).Description(about.description).Unit(about.unit).
@@ -40,7 +40,7 @@ func lines(about about, queries ...query) *timeseries.PanelBuilder {
 		Targets(ranges(queries)).
 		Min(0).
 		LineWidth(1).
-		// A lone value between two gaps shows as a point.
+		// A single value between two gaps is shown as a point.
 		ShowPoints(common.VisibilityModeAuto).
 		ColorScheme(dashboard.NewFieldColorBuilder().Mode(dashboard.FieldColorModeIdPaletteClassicByName)).
 		Legend(common.NewVizLegendOptionsBuilder().
@@ -56,7 +56,7 @@ func lines(about about, queries ...query) *timeseries.PanelBuilder {
 		})
 }
 
-// Counts over time, one upon the other; the first query is what they are counted out of, and stands as a line behind.
+// Stacked counts over time. The first query is their total, a dotted line behind them.
 func counts(about about, whole query, parts ...query) *timeseries.PanelBuilder {
 	return lines(about, append([]query{whole}, parts...)...).
 		FillOpacity(60).
@@ -70,7 +70,7 @@ func counts(about about, whole query, parts ...query) *timeseries.PanelBuilder {
 		})
 }
 
-// A delay's distribution over time.
+// The distribution of a delay over time.
 func heatOf(about about, name string) *heatmap.PanelBuilder {
 	return heatmap.NewPanelBuilder().
 		Title(about.title).Description(about.description).
@@ -109,7 +109,7 @@ func number(about about, queries ...query) *stat.PanelBuilder {
 		Thresholds(steps("text"))
 }
 
-// How full something is, from 0 to 1.
+// A bar from 0 to 1.
 func fill(about about, queries ...query) *bargauge.PanelBuilder {
 	return bargauge.NewPanelBuilder().
 		Title(about.title).Description(about.description).Unit(about.unit).
@@ -129,7 +129,7 @@ func lastOfEach() cog.Builder[common.ReduceDataOptions] {
 	return common.NewReduceDataOptionsBuilder().Values(false).Calcs([]string{"lastNotNull"}).Fields("")
 }
 
-// A column of a table beyond its labels; without a name it isn't shown.
+// A column of a table, in addition to the labels. A column without a name is hidden.
 type column struct {
 	query
 	unit string
@@ -163,7 +163,7 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 		Datasource(datasource()).
 		Targets(columns(queries)).
 		WithTransformation(transformation("merge", map[string]any{})).
-		// Of the labels that the scrape configuration adds, those that tell places apart.
+		// Keeps those labels of the scrape configuration that distinguish places.
 		WithTransformation(transformation("filterFieldsByName", map[string]any{
 			"include": map[string]any{"pattern": "^(" + shown + "|region|env|cluster)$"},
 		})).
@@ -182,14 +182,14 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 	}
 	return built.OverrideByName("target", []dashboard.DynamicConfigValue{
 		{Id: "links", Value: []map[string]any{
-			{"title": "This target", "url": targetUrl("${__value.raw}")},
-			{"title": "Its batches on the canary", "targetBlank": true,
+			{"title": "Show this target", "url": targetUrl("${__value.raw}")},
+			{"title": "Show its batches on the canary", "targetBlank": true,
 				"url": "${status_page:raw}/api/v1/batches?target=${__value.raw}"},
 		}},
 	})
 }
 
-// The columns of service levels over the SLO window; `more` stand before what they rest on.
+// The columns of service levels over the SLO window; `more` precede the counts of rooms and batches.
 func levels(more ...column) []column {
 	return slices.Concat([]column{
 		{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
@@ -205,7 +205,7 @@ func levels(more ...column) []column {
 func batchesInWindow(width, height uint32, name string) *stat.PanelBuilder {
 	return number(about{
 		"Batches in the window",
-		"How many batches the chosen window holds. With fewer than four, a single room makes a trend: choose a longer window.",
+		"The number of batches in the chosen window. With fewer than four, a single room looks like a trend: choose a longer window.",
 		count, width, height,
 	}, query{batches().expr, name}).
 		Decimals(0).
@@ -220,7 +220,7 @@ func transformation(id string, options map[string]any) dashboard.DataTransformer
 	return dashboard.DataTransformerConfig{Id: id, Options: options}
 }
 
-// Colours a table's cell as its value's step says.
+// Colours a table cell by the step of its value.
 func coloured(mode string, values ...any) []dashboard.DynamicConfigValue {
 	return []dashboard.DynamicConfigValue{
 		{Id: "custom.cellOptions", Value: map[string]any{"type": mode}},
@@ -228,7 +228,7 @@ func coloured(mode string, values ...any) []dashboard.DynamicConfigValue {
 	}
 }
 
-// A colour, then by turns a value and the colour from there on.
+// The base colour, followed by pairs of a value and the colour from that value on.
 func steps(values ...any) cog.Builder[dashboard.ThresholdsConfig] {
 	thresholds := []dashboard.Threshold{{Color: values[0].(string)}}
 	for index := 1; index < len(values); index += 2 {
@@ -241,12 +241,12 @@ func steps(values ...any) cog.Builder[dashboard.ThresholdsConfig] {
 func built(thresholds cog.Builder[dashboard.ThresholdsConfig]) dashboard.ThresholdsConfig {
 	made, err := thresholds.Build()
 	if err != nil {
-		panic(fmt.Sprintf("thresholds written here are valid: %v", err))
+		panic(fmt.Sprintf("the thresholds in this file must be valid: %v", err))
 	}
 	return made
 }
 
-// Words for 0 and 1, and whether 1 is good.
+// Shows words for 0 and 1; green is the good one.
 func words(zero, one string, oneIsGood bool) []dashboard.ValueMapping {
 	colours := map[bool]string{true: "green", false: "red"}
 	mapping := dashboard.ValueMap{Type: dashboard.MappingTypeValueToText, Options: map[string]dashboard.ValueMappingResult{

@@ -13,44 +13,44 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/prometheus"
 )
 
-// A query of a panel, as Grafana sends it once a target is chosen.
-type asked struct {
+// A query of a panel as Grafana sends it for a chosen target.
+type panelQuery struct {
 	panel, ref, expr string
 	instant          bool
 	target           string
 }
 
-func (one asked) String() string {
+func (one panelQuery) String() string {
 	return fmt.Sprintf("%s, %s of %q: %s", one.target, one.ref, one.panel, one.expr)
 }
 
-// What must come of a query.
+// The result that a query must have.
 type expectation int
 
 const (
 	// At least one value that is a number.
 	values expectation = iota
-	// Never anything.
+	// Never a value.
 	nothing
 	// Either.
 	anything
 )
 
-// A query that ends so shows what is amiss, and nothing where nothing is.
-const amiss = "> 0"
+// The end of a query that shows only problems, and therefore nothing for a healthy target.
+const onlyProblems = "> 0"
 
 var (
-	// Of rooms with an agent alone.
+	// Queries that cover only rooms with an agent.
 	ofAgent = regexp.MustCompile(`(?s)histogram_quantile.*(agent_|first_speech|reply)|audio_packets`)
 )
 
-func (one asked) expected() expectation {
-	shows := strings.HasSuffix(one.expr, amiss)
+func (one panelQuery) expected() expectation {
+	shows := strings.HasSuffix(one.expr, onlyProblems)
 	switch {
 	case shows && one.target == healthy:
 		return nothing
 	case shows && one.target == outage:
-		// Only some of all faults.
+		// The outage causes only some kinds of failures.
 		return anything
 	case one.target == outage && ofAgent.MatchString(one.expr):
 		return nothing
@@ -59,10 +59,10 @@ func (one asked) expected() expectation {
 	}
 }
 
-func TestQueriesFindWhatThereIsAndNothingElse(t *testing.T) {
+func TestEveryQueryHasTheExpectedValues(t *testing.T) {
 	for version, stack := range start(t) {
 		t.Run(version, func(t *testing.T) {
-			// Faults come once, so each looks at the same time.
+			// Each fault occurs only a few times, so both versions must run at the same time.
 			t.Parallel()
 			stack.finds(t)
 		})
@@ -70,7 +70,7 @@ func TestQueriesFindWhatThereIsAndNothingElse(t *testing.T) {
 }
 
 func (stack stack) finds(t *testing.T) {
-	var queries []asked
+	var queries []panelQuery
 	for file := range dashboards {
 		queries = append(queries, stack.queries(t, read(t, file))...)
 	}
@@ -84,7 +84,7 @@ func (stack stack) finds(t *testing.T) {
 		return
 	}
 
-	// The same, had a series another name or a query another label.
+	// The same check must fail if a series or a label had another name.
 	for _, renamed := range [][2]string{
 		{"agent_join_delay_seconds_bucket", "agent_joined_delay_seconds_bucket"},
 		{"batches_total", "batches_run_total"},
@@ -92,18 +92,18 @@ func (stack stack) finds(t *testing.T) {
 	} {
 		text := strings.ReplaceAll(string(read(t, "dashboards/overview.json")), renamed[0], renamed[1])
 		if len(stack.unmet(t, stack.queries(t, []byte(text)), 0)) == 0 {
-			t.Errorf("nobody misses %s", renamed[0])
+			t.Errorf("a query without %s is not detected", renamed[0])
 		}
 	}
 }
 
-// Repeats queries until each has had what must come of it, and returns those that never had.
-func (stack stack) unmet(t *testing.T, queries []asked, within time.Duration) []asked {
+// Repeats the queries until each has had its expected result, and returns those that never had.
+func (stack stack) unmet(t *testing.T, queries []panelQuery, within time.Duration) []panelQuery {
 	t.Helper()
 	waiting := slices.Clone(queries)
 	for deadline := time.Now().Add(within); ; {
-		waiting = slices.DeleteFunc(waiting, func(one asked) bool { return stack.met(t, one) })
-		unmet := slices.DeleteFunc(slices.Clone(waiting), func(one asked) bool { return one.expected() != values })
+		waiting = slices.DeleteFunc(waiting, func(one panelQuery) bool { return stack.met(t, one) })
+		unmet := slices.DeleteFunc(slices.Clone(waiting), func(one panelQuery) bool { return one.expected() != values })
 		if len(unmet) == 0 || time.Now().After(deadline) {
 			return unmet
 		}
@@ -111,8 +111,8 @@ func (stack stack) unmet(t *testing.T, queries []asked, within time.Duration) []
 	}
 }
 
-// Whether a query needs no further look: one that must find nothing is looked at to the end.
-func (stack stack) met(t *testing.T, one asked) bool {
+// Whether a query is done. A query that must have no values is never done: it is checked until the end.
+func (stack stack) met(t *testing.T, one panelQuery) bool {
 	t.Helper()
 	found, err := stack.values(one)
 	if err != nil {
@@ -125,7 +125,7 @@ func (stack stack) met(t *testing.T, one asked) bool {
 }
 
 // The last value of each series.
-func (stack stack) values(one asked) ([]string, error) {
+func (stack stack) values(one panelQuery) ([]string, error) {
 	var data struct {
 		Result []struct {
 			Value  [2]any
@@ -140,7 +140,7 @@ func (stack stack) values(one asked) ([]string, error) {
 		form.Set("end", fmt.Sprint(now.Unix()))
 		form.Set("step", "5")
 	}
-	if err := stack.ask(path, form, &data); err != nil {
+	if err := stack.request(path, form, &data); err != nil {
 		return nil, err
 	}
 	var found []string
@@ -154,17 +154,17 @@ func (stack stack) values(one asked) ([]string, error) {
 	return found, nil
 }
 
-// What Grafana makes of all of a variable's values.
+// The value of a variable if all its options are selected.
 const all = "(" + failing + "|" + healthy + "|" + outage + ")"
 
-// Every query of a dashboard with each target chosen in turn, and with all of them where several can be.
-func (stack stack) queries(t *testing.T, text []byte) []asked {
+// Every query of a dashboard for each target, and for all targets together if the dashboard allows it.
+func (stack stack) queries(t *testing.T, text []byte) []panelQuery {
 	t.Helper()
 	decoded, err := decode(text)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var queries []asked
+	var queries []panelQuery
 	for _, target := range []string{healthy, failing, outage, all} {
 		chosen := stack.chosen(t, decoded, target)
 		if chosen == nil {
@@ -173,7 +173,7 @@ func (stack stack) queries(t *testing.T, text []byte) []asked {
 		for _, panel := range panelsOf(decoded) {
 			for _, one := range panel.Targets {
 				query := one.(*prometheus.Dataquery)
-				queries = append(queries, asked{
+				queries = append(queries, panelQuery{
 					panel:   *panel.Title,
 					ref:     *query.RefId,
 					expr:    expand(t, query.Expr, chosen),
@@ -186,7 +186,7 @@ func (stack stack) queries(t *testing.T, text []byte) []asked {
 	return queries
 }
 
-// The values of a dashboard's variables once this target is chosen; nil where it can't be.
+// The values of a dashboard's variables for this target; nil if the dashboard can't select it.
 func (stack stack) chosen(t *testing.T, decoded dashboard.Dashboard, target string) map[string]string {
 	t.Helper()
 	chosen := map[string]string{"__range": "60s", "__interval": "15s", "__rate_interval": "1m0s"}
@@ -204,7 +204,7 @@ func (stack stack) chosen(t *testing.T, decoded dashboard.Dashboard, target stri
 				}
 			}
 		case dashboard.VariableTypeCustom:
-			// Several values are a regular expression's alternatives.
+			// Several values become the alternatives of a regular expression.
 			chosen[variable.Name] = "(" + strings.Join(variable.Current.Value.ArrayOfString, "|") + ")"
 			if variable.Current.Value.String != nil {
 				chosen[variable.Name] = *variable.Current.Value.String
@@ -216,17 +216,17 @@ func (stack stack) chosen(t *testing.T, decoded dashboard.Dashboard, target stri
 
 var labelValues = regexp.MustCompile(`^label_values\((.*), (\w+)\)$`)
 
-// What a variable of type query offers, once the daemon has been scraped.
+// The options of a query variable, after the daemon was scraped.
 func (stack stack) options(t *testing.T, query string) []string {
 	t.Helper()
 	parts := labelValues.FindStringSubmatch(query)
 	if parts == nil {
-		t.Fatalf("%s is not understood here", query)
+		t.Fatalf("%s is not a label_values query", query)
 	}
 	var options []string
 	for deadline := time.Now().Add(30 * time.Second); len(options) == 0 && time.Now().Before(deadline); {
 		var data []map[string]string
-		err := stack.ask("/api/v1/series", url.Values{"match[]": {parts[1]}}, &data)
+		err := stack.request("/api/v1/series", url.Values{"match[]": {parts[1]}}, &data)
 		for _, labels := range data {
 			options = append(options, labels[parts[2]])
 		}
@@ -245,7 +245,7 @@ func expand(t *testing.T, query string, chosen map[string]string) string {
 	return variable.ReplaceAllStringFunc(query, func(name string) string {
 		value, known := chosen[name[1:]]
 		if !known {
-			t.Fatalf("%s of %s is no variable", name, query)
+			t.Fatalf("%s in %s is not a variable of the dashboard", name, query)
 		}
 		return value
 	})

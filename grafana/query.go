@@ -12,22 +12,22 @@ import (
 
 const prefix = "livekit_canary_"
 
-// The steps before any agent.
-const wayIn = `span=~"room_create|signal|media|publish|dispatch"`
+// The steps before an agent joins.
+const stepsBeforeAgent = `span=~"room_create|signal|media|publish|dispatch"`
 
-// A query and how a series of it is called. In a table the name is that of the column.
+// A query and the name of its series; in a table, the name of the column.
 type query struct {
 	expr string
 	name string
 }
 
-// One series a target, and a region or whatever else the scrape configuration adds. What moves with a restart or a
-// rollout is summed over, so that neither breaks a window in two.
+// Sums to one series per target, and per label that the scrape configuration adds, such as region. The sum drops the labels
+// that change with a restart or a rollout: otherwise these would split a window in two.
 func sum(expr string, over ...string) string {
 	return aggregate("sum", expr, over)
 }
 
-// The same for gauges, of which an old and a new instance may both have one for a moment.
+// The same for gauges, for which an old and a new instance may both have a series for a while.
 func latest(name, matchers string) string {
 	return aggregate("max", prefix+name+selector(matchers), nil)
 }
@@ -37,7 +37,7 @@ func aggregate(how, expr string, over []string) string {
 	return fmt.Sprintf("%s without (%s) (%s)", how, strings.Join(labels, ", "), expr)
 }
 
-// All series are of the chosen targets.
+// The label matchers of every series, with the chosen targets.
 func selector(matchers string) string {
 	if matchers != "" {
 		matchers = ", " + matchers
@@ -45,46 +45,46 @@ func selector(matchers string) string {
 	return `{target=~"$target"` + matchers + `}`
 }
 
-// By how much a counter grew in the window.
+// The increase of a counter in the window.
 func growth(name, matchers, window string) string {
 	return fmt.Sprintf("increase(%s%s%s[%s])", prefix, name, selector(matchers), window)
 }
 
-// The share of eligible probes that were good; nothing where none was eligible, for nobody knows then.
+// The share of eligible probes that were good. It has no value if no probe was eligible: the level is unknown then.
 func serviceLevel(matchers, window string) string {
 	return fmt.Sprintf("%s\n/ (%s > 0)",
 		sum(growth("slo_good_total", matchers, window)),
 		sum(growth("slo_eligible_total", matchers, window)))
 }
 
-// 1: no eligible probe failed. 0: the objective is just met. Below: missed.
+// 1 if no eligible probe failed, 0 if the objective is just met, negative if it is missed.
 func budgetLeft(matchers, window string) string {
 	return fmt.Sprintf("1 - (1 - %s)\n/ (1 - %s)",
 		serviceLevel(matchers, window), latest("slo_objective_ratio", matchers))
 }
 
-// Nothing, not NaN, where nothing was observed.
+// A quantile; no value instead of NaN if there are no observations.
 func quantile(share, name, matchers string, over ...string) string {
 	buckets := sum(growth(name+"_bucket", matchers, "$window"), over...)
 	return fmt.Sprintf("histogram_quantile(%s, %s) >= 0", share, buckets)
 }
 
-// Drops a gauge that has no value.
+// Drops a gauge without a value, which is NaN.
 func known(expr string) string {
 	return expr + " > -Inf"
 }
 
-// How long ago a gauge says that something was.
+// The time since the instant that a gauge holds.
 func ago(name string) string {
 	return known("time() - " + latest(name, ""))
 }
 
-// How long it is until then.
+// The time until the instant that a gauge holds.
 func until(name string) string {
 	return known(latest(name, "") + " - time()")
 }
 
-// The quantiles that few samples can carry: with a dozen of them a p99 is the slowest by another name.
+// Only quantiles that are meaningful for few samples: the p99 of a dozen samples is just the slowest one.
 func quantiles(name, matchers string, over ...string) []query {
 	return []query{
 		{quantile("0.5", name, matchers, over...), "{{target}} p50"},
@@ -92,17 +92,17 @@ func quantiles(name, matchers string, over ...string) []query {
 	}
 }
 
-// The upper bound of the bucket that the slowest fell into.
+// The upper bound of the bucket that contains the slowest observation.
 func slowest(name, matchers string, over ...string) query {
 	return query{quantile("1", name, matchers, over...), "{{target}} slowest"}
 }
 
-// All rooms that came to an end, what failures are counted out of.
+// All rooms that ended, as the total for failures.
 func probes() query {
 	return query{sum(growth("probes_total", "", "$window")), "{{target}} all"}
 }
 
-// Only those that there were: there are some twenty reasons a target.
+// Only reasons that occurred: every target has a series for each of about twenty reasons.
 func failures(matchers, name string, over ...string) query {
 	return query{sum(growth("probe_failures_total", matchers, "$window"), over...) + " > 0", name}
 }

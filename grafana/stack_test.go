@@ -17,16 +17,16 @@ import (
 	"time"
 )
 
-// The three targets that are watched, each on a LiveKit server of its own: the canary's sandbox.
+// Three targets, each on its own LiveKit server, which is the canary's sandbox.
 const (
 	healthy = "healthy"
-	// Some rooms are well; the agent, LiveKit and the plan each fail one.
+	// Some rooms are ok; the agent, LiveKit and the plan fail the others.
 	failing = "failing"
-	// No agent ever comes.
+	// No agent joins.
 	outage = "outage"
 )
 
-// Each fault comes more than once: on a busy machine another one may come first.
+// Each fault occurs more than once, because on a busy machine another failure may occur first.
 var faults = map[string][]string{
 	healthy: nil,
 	failing: {
@@ -37,7 +37,7 @@ var faults = map[string][]string{
 	outage: {"never_joins"},
 }
 
-// Short, where the target waits in vain, and as they are for one that must not fail on a busy machine.
+// Short deadlines for targets that wait in vain; the defaults for the one that must not fail on a busy machine.
 var deadlines = map[string]string{
 	healthy: "",
 	failing: `deadlines.track = "2s"`,
@@ -49,7 +49,7 @@ type stack struct {
 	prometheus string
 }
 
-// One daemon, and what scrapes it by the name of its version.
+// Starts one daemon and the Prometheus servers that scrape it, and returns them by version.
 func start(t *testing.T) map[string]stack {
 	t.Helper()
 	servers := programs(t)
@@ -71,7 +71,7 @@ lifetime.shutdown_linger = "0s"
 	return stacks
 }
 
-// The two Prometheus that dashboards must please.
+// The two versions of Prometheus that the dashboards must work with.
 func programs(t *testing.T) map[string]string {
 	t.Helper()
 	output, err := exec.Command("../tests/rules/setup.sh").Output()
@@ -86,7 +86,7 @@ func programs(t *testing.T) map[string]string {
 		}
 	}
 	if len(programs) != 2 {
-		t.Fatalf("not two of them: %s", output)
+		t.Fatalf("setup.sh must print two programs: %s", output)
 	}
 	return programs
 }
@@ -99,7 +99,7 @@ func scrape(t *testing.T, program string, daemon int) string {
 scrape_configs:
 - job_name: canary
   static_configs:
-  # One daemon as two instances, as Prometheus sees it for a while after a rollout.
+  # One daemon as two instances, as Prometheus sees it for some time after a rollout.
   - targets: ['127.0.0.1:%[1]d', 'localhost:%[1]d']
     labels: {region: here}
 `, daemon))
@@ -156,7 +156,7 @@ func binary(t *testing.T) string {
 func run(t *testing.T, program string, args ...string) io.Reader {
 	t.Helper()
 	command := exec.Command(program, args...)
-	// Not the environment's LiveKit.
+	// Without the LIVEKIT_ variables of the environment.
 	command.Env = []string{"PATH=" + os.Getenv("PATH")}
 	stderr, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
 	if err != nil {
@@ -172,8 +172,8 @@ func run(t *testing.T, program string, args ...string) io.Reader {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			said, _ := os.ReadFile(stderr.Name())
-			t.Logf("%s %s\n%s", program, args[0], said[max(0, len(said)-2000):])
+			output, _ := os.ReadFile(stderr.Name())
+			t.Logf("%s %s\n%s", program, args[0], output[max(0, len(output)-2000):])
 		}
 		_ = command.Process.Signal(syscall.SIGTERM)
 		killer := time.AfterFunc(10*time.Second, func() { _ = command.Process.Kill() })
@@ -200,20 +200,20 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
-// Asks Prometheus' API, and decodes the data of its answer.
-func (stack stack) ask(path string, values url.Values, data any) error {
+// Sends a request to Prometheus' API, and decodes the data of its response.
+func (stack stack) request(path string, values url.Values, data any) error {
 	client := http.Client{Timeout: 10 * time.Second}
-	answer, err := client.PostForm(stack.prometheus+path, values)
+	response, err := client.PostForm(stack.prometheus+path, values)
 	if err != nil {
 		return err
 	}
-	defer answer.Body.Close()
+	defer response.Body.Close()
 	whole := struct {
 		Error string
 		Data  any
 	}{Data: data}
-	if err := json.NewDecoder(answer.Body).Decode(&whole); err != nil {
-		return fmt.Errorf("%s: %s: %w", path, answer.Status, err)
+	if err := json.NewDecoder(response.Body).Decode(&whole); err != nil {
+		return fmt.Errorf("%s: %s: %w", path, response.Status, err)
 	}
 	if whole.Error != "" {
 		return fmt.Errorf("%s", whole.Error)

@@ -10,7 +10,7 @@ const (
 	targetUid   = "livekit-canary-target"
 )
 
-// A dashboard with what both have.
+// A dashboard with the settings that both dashboards share.
 func begin(uid, title, description string) *dashboard.DashboardBuilder {
 	return dashboard.NewDashboardBuilder(title).
 		Uid(uid).
@@ -22,7 +22,7 @@ func begin(uid, title, description string) *dashboard.DashboardBuilder {
 		Link(dashboard.NewDashboardLinkBuilder("Status page").
 			Type(dashboard.DashboardLinkTypeLink).
 			Icon("external link").
-			Tooltip("What the canary does now, and its latest batches, room by room").
+			Tooltip("What the canary is doing, and its latest batches with every room").
 			Url("${status_page:raw}/").
 			TargetBlank(true))
 }
@@ -35,9 +35,9 @@ func datasourceVariable() cog.Builder[dashboard.VariableModel] {
 }
 
 func targetVariables(several bool) []cog.Builder[dashboard.VariableModel] {
-	project := fromLabel("project", "Project", "LiveKit projects, by their names in the canary's settings.",
+	project := fromLabel("project", "Project", "LiveKit projects by their names in the canary's settings.",
 		"label_values(livekit_canary_target_info, project)", several)
-	target := fromLabel("target", "Target", "Agents that are watched, by their names in the canary's settings.",
+	target := fromLabel("target", "Target", "Monitored agents by the names of their targets in the canary's settings.",
 		`label_values(livekit_canary_target_info{project=~"$project"}, target)`, several)
 	return []cog.Builder[dashboard.VariableModel]{project, target}
 }
@@ -53,7 +53,7 @@ func fromLabel(name, label, description, query string, several bool) cog.Builder
 		Multi(several).
 		IncludeAll(several)
 	if several {
-		// A lone target or project is what the drill-down begins with.
+		// Without this, Grafana preselects only the first target and project.
 		variable.Current(option("All", "$__all"))
 	}
 	return variable
@@ -62,14 +62,14 @@ func fromLabel(name, label, description, query string, several bool) cog.Builder
 func windowVariables() []cog.Builder[dashboard.VariableModel] {
 	return []cog.Builder[dashboard.VariableModel]{
 		interval("window", "Window", "1h", "10m,30m,1h,2h,6h,12h,1d,3d,7d",
-			"Every point of a graph looks back so far. It should hold four batches or more (1h at one every 15 min), "+
-				"or a single room makes a trend; the panel \"Batches in the window\" tells."),
+			"The period before each point of a graph that the point covers. It should contain at least four batches (1h for one "+
+				"every 15 min); otherwise a single room looks like a trend. The panel \"Batches in the window\" shows the number."),
 		interval("slo_window", "SLO window", "30d", "1d,7d,28d,30d,90d",
-			"The window of the objectives. Prometheus must keep as much (--storage.tsdb.retention.time)."),
+			"The period over which objectives must be met. Prometheus must retain its data for as long (--storage.tsdb.retention.time)."),
 	}
 }
 
-// Of type custom: Grafana picks none of these by itself, whatever the time range.
+// Type custom, because Grafana would choose a value of type interval by the time range.
 func interval(name, label, value, values, description string) cog.Builder[dashboard.VariableModel] {
 	return dashboard.NewCustomVariableBuilder(name).
 		Label(label).
@@ -82,8 +82,8 @@ func interval(name, label, value, values, description string) cog.Builder[dashbo
 func sliVariable() cog.Builder[dashboard.VariableModel] {
 	return dashboard.NewCustomVariableBuilder("sli").
 		Label("Service level").
-		Description("The service levels whose course is shown. availability: rooms that were ok, of those that LiveKit " +
-			"and the network let come to a verdict on the agent. service: rooms that were ok, of all.").
+		Description("The service levels to show over time. availability: the share of ok rooms, excluding failures of LiveKit, " +
+			"the network and the plan. service: the share of ok rooms, including them.").
 		Values(text("availability,join,first_speech,service")).
 		Multi(true).
 		IncludeAll(true).
@@ -93,12 +93,12 @@ func sliVariable() cog.Builder[dashboard.VariableModel] {
 func statusPageVariable() cog.Builder[dashboard.VariableModel] {
 	return dashboard.NewTextBoxVariableBuilder("status_page").
 		Label("Status page").
-		Description("Where your browser reaches the canary, without a slash at the end; links lead there.").
+		Description("The address at which your browser reaches the canary, without a slash at the end. Links use it.").
 		DefaultValue(text("http://localhost:9787")).
 		Current(option("http://localhost:9787", "http://localhost:9787"))
 }
 
-// Region, environment, cluster: whatever the scrape configuration adds.
+// Filters by labels that the scrape configuration adds, such as region, environment or cluster.
 func filterVariable() cog.Builder[dashboard.VariableModel] {
 	return dashboard.NewAdHocVariableBuilder("filters").
 		Label("Filters").
