@@ -1,4 +1,4 @@
-# The voice agent that the tests deploy, for the profile `livekit` of compose.yml: it speaks tones, and needs no model's key.
+# The tests' voice agent, for the profile `livekit` of compose.yml. It plays tones, so it needs no API key for a model.
 FROM python:3.11-slim-bookworm
 RUN useradd --system --create-home agent
 WORKDIR /agent
