@@ -1,7 +1,12 @@
-//! The client side of LiveKit, in layers: `wire` (HTTP, tokens, server API, signal connection), `audio` (RTP, Opus, speech
-//! detection, echo), `room` (who and what is in the room), and two engines on top of them, `native` and `libwebrtc`.
+//! The client side of LiveKit, in layers:
 //!
-//! It knows rooms and participants; it knows no schedule, no SLO and no outcome.
+//! - `wire`: HTTP, tokens, the server API and the signal connection;
+//! - `audio`: RTP, Opus, speech detection and the echo;
+//! - `room`: participants, tracks, the agent's voice, its session and transcript;
+//! - `native` and `libwebrtc`: the two engines, of which `engine` starts one per participant.
+//!
+//! `event` holds what an engine reports, `join` what it needs to start. The module knows rooms and participants; it knows
+//! no schedule, no SLO and no outcome.
 
 use std::fmt;
 
@@ -21,7 +26,7 @@ mod room;
 mod test_server;
 pub mod wire;
 
-/// A room's name, which is also its key: LiveKit has one live room of a name.
+/// A room's name. It is also the room's key: LiveKit has at most one live room per name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RoomName(pub String);
 

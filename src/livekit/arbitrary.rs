@@ -1,6 +1,6 @@
-//! What property tests are made of: a runner for tests that wait, and inputs that resemble what a server sends.
+//! Parts of property tests: a runner for asynchronous tests, and inputs that resemble a server's messages.
 //!
-//! A failed test prints the smallest input that it found; nothing is kept in files.
+//! A failed test prints the smallest failing input that it found. No regression files are written.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use proptest::sample::{Index, select};
 use proptest::test_runner::{Config, TestRunner};
 use tokio::time::timeout;
 
-/// A test that takes longer than this waits for something that never comes.
+/// A case that takes longer than this is blocked.
 const CASE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Runs `test` on so many inputs, each on the same runtime.
+/// Runs `test` on `cases` inputs, all on the same runtime.
 pub(crate) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::Value)) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -20,7 +20,7 @@ pub(crate) fn check<S: Strategy>(cases: u32, inputs: &S, test: impl AsyncFn(S::V
         .unwrap();
     let result = TestRunner::new(config(cases)).run(inputs, |input| {
         let tested = runtime.block_on(async { timeout(CASE_TIMEOUT, test(input)).await });
-        prop_assert!(tested.is_ok(), "it blocks");
+        prop_assert!(tested.is_ok(), "the case is blocked");
         Ok(())
     });
     if let Err(error) = result {
@@ -37,12 +37,12 @@ pub(crate) fn config(cases: u32) -> Config {
     }
 }
 
-/// Bytes that mean something to nobody.
-pub(crate) fn bytes(most: usize) -> impl Strategy<Value = Vec<u8>> {
-    prop::collection::vec(any::<u8>(), 0..most)
+/// Random bytes without structure.
+pub(crate) fn bytes(max: usize) -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec(any::<u8>(), 0..max)
 }
 
-/// Bytes in the form of a protobuf: fields of any number and wire type, some of them messages themselves.
+/// Bytes with the structure of a protobuf: fields with any number and wire type, some of which are messages again.
 pub(crate) fn protobuf() -> impl Strategy<Value = Vec<u8>> {
     let varint = any::<u64>().prop_map(|value| {
         let mut bytes = Vec::new();
@@ -75,20 +75,20 @@ fn message(fields: &[(u64, (u64, Vec<u8>))]) -> Vec<u8> {
     bytes
 }
 
-/// A change of a text of lines.
+/// A change to a text that consists of lines.
 #[derive(Debug, Clone)]
 pub(crate) enum Change {
     Remove(Index),
     Repeat(Index, Index),
     Swap(Index, Index),
-    /// Puts a line in.
+    /// Inserts a line.
     Insert(Index, String),
-    /// Puts a word into the place of one of a line's.
+    /// Replaces a word of a line.
     Replace(Index, Index, String),
     Cut(Index),
 }
 
-/// A few changes; lines and words come from `lines` and `words` or are any.
+/// A few changes. Inserted lines and words come from `lines` and `words`, or are random.
 pub(crate) fn changes(
     lines: &'static [&'static str],
     words: &'static [&'static str],
@@ -112,27 +112,27 @@ pub(crate) fn changes(
     prop::collection::vec(change, 0..6)
 }
 
-/// The changed text, its lines ended by `end`.
+/// The changed text; `end` terminates each line.
 pub(crate) fn changed(text: &str, changes: &[Change], end: &str) -> String {
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
     for change in changes {
         if lines.is_empty() {
             break;
         }
-        let many = lines.len();
+        let count = lines.len();
         match change {
-            Change::Remove(at) => drop(lines.remove(at.index(many))),
+            Change::Remove(at) => drop(lines.remove(at.index(count))),
             Change::Repeat(from, to) => {
-                let line = lines[from.index(many)].clone();
-                lines.insert(to.index(many), line);
+                let line = lines[from.index(count)].clone();
+                lines.insert(to.index(count), line);
             }
-            Change::Swap(one, other) => lines.swap(one.index(many), other.index(many)),
-            Change::Insert(at, line) => lines.insert(at.index(many), line.clone()),
+            Change::Swap(one, other) => lines.swap(one.index(count), other.index(count)),
+            Change::Insert(at, line) => lines.insert(at.index(count), line.clone()),
             Change::Replace(at, word, by) => {
-                let line = &mut lines[at.index(many)];
+                let line = &mut lines[at.index(count)];
                 *line = replaced(line, *word, by);
             }
-            Change::Cut(at) => lines.truncate(at.index(many)),
+            Change::Cut(at) => lines.truncate(at.index(count)),
         }
     }
     let mut text = lines.join(end);
@@ -158,10 +158,10 @@ fn replaced(line: &str, word: Index, by: &str) -> String {
 /// A subscriber offer of livekit-server 1.13.5: a data channel and an agent's voice.
 pub(crate) const OFFER: &str = include_str!("native/peer/offer.sdp");
 
-/// Its answer to our publisher offer, whose m-line is `MID`.
+/// livekit-server's answer to our publisher offer, with `MID` as the id of the m-line.
 pub(crate) const ANSWER: &str = include_str!("native/peer/answer.sdp");
 
-/// Changes of a description.
+/// Changes to a session description.
 pub(crate) fn sdp_changes() -> impl Strategy<Value = Vec<Change>> {
     changes(
         &[
@@ -192,16 +192,16 @@ pub(crate) fn sdp_changes() -> impl Strategy<Value = Vec<Change>> {
     )
 }
 
-/// The changed description. Candidates off loopback go: a test sends nothing there.
+/// The changed description, without candidates that are not on loopback: a test must not send packets elsewhere.
 pub(crate) fn sdp(text: &str, changes: &[Change]) -> String {
     let text = changed(text, changes, "\r\n");
     let lines = text
         .split_inclusive("\r\n")
-        .filter(|line| !line.contains("candidate") || is_here(line));
+        .filter(|line| !line.contains("candidate") || is_on_loopback(line));
     lines.collect()
 }
 
-fn is_here(candidate: &str) -> bool {
+fn is_on_loopback(candidate: &str) -> bool {
     let mut words = candidate.split_whitespace();
     words.all(|word| {
         word.parse::<std::net::IpAddr>()
@@ -209,7 +209,7 @@ fn is_here(candidate: &str) -> bool {
     })
 }
 
-/// A candidate's line, on loopback where it has an address at all.
+/// The line of a candidate. If it has an address, the address is on loopback.
 pub(crate) fn candidate() -> impl Strategy<Value = String> {
     let word = |known: &'static [&'static str]| prop_oneof![6 => select(known).prop_map(str::to_owned), 1 => "[ -~]{0,8}"];
     let address = word(&["127.0.0.1", "127.1.2.3", "::1", "host.local", "127.0.0.1:9"]);
@@ -232,5 +232,5 @@ pub(crate) fn candidate() -> impl Strategy<Value = String> {
         format!("candidate:1 1 {proto} {priority} {address} {port} typ {kind} {rest}")
     });
     let line = prop_oneof![6 => formed, 1 => "\\PC{0,60}"];
-    line.prop_filter("off loopback", |line| is_here(line))
+    line.prop_filter("off loopback", |line| is_on_loopback(line))
 }

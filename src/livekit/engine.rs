@@ -1,5 +1,5 @@
-//! What puts a participant into a room: an actor that joins, publishes the echo track, listens to the agent, and says
-//! what it sees. A failed join is an event, and a panic in one participant harms no other.
+//! Starts and supervises the chosen engine: one actor per participant, which joins the room, publishes the echo track,
+//! listens to the agent and reports events. A failed join is an event, too, and a panic ends only its own participant.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -18,10 +18,10 @@ use super::libwebrtc;
 use super::native::participant;
 use crate::config::Engine;
 
-/// Events that may wait to be read. A busy call has some tens; who falls behind this far no longer reads.
+/// Events that may wait to be read. A busy call queues some tens; a reader that is this far behind has stopped reading.
 const MAX_QUEUED_EVENTS: usize = 256;
 
-/// A running participant. Dropping it ends the actor without ceremony.
+/// A running participant. Dropping it aborts the actor without leaving the room first.
 pub struct Participant {
     pub events: mpsc::Receiver<RoomEvent>,
     leave: CancellationToken,
@@ -41,24 +41,24 @@ pub fn join(engine: Engine, request: JoinRequest) -> Participant {
 }
 
 impl Participant {
-    /// Asks the actor to leave; `RoomEventKind::Ended` follows on `events` within the actor's own short deadline.
+    /// Asks the actor to leave. `RoomEventKind::Ended` follows on `events` within the actor's own short deadline.
     pub fn leave(&self) {
         self.leave.cancel();
     }
 }
 
-/// Runs the actor and sends its last event, whatever becomes of it.
+/// Runs the actor and always sends its last event, even if the actor panics.
 async fn supervise(
     engine: Engine,
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
 ) {
-    // A place for the last event, kept from the start: it must not depend on how far the reader is.
+    // Reserved at the start: the last event must reach the reader even if the queue is full by then.
     let Ok(last) = events.clone().reserve_owned().await else {
         return;
     };
-    let (why, audio) = match engine {
+    let (reason, audio) = match engine {
         Engine::Native => {
             let mut voice = RtpReceiver::default();
             let actor = participant::run(request, events, leave, &mut voice);
@@ -70,31 +70,33 @@ async fn supervise(
             let actor = libwebrtc::run(request, events, leave, &mut voice);
             (catch_panic(Box::pin(actor)).await, voice.stats())
         }
-        // The settings refuse it.
+        // The settings reject this engine before a probe starts.
         #[cfg(not(feature = "libwebrtc"))]
         Engine::Libwebrtc => {
-            let why = "the engine libwebrtc is not in this binary".to_owned();
+            let why = "this binary was built without the libwebrtc engine".to_owned();
             (EndReason::Internal(why), AudioStats::default())
         }
     };
     last.send(RoomEvent {
         at: Instant::now(),
-        kind: RoomEventKind::Ended { reason: why, audio },
+        kind: RoomEventKind::Ended { reason, audio },
     });
 }
 
-/// Only the counters of the voice outlive a panic, and they are plain numbers.
+/// Turns a panic of the actor into its end.
+///
+/// The actor may be asserted unwind-safe: only the audio counters outlive a panic, and they are plain numbers.
 async fn catch_panic(actor: impl Future<Output = EndReason>) -> EndReason {
     AssertUnwindSafe(actor)
         .catch_unwind()
         .await
         .unwrap_or_else(|panic| {
-            let text = panic_message(panic.as_ref()).unwrap_or("without a text");
+            let text = panic_message(panic.as_ref()).unwrap_or("no message");
             EndReason::Internal(format!("the participant panicked: {text}"))
         })
 }
 
-/// What a panic said, where it said it in words.
+/// The message of a panic, if it is a text.
 pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> Option<&str> {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
@@ -115,56 +117,56 @@ mod tests {
     }
 
     /// The events up to the end of the channel.
-    async fn all(mut participant: Participant) -> Vec<RoomEventKind> {
-        let mut seen = Vec::new();
+    async fn remaining_events(mut participant: Participant) -> Vec<RoomEventKind> {
+        let mut events = Vec::new();
         while let Some(event) = participant.events.recv().await {
-            seen.push(event.kind);
+            events.push(event.kind);
         }
-        seen
+        events
     }
 
     #[tokio::test]
-    async fn failed_join_is_an_event_and_the_last() {
+    async fn failed_join_is_reported_as_the_last_event() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let seen = all(join(Engine::Native, request(port))).await;
+        let events = remaining_events(join(Engine::Native, request(port))).await;
         assert!(
             matches!(
-                &seen[..],
+                &events[..],
                 [RoomEventKind::Ended {
                     reason: EndReason::Signal(SignalError::Unreachable(_)),
                     ..
                 }]
             ),
-            "{seen:?}"
+            "{events:?}"
         );
     }
 
     #[tokio::test]
-    async fn leave_before_the_server_answers_ends_the_actor() {
-        // It takes connections and says nothing.
+    async fn leaving_before_the_server_answers_ends_the_actor() {
+        // Accepts connections and sends nothing.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let mut participant = join(Engine::Native, request(port));
         let first = participant.events.recv().await.unwrap();
         assert!(matches!(first.kind, RoomEventKind::SignalRequested));
         participant.leave();
-        let seen = all(participant).await;
+        let events = remaining_events(participant).await;
         assert!(
             matches!(
-                seen[..],
+                events[..],
                 [RoomEventKind::Ended {
                     reason: EndReason::Left,
                     ..
                 }]
             ),
-            "{seen:?}"
+            "{events:?}"
         );
     }
 
     #[tokio::test]
-    async fn dropped_participant_lets_go_of_its_connection() {
+    async fn dropped_participant_closes_its_connection() {
         use tokio::io::AsyncReadExt;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn panic_in_the_actor_is_its_end() {
+    async fn panic_in_the_actor_ends_it_with_an_internal_error() {
         let actor = async {
             tokio::task::yield_now().await;
             panic!("a fault of ours")

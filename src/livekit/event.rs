@@ -1,4 +1,5 @@
-//! What an engine reports of its room: plain types, stamped where they were received. It knows no engine and no transport.
+//! What an engine reports about its room: plain types, with the time at which the engine received each event. The module
+//! knows no engine and no transport.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,7 +10,9 @@ use tokio::time::Instant;
 use super::wire::request::sanitize;
 use super::wire::signal::SignalError;
 
-/// Something seen in the room, stamped on first receipt: in our code, and what came as media in the kernel.
+/// Something that happened in the room.
+///
+/// `at` is the time of the first receipt: the kernel's timestamp for media, and our code's for everything else.
 #[derive(Debug, Clone)]
 pub struct RoomEvent {
     pub at: Instant,
@@ -18,7 +21,7 @@ pub struct RoomEvent {
 
 #[derive(Debug, Clone)]
 pub enum RoomEventKind {
-    /// The upgrade request of the signal socket is about to be written, after TLS.
+    /// The connection is up, TLS included, and the WebSocket's upgrade request is about to be written.
     SignalRequested,
     SignalConnected {
         room_sid: String,
@@ -26,11 +29,11 @@ pub enum RoomEventKind {
         region: String,
         node: String,
     },
-    /// An address at which the server wants media, each once: `UDP 192.0.2.1:7882`.
+    /// An address at which the server receives media, such as `UDP 192.0.2.1:7882`. Each address is reported once.
     MediaAddress(String),
     /// Both peer connections are up.
     MediaConnected,
-    /// They are up over TCP, though UDP was tried first.
+    /// Media runs over TCP, although UDP was tried first.
     UdpBlocked,
     /// The server acknowledged the echo track.
     EchoPublished,
@@ -38,7 +41,7 @@ pub enum RoomEventKind {
         agent: Agent,
         in_join_response: bool,
     },
-    /// The agent's own connection stands. Put out of the room before that, it joins anew some 15 s later.
+    /// The agent's own connection is established. An agent that is removed before this joins again about 15 s later.
     AgentConnected,
     /// The agent's `lk.agent.state` attribute changed.
     AgentState(String),
@@ -47,16 +50,16 @@ pub enum RoomEventKind {
     },
     /// The first RTP packet of the agent's audio.
     AgentFirstAudio,
-    /// An utterance of the agent began; stamped at the arrival of its first frame.
+    /// The agent began to speak; `at` is the arrival of the utterance's first frame.
     SpeechStarted,
-    /// It ended; stamped at the arrival of its last speech frame.
+    /// The agent stopped speaking; `at` is the arrival of the utterance's last frame with speech.
     SpeechEnded,
     EchoStarted,
     EchoEnded,
     AgentLeft {
         reason: String,
     },
-    /// A participant's `AgentSession` reported an error, in its own words.
+    /// A participant's `AgentSession` reported an error; `message` is its text.
     AgentError {
         identity: String,
         message: String,
@@ -66,22 +69,23 @@ pub enum RoomEventKind {
         identity: String,
         metrics: TurnMetrics,
     },
-    /// Words of a transcript; where they are ours, whatever participant their sender names.
+    /// Part of a transcript. `speaker` is the canary if the transcribed track is ours, whichever participant the sender
+    /// names.
     Transcribed {
         speaker: Speaker,
         segment: TranscriptSegment,
     },
-    /// A second agent of the target's name.
+    /// A second agent with the target's agent name.
     AgentDuplicate {
         identity: String,
     },
-    /// Somebody who is neither us nor the agent.
+    /// A participant that is neither the canary nor the agent.
     OtherJoined {
         identity: String,
         kind: String,
         agent_name: Option<String>,
     },
-    /// The last event, always.
+    /// Always the last event.
     Ended {
         reason: EndReason,
         audio: AudioStats,
@@ -93,41 +97,41 @@ pub struct Agent {
     pub identity: String,
     pub sid: String,
     pub name: Option<String>,
-    /// The server's own stamp of the join, Unix milliseconds.
+    /// The join time on the server's clock, in Unix milliseconds.
     pub joined_at_ms: i64,
-    /// That stamp on our clock, never later than the first sight; `None` where the server gives none, or has not yet
-    /// told its clock.
+    /// The join time on our clock, at the latest when the agent was first seen. `None` if the server sent no join time,
+    /// or if its clock is not known yet.
     ///
-    /// The server tells of a participant that neither publishes nor changes an attribute only every three seconds, so
-    /// the first sight can come that much after the join.
+    /// The server reports a participant that neither publishes nor changes an attribute only every three seconds. The
+    /// agent can therefore be seen up to three seconds after it joined.
     pub joined: Option<Instant>,
 }
 
-/// Whose turn, or whose words.
+/// Who spoke.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Speaker {
     Agent,
-    /// We.
+    /// The canary.
     Caller,
 }
 
-/// What an `AgentSession` measured of one turn: of the caller's, how it heard it; of its own, how it came to answer
-/// (`MetricsReport` in livekit-agents' `llm/chat_context.py`).
+/// What an `AgentSession` measured in one turn (`MetricsReport` in livekit-agents' `llm/chat_context.py`). A turn of the
+/// caller has the delays of its transcription; a turn of the agent has the delays of the answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TurnMetrics {
     pub speaker: Speaker,
-    /// The agent was cut short.
+    /// The agent was interrupted.
     pub interrupted: bool,
     /// From the end of the caller's speech to its transcript.
     pub transcription_delay_seconds: Option<f64>,
     /// From the end of the caller's speech to the decision that the turn is over.
     pub end_of_turn_delay_seconds: Option<f64>,
-    /// In the agent's own `on_user_turn_completed`.
+    /// Time spent in the agent's own `on_user_turn_completed` callback.
     pub on_user_turn_completed_delay_seconds: Option<f64>,
-    /// To the first token of the LLM.
+    /// Until the first token of the LLM.
     pub llm_ttft_seconds: Option<f64>,
-    /// To its first sentence, as the TTS got it.
+    /// Until the LLM's first sentence, as the TTS receives it.
     pub llm_ttfs_seconds: Option<f64>,
     pub llm_tokens_per_second: Option<f64>,
     /// From the first text to the first audio of the TTS.
@@ -136,7 +140,7 @@ pub struct TurnMetrics {
     pub e2e_latency_seconds: Option<f64>,
 }
 
-/// Seconds to the microsecond: what lies below is the scheduler's noise.
+/// Rounds seconds to microseconds. Anything finer is noise of the scheduler.
 pub(crate) fn to_microseconds(seconds: f64) -> f64 {
     (seconds * 1e6).round() / 1e6
 }
@@ -144,34 +148,34 @@ pub(crate) fn to_microseconds(seconds: f64) -> f64 {
 /// Why a participant is no longer in its room.
 #[derive(Debug, Clone)]
 pub enum EndReason {
-    /// We left, as asked.
+    /// The canary left because it was asked to.
     Left,
     Signal(SignalError),
-    /// The server's `Leave`, by its reason (`ROOM_DELETED`, `PARTICIPANT_REMOVED`, `DUPLICATE_IDENTITY`, …).
+    /// The server sent `Leave` with this reason: `ROOM_DELETED`, `PARTICIPANT_REMOVED`, `DUPLICATE_IDENTITY`, …
     Removed {
         reason: String,
     },
-    /// A right that our token granted was taken away in mid-call (`UpdateParticipant`).
+    /// A permission that our token granted was revoked during the call (`UpdateParticipant`).
     Revoked(MediaPermission),
-    /// The server refused or never acknowledged the echo track.
+    /// The server refused the echo track or did not acknowledge it.
     PublishFailed(String),
-    /// ICE or DTLS never came up, or broke.
+    /// ICE or DTLS did not come up, or it failed later.
     MediaFailed {
         transport: &'static str,
         detail: String,
     },
-    /// A fault of ours, a panic included.
+    /// A fault of the canary itself, including a panic.
     Internal(String),
 }
 
-/// What a participant may do, as far as a probe needs it.
+/// A permission that a probe needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MediaPermission {
     Publish,
     Subscribe,
 }
 
-/// What RTP told of the agent's audio. `None` where no packet came.
+/// Statistics of the agent's audio from its RTP packets. `jitter` is `None` if no packet arrived.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct AudioStats {
     pub packets: u64,
@@ -180,25 +184,25 @@ pub struct AudioStats {
     pub jitter: Option<Duration>,
 }
 
-/// A stretch of speech in words, as far as it is known.
+/// One segment of a transcript, as complete as the agent has sent it so far.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TranscriptSegment {
-    /// Who spoke, by the sender's word.
+    /// The participant that spoke, according to the sender.
     pub identity: String,
-    /// The track that was written down.
+    /// The track that was transcribed.
     pub track: Option<String>,
-    /// What is told again of a segment replaces what was told before.
+    /// The segment's id. A later event with the same id replaces the earlier text.
     pub segment: String,
     pub text: TranscriptText,
-    /// Nothing more will come of it.
+    /// No further update of this segment follows.
     pub is_final: bool,
-    /// When the first of it came.
+    /// When its first part arrived.
     pub began: Instant,
-    /// From a packet of the older form.
+    /// Received as a `Transcription` packet, the form before text streams.
     pub older: bool,
 }
 
-/// What somebody said: at most 1 KiB on one line. It may hold personal data, so `Debug` gives only its length.
+/// Transcribed speech: at most 1 KiB on one line. It may hold personal data, so `Debug` shows only its length.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TranscriptText(String);
 

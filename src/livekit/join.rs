@@ -1,4 +1,4 @@
-//! What a participant needs to know before it joins a room.
+//! The input of an engine: what a participant needs before it can join a room.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::wire::connect::Endpoint;
 use super::wire::token::Keys;
 use crate::config::{Echo, Ice, Speech};
 
-/// All that a participant needs to know before it starts.
+/// Everything that a participant needs before it starts.
 #[derive(Clone)]
 pub struct JoinRequest {
     pub endpoint: Endpoint,
@@ -19,15 +19,15 @@ pub struct JoinRequest {
     pub room: RoomName,
     pub identity: String,
     pub attributes: BTreeMap<String, String>,
-    /// The target's agent name; `None` takes any agent.
+    /// The target's agent name; `None` accepts any agent.
     pub agent_name: Option<String>,
-    /// Room settings in the token, where joining creates the room.
+    /// Room settings for the token, if joining creates the room.
     pub room_config: Option<livekit_protocol::RoomConfiguration>,
     pub echo: Echo,
     pub speech: Speech,
     pub signal_timeout: Duration,
     pub ice: Ice,
-    /// Whether the transcript is read.
+    /// Whether the agent's transcript is read.
     pub transcript: bool,
 }
 
@@ -43,8 +43,8 @@ impl JoinRequest {
     }
 }
 
+/// A request for tests, whose agent name is `support`.
 #[cfg(test)]
-/// For tests: whom a participant of theirs waits for is `support`.
 pub(crate) fn request(endpoint: Endpoint) -> JoinRequest {
     JoinRequest {
         endpoint,

@@ -1,5 +1,5 @@
-//! What a server or an agent may say, in any form and order: it ends a participant or a call with a verdict on them,
-//! never with a fault of ours, and nothing waits for ever.
+//! Property tests with messages from a server or an agent in any form and order. They may end a participant or a call with
+//! an error about the sender, but not with an internal error, and nothing may block.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,17 +34,17 @@ use crate::livekit::wire::api::{Api, ApiError};
 use crate::livekit::wire::request;
 use crate::livekit::wire::signal;
 
-/// A move of a server's after the join response.
+/// One step of a server after the join response.
 #[derive(Debug, Clone)]
-enum Move {
-    Say(Box<Response>),
+enum ServerStep {
+    Send(Box<Response>),
     /// An acknowledgement of the track that the client really added.
     Acknowledge(String),
     Bytes(Vec<u8>),
     Text(String),
 }
 
-/// Few names, so that they meet.
+/// Few names, so that the same one is often used twice.
 fn name() -> impl Strategy<Value = String> {
     prop_oneof![
         4 => select(vec!["", "a", "b", "canary-echo", "PA_1", "TR_voice", "support"]).prop_map(str::to_owned),
@@ -104,7 +104,7 @@ fn description(text: &'static str) -> impl Strategy<Value = proto::SessionDescri
     })
 }
 
-fn said() -> impl Strategy<Value = Response> {
+fn server_message() -> impl Strategy<Value = Response> {
     let trickle = prop_oneof![
         candidate().prop_map(|line| serde_json::json!({ "candidate": line }).to_string()),
         ".{0,40}"
@@ -136,19 +136,19 @@ fn said() -> impl Strategy<Value = Response> {
     ]
 }
 
-fn moves() -> impl Strategy<Value = Vec<Move>> {
-    let one = prop_oneof![
-        12 => said().prop_map(|message| Move::Say(Box::new(message))),
-        2 => name().prop_map(Move::Acknowledge),
+fn steps() -> impl Strategy<Value = Vec<ServerStep>> {
+    let step = prop_oneof![
+        12 => server_message().prop_map(|message| ServerStep::Send(Box::new(message))),
+        2 => name().prop_map(ServerStep::Acknowledge),
         1 => (-1..20_i32).prop_map(|reason| {
             let leave = proto::LeaveRequest { reason, ..proto::LeaveRequest::default() };
-            Move::Say(Box::new(Response::Leave(leave)))
+            ServerStep::Send(Box::new(Response::Leave(leave)))
         }),
-        1 => protobuf().prop_map(Move::Bytes),
-        1 => bytes(40).prop_map(Move::Bytes),
-        1 => ".{0,10}".prop_map(Move::Text),
+        1 => protobuf().prop_map(ServerStep::Bytes),
+        1 => bytes(40).prop_map(ServerStep::Bytes),
+        1 => ".{0,10}".prop_map(ServerStep::Text),
     ];
-    vec(one, 0..12)
+    vec(step, 0..12)
 }
 
 async fn send(socket: &mut WebSocketStream<TcpStream>, message: Response) -> Option<()> {
@@ -159,9 +159,9 @@ async fn send(socket: &mut WebSocketStream<TcpStream>, message: Response) -> Opt
     socket.send(message).await.ok()
 }
 
-/// Answers the join and makes its moves; the socket closes after the last.
-async fn play(stream: TcpStream, others: Vec<proto::ParticipantInfo>, moves: Vec<Move>) {
-    let play = async {
+/// Answers the join and performs the steps; closes the socket after the last one.
+async fn serve(stream: TcpStream, others: Vec<proto::ParticipantInfo>, steps: Vec<ServerStep>) {
+    let conversation = async {
         let mut socket = accept_async(stream).await.ok()?;
         let join = proto::JoinResponse {
             other_participants: others,
@@ -184,15 +184,15 @@ async fn play(stream: TcpStream, others: Vec<proto::ParticipantInfo>, moves: Vec
                 _ => {}
             }
         }
-        for one in moves {
-            match one {
-                Move::Say(mut message) => {
+        for step in steps {
+            match step {
+                ServerStep::Send(mut message) => {
                     if let Response::Answer(answer) = &mut *message {
                         answer.sdp = answer.sdp.replace("MID", &mid);
                     }
                     send(&mut socket, *message).await?;
                 }
-                Move::Acknowledge(sid) => {
+                ServerStep::Acknowledge(sid) => {
                     let track = proto::TrackInfo {
                         sid,
                         ..proto::TrackInfo::default()
@@ -203,32 +203,32 @@ async fn play(stream: TcpStream, others: Vec<proto::ParticipantInfo>, moves: Vec
                     };
                     send(&mut socket, Response::TrackPublished(published)).await?;
                 }
-                Move::Bytes(bytes) => socket.send(Message::binary(bytes)).await.ok()?,
-                Move::Text(text) => socket.send(Message::text(text)).await.ok()?,
+                ServerStep::Bytes(bytes) => socket.send(Message::binary(bytes)).await.ok()?,
+                ServerStep::Text(text) => socket.send(Message::text(text)).await.ok()?,
             }
         }
         socket.close(None).await.ok()
     };
-    // A client that has had enough is gone.
-    play.await;
+    // The client may end the connection at any time.
+    conversation.await;
 }
 
 #[test]
-fn server_that_says_anything_in_any_order_ends_a_participant_without_a_fault_of_ours() {
-    let inputs = (vec(participant(), 0..3), moves());
-    check(48, &inputs, async |(others, moves)| {
+fn arbitrary_server_messages_end_a_participant_without_an_internal_error() {
+    let inputs = (vec(participant(), 0..3), steps());
+    check(48, &inputs, async |(others, steps)| {
         let server =
-            TestServer::start(move |stream| play(stream, others.clone(), moves.clone())).await;
+            TestServer::start(move |stream| serve(stream, others.clone(), steps.clone())).await;
         let mut participant = join(Engine::Native, request(server.endpoint()));
         let mut last = None;
         while let Some(event) = participant.events.recv().await {
             last = Some(event.kind);
         }
         match last {
-            Some(RoomEventKind::Ended { reason: why, .. }) => {
+            Some(RoomEventKind::Ended { reason, .. }) => {
                 assert!(
-                    !matches!(why, EndReason::Internal(_) | EndReason::Left),
-                    "{why:?}"
+                    !matches!(reason, EndReason::Internal(_) | EndReason::Left),
+                    "{reason:?}"
                 );
             }
             other => panic!("the last event is {other:?}"),
@@ -240,7 +240,7 @@ proptest! {
     #![proptest_config(config(500))]
 
     #[test]
-    fn signal_message_of_any_bytes_is_read_or_refused(
+    fn arbitrary_bytes_of_a_signal_message_are_decoded_or_refused(
         message in prop_oneof![protobuf(), bytes(200)],
     ) {
         if let Err(error) = signal::decode(&message.into()) {
@@ -250,7 +250,7 @@ proptest! {
     }
 
     #[test]
-    fn retry_after_of_any_text_is_a_time_or_nothing(value in prop_oneof![
+    fn arbitrary_retry_after_is_a_duration_or_none(value in prop_oneof![
         "\\PC{0,30}",
         "[0-9]{1,25}",
         "(Mon|Tue), [0-9]{1,3} (Jan|Feb) [0-9]{1,6} [0-9]{1,3}:[0-9]{1,3}:[0-9]{1,3} (GMT|[+-][0-9]{1,6})",
@@ -259,7 +259,7 @@ proptest! {
     }
 
     #[test]
-    fn text_of_any_server_is_short_and_holds_no_token(
+    fn sanitized_server_text_is_short_and_contains_no_token(
         text in vec(prop_oneof!["\\PC{0,50}", ".{0,50}", "eyJ[a-zA-Z0-9._-]{0,40}"], 0..60),
     ) {
         let shown = request::sanitize(&text.concat());
@@ -268,7 +268,7 @@ proptest! {
     }
 }
 
-/// An answer's bytes: of a form that servers use, with anything in its places.
+/// The bytes of a response: usually in the form of HTTP, with random values.
 fn answer() -> impl Strategy<Value = Vec<u8>> {
     let status = prop_oneof![
         select(vec![100_u32, 101, 200, 204, 301, 401, 404, 429, 500, 503]),
@@ -311,14 +311,14 @@ fn answer() -> impl Strategy<Value = Vec<u8>> {
 }
 
 #[test]
-fn answer_of_any_form_is_a_result_of_the_call() {
+fn arbitrary_response_is_a_result_of_the_call() {
     check(100, &answer(), async |answer| {
         let server = TestServer::start(move |mut stream| {
             let answer = answer.clone();
             async move {
                 use tokio::io::AsyncWriteExt;
                 read_request(&mut stream).await;
-                // It may have had enough of us.
+                // The client may have closed the connection.
                 stream.write_all(&answer).await.ok();
                 stream.shutdown().await.ok();
             }
@@ -327,7 +327,7 @@ fn answer_of_any_form_is_a_result_of_the_call() {
         let api = Api::new(server.endpoint(), keys(), Duration::from_secs(10));
         let room = RoomName("room".to_owned());
         match api.list_dispatch(&room).await.result {
-            Err(ApiError::Timeout(_)) => panic!("the answer had ended"),
+            Err(ApiError::Timeout(_)) => panic!("the response was complete"),
             Err(error) => {
                 let text = error.to_string();
                 assert!(text.len() < 1500 && !text.contains("eyJ"), "{text}");
@@ -337,12 +337,12 @@ fn answer_of_any_form_is_a_result_of_the_call() {
     });
 }
 
-/// A packet of the agent's: how long after the last, on which stream and where in it, and its payload.
+/// Packets of an agent: milliseconds since the last, SSRC, sequence number, timestamp and payload.
 fn packets() -> impl Strategy<Value = Vec<(u64, u32, u64, u32, Vec<u8>)>> {
     let wait = prop_oneof![8 => 0..40_u64, 1 => 0..100_000_u64];
     let sequence = prop_oneof![4 => 0..50_u64, 1 => any::<u64>().prop_map(|it| it >> 8)];
     let timestamp = prop_oneof![4 => (0..50_u32).prop_map(|it| it * 960), 1 => any::<u32>()];
-    // The first byte says what an Opus packet is; these are common ones, with any content.
+    // The first byte of an Opus packet is its configuration. These are common ones, with random content.
     let payload = prop_oneof![
         bytes(120),
         (select(vec![0x78_u8, 0xf8, 0xfc, 0x0b, 0x43]), bytes(120)).prop_map(|(toc, mut rest)| {
@@ -358,7 +358,7 @@ proptest! {
     #![proptest_config(config(64))]
 
     #[test]
-    fn packets_of_any_kind_and_order_are_heard_and_echoed_within_bounds(
+    fn arbitrary_packets_are_decoded_and_echoed_within_bounds(
         packets in packets(),
         continuous in any::<bool>(),
     ) {
@@ -388,7 +388,7 @@ proptest! {
                     }
                 }
             }
-            // More would be a queue that is never done.
+            // A queue that returns more than this never becomes empty.
             let mut sent = 0;
             while echo.poll(now, speech.speech_pending()).is_some() {
                 sent += 1;

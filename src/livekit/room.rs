@@ -1,5 +1,5 @@
-//! What is known of the room, whichever engine carries it: participants and tracks, which track is the agent's voice, the
-//! agent's session and transcript. It knows messages and packets, no sockets.
+//! The state of the room, independent of the engine: participants and tracks, which track carries the agent's voice, the
+//! agent's session and the transcript. The module knows messages and packets, but no sockets.
 
 pub(crate) mod agent_session;
 pub(crate) mod observer;

@@ -1,4 +1,4 @@
-//! Servers on 127.0.0.1 that say exactly what a test tells them to, and certificates for them.
+//! Servers on 127.0.0.1 that send exactly what a test specifies, and certificates for them.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -19,7 +19,7 @@ use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::token::Keys;
 
-/// An answer to an HTTP request, and what must be left of it.
+/// A response that rejects an HTTP request, and the [`HttpRejection`] that is expected from it.
 pub(crate) struct RejectionCase {
     pub answer: &'static str,
     pub status: u16,
@@ -39,7 +39,7 @@ impl RejectionCase {
     }
 }
 
-/// Refusals as livekit-server, Twirp and proxies before them word them.
+/// Rejections in the words of livekit-server, Twirp and proxies.
 pub(crate) const REJECTIONS: [RejectionCase; 6] = [
     RejectionCase {
         answer: "HTTP/1.1 401 Unauthorized\r\nContent-Length: 26\r\n\r\ninvalid API key: some-key\r\n",
@@ -90,7 +90,7 @@ pub(crate) const REJECTIONS: [RejectionCase; 6] = [
     },
 ];
 
-/// A listening socket whose connections each go to the same handler; gone when dropped.
+/// A listening socket with one handler for all connections. Dropping it stops the server.
 pub(crate) struct TestServer {
     pub address: SocketAddr,
     task: JoinHandle<()>,
@@ -122,7 +122,7 @@ impl TestServer {
         .await
     }
 
-    /// Refuses every HTTP request, and quotes its `Authorization` in the body.
+    /// Rejects every HTTP request and quotes its `Authorization` header in the body.
     pub(crate) async fn quoting_the_token() -> Self {
         Self::start(|mut stream| async move {
             let head = read_request(&mut stream).await;
@@ -136,7 +136,7 @@ impl TestServer {
         .await
     }
 
-    /// Takes connections, reads what comes, says nothing.
+    /// Accepts connections and reads, but sends nothing.
     pub(crate) async fn silent() -> Self {
         Self::start(|mut stream| async move {
             let mut sink = [0; 1024];
@@ -156,7 +156,7 @@ impl Drop for TestServer {
     }
 }
 
-/// The head of a request and as much of its body as `Content-Length` says.
+/// Reads a request with the body that `Content-Length` announces; returns the head.
 pub(crate) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut bytes = Vec::new();
     while !bytes.ends_with(b"\r\n\r\n") {
@@ -176,11 +176,11 @@ pub(crate) async fn respond(stream: &mut (impl AsyncWrite + Unpin), answer: &str
     let (head, body) = answer.split_at(answer.find("\r\n\r\n").unwrap() + 4);
     stream.write_all(head.as_bytes()).await.unwrap();
     stream.flush().await.unwrap();
-    // The client must read the head before there is a body.
+    // Lets the client read the head before the body is sent.
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
-    // It may have had enough of us.
+    // The client may have closed the connection.
     stream.write_all(body.as_bytes()).await.ok();
     stream.shutdown().await.ok();
 }
@@ -196,13 +196,13 @@ pub(crate) fn keys() -> Keys {
 }
 
 /// A private certificate authority.
-pub(crate) struct Authority {
+pub(crate) struct TestAuthority {
     issuer: Issuer<'static, KeyPair>,
-    /// Its certificate, as `ca_file`.
+    /// The authority's certificate, for `ca_file`.
     pub pem: NamedTempFile,
 }
 
-impl Authority {
+impl TestAuthority {
     pub(crate) fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -235,13 +235,13 @@ impl Authority {
         TlsAcceptor::from(Arc::new(config))
     }
 
-    /// A server that speaks TLS as `name`, and answers one request.
+    /// A TLS server with a certificate for `name`, which answers one request.
     pub(crate) async fn server(&self, name: &str, year: i32, answer: &'static str) -> TestServer {
         let acceptor = self.acceptor(name, year);
         TestServer::start(move |stream| {
             let acceptor = acceptor.clone();
             async move {
-                // A client that doesn't trust us leaves in the middle of the handshake.
+                // A client that does not trust the certificate aborts the handshake.
                 if let Ok(mut stream) = acceptor.accept(stream).await {
                     read_request(&mut stream).await;
                     respond(&mut stream, answer).await;

@@ -1,5 +1,5 @@
-//! What crosses the network to LiveKit, media excluded: connections, HTTP requests, tokens, the server API and the signal
-//! connection. It knows no room state and no audio.
+//! Everything that crosses the network to LiveKit, excluding media: connections, HTTP requests, tokens, the server API and
+//! the signal connection. The module knows no room state and no audio.
 
 use crate::config::Project;
 
@@ -10,7 +10,7 @@ pub mod request;
 pub mod signal;
 pub mod token;
 
-/// Where a project is and how to sign in there; nothing is connected yet.
+/// The endpoint and the server API of a project. It connects to nothing yet.
 ///
 /// # Errors
 /// See [`Endpoint::new`](connect::Endpoint::new) and [`Keys::new`](token::Keys::new).

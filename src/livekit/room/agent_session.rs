@@ -1,11 +1,11 @@
-//! What an agent tells over data channels: byte streams of topic `lk.agent.session`, each one `AgentSessionMessage`
-//! (livekit-agents 1.5 and later), of which errors and the metrics of turns are read; and, where it is wanted, the
-//! transcript.
+//! Messages that an agent sends over data channels. Each byte stream with the topic `lk.agent.session` carries one
+//! `AgentSessionMessage` (livekit-agents 1.5 and later); errors and the metrics of turns are read. If requested, text
+//! streams with the transcript are read, too.
 //!
-//! The job's first session with a room sends its messages to everybody there, unasked, unless its developer started it
-//! with `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).
+//! A job's first session in a room sends these messages to all participants without being asked, unless its developer
+//! started it with `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).
 //!
-//! Whoever is in the room may send here: what is kept at once is bounded, and what is malformed is dropped.
+//! Any participant may send here. Buffered data is therefore bounded, and malformed data is dropped.
 
 use std::collections::VecDeque;
 
@@ -24,19 +24,19 @@ use crate::livekit::wire::request::sanitize;
 
 const TOPIC: &str = "lk.agent.session";
 
-/// Streams that are under way at once; the oldest gives way.
+/// Streams that may be open at the same time; a further one replaces the oldest.
 const MAX_STREAMS: usize = 8;
 
-/// Of one stream. An error is a line or a few, a turn with its text some KiB.
+/// Bytes of one stream. An error has a few lines; a turn with its text has some KiB.
 const MAX_STREAM_BYTES: usize = 64 * 1024;
 
-/// Of a stream's id, which is a UUID.
+/// Bytes of a stream's id, which is a UUID.
 const MAX_STREAM_ID_LENGTH: usize = 128;
 
-/// What a participant told; its identity is the server's word.
+/// A message from a participant. The server sets the identity, so the sender cannot forge it.
 #[derive(Debug, PartialEq)]
 pub(crate) enum AgentMessage {
-    /// An error that its session reported, in its words.
+    /// An error that the participant's session reported.
     Error {
         identity: String,
         message: String,
@@ -48,9 +48,9 @@ pub(crate) enum AgentMessage {
     Transcript(TranscriptSegment),
 }
 
-/// Puts streams together.
+/// Reassembles data streams from their packets.
 pub(crate) struct StreamReader {
-    /// Whether transcripts are wanted; otherwise nothing of them is kept even for a moment.
+    /// Whether transcripts are read. If not, their packets are not even buffered.
     transcript: bool,
     streams: VecDeque<OpenStream>,
 }
@@ -74,7 +74,7 @@ impl StreamReader {
         }
     }
 
-    /// Takes what came on a reliable data channel.
+    /// Handles a packet that arrived on a reliable data channel.
     pub(crate) fn on_packet(&mut self, at: Instant, packet: DataPacket) -> Vec<AgentMessage> {
         let identity = packet.participant_identity;
         match packet.value {
@@ -92,7 +92,7 @@ impl StreamReader {
         Vec::new()
     }
 
-    /// The transcripts that were cut off.
+    /// The transcripts whose streams are still open, as far as they have arrived.
     pub(crate) fn unfinished(&mut self) -> Vec<TranscriptSegment> {
         let streams = self.streams.drain(..);
         let segments = streams.filter_map(|stream| match stream.kind {
@@ -132,7 +132,7 @@ impl StreamReader {
         if fits {
             stream.content.extend_from_slice(&chunk.content);
         } else if matches!(stream.kind, StreamKind::Session) {
-            // Half a message says nothing; of a text what has come is kept.
+            // Half of a protobuf is useless, but the beginning of a transcript is worth keeping.
             self.streams.retain(|it| it.id != *id);
         }
     }
@@ -160,7 +160,7 @@ fn session_message(identity: String, content: &[u8]) -> Option<AgentMessage> {
             identity,
             message: sanitize(&error.message),
         }),
-        // A message is added to the conversation once it was spoken.
+        // The session adds a message to the conversation after it was spoken.
         Event::ConversationItemAdded(added) => match added.item?.item? {
             Item::Message(message) => {
                 let metrics = metrics_of(&message)?;
@@ -172,7 +172,7 @@ fn session_message(identity: String, content: &[u8]) -> Option<AgentMessage> {
     }
 }
 
-/// `None` where nothing was measured, as for a text that the agent was just told to say.
+/// `None` if nothing was measured, as for a fixed text that the agent was asked to speak.
 fn metrics_of(message: &ChatMessage) -> Option<TurnMetrics> {
     let speaker = match message.role() {
         ChatRole::Assistant => Speaker::Agent,

@@ -1,5 +1,5 @@
-//! What a participant sees and hears of its room, as events: the same from the same, whichever engine carries it. It knows
-//! the server's messages and the agent's data packets; of media it knows nothing but what was heard.
+//! Turns what a participant observes in its room into events. Both engines use it, so the same input gives the same events.
+//! It knows the server's messages and the agent's data packets; of media, it knows only the detected speech.
 
 use std::time::Duration;
 
@@ -20,13 +20,13 @@ use crate::livekit::event::{
 use crate::livekit::join::JoinRequest;
 use crate::livekit::wire::signal::{ServerClock, leave_reason};
 
-/// Leaving is a courtesy: the server frees the seat at once, but notices a closed socket as well.
+/// How long leaving may take. `Leave` frees the participant's place at once; the server also detects a closed socket.
 pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Places for media that are told; a server offers a few.
+/// Media addresses that are reported; a server offers a few.
 const MAX_MEDIA_ADDRESSES: usize = 128;
 
-/// The way out for what is seen.
+/// Sends events to the reader of the participant.
 pub(crate) struct EventSender {
     sender: mpsc::Sender<RoomEvent>,
 }
@@ -40,7 +40,8 @@ impl EventSender {
         self.forward(RoomEvent { at, kind })
     }
 
-    /// What isn't needed for a verdict: it gives way where the reader has fallen behind, however much others send.
+    /// Sends an event that no verdict needs. The event is dropped if the queue is half full, so that a participant that
+    /// floods the room cannot displace the events that a verdict needs.
     pub(crate) fn send_if_room(&self, at: Instant, kind: RoomEventKind) -> Result<(), EndReason> {
         if self.sender.capacity() > self.sender.max_capacity() / 2 {
             self.send(at, kind)
@@ -49,7 +50,10 @@ impl EventSender {
         }
     }
 
-    /// Never waits: an event that waited would hold up the media.
+    /// Sends an event with its own timestamp. It never waits, because waiting would delay the media.
+    ///
+    /// # Errors
+    /// The queue is full, or the reader is gone.
     pub(crate) fn forward(&self, event: RoomEvent) -> Result<(), EndReason> {
         self.sender.try_send(event).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
@@ -63,17 +67,17 @@ impl EventSender {
 pub(crate) struct Observer {
     pub(crate) events: EventSender,
     pub(crate) roster: Roster,
-    /// Where the server wants media, as far as it was told.
+    /// The media addresses that were already reported.
     addresses: Vec<String>,
     track_cid: String,
-    /// The server's id of the echo track, once it acknowledged the track.
+    /// The server's id of the echo track, once it has acknowledged the track.
     track_sid: Option<String>,
     streams: agent_session::StreamReader,
     first_audio_sent: bool,
 }
 
 impl Observer {
-    /// `track_cid`: the client's id of the echo track.
+    /// `track_cid` is the client's id of the echo track.
     pub(crate) fn new(request: &JoinRequest, events: EventSender, track_cid: String) -> Self {
         Self {
             events,
@@ -86,10 +90,10 @@ impl Observer {
         }
     }
 
-    /// Whom the response names is left to [`Self::on_participants`].
+    /// Handles the join response, excluding its other participants, which go to [`Self::on_participants`].
     ///
     /// # Errors
-    /// We are in the room, but may not publish.
+    /// The canary is in the room, but may not publish.
     pub(crate) fn on_join(
         &mut self,
         at: Instant,
@@ -117,7 +121,10 @@ impl Observer {
         Ok(())
     }
 
-    /// `clock`: the server's, as far as it is known.
+    /// Handles participants from the join response or from an update. `clock` is the server's, if it is known yet.
+    ///
+    /// # Errors
+    /// A permission of the canary was revoked.
     pub(crate) fn on_participants(
         &mut self,
         at: Instant,
@@ -141,7 +148,7 @@ impl Observer {
         Ok(())
     }
 
-    /// Where the server wants media; each place is told once.
+    /// Reports the addresses at which the server receives media, each once.
     pub(crate) fn on_addresses(
         &mut self,
         at: Instant,
@@ -157,7 +164,7 @@ impl Observer {
         Ok(())
     }
 
-    /// Any other message of the server's: those about media are an engine's own business.
+    /// Handles any other message from the server. The engine itself handles messages about media.
     pub(crate) fn on_message(&mut self, at: Instant, message: Response) -> Result<(), EndReason> {
         match message {
             Response::TrackPublished(published) if published.cid == self.track_cid => {
@@ -171,7 +178,7 @@ impl Observer {
             Response::TrackUnpublished(gone)
                 if Some(&gone.track_sid) == self.track_sid.as_ref() =>
             {
-                // livekit-server takes a client's track down for nothing else.
+                // livekit-server unpublishes a client's track only if the permission to publish was revoked.
                 Err(EndReason::Revoked(MediaPermission::Publish))
             }
             Response::RequestResponse(response) => refused(&response),
@@ -182,7 +189,7 @@ impl Observer {
         }
     }
 
-    /// Tells of the voice once the agent is known; what it had said by then is left to be heard.
+    /// Reports the agent's track as soon as the agent is known; returns the audio that was buffered until then.
     pub(crate) fn report_voice<K, S>(
         &self,
         selector: &mut VoiceSelector<K, S>,
@@ -221,7 +228,7 @@ impl Observer {
         }
     }
 
-    /// What came on a reliable data channel; what is no packet is dropped.
+    /// Handles data from a reliable data channel. Data that is not a `DataPacket` is dropped.
     pub(crate) fn on_data(&mut self, at: Instant, data: &[u8]) -> Result<(), EndReason> {
         match proto::DataPacket::decode(data) {
             Ok(packet) => self.on_packet(at, packet),
@@ -259,7 +266,7 @@ impl Observer {
         RoomEventKind::Transcribed { speaker, segment }
     }
 
-    /// Tells what was being said when it all ended.
+    /// Reports the transcripts that were incomplete when the call ended.
     pub(crate) fn report_unfinished(&mut self) -> Result<(), EndReason> {
         for segment in self.streams.unfinished() {
             let seen = self.transcribed(segment);
@@ -282,8 +289,8 @@ fn refused(response: &proto::RequestResponse) -> Result<(), EndReason> {
     )))
 }
 
-/// A right that a probe needs and that this says we don't have. Without the one to subscribe nothing of the agent would
-/// come any more, and the agent would seem silent.
+/// A permission that a probe needs and that this update says the canary does not have. Without the permission to
+/// subscribe, no audio would arrive and the agent would seem silent.
 fn revoked(own: &proto::ParticipantInfo) -> Option<MediaPermission> {
     let permission = own.permission.as_ref()?;
     match (permission.can_subscribe, permission.can_publish) {
@@ -298,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unread_events_end_the_participant_and_leave_the_last_its_place() {
+    fn full_queue_ends_the_participant_and_the_reserved_last_event_still_fits() {
         let (events, mut reader) = mpsc::channel(3);
         let last = events.clone().try_reserve_owned().unwrap();
         let sender = EventSender::new(events);
@@ -317,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_verdict_needs_leaves_the_rest_its_places() {
+    fn events_that_no_verdict_needs_leave_half_of_the_queue_free() {
         let (events, mut reader) = mpsc::channel(10);
         let sender = EventSender::new(events);
         let error = || RoomEventKind::AgentError {
@@ -332,12 +339,12 @@ mod tests {
                 .send(Instant::now(), RoomEventKind::EchoStarted)
                 .is_ok()
         );
-        let told = std::iter::from_fn(|| reader.try_recv().ok());
-        assert_eq!(told.count(), 6);
+        let sent = std::iter::from_fn(|| reader.try_recv().ok());
+        assert_eq!(sent.count(), 6);
     }
 
     #[test]
-    fn right_that_is_taken_away_is_told_from_one_that_stays() {
+    fn only_a_revoked_permission_that_a_probe_needs_is_reported() {
         let own = |can_subscribe, can_publish| proto::ParticipantInfo {
             permission: Some(proto::ParticipantPermission {
                 can_subscribe,
@@ -349,12 +356,12 @@ mod tests {
         assert_eq!(revoked(&own(true, true)), None);
         assert_eq!(revoked(&own(true, false)), Some(MediaPermission::Publish));
         assert_eq!(revoked(&own(false, true)), Some(MediaPermission::Subscribe));
-        // An update that says nothing of permissions takes none away.
+        // An update without permissions revokes none.
         assert_eq!(revoked(&proto::ParticipantInfo::default()), None);
     }
 
     #[test]
-    fn only_a_refusal_of_the_track_is_one() {
+    fn only_a_refused_track_is_a_failure() {
         use proto::request_response::{Reason, Request as About};
         let response = |reason: Reason, request| proto::RequestResponse {
             reason: reason.into(),

@@ -1,5 +1,5 @@
-//! Who is in the room, and which of them is the agent and which track its voice. A plain state machine over what the
-//! server says of participants.
+//! Who is in the room, which participant is the agent, and which tracks carry its voice. A plain state machine over the
+//! server's updates of participants.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::livekit::event::{Agent, RoomEvent, RoomEventKind};
 
-/// Participants kept in mind; a probe's room has two.
+/// Participants that are remembered; a probe's room has two.
 const MAX_PARTICIPANTS: usize = 64;
 
 /// Set by the server in an agent's token.
@@ -18,15 +18,15 @@ const NAME_BY_SERVER: &str = "lk.agent_name";
 /// Set by the worker's SDK.
 const NAME_BY_WORKER: &str = "lk.agent.name";
 const STATE: &str = "lk.agent.state";
-/// An avatar's or another helper's: it speaks for the agent of that identity and isn't one itself.
+/// Set on an avatar or another helper: it speaks for the agent with this identity and is not an agent itself.
 const ON_BEHALF: &str = "lk.publish_on_behalf";
 
 pub(crate) struct Roster {
     own_identity: String,
     agent_name: Option<String>,
-    /// By session id: an identity may come back in another session.
+    /// By session id, because an identity may return in another session.
     present: HashMap<String, Member>,
-    /// The agent's session; it stays after the agent has left.
+    /// The agent's session id. It stays set after the agent has left.
     agent: Option<String>,
     agent_state: Option<String>,
     agent_connected: bool,
@@ -41,14 +41,14 @@ struct Member {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
-    /// An agent whose name hasn't come yet, or anybody else.
+    /// Any other participant, including an agent whose name has not arrived yet.
     Other,
     Agent,
     Duplicate,
 }
 
 impl Roster {
-    /// `agent_name`: the target's; `None` takes any agent.
+    /// `agent_name` is the target's; `None` accepts any agent.
     pub(crate) fn new(own_identity: String, agent_name: Option<String>) -> Self {
         Self {
             own_identity,
@@ -60,7 +60,7 @@ impl Roster {
         }
     }
 
-    /// The server may give us another identity than we asked for.
+    /// Sets the identity that the server gave us, which may differ from the one that we asked for.
     pub(crate) fn set_own_identity(&mut self, identity: String) {
         self.own_identity = identity;
     }
@@ -69,7 +69,7 @@ impl Roster {
         identity == self.own_identity
     }
 
-    /// Takes in what the server says of participants: in its join response, or in an update.
+    /// Handles participants from the join response or from an update; returns the events that follow.
     pub(crate) fn update(
         &mut self,
         at: Instant,
@@ -95,10 +95,10 @@ impl Roster {
         self.agent.is_some()
     }
 
-    /// The tracks that carry the agent's voice: of the agent itself or of who publishes on its behalf.
+    /// The tracks that carry the agent's voice: its own, and those of participants that publish on its behalf.
     ///
-    /// The server tells of an agent that publishes nothing up to three seconds after it told of its avatar. Until then
-    /// whoever speaks for somebody may speak for the agent.
+    /// The server reports an agent that publishes nothing up to three seconds later than its avatar. Until the agent is
+    /// known, any participant that publishes on behalf of another one may speak for it.
     pub(crate) fn voice(&self) -> impl Iterator<Item = &str> {
         let agent = self.agent.as_ref().and_then(|sid| self.present.get(sid));
         let identity = agent.map(|agent| agent.info.identity.as_str());
@@ -122,7 +122,7 @@ impl Roster {
         events: &mut Vec<RoomEvent>,
     ) {
         let sid = info.sid.clone();
-        let room_left = self.present.len() < MAX_PARTICIPANTS;
+        let has_capacity = self.present.len() < MAX_PARTICIPANTS;
         let (member, first) = match self.present.entry(sid.clone()) {
             Entry::Occupied(known) => {
                 let member = known.into_mut();
@@ -132,7 +132,7 @@ impl Roster {
                 member.info = info;
                 (member, false)
             }
-            Entry::Vacant(free) if room_left => (
+            Entry::Vacant(free) if has_capacity => (
                 free.insert(Member {
                     first_seen: at,
                     in_join_response,
@@ -153,7 +153,7 @@ impl Roster {
             } else {
                 None
             };
-            // A name that comes late names somebody who was there before.
+            // A name may arrive late. The participant was there before, so the event has the time when it was first seen.
             events.extend(seen.map(|seen| RoomEvent {
                 at: first_seen,
                 kind: seen,
@@ -163,13 +163,13 @@ impl Roster {
         events.extend(self.state_change(at, &sid));
     }
 
-    /// An agent of the target's name: the first is the agent, a second beside it a duplicate, and one after it has left
-    /// a stray.
+    /// Assigns the role of an agent with the target's name. The first one is the agent, and a second one at the same time is
+    /// a duplicate. One that joins after the agent has left counts as another participant.
     fn assign(&mut self, sid: &str, in_join_response: bool) -> Option<RoomEventKind> {
         let identity = self.present[sid].info.identity.clone();
         let current = self.agent.as_ref().and_then(|it| self.present.get_mut(it));
         match (&self.agent, current) {
-            // The same agent in a new session; the server tells of the old one's end, if at all, only afterwards.
+            // The same agent in a new session. The server reports the end of the old session only afterwards, if at all.
             (Some(_), Some(current)) if current.info.identity == identity => {
                 current.role = Role::Duplicate;
                 self.agent = Some(sid.to_owned());
@@ -245,7 +245,7 @@ impl Roster {
     }
 }
 
-/// The protocol's own name of a disconnect reason.
+/// The name of a disconnect reason in the protobufs.
 pub(crate) fn disconnect_reason(number: i32) -> String {
     DisconnectReason::try_from(number).map_or_else(
         |_| format!("unknown reason {number}"),
@@ -271,7 +271,7 @@ fn attribute<'a>(info: &'a ParticipantInfo, key: &str) -> Option<&'a str> {
     value.filter(|value| !value.is_empty())
 }
 
-/// Background sound comes as a track of another source.
+/// Whether the track is a voice: agents publish background sound as a track with another source.
 fn is_voice(track: &TrackInfo) -> bool {
     track.r#type() == TrackType::Audio && track.source() == TrackSource::Microphone
 }

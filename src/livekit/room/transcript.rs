@@ -1,8 +1,8 @@
-//! What was said in the room, as the agent writes it down: its own words, and what it heard of ours. Text streams of
-//! topic `lk.transcription`, and the `Transcription` packets that came before them.
+//! The agent's transcript of the call: of its own speech and of the caller's. It arrives in text streams with the topic
+//! `lk.transcription`, or in `Transcription` packets, which are the older form.
 //!
-//! An agent sends both while anybody in the room may know only the older form (`voice/room_io/_output.py` of
-//! livekit-agents 1.8.9), under different segment ids.
+//! An agent sends both forms, with different segment ids, as long as a participant may understand only the older one
+//! (`voice/room_io/_output.py` of livekit-agents 1.8.9).
 
 use livekit_protocol::{Transcription, data_stream};
 use tokio::time::Instant;
@@ -15,16 +15,16 @@ const SEGMENT: &str = "lk.segment_id";
 const TRACK: &str = "lk.transcribed_track_id";
 const FINAL: &str = "lk.transcription_final";
 
-/// Segments read from one packet; a sender puts one into each.
+/// Segments that are read from one packet; agents send one per packet.
 const MAX_SEGMENTS: usize = 8;
 
-/// Of a segment's or a track's id; theirs have a dozen characters.
+/// Characters of a segment's or a track's id; real ids have about a dozen.
 const MAX_ID_LENGTH: usize = 64;
 
-/// Of a participant's identity: what livekit-server takes by default, so that none is cut that anybody has.
+/// Characters of a participant's identity: livekit-server's default limit, so that no real identity is cut.
 const MAX_IDENTITY_LENGTH: usize = 256;
 
-/// What a text stream's header says of it.
+/// The part of a text stream's header that describes its segment.
 pub(crate) struct TranscriptHeader {
     identity: String,
     track: Option<String>,
@@ -45,7 +45,8 @@ impl TranscriptHeader {
         }
     }
 
-    /// `None` where nothing was said. Without its trailer the stream was cut off.
+    /// The segment with this text; `None` if the text is empty. Without a trailer, the stream was cut off and the segment is
+    /// not final.
     pub(crate) fn into_segment(
         self,
         content: &[u8],
@@ -77,7 +78,7 @@ fn cut(text: &str, max: usize) -> String {
     text.chars().take(max).collect()
 }
 
-/// What a packet of the older form says.
+/// The segments of a `Transcription` packet.
 pub(crate) fn from_packet(
     at: Instant,
     packet: Transcription,

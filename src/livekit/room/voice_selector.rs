@@ -1,5 +1,5 @@
-//! Which track carries the agent's voice: participants and tracks come to be known in any order, and an avatar can speak
-//! before its agent is known. A plain state machine.
+//! Selects the track that carries the agent's voice. Participants and tracks become known in any order, and an avatar can
+//! speak before its agent is known; its audio is buffered until then. A plain state machine.
 
 use std::collections::VecDeque;
 
@@ -7,24 +7,24 @@ use tokio::time::Instant;
 
 use super::roster::Roster;
 
-/// `K` is an engine's own name for a track, `S` what it receives of one.
+/// `K` identifies a track within an engine; `S` is the unit of audio that the engine receives.
 pub(crate) struct VoiceSelector<K, S> {
     selected: Option<VoiceTrack<K>>,
-    /// What came of it before the agent was known, the newest.
+    /// The newest audio that arrived before the agent was known.
     early: VecDeque<S>,
     max_early: usize,
 }
 
-/// A track that carries the agent's voice, or may.
+/// A track that carries the agent's voice, or may carry it while the agent is not known yet.
 struct VoiceTrack<K> {
     key: K,
     track_sid: String,
     since: Instant,
-    /// It is the agent's, and was told to be there.
+    /// Whether the track is known to be the agent's and was reported.
     announced: bool,
 }
 
-/// The agent's voice, where it had not been told of before.
+/// The agent's voice, when it is reported for the first time.
 pub(crate) struct SelectedVoice<S> {
     pub(crate) track_sid: String,
     pub(crate) since: Instant,
@@ -32,7 +32,7 @@ pub(crate) struct SelectedVoice<S> {
 }
 
 impl<K, S> VoiceSelector<K, S> {
-    /// `max_early`: how many are kept before the agent is known.
+    /// `max_early` is how many units of audio are buffered before the agent is known.
     pub(crate) fn new(max_early: usize) -> Self {
         Self {
             selected: None,
@@ -41,7 +41,7 @@ impl<K, S> VoiceSelector<K, S> {
         }
     }
 
-    /// Settles which of the tracks that are there is the voice.
+    /// Selects the voice among `tracks`, the tracks that exist now. The current one stays selected as long as it is valid.
     pub(crate) fn select<'a>(
         &mut self,
         at: Instant,
@@ -50,12 +50,12 @@ impl<K, S> VoiceSelector<K, S> {
     ) where
         K: Copy + PartialEq,
     {
-        let stays = self.selected.as_ref().is_some_and(|voice| {
-            let there = (voice.key, voice.track_sid.as_str());
-            tracks.clone().any(|track| track == there)
+        let is_valid = self.selected.as_ref().is_some_and(|voice| {
+            let current = (voice.key, voice.track_sid.as_str());
+            tracks.clone().any(|track| track == current)
                 && roster.voice().any(|sid| sid == voice.track_sid)
         });
-        if stays {
+        if is_valid {
             return;
         }
         let found = roster
@@ -70,7 +70,7 @@ impl<K, S> VoiceSelector<K, S> {
         });
     }
 
-    /// Once: when the voice is there and the agent is known.
+    /// Returns the voice once, as soon as it is selected and the agent is known.
     pub(crate) fn announce(&mut self, roster: &Roster) -> Option<SelectedVoice<S>> {
         let voice = self.selected.as_mut().filter(|voice| !voice.announced)?;
         if !roster.knows_agent() {
@@ -84,7 +84,7 @@ impl<K, S> VoiceSelector<K, S> {
         })
     }
 
-    /// The track to listen to.
+    /// The selected track.
     pub(crate) fn selected(&self) -> Option<K>
     where
         K: Copy,
@@ -92,12 +92,12 @@ impl<K, S> VoiceSelector<K, S> {
         self.selected.as_ref().map(|voice| voice.key)
     }
 
-    /// Whether the voice is known to be the agent's.
+    /// Whether the selected track is known to be the agent's.
     pub(crate) fn is_announced(&self) -> bool {
         self.selected.as_ref().is_some_and(|voice| voice.announced)
     }
 
-    /// Gives back what is to be heard now, and keeps what came too early.
+    /// Returns the audio if the track is known to be the agent's; otherwise buffers it.
     pub(crate) fn admit_or_buffer(&mut self, sound: S) -> Option<S> {
         if self.is_announced() {
             return Some(sound);

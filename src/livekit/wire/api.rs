@@ -1,5 +1,5 @@
-//! LiveKit's server API over Twirp: rooms, participants, agent dispatches. One attempt a call; status, body and
-//! `Retry-After` of a refusal are always kept.
+//! LiveKit's server API over Twirp: rooms, participants and agent dispatches. Each call is a single attempt, because a
+//! canary must see what a retry would hide. A rejection preserves status, body and `Retry-After`.
 
 use std::time::Duration;
 
@@ -25,10 +25,10 @@ pub struct Api {
     timeout: Duration,
 }
 
-/// One call: when its request was written (after TLS), and what came of it.
+/// One call: its times and its result.
 #[derive(Debug)]
 pub struct Call<T> {
-    /// Just before the request was written; `None` where no connection came up.
+    /// When the request was about to be written, after TLS. `None` if no connection could be opened.
     pub sent_at: Option<Instant>,
     pub answered_at: Instant,
     pub result: Result<T, ApiError>,
@@ -44,14 +44,14 @@ pub enum ApiError {
     Refused(HttpRejection),
     #[error("the connection broke before the answer was complete: {0}")]
     Broken(String),
-    #[error("an answer that is not LiveKit's: {0}")]
+    #[error("the answer is not LiveKit's: {0}")]
     Protocol(String),
 }
 
 impl ApiError {
-    /// Twirp's `not_found`, whatever the HTTP status.
+    /// Whether Twirp's code is `not_found`. A proxy's own 404 does not count.
     pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::Refused(refusal) if refusal.twirp_code.as_deref() == Some("not_found"))
+        matches!(self, Self::Refused(rejection) if rejection.twirp_code.as_deref() == Some("not_found"))
     }
 }
 
@@ -63,15 +63,15 @@ pub struct NewRoom {
     pub empty_timeout: Duration,
     pub departure_timeout: Duration,
     pub max_participants: u32,
-    /// Dispatched as the room is created; none leaves it to the project's unnamed agent.
+    /// Agents that the server dispatches when it creates the room. If empty, only the project's unnamed agent can join.
     pub agents: Vec<NamedAgent>,
 }
 
-/// An agent to dispatch, by the name that it registered under.
+/// An agent to dispatch, by the name under which its worker is registered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedAgent {
     pub name: String,
-    /// Handed to its job.
+    /// Passed to the agent's job.
     pub metadata: String,
 }
 
@@ -89,7 +89,7 @@ pub struct DispatchInfo {
     pub jobs: Vec<JobInfo>,
 }
 
-/// One job of a dispatch: a worker had accepted it.
+/// One job of a dispatch, which a worker has accepted.
 #[derive(Debug, Clone)]
 pub struct JobInfo {
     pub id: String,
@@ -103,12 +103,12 @@ pub struct ParticipantBrief {
     pub identity: String,
     pub kind: String,
     pub attributes: std::collections::HashMap<String, String>,
-    /// Unix milliseconds on the server's clock.
+    /// The join time on the server's clock, in Unix milliseconds.
     pub joined_at_ms: i64,
 }
 
 impl Api {
-    /// `timeout` bounds each call, from DNS to the last byte of the answer.
+    /// `timeout` bounds each call, from DNS to the last byte of the response.
     pub fn new(endpoint: Endpoint, keys: Keys, timeout: Duration) -> Self {
         Self {
             endpoint,
@@ -132,15 +132,15 @@ impl Api {
             .map(|room: proto::Room| RoomInfo::from(room))
     }
 
-    /// Rooms of these exact names that exist now; all rooms of the project where `names` is empty.
+    /// The rooms with exactly these names that exist now; all rooms of the project if `names` is empty.
     pub async fn list_rooms(&self, names: &[RoomName]) -> Call<Vec<RoomInfo>> {
         let request = proto::ListRoomsRequest {
             names: names.iter().map(|name| name.0.clone()).collect(),
         };
         self.call("RoomService/ListRooms", ApiPermission::List, &request)
             .await
-            .map(|answer: proto::ListRoomsResponse| {
-                answer.rooms.into_iter().map(RoomInfo::from).collect()
+            .map(|response: proto::ListRoomsResponse| {
+                response.rooms.into_iter().map(RoomInfo::from).collect()
             })
     }
 
@@ -153,7 +153,7 @@ impl Api {
             .map(|_: proto::DeleteRoomResponse| ())
     }
 
-    /// Nobody where the room doesn't exist.
+    /// The participants of a room; empty if the room does not exist.
     pub async fn list_participants(&self, room: &RoomName) -> Call<Vec<ParticipantBrief>> {
         let request = proto::ListParticipantsRequest {
             room: room.0.clone(),
@@ -164,15 +164,16 @@ impl Api {
             &request,
         )
         .await
-        .map(|answer: proto::ListParticipantsResponse| {
-            let participants = answer.participants.into_iter();
+        .map(|response: proto::ListParticipantsResponse| {
+            let participants = response.participants.into_iter();
             participants.map(ParticipantBrief::from).collect()
         })
     }
 
-    /// Asks LiveKit to send `agent` to `room`; returns the dispatch's id once the server has accepted.
+    /// Asks LiveKit to send `agent` to `room`; returns the dispatch's id when the server has accepted the request.
     ///
-    /// That proves nothing of the agent: the server accepts a name that no worker has. A missing room is created.
+    /// An accepted dispatch does not mean that an agent will join: the server also accepts a name that no worker has
+    /// registered. It creates a missing room.
     pub async fn create_dispatch(
         &self,
         room: &RoomName,
@@ -194,10 +195,10 @@ impl Api {
         .map(|dispatch: proto::AgentDispatch| dispatch.id)
     }
 
-    /// The dispatches of a room, the unnamed one included that livekit-server adds to every room by itself.
+    /// The dispatches of a room, including the unnamed one that livekit-server adds to every room.
     ///
-    /// Where the room doesn't exist, livekit-server (1.13.5) answers only after 3 s, with HTTP 503 `unavailable`; the same
-    /// goes for [`delete_dispatch`](Self::delete_dispatch).
+    /// If the room does not exist, livekit-server (1.13.5) answers only after 3 s, with HTTP 503 `unavailable`.
+    /// [`delete_dispatch`](Self::delete_dispatch) behaves the same.
     pub async fn list_dispatch(&self, room: &RoomName) -> Call<Vec<DispatchInfo>> {
         let request = proto::ListAgentDispatchRequest {
             room: room.0.clone(),
@@ -209,8 +210,8 @@ impl Api {
             &request,
         )
         .await
-        .map(|answer: proto::ListAgentDispatchResponse| {
-            let dispatches = answer.agent_dispatches.into_iter();
+        .map(|response: proto::ListAgentDispatchResponse| {
+            let dispatches = response.agent_dispatches.into_iter();
             dispatches.map(DispatchInfo::from).collect()
         })
     }
@@ -230,7 +231,8 @@ impl Api {
         .map(|_: proto::AgentDispatch| ())
     }
 
-    /// One Twirp call on a connection of its own: a kept one could be stale, and then a failure would be nobody's.
+    /// One Twirp call on a connection of its own. A pooled connection could be stale, and then a failure would say nothing
+    /// about the server.
     async fn call<A: prost::Message + Default>(
         &self,
         method: &str,
@@ -259,26 +261,29 @@ impl Api {
         let request = self.request(method, permission, request.encode_to_vec());
         let stream = self.endpoint.connect(deadline).await?;
         *sent_at = Some(Instant::now());
-        let answer = exchange(stream, request, deadline)
+        let response = exchange(stream, request, deadline)
             .await
             .map_err(|error| match error {
                 ExchangeError::Timeout => ApiError::Timeout(self.timeout),
                 ExchangeError::Broken(text) => ApiError::Broken(text),
                 ExchangeError::Malformed(text) => ApiError::Protocol(text),
             })?;
-        if answer.status != StatusCode::OK {
-            return Err(ApiError::Refused(answer.rejection()));
+        if response.status != StatusCode::OK {
+            return Err(ApiError::Refused(response.rejection()));
         }
-        match answer.body_end {
-            BodyEnd::Whole => A::decode(answer.body)
-                .map_err(|error| ApiError::Protocol(format!("HTTP 200 without protobuf: {error}"))),
+        match response.body_end {
+            BodyEnd::Whole => A::decode(response.body).map_err(|error| {
+                ApiError::Protocol(format!(
+                    "HTTP 200, but the body is not a valid protobuf: {error}"
+                ))
+            }),
             BodyEnd::TooLong => Err(ApiError::Protocol(format!(
-                "a body of more than {MAX_BODY_BYTES} bytes"
+                "the body has more than {MAX_BODY_BYTES} bytes"
             ))),
             BodyEnd::Late => Err(ApiError::Timeout(self.timeout)),
             BodyEnd::Cut => Err(ApiError::Broken(format!(
-                "{} bytes of the body came",
-                answer.body.len()
+                "only {} bytes of the body arrived",
+                response.body.len()
             ))),
         }
     }
@@ -323,7 +328,7 @@ impl From<NamedAgent> for proto::RoomAgentDispatch {
     }
 }
 
-/// Rounded up: LiveKit takes 0 for "the server's default".
+/// Rounds up, because LiveKit interprets 0 as "the server's default".
 fn whole_seconds(duration: Duration) -> u32 {
     let up = u64::from(duration.subsec_nanos() > 0);
     u32::try_from(duration.as_secs() + up).unwrap_or(u32::MAX)

@@ -1,7 +1,7 @@
-//! One way to a LiveKit host: DNS, TCP, then TLS for `wss`/`https`, each failure named by its stage.
+//! Connections to a LiveKit host: DNS, TCP, then TLS for `wss`/`https`. Each failure names its stage.
 //!
-//! The signal socket and the server API both open their connections here, so that a host that can't be reached is
-//! told from a request that was refused. What is said over a connection is [`super::request`]'s.
+//! The signal socket and the server API both open their connections here, so that an unreachable host and a refused
+//! request are different errors. [`super::request`] sends requests over these connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,14 +21,14 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsConnector, rustls};
 use url::{Host, Url};
 
-/// A LiveKit host and how to trust it. Cheap to clone.
+/// A LiveKit host and the certificates that it may present. Cheap to clone.
 #[derive(Clone)]
 pub struct Endpoint {
     pub(crate) url: Url,
     pub(crate) tls: Option<Arc<rustls::ClientConfig>>,
 }
 
-/// Why no connection came up, by stage.
+/// Why no connection could be opened, by stage.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     #[error("DNS lookup of {host} failed: {error}")]
@@ -40,21 +40,21 @@ pub enum ConnectError {
 }
 
 impl Endpoint {
-    /// `ca_file` holds PEM certificates that are trusted besides the public roots, which are built in.
+    /// `ca_file` contains PEM certificates that are trusted in addition to the built-in public roots.
     ///
     /// # Errors
-    /// A URL of another scheme or without a host; a `ca_file` that can't be read or holds no certificate.
+    /// The URL has another scheme or no host, or `ca_file` cannot be read or contains no certificate.
     pub fn new(url: &Url, ca_file: Option<&Path>) -> anyhow::Result<Self> {
         let secure = match url.scheme() {
             "wss" | "https" => true,
             "ws" | "http" => false,
-            other => bail!("scheme {other:?} is none of wss, ws, https, http"),
+            other => bail!("scheme {other:?} is not one of wss, ws, https, http"),
         };
-        ensure!(url.host().is_some(), "the URL names no host");
+        ensure!(url.host().is_some(), "the URL has no host");
         let roots = roots(ca_file)?;
         let tls = secure.then(|| client_config(roots)).transpose()?;
         let mut url = url.clone();
-        // Credentials in the URL are no part of LiveKit's protocol, and must not reach an error text.
+        // LiveKit's protocol has no credentials in the URL, and they must not reach an error message.
         url.set_username("").ok();
         url.set_password(None).ok();
         url.set_query(None);
@@ -62,7 +62,7 @@ impl Endpoint {
         Ok(Self { url, tls })
     }
 
-    /// Opens a connection: DNS, TCP, TLS. Until `deadline`, but always with the stage that it got stuck in.
+    /// Opens a connection: DNS, TCP, TLS. If `deadline` passes, the error names the stage that did not finish.
     pub(crate) async fn connect(&self, deadline: Instant) -> Result<Stream, ConnectError> {
         let started = Instant::now();
         let addresses = self.resolve(started, deadline).await?;
@@ -86,7 +86,7 @@ impl Endpoint {
         format!("{}{path}", self.url.path().trim_end_matches('/'))
     }
 
-    /// Host, and port where it isn't the scheme's own: the `Host` header.
+    /// The `Host` header: the host, and the port if it is not the scheme's default.
     pub(crate) fn authority(&self) -> String {
         match self.url.port() {
             Some(port) => format!("{}:{port}", self.host()),
@@ -129,8 +129,8 @@ impl Endpoint {
         Ok(addresses)
     }
 
-    /// Tries the addresses in the resolver's order. Each may take its share of what is left of the time, so that a
-    /// dead first address leaves some for the next.
+    /// Tries the addresses in the resolver's order. Each gets an equal share of the remaining time, so that a dead first
+    /// address leaves time for the next.
     async fn dial(
         &self,
         addresses: &[SocketAddr],
@@ -139,8 +139,8 @@ impl Endpoint {
         let mut errors = Vec::new();
         for (tried, address) in addresses.iter().enumerate() {
             let started = Instant::now();
-            let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
-            let share = deadline.saturating_duration_since(started) / left;
+            let remaining = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+            let share = deadline.saturating_duration_since(started) / remaining;
             match timeout_at(started + share, TcpStream::connect(address)).await {
                 Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(error)) => errors.push((address, error.to_string())),
@@ -165,7 +165,7 @@ impl Endpoint {
             Some(Host::Ipv4(ip)) => ServerName::from(std::net::IpAddr::V4(ip)),
             Some(Host::Ipv6(ip)) => ServerName::from(std::net::IpAddr::V6(ip)),
             _ => ServerName::try_from(self.host().to_owned())
-                .map_err(|_| failed("the host is no valid name for a certificate".to_owned()))?,
+                .map_err(|_| failed("the host is not a valid name for a certificate".to_owned()))?,
         };
         let connector = TlsConnector::from(Arc::clone(config));
         timeout_at(deadline, connector.connect(name, tcp))
@@ -195,11 +195,11 @@ fn tcp_error(authority: String, mut errors: Vec<(&SocketAddr, String)>) -> Conne
 }
 
 fn timed_out(started: Instant) -> String {
-    format!("timed out after {}", rounded(started.elapsed()))
+    format!("timed out after {}", format_rounded(started.elapsed()))
 }
 
-/// A duration for people: to ten milliseconds, so that a deadline of 5 s reads `5s`.
-pub(crate) fn rounded(duration: Duration) -> String {
+/// A duration for people, rounded to ten milliseconds, so that a deadline of 5 s is shown as `5s`.
+pub(crate) fn format_rounded(duration: Duration) -> String {
     let tens = (duration.as_millis() + 5) / 10;
     let millis = u64::try_from(tens * 10).unwrap_or(u64::MAX);
     format!("{:?}", Duration::from_millis(millis))
@@ -218,18 +218,22 @@ fn roots(ca_file: Option<&Path>) -> anyhow::Result<rustls::RootCertStore> {
         let certificate =
             certificate.with_context(|| format!("{} is not valid PEM", file.display()))?;
         roots.add(certificate).with_context(|| {
-            format!("{} holds a certificate that can't be used", file.display())
+            format!(
+                "{} contains a certificate that cannot be used",
+                file.display()
+            )
         })?;
     }
     ensure!(
         roots.len() > before,
-        "{} holds no PEM certificate",
+        "{} contains no PEM certificate",
         file.display()
     );
     Ok(roots)
 }
 
-/// The provider is named, never the process's default: a dependency that turns on a second one must change nothing.
+/// Names its crypto provider instead of using the process's default. rustls has no default if a dependency enables a second
+/// provider.
 fn client_config(roots: rustls::RootCertStore) -> anyhow::Result<Arc<rustls::ClientConfig>> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
@@ -239,7 +243,7 @@ fn client_config(roots: rustls::RootCertStore) -> anyhow::Result<Arc<rustls::Cli
     Ok(Arc::new(config))
 }
 
-/// A failed handshake in words for the person who must mend it.
+/// Describes a failed handshake for the person who has to fix it.
 fn tls_error(error: &io::Error) -> String {
     use rustls::{CertificateError as Certificate, Error};
     let inner = error
@@ -259,7 +263,7 @@ fn tls_error(error: &io::Error) -> String {
                 utc(*not_before)
             ),
             Certificate::NotValidForNameContext { presented, .. } if !presented.is_empty() => {
-                let names: Vec<_> = presented.iter().map(|name| plain(name)).collect();
+                let names: Vec<_> = presented.iter().map(|name| bare_name(name)).collect();
                 format!("the certificate is for another name: {}", names.join(", "))
             }
             Certificate::NotValidForName | Certificate::NotValidForNameContext { .. } => {
@@ -276,8 +280,8 @@ fn tls_error(error: &io::Error) -> String {
     }
 }
 
-/// rustls tells the names of a certificate as `DnsName("example.com")` or `IpAddress(10.0.0.1)`.
-fn plain(presented: &str) -> &str {
+/// rustls gives the names of a certificate as `DnsName("example.com")` or `IpAddress(10.0.0.1)`.
+fn bare_name(presented: &str) -> &str {
     let inner = presented
         .split_once('(')
         .map_or(presented, |(_, rest)| rest);

@@ -1,7 +1,7 @@
-//! One HTTP/1.1 request and its answer on a connection of its own, and what a refusal said.
+//! One HTTP/1.1 request and its response, on a connection of their own.
 //!
-//! The server API and the WebSocket upgrade both go through here: so both keep status, body and `Retry-After`, and
-//! neither lets a token into a text.
+//! The server API and the WebSocket upgrade both send their requests here. Both therefore preserve the status, body and
+//! `Retry-After` of a rejection, and neither lets a token into an error message.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -21,32 +21,31 @@ use tokio::time::{Instant, timeout_at};
 
 use super::connect::Stream;
 
-/// Most bytes of an answer's body that are read.
+/// Bytes of a response's body that are read.
 pub(crate) const MAX_BODY_BYTES: usize = 1 << 20;
-/// Most bytes of a refusal's text that are kept.
+/// Bytes of a rejection's text that are stored.
 const MAX_TEXT_BYTES: usize = 1 << 10;
-/// Most bytes of an answer's header section; hyper's own limit is 400 KiB.
+/// Bytes of a response's header section; hyper's own limit is 400 KiB.
 const MAX_HEADER_BYTES: usize = 64 << 10;
 
-/// What a refused HTTP request or WebSocket upgrade said.
+/// The response to a refused HTTP request or WebSocket upgrade.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpRejection {
     pub status: u16,
-    /// Twirp's `code`, where the body was Twirp JSON.
+    /// Twirp's `code`, if the body is Twirp JSON.
     pub twirp_code: Option<String>,
-    /// Twirp's `msg`, or the first KiB of the body as text; never a token.
+    /// Twirp's `msg`, or the first KiB of the body as text. Tokens are removed.
     pub message: String,
-    /// `Retry-After` in seconds or as a date, resolved to seconds from receipt.
+    /// The time that `Retry-After` asks to wait, counted from receipt.
     pub retry_after: Option<Duration>,
 }
 
-/// An HTTP answer.
 pub(crate) struct HttpResponse {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
     pub body_end: BodyEnd,
-    /// After 101: the connection, and what was already read of the other protocol.
+    /// After status 101: the connection, and the bytes of the new protocol that were already read.
     pub upgraded: Option<(Stream, Bytes)>,
 }
 
@@ -54,35 +53,35 @@ pub(crate) struct HttpResponse {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BodyEnd {
     Whole,
-    /// More than [`MAX_BODY_BYTES`]; the rest is left unread.
+    /// The body exceeds [`MAX_BODY_BYTES`]; the rest is not read.
     TooLong,
-    /// The deadline passed in the middle of it.
+    /// The deadline passed before the end of the body.
     Late,
-    /// The connection broke in the middle of it.
+    /// The connection broke before the end of the body.
     Cut,
 }
 
-/// Why there is no answer at all.
+/// Why there is no response at all.
 #[derive(Debug)]
 pub(crate) enum ExchangeError {
     Timeout,
-    /// The connection broke before the head of the answer was complete.
+    /// The connection broke before the head of the response was complete.
     Broken(String),
-    /// Whatever came, it was no HTTP.
+    /// The response is not HTTP.
     Malformed(String),
 }
 
-/// The `Authorization` of a token, marked so that `Debug` doesn't show it.
+/// The `Authorization` header for a token, marked as sensitive so that `Debug` does not show it.
 pub(crate) fn bearer(token: &SecretString) -> HeaderValue {
     let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose_secret()))
-        .expect("a JWT is Base64 and dots");
+        .expect("a JWT consists of Base64 and dots");
     value.set_sensitive(true);
     value
 }
 
-/// Sends `request` and reads the answer.
+/// Sends `request` and reads the response.
 ///
-/// A refusal whose body is late or breaks off is still a refusal: only the head must come before `deadline`.
+/// Only the head must arrive before `deadline`: a rejection whose body is late or incomplete is still a rejection.
 pub(crate) async fn exchange(
     stream: Stream,
     request: Request<Full<Bytes>>,
@@ -93,7 +92,7 @@ pub(crate) async fn exchange(
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| failed(&error))?;
-    let talk = async move {
+    let exchange = async move {
         let response = timeout_at(deadline, sender.send_request(request))
             .await
             .map_err(|_| ExchangeError::Timeout)?
@@ -102,7 +101,7 @@ pub(crate) async fn exchange(
         let (body, body_end) = if head.status == StatusCode::SWITCHING_PROTOCOLS {
             (Bytes::new(), BodyEnd::Whole)
         } else {
-            read(body, deadline).await
+            read_body(body, deadline).await
         };
         Ok(HttpResponse {
             status: head.status,
@@ -112,18 +111,19 @@ pub(crate) async fn exchange(
             upgraded: None,
         })
     };
-    let mut talk = pin!(talk);
+    let mut exchange = pin!(exchange);
     let mut connection = Box::pin(connection);
-    // The connection does the work while the talk waits for it; its own errors reach the talk.
+    // hyper separates the two: the connection does the I/O, the exchange waits for it and receives its errors. Polling both
+    // here, instead of spawning the connection, ends it with this future.
     let mut ended = false;
-    let mut answer = poll_fn(|cx| {
+    let mut response = poll_fn(|cx| {
         if !ended {
             ended = connection.as_mut().poll(cx).is_ready();
         }
-        talk.as_mut().poll(cx)
+        exchange.as_mut().poll(cx)
     })
     .await?;
-    if answer.status == StatusCode::SWITCHING_PROTOCOLS {
+    if response.status == StatusCode::SWITCHING_PROTOCOLS {
         if !ended {
             timeout_at(deadline, connection.as_mut())
                 .await
@@ -131,13 +131,13 @@ pub(crate) async fn exchange(
                 .map_err(|error| failed(&error))?;
         }
         let parts = (*std::pin::Pin::into_inner(connection)).into_parts();
-        answer.upgraded = Some((parts.io.into_inner(), parts.read_buf));
+        response.upgraded = Some((parts.io.into_inner(), parts.read_buf));
     }
-    Ok(answer)
+    Ok(response)
 }
 
-/// What of a body comes before `deadline`, up to the limit.
-async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, BodyEnd) {
+/// Reads the part of a body that arrives before `deadline`, up to the limit.
+async fn read_body(mut body: Incoming, deadline: Instant) -> (Bytes, BodyEnd) {
     let mut bytes = BytesMut::new();
     let end = loop {
         match timeout_at(deadline, body.frame()).await {
@@ -145,9 +145,9 @@ async fn read(mut body: Incoming, deadline: Instant) -> (Bytes, BodyEnd) {
                 let Some(data) = frame.data_ref() else {
                     continue;
                 };
-                let room = MAX_BODY_BYTES - bytes.len();
-                bytes.extend_from_slice(&data[..data.len().min(room)]);
-                if data.len() > room {
+                let capacity = MAX_BODY_BYTES - bytes.len();
+                bytes.extend_from_slice(&data[..data.len().min(capacity)]);
+                if data.len() > capacity {
                     break BodyEnd::TooLong;
                 }
             }
@@ -190,7 +190,7 @@ impl HttpResponse {
         };
         let mut message = sanitize(&text);
         if message.is_empty() {
-            message = self.headline();
+            message = self.fallback_message();
         }
         HttpRejection {
             status: self.status.as_u16(),
@@ -203,15 +203,15 @@ impl HttpResponse {
         }
     }
 
-    /// Stands in for a body that says nothing: where a redirect leads, or the status in words.
-    fn headline(&self) -> String {
+    /// Replaces an empty body: the target of a redirect, or the status in words.
+    fn fallback_message(&self) -> String {
         let location = self
             .headers
             .get(LOCATION)
             .filter(|_| self.status.is_redirection())
             .and_then(|value| value.to_str().ok());
         match location {
-            // A query could hold anything.
+            // The query could contain a token or other secrets.
             Some(to) => {
                 let to = to.split(['?', '#']).next().unwrap_or_default();
                 format!("redirected to {}", sanitize(to))
@@ -219,13 +219,13 @@ impl HttpResponse {
             None => self
                 .status
                 .canonical_reason()
-                .unwrap_or("no text")
+                .unwrap_or("no reason phrase")
                 .to_owned(),
         }
     }
 }
 
-/// A number of seconds or an HTTP date (RFC 9110, 10.2.3); a date in the past is zero.
+/// Parses a number of seconds or an HTTP date (RFC 9110, 10.2.3). A date in the past gives zero.
 pub(crate) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<u64>() {
@@ -239,9 +239,9 @@ pub(crate) fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
     )
 }
 
-/// A server's text for people: no token, no control characters, white space in runs of one, at most 1 KiB.
+/// Makes a server's text safe to show: without tokens and control characters, with single spaces, at most 1 KiB.
 ///
-/// livekit-server answers a bad signature with the whole token in its text.
+/// Tokens do occur: livekit-server quotes the whole token when it rejects a bad signature.
 pub(crate) fn sanitize(text: &str) -> String {
     let mut shown = String::new();
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
@@ -260,7 +260,8 @@ pub(crate) fn sanitize(text: &str) -> String {
     shown
 }
 
-/// Copies `word` to `out` without what looks like a JWT: its header is JSON, which begins `eyJ` in Base64.
+/// Copies `word` to `out` and replaces everything that looks like a JWT. A JWT's header is JSON, so it starts with `eyJ` in
+/// Base64.
 fn redact(word: &str, out: &mut String) {
     let is_token =
         |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '=' | '%');
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_and_control_characters_never_stay_in_a_text() {
+    fn sanitize_removes_tokens_and_control_characters() {
         assert_eq!(
             sanitize("invalid token: eyJ0eXAi.eyJleHAi.lSt_TAg-x, error: \x1b[31mbad\r\n"),
             "invalid token: [token], error: [31mbad"
@@ -308,14 +309,14 @@ mod tests {
     }
 
     #[test]
-    fn a_long_text_is_cut_at_one_kib_between_characters() {
+    fn long_text_is_cut_at_one_kib_between_characters() {
         let shown = sanitize(&"€".repeat(2000));
         assert_eq!(shown, "€".repeat(MAX_TEXT_BYTES / 3));
     }
 
     #[test]
-    fn a_redirect_says_where_to_without_the_query() {
-        let answer = HttpResponse {
+    fn redirect_message_gives_the_target_without_the_query() {
+        let response = HttpResponse {
             status: StatusCode::MOVED_PERMANENTLY,
             headers: HeaderMap::from_iter([(
                 LOCATION,
@@ -326,7 +327,7 @@ mod tests {
             upgraded: None,
         };
         assert_eq!(
-            answer.rejection().message,
+            response.rejection().message,
             "redirected to https://example.com/rtc"
         );
     }

@@ -1,5 +1,5 @@
-//! The signal connection: a WebSocket that carries LiveKit's protobufs. One attempt, no failover, bounded frames;
-//! the token never appears in an error.
+//! The signal connection: a WebSocket that carries LiveKit's protobufs. A single attempt without failover, because a
+//! canary must see what a retry would hide. Frames are bounded, and the token never appears in an error.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -31,30 +31,30 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as SocketError, Message, error::ProtocolError};
 
-use super::connect::{ConnectError, Endpoint, Stream, rounded};
+use super::connect::{ConnectError, Endpoint, Stream, format_rounded};
 use super::request::{ExchangeError, HttpRejection, HttpResponse, bearer, exchange, sanitize};
 
-/// The signal protocol that this client speaks. 18 would mean negotiated data channels, which it doesn't do.
+/// The version of the signal protocol. 18 would promise negotiated data channels, which this client does not support.
 const PROTOCOL_VERSION: u32 = 16;
-/// The upstream Rust SDK whose behaviour this client follows; servers keep work-arounds by SDK and version.
+/// The version of the upstream Rust SDK whose behaviour this client follows. Servers select work-arounds by SDK and version.
 const SDK_VERSION: &str = "0.10.0";
-/// Largest message accepted. A join response with a few participants takes some KiB.
+/// Size of a message that is accepted. A join response with a few participants has some KiB.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
-/// Most bytes that may wait for a server that doesn't read.
+/// Bytes that may wait to be written if the server does not read.
 const MAX_BACKLOG_BYTES: usize = 1 << 20;
-/// Most messages in one second; a room of three sends some tens while it is being joined.
+/// Messages that are accepted in one second. A room with three participants sends some tens while it is joined.
 const MAX_MESSAGES_PER_SECOND: u32 = 1000;
 
 /// An open signal connection, after the join response.
 pub struct Signal {
     socket: WebSocketStream<Stream>,
-    /// Something was queued that the socket may not have taken yet.
+    /// The socket may hold queued messages that it has not written yet.
     unflushed: bool,
     ping: Interval,
     ping_timeout: Duration,
-    /// No later than the ping timeout.
+    /// Fires at the ping timeout, or earlier: it is only rearmed when it fires.
     give_up: Pin<Box<Sleep>>,
-    /// When the last message came.
+    /// When the last message arrived, including pongs.
     received_at: Instant,
     pings: Pings,
     rate: MessageRate,
@@ -68,12 +68,12 @@ pub(crate) struct OpenSocket {
     pub(crate) peer: SocketAddr,
 }
 
-/// Pings and their pongs, as far as they tell the time.
+/// Pings and pongs, which measure the round trip and the server's clock.
 #[derive(Default)]
 pub(crate) struct Pings {
-    /// The last ping: its timestamp, which comes back in the pong, and when it was sent.
+    /// The last ping: its timestamp, which the pong returns, and when it was sent.
     sent: Option<(i64, Instant)>,
-    /// As the last pong told it; the server keeps statistics of it.
+    /// From the last pong. The next ping reports it to the server, which keeps statistics of it.
     rtt: Duration,
     clock: Option<ServerClock>,
 }
@@ -100,26 +100,27 @@ impl Pings {
         }
     }
 
-    /// The server's clock, as the quickest pong told it; `None` until one has come.
+    /// The server's clock according to the pong with the shortest round trip; `None` before the first pong.
     pub(crate) fn clock(&self) -> Option<ServerClock> {
         self.clock
     }
 }
 
-/// A moment on the server's clock and on ours, from a ping and its pong.
+/// The same moment on the server's clock and on ours, from a ping and its pong.
 #[derive(Debug, Clone, Copy)]
 pub struct ServerClock {
     local: Instant,
     /// Unix milliseconds.
     server: i64,
-    /// From ping to pong; the two moments lie at most half of it apart.
+    /// The round trip. The two times differ by at most half of it.
     rtt: Duration,
 }
 
 impl ServerClock {
-    /// Our moment of a stamp of the server's, in Unix milliseconds; `None` for 0, which is no stamp.
+    /// Converts a server timestamp in Unix milliseconds to our clock; `None` for 0, which means that it is not set.
     ///
-    /// Cloud's nodes keep their clocks together better than a join is exact.
+    /// The timestamp may come from another node: the clocks of LiveKit Cloud's nodes differ by less than the error of a
+    /// join time.
     pub fn to_local(self, stamp: i64) -> Option<Instant> {
         let apart = Duration::from_millis(stamp.abs_diff(self.server));
         match stamp {
@@ -130,13 +131,13 @@ impl ServerClock {
     }
 }
 
-/// What a join brings.
+/// The result of a successful join.
 pub struct Joined {
     pub signal: Signal,
     pub response: Box<proto::JoinResponse>,
     /// When the join response was read.
     pub at: Instant,
-    /// Our end of the TCP connection: the address that routes to the server.
+    /// Our end of the TCP connection, which is the local address that routes to the server.
     pub local: SocketAddr,
     pub peer: SocketAddr,
 }
@@ -147,26 +148,25 @@ pub enum SignalError {
     Unreachable(#[from] ConnectError),
     #[error("the signal connection was refused with HTTP {}: {}", .0.status, .0.message)]
     Refused(HttpRejection),
-    /// The connection came up, but the upgrade or the join response did not come in time.
+    /// The connection was opened, but the upgrade or the join response did not arrive in time.
     #[error("no join response within {0:?}")]
     JoinTimeout(Duration),
-    /// `Leave` before the join response.
     #[error("the server sent Leave ({reason}) before the join response")]
     LeftBeforeJoin { reason: String },
-    #[error("the server answers no pings: nothing came for {0:?}")]
+    #[error("the server stopped answering pings: nothing arrived for {0:?}")]
     PingTimeout(Duration),
     #[error("the signal connection closed: {0}")]
     Closed(String),
-    /// A frame above the size limit, an undecodable one, or more of them than any room sends.
+    /// A frame exceeded the size limit or could not be decoded, or there were more frames than any room sends.
     #[error("the server broke the signal protocol: {0}")]
     Protocol(String),
 }
 
 impl Signal {
-    /// Connects and waits for the join response, for `timeout` from DNS to that response.
+    /// Connects and waits for the join response. `timeout` covers everything from DNS to that response.
     ///
-    /// `requested` is told the time just before the upgrade is written, after TLS. It stays silent where no connection
-    /// came up.
+    /// `requested` receives the time just before the upgrade is written, after TLS. It is dropped unused if no connection
+    /// could be opened.
     pub async fn connect(
         endpoint: &Endpoint,
         token: &SecretString,
@@ -179,7 +179,7 @@ impl Signal {
             endpoint.target("/rtc")
         );
         let on_request = |at| {
-            // A caller that no longer listens doesn't want to know.
+            // The caller may have dropped its receiver; then it does not need the time.
             requested.send(at).ok();
         };
         let opened = open_websocket(endpoint, &target, token, timeout, on_request).await?;
@@ -196,7 +196,7 @@ impl Signal {
                 });
             }
             _ => {
-                let text = "the first message was no join response".to_owned();
+                let text = "the first message is not a join response".to_owned();
                 return Err(SignalError::Protocol(text));
             }
         };
@@ -231,14 +231,13 @@ impl Signal {
         self.ping_timeout = timeout;
     }
 
-    /// The next message and when its frame was read. Pings and their deadline are kept in here, so it must be polled
-    /// for as long as the connection is to live.
+    /// The next message, and when its frame was read.
     ///
-    /// Cancel-safe.
+    /// This also sends pings and checks their deadline, so it must be polled as long as the connection is in use. Cancel-safe.
     pub async fn recv(&mut self) -> Result<(Instant, Incoming), SignalError> {
         loop {
             tokio::select! {
-                // What has come counts before a deadline that passed meanwhile.
+                // Messages first: if this task was delayed, a message that has arrived refutes a deadline that passed meanwhile.
                 biased;
                 message = next_message(&mut self.socket, &mut self.unflushed, &mut self.rate) => {
                     let (at, message) = message?;
@@ -248,7 +247,7 @@ impl Signal {
                     }
                 }
                 () = &mut self.give_up => {
-                    // Armed anew only here: this is polled with every packet of media, and must cost nothing then.
+                    // Rearmed only here and not per message: this select runs with every packet of media and must stay cheap.
                     let give_up = self.received_at + self.ping_timeout;
                     if give_up <= Instant::now() {
                         return Err(SignalError::PingTimeout(self.ping_timeout));
@@ -260,7 +259,7 @@ impl Signal {
         }
     }
 
-    /// When the server was last heard, pongs included.
+    /// When the last message from the server arrived, including pongs.
     pub fn received_at(&self) -> Instant {
         self.received_at
     }
@@ -270,13 +269,14 @@ impl Signal {
         self.pings.clock()
     }
 
-    /// Queues a message and writes what the socket takes; [`recv`](Self::recv) writes the rest. It never waits, so it
-    /// needs no deadline: a server that reads nothing meets the ping deadline, or before that the limit of the backlog.
+    /// Queues a message and writes as much as the socket accepts; [`recv`](Self::recv) writes the rest.
     ///
-    /// A connection that is gone is no error here: [`recv`](Self::recv) tells of it, after what the server said before.
+    /// It never waits, so it needs no deadline. If the server does not read, the ping deadline or the backlog limit ends
+    /// the connection. A broken connection is not an error here: [`recv`](Self::recv) reports it, after the messages that
+    /// the server sent before.
     ///
     /// # Errors
-    /// [`SignalError::Closed`] where a MiB already waits to be written.
+    /// [`SignalError::Closed`] if 1 MiB already waits to be written.
     pub fn send(&mut self, message: Outgoing) -> Result<(), SignalError> {
         let request = proto::SignalRequest {
             message: Some(message),
@@ -295,11 +295,11 @@ impl Signal {
         let closing = async {
             self.send(Outgoing::Leave(leave)).ok()?;
             self.socket.close(None).await.ok()?;
-            // The server's own close: until then it may not have read the `Leave`.
+            // Wait for the server's own close: before that, it may not have read the `Leave`.
             while let Some(Ok(_)) = self.socket.next().await {}
             Some(())
         };
-        // Nothing more can be done for a connection that is already gone, or doesn't end in time.
+        // Best effort: the connection may already be gone, or the server may not close it in time.
         timeout_at(deadline, closing).await.ok();
     }
 
@@ -307,20 +307,20 @@ impl Signal {
         next_message(&mut self.socket, &mut self.unflushed, &mut self.rate).await
     }
 
-    /// Keeps back what is this connection's own business.
+    /// Handles the messages that concern only this connection, and returns the others.
     fn filter(&mut self, at: Instant, message: Incoming) -> Option<Incoming> {
         match message {
             Incoming::PongResp(pong) => {
                 self.pings.on_pong(at, &pong);
                 None
             }
-            // The new token is for reconnecting, which a canary doesn't do: it stays out of reach of every log.
+            // The new token is for reconnecting, which a canary does not do. It is dropped so that no log can show it.
             Incoming::Pong(_) | Incoming::RefreshToken(_) => None,
             other => Some(other),
         }
     }
 
-    /// Both forms, as upstream's SDKs do: servers before protocol 8 answer only the first.
+    /// Sends both forms of a ping, as the upstream SDKs do: servers before protocol 8 answer only the first.
     fn send_ping(&mut self) -> Result<(), SignalError> {
         let timestamp = Utc::now().timestamp_millis();
         self.pings.on_ping(timestamp, Instant::now());
@@ -333,19 +333,19 @@ impl Signal {
 
     fn queue(&mut self, message: Message) -> Result<(), SignalError> {
         self.unflushed = true;
-        written(self.socket.start_send_unpin(message))?;
+        tolerate_broken_pipe(self.socket.start_send_unpin(message))?;
         if let Some(flushed) = self.socket.flush().now_or_never() {
             self.unflushed = false;
-            written(flushed)?;
+            tolerate_broken_pipe(flushed)?;
         }
         Ok(())
     }
 }
 
-/// Reads up to the next protobuf message. A function of the parts, so that [`Signal::recv`] can wait for its timers
-/// beside it.
+/// Reads up to the next protobuf message. It takes the parts instead of `&mut Signal`, so that [`Signal::recv`] can wait for
+/// its timers at the same time.
 ///
-/// Cancel-safe: the only await is a poll function that keeps no state of its own.
+/// Cancel-safe: it awaits only a poll function that has no state of its own.
 async fn next_message(
     socket: &mut WebSocketStream<Stream>,
     unflushed: &mut bool,
@@ -355,7 +355,7 @@ async fn next_message(
         let frame = poll_fn(|cx| {
             if *unflushed && let Poll::Ready(flushed) = socket.poll_flush_unpin(cx) {
                 *unflushed = false;
-                written(flushed)?;
+                tolerate_broken_pipe(flushed)?;
             }
             let next = socket.poll_next_unpin(cx);
             next.map(|frame| frame.transpose().map_err(|error| socket_error(&error)))
@@ -370,7 +370,7 @@ async fn next_message(
     }
 }
 
-/// When a frame came, and its content where it is one for a client; or why there are no more.
+/// The time of a frame and, if it is a binary one, its content; or why there are no more frames.
 pub(crate) fn read_frame(
     frame: Option<Message>,
     rate: &mut MessageRate,
@@ -384,17 +384,17 @@ pub(crate) fn read_frame(
         Message::Binary(bytes) => Ok((at, Some(bytes))),
         Message::Close(frame) => Err(closed(frame.as_ref())),
         Message::Text(_) => {
-            let text = "a text frame, where only protobufs were agreed on".to_owned();
+            let text = "a text frame; LiveKit sends only binary ones".to_owned();
             Err(SignalError::Protocol(text))
         }
-        // The socket answers pings by itself on its next poll.
+        // tungstenite answers WebSocket pings by itself on the next poll.
         Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => Ok((at, None)),
     }
 }
 
-/// Opens a WebSocket at `target`, a path with its query, within `timeout` from DNS to the answer to the upgrade.
+/// Opens a WebSocket at `target`, a path with its query. `timeout` covers everything from DNS to the answer to the upgrade.
 ///
-/// `on_request` gets the time just before the upgrade is written, after TLS.
+/// `on_request` is called with the time just before the upgrade is written, after TLS.
 pub(crate) async fn open_websocket(
     endpoint: &Endpoint,
     target: &str,
@@ -408,14 +408,14 @@ pub(crate) async fn open_websocket(
     let key = generate_key();
     let request = upgrade_request(endpoint, target, token, &key);
     on_request(Instant::now());
-    let answer = exchange(stream, request, deadline)
+    let response = exchange(stream, request, deadline)
         .await
         .map_err(|error| match error {
             ExchangeError::Timeout => SignalError::JoinTimeout(timeout),
             ExchangeError::Broken(text) => SignalError::Closed(text),
             ExchangeError::Malformed(text) => SignalError::Protocol(text),
         })?;
-    let socket = upgraded(answer, &key).await?;
+    let socket = upgraded(response, &key).await?;
     Ok(OpenSocket {
         socket,
         local,
@@ -423,18 +423,21 @@ pub(crate) async fn open_websocket(
     })
 }
 
-async fn upgraded(answer: HttpResponse, key: &str) -> Result<WebSocketStream<Stream>, SignalError> {
-    if answer.status != StatusCode::SWITCHING_PROTOCOLS {
-        return Err(SignalError::Refused(answer.rejection()));
+async fn upgraded(
+    response: HttpResponse,
+    key: &str,
+) -> Result<WebSocketStream<Stream>, SignalError> {
+    if response.status != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(SignalError::Refused(response.rejection()));
     }
-    if !accepts(&answer.headers, key) {
-        let text = "the answer to the upgrade is not a WebSocket's".to_owned();
+    if !accepts(&response.headers, key) {
+        let text = "the answer to the upgrade is not a valid WebSocket handshake".to_owned();
         return Err(SignalError::Protocol(text));
     }
-    let (stream, read_ahead) = answer
+    let (stream, read_ahead) = response
         .upgraded
-        .expect("an answer of status 101 carries its connection");
-    // So much is filled with zeros whenever the socket is polled, which is with every packet of media.
+        .expect("`exchange` returns the connection with status 101");
+    // A small read buffer: tungstenite fills it with zeros on every poll, and this is polled with every packet of media.
     let config = WebSocketConfig::default()
         .read_buffer_size(1 << 10)
         .write_buffer_size(0)
@@ -447,7 +450,7 @@ async fn upgraded(answer: HttpResponse, key: &str) -> Result<WebSocketStream<Str
     Ok(socket.await)
 }
 
-/// How often to ping and how long to wait for the server, by its own figures, within reason: zero means that it names
+/// The ping interval and the ping timeout that the server asks for, within limits. The server sends zero if it asks for
 /// none.
 pub(crate) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration) {
     let seconds = |given: i32, default: u64| {
@@ -458,11 +461,13 @@ pub(crate) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration)
     (every, seconds(response.ping_timeout, 15).max(2 * every))
 }
 
-/// `None` for a message of a kind that is newer than our protobufs.
+/// `None` for a kind of message that is newer than our protobufs.
 pub(crate) fn decode(bytes: &Bytes) -> Result<Option<Incoming>, SignalError> {
     proto::SignalResponse::decode(bytes.clone())
         .map(|response| response.message)
-        .map_err(|error| SignalError::Protocol(format!("an undecodable message: {error}")))
+        .map_err(|error| {
+            SignalError::Protocol(format!("a message that cannot be decoded: {error}"))
+        })
 }
 
 fn closed(frame: Option<&tokio_tungstenite::tungstenite::protocol::CloseFrame>) -> SignalError {
@@ -477,9 +482,9 @@ fn closed(frame: Option<&tokio_tungstenite::tungstenite::protocol::CloseFrame>) 
     })
 }
 
-/// What a write came to. One that met a closed or broken connection is no news yet: the server's `Leave` or close may lie
-/// there unread, and whoever reads to the end learns of both.
-fn written(result: Result<(), SocketError>) -> Result<(), SignalError> {
+/// The result of a write, where a broken connection counts as success: the server's `Leave` or close frame may still be
+/// unread. Reading on returns these first and then reports the broken connection.
+fn tolerate_broken_pipe(result: Result<(), SocketError>) -> Result<(), SignalError> {
     match result {
         Ok(()) | Err(SocketError::Io(_)) => Ok(()),
         Err(error) => Err(socket_error(&error)),
@@ -490,19 +495,19 @@ pub(crate) fn socket_error(error: &SocketError) -> SignalError {
     match error {
         SocketError::Io(error) => SignalError::Closed(error.to_string()),
         SocketError::ConnectionClosed | SocketError::AlreadyClosed => {
-            SignalError::Closed("it was closed before".to_owned())
+            SignalError::Closed("it was already closed".to_owned())
         }
         SocketError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
-            SignalError::Closed("the server cut it without a word".to_owned())
+            SignalError::Closed("the server dropped it without a close frame".to_owned())
         }
         SocketError::WriteBufferFull(_) => SignalError::Closed(format!(
-            "the server reads nothing: {MAX_BACKLOG_BYTES} bytes wait for it"
+            "the server does not read: {MAX_BACKLOG_BYTES} bytes wait to be sent"
         )),
         other => SignalError::Protocol(other.to_string()),
     }
 }
 
-/// The reason's name in the protobufs (`ROOM_DELETED`, `JOIN_FAILURE`, …).
+/// The name of the reason in the protobufs: `ROOM_DELETED`, `JOIN_FAILURE`, …
 pub fn leave_reason(leave: &proto::LeaveRequest) -> String {
     proto::DisconnectReason::try_from(leave.reason).map_or_else(
         |_| format!("reason {}", leave.reason),
@@ -510,7 +515,8 @@ pub fn leave_reason(leave: &proto::LeaveRequest) -> String {
     )
 }
 
-/// The token goes into a header, which livekit-server reads before the query: so no URL ever carries it.
+/// Builds the upgrade request. The token goes into a header, which livekit-server reads before the query, so that no URL
+/// contains it.
 fn upgrade_request(
     endpoint: &Endpoint,
     target: &str,
@@ -528,9 +534,9 @@ fn upgrade_request(
         .expect("the path of a URL, a host and fixed headers make a request")
 }
 
-/// RFC 6455, 4.1: what the client must verify in the answer.
+/// Whether the answer passes the checks that RFC 6455, 4.1 requires of a client.
 fn accepts(headers: &HeaderMap, key: &str) -> bool {
-    // `Connection` is a list, and a proxy may have added to it.
+    // `Connection` is a list, and a proxy may have extended it.
     let is = |name, wanted: &str| {
         headers
             .get(name)
@@ -548,14 +554,14 @@ fn accepts(headers: &HeaderMap, key: &str) -> bool {
             .is_some_and(|value| value == derive_accept_key(key.as_bytes()).as_str())
 }
 
-/// The first at once: its pong tells the server's clock before an agent can have joined.
+/// The timer for pings. The first ping is sent at once, so that its pong gives the server's clock before an agent can join.
 fn ping_interval(span: Duration) -> Interval {
     let mut pings = interval(span);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     pings
 }
 
-/// Counts the frames of each second.
+/// Counts frames per second, to detect a flood.
 pub(crate) struct MessageRate {
     since: Instant,
     frames: u32,
@@ -574,9 +580,9 @@ impl MessageRate {
         self.frames += 1;
         if self.frames > MAX_MESSAGES_PER_SECOND {
             return Err(SignalError::Protocol(format!(
-                "{} messages within {}; a room sends some tens a second at most",
+                "{} messages within {}; a room sends at most some tens per second",
                 self.frames,
-                rounded(window)
+                format_rounded(window)
             )));
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Access tokens: short-lived, with no more grants than one call or one participant needs.
+//! Access tokens: short-lived, with only the grants that one API call or one participant needs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,8 +10,8 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::livekit::RoomName;
 
-/// A token is used at once and the server looks at it only once, so its life is nothing but an allowance for clocks
-/// that differ: this much, plus the server's own minute.
+/// How long a token is valid. A token is used at once and the server checks it only once, so this merely allows for clocks
+/// that differ. The server allows one more minute.
 const TOKEN_TTL: Duration = Duration::from_mins(10);
 
 /// The key pair that signs tokens; `Debug` does not show the secret.
@@ -31,19 +31,19 @@ pub enum TokenError {
     MissingIdentity,
 }
 
-/// What one call of the server API needs.
+/// What one call of the server API is allowed to do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum ApiPermission<'a> {
-    /// Creating and deleting rooms.
+    /// Create and delete rooms.
     Create,
     List,
-    /// Participants and dispatches of one room.
+    /// Manage participants and dispatches of one room.
     Admin(&'a RoomName),
 }
 
 impl Keys {
     /// # Errors
-    /// Either half is empty.
+    /// The key or the secret is empty.
     pub fn new(
         api_key: impl Into<String>,
         api_secret: impl Into<SecretString>,
@@ -61,13 +61,13 @@ impl Keys {
         })
     }
 
-    /// A token that joins `room` as a standard participant: it may publish a microphone and subscribe, no more.
+    /// A token to join `room` as a standard participant, which may publish a microphone and subscribe, and nothing else.
     ///
-    /// With `room_config` the token may create the room as well: a server with `auto_create: false` refuses the join
-    /// of a room that doesn't exist yet unless the token has that grant.
+    /// With `room_config`, the token may create the room, too. A server with `auto_create: false` refuses to create a room
+    /// on join unless the token has this grant.
     ///
     /// # Errors
-    /// [`TokenError::MissingIdentity`] where room or identity is empty.
+    /// [`TokenError::MissingIdentity`] if room or identity is empty.
     pub fn participant(
         &self,
         room: &RoomName,
@@ -126,10 +126,8 @@ impl Keys {
 
 fn sign(token: AccessToken) -> SecretString {
     let jwt: Result<String, AccessTokenError> = token.to_jwt();
-    jwt.expect(
-        "neither key nor secret, neither room nor identity is empty, and claims are plain data",
-    )
-    .into()
+    jwt.expect("key, secret, room and identity are not empty, and claims are plain data")
+        .into()
 }
 
 impl fmt::Debug for Keys {
@@ -167,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_participant_may_join_its_room_publish_a_microphone_and_subscribe_and_no_more() {
+    fn participant_may_only_join_its_room_publish_a_microphone_and_subscribe() {
         let claims = participant(None);
         assert_eq!(
             claims.video,
@@ -183,13 +181,13 @@ mod tests {
         );
         assert_eq!(claims.sub, "echo");
         assert_eq!(claims.attributes["canary"], "true");
-        // An empty kind is a standard participant.
+        // An empty kind means a standard participant.
         assert_eq!(claims.kind, "");
         assert_eq!(claims.room_config, None);
     }
 
     #[test]
-    fn room_settings_travel_in_the_token_with_the_grant_to_create_the_room() {
+    fn token_with_room_settings_grants_the_creation_of_the_room() {
         let config = proto::RoomConfiguration {
             empty_timeout: 30,
             metadata: "canary".to_owned(),
@@ -201,24 +199,24 @@ mod tests {
     }
 
     #[test]
-    fn a_token_expires_within_minutes() {
+    fn token_expires_within_ten_minutes() {
         let claims = participant(None);
         assert!(claims.exp - claims.nbf <= 600);
     }
 
     #[test]
-    fn a_pair_with_an_empty_half_or_a_participant_without_a_name_gets_no_token() {
+    fn empty_key_empty_secret_or_empty_identity_is_an_error() {
         assert_eq!(Keys::new("", SECRET).err(), Some(TokenError::EmptyKey));
         assert_eq!(
             Keys::new("some-key", "").err(),
             Some(TokenError::EmptySecret)
         );
-        let nobody = keys().participant(&room(), "", &BTreeMap::new(), None);
-        assert_eq!(nobody.err(), Some(TokenError::MissingIdentity));
+        let unnamed = keys().participant(&room(), "", &BTreeMap::new(), None);
+        assert_eq!(unnamed.err(), Some(TokenError::MissingIdentity));
     }
 
     #[test]
-    fn debug_shows_the_key_and_not_the_secret() {
+    fn debug_shows_the_key_but_not_the_secret() {
         let shown = format!("{:?}", keys());
         assert!(shown.contains("some-key"));
         assert!(!shown.contains(SECRET));

@@ -86,7 +86,7 @@ fn turn(role: ChatRole, metrics: MetricsReport) -> Vec<u8> {
 }
 
 #[test]
-fn turns_are_told_with_what_was_measured_and_with_nothing_else() {
+fn turns_are_reported_only_with_valid_measurements() {
     let measured = MetricsReport {
         llm_node_ttft: Some(0.25),
         tts_node_ttfb: Some(f64::NAN),
@@ -94,7 +94,7 @@ fn turns_are_told_with_what_was_measured_and_with_nothing_else() {
         ..MetricsReport::default()
     };
     let mut reader = StreamReader::new(false);
-    let mut told = |role, report| {
+    let mut read_turn = |role, report| {
         let packets = [
             header("a", TOPIC),
             chunk("a", &turn(role, report)),
@@ -112,35 +112,35 @@ fn turns_are_told_with_what_was_measured_and_with_nothing_else() {
         },
     );
     assert_eq!(
-        told(ChatRole::Assistant, measured),
+        read_turn(ChatRole::Assistant, measured),
         [AgentMessage::Turn {
             identity: "agent-x".to_owned(),
             metrics: own
         }]
     );
-    assert_eq!(told(ChatRole::System, measured), []);
-    assert_eq!(told(ChatRole::Assistant, MetricsReport::default()), []);
+    assert_eq!(read_turn(ChatRole::System, measured), []);
+    assert_eq!(read_turn(ChatRole::Assistant, MetricsReport::default()), []);
 }
 
-/// A text stream's header with its attributes.
+/// The header of a transcript's text stream.
 fn speech(id: &str, attributes: &[(&str, &str)]) -> Vec<u8> {
     header_with(id, transcript::TOPIC, attributes)
 }
 
-fn said(told: Vec<AgentMessage>) -> Vec<(String, String, bool)> {
-    let words = told.into_iter().map(|told| match told {
-        AgentMessage::Transcript(words) => (
-            words.segment,
-            words.text.as_str().to_owned(),
-            words.is_final,
+fn transcripts(messages: Vec<AgentMessage>) -> Vec<(String, String, bool)> {
+    let segments = messages.into_iter().map(|message| match message {
+        AgentMessage::Transcript(segment) => (
+            segment.segment,
+            segment.text.as_str().to_owned(),
+            segment.is_final,
         ),
         other => panic!("{other:?}"),
     });
-    words.collect()
+    segments.collect()
 }
 
 #[test]
-fn transcript_is_read_where_it_is_wanted_and_what_is_cut_off_is_not_final() {
+fn transcript_is_read_only_on_request_and_an_unfinished_one_is_not_final() {
     let segment = ("lk.segment_id", "SG_1");
     let packets = [
         speech("a", &[segment, ("lk.transcription_final", "true")]),
@@ -158,25 +158,28 @@ fn transcript_is_read_where_it_is_wanted_and_what_is_cut_off_is_not_final() {
         .iter()
         .flat_map(|packet| reader.on_data(Instant::now(), packet));
     let expected = [("SG_1", "Good day €", true), ("b", "so", false)];
-    let own = |(segment, text, is_final): (&str, &str, bool)| {
+    let owned = |(segment, text, is_final): (&str, &str, bool)| {
         (segment.to_owned(), text.to_owned(), is_final)
     };
-    assert_eq!(said(read.collect()), expected.map(own));
-    let cut = reader
+    assert_eq!(transcripts(read.collect()), expected.map(owned));
+    let unfinished = reader
         .unfinished()
         .into_iter()
         .map(AgentMessage::Transcript);
-    assert_eq!(said(cut.collect()), [own(("c", "well, I", false))]);
+    assert_eq!(
+        transcripts(unfinished.collect()),
+        [owned(("c", "well, I", false))]
+    );
 
-    let mut unwanted = StreamReader::new(false);
+    let mut without_transcript = StreamReader::new(false);
     for packet in &packets {
-        assert_eq!(unwanted.on_data(Instant::now(), packet), []);
+        assert_eq!(without_transcript.on_data(Instant::now(), packet), []);
     }
-    assert!(unwanted.streams.is_empty());
+    assert!(without_transcript.streams.is_empty());
 }
 
 #[test]
-fn older_packets_are_read_and_the_words_are_not_in_debug_output() {
+fn older_packets_are_read_and_debug_output_hides_the_text() {
     let older = packet(Value::Transcription(Transcription {
         transcribed_participant_identity: "canary-echo".to_owned(),
         track_id: "TR_1".to_owned(),
@@ -187,20 +190,20 @@ fn older_packets_are_read_and_the_words_are_not_in_debug_output() {
             ..TranscriptionSegment::default()
         }],
     }));
-    let told = StreamReader::new(true).on_data(Instant::now(), &older);
-    assert!(!format!("{told:?}").contains("Smith"));
+    let messages = StreamReader::new(true).on_data(Instant::now(), &older);
+    assert!(!format!("{messages:?}").contains("Smith"));
     let expected = ("SG_1".to_owned(), "my name is Smith".to_owned(), true);
-    assert_eq!(said(told), [expected]);
+    assert_eq!(transcripts(messages), [expected]);
     assert_eq!(StreamReader::new(false).on_data(Instant::now(), &older), []);
 }
 
-/// The errors that the reader finds in these, one after the other.
+/// The errors that the reader finds in these packets, in order.
 fn read(packets: &[Vec<u8>]) -> Vec<String> {
     let mut reader = StreamReader::new(true);
-    let told = packets
+    let messages = packets
         .iter()
         .flat_map(|packet| reader.on_data(Instant::now(), packet));
-    let errors = told.map(|told| match told {
+    let errors = messages.map(|message| match message {
         AgentMessage::Error { identity, message } => {
             assert_eq!(identity, "agent-x");
             message
@@ -211,7 +214,7 @@ fn read(packets: &[Vec<u8>]) -> Vec<String> {
 }
 
 #[test]
-fn streams_that_come_interleaved_and_in_pieces_are_read() {
+fn interleaved_streams_in_pieces_are_read() {
     let (one, other) = (error("one"), error("other"));
     let packets = [
         header("a", TOPIC),
@@ -226,7 +229,7 @@ fn streams_that_come_interleaved_and_in_pieces_are_read() {
 }
 
 #[test]
-fn other_topics_and_whatever_is_malformed_say_nothing() {
+fn other_topics_and_malformed_streams_give_no_message() {
     let content = error("one");
     for packets in [
         vec![header("a", "lk.chat"), chunk("a", &content), trailer("a")],
@@ -240,7 +243,7 @@ fn other_topics_and_whatever_is_malformed_say_nothing() {
 }
 
 #[test]
-fn what_is_kept_is_bounded() {
+fn buffered_data_is_bounded() {
     let mut reader = StreamReader::new(true);
     let now = Instant::now();
     for id in 0..100 {
@@ -253,8 +256,8 @@ fn what_is_kept_is_bounded() {
         }
     }
     assert!(reader.streams.len() <= MAX_STREAMS);
-    let kept = reader.streams.iter().map(|stream| stream.content.len());
-    assert!(kept.sum::<usize>() <= MAX_STREAMS * MAX_STREAM_BYTES);
+    let buffered = reader.streams.iter().map(|stream| stream.content.len());
+    assert!(buffered.sum::<usize>() <= MAX_STREAMS * MAX_STREAM_BYTES);
 }
 
 fn identity() -> impl Strategy<Value = String> {
@@ -269,7 +272,7 @@ fn sent_by(sender: String, packet: &[u8]) -> Vec<u8> {
     packet.encode_to_vec()
 }
 
-/// A packet of streams with few ids, so that they meet.
+/// A packet of some stream. There are few ids, so that packets often belong to the same stream.
 fn any_packet() -> impl Strategy<Value = Vec<u8>> {
     let id = || select(vec!["a", "b", "c", ""]);
     let topic = select(vec![TOPIC, transcript::TOPIC, "lk.chat"]);
@@ -329,25 +332,25 @@ proptest! {
     fn packets_of_any_kind_and_order_are_read_within_bounds(packets in vec(any_packet(), 0..80)) {
         let mut reader = StreamReader::new(true);
         for packet in packets {
-            let told = reader.on_data(Instant::now(), &packet);
-            prop_assert!(told.len() <= 8, "{} at once", told.len());
-            for one in told {
+            let messages = reader.on_data(Instant::now(), &packet);
+            prop_assert!(messages.len() <= 8, "{} at once", messages.len());
+            for one in messages {
                 let length = match &one {
                     AgentMessage::Error { message, .. } => message.len(),
-                    AgentMessage::Transcript(words) => words.text.as_str().len(),
+                    AgentMessage::Transcript(segment) => segment.text.as_str().len(),
                     AgentMessage::Turn { .. } => 0,
                 };
                 prop_assert!(length <= 1024, "{length}");
-                if let AgentMessage::Transcript(words) = one {
+                if let AgentMessage::Transcript(segment) = one {
                     let length = |text: &str| text.chars().count();
-                    prop_assert!(length(&words.identity) <= 256);
-                    prop_assert!(length(&words.segment) <= 64);
-                    prop_assert!(words.track.is_none_or(|track| length(&track) <= 64));
+                    prop_assert!(length(&segment.identity) <= 256);
+                    prop_assert!(length(&segment.segment) <= 64);
+                    prop_assert!(segment.track.is_none_or(|track| length(&track) <= 64));
                 }
             }
             prop_assert!(reader.streams.len() <= MAX_STREAMS);
-            let kept = reader.streams.iter().map(|stream| stream.content.len());
-            prop_assert!(kept.max().unwrap_or(0) <= MAX_STREAM_BYTES);
+            let buffered = reader.streams.iter().map(|stream| stream.content.len());
+            prop_assert!(buffered.max().unwrap_or(0) <= MAX_STREAM_BYTES);
         }
     }
 }

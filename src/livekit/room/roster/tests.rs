@@ -51,12 +51,12 @@ impl RosterRoom {
         }
     }
 
-    /// One update a millisecond; each event with the millisecond it is stamped with.
+    /// Sends one update, one millisecond after the last; returns each event with the millisecond of its timestamp.
     fn update(&mut self, info: ParticipantInfo) -> Vec<(u64, String)> {
         self.millis += 1;
         let now = self.start + Duration::from_millis(self.millis);
         let events = self.roster.update(now, vec![info], false);
-        let told = events.into_iter().map(|event| {
+        let described = events.into_iter().map(|event| {
             let at = event.at.duration_since(self.start).as_millis();
             let what = match event.kind {
                 RoomEventKind::AgentJoined { agent, .. } => format!("agent {}", agent.sid),
@@ -68,11 +68,11 @@ impl RosterRoom {
                     kind,
                     agent_name,
                 } => format!("other {identity} {kind} {agent_name:?}"),
-                seen => format!("{seen:?}"),
+                other => format!("{other:?}"),
             };
             (u64::try_from(at).unwrap(), what)
         });
-        told.collect()
+        described.collect()
     }
 
     fn voice(&self) -> Vec<&str> {
@@ -82,25 +82,25 @@ impl RosterRoom {
     }
 }
 
-fn told(at: u64, what: &str) -> Vec<(u64, String)> {
+fn event(at: u64, what: &str) -> Vec<(u64, String)> {
     vec![(at, what.to_owned())]
 }
 
 #[test]
-fn agent_of_the_name_is_seen_once_and_leaves_once() {
+fn agent_with_the_targets_name_joins_once_and_leaves_once() {
     let mut room = RosterRoom::new(Some("support"));
-    assert_eq!(room.update(agent("PA_1")), told(1, "agent PA_1"));
+    assert_eq!(room.update(agent("PA_1")), event(1, "agent PA_1"));
     assert_eq!(room.update(agent("PA_1")), []);
     let gone = gone(agent("PA_1"), DisconnectReason::ConnectionTimeout);
     assert_eq!(
         room.update(gone.clone()),
-        told(3, "left CONNECTION_TIMEOUT")
+        event(3, "left CONNECTION_TIMEOUT")
     );
     assert_eq!(room.update(gone), []);
 }
 
 #[test]
-fn agent_is_connected_once_the_server_calls_it_active() {
+fn agent_is_connected_when_its_state_is_active() {
     let active = |mut info: ParticipantInfo| {
         info.state = State::Active.into();
         info
@@ -109,16 +109,16 @@ fn agent_is_connected_once_the_server_calls_it_active() {
     let stray = participant("PA_0", Kind::Agent, &[(NAME_BY_SERVER, "billing")]);
     let other = room.update(active(stray));
     assert!(other[0].1.starts_with("other"), "{other:?}");
-    assert_eq!(room.update(agent("PA_1")), told(2, "agent PA_1"));
+    assert_eq!(room.update(agent("PA_1")), event(2, "agent PA_1"));
     assert_eq!(
         room.update(active(agent("PA_1"))),
-        told(3, "AgentConnected")
+        event(3, "AgentConnected")
     );
     assert_eq!(room.update(active(agent("PA_1"))), []);
 }
 
 #[test]
-fn agent_in_the_join_response_is_marked() {
+fn agent_in_the_join_response_is_reported_as_such() {
     let mut room = RosterRoom::new(None);
     let events = room.roster.update(room.start, vec![agent("PA_1")], true);
     assert!(matches!(
@@ -134,16 +134,16 @@ fn agent_in_the_join_response_is_marked() {
 }
 
 #[test]
-fn either_name_attribute_will_do() {
+fn either_name_attribute_identifies_the_agent() {
     for key in [NAME_BY_SERVER, NAME_BY_WORKER] {
         let mut room = RosterRoom::new(Some("support"));
         let info = participant("PA_1", Kind::Agent, &[(key, "support")]);
-        assert_eq!(room.update(info), told(1, "agent PA_1"));
+        assert_eq!(room.update(info), event(1, "agent PA_1"));
     }
 }
 
 #[test]
-fn another_name_another_kind_and_a_helper_are_strays() {
+fn another_name_another_kind_or_a_helper_is_not_the_agent() {
     let mut room = RosterRoom::new(Some("support"));
     let sales = participant("PA_1", Kind::Agent, &[(NAME_BY_SERVER, "sales")]);
     let person = participant("PA_2", Kind::Standard, &[(NAME_BY_SERVER, "support")]);
@@ -154,21 +154,21 @@ fn another_name_another_kind_and_a_helper_are_strays() {
     );
     assert_eq!(
         room.update(sales),
-        told(1, "other identity-PA_1 AGENT Some(\"sales\")")
+        event(1, "other identity-PA_1 AGENT Some(\"sales\")")
     );
     assert_eq!(
         room.update(person),
-        told(2, "other identity-PA_2 STANDARD Some(\"support\")")
+        event(2, "other identity-PA_2 STANDARD Some(\"support\")")
     );
     assert_eq!(
         room.update(avatar),
-        told(3, "other identity-PA_3 AGENT Some(\"support\")")
+        event(3, "other identity-PA_3 AGENT Some(\"support\")")
     );
     assert_eq!(room.voice(), [""; 0]);
 }
 
 #[test]
-fn we_ourselves_are_nobody() {
+fn own_participant_gives_no_event() {
     let mut room = RosterRoom::new(None);
     let mut me = agent("PA_1");
     me.identity = "me".to_owned();
@@ -176,12 +176,12 @@ fn we_ourselves_are_nobody() {
 }
 
 #[test]
-fn name_that_comes_late_dates_the_agent_back_to_its_first_sight() {
+fn agent_whose_name_arrives_late_joined_when_it_was_first_seen() {
     let mut room = RosterRoom::new(Some("support"));
     let unnamed = participant("PA_1", Kind::Agent, &[]);
     assert_eq!(
         room.update(unnamed),
-        told(1, "other identity-PA_1 AGENT None")
+        event(1, "other identity-PA_1 AGENT None")
     );
     let named = participant(
         "PA_1",
@@ -198,23 +198,23 @@ fn name_that_comes_late_dates_the_agent_back_to_its_first_sight() {
 }
 
 #[test]
-fn second_agent_beside_the_first_is_a_duplicate_and_after_it_a_stray() {
+fn second_agent_is_a_duplicate_and_a_later_one_is_another_participant() {
     let mut room = RosterRoom::new(Some("support"));
     room.update(agent("PA_1"));
     assert_eq!(
         room.update(agent("PA_2")),
-        told(2, "duplicate identity-PA_2")
+        event(2, "duplicate identity-PA_2")
     );
     assert_eq!(room.update(agent("PA_2")), []);
     room.update(gone(agent("PA_1"), DisconnectReason::ClientInitiated));
     assert_eq!(
         room.update(agent("PA_3")),
-        told(5, "other identity-PA_3 AGENT Some(\"support\")")
+        event(5, "other identity-PA_3 AGENT Some(\"support\")")
     );
 }
 
 #[test]
-fn same_agent_in_a_new_session_is_no_duplicate_and_its_old_session_ends_unnoticed() {
+fn same_agent_in_a_new_session_is_no_duplicate_and_the_end_of_the_old_one_is_ignored() {
     let mut room = RosterRoom::new(Some("support"));
     let old = agent("PA_1");
     let mut new = agent("PA_2");
@@ -228,22 +228,22 @@ fn same_agent_in_a_new_session_is_no_duplicate_and_its_old_session_ends_unnotice
     );
     assert_eq!(room.voice(), ["TR_2"]);
     let gone = gone(new, DisconnectReason::ClientInitiated);
-    assert_eq!(room.update(gone), told(4, "left CLIENT_INITIATED"));
+    assert_eq!(room.update(gone), event(4, "left CLIENT_INITIATED"));
 }
 
 #[test]
-fn state_is_told_when_it_changes() {
+fn state_is_reported_when_it_changes() {
     let mut room = RosterRoom::new(None);
     let with_state = |state: &str| participant("PA_1", Kind::Agent, &[(STATE, state)]);
     room.update(agent("PA_1"));
     assert_eq!(
         room.update(with_state("initializing")),
-        told(2, "state initializing")
+        event(2, "state initializing")
     );
     assert_eq!(room.update(with_state("initializing")), []);
     assert_eq!(
         room.update(with_state("speaking")),
-        told(4, "state speaking")
+        event(4, "state speaking")
     );
     let other = participant("PA_2", Kind::Standard, &[(STATE, "listening")]);
     let events = room.update(other);
@@ -264,7 +264,7 @@ fn stale_update_changes_nothing() {
 }
 
 #[test]
-fn voice_is_the_microphone_and_not_the_background() {
+fn voice_is_the_microphone_track_and_not_the_background_track() {
     let mut room = RosterRoom::new(None);
     let mut info = agent("PA_1");
     info.tracks = vec![
@@ -287,7 +287,7 @@ fn avatar_speaks_for_its_agent() {
     let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_1")]);
     avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
     room.update(avatar);
-    // Nobody knows yet for whom.
+    // The agent is not known yet, so the avatar may speak for it.
     assert_eq!(room.voice(), ["TR_avatar"]);
     assert!(!room.roster.knows_agent());
     room.update(agent("PA_1"));
@@ -296,7 +296,7 @@ fn avatar_speaks_for_its_agent() {
 }
 
 #[test]
-fn avatar_of_another_agent_is_no_voice_once_the_agent_is_known() {
+fn avatar_of_another_agent_is_not_the_voice_once_the_agent_is_known() {
     let mut room = RosterRoom::new(Some("support"));
     let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_9")]);
     avatar.tracks = vec![track("TR_avatar", TrackSource::Microphone)];
@@ -307,7 +307,7 @@ fn avatar_of_another_agent_is_no_voice_once_the_agent_is_known() {
 }
 
 #[test]
-fn crowd_is_kept_in_mind_only_up_to_a_bound() {
+fn number_of_remembered_participants_is_bounded() {
     let mut room = RosterRoom::new(Some("support"));
     for i in 0..1_000 {
         room.update(participant(&format!("PA_{i}"), Kind::Standard, &[]));

@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::livekit::test_server::{
-    Authority, REJECTIONS, SECRET, TestServer, endpoint, keys, read_request, respond,
+    REJECTIONS, SECRET, TestAuthority, TestServer, endpoint, keys, read_request, respond,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -25,10 +25,10 @@ async fn error_of(answer: &'static str) -> ApiError {
 }
 
 #[tokio::test]
-async fn every_refusal_keeps_status_text_and_retry_after() {
+async fn every_rejection_preserves_status_text_and_retry_after() {
     for case in REJECTIONS {
         match error_of(case.answer).await {
-            ApiError::Refused(refusal) => assert_eq!(refusal, case.rejection()),
+            ApiError::Refused(rejection) => assert_eq!(rejection, case.rejection()),
             other => panic!("{other}"),
         }
     }
@@ -42,7 +42,7 @@ async fn only_twirps_own_not_found_counts_as_not_found() {
 }
 
 #[tokio::test]
-async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
+async fn token_that_the_server_quotes_does_not_appear_in_the_error() {
     let server = TestServer::quoting_the_token().await;
     let call = api(server.endpoint()).list_rooms(&[]).await;
     let shown = format!("{call:?} {}", call.result.as_ref().unwrap_err());
@@ -51,7 +51,7 @@ async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
 }
 
 #[tokio::test]
-async fn a_200_that_is_not_livekits_is_a_protocol_error() {
+async fn http_200_that_is_not_from_livekit_is_a_protocol_error() {
     for answer in [
         "HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n<html>Welcome!",
         "SSH-2.0-OpenSSH_9.2\r\n\r\n",
@@ -62,21 +62,21 @@ async fn a_200_that_is_not_livekits_is_a_protocol_error() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_before_the_answer_is_complete_is_broken() {
-    let in_the_body = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nthe beginning";
-    let error = error_of(in_the_body).await;
+async fn connection_that_breaks_before_the_response_is_complete_is_broken() {
+    let during_the_body = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nthe beginning";
+    let error = error_of(during_the_body).await;
     assert!(matches!(error, ApiError::Broken(_)), "{error}");
-    let before_it = TestServer::start(|mut stream| async move {
+    let before_the_head = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
     })
     .await;
-    let call = api(before_it.endpoint()).list_rooms(&[]).await;
+    let call = api(before_the_head.endpoint()).list_rooms(&[]).await;
     let error = call.result.unwrap_err();
     assert!(matches!(error, ApiError::Broken(_)), "{error}");
 }
 
 #[tokio::test]
-async fn a_body_without_end_is_cut_at_its_limit() {
+async fn endless_body_is_cut_at_the_limit() {
     let server = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
         let head = b"HTTP/1.1 200 OK\r\n\r\n";
@@ -90,7 +90,7 @@ async fn a_body_without_end_is_cut_at_its_limit() {
 }
 
 #[tokio::test]
-async fn a_server_that_says_nothing_is_a_timeout_after_the_request_was_sent() {
+async fn silent_server_is_a_timeout_after_the_request_was_sent() {
     let server = TestServer::silent().await;
     let api = Api::new(server.endpoint(), keys(), Duration::from_millis(100));
     let call = api.list_rooms(&[]).await;
@@ -100,7 +100,7 @@ async fn a_server_that_says_nothing_is_a_timeout_after_the_request_was_sent() {
 }
 
 #[tokio::test]
-async fn a_refusal_whose_body_never_ends_is_still_that_refusal() {
+async fn rejection_whose_body_never_ends_is_still_that_rejection() {
     let server = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
         let start = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 99\r\n\r\nbusy";
@@ -110,16 +110,19 @@ async fn a_refusal_whose_body_never_ends_is_still_that_refusal() {
     .await;
     let api = Api::new(server.endpoint(), keys(), Duration::from_secs(1));
     match api.list_rooms(&[]).await.result.unwrap_err() {
-        ApiError::Refused(refusal) => {
-            assert_eq!((refusal.status, refusal.message.as_str()), (503, "busy"));
+        ApiError::Refused(rejection) => {
+            assert_eq!(
+                (rejection.status, rejection.message.as_str()),
+                (503, "busy")
+            );
         }
         other => panic!("{other}"),
     }
 }
 
 #[tokio::test]
-async fn a_request_that_was_never_written_has_no_time() {
-    let server = Authority::new().server("localhost", 2999, "").await;
+async fn request_that_was_never_written_has_no_send_time() {
+    let server = TestAuthority::new().server("localhost", 2999, "").await;
     let url = format!("https://localhost:{}", server.address.port());
     let call = api(endpoint(&url)).list_rooms(&[]).await;
     assert_eq!(call.sent_at, None);
@@ -130,14 +133,14 @@ async fn a_request_that_was_never_written_has_no_time() {
     );
 }
 
-/// Makes every call and returns each path with the grants of its token.
+/// Makes every call; returns each path with the grants of its token.
 async fn requests() -> Vec<(String, VideoGrants)> {
-    let (heads, mut seen) = mpsc::channel(10);
+    let (heads, mut received) = mpsc::channel(10);
     let server = TestServer::start(move |mut stream| {
         let heads = heads.clone();
         async move {
             heads.send(read_request(&mut stream).await).await.unwrap();
-            // An empty body is the default of every protobuf.
+            // An empty body decodes as the default of every protobuf message.
             respond(&mut stream, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await;
         }
     })
@@ -167,7 +170,7 @@ async fn requests() -> Vec<(String, VideoGrants)> {
     api.delete_dispatch(&room, "id").await.result.unwrap();
     drop(server);
     let mut requests = Vec::new();
-    while let Ok(head) = seen.try_recv() {
+    while let Ok(head) = received.try_recv() {
         let path = head.split(' ').nth(1).unwrap().to_owned();
         let token = head
             .lines()
@@ -179,7 +182,7 @@ async fn requests() -> Vec<(String, VideoGrants)> {
 }
 
 #[tokio::test]
-async fn each_call_goes_to_its_path_with_the_least_grants() {
+async fn each_call_has_its_path_and_only_the_grants_that_it_needs() {
     let create = VideoGrants {
         room_create: true,
         ..VideoGrants::default()
@@ -207,14 +210,14 @@ async fn each_call_goes_to_its_path_with_the_least_grants() {
 }
 
 #[test]
-fn a_timeout_below_a_second_does_not_become_the_servers_default() {
+fn timeout_below_a_second_does_not_become_the_servers_default() {
     assert_eq!(whole_seconds(Duration::from_millis(200)), 1);
     assert_eq!(whole_seconds(Duration::from_secs(2)), 2);
     assert_eq!(whole_seconds(Duration::ZERO), 0);
 }
 
 #[test]
-fn jobs_carry_the_names_of_their_status() {
+fn job_status_is_the_name_from_the_protobuf() {
     let job = proto::Job {
         id: "AJ_1".to_owned(),
         state: Some(proto::JobState {

@@ -2,7 +2,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::*;
-use crate::livekit::test_server::{Authority, TestServer, endpoint};
+use crate::livekit::test_server::{TestAuthority, TestServer, endpoint};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -10,7 +10,7 @@ async fn connect(endpoint: &Endpoint, within: Duration) -> Result<Stream, Connec
     endpoint.connect(Instant::now() + within).await
 }
 
-fn trusting(authority: &Authority, url: &str) -> Endpoint {
+fn trusting(authority: &TestAuthority, url: &str) -> Endpoint {
     Endpoint::new(&url.parse().unwrap(), Some(authority.pem.path())).unwrap()
 }
 
@@ -23,7 +23,7 @@ fn tls_text(result: Result<Stream, ConnectError>) -> String {
 }
 
 #[tokio::test]
-async fn an_unknown_host_fails_in_the_dns_stage() {
+async fn unknown_host_fails_in_the_dns_stage() {
     let error = connect(&endpoint("wss://nonexistent.invalid"), TIMEOUT)
         .await
         .err()
@@ -35,7 +35,7 @@ async fn an_unknown_host_fails_in_the_dns_stage() {
 }
 
 #[tokio::test]
-async fn a_closed_port_fails_in_the_tcp_stage_and_is_named() {
+async fn closed_port_fails_in_the_tcp_stage_with_its_address() {
     let address = TcpListener::bind("127.0.0.1:0")
         .await
         .unwrap()
@@ -52,7 +52,7 @@ async fn a_closed_port_fails_in_the_tcp_stage_and_is_named() {
     );
 }
 
-/// A listener whose queue is full drops what else comes: the nearest that loopback has to a dead host.
+/// A listener whose queue is full drops further connections. On loopback this comes closest to a dead host.
 async fn dead_address() -> (SocketAddr, Vec<TcpStream>, TcpListener) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -68,7 +68,7 @@ async fn dead_address() -> (SocketAddr, Vec<TcpStream>, TcpListener) {
 }
 
 #[tokio::test]
-async fn a_dead_first_address_leaves_time_for_the_next() {
+async fn dead_first_address_leaves_time_for_the_next() {
     let (dead, _queue, _listener) = dead_address().await;
     let server = TestServer::silent().await;
     let stream = server
@@ -83,7 +83,7 @@ async fn a_dead_first_address_leaves_time_for_the_next() {
 }
 
 #[tokio::test]
-async fn a_host_that_does_not_answer_times_out_in_the_tcp_stage() {
+async fn host_that_does_not_answer_times_out_in_the_tcp_stage() {
     let (dead, _queue, _listener) = dead_address().await;
     let error = connect(
         &endpoint(&format!("ws://{dead}")),
@@ -102,7 +102,7 @@ async fn a_host_that_does_not_answer_times_out_in_the_tcp_stage() {
 }
 
 #[test]
-fn every_address_that_failed_is_named() {
+fn error_names_every_address_that_failed() {
     let addresses = ["10.0.0.1:443", "[fd00::1]:443"].map(|text| text.parse().unwrap());
     let errors = vec![
         (&addresses[0], "refused".to_owned()),
@@ -117,8 +117,8 @@ fn every_address_that_failed_is_named() {
 }
 
 #[tokio::test]
-async fn a_server_of_a_private_ca_is_trusted_with_its_ca_file() {
-    let authority = Authority::new();
+async fn server_with_a_private_ca_is_trusted_with_its_ca_file() {
+    let authority = TestAuthority::new();
     let server = authority
         .server("localhost", 2999, "HTTP/1.1 200 OK\r\n\r\n")
         .await;
@@ -133,8 +133,8 @@ async fn a_server_of_a_private_ca_is_trusted_with_its_ca_file() {
 }
 
 #[tokio::test]
-async fn an_untrusted_issuer_is_told_as_such() {
-    let server = Authority::new().server("localhost", 2999, "").await;
+async fn error_for_an_untrusted_issuer_mentions_ca_file() {
+    let server = TestAuthority::new().server("localhost", 2999, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
     let text = tls_text(connect(&endpoint(&url), TIMEOUT).await);
     assert!(text.contains("issuer is not trusted"), "{text}");
@@ -142,8 +142,8 @@ async fn an_untrusted_issuer_is_told_as_such() {
 }
 
 #[tokio::test]
-async fn a_certificate_for_another_name_says_for_which() {
-    let authority = Authority::new();
+async fn error_for_a_certificate_of_another_name_gives_that_name() {
+    let authority = TestAuthority::new();
     let server = authority.server("other.example", 2999, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
     let text = tls_text(connect(&trusting(&authority, &url), TIMEOUT).await);
@@ -151,8 +151,8 @@ async fn a_certificate_for_another_name_says_for_which() {
 }
 
 #[tokio::test]
-async fn an_expired_certificate_says_since_when() {
-    let authority = Authority::new();
+async fn error_for_an_expired_certificate_gives_the_expiry() {
+    let authority = TestAuthority::new();
     let server = authority.server("localhost", 2001, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
     let text = tls_text(connect(&trusting(&authority, &url), TIMEOUT).await);
@@ -160,7 +160,7 @@ async fn an_expired_certificate_says_since_when() {
 }
 
 #[tokio::test]
-async fn a_port_without_tls_is_told_as_such() {
+async fn error_for_a_port_without_tls_names_the_cause() {
     let server = TestServer::start(|mut stream| async move {
         stream
             .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -175,7 +175,7 @@ async fn a_port_without_tls_is_told_as_such() {
 }
 
 #[tokio::test]
-async fn a_handshake_without_an_answer_times_out_in_the_tls_stage() {
+async fn handshake_without_an_answer_times_out_in_the_tls_stage() {
     let server = TestServer::silent().await;
     let url = format!("wss://{}", server.address);
     let text = tls_text(connect(&endpoint(&url), Duration::from_millis(100)).await);
@@ -183,7 +183,7 @@ async fn a_handshake_without_an_answer_times_out_in_the_tls_stage() {
 }
 
 #[test]
-fn a_base_path_is_kept_and_credentials_and_query_are_dropped() {
+fn endpoint_retains_the_base_path_and_drops_credentials_and_query() {
     let endpoint = endpoint("wss://user:hidden@example.com:8443/base/?token=hidden#hidden");
     assert_eq!(endpoint.target("/rtc"), "/base/rtc");
     assert_eq!(endpoint.authority(), "example.com:8443");
@@ -191,23 +191,25 @@ fn a_base_path_is_kept_and_credentials_and_query_are_dropped() {
 }
 
 #[test]
-fn the_host_header_has_no_default_port_and_keeps_the_brackets_of_ipv6() {
+fn host_header_omits_a_default_port_and_retains_the_brackets_of_ipv6() {
     assert_eq!(endpoint("wss://example.com").authority(), "example.com");
     assert_eq!(endpoint("ws://[::1]:7880").authority(), "[::1]:7880");
 }
 
 #[test]
-fn a_url_or_a_ca_file_of_no_use_is_refused_with_its_reason() {
+fn unusable_url_or_ca_file_is_refused_with_the_reason() {
     let refused = |url: &str, file: Option<&Path>| {
         let error = Endpoint::new(&url.parse().unwrap(), file).err().unwrap();
         format!("{error:#}")
     };
     assert_eq!(
         refused("ftp://example.com", None),
-        "scheme \"ftp\" is none of wss, ws, https, http"
+        "scheme \"ftp\" is not one of wss, ws, https, http"
     );
     let missing = Path::new("missing.pem");
     assert!(refused("wss://example.com", Some(missing)).starts_with("cannot read missing.pem"));
     let empty = tempfile::NamedTempFile::new().unwrap();
-    assert!(refused("wss://example.com", Some(empty.path())).ends_with("holds no PEM certificate"));
+    assert!(
+        refused("wss://example.com", Some(empty.path())).ends_with("contains no PEM certificate")
+    );
 }

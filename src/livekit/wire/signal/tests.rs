@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use super::*;
 use crate::livekit::RoomName;
 use crate::livekit::test_server::{
-    Authority, REJECTIONS, SECRET, TestServer, endpoint, keys, read_request,
+    REJECTIONS, SECRET, TestAuthority, TestServer, endpoint, keys, read_request,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -45,7 +45,7 @@ async fn join(server: &TestServer) -> Joined {
     connect_within(&server.endpoint(), TIMEOUT).await.0.unwrap()
 }
 
-/// A server that accepts the upgrade and leaves the rest to `talk`.
+/// A server that accepts the upgrade; `talk` does the rest.
 async fn upgrading<F, Fut>(talk: F) -> TestServer
 where
     F: Fn(ServerSocket) -> Fut + Clone + Send + Sync + 'static,
@@ -58,7 +58,7 @@ where
     .await
 }
 
-/// A server that answers the join, then leaves the rest to `talk`.
+/// A server that answers the join; `talk` does the rest.
 async fn joining<F, Fut>(talk: F) -> TestServer
 where
     F: Fn(ServerSocket) -> Fut + Clone + Send + Sync + 'static,
@@ -119,29 +119,29 @@ fn sid(message: &Incoming) -> &str {
 }
 
 #[tokio::test]
-async fn every_refused_upgrade_keeps_status_text_and_retry_after() {
+async fn every_refused_upgrade_preserves_status_text_and_retry_after() {
     for case in REJECTIONS {
         match error_of(&TestServer::answering(case.answer).await).await {
-            SignalError::Refused(refusal) => assert_eq!(refusal, case.rejection()),
+            SignalError::Refused(rejection) => assert_eq!(rejection, case.rejection()),
             other => panic!("{other}"),
         }
     }
 }
 
 #[tokio::test]
-async fn a_200_instead_of_an_upgrade_is_a_refusal_with_its_text() {
+async fn http_200_instead_of_an_upgrade_is_a_rejection_with_its_text() {
     let server = TestServer::answering("HTTP/1.1 200 OK\r\n\r\n<html>Please sign in").await;
     match error_of(&server).await {
-        SignalError::Refused(refusal) => {
-            assert_eq!(refusal.status, 200);
-            assert_eq!(refusal.message, "<html>Please sign in");
+        SignalError::Refused(rejection) => {
+            assert_eq!(rejection.status, 200);
+            assert_eq!(rejection.message, "<html>Please sign in");
         }
         other => panic!("{other}"),
     }
 }
 
 #[tokio::test]
-async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
+async fn token_that_the_server_quotes_does_not_appear_in_the_error() {
     let error = error_of(&TestServer::quoting_the_token().await).await;
     let shown = format!("{error} {error:?}");
     assert!(shown.contains("invalid token"), "{shown}");
@@ -149,15 +149,15 @@ async fn a_server_that_quotes_the_token_does_not_get_it_into_the_error() {
 }
 
 #[tokio::test]
-async fn the_token_travels_in_a_header_and_never_in_the_url() {
-    let (heads, mut seen) = mpsc::channel(1);
+async fn token_is_in_a_header_and_not_in_the_url() {
+    let (heads, mut received) = mpsc::channel(1);
     let server = TestServer::start(move |mut stream| {
         let heads = heads.clone();
         async move { heads.send(read_request(&mut stream).await).await.unwrap() }
     })
     .await;
     error_of(&server).await;
-    let head = seen.recv().await.unwrap();
+    let head = received.recv().await.unwrap();
     let (request, headers) = head.split_once("\r\n").unwrap();
     assert!(
         request.starts_with("GET /rtc?auto_subscribe=1&"),
@@ -169,7 +169,7 @@ async fn the_token_travels_in_a_header_and_never_in_the_url() {
 }
 
 #[tokio::test]
-async fn an_answer_with_a_wrong_accept_key_is_no_websocket() {
+async fn answer_with_a_wrong_accept_key_is_a_protocol_error() {
     let server = TestServer::answering(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
              Sec-WebSocket-Accept: bm90IHRoZSBrZXk=\r\n\r\n",
@@ -180,7 +180,7 @@ async fn an_answer_with_a_wrong_accept_key_is_no_websocket() {
 }
 
 #[tokio::test]
-async fn an_upgrade_or_a_join_without_an_answer_is_a_join_timeout() {
+async fn upgrade_or_join_without_an_answer_is_a_join_timeout() {
     let accepts_and_waits = upgrading(|socket| async move {
         let _held = socket;
         std::future::pending::<()>().await;
@@ -196,7 +196,7 @@ async fn an_upgrade_or_a_join_without_an_answer_is_a_join_timeout() {
 }
 
 #[tokio::test]
-async fn a_handshake_without_an_answer_is_unreachable_and_nothing_was_requested() {
+async fn handshake_without_an_answer_is_unreachable_and_sends_no_request() {
     let server = TestServer::silent().await;
     let endpoint = endpoint(&format!("wss://{}", server.address));
     let (result, requested) = connect_within(&endpoint, Duration::from_millis(100)).await;
@@ -209,7 +209,7 @@ async fn a_handshake_without_an_answer_is_unreachable_and_nothing_was_requested(
 }
 
 #[tokio::test]
-async fn leave_before_the_join_response_tells_its_reason() {
+async fn leave_before_the_join_response_is_reported_with_its_reason() {
     let server = upgrading(|mut socket| async move {
         let leave = proto::LeaveRequest {
             reason: proto::DisconnectReason::JoinFailure.into(),
@@ -226,7 +226,7 @@ async fn leave_before_the_join_response_tells_its_reason() {
 }
 
 #[tokio::test]
-async fn a_close_tells_its_code_and_reason() {
+async fn close_is_reported_with_its_code_and_reason() {
     let server = upgrading(|mut socket| async move {
         let frame = CloseFrame {
             code: 1008.into(),
@@ -242,10 +242,10 @@ async fn a_close_tells_its_code_and_reason() {
 }
 
 #[tokio::test]
-async fn a_join_through_tls_knows_both_ends_of_the_connection() {
-    let authority = Authority::new();
+async fn join_over_tls_knows_both_addresses_of_the_connection() {
+    let authority = TestAuthority::new();
     let acceptor = authority.acceptor("localhost", 2999);
-    let (peers, mut seen) = mpsc::channel(1);
+    let (peers, mut received) = mpsc::channel(1);
     let server = TestServer::start(move |stream| {
         let (acceptor, peers) = (acceptor.clone(), peers.clone());
         async move {
@@ -262,13 +262,13 @@ async fn a_join_through_tls_knows_both_ends_of_the_connection() {
     let endpoint = Endpoint::new(&url.parse().unwrap(), Some(authority.pem.path())).unwrap();
     let (result, requested) = connect_within(&endpoint, TIMEOUT).await;
     let joined = result.unwrap();
-    assert_eq!(joined.local, seen.recv().await.unwrap());
+    assert_eq!(joined.local, received.recv().await.unwrap());
     assert_eq!(joined.peer, server.address);
     assert!(requested.unwrap() <= joined.at);
 }
 
 #[tokio::test]
-async fn what_comes_with_the_upgrade_in_one_segment_is_not_lost() {
+async fn message_in_the_same_segment_as_the_upgrade_is_not_lost() {
     let server = TestServer::start(|mut stream| async move {
         let head = read_request(&mut stream).await;
         let key = head
@@ -310,9 +310,9 @@ async fn protocol_error(server: &TestServer) -> String {
 }
 
 #[tokio::test]
-async fn a_message_above_the_limit_is_refused_with_both_figures() {
+async fn error_for_a_message_above_the_limit_gives_both_figures() {
     let server = joining(|socket| async move {
-        // The head of a frame of 16 MiB is enough.
+        // Only the head of a frame of 16 MiB is sent; that is enough.
         let mut stream = socket.into_inner();
         let head = [&[0x82, 127][..], &(16_u64 << 20).to_be_bytes()].concat();
         stream.write_all(&head).await.unwrap();
@@ -327,7 +327,7 @@ async fn a_message_above_the_limit_is_refused_with_both_figures() {
 }
 
 #[tokio::test]
-async fn a_flood_is_refused_with_its_figures() {
+async fn error_for_a_flood_gives_its_figures() {
     let server = joining(|socket| async move {
         let mut stream = socket.into_inner();
         let flood = frame(&encoded(update("TR"))).repeat(10_000);
@@ -340,7 +340,7 @@ async fn a_flood_is_refused_with_its_figures() {
 }
 
 #[test]
-fn a_second_of_many_messages_does_not_count_against_the_next() {
+fn messages_of_one_second_do_not_count_in_the_next() {
     let start = Instant::now();
     let mut rate = MessageRate::new(start);
     for second in 0..5 {
@@ -351,7 +351,7 @@ fn a_second_of_many_messages_does_not_count_against_the_next() {
 }
 
 #[tokio::test]
-async fn text_and_garbage_are_protocol_errors() {
+async fn text_frames_and_garbage_are_protocol_errors() {
     let text = joining(|mut socket| async move {
         socket.send(Message::text("{}")).await.unwrap();
         std::future::pending::<()>().await;
@@ -366,12 +366,12 @@ async fn text_and_garbage_are_protocol_errors() {
     assert!(
         protocol_error(&garbage)
             .await
-            .starts_with("an undecodable message")
+            .starts_with("a message that cannot be decoded")
     );
 }
 
 #[tokio::test]
-async fn a_server_that_vanishes_closes_the_connection() {
+async fn server_that_vanishes_closes_the_connection() {
     let server = joining(|socket| async move { drop(socket) }).await;
     let mut joined = join(&server).await;
     let error = joined.signal.recv().await.unwrap_err();
@@ -379,7 +379,7 @@ async fn a_server_that_vanishes_closes_the_connection() {
 }
 
 #[tokio::test]
-async fn last_words_of_the_server_are_read_after_a_write_that_found_the_connection_gone() {
+async fn last_messages_are_read_after_a_write_to_a_broken_connection() {
     for in_backlog in [false, true] {
         let turn = Arc::new(Barrier::new(2));
         let servers_turn = Arc::clone(&turn);
@@ -397,7 +397,7 @@ async fn last_words_of_the_server_are_read_after_a_write_that_found_the_connecti
                     reason: "no more".into(),
                 };
                 socket.close(Some(frame)).await.unwrap();
-                // The reset comes right behind them, not only after our next write.
+                // With a linger time of zero, closing resets the connection at once, not only after our next write.
                 let linger = SockRef::from(socket.get_ref()).set_linger(Some(Duration::ZERO));
                 linger.unwrap();
                 drop(socket);
@@ -424,7 +424,7 @@ async fn last_words_of_the_server_are_read_after_a_write_that_found_the_connecti
 }
 
 #[tokio::test]
-async fn a_server_that_answers_no_pings_is_given_up() {
+async fn server_that_answers_no_pings_is_given_up() {
     let server =
         joining(|mut socket| async move { while recv(&mut socket).await.is_some() {} }).await;
     let mut joined = join(&server).await;
@@ -437,9 +437,9 @@ async fn a_server_that_answers_no_pings_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_quiet_connection_lives_as_long_as_pings_are_answered() {
+async fn quiet_connection_stays_open_as_long_as_pings_are_answered() {
     let server = joining(|mut socket| async move {
-        // Ten pings take 50 s, thrice the deadline.
+        // Ten pings take 50 s, three times the deadline.
         for _ in 0..10 {
             let timestamp = loop {
                 match recv(&mut socket).await.unwrap() {
@@ -464,7 +464,7 @@ async fn a_quiet_connection_lives_as_long_as_pings_are_answered() {
 }
 
 #[tokio::test]
-async fn quickest_pong_tells_the_servers_clock() {
+async fn pong_with_the_shortest_round_trip_sets_the_servers_clock() {
     let server = joining(|socket| async move { drop(socket) }).await;
     let mut signal = join(&server).await.signal;
     assert!(signal.clock().is_none());
@@ -479,11 +479,11 @@ async fn quickest_pong_tells_the_servers_clock() {
         signal
             .pings
             .on_pong(sent + Duration::from_millis(took), &pong);
-        // A pong that answers nothing changes nothing.
+        // A second pong for the same ping changes nothing.
         signal.pings.on_pong(start, &pong);
         signal.clock()
     };
-    assert!(pong(0, 1, 0).is_none(), "a server that stamps nothing");
+    assert!(pong(0, 1, 0).is_none(), "a server that sends no timestamp");
     pong(0, 80, 1_000_050);
     pong(5_000, 20, 1_005_010);
     let clock = pong(10_000, 60, 1_010_059).unwrap();
@@ -495,7 +495,7 @@ async fn quickest_pong_tells_the_servers_clock() {
 }
 
 #[tokio::test]
-async fn no_message_is_lost_when_recv_is_cancelled_over_and_over() {
+async fn no_message_is_lost_when_recv_is_cancelled_repeatedly() {
     let server = joining(|socket| async move {
         let mut stream = socket.into_inner();
         for number in 0..300 {
@@ -523,7 +523,7 @@ async fn no_message_is_lost_when_recv_is_cancelled_over_and_over() {
 }
 
 #[tokio::test]
-async fn a_refreshed_token_never_leaves_the_connection() {
+async fn refreshed_token_is_not_returned_to_the_caller() {
     let server = joining(|mut socket| async move {
         send(&mut socket, Incoming::RefreshToken("eyJ".to_owned())).await;
         send(&mut socket, update("TR_next")).await;
@@ -543,7 +543,7 @@ fn offer() -> Outgoing {
 }
 
 #[tokio::test]
-async fn sending_to_a_server_that_reads_nothing_fails_instead_of_waiting() {
+async fn sending_to_a_server_that_does_not_read_fails_instead_of_waiting() {
     let server = joining(|socket| async move {
         let _held = socket;
         std::future::pending::<()>().await;
@@ -554,31 +554,31 @@ async fn sending_to_a_server_that_reads_nothing_fails_instead_of_waiting() {
     let error = (0..1000).find_map(|_| signal.send(offer()).err()).unwrap();
     assert_eq!(
         error.to_string(),
-        "the signal connection closed: the server reads nothing: 1048576 bytes wait for it"
+        "the signal connection closed: the server does not read: 1048576 bytes wait to be sent"
     );
 }
 
 #[tokio::test]
-async fn what_the_socket_did_not_take_at_once_is_written_while_receiving() {
+async fn message_that_the_socket_did_not_accept_is_written_while_receiving() {
     let server = joining(|mut socket| async move {
         while let Some(Outgoing::Offer(_)) = recv(&mut socket).await {}
-        send(&mut socket, update("TR_all_heard")).await;
+        send(&mut socket, update("TR_all_received")).await;
         std::future::pending::<()>().await;
     })
     .await;
     let mut signal = join(&server).await.signal;
-    // The server reads nothing before we yield to it.
+    // The server's task runs, and reads, only when this one yields.
     while !signal.unflushed {
         signal.send(offer()).unwrap();
     }
     signal.send(Outgoing::Ping(0)).unwrap();
     let (_, message) = signal.recv().await.unwrap();
-    assert_eq!(sid(&message), "TR_all_heard");
+    assert_eq!(sid(&message), "TR_all_received");
 }
 
 #[tokio::test]
-async fn leaving_tells_the_server_why_and_waits_for_its_close() {
-    let (requests, mut seen) = mpsc::channel(1);
+async fn leaving_sends_the_reason_and_waits_for_the_servers_close() {
+    let (requests, mut received) = mpsc::channel(1);
     let server = joining(move |mut socket| {
         let requests = requests.clone();
         async move {
@@ -591,7 +591,7 @@ async fn leaving_tells_the_server_why_and_waits_for_its_close() {
     })
     .await;
     join(&server).await.signal.leave(TIMEOUT).await;
-    match seen.recv().await.unwrap() {
+    match received.recv().await.unwrap() {
         Outgoing::Leave(leave) => {
             assert_eq!(leave.reason(), proto::DisconnectReason::ClientInitiated);
         }
