@@ -13,7 +13,7 @@ use std::fmt;
 #[cfg(test)]
 mod arbitrary;
 pub mod audio;
-pub mod engine;
+pub(crate) mod engine;
 pub mod event;
 pub(crate) mod join;
 #[cfg(any(test, feature = "libwebrtc"))]

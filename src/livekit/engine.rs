@@ -22,14 +22,14 @@ use crate::config::Engine;
 const MAX_QUEUED_EVENTS: usize = 256;
 
 /// A running participant. Dropping it aborts the actor without leaving the room first.
-pub struct Participant {
-    pub events: mpsc::Receiver<RoomEvent>,
+pub(crate) struct Participant {
+    pub(crate) events: mpsc::Receiver<RoomEvent>,
     leave: CancellationToken,
     _actor: AbortOnDropHandle<()>,
 }
 
 /// Starts a participant and returns at once; must be called on a Tokio runtime.
-pub fn join(engine: Engine, request: JoinRequest) -> Participant {
+pub(crate) fn join(engine: Engine, request: JoinRequest) -> Participant {
     let (sender, events) = mpsc::channel(MAX_QUEUED_EVENTS);
     let leave = CancellationToken::new();
     let actor = tokio::spawn(supervise(engine, request, sender, leave.clone()));
@@ -42,7 +42,7 @@ pub fn join(engine: Engine, request: JoinRequest) -> Participant {
 
 impl Participant {
     /// Asks the actor to leave. `RoomEventKind::Ended` follows on `events` within the actor's own short deadline.
-    pub fn leave(&self) {
+    pub(crate) fn leave(&self) {
         self.leave.cancel();
     }
 }

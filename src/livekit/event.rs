@@ -14,13 +14,13 @@ use super::wire::signal::SignalError;
 ///
 /// `at` is the time of the first receipt: the kernel's timestamp for media, and our code's for everything else.
 #[derive(Debug, Clone)]
-pub struct RoomEvent {
-    pub at: Instant,
-    pub kind: RoomEventKind,
+pub(crate) struct RoomEvent {
+    pub(crate) at: Instant,
+    pub(crate) kind: RoomEventKind,
 }
 
 #[derive(Debug, Clone)]
-pub enum RoomEventKind {
+pub(crate) enum RoomEventKind {
     /// The connection is up, TLS included, and the WebSocket's upgrade request is about to be written.
     SignalRequested,
     SignalConnected {
@@ -45,9 +45,7 @@ pub enum RoomEventKind {
     AgentConnected,
     /// The agent's `lk.agent.state` attribute changed.
     AgentState(String),
-    AgentTrackSubscribed {
-        track_sid: String,
-    },
+    AgentTrackSubscribed,
     /// The first RTP packet of the agent's audio.
     AgentFirstAudio,
     /// The agent began to speak; `at` is the arrival of the utterance's first frame.
@@ -147,7 +145,7 @@ pub(crate) fn to_microseconds(seconds: f64) -> f64 {
 
 /// Why a participant is no longer in its room.
 #[derive(Debug, Clone)]
-pub enum EndReason {
+pub(crate) enum EndReason {
     /// The canary left because it was asked to.
     Left,
     Signal(SignalError),
@@ -170,7 +168,7 @@ pub enum EndReason {
 
 /// A permission that a probe needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MediaPermission {
+pub(crate) enum MediaPermission {
     Publish,
     Subscribe,
 }
@@ -186,20 +184,20 @@ pub struct AudioStats {
 
 /// One segment of a transcript, as complete as the agent has sent it so far.
 #[derive(Debug, Clone, PartialEq)]
-pub struct TranscriptSegment {
+pub(crate) struct TranscriptSegment {
     /// The participant that spoke, according to the sender.
-    pub identity: String,
+    pub(crate) identity: String,
     /// The track that was transcribed.
-    pub track: Option<String>,
+    pub(crate) track: Option<String>,
     /// The segment's id. A later event with the same id replaces the earlier text.
-    pub segment: String,
-    pub text: TranscriptText,
+    pub(crate) segment: String,
+    pub(crate) text: TranscriptText,
     /// No further update of this segment follows.
-    pub is_final: bool,
+    pub(crate) is_final: bool,
     /// When its first part arrived.
-    pub began: Instant,
+    pub(crate) began: Instant,
     /// Received as a `Transcription` packet, the form before text streams.
-    pub older: bool,
+    pub(crate) older: bool,
 }
 
 /// Transcribed speech: at most 1 KiB on one line. It may hold personal data, so `Debug` shows only its length.

@@ -13,22 +13,22 @@ use crate::config::{Echo, Ice, Speech};
 
 /// Everything that a participant needs before it starts.
 #[derive(Clone)]
-pub struct JoinRequest {
-    pub endpoint: Endpoint,
-    pub keys: Keys,
-    pub room: RoomName,
-    pub identity: String,
-    pub attributes: BTreeMap<String, String>,
+pub(crate) struct JoinRequest {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) keys: Keys,
+    pub(crate) room: RoomName,
+    pub(crate) identity: String,
+    pub(crate) attributes: BTreeMap<String, String>,
     /// The target's agent name; `None` accepts any agent.
-    pub agent_name: Option<String>,
+    pub(crate) agent_name: Option<String>,
     /// Room settings for the token, if joining creates the room.
-    pub room_config: Option<livekit_protocol::RoomConfiguration>,
-    pub echo: Echo,
-    pub speech: Speech,
-    pub signal_timeout: Duration,
-    pub ice: Ice,
+    pub(crate) room_config: Option<livekit_protocol::RoomConfiguration>,
+    pub(crate) echo: Echo,
+    pub(crate) speech: Speech,
+    pub(crate) signal_timeout: Duration,
+    pub(crate) ice: Ice,
     /// Whether the agent's transcript is read.
-    pub transcript: bool,
+    pub(crate) transcript: bool,
 }
 
 impl JoinRequest {

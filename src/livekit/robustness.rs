@@ -381,8 +381,8 @@ proptest! {
                 prop_assert!(last < Some(position.time), "the media clock went back");
                 last = Some(position.time);
                 echo.on_frame(now, position.time, &payload);
-                for heard in speech.on_sound(now, decoder.decode(position, &payload)) {
-                    match heard {
+                for event in speech.on_sound(now, decoder.decode(position, &payload)) {
+                    match event {
                         SpeechEvent::Started(at) => echo.on_speech_started(at),
                         SpeechEvent::Ended(at) => echo.on_speech_ended(at),
                     }

@@ -461,7 +461,7 @@ impl Probe {
                     self.mark(Milestone::AgentListening, at);
                 }
             }
-            RoomEventKind::AgentTrackSubscribed { .. } => self.mark(Milestone::AgentTrackSubscribed, at),
+            RoomEventKind::AgentTrackSubscribed => self.mark(Milestone::AgentTrackSubscribed, at),
             RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
             RoomEventKind::SpeechStarted => {
                 self.mark(Milestone::AgentSpoke, at);
@@ -534,7 +534,7 @@ impl Probe {
                     agent.identity
                 ));
             }
-            RoomEventKind::AgentTrackSubscribed { .. } => {
+            RoomEventKind::AgentTrackSubscribed => {
                 let after = self.since(Milestone::AgentJoined, at);
                 self.note(format!(
                     "the agent's audio track came{after}, too late to count"

@@ -187,6 +187,7 @@ fn metrics_of(message: &ChatMessage) -> Option<TurnMetrics> {
 
 fn figures(speaker: Speaker, interrupted: bool, report: &MetricsReport) -> TurnMetrics {
     let figure = |given: Option<f64>| {
+        // The sender may send any float, including NaN, which JSON cannot represent.
         let given = given.filter(|it| it.is_finite() && *it >= 0.0);
         given.map(to_microseconds)
     };

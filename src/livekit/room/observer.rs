@@ -140,6 +140,7 @@ impl Observer {
             if let (RoomEventKind::AgentJoined { agent, .. }, Some(clock)) =
                 (&mut event.kind, clock)
             {
+                // The clocks are only known to within half a round trip, but an agent cannot be seen before it joined.
                 let joined = clock.to_local(agent.joined_at_ms);
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
@@ -197,10 +198,8 @@ impl Observer {
         let Some(found) = selector.announce(&self.roster) else {
             return Ok(None.into_iter().flatten());
         };
-        let seen = RoomEventKind::AgentTrackSubscribed {
-            track_sid: found.track_sid,
-        };
-        self.events.send(found.since, seen)?;
+        self.events
+            .send(found.since, RoomEventKind::AgentTrackSubscribed)?;
         Ok(Some(found.early).into_iter().flatten())
     }
 
@@ -214,9 +213,9 @@ impl Observer {
     pub(crate) fn on_speech<F: Frame>(
         &self,
         echo: &mut EchoPlayer<F>,
-        heard: SpeechEvent,
+        event: SpeechEvent,
     ) -> Result<(), EndReason> {
-        match heard {
+        match event {
             SpeechEvent::Started(at) => {
                 echo.on_speech_started(at);
                 self.events.send(at, RoomEventKind::SpeechStarted)
@@ -242,7 +241,7 @@ impl Observer {
         packet: proto::DataPacket,
     ) -> Result<(), EndReason> {
         for message in self.streams.on_packet(at, packet) {
-            let seen = match message {
+            let kind = match message {
                 AgentMessage::Error { identity, message } => {
                     RoomEventKind::AgentError { identity, message }
                 }
@@ -251,7 +250,7 @@ impl Observer {
                 }
                 AgentMessage::Transcript(segment) => self.transcribed(segment),
             };
-            self.events.send_if_room(at, seen)?;
+            self.events.send_if_room(at, kind)?;
         }
         Ok(())
     }
@@ -269,8 +268,8 @@ impl Observer {
     /// Reports the transcripts that were incomplete when the call ended.
     pub(crate) fn report_unfinished(&mut self) -> Result<(), EndReason> {
         for segment in self.streams.unfinished() {
-            let seen = self.transcribed(segment);
-            self.events.send_if_room(Instant::now(), seen)?;
+            let kind = self.transcribed(segment);
+            self.events.send_if_room(Instant::now(), kind)?;
         }
         Ok(())
     }

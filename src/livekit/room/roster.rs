@@ -126,6 +126,7 @@ impl Roster {
         let (member, first) = match self.present.entry(sid.clone()) {
             Entry::Occupied(known) => {
                 let member = known.into_mut();
+                // Updates can overtake each other; the server numbers them for this check.
                 if info.version < member.info.version {
                     return;
                 }
@@ -141,12 +142,13 @@ impl Roster {
                 }),
                 true,
             ),
+            // Anyone with a token may fill the room. Participants beyond the limit are ignored, so memory stays bounded.
             Entry::Vacant(_) => return,
         };
         if member.role == Role::Other {
             let (first_seen, in_join_response) = (member.first_seen, member.in_join_response);
             let agent = is_agent(&member.info, self.agent_name.as_deref());
-            let seen = if agent {
+            let kind = if agent {
                 self.assign(&sid, in_join_response)
             } else if first {
                 Some(other_joined(&member.info))
@@ -154,9 +156,9 @@ impl Roster {
                 None
             };
             // A name may arrive late. The participant was there before, so the event has the time when it was first seen.
-            events.extend(seen.map(|seen| RoomEvent {
+            events.extend(kind.map(|kind| RoomEvent {
                 at: first_seen,
-                kind: seen,
+                kind,
             }));
         }
         events.extend(self.connection(at, &sid));

@@ -26,7 +26,6 @@ struct VoiceTrack<K> {
 
 /// The agent's voice, when it is reported for the first time.
 pub(crate) struct SelectedVoice<S> {
-    pub(crate) track_sid: String,
     pub(crate) since: Instant,
     pub(crate) early: VecDeque<S>,
 }
@@ -61,6 +60,7 @@ impl<K, S> VoiceSelector<K, S> {
         let found = roster
             .voice()
             .find_map(|voice| tracks.clone().find(|(_, sid)| *sid == voice));
+        // What is buffered belongs to the previous track.
         self.early.clear();
         self.selected = found.map(|(key, sid)| VoiceTrack {
             key,
@@ -78,7 +78,6 @@ impl<K, S> VoiceSelector<K, S> {
         }
         voice.announced = true;
         Some(SelectedVoice {
-            track_sid: voice.track_sid.clone(),
             since: voice.since,
             early: std::mem::take(&mut self.early),
         })

@@ -50,52 +50,50 @@ pub enum ApiError {
 
 impl ApiError {
     /// Whether Twirp's code is `not_found`. A proxy's own 404 does not count.
-    pub fn is_not_found(&self) -> bool {
+    pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused(rejection) if rejection.twirp_code.as_deref() == Some("not_found"))
     }
 }
 
 /// The settings of a room that the canary creates.
 #[derive(Debug, Clone)]
-pub struct NewRoom {
-    pub name: RoomName,
-    pub metadata: String,
-    pub empty_timeout: Duration,
-    pub departure_timeout: Duration,
-    pub max_participants: u32,
+pub(crate) struct NewRoom {
+    pub(crate) name: RoomName,
+    pub(crate) metadata: String,
+    pub(crate) empty_timeout: Duration,
+    pub(crate) departure_timeout: Duration,
+    pub(crate) max_participants: u32,
     /// Agents that the server dispatches when it creates the room. If empty, only the project's unnamed agent can join.
-    pub agents: Vec<NamedAgent>,
+    pub(crate) agents: Vec<NamedAgent>,
 }
 
 /// An agent to dispatch, by the name under which its worker is registered.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NamedAgent {
-    pub name: String,
+pub(crate) struct NamedAgent {
+    pub(crate) name: String,
     /// Passed to the agent's job.
-    pub metadata: String,
+    pub(crate) metadata: String,
 }
 
 #[derive(Debug, Clone)]
-pub struct RoomInfo {
-    pub name: RoomName,
-    pub sid: String,
-    pub metadata: String,
+pub(crate) struct RoomInfo {
+    pub(crate) sid: String,
 }
 
 #[derive(Debug, Clone)]
-pub struct DispatchInfo {
-    pub id: String,
-    pub agent_name: String,
-    pub jobs: Vec<JobInfo>,
+pub(crate) struct DispatchInfo {
+    pub(crate) id: String,
+    pub(crate) agent_name: String,
+    pub(crate) jobs: Vec<JobInfo>,
 }
 
 /// One job of a dispatch, which a worker has accepted.
 #[derive(Debug, Clone)]
-pub struct JobInfo {
-    pub id: String,
+pub(crate) struct JobInfo {
+    pub(crate) id: String,
     /// `JS_PENDING`, `JS_RUNNING`, …
-    pub status: String,
-    pub error: String,
+    pub(crate) status: String,
+    pub(crate) error: String,
 }
 
 #[derive(Debug, Clone)]
@@ -117,7 +115,7 @@ impl Api {
         }
     }
 
-    pub async fn create_room(&self, room: &NewRoom) -> Call<RoomInfo> {
+    pub(crate) async fn create_room(&self, room: &NewRoom) -> Call<RoomInfo> {
         let request = proto::CreateRoomRequest {
             name: room.name.0.clone(),
             metadata: room.metadata.clone(),
@@ -133,7 +131,7 @@ impl Api {
     }
 
     /// The rooms with exactly these names that exist now; all rooms of the project if `names` is empty.
-    pub async fn list_rooms(&self, names: &[RoomName]) -> Call<Vec<RoomInfo>> {
+    pub(crate) async fn list_rooms(&self, names: &[RoomName]) -> Call<Vec<RoomInfo>> {
         let request = proto::ListRoomsRequest {
             names: names.iter().map(|name| name.0.clone()).collect(),
         };
@@ -144,7 +142,7 @@ impl Api {
             })
     }
 
-    pub async fn delete_room(&self, room: &RoomName) -> Call<()> {
+    pub(crate) async fn delete_room(&self, room: &RoomName) -> Call<()> {
         let request = proto::DeleteRoomRequest {
             room: room.0.clone(),
         };
@@ -174,7 +172,7 @@ impl Api {
     ///
     /// An accepted dispatch does not mean that an agent will join: the server also accepts a name that no worker has
     /// registered. It creates a missing room.
-    pub async fn create_dispatch(
+    pub(crate) async fn create_dispatch(
         &self,
         room: &RoomName,
         agent: &str,
@@ -199,7 +197,7 @@ impl Api {
     ///
     /// If the room does not exist, livekit-server (1.13.5) answers only after 3 s, with HTTP 503 `unavailable`.
     /// [`delete_dispatch`](Self::delete_dispatch) behaves the same.
-    pub async fn list_dispatch(&self, room: &RoomName) -> Call<Vec<DispatchInfo>> {
+    pub(crate) async fn list_dispatch(&self, room: &RoomName) -> Call<Vec<DispatchInfo>> {
         let request = proto::ListAgentDispatchRequest {
             room: room.0.clone(),
             ..proto::ListAgentDispatchRequest::default()
@@ -217,7 +215,7 @@ impl Api {
     }
 
     /// Deletes a dispatch, which ends its jobs.
-    pub async fn delete_dispatch(&self, room: &RoomName, id: &str) -> Call<()> {
+    pub(crate) async fn delete_dispatch(&self, room: &RoomName, id: &str) -> Call<()> {
         let request = proto::DeleteAgentDispatchRequest {
             dispatch_id: id.to_owned(),
             room: room.0.clone(),
@@ -336,11 +334,7 @@ fn whole_seconds(duration: Duration) -> u32 {
 
 impl From<proto::Room> for RoomInfo {
     fn from(room: proto::Room) -> Self {
-        Self {
-            name: RoomName(room.name),
-            sid: room.sid,
-            metadata: room.metadata,
-        }
+        Self { sid: room.sid }
     }
 }
 

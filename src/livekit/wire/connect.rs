@@ -67,9 +67,10 @@ impl Endpoint {
         let started = Instant::now();
         let addresses = self.resolve(started, deadline).await?;
         let tcp = self.dial(&addresses, deadline).await?;
-        let (local, peer) = tcp
+        // Signal messages are small: Nagle's algorithm would delay them and distort every span that is measured.
+        let local = tcp
             .set_nodelay(true)
-            .and_then(|()| Ok((tcp.local_addr()?, tcp.peer_addr()?)))
+            .and_then(|()| tcp.local_addr())
             .map_err(|error| ConnectError::Tcp {
                 address: self.authority(),
                 error: error.to_string(),
@@ -78,7 +79,7 @@ impl Endpoint {
             None => Io::Plain(tcp),
             Some(config) => Io::Tls(Box::new(self.secure(config, tcp, deadline).await?)),
         };
-        Ok(Stream { local, peer, io })
+        Ok(Stream { local, io })
     }
 
     /// The path of a request: `path` below the base path of the project's URL.
@@ -298,10 +299,9 @@ fn utc(time: UnixTime) -> String {
         )
 }
 
-/// A connected byte stream, plain or TLS, and the two addresses of its TCP connection.
-pub struct Stream {
-    pub local: SocketAddr,
-    pub peer: SocketAddr,
+/// A connected byte stream, plain or TLS, and the local address of its TCP connection.
+pub(crate) struct Stream {
+    pub(crate) local: SocketAddr,
     io: Io,
 }
 

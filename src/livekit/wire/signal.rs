@@ -46,7 +46,7 @@ const MAX_BACKLOG_BYTES: usize = 1 << 20;
 const MAX_MESSAGES_PER_SECOND: u32 = 1000;
 
 /// An open signal connection, after the join response.
-pub struct Signal {
+pub(crate) struct Signal {
     socket: WebSocketStream<Stream>,
     /// The socket may hold queued messages that it has not written yet.
     unflushed: bool,
@@ -63,9 +63,8 @@ pub struct Signal {
 /// A WebSocket to the server, before its first message.
 pub(crate) struct OpenSocket {
     pub(crate) socket: WebSocketStream<Stream>,
-    /// Our end of the TCP connection, and the server's.
+    /// Our end of the TCP connection.
     pub(crate) local: SocketAddr,
-    pub(crate) peer: SocketAddr,
 }
 
 /// Pings and pongs, which measure the round trip and the server's clock.
@@ -108,7 +107,7 @@ impl Pings {
 
 /// The same moment on the server's clock and on ours, from a ping and its pong.
 #[derive(Debug, Clone, Copy)]
-pub struct ServerClock {
+pub(crate) struct ServerClock {
     local: Instant,
     /// Unix milliseconds.
     server: i64,
@@ -121,7 +120,7 @@ impl ServerClock {
     ///
     /// The timestamp may come from another node: the clocks of LiveKit Cloud's nodes differ by less than the error of a
     /// join time.
-    pub fn to_local(self, stamp: i64) -> Option<Instant> {
+    pub(crate) fn to_local(self, stamp: i64) -> Option<Instant> {
         let apart = Duration::from_millis(stamp.abs_diff(self.server));
         match stamp {
             0 => None,
@@ -132,18 +131,17 @@ impl ServerClock {
 }
 
 /// The result of a successful join.
-pub struct Joined {
-    pub signal: Signal,
-    pub response: Box<proto::JoinResponse>,
+pub(crate) struct Joined {
+    pub(crate) signal: Signal,
+    pub(crate) response: Box<proto::JoinResponse>,
     /// When the join response was read.
-    pub at: Instant,
+    pub(crate) at: Instant,
     /// Our end of the TCP connection, which is the local address that routes to the server.
-    pub local: SocketAddr,
-    pub peer: SocketAddr,
+    pub(crate) local: SocketAddr,
 }
 
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum SignalError {
+pub(crate) enum SignalError {
     #[error(transparent)]
     Unreachable(#[from] ConnectError),
     #[error("the signal connection was refused with HTTP {}: {}", .0.status, .0.message)]
@@ -167,7 +165,7 @@ impl Signal {
     ///
     /// `requested` receives the time just before the upgrade is written, after TLS. It is dropped unused if no connection
     /// could be opened.
-    pub async fn connect(
+    pub(crate) async fn connect(
         endpoint: &Endpoint,
         token: &SecretString,
         timeout: Duration,
@@ -183,7 +181,7 @@ impl Signal {
             requested.send(at).ok();
         };
         let opened = open_websocket(endpoint, &target, token, timeout, on_request).await?;
-        let (local, peer) = (opened.local, opened.peer);
+        let local = opened.local;
         let mut signal = Self::new(opened.socket);
         let (at, first) = timeout_at(deadline, signal.next_message())
             .await
@@ -207,7 +205,6 @@ impl Signal {
             response,
             at,
             local,
-            peer,
         })
     }
 
@@ -234,7 +231,7 @@ impl Signal {
     /// The next message, and when its frame was read.
     ///
     /// This also sends pings and checks their deadline, so it must be polled as long as the connection is in use. Cancel-safe.
-    pub async fn recv(&mut self) -> Result<(Instant, Incoming), SignalError> {
+    pub(crate) async fn recv(&mut self) -> Result<(Instant, Incoming), SignalError> {
         loop {
             tokio::select! {
                 // Messages first: if this task was delayed, a message that has arrived refutes a deadline that passed meanwhile.
@@ -260,12 +257,12 @@ impl Signal {
     }
 
     /// When the last message from the server arrived, including pongs.
-    pub fn received_at(&self) -> Instant {
+    pub(crate) fn received_at(&self) -> Instant {
         self.received_at
     }
 
     /// See [`Pings::clock`].
-    pub fn clock(&self) -> Option<ServerClock> {
+    pub(crate) fn clock(&self) -> Option<ServerClock> {
         self.pings.clock()
     }
 
@@ -277,7 +274,7 @@ impl Signal {
     ///
     /// # Errors
     /// [`SignalError::Closed`] if 1 MiB already waits to be written.
-    pub fn send(&mut self, message: Outgoing) -> Result<(), SignalError> {
+    pub(crate) fn send(&mut self, message: Outgoing) -> Result<(), SignalError> {
         let request = proto::SignalRequest {
             message: Some(message),
         };
@@ -285,7 +282,7 @@ impl Signal {
     }
 
     /// Sends `Leave` and closes the socket, within `timeout`.
-    pub async fn leave(mut self, timeout: Duration) {
+    pub(crate) async fn leave(mut self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         let leave = proto::LeaveRequest {
             reason: proto::DisconnectReason::ClientInitiated.into(),
@@ -404,7 +401,7 @@ pub(crate) async fn open_websocket(
 ) -> Result<OpenSocket, SignalError> {
     let deadline = Instant::now() + timeout;
     let stream = endpoint.connect(deadline).await?;
-    let (local, peer) = (stream.local, stream.peer);
+    let local = stream.local;
     let key = generate_key();
     let request = upgrade_request(endpoint, target, token, &key);
     on_request(Instant::now());
@@ -416,11 +413,7 @@ pub(crate) async fn open_websocket(
             ExchangeError::Malformed(text) => SignalError::Protocol(text),
         })?;
     let socket = upgraded(response, &key).await?;
-    Ok(OpenSocket {
-        socket,
-        local,
-        peer,
-    })
+    Ok(OpenSocket { socket, local })
 }
 
 async fn upgraded(
@@ -458,6 +451,7 @@ pub(crate) fn keep_alive(response: &proto::JoinResponse) -> (Duration, Duration)
         Duration::from_secs(given.unwrap_or(default).min(60))
     };
     let every = seconds(response.ping_interval, 5);
+    // With a timeout below two intervals, one late pong would end the connection.
     (every, seconds(response.ping_timeout, 15).max(2 * every))
 }
 
@@ -482,7 +476,7 @@ fn closed(frame: Option<&tokio_tungstenite::tungstenite::protocol::CloseFrame>) 
     })
 }
 
-/// The result of a write, where a broken connection counts as success: the server's `Leave` or close frame may still be
+/// The result of a write. A broken connection counts as success: the server's `Leave` or close frame may still be
 /// unread. Reading on returns these first and then reports the broken connection.
 fn tolerate_broken_pipe(result: Result<(), SocketError>) -> Result<(), SignalError> {
     match result {
@@ -508,7 +502,7 @@ pub(crate) fn socket_error(error: &SocketError) -> SignalError {
 }
 
 /// The name of the reason in the protobufs: `ROOM_DELETED`, `JOIN_FAILURE`, …
-pub fn leave_reason(leave: &proto::LeaveRequest) -> String {
+pub(crate) fn leave_reason(leave: &proto::LeaveRequest) -> String {
     proto::DisconnectReason::try_from(leave.reason).map_or_else(
         |_| format!("reason {}", leave.reason),
         |reason| reason.as_str_name().to_owned(),

@@ -68,7 +68,7 @@ impl Keys {
     ///
     /// # Errors
     /// [`TokenError::MissingIdentity`] if room or identity is empty.
-    pub fn participant(
+    pub(crate) fn participant(
         &self,
         room: &RoomName,
         identity: &str,
@@ -84,6 +84,7 @@ impl Keys {
             room_create: room_config.is_some(),
             can_publish: Some(true),
             can_publish_sources: vec!["microphone".to_owned()],
+            // Unset would mean allowed.
             can_publish_data: Some(false),
             can_subscribe: Some(true),
             ..VideoGrants::default()
