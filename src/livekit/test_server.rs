@@ -196,13 +196,13 @@ pub(crate) fn keys() -> Keys {
 }
 
 /// A private certificate authority.
-pub(crate) struct TestAuthority {
+pub(crate) struct TestCa {
     issuer: Issuer<'static, KeyPair>,
     /// The authority's certificate, for `ca_file`.
     pub pem: NamedTempFile,
 }
 
-impl TestAuthority {
+impl TestCa {
     pub(crate) fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();

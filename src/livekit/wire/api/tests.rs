@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::livekit::test_server::{
-    REJECTIONS, SECRET, TestAuthority, TestServer, endpoint, keys, read_request, respond,
+    REJECTIONS, SECRET, TestCa, TestServer, endpoint, keys, read_request, respond,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -122,7 +122,7 @@ async fn rejection_whose_body_never_ends_is_still_that_rejection() {
 
 #[tokio::test]
 async fn request_that_was_never_written_has_no_send_time() {
-    let server = TestAuthority::new().server("localhost", 2999, "").await;
+    let server = TestCa::new().server("localhost", 2999, "").await;
     let url = format!("https://localhost:{}", server.address.port());
     let call = api(endpoint(&url)).list_rooms(&[]).await;
     assert_eq!(call.sent_at, None);

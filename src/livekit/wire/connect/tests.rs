@@ -2,7 +2,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::*;
-use crate::livekit::test_server::{TestAuthority, TestServer, endpoint};
+use crate::livekit::test_server::{TestCa, TestServer, endpoint};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -10,7 +10,7 @@ async fn connect(endpoint: &Endpoint, within: Duration) -> Result<Stream, Connec
     endpoint.connect(Instant::now() + within).await
 }
 
-fn trusting(authority: &TestAuthority, url: &str) -> Endpoint {
+fn trusting(authority: &TestCa, url: &str) -> Endpoint {
     Endpoint::new(&url.parse().unwrap(), Some(authority.pem.path())).unwrap()
 }
 
@@ -118,7 +118,7 @@ fn error_names_every_address_that_failed() {
 
 #[tokio::test]
 async fn server_with_a_private_ca_is_trusted_with_its_ca_file() {
-    let authority = TestAuthority::new();
+    let authority = TestCa::new();
     let server = authority
         .server("localhost", 2999, "HTTP/1.1 200 OK\r\n\r\n")
         .await;
@@ -133,7 +133,7 @@ async fn server_with_a_private_ca_is_trusted_with_its_ca_file() {
 
 #[tokio::test]
 async fn error_for_an_untrusted_issuer_mentions_ca_file() {
-    let server = TestAuthority::new().server("localhost", 2999, "").await;
+    let server = TestCa::new().server("localhost", 2999, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
     let text = tls_text(connect(&endpoint(&url), TIMEOUT).await);
     assert!(text.contains("issuer is not trusted"), "{text}");
@@ -142,7 +142,7 @@ async fn error_for_an_untrusted_issuer_mentions_ca_file() {
 
 #[tokio::test]
 async fn error_for_a_certificate_of_another_name_gives_that_name() {
-    let authority = TestAuthority::new();
+    let authority = TestCa::new();
     let server = authority.server("other.example", 2999, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
     let text = tls_text(connect(&trusting(&authority, &url), TIMEOUT).await);
@@ -151,7 +151,7 @@ async fn error_for_a_certificate_of_another_name_gives_that_name() {
 
 #[tokio::test]
 async fn error_for_an_expired_certificate_gives_the_expiry() {
-    let authority = TestAuthority::new();
+    let authority = TestCa::new();
     let server = authority.server("localhost", 2001, "").await;
     let url = format!("wss://localhost:{}", server.address.port());
     let text = tls_text(connect(&trusting(&authority, &url), TIMEOUT).await);

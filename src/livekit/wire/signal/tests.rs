@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use super::*;
 use crate::livekit::RoomName;
 use crate::livekit::test_server::{
-    REJECTIONS, SECRET, TestAuthority, TestServer, endpoint, keys, read_request,
+    REJECTIONS, SECRET, TestCa, TestServer, endpoint, keys, read_request,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -243,7 +243,7 @@ async fn close_is_reported_with_its_code_and_reason() {
 
 #[tokio::test]
 async fn join_over_tls_knows_the_local_address_of_the_connection() {
-    let authority = TestAuthority::new();
+    let authority = TestCa::new();
     let acceptor = authority.acceptor("localhost", 2999);
     let (peers, mut received) = mpsc::channel(1);
     let server = TestServer::start(move |stream| {
