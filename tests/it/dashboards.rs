@@ -1,4 +1,4 @@
-//! The dashboards keep up with the catalogue. What their queries find is for the tests beside them.
+//! The dashboards use only series of the catalogue. The Go tests in grafana check what their queries find.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use livekit_canary::metrics::{CATALOGUE, Kind, PREFIX};
 
-/// Every series that a dashboard names, without its prefix.
+/// All series in the dashboards, without their prefix.
 fn named() -> BTreeSet<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana/dashboards");
     let files: Vec<_> = fs::read_dir(folder).unwrap().collect();
@@ -24,7 +24,7 @@ fn named() -> BTreeSet<String> {
 }
 
 #[test]
-fn dashboards_name_only_series_that_exist() {
+fn dashboards_use_only_series_of_the_catalogue() {
     let exist: BTreeSet<_> = CATALOGUE
         .iter()
         .map(|definition| match definition.kind {

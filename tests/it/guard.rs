@@ -1,4 +1,5 @@
-//! The guard rails of a project against the sandbox: what a batch journals, what it is billed, how a plan limit rests.
+//! The guard rails of a project with the sandbox: the journal and the billed time of a batch, and the back-off after a plan
+//! limit.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -24,7 +25,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::history::{killed_after, say};
+use crate::history::{killed_after, print_line};
 
 const CONFIG: &str = r#"
 [projects.sandbox]
@@ -44,11 +45,11 @@ reply = "8s"
 cleanup = "2s"
 "#;
 
-/// Of what never has to pass.
-const AMPLE: Duration = Duration::from_mins(1);
+/// The limit for a wait that is short.
+const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// A sandbox, and a canary whose state is in a folder of its own.
-struct Stage {
+/// A sandbox, and the parts of a canary with their state in a temporary folder.
+struct Fixture {
     sandbox: Handle,
     shutdown: CancellationToken,
     serving: JoinHandle<()>,
@@ -60,7 +61,7 @@ struct Stage {
     left_behind: Arc<Mutex<Vec<String>>>,
 }
 
-impl Stage {
+impl Fixture {
     async fn new(faults: &[&str]) -> Self {
         let settings = SandboxSettings {
             agent_name: "demo".to_owned(),
@@ -110,10 +111,10 @@ impl Stage {
     }
 
     async fn close(self) -> TempDir {
-        let left = self.janitor.close(Instant::now() + AMPLE).await;
+        let left = self.janitor.close(Instant::now() + TIMEOUT).await;
         assert_eq!(left, []);
         assert_eq!(*self.left_behind.lock().unwrap(), [""; 0]);
-        assert!(self.history.close(Instant::now() + AMPLE).await);
+        assert!(self.history.close(Instant::now() + TIMEOUT).await);
         self.shutdown.cancel();
         self.serving.await.unwrap();
         self.folder
@@ -185,17 +186,17 @@ fn limit(report: &BatchReport) -> &'static str {
 }
 
 #[tokio::test]
-async fn every_room_of_a_batch_is_journalled_billed_and_vouched_for() {
-    let stage = Stage::new(&[]).await;
-    let report = stage.batch(2).await;
+async fn every_room_of_a_batch_is_journalled_billed_and_confirmed_as_deleted() {
+    let fixture = Fixture::new(&[]).await;
+    let report = fixture.batch(2).await;
     assert_eq!(report.result().label(), "ok");
     let (target, project) = (
-        &stage.config.targets["demo"],
-        &stage.config.projects["sandbox"],
+        &fixture.config.targets["demo"],
+        &fixture.config.projects["sandbox"],
     );
-    stage.history.record(&report, target, project);
-    assert_eq!(stage.used_minutes(), 2, "a begun minute each");
-    let folder = stage.close().await;
+    fixture.history.record(&report, target, project);
+    assert_eq!(fixture.used_minutes(), 2, "a begun minute each");
+    let folder = fixture.close().await;
 
     let history = open(folder.path());
     assert_eq!(history.orphan_rooms(), []);
@@ -220,17 +221,17 @@ async fn every_room_of_a_batch_is_journalled_billed_and_vouched_for() {
 }
 
 #[tokio::test]
-async fn a_room_without_an_agent_is_billed_nothing() {
-    let stage = Stage::new(&["never_accepts"]).await;
-    let report = stage.batch(1).await;
+async fn room_without_an_agent_is_not_billed() {
+    let fixture = Fixture::new(&["never_accepts"]).await;
+    let report = fixture.batch(1).await;
     assert_eq!(report.result().label(), "failed");
-    assert_eq!(stage.used_minutes(), 0);
-    let folder = stage.close().await;
+    assert_eq!(fixture.used_minutes(), 0);
+    let folder = fixture.close().await;
     assert_eq!(open(folder.path()).orphan_rooms(), []);
 }
 
 #[tokio::test]
-async fn each_limit_that_the_service_names_stops_the_batch_and_lets_the_project_rest() {
+async fn each_limit_stops_the_batch_and_the_project_backs_off() {
     for (fault, named, rest) in [
         ("create_room=429,retry_after=90s", "api_rate", 90..=90),
         ("create_room=429", "api_rate", 60..=75),
@@ -243,66 +244,66 @@ async fn each_limit_that_the_service_names_stops_the_batch_and_lets_the_project_
             60..=75,
         ),
     ] {
-        let stage = Stage::new(&[fault]).await;
-        let report = stage.batch(3).await;
+        let fixture = Fixture::new(&[fault]).await;
+        let report = fixture.batch(3).await;
         assert_eq!(limit(&report), named, "{fault}");
         assert_eq!(report.probes.len(), 1, "{fault}: no further room");
         assert_eq!(report.not_opened.as_ref().unwrap().rooms, 2, "{fault}");
         let ended = Utc::now();
-        let until = stage.guard.backoff_until().unwrap();
-        // Told when it was known, which is a little before the batch's end.
+        let until = fixture.guard.backoff_until().unwrap();
+        // The back-off begins a little before the end of the batch.
         let left = (until - ended).num_seconds();
         assert!(
             left <= *rest.end() && left >= rest.start() - 15,
             "{fault}: {left} s"
         );
 
-        let next = stage.batch(3).await;
+        let next = fixture.batch(3).await;
         assert_eq!(next.probes.len(), 0, "{fault}");
         let refusal = next.not_opened.as_ref().unwrap().refusal.as_ref().unwrap();
         assert_eq!(refusal.label(), "backoff", "{fault}");
-        stage.close().await;
+        fixture.close().await;
     }
 }
 
-/// Names the folder and the server of the child.
+/// The variables with the folder and the server of the child.
 const CHILD: [&str; 2] = ["GUARD_OF_A_CHILD", "SERVER_OF_A_CHILD"];
 
 #[tokio::test]
-#[ignore = "the child of the test below, which kills it"]
+#[ignore = "the test below runs it as a child and kills it"]
 async fn child() {
     let [folder, url] = CHILD.map(|name| std::env::var(name).unwrap());
     let folder = Path::new(&folder);
     let mut config = read(&url, folder);
     let mut target = config.targets.remove("demo").unwrap();
-    target.batch.hold = AMPLE;
+    target.batch.hold = TIMEOUT;
     let history = open(folder);
     let guard = Guard::new("sandbox", &config.projects["sandbox"], history.clone());
     let janitor = janitor(&history, &Arc::default());
     let context = context(&config, target, janitor);
     let abort = CancellationToken::new();
-    let print = |event: &BatchEvent| say(&format!("{event:?}"));
+    let print = |event: &BatchEvent| print_line(&format!("{event:?}"));
     batch::run(batch::new_id(), "demo", context, Some(guard), abort, print).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved() {
+async fn next_process_deletes_the_rooms_of_a_killed_process_and_they_were_reserved() {
     // The first line is the batch's start. From before the first room to after the last one's join.
     for lines in [2, 4, 9, 21, 37] {
-        let stage = Stage::new(&[]).await;
-        assert!(stage.history.close(Instant::now() + AMPLE).await);
-        let url = &stage.config.projects["sandbox"].url;
-        let values = [stage.folder.path().as_os_str(), url.as_str().as_ref()];
+        let fixture = Fixture::new(&[]).await;
+        assert!(fixture.history.close(Instant::now() + TIMEOUT).await);
+        let url = &fixture.config.projects["sandbox"].url;
+        let values = [fixture.folder.path().as_os_str(), url.as_str().as_ref()];
         let variables = [(CHILD[0], values[0]), (CHILD[1], values[1])];
         tokio::task::block_in_place(|| killed_after(lines, "guard::child", &variables));
 
-        let history = open(stage.folder.path());
+        let history = open(fixture.folder.path());
         let left: Vec<RoomName> = history
             .orphan_rooms()
             .into_iter()
             .map(|left| left.room)
             .collect();
-        let standing = stage.sandbox.rooms();
+        let standing = fixture.sandbox.rooms();
         for room in &standing {
             assert!(
                 left.iter().any(|left| left.0 == *room),
@@ -316,9 +317,11 @@ async fn the_rooms_of_a_killed_process_are_swept_by_the_next_and_were_reserved()
         );
 
         let janitor = janitor(&history, &Arc::default());
-        let swept = janitor.sweep(&access(&stage.config).1, left.clone()).await;
+        let swept = janitor
+            .sweep(&access(&fixture.config).1, left.clone())
+            .await;
         assert_eq!((swept.deleted, swept.unconfirmed), (left, Vec::new()));
-        assert_eq!(stage.sandbox.rooms(), [""; 0], "after {lines} events");
-        stage.shutdown.cancel();
+        assert_eq!(fixture.sandbox.rooms(), [""; 0], "after {lines} events");
+        fixture.shutdown.cancel();
     }
 }

@@ -1,4 +1,4 @@
-//! The history of a process that is killed, as the next process finds it.
+//! The history of a killed process, as the next process reads it.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -12,7 +12,7 @@ use livekit_canary::history::History;
 use livekit_canary::livekit::RoomName;
 use tokio::time::Instant;
 
-/// Names the folder in which the child keeps its history.
+/// The variable with the history folder of the child.
 const FOLDER: &str = "HISTORY_OF_A_CHILD";
 
 const WORST: Duration = Duration::from_mins(3);
@@ -26,7 +26,7 @@ fn open(folder: &Path) -> History {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn reserve_for_ever(folder: &Path) {
+async fn reserve_forever(folder: &Path) {
     let history = open(folder);
     for index in 0.. {
         let room = RoomName(format!("canary-{}-{index}", std::process::id()));
@@ -34,7 +34,7 @@ async fn reserve_for_ever(folder: &Path) {
         let reserved = history.reserve(&room, "acme", "support", WORST, admit);
         let mut reservation = reserved.await.unwrap();
         reservation.opened();
-        say(&room.0);
+        print_line(&room.0);
         if index % 2 == 0 {
             reservation.settle(WORST);
         }
@@ -44,20 +44,19 @@ async fn reserve_for_ever(folder: &Path) {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "a child tells its parent")]
-pub fn say(line: &str) {
-    println!("told {line}");
+#[expect(clippy::print_stdout, reason = "the parent reads the output")]
+pub fn print_line(line: &str) {
+    println!("line {line}");
 }
 
 #[test]
-#[ignore = "the child of the test below, which kills it"]
+#[ignore = "the test below runs it as a child and kills it"]
 fn child() {
     let folder = std::env::var_os(FOLDER).unwrap();
-    reserve_for_ever(Path::new(&folder));
+    reserve_forever(Path::new(&folder));
 }
 
-/// Runs an ignored test of this program as a child, reads this many lines of what it tells, and kills it; gives all that
-/// it told.
+/// Runs an ignored test of this program as a child, reads this many of its lines, and kills it. Returns all its lines.
 pub fn killed_after(lines: usize, test: &str, variables: &[(&str, &OsStr)]) -> Vec<String> {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--ignored", "--nocapture"])
@@ -65,21 +64,21 @@ pub fn killed_after(lines: usize, test: &str, variables: &[(&str, &OsStr)]) -> V
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let told = BufReader::new(child.stdout.take().unwrap()).lines();
-    let mut told = told.filter_map(|line| {
+    let printed = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut printed = printed.filter_map(|line| {
         let line = line.unwrap();
-        line.strip_prefix("told ").map(str::to_owned)
+        line.strip_prefix("line ").map(str::to_owned)
     });
-    let first: Vec<String> = told.by_ref().take(lines).collect();
+    let first: Vec<String> = printed.by_ref().take(lines).collect();
     child.kill().unwrap();
-    let all: Vec<String> = first.into_iter().chain(told).collect();
+    let all: Vec<String> = first.into_iter().chain(printed).collect();
     child.wait().unwrap();
     assert!(all.len() >= lines, "the child ended by itself: {all:?}");
     all
 }
 
 #[tokio::test]
-async fn a_process_that_is_killed_leaves_no_reservation_unrecorded_and_the_folder_free() {
+async fn killed_process_has_recorded_every_reservation_and_leaves_the_folder_unlocked() {
     let folder = tempfile::tempdir().unwrap();
     let mut random = fastrand::Rng::with_seed(20);
     let mut expected = BTreeSet::new();

@@ -1,9 +1,6 @@
-//! What `/metrics` shows: the catalogue is a contract, and every series of it exists from the start.
+//! `/metrics`: the catalogue is a contract, and every series of it exists from the start.
 
-#![expect(
-    clippy::float_cmp,
-    reason = "what is written is what is read, to the last bit"
-)]
+#![expect(clippy::float_cmp, reason = "the same value is written and read")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,7 +56,7 @@ fn target() -> Target {
     }
 }
 
-/// These metrics with one project and one target on it.
+/// Metrics with one project and one target.
 fn with_a_target() -> (Metrics, TargetMetrics) {
     let metrics = metrics();
     metrics.project("acme", &project());
@@ -67,7 +64,7 @@ fn with_a_target() -> (Metrics, TargetMetrics) {
     (metrics, support)
 }
 
-/// A probe that went well.
+/// A probe that is ok.
 fn report() -> ProbeReport {
     let base = Instant::now();
     let at = |millis| base + Duration::from_millis(millis);
@@ -122,7 +119,7 @@ fn failed(reason: Reason) -> Outcome {
     })
 }
 
-/// A probe that failed before anything was seen.
+/// A probe that failed before its first milestone.
 fn failed_at_once(reason: Reason) -> ProbeReport {
     ProbeReport {
         outcome: failed(reason),
@@ -216,7 +213,7 @@ fn catalogue_stays_as_it_is() {
 }
 
 #[test]
-fn every_family_of_the_catalogue_is_there_before_anything_has_happened() {
+fn every_family_of_the_catalogue_exists_from_the_start() {
     let metrics = metrics();
     metrics.project("acme", &project());
     metrics.target("support", &target(), &project(), false);
@@ -258,7 +255,7 @@ fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
 }
 
 #[test]
-fn every_label_value_exists_at_zero_before_anything_has_happened() {
+fn every_label_value_exists_at_zero_from_the_start() {
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
     for family in CATALOGUE {
@@ -350,7 +347,7 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
 }
 
 #[test]
-fn buckets_are_one_ladder_from_a_tenth_to_three_hundred_seconds() {
+fn all_delays_have_the_same_buckets_from_100_ms_to_300_s() {
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
     let delays = [
@@ -385,7 +382,7 @@ fn buckets_are_one_ladder_from_a_tenth_to_three_hundred_seconds() {
         first_speech_within,
         ..
     } = Objectives::default();
-    // Else the share below a threshold would be interpolated.
+    // Without these buckets, the share below a threshold would be interpolated.
     for threshold in [join_within, first_speech_within] {
         assert!(DELAYS.contains(&threshold.as_secs_f64()), "{threshold:?}");
     }
@@ -409,7 +406,7 @@ fn names_follow_the_rules_of_prometheus() {
         if matches!(kind, Kind::Histogram(_)) {
             assert!(name.ends_with("_seconds"), "{name}");
         }
-        // What promtool calls other than base units, and what a histogram's own series are called.
+        // Units that promtool rejects, and the suffixes of a histogram's series.
         for word in [
             "minutes", "hours", "days", "millis", "ms", "percent", "bucket", "count", "sum",
         ] {
@@ -431,7 +428,7 @@ fn names_follow_the_rules_of_prometheus() {
 }
 
 #[test]
-fn probe_that_went_well_is_counted_in_everything_that_it_shows() {
+fn ok_probe_is_counted_in_every_family_that_it_concerns() {
     let (metrics, support) = with_a_target();
     support.probe(&report(), &Objectives::default());
     let scrape = scraped(&metrics);
@@ -512,7 +509,7 @@ fn failure_is_counted_once_under_its_reason_and_origin() {
         let ours = value_of(&scrape, "internal_errors_total", &[("kind", "probe")]);
         let internal = reason == Reason::Internal;
         assert_eq!(ours, if internal { 1.0 } else { 0.0 }, "{reason:?}");
-        // Nothing was measured, and nothing is made up.
+        // Nothing was measured, so nothing is observed.
         for histogram in CATALOGUE
             .iter()
             .filter(|one| matches!(one.kind, Kind::Histogram(_)))
@@ -545,7 +542,7 @@ fn limit_is_counted_under_its_kind() {
 }
 
 #[test]
-fn delays_are_observed_whatever_the_outcome() {
+fn delays_are_observed_for_every_outcome() {
     let (metrics, support) = with_a_target();
     for outcome in [
         failed(Reason::AgentNoReply),
@@ -569,14 +566,14 @@ fn delays_are_observed_whatever_the_outcome() {
         value_of(&scrape, "first_speech_delay_seconds_count", &[]),
         3.0
     );
-    // An aborted call costs as much as any.
+    // An aborted call uses agent time, too.
     assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 360.0);
     assert_eq!(value_of(&scrape, "probes_total", &[]), 2.0);
     assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 1.0);
 }
 
 #[test]
-fn upper_bound_is_no_join_delay() {
+fn upper_bound_is_not_observed_as_a_join_delay() {
     let (metrics, support) = with_a_target();
     let report = ProbeReport {
         join_upper_bound: true,
@@ -602,7 +599,7 @@ fn aborted_probe_counts_in_no_service_level() {
 }
 
 #[test]
-fn batch_is_counted_by_its_result_and_only_a_completed_one_is_the_last() {
+fn batch_is_counted_by_its_result_and_only_a_completed_one_sets_last_batch() {
     let (metrics, support) = with_a_target();
     let limited = || failed(Reason::PlanLimit(LimitKind::Quota));
     let objectives = target().objectives;
@@ -626,7 +623,7 @@ fn batch_is_counted_by_its_result_and_only_a_completed_one_is_the_last() {
 }
 
 #[test]
-fn bad_batch_is_counted_once_in_each_service_level_that_it_was_bad_in() {
+fn bad_batch_is_counted_once_in_each_service_level_that_it_misses() {
     let (metrics, support) = with_a_target();
     let objectives = target().objectives;
     support.batch(&batch([Outcome::Ok, Outcome::Ok]), &objectives);
@@ -640,7 +637,7 @@ fn bad_batch_is_counted_once_in_each_service_level_that_it_was_bad_in() {
 }
 
 #[test]
-fn what_the_daemon_tells_of_a_target_is_shown() {
+fn values_that_the_daemon_sets_for_a_target_are_shown() {
     let (metrics, support) = with_a_target();
     support.tick(moment());
     support.next_batch(Some(moment() + TimeDelta::minutes(15)));
@@ -695,7 +692,7 @@ fn what_the_daemon_tells_of_a_target_is_shown() {
 }
 
 #[test]
-fn room_of_a_probe_that_panics_is_not_open_for_ever() {
+fn room_of_a_probe_that_panics_does_not_stay_in_flight() {
     let (metrics, support) = with_a_target();
     let crashed = thread::spawn(move || {
         let _open = support.room_opened();
@@ -706,7 +703,7 @@ fn room_of_a_probe_that_panics_is_not_open_for_ever() {
 }
 
 #[test]
-fn what_the_daemon_tells_of_a_project_and_of_itself_is_shown() {
+fn values_that_the_daemon_sets_for_a_project_and_itself_are_shown() {
     let metrics = metrics();
     let mut settings = project();
     settings.budget.agent_time_per_day = Some(Duration::from_hours(1));
@@ -735,7 +732,7 @@ fn what_the_daemon_tells_of_a_project_and_of_itself_is_shown() {
     let loaded = "config_last_reload_success_timestamp_seconds";
     assert_eq!(value(loaded), 1_790_000_000.25);
 
-    // A limit that is taken back, a back-off that is over, and settings that were refused.
+    // A removed limit, a back-off that has ended, and rejected settings.
     metrics.project("acme", &project());
     acme.backoff_until(None);
     metrics.config_refused();
@@ -767,7 +764,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
     changed.objectives.availability = 0.9;
     let again = metrics.target("support", &changed, &project(), true);
     again.probe(&report(), &changed.objectives);
-    // A handle from before is as good.
+    // An old handle still works.
     support.probe(&report(), &changed.objectives);
 
     let scrape = scraped(&metrics);
@@ -796,7 +793,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
 }
 
 #[test]
-fn series_of_a_removed_target_disappear_and_no_late_handle_brings_them_back() {
+fn series_of_a_removed_target_disappear_and_no_old_handle_restores_them() {
     let (metrics, support) = with_a_target();
     metrics.target("sales", &target(), &project(), false);
     let open = support.room_opened();
@@ -819,7 +816,7 @@ fn series_of_a_removed_target_disappear_and_no_late_handle_brings_them_back() {
 }
 
 #[test]
-fn targets_never_mix() {
+fn targets_do_not_affect_each_other() {
     let (metrics, support) = with_a_target();
     let sales = metrics.target("sales", &target(), &project(), false);
     let of_sales = |metrics: &Metrics| {
@@ -844,7 +841,7 @@ fn targets_never_mix() {
 }
 
 #[test]
-fn each_series_is_there_once_and_families_are_sorted() {
+fn each_series_exists_once_and_families_are_sorted() {
     let (metrics, _support) = with_a_target();
     metrics.project("other", &project());
     metrics.target("sales", &target(), &project(), false);
@@ -860,7 +857,7 @@ fn each_series_is_there_once_and_families_are_sorted() {
 }
 
 #[test]
-fn process_is_described_as_usual() {
+fn process_metrics_have_their_usual_names() {
     let scrape = scraped(&metrics());
     let value = |name: &str| {
         let sample = scrape.samples.iter().find(|sample| sample.name == name);
@@ -880,7 +877,7 @@ fn process_is_described_as_usual() {
 }
 
 #[test]
-fn words_of_a_setting_stay_within_their_quotes() {
+fn label_values_from_settings_are_escaped() {
     let metrics = metrics();
     let mut odd = target();
     odd.agent_name = Some("a\"b\\c\nd".to_owned());
@@ -892,7 +889,7 @@ fn words_of_a_setting_stay_within_their_quotes() {
 }
 
 #[test]
-fn secrets_are_no_labels() {
+fn labels_contain_no_secrets() {
     let (metrics, support) = with_a_target();
     let report = ProbeReport {
         outcome: Outcome::Failed(Failure {
@@ -909,10 +906,10 @@ fn secrets_are_no_labels() {
 }
 
 #[test]
-fn target_that_was_removed_before_a_scrape_is_never_in_it() {
+fn target_that_was_removed_before_a_scrape_is_not_in_it() {
     const TARGETS: usize = 300;
     let metrics = metrics();
-    // All targets below this are removed; all from it on may be there or not.
+    // All targets below this number are removed. The others may exist or not.
     let removed = AtomicUsize::new(0);
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -943,7 +940,7 @@ fn target_that_was_removed_before_a_scrape_is_never_in_it() {
 }
 
 #[test]
-fn no_scrape_sees_a_part_of_a_probe() {
+fn scrape_contains_all_or_nothing_of_a_probe() {
     const PROBES: u32 = 500;
     let (metrics, support) = with_a_target();
     let probing = AtomicUsize::new(2);
@@ -996,7 +993,7 @@ fn documented_table(head: &str) -> Vec<Vec<&'static str>> {
     .collect()
 }
 
-/// The words in backquotes.
+/// The texts in backquotes.
 fn quoted(cell: &str) -> Vec<&str> {
     cell.split('`').skip(1).step_by(2).collect()
 }
@@ -1025,7 +1022,7 @@ fn docs_list_every_label_value() {
         let [labels, values] = row[..] else {
             panic!("{row:?} has not two cells");
         };
-        // Other tests check the pages that list the rest.
+        // Other tests check the pages that list the other values.
         if !values.contains("](") && values != "`true`, `false`" {
             let [label] = quoted(labels)[..] else {
                 panic!("{labels} is not one label");
@@ -1034,7 +1031,7 @@ fn docs_list_every_label_value() {
             assert_eq!(listed, values_of(&scrape, label), "{label}");
         }
     }
-    // Free words: those of the settings and of the build.
+    // Values from the settings and from the build can be any text.
     let free = [
         "target",
         "project",
@@ -1072,7 +1069,7 @@ fn docs_list_the_origins_that_count_in_each_service_level() {
 }
 
 #[test]
-fn good_probes_are_eligible_ones_whatever_they_saw() {
+fn every_good_probe_is_also_eligible() {
     let (metrics, support) = with_a_target();
     let objectives = Objectives::default();
     let mut outcomes: Vec<Outcome> = Reason::ALL.into_iter().map(failed).collect();

@@ -1,4 +1,4 @@
-//! Settings of any form: never a panic, always a reason, and never a secret in it.
+//! Settings of any form never cause a panic. A rejection always has a reason, and never contains a secret.
 
 use std::path::Path;
 
@@ -8,14 +8,13 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select};
 use proptest::test_runner::Config as Cases;
 
-/// The API secret, in the environment and in the settings where it belongs.
+/// The API secret, in the environment and at the right place in the settings.
 const SECRET: &str = "an-API-secret-that-nobody-may-see";
 
-/// The value of any other setting, as by a slip of the hand: no longer hidden in the
-/// settings, but not told in a rejection either.
+/// A secret as the value of another setting, by mistake. The settings don't hide it, but no rejection may contain it.
 const MISPLACED: &str = "a-secret-in-a-wrong-place";
 
-/// Failures print the smallest settings that were found; nothing is kept in files.
+/// A failure prints the smallest settings that cause it. Nothing is written to files.
 fn cases(cases: u32) -> Cases {
     Cases {
         cases,
@@ -39,13 +38,13 @@ fn read(text: &[u8]) -> Result<Config, String> {
     draft.validate().map_err(|problems| problems.to_string())
 }
 
-/// Every rejection says something, and not a secret.
-fn assert_told(result: &Result<Config, String>) {
-    if let Err(told) = result {
-        assert!(!told.trim().is_empty());
+/// A rejection has a text, and no secret is in it.
+fn expect_reason_without_secret(result: &Result<Config, String>) {
+    if let Err(reason) = result {
+        assert!(!reason.trim().is_empty());
         assert!(
-            !told.contains(SECRET) && !told.contains(MISPLACED),
-            "{told}"
+            !reason.contains(SECRET) && !reason.contains(MISPLACED),
+            "{reason}"
         );
     }
     if let Ok(config) = result {
@@ -62,11 +61,11 @@ fn documented() -> String {
 enum Change {
     Remove(Index),
     Repeat(Index, Index),
-    /// Another value of this line's key.
+    /// Replaces the value in this line.
     Value(Index, String),
-    /// Any line.
+    /// Inserts a line.
     Line(Index, String),
-    /// What is commented out counts.
+    /// Removes the comment sign of this line.
     Uncomment(Index),
 }
 
@@ -119,7 +118,7 @@ fn changed(changes: &[Change]) -> String {
     let text = documented()
         .replace("#agent_name", "agent_name")
         .replace("#api_secret = \"…\"", &secret);
-    // Comments for people apart, so that a change hits a setting.
+    // Without comments, so that every change is one of a setting.
     let mut lines: Vec<_> = text
         .lines()
         .filter(|line| !line.is_empty() && !line.starts_with("# "))
@@ -155,25 +154,25 @@ proptest! {
     #![proptest_config(cases(200))]
 
     #[test]
-    fn settings_of_any_bytes_are_read_or_refused_with_a_reason(
+    fn any_bytes_are_valid_settings_or_rejected_with_a_reason(
         bytes in prop_oneof![
             vec(any::<u8>(), 0..200),
             "\\PC{0,200}".prop_map(String::into_bytes),
             "(\\[[a-z.]{0,8}\\]\n|[a-z]{1,6} = [ -~]{0,10}\n){0,10}".prop_map(String::into_bytes),
         ],
     ) {
-        assert_told(&read(&bytes));
+        expect_reason_without_secret(&read(&bytes));
     }
 
     #[test]
-    fn documented_settings_with_any_change_are_read_or_refused_with_a_reason(
+    fn documented_settings_with_any_change_are_valid_or_rejected_with_a_reason(
         changes in vec(change(), 1..5),
     ) {
-        assert_told(&read(changed(&changes).as_bytes()));
+        expect_reason_without_secret(&read(changed(&changes).as_bytes()));
     }
 
     #[test]
-    fn cron_expression_of_any_form_is_read_or_refused_with_a_reason(expression in prop_oneof![
+    fn any_cron_expression_is_valid_or_rejected_with_a_reason(expression in prop_oneof![
         "[0-9*/,LW#?-]{1,4}( [0-9*/,LW#?-]{1,4}){4,5}",
         "[0-9]{1,2}(-[0-9]{1,2})?(/[0-9]{1,3})?( (\\*|[0-9]{1,2})){4}",
         "\\PC{0,40}",
@@ -182,13 +181,13 @@ proptest! {
             "[targets.support]\nagent_name = \"a\"\n[targets.support.schedule]\ncron = {}\n",
             toml::Value::from(expression),
         );
-        assert_told(&read(text.as_bytes()));
+        expect_reason_without_secret(&read(text.as_bytes()));
     }
 }
 
 #[test]
-fn documented_settings_without_a_change_are_in_force() {
-    // Or the changes above would try nothing but the first complaint.
+fn documented_settings_without_a_change_are_valid() {
+    // Otherwise every change above would only cause the first error again.
     let text = changed(&[]);
     assert!(text.contains(SECRET), "there is no secret to hide");
     let config = read(text.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! What `rules` prints. What the rules then do is for promtool to say: see tests/rules.
+//! What `rules` prints. tests/rules checks with promtool what the rules do.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use livekit_canary::metrics::{CATALOGUE, Kind, PREFIX};
 
 use crate::canary;
 
-/// What `rules` prints for these settings, without any credentials.
+/// The output of `rules` for these settings, without credentials.
 fn rules(settings: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("canary.toml"), settings).unwrap();
@@ -17,18 +17,18 @@ fn rules(settings: &str) -> String {
 }
 
 #[test]
-fn rules_that_are_deployed_are_those_of_the_default_settings() {
+fn deployed_rules_are_those_of_the_default_settings() {
     let file = "deploy/prometheus/livekit-canary.rules.yml";
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     let folder = tempfile::tempdir().unwrap();
     let run = canary(folder.path(), ["rules"], &[]);
     assert_eq!(run.code, Some(0), "{}", run.output());
-    // Printed again: livekit-canary rules > deploy/prometheus/livekit-canary.rules.yml
+    // `just regenerate` writes the file again.
     assert_eq!(std::fs::read_to_string(file).unwrap(), run.stdout);
 }
 
 #[test]
-fn own_schedule_gets_windows_that_fit_it() {
+fn rules_have_windows_for_the_schedule_of_the_settings() {
     let settings = "[targets.support]\nagent_name = \"a\"\nschedule.every = \"20m\"\n";
     let rules = rules(settings);
     assert!(

@@ -1,4 +1,4 @@
-//! The sandbox and the canary against each other: two readings of the protocol that share no code.
+//! The sandbox and the canary with each other: two implementations of the protocol that share no code.
 
 use std::thread;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::canary;
 
-/// Short deadlines: what fails on loopback fails for good.
+/// Short deadlines, because a failure on loopback is not temporary.
 const CONFIG: &str = r#"
 [projects.sandbox]
 api_timeout = "2s"
@@ -38,7 +38,7 @@ delay = "500ms"
 reply = true
 "#;
 
-/// A running sandbox; it ends when this is dropped.
+/// A sandbox in a thread. It ends when this is dropped.
 pub struct SandboxThread {
     pub url: String,
     pub handle: Handle,
@@ -73,14 +73,14 @@ impl SandboxThread {
         }
     }
 
-    /// Runs `once` against it: its exit status and the probes of its report.
+    /// Runs `once` with this sandbox. Returns the exit status and the probes of the report.
     fn once(&self, flags: &[&str]) -> (Option<i32>, Vec<Value>) {
         let (code, report) = once(&self.url, flags);
         (code, report["probes"].as_array().unwrap().clone())
     }
 
-    /// Until an agent is in the one room there is.
-    fn wait_for_an_agent(&self) {
+    /// Waits until an agent is in the only room.
+    fn wait_for_agent(&self) {
         let endpoint = Endpoint::new(&self.url.parse().unwrap(), None).unwrap();
         let keys = Keys::new("devkey", "secret").unwrap();
         let api = Api::new(endpoint, keys, Duration::from_secs(2));
@@ -98,13 +98,13 @@ impl SandboxThread {
         };
         let limit = Instant::now() + Duration::from_secs(20);
         while is_there().is_none() {
-            assert!(Instant::now() < limit, "no agent came");
+            assert!(Instant::now() < limit, "no agent joined");
             thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
-/// Runs `once` against the server at `url`: its exit status and its report.
+/// Runs `once` with the server at `url`. Returns the exit status and the report.
 fn once(url: &str, flags: &[&str]) -> (Option<i32>, Value) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("canary.toml"), CONFIG).unwrap();
@@ -131,7 +131,7 @@ impl Drop for SandboxThread {
     }
 }
 
-/// A probe's reason and, for a limit, its kind; `ok` where it went well.
+/// The reason of a probe with the kind of limit, if there is one. `ok` if it didn't fail.
 fn verdict(probe: &Value) -> String {
     let text = |key: &str| probe[key].as_str().unwrap_or_default();
     match (text("outcome"), text("limit")) {
@@ -157,7 +157,7 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
         let heard = sandbox.handle.heard();
         let heard = heard.iter().filter(|heard| heard.room == probe["room"]);
         assert!(heard.clone().all(|heard| !heard.over_agent));
-        // Its greeting has 125 frames; a busy machine may lose some of them.
+        // The greeting has 125 frames. A busy machine may lose some of them.
         assert!(heard.clone().all(|heard| heard.frames > 100));
         assert_eq!(heard.count(), 1, "{probe:#?}");
     }
@@ -165,7 +165,7 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
 }
 
 #[test]
-fn report_tells_what_the_agent_saw_heard_and_said() {
+fn report_lists_what_the_agent_did_heard_and_said() {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report.jsonl");
     let sandbox = SandboxThread::start(SandboxSettings {
@@ -190,7 +190,7 @@ fn report_tells_what_the_agent_saw_heard_and_said() {
         "caller",
         "greeted",
         "heard",
-        // It left in the middle of its reply.
+        // It leaves during its reply.
         "left",
     ];
     assert_eq!(names, expected, "{report}");
@@ -205,7 +205,7 @@ fn report_tells_what_the_agent_saw_heard_and_said() {
 }
 
 #[test]
-fn milestones_come_in_the_real_servers_order() {
+fn milestones_have_the_order_of_the_real_server() {
     let sandbox = SandboxThread::new("demo", &[]);
     let (_, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "1"]);
     let mut marks: Vec<(f64, &str)> = probes[0]["milestones"]
@@ -231,7 +231,7 @@ fn milestones_come_in_the_real_servers_order() {
     assert!(positions.is_sorted(), "{marks:?}");
 }
 
-/// How each way to dispatch goes, in the order of time; automatic dispatch names nobody, so that nothing is accepted.
+/// The order of the milestones in each dispatch mode. With automatic dispatch there is no request that LiveKit could accept.
 const DISPATCHES: &[(&str, &str, &[&str])] = &[
     (
         "explicit",
@@ -278,9 +278,9 @@ const DISPATCHES: &[(&str, &str, &[&str])] = &[
 ];
 
 #[test]
-fn every_way_to_dispatch_brings_the_agent() {
-    side_by_side(DISPATCHES, |(mode, agent, order)| {
-        // Later than the canary's own media, so that the order is the same each time.
+fn agent_joins_in_every_dispatch_mode() {
+    in_parallel(DISPATCHES, |(mode, agent, order)| {
+        // Later than the canary's own media, so that the order is always the same.
         let sandbox = SandboxThread::new(agent, &["join_delay=1s"]);
         let mut flags = vec!["--rooms", "1", "--dispatch", mode];
         if !agent.is_empty() {
@@ -302,7 +302,7 @@ fn every_way_to_dispatch_brings_the_agent() {
 }
 
 #[test]
-fn agent_that_is_there_before_the_canary_gives_an_upper_bound() {
+fn agent_that_joins_before_the_canary_has_an_upper_bound_as_join_delay() {
     let sandbox = SandboxThread::new("demo", &[]);
     let server = sandbox.url.strip_prefix("ws://").unwrap().parse().unwrap();
     let gate = Gate::before(server, Hold::Signal).unwrap();
@@ -310,7 +310,7 @@ fn agent_that_is_there_before_the_canary_gives_an_upper_bound() {
         let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", "room"];
         let url = format!("ws://{}", gate.address);
         let running = scope.spawn(move || once(&url, &flags));
-        sandbox.wait_for_an_agent();
+        sandbox.wait_for_agent();
         gate.open();
         running.join().unwrap()
     });
@@ -323,14 +323,14 @@ fn agent_that_is_there_before_the_canary_gives_an_upper_bound() {
 }
 
 #[test]
-fn agent_that_was_dispatched_with_the_room_and_does_not_come_leaves_nothing_behind() {
+fn agent_of_a_room_or_token_that_does_not_join_leaves_no_room() {
     let cases = [
         ("room", "never_accepts", "dispatch_unanswered"),
         ("room", "late_after_deletion=300ms", "agent_no_show"),
         ("token", "never_accepts", "dispatch_unanswered"),
         ("token", "late_after_deletion=300ms", "agent_no_show"),
     ];
-    side_by_side(&cases, |(mode, fault, expected)| {
+    in_parallel(&cases, |(mode, fault, expected)| {
         let sandbox = SandboxThread::new("demo", &[fault]);
         let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", mode];
         let (code, probes) = sandbox.once(&flags);
@@ -348,8 +348,8 @@ fn agent_that_was_dispatched_with_the_room_and_does_not_come_leaves_nothing_behi
 }
 
 #[test]
-fn interval_and_burst_open_rooms_before_the_agent_has_come_to_any() {
-    side_by_side(&[("interval", 200), ("burst", 0)], |(ramp, apart)| {
+fn interval_and_burst_open_rooms_before_any_agent_joins() {
+    in_parallel(&[("interval", 200), ("burst", 0)], |(ramp, apart)| {
         let sandbox = SandboxThread::new("demo", &["join_delay=3s"]);
         let interval = format!("{apart}ms");
         let mut flags = vec!["--agent-name", "demo", "--rooms", "5", "--ramp", ramp];
@@ -363,14 +363,14 @@ fn interval_and_burst_open_rooms_before_the_agent_has_come_to_any() {
         let joined = probes[0]["milestones"]["AgentJoined"].as_f64().unwrap();
         let first_join = started[0] + Duration::from_secs_f64(joined);
         assert!(started.iter().all(|at| *at < first_join), "{started:?}");
-        // The wall clock is read a little after the timer, each time.
+        // The wall clock is read a little after each timer.
         let least = TimeDelta::milliseconds(apart / 2);
         let mut pairs = started.windows(2);
         assert!(pairs.all(|pair| pair[1] - pair[0] >= least), "{started:?}");
     });
 }
 
-fn side_by_side<T: Sync>(cases: &[T], case: impl Fn(&T) + Sync) {
+fn in_parallel<T: Sync>(cases: &[T], case: impl Fn(&T) + Sync) {
     thread::scope(|scope| {
         for one in cases {
             let case = &case;
@@ -383,7 +383,7 @@ fn started_at(probe: &Value) -> DateTime<Utc> {
     probe["started_at"].as_str().unwrap().parse().unwrap()
 }
 
-/// Faults and what the canary must make of them.
+/// Faults and the verdicts that they must have.
 const FAULTS: &[(&str, &str)] = &[
     ("join_delay=1500ms", "ok"),
     ("never_accepts", "dispatch_unanswered"),
@@ -430,38 +430,38 @@ const FAULTS: &[(&str, &str)] = &[
     ("before_join=drop", "signal_failed"),
     ("before_join=hang", "signal_failed"),
     ("before_join=flood", "signal_failed"),
-    // It answers nothing that has to do with media either; the pings would tell, but later.
+    // The sandbox doesn't respond to media negotiation either. The ping timeout is later.
     ("after_join=hang", "publish_failed"),
     ("after_join=drop", "signal_lost"),
     ("after_join=flood", "signal_lost"),
     ("after_join=remove", "removed"),
     ("before_join=remove", "removed"),
-    // livekit-server says JOIN_FAILURE after a join where the media never came up.
+    // livekit-server sends JOIN_FAILURE if media does not connect after a join.
     ("after_join=leave", "media_failed"),
     ("api=429", "plan_limit/api_rate"),
     ("api=500", "room_create_failed"),
     ("api=drop", "room_create_failed"),
     ("api=hang", "room_create_failed"),
-    // Without the list nobody knows whether a worker had accepted.
+    // Without the list it is unknown whether a worker has accepted the job.
     ("never_joins list_dispatch=500", "dispatch_unanswered"),
     ("never_joins list_dispatch=flood", "dispatch_unanswered"),
-    // What fails after the verdict changes none.
+    // A failure after the verdict does not change it.
     ("delete_dispatch=500", "ok"),
     ("delete_dispatch=hang", "ok"),
     ("delete_room=500", "ok"),
     ("delete_room=drop", "ok"),
 ];
 
-/// Sandboxes that run side by side.
-const SIDE_BY_SIDE: usize = 8;
+/// The maximum of sandboxes that run at the same time.
+const MAX_SANDBOXES: usize = 8;
 
 #[test]
-fn every_fault_ends_in_its_reason() {
+fn every_fault_has_its_reason() {
     let wrong: Vec<String> = thread::scope(|scope| {
-        let lanes: Vec<_> = (0..SIDE_BY_SIDE)
+        let lanes: Vec<_> = (0..MAX_SANDBOXES)
             .map(|lane| {
                 scope.spawn(move || {
-                    let mine = FAULTS.iter().skip(lane).step_by(SIDE_BY_SIDE);
+                    let mine = FAULTS.iter().skip(lane).step_by(MAX_SANDBOXES);
                     mine.filter_map(|(fault, expected)| differs(fault, expected))
                         .collect::<Vec<_>>()
                 })
@@ -486,7 +486,7 @@ fn differs(faults: &str, expected: &str) -> Option<String> {
             probe["detail"]
         ));
     }
-    // A room stays only where its deletion fails, and then the evidence says so.
+    // A room is left only if its deletion fails. Then the evidence contains a note.
     let fails = faults.starts_with("delete_room=");
     let stays = !sandbox.handle.rooms().is_empty();
     let notes = probe["evidence"]["notes"].as_array().unwrap();
@@ -497,7 +497,7 @@ fn differs(faults: &str, expected: &str) -> Option<String> {
 }
 
 #[test]
-fn a_fault_of_one_room_spares_the_others() {
+fn fault_of_one_room_does_not_affect_the_others() {
     let sandbox = SandboxThread::new("demo", &["room2:no_track"]);
     let (code, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "3"]);
     let verdicts: Vec<String> = probes.iter().map(verdict).collect();
@@ -511,7 +511,7 @@ fn a_fault_of_one_room_spares_the_others() {
 }
 
 #[test]
-fn a_wrong_secret_is_a_matter_of_the_settings() {
+fn wrong_secret_is_auth_rejected() {
     let sandbox = SandboxThread::new("demo", &[]);
     let folder = tempfile::tempdir().unwrap();
     let variables = [
@@ -524,6 +524,6 @@ fn a_wrong_secret_is_a_matter_of_the_settings() {
     ];
     let run = canary(folder.path(), ["once", "--agent-name", "demo"], &variables);
     assert_eq!(run.code, Some(2), "{}", run.output());
-    // The server's answer quotes the whole token.
+    // The server's response contains the whole token.
     assert!(!run.output().contains("eyJ"), "{}", run.output());
 }

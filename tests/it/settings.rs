@@ -1,4 +1,4 @@
-//! What people see of a wrong configuration, and that the documented defaults are the true ones.
+//! The errors of wrong settings, and that the documented defaults are those of the code.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -31,12 +31,12 @@ fn folder_with(settings: &str) -> TempDir {
     folder
 }
 
-/// The complaint of `check` about these settings, with credentials in the environment.
-fn complaint(settings: &str) -> String {
-    complaint_with(settings, &CREDENTIALS)
+/// The error of `check` about these settings, with credentials in the environment.
+fn error_of(settings: &str) -> String {
+    error_with(settings, &CREDENTIALS)
 }
 
-fn complaint_with(settings: &str, variables: &[(&str, &str)]) -> String {
+fn error_with(settings: &str, variables: &[(&str, &str)]) -> String {
     let folder = folder_with(settings);
     let run = canary(
         folder.path(),
@@ -69,14 +69,14 @@ fn environment(variables: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
     variables.iter().map(owned).collect()
 }
 
-/// A target that is right, to add one mistake to.
+/// A valid target with one more setting, which may be a mistake.
 fn target_with(more: &str) -> String {
     format!("[targets.support]\nagent_name = \"my-agent\"\n{more}\n")
 }
 
 #[test]
 fn five_mistakes_are_reported_at_once() {
-    assert_snapshot!(complaint(
+    assert_snapshot!(error_of(
         r#"
 [projects.acme]
 url = "ftp://livekit.example"
@@ -95,8 +95,8 @@ hold = "15"
 
 #[test]
 #[cfg(not(feature = "libwebrtc"))]
-fn engine_that_is_not_in_this_binary_is_told_with_what_to_do() {
-    assert_snapshot!(complaint(&target_with("engine = \"libwebrtc\"")));
+fn engine_that_the_binary_lacks_is_reported_with_a_hint() {
+    assert_snapshot!(error_of(&target_with("engine = \"libwebrtc\"")));
     let run = canary(
         Path::new("."),
         ["once", "--agent-name", "a", "--engine", "libwebrtc"],
@@ -107,36 +107,36 @@ fn engine_that_is_not_in_this_binary_is_told_with_what_to_do() {
 }
 
 #[test]
-fn engine_that_cant_be_held_to_tcp_is_told_where_a_project_is() {
+fn engine_without_tcp_only_is_reported_if_the_project_needs_it() {
     let settings = format!(
         "[projects.acme]\nice = \"tcp\"\n{}",
         target_with("engine = \"libwebrtc\"")
     );
-    let told = complaint(&settings);
+    let told = error_of(&settings);
     let expected =
         "can't be held to TCP, and project \"acme\" sets ice = \"tcp\"\n  --> canary.toml:5";
     assert!(told.contains(expected), "{told}");
 }
 
 #[test]
-fn unknown_engine_is_told() {
-    assert_snapshot!(complaint(&target_with("engine = \"libweb\"")));
+fn unknown_engine_is_reported() {
+    assert_snapshot!(error_of(&target_with("engine = \"libweb\"")));
 }
 
 #[test]
 fn file_that_is_not_toml_is_one_error_with_line_and_column() {
-    assert_snapshot!(complaint(
+    assert_snapshot!(error_of(
         "[projects.acme]\nurl = \"wss://a\nmax_rooms = 3\n"
     ));
 }
 
 #[test]
-fn duplicate_key_is_told() {
-    assert_snapshot!(complaint("[projects.acme]\nmax_rooms = 3\nmax_rooms = 4\n"));
+fn duplicate_key_is_reported() {
+    assert_snapshot!(error_of("[projects.acme]\nmax_rooms = 3\nmax_rooms = 4\n"));
 }
 
 #[test]
-fn missing_file_is_told() {
+fn missing_file_is_reported() {
     let folder = tempfile::tempdir().unwrap();
     let run = canary(folder.path(), ["check", "--config", "nowhere.toml"], &[]);
     assert_eq!(run.code, Some(2));
@@ -144,15 +144,15 @@ fn missing_file_is_told() {
 }
 
 #[test]
-fn unknown_keys_are_told_without_their_values() {
+fn unknown_keys_are_reported_without_their_values() {
     let settings = target_with(&format!(
         "api_secrets = \"{SECRET}\"\n[projects.acme]\napi_secert = \"{SECRET}\"\n[target]\n"
     ));
-    assert_snapshot!(complaint(&settings));
+    assert_snapshot!(error_of(&settings));
 }
 
 #[test]
-fn secret_under_a_wrong_key_is_not_shown() {
+fn secret_under_a_wrong_key_is_not_printed() {
     for key in [
         "url",
         "api_key_file",
@@ -168,7 +168,7 @@ fn secret_under_a_wrong_key_is_not_shown() {
         "backoff.first",
         "backoff.longest",
     ] {
-        complaint(&format!("[projects.acme]\n{key} = \"{SECRET}\"\n"));
+        error_of(&format!("[projects.acme]\n{key} = \"{SECRET}\"\n"));
     }
     for key in [
         "http.listen",
@@ -180,7 +180,7 @@ fn secret_under_a_wrong_key_is_not_shown() {
         "lifetime.drain_grace",
         "lifetime.shutdown_linger",
     ] {
-        complaint(&format!("{key} = \"{SECRET}\"\n"));
+        error_of(&format!("{key} = \"{SECRET}\"\n"));
     }
     for key in [
         "project",
@@ -196,88 +196,88 @@ fn secret_under_a_wrong_key_is_not_shown() {
         "objectives.availability",
         "objectives.join_within",
     ] {
-        complaint(&target_with(&format!("{key} = \"{SECRET}\"")));
+        error_of(&target_with(&format!("{key} = \"{SECRET}\"")));
     }
-    complaint(&on_clock("* * * * *", SECRET));
-    complaint(&on_clock(&[SECRET; 5].join(" "), "UTC"));
-    complaint(&format!("[projects.acme]\napi_secret = \"{SECRET}\n"));
-    complaint(&format!("{SECRET}\n"));
+    error_of(&on_clock("* * * * *", SECRET));
+    error_of(&on_clock(&[SECRET; 5].join(" "), "UTC"));
+    error_of(&format!("[projects.acme]\napi_secret = \"{SECRET}\n"));
+    error_of(&format!("{SECRET}\n"));
 }
 
 #[test]
-fn credentials_in_the_url_are_refused_and_not_shown() {
-    assert_snapshot!(complaint(&format!(
+fn credentials_in_the_url_are_rejected_and_not_printed() {
+    assert_snapshot!(error_of(&format!(
         "[projects.acme]\nurl = \"wss://{KEY}:{SECRET}@livekit.example\"\n"
     )));
 }
 
 #[test]
-fn bad_names_are_told() {
-    assert_snapshot!(complaint(
+fn invalid_names_are_reported() {
+    assert_snapshot!(error_of(
         "[projects.Acme_1]\n[targets.\"the support\"]\nagent_name = \"a\"\n"
     ));
 }
 
 #[test]
-fn numbers_out_of_range_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn numbers_out_of_range_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "batch.rooms = 0\necho.max_turns = 0\nspeech.threshold_dbfs = 3\nspeech.min_frames = \"many\""
     )));
 }
 
 #[test]
-fn durations_out_of_range_or_without_unit_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn durations_out_of_range_or_without_unit_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "deadlines.join = \"0s\"\ndeadlines.speech = 20\necho.delay = \"10 parsecs\"\nbatch.hold = \"3 days\""
     )));
 }
 
 #[test]
-fn unknown_choices_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn unknown_choices_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "dispatch.mode = \"auto\"\necho.mode = \"turns\"\nbatch.stay = \"for_ever\"\nexpect.agent_may_leave = \"whenever\"\nexpect.reply = \"perhaps\""
     )));
 }
 
 #[test]
-fn tables_and_values_that_stand_in_for_each_other_are_told() {
-    assert_snapshot!(complaint(
+fn values_in_place_of_tables_and_tables_in_place_of_values_are_reported() {
+    assert_snapshot!(error_of(
         "targets = 3\n[projects.acme]\nmax_rooms = [1, 2]\nurl.host = \"a\"\n"
     ));
-    assert_snapshot!(complaint("[targets]\nsupport = 3\n"));
-    assert_snapshot!(complaint(&target_with("batch = 3")));
+    assert_snapshot!(error_of("[targets]\nsupport = 3\n"));
+    assert_snapshot!(error_of(&target_with("batch = 3")));
 }
 
 #[test]
-fn explicit_dispatch_without_an_agent_name_is_told() {
-    assert_snapshot!(complaint("[targets.support]\n"));
-    assert_snapshot!(complaint("[targets.support]\nagent_name = \"\"\n"));
+fn explicit_dispatch_without_an_agent_name_is_reported() {
+    assert_snapshot!(error_of("[targets.support]\n"));
+    assert_snapshot!(error_of("[targets.support]\nagent_name = \"\"\n"));
 }
 
 #[test]
-fn metadata_that_automatic_dispatch_would_drop_is_told() {
-    assert_snapshot!(complaint(
+fn metadata_with_automatic_dispatch_is_reported() {
+    assert_snapshot!(error_of(
         "[targets.support]\ndispatch.mode = \"automatic\"\ndispatch.metadata = \"vip\"\n"
     ));
 }
 
 #[test]
-fn more_rooms_together_than_the_project_allows_are_told() {
-    assert_snapshot!(complaint(&target_with("batch.rooms = 6")));
+fn more_rooms_than_the_project_allows_are_reported() {
+    assert_snapshot!(error_of(&target_with("batch.rooms = 6")));
 }
 
 #[test]
-fn ramp_that_opens_rooms_beside_each_other_is_not_one_by_one() {
+fn one_by_one_is_rejected_with_a_ramp_that_opens_rooms_together() {
     for ramp in ["interval", "burst"] {
         let settings = format!("batch.stay = \"one_by_one\"\nbatch.ramp = \"{ramp}\"");
         assert_snapshot!(
             format!("ramp_{ramp}_is_not_one_by_one"),
-            complaint(&target_with(&settings))
+            error_of(&target_with(&settings))
         );
     }
 }
 
-/// A target whose batches start by this expression in this zone.
+/// A target with this cron expression and time zone.
 fn on_clock(cron: &str, zone: &str) -> String {
     target_with(&format!(
         "schedule = {{ cron = \"{cron}\", time_zone = \"{zone}\" }}"
@@ -285,7 +285,7 @@ fn on_clock(cron: &str, zone: &str) -> String {
 }
 
 #[test]
-fn mistake_in_a_cron_expression_is_told_by_its_field() {
+fn mistake_in_a_cron_expression_names_its_field() {
     for (name, expression) in [
         ("second", "60 0 9 * * *"),
         ("minute", "61 * * * *"),
@@ -299,13 +299,13 @@ fn mistake_in_a_cron_expression_is_told_by_its_field() {
         ("day_of_week", "0 9 * * monday"),
         ("day_of_week_with_a_plus", "0 9 1 * +mon"),
     ] {
-        let complaint = complaint(&on_clock(expression, "Europe/Berlin"));
-        assert_snapshot!(format!("cron_with_a_wrong_{name}"), complaint);
+        let error = error_of(&on_clock(expression, "Europe/Berlin"));
+        assert_snapshot!(format!("cron_with_a_wrong_{name}"), error);
     }
 }
 
 #[test]
-fn cron_expression_of_another_form_is_told() {
+fn cron_expression_of_another_form_is_reported() {
     for (name, expression) in [
         ("too_few_fields", "0 9 * *"),
         ("a_year", "0 0 9 * * * 2027"),
@@ -313,149 +313,149 @@ fn cron_expression_of_another_form_is_told() {
         ("an_unknown_nickname", "@reboot"),
         ("a_day_that_never_comes", "0 9 31 2,4 *"),
     ] {
-        let complaint = complaint(&on_clock(expression, "UTC"));
-        assert_snapshot!(format!("cron_with_{name}"), complaint);
+        let error = error_of(&on_clock(expression, "UTC"));
+        assert_snapshot!(format!("cron_with_{name}"), error);
     }
 }
 
 #[test]
-fn time_zone_that_is_none_is_told_beside_a_wrong_expression() {
-    assert_snapshot!(complaint(&on_clock("0 25 * * *", "Europe/Berlim")));
+fn unknown_time_zone_is_reported_in_addition_to_a_wrong_expression() {
+    assert_snapshot!(error_of(&on_clock("0 25 * * *", "Europe/Berlim")));
 }
 
 #[test]
-fn time_zone_of_no_place_is_told() {
-    assert_snapshot!(complaint(&on_clock("0 9 * * *", "here")));
+fn time_zone_without_a_place_is_reported() {
+    assert_snapshot!(error_of(&on_clock("0 9 * * *", "here")));
 }
 
 #[test]
-fn time_zone_of_an_interval_is_told() {
+fn time_zone_with_an_interval_is_reported() {
     let settings = "schedule = { every = \"5m\", time_zone = \"UTC\" }";
-    assert_snapshot!(complaint(&target_with(settings)));
+    assert_snapshot!(error_of(&target_with(settings)));
 }
 
 #[test]
-fn interval_beside_a_cron_expression_is_told() {
+fn interval_with_a_cron_expression_is_reported() {
     let settings = "schedule = { every = \"5m\", cron = \"*/5 * * * *\" }";
-    assert_snapshot!(complaint(&target_with(settings)));
+    assert_snapshot!(error_of(&target_with(settings)));
 }
 
 #[test]
-fn interval_out_of_range_is_told() {
+fn interval_out_of_range_is_reported() {
     for (name, every) in [("short", "500ms"), ("long", "40d"), ("bare", "900")] {
-        let complaint = complaint(&target_with(&format!("schedule.every = \"{every}\"")));
-        assert_snapshot!(format!("interval_{name}"), complaint);
+        let error = error_of(&target_with(&format!("schedule.every = \"{every}\"")));
+        assert_snapshot!(format!("interval_{name}"), error);
     }
 }
 
 #[test]
-fn schedule_that_is_no_table_is_told() {
-    assert_snapshot!(complaint(&target_with("schedule = \"*/5 * * * *\"")));
+fn schedule_that_is_not_a_table_is_reported() {
+    assert_snapshot!(error_of(&target_with("schedule = \"*/5 * * * *\"")));
 }
 
 #[test]
-fn objectives_out_of_range_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn objectives_out_of_range_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "objectives = { availability = 99.5, join = 1, first_speech = \"nan\", service = 0 }"
     )));
 }
 
 #[test]
-fn objective_in_per_cent_is_told() {
-    assert_snapshot!(complaint(&target_with("objectives.availability = \"99%\"")));
+fn objective_in_per_cent_is_reported() {
+    assert_snapshot!(error_of(&target_with("objectives.availability = \"99%\"")));
 }
 
 #[test]
-fn thresholds_out_of_range_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn thresholds_out_of_range_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "objectives = { join_within = \"0s\", first_speech_within = 8 }"
     )));
 }
 
 #[test]
-fn threshold_that_no_deadline_leaves_time_for_is_told() {
-    assert_snapshot!(complaint(&target_with(
+fn threshold_above_its_deadlines_is_reported() {
+    assert_snapshot!(error_of(&target_with(
         "objectives = { join_within = \"31s\", first_speech_within = \"51s\" }"
     )));
 }
 
 #[test]
-fn budget_out_of_range_is_told() {
-    assert_snapshot!(complaint(
+fn budget_out_of_range_is_reported() {
+    assert_snapshot!(error_of(
         "[projects.acme.budget]\nagent_time_per_day = \"30s\"\nagent_time_per_month = \"100\"\n"
     ));
 }
 
 #[test]
-fn budget_of_a_month_below_that_of_a_day_is_told() {
-    assert_snapshot!(complaint(
+fn monthly_budget_below_the_daily_one_is_reported() {
+    assert_snapshot!(error_of(
         "[projects.acme.budget]\nagent_time_per_day = \"5h\"\nagent_time_per_month = \"4h\"\n"
     ));
 }
 
 #[test]
-fn backoff_out_of_range_is_told() {
-    assert_snapshot!(complaint(
+fn backoff_out_of_range_is_reported() {
+    assert_snapshot!(error_of(
         "[projects.acme.backoff]\nfirst = \"2h\"\nlongest = \"2d\"\n"
     ));
 }
 
 #[test]
-fn backoff_that_shrinks_is_told() {
-    assert_snapshot!(complaint("[projects.acme.backoff]\nlongest = \"30s\"\n"));
+fn backoff_with_a_maximum_below_its_first_value_is_reported() {
+    assert_snapshot!(error_of("[projects.acme.backoff]\nlongest = \"30s\"\n"));
 }
 
 #[test]
-fn address_to_listen_on_without_a_host_is_told() {
+fn listen_address_without_an_ip_address_is_reported() {
     for (name, listen) in [
         ("port", ":9787"),
         ("name", "localhost:9787"),
         ("host", "0.0.0.0"),
     ] {
-        let complaint = complaint(&format!("[http]\nlisten = \"{listen}\"\n"));
-        assert_snapshot!(format!("listen_on_a_{name}"), complaint);
+        let error = error_of(&format!("[http]\nlisten = \"{listen}\"\n"));
+        assert_snapshot!(format!("listen_on_a_{name}"), error);
     }
 }
 
 #[test]
-fn switch_that_is_neither_on_nor_off_is_told() {
-    assert_snapshot!(complaint(
+fn boolean_that_is_neither_true_nor_false_is_reported() {
+    assert_snapshot!(error_of(
         "[http]\nenable_lifecycle = \"perhaps\"\nweb_config_file = \"\"\n"
     ));
 }
 
 #[test]
-fn history_that_keeps_too_little_or_too_much_is_told() {
-    assert_snapshot!(complaint(
+fn history_limits_out_of_range_are_reported() {
+    assert_snapshot!(error_of(
         "[history]\ndir = \" \"\nkeep = \"12h\"\nkeep_failures = \"20y\"\nmax_megabytes = 1\n"
     ));
 }
 
 #[test]
-fn history_that_forgets_failures_first_is_told() {
-    assert_snapshot!(complaint(
+fn history_that_deletes_failures_first_is_reported() {
+    assert_snapshot!(error_of(
         "[history]\nkeep = \"90d\"\nkeep_failures = \"60d\"\n"
     ));
 }
 
 #[test]
-fn alerts_that_nobody_could_use_are_told() {
-    assert_snapshot!(complaint(
+fn unusable_alert_settings_are_reported() {
+    assert_snapshot!(error_of(
         "[alerts]\nslo_window = \"1d\"\nscrape_interval = \"5m\"\npage = \"\"\nrunbook_base_url = \"{{ x }}\"\n"
     ));
-    assert_snapshot!(complaint("[alerts]\nticket = \"page\"\n"));
+    assert_snapshot!(error_of("[alerts]\nticket = \"page\"\n"));
 }
 
 #[test]
-fn lifetime_out_of_range_is_told() {
-    assert_snapshot!(complaint(
+fn lifetime_out_of_range_is_reported() {
+    assert_snapshot!(error_of(
         "[lifetime]\nstartup_delay = \"2h\"\ndrain_grace = 30\nshutdown_linger = \"-5s\"\n"
     ));
 }
 
 #[test]
-fn keys_that_the_tables_of_the_daemon_do_not_know_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn unknown_keys_of_the_daemon_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "schedule.evry = \"5m\"\nobjectives.reply = 0.9\n\
          [http]\nport = 9787\n[history]\nmax_mb = 8\n[lifetime]\ngrace = \"5s\"\n\
          [projects.acme.budget]\nagent_time = \"5h\"\n[projects.acme.backoff]\nmax = \"1h\""
@@ -463,7 +463,7 @@ fn keys_that_the_tables_of_the_daemon_do_not_know_are_told() {
 }
 
 #[test]
-fn schedule_by_the_environment_beats_the_other_key_of_the_file() {
+fn schedule_in_the_environment_replaces_the_other_key_of_the_file() {
     let schedule = |settings: &str, key: &str, value: &str| {
         let mut variables = CREDENTIALS.to_vec();
         let name = format!("LIVEKIT_CANARY__targets__support__schedule__{key}");
@@ -484,7 +484,7 @@ fn schedule_by_the_environment_beats_the_other_key_of_the_file() {
 }
 
 #[test]
-fn interval_may_wait_in_the_file_for_its_ramp() {
+fn ramp_interval_may_be_set_without_its_ramp() {
     for (more, ramp) in [
         ("", RampMode::AfterJoin),
         ("batch.ramp = \"interval\"", RampMode::Interval),
@@ -497,7 +497,7 @@ fn interval_may_wait_in_the_file_for_its_ramp() {
 }
 
 #[test]
-fn every_mode_of_dispatch_but_automatic_takes_metadata() {
+fn every_dispatch_mode_except_automatic_accepts_metadata() {
     for mode in <DispatchMode as strum::VariantArray>::VARIANTS {
         let name = mode.name();
         let settings = target_with(&format!(
@@ -518,7 +518,7 @@ fn every_mode_of_dispatch_but_automatic_takes_metadata() {
 }
 
 #[test]
-fn more_rooms_one_by_one_than_the_project_allows_at_once_are_right() {
+fn more_rooms_than_the_project_allows_are_valid_one_by_one() {
     let config = read(
         &target_with("batch.rooms = 6\nbatch.stay = \"one_by_one\""),
         &CREDENTIALS,
@@ -527,7 +527,7 @@ fn more_rooms_one_by_one_than_the_project_allows_at_once_are_right() {
 }
 
 #[test]
-fn attribute_that_steers_upstreams_test_server_is_none_of_livekits_own() {
+fn attribute_for_upstreams_test_server_is_not_reserved() {
     let config = target_with("attributes = { \"lk.mock\" = \"no_pong\" }");
     let config = read(&config, &CREDENTIALS);
     let attributes = &config.targets["support"].attributes;
@@ -535,42 +535,42 @@ fn attribute_that_steers_upstreams_test_server_is_none_of_livekits_own() {
 }
 
 #[test]
-fn reserved_attributes_are_told() {
-    assert_snapshot!(complaint(&target_with(
+fn reserved_attributes_are_reported() {
+    assert_snapshot!(error_of(&target_with(
         "attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
     )));
 }
 
 #[test]
-fn project_that_could_be_either_is_told() {
-    assert_snapshot!(complaint(
+fn ambiguous_project_is_reported() {
+    assert_snapshot!(error_of(
         "[projects.a]\n[projects.b]\n[targets.support]\nagent_name = \"x\"\n"
     ));
 }
 
 #[test]
-fn credentials_that_contradict_or_lack_are_told() {
-    assert_snapshot!(complaint_with(
+fn contradictory_and_missing_credentials_are_reported() {
+    assert_snapshot!(error_with(
         "[projects.acme]\nurl = \"wss://a.example\"\napi_key = \"\"\napi_secret = \"x\"\napi_secret_file = \"y\"\n[projects.other]\n",
         &[]
     ));
 }
 
 #[test]
-fn secret_files_that_are_no_use_are_told() {
-    assert_snapshot!(complaint(
+fn unusable_secret_files_are_reported() {
+    assert_snapshot!(error_of(
         "[projects.acme]\napi_key_file = \"canary.toml.missing\"\napi_secret_file = \"/dev/null\"\n"
     ));
 }
 
 #[test]
-fn certificate_file_without_certificates_is_told() {
-    assert_snapshot!(complaint("[projects.acme]\nca_file = \"canary.toml\"\n"));
+fn certificate_file_without_certificates_is_reported() {
+    assert_snapshot!(error_of("[projects.acme]\nca_file = \"canary.toml\"\n"));
 }
 
 #[test]
-fn cloud_project_of_another_form_is_told() {
-    assert_snapshot!(complaint("[projects.acme]\ncloud_project = \"acme\"\n"));
+fn cloud_project_of_another_form_is_reported() {
+    assert_snapshot!(error_of("[projects.acme]\ncloud_project = \"acme\"\n"));
 }
 
 #[test]
@@ -579,7 +579,7 @@ fn mistake_in_the_environment_names_its_variable() {
     let unknown = "LIVEKIT_CANARY__targets__support__bach__rooms";
     let mut variables = CREDENTIALS.to_vec();
     variables.extend([(name, "five"), (unknown, SECRET)]);
-    assert_snapshot!(complaint_with(&target_with(""), &variables));
+    assert_snapshot!(error_with(&target_with(""), &variables));
 }
 
 #[test]
@@ -610,7 +610,7 @@ fn environment_overrides_any_key_of_the_file() {
 }
 
 #[test]
-fn plain_variables_fill_only_what_no_file_sets() {
+fn plain_variables_are_used_only_if_the_file_sets_no_value() {
     let config = read(
         "[projects.acme]\nurl = \"ws://here:7880\"\napi_key = 5\n",
         &CREDENTIALS,
@@ -622,7 +622,7 @@ fn plain_variables_fill_only_what_no_file_sets() {
 }
 
 #[test]
-fn secret_from_a_file_loses_its_newline_only() {
+fn only_the_newline_is_removed_from_a_secret_file() {
     let folder = folder_with("[projects.acme]\napi_secret_file = \"secret\"\n");
     std::fs::write(folder.path().join("secret"), " with spaces \r\n").unwrap();
     let config = read_file(&folder.path().join("canary.toml"), &CREDENTIALS);
@@ -648,7 +648,7 @@ fn numbers_and_booleans_may_be_strings() {
 }
 
 #[test]
-fn settings_shown_for_debugging_hide_the_secret() {
+fn debug_output_of_the_settings_hides_the_secret() {
     let config = read(&target_with(""), &CREDENTIALS);
     assert!(!format!("{config:?}").contains(SECRET));
 }
@@ -697,7 +697,7 @@ fn sample_file_shows_the_defaults_of_the_code() {
     assert!(bare.targets["support"].late_agent_window > Duration::ZERO);
 }
 
-/// An unknown key makes the reader list the keys that it knows in that table.
+/// The error about an unknown key lists the known keys of the table.
 #[test]
 fn sample_file_shows_every_key() {
     let sample = std::fs::read_to_string(sample()).unwrap();
@@ -710,8 +710,8 @@ fn sample_file_shows_every_key() {
         .filter(|table| !table.ends_with(".attributes"))
     {
         let broken = sample.replace(&format!("[{table}]"), &format!("[{table}]\nqqqqqq = 1"));
-        let complaint = complaint(&broken);
-        let (_, after) = complaint.split_once("unknown key").unwrap();
+        let error = error_of(&broken);
+        let (_, after) = error.split_once("unknown key").unwrap();
         let (_, known) = after.split_once("known here: ").unwrap();
         for key in known.lines().next().unwrap().split(", ") {
             let own = body(&sample, table);

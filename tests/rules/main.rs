@@ -1,10 +1,10 @@
-//! What the alert rules do with the stories of three canaries, minute by minute, by the promtool of Prometheus 2 and of 3:
+//! Which alerts fire in the stories of three canaries, minute by minute, in the promtool of Prometheus 2 and 3. Run it with
 //! `cargo test --test rules`.
 //!
-//! A story is what befalls a canary tick by tick; `simulation` makes series of it. Each alert that fires is written down with
-//! the minutes from and until which it does, so that whatever else fires, or at another minute, fails the test.
+//! A story is what happens to a canary at each tick; `simulation` turns it into series. A test lists each alert with the minute
+//! in which it begins to fire and the minute in which it ends. It fails if another alert fires, or at another minute.
 
-#![expect(clippy::unwrap_used, reason = "a test says by a panic what went wrong")]
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
 #![expect(
     clippy::cast_precision_loss,
     reason = "counts and seconds of a few days"
@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 
 use livekit_canary::rules::{ALERTS, Alert};
 use simulation::Event::{self, *};
-use simulation::{Reference, SCRAPE, Story};
+use simulation::{Reference, SCRAPE_INTERVAL, Story};
 
 const QUARTER: Reference = Reference {
     name: "3 rooms every 15 min",
@@ -44,25 +44,25 @@ const HOUR: Reference = Reference {
 
 const REFERENCES: [Reference; 3] = [QUARTER, FIVE, HOUR];
 
-/// An alert by its name, severity and, where it has one, `sli`, `limit` or `kind`; the first minute in which it fires and
-/// the first in which it no longer does.
+/// An alert by its name, its severity and, if it has one, its `sli`, `limit` or `kind`; the first minute in which it fires, and
+/// the first minute after that in which it doesn't.
 type Fired = (&'static str, usize, Option<usize>);
 
-/// Good batches before anything happens, more than a fast window holds.
-const BEFORE: (usize, Event) = (4, Good);
-/// Good batches of as many rooms as a slow alert asks for.
-const STEADY: (usize, Event) = (8, Good);
+/// Good batches at the start of a story, more than in a fast window.
+const SHORT_START: (usize, Event) = (4, Good);
+/// Good batches at the start of a story, with as many rooms as a slow alert requires.
+const LONG_START: (usize, Event) = (8, Good);
 
 #[test]
 fn single_failed_rooms_and_batches_are_quiet() {
-    let events = [BEFORE, (1, OneRoom), (5, Good), (1, Outage), (5, Good)];
-    tell(&REFERENCES.map(|reference| (Story::new(reference, &events), &[] as &[Fired])));
+    let events = [SHORT_START, (1, OneRoom), (5, Good), (1, Outage), (5, Good)];
+    expect_alerts(&REFERENCES.map(|reference| (Story::new(reference, &events), &[] as &[Fired])));
 }
 
 #[test]
-fn outage_pages_after_its_second_batch_whatever_pod_sees_it() {
+fn outage_pages_after_its_second_batch_in_any_pod() {
     let events = [
-        BEFORE,
+        SHORT_START,
         (1, Outage),
         (1, Rollout),
         (3, Good),
@@ -70,7 +70,7 @@ fn outage_pages_after_its_second_batch_whatever_pod_sees_it() {
         (1, Rollout),
         (3, Good),
     ];
-    tell(&[(
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page sli=availability", 152, Some(174)),
@@ -84,9 +84,9 @@ fn outage_pages_after_its_second_batch_whatever_pod_sees_it() {
 }
 
 #[test]
-fn limit_on_the_rate_of_calls_stays_a_ticket() {
-    let events = [BEFORE, (6, Limit("api_rate")), (1, Good)];
-    tell(&[(
+fn limit_on_the_rate_of_requests_is_only_a_ticket() {
+    let events = [SHORT_START, (6, Limit("api_rate")), (1, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("PlanLimitHit ticket limit=api_rate", 61, None),
@@ -96,9 +96,9 @@ fn limit_on_the_rate_of_calls_stays_a_ticket() {
 }
 
 #[test]
-fn limit_that_is_met_for_long_leaves_the_canary_blind() {
-    let events = [BEFORE, (25, Limit("api_rate")), (2, Good)];
-    tell(&[(
+fn limit_that_persists_makes_the_canary_blind() {
+    let events = [SHORT_START, (25, Limit("api_rate")), (2, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("PlanLimitHit ticket limit=api_rate", 63, None),
@@ -110,8 +110,8 @@ fn limit_that_is_met_for_long_leaves_the_canary_blind() {
 
 #[test]
 fn batch_that_never_ends_pages() {
-    let events = [BEFORE, (4, Hung), (4, Good)];
-    tell(&[(
+    let events = [SHORT_START, (4, Hung), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("CanaryStuck page", 90, Some(121))],
     )]);
@@ -119,8 +119,8 @@ fn batch_that_never_ends_pages() {
 
 #[test]
 fn canary_that_is_down_pages() {
-    let events = [BEFORE, (3, Down), (4, Good)];
-    tell(&[(
+    let events = [SHORT_START, (3, Down), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("CanaryDown page", 65, Some(105))],
     )]);
@@ -128,18 +128,18 @@ fn canary_that_is_down_pages() {
 
 #[test]
 fn crash_loop_pages() {
-    let events = [BEFORE, (4, CrashLoop), (4, Good)];
-    tell(&[(
+    let events = [SHORT_START, (4, CrashLoop), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("CanaryCrashLooping page", 67, Some(141))],
     )]);
 }
 
 #[test]
-fn outage_pages_within_three_intervals_whatever_they_are() {
-    let events = [STEADY, (3, Outage), (4, Good)];
+fn outage_pages_within_three_intervals_of_any_length() {
+    let events = [LONG_START, (3, Outage), (4, Good)];
     let of = |reference| Story::new(reference, &events);
-    tell(&[
+    expect_alerts(&[
         (
             of(QUARTER),
             &[
@@ -177,9 +177,9 @@ fn outage_pages_within_three_intervals_whatever_they_are() {
 }
 
 #[test]
-fn livekit_that_is_down_pages_as_such() {
-    let events = [STEADY, (4, LiveKitDown), (6, Good)];
-    tell(&[
+fn livekit_outage_has_its_own_pages() {
+    let events = [LONG_START, (4, LiveKitDown), (6, Good)];
+    expect_alerts(&[
         (
             Story::new(QUARTER, &events),
             &[
@@ -202,9 +202,9 @@ fn livekit_that_is_down_pages_as_such() {
 }
 
 #[test]
-fn rotated_key_pages_as_such() {
-    let events = [STEADY, (4, RotatedKey), (4, Good)];
-    tell(&[(
+fn rotated_key_has_its_own_page() {
+    let events = [LONG_START, (4, RotatedKey), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("CredentialsRejected page", 136, Some(188)),
@@ -214,9 +214,9 @@ fn rotated_key_pages_as_such() {
 }
 
 #[test]
-fn slow_joins_page_for_the_join_alone() {
-    let events = [STEADY, (3, SlowJoins), (4, Good)];
-    tell(&[
+fn slow_joins_page_only_for_the_join() {
+    let events = [LONG_START, (3, SlowJoins), (4, Good)];
+    expect_alerts(&[
         (
             Story::new(QUARTER, &events),
             &[
@@ -235,9 +235,9 @@ fn slow_joins_page_for_the_join_alone() {
 }
 
 #[test]
-fn silent_agents_page_for_all_but_the_join() {
-    let events = [STEADY, (3, SilentAgents), (4, Good)];
-    tell(&[(
+fn silent_agents_page_for_everything_except_the_join() {
+    let events = [LONG_START, (3, SilentAgents), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page sli=availability", 137, Some(174)),
@@ -249,12 +249,24 @@ fn silent_agents_page_for_all_but_the_join() {
 }
 
 #[test]
-fn fifth_of_calls_that_fails_pages_by_the_burn_of_the_budget() {
+fn one_fifth_of_failed_calls_pages_by_the_burn_rate() {
     let now_and_then = [(1, OneRoom), (1, Good), (2, OneRoom), (1, Good)];
-    let quarter = [&[BEFORE][..], &now_and_then, &now_and_then, &[(28, Good)]].concat();
-    let five = [BEFORE, (6, OneRoom), (90, Good)];
-    let hour = [&[BEFORE][..], &now_and_then, &now_and_then, &[(8, Good)]].concat();
-    tell(&[
+    let quarter = [
+        &[SHORT_START][..],
+        &now_and_then,
+        &now_and_then,
+        &[(28, Good)],
+    ]
+    .concat();
+    let five = [SHORT_START, (6, OneRoom), (90, Good)];
+    let hour = [
+        &[SHORT_START][..],
+        &now_and_then,
+        &now_and_then,
+        &[(8, Good)],
+    ]
+    .concat();
+    expect_alerts(&[
         (
             Story::new(QUARTER, &quarter),
             &[
@@ -333,10 +345,10 @@ fn fifth_of_calls_that_fails_pages_by_the_burn_of_the_budget() {
 
 #[test]
 fn limit_on_connections_that_persists_pages() {
-    let events = [BEFORE, (6, Limit("connections")), (11, Good)];
-    // As long as batches rest at most, so that none is left out.
-    let hour = [BEFORE, (6, Limit("connections")), (5, Good)];
-    tell(&[
+    let events = [SHORT_START, (6, Limit("connections")), (11, Good)];
+    // The maximum back-off, so that no batch is skipped.
+    let hour = [SHORT_START, (6, Limit("connections")), (5, Good)];
+    expect_alerts(&[
         (
             Story::new(QUARTER, &events),
             &[
@@ -356,9 +368,9 @@ fn limit_on_connections_that_persists_pages() {
 }
 
 #[test]
-fn spent_budget_of_agent_time_is_a_ticket_and_else_quiet() {
-    let events = [BEFORE, (6, Spent), (4, Good)];
-    tell(&[(
+fn spent_budget_of_agent_time_is_only_a_ticket() {
+    let events = [SHORT_START, (6, Spent), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("AgentTimeSpent ticket", 60, Some(173))],
     )]);
@@ -366,8 +378,8 @@ fn spent_budget_of_agent_time_is_a_ticket_and_else_quiet() {
 
 #[test]
 fn dead_scheduler_pages_when_a_batch_is_overdue() {
-    let events = [BEFORE, (3, DeadScheduler), (1, Rollout), (3, Good)];
-    tell(&[(
+    let events = [SHORT_START, (3, DeadScheduler), (1, Rollout), (3, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("CanarySilent page", 64, Some(105))],
     )]);
@@ -375,14 +387,14 @@ fn dead_scheduler_pages_when_a_batch_is_overdue() {
 
 #[test]
 fn night_without_ticks_is_quiet() {
-    let events = [BEFORE, (48, Night), (4, Good)];
-    tell(&[(Story::new(QUARTER, &events), &[])]);
+    let events = [SHORT_START, (48, Night), (4, Good)];
+    expect_alerts(&[(Story::new(QUARTER, &events), &[])]);
 }
 
 #[test]
-fn alert_holds_on_through_a_night_until_a_batch_is_good() {
-    let events = [BEFORE, (2, Outage), (24, Night), (4, Good)];
-    tell(&[(
+fn alert_stays_during_a_night_until_a_batch_is_good() {
+    let events = [SHORT_START, (2, Outage), (24, Night), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page sli=availability", 78, Some(453)),
@@ -393,9 +405,9 @@ fn alert_holds_on_through_a_night_until_a_batch_is_good() {
 }
 
 #[test]
-fn alert_holds_on_while_no_batch_says_anything_of_the_agent() {
-    let events = [BEFORE, (2, Outage), (4, RotatedKey), (4, Good)];
-    tell(&[(
+fn alert_stays_while_no_batch_has_a_verdict_on_the_agent() {
+    let events = [SHORT_START, (2, Outage), (4, RotatedKey), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page sli=availability", 77, Some(151)),
@@ -409,8 +421,8 @@ fn alert_holds_on_while_no_batch_says_anything_of_the_agent() {
 
 #[test]
 fn paused_target_is_muted() {
-    let events = [BEFORE, (2, Outage), (4, Paused), (4, Good)];
-    tell(&[(
+    let events = [SHORT_START, (2, Outage), (4, Paused), (4, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page sli=availability", 77, Some(90)),
@@ -421,27 +433,27 @@ fn paused_target_is_muted() {
 }
 
 #[test]
-fn canary_that_is_scraped_no_more_pages() {
-    let events = [BEFORE, (3, Gone), (1, Rollout), (3, Good)];
-    tell(&[(
+fn canary_that_is_no_longer_scraped_pages() {
+    let events = [SHORT_START, (3, Gone), (1, Rollout), (3, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("CanaryAbsent page", 70, Some(105))],
     )]);
 }
 
 #[test]
-fn canary_that_never_was_scraped_pages() {
-    let events = [(2, Gone), BEFORE];
-    tell(&[(
+fn canary_that_was_never_scraped_pages() {
+    let events = [(2, Gone), SHORT_START];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("CanaryAbsent page", 10, Some(30))],
     )]);
 }
 
 #[test]
-fn settings_that_stay_refused_are_a_ticket() {
-    let events = [BEFORE, (1, BadSettings), (3, Good)];
-    tell(&[
+fn settings_that_stay_rejected_are_a_ticket() {
+    let events = [SHORT_START, (1, BadSettings), (3, Good)];
+    expect_alerts(&[
         (
             Story::new(QUARTER, &events),
             &[("ReloadFailed ticket", 65, Some(75))],
@@ -452,8 +464,8 @@ fn settings_that_stay_refused_are_a_ticket() {
 
 #[test]
 fn history_that_stays_unwritable_is_a_ticket() {
-    let events = [BEFORE, (1, FullDisk), (3, Good)];
-    tell(&[
+    let events = [SHORT_START, (1, FullDisk), (3, Good)];
+    expect_alerts(&[
         (
             Story::new(QUARTER, &events),
             &[("HistoryDegraded ticket", 65, Some(75))],
@@ -463,31 +475,31 @@ fn history_that_stays_unwritable_is_a_ticket() {
 }
 
 #[test]
-fn room_that_cant_be_deleted_is_a_ticket_though_its_target_is_paused() {
-    let events = [BEFORE, (1, LeakedRoom), (4, Paused), (6, Good)];
-    tell(&[(
+fn room_that_can_not_be_deleted_is_a_ticket_even_if_its_target_is_paused() {
+    let events = [SHORT_START, (1, LeakedRoom), (4, Paused), (6, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("RoomsLeaking ticket", 61, Some(181))],
     )]);
 }
 
 #[test]
-fn fault_of_the_canary_itself_is_a_ticket() {
-    let events = [BEFORE, (1, OwnFault), (10, Good)];
-    tell(&[(
+fn failure_of_the_canary_is_a_ticket() {
+    let events = [SHORT_START, (1, OwnFault), (10, Good)];
+    expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[("InternalErrors ticket kind=probe", 61, Some(181))],
     )]);
 }
 
 #[test]
-fn spent_error_budget_is_a_ticket_until_good_rooms_make_up_for_the_bad() {
+fn spent_error_budget_is_a_ticket_until_enough_rooms_are_good() {
     let modest = Reference {
         objective: 0.95,
         ..FIVE
     };
-    let events = [BEFORE, (6, OneRoom), (20, Good)];
-    tell(&[(
+    let events = [SHORT_START, (6, OneRoom), (20, Good)];
+    expect_alerts(&[(
         Story::new(modest, &events),
         &[
             (
@@ -522,7 +534,7 @@ fn deployed_configuration_is_valid_with_its_rules() {
     }
 }
 
-/// By the text of these tests.
+/// This reads the source of the tests above.
 #[test]
 fn every_alert_has_a_story_in_which_it_fires_and_clears() {
     let text: String = include_str!("main.rs").split_whitespace().collect();
@@ -531,15 +543,15 @@ fn every_alert_has_a_story_in_which_it_fires_and_clears() {
         let mut stories = text.split(&fires).skip(1);
         stories.any(|rest| rest.split(')').next().unwrap().contains("Some("))
     };
-    let untold: Vec<&str> = ALERTS
+    let missing: Vec<&str> = ALERTS
         .iter()
         .filter(|alert| !clears(alert))
         .map(|alert| alert.name)
         .collect();
-    assert!(untold.is_empty(), "{untold:?}");
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
-/// What is of Prometheus 2, and of 3.
+/// The programs of Prometheus 2 and of Prometheus 3.
 struct Programs {
     servers: [PathBuf; 2],
     promtools: [PathBuf; 2],
@@ -564,21 +576,21 @@ fn programs() -> &'static Programs {
     })
 }
 
-/// Holds the rules to firing these alerts in these stories, and no others.
-fn tell(stories: &[(Story, &[Fired])]) {
-    let mistakes: Vec<String> = stories
+/// In these stories these alerts fire, and no others.
+fn expect_alerts(stories: &[(Story, &[Fired])]) {
+    let differences: Vec<String> = stories
         .iter()
-        .filter_map(|(story, expected)| mistake(story, expected))
+        .filter_map(|(story, expected)| difference(story, expected))
         .collect();
-    assert!(mistakes.is_empty(), "{}", mistakes.concat());
+    assert!(differences.is_empty(), "{}", differences.concat());
 }
 
-fn mistake(story: &Story, expected: &[Fired]) -> Option<String> {
-    let told = programs().promtools.iter().find_map(|promtool| {
+fn difference(story: &Story, expected: &[Fired]) -> Option<String> {
+    let failed = programs().promtools.iter().find_map(|promtool| {
         let run = run(promtool, story, expected);
         (!run.passed).then_some((promtool, run.output))
     });
-    let (promtool, output) = told?;
+    let (promtool, output) = failed?;
     let seen = observed(story, &run(promtool, story, &[]).output);
     Some(format!(
         "{}, {}: expected\n{}seen\n{}{}",
@@ -607,7 +619,7 @@ struct Run {
     output: String,
 }
 
-/// Writes what `livekit-canary rules` prints with these arguments to `rules.yml` in `dir`.
+/// Writes the output of `livekit-canary rules` with these arguments to `rules.yml` in `dir`.
 fn write_rules(dir: &Path, args: &[&str]) {
     let rules = Command::new(support::canary::binary())
         .arg("rules")
@@ -620,7 +632,7 @@ fn write_rules(dir: &Path, args: &[&str]) {
     std::fs::write(dir.join("rules.yml"), rules.stdout).unwrap();
 }
 
-/// Has promtool evaluate the rules over a story, and compare what fires in every minute.
+/// Lets promtool evaluate the rules for a story, and compare the firing alerts of every minute.
 fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
     let folder = tempfile::tempdir().unwrap();
     write_rules(folder.path(), &[]);
@@ -637,24 +649,24 @@ fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
     }
 }
 
-/// Labels by which alerts are told apart here.
+/// The firing alerts, by the labels that distinguish them here.
 const FIRING: &str =
     "count by (alertname, severity, sli, limit, kind) (ALERTS{alertstate='firing'})";
 
-/// Minutes from evaluation to evaluation, more in a long story. An alert that holds on looks at the one before, five
-/// minutes back at most.
+/// Minutes between two evaluations; more in a long story. It is at most five, because an alert that stays reads its state of the
+/// previous evaluation, and Prometheus looks back for five minutes.
 fn step(story: &Story) -> usize {
     if story.minutes() > 360 { 3 } else { 1 }
 }
 
-/// Without an order promtool picks one, now this and now that; an alert that reads what the other group records would
-/// come a step earlier or later.
+/// Without an order, promtool uses a random one. Then an alert that reads a series of the other group could fire one step earlier
+/// or later.
 const GROUPS: &str = "[livekit-canary, livekit-canary-slow]";
 
 fn unit_tests(story: &Story, expected: &[Fired]) -> String {
     let mut text = format!(
         "rule_files: [rules.yml]\ngroup_eval_order: {GROUPS}\nevaluation_interval: {}m\ntests:\n\
-        - interval: {SCRAPE}s\n  input_series:\n",
+        - interval: {SCRAPE_INTERVAL}s\n  input_series:\n",
         step(story)
     );
     for (series, values) in story.series() {
@@ -688,7 +700,7 @@ fn labels(alert: &str) -> String {
     labels + "}"
 }
 
-/// What fired when, out of promtool's complaints about a test that expects nothing.
+/// Which alerts fired when, from promtool's output for a test that expects none.
 fn observed(story: &Story, output: &str) -> Vec<(String, usize, Option<usize>)> {
     let mut minutes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     let mut minute = 0;

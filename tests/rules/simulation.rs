@@ -3,68 +3,68 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// Seconds from scrape to scrape. At every 20 s no window of the rules begins at a scrape, which Prometheus 2 counts and 3
-/// doesn't.
-pub const SCRAPE: usize = 20;
+/// Seconds between two scrapes. With 20 s, no window of the rules begins at a scrape: Prometheus 2 would count that scrape,
+/// Prometheus 3 would not.
+pub const SCRAPE_INTERVAL: usize = 20;
 const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
 
-/// What a canary watches, and how.
+/// The settings of a canary.
 #[derive(Debug, Clone, Copy)]
 pub struct Reference {
     pub name: &'static str,
     pub rooms: usize,
-    /// Minutes from tick to tick.
+    /// Minutes between two ticks.
     pub every: usize,
     pub objective: f64,
 }
 
-/// What befalls a tick or the canary at it.
+/// What happens at a tick.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Event {
     Good,
-    /// Its first room alone fails.
+    /// Only the first room fails.
     OneRoom,
-    /// No agent comes; after two rooms the rest doesn't open.
+    /// No agent joins. After two rooms the others don't open.
     Outage,
-    /// Agents come, later than the objective asks for.
+    /// Agents join later than the objective.
     SlowJoins,
-    /// Agents come and say nothing.
+    /// Agents join and don't speak.
     SilentAgents,
-    /// The server can't be reached; after the first room the rest doesn't open.
+    /// The server can't be reached. After the first room the others don't open.
     LiveKitDown,
-    /// The key pair is no longer valid; after the first room the rest doesn't open.
+    /// The key pair is no longer valid. After the first room the others don't open.
     RotatedKey,
-    /// The first room is refused by this limit. Ticks rest after that as with the default back-off.
+    /// This limit rejects the first room. The ticks after it are skipped as with the default back-off.
     Limit(&'static str),
-    /// The batch of this tick never ends, nor does any other begin.
+    /// The batch of this tick never ends, so no other begins.
     Hung,
     /// The budget of agent time is spent.
     Spent,
-    /// Somebody paused the target.
+    /// The target is paused.
     Paused,
-    /// The cron expression has no tick here. A story with nights is told of a schedule that rests half of the day.
+    /// The cron expression has no tick here. A story with nights has a schedule that covers half of the day.
     Night,
-    /// The tick never comes, though the canary answers scrapes.
+    /// The tick never happens, but the canary responds to scrapes.
     DeadScheduler,
-    /// Neither ticks nor answers scrapes.
+    /// There are no ticks and no responses to scrapes.
     Down,
-    /// Ends and is started again every three minutes, before it has opened a room.
+    /// The canary ends and starts again every three minutes, before it has opened a room.
     CrashLoop,
-    /// As good, by a new pod.
+    /// As `Good`, in a new pod.
     Rollout,
-    /// Nobody scrapes the canary any more.
+    /// The canary is no longer scraped.
     Gone,
-    /// As good, while the settings that somebody has changed are refused.
+    /// As `Good`, while the changed settings are rejected.
     BadSettings,
-    /// As good, while the history can't be written.
+    /// As `Good`, while the history can't be written.
     FullDisk,
-    /// As good, but a room can't be deleted.
+    /// As `Good`, but a room can't be deleted.
     LeakedRoom,
-    /// A fault of the canary's own ends its first room.
+    /// A failure of the canary ends its first room.
     OwnFault,
 }
 
-/// The story of a canary: what befalls it at each tick, from minute 0 on.
+/// The story of a canary: what happens at each tick, from minute 0 on.
 pub struct Story {
     pub reference: Reference,
     pub events: Vec<Event>,
@@ -84,7 +84,7 @@ impl Story {
         self.events.len() * self.reference.every
     }
 
-    /// Every series of the story, as `series: values`.
+    /// All series of the story with their values.
     pub fn series(&self) -> Vec<(String, String)> {
         let mut canary = Canary::new(self);
         for (tick, event) in self.events.iter().enumerate() {
@@ -97,7 +97,7 @@ impl Story {
     }
 }
 
-/// What is scraped now, and what was before.
+/// The values of the next scrape, and the earlier scrapes.
 struct Canary {
     reference: Reference,
     counters: BTreeMap<String, f64>,
@@ -105,7 +105,7 @@ struct Canary {
     history: History,
     pod: usize,
     now: usize,
-    rest_until: usize,
+    backoff_until: usize,
     rest: usize,
     hung: bool,
 }
@@ -144,7 +144,7 @@ impl Canary {
             history: History::default(),
             pod: 0,
             now: 0,
-            rest_until: 0,
+            backoff_until: 0,
             rest: 60,
             hung: false,
         };
@@ -152,7 +152,7 @@ impl Canary {
         canary
     }
 
-    /// All counters of a new process are there at zero.
+    /// All counters of a new process exist at zero.
     fn reset(&mut self) {
         self.counters.clear();
         for sli in SLIS {
@@ -188,7 +188,7 @@ impl Canary {
         *self.counters.entry(series).or_default() += by as f64;
     }
 
-    /// Of no target.
+    /// A counter without a target.
     fn count_fault(&mut self, by: usize) {
         let series = "livekit_canary_internal_errors_total{kind=\"probe\",".to_owned();
         *self.counters.entry(series).or_default() += by as f64;
@@ -199,7 +199,7 @@ impl Canary {
         self.count("probe_failures_total", &labels, by);
     }
 
-    /// Rooms of a batch that count in a service level, and how many of them were good.
+    /// Counts the good and bad rooms of a batch in a service level.
     fn judge(&mut self, sli: &str, good: usize, bad: usize) {
         self.count("slo_eligible_total", &[("sli", sli)], good + bad);
         self.count("slo_good_total", &[("sli", sli)], good);
@@ -216,7 +216,7 @@ impl Canary {
         self.count("batches_total", &[("result", result)], 1);
     }
 
-    /// From a tick to before the next.
+    /// The time from a tick until the next.
     fn interval(&mut self, event: Event, next: usize) {
         if event == Event::Rollout {
             self.new_process(true);
@@ -246,7 +246,7 @@ impl Canary {
             self.gauges.insert(next_batch, next as f64);
         }
         let end = self.now + self.reference.every * 60;
-        // A good batch takes a minute, one that waits for agents half a minute more.
+        // A good batch takes one minute. A batch that waits for agents takes half a minute more.
         let ends = match event {
             Event::Outage | Event::SilentAgents => self.now + 90,
             Event::LiveKitDown | Event::RotatedKey | Event::Limit(_) => self.now + 30,
@@ -256,7 +256,7 @@ impl Canary {
         while self.now < end {
             if event == Event::CrashLoop && self.now.is_multiple_of(180) {
                 self.new_process(false);
-                // After the delay of the start.
+                // After the startup delay.
                 let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
                 self.gauges.insert(next_batch, (self.now + 60) as f64);
             }
@@ -268,15 +268,15 @@ impl Canary {
             if event != Event::Gone {
                 self.scrape(down);
             }
-            self.now += SCRAPE;
+            self.now += SCRAPE_INTERVAL;
         }
     }
 
-    /// A tick that opens nothing.
+    /// Whether the tick opens no room. Counts a skipped tick.
     fn skips(&mut self, event: Event) -> bool {
         let cause = match event {
             Event::Hung if self.hung => "overlap",
-            Event::Limit(_) if self.now < self.rest_until => "backoff",
+            Event::Limit(_) if self.now < self.backoff_until => "backoff",
             Event::Spent => "budget",
             Event::Paused => "paused",
             _ => {
@@ -308,7 +308,7 @@ impl Canary {
                 self.batch(rooms, 0);
                 self.count("rooms_leaked_total", &[], 1);
             }
-            // It counts in no service level.
+            // The failed room counts in no service level.
             Event::OwnFault => {
                 all(self, &SLIS, rooms - 1, 0);
                 self.fail(("internal", "canary"), 1);
@@ -342,7 +342,7 @@ impl Canary {
                 self.fail(("unreachable", "network"), 1);
                 self.batch(0, 1);
             }
-            // A wrong setting counts against nobody.
+            // A wrong setting counts in no service level.
             Event::RotatedKey => {
                 self.fail(("auth_rejected", "config"), 1);
                 self.batch(0, 1);
@@ -352,14 +352,14 @@ impl Canary {
                 self.fail(("plan_limit", "limit"), 1);
                 self.count("plan_limit_rejections_total", &[("limit", limit)], 1);
                 self.count("batches_total", &[("result", "limited")], 1);
-                self.rest_until = self.now + self.rest;
+                self.backoff_until = self.now + self.rest;
                 self.rest = (self.rest * 2).min(3600);
             }
             _ => {}
         }
     }
 
-    /// With a new name where the pod is another; in a new pod or an old one, counters begin at zero.
+    /// Starts a new process in a new or in the same pod. Its counters begin at zero.
     fn new_process(&mut self, new_pod: bool) {
         self.pod += usize::from(new_pod);
         let started = "process_start_time_seconds{".to_owned();
@@ -368,7 +368,7 @@ impl Canary {
     }
 
     fn scrape(&mut self, down: bool) {
-        let at = self.now / SCRAPE;
+        let at = self.now / SCRAPE_INTERVAL;
         let place = format!(
             "job=\"livekit-canary\",region=\"eu\",instance=\"10.0.0.{0}:9787\",pod=\"canary-{0}\"}}",
             self.pod
@@ -384,7 +384,7 @@ impl Canary {
     }
 }
 
-/// `name{target="support",label="value",`: what the scrape adds is still to come.
+/// The beginning of a series, `name{target="support",label="value",`. The labels of the scrape follow.
 fn series(name: &str, labels: &[(&str, &str)]) -> String {
     let mut text = format!("{name}{{target=\"support\",");
     for (label, value) in labels {
@@ -393,7 +393,7 @@ fn series(name: &str, labels: &[(&str, &str)]) -> String {
     text
 }
 
-/// Samples by series; `None` where a scrape had none.
+/// The samples of each series; `None` for a scrape without the series.
 #[derive(Default)]
 struct History(BTreeMap<String, Vec<Option<f64>>>);
 
@@ -404,13 +404,13 @@ impl History {
         samples.push(Some(value));
     }
 
-    /// Runs of a value as promtool writes them: `3x4` is five times 3, and `_x4` is four times nothing.
+    /// Repeated values in the notation of promtool: `3x4` is five times 3, and `_x4` is four times no value.
     fn finish(self) -> Vec<(String, String)> {
         let all = self.0.into_iter();
         let values = all.map(|(series, samples)| {
             let runs = samples.chunk_by(|one, next| one == next);
             let runs = runs.map(|run| match (run[0], run.len()) {
-                // A scrape that doesn't answer, or no longer has the series, is told at once.
+                // A series becomes stale with the first scrape that fails or lacks it.
                 (None, 1) => "stale".to_owned(),
                 (None, length) => format!("stale _x{}", length - 1),
                 (Some(value), 1) => format!("{value}"),
