@@ -1,4 +1,4 @@
-# For each setup.sh: the programs that it needs, and the Debian packages that bring them.
+# Functions for each setup.sh, which declare the programs that it needs and the Debian packages that contain them.
 
 missing=()
 

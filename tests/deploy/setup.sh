@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings the programs that the tests of deploy/ call; the libraries come with the Go module.
+# Installs the programs that the tests of deploy/ call. The Go module has the libraries.
 set -euo pipefail
 
 source "$(dirname "$0")/../packages.sh"

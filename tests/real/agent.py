@@ -1,13 +1,13 @@
-"""The voice agent that the scenarios deploy: a livekit-agents worker that needs no key of any model.
+"""The voice agent of the scenarios: a livekit-agents worker that needs no key of a model.
 
-What a job does is chosen by its dispatch metadata, a JSON object with `behaviour` (a key of BEHAVIOURS, default
-`greet`) and that behaviour's own settings. What a job saw goes to the file REPORT, one JSON object a line, each with
-`room`, `event` and `at` (Unix seconds). The worker itself is set up by the environment:
+The dispatch metadata selects what a job does: a JSON object with `behaviour` (a key of BEHAVIOURS, default `greet`) and
+the settings of that behaviour. Each job writes its events to the file REPORT: one JSON object per line with `room`,
+`event` and `at` (Unix seconds). These variables configure the worker:
 
   LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET   the server
-  AGENT_NAME      the name to register under; empty: unnamed, and LiveKit sends it to every new room
-  AGENT_LOAD      the load that it claims, 0 to 1 (a server passes over a worker above 0.7)
-  REPORT          path of the report
+  AGENT_NAME      the name to register; if it is empty, LiveKit sends the worker to every new room
+  AGENT_LOAD      the load to report, 0 to 1 (a server sends no job to a worker above 0.7)
+  REPORT          the path of the report
 """
 
 import asyncio
@@ -31,16 +31,16 @@ from tones import FRAME_MS, is_audible, is_tone, signal_of, silence_after, tone,
 
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
-# Of the background sound, in Hz: above every room's own tone.
+# The frequency of the background sound in Hz. It is above the tone of every room.
 BACKGROUND = 2_500
 BACKGROUND_RATE = 48_000
-# So many tone frames in a row begin an echo, so much silence ends it.
+# An echo begins after this many consecutive tone frames, and ends after this much silence.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
 
 
 def report(room: str, event: str, **details: object) -> None:
-    """Appends one line to the report; O_APPEND keeps the lines of several processes whole."""
+    """Appends one line to the report. With O_APPEND, lines of several processes do not mix."""
     line = json.dumps({"room": room, "event": event, "at": time.time(), **details}) + "\n"
     fd = os.open(os.environ["REPORT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
@@ -50,13 +50,13 @@ def report(room: str, event: str, **details: object) -> None:
 
 
 async def speech(frequency: int, seconds: float):
-    """A tone as fast as it is taken."""
+    """A tone, as fast as the consumer reads it."""
     for frame in tone(frequency, seconds, SPEECH_RATE):
         yield frame
 
 
 async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None:
-    """Reports every stretch of the room's own tone in `track` once it has ended."""
+    """Reports every period of the room's own tone in `track` after its end."""
     frequency = tone_of(room)
     began = None
     frames = 0
@@ -67,7 +67,7 @@ async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None
         now = time.time()
         signal = signal_of(event.frame)
         before, pure = pure, is_tone(signal, frequency, LISTEN_RATE)
-        # A tone may end in a frame of which it is too small a part.
+        # A tone may end within a frame. The tone can be too small a part of that frame.
         if pure or before and is_audible(signal):
             last = now - silence_after(signal, LISTEN_RATE)
         if pure:
@@ -84,7 +84,7 @@ async def hear_echoes(room: str, track: rtc.Track, heard: asyncio.Queue) -> None
 
 
 class Job:
-    """One job: its room, its order, and the echoes that it hears."""
+    """One job: its room, its behaviour, and the echoes that it hears."""
 
     def __init__(self, ctx: JobContext, order: dict):
         self.ctx = ctx
@@ -102,7 +102,7 @@ class Job:
         report(self.room, "connected", identity=self.ctx.room.local_participant.identity)
 
     def subscribed(self, track, publication, participant) -> None:
-        # An agent listens to no other source, and not to who speaks for it.
+        # An agent listens only to this source, and not to its avatar.
         own = "lk.publish_on_behalf" in participant.attributes
         if publication.source == rtc.TrackSource.SOURCE_MICROPHONE and not own:
             caller, attributes = participant.identity, dict(participant.attributes)
@@ -112,14 +112,14 @@ class Job:
             )
 
     async def session(self, **models) -> AgentSession:
-        # vad=None: the bundled one costs CPU, and nothing here takes turns by it.
+        # vad=None: the bundled VAD costs CPU time, and no turn depends on it here.
         session = AgentSession(vad=None, **models)
         session.on("agent_state_changed", self.state_changed)
         await session.start(agent=Agent(instructions=""), room=self.ctx.room, record=False)
         return session
 
     def state_changed(self, event: AgentStateChangedEvent) -> None:
-        # From the request to the first frame it is the framework that takes its time, and a caller waits for it too.
+        # The time from the request to the first frame is that of the framework. A caller waits for it, too.
         if event.new_state == "speaking":
             self.speaks_since = event.created_at
 
@@ -130,16 +130,16 @@ class Job:
         report(self.room, event, began=self.speaks_since, ended=time.time())
 
     async def publish(self, queue_ms: int, room: rtc.Room | None = None) -> rtc.LocalTrackPublication:
-        """Publishes a voice that is given nothing to say: with a queue it sends silence, without one nothing at all."""
+        """Publishes a voice that never speaks. With a queue it sends silence, without one it sends no packets."""
         self.source = rtc.AudioSource(SPEECH_RATE, 1, queue_size_ms=queue_ms)
         track = rtc.LocalAudioTrack.create_audio_track("voice", self.source)
-        # With DTX hardly any packet of silence would be sent.
+        # With DTX almost no packets of silence would be sent.
         options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
         speaker = (room or self.ctx.room).local_participant
         return await speaker.publish_track(track, options)
 
     async def utter(self) -> None:
-        """Says the order's `seconds` on the published voice, without asking whether anybody listens."""
+        """Speaks for `seconds` on the published voice, even if no participant has subscribed."""
         began = time.time()
         for frame in tone(tone_of(self.room), self.order.get("seconds", 2), SPEECH_RATE):
             await self.source.capture_frame(frame)
@@ -147,7 +147,7 @@ class Job:
         report(self.room, "greeted", began=began, ended=time.time())
 
     async def play_background(self) -> None:
-        """Sound without an end on a track of its own, by the SDK's own player."""
+        """Plays an endless sound on a second track with the player of the SDK."""
 
         async def endless():
             while True:
@@ -159,13 +159,13 @@ class Job:
 
 
 async def greet(job: Job) -> None:
-    """Speaks first, as every agent does that a canary can watch; listens for the rest of the call."""
+    """Speaks first, and then only listens."""
     await job.connect()
     await job.say(await job.session(), "greeted")
 
 
 async def reply(job: Job) -> None:
-    """Greets, and answers the first echo once."""
+    """Greets, and replies to the first echo."""
     await job.connect()
     session = await job.session()
     await job.say(session, "greeted")
@@ -182,7 +182,7 @@ async def leave(job: Job) -> None:
 
 
 async def converse(job: Job) -> None:
-    """Greets and answers by models, of which the one that `failing` names raises `error` instead."""
+    """Greets and replies with models. The model that `failing` names raises `error`."""
     await job.connect()
     error_of = {job.order.get("failing"): job.order.get("error")}
     tone_here, seconds = tone_of(job.room), job.order.get("seconds", 2)
@@ -204,12 +204,12 @@ async def never_connect(job: Job) -> None:
 
 
 async def fail(job: Job) -> None:
-    """Breaks in its entrypoint, as on a missing key or a bad import."""
+    """Fails in its entrypoint, as with a missing key or a failed import."""
     raise RuntimeError("this agent fails before it connects")
 
 
 async def blurt(job: Job) -> None:
-    """Speaks as soon as its track is published: an agent without a session waits for nobody."""
+    """Speaks as soon as its track is published. An agent without a session does not wait for a subscriber."""
     await job.connect()
     await job.publish(queue_ms=1000)
     await job.utter()
@@ -228,14 +228,14 @@ async def greet_over_background(job: Job) -> None:
 
 
 async def background_alone(job: Job) -> None:
-    """Its voice is silent all along."""
+    """Is silent for the whole call."""
     await job.connect()
     await job.publish(queue_ms=1000)
     await job.play_background()
 
 
 async def speak_by_avatar(job: Job) -> None:
-    """Lets a second participant publish on its behalf, as avatar workers do; itself it publishes nothing."""
+    """Publishes nothing. A second participant publishes on its behalf, as avatar workers do."""
     await job.connect()
     token = (
         api.AccessToken()
@@ -252,7 +252,7 @@ async def speak_by_avatar(job: Job) -> None:
 
 
 async def restart_track(job: Job) -> None:
-    """Greets, and answers the first echo on a track that takes the first one's place."""
+    """Greets, and replies to the first echo on a track that replaces the first one."""
     await job.connect()
     publication = await job.publish(queue_ms=1000)
     await publication.wait_for_subscription()
@@ -315,7 +315,7 @@ def claimed_load(*_) -> float:
 async def main() -> None:
     server = AgentServer(
         num_idle_processes=1,
-        # A cold interpreter takes seconds on a loaded machine; the default of 10 s gives up on it.
+        # On a loaded machine the start of an interpreter takes several seconds. The default timeout of 10 s is too short.
         initialize_process_timeout=60,
         load_fnc=claimed_load,
         load_threshold=0.7,

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Opens bursts of rooms in one process against the sandbox in another: every room must be ok.
+# Opens bursts of rooms in one process, with the sandbox in another. Every room must be ok.
 #
 #   burst.sh BINARY ROOMS...
 #
-# BINARY is a release build: without optimization, 200 calls that all begin at once are late by more than a probe allows.
+# BINARY must be a release build. Without optimization, 200 calls that begin at the same time miss their deadlines.
 set -euo pipefail
 binary=$1
 shift

@@ -1,8 +1,8 @@
-"""A caller on PyPI's client library, which shares nothing with the canary: joins a room, waits for the agent's greeting,
-answers it with the room's own tone, and waits for the agent's reply.
+"""A caller with LiveKit's Python client library, which shares no code with the canary. It joins a room, waits for the
+agent's greeting, responds with the tone of the room, and waits for the agent's reply.
 
-It prints what it heard and said, a JSON object a line with `event` (`greeting`, `said`, `reply`) and `seconds`, and
-exits 0 once it has heard the reply. LIVEKIT_URL, LIVEKIT_TOKEN and ROOM say where it calls.
+It prints one JSON object per line with `event` (`greeting`, `said`, `reply`) and `seconds`, and exits with status 0
+after the reply. LIVEKIT_URL, LIVEKIT_TOKEN and ROOM select the room.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from tones import FRAME_MS, is_audible, signal_of, tone, tone_of
 SPEECH_RATE = 48_000
 LISTEN_RATE = 16_000
 SPEECH_SECONDS = 2
-# So many audible frames in a row begin an utterance, so many silent ones end it.
+# An utterance begins after this many consecutive audible frames, and ends after this many silent ones.
 BEGIN_FRAMES = 5
 END_FRAMES = 30
-# For the agent to come and greet, and for it to reply.
+# The timeouts for the greeting and for the reply.
 PATIENCE = 40
 
 
@@ -30,7 +30,7 @@ def tell(event: str, seconds: float) -> None:
 
 
 async def listen(track: rtc.Track, heard: asyncio.Queue) -> None:
-    """Puts the length of every utterance in `track` into `heard`, in seconds, once it has ended."""
+    """Puts the length of every utterance in `track` into `heard` after its end, in seconds."""
     audible = 0
     silent = 0
     stream = rtc.AudioStream(track, sample_rate=LISTEN_RATE, num_channels=1, frame_size_ms=FRAME_MS)
@@ -48,7 +48,7 @@ async def listen(track: rtc.Track, heard: asyncio.Queue) -> None:
 
 
 async def speak(source: rtc.AudioSource, speech: asyncio.Queue) -> None:
-    """A microphone that is never off: silence, but for the frames in `speech`."""
+    """A microphone that is always on: it sends the frames in `speech`, and otherwise silence."""
     samples = SPEECH_RATE * FRAME_MS // 1000
     silence = rtc.AudioFrame(np.zeros(samples, np.int16).tobytes(), SPEECH_RATE, 1, samples)
     while True:
@@ -85,5 +85,5 @@ async def call() -> None:
 
 if __name__ == "__main__":
     asyncio.run(call())
-    # The interpreter is not taken down: a thread of the library that calls back while it is ends the process by SIGABRT.
+    # The interpreter does not shut down normally: if a thread of the library calls back during that, SIGABRT ends the process.
     os._exit(0)

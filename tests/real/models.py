@@ -1,7 +1,7 @@
-"""Models that need no network: an LLM, a TTS and an STT that answer at once, or raise what a provider's plugin raises.
+"""Models that need no network: an LLM, a TTS and an STT that respond at once, or raise the exception of a provider's plugin.
 
-The STT hears the room's own tone alone. A session that has all three takes turns by it, and measures each turn as it
-does with real models.
+The STT recognises only the tone of the room. A session with all three takes turns by it, and measures each turn as with
+real models.
 """
 
 import asyncio
@@ -11,13 +11,13 @@ from livekit.agents import APIConnectionError, APIError, APIStatusError, llm, st
 from tones import FRAME_MS, is_tone, signal_of, tone
 
 RATE = 24_000
-# So many frames of the tone in a row begin an utterance, so many without it end one.
+# An utterance begins after this many consecutive frames with the tone, and ends after this many without it.
 BEGIN_FRAMES = 5
 END_FRAMES = 20
 
 
 def provider_error(kind: str) -> Exception:
-    """What plugins raise for an answer of the provider's."""
+    """The exception that plugins raise for a response of the provider."""
     match kind:
         case "429":
             return APIStatusError("Too Many Requests", status_code=429, retryable=True)
@@ -31,7 +31,7 @@ def provider_error(kind: str) -> Exception:
 
 
 class Llm(llm.LLM):
-    """Says `text` to everything; raises instead where `error` is given."""
+    """Replies to everything with `text`, or raises `error` if it is set."""
 
     def __init__(self, text: str, error: str | None = None):
         super().__init__()
@@ -51,7 +51,7 @@ class LlmStream(llm.LLMStream):
 
 
 class Tts(tts.TTS):
-    """Speaks every text as a tone of `seconds`; raises instead where `error` is given."""
+    """Speaks every text as a tone of `seconds`, or raises `error` if it is set."""
 
     def __init__(self, frequency: int, seconds: float, error: str | None = None):
         capabilities = tts.TTSCapabilities(streaming=False)
@@ -75,7 +75,7 @@ class TtsStream(tts.ChunkedStream):
 
 
 class Stt(stt.STT):
-    """Writes an utterance of the tone down as `text`; raises at once where `error` is given."""
+    """Transcribes an utterance of the tone as `text`, or raises `error` at once if it is set."""
 
     RATE = 16_000
 
@@ -124,7 +124,7 @@ class SttStream(stt.RecognizeStream):
 
 
 class Piece:
-    """Samples in the place of a frame."""
+    """Samples instead of a frame."""
 
     def __init__(self, data: bytes):
         self.data = data

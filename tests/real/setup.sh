@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Brings the real stack: livekit-server and upstream's programmable mock of it, built from the pinned module, a Python
-# environment with the pinned agent worker, the benchmark's agent, and the system tools that the scenarios use. Prints
-# LIVEKIT_SERVER=…, TEST_SERVER=…, TALKER=… and PYTHON=… on stdout, all else on stderr.
+# Installs the real stack: livekit-server and upstream's programmable mock of it, both built from the pinned module; a Python
+# environment with the pinned agent worker; the agent of the benchmark; and the system tools that the scenarios use. Prints
+# LIVEKIT_SERVER=…, TEST_SERVER=…, TALKER=… and PYTHON=… on stdout, and everything else on stderr.
 #
-# What is built stays in a cache folder, under a name that holds a hash of its pins; every step checks for itself, so an
-# empty cache, a full one and a half-written one all lead to the same stack.
+# The programs are cached under names with a hash of their pinned versions. Every step checks what is missing, so that an
+# incomplete cache leads to the same stack.
 set -euo pipefail
 exec 3>&1 1>&2
 cd "$(dirname "$0")"
 
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/livekit-canary"
 mkdir -p "$cache"
-# Two runs at the same time must not build into the same folder.
+# Only one run at a time may build into the folder.
 exec 9>"$cache/lock"
 flock 9
 
@@ -27,7 +27,7 @@ need setpriv util-linux
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 install_missing
 
-# build NAME SOURCES PACKAGE: prints where the program is, built from SOURCES.
+# build NAME SOURCES PACKAGE: builds a program from SOURCES if it isn't cached, and prints its path.
 build() {
   local program="$cache/$1-$(hash_of $2)"
   if [ ! -x "$program" ]; then

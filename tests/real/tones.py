@@ -1,4 +1,4 @@
-"""Tones: what the agent and the caller of the scenarios say, and how each knows that it hears the other."""
+"""The tones that the agent and the caller of the scenarios play, and how each recognises the other."""
 
 import zlib
 
@@ -7,14 +7,14 @@ import numpy as np
 from livekit import rtc
 
 FRAME_MS = 20
-# Below this RMS (of full scale 1.0) a frame is silence; the tone itself is at 0.35.
+# A frame with a lower RMS is silence. Full scale is 1.0, and the tone has 0.35.
 AUDIBLE = 0.01
-# The part of a frame's energy that must lie at one frequency for it to be that tone.
+# The share of a frame's energy that must be at a frequency, so that the frame is that tone.
 PURITY = 0.5
 
 
 def tone_of(room: str) -> int:
-    """The room's own frequency in Hz, so that a neighbour's echo isn't taken for one's own."""
+    """The frequency of the room in Hz. It differs between rooms, so that the echo of another room is not counted."""
     return 400 + 50 * (zlib.crc32(room.encode()) % 20)
 
 
@@ -28,7 +28,7 @@ def tone(frequency: int, seconds: float, rate: int):
 
 
 def signal_of(frame: rtc.AudioFrame) -> np.ndarray:
-    """Samples of full scale 1.0."""
+    """Samples with full scale 1.0."""
     return np.frombuffer(frame.data, dtype=np.int16).astype(np.float64) / 32768
 
 
@@ -37,14 +37,14 @@ def is_audible(signal: np.ndarray) -> bool:
 
 
 def silence_after(signal: np.ndarray, rate: int) -> float:
-    """Seconds from the last audible sample to the end."""
+    """The seconds from the last audible sample to the end."""
     audible = np.flatnonzero(np.abs(signal) >= AUDIBLE)
     last = audible[-1] if len(audible) else -1
     return (len(signal) - 1 - last) / rate
 
 
 def is_tone(signal: np.ndarray, frequency: int, rate: int) -> bool:
-    """Goertzel's question, asked by a dot product: does most of this frame's energy lie at `frequency`?"""
+    """Whether most of the frame's energy is at `frequency`: the Goertzel algorithm as a dot product."""
     if not is_audible(signal):
         return False
     turns = np.exp(-2j * np.pi * frequency * np.arange(len(signal)) / rate)

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Brings the two Prometheus that rules and dashboards must please, each with its promtool: Debian's of version 2, and one of
-# version 3 built from the pinned module; and Debian's Alertmanager. Prints PROMETHEUS2=…, PROMTOOL2=…, PROMETHEUS3=… and
-# PROMTOOL3=… on stdout, all else on stderr.
+# Installs Prometheus 2 from Debian, Prometheus 3 built from the pinned module, each with its promtool, and Alertmanager from
+# Debian. Prints PROMETHEUS2=…, PROMTOOL2=…, PROMETHEUS3=… and PROMTOOL3=… on stdout, and everything else on stderr.
 #
-# What is built stays in a cache folder, under a name that holds a hash of its pins.
+# The programs are cached under a name with a hash of their pinned versions.
 set -euo pipefail
 exec 3>&1 1>&2
 cd "$(dirname "$0")"
 
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/livekit-canary"
 mkdir -p "$cache"
-# Two runs at the same time must not build into the same file.
+# Only one run at a time may build into the folder.
 exec 9>"$cache/lock-prometheus"
 flock 9
 
@@ -24,7 +23,7 @@ built="$cache/prometheus-$(cat go.mod go.sum | sha256sum | cut -c1-16)"
 if [ ! -d "$built" ]; then
   command -v go >/dev/null || { echo "missing: go (1.26 or later)"; exit 1; }
   echo "building prometheus and promtool"
-  # Without the ways to find targets in clouds: they are most of what there is to compile, and nobody looks there.
+  # Without service discovery, which is most of the code and which no test uses.
   go build -tags remove_all_sd -o "$built.new/" github.com/prometheus/prometheus/cmd/{prometheus,promtool}
   mv "$built.new" "$built"
 fi

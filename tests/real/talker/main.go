@@ -1,14 +1,14 @@
-// The agent of the benchmark: a worker that takes every job, joins its room, is silent until everybody has subscribed and
-// then speaks without a pause.
+// The agent of the benchmark: a worker that accepts every job, joins its room, is silent until all participants have
+// subscribed, and then speaks without pauses.
 //
-// A livekit-agents job costs 4 % of a core for that, mostly to encode; with 50 rooms the agents would leave nothing of a
-// small machine to the server and the canary. Here packets that were encoded beforehand are sent again and again.
+// A livekit-agents job would use 4 % of a core for this, mostly for encoding. With 50 rooms, the agents would leave no CPU time
+// to the server and the canary on a small machine. This worker repeats packets that are already encoded.
 //
 //	talker URL AGENT_NAME PACKETS
 //
-// PACKETS is a file: each Opus packet of 20 ms behind its length as two bytes, the high one first. The keys come from
-// LIVEKIT_API_KEY and LIVEKIT_API_SECRET. It prints "registered worker" once it is ready, and for each room in which it
-// has begun "talking ROOM AT", where AT is when the first packet of speech was about to be sent, in Unix seconds.
+// PACKETS is a file of Opus packets of 20 ms. Before each packet is its length as two bytes, the high byte first. The key pair is
+// in LIVEKIT_API_KEY and LIVEKIT_API_SECRET. The worker prints "registered worker" when it is ready. For each room it prints
+// "talking ROOM AT" when it begins to speak: AT is the time just before the first packet of speech, in Unix seconds.
 package main
 
 import (
@@ -32,7 +32,8 @@ import (
 const (
 	packetLength = 20 * time.Millisecond
 	pingInterval = 5 * time.Second
-	// Silent packets before the first of speech: who has subscribed by then hears its very beginning.
+	// The number of silent packets before the first packet of speech. Participants that subscribe during them hear the
+	// beginning of the speech.
 	lead = 150
 	track        = "voice"
 )
@@ -60,7 +61,7 @@ func readPackets(file string) ([][]byte, error) {
 	return packets, nil
 }
 
-// silence is one frame of CELT without energy (RFC 6716), 20 ms of nothing.
+// silence is one CELT frame of 20 ms without energy (RFC 6716).
 var silence = []byte{0xf8, 0xff, 0xfe}
 
 // work registers with the server and serves it until the connection ends.
@@ -254,7 +255,7 @@ func (c *call) queue(message *livekit.SignalRequest) {
 	}
 }
 
-// write is the only one that writes to the socket, which takes one writer at a time.
+// write is the only function that writes to the socket, which allows only one writer at a time.
 func (c *call) write() {
 	ping := time.NewTicker(pingInterval)
 	defer ping.Stop()
@@ -270,7 +271,7 @@ func (c *call) write() {
 			return
 		}
 		if err := write(c.conn, message); err != nil {
-			// The reader sees the end of the connection too, and ends the call.
+			// The reader also notices the end of the connection, and ends the call.
 			return
 		}
 	}
