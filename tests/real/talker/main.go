@@ -34,8 +34,8 @@ const (
 	pingInterval = 5 * time.Second
 	// The number of silent packets before the first packet of speech. Participants that subscribe during them hear the
 	// beginning of the speech.
-	lead = 150
-	track        = "voice"
+	lead  = 150
+	track = "voice"
 )
 
 func main() {
