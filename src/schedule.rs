@@ -6,6 +6,6 @@ mod calendar;
 mod ticker;
 mod wall_clock;
 
-pub use calendar::{AHEAD, gaps, mean_interval, next_tick, offset, ticks_on};
-pub use ticker::{StartError, Tick, Ticker};
-pub use wall_clock::Gaps;
+pub(crate) use calendar::{AHEAD, gaps, mean_interval, next_tick, offset, ticks_on};
+pub(crate) use ticker::{StartError, Tick, Ticker};
+pub(crate) use wall_clock::Gaps;

@@ -1,4 +1,4 @@
-//! The instants at which a schedule ticks, and what they add up to per day and on average; pure functions of the schedule.
+//! The instants at which a schedule ticks, their number per day and the intervals between them. All functions are pure.
 
 use std::hash::Hasher;
 use std::time::Duration;
@@ -9,17 +9,18 @@ use fnv::FnvHasher;
 use super::wall_clock::{Gaps, WallClock};
 use crate::config::Schedule;
 
-/// The first tick after `after`; never `after` itself.
+/// The first tick strictly after `after`.
 ///
-/// The ticks of an interval lie on a fixed grid, counted from the Unix epoch plus `offset`, so that a restart doesn't
-/// move them. A cron expression has no offset: it matches the wall clock of its zone, and where that clock is changed,
-/// vixie cron's rule holds. An expression of particular times, without a `*` in hour or minute, ticks once for every
-/// time that it names: what the change skips comes at the moment of the change, all of it as one tick, and what the
-/// change repeats comes the first time only. An expression with a `*` there just follows the clock: it has nothing in
-/// the hour that is skipped, and ticks through the repeated hour twice, so that it never falls silent.
+/// The ticks of an interval lie on a fixed grid that starts at the Unix epoch plus `offset`, so a restart doesn't move
+/// them. A cron expression has no offset: it matches the wall clock of its zone. When that clock changes, vixie cron's
+/// rules apply:
+/// - An expression without a `*` in hour and minute names fixed times and ticks once for each of them. The times that
+///   the change skips become one tick at the moment of the change. Times that the clock shows twice tick the first time.
+/// - An expression with a `*` in hour or minute follows the clock. It has no tick in the skipped hour and ticks in both
+///   passes of the repeated hour, so that its ticks never pause.
 ///
-/// `None` where nothing comes in the next 40 years.
-pub fn next_tick(
+/// `None` if the next 40 years have no tick.
+pub(crate) fn next_tick(
     schedule: &Schedule,
     offset: Duration,
     after: DateTime<Utc>,
@@ -33,12 +34,12 @@ pub fn next_tick(
     }
 }
 
-/// How far the grid of an interval is shifted for this target: whole seconds, less than the interval. Zero for a cron
-/// expression, which has no grid.
+/// By how much the grid of an interval is shifted for this target: whole seconds, less than the interval. Zero for a
+/// cron expression, which has no grid.
 ///
-/// It spreads targets of the same interval over it. It depends on the name alone, by FNV-1a, so that it is the same in
-/// every version and on every machine.
-pub fn offset(target: &str, schedule: &Schedule) -> Duration {
+/// The offset spreads targets with the same interval over that interval. It is the FNV-1a hash of the target's name, so
+/// it is the same in every version and on every machine.
+pub(crate) fn offset(target: &str, schedule: &Schedule) -> Duration {
     let Schedule::Every(every) = schedule else {
         return Duration::ZERO;
     };
@@ -47,8 +48,8 @@ pub fn offset(target: &str, schedule: &Schedule) -> Duration {
     Duration::from_secs(hasher.finish() % every.as_secs().max(1))
 }
 
-/// How many ticks a UTC day has.
-pub fn ticks_on(schedule: &Schedule, offset: Duration, day: NaiveDate) -> u64 {
+/// The number of ticks on a UTC day.
+pub(crate) fn ticks_on(schedule: &Schedule, offset: Duration, day: NaiveDate) -> u64 {
     let begin = day.and_time(NaiveTime::MIN).and_utc();
     let end = begin + Days::new(1);
     match schedule {
@@ -61,12 +62,12 @@ pub fn ticks_on(schedule: &Schedule, offset: Duration, day: NaiveDate) -> u64 {
     }
 }
 
-/// The gaps that begin in the `window` after `from`, each in full, and the wait from `from` to the first tick as one of
-/// the longest.
+/// The gaps that begin in the `window` after `from`, each at its full length. The wait from `from` to the first tick
+/// counts as a candidate for the longest.
 ///
-/// That wait is a gap too, with the tick just handled as `from`, and where a schedule rests for months, it is the one
-/// that matters. `None` where no tick comes.
-pub fn gaps(schedule: &Schedule, from: DateTime<Utc>, window: Duration) -> Option<Gaps> {
+/// `from` usually is the tick that was just handled, so that wait is a gap too. It is the one that matters if a schedule
+/// pauses for months. `None` if the schedule has no further tick.
+pub(crate) fn gaps(schedule: &Schedule, from: DateTime<Utc>, window: Duration) -> Option<Gaps> {
     match schedule {
         Schedule::Every(every) => Some(Gaps {
             shortest: *every,
@@ -78,15 +79,15 @@ pub fn gaps(schedule: &Schedule, from: DateTime<Utc>, window: Duration) -> Optio
     }
 }
 
-/// Days for which the intervals of a schedule are looked at.
+/// Number of days over which the intervals of a schedule are evaluated.
 const DAYS: u64 = 7;
 
-/// The same as a time: what the daemon tells of, and what alert rules are made for.
-pub const AHEAD: Duration = Duration::from_hours(DAYS * 24);
+/// The same as a duration. The daemon's interval metrics and the alert rules use it.
+pub(crate) const AHEAD: Duration = Duration::from_hours(DAYS * 24);
 
-/// The interval itself; of a cron expression [`AHEAD`], of which `day` is the first, by the number of ticks in it, and
-/// `None` where there are none.
-pub fn mean_interval(schedule: &Schedule, day: NaiveDate) -> Option<Duration> {
+/// The mean interval between ticks. For a cron expression it is [`AHEAD`], starting with `day`, divided by the number of
+/// ticks in it; `None` if that period has no tick.
+pub(crate) fn mean_interval(schedule: &Schedule, day: NaiveDate) -> Option<Duration> {
     match schedule {
         Schedule::Every(every) => Some(*every),
         Schedule::Cron { expression, zone } => {
@@ -99,7 +100,7 @@ pub fn mean_interval(schedule: &Schedule, day: NaiveDate) -> Option<Duration> {
     }
 }
 
-/// The instants `offset + n * every` since the epoch, in nanoseconds.
+/// The instants `offset + n * every` since the Unix epoch, in nanoseconds.
 struct Grid {
     every: i128,
     offset: i128,
@@ -122,7 +123,7 @@ impl Grid {
         (since_epoch - self.offset).div_euclid(self.every)
     }
 
-    /// How many ticks lie from `begin` to before `end`.
+    /// The number of ticks from `begin` (included) to `end` (excluded).
     fn ticks_in(&self, begin: DateTime<Utc>, end: DateTime<Utc>) -> u64 {
         let before = |end| self.ticks_until(end - TimeDelta::nanoseconds(1));
         u64::try_from(before(end) - before(begin)).expect("no tick is shorter than a nanosecond")

@@ -1,12 +1,12 @@
-//! Ticks as they come, on the wall clock.
+//! Delivers ticks when they are due, on the wall clock.
 //!
-//! [`TickTable`] decides, without waiting for anything; tokio-cron-scheduler carries the waiting: a one-shot job at a time,
-//! armed at the nearest tick of all targets, or for a second where none is nearer. So the same job is the heartbeat: if
-//! it comes no more, no tick would.
+//! [`TickTable`] decides which ticks are due and never waits. [`Heartbeat`] waits, by one one-shot job of
+//! tokio-cron-scheduler at a time. The job is due at the next tick of all targets, and after a second at the latest. The
+//! same job therefore proves that the scheduler is alive: without it no tick could be delivered.
 //!
-//! The scheduler looks at its jobs every 500 ms and counts in whole seconds, always rounded down here, so that a tick is
-//! at most those 500 ms late. It compares with its own wall clock: where that was set back, its job stays away, and is
-//! armed anew after [`JOB_TIMEOUT`].
+//! The scheduler checks its jobs every 500 ms and counts whole seconds. Waits are rounded down here, so a tick is at most
+//! 500 ms late. The scheduler compares with its own wall clock: after that clock is set back, the job does not run in
+//! time, and a new one replaces it after [`JOB_TIMEOUT`].
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -21,55 +21,57 @@ use tokio_util::task::AbortOnDropHandle;
 use super::calendar::{next_tick, offset};
 use crate::config::Schedule;
 
-/// Longest time from one beat of the scheduler to the next.
+/// Upper bound of the wait of one job, so that the scheduler shows at least once per second that it is alive.
 const MAX_BEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// A job that has not come after so long won't: it is armed anew.
+/// A job that has not run after this time is replaced by a new one.
 const JOB_TIMEOUT: Duration = Duration::from_secs(3);
-/// A scheduler without a beat for so long is given up.
+/// After this time without a beat the scheduler counts as stopped.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
-/// A target has one tick on its way at most, so that only more targets than this could fill the channel.
+/// A target has at most one tick in the channel, so only more targets than this can fill it.
 const CHANNEL_CAPACITY: usize = 1024;
 
-/// A batch is due.
+/// A batch of a target is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tick {
-    pub target: String,
-    /// When it was due. After a suspend or a forward jump of the clock: the first that was missed, and the only one that
-    /// is caught up with.
-    pub due: DateTime<Utc>,
-    /// How much later than that it was, on the wall clock.
-    pub late: Duration,
-    /// Ticks of this target since the one before that came while that one was not [handled](Ticker::handled), or found
-    /// the channel full. Nobody else tells of them: they are skipped for overlap.
-    pub dropped: u64,
+pub(crate) struct Tick {
+    pub(crate) target: String,
+    /// When the tick was due. After a suspend or a forward clock jump, only the first missed tick is delivered, with its
+    /// original time.
+    pub(crate) due: DateTime<Utc>,
+    /// How late the tick was delivered, on the wall clock.
+    pub(crate) late: Duration,
+    /// Number of ticks of this target that were dropped since the previous delivered tick, because that tick was not yet
+    /// [handled](Ticker::handled) or the channel was full. The receiver must count them as skipped for overlap.
+    pub(crate) dropped: u64,
 }
 
+/// tokio-cron-scheduler did not start.
 #[derive(Debug, thiserror::Error)]
 #[error("can't start the scheduler")]
-pub struct StartError(#[from] JobSchedulerError);
+pub(crate) struct StartError(#[from] JobSchedulerError);
 
-/// Delivers the ticks of all targets. Dropping it ends them; the scheduler's own tasks last as long as the runtime.
-pub struct Ticker {
+/// Delivers the ticks of all targets until it is dropped. The scheduler's own tasks run until the runtime ends.
+pub(crate) struct Ticker {
     table: Arc<Mutex<TickTable>>,
-    /// What is armed may be too late by now.
+    /// Wakes the heartbeat: a changed schedule may be due before the current job.
     changed: Arc<Notify>,
     beats: watch::Receiver<Instant>,
     clock: TimeSource,
     _heartbeat: AbortOnDropHandle<()>,
 }
 
+/// The wall clock; tests replace it.
 type TimeSource = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
 
 impl Ticker {
-    /// Starts the scheduler, without any target, on the wall clock that `clock` tells.
+    /// Starts the scheduler without any target; `clock` returns the wall-clock time.
     ///
-    /// The scheduler is never held up: what a slow reader of the channel can't take is dropped and counted, as
-    /// [`Tick::dropped`] has it. A tick that waited for its reader would start a batch at some other time than the
-    /// schedule says, and those after it in a burst.
+    /// A slow receiver never blocks the scheduler. A tick that the channel can't take is dropped and counted in
+    /// [`Tick::dropped`]. If a tick waited for its receiver instead, its batch would start at a time that is not in the
+    /// schedule, and the following batches in a burst.
     ///
     /// # Errors
-    /// The scheduler doesn't start.
-    pub async fn start(
+    /// tokio-cron-scheduler does not start.
+    pub(crate) async fn start(
         clock: impl Fn() -> DateTime<Utc> + Send + Sync + 'static,
     ) -> Result<(Self, mpsc::Receiver<Tick>), StartError> {
         let scheduler = JobScheduler::new().await?;
@@ -99,29 +101,29 @@ impl Ticker {
         (ticker, receiver)
     }
 
-    /// Adds a target, or gives it another schedule; one that has this schedule already goes on undisturbed.
+    /// Adds a target or changes its schedule. A target that already has this schedule is not disturbed.
     ///
-    /// Its first tick is the schedule's first that comes after now and not before `first_not_before`.
-    pub fn set(&self, target: &str, schedule: &Schedule, first_not_before: DateTime<Utc>) {
+    /// The first tick is the schedule's first one after now and at or after `first_not_before`.
+    pub(crate) fn set(&self, target: &str, schedule: &Schedule, first_not_before: DateTime<Utc>) {
         let now = (self.clock)();
         lock(&self.table).set(target, schedule, now, first_not_before);
         self.changed.notify_one();
     }
 
-    /// From now on `target` has no ticks; one that was delivered may still stand in the channel.
-    pub fn remove(&self, target: &str) {
+    /// Ends the ticks of `target`. A tick that was already sent may still be in the channel.
+    pub(crate) fn remove(&self, target: &str) {
         lock(&self.table).entries.remove(target);
     }
 
-    /// When the next batch of `target` is due; in the past while a tick that was delivered is not handled.
-    pub fn next(&self, target: &str) -> Option<DateTime<Utc>> {
+    /// When the next batch of `target` is due. The time is in the past while a delivered tick is not handled.
+    pub(crate) fn next(&self, target: &str) -> Option<DateTime<Utc>> {
         let table = lock(&self.table);
         let entry = table.entries.get(target)?;
         entry.unhandled.or(entry.next)
     }
 
-    /// Tells that the batch of this tick was started, or skipped for a reason. Until then no other comes for its target.
-    pub fn handled(&self, tick: &Tick) {
+    /// Confirms that the batch of this tick was started or skipped. Until then its target gets no other tick.
+    pub(crate) fn handled(&self, tick: &Tick) {
         if let Some(entry) = lock(&self.table).entries.get_mut(&tick.target)
             && entry.unhandled == Some(tick.due)
         {
@@ -129,38 +131,40 @@ impl Ticker {
         }
     }
 
-    /// When the scheduler last showed that it is alive. It does at least every two seconds.
-    pub fn last_beat(&self) -> Instant {
+    /// When the scheduler last ran a job. While it is alive, it does so at least every two seconds.
+    pub(crate) fn last_beat(&self) -> Instant {
         *self.beats.borrow()
     }
 
-    /// Resolves when the scheduler has shown no life for 30 s: no tick will ever come again.
-    pub async fn stopped(&self) {
+    /// Resolves when the scheduler has run no job for 30 s. After that, no tick is delivered.
+    pub(crate) async fn stopped(&self) {
         let mut beats = self.beats.clone();
         while beats.changed().await.is_ok() {}
     }
 }
 
 fn lock(table: &Mutex<TickTable>) -> MutexGuard<'_, TickTable> {
-    table.lock().expect("nobody panics with the table in hand")
+    table
+        .lock()
+        .expect("no code panics while it holds this lock")
 }
 
-/// Which ticks are due, and which come next.
+/// The next tick of every target.
 struct TickTable {
     entries: BTreeMap<String, TickEntry>,
     ticks: mpsc::Sender<Tick>,
-    /// The wall clock as it was last seen; never set back but by a clock that was.
-    seen: DateTime<Utc>,
+    /// The wall-clock time of the last check; a later check with an earlier time means that the clock was set back.
+    last_check: DateTime<Utc>,
 }
 
 struct TickEntry {
     schedule: Schedule,
     offset: Duration,
-    /// `None` where the schedule has no tick any more.
+    /// `None` if the schedule has no further tick.
     next: Option<DateTime<Utc>>,
-    /// When `next` was set: so long a wait is usual for this target.
+    /// When `next` was computed; the difference is the usual wait of this target.
     planned_at: DateTime<Utc>,
-    /// The tick that was delivered and not handled.
+    /// The tick that was delivered and is not handled yet.
     unhandled: Option<DateTime<Utc>>,
     dropped: u64,
 }
@@ -170,7 +174,7 @@ impl TickTable {
         Self {
             entries: BTreeMap::new(),
             ticks,
-            seen: now,
+            last_check: now,
         }
     }
 
@@ -200,10 +204,10 @@ impl TickTable {
         self.entries.insert(target.to_owned(), entry);
     }
 
-    /// Delivers what is due, each target's tick once, however many came while nobody looked.
+    /// Sends the tick of each target that is due. Several ticks that were missed since the last check become one.
     fn emit_due(&mut self, now: DateTime<Utc>) {
-        let set_back = now < self.seen;
-        self.seen = now;
+        let set_back = now < self.last_check;
+        self.last_check = now;
         for (target, entry) in &mut self.entries {
             if set_back {
                 entry.clock_was_set_back(now);
@@ -229,7 +233,7 @@ impl TickTable {
         }
     }
 
-    /// How long nothing is due.
+    /// The time until the next tick is due.
     fn until_next(&self, now: DateTime<Utc>) -> Duration {
         let nearest = self.entries.values().filter_map(|entry| entry.next).min();
         nearest.map_or(MAX_BEAT_INTERVAL, |nearest| {
@@ -244,10 +248,11 @@ impl TickEntry {
         self.planned_at = now;
     }
 
-    /// Ticks that have been don't come again, as in vixie cron, where that makes the wait at most twice as long as it was
-    /// to be: a clock put right by seconds, or a nightly batch. Otherwise the target would fall silent for as long as
-    /// the clock was set back, and goes by the new time at once: what then comes at a time that was seen before is a
-    /// batch of its own.
+    /// Decides what a backward clock jump means for the next tick.
+    ///
+    /// Ticks that already ran are not repeated, as in vixie cron, if that makes the wait at most twice as long as planned.
+    /// That covers a correction by seconds, and a nightly batch. Otherwise the target would pause for as long as the clock
+    /// was set back, so its next tick follows the new time at once.
     fn clock_was_set_back(&mut self, now: DateTime<Utc>) {
         if let Some(next) = self.next
             && next - now > (next - self.planned_at) * 2
@@ -257,7 +262,7 @@ impl TickEntry {
     }
 }
 
-/// Keeps a job armed, and looks at the table when it comes.
+/// Keeps one job scheduled, and sends the ticks that are due whenever it runs.
 struct Heartbeat {
     scheduler: JobScheduler,
     clock: TimeSource,
@@ -267,9 +272,9 @@ struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Ends when the scheduler is given up.
+    /// Runs until the scheduler has shown no sign of life for [`SILENCE_TIMEOUT`].
     async fn run(self) {
-        let (came, mut coming) = watch::channel(0_u64);
+        let (fired, mut firing) = watch::channel(0_u64);
         let mut serial = 0;
         while self.beat.borrow().elapsed() < SILENCE_TIMEOUT {
             let wait = {
@@ -279,13 +284,13 @@ impl Heartbeat {
                 table.until_next(now).min(MAX_BEAT_INTERVAL)
             };
             serial += 1;
-            // Its tasks may be dead, and then it never answers.
-            let armed = timeout(JOB_TIMEOUT, self.arm(wait, serial, came.clone())).await;
-            if let Ok(Err(error)) = armed {
-                tracing::warn!("the scheduler took no job: {error}");
+            // If the scheduler's tasks have died, `add` never returns.
+            let scheduled = timeout(JOB_TIMEOUT, self.schedule(wait, serial, fired.clone())).await;
+            if let Ok(Err(error)) = scheduled {
+                tracing::warn!("can't schedule the next check for due batches: {error}");
             }
             tokio::select! {
-                beat = timeout(JOB_TIMEOUT, coming.wait_for(|latest| *latest == serial)) => {
+                beat = timeout(JOB_TIMEOUT, firing.wait_for(|latest| *latest == serial)) => {
                     if let Ok(Ok(_)) = beat {
                         self.beat.send_replace(Instant::now());
                     }
@@ -293,19 +298,19 @@ impl Heartbeat {
                 () = self.changed.notified() => {}
             }
         }
-        tracing::error!("the scheduler has stopped");
+        tracing::error!("the scheduler has stopped: no further batches start");
     }
 
-    /// An earlier job that still comes has a lower serial and changes nothing.
-    async fn arm(
+    /// Schedules a job that reports `serial`. A replaced job that runs late has a lower serial and changes nothing.
+    async fn schedule(
         &self,
         wait: Duration,
         serial: u64,
-        came: watch::Sender<u64>,
+        fired: watch::Sender<u64>,
     ) -> Result<(), JobSchedulerError> {
         let whole_seconds = Duration::from_secs(wait.as_secs());
         let job = Job::new_one_shot(whole_seconds, move |_, _| {
-            came.send_if_modified(|latest| {
+            fired.send_if_modified(|latest| {
                 let newer = *latest < serial;
                 *latest = serial.max(*latest);
                 newer

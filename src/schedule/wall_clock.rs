@@ -1,9 +1,9 @@
-//! A cron expression on the wall clock of a time zone.
+//! The ticks of a cron expression on the wall clock of a time zone.
 //!
-//! croner reads the expression and says which days match. Its own search isn't used: in a repeated hour it can answer
-//! with a time before the one it was asked from, and it takes no expression of several times as particular ones. Zones
-//! change by whole minutes, so the search goes by minutes: an expression has certain minutes, and in each of them the
-//! same seconds.
+//! croner parses the expression and decides which days match. Its own search is not used, for two reasons: in a repeated
+//! hour it can return a time before the start of the search, and it never treats an expression with several times as one
+//! of fixed times. Zones change their offset by whole minutes, so this search proceeds minute by minute: an expression
+//! matches certain minutes, and the same seconds within each of them.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -18,14 +18,14 @@ use croner::errors::CronError;
 
 const MINUTE: TimeDelta = TimeDelta::minutes(1);
 const DAY: TimeDelta = TimeDelta::days(1);
-/// A fifth Monday of February can be so far away; whatever doesn't come in this time never does.
+/// The next 29th of February on a given weekday can be 40 years away; a day that doesn't match in that time never does.
 const HORIZON: TimeDelta = TimeDelta::days(40 * 366);
 
-/// How far apart the ticks of a time lie.
+/// The shortest and the longest gap between ticks in a period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gaps {
-    pub shortest: Duration,
-    pub longest: Duration,
+pub(crate) struct Gaps {
+    pub(crate) shortest: Duration,
+    pub(crate) longest: Duration,
 }
 
 pub(super) struct WallClock<'a> {
@@ -34,18 +34,18 @@ pub(super) struct WallClock<'a> {
     hours: NumberSet,
     minutes: NumberSet,
     seconds: NumberSet,
-    /// It names its times, without a `*` in hour or minute: each comes once, whatever the clock does.
-    particular: bool,
+    /// Neither hour nor minute contains a `*`: each time ticks exactly once per day, even if the clock skips or repeats it.
+    fixed_times: bool,
 }
 
-/// At most a day in which the zone keeps its offset, as an expression sees it.
+/// A period of at most a day in which the zone keeps its UTC offset.
 struct OffsetPeriod {
     begin: DateTime<Utc>,
-    /// What the wall clock is ahead of UTC.
+    /// By how much the wall clock is ahead of UTC.
     ahead: TimeDelta,
-    /// The times on the wall clock that count; for particular times without those that it shows again.
+    /// The wall-clock times to match; with fixed times, without those that the clock shows for the second time.
     wall: Range<NaiveDateTime>,
-    /// The times that the change of the clock at `begin` left out, for particular times alone.
+    /// The wall-clock times that the change at `begin` skipped; only with fixed times.
     skipped: Option<Range<NaiveDateTime>>,
 }
 
@@ -58,7 +58,7 @@ impl OffsetPeriod {
         (wall - self.ahead).and_utc()
     }
 
-    /// What counts from `from` on.
+    /// The wall-clock times to match, from the instant `from`.
     fn wall_from(&self, from: DateTime<Utc>) -> Range<NaiveDateTime> {
         self.wall.start.max(from.naive_utc() + self.ahead)..self.wall.end
     }
@@ -73,7 +73,7 @@ impl<'a> WallClock<'a> {
             hours: NumberSet::of(24, |hour| pattern.hour_match(hour)),
             minutes: NumberSet::of(60, |minute| pattern.minute_match(minute)),
             seconds: NumberSet::of(60, |second| pattern.second_match(second)),
-            particular: !pattern.hours.from_wildcard && !pattern.minutes.from_wildcard,
+            fixed_times: !pattern.hours.from_wildcard && !pattern.minutes.from_wildcard,
         }
     }
 
@@ -88,7 +88,7 @@ impl<'a> WallClock<'a> {
         Some(minute + seconds(second))
     }
 
-    /// How many ticks lie from `begin`, which begins a minute, to before `end`, which does too.
+    /// The number of ticks from `begin` (included) to `end` (excluded). Both must be full minutes.
     pub(super) fn ticks_in(&self, begin: DateTime<Utc>, end: DateTime<Utc>) -> u64 {
         let periods = self.periods(begin);
         let minutes: u64 = periods
@@ -97,7 +97,7 @@ impl<'a> WallClock<'a> {
                 let mut wall = period.wall_from(begin);
                 wall.end = wall.end.min(end.naive_utc() + period.ahead);
                 let made_up = self.makes_up(&period, begin) && {
-                    // What was due at that minute anyway is one tick with it.
+                    // A tick that is due in that minute anyway merges with the made-up one.
                     let first = period.wall.start;
                     self.first_in(first..first + MINUTE).is_none()
                 };
@@ -120,7 +120,7 @@ impl<'a> WallClock<'a> {
                     .map(|gap| Duration::from_secs(gap.into())),
             );
         }
-        // From minute to minute: a tick each second of a week would be many.
+        // Step by minutes: a schedule that ticks every second has 604,800 ticks per week.
         let mut minute = minute_of(first);
         while minute + end < until {
             let next = self.next_minute(minute + MINUTE)?;
@@ -133,7 +133,7 @@ impl<'a> WallClock<'a> {
         })
     }
 
-    /// The first minute with ticks that doesn't begin before `from`, which begins a minute.
+    /// The first minute with ticks at or after `from`, which must be a full minute.
     fn next_minute(&self, from: DateTime<Utc>) -> Option<DateTime<Utc>> {
         self.periods(from)
             .take_while(|period| period.begin <= from + HORIZON)
@@ -146,14 +146,14 @@ impl<'a> WallClock<'a> {
             })
     }
 
-    /// Whether ticks that the change of the clock skipped come as the period begins.
+    /// Whether ticks that the clock change skipped are made up as the period begins.
     fn makes_up(&self, period: &OffsetPeriod, from: DateTime<Utc>) -> bool {
         let skipped = period.skipped.clone();
         period.begin >= from && skipped.is_some_and(|skipped| self.first_in(skipped).is_some())
     }
 
-    /// Those that end after `from`. The day before is looked at as well, for the change of the clock that `from` may
-    /// stand in the repeated hour of.
+    /// The periods that end after `from`. The scan starts a day earlier, because `from` may be within the repeated hour of
+    /// a clock change.
     fn periods(&self, from: DateTime<Utc>) -> impl Iterator<Item = OffsetPeriod> {
         let mut begin = from - DAY;
         let mut before = self.ahead_at(begin);
@@ -166,12 +166,12 @@ impl<'a> WallClock<'a> {
                 wall: begin.naive_utc() + ahead..end.naive_utc() + ahead,
                 skipped: None,
             };
-            if self.particular {
+            if self.fixed_times {
                 let unchanged = begin.naive_utc() + before;
                 if before < ahead {
                     period.skipped = Some(unchanged..period.wall.start);
                 }
-                // What the clock shows once more has been.
+                // Times that the clock shows again have already ticked.
                 period.wall.start = period.wall.start.max(unchanged);
             }
             begin = end;
@@ -186,7 +186,7 @@ impl<'a> WallClock<'a> {
         TimeDelta::seconds(offset.fix().local_minus_utc().into())
     }
 
-    /// When the zone's offset changes after `from`, or `until` where it doesn't before.
+    /// The next change of the zone's offset after `from`; `until` if the offset doesn't change before.
     fn next_change(&self, from: DateTime<Utc>, until: DateTime<Utc>) -> DateTime<Utc> {
         let ahead = self.ahead_at(from);
         if self.ahead_at(until) == ahead {
@@ -220,7 +220,7 @@ impl<'a> WallClock<'a> {
         found.filter(|found| *found < wall.end)
     }
 
-    /// The first time of a matching day, not before `earliest`, which begins a minute.
+    /// The first matching time of a day at or after `earliest`, which must be a full minute.
     fn first_time(&self, earliest: NaiveTime) -> Option<NaiveTime> {
         let (hour, minute) = (earliest.hour(), earliest.minute());
         let in_this_hour = self.minutes.first_from(minute);
@@ -234,7 +234,7 @@ impl<'a> WallClock<'a> {
         NaiveTime::from_hms_opt(hour, minute, 0)
     }
 
-    /// How many matching minutes the wall clock shows in this time.
+    /// The number of matching minutes in this range.
     fn matches_in(&self, wall: Range<NaiveDateTime>) -> u64 {
         if wall.is_empty() {
             return 0;
@@ -276,7 +276,7 @@ impl<'a> WallClock<'a> {
     }
 }
 
-/// Numbers below 64.
+/// A set of numbers below 64, as bits.
 #[derive(Clone, Copy)]
 struct NumberSet(u64);
 
@@ -307,7 +307,7 @@ impl NumberSet {
         self.0.count_ones().into()
     }
 
-    /// From each member to the next.
+    /// The distances between neighbouring members.
     fn gaps(self) -> impl Iterator<Item = u32> {
         let next = move |member: &u32| self.first_from(member + 1);
         let members = std::iter::successors(self.first_from(0), next);
@@ -315,7 +315,7 @@ impl NumberSet {
     }
 }
 
-/// Every day that some of this time lies in, and that on which it ends.
+/// Every day from the start of the range to the day on which it ends.
 fn days(wall: &Range<NaiveDateTime>) -> impl Iterator<Item = NaiveDate> {
     let last = wall.end.date();
     wall.start

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use super::*;
 use crate::config::RawConfig;
 
-/// What the settings make of this expression, or what they say against it.
+/// The schedule that the settings read from this expression, or the error message.
 fn read(expression: &str, zone: Tz) -> Result<Schedule, String> {
     let key = |key: &str| format!("LIVEKIT_CANARY__{key}").into();
     let variables = [
@@ -31,7 +31,7 @@ fn at(rfc3339: &str) -> DateTime<Utc> {
     rfc3339.parse().unwrap()
 }
 
-/// The ticks from `from` on, as RFC 3339 in the zone, without the seconds where there are none.
+/// The ticks from `from` on, as RFC 3339 in the zone; seconds of zero are omitted.
 fn ticks(schedule: &Schedule, from: &str, count: usize) -> Vec<String> {
     let Schedule::Cron { zone, .. } = schedule else {
         panic!("not a cron expression");
@@ -51,7 +51,7 @@ fn every(seconds: u64) -> Schedule {
 }
 
 #[test]
-fn interval_ticks_on_the_same_grid_whenever_it_is_asked() {
+fn interval_ticks_on_the_same_grid_whatever_the_time_of_the_query() {
     let offset = Duration::from_secs(421);
     let mut after = at("2026-11-24T10:00:00.25Z");
     let first = next_tick(&every(900), offset, after).unwrap();
@@ -65,7 +65,7 @@ fn interval_ticks_on_the_same_grid_whenever_it_is_asked() {
 }
 
 #[test]
-fn interval_that_divides_no_day_keeps_its_pace_over_midnight_and_before_the_epoch() {
+fn interval_that_does_not_divide_a_day_stays_regular_over_midnight_and_before_the_epoch() {
     let offset = Duration::from_millis(700);
     for begin in ["2026-11-24T23:59:50Z", "1969-12-31T23:59:50Z"] {
         let mut tick = next_tick(
@@ -126,7 +126,7 @@ fn offset_of_a_short_interval_is_shorter() {
 }
 
 #[test]
-fn tick_is_strictly_after_the_moment_it_is_asked_for() {
+fn next_tick_is_strictly_after_the_given_time() {
     let schedule = cron("*/15 * * * *", Tz::UTC);
     let next = |after| next_tick(&schedule, Duration::ZERO, at(after)).unwrap();
     assert_eq!(next("2026-11-24T09:59:59.999Z"), at("2026-11-24T10:00:00Z"));
@@ -135,7 +135,7 @@ fn tick_is_strictly_after_the_moment_it_is_asked_for() {
 }
 
 #[test]
-fn six_fields_begin_with_the_second() {
+fn six_fields_start_with_the_second() {
     let schedule = cron("5,50 59 23 31 dec *", Tz::UTC);
     let expected = [
         "2026-12-31T23:59:05+00:00",
@@ -146,11 +146,11 @@ fn six_fields_begin_with_the_second() {
 }
 
 #[test]
-fn leap_day_comes_every_fourth_year() {
+fn leap_day_ticks_every_fourth_year() {
     let schedule = cron("30 12 29 2 *", Europe::Berlin);
     let expected = ["2028-02-29T12:30+01:00", "2032-02-29T12:30+01:00"];
     assert_eq!(ticks(&schedule, "2026-11-24T10:00:00Z", 2), expected);
-    // 2100 has none.
+    // 2100 is not a leap year.
     assert_eq!(
         ticks(&schedule, "2096-03-01T00:00:00Z", 1),
         ["2104-02-29T12:30+01:00"]
@@ -161,7 +161,7 @@ fn leap_day_comes_every_fourth_year() {
 }
 
 #[test]
-fn day_of_month_or_day_of_week_will_do_where_both_are_restricted() {
+fn either_day_field_is_enough_if_both_are_restricted() {
     // The 13th is a Sunday, the Fridays are 4, 11, 18 and 25.
     let schedule = cron("0 9 13 12 fri", Tz::UTC);
     let expected = [4, 11, 13, 18, 25].map(|day| format!("2026-12-{day:02}T09:00+00:00"));
@@ -170,7 +170,7 @@ fn day_of_month_or_day_of_week_will_do_where_both_are_restricted() {
 
 /// crontab(5): a field that contains a `*` is not restricted.
 #[test]
-fn day_that_steps_through_a_star_must_match_beside_the_other() {
+fn both_day_fields_must_match_if_one_contains_a_star() {
     let odd_mondays = cron("0 9 */2 12 mon", Tz::UTC);
     let expected = [
         "2026-12-07T09:00+00:00",
@@ -186,9 +186,10 @@ fn day_that_steps_through_a_star_must_match_beside_the_other() {
     );
 }
 
-/// Each zone sets its clock forward and back: by an hour at 01:00 UTC, by an hour at 02:00 local time, by half an hour.
+/// The zones change their clocks in different ways: by an hour at 01:00 UTC, by an hour at 02:00 local time, and by half
+/// an hour.
 #[test]
-fn particular_time_that_the_change_of_the_clock_skips_comes_as_it_is_changed() {
+fn fixed_time_that_a_clock_change_skips_ticks_at_the_change() {
     for (zone, expression, from, expected) in [
         (
             Europe::Berlin,
@@ -220,7 +221,7 @@ fn particular_time_that_the_change_of_the_clock_skips_comes_as_it_is_changed() {
                 "2026-10-05T02:15+11:00",
             ],
         ),
-        // Several of them are one tick, and one with what is due then anyway.
+        // Several skipped times become one tick, which merges with a tick that is due then anyway.
         (
             Europe::Berlin,
             "0,30 2-3 * * *",
@@ -231,7 +232,7 @@ fn particular_time_that_the_change_of_the_clock_skips_comes_as_it_is_changed() {
                 "2026-03-30T02:00+02:00",
             ],
         ),
-        // A day that begins at one o'clock is still that day.
+        // A day that starts at one o'clock still matches.
         (
             America::Santiago,
             "30 0 6 9 *",
@@ -242,7 +243,7 @@ fn particular_time_that_the_change_of_the_clock_skips_comes_as_it_is_changed() {
                 "2028-09-06T00:30-03:00",
             ],
         ),
-        // Its seconds are kept.
+        // The made-up tick has the seconds of the expression.
         (
             Europe::Berlin,
             "15,45 30 2 * * *",
@@ -264,7 +265,7 @@ fn particular_time_that_the_change_of_the_clock_skips_comes_as_it_is_changed() {
 }
 
 #[test]
-fn particular_time_that_the_clock_shows_twice_comes_the_first_time_only() {
+fn fixed_time_that_the_clock_shows_twice_ticks_only_the_first_time() {
     for (zone, expression, from, expected) in [
         (
             Europe::Berlin,
@@ -284,7 +285,7 @@ fn particular_time_that_the_clock_shows_twice_comes_the_first_time_only() {
             "2026-04-04T12:00:00Z",
             ["2026-04-05T01:45+11:00", "2026-04-06T01:45+10:30"],
         ),
-        // Asked in the midst of the second time.
+        // The query starts in the repeated hour.
         (
             Europe::Berlin,
             "0,30 2-3 * * *",
@@ -302,7 +303,7 @@ fn particular_time_that_the_clock_shows_twice_comes_the_first_time_only() {
 }
 
 #[test]
-fn times_with_a_star_follow_the_clock_and_never_fall_silent() {
+fn expression_with_a_star_follows_the_clock_without_a_pause() {
     for (zone, expression, from, expected) in [
         (
             Europe::Berlin,
@@ -349,7 +350,7 @@ fn times_with_a_star_follow_the_clock_and_never_fall_silent() {
     );
 }
 
-/// A field at random, with no number above `highest`, and the numbers that it stands for as bits.
+/// A random field with no number above `highest`, and the numbers that it matches as bits.
 fn field(random: &mut Rng, least: u32, most: u32, highest: u32) -> (String, u64) {
     let number = random.u32(least..=highest);
     let to = random.u32(number..=highest);
@@ -368,17 +369,17 @@ fn field(random: &mut Rng, least: u32, most: u32, highest: u32) -> (String, u64)
     }
 }
 
-/// What crontab(5) says of an expression, minute by minute.
+/// Evaluates an expression minute by minute, by the rules of crontab(5).
 struct Oracle {
     text: String,
     fields: [u64; 5],
     either_day: bool,
-    particular: bool,
+    fixed_times: bool,
 }
 
 impl Oracle {
-    fn at_random(random: &mut Rng) -> Self {
-        // Half of them in the hours in which clocks are changed.
+    fn random(random: &mut Rng) -> Self {
+        // Half of the expressions use the hours in which clocks change.
         let highest_hour = if random.bool() { 3 } else { 23 };
         let ranges = [
             (0, 59, 59),
@@ -392,7 +393,7 @@ impl Oracle {
         Self {
             text: fields.each_ref().map(|(text, _)| text.as_str()).join(" "),
             either_day: !star(2) && !star(4),
-            particular: !star(0) && !star(1),
+            fixed_times: !star(0) && !star(1),
             fields: fields.each_ref().map(|(_, bits)| *bits),
         }
     }
@@ -410,14 +411,14 @@ impl Oracle {
             }
     }
 
-    /// Every minute with a tick, of these that follow each other.
+    /// Every minute with a tick among these consecutive minutes.
     fn ticks(&self, minutes: &[Minute]) -> Vec<DateTime<Utc>> {
         let mut seen = HashSet::new();
         let mut before = minutes[0].wall;
         let mut ticks = Vec::new();
         for minute in minutes {
             let mut due = self.matches(minute.shown);
-            if self.particular {
+            if self.fixed_times {
                 due = due && seen.insert(minute.wall);
                 let mut skipped = before + TimeDelta::minutes(1);
                 while skipped < minute.wall {
@@ -440,7 +441,7 @@ struct Minute {
     shown: [u32; 5],
 }
 
-/// In the order of the fields.
+/// The values of a wall-clock time in the order of the fields.
 fn shown(wall: NaiveDateTime) -> [u32; 5] {
     let weekday = wall.weekday().num_days_from_sunday();
     [
@@ -467,7 +468,7 @@ fn minutes_of_2026(zone: Tz) -> Vec<Minute> {
         .collect()
 }
 
-/// Among them clocks that are changed by half an hour, at midnight, and for a month of the Islamic calendar.
+/// Some of these clocks change by half an hour, at midnight, or for a month of the Islamic calendar.
 const ZONES: [Tz; 6] = [
     Europe::Berlin,
     America::New_York,
@@ -477,7 +478,7 @@ const ZONES: [Tz; 6] = [
     Africa::Casablanca,
 ];
 
-/// What comes more often would take the test long and find nothing more.
+/// Expressions with more ticks would only make the test slow.
 const MAX_TICKS: usize = 10_000;
 
 #[test]
@@ -487,7 +488,7 @@ fn every_match_of_a_year_is_a_tick_and_nothing_else_is() {
         let minutes = minutes_of_2026(zone);
         let [begin, last] = [0, minutes.len() - 1].map(|index| minutes[index].instant);
         for _ in 0..8 {
-            let oracle = Oracle::at_random(&mut random);
+            let oracle = Oracle::random(&mut random);
             let what = format!("{} in {zone}", oracle.text);
             let expected = oracle.ticks(&minutes);
             if expected.len() > MAX_TICKS {
@@ -497,7 +498,7 @@ fn every_match_of_a_year_is_a_tick_and_nothing_else_is() {
                 Ok(schedule) => schedule,
                 Err(problem) => {
                     assert!(
-                        problem.contains("no such day ever comes"),
+                        problem.contains("it matches no day of any year"),
                         "{what}: {problem}"
                     );
                     assert!(expected.is_empty(), "{what}");
@@ -542,7 +543,7 @@ fn counts_and_gaps_agree(schedule: &Schedule, ticks: &[DateTime<Utc>], what: &st
         let pairs = ticks[index..].windows(2).take_while(|pair| pair[0] < until);
         let distances = pairs.map(|pair| (pair[1] - pair[0]).to_std().unwrap());
         let distances: Vec<Duration> = distances.collect();
-        // Where the year ends first, the last gap isn't known.
+        // If the year ends first, the last gap is unknown.
         if ticks[ticks.len() - 1] < until {
             continue;
         }
@@ -552,14 +553,14 @@ fn counts_and_gaps_agree(schedule: &Schedule, ticks: &[DateTime<Utc>], what: &st
             distances.iter().max(),
             "{what} from {from}"
         );
-        // The wait for the first is no gap by itself.
+        // The wait for the first tick doesn't count as a shortest gap.
         let shortest = distances[1..].iter().min().unwrap_or(&gaps.shortest);
         assert_eq!(gaps.shortest, *shortest, "{what} from {from}");
     }
 }
 
 #[test]
-fn mean_interval_takes_nights_and_weekends_in() {
+fn mean_interval_includes_nights_and_weekends() {
     let monday = at("2026-01-05T00:00:00Z").date_naive();
     let office = cron("*/15 8-17 * * mon-fri", Tz::UTC);
     assert_eq!(

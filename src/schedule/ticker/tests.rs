@@ -10,7 +10,7 @@ fn at(rfc3339: &str) -> DateTime<Utc> {
     rfc3339.parse().unwrap()
 }
 
-/// An table whose reader takes every tick at once, on a clock that the test sets.
+/// A table whose receiver handles every tick at once, on a clock that the test sets.
 struct Simulation {
     table: TickTable,
     ticks: mpsc::Receiver<Tick>,
@@ -31,13 +31,13 @@ impl Simulation {
         self.table.set(target, schedule, self.now, self.now);
     }
 
-    /// Sets the clock, and looks once.
+    /// Sets the clock and checks once for due ticks.
     fn jump_to(&mut self, now: &str) -> Vec<Tick> {
         self.now = at(now);
-        self.look()
+        self.check()
     }
 
-    fn look(&mut self) -> Vec<Tick> {
+    fn check(&mut self) -> Vec<Tick> {
         self.table.emit_due(self.now);
         let mut taken = Vec::new();
         while let Ok(tick) = self.ticks.try_recv() {
@@ -48,13 +48,13 @@ impl Simulation {
         taken
     }
 
-    /// Lets this time pass, looking every second; the time of day of each tick.
+    /// Lets this time pass, with a check every second. Returns the time of day of each tick.
     fn run(&mut self, time: Duration) -> Vec<String> {
         let mut due = Vec::new();
         for _ in 0..time.as_secs() {
             self.now += TimeDelta::seconds(1);
             due.extend(
-                self.look()
+                self.check()
                     .iter()
                     .map(|tick| tick.due.format("%H:%M").to_string()),
             );
@@ -67,7 +67,7 @@ impl Simulation {
     }
 }
 
-/// An interval whose ticks come with the quarters of the hour, and a target that doesn't shift them.
+/// A schedule that ticks at the quarters of the hour, and a target whose offset is zero.
 fn quarters() -> (String, Schedule) {
     let schedule = Schedule::Every(QUARTER);
     let mut names = (0..10_000).map(|number| format!("t{number}"));
@@ -83,7 +83,7 @@ fn nightly() -> Schedule {
 }
 
 #[test]
-fn tick_comes_when_it_is_due_and_once() {
+fn tick_is_delivered_once_when_it_is_due() {
     let mut simulation = Simulation::at("2026-11-24T10:00:00Z");
     let (target, schedule) = quarters();
     simulation.set(&target, &schedule);
@@ -99,9 +99,9 @@ fn tick_comes_when_it_is_due_and_once() {
     assert_eq!(simulation.next(&target), at("2026-11-24T10:30:00Z"));
 }
 
-/// A suspend is a clock that goes forward while nobody looks.
+/// A suspended process sees a forward jump of the clock.
 #[test]
-fn forward_jump_is_caught_up_with_by_one_tick_of_each_target() {
+fn forward_clock_jump_delivers_one_missed_tick_per_target() {
     let mut simulation = Simulation::at("2026-11-24T10:14:00Z");
     let (target, schedule) = quarters();
     simulation.set(&target, &schedule);
@@ -112,7 +112,10 @@ fn forward_jump_is_caught_up_with_by_one_tick_of_each_target() {
     };
     assert_eq!(tick.due, at("2026-11-24T10:15:00Z"));
     assert_eq!(tick.late, Duration::from_mins(119));
-    assert_eq!(tick.dropped, 0, "what never came was not dropped");
+    assert_eq!(
+        tick.dropped, 0,
+        "ticks that were never due while the process ran are not dropped"
+    );
     assert_eq!(
         simulation.run(Duration::from_mins(32)),
         ["12:15", "12:30", "12:45"]
@@ -123,7 +126,7 @@ fn forward_jump_is_caught_up_with_by_one_tick_of_each_target() {
 }
 
 #[test]
-fn clock_set_back_by_hours_neither_repeats_a_tick_at_once_nor_silences_the_target() {
+fn target_follows_the_new_time_if_the_clock_is_set_back_by_hours() {
     let mut simulation = Simulation::at("2026-11-24T11:40:00Z");
     let (target, schedule) = quarters();
     simulation.set(&target, &schedule);
@@ -134,7 +137,7 @@ fn clock_set_back_by_hours_neither_repeats_a_tick_at_once_nor_silences_the_targe
 }
 
 #[test]
-fn clock_put_right_by_seconds_repeats_no_tick() {
+fn clock_corrected_by_seconds_repeats_no_tick() {
     let mut simulation = Simulation::at("2026-11-24T11:50:00Z");
     let (target, schedule) = quarters();
     simulation.set(&target, &schedule);
@@ -145,7 +148,7 @@ fn clock_put_right_by_seconds_repeats_no_tick() {
 }
 
 #[test]
-fn nightly_tick_that_has_been_does_not_come_again_in_the_same_night() {
+fn nightly_tick_is_not_repeated_if_the_clock_is_set_back_by_hours() {
     let mut simulation = Simulation::at("2026-11-24T02:59:00Z");
     simulation.set("nightly", &nightly());
     assert_eq!(simulation.run(Duration::from_mins(31)), ["03:00"]);
@@ -158,7 +161,7 @@ fn nightly_tick_that_has_been_does_not_come_again_in_the_same_night() {
 }
 
 #[test]
-fn clock_that_was_years_ahead_at_the_start_does_not_silence_a_target() {
+fn clock_that_was_years_ahead_at_the_start_does_not_stop_the_ticks() {
     let mut simulation = Simulation::at("2036-11-24T10:00:00Z");
     let (target, schedule) = quarters();
     simulation.set(&target, &schedule);
@@ -169,14 +172,14 @@ fn clock_that_was_years_ahead_at_the_start_does_not_silence_a_target() {
 }
 
 #[test]
-fn first_tick_waits_until_it_may_come() {
+fn first_tick_is_not_before_the_requested_time() {
     let mut simulation = Simulation::at("2026-11-24T10:14:30Z");
     let (target, schedule) = quarters();
     let now = simulation.now;
     for (not_before, first) in [
         ("2026-11-24T10:15:00Z", "2026-11-24T10:15:00Z"),
         ("2026-11-24T10:15:30Z", "2026-11-24T10:30:00Z"),
-        // Past already.
+        // In the past.
         ("2026-11-24T09:00:00Z", "2026-11-24T10:15:00Z"),
     ] {
         simulation
@@ -192,7 +195,7 @@ fn first_tick_waits_until_it_may_come() {
 }
 
 #[test]
-fn target_set_again_is_moved_by_another_schedule_only() {
+fn only_another_schedule_moves_a_target_that_is_set_again() {
     let mut simulation = Simulation::at("2026-11-24T10:14:30Z");
     let (target, schedule) = quarters();
     simulation.set(&target, &schedule);
@@ -205,11 +208,11 @@ fn target_set_again_is_moved_by_another_schedule_only() {
 }
 
 #[test]
-fn ticks_of_a_target_that_is_not_handled_are_dropped_and_told_with_the_next() {
+fn ticks_during_an_unhandled_one_are_dropped_and_counted_with_the_next() {
     let (sender, mut ticks) = mpsc::channel(4);
     let mut table = TickTable::new(at("2026-11-24T10:00:00Z"), sender);
     let (target, schedule) = quarters();
-    table.set(&target, &schedule, table.seen, table.seen);
+    table.set(&target, &schedule, table.last_check, table.last_check);
     for time in ["10:15", "10:30", "10:45"] {
         table.emit_due(at(&format!("2026-11-24T{time}:00Z")));
     }
@@ -223,9 +226,9 @@ fn ticks_of_a_target_that_is_not_handled_are_dropped_and_told_with_the_next() {
 }
 
 #[test]
-fn full_channel_drops_and_counts_and_holds_nobody_up() {
+fn full_channel_drops_and_counts_ticks_without_blocking() {
     let mut simulation = Simulation::at("2026-11-24T02:59:59Z");
-    // The channel takes four.
+    // The channel has capacity for four.
     let targets = ["a", "b", "c", "d", "e"];
     for target in targets {
         simulation.set(target, &nightly());
@@ -238,7 +241,7 @@ fn full_channel_drops_and_counts_and_holds_nobody_up() {
     assert_eq!(simulation.jump_to("2026-11-25T03:00:00Z"), []);
 }
 
-/// By how many seconds a wall clock was changed, and that clock.
+/// A number of seconds, and a wall clock that is shifted by it.
 fn changed_clock() -> (Arc<AtomicI64>, impl Fn() -> DateTime<Utc> + Send + Sync) {
     let change = Arc::new(AtomicI64::new(0));
     let seconds = Arc::clone(&change);
@@ -247,16 +250,20 @@ fn changed_clock() -> (Arc<AtomicI64>, impl Fn() -> DateTime<Utc> + Send + Sync)
 }
 
 #[tokio::test]
-async fn scheduler_carries_the_ticks_one_by_one() {
+async fn ticks_are_delivered_one_by_one() {
     let (ticker, mut ticks) = Ticker::start(Utc::now).await.unwrap();
     ticker.set("a", &Schedule::Every(Duration::from_secs(1)), Utc::now());
     let first = ticks.recv().await.unwrap();
-    assert_eq!(ticker.next("a"), Some(first.due), "it is not handled yet");
+    assert_eq!(
+        ticker.next("a"),
+        Some(first.due),
+        "the tick is not handled yet"
+    );
     ticker.handled(&first);
     assert!(ticker.next("a") > Some(first.due));
     let second = ticks.recv().await.unwrap();
     assert!(second.due > first.due);
-    // Of another tick than the one at hand nothing is taken back.
+    // Confirming an older tick again must not confirm the current one.
     ticker.handled(&first);
     assert_eq!(ticker.next("a"), Some(second.due));
     ticker.remove("a");
@@ -265,7 +272,7 @@ async fn scheduler_carries_the_ticks_one_by_one() {
 }
 
 #[tokio::test]
-async fn changed_clock_is_noticed_without_a_tick_at_hand() {
+async fn clock_change_is_noticed_between_ticks() {
     let month = TimeDelta::days(30);
     let (change, clock) = changed_clock();
     let (ticker, mut ticks) = Ticker::start(clock).await.unwrap();
@@ -279,11 +286,15 @@ async fn changed_clock_is_noticed_without_a_tick_at_hand() {
     change.store(0, Ordering::Relaxed);
     ticker.set("b", &Schedule::Every(Duration::from_secs(1)), Utc::now());
     ticks.recv().await.unwrap();
-    assert_eq!(ticker.next("a"), Some(next), "it goes by the new time");
+    assert_eq!(
+        ticker.next("a"),
+        Some(next),
+        "the next tick follows the new time"
+    );
 }
 
 #[tokio::test]
-async fn spent_jobs_do_not_pile_up() {
+async fn finished_jobs_are_removed() {
     let scheduler = JobScheduler::new().await.unwrap();
     scheduler.start().await.unwrap();
     let context = scheduler.context();
@@ -299,9 +310,9 @@ async fn spent_jobs_do_not_pile_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn scheduler_that_never_beats_is_given_up_after_30_s() {
+async fn scheduler_that_runs_no_job_counts_as_stopped_after_30_s() {
     let begun = Instant::now();
-    // It was not started.
+    // This scheduler is never started.
     let scheduler = JobScheduler::new().await.unwrap();
     let (ticker, _ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
     ticker.stopped().await;
