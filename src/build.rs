@@ -1,4 +1,4 @@
-//! Tells the library what it was built from, for `build_info`.
+//! Passes the revision and the compiler version to the library, for the metric `build_info`.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ fn main() {
     println!("cargo::rerun-if-changed=src");
     println!("cargo::rerun-if-env-changed=LIVEKIT_CANARY_REVISION");
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
-    // An image is built from an archive, without Git: it passes the revision on.
+    // An image is built without the Git repository, so its build sets this variable.
     let revision = std::env::var("LIVEKIT_CANARY_REVISION").ok().or_else(|| {
         first_word_of(
             &mut Command::new("git"),
