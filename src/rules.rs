@@ -1,9 +1,9 @@
-//! Prometheus rules for these settings: pure, from settings to YAML text.
+//! Renders the settings as a file of Prometheus rules; pure.
 //!
-//! One set of rules serves every target of every daemon: objectives and intervals come from the series themselves, so that
-//! the rules printed for one daemon fit another. Only the window of a range selector must stand in the text: there is one
-//! for each class of intervals, and a target's own interval picks the class. The schedules of these settings get classes
-//! of their own, with windows that fit exactly.
+//! One set of rules serves every target of every daemon: objectives and intervals come from the series themselves, so the
+//! rules that one daemon prints fit any other. Only the window of a range selector must be literal, because PromQL can't
+//! take it from a series. There is one window per class of intervals, and a target's own interval selects the class.
+//! The schedules of these settings get their own classes, with windows that fit exactly.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,16 +18,18 @@ mod window;
 mod yaml;
 
 pub use catalogue::{ALERTS, Alert, Severity};
-pub use window::max_watched_interval;
+pub(crate) use window::max_watched_interval;
 
 use records::{BAD_BATCHES, ELIGIBLE, FAST, GOOD, RecordingRule, SLOW, record_name};
 use window::{MINUTE, Pace};
 
-/// Longest intervals of the classes, in minutes: the usual schedules fit exactly, others by a factor of two or so. Windows
-/// of all classes are read for every target, so those of rarer batches, which are days, come from the settings alone.
+/// Upper bounds of the interval classes, in minutes. Common schedules fit exactly, others within a factor of about two.
+/// Prometheus evaluates the windows of all classes for every target. Longer intervals need windows of days, so their
+/// classes exist only if these settings contain such a schedule.
 const LADDER: [u64; 7] = [2, 5, 10, 15, 30, 60, 180];
-/// The rules for these settings, as a file of Prometheus'.
-pub fn render(config: &Config, now: DateTime<Utc>) -> String {
+
+/// The rules for these settings, as the text of a Prometheus rule file.
+pub(crate) fn render(config: &Config, now: DateTime<Utc>) -> String {
     let alerts = &config.alerts;
     let mut file = yaml::RuleFile::new(alerts);
     file.group("livekit-canary", None);
@@ -50,7 +52,7 @@ pub fn render(config: &Config, now: DateTime<Utc>) -> String {
     };
     add_records(&mut file, FAST);
     add_alerts(&mut file, alerts, false);
-    // Hours and days move slowly, and cost more to add up.
+    // Windows of hours and days change slowly and are expensive, so these rules are evaluated less often.
     file.group("livekit-canary-slow", Some(2 * MINUTE));
     add_records(&mut file, SLOW);
     for (name, counter) in [
@@ -72,7 +74,8 @@ fn add_alerts(file: &mut yaml::RuleFile<'_>, alerts: &Alerts, slow: bool) {
     }
 }
 
-/// Kept for an hour without a scrape, so that a daemon that dies in an outage doesn't end the outage's alert.
+/// The interval of every target that is not paused. It stays for an hour after the last scrape, so that an alert about an
+/// outage does not end if the daemon dies during the outage.
 fn interval_of_target(pace: Pace) -> String {
     format!(
         "max without (instance, pod) (last_over_time(livekit_canary_batch_interval_{}_seconds[1h]))\n\
@@ -88,12 +91,12 @@ const BUDGET_LEFT: &str = "\
 1 - (1 - livekit_canary:slo_good:slo_window / (livekit_canary:slo_eligible:slo_window > 0.5))
   / (1 - livekit_canary:slo_objective:ratio)";
 
-/// The longest intervals of the classes, ascending.
+/// The upper bounds of the interval classes, ascending.
 fn classes(config: &Config, pace: Pace, now: DateTime<Utc>) -> Vec<Duration> {
     let ladder = LADDER.map(Duration::from_mins);
     let own = config.targets.values();
     let own = own.filter_map(|target| pace.of(&target.schedule, now));
-    // In whole seconds, upwards: a mean seldom is one.
+    // Rounded up to whole seconds: a mean is seldom whole.
     let own = own.map(|interval| {
         let part = u64::from(interval.subsec_nanos() > 0);
         Duration::from_secs(interval.as_secs() + part)
@@ -105,7 +108,7 @@ fn classes(config: &Config, pace: Pace, now: DateTime<Utc>) -> Vec<Duration> {
         .collect()
 }
 
-/// One line a class, each over its own window; classes with the same window are one.
+/// The expression of a recording rule: one line per class, each over its own window. Classes with equal windows share one.
 fn by_class(record: &RecordingRule, classes: &[Duration], alerts: &Alerts) -> String {
     let length = |class: &Duration| record.window.length(*class, alerts);
     let interval = record.window.pace().series();

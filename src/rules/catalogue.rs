@@ -1,4 +1,4 @@
-//! Every alert: when it fires, how urgent that is, and what to do.
+//! Every alert: its condition, its severity and what to do. `docs/alerts.md` has a section for each.
 
 use std::time::Duration;
 
@@ -7,14 +7,16 @@ use url::Url;
 use super::window::{MINUTE, PAGE_WINDOW, TICKET_WINDOW};
 use crate::config::Alerts;
 
-/// The value of the label `component`, by which routes tell these alerts from others.
+/// The value of the label `component`, which lets Alertmanager's routes select these alerts.
 pub(super) const COMPONENT: &str = "livekit-canary";
 
-/// How soon somebody must look.
+/// How urgent an alert is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum Severity {
+    /// Needs attention at once.
     Page,
+    /// Can wait for working hours.
     Ticket,
 }
 
@@ -30,40 +32,40 @@ impl Severity {
 pub struct Alert {
     pub name: &'static str,
     pub severity: Severity,
-    /// How long its expression must hold.
+    /// How long the expression must hold before the alert fires.
     pub(super) lasting: Duration,
-    /// Evaluated with the records over hours and days.
+    /// Whether the alert belongs to the group of slow rules, which is evaluated every two minutes.
     pub(super) slow: bool,
+    /// What happened, in one line; the annotation `summary`.
     pub(super) summary: &'static str,
-    /// What to do.
+    /// What to do; the annotation `description`.
     pub remedy: &'static str,
     condition: Condition,
 }
 
+/// How the expression of an alert is built.
 #[derive(Debug, Clone, Copy)]
 enum Condition {
-    /// Two batches bad, and fewer than half as many good probes as the objective asks for.
-    Outage {
-        slis: &'static str,
-        own: bool,
-    },
+    /// Two batches were bad, and fewer than half as many probes were good as the objective requires.
+    Outage { slis: &'static str, own: bool },
+    /// The error budget burns too fast.
     Burn(BurnRate),
-    /// As it stands.
+    /// A complete expression.
     Plain(&'static str),
 }
 
-/// A burn of the error budget that would spend it before the window of the objectives ends.
+/// A rate of failures that would spend the error budget before the SLO window ends.
 #[derive(Debug, Clone, Copy)]
 struct BurnRate {
     window: &'static str,
-    /// Of records with this window's classes, the length where batches are frequent.
+    /// Length of the window for targets with frequent batches; rarer batches have longer windows.
     length: Duration,
-    /// The share of the error budget that a window of that length spends.
+    /// The share of the error budget that must be spent within that length.
     share: f64,
     bad_batches: &'static str,
 }
 
-/// Fewer probes than that tell nothing of a rate.
+/// A rate over fewer probes than this is not significant.
 const MIN_SAMPLES: &str = "19.5";
 
 impl Alert {
@@ -74,7 +76,8 @@ impl Alert {
         url
     }
 
-    /// The expression. Counts are compared with a half between them: `increase` extrapolates, so it seldom is whole.
+    /// The PromQL expression. Thresholds of counts are halves, such as 1.5 for "at least two": `increase` extrapolates, so
+    /// its result is seldom a whole number.
     pub(super) fn expr(&self, alerts: &Alerts) -> String {
         match self.condition {
             Condition::Outage { slis, own } => {
@@ -85,7 +88,7 @@ impl Alert {
                     failing
                 };
                 let outage = format!("{failing}\nand livekit_canary:slo_bad_batches:fast > 1.5");
-                // A lone bad batch doesn't begin an outage, and doesn't end one either.
+                // A single bad batch does not start an outage, and it does not end one either.
                 let over = format!(
                     "livekit_canary:slo_eligible:fast > 0.5 unless (\n{}\n)",
                     indented(&failing)
@@ -108,8 +111,8 @@ impl Alert {
         }
     }
 
-    /// Holds on while no probe says that it is over: none that counts is no recovery. `ALERTS` has what was firing at the
-    /// evaluation before.
+    /// Keeps the alert firing until probes show that the condition is over: a lack of probes is not a recovery. The series
+    /// `ALERTS` holds what was firing at the previous evaluation.
     fn latched(&self, condition: &str, over: &str) -> String {
         format!(
             "(
@@ -151,7 +154,8 @@ and livekit_canary:slo_bad_batches:{w}_recent > 0.5"
         )
     }
 
-    /// How many times as fast as the objective allows. Never less than that: what lasts the window isn't worth a word.
+    /// How many times faster than the objective allows the budget must burn. At least 1: at a lower rate the budget lasts
+    /// for the whole window.
     fn factor(&self, alerts: &Alerts) -> f64 {
         let windows = alerts.slo_window.as_secs_f64() / self.length.as_secs_f64();
         ((self.share * windows).max(1.0) * 100.0).round() / 100.0
@@ -165,8 +169,8 @@ fn most_fail(slis: &str) -> String {
     )
 }
 
-/// Only where LiveKit or the network failed more than half of the probes that were bad: agents and limits have alerts of
-/// their own.
+/// Restricts a condition to cases in which LiveKit or the network caused more than half of the bad probes. Agents and
+/// limits have their own alerts.
 fn by_livekit(condition: &str, window: &str) -> String {
     format!(
         "(
@@ -191,8 +195,8 @@ pub const ALERTS: &[Alert] = &[
         lasting: Duration::ZERO,
         slow: false,
         summary: "{{ $labels.target }}: the agent fails most calls ({{ $labels.sli }})",
-        remedy: "See which reason the failed rooms have, on the status page or in probe_failures_total, and look it up in \
-                 the table of reasons; read the agent's log for these rooms.",
+        remedy: "The status page and probe_failures_total show the reasons of the failed rooms. Look them up in \
+                 docs/reasons.md, and read the agent's log for these rooms.",
         condition: Condition::Outage {
             slis: "sli!=\"service\"",
             own: false,
@@ -203,9 +207,9 @@ pub const ALERTS: &[Alert] = &[
         severity: Severity::Page,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: LiveKit or the way to it fails most calls",
-        remedy: "See which step fails by the reasons of the failed rooms; check LiveKit's status and the network between \
-                 the canary and LiveKit. Nothing is said about the agent.",
+        summary: "{{ $labels.target }}: LiveKit or the network fails most calls",
+        remedy: "The reasons of the failed rooms show which step fails. Check LiveKit's status and the network between \
+                 the canary and LiveKit. This alert says nothing about the agent.",
         condition: Condition::Outage {
             slis: "sli=\"service\"",
             own: true,
@@ -216,9 +220,9 @@ pub const ALERTS: &[Alert] = &[
         severity: Severity::Page,
         lasting: Duration::ZERO,
         slow: true,
-        summary: "{{ $labels.target }}: {{ $labels.sli }} falls short of its objective, fast",
-        remedy: "Some calls fail, again and again: compare failed rooms with good ones in the history (first room or \
-                 later, time of day, reason), then as for AgentFailing or, for service, ServiceFailing.",
+        summary: "{{ $labels.target }}: {{ $labels.sli }} misses its objective, and the error budget burns fast",
+        remedy: "Some calls fail repeatedly. Compare failed rooms with good ones in the history: first room or later, time of \
+                 day, reason. Then continue as for AgentFailing or, if sli is service, as for ServiceFailing.",
         condition: Condition::Burn(BurnRate {
             window: "page",
             length: PAGE_WINDOW,
@@ -231,8 +235,8 @@ pub const ALERTS: &[Alert] = &[
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: true,
-        summary: "{{ $labels.target }}: {{ $labels.sli }} falls short of its objective",
-        remedy: "The same, within working hours.",
+        summary: "{{ $labels.target }}: {{ $labels.sli }} misses its objective, and the error budget burns slowly",
+        remedy: "Proceed as for ErrorBudgetBurnsFast, within working hours.",
         condition: Condition::Burn(BurnRate {
             window: "ticket",
             length: TICKET_WINDOW,
@@ -245,8 +249,8 @@ pub const ALERTS: &[Alert] = &[
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: true,
-        summary: "{{ $labels.target }}: {{ $labels.sli }} misses its objective over the whole window",
-        remedy: "Put reliability first until the window has moved on, or choose an objective that can be met.",
+        summary: "{{ $labels.target }}: {{ $labels.sli }} missed its objective over the whole SLO window",
+        remedy: "Put reliability first until the bad batches leave the window, or choose an objective that can be met.",
         condition: Condition::Plain(
             "livekit_canary:slo_error_budget_left:ratio <= 0
 and livekit_canary:slo_eligible:slo_window > 99.5
@@ -259,9 +263,9 @@ and ignoring (sli) livekit_canary:batch_interval:mean",
         severity: Severity::Page,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: batches run, and none says anything of the agent",
-        remedy: "See what the rooms fail of: wrong settings, LiveKit, the network, limits or the canary itself. Until that is \
-                 repaired an outage of the agent would not be seen.",
+        summary: "{{ $labels.target }}: batches run, but none gives a verdict on the agent",
+        remedy: "Find out why the rooms fail: wrong settings, LiveKit, the network, limits or the canary itself. Until then, \
+                 the canary can't detect an outage of the agent.",
         condition: Condition::Plain(
             "(
   sum without (result) (livekit_canary:batches:fast{result!~\"aborted|limited\"}) > 1.5
@@ -279,8 +283,8 @@ or (
         lasting: Duration::ZERO,
         slow: false,
         summary: "{{ $labels.target }}: LiveKit rejects the canary's credentials",
-        remedy: "Set the project's key and secret to a valid pair and reload; check that they belong to this URL, and the \
-                 host's clock. Find out whether the agents' credentials were changed as well.",
+        remedy: "Set the project's key and secret to a valid pair, and reload. Check that they belong to this URL, and check \
+                 the host's clock. Find out whether the agents' credentials were changed as well.",
         condition: Condition::Plain(
             "livekit_canary:credentials_rejected:fast > 1.5
 and ignoring (result) livekit_canary:batches:fast{result=\"failed\"} > 1.5",
@@ -291,8 +295,8 @@ and ignoring (result) livekit_canary:batches:fast{result=\"failed\"} > 1.5",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: LiveKit named a limit ({{ $labels.limit }})",
-        remedy: "Compare the plan's limit with what callers and the canary use together; lower batch.rooms or raise the \
+        summary: "{{ $labels.target }}: LiveKit reported a plan limit ({{ $labels.limit }})",
+        remedy: "Compare the plan's limit with what callers and the canary use together. Lower batch.rooms, or raise the \
                  plan.",
         condition: Condition::Plain("livekit_canary:limit_rejections:lately > 0.5"),
     },
@@ -301,8 +305,8 @@ and ignoring (result) livekit_canary:batches:fast{result=\"failed\"} > 1.5",
         severity: Severity::Page,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: the limit on {{ $labels.limit }} persists: callers fail as well",
-        remedy: "Raise the plan, or end what uses it up. Pausing the target gives its share back to callers.",
+        summary: "{{ $labels.target }}: the plan limit {{ $labels.limit }} persists, so callers fail as well",
+        remedy: "Raise the plan, or end what uses it up. A paused target leaves its share to callers.",
         condition: Condition::Plain(
             "livekit_canary:limit_rejections:lately{limit=~\"agent_sessions|connections|inference|quota\"} > 0.5
 and ignoring (limit) livekit_canary:batches_limited:lately > 1.5
@@ -315,7 +319,7 @@ and ignoring (limit) livekit_canary:ticks_limited:persisting > 2.5",
         lasting: MINUTE,
         slow: false,
         summary: "{{ $labels.target }}: a batch is overdue",
-        remedy: "The schedule ticks no more: read the canary's log, keep it for a report, and restart the canary.",
+        remedy: "The schedule of the canary no longer ticks. Read the canary's log, keep it for a report, and restart the canary.",
         condition: Condition::Plain(
             "time() - max without (instance, pod) (livekit_canary_next_batch_timestamp_seconds) > 120
 unless max without (instance, pod) (livekit_canary_target_paused) == 1",
@@ -326,9 +330,9 @@ unless max without (instance, pod) (livekit_canary_target_paused) == 1",
         severity: Severity::Page,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: a batch does not end, and holds the next ones back",
-        remedy: "Where `check` warns that a batch may outlast its interval, make the interval longer; else keep the log for \
-                 a report and restart the canary.",
+        summary: "{{ $labels.target }}: a batch does not end and blocks the next ones",
+        remedy: "If `check` warns that a batch may outlast its interval, make the interval longer. Otherwise keep the log for \
+                 a report, and restart the canary.",
         condition: Condition::Plain(
             "livekit_canary:batches_skipped:fast{cause=\"overlap\"} > 1.5
 and ignoring (cause) sum without (result) (livekit_canary:batches:fast) < 0.5",
@@ -339,8 +343,8 @@ and ignoring (cause) sum without (result) (livekit_canary:batches:fast) < 0.5",
         severity: Severity::Page,
         lasting: Duration::from_mins(10),
         slow: false,
-        summary: "No canary is scraped that was, or none at all",
-        remedy: "See whether the canary was deployed, and whether Prometheus still finds it.",
+        summary: "Prometheus scrapes no canary, or no longer scrapes one of them",
+        remedy: "Check whether the canary is deployed, and whether Prometheus still finds it.",
         condition: Condition::Plain(
             "(
   group without (instance, pod, version, revision, rustc, engine) (last_over_time(livekit_canary_build_info[1d]))
@@ -356,7 +360,8 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         lasting: Duration::from_mins(5),
         slow: false,
         summary: "The canary of job {{ $labels.job }} answers no scrape",
-        remedy: "See whether it runs, and its log; then the network and the credentials between it and Prometheus.",
+        remedy: "Check whether the canary runs, and read its log. Then check the network and the credentials between the canary and \
+                 Prometheus.",
         condition: Condition::Plain(
             "max without (instance, pod) (up == 0 and on (job, instance) last_over_time(livekit_canary_build_info[1d]))",
         ),
@@ -366,8 +371,9 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         severity: Severity::Page,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "The canary of job {{ $labels.job }} starts again and again",
-        remedy: "Read why in the end of its log, and that of whatever starts it: settings, the history's disk, memory.",
+        summary: "The canary of job {{ $labels.job }} restarts repeatedly",
+        remedy: "Read the end of the canary's log and the log of its service manager. Usual causes are wrong settings, the \
+                 history's disk, and memory.",
         condition: Condition::Plain(
             "max without (instance, pod) (
   changes(process_start_time_seconds[30m]) and on (job, instance) last_over_time(livekit_canary_build_info[30m])
@@ -379,9 +385,9 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: no batch, the budget of agent time is spent",
-        remedy: "It goes on with the next UTC day or month. `check` tells what the schedules come to: raise the budget, or \
-                 lower rooms, hold or frequency.",
+        summary: "{{ $labels.target }}: the budget of agent time is spent, so no batch starts",
+        remedy: "Batches resume with the next UTC day or month. `check` shows how much agent time the schedules need. Raise \
+                 the budget, or lower rooms, hold or frequency.",
         condition: Condition::Plain("livekit_canary:batches_skipped:fast{cause=\"budget\"} > 0.5"),
     },
     Alert {
@@ -389,8 +395,8 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: batches rest after a plan limit",
-        remedy: "As for PlanLimitHit; until the rest is over, less is measured.",
+        summary: "{{ $labels.target }}: batches are paused after a plan limit",
+        remedy: "Proceed as for PlanLimitHit. Until the pause ends, the canary measures less.",
         condition: Condition::Plain("livekit_canary:batches_skipped:fast{cause=\"backoff\"} > 0.5"),
     },
     Alert {
@@ -398,8 +404,8 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         severity: Severity::Ticket,
         lasting: Duration::from_mins(5),
         slow: false,
-        summary: "The canary of job {{ $labels.job }} refused its new settings and runs on with the old ones",
-        remedy: "`check --config` names what is wrong, as the log does; correct it and reload.",
+        summary: "The canary of job {{ $labels.job }} rejected its new settings and still uses the old ones",
+        remedy: "`check --config` and the canary's log name every mistake. Correct the settings, and reload.",
         condition: Condition::Plain(
             "max without (instance, pod) (livekit_canary_config_last_reload_successful) == 0",
         ),
@@ -410,8 +416,8 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         lasting: Duration::from_mins(5),
         slow: false,
         summary: "The canary of job {{ $labels.job }} can't write its history",
-        remedy: "Check the disk under history.dir: full, read-only or slow. Probing goes on; the budget is kept in memory \
-                 alone.",
+        remedy: "Check the disk under history.dir: it may be full, read-only or slow. Probing continues, but the canary keeps \
+                 the budget in memory only.",
         condition: Condition::Plain("max without (instance, pod) (livekit_canary_history_degraded) == 1"),
     },
     Alert {
@@ -419,9 +425,9 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "{{ $labels.target }}: rooms could not be deleted",
-        remedy: "The log names them: delete what is left, and see why DeleteRoom failed. The next start of the canary looks \
-                 for them again.",
+        summary: "{{ $labels.target }}: the canary could not delete rooms",
+        remedy: "The canary's log names the rooms. Delete those that still exist, and find out why DeleteRoom failed. The \
+                 canary looks for them again at its next start.",
         condition: Condition::Plain(
             "sum without (instance, pod) (increase(livekit_canary_rooms_leaked_total[2h])) > 0.5",
         ),
@@ -431,8 +437,8 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
         slow: false,
-        summary: "The canary of job {{ $labels.job }} had a fault of its own ({{ $labels.kind }})",
-        remedy: "Report it with the log.",
+        summary: "The canary of job {{ $labels.job }} had an internal error ({{ $labels.kind }})",
+        remedy: "Report the error with the canary's log.",
         condition: Condition::Plain(
             "sum without (instance, pod) (increase(livekit_canary_internal_errors_total[2h])) > 0.5",
         ),

@@ -1,18 +1,18 @@
-//! The recording rules: what is counted over which window.
+//! The recording rules: what is counted, and over which window.
 
 use super::window::RuleWindow;
 
-/// What a record counts, over one of the windows.
+/// One recording rule.
 pub(super) struct RecordingRule {
     pub(super) name: &'static str,
     pub(super) window: RuleWindow,
-    /// The labels that it has beside those of a target.
+    /// The labels of its series in addition to those of a target.
     pub(super) labels: &'static str,
-    /// With `$w` for the window.
+    /// The PromQL expression, with `$w` in place of the window.
     pub(super) expr: &'static str,
 }
 
-/// `livekit_canary:slo_eligible:fast` and the like.
+/// The name of the series, such as `livekit_canary:slo_eligible:fast`.
 pub(super) fn record_name(record: &RecordingRule) -> String {
     format!("livekit_canary:{}:{}", record.name, record.window.label())
 }

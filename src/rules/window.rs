@@ -1,4 +1,4 @@
-//! The windows over which alert rules count, and how long each is for a target's interval.
+//! The windows over which the rules count, and their length for a target's interval.
 
 use std::time::Duration;
 
@@ -8,27 +8,30 @@ use crate::config::{Alerts, Schedule};
 use crate::schedule::{AHEAD, gaps, mean_interval};
 
 pub(super) const MINUTE: Duration = Duration::from_mins(1);
-/// A window with fewer scrapes than that is too coarse: what `increase` adds for its edges would pass for a batch.
+/// Minimum number of scrapes per window. In a shorter window, the extrapolation of `increase` at its edges could look like a
+/// batch.
 const MIN_SCRAPES: u32 = 10;
-/// The fewest intervals that a window of a slow alert spans.
+/// Minimum number of intervals that a window of a slow alert spans.
 const MIN_SLOW_INTERVALS: u32 = 24;
 
-/// The windows that alerts look at. All count in intervals of the target: a window of fixed length is empty where batches
-/// are rare, and Prometheus 3 no longer counts the sample at its far end.
+/// The windows of the alerts. Each is a multiple of the target's interval, because a window of fixed length is empty if
+/// batches are rare. Prometheus 3 no longer counts a sample exactly at the start of a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub(super) enum RuleWindow {
-    /// Two batches, however late one of them ends, and seldom a third.
+    /// Contains two batches, even if one of them ends late, and seldom a third.
     Fast,
-    /// Three ticks of the schedule.
+    /// Contains three ticks of the schedule.
     Persisting,
-    /// Long enough for two rejections where batches rest for an hour between them.
+    /// Contains two rejections even if batches are paused for an hour between them.
     Lately,
-    /// At least 24 intervals; the burn that pages.
+    /// At least 24 intervals, for the burn rate that pages.
     Page,
+    /// The last quarter of `Page`: whether the burn continues.
     PageRecent,
-    /// At least 24 intervals; the burn that makes a ticket.
+    /// At least 24 intervals, for the burn rate that opens a ticket.
     Ticket,
+    /// The last part of `Ticket`: whether the burn continues.
     TicketRecent,
 }
 
@@ -37,7 +40,7 @@ impl RuleWindow {
         self.into()
     }
 
-    /// Of targets with this interval.
+    /// The length of the window for targets with this interval.
     pub(super) fn length(self, interval: Duration, alerts: &Alerts) -> Duration {
         let slow = |shortest: Duration| shortest.max(MIN_SLOW_INTERVALS * interval);
         let length = match self {
@@ -52,8 +55,8 @@ impl RuleWindow {
         length.max(MIN_SCRAPES * alerts.scrape_interval)
     }
 
-    /// What batches come at. Within a day the shortest interval says when the next one tells more; over days with nights
-    /// and weekends the mean says how many there are.
+    /// The interval that the window is a multiple of. In windows of hours, the shortest interval determines when the next
+    /// batch is due. Windows of days include nights and weekends, so the mean determines the number of batches.
     pub(super) fn pace(self) -> Pace {
         match self {
             Self::Fast | Self::Persisting | Self::Lately => Pace::Shortest,
@@ -65,6 +68,7 @@ impl RuleWindow {
 pub(super) const PAGE_WINDOW: Duration = Duration::from_hours(6);
 pub(super) const TICKET_WINDOW: Duration = Duration::from_hours(72);
 
+/// Which interval of a schedule counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub(super) enum Pace {
@@ -86,13 +90,13 @@ impl Pace {
         }
     }
 
-    /// The series that says it of a target; a paused one has none.
+    /// The recorded series that holds this interval per target. A paused target has none.
     pub(super) fn series(self) -> String {
         format!("livekit_canary:batch_interval:{}", self.label())
     }
 }
 
-/// The longest mean interval from which burn rates can be told: its windows must fit into that of the objectives.
-pub fn max_watched_interval(alerts: &Alerts) -> Duration {
+/// The longest mean interval for which burn rates can be computed: the windows must fit into the SLO window.
+pub(crate) fn max_watched_interval(alerts: &Alerts) -> Duration {
     alerts.slo_window / MIN_SLOW_INTERVALS
 }

@@ -1,4 +1,4 @@
-//! The text of a rule file. YAML by hand: expressions are blocks that a person can read, and no serializer writes comments.
+//! The text of a rule file. It is written without a YAML serializer, which could not write comments and readable blocks.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use crate::config::Alerts;
 
 const DAY: Duration = Duration::from_hours(24);
 
+/// A Prometheus rule file that is being written.
 pub(super) struct RuleFile<'a> {
     alerts: &'a Alerts,
     pub(super) text: String,
@@ -15,21 +16,21 @@ pub(super) struct RuleFile<'a> {
 
 impl<'a> RuleFile<'a> {
     pub(super) fn new(alerts: &'a Alerts) -> Self {
-        // The window ends now: a block that reaches beyond it must still be there.
+        // Prometheus deletes whole blocks: the one that contains the start of the window must still exist.
         let kept = duration(alerts.slo_window + DAY);
         Self {
             alerts,
             text: format!(
-                "# Alert rules for livekit-canary, printed by `livekit-canary rules`: change the settings, not this file.
+                "# Alert rules for livekit-canary, printed by `livekit-canary rules`. To change them, change the settings, not this file.
 #
-# They are for Prometheus 2.42 or later, which must keep its data for {kept} (--storage.tsdb.retention.time={kept}) and
-# scrape the canary at least every {}. What a canary has to tell has the labels of its scrape but instance and
-# pod, so that a new pod goes on where the one before it ended.
+# The rules need Prometheus 2.42 or later. It must retain its data for {kept} (--storage.tsdb.retention.time={kept}) and
+# scrape the canary at least every {}. Recorded series and alerts have the labels of the scrape, excluding instance
+# and pod, so that the series continue when a new pod replaces an old one.
 #
-# They watch targets whose batches come every three hours or more often, and those of the settings.
+# The rules cover targets with a batch at least every three hours, and the targets of the settings.
 #
-# Windows are a multiple of a target's interval: one line of a record is for the targets with intervals of one class, since
-# PromQL takes no window from a series. All else that differs from target to target is read from its series.
+# Windows are a multiple of a target's interval. PromQL can't take a window from a series, so each line of a record covers
+# the targets of one class of intervals. Everything else that differs per target comes from the target's series.
 groups:
 ",
                 duration(alerts.scrape_interval)
@@ -70,7 +71,7 @@ groups:
         for (block, entries) in [("labels", &labels[..]), ("annotations", &annotations[..])] {
             self.line(&format!("    {block}:"));
             for (key, value) in entries {
-                // A JSON string is a string of YAML, too.
+                // A JSON string is also a valid YAML string.
                 let value = serde_json::Value::from(*value);
                 self.line(&format!("      {key}: {value}"));
             }
@@ -90,7 +91,7 @@ groups:
     }
 }
 
-/// As Prometheus writes one: whole, largest units first.
+/// A duration in the notation of Prometheus, such as `1h30m`.
 pub(super) fn duration(duration: Duration) -> String {
     const UNITS: [(&str, u128); 5] = [
         ("d", 86_400_000),
