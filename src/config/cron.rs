@@ -1,7 +1,7 @@
-//! Cron expressions with crontab's meaning, and what is wrong with one, by the name of its field.
+//! Parses cron expressions with the meaning of crontab(5), and names the field that is wrong.
 //!
-//! croner reads them, but its errors name no field; and it would take the name of a weekday for a month's number, and an
-//! empty list for times that never come.
+//! croner parses an expression, but its errors name no field. It also accepts the name of a weekday in the month field,
+//! and an empty list, which matches no time.
 
 use std::iter::zip;
 
@@ -14,13 +14,13 @@ use super::problem::shown;
 
 struct CronField {
     name: &'static str,
-    /// Its values, for people.
+    /// The allowed values, for messages.
     values: &'static str,
-    /// What may stand in it beside digits and signs.
+    /// The allowed words, in addition to digits and signs.
     words: &'static [&'static str],
 }
 
-/// In the order of six; five go without the first.
+/// The order of an expression with six fields; one with five fields omits the second.
 const FIELDS: [CronField; 6] = [
     CronField {
         name: "second",
@@ -51,15 +51,14 @@ const FIELDS: [CronField; 6] = [
     },
     CronField {
         name: "day of week",
-        values: "0 to 7 with Sunday as both, or sun to sat",
+        values: "0 to 7 (0 and 7 are Sunday), or sun to sat",
         words: &["L", "SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"],
     },
 ];
 
-const FORM: &str =
-    "write minute, hour, day of month, month, day of week; or six fields, with the second first";
+const FORM: &str = "write five fields: minute, hour, day of month, month, day of week; or six, with the second first";
 
-/// What is wrong, and what to do about it.
+/// What is wrong with an expression, and what to do.
 pub(super) struct CronMistake {
     pub(super) message: String,
     pub(super) hint: String,
@@ -71,13 +70,13 @@ pub(super) fn read(expression: &str) -> Result<Cron, CronMistake> {
         && nickname.starts_with('@')
     {
         return parse(nickname, false).map_err(|_| CronMistake {
-            message: "there is no such nickname".to_owned(),
-            hint: "there are @hourly, @daily, @weekly, @monthly and @yearly".to_owned(),
+            message: "unknown nickname".to_owned(),
+            hint: "use @hourly, @daily, @weekly, @monthly or @yearly".to_owned(),
         });
     }
     if !(5..=6).contains(&texts.len()) {
         return Err(CronMistake {
-            message: format!("it has {} of 5 or 6 fields", texts.len()),
+            message: format!("it has {} fields instead of 5 or 6", texts.len()),
             hint: FORM.to_owned(),
         });
     }
@@ -85,27 +84,27 @@ pub(super) fn read(expression: &str) -> Result<Cron, CronMistake> {
     for (index, (field, text)) in zip(fields, &texts).enumerate() {
         if !(field.takes(text) && stands_alone(text, index, texts.len())) {
             return Err(CronMistake {
-                message: format!("its {} is {}", field.name, shown(text)),
+                message: format!("invalid {}: {}", field.name, shown(text)),
                 hint: format!(
-                    "{}: {}; a list (1,5), a range (1-5) or a step (*/5) of them, or *",
+                    "{}: {}; also a list (1,5), a range (1-5), a step (*/5) or *",
                     field.name, field.values
                 ),
             });
         }
     }
-    // crontab takes a day that matches either field where neither has a *, and one that matches both otherwise; croner
-    // by itself looks for fields that are a * and nothing else.
+    // crontab(5): if neither day field contains a *, a day must match one of the two; otherwise it must match both. croner
+    // by itself only looks for fields that are exactly *.
     let both = [texts.len() - 3, texts.len() - 1].map(|day| texts[day].contains('*'));
     let cron = parse(expression, both.contains(&true)).map_err(|error| CronMistake {
         message: error.to_string(),
         hint: FORM.to_owned(),
     })?;
-    if ever_comes(&cron) {
+    if matches_a_day(&cron) {
         Ok(cron)
     } else {
         Err(CronMistake {
-            message: "no such day ever comes".to_owned(),
-            hint: "look at day of month and month together".to_owned(),
+            message: "it matches no day of any year".to_owned(),
+            hint: "check the day of month and the month together".to_owned(),
         })
     }
 }
@@ -117,16 +116,16 @@ impl CronField {
             .split(|character: char| !character.is_alphabetic())
             .filter(|word| !word.is_empty());
         let known = |word: &str| self.words.contains(&word);
-        // FRIL is the last Friday.
+        // FRIL means the last Friday of the month.
         let last = |word: &str| known("L") && word.strip_suffix('L').is_some_and(known);
         words.all(|word| known(word) || last(word))
             && !text.split(',').any(str::is_empty)
-            // croner's sign for days that match both fields.
+            // An extension of croner: a + makes a day match both day fields.
             && !text.contains('+')
     }
 }
 
-/// Whether the field is right in an expression that says nothing else.
+/// Whether croner accepts the field in an expression whose other fields are `*`.
 fn stands_alone(text: &str, index: usize, fields: usize) -> bool {
     let mut expression = vec!["*"; fields];
     expression[index] = text;
@@ -142,8 +141,8 @@ fn parse(expression: &str, both_days: bool) -> Result<Cron, CronError> {
         .parse(expression)
 }
 
-fn ever_comes(cron: &Cron) -> bool {
-    // Every combination of date and weekday, the 29th of February included, comes in 40 years.
+fn matches_a_day(cron: &Cron) -> bool {
+    // Within 40 years every date, also the 29th of February, falls on every weekday.
     const DAYS: usize = 40 * 366;
     let matches = |day: NaiveDate| {
         let pattern = &cron.pattern;

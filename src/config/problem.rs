@@ -1,25 +1,25 @@
-//! What is wrong with a configuration, in words for the person who has to repair it.
+//! The mistakes in a configuration, worded for the person who corrects them.
 
 use std::fmt;
 use std::path::Path;
 
-/// The place of what an environment variable sets.
+/// The place of a value that an environment variable sets.
 pub(super) fn from_variable(name: &str) -> String {
     format!("environment variable {name}")
 }
 
-/// File and line of a place in a file, which alone is written `path:line`.
+/// File and line of a place. `None` for a variable or a flag: only a place in a file has the form `path:line`.
 pub(super) fn in_file(place: &str) -> Option<(&Path, usize)> {
     let (path, line) = place.rsplit_once(':')?;
     Some((Path::new(path), line.parse().ok()?))
 }
 
-/// One mistake: whose it is, what it is, where it stands and what to do about it.
+/// One mistake: the key, the place, what is wrong and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where the value was set, for people: file and line, a variable or a flag.
+    /// Where the value was set: file and line, a variable or a flag.
     pub(super) place: Option<String>,
-    /// The owner and the key, such as `target "support": batch.ramp`; empty for the file itself.
+    /// The owner and the key, such as `target "support": batch.ramp`. Empty if the problem concerns the whole file.
     pub(super) subject: String,
     pub(super) message: String,
     pub(super) hint: Option<String>,
@@ -42,13 +42,14 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Every problem of one configuration, in the order of the file.
+/// All problems of one configuration, in the order of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problems(Vec<Problem>);
 
 impl Problems {
     pub(super) fn new(mut problems: Vec<Problem>) -> Self {
-        // Lines, variables, flags, and last what has no place; a stable sort keeps the order of reading among equals.
+        // First lines of the file, then variables, flags, and problems without a place. The sort is stable: equal places
+        // keep the order in which they were read.
         problems.sort_by_cached_key(|problem| {
             let place = problem.place.clone();
             let line = place.as_deref().and_then(in_file).map(|(_, line)| line);
@@ -58,7 +59,7 @@ impl Problems {
         Self(problems)
     }
 
-    /// One problem that no key of a file explains.
+    /// One problem that has no place in the settings.
     pub fn single(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self(vec![Problem {
             place: None,
@@ -92,7 +93,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// `value` in quotes, for a message. A long one may be a secret under the wrong key: it is not repeated.
+/// `value` in quotes, for a message. A long value is not repeated: it may be a secret under the wrong key.
 pub(super) fn shown(value: &str) -> String {
     const MAX_SHOWN_CHARS: usize = 24;
     if value.chars().count() <= MAX_SHOWN_CHARS {
@@ -102,7 +103,7 @@ pub(super) fn shown(value: &str) -> String {
     }
 }
 
-/// The one of `known` that `given` was probably meant to be.
+/// The name of `known` that is closest to `given`, if the difference looks like a typing error.
 pub(super) fn similar<'a>(given: &str, known: &[&'a str]) -> Option<&'a str> {
     known
         .iter()

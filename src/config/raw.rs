@@ -1,8 +1,8 @@
-//! One tree of raw values from a TOML file, the environment and flags, where each value knows its place.
+//! One tree of raw values from a TOML file, the environment and flags. Each value has its place.
 //!
-//! The crate `config` holds and merges it; the origin of a value is its place, in the words of messages. The crate's own
-//! sources and builder aren't used: they know no lines, lower-case the names of attributes and drop the origins of
-//! tables.
+//! The crate `config` holds and merges the tree; a value's origin is its place, in the words that messages use. The
+//! crate's own sources and builder are not used: they have no line numbers, lower-case the names of attributes and drop
+//! the origins of tables.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use super::problem::{Problem, Problems, from_variable};
 
 const OVERRIDE_PREFIX: &str = "LIVEKIT_CANARY__";
 
-/// Credentials that the environment offers where nothing else sets them.
+/// Credentials from the environment, used for every key that nothing else sets.
 #[derive(Default)]
 pub(super) struct EnvCredentials {
     pub(super) url: Option<String>,
@@ -23,23 +23,22 @@ pub(super) struct EnvCredentials {
     pub(super) api_secret: Option<String>,
 }
 
-/// Raw settings, not validated yet.
+/// Merged settings before validation.
 pub struct RawConfig {
-    /// Of the file, which file names in it are relative to.
+    /// Folder of the file; file names in the settings are relative to it.
     pub(super) folder: PathBuf,
     pub(super) settings: config::Config,
     pub(super) fallback: EnvCredentials,
-    /// Whether credentials and certificates matter.
+    /// Whether credentials and certificates are read.
     pub(super) signs_in: bool,
     pub(super) problems: Vec<Problem>,
 }
 
 impl RawConfig {
-    /// Reads the file, if there is one, and lays the environment over it.
+    /// Reads the file, if there is one, and overrides its values by those of the environment.
     ///
     /// # Errors
-    /// A file that can't be read or isn't TOML. Every other problem waits for [`Self::validate`], which tells them
-    /// all at once.
+    /// The file can't be read, or it isn't TOML. [`Self::validate`] reports every other problem, all at once.
     pub fn read(
         file: Option<&Path>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -49,7 +48,7 @@ impl RawConfig {
             settings.cache = read_file(path)?.into();
         }
         let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
-        let mut draft = Self {
+        let mut raw = Self {
             folder: folder.to_owned(),
             settings,
             fallback: EnvCredentials::default(),
@@ -57,10 +56,10 @@ impl RawConfig {
             problems: Vec::new(),
         };
         for (name, value) in environment {
-            draft.take_variable(&name, value);
+            raw.take_variable(&name, value);
         }
-        draft.settings.cache = located(draft.settings.cache);
-        Ok(draft)
+        raw.settings.cache = located(raw.settings.cache);
+        Ok(raw)
     }
 
     pub fn target_names(&self) -> Vec<String> {
@@ -70,25 +69,25 @@ impl RawConfig {
         names
     }
 
-    /// Makes sure that this target exists, with nothing but defaults so far.
+    /// Adds a target that has only defaults, unless it exists.
     pub fn ensure_target(&mut self, name: &str) {
         self.overlay(&["targets", name], Map::<String, Value>::new().into());
     }
 
-    /// Overrides a key of a target by a flag of the command line.
+    /// Overrides a key of a target by a command-line flag.
     pub fn set_by_flag(&mut self, target: &str, key: &[&str], value: String, flag: &str) {
         let mut path = vec!["targets", target];
         path.extend(key);
         self.set(&path, value, flag);
     }
 
-    /// Overrides any key by a flag of the command line.
+    /// Overrides any key by a command-line flag.
     pub fn set(&mut self, path: &[&str], value: String, flag: &str) {
         let origin = format!("{flag} on the command line");
         self.overlay(path, Value::new(Some(&origin), value));
     }
 
-    /// For whoever never signs in: no credentials and no certificates are read, from wherever they are set.
+    /// For commands that never connect: neither credentials nor certificates are read from any source.
     #[must_use]
     pub fn without_credentials(mut self) -> Self {
         self.signs_in = false;
@@ -100,7 +99,7 @@ impl RawConfig {
         self
     }
 
-    /// Lays one value over the settings: tables on its way are kept, anything else there gives way to it.
+    /// Sets one value. Tables along the path keep their other keys; any other value on the path is replaced.
     fn overlay(&mut self, path: &[&str], value: Value) {
         let mut layer = config::Config::default();
         layer.cache = path.iter().rfold(value, |inner, key| {
@@ -149,7 +148,8 @@ impl RawConfig {
 
 /// `targets__My_Agent__batch__rooms` → `targets`, `my-agent`, `batch`, `rooms`.
 ///
-/// A shell can't export a name with `-`, and no name of ours has `_`. Only attributes keep their case.
+/// A shell can't export a name that contains `-`, and names of projects and targets never contain `_`. Only attributes
+/// keep their case.
 fn override_path(path: &str) -> Vec<String> {
     path.split("__")
         .enumerate()
@@ -166,7 +166,8 @@ fn override_path(path: &str) -> Vec<String> {
         .collect()
 }
 
-/// Merging keeps no origin of a table that only variables make: the first of them is its place.
+/// Adds the missing place of tables that only environment variables create: merging drops it. The place is that of the
+/// table's first value.
 fn located(value: Value) -> Value {
     let origin = value.origin().map(str::to_owned);
     let ValueKind::Table(table) = value.kind else {
@@ -190,12 +191,12 @@ fn read_file(path: &Path) -> Result<Map<String, Value>, Problem> {
         .map_err(|error| problem(None, format!("can't read {}: {error}", path.display())))?;
     let place = |offset| format!("{}:{}", path.display(), position(&text, offset).0);
     let document = DeTable::parse(&text).map_err(|error| {
-        // Only the parser's message: its full text repeats the line, which may hold a secret.
+        // Only the parser's message: the full text repeats the line, which may contain a secret.
         let start = error.span().map_or(0, |span| span.start);
         let (_, column) = position(&text, start);
         problem(
             Some(place(start)),
-            format!("not TOML: {}, at column {column}", error.message()),
+            format!("not valid TOML: {}, at column {column}", error.message()),
         )
     })?;
     Ok(convert(document.into_inner(), &place))
@@ -218,7 +219,7 @@ fn convert_value(value: Spanned<DeValue<'_>>, place: &impl Fn(usize) -> String) 
         DeValue::Boolean(boolean) => boolean.into(),
         DeValue::Integer(integer) => i128::from_str_radix(integer.as_str(), integer.radix())
             .map_or_else(|_| integer.as_str().into(), ValueKind::from),
-        // As it is written: an attribute's value is text.
+        // The digits as written, because an attribute's value is text: 1.10 must not become 1.1.
         DeValue::Float(float) => float.as_str().into(),
         DeValue::Datetime(datetime) => datetime.to_string().into(),
         DeValue::Table(table) => convert(table, place).into(),
@@ -227,7 +228,7 @@ fn convert_value(value: Spanned<DeValue<'_>>, place: &impl Fn(usize) -> String) 
     }
 }
 
-/// Line and column of a byte offset, both from 1.
+/// Line and column of a byte offset; both count from 1.
 fn position(text: &str, offset: usize) -> (usize, usize) {
     let before = String::from_utf8_lossy(&text.as_bytes()[..offset.min(text.len())]);
     let line = before.split('\n').count();

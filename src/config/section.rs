@@ -1,7 +1,7 @@
-//! One table of raw settings while it is read, collecting every problem on the way.
+//! Reads one table of raw settings and collects every problem in it.
 //!
-//! A key is known because somebody asks for it; whatever is left over in [`Section::finish`] is an unknown key. Values
-//! of unknown keys are never repeated in a message: a secret may stand under the wrong key.
+//! A key is known if a reader asks for it; [`Section::finish`] reports the remaining keys as unknown. Messages never
+//! repeat the value of an unknown key, because it may be a secret under the wrong key.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -15,7 +15,7 @@ use strum::VariantArray;
 
 use super::problem::{Problem, alternatives, in_file, shown, similar};
 
-/// In the order of names, unlike the maps of `config`: messages come in the same order each time.
+/// Sorted by key, unlike the maps of `config`, so that messages always have the same order.
 pub(super) type Table = BTreeMap<String, Value>;
 
 fn table_of(value: Value) -> Option<Table> {
@@ -26,13 +26,14 @@ fn place_of(value: &Value) -> Option<String> {
     value.origin().map(str::to_owned)
 }
 
+/// One value as text, and where it was set.
 pub(super) struct RawValue {
     pub(super) value: String,
     pub(super) place: Option<String>,
 }
 
 impl RawValue {
-    /// As a path: relative to the folder of the file that says it.
+    /// The value as a path, relative to the folder of the file that sets it.
     pub(super) fn path(&self) -> PathBuf {
         let file = self.place.as_deref().and_then(in_file);
         let folder = file.and_then(|(path, _)| path.parent());
@@ -40,20 +41,22 @@ impl RawValue {
     }
 }
 
+/// The result of asking for a key.
 pub(super) enum Lookup {
     Found(RawValue),
     Missing,
-    /// Reported already.
+    /// The key holds a table or a list; the problem is already reported.
     Invalid,
 }
 
+/// A table while it is read.
 pub(super) struct Section<'a> {
-    /// `target "support"`; empty at the root.
+    /// What messages name first, such as `target "support"`; empty at the root.
     owner: String,
-    /// `batch.`, or empty.
+    /// The prefix of keys in messages, such as `batch.`; empty for the owner's own keys.
     path: String,
     place: Option<String>,
-    /// What has not been read yet.
+    /// The keys that no reader has asked for yet.
     table: Table,
     known: Vec<String>,
     problems: &'a mut Vec<Problem>,
@@ -92,14 +95,14 @@ impl<'a> Section<'a> {
             section.problems.push(Problem {
                 place,
                 subject: section.owner.clone(),
-                message: "not a name".to_owned(),
-                hint: Some("a name consists of a-z, 0-9 and -".to_owned()),
+                message: "this name is not valid".to_owned(),
+                hint: Some("use only a-z, 0-9 and - in a name".to_owned()),
             });
         }
         section
     }
 
-    /// The tables under `key`, by name.
+    /// The tables under `key`, each with its name and place.
     pub(super) fn named(&mut self, key: &'static str) -> Vec<(String, Option<String>, Table)> {
         let outer = self.table(key);
         let entries = outer.table.into_iter();
@@ -113,23 +116,23 @@ impl<'a> Section<'a> {
                 problems.push(Problem {
                     place,
                     subject: format!("{key}.{name}"),
-                    message: "a table belongs here".to_owned(),
-                    hint: Some(format!("begin it with [{key}.NAME]")),
+                    message: "expected a table".to_owned(),
+                    hint: Some(format!("start the table with [{key}.NAME]")),
                 });
                 None
             })
             .collect()
     }
 
-    /// The table under `key`; an empty one where it is missing or broken.
+    /// The table under `key`. It is empty if the key is missing, or if its value is not a table, which is reported.
     pub(super) fn table(&mut self, key: &'static str) -> Section<'_> {
         self.known.push(key.to_owned());
         let value = self.table.remove(key);
         let value = value.unwrap_or_else(|| Map::<String, Value>::new().into());
         let place = place_of(&value);
         let table = table_of(value).unwrap_or_else(|| {
-            let message = "a table belongs here".to_owned();
-            let hint = format!("write {key}.KEY = VALUE, or begin a table of that name");
+            let message = "expected a table".to_owned();
+            let hint = format!("write {key}.KEY = VALUE, or start a table of that name");
             self.problem(key, place.clone(), message, &hint);
             Table::new()
         });
@@ -143,12 +146,13 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// The value under `key`, as text.
     pub(super) fn text(&mut self, key: &'static str) -> Lookup {
         self.known.push(key.to_owned());
         self.take(key)
     }
 
-    /// Every key of a table whose keys are the user's own.
+    /// All values of a table whose keys the user chooses.
     pub(super) fn all_texts(&mut self) -> Vec<(String, RawValue)> {
         let keys: Vec<String> = self.table.keys().cloned().collect();
         keys.into_iter()
@@ -164,20 +168,21 @@ impl<'a> Section<'a> {
             return Lookup::Missing;
         };
         let place = place_of(&value);
-        // Strings, numbers and booleans alike: `5` and `"5"` mean the same.
+        // Variables and flags are always strings, so `5` and `"5"` must mean the same.
         if let Ok(value) = value.into_string() {
             return Lookup::Found(RawValue { value, place });
         }
-        let message = "one value belongs here, not a table or a list".to_owned();
+        let message = "expected a single value, not a table or a list".to_owned();
         self.problem(key, place, message, "write KEY = VALUE");
         Lookup::Invalid
     }
 
-    /// Of a key that was not read yet.
+    /// Where a key is set that has not been read yet.
     pub(super) fn place_of(&self, key: &str) -> Option<String> {
         self.table.get(key).and_then(place_of)
     }
 
+    /// A duration with its unit. A missing or wrong value yields the default; a wrong one is also reported.
     pub(super) fn duration(
         &mut self,
         key: &'static str,
@@ -192,7 +197,7 @@ impl<'a> Section<'a> {
             Ok(_) => (
                 format!("{} is out of range", shown(&text.value)),
                 format!(
-                    "from {} to {}",
+                    "allowed: {} to {}",
                     humantime::format_duration(*range.start()),
                     humantime::format_duration(*range.end())
                 ),
@@ -218,9 +223,9 @@ impl<'a> Section<'a> {
         let message = match text.value.trim().parse() {
             Ok(number) if range.contains(&number) => return number,
             Ok(_) => format!("{} is out of range", shown(&text.value)),
-            Err(_) => format!("{} is not a number that fits", shown(&text.value)),
+            Err(_) => format!("{} is not a valid number", shown(&text.value)),
         };
-        let hint = format!("from {} to {}", range.start(), range.end());
+        let hint = format!("allowed: {} to {}", range.start(), range.end());
         self.problem(key, text.place, message, &hint);
         default
     }
@@ -239,7 +244,7 @@ impl<'a> Section<'a> {
         default
     }
 
-    /// One of the variants of a closed enum, by its name.
+    /// A variant of a closed enum, by its name; `what` is the noun for messages, with its article.
     pub(super) fn choice<C>(&mut self, key: &'static str, what: &str) -> C
     where
         C: Copy + Default + Into<&'static str> + VariantArray,
@@ -251,7 +256,7 @@ impl<'a> Section<'a> {
         if let Some(index) = names.iter().position(|name| *name == text.value) {
             return C::VARIANTS[index];
         }
-        let message = format!("{} is not a {what}", shown(&text.value));
+        let message = format!("{} is not {what}", shown(&text.value));
         let hint = match similar(&text.value, &names) {
             Some(name) => format!("did you mean {name:?}?"),
             None => format!("write {}", alternatives(&names)),
@@ -260,7 +265,7 @@ impl<'a> Section<'a> {
         C::default()
     }
 
-    /// Not reported where an unknown key was probably meant to be this one: that is one mistake, not two.
+    /// Reports that `key` is missing, unless an unknown key looks like a misspelling of it: that is one mistake, not two.
     pub(super) fn missing(&mut self, key: &str, hint: &str) {
         if self
             .table
@@ -294,13 +299,13 @@ impl<'a> Section<'a> {
         });
     }
 
-    /// Reports whatever no reader asked for. Its value may be a misplaced secret: it is not repeated.
+    /// Reports every key that no reader asked for. The message omits its value, which may be a misplaced secret.
     pub(super) fn finish(mut self) {
         for (key, value) in std::mem::take(&mut self.table) {
             let known: Vec<&str> = self.known.iter().map(String::as_str).collect();
             let hint = match similar(&key, &known) {
                 Some(name) => format!("did you mean {name:?}?"),
-                None => format!("known here: {}", known.join(", ")),
+                None => format!("known keys: {}", known.join(", ")),
             };
             self.problem(&key, place_of(&value), "unknown key".to_owned(), &hint);
         }

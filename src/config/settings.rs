@@ -1,4 +1,6 @@
 //! The settings as plain types with their defaults; any module may read them.
+//!
+//! A new setting is a field and its default here, one line in `validate.rs`, and a commented key in `config/canary.toml`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,7 +14,7 @@ use croner::Cron;
 use secrecy::SecretString;
 use url::Url;
 
-/// Everything that was configured. Maps are keyed by the names that logs and metrics use.
+/// The complete settings. Projects and targets are keyed by the names that logs and metrics use.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub daemon: DaemonSettings,
@@ -21,7 +23,7 @@ pub struct Config {
     pub targets: BTreeMap<String, Target>,
 }
 
-/// What only `run` looks at.
+/// Settings that only `run` uses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DaemonSettings {
     pub http: Http,
@@ -32,9 +34,9 @@ pub struct DaemonSettings {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Http {
     pub listen: SocketAddr,
-    /// TLS and users, in the format of Prometheus' exporter-toolkit.
+    /// TLS and users, in the file format of Prometheus' exporter-toolkit.
     pub web_config_file: Option<PathBuf>,
-    /// Whether POST is answered on any address, without users too.
+    /// Allows POST requests on every address, even if no users are configured.
     pub enable_lifecycle: bool,
 }
 
@@ -48,16 +50,16 @@ impl Default for Http {
     }
 }
 
-/// What is kept on disk, and for how long.
+/// Where records are stored, and for how long.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HistorySettings {
-    /// Folder of the history, the budget ledger and the journal of rooms; one process at a time.
+    /// Folder of the history, the budget ledger and the journal of rooms. One process at a time can use it.
     pub dir: PathBuf,
-    /// Batches without a failure.
+    /// Retention of batches without a failure.
     pub keep: Duration,
-    /// Batches with one.
+    /// Retention of batches with a failure.
     pub keep_failures: Duration,
-    /// Above this size the oldest batches go, those without a failure first.
+    /// Above this size the oldest batches are deleted, those without a failure first.
     pub max_megabytes: u64,
 }
 
@@ -73,14 +75,15 @@ impl Default for HistorySettings {
     }
 }
 
-/// How the daemon begins and ends.
+/// How the daemon starts and stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lifetime {
-    /// A target's first batch waits so long, so that a scrape has seen its counters at zero.
+    /// Delay before a target's first batch. It lets Prometheus scrape the counters at zero first; otherwise `increase`
+    /// misses what the first batch adds.
     pub startup_delay: Duration,
-    /// On SIGTERM, running probes get so long to end by themselves.
+    /// After SIGTERM, running probes may finish within this time; then they are aborted.
     pub drain_grace: Duration,
-    /// After the last room is gone, HTTP is answered so long for one more scrape.
+    /// How long HTTP is served after the last room is deleted, so that Prometheus can scrape the final counts.
     pub shutdown_linger: Duration,
 }
 
@@ -94,22 +97,22 @@ impl Default for Lifetime {
     }
 }
 
-/// What `rules` makes alert rules of, beside the targets' schedules.
+/// Settings of the alert rules that `rules` prints, in addition to the targets' schedules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alerts {
-    /// Over which an objective must be met. Prometheus must keep its data for so long.
+    /// Period over which an objective must be met. Prometheus must retain its data for at least one day more.
     pub slo_window: Duration,
-    /// The longest from scrape to scrape: no window may be so short that it holds only a few.
+    /// Upper bound of the scrape interval. Every window of a rule spans at least ten scrapes.
     pub scrape_interval: Duration,
-    /// The severity of what somebody must look at now.
+    /// Value of the label `severity` for alerts that need attention at once.
     pub page: String,
-    /// The severity of what can wait for working hours.
+    /// Value of the label `severity` for alerts that can wait for working hours.
     pub ticket: String,
-    /// The page that describes every alert under its name in lower case: `<page>#agentfailing`. It has no fragment.
+    /// Page that describes every alert. An alert links to its own anchor, its name in lower case: `<page>#agentfailing`.
     pub runbook_base_url: Url,
 }
 
-/// The project's own page of alerts.
+/// The page of alerts in this project's repository.
 const DEFAULT_RUNBOOK: &str =
     "https://github.com/livekit-canary/livekit-canary/blob/main/docs/alerts.md";
 
@@ -125,32 +128,32 @@ impl Default for Alerts {
     }
 }
 
-/// One LiveKit project or server: where it is, how to sign in, how much of it the canary may use.
+/// One LiveKit project or server: its address, the credentials, and how much the canary may use of it.
 #[derive(Debug, Clone)]
 pub struct Project {
     /// `ws`, `wss`, `http` or `https`; the signal socket and the server API share host and port.
     pub url: Url,
     pub api_key: String,
     pub api_secret: SecretString,
-    /// PEM certificates trusted besides the built-in public roots.
+    /// PEM certificates to trust in addition to the built-in public roots.
     pub ca_file: Option<PathBuf>,
-    /// LiveKit Cloud's project id (`p_…`), for links to a room's session.
+    /// LiveKit Cloud's project id (`p_…`), used for links to a room's session.
     pub cloud_project: Option<String>,
     pub ice: Ice,
-    /// Longest wait for one answer of the server API.
+    /// Timeout of one request to the server API.
     pub api_timeout: Duration,
-    /// Most rooms of this project that the canary holds open at once.
+    /// Maximum number of rooms of this project that the canary holds open at the same time.
     pub max_rooms: usize,
     pub budget: Budget,
     pub backoff: Backoff,
 }
 
-/// Most agent time that all targets of a project may use, as LiveKit bills it: whole minutes a session.
+/// Maximum agent time that all targets of a project may use together. LiveKit bills whole minutes per session.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Budget {
-    /// A UTC day; `None` sets no limit.
+    /// Per UTC day; `None` sets no limit.
     pub agent_time_per_day: Option<Duration>,
-    /// A UTC calendar month; `None` sets no limit.
+    /// Per UTC calendar month; `None` sets no limit.
     pub agent_time_per_month: Option<Duration>,
 }
 
@@ -163,13 +166,13 @@ impl Budget {
     }
 }
 
-/// What a budget counts.
+/// The period that a budget limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::EnumCount, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum Period {
-    /// A UTC day.
+    /// One UTC day.
     Day,
-    /// A UTC calendar month.
+    /// One UTC calendar month.
     Month,
 }
 
@@ -181,7 +184,7 @@ impl Period {
         self.into()
     }
 
-    /// The first day of the one that `day` lies in.
+    /// The first day of the period that contains `day`.
     pub fn first_day(self, day: NaiveDate) -> NaiveDate {
         match self {
             Self::Day => day,
@@ -189,7 +192,7 @@ impl Period {
         }
     }
 
-    /// The first day of the one after that.
+    /// The first day of the following period.
     pub fn next(self, day: NaiveDate) -> NaiveDate {
         match self {
             Self::Day => day + Days::new(1),
@@ -198,12 +201,12 @@ impl Period {
     }
 }
 
-/// How long a project's batches rest after a plan limit was met, where the answer had no `Retry-After`.
+/// How long a project opens no rooms after LiveKit reported a plan limit without `Retry-After`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backoff {
-    /// After the first rejection; it doubles with each one that follows.
+    /// Pause after the first rejection; it doubles with each further rejection in a row.
     pub first: Duration,
-    /// Never longer, `Retry-After` included.
+    /// Upper bound of a pause, also of one that `Retry-After` asks for.
     pub longest: Duration,
 }
 
@@ -221,26 +224,27 @@ impl Project {
     pub const DEFAULT_MAX_ROOMS: usize = 5;
 }
 
-/// What media may run over.
+/// Which transports media may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Ice {
-    /// UDP, and TCP where UDP doesn't get through.
+    /// UDP, and TCP if UDP is blocked.
     #[default]
     All,
+    /// Only TCP.
     Tcp,
 }
 
-/// One agent on a project: how it is called, how often, and what is expected of it.
+/// One agent on a project: how the canary dispatches it, how often, and what the canary expects from it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Target {
     /// Key of [`Config::projects`].
     pub project: String,
-    /// The name that the agent registered under; only [`DispatchMode::Automatic`] does without.
+    /// The name that the agent registers under. Only [`DispatchMode::Automatic`] needs none.
     pub agent_name: Option<String>,
     pub engine: Engine,
     pub dispatch: Dispatch,
-    /// Attributes of the echo participant, beside `canary=true`, which is always set.
+    /// Attributes of the echo participant, in addition to `canary=true`, which is always set.
     pub attributes: BTreeMap<String, String>,
     pub schedule: Schedule,
     pub objectives: Objectives,
@@ -249,14 +253,14 @@ pub struct Target {
     pub echo: Echo,
     pub speech: Speech,
     pub expect: Expect,
-    /// Whether the agent's transcript is kept; it may hold personal data.
+    /// Whether the agent's transcript is stored. It may contain personal data.
     pub transcript: bool,
-    /// How long a deleted room is re-checked where no agent was seen: a late agent re-creates it.
+    /// How long a deleted room is checked again if no agent was seen in it: an agent that joins late re-creates the room.
     pub late_agent_window: Duration,
 }
 
 impl Default for Target {
-    /// The defaults of every key that has one; `project` and `agent_name` are the caller's to fill.
+    /// The default of every key that has one. The caller sets `project` and `agent_name`, which have none.
     fn default() -> Self {
         Self {
             project: String::new(),
@@ -277,19 +281,19 @@ impl Default for Target {
     }
 }
 
-/// Which client stack joins the rooms.
+/// The client stack that joins the rooms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Engine {
-    /// Pure Rust, in every binary.
+    /// Pure Rust; part of every build.
     #[default]
     Native,
-    /// The upstream SDK on libwebrtc.
+    /// LiveKit's own SDK on libwebrtc; part of builds with the feature `libwebrtc`.
     Libwebrtc,
 }
 
 impl Engine {
-    /// Those of this binary.
+    /// The engines that this binary contains.
     #[cfg(not(feature = "libwebrtc"))]
     pub const BUILT_IN: [Self; 1] = [Self::Native];
     #[cfg(feature = "libwebrtc")]
@@ -304,9 +308,9 @@ impl Engine {
 /// When a target's batches start.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Schedule {
-    /// From one start to the next, counted from a moment that differs from target to target.
+    /// The time from one start to the next, on a grid that is shifted by an offset per target.
     Every(Duration),
-    /// As crontab reads it, on the wall clock of `zone`.
+    /// A crontab expression on the wall clock of `zone`.
     Cron { expression: Box<Cron>, zone: Tz },
 }
 
@@ -325,10 +329,10 @@ impl fmt::Display for Schedule {
     }
 }
 
-/// What share of probes must be good, and what good means.
+/// The share of probes that must be good per service level, and the thresholds of a good probe.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Objectives {
-    /// Share of probes that must be ok, above 0 and below 1.
+    /// Share of probes that must be ok, above 0 and below 1. Failures of LiveKit, the network and the plan are excluded.
     pub availability: f64,
     /// Share of probes whose agent must join within `join_within`.
     pub join: f64,
@@ -336,7 +340,7 @@ pub struct Objectives {
     /// Share of probes whose agent must speak within `first_speech_within`.
     pub first_speech: f64,
     pub first_speech_within: Duration,
-    /// Share of probes that must be ok, failures of LiveKit, the network and plan limits counted.
+    /// Share of probes that must be ok. Failures of LiveKit, the network and the plan are included.
     pub service: f64,
 }
 
@@ -356,7 +360,7 @@ impl Default for Objectives {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
-    /// Handed to the agent's job; any text. Empty with [`DispatchMode::Automatic`], which carries none.
+    /// Any text for the agent's job. It is empty with [`DispatchMode::Automatic`], which can't carry metadata.
     pub metadata: String,
 }
 
@@ -394,9 +398,10 @@ pub struct Batch {
     /// Only [`RampMode::Interval`] looks at it.
     pub interval: Duration,
     pub stay: Stay,
-    /// `together`: from the ramp's end; `one_by_one`: from the agent's join in that room.
+    /// With `together`, counted from the end of the ramp; with `one_by_one`, from the agent's join in that room.
     pub hold: Duration,
-    /// After this many rooms without an agent the rest doesn't open; 0 turns it off. [`RampMode::Burst`] leaves no rest.
+    /// After this many rooms without an agent, the batch opens no further rooms; 0 turns this off. With
+    /// [`RampMode::Burst`] all rooms are open by then.
     pub stop_after_no_shows: usize,
 }
 
@@ -433,24 +438,25 @@ impl RampMode {
     }
 }
 
-/// How long the rooms of a batch stay open.
+/// Whether the rooms of a batch are open at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Stay {
+    /// All rooms stay open until the batch ends.
     #[default]
     Together,
-    /// Never two at once; only with [`RampMode::AfterJoin`].
+    /// At most one room is open at a time; only with [`RampMode::AfterJoin`].
     OneByOne,
 }
 
-/// The longest that each step may take.
+/// The time limit of each step of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deadlines {
     /// From the connection attempt to the join response.
     pub signal: Duration,
     /// From the join response to both transports up and the echo track published.
     pub media: Duration,
-    /// From the `dispatch_sent` milestone of a probe to the agent's join.
+    /// From the dispatch request to the agent's join.
     pub join: Duration,
     /// From the agent's join to its audio track.
     pub track: Duration,
@@ -480,7 +486,7 @@ impl Default for Deadlines {
 pub struct Echo {
     pub mode: EchoMode,
     pub delay: Duration,
-    /// Utterances echoed in `turn` mode; each costs the agent a turn of STT, LLM and TTS.
+    /// Number of utterances to echo in mode `turn`. Each one costs the agent a turn of STT, LLM and TTS.
     pub max_turns: u32,
 }
 
@@ -497,21 +503,21 @@ impl Default for Echo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum EchoMode {
-    /// Plays a whole utterance once, `delay` after it ended.
+    /// Plays a complete utterance back once, `delay` after its end.
     #[default]
     Turn,
-    /// Passes the agent's audio back, `delay` later, without a pause.
+    /// Sends all of the agent's audio back, `delay` later.
     Continuous,
 }
 
-/// What counts as speech.
+/// What counts as speech in the agent's audio.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Speech {
-    /// RMS level of a 20 ms frame, in dB relative to full scale, above which it is speech.
+    /// RMS level above which a 20 ms frame is speech, in dB relative to full scale.
     pub threshold_dbfs: f32,
-    /// Consecutive frames above the threshold that start an utterance.
+    /// Number of consecutive frames above the threshold that start an utterance.
     pub min_frames: u32,
-    /// Time without a speech frame that ends an utterance.
+    /// Duration without a speech frame that ends an utterance.
     pub end_silence: Duration,
 }
 
@@ -527,7 +533,7 @@ impl Default for Speech {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Expect {
-    /// Whether the agent must answer the echo.
+    /// Whether a missing reply to the echo is a failure.
     pub reply: bool,
     pub agent_may_leave: AgentMayLeave,
 }

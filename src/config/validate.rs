@@ -1,4 +1,4 @@
-//! Every key with its default, its range and its meaning; turns raw settings into [`Config`].
+//! Validates every key and its range, and turns raw settings into a [`Config`].
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -21,21 +21,21 @@ use super::settings::{
     Schedule, Speech, Stay, Target,
 };
 
-/// No wait of a probe makes sense beyond it, and every sum of a few of them stays far from overflowing a clock.
+/// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
 const MAX_WAIT: Duration = Duration::from_hours(1);
 const MIN_WAIT: Duration = Duration::from_millis(1);
 const MAX_ROOMS: usize = 10_000;
 const DAY: Duration = Duration::from_hours(24);
 const YEAR: Duration = Duration::from_hours(8766);
-/// Ten years.
+/// Ten years; the upper bound of retention and of agent time.
 const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
-/// A batch more seldom than that watches nothing.
+/// Rarer batches would detect nothing in useful time.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// A secret's file is a line of text; more than this is the wrong file.
+/// The file of a secret holds one line of text; a larger file is the wrong one.
 const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
 
-/// What only who signs in needs of a project.
+/// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
     "api_key",
     "api_key_file",
@@ -44,7 +44,7 @@ const CREDENTIALS: [&str; 5] = [
     "ca_file",
 ];
 
-/// What of a project its targets must fit.
+/// Settings of a project that its targets must be consistent with.
 #[derive(Clone, Copy)]
 struct ProjectLimits {
     max_rooms: usize,
@@ -53,7 +53,7 @@ struct ProjectLimits {
 
 impl RawConfig {
     /// # Errors
-    /// Everything that is wrong, at once.
+    /// All problems of the settings.
     pub fn validate(mut self) -> Result<Config, Problems> {
         let mut problems = std::mem::take(&mut self.problems);
         let config = config(self, &mut problems);
@@ -65,18 +65,18 @@ impl RawConfig {
     }
 }
 
-fn config(draft: RawConfig, problems: &mut Vec<Problem>) -> Config {
-    let fallback = draft.fallback;
-    let mut root = Section::root(draft.settings.cache, problems);
+fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
+    let fallback = raw.fallback;
+    let mut root = Section::root(raw.settings.cache, problems);
     let mut project_entries = root.named("projects");
     let target_entries = root.named("targets");
     let daemon = DaemonSettings {
         http: http(root.table("http")),
-        history: history(root.table("history"), &draft.folder),
+        history: history(root.table("history"), &raw.folder),
         lifetime: lifetime(root.table("lifetime")),
     };
     let alerts = alerts(root.table("alerts"));
-    // Without a word about projects the environment alone describes the one there is.
+    // If no project is configured, the environment describes the only one.
     if project_entries.is_empty() {
         project_entries.push(("default".to_owned(), None, Table::new()));
     }
@@ -85,13 +85,13 @@ fn config(draft: RawConfig, problems: &mut Vec<Problem>) -> Config {
     let mut projects = BTreeMap::new();
     let mut limits = BTreeMap::new();
     for (name, place, mut table) in project_entries {
-        if !draft.signs_in {
+        if !raw.signs_in {
             table.retain(|key, _| !CREDENTIALS.contains(&key.as_str()));
         }
         let mut section = Section::of("project", &name, place, table, problems);
         let limit = ProjectLimits {
             max_rooms: section.number("max_rooms", Project::DEFAULT_MAX_ROOMS, 1..=MAX_ROOMS),
-            ice: section.choice("ice", "choice of media transports"),
+            ice: section.choice("ice", "an ICE mode"),
         };
         limits.insert(name.clone(), limit);
         if let Some(project) = project(section, limit, &fallback) {
@@ -117,7 +117,7 @@ fn http(mut section: Section<'_>) -> Http {
     let default = Http::default();
     let listen = match section.text("listen") {
         Lookup::Found(text) => text.value.parse().unwrap_or_else(|_| {
-            let message = format!("{} is not an address with a port", shown(&text.value));
+            let message = format!("{} is not an IP address with a port", shown(&text.value));
             let hint = "write it as \"0.0.0.0:9787\" or \"[::]:9787\"";
             section.problem("listen", text.place, message, hint);
             default.listen
@@ -134,7 +134,7 @@ fn http(mut section: Section<'_>) -> Http {
     }
 }
 
-/// A file or folder that need not exist yet.
+/// A file or folder; it need not exist.
 fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
     let Lookup::Found(text) = section.text(key) else {
         return None;
@@ -145,8 +145,8 @@ fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
     section.problem(
         key,
         text.place,
-        "empty".to_owned(),
-        "name a path, or leave the key out",
+        "the path is empty".to_owned(),
+        "set a path, or remove the key",
     );
     None
 }
@@ -164,7 +164,7 @@ fn history(mut section: Section<'_>, folder: &Path) -> HistorySettings {
     };
     if history.keep_failures < history.keep {
         let message = "shorter than keep".to_owned();
-        let hint = "failures are what anyone looks back for: keep them at least as long";
+        let hint = "set it to at least the value of keep: old failures are what people look up";
         section.problem(
             "keep_failures",
             failures_place.or(keep_place),
@@ -205,15 +205,15 @@ fn alerts(mut section: Section<'_>) -> Alerts {
         runbook_base_url: runbook_base_url(&mut section, default.runbook_base_url),
     };
     if alerts.page == alerts.ticket {
-        let message = "the same as page".to_owned();
-        let hint = "Alertmanager tells by the severity what may wait: make them differ";
+        let message = "it has the same value as page".to_owned();
+        let hint = "set two different values: Alertmanager routes alerts by severity";
         section.problem("ticket", ticket_place, message, hint);
     }
     section.finish();
     alerts
 }
 
-/// A line of text, for a label or an annotation. Braces would be a template of Prometheus'.
+/// One line of text for a label. Braces are refused: Prometheus would expand them as a template.
 fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String {
     let Lookup::Found(text) = section.text(key) else {
         return default;
@@ -222,12 +222,12 @@ fn line(section: &mut Section<'_>, key: &'static str, default: String) -> String
     if !text.value.trim().is_empty() && text.value.chars().all(fits) {
         return text.value;
     }
-    let message = format!("{} is not a line of text", shown(&text.value));
+    let message = format!("{} is not one line of text", shown(&text.value));
     section.problem(key, text.place, message, "write one line without braces");
     default
 }
 
-/// The address of the page that describes every alert; each alert's link adds its own fragment.
+/// The address of the page that describes every alert. Each alert appends its own fragment.
 fn runbook_base_url(section: &mut Section<'_>, default: Url) -> Url {
     let Lookup::Found(text) = section.text("runbook_base_url") else {
         return default;
@@ -292,7 +292,7 @@ fn project(
 fn budget(mut section: Section<'_>) -> Budget {
     let month_place = section.place_of("agent_time_per_month");
     let mut limit = |key| {
-        // Zero is out of range, so that it stands for a value that is missing or wrong: there is no default.
+        // Zero is out of range, so it can stand for a missing or wrong value: these keys have no default.
         let limit = section.duration(key, Duration::ZERO, Duration::from_mins(1)..=MAX_RETENTION);
         (!limit.is_zero()).then_some(limit)
     };
@@ -304,7 +304,7 @@ fn budget(mut section: Section<'_>) -> Budget {
         && month < day
     {
         let message = "less than agent_time_per_day".to_owned();
-        let hint = "the smaller one holds for the day as well: leave the other out";
+        let hint = "the monthly limit also bounds each day: raise it, or remove agent_time_per_day";
         section.problem("agent_time_per_month", month_place, message, hint);
     }
     section.finish();
@@ -320,13 +320,18 @@ fn backoff(mut section: Section<'_>) -> Backoff {
     };
     if backoff.longest < backoff.first {
         let message = "shorter than first".to_owned();
-        section.problem("longest", place, message, "make it at least as long");
+        section.problem(
+            "longest",
+            place,
+            message,
+            "set it to at least the value of first",
+        );
     }
     section.finish();
     backoff
 }
 
-/// Messages about the URL don't repeat it: it may hold credentials.
+/// Messages about the URL don't repeat it, because it may contain credentials.
 fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> {
     let text = match (section.text("url"), fallback) {
         (Lookup::Found(text), _) => text,
@@ -349,11 +354,11 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
         }
     };
     let mistake = if !matches!(url.scheme(), "ws" | "wss" | "http" | "https") {
-        "its scheme is none of ws, wss, http and https"
+        "its scheme is not ws, wss, http or https"
     } else if !url.username().is_empty() || url.password().is_some() {
-        "it holds credentials, which belong in api_key and api_secret"
+        "it contains credentials, which belong in api_key and api_secret"
     } else if url.query().is_some() || url.fragment().is_some() {
-        "it holds a query or a fragment, which a LiveKit URL has not"
+        "it contains a query or a fragment, which a LiveKit URL does not have"
     } else {
         return Some(url);
     };
@@ -361,7 +366,7 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
     None
 }
 
-/// A key or a secret: written here, in a file named here, or offered by the environment.
+/// A key or a secret: set directly, in a file, or by the environment.
 fn credential(
     section: &mut Section<'_>,
     [key, file_key, variable]: [&'static str; 3],
@@ -370,13 +375,13 @@ fn credential(
     match (section.text(key), section.text(file_key)) {
         (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
         (Lookup::Found(inline), Lookup::Found(file)) => {
-            // An override by the environment beats what a file says, under whichever of the two keys.
+            // An override by the environment wins over the settings file, whichever of the two keys it sets.
             match (is_override(&inline), is_override(&file)) {
                 (true, false) => not_empty(section, key, inline),
                 (false, true) => from_file(section, file_key, file),
                 _ => {
-                    let message = format!("{file_key} is set as well");
-                    section.problem(key, inline.place, message, "keep one of the two");
+                    let message = format!("{file_key} is also set");
+                    section.problem(key, inline.place, message, "set only one of the two");
                     None
                 }
             }
@@ -401,12 +406,12 @@ fn not_empty(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Op
     if !text.value.trim().is_empty() {
         return Some(text.value);
     }
-    let hint = "leave the key out to take it from the environment";
+    let hint = "set a value, or remove the key to use the environment variable";
     section.problem(key, text.place, "empty".to_owned(), hint);
     None
 }
 
-/// The file's name isn't repeated in messages either: it may be the secret itself, under the wrong key.
+/// Messages don't repeat the file's name either: it may be the secret itself, under the wrong key.
 fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
     let path = text.path();
     let mut content = String::new();
@@ -422,7 +427,7 @@ fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Op
             return Some(line.strip_suffix('\r').unwrap_or(line).to_owned());
         }
     };
-    let hint = "name a readable file that holds nothing else";
+    let hint = "name a readable file that contains only this value";
     section.problem(key, text.place, mistake, hint);
     None
 }
@@ -435,11 +440,13 @@ fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
     let certificates =
         CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let mistake = match certificates {
-        Ok(certificates) if certificates.is_empty() => "this file holds no certificate".to_owned(),
+        Ok(certificates) if certificates.is_empty() => {
+            "this file contains no certificate".to_owned()
+        }
         Ok(_) => return Some(path),
         Err(error) => format!("can't read certificates from this file: {error}"),
     };
-    let hint = "name a file of PEM blocks that begin with -----BEGIN CERTIFICATE-----";
+    let hint = "name a PEM file; its blocks begin with -----BEGIN CERTIFICATE-----";
     section.problem("ca_file", text.place, mistake, hint);
     None
 }
@@ -458,7 +465,7 @@ fn cloud_project(section: &mut Section<'_>) -> Option<String> {
         return Some(text.value);
     }
     let message = "not a project id of LiveKit Cloud".to_owned();
-    let hint = "it begins with p_ and stands in the address of the project's dashboard";
+    let hint = "the id begins with p_; the address of the project's dashboard contains it";
     section.problem("cloud_project", text.place, message, hint);
     None
 }
@@ -478,14 +485,14 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
             }
             Some(text.value)
         }
-        // Empty rather than absent, so that it isn't reported missing as well.
+        // Empty instead of absent, so that it isn't also reported as missing.
         Lookup::Invalid => Some(String::new()),
         Lookup::Missing => None,
     };
     let dispatch = dispatch(section.table("dispatch"));
     if dispatch.mode != DispatchMode::Automatic && agent_name.is_none() {
         let hint = format!(
-            "{} dispatch calls an agent by the name that it registers under",
+            "set the name that the agent registers under: {} dispatch needs it",
             dispatch.mode.name()
         );
         section.missing("agent_name", &hint);
@@ -518,15 +525,15 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
 
 fn engine(section: &mut Section<'_>, project: Option<(&str, ProjectLimits)>) -> Engine {
     let place = section.place_of("engine");
-    let engine = section.choice("engine", "client stack");
+    let engine = section.choice("engine", "an engine");
     let mut problem = |message: String, hint: &str| {
         section.problem("engine", place.clone(), message, hint);
     };
     if !Engine::BUILT_IN.contains(&engine) {
-        let message = format!("{:?} is not in this binary", engine.name());
+        let message = format!("{:?} is not part of this binary", engine.name());
         problem(
             message,
-            "build it with --features libwebrtc, or set engine = \"native\"",
+            "build the canary with --features libwebrtc, or set engine = \"native\"",
         );
     }
     if engine == Engine::Libwebrtc
@@ -534,10 +541,13 @@ fn engine(section: &mut Section<'_>, project: Option<(&str, ProjectLimits)>) -> 
         && limits.ice == Ice::Tcp
     {
         let message = format!(
-            "{:?} can't be held to TCP, and project {name:?} sets ice = \"tcp\"",
+            "{:?} can't be restricted to TCP, but project {name:?} sets ice = \"tcp\"",
             engine.name()
         );
-        problem(message, "set ice = \"all\" there, or engine = \"native\"");
+        problem(
+            message,
+            "set ice = \"all\" in the project, or engine = \"native\"",
+        );
     }
     engine
 }
@@ -554,7 +564,7 @@ fn project_of(
             let message = format!("{} is not a configured project", shown(&text.value));
             let hint = match similar(&text.value, &names) {
                 Some(name) => format!("did you mean {name:?}?"),
-                None => format!("configured: {}", alternatives(&names)),
+                None => format!("use {}", alternatives(&names)),
             };
             section.problem("project", text.place, message, &hint);
             None
@@ -563,7 +573,10 @@ fn project_of(
             if let [only] = names[..] {
                 return Some(only.to_owned());
             }
-            let hint = format!("there are several: set it to {}", alternatives(&names));
+            let hint = format!(
+                "several projects are configured: set it to {}",
+                alternatives(&names)
+            );
             section.missing("project", &hint);
             None
         }
@@ -571,12 +584,11 @@ fn project_of(
 }
 
 fn dispatch(mut section: Section<'_>) -> Dispatch {
-    let mode = section.choice("mode", "way to dispatch");
+    let mode = section.choice("mode", "a dispatch mode");
     let metadata = match section.text("metadata") {
         Lookup::Found(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
-            let message = "automatic dispatch carries no metadata".to_owned();
-            let hint =
-                "leave it out, or dispatch by name: mode = \"explicit\", \"room\" or \"token\"";
+            let message = "automatic dispatch can't carry metadata".to_owned();
+            let hint = "remove it, or set mode to \"explicit\", \"room\" or \"token\"";
             section.problem("metadata", text.place, message, hint);
             String::new()
         }
@@ -590,12 +602,12 @@ fn dispatch(mut section: Section<'_>) -> Dispatch {
 fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
     let mut attributes = BTreeMap::new();
     for (key, text) in section.all_texts() {
-        // LiveKit and its agents act on their own attributes (`lk.simulator` changes a worker's behaviour). `lk.mock` is
-        // for its users to set: it tells upstream's test-server what to do, and nothing else knows it.
+        // LiveKit and its agents act on their own attributes: `lk.simulator`, for example, changes how a worker behaves.
+        // `lk.mock` is an exception. Users set it to control upstream's test server, and nothing else reads it.
         let reserved = key.starts_with("lk.") && key != "lk.mock";
         if reserved || key == "canary" {
-            let message = "reserved".to_owned();
-            let hint = "LiveKit owns lk.*, and canary=true is always set";
+            let message = "this attribute is reserved".to_owned();
+            let hint = "use another name: LiveKit reserves lk.*, and canary=true is always set";
             section.problem(&key, text.place, message, hint);
         } else {
             attributes.insert(key, text.value);
@@ -613,15 +625,15 @@ fn schedule(mut section: Section<'_>) -> Schedule {
     let [cron, zone] = ["cron", "time_zone"].map(|key| section.text(key));
     let schedule = match cron {
         Lookup::Found(cron) => {
-            // As with secrets, an override by the environment beats what a file says under the other key.
+            // As with secrets, an override by the environment wins over the other key in the settings file.
             let overrides =
                 every_place.map(|place| (in_file(&place).is_none(), is_override(&cron)));
             match overrides {
                 Some((true, false)) => None,
                 None | Some((false, true)) => by_wall_clock(&mut section, cron, zone),
                 Some(_) => {
-                    let message = "every is set as well".to_owned();
-                    section.problem("cron", cron.place, message, "keep one of the two");
+                    let message = "every is also set".to_owned();
+                    section.problem("cron", cron.place, message, "set only one of the two");
                     None
                 }
             }
@@ -633,7 +645,7 @@ fn schedule(mut section: Section<'_>) -> Schedule {
                     "time_zone",
                     zone.place,
                     message,
-                    "leave it out, or set cron",
+                    "remove time_zone, or set cron",
                 );
             }
             None
@@ -669,12 +681,13 @@ fn time_zone(section: &mut Section<'_>, text: RawValue) -> Option<Tz> {
         return Some(zone);
     }
     let message = format!("{} is not a time zone", shown(&text.value));
-    // Among 600 names, a short word is near to any.
+    // There are 600 names, so a short word is similar to some of them by chance.
     let names: Vec<&str> = TZ_VARIANTS.iter().map(|zone| zone.name()).collect();
     let similar = similar(&text.value, &names);
     let hint = match similar.filter(|_| text.value.contains('/')) {
         Some(name) => format!("did you mean {name:?}?"),
-        None => "take a name of the IANA database, such as \"UTC\" or \"Europe/Berlin\"".to_owned(),
+        None => "use a name from the IANA time zone database, such as \"UTC\" or \"Europe/Berlin\""
+            .to_owned(),
     };
     section.problem("time_zone", text.place, message, &hint);
     None
@@ -682,14 +695,14 @@ fn time_zone(section: &mut Section<'_>, text: RawValue) -> Option<Tz> {
 
 fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
     let default = Objectives::default();
-    // The default may lie beyond a short deadline: then whoever comes at all comes in time.
+    // The default may be longer than a short deadline. Then every agent that joins before the deadline is in time.
     let mut within = |key, default, deadline| {
         let place = section.place_of(key);
         let within = section.duration(key, default, MIN_WAIT..=MAX_WAIT);
         if place.is_some() && within > deadline {
-            let message = "longer than the deadlines leave".to_owned();
+            let message = "longer than the deadlines allow".to_owned();
             let hint = format!(
-                "who has not come after {} is a failure anyway",
+                "set at most {}: after that, the probe fails in any case",
                 format_duration(deadline)
             );
             section.problem(key, place, message, &hint);
@@ -702,7 +715,7 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
         default.first_speech_within,
         deadlines.join + deadlines.speech,
     );
-    // An objective of 1 has no error budget, and no alert can be made of it.
+    // An objective of 1 has no error budget, so no alert can measure how fast the budget burns.
     let mut share = |key, default| section.number(key, default, 0.01..=0.9999);
     let objectives = Objectives {
         availability: share("availability", default.availability),
@@ -721,9 +734,9 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
     let [rooms_place, ramp_place] = ["rooms", "ramp"].map(|key| section.place_of(key));
     let batch = Batch {
         rooms: section.number("rooms", default.rooms, 1..=MAX_ROOMS),
-        ramp: section.choice("ramp", "ramp"),
+        ramp: section.choice("ramp", "a ramp"),
         interval: section.duration("interval", default.interval, MIN_WAIT..=MAX_WAIT),
-        stay: section.choice("stay", "way to stay"),
+        stay: section.choice("stay", "a way to hold rooms"),
         hold: section.duration("hold", default.hold, Duration::ZERO..=MAX_WAIT),
         stop_after_no_shows: section.number(
             "stop_after_no_shows",
@@ -736,19 +749,20 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
         && batch.rooms > limits.max_rooms
     {
         let message = format!(
-            "{} rooms open together, and project {name:?} allows {}",
+            "{} rooms are open at the same time, but project {name:?} allows {}",
             batch.rooms, limits.max_rooms
         );
         let hint = format!(
-            "lower it, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
+            "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
              stay = \"one_by_one\""
         );
         section.problem("rooms", rooms_place, message, &hint);
     }
     if batch.stay == Stay::OneByOne && batch.ramp != RampMode::AfterJoin {
         let ramp = batch.ramp.name();
-        let message = format!("{ramp:?} opens rooms beside each other, and stay is \"one_by_one\"");
-        let hint = "set it to \"after_join\", or stay to \"together\"";
+        let message =
+            format!("{ramp:?} opens several rooms at the same time, but stay is \"one_by_one\"");
+        let hint = "set ramp to \"after_join\", or stay to \"together\"";
         section.problem("ramp", ramp_place, message, hint);
     }
     section.finish();
@@ -774,7 +788,7 @@ fn deadlines(mut section: Section<'_>) -> Deadlines {
 fn echo(mut section: Section<'_>) -> Echo {
     let default = Echo::default();
     let echo = Echo {
-        mode: section.choice("mode", "way to echo"),
+        mode: section.choice("mode", "an echo mode"),
         delay: section.duration("delay", default.delay, Duration::ZERO..=MAX_WAIT),
         max_turns: section.number("max_turns", default.max_turns, 1..=1000),
     };
@@ -796,7 +810,7 @@ fn speech(mut section: Section<'_>) -> Speech {
 fn expect(mut section: Section<'_>) -> Expect {
     let expect = Expect {
         reply: section.boolean("reply", Expect::default().reply),
-        agent_may_leave: section.choice("agent_may_leave", "moment"),
+        agent_may_leave: section.choice("agent_may_leave", "a point in the conversation"),
     };
     section.finish();
     expect

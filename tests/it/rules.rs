@@ -38,7 +38,7 @@ fn rules_have_windows_for_the_schedule_of_the_settings() {
 }
 
 #[test]
-fn rules_contain_the_alert_settings() {
+fn settings_of_alerts_are_in_the_rules() {
     let rules = rules(
         "[alerts]\nslo_window = \"7d\"\npage = \"critical\"\nticket = \"warning\"\nrunbook_base_url = \"https://wiki/a\"\n",
     );
