@@ -7,5 +7,5 @@ mod ticker;
 mod wall_clock;
 
 pub(crate) use calendar::{AHEAD, gaps, mean_interval, next_tick, offset, ticks_on};
-pub(crate) use ticker::{StartError, Tick, Ticker};
+pub(crate) use ticker::{Tick, Ticker};
 pub(crate) use wall_clock::Gaps;

@@ -364,18 +364,18 @@ pub struct Dispatch {
     pub metadata: String,
 }
 
-/// What makes LiveKit send the agent.
+/// How the agent is dispatched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum DispatchMode {
-    /// The canary calls `CreateDispatch` for the named agent once its own media is up.
+    /// The canary calls `CreateDispatch` for the named agent when its own media is connected.
     #[default]
     Explicit,
     /// `CreateRoom` names the agent.
     Room,
-    /// The token that the canary joins with names the agent; joining creates the room.
+    /// The canary's join token names the agent; joining creates the room.
     Token,
-    /// LiveKit itself sends the unnamed agent to every new room; joining creates it.
+    /// No request names an agent: LiveKit sends the unnamed agent to every new room. Joining creates the room.
     Automatic,
 }
 
@@ -395,7 +395,7 @@ impl DispatchMode {
 pub struct Batch {
     pub rooms: usize,
     pub ramp: RampMode,
-    /// Only [`RampMode::Interval`] looks at it.
+    /// Time from one room to the next; used only with [`RampMode::Interval`].
     pub interval: Duration,
     pub stay: Stay,
     /// With `together`, counted from the end of the ramp; with `one_by_one`, from the agent's join in that room.
@@ -422,12 +422,12 @@ impl Default for Batch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum RampMode {
-    /// When the agent has joined the room before, that probe has ended, or its join deadline has passed.
+    /// When the agent has joined the previous room, its probe has ended, or its join deadline has passed.
     #[default]
     AfterJoin,
-    /// [`Batch::interval`] after the room before, whatever became of that one.
+    /// [`Batch::interval`] after the previous room, regardless of its outcome.
     Interval,
-    /// At once.
+    /// All rooms at once.
     Burst,
 }
 
