@@ -240,7 +240,7 @@ pub enum Ice {
 pub struct Target {
     /// Key of [`Config::projects`].
     pub project: String,
-    /// The name that the agent registers under. Only [`DispatchMode::Automatic`] needs none.
+    /// The name that the agent registered under; set whenever the dispatch names the agent.
     pub agent_name: Option<String>,
     pub engine: Engine,
     pub dispatch: Dispatch,
@@ -360,7 +360,7 @@ impl Default for Objectives {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
-    /// Any text for the agent's job. It is empty with [`DispatchMode::Automatic`], which can't carry metadata.
+    /// Handed to the agent's job; any text. Empty if the dispatch does not name the agent.
     pub metadata: String,
 }
 
@@ -385,9 +385,57 @@ impl DispatchMode {
         self.into()
     }
 
-    /// Whether joining creates the room, with the settings that the token carries.
+    /// The table of modes: everything that differs between them follows from a mode's row.
+    pub fn facts(self) -> DispatchFacts {
+        use DispatchRequest::{CreateDispatch, CreateRoom, Join};
+        let (request, names_agent) = match self {
+            Self::Explicit => (CreateDispatch, true),
+            Self::Room => (CreateRoom, true),
+            Self::Token => (Join, true),
+            Self::Automatic => (Join, false),
+        };
+        DispatchFacts {
+            request,
+            names_agent,
+        }
+    }
+}
+
+/// A row of [`DispatchMode::facts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DispatchFacts {
+    pub request: DispatchRequest,
+    /// The request names the agent and carries metadata for its job. Otherwise LiveKit sends the agent that registered
+    /// without a name, and any agent counts.
+    pub names_agent: bool,
+}
+
+/// The request of the canary on which LiveKit dispatches the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DispatchRequest {
+    /// Sent once the canary is in the room and its media is up.
+    CreateDispatch,
+    /// Sent before the canary joins.
+    CreateRoom,
+    /// The canary's own join, which creates the room.
+    Join,
+}
+
+impl DispatchRequest {
+    /// Joining creates the room, with the settings that the token carries; otherwise `CreateRoom` does.
     pub fn joins_to_create(self) -> bool {
-        matches!(self, Self::Token | Self::Automatic)
+        match self {
+            Self::CreateDispatch | Self::CreateRoom => false,
+            Self::Join => true,
+        }
+    }
+
+    /// The agent may be in the room before the canary sees who is there.
+    pub fn precedes_join(self) -> bool {
+        match self {
+            Self::CreateDispatch => false,
+            Self::CreateRoom | Self::Join => true,
+        }
     }
 }
 

@@ -490,7 +490,7 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
         Lookup::Missing => None,
     };
     let dispatch = dispatch(section.table("dispatch"));
-    if dispatch.mode != DispatchMode::Automatic && agent_name.is_none() {
+    if dispatch.mode.facts().names_agent && agent_name.is_none() {
         let hint = format!(
             "set the name that the agent registers under: {} dispatch needs it",
             dispatch.mode.name()
@@ -584,12 +584,20 @@ fn project_of(
 }
 
 fn dispatch(mut section: Section<'_>) -> Dispatch {
-    let mode = section.choice("mode", "a dispatch mode");
+    let mode: DispatchMode = section.choice("mode", "a dispatch mode");
     let metadata = match section.text("metadata") {
-        Lookup::Found(text) if mode == DispatchMode::Automatic && !text.value.is_empty() => {
-            let message = "automatic dispatch can't carry metadata".to_owned();
-            let hint = "remove it, or set mode to \"explicit\", \"room\" or \"token\"";
-            section.problem("metadata", text.place, message, hint);
+        Lookup::Found(text) if !mode.facts().names_agent && !text.value.is_empty() => {
+            let message = format!("{} dispatch can't carry metadata", mode.name());
+            let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
+            let named: Vec<_> = modes
+                .filter(|mode| mode.facts().names_agent)
+                .map(|mode| mode.name())
+                .collect();
+            let hint = format!(
+                "remove it, or set mode to {}",
+                alternatives(&named)
+            );
+            section.problem("metadata", text.place, message, &hint);
             String::new()
         }
         Lookup::Found(text) => text.value,

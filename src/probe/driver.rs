@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Input, Probe, expected_agent};
 use super::{Position, ProbeEvent, ProbeReport};
-use crate::config::{DispatchMode, Project, Target};
+use crate::config::{DispatchRequest, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
 use crate::livekit::engine::{self, Participant, panic_message};
@@ -259,10 +259,20 @@ impl Driver {
                         ..
                     },
                 ..
-            }) if self.context.target.dispatch.mode.joins_to_create() => match error {
-                SignalError::Refused(refusal) => refuses_for_good(refusal),
-                error => matches!(error, SignalError::Unreachable(_)),
-            },
+            }) if self
+                .context
+                .target
+                .dispatch
+                .mode
+                .facts()
+                .request
+                .joins_to_create() =>
+            {
+                match error {
+                    SignalError::Refused(refusal) => refuses_for_good(refusal),
+                    error => matches!(error, SignalError::Unreachable(_)),
+                }
+            }
             _ => false,
         }
     }
@@ -330,7 +340,7 @@ impl Driver {
 
     fn join_request(&self) -> JoinRequest {
         let target = &self.context.target;
-        let creates = target.dispatch.mode.joins_to_create();
+        let creates = target.dispatch.mode.facts().request.joins_to_create();
         let mut attributes = target.attributes.clone();
         attributes.insert("canary".to_owned(), "true".to_owned());
         JoinRequest {
@@ -364,13 +374,17 @@ impl Driver {
 
 /// Whom the request that creates the room dispatches.
 fn agents(target: &Target) -> Vec<NamedAgent> {
-    match target.dispatch.mode {
-        DispatchMode::Room | DispatchMode::Token => vec![NamedAgent {
-            name: target.agent_name.clone().unwrap_or_default(),
-            metadata: target.dispatch.metadata.clone(),
-        }],
-        DispatchMode::Explicit | DispatchMode::Automatic => Vec::new(),
-    }
+    let facts = target.dispatch.mode.facts();
+    let named = match facts.request {
+        DispatchRequest::CreateDispatch => None,
+        DispatchRequest::CreateRoom | DispatchRequest::Join => {
+            facts.names_agent.then(|| NamedAgent {
+                name: target.agent_name.clone().unwrap_or_default(),
+                metadata: target.dispatch.metadata.clone(),
+            })
+        }
+    };
+    Vec::from_iter(named)
 }
 
 /// A refusal before anything was done; not a conflict, a timeout or a fault of the server.

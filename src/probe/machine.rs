@@ -10,7 +10,7 @@ use super::transcript::Transcript;
 use super::turns::Turns;
 use super::verdict::{Step, names_inference_limit, quote};
 use super::{AgentTurn, Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason};
-use crate::config::{AgentMayLeave, DispatchMode, Target};
+use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::event::{
@@ -281,21 +281,24 @@ impl Probe {
 
     fn start(&mut self, now: Instant) {
         self.mark(Milestone::Started, now);
-        match self.target.dispatch.mode {
-            DispatchMode::Explicit | DispatchMode::Room => {
-                self.phase = Phase::Creating;
-                self.creating = true;
-                self.actions.push(Action::CreateRoom);
-            }
-            DispatchMode::Token | DispatchMode::Automatic => self.join(now),
+        if self.facts().request.joins_to_create() {
+            self.join(now);
+        } else {
+            self.phase = Phase::Creating;
+            self.creating = true;
+            self.actions.push(Action::CreateRoom);
         }
+    }
+
+    fn facts(&self) -> DispatchFacts {
+        self.target.dispatch.mode.facts()
     }
 
     // Answers of the server API.
 
     fn created(&mut self, call: Call<RoomInfo>, now: Instant) {
         self.creating = false;
-        let dispatches = self.target.dispatch.mode == DispatchMode::Room;
+        let dispatches = self.facts().request == DispatchRequest::CreateRoom;
         if let Some(sent_at) = call.sent_at.filter(|_| dispatches) {
             self.mark(Milestone::DispatchSent, sent_at);
         }
@@ -419,7 +422,7 @@ impl Probe {
     fn timely(&mut self, seen: RoomEventKind, at: Instant) {
         match seen {
             RoomEventKind::SignalRequested => {
-                if self.target.dispatch.mode.joins_to_create() {
+                if self.facts().request == DispatchRequest::Join {
                     self.mark(Milestone::DispatchSent, at);
                 }
             }
@@ -430,8 +433,9 @@ impl Probe {
                 node,
             } => {
                 self.mark(Milestone::SignalConnected, at);
-                // The answer to the request that named the agent. With automatic dispatch nobody was named.
-                if self.target.dispatch.mode == DispatchMode::Token {
+                // The answer to the request that named the agent. If none was named, nothing was accepted.
+                let facts = self.facts();
+                if facts.request == DispatchRequest::Join && facts.names_agent {
                     self.mark(Milestone::DispatchAccepted, at);
                 }
                 self.report.room_sid = Some(room_sid);
@@ -570,14 +574,12 @@ impl Probe {
         if self.agent_joined() {
             return;
         }
-        if self.target.dispatch.mode == DispatchMode::Explicit
-            && self.dispatch == DispatchCall::NotSent
-        {
+        let precedes_join = self.facts().request.precedes_join();
+        if !precedes_join && self.dispatch == DispatchCall::NotSent {
             self.note("the agent was in the room before it was dispatched".to_owned());
         }
         // It came between the dispatch and our own coming, nobody here saw when.
-        self.report.join_upper_bound =
-            in_join_response && self.target.dispatch.mode != DispatchMode::Explicit;
+        self.report.join_upper_bound = in_join_response && precedes_join;
         let joined = self.join_of(&agent, at);
         self.report.agent = Some(agent);
         self.mark(Milestone::AgentJoined, joined);
@@ -716,7 +718,7 @@ impl Probe {
         {
             self.phase = Phase::Watching;
             self.ready = Some(media.max(publish));
-            if self.target.dispatch.mode == DispatchMode::Explicit {
+            if self.facts().request == DispatchRequest::CreateDispatch {
                 self.dispatch = DispatchCall::UnderWay { since: now };
                 self.actions.push(Action::Dispatch);
             }
@@ -997,14 +999,17 @@ impl Probe {
             ),
             None => "check that an unnamed worker runs, is connected to this project and is below its load limit, and that its log shows no job that failed before it connected".to_owned(),
         };
-        let listed = match (listing, self.target.dispatch.mode) {
-            (Listing::NoDispatch, DispatchMode::Room) => {
+        let facts = self.facts();
+        let listed = match (listing, facts.request) {
+            (Listing::NoDispatch, DispatchRequest::CreateRoom) => {
                 "LiveKit lists no dispatch of it (does this server dispatch whom CreateRoom names?)"
             }
-            (Listing::NoDispatch, DispatchMode::Token) => {
+            (Listing::NoDispatch, DispatchRequest::Join) if facts.names_agent => {
                 "LiveKit lists no dispatch of it (does this server dispatch whom a token names?)"
             }
-            (Listing::NoDispatch, _) => "LiveKit lists no dispatch of it",
+            (Listing::NoDispatch, DispatchRequest::CreateDispatch | DispatchRequest::Join) => {
+                "LiveKit lists no dispatch of it"
+            }
             (Listing::NoJob | Listing::Job(_), _) => "LiveKit lists no accepted job",
             (Listing::Unknown, _) => "LiveKit did not say whether a worker accepted the job",
         };
@@ -1115,14 +1120,10 @@ impl Probe {
     }
 }
 
-/// The name of the agent that counts. Automatic dispatch sends whoever registered without a name: any agent counts.
+/// The name of the agent that counts; `None` if the dispatch names none, and any agent counts.
 pub(super) fn expected_agent(target: &Target) -> Option<&str> {
-    match target.dispatch.mode {
-        DispatchMode::Explicit | DispatchMode::Room | DispatchMode::Token => {
-            target.agent_name.as_deref()
-        }
-        DispatchMode::Automatic => None,
-    }
+    let names_agent = target.dispatch.mode.facts().names_agent;
+    target.agent_name.as_deref().filter(|_| names_agent)
 }
 
 /// Whether a failed call proves that the room's server is alive: a proxy, or another node that asks it in vain, says

@@ -502,18 +502,12 @@ fn every_dispatch_mode_except_automatic_accepts_metadata() {
         let name = mode.name();
         let settings = target_with(&format!(
             "dispatch = {{ mode = \"{name}\", metadata = \"{}\" }}",
-            if *mode == DispatchMode::Automatic {
-                ""
-            } else {
-                "vip"
-            }
+            if mode.facts().names_agent { "vip" } else { "" }
         ));
         let dispatch = &read(&settings, &CREDENTIALS).targets["support"].dispatch;
         assert_eq!(dispatch.mode, *mode);
-        assert_eq!(
-            dispatch.metadata.is_empty(),
-            *mode == DispatchMode::Automatic
-        );
+        assert_eq!(!dispatch.metadata.is_empty(), mode.facts().names_agent);
+        assert_eq!(mode.facts().names_agent, *mode != DispatchMode::Automatic);
     }
 }
 

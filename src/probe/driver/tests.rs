@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 
 use secrecy::SecretString;
+use strum::VariantArray as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -8,6 +9,7 @@ use tokio::task::JoinSet;
 use url::Url;
 
 use super::*;
+use crate::config::DispatchMode;
 use crate::livekit::wire::token::Keys;
 use crate::probe::{Milestone, Outcome, Reason};
 
@@ -259,15 +261,16 @@ async fn hold_that_nobody_can_end_is_over() {
 #[tokio::test]
 async fn agent_is_named_in_the_request_that_creates_the_room_unless_it_is_called_later() {
     let url = "http://127.0.0.1:1".parse().unwrap();
-    for (mode, in_room, in_token) in [
-        (DispatchMode::Explicit, false, None),
-        (DispatchMode::Room, true, None),
-        (DispatchMode::Token, true, Some(true)),
-        (DispatchMode::Automatic, false, Some(false)),
-    ] {
+    for mode in DispatchMode::VARIANTS {
+        let (in_room, in_token) = match mode {
+            DispatchMode::Explicit => (false, None),
+            DispatchMode::Room => (true, None),
+            DispatchMode::Token => (true, Some(true)),
+            DispatchMode::Automatic => (false, Some(false)),
+        };
         let mut started = start(&url);
         let mut target = Target::clone(&started.driver.context.target);
-        target.dispatch.mode = mode;
+        target.dispatch.mode = *mode;
         target.dispatch.metadata = "vip".to_owned();
         started.driver.context.target = Arc::new(target);
         let driver = &started.driver;

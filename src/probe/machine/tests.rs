@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::config::Expect;
+use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::Speaker;
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
