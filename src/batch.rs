@@ -1,6 +1,6 @@
-//! The rooms opened for one tick: the ramp, the hold and the caps.
+//! Runs one batch: opens its rooms as the ramp and the project's guard allow, holds them open, and reports.
 //!
-//! It knows no metrics and no HTTP.
+//! This module knows neither metrics nor HTTP; both follow from its events and its report.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
@@ -53,16 +53,16 @@ pub enum BatchEvent {
     Ended(Arc<BatchReport>),
 }
 
-/// The most events that a batch of so many rooms emits.
+/// The most events that a batch with this many rooms emits.
 pub fn max_events(rooms: usize) -> usize {
     // The batch's start and end; each room's opening, progress and closing.
     2 + rooms * (ProbeEvent::MAX_PER_PROBE + 2)
 }
 
-/// Runs one batch to its end; a cancelled `abort` ends it early, every probe `aborted`, every room deleted.
+/// Runs one batch to its end. A cancelled `abort` ends it early, with every probe `aborted` and every room deleted.
 ///
-/// It starts once the project's `guard` has places for its rooms, and asks it before each of them. Without a guard every
-/// room may open, and none is journalled.
+/// The batch waits until the project's `guard` has permits for its rooms, and reserves agent time before each of them.
+/// Without a guard, every room may open and none is journalled.
 ///
 /// `on_event` is called with each event as soon as the batch knows of it. It must not block: the batch waits for it.
 /// Dropping the future drops the probes, and the janitor deletes their rooms.
@@ -79,7 +79,7 @@ pub async fn run(
         target: target.to_owned(),
     });
     let admission = Admission::wait(target, &context.target, &context.project, guard, &abort).await;
-    let max_rooms = admission.places.as_ref().map(RoomPermits::count);
+    let max_rooms = admission.permits.as_ref().map(RoomPermits::count);
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
         rooms: context.target.batch.rooms,
@@ -114,7 +114,7 @@ pub async fn run(
     report
 }
 
-/// Sorts by time; unique across processes.
+/// A new batch id: it sorts by time and is unique across processes.
 pub fn new_id() -> String {
     let digits = base32(fastrand::u64(..), 4);
     format!(
@@ -124,10 +124,10 @@ pub fn new_id() -> String {
     )
 }
 
-/// This process in the names that it gives: tells apart two canaries on one project.
+/// This process in the names that it gives, so that two canaries on one project differ.
 static INSTANCE: LazyLock<String> = LazyLock::new(|| base32(fastrand::u64(..), 5));
 
-/// A room name that is never used again: 64 random bits beside the instance.
+/// A room name that is never used again: the instance and 64 random bits.
 fn new_room_name() -> RoomName {
     RoomName(format!(
         "canary-{}-{}",
@@ -136,7 +136,7 @@ fn new_room_name() -> RoomName {
     ))
 }
 
-/// The low `5 × digits` bits, in Crockford's alphabet (no letter that reads as a digit), lower case.
+/// The low `5 × digits` bits in Crockford's alphabet, which has no letter that looks like a digit, in lower case.
 fn base32(mut bits: u64, digits: usize) -> String {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
     let digit = |_| {
@@ -156,17 +156,17 @@ struct ProbeStart {
     emit: Emit,
 }
 
-/// What the project's guard grants a batch; everything where there is none.
+/// What the project's guard grants a batch; without a guard, everything.
 struct Admission {
     guard: Option<Guard>,
     /// Held until the batch has ended.
-    places: Option<RoomPermits>,
+    permits: Option<RoomPermits>,
     target: String,
     worst_cases: Vec<Duration>,
 }
 
 impl Admission {
-    /// Waits until the batch may hold its rooms open. An abort ends the wait: nothing opens after it.
+    /// Waits until the batch may hold its rooms open. An abort ends the wait, and then no room opens.
     async fn wait(
         name: &str,
         target: &Target,
@@ -174,16 +174,16 @@ impl Admission {
         guard: Option<Guard>,
         abort: &CancellationToken,
     ) -> Self {
-        let places = match &guard {
+        let permits = match &guard {
             Some(guard) => {
-                let places = guard.acquire(target);
-                abort.run_until_cancelled(places).await
+                let permits = guard.acquire(target);
+                abort.run_until_cancelled(permits).await
             }
             None => None,
         };
         Self {
             guard,
-            places,
+            permits,
             target: name.to_owned(),
             worst_cases: worst_cases(target, project).collect(),
         }
@@ -215,7 +215,7 @@ impl Admission {
     }
 }
 
-/// Whether a room may open.
+/// The guard's answer for one room.
 struct Admitted {
     index: usize,
     room: RoomName,
@@ -227,7 +227,7 @@ struct ActiveProbe {
     room: RoomName,
     opened_at: DateTime<Utc>,
     hold_until: watch::Sender<Option<Instant>>,
-    /// Until the probe has ended; dropped before that, the room's worst case stands.
+    /// `None` once the probe has ended. If it is dropped before, the room's worst case stays reserved.
     reservation: Option<Reservation>,
     report: Option<ProbeReport>,
 }
@@ -239,11 +239,11 @@ struct BatchRunner<F, E> {
     start_probe: F,
     abort: CancellationToken,
     on_event: E,
-    /// The events of all probes; the one channel of a batch.
+    /// The events of all probes: the one channel of a batch.
     events: mpsc::Receiver<BatchEvent>,
     events_tx: mpsc::Sender<BatchEvent>,
-    /// Rooms that the guard is asked for, in the order of opening.
-    asked: FuturesOrdered<BoxFuture<'static, Admitted>>,
+    /// Rooms that wait for the guard's answer, in the order of opening.
+    admissions: FuturesOrdered<BoxFuture<'static, Admitted>>,
     probes: Vec<ActiveProbe>,
     tasks: JoinSet<ProbeReport>,
     index_of: HashMap<task::Id, usize>,
@@ -262,7 +262,7 @@ where
         start_probe: F,
         on_event: E,
     ) -> Self {
-        // A place for all that the probes can emit: none of them ever waits, and nothing is lost.
+        // Capacity for everything that the probes can emit, so that none of them waits and nothing is lost.
         let (events_tx, events) = mpsc::channel(max_events(plan.rooms));
         Self {
             ramp: Ramp::new(plan),
@@ -272,7 +272,7 @@ where
             on_event,
             events,
             events_tx,
-            asked: FuturesOrdered::new(),
+            admissions: FuturesOrdered::new(),
             probes: Vec::new(),
             tasks: JoinSet::new(),
             index_of: HashMap::new(),
@@ -287,15 +287,15 @@ where
                 self.ramp.halt("the batch was aborted".to_owned());
             }
             while let Some(index) = self.ramp.open_next(Instant::now()) {
-                self.asked.push_back(self.admission.reserve(index));
+                self.admissions.push_back(self.admission.reserve(index));
             }
             if self.ramp.halted {
-                self.asked = FuturesOrdered::new();
+                self.admissions = FuturesOrdered::new();
                 self.ramp.rooms.truncate(self.probes.len());
             }
             self.hold_together_once_over();
             let due = self.ramp.due();
-            if self.tasks.is_empty() && self.asked.is_empty() && due.is_none() {
+            if self.tasks.is_empty() && self.admissions.is_empty() && due.is_none() {
                 break;
             }
             tokio::select! {
@@ -303,7 +303,7 @@ where
                 () = abort.cancelled(), if !aborted => {}
                 Some(event) = self.events.recv() => self.handle(event),
                 Some(ended) = self.tasks.join_next_with_id() => self.probe_ended(ended),
-                Some(admitted) = self.asked.next() => self.admitted(admitted),
+                Some(admitted) = self.admissions.next() => self.admitted(admitted),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
             }
         }
@@ -318,7 +318,7 @@ where
     fn admitted(&mut self, admitted: Admitted) {
         match admitted.reservation {
             Ok(reservation) => self.open(admitted.index, admitted.room, reservation),
-            Err(refusal) => self.ramp.refused(refusal),
+            Err(denial) => self.ramp.denied(denial),
         }
     }
 
@@ -349,7 +349,7 @@ where
         self.index_of.insert(task.id(), index);
     }
 
-    /// The ramp sees an event first, then `on_event`.
+    /// Passes an event to the ramp first, then to `on_event`.
     fn handle(&mut self, event: BatchEvent) {
         if let BatchEvent::Probe { index, event } = &event {
             self.advance(*index, event);
@@ -393,7 +393,7 @@ where
                 }
                 report
             }
-            // Nobody knows what its agent did: its worst case stands.
+            // What its agent did is unknown, so its worst case stays reserved.
             Err(error) => crashed(probe, position(index), error),
         };
         probe.report = Some(report.clone());
@@ -406,11 +406,11 @@ where
 
     fn report_no_rejection(&self) {
         let mut reports = self.probes.iter().filter_map(|probe| probe.report.as_ref());
-        if let Some(places) = &self.admission.places
+        if let Some(permits) = &self.admission.permits
             && !self.probes.is_empty()
             && !reports.any(|report| report.outcome.is_plan_limit())
         {
-            places.confirm_none_rejected();
+            permits.confirm_none_rejected();
         }
     }
 
@@ -423,7 +423,7 @@ where
         }
     }
 
-    /// The first answer stands.
+    /// The first end of a hold is final.
     fn hold(&self, index: usize, until: Instant) {
         self.probes[index].hold_until.send_if_modified(|held| {
             let first = held.is_none();
@@ -433,17 +433,18 @@ where
     }
 }
 
-/// Sends a probe's events to its batch; never waits.
+/// Sends a probe's events to its batch without waiting.
 fn emit_to(events: mpsc::Sender<BatchEvent>, index: usize) -> Emit {
     Box::new(move |event| {
-        // A batch that is gone has no use for them.
+        // If the batch is gone, so is the reader of its events.
         if let Err(TrySendError::Full(lost)) = events.try_send(BatchEvent::Probe { index, event }) {
-            tracing::warn!(?lost, "an event was lost: its channel is too small");
+            tracing::warn!(?lost, "a batch event was lost: its channel is too small");
         }
     })
 }
 
-/// Where the room's deletion is not known, its agent may stay on in it: then not less than the worst case.
+/// Repermits the reservation by the billed time. If the deletion is unconfirmed, the agent may still be in the room, so at
+/// least the worst case is billed.
 fn settle(reservation: Reservation, report: &ProbeReport) {
     let billed = match report.billed() {
         Some(billed) if report.timeline.get(Milestone::RoomDeleted).is_none() => {
@@ -462,7 +463,7 @@ fn position(index: usize) -> Position {
     }
 }
 
-/// The report of a probe whose task panicked, past the driver's own guard.
+/// The report of a probe whose task panicked outside the code that catches panics.
 fn crashed(probe: &ActiveProbe, position: Position, error: JoinError) -> ProbeReport {
     let room = probe.room.clone();
     let detail = match error.try_into_panic() {

@@ -28,7 +28,7 @@ use crate::livekit::RoomName;
 use crate::livekit::wire::api::Api;
 use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
-use crate::probe::driver::{Context, Fault};
+use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, Denial};
 use crate::schedule::{self, Tick, Ticker};
 
@@ -57,7 +57,7 @@ pub(crate) struct DaemonOptions {
     pub(crate) web: WebConfig,
     pub(crate) history: History,
     pub(crate) build: Build,
-    pub(crate) fault: Option<Fault>,
+    pub(crate) fault: Option<ProbeFault>,
     /// The faults are simulated, and the `drill` label of the series shows it.
     pub(crate) drill: bool,
     /// For a command that shows the batches.
@@ -75,7 +75,7 @@ pub(crate) enum DaemonCommand {
     /// Starts a batch of this target now, in addition to its schedule.
     RunBatch(String),
     /// The following batches simulate this fault, or none.
-    SetFault(Option<Fault>),
+    SetFault(Option<ProbeFault>),
     /// The first shuts down in order, a second one immediately.
     Stop,
 }
@@ -139,7 +139,7 @@ struct Daemon {
     counted_drops: u64,
     metrics: Metrics,
     janitor: Janitor,
-    fault: Option<Fault>,
+    fault: Option<ProbeFault>,
     drill: bool,
     observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::config::{Backoff, Budget, Period, Project, RampMode, Stay, Target};
 use crate::history::{History, RESERVE_TIMEOUT, Reservation, Used};
 use crate::livekit::RoomName;
-use crate::probe::{LimitKind, longest_verdict, whole_minutes};
+use crate::probe::{LimitKind, billable_minutes, max_time_to_verdict};
 use crate::report::Denial;
 
 /// The guard rails of one project. Cheap to clone.
@@ -324,9 +324,9 @@ pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = D
         }
     };
     (0..rooms).map(move |index| {
-        let held = (ramp_after(index) + target.batch.hold).max(longest_verdict(target));
+        let held = (ramp_after(index) + target.batch.hold).max(max_time_to_verdict(target));
         // Leaving may take as long, and so may deleting.
-        whole_minutes(held + target.deadlines.cleanup * 2)
+        billable_minutes(held + target.deadlines.cleanup * 2)
     })
 }
 
@@ -334,7 +334,7 @@ pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = D
 pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
-    let held = target.batch.hold.max(longest_verdict(target)) + target.deadlines.cleanup * 2;
+    let held = target.batch.hold.max(max_time_to_verdict(target)) + target.deadlines.cleanup * 2;
     match (target.batch.stay, target.batch.ramp) {
         (Stay::Together, RampMode::AfterJoin) => one_join.saturating_mul(rooms) + held,
         (Stay::Together, RampMode::Interval) => {

@@ -1,11 +1,12 @@
 //! One room, from creation to deletion: a timeline and one outcome.
 //!
-//! `machine` decides, as a plain state machine: answers and room events in, actions out. It performs no I/O; [`driver`]
-//! carries its actions out.
+//! `machine` is a plain state machine: answers, room events and deadlines in, actions out. It performs no I/O; [`driver`]
+//! carries its actions out. `verdict` turns what went wrong into a failure. This module knows neither batches nor metrics.
 
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
@@ -19,27 +20,28 @@ mod transcript;
 mod turns;
 mod verdict;
 
-pub use machine::longest_verdict;
+pub use machine::max_time_to_verdict;
 pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
 pub use timeline::{Milestone, Span, Timeline, Turn};
-pub use transcript::Said;
+pub use transcript::TranscriptLine;
 
-/// Whether the room was the first of its batch: a cold start hides there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Whether the room was the first of its batch, which is where the cold start of an agent shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Position {
     First,
     Later,
 }
 
 impl Position {
-    pub const ALL: [Self; 2] = [Self::First, Self::Later];
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
 
     /// The label value in metrics and the `position` in output.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::First => "first",
-            Self::Later => "later",
-        }
+        self.into()
     }
 }
 
@@ -55,19 +57,18 @@ pub struct ProbeReport {
     pub evidence: Evidence,
     pub timeline: Timeline,
     pub turns: Vec<Turn>,
-    /// What was said, in the agent's own writing; `None` where the target doesn't want to know.
-    pub transcript: Option<Vec<Said>>,
+    /// The call as the agent transcribed it; `None` unless the target keeps transcripts.
+    pub transcript: Option<Vec<TranscriptLine>>,
     pub agent: Option<Agent>,
-    /// Agents of the target that came too late to count, or as a second one: each is a session that LiveKit bills.
+    /// Agents of the target that joined too late to count, or as a second one. LiveKit bills a session for each.
     pub other_agents: u32,
     pub audio: AudioStats,
-    /// The agent was dispatched before we were in the room, and already in the join response: the join delay is an
-    /// upper bound.
+    /// The agent was dispatched before the canary joined, and was in the room already. The join delay is an upper bound.
     pub join_upper_bound: bool,
 }
 
 impl ProbeReport {
-    /// A report of nothing seen yet.
+    /// A report without observations.
     pub(crate) fn new(
         room: RoomName,
         position: Position,
@@ -91,15 +92,15 @@ impl ProbeReport {
         }
     }
 
-    /// The agent time that LiveKit bills for this room: from the agent's join to the room's end, in whole minutes; a
-    /// minute for each other agent, on whose sight the room ends. `None` where no agent came.
+    /// The agent time that LiveKit bills for this room, in whole minutes: from the agent's join to the room's end, and one
+    /// minute for each other agent of the target, because the room ends as soon as one is seen. `None` if no agent joined.
     ///
-    /// An agent that left before the room ended cost less; a budget is better told too much than too little. Strays of
-    /// another name aren't known well enough to count.
+    /// This is an upper bound, because a budget must not be exceeded: an agent that left before the room ended costs less.
+    /// Agents of another name are excluded, because too little is known about them.
     pub fn billed(&self) -> Option<Duration> {
-        let others = whole_minutes(Duration::ZERO) * self.other_agents;
+        let others = billable_minutes(Duration::ZERO) * self.other_agents;
         match self.agent_session() {
-            Some(session) => Some(whole_minutes(session) + others),
+            Some(session) => Some(billable_minutes(session) + others),
             None if self.other_agents > 0 => Some(others),
             None => None,
         }
@@ -108,7 +109,8 @@ impl ProbeReport {
     fn agent_session(&self) -> Option<Duration> {
         let joined = self.timeline.get(Milestone::AgentJoined)?;
         let last_seen = || self.timeline.marks().map(|(_, at)| at).max();
-        // Its job may outlast our leaving, but not the room. Where the deletion failed, the agent left after us.
+        // The agent's job may outlast the canary's leaving, but not the room. If the deletion failed, the agent left after
+        // the canary.
         let ended = [Milestone::RoomDeleted, Milestone::Left]
             .into_iter()
             .find_map(|end| self.timeline.get(end))
@@ -117,34 +119,34 @@ impl ProbeReport {
     }
 }
 
-/// Agent time as LiveKit bills it: each minute that has begun, and one for a session of no length.
-pub fn whole_minutes(session: Duration) -> Duration {
+/// Agent time as LiveKit bills it: started minutes, and at least one.
+pub fn billable_minutes(session: Duration) -> Duration {
     const MINUTE: Duration = Duration::from_mins(1);
     let whole = session.as_nanos().div_ceil(MINUTE.as_nanos()).max(1);
     MINUTE.saturating_mul(u32::try_from(whole).unwrap_or(u32::MAX))
 }
 
-/// What a probe emits while it runs, for live progress and for the ramp.
+/// What a probe emits while it runs: for live progress, and for the ramp of its batch.
 #[derive(Debug, Clone)]
 pub enum ProbeEvent {
     Reached {
         milestone: Milestone,
         at: Instant,
     },
-    /// The agent's join is decided, one way or the other: joined, deadline passed, or the probe failed before.
+    /// The agent joined, or its deadline passed, or the probe ended before.
     JoinDecided {
         joined: bool,
     },
-    /// The outcome is final; leaving and deleting follow.
+    /// The outcome is final. Leaving the room and deleting it follow.
     OutcomeDecided {
         outcome: Outcome,
-        /// What the answer asked for that ended the probe.
+        /// How long LiveKit asked to wait, if it named a limit.
         retry_after: Option<Duration>,
     },
 }
 
 impl ProbeEvent {
-    /// Each milestone once, the join, the outcome.
+    /// The most that one probe emits: each milestone once, the join, the outcome.
     pub const MAX_PER_PROBE: usize = Milestone::ALL.len() + 2;
 }
 
@@ -173,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn begun_minutes_are_billed_from_the_agents_join_to_the_rooms_end() {
+    fn started_minutes_are_billed_from_the_agents_join_to_the_rooms_end() {
         use Milestone::{AgentJoined, Left, RoomDeleted};
         let ends = |left, deleted| {
             billed_minutes(&[(AgentJoined, 30), (Left, left), (RoomDeleted, deleted)])
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_deletion_our_leaving_ends_the_bill_and_else_what_was_seen_last() {
+    fn without_a_deletion_the_canarys_leaving_or_the_last_milestone_ends_the_bill() {
         use Milestone::{AgentJoined, AgentSpoke, Left};
         assert_eq!(billed_minutes(&[(AgentJoined, 1), (Left, 62)]), Some(2));
         assert_eq!(
@@ -196,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn agent_that_is_late_or_a_second_one_costs_a_minute_of_its_own() {
+    fn late_or_second_agent_costs_one_more_minute() {
         let mut late = report(&[(Milestone::Left, 31), (Milestone::RoomDeleted, 32)]);
         late.other_agents = 1;
         assert_eq!(late.billed(), Some(Duration::from_mins(1)));
@@ -213,14 +215,14 @@ mod tests {
     }
 
     #[test]
-    fn session_of_no_length_costs_a_minute_and_a_boundless_one_does_not_overflow() {
-        assert_eq!(whole_minutes(Duration::ZERO), Duration::from_mins(1));
+    fn session_of_no_length_costs_a_minute_and_an_endless_one_does_not_overflow() {
+        assert_eq!(billable_minutes(Duration::ZERO), Duration::from_mins(1));
         assert_eq!(
-            whole_minutes(Duration::from_mins(3)),
+            billable_minutes(Duration::from_mins(3)),
             Duration::from_mins(3)
         );
         let just_over = Duration::from_mins(3) + Duration::from_nanos(1);
-        assert_eq!(whole_minutes(just_over), Duration::from_mins(4));
-        assert!(whole_minutes(Duration::MAX) > Duration::from_hours(24 * 365));
+        assert_eq!(billable_minutes(just_over), Duration::from_mins(4));
+        assert!(billable_minutes(Duration::MAX) > Duration::from_hours(24 * 365));
     }
 }

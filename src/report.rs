@@ -1,11 +1,12 @@
-//! What a batch found out: its probes, its result and its summary. Everything that shows, counts or keeps a batch depends on
-//! this module, and it on none of them.
+//! The findings of a batch: its probes, its result and its summary. Everything that shows, counts or stores a batch depends
+//! on this module, and it depends on none of them.
 
 use std::fmt;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use humantime::format_duration;
+use strum::VariantArray;
 
 use crate::config::Period;
 use crate::probe::{Outcome, ProbeReport, Span};
@@ -14,10 +15,10 @@ pub(crate) mod json;
 #[cfg(test)]
 pub(crate) mod sample;
 
-/// Everything that one batch found out.
+/// The findings of one batch.
 #[derive(Debug, Clone)]
 pub struct BatchReport {
-    /// See [`new_id`].
+    /// See [`new_id`](crate::batch::new_id).
     pub batch_id: String,
     pub target: String,
     pub started_at: DateTime<Utc>,
@@ -32,43 +33,35 @@ pub struct BatchReport {
 pub struct NotOpened {
     pub rooms: usize,
     pub why: String,
-    /// Where a guard rail refused the next one.
+    /// If a guard rail denied the next room.
     pub refusal: Option<Denial>,
 }
 
-/// What a batch comes to as a whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The result of a batch as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum BatchResult {
-    /// Every room that opened.
+    /// Every room that opened was ok.
     Ok,
-    /// Some rooms ok, some failed.
+    /// Some rooms were ok, some failed.
     Degraded,
-    /// No room ok.
+    /// No room was ok.
     Failed,
-    /// The service named a limit, whatever else happened: what the rest would have shown is not known.
+    /// The service named a limit, whatever else happened, because what the other rooms would have shown is unknown.
     Limited,
-    /// We were told to stop.
+    /// The canary was asked to stop.
     Aborted,
 }
 
 impl BatchResult {
-    pub const ALL: [Self; 5] = [
-        Self::Ok,
-        Self::Degraded,
-        Self::Failed,
-        Self::Limited,
-        Self::Aborted,
-    ];
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
 
     /// The label value in metrics and the `result` in output.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Degraded => "degraded",
-            Self::Failed => "failed",
-            Self::Limited => "limited",
-            Self::Aborted => "aborted",
-        }
+        self.into()
     }
 }
 
@@ -78,11 +71,11 @@ pub struct Summary {
     pub ok: usize,
     pub failed: usize,
     pub aborted: usize,
-    /// `None` where no probe has a join delay.
+    /// `None` if no probe has a join delay.
     pub join_delay: Option<Quantiles>,
 }
 
-/// Nearest-rank quantiles: each is a delay that was measured.
+/// Nearest-rank quantiles, so each is a delay that was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quantiles {
     pub p50: Duration,
@@ -91,7 +84,7 @@ pub struct Quantiles {
 }
 
 impl BatchReport {
-    /// A batch that was aborted is not judged by the rooms that had ended before; nor is one that never opened a room.
+    /// An aborted batch is not judged by the rooms that ended before, and neither is one that opened no room.
     pub fn result(&self) -> BatchResult {
         let any = |wanted: fn(&Outcome) -> bool| {
             let mut outcomes = self.probes.iter().map(|probe| &probe.outcome);
@@ -113,7 +106,7 @@ impl BatchReport {
         }
     }
 
-    /// The share of rooms that were ok; aborted ones don't count. `None` where that leaves none.
+    /// The share of rooms that were ok, excluding aborted ones. `None` if no other room remains.
     pub fn success_ratio(&self) -> Option<f64> {
         let summary = self.summary();
         let [ok, ended] = [summary.ok, summary.ok + summary.failed]
@@ -121,12 +114,12 @@ impl BatchReport {
         (ended > 0.0).then(|| ok / ended)
     }
 
-    /// Nothing was found out: a guard rail refused the first room, or the end came before it.
+    /// A guard rail denied the first room, or the batch was aborted before it.
     pub fn opened_nothing(&self) -> bool {
         self.probes.is_empty()
     }
 
-    /// The join delays are those of every probe whose agent joined, whatever its outcome, without upper bounds.
+    /// The join delays are those of every probe whose agent joined, whatever its outcome, excluding upper bounds.
     pub fn summary(&self) -> Summary {
         let count = |wanted: fn(&Outcome) -> bool| {
             let outcomes = self.probes.iter().map(|probe| &probe.outcome);
@@ -165,7 +158,7 @@ pub enum Denial {
     Budget {
         period: Period,
         used: Duration,
-        /// What the room could use at worst.
+        /// The most that the room can use.
         worst_case: Duration,
         limit: Duration,
         resets_at: DateTime<Utc>,
@@ -173,7 +166,7 @@ pub enum Denial {
     Backoff {
         until: DateTime<Utc>,
     },
-    /// There is a budget, and what of it was used is not known.
+    /// There is a budget, and it is unknown how much of it is used.
     LedgerLost,
 }
 
@@ -186,7 +179,7 @@ impl Denial {
         }
     }
 
-    /// When it may be worth to ask again; `None` where time alone changes nothing.
+    /// When the next request may succeed; `None` if time alone changes nothing.
     pub fn until(&self) -> Option<DateTime<Utc>> {
         match self {
             Self::Budget { resets_at, .. } => Some(*resets_at),
@@ -207,21 +200,20 @@ impl fmt::Display for Denial {
                 resets_at,
             } => write!(
                 f,
-                "the project's agent time of this UTC {} is used up: {} of {}, and one more room could use {}; it counts \
-                 anew from {}",
-                period.label(),
+                "agent-time budget reached: {} of {} used this UTC {}, and one more room could use {}; the count restarts at {}",
                 format_duration(*used),
                 format_duration(*limit),
+                period.label(),
                 format_duration(*worst_case),
                 minute(*resets_at)
             ),
             Self::Backoff { until } => write!(
                 f,
-                "the project rests until {} after a plan limit was met",
+                "plan limit reached: no new rooms on this project until {}",
                 until.format("%Y-%m-%d %H:%M:%S UTC")
             ),
             Self::LedgerLost => f.write_str(
-                "the record of used agent time was lost, and the project has a budget: see the log, then run with \
+                "the record of used agent time is lost, and the project has a budget: read the log, then run with \
                  --accept-lost-ledger to count from zero",
             ),
         }

@@ -1,4 +1,4 @@
-//! When the next room of a batch opens, and what stops a ramp. A plain state machine: it opens no room itself.
+//! When the next room of a batch opens, and what stops a ramp. A plain state machine that opens no room itself.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::config::{self, Stay};
 use crate::probe::{Failure, Outcome, Reason};
 use crate::report::{Denial, NotOpened};
 
-/// The settings that rule a ramp.
+/// The settings of a ramp.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) rooms: usize,
@@ -24,34 +24,35 @@ pub(super) struct Plan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RoomState {
     Joining,
-    /// Its agent has joined, or its outcome is final: the next room may open beside it.
+    /// Its agent has joined, or its outcome is final. The next room may open.
     Decided,
     Ended,
 }
 
 /// Decides when the next room opens.
 ///
-/// `after_join`, rooms staying `together`: when the join of the room before is decided. `one_by_one`: when the room
-/// before is gone, so that never more than one is open, which is what a plan of one concurrent session needs. An agent
-/// that did not come decides nothing by itself: the probe's outcome does, which follows at once and may be a rejection
-/// after which no room may open.
+/// - `after_join` with rooms that stay `together`: when the join of the room before is decided.
+/// - `after_join` with rooms `one_by_one`: when the room before is gone. So at most one is open, as a plan with one
+///   concurrent session requires.
+/// - `interval` and `burst`: independently of the room before. Everything that stops a ramp stops `interval`, too.
 ///
-/// `interval` and `burst` don't look at the room before; whatever stops a ramp stops `interval` too.
+/// A missed join deadline alone does not open the next room. The probe's outcome follows at once and does; it may be a
+/// rejection, after which no room may open.
 #[derive(Debug)]
 pub(super) struct Ramp {
     pub(super) plan: Plan,
     pub(super) rooms: Vec<RoomState>,
     /// When the last room opened.
     opened: Option<Instant>,
-    /// Rooms without an agent since the last one with an agent.
+    /// Rooms without an agent since the last room with one.
     no_shows: usize,
-    stopped: Option<Stop>,
-    /// Rooms that were to open, but have not yet, stay shut too.
+    stopped: Option<RampStop>,
+    /// Rooms that wait for their admission must not open either.
     pub(super) halted: bool,
 }
 
 #[derive(Debug)]
-pub(super) struct Stop {
+struct RampStop {
     why: String,
     refusal: Option<Denial>,
 }
@@ -68,13 +69,13 @@ impl Ramp {
         }
     }
 
-    /// Counts the next room as open and says its index, if it may open now.
+    /// If the next room may open now, counts it as open and returns its index.
     pub(super) fn open_next(&mut self, now: Instant) -> Option<usize> {
         let index = self.rooms.len();
         if !self.has_more() || !self.is_ready(now) {
             return None;
         }
-        // Rooms that stay together only close once the ramp is over: waiting for a free place would be for ever.
+        // Rooms that stay together close only after the ramp, so a wait for a permit would never end.
         let open = self.rooms.iter().filter(|room| **room != RoomState::Ended);
         if open.count() >= self.plan.max_rooms {
             self.stop(format!(
@@ -104,7 +105,7 @@ impl Ramp {
         }
     }
 
-    /// When the next room opens if nothing but time has to pass.
+    /// When the next room opens, if only time has to pass.
     pub(super) fn due(&self) -> Option<Instant> {
         let timed = self.plan.ramp == config::RampMode::Interval && self.has_more();
         self.opened
@@ -132,8 +133,8 @@ impl Ramp {
         self.no_shows += 1;
         if self.no_shows == self.plan.stop_after_no_shows {
             self.halt(match self.no_shows {
-                1 => "no agent came to a room".to_owned(),
-                n => format!("no agent came to {n} rooms in a row"),
+                1 => "no agent joined a room".to_owned(),
+                n => format!("no agent joined {n} rooms in a row"),
             });
         }
     }
@@ -143,9 +144,9 @@ impl Ramp {
         self.rooms[index] = RoomState::Ended;
     }
 
-    /// The first reason stands.
+    /// The first reason is final.
     fn stop(&mut self, why: String) {
-        self.stopped.get_or_insert(Stop { why, refusal: None });
+        self.stopped.get_or_insert(RampStop { why, refusal: None });
     }
 
     pub(super) fn halt(&mut self, why: String) {
@@ -153,15 +154,15 @@ impl Ramp {
         self.halted = true;
     }
 
-    pub(super) fn refused(&mut self, refusal: Denial) {
-        self.stopped.get_or_insert(Stop {
-            why: refusal.to_string(),
-            refusal: Some(refusal),
+    pub(super) fn denied(&mut self, denial: Denial) {
+        self.stopped.get_or_insert(RampStop {
+            why: denial.to_string(),
+            refusal: Some(denial),
         });
         self.halted = true;
     }
 
-    /// No room opens any more, and every join is decided.
+    /// No further room opens, and every join is decided.
     pub(super) fn is_over(&self) -> bool {
         !self.has_more() && !self.rooms.contains(&RoomState::Joining)
     }
@@ -170,7 +171,7 @@ impl Ramp {
         let rooms = self.plan.rooms - self.rooms.len();
         (rooms > 0).then(|| {
             let stop = self.stopped;
-            let stop = stop.expect("a ramp ends early only where it was stopped");
+            let stop = stop.expect("a ramp ends early only if it was stopped");
             NotOpened {
                 rooms,
                 why: stop.why,
@@ -180,15 +181,14 @@ impl Ramp {
     }
 }
 
-/// After a rejection more rooms would only meet it again, and cost the project more refused calls.
-///
-/// The probe's own failure holds the detail.
+/// Why a failure stops the batch, or `None` if it does not. After a rejection, further rooms would only repeat it and cost
+/// the project more refused calls. The probe's own failure has the detail.
 fn stops_the_batch(failure: &Failure) -> Option<&'static str> {
     Some(match failure.reason {
-        Reason::PlanLimit(_) => "a plan limit was met",
-        Reason::AuthRejected => "the credentials were rejected",
-        Reason::ConfigRejected => "a setting was rejected",
-        Reason::Unreachable => "the server could not be reached",
+        Reason::PlanLimit(_) => "plan limit reached",
+        Reason::AuthRejected => "LiveKit rejected the credentials",
+        Reason::ConfigRejected => "LiveKit rejected a setting",
+        Reason::Unreachable => "the server is unreachable",
         _ => return None,
     })
 }

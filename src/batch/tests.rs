@@ -10,7 +10,7 @@ use crate::history::History;
 use crate::probe::LimitKind;
 use crate::report::sample;
 
-type Probe = Pin<Box<dyn Future<Output = ProbeReport> + Send>>;
+type ScriptedProbe = Pin<Box<dyn Future<Output = ProbeReport> + Send>>;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_mins(1);
@@ -89,7 +89,7 @@ async fn fails(delay: Duration, reason: Reason, start: ProbeStart) -> ProbeRepor
 /// When a probe was opened and when it ended, in seconds since the batch began.
 type OpenedAndEnded = (u64, Option<u64>);
 
-struct Ran {
+struct BatchRun {
     times: Vec<OpenedAndEnded>,
     outcomes: Vec<Outcome>,
     not_opened: Option<NotOpened>,
@@ -99,7 +99,7 @@ struct Ran {
 fn no_guard() -> Admission {
     Admission {
         guard: None,
-        places: None,
+        permits: None,
         target: "support".to_owned(),
         worst_cases: Vec::new(),
     }
@@ -108,8 +108,8 @@ fn no_guard() -> Admission {
 async fn run_scripted(
     plan: Plan,
     abort: CancellationToken,
-    script: impl Fn(usize, ProbeStart) -> Probe,
-) -> Ran {
+    script: impl Fn(usize, ProbeStart) -> ScriptedProbe,
+) -> BatchRun {
     run_guarded(plan, no_guard(), abort, script).await
 }
 
@@ -117,8 +117,8 @@ async fn run_guarded(
     plan: Plan,
     admission: Admission,
     abort: CancellationToken,
-    script: impl Fn(usize, ProbeStart) -> Probe,
-) -> Ran {
+    script: impl Fn(usize, ProbeStart) -> ScriptedProbe,
+) -> BatchRun {
     let mut events = Vec::new();
     let times = Arc::new(Mutex::new(Vec::<OpenedAndEnded>::new()));
     let began = Instant::now();
@@ -139,7 +139,7 @@ async fn run_guarded(
     let runner = BatchRunner::new(plan, admission, abort, open, on_event);
     let (probes, not_opened) = runner.run().await;
     let outcomes = probes.into_iter().map(|probe| probe.outcome);
-    Ran {
+    BatchRun {
         times: times.lock().unwrap().clone(),
         outcomes: outcomes.collect(),
         not_opened,
@@ -147,14 +147,14 @@ async fn run_guarded(
     }
 }
 
-fn why(ran: &Ran) -> (usize, &str) {
+fn why(ran: &BatchRun) -> (usize, &str) {
     let not_opened = ran.not_opened.as_ref().unwrap();
     (not_opened.rooms, &not_opened.why)
 }
 
 #[tokio::test(start_paused = true)]
 async fn together_each_room_opens_on_the_join_before_and_all_end_hold_after_the_last_join() {
-    let script = |_, start| Box::pin(joins(2 * SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(2 * SECOND, start)) as ScriptedProbe;
     let ran = run_scripted(plan(3, Stay::Together), CancellationToken::new(), script).await;
     assert_eq!(ran.times, [(0, Some(16)), (2, Some(16)), (4, Some(16))]);
     assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok, Outcome::Ok]);
@@ -165,16 +165,16 @@ async fn together_each_room_opens_on_the_join_before_and_all_end_hold_after_the_
 async fn one_by_one_never_has_two_rooms_open_and_holds_each_from_its_own_join() {
     let mut plan = plan(3, Stay::OneByOne);
     plan.max_rooms = 1;
-    let script = |_, start| Box::pin(joins(2 * SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(2 * SECOND, start)) as ScriptedProbe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.times, [(0, Some(12)), (12, Some(24)), (24, Some(36))]);
     assert_eq!(ran.not_opened, None);
 }
 
 #[tokio::test(start_paused = true)]
-async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_last_join() {
+async fn interval_opens_rooms_independently_and_holds_from_the_last_decision() {
     let script = |index, start| match index {
-        1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, start)) as Probe,
+        1 => Box::pin(fails(9 * SECOND, Reason::AgentNoTrack, start)) as ScriptedProbe,
         _ => Box::pin(joins(5 * SECOND, start)),
     };
     let plan = plan_of(config::RampMode::Interval, 3);
@@ -185,8 +185,9 @@ async fn interval_opens_rooms_whatever_the_ones_before_do_and_holds_from_the_las
 }
 
 #[tokio::test(start_paused = true)]
-async fn interval_outlasts_a_time_without_any_room_open() {
-    let script = |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe;
+async fn interval_continues_while_no_room_is_open() {
+    let script =
+        |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as ScriptedProbe;
     let mut plan = plan_of(config::RampMode::Interval, 3);
     plan.interval = 5 * SECOND;
     plan.stop_after_no_shows = 0;
@@ -197,21 +198,21 @@ async fn interval_outlasts_a_time_without_any_room_open() {
 #[tokio::test(start_paused = true)]
 async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
     let no_shows =
-        |_, start| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, start)) as Probe;
+        |_, start| Box::pin(fails(2 * SECOND, Reason::DispatchUnanswered, start)) as ScriptedProbe;
     let plan = || plan_of(config::RampMode::Interval, 9);
     let ran = run_scripted(plan(), CancellationToken::new(), no_shows).await;
     // The second no-show is known 5 ms after the fourth room opened.
-    assert_eq!(why(&ran), (5, "no agent came to 2 rooms in a row"));
+    assert_eq!(why(&ran), (5, "no agent joined 2 rooms in a row"));
 
     let limit = Reason::PlanLimit(LimitKind::Connections);
     let rejected = move |index, start| match index {
-        1 => Box::pin(fails(SECOND / 2, limit, start)) as Probe,
+        1 => Box::pin(fails(SECOND / 2, limit, start)) as ScriptedProbe,
         _ => Box::pin(joins(20 * SECOND, start)),
     };
     let ran = run_scripted(plan(), CancellationToken::new(), rejected).await;
-    assert_eq!(why(&ran), (7, "a plan limit was met"));
+    assert_eq!(why(&ran), (7, "plan limit reached"));
 
-    let all_join = |_, start| Box::pin(joins(20 * SECOND, start)) as Probe;
+    let all_join = |_, start| Box::pin(joins(20 * SECOND, start)) as ScriptedProbe;
     let mut capped = plan();
     capped.max_rooms = 3;
     let ran = run_scripted(capped, CancellationToken::new(), all_join).await;
@@ -229,9 +230,9 @@ async fn no_shows_a_rejection_the_cap_and_an_abort_stop_an_interval() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
+async fn burst_opens_all_rooms_at_once_and_no_failure_can_stop_it() {
     let script = |index, start| match index {
-        0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe,
+        0 | 1 => Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as ScriptedProbe,
         _ => Box::pin(joins(2 * SECOND, start)),
     };
     let plan = plan_of(config::RampMode::Burst, 4);
@@ -245,7 +246,7 @@ async fn burst_opens_all_at_once_and_no_failure_is_in_time_to_stop_it() {
 async fn burst_of_two_hundred_loses_no_room_and_no_event() {
     let mut plan = plan_of(config::RampMode::Burst, 200);
     plan.max_rooms = 200;
-    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes, vec![Outcome::Ok; 200]);
     let count =
@@ -256,9 +257,9 @@ async fn burst_of_two_hundred_loses_no_room_and_no_event() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_does_not_come_delays_the_next_room_only_until_the_outcome() {
+async fn missing_agent_delays_the_next_room_only_until_the_outcome() {
     let script = |index, start| match index {
-        0 => Box::pin(fails(3 * SECOND, Reason::AgentNoShow, start)) as Probe,
+        0 => Box::pin(fails(3 * SECOND, Reason::AgentNoShow, start)) as ScriptedProbe,
         _ => Box::pin(joins(SECOND, start)),
     };
     let ran = run_scripted(plan(3, Stay::Together), CancellationToken::new(), script).await;
@@ -270,40 +271,41 @@ async fn an_agent_that_does_not_come_delays_the_next_room_only_until_the_outcome
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_shows_in_a_row_stop_the_ramp_and_a_join_between_starts_the_count_anew() {
+async fn no_shows_in_a_row_stop_the_ramp_and_a_join_restarts_the_count() {
     let script = |index, start| match index {
-        1 => Box::pin(joins(SECOND, start)) as Probe,
+        1 => Box::pin(joins(SECOND, start)) as ScriptedProbe,
         _ => Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)),
     };
     let ran = run_scripted(plan(7, Stay::Together), CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes.len(), 4);
     assert_eq!(ran.outcomes[1], Outcome::Ok);
-    assert_eq!(why(&ran), (3, "no agent came to 2 rooms in a row"));
+    assert_eq!(why(&ran), (3, "no agent joined 2 rooms in a row"));
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_number_of_no_shows_stops_the_ramp_where_the_guard_is_off() {
+async fn no_shows_never_stop_the_ramp_if_the_limit_is_off() {
     let mut plan = plan(4, Stay::Together);
     plan.stop_after_no_shows = 0;
-    let script = |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as Probe;
+    let script =
+        |_, start| Box::pin(fails(SECOND, Reason::DispatchUnanswered, start)) as ScriptedProbe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes.len(), 4);
     assert_eq!(ran.not_opened, None);
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_a_rejection_no_room_opens_and_the_open_ones_are_held_to_their_end() {
+async fn after_a_rejection_no_room_opens_and_the_open_rooms_are_held_to_their_end() {
     for (reason, said) in [
         (
             Reason::PlanLimit(LimitKind::Connections),
-            "a plan limit was met",
+            "plan limit reached",
         ),
-        (Reason::AuthRejected, "the credentials were rejected"),
-        (Reason::ConfigRejected, "a setting was rejected"),
-        (Reason::Unreachable, "the server could not be reached"),
+        (Reason::AuthRejected, "LiveKit rejected the credentials"),
+        (Reason::ConfigRejected, "LiveKit rejected a setting"),
+        (Reason::Unreachable, "the server is unreachable"),
     ] {
         let script = |index, start| match index {
-            1 => Box::pin(fails(SECOND, reason, start)) as Probe,
+            1 => Box::pin(fails(SECOND, reason, start)) as ScriptedProbe,
             _ => Box::pin(joins(2 * SECOND, start)),
         };
         let ran = run_scripted(plan(5, Stay::Together), CancellationToken::new(), script).await;
@@ -314,7 +316,7 @@ async fn after_a_rejection_no_room_opens_and_the_open_ones_are_held_to_their_end
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panicking_probe_among_five_is_reported_by_its_room_and_harms_no_other() {
+async fn panicking_probe_is_reported_with_its_room_and_affects_no_other() {
     async fn panics(start: ProbeStart) -> ProbeReport {
         let index = start.room.clone();
         drop(start);
@@ -322,7 +324,7 @@ async fn a_panicking_probe_among_five_is_reported_by_its_room_and_harms_no_other
         panic!("scripted fault in {index}");
     }
     let script = |index, start: ProbeStart| match index {
-        2 => Box::pin(panics(start)) as Probe,
+        2 => Box::pin(panics(start)) as ScriptedProbe,
         _ => Box::pin(joins(SECOND, start)),
     };
     let mut ran = run_scripted(plan(5, Stay::Together), CancellationToken::new(), script).await;
@@ -347,10 +349,10 @@ async fn a_panicking_probe_among_five_is_reported_by_its_room_and_harms_no_other
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_abort_mid_ramp_opens_nothing_more_and_waits_for_every_probe() {
+async fn abort_during_the_ramp_opens_no_further_room_and_waits_for_every_probe() {
     let abort = CancellationToken::new();
     let script = |index, start| match index {
-        0 => Box::pin(fails(SECOND, Reason::AgentNoShow, start)) as Probe,
+        0 => Box::pin(fails(SECOND, Reason::AgentNoShow, start)) as ScriptedProbe,
         _ => Box::pin(joins(2 * SECOND, start)),
     };
     let stop = async {
@@ -372,7 +374,7 @@ async fn an_abort_mid_ramp_opens_nothing_more_and_waits_for_every_probe() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dropped_batch_drops_its_probes_and_with_them_their_leases() {
+async fn dropped_batch_drops_its_probes_and_their_leases() {
     let (probe_lives, mut dropped) = mpsc::channel::<()>(1);
     let open = move |_, start| {
         let alive = probe_lives.clone();
@@ -390,16 +392,16 @@ async fn a_dropped_batch_drops_its_probes_and_with_them_their_leases() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn more_rooms_than_the_cap_are_named_as_not_opened() {
+async fn rooms_beyond_the_cap_are_reported_as_not_opened() {
     let mut plan = plan(5, Stay::Together);
     plan.max_rooms = 3;
-    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;
     let ran = run_scripted(plan, CancellationToken::new(), script).await;
     assert_eq!(ran.outcomes, vec![Outcome::Ok; 3]);
     assert_eq!(why(&ran), (2, "the project's max_rooms is 3"));
 }
 
-/// A guard that allows so many minutes a day, and three for each room.
+/// A guard that allows `minutes` of agent time per day.
 fn guard(minutes: u32) -> (Guard, History) {
     let history = History::in_memory(Arc::new(Utc::now));
     let project = Project {
@@ -424,7 +426,7 @@ fn target(rooms: usize) -> config::Target {
 
 async fn admission(guard: &Guard) -> Admission {
     Admission {
-        places: Some(guard.acquire(&target(2)).await),
+        permits: Some(guard.acquire(&target(2)).await),
         guard: Some(guard.clone()),
         worst_cases: vec![3 * MINUTE; 10],
         ..no_guard()
@@ -446,10 +448,10 @@ fn used_minutes(guard: &Guard) -> u64 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
+async fn denial_by_the_budget_opens_no_further_room_and_is_reported() {
     for ramp in [config::RampMode::AfterJoin, config::RampMode::Burst] {
         let (guard, _) = guard(8);
-        let script = |_, start| Box::pin(is_billed(start)) as Probe;
+        let script = |_, start| Box::pin(is_billed(start)) as ScriptedProbe;
         let abort = CancellationToken::new();
         let ran = run_guarded(plan_of(ramp, 5), admission(&guard).await, abort, script).await;
         assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok], "{ramp:?}");
@@ -457,16 +459,16 @@ async fn a_refusal_by_the_budget_leaves_the_rest_shut_and_says_so() {
         let refusal = not_opened.refusal.unwrap();
         assert_eq!((not_opened.rooms, refusal.label()), (3, "budget"));
         assert_eq!(not_opened.why, refusal.to_string());
-        // Two minutes each, and nothing for the rooms that were asked for in vain.
+        // Two minutes each, and nothing for the rooms that were denied.
         assert_eq!(used_minutes(&guard), 4, "{ramp:?}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_project_that_rests_opens_no_room_at_all() {
+async fn project_in_backoff_opens_no_room() {
     let (guard, _) = guard(100);
     guard.record_rejection(LimitKind::ApiRate, None);
-    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;
     let (plan, abort) = (plan(3, Stay::Together), CancellationToken::new());
     let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
     assert_eq!(ran.outcomes, []);
@@ -477,7 +479,7 @@ async fn a_project_that_rests_opens_no_room_at_all() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_project() {
+async fn rejection_reaches_the_guard_at_once_and_stops_another_batch_of_the_project() {
     async fn is_rejected(start: ProbeStart) -> ProbeReport {
         sleep(SECOND).await;
         let outcome = failed(Reason::PlanLimit(LimitKind::Connections));
@@ -491,15 +493,15 @@ async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_pro
         report(&start, outcome)
     }
     let (guard, _) = guard(100);
-    let rejected = |_, start| Box::pin(is_rejected(start)) as Probe;
-    let joins = |_, start| Box::pin(joins(2 * SECOND, start)) as Probe;
+    let rejected = |_, start| Box::pin(is_rejected(start)) as ScriptedProbe;
+    let joins = |_, start| Box::pin(joins(2 * SECOND, start)) as ScriptedProbe;
     let plan = || plan(2, Stay::Together);
     let (one, other) = (admission(&guard).await, admission(&guard).await);
     let (one, other) = tokio::join!(
         run_guarded(plan(), one, CancellationToken::new(), rejected),
         run_guarded(plan(), other, CancellationToken::new(), joins),
     );
-    assert_eq!(why(&one), (1, "a plan limit was met"));
+    assert_eq!(why(&one), (1, "plan limit reached"));
     assert_eq!(other.outcomes, [Outcome::Ok]);
     let refusal = other.not_opened.unwrap().refusal.unwrap();
     assert_eq!(refusal.label(), "backoff");
@@ -511,7 +513,7 @@ async fn a_rejection_is_told_when_it_is_known_and_stops_another_batch_of_the_pro
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_end_of_a_probe_settles_its_room() {
+async fn every_end_of_a_probe_settles_its_reservation() {
     async fn panics(_: ProbeStart) -> ProbeReport {
         sleep(SECOND).await;
         panic!("scripted")
@@ -532,7 +534,7 @@ async fn every_end_of_a_probe_settles_its_room() {
         let script = |_, start: ProbeStart| {
             *seen.lock().unwrap() = Some(start.room.clone());
             match what {
-                "an agent for 70 s" => Box::pin(is_billed(start)) as Probe,
+                "an agent for 70 s" => Box::pin(is_billed(start)) as ScriptedProbe,
                 "no agent" => Box::pin(fails(SECOND, Reason::AgentNoShow, start)),
                 "a panic" => Box::pin(panics(start)),
                 _ => Box::pin(is_not_deleted(start)),
@@ -542,14 +544,14 @@ async fn every_end_of_a_probe_settles_its_room() {
         let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
         assert_eq!(ran.outcomes.len(), 1, "{what}");
         assert_eq!(used_minutes(&guard), minutes, "{what}");
-        // Whoever vouches for the room is another.
+        // The janitor confirms the deletion of the room, not the batch.
         let room = seen.lock().unwrap().clone().unwrap();
         assert_eq!(history.target_of(&room).unwrap(), "support");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dropped_batch_leaves_its_rooms_at_their_worst_and_gives_its_places_back() {
+async fn dropped_batch_leaves_the_worst_case_reserved_and_returns_its_permits() {
     let (guard, _) = guard(100);
     let open = |_, start| is_billed(start);
     let (plan, abort) = (plan(2, Stay::Together), CancellationToken::new());
@@ -562,11 +564,11 @@ async fn a_dropped_batch_leaves_its_rooms_at_their_worst_and_gives_its_places_ba
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
+async fn abort_before_admission_opens_no_room_and_costs_nothing() {
     let (guard, _) = guard(100);
     let abort = CancellationToken::new();
     abort.cancel();
-    let script = |_, start| Box::pin(is_billed(start)) as Probe;
+    let script = |_, start| Box::pin(is_billed(start)) as ScriptedProbe;
     let plan = plan_of(config::RampMode::Burst, 3);
     let ran = run_guarded(plan, admission(&guard).await, abort, script).await;
     assert_eq!(ran.outcomes, []);
@@ -575,7 +577,7 @@ async fn an_abort_while_rooms_are_asked_for_opens_none_and_costs_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_abort_ends_the_wait_for_places_and_nothing_opens() {
+async fn abort_ends_the_wait_for_permits_and_no_room_opens() {
     let (guard, _) = guard(100);
     let project = sample::project();
     let _all = guard.acquire(&target(project.max_rooms)).await;
@@ -587,21 +589,21 @@ async fn an_abort_ends_the_wait_for_places_and_nothing_opens() {
     let settings = target(1);
     let waiting = Admission::wait("support", &settings, &project, Some(guard), &abort);
     let (admission, ()) = tokio::join!(waiting, stop);
-    assert!(admission.places.is_none());
-    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    assert!(admission.permits.is_none());
+    let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;
     let ran = run_guarded(plan(1, Stay::Together), admission, abort, script).await;
     assert_eq!(why(&ran), (1, "the batch was aborted"));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
+async fn batch_without_a_rejection_resets_the_backoff() {
     let (guard, _) = guard(100);
     let rest = || guard.backoff_until().unwrap() - Utc::now();
     for _ in 0..3 {
         guard.record_rejection(LimitKind::ApiRate, None);
         sleep(Duration::from_hours(1)).await;
     }
-    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;
     let (plan, abort) = (plan(1, Stay::Together), CancellationToken::new());
     run_guarded(plan, admission(&guard).await, abort, script).await;
     guard.record_rejection(LimitKind::ApiRate, None);
@@ -609,7 +611,7 @@ async fn a_batch_without_a_rejection_makes_the_next_rest_short_again() {
 }
 
 #[tokio::test]
-async fn a_room_is_journalled_on_disk_before_it_can_exist() {
+async fn room_is_journalled_on_disk_before_it_can_exist() {
     let dir = tempfile::tempdir().unwrap();
     let settings = config::HistorySettings {
         dir: dir.path().to_owned(),
@@ -630,7 +632,7 @@ async fn a_room_is_journalled_on_disk_before_it_can_exist() {
         Box::pin(async move {
             drop(start);
             report
-        }) as Probe
+        }) as ScriptedProbe
     };
     let mut plan = plan_of(config::RampMode::Burst, 3);
     // No agent joins, and two rooms may be over before the disk has the third.
@@ -642,7 +644,7 @@ async fn a_room_is_journalled_on_disk_before_it_can_exist() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_probe_emits_all_that_it_can_without_a_wait_for_the_batch() {
+async fn probe_emits_all_of_its_events_without_a_wait_for_the_batch() {
     let script = |_, start: ProbeStart| {
         // Before its task runs, and so before the batch reads anything.
         for milestone in Milestone::ALL {
@@ -652,7 +654,7 @@ async fn a_probe_emits_all_that_it_can_without_a_wait_for_the_batch() {
         (start.emit)(ProbeEvent::JoinDecided { joined: true });
         (start.emit)(settled(Outcome::Ok));
         let report = report(&start, Outcome::Ok);
-        Box::pin(async move { report }) as Probe
+        Box::pin(async move { report }) as ScriptedProbe
     };
     let ran = run_scripted(
         plan_of(config::RampMode::Burst, 10),
@@ -668,13 +670,13 @@ async fn a_probe_emits_all_that_it_can_without_a_wait_for_the_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn progress_that_a_probe_emits_as_it_ends_comes_before_its_end() {
+async fn events_that_a_probe_emits_as_it_ends_come_before_its_end() {
     let script = |_, start: ProbeStart| {
         Box::pin(async move {
             (start.emit)(ProbeEvent::JoinDecided { joined: false });
             (start.emit)(settled(Outcome::Ok));
             report(&start, Outcome::Ok)
-        }) as Probe
+        }) as ScriptedProbe
     };
     let mut plan = plan_of(config::RampMode::Burst, 200);
     plan.max_rooms = 200;
@@ -694,7 +696,7 @@ async fn progress_that_a_probe_emits_as_it_ends_comes_before_its_end() {
 
 #[tokio::test(start_paused = true)]
 async fn progress_comes_in_order_and_before_the_end() {
-    let script = |_, start| Box::pin(joins(SECOND, start)) as Probe;
+    let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;
     let ran = run_scripted(plan(1, Stay::Together), CancellationToken::new(), script).await;
     let names = ran.events.into_iter().map(|event| match event {
         BatchEvent::RoomOpened { .. } => "opened",

@@ -19,7 +19,7 @@ use super::{DrillArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
 use crate::config::{Config, Problems};
 use crate::daemon::DaemonCommand;
-use crate::probe::driver::Fault;
+use crate::probe::driver::ProbeFault;
 use crate::probe::{LimitKind, Outcome, Reason};
 use crate::report::BatchReport;
 use crate::sandbox::fault::FaultRule;
@@ -199,9 +199,9 @@ impl FaultSwitch {
         }
     }
 
-    fn of_probes(&self, on: bool) -> Option<Fault> {
+    fn of_probes(&self, on: bool) -> Option<ProbeFault> {
         let panics = on && self.injection == Some(&Injection::Panic);
-        panics.then_some(Fault::Panic { index: None })
+        panics.then_some(ProbeFault::Panic { index: None })
     }
 
     fn config(&self, on: bool) -> Config {

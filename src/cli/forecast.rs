@@ -9,7 +9,7 @@ use humantime::format_duration;
 
 use crate::config::{Alerts, Config, Objectives, Period, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
-use crate::probe::whole_minutes;
+use crate::probe::billable_minutes;
 use crate::rules::max_watched_interval;
 use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
 
@@ -44,13 +44,13 @@ impl BatchCost {
     fn of(target: &Target, project: &Project) -> Self {
         let minutes = |time: Duration| time.as_secs() / 60;
         let rooms = target.batch.rooms as u64;
-        let least = minutes(whole_minutes(target.batch.hold)) * rooms;
+        let least = minutes(billable_minutes(target.batch.hold)) * rooms;
         let worst: Vec<Duration> = worst_cases(target, project).collect();
         let agent_minutes: u64 = worst.iter().map(|room| minutes(*room)).sum();
         // The canary joins before the agent: its participant is billed while its media connects, while the dispatch is
         // sent, and while the agent is on its way.
         let deadlines = &target.deadlines;
-        let before = whole_minutes(deadlines.media + project.api_timeout + deadlines.join);
+        let before = billable_minutes(deadlines.media + project.api_timeout + deadlines.join);
         Self {
             agent_minutes: least..=agent_minutes,
             participant_minutes: least..=agent_minutes + minutes(before) * rooms,

@@ -25,7 +25,7 @@ use crate::config::{Config, Http, Problems, RawConfig};
 use crate::daemon::{self, BatchObserver, DaemonCommand, DaemonOptions, ShutdownKind};
 use crate::history::History;
 use crate::http::WebConfig;
-use crate::probe::driver::Fault;
+use crate::probe::driver::ProbeFault;
 use crate::report::BatchReport;
 use crate::sandbox::{Handle, Sandbox};
 
@@ -126,7 +126,7 @@ pub(super) type BeforeBatch = Box<dyn Fn(&Handle, usize) + Send + Sync>;
 pub(super) struct LocalSetup {
     pub(super) listener: TcpListener,
     pub(super) view: ProgressView,
-    pub(super) fault: Option<Fault>,
+    pub(super) fault: Option<ProbeFault>,
     pub(super) drill: bool,
     pub(super) before_batch: BeforeBatch,
 }

@@ -15,7 +15,7 @@ use crate::batch;
 use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
 use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
-use crate::probe::driver::{Context, Fault};
+use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, json};
 use crate::telemetry;
 
@@ -33,7 +33,7 @@ const NOTICE_AFTER: Duration = Duration::from_secs(1);
 pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
     let (name, config) = settings(args)?;
     let (target, project) = selected(&config, &name);
-    let fault = Fault::from_env()?;
+    let fault = ProbeFault::from_env()?;
     let view = ProgressView::new(target.batch.rooms);
     telemetry::log_to(view.log_writer(), ProgressView::colour(), "warn");
 

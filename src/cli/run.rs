@@ -13,12 +13,12 @@ use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
 use crate::http::WebConfig;
 use crate::metrics::Build;
-use crate::probe::driver::Fault;
+use crate::probe::driver::ProbeFault;
 use crate::telemetry;
 
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
     let config = settings(args)?;
-    let fault = Fault::from_env()?;
+    let fault = ProbeFault::from_env()?;
     let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
     telemetry::log_daemon();
     let history = History::open(&config.daemon.history)?;

@@ -115,8 +115,8 @@ async fn a_room_opens_only_if_its_worst_case_fits_into_the_day() {
     let refusal = fixture.refused(3 * MINUTE).await;
     assert_eq!(
         refusal.to_string(),
-        "the project's agent time of this UTC day is used up: 8m of 10m, and one more room could use 3m; it counts anew \
-         from 2026-03-11 00:00 UTC"
+        "agent-time budget reached: 8m of 10m used this UTC day, and one more room could use 3m; the count restarts at \
+         2026-03-11 00:00 UTC"
     );
     assert_eq!(refusal.label(), "budget");
     assert_eq!(refusal.until(), Some(at("2026-03-11T00:00:00Z")));
@@ -206,7 +206,7 @@ async fn after_a_rejection_no_room_opens_until_the_rest_is_over() {
     assert_eq!(refusal.until(), Some(at("2026-03-10T12:00:07Z")));
     assert_eq!(
         refusal.to_string(),
-        "the project rests until 2026-03-10 12:00:07 UTC after a plan limit was met"
+        "plan limit reached: no new rooms on this project until 2026-03-10 12:00:07 UTC"
     );
     tokio::time::advance(7 * SECOND).await;
     assert_eq!(fixture.guard.backoff_until(), None);

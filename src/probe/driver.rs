@@ -1,4 +1,4 @@
-//! Carries a probe's actions out and feeds answers, room events and deadlines back.
+//! Carries out a probe's actions, and feeds answers, room events and deadlines back.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -15,7 +15,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Action, Input, Probe, expected_agent};
+use super::machine::{Action, Input, ProbeMachine};
+use super::verdict::expected_agent;
 use super::{Position, ProbeEvent, ProbeReport};
 use crate::config::{DispatchRequest, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
@@ -28,24 +29,24 @@ use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
 
-/// The participant's identity. Each room has one of us, so it need not differ.
+/// The participant's identity. There is one canary in each room, so it can be the same in all.
 const IDENTITY: &str = "canary-echo";
 
-/// The room's metadata: lets an agent, or whoever looks at the project's rooms, tell a probe from a call.
+/// The room's metadata, by which an agent or an operator recognises a probe.
 const METADATA: &str = r#"{"canary":true}"#;
 
-/// How much longer than the join may take an empty room lives; it bounds what a crash of the canary leaves behind.
+/// How much longer than the join an empty room lives. It bounds how long a room outlives a crash of the canary.
 const EMPTY_MARGIN: Duration = Duration::from_secs(30);
 
-/// How long a room lives on without us. Nobody comes back; an agent may want a moment to finish. Never 0, which LiveKit
-/// reads as its own default.
+/// How long a room lives after the canary has left, for an agent that finishes its work. LiveKit replaces 0 by its own
+/// default.
 const DEPARTURE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What an aborted probe may take to leave and to see its room deleted, which a server in order does in a tenth of it. Then
-/// it reports without: whoever aborts won't wait for one room's slow answer, and is to have the result of the rest.
-const ABORTED: Duration = Duration::from_secs(2);
+/// How long an aborted probe may take to leave and to delete its room; a healthy server needs a tenth of this. After that,
+/// the probe reports without the deletion, so that one slow room does not delay the result of the batch.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a probe works with; shared by all rooms of a batch.
+/// What a probe needs; shared by all rooms of a batch.
 #[derive(Clone)]
 pub struct Context {
     pub project: Arc<Project>,
@@ -53,26 +54,24 @@ pub struct Context {
     pub endpoint: Endpoint,
     pub api: Api,
     pub janitor: Janitor,
-    /// An agent of this target has come before, under this name: where none answers, the name is not the first thing to
-    /// check.
+    /// An agent has joined under this target's name before. If none joins now, the name is not the first thing to check.
     pub agent_known: bool,
-    /// A fault to play, for drills and for tests of this program.
-    pub fault: Option<Fault>,
+    /// A fault to inject, for drills and for tests of this program.
+    pub fault: Option<ProbeFault>,
 }
 
-/// A fault of our own, played so that drills and tests can see what it harms.
+/// A fault of the canary itself, injected to show drills and tests what it affects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// The probe of this room, counted from 0 in the order of opening, or of every room, panics once its agent has
-    /// joined.
+pub enum ProbeFault {
+    /// The probe panics once its agent has joined: in the room with this index in the order of opening, or in every room.
     Panic { index: Option<usize> },
 }
 
-impl Fault {
-    /// What `LIVEKIT_CANARY_FAULT` says (`panic:<index>`); read once, by the command line.
+impl ProbeFault {
+    /// Reads `LIVEKIT_CANARY_FAULT` (`panic:<index>`); the command line does so once.
     ///
     /// # Errors
-    /// A value of another form: a test whose fault isn't played must not pass.
+    /// The value has another form: a test whose fault is not injected must not pass.
     pub fn from_env() -> anyhow::Result<Option<Self>> {
         let Some(value) = std::env::var_os("LIVEKIT_CANARY_FAULT") else {
             return Ok(None);
@@ -93,7 +92,7 @@ impl Fault {
 }
 
 impl Context {
-    /// The context of one room of the batch: without the fault that is meant for another.
+    /// The context of one room: without a fault that is meant for another room.
     #[must_use]
     pub fn of_room(&self, index: usize) -> Self {
         Self {
@@ -106,12 +105,12 @@ impl Context {
 /// Receives a probe's events; must not block.
 pub type Emit = Box<dyn Fn(ProbeEvent) + Send + Sync>;
 
-/// When the probe may end by itself: `None` until the batch knows. Without a sender the hold is over.
+/// When the probe may end by itself: `None` until the batch knows. If the sender is gone, the hold is over.
 pub type HoldUntil = watch::Receiver<Option<Instant>>;
 
-/// Runs one probe to its end, room deleted or its deletion given up. Never panics: a panic inside becomes `internal`.
+/// Runs one probe until its room is deleted or the deletion is given up. Never panics: a panic inside becomes `internal`.
 ///
-/// Its start on the wall clock is when the future is first polled, as are its milestones.
+/// The probe starts, on both clocks, when the future is first polled.
 pub async fn run(
     context: Context,
     room: RoomName,
@@ -121,24 +120,24 @@ pub async fn run(
     emit: Emit,
 ) -> ProbeReport {
     let driver = Driver::new(context, room, position, hold_until, abort, emit);
-    driver.run_to_the_end().await
+    driver.run_to_end().await
 }
 
 struct Driver {
     context: Context,
     room: RoomName,
-    probe: Probe,
-    /// Until the deletion is asked for.
+    machine: ProbeMachine,
+    /// `None` once the deletion is requested.
     lease: Option<RoomLease>,
-    /// Until its last event.
+    /// `None` before the join and after its last event.
     participant: Option<Participant>,
-    /// Calls under way; each ends with the input that it brings, within the deadline of what it calls.
+    /// Calls under way. Each ends with an input, within its own deadline.
     calls: FuturesUnordered<BoxFuture<'static, Input>>,
-    /// Inputs that are due now, the first ones first.
+    /// Inputs that are due now, in order.
     inputs: VecDeque<Input>,
-    /// `None` once the batch has said its last word.
+    /// `None` once the batch can't change it any more.
     hold_until: Option<HoldUntil>,
-    /// `None` once it has been told.
+    /// `None` once it was cancelled and the machine was informed.
     abort: Option<CancellationToken>,
     emit: Emit,
 }
@@ -161,11 +160,11 @@ impl Driver {
         );
         let hold = *hold_until.borrow_and_update();
         Self {
-            probe: Probe::new(
+            machine: ProbeMachine::new(
                 Arc::clone(target),
                 room.clone(),
                 position,
-                // Its start is the first input, which is fed next.
+                // `Input::Start` is handled next, without a wait in between.
                 Utc::now().trunc_subsecs(6),
                 context.agent_known,
             ),
@@ -181,38 +180,38 @@ impl Driver {
         }
     }
 
-    async fn run_to_the_end(mut self) -> ProbeReport {
+    async fn run_to_end(mut self) -> ProbeReport {
         let too_long = too_long(self.abort.clone());
         tokio::select! {
             biased;
-            () = self.drive_in_spite_of_a_panic() => {}
-            // The janitor goes on with the room, which has no stamp of its deletion here.
+            () = self.drive_and_catch_panics() => {}
+            // The janitor continues with the room. This report has no stamp of its deletion.
             () = too_long => tracing::debug!(room = %self.room, "an aborted probe did not end in time"),
         }
-        self.probe.into_report()
+        self.machine.into_report()
     }
 
-    async fn drive_in_spite_of_a_panic(&mut self) {
+    async fn drive_and_catch_panics(&mut self) {
         let Err(panic) = AssertUnwindSafe(self.drive()).catch_unwind().await else {
             return;
         };
         let message = panic_message(&*panic)
             .unwrap_or("a panic without a message")
             .to_owned();
-        // The panic hook has logged it, with its place.
+        // The panic hook has already logged it, with its location.
         tracing::debug!(room = %self.room, message, "a probe crashed");
         self.inputs.push_front(Input::Panicked(message));
-        // What is left is leaving and deleting, each bounded by `cleanup`. Whatever broke may break again: then
-        // the report says what is known, and dropping the lease has the janitor delete the room.
-        let most = 3 * self.context.target.deadlines.cleanup;
+        // Leaving and deleting remain, each bounded by `cleanup`. If the machine panics again, the report holds what is known,
+        // and the dropped lease makes the janitor delete the room.
+        let limit = 3 * self.context.target.deadlines.cleanup;
         let rest = AssertUnwindSafe(self.drive()).catch_unwind();
-        if !matches!(timeout(most, rest).await, Ok(Ok(()))) {
-            tracing::error!(room = %self.room, "a probe that crashed could not be ended in order");
+        if !matches!(timeout(limit, rest).await, Ok(Ok(()))) {
+            tracing::error!(room = %self.room, "a probe that crashed could not leave and delete its room");
         }
     }
 
     async fn drive(&mut self) {
-        while !self.probe.is_over() {
+        while !self.machine.is_over() {
             let input = match self.inputs.pop_front() {
                 Some(input) => input,
                 None => self.next_input().await,
@@ -222,17 +221,17 @@ impl Driver {
             {
                 lease.not_created();
             }
-            for action in self.probe.on(input, Instant::now()) {
+            for action in self.machine.on(input, Instant::now()) {
                 self.carry_out(action);
             }
-            let fault = self.probe.agent_joined() && self.context.fault.take().is_some();
-            assert!(!fault, "the fault that was asked for");
+            let fault = self.machine.agent_joined() && self.context.fault.take().is_some();
+            assert!(!fault, "the injected fault");
         }
     }
 
-    /// What comes next; what was seen in the room comes before a deadline that it may have met.
+    /// The next input. An event of the room comes before a deadline that it may have met.
     async fn next_input(&mut self) -> Input {
-        let deadline = self.probe.next_deadline();
+        let deadline = self.machine.next_deadline();
         tokio::select! {
             biased;
             () = cancelled(&mut self.abort) => Input::Abort,
@@ -243,12 +242,12 @@ impl Driver {
         }
     }
 
-    /// Whether the one request that creates the room never reached LiveKit or was refused: then there is no room to
-    /// delete, and trying to would only fail in the same way.
+    /// Whether the one request that creates the room never reached LiveKit or was refused. Then there is no room to delete,
+    /// and an attempt would only fail in the same way.
     fn creation_failed(&self, input: &Input) -> bool {
         match input {
             Input::Created(call) => match &call.result {
-                Err(ApiError::Refused(refusal)) => refuses_for_good(refusal),
+                Err(ApiError::Refused(refusal)) => is_final(refusal),
                 Err(_) => call.sent_at.is_none(),
                 Ok(_) => false,
             },
@@ -269,7 +268,7 @@ impl Driver {
                 .joins_to_create() =>
             {
                 match error {
-                    SignalError::Refused(refusal) => refuses_for_good(refusal),
+                    SignalError::Refused(refusal) => is_final(refusal),
                     error => matches!(error, SignalError::Unreachable(_)),
                 }
             }
@@ -292,7 +291,7 @@ impl Driver {
                 let (api, room) = (self.context.api.clone(), self.room.clone());
                 self.call(async move { Input::Listed(api.list_dispatch(&room).await) });
             }
-            Action::KeepDispatch(id) => {
+            Action::RecordDispatch(id) => {
                 if let Some(lease) = &mut self.lease {
                     lease.dispatched(id);
                 }
@@ -313,7 +312,7 @@ impl Driver {
                     Input::Deleted(match lease {
                         Some(lease) => lease.delete().await,
                         None => Deletion::NotDeleted {
-                            why: "its deletion had been asked for before".to_owned(),
+                            why: "its deletion was requested before".to_owned(),
                         },
                     })
                 });
@@ -363,7 +362,7 @@ impl Driver {
         NewRoom {
             name: self.room.clone(),
             metadata: METADATA.to_owned(),
-            // It counts until the first participant has joined, and must outlast that in any case.
+            // It counts until the first participant has joined, so it must exceed the time for that.
             empty_timeout: self.context.target.deadlines.signal + EMPTY_MARGIN,
             departure_timeout: DEPARTURE_TIMEOUT,
             max_participants: 1,
@@ -372,7 +371,7 @@ impl Driver {
     }
 }
 
-/// Whom the request that creates the room dispatches.
+/// The agents that the request that creates the room dispatches.
 fn agents(target: &Target) -> Vec<NamedAgent> {
     let facts = target.dispatch.mode.facts();
     let named = match facts.request {
@@ -387,12 +386,12 @@ fn agents(target: &Target) -> Vec<NamedAgent> {
     Vec::from_iter(named)
 }
 
-/// A refusal before anything was done; not a conflict, a timeout or a fault of the server.
-fn refuses_for_good(refusal: &HttpRejection) -> bool {
+/// Whether LiveKit refused the request before it did anything: no conflict, timeout or fault of the server.
+fn is_final(refusal: &HttpRejection) -> bool {
     matches!(refusal.status, 400 | 401 | 403 | 404 | 429)
 }
 
-/// The same settings in a token: the server applies them as it creates the room on our joining.
+/// The same settings for the token: the server applies them when the canary's join creates the room.
 fn room_config(room: NewRoom) -> RoomConfiguration {
     let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
     RoomConfiguration {
@@ -405,13 +404,13 @@ fn room_config(room: NewRoom) -> RoomConfiguration {
     }
 }
 
-/// Resolves when an aborted probe has had its time.
+/// Resolves when the time of an aborted probe is over.
 async fn too_long(mut abort: Option<CancellationToken>) {
     cancelled(&mut abort).await;
-    sleep(ABORTED).await;
+    sleep(ABORT_TIMEOUT).await;
 }
 
-/// Resolves once; then never again.
+/// Resolves once, and never again.
 async fn cancelled(abort: &mut Option<CancellationToken>) {
     match abort {
         Some(token) => token.cancelled().await,
@@ -420,7 +419,7 @@ async fn cancelled(abort: &mut Option<CancellationToken>) {
     *abort = None;
 }
 
-/// The next event; a participant that ends without its last one has lost its task.
+/// The next event. If the task of the participant ended without a last event, that is an internal error.
 async fn next_event(participant: &mut Option<Participant>) -> RoomEvent {
     let Some(running) = participant else {
         return pending().await;
@@ -428,7 +427,9 @@ async fn next_event(participant: &mut Option<Participant>) -> RoomEvent {
     let event = running.events.recv().await.unwrap_or_else(|| RoomEvent {
         at: Instant::now(),
         kind: RoomEventKind::Ended {
-            reason: EndReason::Internal("the participant's task ended without a word".to_owned()),
+            reason: EndReason::Internal(
+                "the participant's task ended without a last event".to_owned(),
+            ),
             audio: AudioStats::default(),
         },
     });
@@ -445,7 +446,7 @@ async fn changed(hold_until: &mut Option<HoldUntil>) -> Option<Instant> {
     if watched.changed().await.is_ok() {
         return *watched.borrow_and_update();
     }
-    // Nobody is left who could end the hold.
+    // The batch is gone, so nothing else can end the hold.
     let last = *watched.borrow();
     *hold_until = None;
     last.or_else(|| Some(Instant::now()))

@@ -1,13 +1,15 @@
-//! The one outcome of a probe: the closed set of reasons, who is at fault, and the evidence.
+//! The outcome of a probe: the closed set of reasons, the party at fault, and the evidence.
 
 use serde::Serialize;
+use strum::{EnumCount, VariantArray};
 
 use crate::livekit::event::TurnMetrics;
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Outcome {
     Ok,
-    /// We were told to stop; never a failure.
+    /// The canary was asked to stop. Never a failure.
     Aborted,
     Failed(Failure),
 }
@@ -15,11 +17,7 @@ pub enum Outcome {
 impl Outcome {
     /// The `outcome` in output and history.
     pub fn label(&self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Aborted => "aborted",
-            Self::Failed(_) => "failed",
-        }
+        self.into()
     }
 
     /// Whether the service named a limit.
@@ -38,11 +36,13 @@ impl Outcome {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Failure {
     pub reason: Reason,
-    /// One sentence for a person: what happened, with figures, and what to check.
+    /// For a person: what happened, with figures, and what to check.
     pub detail: String,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// Why a probe failed; `docs/reasons.md` explains each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::EnumCount, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Reason {
     AgentNoShow,
     DispatchUnanswered,
@@ -66,8 +66,8 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Every reason; a plan limit once, with a kind that stands for all.
-    pub const ALL: [Self; 19] = [
+    /// Every reason; the plan limit once, with a kind that represents all.
+    pub const ALL: [Self; <Self as EnumCount>::COUNT] = [
         Self::AgentNoShow,
         Self::DispatchUnanswered,
         Self::AgentNoTrack,
@@ -91,27 +91,7 @@ impl Reason {
 
     /// The label value in metrics and the `reason` in output.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::AgentNoShow => "agent_no_show",
-            Self::DispatchUnanswered => "dispatch_unanswered",
-            Self::AgentNoTrack => "agent_no_track",
-            Self::AgentSilent => "agent_silent",
-            Self::AgentNoReply => "agent_no_reply",
-            Self::AgentLeftEarly => "agent_left_early",
-            Self::AgentDuplicate => "agent_duplicate",
-            Self::RoomCreateFailed => "room_create_failed",
-            Self::DispatchFailed => "dispatch_failed",
-            Self::SignalFailed => "signal_failed",
-            Self::SignalLost => "signal_lost",
-            Self::PublishFailed => "publish_failed",
-            Self::Unreachable => "unreachable",
-            Self::MediaFailed => "media_failed",
-            Self::Removed => "removed",
-            Self::PlanLimit(_) => "plan_limit",
-            Self::AuthRejected => "auth_rejected",
-            Self::ConfigRejected => "config_rejected",
-            Self::Internal => "internal",
-        }
+        self.into()
     }
 
     pub fn origin(self) -> Origin {
@@ -137,8 +117,9 @@ impl Reason {
     }
 }
 
-/// Who is at fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// The party at fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum Origin {
     Agent,
     Undetermined,
@@ -151,33 +132,20 @@ pub enum Origin {
 }
 
 impl Origin {
-    pub const ALL: [Self; 8] = [
-        Self::Agent,
-        Self::Undetermined,
-        Self::Livekit,
-        Self::Network,
-        Self::External,
-        Self::Limit,
-        Self::Config,
-        Self::Canary,
-    ];
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
 
+    /// The label value in metrics and the `origin` in output.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Agent => "agent",
-            Self::Undetermined => "undetermined",
-            Self::Livekit => "livekit",
-            Self::Network => "network",
-            Self::External => "external",
-            Self::Limit => "limit",
-            Self::Config => "config",
-            Self::Canary => "canary",
-        }
+        self.into()
     }
 }
 
-/// Which limit of the plan or the server the service named.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// The limit of the plan or the server that the service named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub enum LimitKind {
     Connections,
     ApiRate,
@@ -186,37 +154,23 @@ pub enum LimitKind {
     Quota,
     Node,
     Room,
-    /// The service said that something is used up, and nothing by which to tell what.
+    /// The service reported that something is used up, but not what.
     Other,
 }
 
 impl LimitKind {
-    pub const ALL: [Self; 8] = [
-        Self::Connections,
-        Self::ApiRate,
-        Self::AgentSessions,
-        Self::Inference,
-        Self::Quota,
-        Self::Node,
-        Self::Room,
-        Self::Other,
-    ];
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
 
+    /// The label value in metrics and the `limit` in output.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Connections => "connections",
-            Self::ApiRate => "api_rate",
-            Self::AgentSessions => "agent_sessions",
-            Self::Inference => "inference",
-            Self::Quota => "quota",
-            Self::Node => "node",
-            Self::Room => "room",
-            Self::Other => "other",
-        }
+        self.into()
     }
 }
 
-/// What was seen at and around a failure; kept for successes as well, where there is any.
+/// What was seen at and around a failure. Successes have evidence, too.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Evidence {
     /// The step that failed (`create_room`, `signal`, `media`, `publish`, `dispatch`, `agent_join`, …).
@@ -224,23 +178,23 @@ pub struct Evidence {
     pub deadline_seconds: Option<f64>,
     pub http_status: Option<u16>,
     pub twirp_code: Option<String>,
-    /// First KiB of the answer, credentials removed.
+    /// The first KiB of the answer, without credentials.
     pub answer: Option<String>,
     pub retry_after_seconds: Option<f64>,
-    /// What `ListDispatch` said before deletion: one line a dispatch; `None` where it was not asked.
+    /// What `ListDispatch` returned before the deletion: one line per dispatch; `None` if it was not called.
     pub dispatches: Option<Vec<String>>,
-    /// Everybody seen in the room besides us.
+    /// Every other participant that was seen in the room.
     pub participants: Vec<String>,
-    /// What the agent's own session measured, turn by turn.
+    /// What the agent's own session measured, per turn.
     pub agent_metrics: Vec<AgentTurn>,
-    /// Anything else worth knowing, one sentence each.
+    /// Other observations, one sentence each.
     pub notes: Vec<String>,
 }
 
-/// What the agent told of one turn, once that was spoken.
+/// What the agent reported about one turn after it was spoken.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AgentTurn {
-    /// When it told, in seconds since the probe's start.
+    /// When the agent reported it, in seconds since the probe's start.
     pub at: f64,
     #[serde(flatten)]
     pub metrics: TurnMetrics,

@@ -1,11 +1,15 @@
-//! Milestones, spans and turns: when each thing was first seen, on one monotonic clock.
+//! Milestones, spans and turns of a probe, on one monotonic clock.
 
 use std::time::Duration;
 
+use strum::VariantArray;
 use tokio::time::Instant;
 
-/// A first-seen mark. They come in no fixed order: an agent can join before the dispatch call returns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// Something that a probe sees at most once. Milestones come in no fixed order: an agent can join before the dispatch call
+/// returns.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::IntoStaticStr, strum::VariantArray,
+)]
 pub enum Milestone {
     Started,
     RoomCreated,
@@ -13,13 +17,13 @@ pub enum Milestone {
     /// Both transports are up.
     MediaConnected,
     EchoPublished,
-    /// Just before the request that makes LiveKit dispatch: `CreateDispatch`; `CreateRoom` where that names the agent;
-    /// else the upgrade of the signal socket, as joining creates the room.
+    /// Just before the request on which LiveKit dispatches: `CreateDispatch`, `CreateRoom`, or the upgrade of the signal
+    /// socket if joining creates the room.
     DispatchSent,
-    /// The answer to that request, where it named an agent: with dispatch by token, the join response. It proves
-    /// nothing of the agent.
+    /// The answer to that request, if it named an agent; with dispatch by token, the join response. An accepted dispatch does
+    /// not mean that an agent will join.
     DispatchAccepted,
-    /// By the server's stamp, where it gives one; else the first sight.
+    /// By the server's stamp if there is one, otherwise the first sight.
     AgentJoined,
     AgentListening,
     AgentTrackSubscribed,
@@ -32,46 +36,22 @@ pub enum Milestone {
 
 impl Milestone {
     /// In the order of a probe that goes well.
-    pub const ALL: [Self; 14] = [
-        Self::Started,
-        Self::RoomCreated,
-        Self::SignalConnected,
-        Self::MediaConnected,
-        Self::EchoPublished,
-        Self::DispatchSent,
-        Self::DispatchAccepted,
-        Self::AgentJoined,
-        Self::AgentListening,
-        Self::AgentTrackSubscribed,
-        Self::AgentFirstAudio,
-        Self::AgentSpoke,
-        Self::Left,
-        Self::RoomDeleted,
-    ];
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
 
     /// The name in output and history.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Started => "Started",
-            Self::RoomCreated => "RoomCreated",
-            Self::SignalConnected => "SignalConnected",
-            Self::MediaConnected => "MediaConnected",
-            Self::EchoPublished => "EchoPublished",
-            Self::DispatchSent => "DispatchSent",
-            Self::DispatchAccepted => "DispatchAccepted",
-            Self::AgentJoined => "AgentJoined",
-            Self::AgentListening => "AgentListening",
-            Self::AgentTrackSubscribed => "AgentTrackSubscribed",
-            Self::AgentFirstAudio => "AgentFirstAudio",
-            Self::AgentSpoke => "AgentSpoke",
-            Self::Left => "Left",
-            Self::RoomDeleted => "RoomDeleted",
-        }
+        self.into()
     }
 }
 
 /// A named time between two milestones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::IntoStaticStr, strum::VariantArray,
+)]
+#[strum(serialize_all = "snake_case")]
 pub enum Span {
     RoomCreate,
     Signal,
@@ -87,44 +67,25 @@ pub enum Span {
 }
 
 impl Span {
-    pub const ALL: [Self; 10] = [
-        Self::RoomCreate,
-        Self::Signal,
-        Self::Media,
-        Self::Publish,
-        Self::Dispatch,
-        Self::AgentJoin,
-        Self::AgentTrack,
-        Self::FirstAudio,
-        Self::FirstSpeech,
-        Self::Reply,
-    ];
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
 
     /// The label value in metrics and the key in output.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::RoomCreate => "room_create",
-            Self::Signal => "signal",
-            Self::Media => "media",
-            Self::Publish => "publish",
-            Self::Dispatch => "dispatch",
-            Self::AgentJoin => "agent_join",
-            Self::AgentTrack => "agent_track",
-            Self::FirstAudio => "first_audio",
-            Self::FirstSpeech => "first_speech",
-            Self::Reply => "reply",
-        }
+        self.into()
     }
 }
 
-/// First-seen marks; a later sight of the same thing changes nothing.
+/// When each milestone was first seen.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Timeline {
     marks: [Option<Instant>; Milestone::ALL.len()],
 }
 
 impl Timeline {
-    /// Says whether this was the first sight.
+    /// Returns whether this was the first sight. A later one changes nothing.
     pub fn mark(&mut self, milestone: Milestone, at: Instant) -> bool {
         let mark = &mut self.marks[milestone as usize];
         let first = mark.is_none();
@@ -136,25 +97,25 @@ impl Timeline {
         self.marks[milestone as usize]
     }
 
-    /// The marks there are, in the order of [`Milestone::ALL`].
+    /// The milestones that were seen, in the order of [`Milestone::ALL`].
     pub fn marks(&self) -> impl Iterator<Item = (Milestone, Instant)> + '_ {
         Milestone::ALL
             .into_iter()
             .filter_map(|milestone| Some((milestone, self.get(milestone)?)))
     }
 
-    /// From the probe's start; `None` where either is missing or they are reversed.
+    /// From the probe's start; `None` if either is missing or they are reversed.
     pub fn since_started(&self, milestone: Milestone) -> Option<Duration> {
         self.between(Milestone::Started, milestone)
     }
 
-    /// `None`, never zero, where an end is missing or the span runs backwards. [`Span::Reply`] is always `None` here:
-    /// see [`Turn::reply_delay`].
+    /// `None`, never zero, if an end is missing or the span runs backwards. [`Span::Reply`] is always `None` here: see
+    /// [`Turn::reply_delay`].
     pub fn span(&self, span: Span) -> Option<Duration> {
         use Milestone as M;
         let (from, to) = match span {
             Span::RoomCreate => (M::Started, M::RoomCreated),
-            // Where joining creates the room, the way in begins with the connection.
+            // If joining creates the room, no milestone comes before the connection.
             Span::Signal if self.get(M::RoomCreated).is_none() => (M::Started, M::SignalConnected),
             Span::Signal => (M::RoomCreated, M::SignalConnected),
             Span::Media => (M::SignalConnected, M::MediaConnected),
@@ -182,12 +143,12 @@ pub struct Turn {
     pub echo_started: Option<Instant>,
     pub echo_ended: Option<Instant>,
     pub replied: Option<Instant>,
-    /// The agent spoke while its echo played; such a turn has no reply delay.
+    /// The agent spoke while its echo played. Such a turn has no reply delay.
     pub overlap: bool,
 }
 
 impl Turn {
-    /// From the end of the echo to the reply; `None` where either is missing, they are reversed, or speech overlapped.
+    /// From the end of the echo to the reply; `None` if either is missing, they are reversed, or speech overlapped.
     pub fn reply_delay(&self) -> Option<Duration> {
         if self.overlap {
             return None;
@@ -205,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn first_sight_of_a_milestone_stays() {
+    fn first_sight_of_a_milestone_is_kept() {
         let base = Instant::now();
         let mut timeline = Timeline::default();
         assert!(timeline.mark(Milestone::AgentJoined, at(base, 5)));
@@ -215,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn milestones_stand_at_their_own_index() {
+    fn milestones_are_listed_in_order_and_named_after_themselves() {
         for (index, milestone) in Milestone::ALL.into_iter().enumerate() {
             assert_eq!(milestone as usize, index);
             assert_eq!(milestone.label(), format!("{milestone:?}"));
@@ -247,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn every_span_but_reply_runs_between_its_milestones() {
+    fn every_span_except_reply_runs_between_its_milestones() {
         let base = Instant::now();
         let mut timeline = Timeline::default();
         for (index, milestone) in Milestone::ALL.into_iter().enumerate() {
@@ -270,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn signal_span_begins_at_the_start_where_no_room_was_created() {
+    fn signal_span_begins_at_the_start_if_no_room_was_created() {
         let base = Instant::now();
         let mut timeline = Timeline::default();
         timeline.mark(Milestone::Started, base);

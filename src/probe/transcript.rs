@@ -1,28 +1,28 @@
-//! What was said in the room, segment by segment, within bounds.
+//! The transcript of a room, segment by segment, within bounds.
 
 use tokio::time::Instant;
 
 use crate::livekit::event::Speaker;
 use crate::livekit::event::{TranscriptSegment, TranscriptText};
 
-/// Segments of one probe, the text of each at most 1 KiB; what comes later isn't kept.
-const MOST_SEGMENTS: usize = 100;
+/// Segments of one probe, each with at most 1 KiB of text. Later ones are dropped.
+const MAX_SEGMENTS: usize = 100;
 
-/// A stretch of speech in the agent's own writing.
+/// A part of the call as the agent transcribed it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Said {
-    /// When the first of its words came.
+pub struct TranscriptLine {
+    /// When its first words arrived.
     pub at: Instant,
     pub speaker: Speaker,
     pub text: TranscriptText,
-    /// `false`: cut off, or only guessed so far.
+    /// `false` if it was cut off or is only a guess so far.
     pub is_final: bool,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Transcript {
     segments: Vec<Segment>,
-    /// Streams came: what packets of the older form say is the same once more.
+    /// The agent sends text streams. Packets of the older form repeat the same words.
     streams: bool,
 }
 
@@ -30,11 +30,11 @@ pub(super) struct Transcript {
 struct Segment {
     identity: String,
     id: String,
-    said: Said,
+    line: TranscriptLine,
 }
 
 impl Transcript {
-    pub(super) fn hear(&mut self, speaker: Speaker, words: TranscriptSegment) {
+    pub(super) fn record(&mut self, speaker: Speaker, words: TranscriptSegment) {
         if words.older && self.streams {
             return;
         }
@@ -42,18 +42,18 @@ impl Transcript {
             self.streams = true;
             self.segments.clear();
         }
-        let full = self.segments.len() >= MOST_SEGMENTS;
-        let same = |it: &&mut Segment| it.id == words.segment && it.said.speaker == speaker;
+        let full = self.segments.len() >= MAX_SEGMENTS;
+        let same = |it: &&mut Segment| it.id == words.segment && it.line.speaker == speaker;
         match self.segments.iter_mut().find(same) {
-            Some(known) if known.said.is_final => {}
+            Some(known) if known.line.is_final => {}
             Some(known) => {
-                known.said.text = words.text;
-                known.said.is_final = words.is_final;
+                known.line.text = words.text;
+                known.line.is_final = words.is_final;
             }
             None if !full => self.segments.push(Segment {
                 identity: words.identity,
                 id: words.segment,
-                said: Said {
+                line: TranscriptLine {
                     at: words.began,
                     speaker,
                     text: words.text,
@@ -64,16 +64,17 @@ impl Transcript {
         }
     }
 
-    /// In the order of time: what we said, and what the agent of this identity did. A stray speaks for itself.
-    pub(super) fn of(self, agent: Option<&str>) -> Vec<Said> {
-        let ours = |segment: &Segment| match segment.said.speaker {
+    /// Returns the lines of the caller and of the agent with this identity, in order of time. Lines of other agents are
+    /// dropped.
+    pub(super) fn into_lines(self, agent: Option<&str>) -> Vec<TranscriptLine> {
+        let ours = |segment: &Segment| match segment.line.speaker {
             Speaker::Caller => true,
             Speaker::Agent => Some(segment.identity.as_str()) == agent,
         };
         let segments = self.segments.into_iter().filter(ours);
-        let mut said: Vec<_> = segments.map(|segment| segment.said).collect();
-        said.sort_by_key(|it| it.at);
-        said
+        let mut lines: Vec<_> = segments.map(|segment| segment.line).collect();
+        lines.sort_by_key(|it| it.at);
+        lines
     }
 }
 
@@ -83,11 +84,11 @@ mod tests {
 
     use super::*;
 
-    /// What is kept of words told one a second: segment, text, whether final, whether in the older form.
-    fn kept(told: &[(Speaker, &str, &str, bool, bool)]) -> Vec<(u64, String, bool)> {
+    /// The lines that remain of segments that arrive one per second: segment, text, whether final, whether in the older form.
+    fn lines(segments: &[(Speaker, &str, &str, bool, bool)]) -> Vec<(u64, String, bool)> {
         let start = Instant::now();
         let mut transcript = Transcript::default();
-        for (second, (speaker, segment, text, is_final, older)) in (0..).zip(told) {
+        for (second, (speaker, segment, text, is_final, older)) in (0..).zip(segments) {
             let words = TranscriptSegment {
                 identity: "agent-x".to_owned(),
                 track: None,
@@ -97,46 +98,47 @@ mod tests {
                 began: start + Duration::from_secs(second),
                 older: *older,
             };
-            transcript.hear(*speaker, words);
+            transcript.record(*speaker, words);
         }
-        let said = transcript.of(Some("agent-x")).into_iter();
-        said.map(|it| {
-            (
-                (it.at - start).as_secs(),
-                it.text.as_str().to_owned(),
-                it.is_final,
-            )
-        })
-        .collect()
+        let lines = transcript.into_lines(Some("agent-x")).into_iter();
+        lines
+            .map(|it| {
+                (
+                    (it.at - start).as_secs(),
+                    it.text.as_str().to_owned(),
+                    it.is_final,
+                )
+            })
+            .collect()
     }
 
     #[test]
-    fn a_segment_that_is_told_again_is_replaced_until_it_is_final() {
+    fn repeated_segment_replaces_the_last_one_until_it_is_final() {
         use Speaker::Caller;
-        let told = [
+        let segments = [
             (Caller, "a", "hel", false, false),
             (Caller, "a", "hello", false, false),
             (Caller, "a", "Hello.", true, false),
             (Caller, "a", "hell", false, false),
         ];
-        assert_eq!(kept(&told), [(0, "Hello.".to_owned(), true)]);
+        assert_eq!(lines(&segments), [(0, "Hello.".to_owned(), true)]);
     }
 
     #[test]
-    fn both_forms_of_the_same_words_are_one() {
+    fn both_forms_of_the_same_words_are_one_line() {
         use Speaker::Agent;
         let older = (Agent, "SG_1", "Good", false, true);
-        assert_eq!(kept(&[older]), [(0, "Good".to_owned(), false)]);
-        let told = [
+        assert_eq!(lines(&[older]), [(0, "Good".to_owned(), false)]);
+        let segments = [
             older,
             (Agent, "SG_2", "Good day", true, false),
             (Agent, "SG_1", "Good day", true, true),
         ];
-        assert_eq!(kept(&told), [(1, "Good day".to_owned(), true)]);
+        assert_eq!(lines(&segments), [(1, "Good day".to_owned(), true)]);
     }
 
     #[test]
-    fn words_of_a_stray_are_left_out_and_ours_are_not() {
+    fn lines_of_other_agents_are_dropped_and_those_of_the_caller_are_not() {
         for (agent, count) in [(Some("agent-x"), 2), (Some("agent-y"), 1), (None, 1)] {
             let mut transcript = Transcript::default();
             for speaker in [Speaker::Agent, Speaker::Caller] {
@@ -149,19 +151,19 @@ mod tests {
                     began: Instant::now(),
                     older: false,
                 };
-                transcript.hear(speaker, words);
+                transcript.record(speaker, words);
             }
-            assert_eq!(transcript.of(agent).len(), count, "{agent:?}");
+            assert_eq!(transcript.into_lines(agent).len(), count, "{agent:?}");
         }
     }
 
     #[test]
-    fn endless_talk_is_kept_up_to_a_bound() {
+    fn endless_talk_is_recorded_up_to_a_bound() {
         let ids: Vec<_> = (0..1000).map(|id| id.to_string()).collect();
-        let told: Vec<_> = ids
+        let segments: Vec<_> = ids
             .iter()
             .map(|id| (Speaker::Agent, id.as_str(), "so", true, false))
             .collect();
-        assert_eq!(kept(&told).len(), MOST_SEGMENTS);
+        assert_eq!(lines(&segments).len(), MAX_SEGMENTS);
     }
 }

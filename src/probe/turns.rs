@@ -160,12 +160,12 @@ impl Turns {
 mod tests {
     use super::*;
 
-    struct Script {
+    struct TurnsScript {
         turns: Turns,
         base: Instant,
     }
 
-    impl Script {
+    impl TurnsScript {
         fn new(mode: EchoMode, max_turns: u32) -> Self {
             let echo = Echo {
                 mode,
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn plain_turn_has_every_mark_and_a_delay() {
-        let script = Script::new(EchoMode::Turn, 1).play("S.s.E.e..S.s");
+        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.e..S.s");
         let expected = Turn {
             agent_started: Some(script.at(0)),
             agent_ended: Some(script.at(1)),
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn speech_that_began_before_the_echo_is_overlap_and_no_answer() {
-        let script = Script::new(EchoMode::Turn, 1).play("S.s.S.E.e");
+        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.S.E.e");
         assert!(script.turns.list()[0].overlap);
         assert!(!script.turns.answered());
         assert_eq!(script.turns.unanswered_since(), Some(script.at(4)));
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn speech_that_outlasts_the_echo_is_an_answer_without_delay() {
-        let script = Script::new(EchoMode::Turn, 1).play("S.s.E.S.e");
+        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.S.e");
         assert!(script.turns.list()[0].overlap);
         assert_eq!(script.turns.list()[0].reply_delay(), None);
         assert!(script.turns.answered());
@@ -233,14 +233,14 @@ mod tests {
 
     #[test]
     fn speech_within_the_echo_is_no_answer() {
-        let script = Script::new(EchoMode::Turn, 1).play("S.s.E.S.s.e");
+        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.S.s.e");
         assert!(script.turns.list()[0].overlap);
         assert!(!script.turns.answered());
     }
 
     #[test]
     fn reply_after_overlap_is_an_answer_without_delay() {
-        let script = Script::new(EchoMode::Turn, 1).play("S.s.E.S.s.e.S");
+        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.S.s.e.S");
         let turn = &script.turns.list()[0];
         assert_eq!(turn.replied, Some(script.at(6)));
         assert_eq!(turn.reply_delay(), None);
@@ -249,14 +249,14 @@ mod tests {
 
     #[test]
     fn pause_before_the_echo_stays_in_one_turn() {
-        let script = Script::new(EchoMode::Turn, 2).play("S.s.S.s.E.e");
+        let script = TurnsScript::new(EchoMode::Turn, 2).play("S.s.S.s.E.e");
         assert_eq!(script.turns.list().len(), 1);
         assert_eq!(script.turns.list()[0].agent_ended, Some(script.at(3)));
     }
 
     #[test]
     fn reply_opens_the_next_turn_up_to_the_most() {
-        let script = Script::new(EchoMode::Turn, 2).play("S.s.E.e.S.s.E.e.S.s");
+        let script = TurnsScript::new(EchoMode::Turn, 2).play("S.s.E.e.S.s.E.e.S.s");
         let delays: Vec<_> = script.turns.list().iter().map(Turn::reply_delay).collect();
         assert_eq!(delays, [Some(Duration::from_secs(1)); 2]);
         assert_eq!(script.turns.unanswered_since(), None);
@@ -264,13 +264,13 @@ mod tests {
 
     #[test]
     fn continuous_echo_has_no_turns() {
-        let script = Script::new(EchoMode::Continuous, 1).play("SE.s.S.e");
+        let script = TurnsScript::new(EchoMode::Continuous, 1).play("SE.s.S.e");
         assert!(script.turns.list().is_empty());
     }
 
     #[test]
     fn in_continuous_mode_speech_after_the_first_echo_is_an_answer() {
-        let script = Script::new(EchoMode::Continuous, 1).play("SE..s");
+        let script = TurnsScript::new(EchoMode::Continuous, 1).play("SE..s");
         assert_eq!(script.turns.unanswered_since(), Some(script.at(3)));
         let over = script.at(3);
         let mut turns = script.turns;

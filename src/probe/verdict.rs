@@ -1,157 +1,277 @@
-//! What a failure means: every function that returns a [`Failure`] of the server API, the signal connection or the agent.
+//! What a failure means: every function that returns a [`Failure`].
+//!
+//! Each chooses the reason, writes the detail for a person, and records in the evidence what the detail rests on.
 
 use std::time::Duration;
 
 use livekit_protocol::DisconnectReason;
 
+use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
+use super::timeline::Milestone;
+use crate::config::{DispatchRequest, Target};
+use crate::livekit::event::{EndReason, MediaPermission};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::wire::connect::ConnectError;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
 
-/// Longest quote of a server's words in a `detail`; the evidence keeps more.
-const QUOTE: usize = 200;
+/// Characters of a server's text that a `detail` quotes at most; the evidence holds more.
+const MAX_QUOTE: usize = 200;
 
 /// A call of the server API whose failure ends the probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum ProbeCall {
     CreateRoom,
-    Dispatch,
+    CreateDispatch,
 }
 
-impl Step {
-    fn label(self) -> &'static str {
+impl ProbeCall {
+    fn step(self) -> &'static str {
         match self {
             Self::CreateRoom => "create_room",
-            Self::Dispatch => "dispatch",
+            Self::CreateDispatch => "dispatch",
         }
     }
 
-    fn call(self) -> &'static str {
+    fn method(self) -> &'static str {
         match self {
             Self::CreateRoom => "CreateRoom",
-            Self::Dispatch => "CreateDispatch",
+            Self::CreateDispatch => "CreateDispatch",
         }
     }
 
     fn reason(self) -> Reason {
         match self {
             Self::CreateRoom => Reason::RoomCreateFailed,
-            Self::Dispatch => Reason::DispatchFailed,
+            Self::CreateDispatch => Reason::DispatchFailed,
         }
     }
 }
 
+/// What the agent owed by a deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AgentDuty {
+    Join,
+    Track,
+    Speech,
+    /// A pause that lets the echo begin.
+    Pause,
+    Reply,
+}
+
+impl AgentDuty {
+    fn step(self) -> &'static str {
+        match self {
+            Self::Join => "agent_join",
+            Self::Track => "agent_track",
+            Self::Speech => "agent_speech",
+            Self::Pause | Self::Reply => "agent_reply",
+        }
+    }
+}
+
+/// What `ListDispatch` showed of the target's dispatch after the agent missed a deadline.
+#[derive(Debug)]
+pub(super) enum DispatchListing {
+    /// The call failed.
+    Unknown,
+    NoDispatch,
+    /// Dispatched, but no worker is known to have accepted the job.
+    NoJob,
+    /// A worker accepted this job.
+    Job(String),
+}
+
+/// An agent that missed a deadline, and what is known about it.
+pub(super) struct MissedDuty<'a> {
+    pub(super) duty: AgentDuty,
+    pub(super) limit: Duration,
+    pub(super) listing: &'a DispatchListing,
+    pub(super) target: &'a Target,
+    /// An agent has joined under the target's name before.
+    pub(super) agent_known: bool,
+    /// Names of other agents that joined, quoted.
+    pub(super) strays: &'a [String],
+}
+
+/// When in its call an agent left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LeftWhen {
+    BeforeSpeech,
+    BeforeReply,
+    BeforeRoomEnd,
+}
+
+/// How far the canary's own media was when `deadlines.media` passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MediaState {
+    Published,
+    ConnectedOnly,
+    Neither,
+}
+
+// The canary itself.
+
 impl Failure {
-    pub(super) fn new(reason: Reason, detail: impl Into<String>) -> Self {
+    fn new(reason: Reason, detail: impl Into<String>) -> Self {
         Self {
             reason,
             detail: detail.into(),
         }
     }
 
+    /// The outcome of a probe until it has another.
+    pub(super) fn unfinished() -> Self {
+        Self::new(
+            Reason::Internal,
+            "the probe did not come to an end: a fault of the canary",
+        )
+    }
+
+    /// A panic, or an error of an engine.
+    pub(super) fn of_own_fault(message: &str) -> Self {
+        let message = quote(message);
+        Self::new(
+            Reason::Internal,
+            format!("the canary itself failed: {message}"),
+        )
+    }
+
+    pub(super) fn of_missing_echo() -> Self {
+        Self::new(
+            Reason::Internal,
+            "the agent spoke, but the canary did not send the echo: a fault of the canary",
+        )
+    }
+}
+
+// The server API.
+
+impl Failure {
     /// What a failed call of the server API means.
-    pub(super) fn of_api(step: Step, error: &ApiError, evidence: &mut Evidence) -> Self {
-        evidence.step = Some(step.label());
-        let call = step.call();
+    pub(super) fn of_api(call: ProbeCall, error: &ApiError, evidence: &mut Evidence) -> Self {
+        evidence.step = Some(call.step());
+        let method = call.method();
         match error {
             ApiError::Unreachable(error) => Self::unreachable(error),
-            ApiError::Refused(refusal) => {
-                evidence.keep(refusal);
-                Self::of_refused_call(step, refusal)
+            ApiError::Refused(rejection) => {
+                evidence.record_answer(rejection);
+                Self::of_refused_call(call, rejection)
             }
             ApiError::Timeout(limit) => {
                 evidence.deadline_seconds = Some(limit.as_secs_f64());
                 let detail = format!(
-                    "{call} had no answer within {limit:?}: LiveKit is overloaded or hangs; check its status and load"
+                    "{method} had no answer within {limit:?}: LiveKit is overloaded or hangs. Check its status and load."
                 );
-                Self::new(step.reason(), detail)
+                Self::new(call.reason(), detail)
             }
             ApiError::Broken(_) | ApiError::Protocol(_) => {
                 let error = quote(&error.to_string());
-                let detail =
-                    format!("{call} failed: {error}; check LiveKit and any proxy in front of it");
-                Self::new(step.reason(), detail)
+                let detail = format!(
+                    "{method} failed: {error}. Check LiveKit and any proxy in front of it."
+                );
+                Self::new(call.reason(), detail)
             }
         }
     }
 
-    fn of_refused_call(step: Step, refusal: &HttpRejection) -> Self {
-        let said = said(refusal);
-        let call = step.call();
-        if let Some(kind) = api_limit(refusal) {
-            return Self::limit(kind, &format!("{call} met a limit: {said}"), refusal);
+    fn of_refused_call(call: ProbeCall, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let method = call.method();
+        if let Some(kind) = api_limit(rejection) {
+            let what = format!("LiveKit refused {method} because of a limit: {answer}");
+            return Self::limit(kind, &what, rejection);
         }
-        match (refusal.status, refusal.twirp_code.as_deref()) {
+        match (rejection.status, rejection.twirp_code.as_deref()) {
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
-                Self::auth_rejected(call, &said)
+                Self::auth_rejected(method, &answer)
             }
-            // The room was there a moment ago: no setting explains that it is not known.
-            (_, Some("not_found")) if step == Step::Dispatch => Self::new(
-                step.reason(),
-                format!("{call} failed: {said}; check who deletes rooms of this project"),
+            // CreateRoom has just succeeded, so no setting explains that the room is unknown.
+            (_, Some("not_found")) if call == ProbeCall::CreateDispatch => Self::new(
+                call.reason(),
+                format!("{method} failed: {answer}. Check who deletes rooms of this project."),
             ),
             (404, _) | (_, Some("not_found" | "bad_route")) => Self::new(
                 Reason::ConfigRejected,
                 format!(
-                    "{call} is not known there: {said}; is the project's url right, its path included?"
+                    "the server does not know {method}: {answer}. Check the project's url, including its path."
                 ),
             ),
             _ => Self::new(
-                step.reason(),
-                format!("{call} was refused: {said}; check LiveKit's status and log"),
+                call.reason(),
+                format!("LiveKit refused {method}: {answer}. Check its status and log."),
             ),
         }
     }
 
+    /// `CreateDispatch` was still under way when `deadlines.join` passed.
+    pub(super) fn of_slow_dispatch(limit: Duration, evidence: &mut Evidence) -> Self {
+        evidence.record_deadline("dispatch", limit);
+        Self::new(
+            Reason::DispatchFailed,
+            format!(
+                "CreateDispatch had no answer within {limit:?}, and no agent joined. Check LiveKit's status and load."
+            ),
+        )
+    }
+}
+
+// The signal connection.
+
+impl Failure {
     /// What a signal connection that failed before the join response means.
     pub(super) fn of_join(error: &SignalError, evidence: &mut Evidence) -> Self {
         evidence.step = Some("signal");
         match error {
             SignalError::Unreachable(error) => Self::unreachable(error),
-            SignalError::Refused(refusal) => {
-                evidence.keep(refusal);
-                Self::of_refused_join(refusal)
+            SignalError::Refused(rejection) => {
+                evidence.record_answer(rejection);
+                Self::of_refused_join(rejection)
             }
-            SignalError::JoinTimeout(limit) => {
-                evidence.deadline_seconds = Some(limit.as_secs_f64());
-                let detail = format!(
-                    "LiveKit sent no join response within {limit:?}: check its load and any proxy that holds WebSockets back"
-                );
-                Self::new(Reason::SignalFailed, detail)
-            }
+            SignalError::JoinTimeout(limit) => Self::of_slow_join(*limit, evidence),
             SignalError::LeftBeforeJoin { reason } => Self::of_leave_before_join(reason, evidence),
             SignalError::PingTimeout(_) | SignalError::Closed(_) | SignalError::Protocol(_) => {
                 let error = quote(&error.to_string());
-                let detail = format!("joining failed: {error}; check LiveKit's status and log");
+                let detail = format!("joining failed: {error}. Check LiveKit's status and log.");
                 Self::new(Reason::SignalFailed, detail)
             }
         }
     }
 
-    fn of_refused_join(refusal: &HttpRejection) -> Self {
-        let said = said(refusal);
-        if refusal.status == 429 {
-            let detail = format!("the signal connection met a limit: {said}");
-            return Self::limit(LimitKind::Connections, &detail, refusal);
+    pub(super) fn of_slow_join(limit: Duration, evidence: &mut Evidence) -> Self {
+        evidence.record_deadline("signal", limit);
+        Self::new(
+            Reason::SignalFailed,
+            format!(
+                "LiveKit sent no join response within {limit:?}. Check its load, and any proxy that may hold WebSockets back."
+            ),
+        )
+    }
+
+    fn of_refused_join(rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        if rejection.status == 429 {
+            let what =
+                format!("LiveKit refused the signal connection because of a limit: {answer}");
+            return Self::limit(LimitKind::Connections, &what, rejection);
         }
-        if names_node_limit(refusal) {
-            let detail = format!("the LiveKit node is full: {said}");
-            return Self::limit(LimitKind::Node, &detail, refusal);
+        if names_node_limit(rejection) {
+            let what = format!("the LiveKit node is full: {answer}");
+            return Self::limit(LimitKind::Node, &what, rejection);
         }
-        match refusal.status {
-            401 | 403 => Self::auth_rejected("the signal connection", &said),
-            404 if !refusal.message.contains("room does not exist") => Self::new(
+        match rejection.status {
+            401 | 403 => Self::auth_rejected("the signal connection", &answer),
+            404 if !rejection.message.contains("room does not exist") => Self::new(
                 Reason::ConfigRejected,
                 format!(
-                    "no signal endpoint there: {said}; is the project's url right, its path included?"
+                    "the server has no signal endpoint: {answer}. Check the project's url, including its path."
                 ),
             ),
             _ => Self::new(
                 Reason::SignalFailed,
                 format!(
-                    "the signal connection was refused: {said}; check LiveKit's status and log"
+                    "LiveKit refused the signal connection: {answer}. Check its status and log."
                 ),
             ),
         }
@@ -162,15 +282,15 @@ impl Failure {
         match DisconnectReason::from_str_name(reason) {
             Some(DisconnectReason::JoinFailure) => Self::new(
                 Reason::PlanLimit(LimitKind::Room),
-                "LiveKit turned us away from the room (Leave JOIN_FAILURE before the join response): \
-                 check the limits on participants and rooms",
+                "LiveKit did not admit the canary to the room (Leave JOIN_FAILURE before the join response). \
+                 Check the limits on participants and rooms.",
             ),
             _ => match Self::of_leave(reason) {
                 removed if removed.reason == Reason::Removed => removed,
                 _ => Self::new(
                     Reason::SignalFailed,
                     format!(
-                        "LiveKit sent Leave ({reason}) before the join response: check its status and log"
+                        "LiveKit sent Leave ({reason}) before the join response. Check its status and log."
                     ),
                 ),
             },
@@ -186,56 +306,266 @@ impl Failure {
         let error = quote(&error.to_string());
         Self::new(
             Reason::SignalLost,
-            format!("{error}; check whether that LiveKit server was killed, restarted or hangs"),
+            format!(
+                "{error}. Check whether that LiveKit server was killed or restarted, or hangs."
+            ),
         )
     }
 
     /// What the server's `Leave` after the join response means.
     ///
-    /// The reasons are those that livekit-server gives: `CONNECTION_TIMEOUT` when a peer connection broke,
-    /// `JOIN_FAILURE` when media never came up, `STATE_MISMATCH` for its own failed negotiations.
+    /// livekit-server gives these reasons: `CONNECTION_TIMEOUT` if a peer connection broke, `JOIN_FAILURE` if media never
+    /// came up, `STATE_MISMATCH` for its own failed negotiations.
     pub(super) fn of_leave(reason: &str) -> Self {
         use DisconnectReason as D;
         match DisconnectReason::from_str_name(reason) {
             Some(D::RoomDeleted | D::RoomClosed) => Self::new(
                 Reason::Removed,
                 format!(
-                    "the room was closed under the probe ({reason}): check who deletes rooms of this project"
+                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project."
                 ),
             ),
             Some(D::ParticipantRemoved) => Self::new(
                 Reason::Removed,
                 format!(
-                    "somebody removed the echo participant ({reason}): check who moderates rooms of this project"
+                    "another program removed the echo participant ({reason}). Check who moderates rooms of this project."
                 ),
             ),
             Some(D::DuplicateIdentity) => Self::new(
                 Reason::Removed,
                 format!(
-                    "another participant took the echo participant's identity ({reason}): check what else joins canary rooms"
+                    "another participant joined under the echo participant's identity ({reason}). \
+                     Check what else joins canary rooms."
                 ),
             ),
             Some(D::ConnectionTimeout | D::JoinFailure | D::MediaFailure) => Self::new(
                 Reason::MediaFailed,
                 format!(
-                    "LiveKit lost our media connection ({reason}): check UDP and TCP between here and its media ports"
+                    "LiveKit lost the canary's media connection ({reason}). \
+                     Check UDP and TCP between this machine and LiveKit's media ports."
                 ),
             ),
             _ => Self::new(
                 Reason::SignalLost,
                 format!(
-                    "LiveKit ended the session ({reason}): check whether it was restarted or drained"
+                    "LiveKit ended the session ({reason}). Check whether it was restarted or drained."
+                ),
+            ),
+        }
+    }
+}
+
+// The canary's participant and its media.
+
+impl Failure {
+    /// What it means that the participant ended by itself; `joined`: after the join response.
+    pub(super) fn of_end(why: EndReason, joined: bool, evidence: &mut Evidence) -> Self {
+        match why {
+            EndReason::Left => Self::new(
+                Reason::Internal,
+                "the participant left without a request: a fault of the canary",
+            ),
+            EndReason::Signal(error) if joined => Self::of_lost_signal(&error, evidence),
+            EndReason::Signal(error) => Self::of_join(&error, evidence),
+            EndReason::Removed { reason } => {
+                evidence.answer = Some(format!("Leave {reason}"));
+                Self::of_leave(&reason)
+            }
+            EndReason::Revoked(permission) => {
+                evidence.step = Some("permission");
+                let right = match permission {
+                    MediaPermission::Publish => "to publish",
+                    MediaPermission::Subscribe => "to subscribe",
+                };
+                Self::new(
+                    Reason::Removed,
+                    format!(
+                        "another program revoked the echo participant's right {right}. \
+                         Check who changes permissions in rooms of this project."
+                    ),
+                )
+            }
+            EndReason::PublishFailed(why) => {
+                evidence.step = Some("publish");
+                let why = quote(&why);
+                Self::new(
+                    Reason::PublishFailed,
+                    format!("the echo track was not published: {why}. Check LiveKit's log."),
+                )
+            }
+            EndReason::MediaFailed { transport, detail } => {
+                evidence.step = Some("media");
+                let detail = quote(&detail);
+                Self::new(
+                    Reason::MediaFailed,
+                    format!(
+                        "the {transport} transport failed: {detail}. \
+                         Check UDP and TCP between this machine and LiveKit's media ports."
+                    ),
+                )
+            }
+            EndReason::Internal(why) => Self::of_own_fault(&why),
+        }
+    }
+
+    /// `deadlines.media` passed before the canary's media was up.
+    pub(super) fn of_slow_media(
+        state: MediaState,
+        limit: Duration,
+        evidence: &mut Evidence,
+    ) -> Self {
+        let (step, reason, detail) = match state {
+            MediaState::Published => (
+                "media",
+                Reason::MediaFailed,
+                format!(
+                    "ICE and DTLS were not up within {limit:?} of the join response. \
+                     Check UDP and TCP between this machine and LiveKit's media ports."
+                ),
+            ),
+            MediaState::ConnectedOnly => (
+                "publish",
+                Reason::PublishFailed,
+                format!(
+                    "LiveKit did not acknowledge the echo track within {limit:?} of the join response. Check its log."
+                ),
+            ),
+            // Media needs LiveKit's answers, too. So this does not show that the network is at fault.
+            MediaState::Neither => (
+                "publish",
+                Reason::PublishFailed,
+                format!(
+                    "LiveKit did not acknowledge the echo track within {limit:?} of the join response, \
+                     and media did not come up either. Check whether that LiveKit server hangs."
+                ),
+            ),
+        };
+        evidence.record_deadline(step, limit);
+        Self::new(reason, detail)
+    }
+}
+
+// The agent.
+
+impl Failure {
+    /// The verdict on an agent that missed a deadline.
+    pub(super) fn of_agent(missed: &MissedDuty<'_>, report: &mut ProbeReport) -> Self {
+        let limit = missed.limit;
+        report.evidence.record_deadline(missed.duty.step(), limit);
+        match missed.duty {
+            AgentDuty::Join => Self::of_absent_agent(missed),
+            AgentDuty::Track => Self::new(
+                Reason::AgentNoTrack,
+                format!(
+                    "the agent published no audio track within {limit:?} of joining. \
+                     Check that its session starts and that it has audio output."
+                ),
+            ),
+            AgentDuty::Speech => {
+                let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
+                    Some(_) => "its track carried audio packets, but no speech in them",
+                    None => "no audio packet arrived on its track",
+                };
+                let before = if report.join_upper_bound {
+                    " It joined before the canary, and may have spoken before the canary could hear it."
+                } else {
+                    ""
+                };
+                Self::new(
+                    Reason::AgentSilent,
+                    format!(
+                        "the agent did not speak within {limit:?} of joining: {packets}.{before} \
+                         Check its greeting and its TTS."
+                    ),
+                )
+            }
+            AgentDuty::Pause => Self::new(
+                Reason::AgentNoReply,
+                format!(
+                    "the agent talked for {limit:?} without a pause for the echo that it has to answer. \
+                     Check its greeting. If it plays background sound, raise speech.threshold_dbfs."
+                ),
+            ),
+            AgentDuty::Reply => Self::new(
+                Reason::AgentNoReply,
+                format!(
+                    "the agent did not answer within {limit:?} of the end of the echo. \
+                     Check its STT, LLM and turn detection."
                 ),
             ),
         }
     }
 
-    /// What it means that the agent left with this reason where it should have stayed.
+    fn of_absent_agent(missed: &MissedDuty<'_>) -> Self {
+        let limit = missed.limit;
+        if let DispatchListing::Job(job) = missed.listing {
+            let detail = format!(
+                "a worker accepted the job ({job}), but no agent joined within {limit:?}. \
+                 Check that worker's log for a slow or failed start."
+            );
+            return Self::new(Reason::AgentNoShow, detail);
+        }
+        let check = match expected_agent(missed.target) {
+            // The name is right: an agent has joined under it.
+            Some(name) if missed.agent_known => format!(
+                "Check first that the worker of \"{name}\" is connected to this project and below its load limit. \
+                 Then check its log for a job that failed before it connected, and that it still registers under this name."
+            ),
+            Some(name) => format!(
+                "Check first that a worker registered as exactly \"{name}\". Then check that it is connected to this \
+                 project and below its load limit, and its log for a job that failed before it connected."
+            ),
+            None => "Check first that an unnamed worker is connected to this project and below its load limit. Then check \
+                     its log for a job that failed before it connected."
+                .to_owned(),
+        };
+        let facts = missed.target.dispatch.mode.facts();
+        let (listed, hint) = match (missed.listing, facts.request) {
+            (DispatchListing::NoDispatch, DispatchRequest::CreateRoom) => (
+                "LiveKit lists no dispatch of it",
+                " This server may not dispatch the agent that CreateRoom names.",
+            ),
+            (DispatchListing::NoDispatch, DispatchRequest::Join) if facts.names_agent => (
+                "LiveKit lists no dispatch of it",
+                " This server may not dispatch the agent that a token names.",
+            ),
+            (
+                DispatchListing::NoDispatch,
+                DispatchRequest::CreateDispatch | DispatchRequest::Join,
+            ) => ("LiveKit lists no dispatch of it", ""),
+            (DispatchListing::NoJob | DispatchListing::Job(_), _) => {
+                ("LiveKit lists no accepted job", "")
+            }
+            (DispatchListing::Unknown, _) => (
+                "LiveKit did not report whether a worker accepted the job",
+                "",
+            ),
+        };
+        let strays = match missed.strays {
+            [] => String::new(),
+            strays => format!(" (another agent came: {})", strays.join(", ")),
+        };
+        Self::new(
+            Reason::DispatchUnanswered,
+            format!(
+                "no agent joined within {limit:?} of the dispatch, and {listed}{strays}.{hint} {check}"
+            ),
+        )
+    }
+
+    /// What it means that the agent left with this disconnect reason when it should have stayed. `after` says how long
+    /// after its join, with a leading space.
     ///
-    /// A room's closing or a server's shutdown reaches the other participants in any order: the agent may be seen to
-    /// leave before the server tells us the same, and it is not the agent's fault.
-    pub(super) fn of_agent_leave(reason: &str, detail: String) -> Self {
+    /// If a room closes or a server shuts down, LiveKit informs the participants in any order. So the agent may be seen to
+    /// leave before the canary learns why, and it is not the agent's fault.
+    pub(super) fn of_agent_leave(
+        reason: &str,
+        after: &str,
+        when: LeftWhen,
+        evidence: &mut Evidence,
+    ) -> Self {
         use DisconnectReason as D;
+        evidence.step = Some("agent");
         match DisconnectReason::from_str_name(reason) {
             Some(D::RoomDeleted | D::RoomClosed | D::ServerShutdown | D::Migration) => {
                 Self::of_leave(reason)
@@ -243,131 +573,182 @@ impl Failure {
             Some(D::ParticipantRemoved) => Self::new(
                 Reason::Removed,
                 format!(
-                    "somebody removed the agent ({reason}): check who moderates rooms of this project"
+                    "another program removed the agent ({reason}). Check who moderates rooms of this project."
                 ),
             ),
-            _ => Self::new(Reason::AgentLeftEarly, detail),
+            _ => {
+                let reason = if reason.is_empty() {
+                    "no reason given"
+                } else {
+                    reason
+                };
+                let when = match when {
+                    LeftWhen::BeforeSpeech => "before it spoke",
+                    LeftWhen::BeforeReply => "before it answered the echo",
+                    LeftWhen::BeforeRoomEnd => "while the room was still open",
+                };
+                Self::new(
+                    Reason::AgentLeftEarly,
+                    format!(
+                        "the agent left ({reason}){after}, {when}. Check its log for a crash, a restart or a hang-up."
+                    ),
+                )
+            }
         }
     }
 
+    pub(super) fn of_duplicate_agent(identity: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent");
+        Self::new(
+            Reason::AgentDuplicate,
+            format!(
+                "a second agent of that name joined ({identity}). Check for a second dispatch: automatic in addition to \
+                 explicit, or by another program."
+            ),
+        )
+    }
+
+    /// `failure`, or the inference limit that explains it. `reported` is the error that the agent's session reported.
+    ///
+    /// An agent without a model is silent or leaves.
+    pub(super) fn or_inference_limit(self, reported: &str, evidence: &mut Evidence) -> Self {
+        match self.reason {
+            Reason::AgentSilent | Reason::AgentNoReply | Reason::AgentLeftEarly => {
+                evidence.answer = Some(reported.to_owned());
+                Self::new(
+                    Reason::PlanLimit(LimitKind::Inference),
+                    format!(
+                        "the agent's inference reached a limit: {}. So the agent failed ({}). Compare the inference limits \
+                         of the plan, or of the model's provider, with everything that uses them.",
+                        quote(reported),
+                        self.reason.label()
+                    ),
+                )
+            }
+            _ => self,
+        }
+    }
+}
+
+// Parts of several.
+
+impl Failure {
     fn unreachable(error: &ConnectError) -> Self {
         let check = match error {
             ConnectError::Dns { .. } => {
-                "check the host in the project's url and this machine's resolver"
+                "Check the host in the project's url and this machine's DNS resolver."
             }
-            ConnectError::Tcp { .. } => "check that LiveKit runs there, the port, and firewalls",
+            ConnectError::Tcp { .. } => "Check that LiveKit runs there, the port, and firewalls.",
             ConnectError::Tls { .. } => {
-                "check the certificate, its host name, and ca_file where a private CA signed it"
+                "Check the certificate and its host name. If a private CA signed it, set ca_file."
             }
         };
         let error = quote(&error.to_string());
-        Self::new(Reason::Unreachable, format!("{error}; {check}"))
+        Self::new(Reason::Unreachable, format!("{error}. {check}"))
     }
 
-    fn auth_rejected(what: &str, said: &str) -> Self {
+    fn auth_rejected(what: &str, answer: &str) -> Self {
         Self::new(
             Reason::AuthRejected,
             format!(
-                "{what} was refused: {said}; check the project's api_key and api_secret, and that they belong to its url"
+                "LiveKit refused {what}: {answer}. Check the project's api_key and api_secret, and that they belong to its url."
             ),
         )
     }
 
-    /// An agent's failure that a limit of its inference explains, by the agent's own word.
-    pub(super) fn of_inference_limit(said: &str, failure: &Self) -> Self {
-        Self::new(
-            Reason::PlanLimit(LimitKind::Inference),
-            format!(
-                "the agent's inference met a limit: {}; so {}; compare the inference limits of the plan, or of the model's \
-                 provider, with all that uses them",
-                quote(said),
-                failure.reason.label()
-            ),
-        )
-    }
-
-    fn limit(kind: LimitKind, detail: &str, refusal: &HttpRejection) -> Self {
-        let retry = match refusal.retry_after {
-            Some(after) => format!("retry after {after:?}"),
-            None => "no retry time was given".to_owned(),
+    fn limit(kind: LimitKind, what: &str, rejection: &HttpRejection) -> Self {
+        let retry = match rejection.retry_after {
+            Some(after) => format!("It asks to retry after {after:?}."),
+            None => "It gave no retry time.".to_owned(),
         };
         let check = match kind {
-            LimitKind::Node => "add nodes or raise limits on the server",
-            _ => "compare the plan's limits with all that runs on this project",
+            LimitKind::Node => "Add nodes, or raise the limits of the server.",
+            _ => "Compare the plan's limits with everything that runs on this project.",
         };
-        Self::new(
-            Reason::PlanLimit(kind),
-            format!("{detail}; {retry}; {check}"),
-        )
+        Self::new(Reason::PlanLimit(kind), format!("{what}. {retry} {check}"))
     }
 }
 
 impl Evidence {
-    fn keep(&mut self, refusal: &HttpRejection) {
-        self.http_status = Some(refusal.status);
-        self.twirp_code.clone_from(&refusal.twirp_code);
-        self.answer = Some(refusal.message.clone());
-        self.retry_after_seconds = refusal.retry_after.as_ref().map(Duration::as_secs_f64);
+    fn record_answer(&mut self, rejection: &HttpRejection) {
+        self.http_status = Some(rejection.status);
+        self.twirp_code.clone_from(&rejection.twirp_code);
+        self.answer = Some(rejection.message.clone());
+        self.retry_after_seconds = rejection.retry_after.as_ref().map(Duration::as_secs_f64);
+    }
+
+    fn record_deadline(&mut self, step: &'static str, limit: Duration) {
+        self.step = Some(step);
+        self.deadline_seconds = Some(limit.as_secs_f64());
     }
 }
 
-/// The limit that a refused API call names. Only what the service said is a limit.
-fn api_limit(refusal: &HttpRejection) -> Option<LimitKind> {
-    if names_node_limit(refusal) {
+/// The name of the agent that counts; `None` if the dispatch names none, and any agent counts.
+pub(super) fn expected_agent(target: &Target) -> Option<&str> {
+    let names_agent = target.dispatch.mode.facts().names_agent;
+    target.agent_name.as_deref().filter(|_| names_agent)
+}
+
+/// The limit that a refused API call names. Only a limit that the service itself names counts.
+fn api_limit(rejection: &HttpRejection) -> Option<LimitKind> {
+    if names_node_limit(rejection) {
         return Some(LimitKind::Node);
     }
-    if refusal.status != 429 && refusal.twirp_code.as_deref() != Some("resource_exhausted") {
+    // Twirp servers gave `resource_exhausted` the status 403 in the past, and a proxy may change it.
+    if rejection.status != 429 && rejection.twirp_code.as_deref() != Some("resource_exhausted") {
         return None;
     }
-    let text = refusal.message.to_lowercase();
-    let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
-    Some(if says(&["agent session", "concurrent agent"]) {
+    let text = rejection.message.to_lowercase();
+    let contains = |words: &[&str]| words.iter().any(|word| text.contains(word));
+    Some(if contains(&["agent session", "concurrent agent"]) {
         LimitKind::AgentSessions
-    } else if says(&["quota", "minutes"]) {
+    } else if contains(&["quota", "minutes"]) {
         LimitKind::Quota
-    } else if refusal.status == 429 || says(&["rate limit", "too many"]) {
+    } else if rejection.status == 429 || contains(&["rate limit", "too many"]) {
         LimitKind::ApiRate
     } else {
         LimitKind::Other
     })
 }
 
-/// LiveKit's inference names its quota; a model's provider answers HTTP 429, which the plugins of livekit-agents put as
+/// Whether an agent's error names a limit of its inference.
+///
+/// LiveKit's inference names its quota. A model's provider answers HTTP 429, which the plugins of livekit-agents write as
 /// `status_code=429` into the error.
 pub(super) fn names_inference_limit(error: &str) -> bool {
-    // The decimals of a timestamp, which stands in the same text, are no number of their own.
+    // The text may hold a timestamp, whose decimals are no number of their own.
     let mut numbers = error.split(|c: char| !c.is_ascii_alphanumeric() && c != '.');
     error.contains("inference_quota_exceeded")
         || numbers.any(|number| number.trim_matches('.') == "429")
 }
 
-/// livekit-server's words for a node above its own limits: of a join with 503 (`rtc.ErrLimitExceeded`), of a call that
-/// picks a room's node with 500 (`routing.ErrNodeLimitReached`).
-fn names_node_limit(refusal: &HttpRejection) -> bool {
-    let text = refusal.message.to_lowercase();
-    let words = [
+/// Whether livekit-server reports that a node is above its own limits: for a join with 503 (`rtc.ErrLimitExceeded`), for a
+/// call that picks a room's node with 500 (`routing.ErrNodeLimitReached`).
+fn names_node_limit(rejection: &HttpRejection) -> bool {
+    let text = rejection.message.to_lowercase();
+    let phrases = [
         "node has exceeded its configured limit",
         "reached configured limit for node",
     ];
-    words.iter().any(|words| text.contains(words))
+    phrases.iter().any(|phrase| text.contains(phrase))
 }
 
-/// A refusal in one line: `HTTP 404 (not_found): requested room does not exist`.
-fn said(refusal: &HttpRejection) -> String {
-    let code = refusal.twirp_code.as_ref();
+/// A rejection in one line: `HTTP 404 (not_found): requested room does not exist`.
+fn summary(rejection: &HttpRejection) -> String {
+    let code = rejection.twirp_code.as_ref();
     let code = code
         .map(|code| format!(" ({})", quote(code)))
         .unwrap_or_default();
-    match quote(&refusal.message) {
-        message if message.is_empty() => format!("HTTP {}{code}", refusal.status),
-        message => format!("HTTP {}{code}: {message}", refusal.status),
+    match quote(&rejection.message) {
+        message if message.is_empty() => format!("HTTP {}{code}", rejection.status),
+        message => format!("HTTP {}{code}: {message}", rejection.status),
     }
 }
 
-/// A server's words on one line, cut to [`QUOTE`] characters.
+/// A server's text on one line, cut to [`MAX_QUOTE`] characters.
 pub(super) fn quote(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(QUOTE) {
+    match line.char_indices().nth(MAX_QUOTE) {
         Some((cut, _)) => format!("{}…", &line[..cut]),
         None => line,
     }

@@ -16,7 +16,7 @@ use crate::probe::{Evidence, Milestone, ProbeReport, Reason, Span, Turn};
     clippy::struct_field_names,
     reason = "the field names are the document's keys"
 )]
-struct Batch<'a> {
+struct BatchJson<'a> {
     batch_id: &'a str,
     target: &'a str,
     project: &'a str,
@@ -25,19 +25,19 @@ struct Batch<'a> {
     result: &'static str,
     ramp: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    probes: Option<Vec<Probe<'a>>>,
-    not_opened: Option<NotOpened<'a>>,
-    summary: Summary,
+    probes: Option<Vec<ProbeJson<'a>>>,
+    not_opened: Option<NotOpenedJson<'a>>,
+    summary: SummaryJson,
 }
 
 #[derive(Serialize)]
-struct NotOpened<'a> {
+struct NotOpenedJson<'a> {
     rooms: usize,
     why: &'a str,
 }
 
 #[derive(Serialize)]
-struct Probe<'a> {
+struct ProbeJson<'a> {
     room: &'a str,
     room_sid: Option<&'a str>,
     started_at: String,
@@ -52,19 +52,19 @@ struct Probe<'a> {
     join_upper_bound: bool,
     first_speech_delay_seconds: Option<f64>,
     reply_delay_seconds: Option<f64>,
-    spans: InOrder,
-    milestones: InOrder,
-    turns: Vec<TurnMarks>,
-    transcript: Option<Vec<Said<'a>>>,
-    agent: Option<Agent<'a>>,
-    audio: Audio,
+    spans: OrderedObject,
+    milestones: OrderedObject,
+    turns: Vec<TurnJson>,
+    transcript: Option<Vec<TranscriptLineJson<'a>>>,
+    agent: Option<AgentJson<'a>>,
+    audio: AudioJson,
     url: Option<String>,
 }
 
-/// An object whose keys keep the order of time.
-struct InOrder(Vec<(&'static str, Option<f64>)>);
+/// An object whose keys are in order of time.
+struct OrderedObject(Vec<(&'static str, Option<f64>)>);
 
-impl Serialize for InOrder {
+impl Serialize for OrderedObject {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().copied())
     }
@@ -72,7 +72,7 @@ impl Serialize for InOrder {
 
 /// Seconds since the probe's start.
 #[derive(Serialize)]
-struct TurnMarks {
+struct TurnJson {
     agent_started: Option<f64>,
     agent_ended: Option<f64>,
     echo_started: Option<f64>,
@@ -83,7 +83,7 @@ struct TurnMarks {
 
 /// Seconds since the probe's start.
 #[derive(Serialize)]
-struct Said<'a> {
+struct TranscriptLineJson<'a> {
     at: Option<f64>,
     speaker: Speaker,
     text: &'a str,
@@ -91,30 +91,30 @@ struct Said<'a> {
 }
 
 #[derive(Serialize)]
-struct Agent<'a> {
+struct AgentJson<'a> {
     identity: &'a str,
     name: Option<&'a str>,
-    /// The server's own stamp, Unix milliseconds: what a join delay can be checked against.
+    /// The server's own stamp in Unix milliseconds, by which a join delay can be checked.
     joined_at_ms: Option<i64>,
 }
 
 #[derive(Serialize)]
-struct Audio {
+struct AudioJson {
     packets: u64,
     lost: u64,
     jitter_seconds: Option<f64>,
 }
 
 #[derive(Serialize)]
-struct Summary {
+struct SummaryJson {
     ok: usize,
     failed: usize,
     aborted: usize,
-    join_delay: JoinDelay,
+    join_delay: JoinDelayJson,
 }
 
 #[derive(Serialize)]
-struct JoinDelay {
+struct JoinDelayJson {
     p50: Option<f64>,
     p90: Option<f64>,
     max: Option<f64>,
@@ -123,7 +123,7 @@ struct JoinDelay {
 /// One JSON document, indented, with a newline at its end.
 pub(crate) fn render(batch: &BatchReport, target: &Target, project: &Project) -> String {
     let probes = batch.probes.iter().map(|one| probe(one, project));
-    let document = Batch {
+    let document = BatchJson {
         probes: Some(probes.collect()),
         ..without_probes(batch, target)
     };
@@ -144,7 +144,7 @@ pub(crate) fn of_probe(report: &ProbeReport, project: &Project) -> String {
 
 const SERIALIZES: &str = "plain structs with string keys always serialize";
 
-fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> Batch<'a> {
+fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> BatchJson<'a> {
     let summary = batch.summary();
     let quantile = |of: fn(&super::Quantiles) -> Duration| {
         summary
@@ -152,7 +152,7 @@ fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> Batch<'a> {
             .as_ref()
             .map(|delays| seconds(of(delays)))
     };
-    Batch {
+    BatchJson {
         batch_id: &batch.batch_id,
         target: &batch.target,
         project: &target.project,
@@ -161,15 +161,15 @@ fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> Batch<'a> {
         result: batch.result().label(),
         ramp: target.batch.ramp.name(),
         probes: None,
-        not_opened: batch.not_opened.as_ref().map(|rest| NotOpened {
+        not_opened: batch.not_opened.as_ref().map(|rest| NotOpenedJson {
             rooms: rest.rooms,
             why: &rest.why,
         }),
-        summary: Summary {
+        summary: SummaryJson {
             ok: summary.ok,
             failed: summary.failed,
             aborted: summary.aborted,
-            join_delay: JoinDelay {
+            join_delay: JoinDelayJson {
                 p50: quantile(|delays| delays.p50),
                 p90: quantile(|delays| delays.p90),
                 max: quantile(|delays| delays.max),
@@ -178,11 +178,11 @@ fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> Batch<'a> {
     }
 }
 
-fn probe<'a>(report: &'a ProbeReport, project: &Project) -> Probe<'a> {
+fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
     let span = |span| report.timeline.span(span).map(seconds);
     let reply = report.turns.iter().find_map(Turn::reply_delay).map(seconds);
     let failure = report.outcome.failure();
-    Probe {
+    ProbeJson {
         room: &report.room.0,
         room_sid: report.room_sid.as_deref(),
         started_at: wall_clock(report.started_at),
@@ -200,11 +200,11 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> Probe<'a> {
         join_upper_bound: report.join_upper_bound,
         first_speech_delay_seconds: span(Span::FirstSpeech),
         reply_delay_seconds: reply,
-        spans: InOrder(Vec::from(Span::ALL.map(|one| match one {
+        spans: OrderedObject(Vec::from(Span::ALL.map(|one| match one {
             Span::Reply => (one.label(), reply),
             _ => (one.label(), span(one)),
         }))),
-        milestones: InOrder(Vec::from(
+        milestones: OrderedObject(Vec::from(
             Milestone::ALL
                 .map(|one| (one.label(), report.timeline.since_started(one).map(seconds))),
         )),
@@ -213,21 +213,21 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> Probe<'a> {
             .iter()
             .map(|turn| marks(report, turn))
             .collect(),
-        transcript: report.transcript.as_ref().map(|said| {
-            let said = said.iter().map(|it| Said {
+        transcript: report.transcript.as_ref().map(|lines| {
+            let lines = lines.iter().map(|it| TranscriptLineJson {
                 at: since_started(report, Some(it.at)),
                 speaker: it.speaker,
                 text: it.text.as_str(),
                 r#final: it.is_final,
             });
-            said.collect()
+            lines.collect()
         }),
-        agent: report.agent.as_ref().map(|agent| Agent {
+        agent: report.agent.as_ref().map(|agent| AgentJson {
             identity: &agent.identity,
             name: agent.name.as_deref(),
             joined_at_ms: (agent.joined_at_ms > 0).then_some(agent.joined_at_ms),
         }),
-        audio: Audio {
+        audio: AudioJson {
             packets: report.audio.packets,
             lost: report.audio.lost,
             jitter_seconds: report.audio.jitter.map(seconds),
@@ -236,9 +236,9 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> Probe<'a> {
     }
 }
 
-fn marks(report: &ProbeReport, turn: &Turn) -> TurnMarks {
+fn marks(report: &ProbeReport, turn: &Turn) -> TurnJson {
     let since = |at| since_started(report, at);
-    TurnMarks {
+    TurnJson {
         agent_started: since(turn.agent_started),
         agent_ended: since(turn.agent_ended),
         echo_started: since(turn.echo_started),
@@ -253,8 +253,8 @@ fn since_started(report: &ProbeReport, at: Option<Instant>) -> Option<f64> {
     Some(seconds(at?.checked_duration_since(started)?))
 }
 
-/// The page of this room's session in LiveKit Cloud, where the project is known. A room id of another form than
-/// LiveKit's, which is a server's word, makes no link.
+/// The page of this room's session in LiveKit Cloud, if the project is known. A room id comes from the server, so one that has
+/// not LiveKit's form makes no link.
 pub(crate) fn session_url(report: &ProbeReport, project: &Project) -> Option<String> {
     let cloud_project = project.cloud_project.as_ref()?;
     let well_formed = |sid: &&String| {
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn document_of_a_mixed_batch_stays_as_it_is() {
+    fn document_of_a_mixed_batch() {
         assert_snapshot!(render(&mixed(), &Target::default(), &project()));
     }
 

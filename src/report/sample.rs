@@ -1,4 +1,4 @@
-//! A batch as the tests of its renderings need it: one room went well, and the others failed, each in its own way.
+//! A batch for the tests of its renderings: one room is ok, and the others failed for different reasons.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    Said, Timeline, Turn,
+    Timeline, TranscriptLine, Turn,
 };
 use crate::report::{BatchReport, NotOpened};
 
@@ -77,7 +77,7 @@ pub(crate) fn probe(
         evidence,
         turns: if spoke { vec![turn] } else { Vec::new() },
         transcript: spoke.then(|| {
-            vec![Said {
+            vec![TranscriptLine {
                 at: at(1100),
                 speaker: Speaker::Agent,
                 text: TranscriptText::new("Good day to you."),
@@ -205,7 +205,7 @@ pub(crate) fn mixed() -> BatchReport {
         ],
         Some(NotOpened {
             rooms: 1,
-            why: "a plan limit was met".to_owned(),
+            why: "plan limit reached".to_owned(),
             refusal: None,
         }),
     )

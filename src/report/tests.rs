@@ -19,7 +19,7 @@ fn report(outcome: Outcome) -> ProbeReport {
 }
 
 #[test]
-fn quantiles_are_delays_that_were_measured() {
+fn quantiles_are_measured_delays() {
     let of = |millis: &[u64]| {
         Quantiles::of(millis.iter().copied().map(Duration::from_millis).collect())
             .map(|q| (q.p50.as_millis(), q.p90.as_millis(), q.max.as_millis()))
@@ -31,7 +31,7 @@ fn quantiles_are_delays_that_were_measured() {
 }
 
 #[test]
-fn an_upper_bound_is_no_join_delay_of_the_summary() {
+fn summary_excludes_join_delays_that_are_upper_bounds() {
     let probe = |delay: Duration, join_upper_bound| {
         let mut report = report(failed(Reason::AgentSilent));
         report.join_upper_bound = join_upper_bound;

@@ -13,8 +13,8 @@ use crate::config::DispatchMode;
 use crate::livekit::wire::token::Keys;
 use crate::probe::{Milestone, Outcome, Reason};
 
-/// A server API that answers every call with `answer`, and remembers which were made.
-struct Server {
+/// A server API that gives every call the same answer, and records the calls.
+struct FixedApi {
     url: Url,
     calls: Arc<Mutex<Vec<String>>>,
     _task: JoinSet<()>,
@@ -24,7 +24,7 @@ const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 const LIMIT: &str =
     "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
 
-impl Server {
+impl FixedApi {
     async fn start(answer: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -50,11 +50,11 @@ async fn serve(listener: TcpListener, answer: &str, calls: Arc<Mutex<Vec<String>
     }
 }
 
-/// Answers one request, read to its end: closing a socket with unread bytes would reset the connection.
+/// Reads one request to its end and answers it. A socket that is closed with unread bytes would reset the connection.
 async fn read_request(mut stream: TcpStream, answer: &str) -> String {
     let mut request = Vec::new();
-    let mut most = usize::MAX;
-    while request.len() < most {
+    let mut length_due = usize::MAX;
+    while request.len() < length_due {
         assert_ne!(stream.read_buf(&mut request).await.unwrap(), 0);
         let text = String::from_utf8_lossy(&request);
         if let Some((head, _)) = text.split_once("\r\n\r\n") {
@@ -62,7 +62,7 @@ async fn read_request(mut stream: TcpStream, answer: &str) -> String {
                 .lines()
                 .find_map(|line| line.strip_prefix("content-length: "));
             let body: usize = length.map_or(0, |length| length.parse().unwrap());
-            most = head.len() + 4 + body;
+            length_due = head.len() + 4 + body;
         }
     }
     stream.write_all(answer.as_bytes()).await.unwrap();
@@ -102,24 +102,24 @@ fn context(url: &Url) -> Context {
     }
 }
 
-struct Started {
+struct StartedProbe {
     driver: Driver,
     abort: CancellationToken,
     events: mpsc::UnboundedReceiver<ProbeEvent>,
     _hold: watch::Sender<Option<Instant>>,
 }
 
-fn start(url: &Url) -> Started {
+fn start(url: &Url) -> StartedProbe {
     start_with(context(url))
 }
 
-fn start_with(context: Context) -> Started {
+fn start_with(context: Context) -> StartedProbe {
     let (hold, until) = watch::channel(None);
     let (events_tx, events) = mpsc::unbounded_channel();
     let emit = Box::new(move |event| events_tx.send(event).unwrap());
     let abort = CancellationToken::new();
     let room = RoomName("canary-test".to_owned());
-    Started {
+    StartedProbe {
         driver: Driver::new(context, room, Position::First, until, abort.clone(), emit),
         abort,
         events,
@@ -135,10 +135,10 @@ fn reason(report: &ProbeReport) -> Reason {
 }
 
 #[tokio::test]
-async fn refused_room_is_reported_with_its_evidence() {
-    let server = Server::start(LIMIT).await;
+async fn refused_room_is_reported_with_evidence() {
+    let server = FixedApi::start(LIMIT).await;
     let started = start(&server.url);
-    let report = started.driver.run_to_the_end().await;
+    let report = started.driver.run_to_end().await;
     assert_eq!(reason(&report).label(), "plan_limit");
     assert_eq!(report.evidence.retry_after_seconds, Some(7.0));
     assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
@@ -146,21 +146,21 @@ async fn refused_room_is_reported_with_its_evidence() {
 }
 
 #[tokio::test]
-async fn unreachable_server_settles_join_and_outcome_once() {
+async fn unreachable_server_decides_join_and_outcome_once() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let mut started = start(&url.parse().unwrap());
-    let report = started.driver.run_to_the_end().await;
+    let report = started.driver.run_to_end().await;
     assert_eq!(reason(&report), Reason::Unreachable);
-    let mut told = Vec::new();
+    let mut events = Vec::new();
     started
         .events
-        .recv_many(&mut told, ProbeEvent::MAX_PER_PROBE)
+        .recv_many(&mut events, ProbeEvent::MAX_PER_PROBE)
         .await;
     assert!(
         matches!(
-            told.as_slice(),
+            events.as_slice(),
             [
                 ProbeEvent::Reached {
                     milestone: Milestone::Started,
@@ -170,13 +170,13 @@ async fn unreachable_server_settles_join_and_outcome_once() {
                 ProbeEvent::OutcomeDecided { .. },
             ]
         ),
-        "{told:?}"
+        "{events:?}"
     );
 }
 
 #[tokio::test]
 async fn probe_starts_on_the_wall_clock_when_its_task_first_runs() {
-    let server = Server::start(LIMIT).await;
+    let server = FixedApi::start(LIMIT).await;
     let (_hold, until) = watch::channel(None);
     let room = RoomName("canary-test".to_owned());
     let probe = run(
@@ -195,10 +195,10 @@ async fn probe_starts_on_the_wall_clock_when_its_task_first_runs() {
 
 #[tokio::test]
 async fn aborted_probe_deletes_its_room_after_the_calls_that_could_create_it() {
-    let server = Server::start(EMPTY_OK).await;
+    let server = FixedApi::start(EMPTY_OK).await;
     let started = start(&server.url);
     started.abort.cancel();
-    let report = started.driver.run_to_the_end().await;
+    let report = started.driver.run_to_end().await;
     assert_eq!(report.outcome, Outcome::Aborted);
     assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
     let calls = server.calls();
@@ -207,7 +207,7 @@ async fn aborted_probe_deletes_its_room_after_the_calls_that_could_create_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn aborted_probe_reports_in_time_whatever_hangs() {
+async fn aborted_probe_reports_in_time_even_if_the_server_hangs() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let mut context = context(&url.parse().unwrap());
@@ -216,21 +216,21 @@ async fn aborted_probe_reports_in_time_whatever_hangs() {
     let started = start_with(context);
     started.abort.cancel();
     let begun = Instant::now();
-    let report = started.driver.run_to_the_end().await;
+    let report = started.driver.run_to_end().await;
     assert_eq!(report.outcome, Outcome::Aborted);
     assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
-    assert_eq!(begun.elapsed().as_secs(), ABORTED.as_secs());
-    // The room is not forgotten.
+    assert_eq!(begun.elapsed().as_secs(), ABORT_TIMEOUT.as_secs());
+    // The janitor still owns the room.
     let left = janitor.close(Instant::now()).await;
     assert_eq!(left.len(), 1, "{left:?}");
 }
 
 #[tokio::test]
-async fn panic_is_internal_and_the_room_is_deleted_nevertheless() {
-    let server = Server::start(EMPTY_OK).await;
+async fn panic_is_internal_and_the_room_is_still_deleted() {
+    let server = FixedApi::start(EMPTY_OK).await;
     let mut started = start(&server.url);
     started.driver.call(async { panic!("of a test") });
-    let report = started.driver.run_to_the_end().await;
+    let report = started.driver.run_to_end().await;
     assert_eq!(reason(&report), Reason::Internal);
     assert!(report.timeline.get(Milestone::RoomDeleted).is_some());
     assert_eq!(
@@ -240,17 +240,17 @@ async fn panic_is_internal_and_the_room_is_deleted_nevertheless() {
 }
 
 #[tokio::test]
-async fn probe_that_crashes_again_and_again_still_reports() {
-    let server = Server::start(EMPTY_OK).await;
+async fn probe_that_panics_twice_still_reports() {
+    let server = FixedApi::start(EMPTY_OK).await;
     let mut started = start(&server.url);
     started.driver.call(async { panic!("of a test") });
     started.driver.call(async { panic!("of a test, again") });
-    let report = started.driver.run_to_the_end().await;
+    let report = started.driver.run_to_end().await;
     assert_eq!(reason(&report), Reason::Internal);
 }
 
 #[tokio::test]
-async fn hold_that_nobody_can_end_is_over() {
+async fn hold_is_over_if_its_sender_is_gone() {
     let (hold, until) = watch::channel(None);
     let mut until = Some(until);
     drop(hold);
@@ -259,7 +259,7 @@ async fn hold_that_nobody_can_end_is_over() {
 }
 
 #[tokio::test]
-async fn agent_is_named_in_the_request_that_creates_the_room_unless_it_is_called_later() {
+async fn request_that_creates_the_room_names_the_agent_as_the_mode_requires() {
     let url = "http://127.0.0.1:1".parse().unwrap();
     for mode in DispatchMode::VARIANTS {
         let (in_room, in_token) = match mode {
@@ -296,8 +296,8 @@ async fn agent_is_named_in_the_request_that_creates_the_room_unless_it_is_called
 }
 
 #[test]
-fn fault_stays_with_the_room_that_it_is_meant_for() {
-    let fault = Fault::Panic { index: Some(2) };
+fn injected_fault_affects_only_the_room_with_its_index() {
+    let fault = ProbeFault::Panic { index: Some(2) };
     assert_eq!(fault.of_room(2), Some(fault));
     assert_eq!(fault.of_room(1), None);
 }

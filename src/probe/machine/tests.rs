@@ -2,7 +2,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::{DispatchMode, Expect};
-use crate::livekit::event::Speaker;
+use crate::livekit::event::{
+    Agent, AudioStats, EndReason, MediaPermission, RoomEventKind, Speaker, TurnMetrics,
+};
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
 use crate::livekit::wire::request::HttpRejection;
@@ -10,10 +12,10 @@ use crate::livekit::wire::signal::SignalError;
 use crate::probe::{LimitKind, Span, Turn};
 
 /// A probe and its clock, in milliseconds since the start.
-struct Script {
-    probe: Probe,
+struct MachineScript {
+    machine: ProbeMachine,
     base: Instant,
-    asked: Vec<Action>,
+    actions: Vec<Action>,
 }
 
 fn explicit() -> Target {
@@ -81,13 +83,13 @@ fn ping_timeout() -> EndReason {
     EndReason::Signal(SignalError::PingTimeout(Duration::from_secs(15)))
 }
 
-impl Script {
+impl MachineScript {
     fn new(target: Target) -> Self {
-        Self::knowing(target, false)
+        Self::with_agent_known(target, false)
     }
 
-    fn knowing(target: Target, agent_known: bool) -> Self {
-        let probe = Probe::new(
+    fn with_agent_known(target: Target, agent_known: bool) -> Self {
+        let machine = ProbeMachine::new(
             Arc::new(target),
             RoomName("canary-test".to_owned()),
             Position::First,
@@ -95,9 +97,9 @@ impl Script {
             agent_known,
         );
         let script = Self {
-            probe,
+            machine,
             base: Instant::now(),
-            asked: Vec::new(),
+            actions: Vec::new(),
         };
         script.feed(0, Input::Start)
     }
@@ -108,7 +110,7 @@ impl Script {
 
     fn feed(mut self, at: u64, input: Input) -> Self {
         let now = self.time(at);
-        self.asked.extend(self.probe.on(input, now));
+        self.actions.extend(self.machine.on(input, now));
         self
     }
 
@@ -123,11 +125,12 @@ impl Script {
     /// Lets time pass: every deadline fires when it is due.
     fn wait(mut self, until: u64) -> Self {
         while let Some(due) = self
-            .probe
+            .machine
             .next_deadline()
             .filter(|due| *due <= self.time(until))
         {
-            self.asked.extend(self.probe.on(Input::DeadlinePassed, due));
+            self.actions
+                .extend(self.machine.on(Input::DeadlinePassed, due));
         }
         self
     }
@@ -189,7 +192,7 @@ impl Script {
         )
     }
 
-    /// First seen `at`; the server's own stamp says `joined`.
+    /// First seen `at`; the server's own stamp is `joined`.
     fn stamped(self, joined: u64, at: u64, in_join_response: bool) -> Self {
         let joined = Some(self.time(joined));
         let agent = Agent { joined, ..agent() };
@@ -209,7 +212,7 @@ impl Script {
         self.see(at, RoomEventKind::AgentLeft { reason })
     }
 
-    /// The agent says something from `start` to `end`.
+    /// The agent speaks from `start` to `end`.
     fn speech(self, start: u64, end: u64) -> Self {
         self.see(start, RoomEventKind::SpeechStarted)
             .see(end, RoomEventKind::SpeechEnded)
@@ -230,9 +233,9 @@ impl Script {
         self.see(at, RoomEventKind::Ended { reason: why, audio })
     }
 
-    // The ways in that most tests share.
+    // Scripts that most tests share.
 
-    /// Room created at 10, signal at 40, all up at 100: the dispatch is asked for.
+    /// Room created at 10, signal at 40, all up at 100: the dispatch is actions for.
     fn way_in(self) -> Self {
         self.created(10, Ok(())).signal(40).up(100)
     }
@@ -250,46 +253,40 @@ impl Script {
             .see(530, RoomEventKind::AgentFirstAudio)
     }
 
-    fn asked_for(&self, wanted: fn(&Action) -> bool) -> usize {
-        self.asked.iter().filter(|action| wanted(action)).count()
+    fn count(&self, wanted: fn(&Action) -> bool) -> usize {
+        self.actions.iter().filter(|action| wanted(action)).count()
     }
 
-    fn told_joins(&self) -> Vec<bool> {
-        let told = self.asked.iter().filter_map(|action| match action {
+    fn join_decisions(&self) -> Vec<bool> {
+        let decisions = self.actions.iter().filter_map(|action| match action {
             Action::Emit(ProbeEvent::JoinDecided { joined }) => Some(*joined),
             _ => None,
         });
-        told.collect()
+        decisions.collect()
     }
 
-    fn is_settled(&self) -> bool {
-        self.probe.outcome.is_some()
+    fn is_decided(&self) -> bool {
+        self.machine.outcome.is_some()
     }
 
-    /// Leaves and deletes as asked, and holds what is true of every probe that has ended.
+    /// Leaves and deletes as actions, and holds what is true of every probe that has ended.
     fn report(mut self, at: u64) -> ProbeReport {
-        assert!(self.is_settled(), "no outcome at {at} ms");
-        if self.probe.in_room {
-            assert_eq!(self.asked_for(|action| matches!(action, Action::Leave)), 1);
+        assert!(self.is_decided(), "no outcome at {at} ms");
+        if self.machine.in_room {
+            assert_eq!(self.count(|action| matches!(action, Action::Leave)), 1);
             self = self.ended(at, EndReason::Left);
         }
+        assert_eq!(self.count(|action| matches!(action, Action::DeleteRoom)), 1);
         assert_eq!(
-            self.asked_for(|action| matches!(action, Action::DeleteRoom)),
+            self.count(|action| matches!(action, Action::Emit(ProbeEvent::OutcomeDecided { .. }))),
             1
         );
-        assert_eq!(
-            self.asked_for(|action| matches!(
-                action,
-                Action::Emit(ProbeEvent::OutcomeDecided { .. })
-            )),
-            1
-        );
-        assert_eq!(self.told_joins().len(), 1);
+        assert_eq!(self.join_decisions().len(), 1);
         let gone = Deletion::Deleted { at: self.time(at) };
         let script = self.feed(at, Input::Deleted(gone));
-        assert!(script.probe.is_over());
-        assert_eq!(script.probe.next_deadline(), None);
-        script.probe.into_report()
+        assert!(script.machine.is_over());
+        assert_eq!(script.machine.next_deadline(), None);
+        script.machine.into_report()
     }
 
     fn reason(self, at: u64) -> Reason {
@@ -310,14 +307,16 @@ fn millis(duration: Option<Duration>) -> Option<u128> {
 
 const MINUTE: u64 = 60_000;
 
-// The whole way.
+// From start to end.
 
 #[test]
 fn probe_whose_agent_joins_and_speaks_is_ok_when_the_hold_is_over() {
-    let script = Script::new(explicit()).with_agent().speech(700, 2_000);
+    let script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 2_000);
     let script = script.echo(3_000, 4_300).speech(5_000, 6_000);
     let script = script.wait(MINUTE);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let report = script
         .hold(MINUTE, MINUTE + 5_000)
         .wait(MINUTE + 5_000)
@@ -341,8 +340,10 @@ fn probe_whose_agent_joins_and_speaks_is_ok_when_the_hold_is_over() {
 #[test]
 fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
     let dispatches =
-        |script: &Script| script.asked_for(|action| matches!(action, Action::Dispatch));
-    let script = Script::new(explicit()).created(10, Ok(())).signal(40);
+        |script: &MachineScript| script.count(|action| matches!(action, Action::Dispatch));
+    let script = MachineScript::new(explicit())
+        .created(10, Ok(()))
+        .signal(40);
     let script = script.see(60, RoomEventKind::EchoPublished);
     assert_eq!(dispatches(&script), 0);
     let script = script.see(90, RoomEventKind::MediaConnected);
@@ -351,9 +352,9 @@ fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
 
 #[test]
 fn automatic_dispatch_creates_no_room_and_is_sent_with_the_signal_request() {
-    let script = Script::new(automatic());
+    let script = MachineScript::new(automatic());
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::CreateRoom)),
+        script.count(|action| matches!(action, Action::CreateRoom)),
         0
     );
     let script = script
@@ -361,10 +362,7 @@ fn automatic_dispatch_creates_no_room_and_is_sent_with_the_signal_request() {
         .signal(40)
         .joined(300)
         .up(350);
-    assert_eq!(
-        script.asked_for(|action| matches!(action, Action::Dispatch)),
-        0
-    );
+    assert_eq!(script.count(|action| matches!(action, Action::Dispatch)), 0);
     let report = script
         .hold(400, 0)
         .track(400)
@@ -379,11 +377,10 @@ fn automatic_dispatch_creates_no_room_and_is_sent_with_the_signal_request() {
 
 #[test]
 fn dispatch_by_room_is_sent_and_accepted_with_create_room() {
-    let script = Script::new(named(DispatchMode::Room)).way_in().joined(300);
-    assert_eq!(
-        script.asked_for(|action| matches!(action, Action::Dispatch)),
-        0
-    );
+    let script = MachineScript::new(named(DispatchMode::Room))
+        .way_in()
+        .joined(300);
+    assert_eq!(script.count(|action| matches!(action, Action::Dispatch)), 0);
     let script = script.hold(400, 0).track(400).speech(500, 800).wait(900);
     let report = script.report(910);
     assert_eq!(report.outcome, Outcome::Ok);
@@ -395,13 +392,13 @@ fn dispatch_by_room_is_sent_and_accepted_with_create_room() {
 
 #[test]
 fn dispatch_by_token_creates_no_room_and_is_accepted_with_the_join_response() {
-    let script = Script::new(named(DispatchMode::Token));
+    let script = MachineScript::new(named(DispatchMode::Token));
     let script = script
         .see(12, RoomEventKind::SignalRequested)
         .signal(40)
         .up(100);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::CreateRoom | Action::Dispatch)),
+        script.count(|action| matches!(action, Action::CreateRoom | Action::Dispatch)),
         0
     );
     let script = script.joined(300).hold(400, 0).track(400);
@@ -413,8 +410,8 @@ fn dispatch_by_token_creates_no_room_and_is_accepted_with_the_join_response() {
 }
 
 #[test]
-fn room_that_could_not_be_created_says_when_its_dispatch_was_sent() {
-    let script = Script::new(named(DispatchMode::Room));
+fn room_that_could_not_be_created_has_a_dispatch_time() {
+    let script = MachineScript::new(named(DispatchMode::Room));
     let report = script
         .created(5_000, Err(ApiError::Timeout(Duration::from_secs(5))))
         .report(5_010);
@@ -424,35 +421,35 @@ fn room_that_could_not_be_created_says_when_its_dispatch_was_sent() {
 }
 
 #[test]
-fn join_deadline_of_dispatch_by_room_counts_from_create_room_once_our_own_media_is_up() {
+fn join_deadline_of_dispatch_by_room_counts_from_create_room_once_media_is_up() {
     let late = |up| {
-        Script::new(named(DispatchMode::Room))
+        MachineScript::new(named(DispatchMode::Room))
             .created(20_000, Ok(()))
             .signal(26_000)
             .wait(up)
             .up(up)
     };
     let script = late(27_000).wait(30_000);
-    assert!(script.told_joins().is_empty());
-    assert_eq!(script.wait(30_001).told_joins(), [false]);
-    // Media came up after the deadline: only then is the agent judged, and at once.
+    assert!(script.join_decisions().is_empty());
+    assert_eq!(script.wait(30_001).join_decisions(), [false]);
+    // Media came up after the deadline. The agent is judged only then, and at once.
     let script = late(35_000);
-    assert!(script.told_joins().is_empty());
+    assert!(script.join_decisions().is_empty());
     let script = script.wait(35_000);
-    assert_eq!(script.told_joins(), [false]);
+    assert_eq!(script.join_decisions(), [false]);
     let script = script.listed(35_010, Ok(dispatches("support", Some("JS_RUNNING"))));
     assert_eq!(script.reason(35_020), Reason::AgentNoShow);
 }
 
-// Any order.
+// Events in any order.
 
 #[test]
 fn agent_that_joins_before_dispatch_returns_still_has_a_join_delay() {
-    let script = Script::new(explicit()).way_in().joined(300);
-    assert_eq!(script.told_joins(), [true]);
+    let script = MachineScript::new(explicit()).way_in().joined(300);
+    assert_eq!(script.join_decisions(), [true]);
     let script = script.track(320).speech(400, 900).hold(900, 0);
     let script = script.wait(2_000);
-    assert!(!script.is_settled(), "the dispatch call is outstanding");
+    assert!(!script.is_decided(), "the dispatch call is outstanding");
     let report = script
         .dispatched(101, 2_000, Ok(()))
         .wait(2_000)
@@ -462,8 +459,8 @@ fn agent_that_joins_before_dispatch_returns_still_has_a_join_delay() {
 }
 
 #[test]
-fn news_of_the_join_that_the_server_held_back_is_no_delay_of_the_agents() {
-    let script = Script::new(explicit())
+fn join_that_the_server_reports_late_does_not_lengthen_the_join_delay() {
+    let script = MachineScript::new(explicit())
         .way_in()
         .dispatched(101, 110, Ok(()));
     let script = script.stamped(600, 2_900, false);
@@ -475,9 +472,9 @@ fn news_of_the_join_that_the_server_held_back_is_no_delay_of_the_agents() {
 }
 
 #[test]
-fn stamp_from_before_the_dispatch_or_after_the_first_sight_is_not_believed() {
+fn stamp_from_before_the_dispatch_or_after_the_first_sight_is_ignored() {
     for (stamp, delay) in [(90, 499), (700, 499)] {
-        let script = Script::new(explicit())
+        let script = MachineScript::new(explicit())
             .way_in()
             .dispatched(101, 110, Ok(()));
         let script = script.stamped(stamp, 600, false).track(610);
@@ -489,22 +486,22 @@ fn stamp_from_before_the_dispatch_or_after_the_first_sight_is_not_believed() {
 
 #[test]
 fn audio_before_the_track_event_counts_as_a_track() {
-    let script = Script::new(explicit()).waiting().joined(500);
+    let script = MachineScript::new(explicit()).waiting().joined(500);
     let script = script.see(510, RoomEventKind::AgentFirstAudio).wait(15_000);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let script = script.speech(16_000, 17_000).hold(17_000, 0).wait(17_000);
     assert_eq!(script.report(17_001).outcome, Outcome::Ok);
 }
 
 #[test]
-fn agent_in_the_join_response_is_an_upper_bound_unless_it_is_dispatched_after_it() {
+fn agent_in_the_join_response_is_an_upper_bound_unless_it_is_dispatched_later() {
     for (target, bound) in [
         (explicit(), false),
         (named(DispatchMode::Room), true),
         (named(DispatchMode::Token), true),
         (automatic(), true),
     ] {
-        let script = Script::new(target).created(10, Ok(())).signal(40);
+        let script = MachineScript::new(target).created(10, Ok(())).signal(40);
         let script = script.stamped(20, 40, true);
         let seen = script.time(40);
         let report = script.feed(50, Input::Abort).report(60);
@@ -515,7 +512,7 @@ fn agent_in_the_join_response_is_an_upper_bound_unless_it_is_dispatched_after_it
 
 #[test]
 fn agent_that_was_there_before_its_dispatch_has_no_join_delay() {
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .created(10, Ok(()))
         .signal(40)
         .joined(50)
@@ -528,16 +525,19 @@ fn agent_that_was_there_before_its_dispatch_has_no_join_delay() {
 }
 
 #[test]
-fn what_passed_before_an_event_comes_first_however_late_it_is_read() {
+fn deadline_before_an_event_expires_first_even_if_it_is_read_later() {
     // The track's deadline (10.5 s) passed before the track came (11 s), but the timer was late.
-    let script = Script::new(explicit()).waiting().joined(500).track(11_000);
+    let script = MachineScript::new(explicit())
+        .waiting()
+        .joined(500)
+        .track(11_000);
     let script = script.listed(11_001, Ok(Vec::new()));
     assert_eq!(script.reason(11_010), Reason::AgentNoTrack);
 }
 
 #[test]
-fn event_seen_just_in_time_counts_though_it_is_read_after_the_deadline() {
-    let script = Script::new(explicit()).waiting();
+fn event_before_the_deadline_counts_even_if_it_is_read_later() {
+    let script = MachineScript::new(explicit()).waiting();
     let event = RoomEvent {
         at: script.time(30_100),
         kind: RoomEventKind::AgentJoined {
@@ -546,21 +546,21 @@ fn event_seen_just_in_time_counts_though_it_is_read_after_the_deadline() {
         },
     };
     let script = script.feed(30_200, Input::Room(event)).wait(30_300);
-    assert_eq!(script.told_joins(), [true]);
-    assert!(!script.is_settled());
+    assert_eq!(script.join_decisions(), [true]);
+    assert!(!script.is_decided());
 }
 
 // Verdicts on the agent.
 
 #[test]
 fn no_agent_and_no_job_is_dispatch_unanswered() {
-    let script = Script::new(explicit()).waiting().wait(30_101);
-    assert_eq!(script.told_joins(), [false]);
+    let script = MachineScript::new(explicit()).waiting().wait(30_101);
+    assert_eq!(script.join_decisions(), [false]);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::ListDispatch)),
+        script.count(|action| matches!(action, Action::ListDispatch)),
         1
     );
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let report = script
         .listed(30_110, Ok(dispatches("support", None)))
         .report(30_120);
@@ -575,7 +575,7 @@ fn no_agent_and_no_job_is_dispatch_unanswered() {
 
 #[test]
 fn no_agent_but_an_accepted_job_is_agent_no_show() {
-    let script = Script::new(explicit()).waiting().wait(30_101);
+    let script = MachineScript::new(explicit()).waiting().wait(30_101);
     let report = script
         .listed(30_110, Ok(dispatches("support", Some("JS_RUNNING"))))
         .report(30_120);
@@ -592,15 +592,15 @@ fn no_agent_but_an_accepted_job_is_agent_no_show() {
 
 #[test]
 fn job_of_another_agent_does_not_make_a_no_show() {
-    let script = Script::new(explicit()).waiting().wait(30_101);
+    let script = MachineScript::new(explicit()).waiting().wait(30_101);
     let script = script.listed(30_110, Ok(dispatches("", Some("JS_RUNNING"))));
     assert_eq!(script.reason(30_120), Reason::DispatchUnanswered);
 }
 
 #[test]
-fn dispatch_that_is_not_listed_is_told_from_one_without_a_job() {
+fn detail_distinguishes_an_unlisted_dispatch_from_one_without_a_job() {
     let detail = |mode, listed| {
-        let script = Script::new(named(mode));
+        let script = MachineScript::new(named(mode));
         let script = match mode {
             DispatchMode::Explicit => script.waiting(),
             DispatchMode::Room => script.way_in(),
@@ -617,13 +617,13 @@ fn dispatch_that_is_not_listed_is_told_from_one_without_a_job() {
             other => panic!("{other:?}"),
         }
     };
-    for (mode, who) in [
-        (DispatchMode::Room, "whom CreateRoom names"),
-        (DispatchMode::Token, "whom a token names"),
+    for (mode, which) in [
+        (DispatchMode::Room, "the agent that CreateRoom names"),
+        (DispatchMode::Token, "the agent that a token names"),
     ] {
         let detail = detail(mode, dispatches("", None));
         assert!(detail.contains("lists no dispatch"), "{detail}");
-        assert!(detail.contains(who), "{detail}");
+        assert!(detail.contains(which), "{detail}");
     }
     for mode in [
         DispatchMode::Explicit,
@@ -637,36 +637,36 @@ fn dispatch_that_is_not_listed_is_told_from_one_without_a_job() {
 
 #[test]
 fn automatic_dispatch_takes_any_job() {
-    let script = Script::new(automatic())
+    let script = MachineScript::new(automatic())
         .see(10, RoomEventKind::SignalRequested)
         .signal(40)
         .up(100);
     let script = script.wait(30_009);
-    assert_eq!(script.told_joins(), [] as [bool; 0]);
+    assert_eq!(script.join_decisions(), [] as [bool; 0]);
     let script = script.wait(30_010);
     let script = script.listed(30_020, Ok(dispatches("", Some("JS_RUNNING"))));
     assert_eq!(script.reason(30_030), Reason::AgentNoShow);
 }
 
 #[test]
-fn name_is_the_first_thing_to_check_only_where_no_agent_ever_came_by_it() {
+fn agent_name_is_the_first_check_only_if_no_agent_ever_joined_under_it() {
     for (agent_known, first) in [
         (false, "that a worker registered as exactly \"support\""),
-        (true, "that the worker of \"support\" runs"),
+        (true, "that the worker of \"support\" is connected"),
     ] {
-        let script = Script::knowing(explicit(), agent_known).waiting();
+        let script = MachineScript::with_agent_known(explicit(), agent_known).waiting();
         let script = script.wait(30_101).listed(30_110, Ok(Vec::new()));
         let report = script.report(30_120);
         let Outcome::Failed(failure) = &report.outcome else {
             unreachable!()
         };
-        let check = format!("check, in this order, {first}");
+        let check = format!("Check first {first}");
         assert!(failure.detail.contains(&check), "{}", failure.detail);
     }
 }
 
 #[test]
-fn stray_agent_is_named_in_the_verdict() {
+fn detail_names_another_agent_that_joined() {
     for (name, words) in [
         (Some("suport"), "another agent came: \"suport\")"),
         (None, "another agent came: one without a name)"),
@@ -676,7 +676,7 @@ fn stray_agent_is_named_in_the_verdict() {
             kind: "AGENT".to_owned(),
             agent_name: name.map(str::to_owned),
         };
-        let script = Script::new(explicit()).waiting().see(400, stray);
+        let script = MachineScript::new(explicit()).waiting().see(400, stray);
         let script = script.wait(30_101).listed(30_110, Ok(Vec::new()));
         let report = script.report(30_120);
         let failure = report.outcome.failure().unwrap();
@@ -687,15 +687,15 @@ fn stray_agent_is_named_in_the_verdict() {
 
 #[test]
 fn late_agent_changes_no_verdict_but_is_evidence() {
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .waiting()
         .wait(30_101)
         .joined(30_105)
         .see(30_106, RoomEventKind::AgentConnected);
     let script = script.listed(30_110, Ok(Vec::new()));
-    assert_eq!(script.told_joins(), [false]);
+    assert_eq!(script.join_decisions(), [false]);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::AgentsConnected(true))),
+        script.count(|action| matches!(action, Action::AgentsConnected(true))),
         1
     );
     let report = script.report(30_120);
@@ -710,8 +710,8 @@ fn late_agent_changes_no_verdict_but_is_evidence() {
 }
 
 #[test]
-fn list_dispatch_that_is_refused_is_noted_and_the_verdict_stands() {
-    let script = Script::new(explicit()).waiting().wait(30_101);
+fn refused_list_dispatch_is_noted_and_does_not_change_the_verdict() {
+    let script = MachineScript::new(explicit()).waiting().wait(30_101);
     let error = ApiError::Refused(refusal(500, Some("internal"), "oops"));
     let report = script.listed(30_110, Err(error)).report(30_120);
     assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
@@ -720,7 +720,7 @@ fn list_dispatch_that_is_refused_is_noted_and_the_verdict_stands() {
         unreachable!()
     };
     assert!(
-        failure.detail.contains("LiveKit did not say"),
+        failure.detail.contains("LiveKit did not report"),
         "{}",
         failure.detail
     );
@@ -741,26 +741,26 @@ fn server_that_went_silent_is_blamed_before_the_agent() {
             "no response from servers",
         )),
     ] {
-        blamed_if_it_answers_no_pings(&silence);
+        assert_silent_server_is_blamed(&silence);
     }
 }
 
-fn blamed_if_it_answers_no_pings(silence: &ApiError) {
+fn assert_silent_server_is_blamed(silence: &ApiError) {
     let silence = || Err(silence.clone());
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .waiting()
         .wait(30_101)
         .listed(35_101, silence());
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let script = script.ended(42_000, ping_timeout());
     assert_eq!(script.reason(42_001), Reason::SignalLost);
 
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .waiting()
         .wait(30_101)
         .listed(35_101, silence());
     let script = script.wait(50_100);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     assert_eq!(
         script.wait(50_101).reason(50_110),
         Reason::DispatchUnanswered
@@ -768,8 +768,8 @@ fn blamed_if_it_answers_no_pings(silence: &ApiError) {
 }
 
 #[test]
-fn removal_during_the_last_look_does_not_save_the_agent() {
-    let script = Script::new(explicit()).waiting().wait(30_101);
+fn removal_during_the_final_check_does_not_change_the_verdict() {
+    let script = MachineScript::new(explicit()).waiting().wait(30_101);
     let reason = "ROOM_DELETED".to_owned();
     let script = script.ended(30_105, EndReason::Removed { reason });
     assert_eq!(script.reason(30_110), Reason::DispatchUnanswered);
@@ -777,7 +777,10 @@ fn removal_during_the_last_look_does_not_save_the_agent() {
 
 #[test]
 fn agent_without_a_track_is_agent_no_track() {
-    let script = Script::new(explicit()).waiting().joined(500).wait(10_500);
+    let script = MachineScript::new(explicit())
+        .waiting()
+        .joined(500)
+        .wait(10_500);
     let report = script
         .listed(10_510, Ok(dispatches("support", Some("JS_RUNNING"))))
         .report(10_520);
@@ -793,7 +796,7 @@ fn agent_error(identity: &str, message: &str) -> RoomEventKind {
 }
 
 #[test]
-fn silence_of_an_agent_whose_inference_met_a_limit_is_no_fault_of_the_agents() {
+fn silence_after_an_inference_limit_is_a_plan_limit() {
     let agent = agent().identity;
     for (identity, message, expected) in [
         (
@@ -822,20 +825,26 @@ fn silence_of_an_agent_whose_inference_met_a_limit_is_no_fault_of_the_agents() {
             Reason::AgentSilent,
         ),
     ] {
-        let script = Script::new(explicit()).waiting().joined(500).track(520);
+        let script = MachineScript::new(explicit())
+            .waiting()
+            .joined(500)
+            .track(520);
         let script = script.see(700, agent_error(identity, message));
         let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
         let report = script.report(20_520);
         assert_eq!(reason_of(&report), expected, "{message}");
-        let told = format!("the agent reported an error: {message}");
-        assert_eq!(report.evidence.notes.contains(&told), identity == agent);
+        let note = format!("the agent reported an error: {message}");
+        assert_eq!(report.evidence.notes.contains(&note), identity == agent);
     }
 }
 
 #[test]
-fn agent_that_measures_its_turns_is_evidence_up_to_a_bound_and_a_stray_is_none() {
+fn only_the_agents_own_turn_metrics_are_evidence_up_to_a_bound() {
     let agent = agent().identity;
-    let mut script = Script::new(explicit()).waiting().joined(500).track(520);
+    let mut script = MachineScript::new(explicit())
+        .waiting()
+        .joined(500)
+        .track(520);
     for (identity, turns) in [("agent-of-another-name", 1), (agent.as_str(), 50)] {
         for turn in 0..turns {
             let metrics = TurnMetrics {
@@ -859,16 +868,19 @@ fn agent_that_measures_its_turns_is_evidence_up_to_a_bound_and_a_stray_is_none()
     }
     let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
     let report = script.report(20_520);
-    let kept = &report.evidence.agent_metrics;
-    assert_eq!(kept.len(), MOST_KEPT);
-    assert!((kept[0].at - 0.6).abs() < 1e-9, "{}", kept[0].at);
+    let entries = &report.evidence.agent_metrics;
+    assert_eq!(entries.len(), MAX_ENTRIES);
+    assert!((entries[0].at - 0.6).abs() < 1e-9, "{}", entries[0].at);
     assert_eq!(report.transcript, None);
 }
 
 #[test]
-fn error_that_an_agent_overcomes_is_evidence_alone() {
+fn error_that_the_agent_recovers_from_is_only_evidence() {
     let agent = agent().identity;
-    let script = Script::new(explicit()).waiting().joined(500).track(520);
+    let script = MachineScript::new(explicit())
+        .waiting()
+        .joined(500)
+        .track(520);
     let script = script
         .see(700, agent_error(&agent, "status_code=429, retryable=True"))
         .see(900, RoomEventKind::SpeechStarted)
@@ -886,9 +898,12 @@ fn error_that_an_agent_overcomes_is_evidence_alone() {
 fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came() {
     for (audio, words) in [
         (true, "but no speech in them"),
-        (false, "no audio packet came"),
+        (false, "no audio packet arrived"),
     ] {
-        let mut script = Script::new(explicit()).waiting().joined(500).track(520);
+        let mut script = MachineScript::new(explicit())
+            .waiting()
+            .joined(500)
+            .track(520);
         if audio {
             script = script.see(540, RoomEventKind::AgentFirstAudio);
         }
@@ -901,8 +916,8 @@ fn agent_without_speech_is_agent_silent_and_the_detail_says_whether_packets_came
 }
 
 #[test]
-fn silent_agent_that_was_there_before_us_may_have_spoken_before() {
-    let script = Script::new(named(DispatchMode::Token))
+fn detail_of_a_silent_agent_that_joined_first_notes_that_it_may_have_spoken() {
+    let script = MachineScript::new(named(DispatchMode::Token))
         .see(10, RoomEventKind::SignalRequested)
         .signal(40)
         .stamped(20, 40, true)
@@ -917,12 +932,12 @@ fn silent_agent_that_was_there_before_us_may_have_spoken_before() {
 }
 
 #[test]
-fn right_taken_away_in_mid_call_is_somebody_elses_doing_and_never_the_agents() {
+fn revoked_permission_is_removed_and_not_blamed_on_the_agent() {
     for (right, words) in [
         (MediaPermission::Publish, "right to publish"),
         (MediaPermission::Subscribe, "right to subscribe"),
     ] {
-        let script = Script::new(explicit()).waiting().joined(500);
+        let script = MachineScript::new(explicit()).waiting().joined(500);
         let report = script.ended(600, EndReason::Revoked(right)).report(620);
         assert_eq!(reason_of(&report), Reason::Removed);
         let failure = report.outcome.failure().unwrap();
@@ -931,21 +946,21 @@ fn right_taken_away_in_mid_call_is_somebody_elses_doing_and_never_the_agents() {
 }
 
 #[test]
-fn agents_windows_begin_when_our_own_media_is_up() {
-    let script = Script::new(automatic())
+fn deadlines_of_the_agent_start_once_the_canarys_media_is_up() {
+    let script = MachineScript::new(automatic())
         .see(10, RoomEventKind::SignalRequested)
         .signal(40);
     let script = script.joined(100).up(9_000).wait(18_999);
-    assert!(matches!(script.probe.phase, Phase::Watching));
+    assert!(matches!(script.machine.phase, Phase::Watching));
     let script = script.wait(19_000).listed(19_010, Ok(Vec::new()));
     assert_eq!(script.reason(19_020), Reason::AgentNoTrack);
 }
 
 #[test]
-fn agent_is_not_judged_while_our_own_media_is_missing() {
+fn agent_is_not_judged_before_the_canarys_media_is_up() {
     let mut target = automatic();
     target.deadlines.join = Duration::from_secs(5);
-    let script = Script::new(target)
+    let script = MachineScript::new(target)
         .see(10, RoomEventKind::SignalRequested)
         .signal(40)
         .see(50, RoomEventKind::EchoPublished)
@@ -954,27 +969,31 @@ fn agent_is_not_judged_while_our_own_media_is_missing() {
 }
 
 #[test]
-fn failure_of_media_says_where_the_server_wants_it() {
+fn media_failure_notes_the_addresses_that_the_server_named() {
     let address = |text: &str| RoomEventKind::MediaAddress(text.to_owned());
-    let way_in = || Script::new(explicit()).created(10, Ok(())).signal(40);
-    let told = way_in()
+    let way_in = || {
+        MachineScript::new(explicit())
+            .created(10, Ok(()))
+            .signal(40)
+    };
+    let addressed = way_in()
         .see(50, address("UDP 192.0.2.1:7882"))
         .see(50, RoomEventKind::EchoPublished)
         .see(60, address("TCP 192.0.2.1:7881"))
         .wait(15_040);
-    let report = told.report(15_050);
-    let wants = "LiveKit wants media at UDP 192.0.2.1:7882, TCP 192.0.2.1:7881".to_owned();
-    assert!(report.evidence.notes.contains(&wants), "{report:?}");
-    let untold = way_in().see(50, RoomEventKind::EchoPublished).wait(15_040);
-    let report = untold.report(15_050);
+    let report = addressed.report(15_050);
+    let expected = "LiveKit expects media at UDP 192.0.2.1:7882, TCP 192.0.2.1:7881".to_owned();
+    assert!(report.evidence.notes.contains(&expected), "{report:?}");
+    let unaddressed = way_in().see(50, RoomEventKind::EchoPublished).wait(15_040);
+    let report = unaddressed.report(15_050);
     let none = "LiveKit named no address for media".to_owned();
     assert!(report.evidence.notes.contains(&none), "{report:?}");
 }
 
 #[test]
-fn missing_reply_is_a_failure_only_where_one_is_expected() {
+fn missing_reply_is_a_failure_only_if_one_is_expected() {
     for (reply, expected) in [(true, Some(Reason::AgentNoReply)), (false, None)] {
-        let script = Script::new(expecting(reply, AgentMayLeave::Never)).with_agent();
+        let script = MachineScript::new(expecting(reply, AgentMayLeave::Never)).with_agent();
         let script = script
             .hold(600, 15_000)
             .speech(700, 2_000)
@@ -993,14 +1012,14 @@ fn missing_reply_is_a_failure_only_where_one_is_expected() {
 }
 
 #[test]
-fn expected_reply_that_outlasts_the_hold_is_waited_for() {
-    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+fn probe_waits_past_the_hold_for_an_expected_reply() {
+    let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script
         .hold(600, 1_000)
         .speech(700, 2_000)
         .echo(3_000, 4_300)
         .wait(20_000);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let script = script
         .see(21_000, RoomEventKind::SpeechStarted)
         .wait(21_000);
@@ -1009,7 +1028,7 @@ fn expected_reply_that_outlasts_the_hold_is_waited_for() {
 
 #[test]
 fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
-    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script.hold(600, 1_000).speech(700, 2_000);
     let script = script
         .see(3_000, RoomEventKind::EchoStarted)
@@ -1023,28 +1042,28 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
 }
 
 #[test]
-fn echo_that_never_goes_out_is_our_own_fault() {
-    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+fn echo_that_is_never_sent_is_internal() {
+    let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script.speech(700, 2_000).wait(42_999);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     assert_eq!(script.wait(43_000).reason(43_010), Reason::Internal);
 }
 
 #[test]
 fn agent_that_never_pauses_gives_no_reply() {
-    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script
         .speech(700, 60_000)
         .see(60_900, RoomEventKind::SpeechStarted);
     let script = script.wait(120_699);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let script = script.wait(120_700).listed(120_710, Ok(Vec::new()));
     assert_eq!(script.reason(120_720), Reason::AgentNoReply);
 }
 
 #[test]
 fn long_greeting_still_gets_its_echo_and_reply() {
-    let script = Script::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script
         .hold(600, 1_000)
         .speech(700, 100_000)
@@ -1059,12 +1078,12 @@ fn long_greeting_still_gets_its_echo_and_reply() {
 #[test]
 fn second_agent_is_agent_duplicate() {
     let identity = "agent-2".to_owned();
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .with_agent()
         .see(900, RoomEventKind::AgentDuplicate { identity })
         .see(905, RoomEventKind::AgentConnected);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::AgentsConnected(false))),
+        script.count(|action| matches!(action, Action::AgentsConnected(false))),
         2
     );
     let report = script.report(910);
@@ -1073,9 +1092,9 @@ fn second_agent_is_agent_duplicate() {
 }
 
 #[test]
-fn second_agent_past_the_verdict_is_billed_too() {
+fn second_agent_after_the_verdict_is_billed_too() {
     let identity = "agent-2".to_owned();
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .with_agent()
         .feed(900, Input::Abort)
         .see(910, RoomEventKind::AgentDuplicate { identity });
@@ -1085,9 +1104,9 @@ fn second_agent_past_the_verdict_is_billed_too() {
 }
 
 #[test]
-fn agent_may_leave_when_its_target_says_so() {
+fn agent_may_leave_when_its_target_allows() {
     use AgentMayLeave::{AfterReply, AfterSpeech, Never};
-    // Joined only, spoke, answered: whether leaving then is early.
+    // After its join, its speech, its answer: whether it is early to leave then.
     let table = [
         (Never, false, [true, true, true]),
         (AfterSpeech, false, [true, false, false]),
@@ -1097,7 +1116,7 @@ fn agent_may_leave_when_its_target_says_so() {
     ];
     for (may_leave, reply, early) in table {
         for (stage, early) in early.into_iter().enumerate() {
-            let mut script = Script::new(expecting(reply, may_leave)).with_agent();
+            let mut script = MachineScript::new(expecting(reply, may_leave)).with_agent();
             if stage >= 1 {
                 script = script.speech(700, 2_000);
             }
@@ -1129,16 +1148,16 @@ fn agent_may_leave_when_its_target_says_so() {
 }
 
 #[test]
-fn agent_that_leaves_before_our_media_is_up_is_judged_once_it_is() {
+fn agent_that_leaves_before_the_canarys_media_is_up_is_judged_afterwards() {
     let way_in = || {
-        Script::new(automatic())
+        MachineScript::new(automatic())
             .see(10, RoomEventKind::SignalRequested)
             .signal(40)
             .see(50, RoomEventKind::EchoPublished)
             .joined(60)
             .left(80, "AGENT_ERROR")
     };
-    assert!(!way_in().is_settled());
+    assert!(!way_in().is_decided());
     assert_eq!(way_in().up(100).reason(110), Reason::AgentLeftEarly);
     assert_eq!(way_in().wait(15_040).reason(15_050), Reason::MediaFailed);
 }
@@ -1152,7 +1171,7 @@ fn agent_that_left_with_the_room_or_the_server_is_not_blamed() {
         ("CONNECTION_TIMEOUT", Reason::AgentLeftEarly),
         ("", Reason::AgentLeftEarly),
     ] {
-        let script = Script::new(explicit()).with_agent().left(900, why);
+        let script = MachineScript::new(explicit()).with_agent().left(900, why);
         assert_eq!(script.reason(910), reason, "{why}");
     }
 }
@@ -1161,17 +1180,17 @@ fn agent_that_left_with_the_room_or_the_server_is_not_blamed() {
 
 #[test]
 fn hold_that_is_over_before_the_agent_spoke_waits_for_speech_or_its_deadline() {
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .with_agent()
         .hold(600, 1_000)
         .wait(20_499);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let spoke = script
         .see(20_500, RoomEventKind::SpeechStarted)
         .wait(20_500);
     assert_eq!(spoke.report(20_510).outcome, Outcome::Ok);
 
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .with_agent()
         .hold(600, 1_000)
         .wait(20_500);
@@ -1182,21 +1201,21 @@ fn hold_that_is_over_before_the_agent_spoke_waits_for_speech_or_its_deadline() {
 }
 
 #[test]
-fn hold_can_be_set_after_the_fact_and_moved() {
-    let script = Script::new(explicit())
+fn hold_can_be_set_late_and_moved() {
+    let script = MachineScript::new(explicit())
         .with_agent()
         .speech(700, 900)
         .wait(10 * MINUTE);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let script = script.hold(10 * MINUTE, 20 * MINUTE).wait(15 * MINUTE);
-    assert!(!script.is_settled());
+    assert!(!script.is_decided());
     let script = script.hold(15 * MINUTE, 5 * MINUTE).wait(15 * MINUTE);
     assert_eq!(script.report(15 * MINUTE).outcome, Outcome::Ok);
 }
 
 #[test]
 fn failure_during_the_hold_is_found() {
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .with_agent()
         .speech(700, 900)
         .hold(900, 30_000);
@@ -1204,9 +1223,9 @@ fn failure_during_the_hold_is_found() {
     assert_eq!(script.reason(20_010), Reason::AgentLeftEarly);
 }
 
-// Our own way in, LiveKit and the network.
+// The canary's way in, LiveKit and the network.
 
-fn assert_reasons(table: impl IntoIterator<Item = (Script, Reason, Option<&'static str>)>) {
+fn assert_reasons(table: impl IntoIterator<Item = (MachineScript, Reason, Option<&'static str>)>) {
     for (row, (script, reason, step)) in table.into_iter().enumerate() {
         let report = script.report(MINUTE);
         assert_eq!(reason_of(&report), reason, "row {row}");
@@ -1221,9 +1240,9 @@ fn failed_call_or_join_has_the_reason_of_its_step() {
         error: "no such host".to_owned(),
     };
     let timeout = || Err(ApiError::Timeout(Duration::from_secs(10)));
-    let create = |result| Script::new(explicit()).created(10, result);
+    let create = |result| MachineScript::new(explicit()).created(10, result);
     let dispatch = |result| {
-        Script::new(explicit())
+        MachineScript::new(explicit())
             .way_in()
             .dispatched(101, 9_000, result)
     };
@@ -1262,8 +1281,8 @@ fn failed_call_or_join_has_the_reason_of_its_step() {
 }
 
 #[test]
-fn step_of_our_own_that_takes_too_long_has_its_reason() {
-    let created = || Script::new(explicit()).created(10, Ok(()));
+fn slow_step_of_the_canary_has_its_reason() {
+    let created = || MachineScript::new(explicit()).created(10, Ok(()));
     assert_reasons([
         (created().wait(12_010), Reason::SignalFailed, Some("signal")),
         (
@@ -1274,7 +1293,7 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
             Reason::MediaFailed,
             Some("media"),
         ),
-        // Nothing at all was answered: no fault of the network's.
+        // Nothing was answered, so the network is not at fault.
         (
             created().signal(40).wait(15_040),
             Reason::PublishFailed,
@@ -1289,7 +1308,7 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
             Some("publish"),
         ),
         (
-            Script::new(explicit()).way_in().wait(30_100),
+            MachineScript::new(explicit()).way_in().wait(30_100),
             Reason::DispatchFailed,
             Some("dispatch"),
         ),
@@ -1298,7 +1317,7 @@ fn step_of_our_own_that_takes_too_long_has_its_reason() {
 
 #[test]
 fn participant_that_ends_has_the_reason_of_its_end() {
-    let ended = |why| Script::new(explicit()).with_agent().ended(900, why);
+    let ended = |why| MachineScript::new(explicit()).with_agent().ended(900, why);
     let lost = |error| ended(EndReason::Signal(error));
     let removed = |reason: &str| {
         ended(EndReason::Removed {
@@ -1339,7 +1358,9 @@ fn participant_that_ends_has_the_reason_of_its_end() {
         ),
         (ended(EndReason::Left), Reason::Internal, None),
         (
-            Script::new(explicit()).with_agent().feed(900, panicked),
+            MachineScript::new(explicit())
+                .with_agent()
+                .feed(900, panicked),
             Reason::Internal,
             None,
         ),
@@ -1347,8 +1368,8 @@ fn participant_that_ends_has_the_reason_of_its_end() {
 }
 
 #[test]
-fn first_terminal_event_stands() {
-    let script = Script::new(explicit())
+fn first_terminal_event_decides() {
+    let script = MachineScript::new(explicit())
         .with_agent()
         .left(900, "CLIENT_INITIATED");
     let script = script.feed(905, Input::Abort).ended(910, ping_timeout());
@@ -1360,13 +1381,15 @@ fn first_terminal_event_stands() {
 #[test]
 fn abort_ends_every_phase_at_once_and_is_no_failure() {
     let phases = [
-        Script::new(automatic()),
-        Script::new(explicit()).created(10, Ok(())),
-        Script::new(explicit()).created(10, Ok(())).signal(40),
-        Script::new(explicit()).waiting(),
-        Script::new(explicit()).waiting().wait(30_101),
-        Script::new(explicit()).with_agent(),
-        Script::new(explicit()).with_agent().speech(700, 900),
+        MachineScript::new(automatic()),
+        MachineScript::new(explicit()).created(10, Ok(())),
+        MachineScript::new(explicit())
+            .created(10, Ok(()))
+            .signal(40),
+        MachineScript::new(explicit()).waiting(),
+        MachineScript::new(explicit()).waiting().wait(30_101),
+        MachineScript::new(explicit()).with_agent(),
+        MachineScript::new(explicit()).with_agent().speech(700, 900),
     ];
     for script in phases {
         let report = script.feed(31_000, Input::Abort).report(31_010);
@@ -1377,55 +1400,56 @@ fn abort_ends_every_phase_at_once_and_is_no_failure() {
 }
 
 #[test]
-fn room_is_not_deleted_while_a_call_could_still_bring_it_back() {
-    let deletes = |script: &Script| script.asked_for(|action| matches!(action, Action::DeleteRoom));
-    let script = Script::new(explicit()).feed(5, Input::Abort);
-    assert!(script.is_settled());
+fn room_is_not_deleted_while_a_call_could_recreate_it() {
+    let deletes =
+        |script: &MachineScript| script.count(|action| matches!(action, Action::DeleteRoom));
+    let script = MachineScript::new(explicit()).feed(5, Input::Abort);
+    assert!(script.is_decided());
     assert_eq!(deletes(&script), 0);
     let script = script.created(20, Ok(()));
-    assert_eq!(script.asked_for(|action| matches!(action, Action::Join)), 0);
+    assert_eq!(script.count(|action| matches!(action, Action::Join)), 0);
     assert_eq!(script.report(30).outcome, Outcome::Aborted);
 
-    let script = Script::new(explicit())
+    let script = MachineScript::new(explicit())
         .way_in()
         .feed(105, Input::Abort)
         .ended(110, EndReason::Left);
     assert_eq!(deletes(&script), 0);
     let script = script.dispatched(101, 120, Ok(()));
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::KeepDispatch(_))),
+        script.count(|action| matches!(action, Action::RecordDispatch(_))),
         1
     );
     assert_eq!(script.report(130).outcome, Outcome::Aborted);
 }
 
 #[test]
-fn leaving_that_hangs_is_given_up_and_the_room_deleted() {
-    let script = Script::new(explicit())
+fn room_is_deleted_if_leaving_takes_too_long() {
+    let script = MachineScript::new(explicit())
         .with_agent()
         .feed(1_000, Input::Abort)
         .wait(10_999);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::DeleteRoom)),
+        script.count(|action| matches!(action, Action::DeleteRoom)),
         0
     );
     let script = script.wait(11_000);
     assert_eq!(
-        script.asked_for(|action| matches!(action, Action::DeleteRoom)),
+        script.count(|action| matches!(action, Action::DeleteRoom)),
         1
     );
     let why = "no answer".to_owned();
     let script = script.feed(12_000, Input::Deleted(Deletion::NotDeleted { why }));
-    assert!(script.probe.is_over());
-    let report = script.probe.into_report();
+    assert!(script.machine.is_over());
+    let report = script.machine.into_report();
     assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
     let notes = report.evidence.notes.join("; ");
     assert!(notes.contains("not deleted: no answer"), "{notes}");
 }
 
 #[test]
-fn progress_tells_each_milestone_once_and_no_more_than_promised() {
-    let script = Script::new(explicit())
+fn probe_emits_each_milestone_once_and_no_more_events_than_promised() {
+    let script = MachineScript::new(explicit())
         .with_agent()
         .joined(600)
         .speech(700, 900)
@@ -1439,13 +1463,13 @@ fn progress_tells_each_milestone_once_and_no_more_than_promised() {
         at: script.time(1_020),
     };
     let script = script.feed(1_020, Input::Deleted(gone));
-    let told = script.asked_for(|action| matches!(action, Action::Emit(_)));
-    assert_eq!(told, ProbeEvent::MAX_PER_PROBE);
+    let emitted = script.count(|action| matches!(action, Action::Emit(_)));
+    assert_eq!(emitted, ProbeEvent::MAX_PER_PROBE);
 }
 
 #[test]
 fn evidence_is_bounded_in_a_crowded_room() {
-    let mut script = Script::new(explicit()).waiting();
+    let mut script = MachineScript::new(explicit()).waiting();
     for guest in 0..1_000 {
         script = script.see(
             200,
@@ -1457,10 +1481,10 @@ fn evidence_is_bounded_in_a_crowded_room() {
         );
     }
     let report = script.feed(300, Input::Abort).report(310);
-    assert_eq!(report.evidence.participants.len(), MOST_KEPT);
+    assert_eq!(report.evidence.participants.len(), MAX_ENTRIES);
 }
 
-/// Whatever comes, in whatever order, with whatever stamps: one outcome, one deletion, and an end.
+/// Any events in any order with any stamps: one outcome, one deletion, and an end.
 #[test]
 fn any_order_of_events_ends_in_one_outcome() {
     for seed in 0..20_000 {
@@ -1476,7 +1500,7 @@ fn any_order_of_events_ends_in_one_outcome() {
         if random.u8(..4) == 0 {
             target.echo.mode = crate::config::EchoMode::Continuous;
         }
-        let mut script = Script::new(target);
+        let mut script = MachineScript::new(target);
         let mut at = 0;
         for _ in 0..random.usize(..40) {
             at += random.u64(..4_000);
@@ -1487,21 +1511,21 @@ fn any_order_of_events_ends_in_one_outcome() {
             }
         }
         at = finish(&mut script, at);
-        assert!(script.probe.is_over(), "seed {seed} still runs at {at}");
-        let settled = script
-            .asked_for(|action| matches!(action, Action::Emit(ProbeEvent::OutcomeDecided { .. })));
-        let deleted = script.asked_for(|action| matches!(action, Action::DeleteRoom));
+        assert!(script.machine.is_over(), "seed {seed} still runs at {at}");
+        let decided = script
+            .count(|action| matches!(action, Action::Emit(ProbeEvent::OutcomeDecided { .. })));
+        let deleted = script.count(|action| matches!(action, Action::DeleteRoom));
         assert_eq!(
-            (settled, deleted, script.told_joins().len()),
+            (decided, deleted, script.join_decisions().len()),
             (1, 1, 1),
             "seed {seed}"
         );
-        let told = script.asked_for(|action| matches!(action, Action::Emit(_)));
-        assert!(told <= ProbeEvent::MAX_PER_PROBE, "seed {seed}");
+        let emitted = script.count(|action| matches!(action, Action::Emit(_)));
+        assert!(emitted <= ProbeEvent::MAX_PER_PROBE, "seed {seed}");
     }
 }
 
-fn random_input(random: &mut fastrand::Rng, script: &Script, at: u64) -> Input {
+fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> Input {
     let stamp = script.time(at.saturating_sub(random.u64(..2_000)));
     let call_ok = random.u8(..8) != 0;
     let error = || ApiError::Timeout(Duration::from_secs(10));
@@ -1593,31 +1617,31 @@ fn random_input(random: &mut fastrand::Rng, script: &Script, at: u64) -> Input {
     })
 }
 
-/// Answers what is outstanding, as the driver does, and lets every deadline fire.
-fn finish(script: &mut Script, mut at: u64) -> u64 {
+/// Answers the outstanding calls, as the driver does, and lets every deadline pass.
+fn finish(script: &mut MachineScript, mut at: u64) -> u64 {
     for _ in 0..50 {
         at += 10_000;
         let stamp = script.time(at);
         let mut inputs = vec![Input::HoldUntil(Some(stamp)), Input::DeadlinePassed];
-        if script.probe.creating {
+        if script.machine.creating {
             inputs.push(Input::Created(Call {
                 sent_at: None,
                 answered_at: stamp,
                 result: Err(ApiError::Broken(String::new())),
             }));
         }
-        if matches!(script.probe.dispatch, DispatchCall::UnderWay { .. }) {
+        if matches!(script.machine.dispatch, DispatchCall::UnderWay { .. }) {
             inputs.push(Input::Dispatched(Call {
                 sent_at: None,
                 answered_at: stamp,
                 result: Ok(String::new()),
             }));
         }
-        if script.probe.phase == Phase::Deleting {
+        if script.machine.phase == Phase::Deleting {
             inputs.push(Input::Deleted(Deletion::Deleted { at: stamp }));
         }
         for input in inputs {
-            script.asked.extend(script.probe.on(input, stamp));
+            script.actions.extend(script.machine.on(input, stamp));
         }
     }
     at

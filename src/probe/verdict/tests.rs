@@ -1,7 +1,7 @@
 use super::*;
 use crate::probe::Origin;
 
-fn refusal(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
+fn rejection(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
     HttpRejection {
         status,
         twirp_code: code.map(str::to_owned),
@@ -10,13 +10,13 @@ fn refusal(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
     }
 }
 
-fn api(step: Step, status: u16, code: Option<&str>, message: &str) -> Failure {
-    let error = ApiError::Refused(refusal(status, code, message));
-    Failure::of_api(step, &error, &mut Evidence::default())
+fn api(call: ProbeCall, status: u16, code: Option<&str>, message: &str) -> Failure {
+    let error = ApiError::Refused(rejection(status, code, message));
+    Failure::of_api(call, &error, &mut Evidence::default())
 }
 
 fn join(status: u16, message: &str) -> Failure {
-    let error = SignalError::Refused(refusal(status, None, message));
+    let error = SignalError::Refused(rejection(status, None, message));
     Failure::of_join(&error, &mut Evidence::default())
 }
 
@@ -67,7 +67,7 @@ fn every_reason_has_the_origin_that_the_design_gives() {
 }
 
 #[test]
-fn only_what_the_service_says_is_a_limit() {
+fn only_a_limit_that_the_service_names_is_a_plan_limit() {
     use LimitKind as L;
     let twirp = Some("resource_exhausted");
     let table = [
@@ -95,13 +95,13 @@ fn only_what_the_service_says_is_a_limit() {
             "reached configured limit for node",
             Some(L::Node),
         ),
-        // Twirp's older servers gave the code another status, which says nothing of a rate.
+        // Older Twirp servers gave the code another status, which does not point to a rate.
         (403, twirp, "no more rooms", Some(L::Other)),
         (503, None, "no healthy upstream", None),
         (500, Some("internal"), "quota of retries used up", None),
     ];
     for (status, code, message, kind) in table {
-        let failure = api(Step::CreateRoom, status, code, message);
+        let failure = api(ProbeCall::CreateRoom, status, code, message);
         let expected = kind.map_or(Reason::RoomCreateFailed, Reason::PlanLimit);
         assert_eq!(failure.reason, expected, "{status} {message}");
     }
@@ -118,10 +118,10 @@ fn only_what_the_service_says_is_a_limit() {
 }
 
 #[test]
-fn refusals_that_a_setting_explains_are_its_fault() {
+fn rejections_that_a_setting_explains_are_config_failures() {
     for status in [401, 403] {
         assert_eq!(
-            api(Step::CreateRoom, status, None, "no").reason,
+            api(ProbeCall::CreateRoom, status, None, "no").reason,
             Reason::AuthRejected
         );
         assert_eq!(join(status, "no").reason, Reason::AuthRejected);
@@ -129,20 +129,20 @@ fn refusals_that_a_setting_explains_are_its_fault() {
     let not_found = Some("not_found");
     let table = [
         (
-            api(Step::CreateRoom, 404, None, "404 page not found"),
+            api(ProbeCall::CreateRoom, 404, None, "404 page not found"),
             Reason::ConfigRejected,
         ),
         (
-            api(Step::CreateRoom, 404, Some("bad_route"), "no handler"),
+            api(ProbeCall::CreateRoom, 404, Some("bad_route"), "no handler"),
             Reason::ConfigRejected,
         ),
         (
-            api(Step::Dispatch, 404, None, "404 page not found"),
+            api(ProbeCall::CreateDispatch, 404, None, "404 page not found"),
             Reason::ConfigRejected,
         ),
         (
             api(
-                Step::Dispatch,
+                ProbeCall::CreateDispatch,
                 404,
                 not_found,
                 "requested room does not exist",
@@ -161,13 +161,13 @@ fn refusals_that_a_setting_explains_are_its_fault() {
 }
 
 #[test]
-fn refusal_is_kept_as_evidence() {
+fn rejection_is_recorded_as_evidence() {
     let mut evidence = Evidence::default();
     let error = ApiError::Refused(HttpRejection {
         retry_after: Some(Duration::from_millis(1500)),
-        ..refusal(429, Some("resource_exhausted"), "slow\ndown")
+        ..rejection(429, Some("resource_exhausted"), "slow\ndown")
     });
-    let failure = Failure::of_api(Step::Dispatch, &error, &mut evidence);
+    let failure = Failure::of_api(ProbeCall::CreateDispatch, &error, &mut evidence);
     assert_eq!(evidence.step, Some("dispatch"));
     assert_eq!(evidence.http_status, Some(429));
     assert_eq!(evidence.twirp_code.as_deref(), Some("resource_exhausted"));
@@ -183,7 +183,7 @@ fn long_answer_is_cut_in_the_detail() {
 }
 
 #[test]
-fn leave_reasons_are_told_apart() {
+fn each_leave_reason_has_its_failure_reason() {
     let reasons = (0..=20)
         .filter_map(|number| DisconnectReason::try_from(number).ok())
         .map(|reason| reason.as_str_name())
@@ -193,33 +193,47 @@ fn leave_reasons_are_told_apart() {
 }
 
 #[test]
-fn details_say_what_happened_and_what_to_check() {
+fn details_state_what_happened_and_what_to_check() {
     let mut evidence = Evidence::default();
     let second = Duration::from_secs(1);
     let mut failures: Vec<_> = connect_errors()
         .into_iter()
-        .map(|error| Failure::of_api(Step::CreateRoom, &error.into(), &mut evidence))
+        .map(|error| Failure::of_api(ProbeCall::CreateRoom, &error.into(), &mut evidence))
         .collect();
     failures.extend([
-        api(Step::CreateRoom, 401, None, "invalid token"),
-        api(Step::CreateRoom, 404, None, "404 page not found"),
-        api(Step::CreateRoom, 500, Some("internal"), "redis is down"),
+        api(ProbeCall::CreateRoom, 401, None, "invalid token"),
+        api(ProbeCall::CreateRoom, 404, None, "404 page not found"),
         api(
-            Step::Dispatch,
+            ProbeCall::CreateRoom,
+            500,
+            Some("internal"),
+            "redis is down",
+        ),
+        api(
+            ProbeCall::CreateDispatch,
             404,
             Some("not_found"),
             "requested room does not exist",
         ),
-        api(Step::Dispatch, 429, Some("resource_exhausted"), "slow down"),
         api(
-            Step::Dispatch,
+            ProbeCall::CreateDispatch,
+            429,
+            Some("resource_exhausted"),
+            "slow down",
+        ),
+        api(
+            ProbeCall::CreateDispatch,
             503,
             None,
             "node has exceeded its configured limit",
         ),
-        Failure::of_api(Step::Dispatch, &ApiError::Timeout(second), &mut evidence),
         Failure::of_api(
-            Step::Dispatch,
+            ProbeCall::CreateDispatch,
+            &ApiError::Timeout(second),
+            &mut evidence,
+        ),
+        Failure::of_api(
+            ProbeCall::CreateDispatch,
             &ApiError::Broken("reset by peer".to_owned()),
             &mut evidence,
         ),

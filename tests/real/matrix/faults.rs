@@ -64,16 +64,16 @@ faults! {
         [r#""step":"agent""#, "CONNECTION_TIMEOUT", "crash"],
         sandbox Cannot(NO_PROCESS), real Can(job_is_killed);
     full_node: limit(LimitKind::Node), Some(Origin::Limit), "...-", within 10,
-        [r#""step":"create_room""#, "reached configured limit for node", "raise limits on the server"],
+        [r#""step":"create_room""#, "reached configured limit for node", "raise the limits of the server"],
         sandbox Cannot(NO_SETTING), real Can(full_node);
     blocked_media: failed(Reason::MediaFailed), Some(Origin::Network), "...-", within 20,
-        [r#""step":"media""#, r#""deadline_seconds":5.0"#, "check UDP and TCP", "LiveKit wants media at UDP "],
+        [r#""step":"media""#, r#""deadline_seconds":5.0"#, "Check UDP and TCP", "LiveKit expects media at UDP "],
         sandbox Can(|fixture| server_fault(fixture, "no_media")), real Can(blocked_media);
     broken_media: failed(Reason::MediaFailed), Some(Origin::Network), "...-", within 40,
-        [r#""step":"media""#, "check UDP and TCP", "LiveKit wants media at TCP "],
+        [r#""step":"media""#, "Check UDP and TCP", "LiveKit expects media at TCP "],
         sandbox Cannot(NO_NETWORK), real Can(broken_media);
     server_is_killed: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 30,
-        [r#""step":"signal""#, "killed, restarted or hangs"],
+        [r#""step":"signal""#, "killed or restarted, or hangs"],
         sandbox Can(server_is_killed), real Can(server_is_killed);
 
     // No failure.
@@ -95,7 +95,7 @@ faults! {
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "for agent \\\"echo-tester\\\""],
         sandbox Can(fails), real Can(fails);
     no_worker: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----", within 15,
-        [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "no job", "check, in this order, that a worker registered"],
+        [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "no job", "Check first that a worker registered"],
         sandbox Can(no_worker), real Can(no_worker);
     busy_worker: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----", within 15,
         [r#""step":"agent_join""#, "no job", "below its load limit"],
@@ -107,7 +107,7 @@ faults! {
         [r#""step":"agent_track""#, r#""deadline_seconds":3.0"#, "(AGENT, agent name"],
         sandbox Can(no_track), real Can(no_track);
     agent_without_packets: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--", within 20,
-        [r#""step":"agent_speech""#, r#""deadline_seconds":4.0"#, "no audio packet came on its track"],
+        [r#""step":"agent_speech""#, r#""deadline_seconds":4.0"#, "no audio packet arrived on its track"],
         sandbox Can(no_packets), real Can(no_packets);
     agent_with_a_track_of_silence: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--", within 20,
         [r#""step":"agent_speech""#, r#""deadline_seconds":4.0"#, "audio packets, but no speech in them"],
@@ -124,7 +124,7 @@ faults! {
 
     // LiveKit fails.
     create_room_is_refused: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
-        [r#""step":"create_room""#, r#""http_status":500"#, "CreateRoom was refused"],
+        [r#""step":"create_room""#, r#""http_status":500"#, "LiveKit refused CreateRoom"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=500")),
         real Can(|fixture| intercepted(fixture, "http-request return status 500 if { path_end /CreateRoom }"));
     room_is_refused_by_a_setting: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
@@ -140,7 +140,7 @@ faults! {
         [r#""step":"create_room""#, "CreateRoom failed"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=flood")), real Cannot(NO_PARTIAL);
     dispatch_is_refused: failed(Reason::DispatchFailed), Some(Origin::Livekit), "...-", within 15,
-        [r#""step":"dispatch""#, r#""http_status":500"#, "CreateDispatch was refused"],
+        [r#""step":"dispatch""#, r#""http_status":500"#, "LiveKit refused CreateDispatch"],
         sandbox Can(|fixture| server_fault(fixture, "create_dispatch=500")),
         real Can(|fixture| intercepted(fixture, "http-request return status 500 if { path_end /CreateDispatch }"));
     dispatch_hangs: failed(Reason::DispatchFailed), Some(Origin::Livekit), "...-", within 15,
@@ -148,7 +148,7 @@ faults! {
         sandbox Can(|fixture| server_fault(fixture, "create_dispatch=hang")),
         real Can(|fixture| intercepted(fixture, "http-request silent-drop if { path_end /CreateDispatch }"));
     upgrade_is_refused: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 10,
-        [r#""step":"signal""#, r#""http_status":500"#, "the signal connection was refused"],
+        [r#""step":"signal""#, r#""http_status":500"#, "LiveKit refused the signal connection"],
         sandbox Can(|fixture| server_fault(fixture, "upgrade=500")),
         real Can(|fixture| intercepted(fixture, "http-request return status 500 if { path_beg /rtc }")),
         mock |fixture| mocked(fixture, "validate_500");
@@ -175,7 +175,7 @@ faults! {
         sandbox Cannot("its Leave message is that of a full room: see full_room"), real Cannot(NO_LEAVE),
         mock |fixture| mocked(fixture, "leave_first_message");
     connection_drops: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
-        [r#""step":"signal""#, "killed, restarted or hangs"],
+        [r#""step":"signal""#, "killed or restarted, or hangs"],
         sandbox Can(|fixture| server_fault(fixture, "after_join=drop")), real Cannot(NO_PARTIAL),
         mock |fixture| mocked(fixture, "drop_when_connected");
     connection_closes: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
@@ -203,7 +203,7 @@ faults! {
 
     // The network fails.
     closed_port: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 10,
-        [r#""step":"create_room""#, "127.0.0.1:1", "check that LiveKit runs there"],
+        [r#""step":"create_room""#, "127.0.0.1:1", "Check that LiveKit runs there"],
         sandbox Can(|fixture| elsewhere(fixture, "ws://127.0.0.1:1")),
         real Can(|fixture| elsewhere(fixture, "ws://127.0.0.1:1"));
     unknown_host: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 30,
@@ -214,7 +214,7 @@ faults! {
         [r#""step":"create_room""#, "issuer is not trusted", "ca_file"],
         sandbox Can(untrusted_certificate), real Can(untrusted_certificate);
     certificate_for_another_name: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 10,
-        [r#""step":"create_room""#, "elsewhere.test", "check the certificate, its host name"],
+        [r#""step":"create_room""#, "elsewhere.test", "Check the certificate and its host name"],
         sandbox Can(certificate_for_another_name), real Can(certificate_for_another_name);
 
     // Another client interferes.
@@ -222,13 +222,13 @@ faults! {
         ["(ROOM_DELETED)", "who deletes rooms"],
         sandbox Can(room_is_deleted), real Can(room_is_deleted);
     participant_is_removed: failed(Reason::Removed), Some(Origin::External), "....", within 30,
-        ["Leave PARTICIPANT_REMOVED", "somebody removed the echo participant"],
+        ["Leave PARTICIPANT_REMOVED", "another program removed the echo participant"],
         sandbox Can(participant_is_removed), real Can(participant_is_removed);
     agent_is_removed: failed(Reason::Removed), Some(Origin::External), "....", within 30,
-        ["somebody removed the agent (PARTICIPANT_REMOVED)"],
+        ["another program removed the agent (PARTICIPANT_REMOVED)"],
         sandbox Can(agent_is_removed), real Can(agent_is_removed);
     identity_is_taken: failed(Reason::Removed), Some(Origin::External), "....", within 30,
-        ["Leave DUPLICATE_IDENTITY", "took the echo participant's identity"],
+        ["Leave DUPLICATE_IDENTITY", "under the echo participant's identity"],
         sandbox Can(identity_is_taken), real Can(identity_is_taken);
 
     right_to_publish_is_revoked_by_another: failed(Reason::Removed), Some(Origin::External), "....", within 30,
@@ -242,7 +242,7 @@ faults! {
         real Can(|fixture| intercepted(fixture, "http-request return status 429 hdr Retry-After 30 content-type text/plain \
             string \"too many connections\" if { path_beg /rtc }"));
     too_many_calls: limit(LimitKind::ApiRate), Some(Origin::Limit), "...-", within 10,
-        [r#""step":"create_room""#, r#""http_status":429"#, r#""twirp_code":"resource_exhausted""#, "no retry time was given"],
+        [r#""step":"create_room""#, r#""http_status":429"#, r#""twirp_code":"resource_exhausted""#, "gave no retry time"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=429")),
         real Can(|fixture| intercepted(fixture, "http-request return status 429 content-type application/json \
             string '{\"code\":\"resource_exhausted\",\"msg\":\"rate limit exceeded\"}' if { path_end /CreateRoom }"));
@@ -267,7 +267,7 @@ faults! {
         [r#""step":"signal""#, "Leave JOIN_FAILURE", "limits on participants and rooms"],
         sandbox Can(|fixture| server_fault(fixture, "before_join=leave")), real Cannot(NO_LEAVE);
     spent_model: limit(LimitKind::Inference), Some(Origin::Limit), "...-", within 20,
-        ["the agent reported an error", "inference_quota_exceeded", "so agent_silent"],
+        ["the agent reported an error", "inference_quota_exceeded", "So the agent failed (agent_silent)"],
         sandbox Can(spent_model), real Can(spent_model);
     limit_without_a_name: limit(LimitKind::Other), Some(Origin::Limit), "...-", within 10,
         [r#""step":"create_room""#, r#""twirp_code":"resource_exhausted""#, "no more of these"],
@@ -280,10 +280,10 @@ faults! {
         [r#""step":"create_room""#, r#""http_status":401"#, "api_key and api_secret"],
         sandbox Can(wrong_secret), real Can(wrong_secret), mock wrong_secret;
     wrong_path: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
-        [r#""step":"create_room""#, r#""http_status":404"#, "is the project's url right, its path included?"],
+        [r#""step":"create_room""#, r#""http_status":404"#, "Check the project's url, including its path"],
         sandbox Can(wrong_path), real Can(wrong_path), mock wrong_path;
     no_signal_endpoint: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
-        [r#""step":"signal""#, r#""http_status":404"#, "no signal endpoint there"],
+        [r#""step":"signal""#, r#""http_status":404"#, "the server has no signal endpoint"],
         sandbox Cannot("it always has one"), real Cannot("it always has one"),
         mock |fixture| mocked(fixture, "validate_service_not_found");
 

@@ -1,0 +1,281 @@
+//! What is seen in the room.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
+use crate::config::DispatchRequest;
+use crate::livekit::event::{
+    Agent, AudioStats, EndReason, RoomEvent, RoomEventKind, TurnMetrics, to_microseconds,
+};
+use crate::probe::verdict::{DispatchListing, names_inference_limit, quote};
+use crate::probe::{AgentTurn, Failure, Milestone, Reason};
+
+/// LiveKit's name for the kind of participant that agents are.
+const AGENT_KIND: &str = "AGENT";
+
+/// A server that reports a join this late or later gets a note.
+const MIN_NOTED_LAG: Duration = Duration::from_millis(500);
+
+impl ProbeMachine {
+    pub(super) fn room_event(&mut self, event: RoomEvent, now: Instant) {
+        let at = event.at;
+        match event.kind {
+            RoomEventKind::Ended { reason, audio } => self.ended(reason, audio, at, now),
+            RoomEventKind::AgentError { identity, message } => {
+                self.agent_error(&identity, &message);
+            }
+            RoomEventKind::AgentMetrics { identity, metrics } => {
+                self.agent_metrics(&identity, metrics, at);
+            }
+            RoomEventKind::Transcribed { speaker, segment } => {
+                self.transcript.record(speaker, segment);
+            }
+            kind if self.outcome.is_some() || matches!(self.phase, Phase::FinalCheck { .. }) => {
+                self.after_verdict(kind, at);
+            }
+            kind => self.before_verdict(kind, at),
+        }
+    }
+
+    fn before_verdict(&mut self, kind: RoomEventKind, at: Instant) {
+        match kind {
+            RoomEventKind::SignalRequested => {
+                if self.facts().request == DispatchRequest::Join {
+                    self.mark(Milestone::DispatchSent, at);
+                }
+            }
+            RoomEventKind::SignalConnected {
+                room_sid,
+                server_version,
+                region,
+                node,
+            } => {
+                self.mark(Milestone::SignalConnected, at);
+                // The join response answers the request that named the agent. If none was named, nothing was accepted.
+                let facts = self.facts();
+                if facts.request == DispatchRequest::Join && facts.names_agent {
+                    self.mark(Milestone::DispatchAccepted, at);
+                }
+                self.report.room_sid = Some(room_sid);
+                let region = if region.is_empty() {
+                    "unnamed"
+                } else {
+                    &region
+                };
+                self.add_note(format!(
+                    "joined LiveKit {server_version}, region {region}, node {node}"
+                ));
+            }
+            RoomEventKind::MediaAddress(address) => push_new(&mut self.media_addresses, address),
+            RoomEventKind::MediaConnected => self.mark(Milestone::MediaConnected, at),
+            RoomEventKind::UdpBlocked => self.add_note(
+                "media runs over TCP because UDP does not get through: check the firewalls between this machine and \
+                 LiveKit's media ports"
+                    .to_owned(),
+            ),
+            RoomEventKind::EchoPublished => self.mark(Milestone::EchoPublished, at),
+            RoomEventKind::AgentJoined {
+                agent,
+                in_join_response,
+            } => self.agent_joined_at(agent, in_join_response, at),
+            RoomEventKind::AgentConnected => self.report_connections(),
+            RoomEventKind::AgentState(state) => {
+                if state == "listening" {
+                    self.mark(Milestone::AgentListening, at);
+                }
+            }
+            RoomEventKind::AgentTrackSubscribed => {
+                self.mark(Milestone::AgentTrackSubscribed, at);
+            }
+            RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
+            RoomEventKind::SpeechStarted => {
+                self.mark(Milestone::AgentSpoke, at);
+                self.turns.speech_started(at);
+            }
+            RoomEventKind::SpeechEnded => self.turns.speech_ended(at),
+            RoomEventKind::EchoStarted => self.turns.echo_started(at),
+            RoomEventKind::EchoEnded => self.turns.echo_ended(at),
+            RoomEventKind::AgentLeft { reason } => {
+                let left = Disruption::Left { at, reason };
+                self.disruption.get_or_insert(left);
+            }
+            RoomEventKind::AgentDuplicate { identity } => {
+                self.duplicate_joined();
+                let duplicate = Disruption::Duplicate { identity };
+                self.disruption.get_or_insert(duplicate);
+            }
+            RoomEventKind::OtherJoined {
+                identity,
+                kind,
+                agent_name,
+            } => self.other_joined(&identity, &kind, agent_name.as_deref()),
+            RoomEventKind::AgentError { .. }
+            | RoomEventKind::AgentMetrics { .. }
+            | RoomEventKind::Transcribed { .. }
+            | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
+        }
+    }
+
+    /// The verdict is final; what may help a person is noted.
+    fn after_verdict(&mut self, kind: RoomEventKind, at: Instant) {
+        match kind {
+            RoomEventKind::AgentDuplicate { .. } => self.duplicate_joined(),
+            RoomEventKind::AgentConnected => self.report_connections(),
+            RoomEventKind::AgentJoined { agent, .. } => {
+                self.report.other_agents += 1;
+                self.record_participant(&agent.identity, AGENT_KIND, agent.name.as_deref());
+                let after = self.after(Milestone::DispatchSent, at);
+                self.add_note(format!(
+                    "the agent ({}) joined{after}, too late to count",
+                    agent.identity
+                ));
+            }
+            RoomEventKind::AgentTrackSubscribed => {
+                let after = self.after(Milestone::AgentJoined, at);
+                self.add_note(format!(
+                    "the agent's audio track arrived{after}, too late to count"
+                ));
+            }
+            RoomEventKind::SpeechStarted if !self.agent_spoke() => {
+                let after = self.after(Milestone::AgentJoined, at);
+                self.add_note(format!("the agent spoke{after}, too late to count"));
+            }
+            RoomEventKind::OtherJoined {
+                identity,
+                kind,
+                agent_name,
+            } => self.other_joined(&identity, &kind, agent_name.as_deref()),
+            _ => {}
+        }
+    }
+
+    // Agents.
+
+    fn agent_joined_at(&mut self, agent: Agent, in_join_response: bool, at: Instant) {
+        self.record_participant(&agent.identity, AGENT_KIND, agent.name.as_deref());
+        if self.agent_joined() {
+            return;
+        }
+        let precedes_join = self.facts().request.precedes_join();
+        if !precedes_join && self.dispatch == DispatchCall::NotSent {
+            self.add_note("the agent was in the room before it was dispatched".to_owned());
+        }
+        // It joined between the dispatch and the canary's own join, when the canary could not see it.
+        self.report.join_upper_bound = in_join_response && precedes_join;
+        let joined = self.join_time(&agent, at);
+        self.report.agent = Some(agent);
+        self.mark(Milestone::AgentJoined, joined);
+        self.decide_join(true);
+    }
+
+    /// When an agent that was first seen at `seen` joined, by the server's own stamp.
+    ///
+    /// LiveKit reports a participant that publishes nothing and changes no attribute with the next batch of updates, up to
+    /// three seconds later (`subscriberUpdateInterval` in livekit-server's room.go). The agent does not cause that delay. A
+    /// stamp from before the dispatch comes from a wrong clock. Of an upper bound, only the bound was measured.
+    fn join_time(&mut self, agent: &Agent, seen: Instant) -> Instant {
+        // Unknown while the dispatch call is under way. Then only the first sight is certain to come after it.
+        let dispatched = self.report.timeline.get(Milestone::DispatchSent);
+        let stamp = agent
+            .joined
+            .filter(|joined| dispatched.is_some_and(|at| at <= *joined));
+        let joined = match stamp {
+            Some(joined) if !self.report.join_upper_bound => joined.min(seen),
+            _ => return seen,
+        };
+        let lag = seen - joined;
+        if lag >= MIN_NOTED_LAG {
+            self.add_note(format!(
+                "LiveKit reported the agent {:.3} s after it had joined",
+                lag.as_secs_f64()
+            ));
+        }
+        joined
+    }
+
+    fn duplicate_joined(&mut self) {
+        self.report.other_agents += 1;
+        self.has_duplicate = true;
+        self.report_connections();
+    }
+
+    fn report_connections(&mut self) {
+        let all_connected = !self.has_duplicate;
+        self.actions.push(Action::AgentsConnected(all_connected));
+    }
+
+    fn is_agent(&self, identity: &str) -> bool {
+        let agent = self.report.agent.as_ref();
+        agent.is_some_and(|agent| agent.identity == identity)
+    }
+
+    /// The agent may recover from an error, so an error alone is only evidence.
+    fn agent_error(&mut self, identity: &str, message: &str) {
+        if !self.is_agent(identity) {
+            return;
+        }
+        self.add_note(format!("the agent reported an error: {}", quote(message)));
+        if self.outcome.is_none() && names_inference_limit(message) {
+            self.inference_limit.get_or_insert(message.to_owned());
+        }
+    }
+
+    fn agent_metrics(&mut self, identity: &str, metrics: TurnMetrics, at: Instant) {
+        let own = self.is_agent(identity);
+        let started = self.report.timeline.get(Milestone::Started);
+        let entries = &mut self.report.evidence.agent_metrics;
+        if own
+            && entries.len() < MAX_ENTRIES
+            && let Some(started) = started
+        {
+            let since_started = at.saturating_duration_since(started);
+            let at = to_microseconds(since_started.as_secs_f64());
+            entries.push(AgentTurn { at, metrics });
+        }
+    }
+
+    // Other participants.
+
+    fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
+        self.record_participant(identity, kind, agent_name);
+        if kind == AGENT_KIND {
+            let stray = agent_name.map_or("one without a name".to_owned(), |name| {
+                format!("\"{name}\"")
+            });
+            push_new(&mut self.strays, stray);
+        }
+    }
+
+    fn record_participant(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
+        let name = agent_name.map(|name| format!(", agent name \"{name}\""));
+        let line = format!("{identity} ({kind}{})", name.unwrap_or_default());
+        push_new(&mut self.report.evidence.participants, line);
+    }
+
+    // The end of the canary's own participant.
+
+    fn ended(&mut self, reason: EndReason, audio: AudioStats, at: Instant, now: Instant) {
+        self.in_room = false;
+        self.report.audio = audio;
+        if matches!(reason, EndReason::Left) {
+            self.mark(Milestone::Left, at);
+        }
+        if self.outcome.is_some() {
+            return;
+        }
+        let timeline = &self.report.timeline;
+        let joined = timeline.get(Milestone::SignalConnected).is_some();
+        let failure = Failure::of_end(reason, joined, &mut self.report.evidence);
+        if let Phase::FinalCheck { duty, .. } = self.phase
+            && !matches!(failure.reason, Reason::SignalLost | Reason::MediaFailed)
+        {
+            // The agent missed its deadline before the end came, and the canary's own way was still good.
+            self.add_note(failure.detail);
+            self.blame_agent(duty, &DispatchListing::Unknown, now);
+        } else {
+            self.fail(failure, now);
+        }
+    }
+}
