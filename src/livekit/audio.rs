@@ -1,4 +1,6 @@
-//! The agent's audio: RTP clocks and statistics, Opus, speech detection, and the echo. It knows no room and no socket.
+//! The agent's audio: RTP clock and statistics, Opus decoding, speech detection, and the echo.
+//!
+//! This layer knows no room and no socket.
 
 pub(crate) mod echo;
 pub mod opus;

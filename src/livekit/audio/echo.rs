@@ -1,5 +1,6 @@
-//! What the echo track plays and when: the agent's own frames, a whole utterance at a time or passed through. A plain
-//! state machine; it reads no clock, sends nothing, and knows of a frame only how long it plays.
+//! What the echo track plays and when: the agent's own frames, either one whole utterance at a time or passed through.
+//!
+//! A state machine that reads no clock and sends nothing. Of a frame it knows only how long it plays.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,47 +13,47 @@ use crate::config::{Echo as EchoSettings, EchoMode};
 /// The silence that closes an echo, so that the listener hears its end and not a loss.
 const TAIL_SILENCE: Duration = Duration::from_millis(200);
 
-/// A track without any packets is announced to nobody, and a listener that subscribes late misses the onset: between
-/// echoes a frame of silence goes out this often, as Opus does by itself in silence.
+/// Between echoes, a frame of silence is sent at this interval, as an Opus encoder with DTX does. LiveKit announces no
+/// track that has not sent a packet, and a listener that subscribes late misses the start of the echo.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// What is kept from before the detected start of an utterance; soft onsets stay below the threshold.
+/// How much audio before the detected start belongs to the recording: a soft onset is below the threshold.
 const LEAD_IN: Duration = Duration::from_millis(200);
 
-/// The longest recording.
+/// Maximum length of one recording.
 const MAX_RECORDING: Duration = Duration::from_secs(30);
 
-/// Frames held at most, whatever their length: 30 s of 10 ms.
+/// Maximum number of frames in memory, whatever their length: 30 s of 10 ms.
 const MAX_FRAMES: usize = 3_000;
 
-/// How far recorded pace and arrival may drift apart before the pass-through sets its clock anew.
+/// How far the recorded pace and the arrival times may drift apart before the pass-through resets its clock.
 const MAX_DRIFT: Duration = Duration::from_millis(100);
 
-/// Speech is decided within this time of its first frame.
+/// The speech detector decides within this time after the first frame of speech.
 const SPEECH_DECISION_TIME: Duration = Duration::from_millis(60);
 
-/// A stretch of sound as one engine takes and gives it: a coded packet, or samples. Cheap to clone.
+/// A piece of audio in the form that an engine receives and sends: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
-    /// A short one.
+    /// One short frame of silence.
     fn silence() -> Self;
 
     fn duration(&self) -> Duration;
 }
 
-/// Something to do now.
+/// What the caller of [`EchoPlayer::poll`] has to do now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum EchoOutput<F> {
     /// A frame for the track.
     Send {
-        /// Its place in time; the RTP timestamp follows from it.
+        /// When the frame is due; the RTP timestamp follows from it.
         due: Instant,
         frame: F,
-        /// The first after a pause.
+        /// This is the first frame after a pause.
         resumes: bool,
     },
     /// The first frame of an echo goes out now.
     Started,
-    /// The last frame of an echo that was speech went out, and has played; in pass-through it goes out now.
+    /// The last frame of speech has been played. In pass-through mode, it is sent now.
     Ended,
 }
 
@@ -60,12 +61,12 @@ pub(crate) enum EchoOutput<F> {
 #[derive(Debug)]
 struct RecordedFrame<F> {
     arrived: Instant,
-    /// On the receiver's media clock, in ticks.
+    /// Position on the receiver's media clock, in ticks.
     time: u64,
     frame: F,
 }
 
-/// What the track does at a time to come.
+/// What the track does at a later time.
 #[derive(Debug)]
 enum PlannedOutput<F> {
     Frame(F),
@@ -98,7 +99,7 @@ enum TurnPhase {
     #[default]
     Idle,
     Recording,
-    /// The agent has ended; `speech` frames of the recording reach to its last speech frame.
+    /// The agent's utterance ended; the first `speech` frames of the recording reach to its last frame of speech.
     Waiting {
         until: Instant,
         speech: usize,
@@ -107,9 +108,9 @@ enum TurnPhase {
 }
 
 struct PassThrough<F> {
-    /// A due time and the media time that belongs to it.
+    /// A due time and the matching media time.
     anchor: Option<(Instant, u64)>,
-    /// Speech of the agent whose echo begins or ends at these times.
+    /// When the echo of an utterance starts or ends.
     marks: VecDeque<(Instant, EchoOutput<F>)>,
 }
 
@@ -136,7 +137,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// The track can carry frames from now on.
+    /// From `now` on, the track can carry frames.
     pub(crate) fn open(&mut self, now: Instant) {
         if !self.open {
             self.open = true;
@@ -144,7 +145,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// A frame of the agent's audio, `time` on the receiver's media clock.
+    /// Takes a frame of the agent's audio. `time`: its position on the receiver's media clock.
     pub(crate) fn on_frame(&mut self, arrived: Instant, time: u64, frame: &F) {
         let frame = RecordedFrame {
             arrived,
@@ -166,7 +167,7 @@ impl<F: Frame> EchoPlayer<F> {
 
     pub(crate) fn on_speech_started(&mut self, at: Instant) {
         match &mut self.mode {
-            // A pause within one greeting: the recording goes on, and the wait starts anew after its end.
+            // After a pause within one greeting, the recording continues, and the wait restarts at its end.
             PlayMode::Turn(turn) => turn.phase = TurnPhase::Recording,
             PlayMode::Continuous(continuous) => {
                 continuous.mark(at + self.settings.delay, EchoOutput::Started);
@@ -174,7 +175,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// `at` is the arrival of the utterance's last speech frame.
+    /// `at`: the arrival of the utterance's last frame of speech.
     pub(crate) fn on_speech_ended(&mut self, at: Instant) {
         match &mut self.mode {
             PlayMode::Turn(turn) if turn.phase == TurnPhase::Recording => {
@@ -191,9 +192,9 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// What to do at `now`; to be called until there is nothing left.
+    /// Returns what to do at `now`. Call it until it returns `None`.
     ///
-    /// `speech_pending`: the agent may just have begun to speak; an echo that hasn't begun waits until that is decided.
+    /// `speech_pending`: the agent may have started to speak. An echo that has not started waits for the decision.
     pub(crate) fn poll(&mut self, now: Instant, speech_pending: bool) -> Option<EchoOutput<F>> {
         if !self.open {
             return None;
@@ -213,7 +214,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// When [`poll`](Self::poll) has something to do, as far as it is known.
+    /// When [`poll`](Self::poll) next has something to do; `None` if that depends on further audio.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         if !self.open {
             return None;
@@ -251,6 +252,7 @@ impl<F: Frame> EchoPlayer<F> {
         if now < *until || !self.queue.is_empty() {
             return;
         }
+        // Once only: noise that never becomes speech must not hold the echo back.
         if speech_pending && !*postponed {
             *until = now + SPEECH_DECISION_TIME;
             *postponed = true;
@@ -274,6 +276,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
         self.queue
             .push_back((end, PlannedOutput::Mark(EchoOutput::Ended)));
+        // An echo is rare and its buffer is large: return the memory.
         turn.recorded.shrink_to(0);
         self.silence_from(end);
     }
@@ -331,8 +334,8 @@ impl<F> PassThrough<F> {
         by_arrival
     }
 
-    /// Utterances are further apart than their end silence, so the marks in flight are few; a delay of hours would hold
-    /// as many frames no more than [`MAX_FRAMES`], and its marks go the same way.
+    /// Drops a mark beyond [`MAX_FRAMES`], as frames are. Only a delay of hours gets there: utterances are further
+    /// apart than their end silence, so few marks wait at a time.
     fn mark(&mut self, due: Instant, out: EchoOutput<F>) {
         if self.marks.len() < MAX_FRAMES {
             self.marks.push_back((due, out));

@@ -1,4 +1,6 @@
-//! Opus: the sound of a packet, and how long it lasts. The bytes are a stranger's: whatever they are, they harm nothing.
+//! Opus: decodes a packet and returns how long it plays.
+//!
+//! The bytes come from the network. A malformed packet yields no audio and never a panic.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -13,41 +15,44 @@ use super::echo::Frame;
 use super::rtp::{self, MediaPosition};
 use super::speech::{self, PcmChunk};
 
-/// Samples a second of the decoded sound, mono: the energy of speech lies below 8 kHz, and decoding more costs more.
-pub const RATE: u32 = 16_000;
+/// Sampling rate of the decoded mono audio in Hz. The energy of speech lies below 8 kHz, and a higher rate costs more
+/// time.
+pub(crate) const RATE: u32 = 16_000;
 
 #[expect(clippy::cast_possible_wrap, reason = "it is 16,000")]
 const HERTZ: i32 = RATE as i32;
 
-/// RTP ticks that a sample takes.
+/// RTP ticks per sample.
 const TICKS: u64 = (rtp::CLOCK_RATE / RATE) as u64;
 
-/// Half of what is judged at once, in RTP ticks: a pause that is longer is one.
+/// The longest gap in media time between two packets that follow each other, in RTP ticks: half a window of the
+/// detector.
 const MAX_GAP: u64 = (rtp::CLOCK_RATE / speech::WINDOWS_PER_SECOND / 2) as u64;
 
-/// Samples of the longest packet, 120 ms.
+/// Samples of the longest packet, 120 ms (RFC 6716, section 3.2.5).
 pub const MAX_PACKET_SAMPLES: usize = (RATE * 120 / 1000) as usize;
 
-/// A packet this short carries no sound: discontinuous transmission (RFC 6716, 3.1 and what `WebRTC` sends).
+/// A packet of at most this length carries no audio: discontinuous transmission (RFC 6716, section 2.1.9). `WebRTC`
+/// sends three bytes.
 const DTX_BYTES: usize = 3;
 
 /// 20 ms of silence: CELT, full band, one frame without energy.
 pub(crate) const SILENCE: [u8; 3] = [0xf8, 0xff, 0xfe];
 
-/// What a packet lasts that doesn't say.
+/// The duration of an empty packet, which has no first byte.
 const DEFAULT_DURATION: Duration = Duration::from_millis(20);
 
-/// The first byte of the first packet without SILK (RFC 6716, 3.1).
+/// Configurations from this first byte on have no SILK layer (RFC 6716, section 3.1).
 const CELT_ONLY: u8 = 0x80;
 
-/// In the first byte (RFC 6716, 3.1).
+/// The stereo flag of the first byte (RFC 6716, section 3.1).
 const STEREO: u8 = 0x04;
 
-/// Decodes one track.
+/// Decodes one track and tracks its media time.
 pub(crate) struct Decoder {
     codec: Codec,
     pcm: Box<[i16; MAX_PACKET_SAMPLES]>,
-    /// Media time at which the next packet begins if nothing was left out.
+    /// Media time at which the next packet starts if the sender makes no pause.
     expected: u64,
 }
 
@@ -62,7 +67,7 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Takes a packet of the track in, whatever its bytes.
+    /// Decodes a packet of the track. A packet that is malformed or has no audio yields an empty chunk.
     pub(crate) fn decode(&mut self, position: MediaPosition, payload: &[u8]) -> PcmChunk<'_> {
         let paused = position.time > self.expected + MAX_GAP;
         let samples = self.samples(payload);
@@ -73,27 +78,29 @@ impl Decoder {
         }
     }
 
-    /// Samples decoded into `pcm`; none of a packet that carries or yields no sound.
+    /// Decodes into `self.pcm`; returns the number of samples, 0 if the packet has no audio.
     fn samples(&mut self, payload: &[u8]) -> usize {
         if payload.len() <= DTX_BYTES {
             return 0;
         }
         let (codec, pcm) = (&mut self.codec, &mut self.pcm[..]);
-        // Not even a decoder's panic may end the probe.
+        // A panic in the decoder would end the probe with `internal`. The state after a panic is unknown, so the
+        // decoder is replaced.
         let outcome = catch_unwind(AssertUnwindSafe(|| codec.decode(payload, pcm)));
         let Ok(samples) = outcome else {
             self.codec = Codec::default();
             return 0;
         };
-        // Turned down by its header. The decoder is kept: a new one for every such packet is dear.
+        // The decoder rejected the packet by its header and its state is intact. A new decoder for each such packet
+        // would cost much time, which a sender could abuse.
         samples.unwrap_or_default().min(MAX_PACKET_SAMPLES)
     }
 }
 
 /// Decodes the packets of one track, mono.
 ///
-/// Of a hybrid packet it decodes SILK alone: CELT adds what lies above 8 kHz (RFC 6716, 2), which is lost at this rate,
-/// and takes more time than all the rest.
+/// It decodes only the SILK layer of a hybrid packet. The CELT layer adds frequencies above 8 kHz (RFC 6716, section
+/// 2), which are lost at this sampling rate, and takes most of the decoding time.
 #[derive(Default)]
 pub struct Codec {
     silk: Option<Box<Silk>>,
@@ -101,11 +108,13 @@ pub struct Codec {
 }
 
 impl Codec {
-    /// Returns how many samples of `pcm` are the packet's; `None` of one that is no Opus, or too long for `pcm`.
+    /// Decodes `packet` into `pcm`; returns the number of samples, or `None` if the packet is malformed or `pcm` too
+    /// short.
     pub fn decode(&mut self, packet: &[u8], pcm: &mut [i16]) -> Option<usize> {
         if *packet.first()? < CELT_ONLY {
             return self.silk.get_or_insert_default().decode(packet, pcm);
         }
+        // SILK predicts from its last frame, which is now outdated (RFC 6716, section 4.5.2).
         if let Some(silk) = &mut self.silk {
             silk.begins = true;
         }
@@ -119,7 +128,7 @@ impl Codec {
 
 struct Silk {
     state: SilkDecoder,
-    /// Before the first packet, and after one without SILK.
+    /// The next packet needs a reset state: it is the first one, or the first after a packet without SILK.
     begins: bool,
 }
 
@@ -144,7 +153,7 @@ impl Silk {
         let mut samples = 0;
         for frame in frames {
             let pcm = pcm.get_mut(samples..samples + length)?;
-            // A frame that was not sent.
+            // The sender left this frame out (DTX).
             if frame.len() < 2 {
                 pcm.fill(0);
             } else {
@@ -155,9 +164,9 @@ impl Silk {
         Some(samples)
     }
 
-    /// Fills `pcm`, in the steps that SILK makes of a long frame.
+    /// Decodes one frame into `pcm`. SILK returns a frame of 40 or 60 ms in steps of 20 ms.
     fn frame(&mut self, frame: &[u8], control: &mut SilkDecControl, pcm: &mut [i16]) -> Option<()> {
-        const ALL_THERE: i32 = 0;
+        const NOT_LOST: i32 = 0;
         let mut range = RangeDecoder::new(frame);
         let mut done = 0;
         while done < pcm.len() {
@@ -166,7 +175,7 @@ impl Silk {
             let failed = silk_decode(
                 state,
                 control,
-                ALL_THERE,
+                NOT_LOST,
                 first,
                 &mut range,
                 rest,
@@ -182,7 +191,7 @@ impl Silk {
     }
 }
 
-/// What SILK must be told of a packet; `length`: samples of each frame.
+/// The parameters of SILK for a packet. `length`: samples per frame.
 fn control(packet: &[u8], length: i32) -> SilkDecControl {
     SilkDecControl {
         n_channels_api: 1,
@@ -199,7 +208,7 @@ fn control(packet: &[u8], length: i32) -> SilkDecControl {
     }
 }
 
-/// The frames of a packet (RFC 6716, 3.2); `None` where it is malformed.
+/// The frames of a packet (RFC 6716, section 3.2); `None` if the packet is malformed.
 fn frames(packet: &[u8]) -> Option<impl Iterator<Item = &[u8]>> {
     let (mut toc, mut sizes, mut offset) = (0, [0; MAX_FRAMES], 0);
     let length = i32::try_from(packet.len()).ok()?;
@@ -221,7 +230,7 @@ fn frames(packet: &[u8]) -> Option<impl Iterator<Item = &[u8]>> {
     }))
 }
 
-/// A packet's payload.
+/// The payload of one RTP packet.
 impl Frame for Arc<[u8]> {
     fn silence() -> Self {
         Self::from(SILENCE)
@@ -232,7 +241,8 @@ impl Frame for Arc<[u8]> {
     }
 }
 
-/// How long a packet plays, by its first byte and, for many frames, its second (RFC 6716, 3.1 and 3.2).
+/// How long a packet plays. The first byte tells the frame length, the second the number of frames if there are more
+/// than two (RFC 6716, sections 3.1 and 3.2).
 fn duration(payload: &[u8]) -> Duration {
     let Some(&toc) = payload.first() else {
         return DEFAULT_DURATION;
@@ -247,6 +257,7 @@ fn duration(payload: &[u8]) -> Duration {
         1 | 2 => 2,
         _ => payload.get(1).map_or(1, |count| u64::from(count & 0x3f)),
     };
+    // A malformed packet may claim up to 63 frames; 120 ms is the limit of RFC 6716, section 3.2.5.
     Duration::from_micros((frame * frames).min(120_000))
 }
 
@@ -256,7 +267,7 @@ mod tests {
 
     use super::*;
 
-    /// A second of something like speech, in packets of so many milliseconds each.
+    /// A second of speech-like audio in packets of `millis` milliseconds.
     fn packets(encoder: Encoder, millis: usize) -> Vec<Vec<u8>> {
         let mut encoder = encoder;
         let (rate, channels) = (encoder.sample_rate(), encoder.channels().count());
@@ -282,8 +293,8 @@ mod tests {
     }
 
     #[test]
-    fn of_packets_with_silk_all_is_heard_that_a_whole_decoder_hears() {
-        // Bits a second where the encoder isn't to choose: too few for a layer beside SILK.
+    fn silk_packets_decode_to_the_same_samples_as_with_a_full_decoder() {
+        // The last column is the bit rate in bit/s. A low one keeps the encoder from adding a CELT layer to SILK.
         let cases = [
             (8_000, Channels::Mono, 20, None),
             (12_000, Channels::Mono, 40, Some(12_000)),
@@ -319,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn track_that_changes_its_codec_is_heard_all_the_time() {
+    fn track_that_switches_between_silk_and_celt_is_decoded_throughout() {
         let encoder = |application| {
             let encoder = Encoder::builder(48_000, Channels::Mono, application);
             encoder.build().unwrap()
@@ -337,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn packet_that_is_turned_down_is_no_sound_and_takes_nothing_with_it() {
+    fn rejected_packet_yields_no_audio_and_leaves_the_decoder_intact() {
         let encoder = Encoder::builder(RATE, Channels::Mono, Application::Voip);
         let mut encoder = encoder.build().unwrap();
         let mut packets = (0..20_u64).map(|number| {
@@ -360,16 +371,16 @@ mod tests {
         for (number, packet) in packets.by_ref().take(10) {
             assert_eq!(decode(number, &packet).len(), 320);
         }
-        // Of several frames, and none of them (RFC 6716, 3.2.5).
+        // A packet that announces zero frames is malformed (RFC 6716, section 3.2.5).
         assert_eq!(decode(10, &[3, 0, 1, 2]), [0; 0]);
-        // A decoder that begins anew begins with silence.
+        // A new decoder would start with silence.
         let (number, packet) = packets.next().unwrap();
         let sound = decode(number, &packet);
         assert!(sound[..40].iter().any(|it| it.abs() > 4_000), "{sound:?}");
     }
 
     #[test]
-    fn packet_length_follows_from_its_first_bytes() {
+    fn duration_follows_from_the_first_two_bytes() {
         assert_eq!(duration(&SILENCE), Duration::from_millis(20));
         assert_eq!(duration(&[0x18]), Duration::from_millis(60));
         assert_eq!(duration(&[0x79]), Duration::from_millis(40));

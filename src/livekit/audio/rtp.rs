@@ -1,5 +1,6 @@
-//! The agent's RTP as numbers: loss and jitter, and one unbroken media clock across changes of SSRC. It knows packets;
-//! it knows no codec and no room.
+//! Statistics of a received RTP stream (loss, jitter) and one continuous media clock across changes of SSRC.
+//!
+//! It knows packet headers; it knows no codec and no room.
 
 use std::time::Duration;
 
@@ -7,50 +8,55 @@ use tokio::time::Instant;
 
 use crate::livekit::event::AudioStats;
 
-/// Ticks a second of Opus over RTP, whatever the coded bandwidth (RFC 7587, 4.1).
+/// RTP clock rate of Opus in Hz, the same for every coded bandwidth (RFC 7587, section 4.1).
 pub(crate) const CLOCK_RATE: u32 = 48_000;
 
-/// Beyond this, a step of the sender's timestamps that the arrival times don't share is a new clock, not a pause.
+/// How far a step of the sender's timestamps may differ from the step of the arrival times. A larger difference means
+/// that the sender has changed its clock.
 const CLOCK_JUMP: Duration = Duration::from_secs(5);
 
-/// RTP ticks in `span`.
+/// Converts a duration to RTP ticks.
 pub(crate) fn ticks(span: Duration) -> u64 {
+    // In two parts: nanoseconds times the clock rate would overflow after four days.
     let whole = span.as_secs().saturating_mul(u64::from(CLOCK_RATE));
     whole + u64::from(span.subsec_nanos()) * u64::from(CLOCK_RATE) / 1_000_000_000
 }
 
-/// The time that `ticks` of the RTP clock take.
+/// Converts RTP ticks to a duration.
 pub(crate) fn span(ticks: u64) -> Duration {
     let rate = u64::from(CLOCK_RATE);
     Duration::from_secs(ticks / rate) + Duration::from_nanos(ticks % rate * 1_000_000_000 / rate)
 }
 
-/// The head of one packet, with the extended sequence number.
+/// The header fields of one packet that the receiver needs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RtpHeader {
     pub(crate) ssrc: u32,
+    /// Extended by the number of wraps, so it does not wrap at 2^16.
     pub(crate) sequence: u64,
+    /// In RTP ticks; wraps at 2^32.
     pub(crate) timestamp: u32,
 }
 
-/// Where a packet stands on the receiver's own media clock.
+/// The position of a packet on the receiver's own media clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MediaPosition {
-    /// Ticks since the first packet; strictly rising.
+    /// Ticks since the first packet; strictly increasing.
     pub(crate) time: u64,
     /// No packet is missing between this one and the one before.
     pub(crate) follows: bool,
 }
 
-/// Counts one track's packets and lays them out on one clock.
+/// Counts the packets of one track and places them on one media clock.
 #[derive(Debug, Default)]
 pub(crate) struct RtpReceiver {
     stream: Option<RtpStream>,
-    /// Loss of the streams before the current one.
+    /// Packets lost in the streams before the current one.
     lost_before: u64,
     packets: u64,
-    /// In ticks; RFC 3550, 6.4.1.
+    /// Interarrival jitter in ticks (RFC 3550, section 6.4.1).
     jitter: f64,
+    /// Whether `jitter` has a value: it needs two packets of one stream.
     measured: bool,
 }
 
@@ -66,21 +72,28 @@ struct RtpStream {
 }
 
 impl RtpReceiver {
-    /// Takes one packet in. `None` for one that comes late or twice: it counts, but its moment has passed.
-    pub(crate) fn on_packet(&mut self, at: Instant, head: RtpHeader) -> Option<MediaPosition> {
+    /// Records one packet and returns its position.
+    ///
+    /// Returns `None` for a packet that is late or a duplicate. It is counted, but a later packet has been played
+    /// already.
+    pub(crate) fn on_packet(&mut self, at: Instant, header: RtpHeader) -> Option<MediaPosition> {
         self.packets += 1;
-        let Some(stream) = self.stream.as_mut().filter(|it| it.ssrc == head.ssrc) else {
-            return Some(self.begin(at, head));
+        // Another SSRC is another stream, whose numbers and timestamps start at random values (RFC 3550, section 5.1).
+        let Some(stream) = self.stream.as_mut().filter(|it| it.ssrc == header.ssrc) else {
+            return Some(self.begin(at, header));
         };
         stream.received += 1;
-        if head.sequence <= stream.highest {
+        if header.sequence <= stream.highest {
             return None;
         }
-        let follows = head.sequence == stream.highest + 1;
+        let follows = header.sequence == stream.highest + 1;
         let elapsed = at.saturating_duration_since(stream.arrived);
-        let forward = u64::from(head.timestamp.wrapping_sub(stream.timestamp));
+        let forward = u64::from(header.timestamp.wrapping_sub(stream.timestamp));
+        // A timestamp that goes back wraps to a huge `forward` and counts as a jump, too.
         let jumped = forward.abs_diff(ticks(elapsed)) > ticks(CLOCK_JUMP);
         if jumped || forward == 0 {
+            // The sender's clock is of no use here: the arrival time decides. At least one tick, so that positions
+            // increase.
             stream.time += ticks(elapsed).max(1);
         } else {
             stream.time += forward;
@@ -88,8 +101,8 @@ impl RtpReceiver {
             self.jitter += (to_f64(difference) - self.jitter) / 16.0;
             self.measured = true;
         }
-        stream.highest = head.sequence;
-        stream.timestamp = head.timestamp;
+        stream.highest = header.sequence;
+        stream.timestamp = header.timestamp;
         stream.arrived = at;
         Some(MediaPosition {
             time: stream.time,
@@ -97,19 +110,19 @@ impl RtpReceiver {
         })
     }
 
-    /// The sender's clock and numbers start anew with a new SSRC; ours go on by the arrival times.
-    fn begin(&mut self, at: Instant, head: RtpHeader) -> MediaPosition {
+    /// Starts a new stream. Its timestamps have no relation to the previous one, so the arrival times bridge the two.
+    fn begin(&mut self, at: Instant, header: RtpHeader) -> MediaPosition {
         let time = self.stream.as_ref().map_or(0, |before| {
             let pause = at.saturating_duration_since(before.arrived);
             before.time + ticks(pause).max(1)
         });
         self.lost_before += self.stream.as_ref().map_or(0, RtpStream::lost);
         self.stream = Some(RtpStream {
-            ssrc: head.ssrc,
-            first: head.sequence,
-            highest: head.sequence,
+            ssrc: header.ssrc,
+            first: header.sequence,
+            highest: header.sequence,
             received: 1,
-            timestamp: head.timestamp,
+            timestamp: header.timestamp,
             arrived: at,
             time,
         });
@@ -119,6 +132,7 @@ impl RtpReceiver {
         }
     }
 
+    /// The statistics of all streams so far. The jitter is `None` before the second packet.
     pub(crate) fn stats(&self) -> AudioStats {
         AudioStats {
             packets: self.packets,
@@ -131,13 +145,13 @@ impl RtpReceiver {
 }
 
 impl RtpStream {
-    /// Packets that never came; a duplicate hides one lost packet, as in RFC 3550, A.3.
+    /// Packets that never arrived. A duplicate hides one lost packet, as in RFC 3550, appendix A.3.
     fn lost(&self) -> u64 {
         (self.highest - self.first + 1).saturating_sub(self.received)
     }
 }
 
-/// Differences stay below [`CLOCK_JUMP`], far inside what an `f64` holds exactly.
+/// Exact, because differences stay below [`CLOCK_JUMP`].
 #[expect(clippy::cast_precision_loss, reason = "bounded by CLOCK_JUMP in ticks")]
 fn to_f64(ticks: u64) -> f64 {
     ticks as f64
@@ -147,7 +161,7 @@ fn to_f64(ticks: u64) -> f64 {
 mod tests {
     use super::*;
 
-    fn head(ssrc: u32, sequence: u64, timestamp: u32) -> RtpHeader {
+    fn header(ssrc: u32, sequence: u64, timestamp: u32) -> RtpHeader {
         RtpHeader {
             ssrc,
             sequence,
@@ -160,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn ticks_and_spans_agree() {
+    fn ticks_and_durations_convert_both_ways() {
         for millis in [0, 20, 60, 999, 1000, 30_000] {
             assert_eq!(span(ticks(ms(millis))), ms(millis));
         }
@@ -172,7 +186,7 @@ mod tests {
         let mut receiver = RtpReceiver::default();
         for i in 0..50_u32 {
             let at = start + ms(20) * i;
-            let position = receiver.on_packet(at, head(1, 7 + u64::from(i), 960 * i));
+            let position = receiver.on_packet(at, header(1, 7 + u64::from(i), 960 * i));
             assert_eq!(
                 position,
                 Some(MediaPosition {
@@ -190,14 +204,17 @@ mod tests {
     }
 
     #[test]
-    fn gap_is_lost_until_the_late_packet_comes() {
+    fn missing_packet_counts_as_lost_until_it_arrives_late() {
         let start = Instant::now();
         let mut receiver = RtpReceiver::default();
-        receiver.on_packet(start, head(1, 10, 0));
-        let after_gap = receiver.on_packet(start + ms(60), head(1, 13, 2880));
+        receiver.on_packet(start, header(1, 10, 0));
+        let after_gap = receiver.on_packet(start + ms(60), header(1, 13, 2880));
         assert!(after_gap.is_some_and(|position| !position.follows));
         assert_eq!(receiver.stats().lost, 2);
-        assert_eq!(receiver.on_packet(start + ms(61), head(1, 12, 1920)), None);
+        assert_eq!(
+            receiver.on_packet(start + ms(61), header(1, 12, 1920)),
+            None
+        );
         assert_eq!(receiver.stats().lost, 1);
         assert_eq!(receiver.stats().packets, 3);
     }
@@ -206,22 +223,22 @@ mod tests {
     fn jitter_follows_the_formula_of_rfc_3550() {
         let start = Instant::now();
         let mut receiver = RtpReceiver::default();
-        receiver.on_packet(start, head(1, 0, 0));
-        // 16 ms late, then in step again: |D| = 768 ticks twice.
-        receiver.on_packet(start + ms(36), head(1, 1, 960));
-        receiver.on_packet(start + ms(40), head(1, 2, 1920));
+        receiver.on_packet(start, header(1, 0, 0));
+        // The second packet is 16 ms late and the third is on time: |D| is 768 ticks twice.
+        receiver.on_packet(start + ms(36), header(1, 1, 960));
+        receiver.on_packet(start + ms(40), header(1, 2, 1920));
         let expected = 48.0 + (768.0 - 48.0) / 16.0;
         let jitter = receiver.stats().jitter.unwrap().as_secs_f64() * 48_000.0;
         assert!((jitter - expected).abs() < 0.01, "{jitter}");
     }
 
     #[test]
-    fn clock_goes_on_across_a_change_of_ssrc_and_the_loss_before_it_stays() {
+    fn clock_and_loss_continue_across_a_change_of_ssrc() {
         let start = Instant::now();
         let mut receiver = RtpReceiver::default();
-        receiver.on_packet(start, head(1, 5, 4_000_000_000));
-        receiver.on_packet(start + ms(40), head(1, 7, 4_000_001_920));
-        let position = receiver.on_packet(start + ms(60), head(2, 900, 17));
+        receiver.on_packet(start, header(1, 5, 4_000_000_000));
+        receiver.on_packet(start + ms(40), header(1, 7, 4_000_001_920));
+        let position = receiver.on_packet(start + ms(60), header(2, 900, 17));
         let expected = MediaPosition {
             time: 2880,
             follows: false,
@@ -231,23 +248,23 @@ mod tests {
     }
 
     #[test]
-    fn timestamp_wraps_without_a_step() {
+    fn wrap_of_the_timestamp_does_not_move_the_clock() {
         let start = Instant::now();
         let mut receiver = RtpReceiver::default();
-        receiver.on_packet(start, head(1, 0, u32::MAX - 479));
-        let position = receiver.on_packet(start + ms(20), head(1, 1, 480));
+        receiver.on_packet(start, header(1, 0, u32::MAX - 479));
+        let position = receiver.on_packet(start + ms(20), header(1, 1, 480));
         assert_eq!(position.map(|position| position.time), Some(960));
     }
 
     #[test]
-    fn senders_clock_that_jumps_or_stands_still_never_turns_ours_back() {
+    fn clock_increases_if_the_senders_clock_jumps_or_stands_still() {
         let start = Instant::now();
         let mut receiver = RtpReceiver::default();
         let mut last = None;
         for (i, timestamp) in [5, 5, 3_000_000_000, 0, 960].into_iter().enumerate() {
             let at = start + ms(20) * u32::try_from(i).unwrap();
             let time = receiver
-                .on_packet(at, head(1, i as u64, timestamp))
+                .on_packet(at, header(1, i as u64, timestamp))
                 .unwrap()
                 .time;
             assert!(last.is_none_or(|last| time > last && time < last + 2000));
@@ -256,11 +273,11 @@ mod tests {
     }
 
     #[test]
-    fn pause_of_the_sender_is_kept() {
+    fn pause_of_the_sender_stays_on_the_clock() {
         let start = Instant::now();
         let mut receiver = RtpReceiver::default();
-        receiver.on_packet(start, head(1, 0, 0));
-        let position = receiver.on_packet(start + ms(20_000), head(1, 1, 960_000));
+        receiver.on_packet(start, header(1, 0, 0));
+        let position = receiver.on_packet(start + ms(20_000), header(1, 1, 960_000));
         let expected = MediaPosition {
             time: 960_000,
             follows: true,

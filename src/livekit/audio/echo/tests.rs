@@ -17,7 +17,7 @@ fn settings(mode: EchoMode, delay: u64) -> EchoSettings {
     }
 }
 
-/// A call on a clock of its own: an agent that sends a packet every 20 ms, numbered in its payload.
+/// A call on a simulated clock: an agent that sends a packet every 20 ms, with a number in its payload.
 struct SimulatedCall {
     echo: EchoPlayer<Arc<[u8]>>,
     start: Instant,
@@ -40,7 +40,7 @@ impl SimulatedCall {
         }
     }
 
-    /// Goes on to `until`, stopping at each deadline of the echo.
+    /// Advances the clock to `until` and stops at each deadline of the echo.
     fn run_to(&mut self, until: Instant) {
         loop {
             while let Some(out) = self.echo.poll(self.now, false) {
@@ -51,7 +51,7 @@ impl SimulatedCall {
                 Some(next) => {
                     assert!(
                         next > self.now,
-                        "a deadline that has passed is never left over"
+                        "a deadline that has passed remains after polling"
                     );
                     self.now = next;
                 }
@@ -65,7 +65,7 @@ impl SimulatedCall {
         self.run_to(self.now + ms(millis));
     }
 
-    /// `count` packets from now on; leaves the clock at the arrival of the last.
+    /// Sends `count` packets from now on; leaves the clock at the arrival of the last.
     fn packets(&mut self, count: u64) {
         for i in 0..count {
             if i > 0 {
@@ -78,7 +78,7 @@ impl SimulatedCall {
         }
     }
 
-    /// An utterance of `count` packets, whose end is found 600 ms later while silence flows.
+    /// Sends an utterance of `count` packets. Its end is detected 600 ms later, while packets of silence arrive.
     fn utterance(&mut self, count: u64) {
         let first = self.now;
         self.packets(3);
@@ -92,7 +92,7 @@ impl SimulatedCall {
         self.run_to(self.now);
     }
 
-    /// When each echoed packet of the agent went out, by its number.
+    /// The time in milliseconds and the number of each echoed packet.
     fn echoed(&self) -> Vec<(u64, u8)> {
         let mut echoed = Vec::new();
         for (at, out) in &self.out {
@@ -115,12 +115,12 @@ impl SimulatedCall {
 }
 
 #[test]
-fn turn_is_played_once_at_its_pace_and_then_there_is_silence() {
+fn turn_is_played_once_at_its_pace_and_silence_follows() {
     let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.wait(1_000);
     call.utterance(50);
     call.wait(10_000);
-    // Last speech at 1 980 ms, the echo 1 000 ms later.
+    // The last speech is at 1980 ms, the echo starts 1000 ms later.
     let expected: Vec<_> = (0..50).map(|i| (2_980 + 20 * u64::from(i), i)).collect();
     assert_eq!(call.echoed(), expected);
     assert_eq!(
@@ -139,7 +139,7 @@ fn turn_is_played_once_at_its_pace_and_then_there_is_silence() {
 }
 
 #[test]
-fn what_came_shortly_before_the_speech_is_played_too() {
+fn audio_shortly_before_the_detected_speech_is_played_too() {
     let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.packets(50);
     call.wait(20);
@@ -159,17 +159,13 @@ fn second_sentence_before_the_echo_joins_the_first() {
     let second = call.now;
     call.utterance(50);
     let spoken_until = call.now;
-    assert_eq!(
-        call.marks(),
-        [],
-        "the echo never starts while the agent speaks"
-    );
+    assert_eq!(call.marks(), [], "the echo started while the agent spoke");
     call.wait(10_000);
     let echoed = call.echoed();
     assert_eq!(
         echoed.len(),
         50 + 30 + 50,
-        "both sentences and the pause between them"
+        "the echo lacks a sentence or the pause between them"
     );
     let started = call.marks()[0].0;
     assert!(u128::from(started) > spoken_until.duration_since(call.start).as_millis());
@@ -178,7 +174,7 @@ fn second_sentence_before_the_echo_joins_the_first() {
 }
 
 #[test]
-fn echo_waits_while_the_agent_may_just_have_begun() {
+fn echo_waits_while_speech_of_the_agent_is_pending() {
     let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
     call.utterance(10);
     let due = call.start + ms(180 + 1_000);
@@ -192,7 +188,7 @@ fn echo_waits_while_the_agent_may_just_have_begun() {
 }
 
 #[test]
-fn no_more_turns_than_the_setting_allows() {
+fn echo_plays_no_more_turns_than_the_setting() {
     let mut call = SimulatedCall::new(EchoSettings {
         max_turns: 2,
         ..settings(EchoMode::Turn, 700)
@@ -206,7 +202,7 @@ fn no_more_turns_than_the_setting_allows() {
 }
 
 #[test]
-fn utterance_during_playback_is_the_next_turn() {
+fn utterance_during_playback_is_played_as_the_next_turn() {
     let mut call = SimulatedCall::new(EchoSettings {
         max_turns: 2,
         ..settings(EchoMode::Turn, 700)
@@ -231,7 +227,7 @@ fn recording_ends_after_thirty_seconds() {
 }
 
 #[test]
-fn nothing_is_sent_before_the_track_is_open() {
+fn echo_sends_nothing_before_the_track_is_open() {
     let mut echo = EchoPlayer::<Arc<[u8]>>::new(EchoSettings::default());
     let now = Instant::now();
     assert_eq!(echo.next_deadline(), None);
@@ -256,7 +252,7 @@ fn idle_track_sends_a_frame_of_silence_every_400_ms() {
 }
 
 #[test]
-fn continuous_echo_passes_every_packet_on_after_the_delay() {
+fn continuous_echo_plays_every_packet_after_the_delay() {
     let mut call = SimulatedCall::new(settings(EchoMode::Continuous, 2_000));
     call.wait(1_000);
     call.utterance(50);
@@ -270,7 +266,7 @@ fn continuous_echo_passes_every_packet_on_after_the_delay() {
 }
 
 #[test]
-fn continuous_echo_keeps_the_pace_of_the_speaker_under_jitter() {
+fn continuous_echo_keeps_the_agents_pace_under_jitter() {
     let mut call = SimulatedCall::new(settings(EchoMode::Continuous, 1_000));
     for i in 0..20_u64 {
         let late = if i % 2 == 1 { 15 } else { 0 };

@@ -8,7 +8,7 @@ use super::*;
 
 const FRAME: Duration = Duration::from_millis(20);
 
-/// A track, encoded for real, one packet after the other.
+/// An agent's track: packets of a real Opus encoder at a simulated pace.
 struct EncodedTrack {
     encoder: Encoder,
     samples: usize,
@@ -52,7 +52,7 @@ impl EncodedTrack {
         packet
     }
 
-    /// Sends `count` packets; says when the first arrived.
+    /// Sends `count` packets; returns the arrival of the first.
     fn send(&mut self, count: usize, amplitude: f64) -> Instant {
         let first = self.now;
         for _ in 0..count {
@@ -89,11 +89,11 @@ const LOUD: f64 = 8_000.0;
 const QUIET: f64 = 60.0;
 
 #[test]
-fn utterance_is_stamped_at_its_first_and_last_frame() {
+fn utterance_has_the_times_of_its_first_and_last_frame() {
     let mut track = EncodedTrack::new(20, Speech::default());
     track.send(25, 0.0);
     let first = track.send(50, LOUD);
-    // Opus spreads its last frame a little into the next packet.
+    // The Opus decoder overlaps a frame with the start of the next one.
     let after = track.send(60, 0.0);
     let [SpeechEvent::Started(started), SpeechEvent::Ended(ended)] = track.events[..] else {
         panic!("{:?}", track.events);
@@ -111,7 +111,7 @@ fn sound_below_the_threshold_is_not_speech() {
 }
 
 #[test]
-fn two_loud_frames_are_a_click_and_not_speech() {
+fn two_loud_frames_are_not_speech() {
     let settings = Speech {
         min_frames: 4,
         ..Speech::default()
@@ -135,7 +135,7 @@ fn utterance_ends_by_time_when_packets_stop() {
 }
 
 #[test]
-fn pause_shorter_than_the_end_silence_is_within_one_utterance() {
+fn pause_shorter_than_the_end_silence_does_not_end_the_utterance() {
     let mut track = EncodedTrack::new(20, Speech::default());
     track.send(10, LOUD);
     track.send(25, 0.0);
@@ -146,7 +146,7 @@ fn pause_shorter_than_the_end_silence_is_within_one_utterance() {
 }
 
 #[test]
-fn speech_after_an_end_that_no_timer_saw_is_two_utterances() {
+fn utterance_that_ended_between_two_polls_ends_before_the_next_starts() {
     let mut track = EncodedTrack::new(20, Speech::default());
     track.send(10, LOUD);
     for _ in 0..50 {
@@ -164,7 +164,7 @@ fn speech_after_an_end_that_no_timer_saw_is_two_utterances() {
 }
 
 #[test]
-fn every_packet_length_is_judged_in_windows_of_20_ms() {
+fn every_packet_length_is_split_into_windows_of_20_ms() {
     for millis in [10, 20, 40, 60] {
         let mut track = EncodedTrack::new(millis, Speech::default());
         track.send(600 / millis, 0.0);
@@ -174,7 +174,7 @@ fn every_packet_length_is_judged_in_windows_of_20_ms() {
 }
 
 #[test]
-fn lost_packet_and_dtx_break_what_is_consecutive() {
+fn lost_packet_and_dtx_interrupt_consecutive_windows() {
     for dtx in [false, true] {
         let mut track = EncodedTrack::new(20, Speech::default());
         for _ in 0..10 {
@@ -193,7 +193,7 @@ fn lost_packet_and_dtx_break_what_is_consecutive() {
 }
 
 #[test]
-fn pause_in_media_time_breaks_what_is_consecutive() {
+fn pause_in_media_time_interrupts_consecutive_windows() {
     let mut track = EncodedTrack::new(20, Speech::default());
     for _ in 0..5 {
         track.send(2, LOUD);
@@ -203,7 +203,7 @@ fn pause_in_media_time_breaks_what_is_consecutive() {
 }
 
 #[test]
-fn corrupt_payloads_neither_panic_nor_deafen() {
+fn speech_is_detected_after_corrupt_payloads() {
     let mut track = EncodedTrack::new(20, Speech::default());
     let mut random = fastrand::Rng::with_seed(7);
     for _ in 0..3_000 {
