@@ -1,8 +1,8 @@
-//! The second engine: the upstream SDK (crate `livekit`) on libwebrtc, the client stack of the callers themselves.
+//! The second engine: the upstream SDK (crate `livekit`) on libwebrtc, the same client stack as many real callers use.
 //!
-//! The SDK negotiates, decodes and encodes. What the server says passes through [`transport`] on its way to the SDK and is
-//! read there as the native engine reads it; so both see the same in the same room. Only [`session`] needs the SDK to be
-//! linked: the rest is compiled, and tested, without it.
+//! The SDK negotiates, decodes and encodes. The server's messages pass through [`transport`], which reports them before
+//! the SDK reads them, so both engines report the same events in the same room. Only [`session`] needs the linked SDK;
+//! the other modules are compiled and tested without it.
 
 mod pcm;
 #[cfg(feature = "libwebrtc")]

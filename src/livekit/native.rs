@@ -1,4 +1,4 @@
-//! The canary's own engine: a participant on the sans-IO WebRTC stack str0m, with its own sockets.
+//! The native engine: a participant on str0m, a WebRTC stack without I/O of its own, and on the canary's own sockets.
 
 pub(crate) mod ice_tcp;
 pub(crate) mod participant;

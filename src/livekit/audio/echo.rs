@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::rtp;
 use crate::config::{Echo as EchoSettings, EchoMode};
 
-/// The silence that closes an echo, so that the listener hears its end and not a loss.
+/// The silence that ends an echo. Without it, the listener takes the end for packet loss.
 const TAIL_SILENCE: Duration = Duration::from_millis(200);
 
 /// Between echoes, a frame of silence is sent at this interval, as an Opus encoder with DTX does. LiveKit announces no

@@ -116,7 +116,7 @@ impl Codec {
         }
         // SILK predicts from its last frame, which is now outdated (RFC 6716, section 4.5.2).
         if let Some(silk) = &mut self.silk {
-            silk.begins = true;
+            silk.reset = true;
         }
         let celt = match &mut self.celt {
             Some(celt) => celt,
@@ -129,14 +129,14 @@ impl Codec {
 struct Silk {
     state: SilkDecoder,
     /// The next packet needs a reset state: it is the first one, or the first after a packet without SILK.
-    begins: bool,
+    reset: bool,
 }
 
 impl Default for Silk {
     fn default() -> Self {
         Self {
             state: SilkDecoder::new(),
-            begins: true,
+            reset: true,
         }
     }
 }
@@ -147,7 +147,7 @@ impl Silk {
         let length = opus_packet_get_samples_per_frame(packet, HERTZ);
         let mut control = control(packet, length);
         let length = usize::try_from(length).ok()?;
-        if std::mem::take(&mut self.begins) {
+        if std::mem::take(&mut self.reset) {
             self.state.init();
         }
         let mut samples = 0;
@@ -319,11 +319,12 @@ mod tests {
                 let case = format!("{rate} Hz, {channels:?}, {millis} ms, packet {number}");
                 assert!(packet[0] < CELT_ONLY, "{case}");
                 hybrid += usize::from(packet[0] >> 3 >= 12);
-                let (mut expected, mut heard) = ([0; MAX_PACKET_SAMPLES], [1; MAX_PACKET_SAMPLES]);
+                let (mut expected, mut decoded) =
+                    ([0; MAX_PACKET_SAMPLES], [1; MAX_PACKET_SAMPLES]);
                 let samples = whole.decode(packet, &mut expected, DecodeMode::Normal);
-                assert_eq!(ours.decode(packet, &mut heard), samples.ok(), "{case}");
+                assert_eq!(ours.decode(packet, &mut decoded), samples.ok(), "{case}");
                 let samples = millis * 16;
-                assert!(heard[..samples] == expected[..samples], "{case}");
+                assert!(decoded[..samples] == expected[..samples], "{case}");
             }
         }
         assert!(hybrid > 100, "{hybrid}");

@@ -1,4 +1,4 @@
-//! Decoded sound as the SDK gives and takes it: frames of 10 ms, mono, at the rate of Opus.
+//! Decoded audio in the form that the SDK uses: mono frames of 10 ms at the sampling rate of Opus.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,17 +8,17 @@ use tokio::time::Instant;
 use crate::livekit::audio::echo::Frame;
 use crate::livekit::audio::rtp::{self, MediaPosition};
 
-/// Samples a second; also the ticks of the media clock.
+/// Sampling rate in Hz; also the rate of the media clock.
 pub(crate) const RATE: u32 = rtp::CLOCK_RATE;
 
-/// Samples of 10 ms, which is what libwebrtc works in.
+/// Samples per frame of 10 ms, the unit of libwebrtc.
 const FRAME: usize = RATE as usize / 100;
 
-/// The SDK's decoder goes on through losses and pauses of the sender; where nothing comes for so long, the track was another
-/// or stood still.
+/// The longest gap between two frames of one stretch of audio. The SDK's decoder fills losses and pauses of the sender,
+/// so a longer gap means that the track changed or that the SDK delivered nothing.
 const MAX_GAP: Duration = Duration::from_millis(100);
 
-/// Mono samples.
+/// The samples of one frame.
 impl Frame for Arc<[i16]> {
     fn silence() -> Self {
         Self::from([0; FRAME])
@@ -29,14 +29,15 @@ impl Frame for Arc<[i16]> {
     }
 }
 
-/// Lays frames out on one media clock.
+/// Places frames on one media clock.
 #[derive(Default)]
 pub(crate) struct FrameClock {
-    /// When the last frame came, and the media time of its end.
+    /// The arrival of the last frame and the media time of its end.
     last: Option<(Instant, u64)>,
 }
 
 impl FrameClock {
+    /// Returns the position of a frame of `samples` samples. A pause advances the clock by the time that it lasted.
     pub(crate) fn on_frame(&mut self, at: Instant, samples: usize) -> MediaPosition {
         let position = match self.last {
             None => MediaPosition {
@@ -79,8 +80,8 @@ mod tests {
         (0..480).map(sample).collect()
     }
 
-    /// What comes back of an agent that speaks for a second from the third second on: in which 10 ms it was loud, and when
-    /// the echo began and ended.
+    /// Runs an agent that speaks during the third second. Returns the ticks of 10 ms in which the echo was loud, the
+    /// ticks in which it started and ended, and the speech events.
     fn echo_of_a_second(mode: EchoMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<SpeechEvent>) {
         let start = Instant::now();
         let settings = config::Echo {
@@ -91,7 +92,7 @@ mod tests {
         let mut detector = Detector::new(Speech::default(), RATE);
         let mut clock = FrameClock::default();
         echo.open(start);
-        let (mut loud, mut marks, mut all) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut loud, mut marks, mut events) = (Vec::new(), Vec::new(), Vec::new());
         for tick in 0..800_u64 {
             let now = start + TEN * u32::try_from(tick).unwrap();
             let pcm = frame(if (200..300).contains(&tick) {
@@ -105,9 +106,9 @@ mod tests {
                 follows: position.follows,
                 pcm: &pcm,
             };
-            for heard in detector.on_sound(now, sound) {
-                all.push(heard);
-                match heard {
+            for event in detector.on_sound(now, sound) {
+                events.push(event);
+                match event {
                     SpeechEvent::Started(at) => echo.on_speech_started(at),
                     SpeechEvent::Ended(at) => echo.on_speech_ended(at),
                 }
@@ -123,14 +124,15 @@ mod tests {
                 }
             }
         }
-        (loud, marks, all)
+        (loud, marks, events)
     }
 
     #[test]
-    fn utterance_is_heard_and_played_once_at_its_pace() {
-        let (loud, marks, heard) = echo_of_a_second(EchoMode::Turn);
-        assert_eq!(heard.len(), 2, "{heard:?}");
-        // Its last window began at tick 298. A second later it is played from 200 ms before it was found, at tick 205.
+    fn utterance_is_detected_and_played_once_at_its_pace() {
+        let (loud, marks, events) = echo_of_a_second(EchoMode::Turn);
+        assert_eq!(events.len(), 2, "{events:?}");
+        // Its last window starts at tick 298, and the echo starts a second later. Its detection at tick 205 minus 200
+        // ms is the first frame that is played.
         let first = 398 + (200 - 185);
         assert_eq!(loud, (first..first + 99).collect::<Vec<_>>());
         assert_eq!(marks, [(398, "started"), (first + 99, "ended")]);
@@ -144,11 +146,11 @@ mod tests {
     }
 
     #[test]
-    fn clock_counts_samples_and_keeps_a_pause() {
+    fn clock_counts_samples_and_includes_pauses() {
         let start = Instant::now();
         let mut clock = FrameClock::default();
         assert!(!clock.on_frame(start, 480).follows);
-        // Frames come in bursts, and are as long as they are.
+        // Frames may arrive in bursts. Their length counts, not their arrival.
         for (millis, time, follows) in [(0, 480, true), (25, 960, true), (1_025, 49_440, false)] {
             let at = start + Duration::from_millis(millis);
             assert_eq!(clock.on_frame(at, 480), MediaPosition { time, follows });
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_lasts_as_long_as_a_frame_of_the_sdk() {
+    fn frame_of_silence_lasts_10_ms() {
         assert_eq!(Arc::<[i16]>::silence().duration(), TEN);
     }
 }

@@ -1,5 +1,5 @@
-//! One participant on the SDK: a loop that carries what the server says, what the SDK tells and what the agent speaks to the
-//! state machines that the native engine has as well, and their echo to the SDK.
+//! One participant on the SDK: a loop that passes the server's messages, the SDK's events and the agent's audio to the
+//! same state machines as in the native engine, and plays their echo through the SDK.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -45,29 +45,35 @@ use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::signal::SignalError;
 
-/// Sound that may wait: for us 1 s of it, for the SDK 100 ms.
+/// Maximum number of received frames that wait to be read: 1 s.
 const MAX_QUEUED_FRAMES: usize = 100;
+
+/// Length of the SDK's queue of frames to send, in milliseconds.
 const SDK_QUEUE_MS: u32 = 100;
 
-/// Frames kept of a voice before its agent is known, 5 s of 10 ms: the server's news may come three seconds late.
+/// Maximum number of frames that are buffered before the agent is known, 5 s of 10 ms. The server may report a
+/// participant three seconds after it joined.
 const MAX_EARLY_FRAMES: usize = 500;
 
-/// How often the SDK is asked for what it has no event for: its transports, and the agent's first packet.
+/// How often the SDK's statistics are queried. They alone show that the transports are connected and that the agent's
+/// first packet arrived: the SDK has no events for these.
 const STATS_INTERVAL: Duration = Duration::from_millis(50);
 
-/// In samples: how often the agent's audio is counted once it flows.
+/// Once the agent's audio arrives, its statistics are queried only every this many intervals.
 const FLOWING_STATS_EVERY: u32 = 20;
 
-/// For the last count, before the room is left.
+/// How long the last query of the statistics may take before the participant leaves.
 const LAST_STATS_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Data streams that are read at once, and the most of one; a session's messages and transcripts are short.
+/// Maximum number of data streams that are read at a time.
 const MAX_STREAMS: usize = 8;
+
+/// Maximum size of one data stream; the messages of an agent session and its transcripts are short.
 const MAX_STREAM_BYTES: usize = 64 * 1024;
 
 type SdkEvents = mpsc::UnboundedReceiver<SdkEvent>;
 
-/// Joins, echoes and listens until something ends it. The last event is the caller's to send.
+/// Runs a participant: joins, detects speech and echoes until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
@@ -79,8 +85,8 @@ pub(crate) async fn run(
         Err(why) => return why,
     };
     let hang_up = CancellationToken::new();
-    // Whatever ends this actor closes its socket, and with it what the SDK has running.
-    let _hung_up = hang_up.clone().drop_guard();
+    // However this actor ends, even by a panic, the guard closes the socket, which ends the tasks of the SDK.
+    let _close_socket = hang_up.clone().drop_guard();
     let (connector, wire_events) = SdkConnector::new(
         request.endpoint.clone(),
         token.clone(),
@@ -108,7 +114,7 @@ pub(crate) async fn run(
         .and_then(|why| told.map(|()| why))
         .unwrap_or_else(|why| why);
     session.count_once_more().await;
-    // A connection that is gone or that the server ended takes no farewell.
+    // A connection that failed or that the server closed carries no `Leave`.
     if matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
         hang_up.cancel();
     }
@@ -116,7 +122,7 @@ pub(crate) async fn run(
     why
 }
 
-/// The SDK's defaults, which are those of the callers, but for what would hide a loss.
+/// The SDK's defaults, which real callers use, except those that would hide a failure, such as retries.
 fn options(request: &JoinRequest) -> RoomOptions {
     let mut options = RoomOptions::default();
     options.join_retries = 0;
@@ -126,7 +132,7 @@ fn options(request: &JoinRequest) -> RoomOptions {
     options
 }
 
-/// Our place in a room. The SDK's tasks hold each other: only its own farewell ends them, so one is said in any case.
+/// A joined room that is left on drop. The SDK's tasks keep each other alive, and only `Room::close` ends them.
 struct LeaveOnDrop(Option<Arc<Room>>);
 
 impl LeaveOnDrop {
@@ -136,7 +142,7 @@ impl LeaveOnDrop {
         };
         let mut closing = pin!(room.close());
         if timeout(LEAVE_TIMEOUT, &mut closing).await.is_err() {
-            // What it waits for is the socket.
+            // The SDK waits for the socket, so closing the socket lets it finish.
             hang_up.cancel();
             if timeout(LEAVE_TIMEOUT, closing).await.is_err() {
                 tracing::warn!("the SDK did not leave its room in time");
@@ -153,7 +159,7 @@ impl Drop for LeaveOnDrop {
     }
 }
 
-/// A participant on its way into its room, and in it.
+/// A participant that is joining or has joined its room.
 struct SdkSession<'a> {
     wire_events: mpsc::Receiver<WireEvent>,
     watch: SignalWatch,
@@ -162,13 +168,13 @@ struct SdkSession<'a> {
     echo: EchoPlayer<Arc<[i16]>>,
     source: NativeAudioSource,
     track: LocalAudioTrack,
-    /// The audio tracks that are there, each under a number of its own.
+    /// The subscribed audio tracks: a key that is unique in this session, the track sid and the track.
     tracks: Vec<(u32, String, RemoteAudioTrack)>,
     next_track: u32,
     voice_selector: VoiceSelector<u32, (Instant, Arc<[i16]>)>,
     voice: Option<SdkVoice>,
     clock: FrameClock,
-    /// Data streams that are being read, packet by packet.
+    /// The packets of the data streams that are being read.
     packets: SelectAll<BoxStream<'static, DataPacket>>,
     measuring: Option<BoxFuture<'static, MeasuredStats>>,
     samples: u32,
@@ -176,19 +182,19 @@ struct SdkSession<'a> {
     media_reported: bool,
 }
 
-/// The track that is listened to.
+/// The track that carries the agent's voice.
 struct SdkVoice {
     key: u32,
     track: RemoteAudioTrack,
     stream: NativeAudioStream,
-    /// Packets of it have come.
+    /// The statistics show received packets.
     flows: bool,
 }
 
-/// What the SDK was asked for.
+/// The answer to a query of the SDK's statistics.
 enum MeasuredStats {
     Transports(Vec<RtcStats>),
-    /// Of the track of this number.
+    /// The statistics of the track with this key.
     Voice(u32, Vec<RtcStats>),
 }
 
@@ -244,7 +250,7 @@ impl<'a> SdkSession<'a> {
                 }
             }
         };
-        // What was told while it connected says better why it didn't.
+        // Events that arrived meanwhile give a better reason than the SDK's error.
         while let Ok(event) = self.wire_events.try_recv() {
             self.on_wire_event(event)?;
         }
@@ -264,7 +270,8 @@ impl<'a> SdkSession<'a> {
             self.play(Instant::now()).await?;
             let deadlines = [self.speech.next_deadline(), self.echo.next_deadline()];
             let deadline = deadlines.into_iter().flatten().min();
-            // What the server said goes before what the SDK makes of it, and what has come before the timers.
+            // The server's messages come before the SDK's events that follow from them, and received data before the
+            // timers.
             tokio::select! {
                 biased;
                 () = leave.cancelled() => return Ok(EndReason::Left),
@@ -295,7 +302,7 @@ impl<'a> SdkSession<'a> {
         let participant = room.local_participant();
         let track = LocalTrack::Audio(self.track.clone());
         let options = TrackPublishOptions {
-            // An agent listens to a microphone and to nothing else.
+            // An agent listens only to a track whose source is MICROPHONE.
             source: TrackSource::Microphone,
             red: false,
             ..TrackPublishOptions::default()
@@ -369,7 +376,7 @@ impl<'a> SdkSession<'a> {
         }
     }
 
-    /// Reads a data stream that a participant has begun to send; more at once than any agent sends are left unread.
+    /// Starts to read a data stream. Streams beyond [`MAX_STREAMS`] at a time are not read; no agent sends that many.
     fn read<R>(
         &mut self,
         reader: Option<R>,
@@ -396,7 +403,7 @@ impl<'a> SdkSession<'a> {
         self.packets.push(packets.boxed());
     }
 
-    /// Settles which track carries the agent's voice, and takes in what it had said by the time that is known.
+    /// Selects the track that carries the agent's voice and processes the audio that was buffered until then.
     fn select_voice(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.tracks.iter().map(|(key, sid, _)| (*key, sid.as_str()));
         self.voice_selector
@@ -429,7 +436,7 @@ impl<'a> SdkSession<'a> {
             pcm,
         };
         for heard in self.speech.on_sound(at, sound) {
-            // Speech is audio, though its packets may not have been counted yet.
+            // Speech proves audio before the next query of the statistics does.
             if let SpeechEvent::Started(at) = heard {
                 self.watch.observer.first_audio(at)?;
             }
@@ -445,7 +452,7 @@ impl<'a> SdkSession<'a> {
         }
     }
 
-    /// Hands what the echo has due to the SDK, which fills what is left with silence.
+    /// Passes the echo's due frames to the SDK, which fills gaps with silence.
     async fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         while let Some(out) = self.echo.poll(now, self.speech.speech_pending()) {
             match out {
@@ -465,7 +472,7 @@ impl<'a> SdkSession<'a> {
         Ok(())
     }
 
-    /// Asks the SDK for what is wanted next, if anything.
+    /// Starts the next query of the SDK's statistics, if one is needed and none is running.
     fn measure(&mut self, room: &Arc<Room>) {
         self.samples = self.samples.wrapping_add(1);
         if self.measuring.is_some() {
@@ -515,7 +522,7 @@ impl<'a> SdkSession<'a> {
                     return Ok(());
                 };
                 let mut voice = self.voice.as_mut().filter(|voice| voice.key == key);
-                // Those of a voice whose agent isn't known yet are counted once it is.
+                // Statistics are cumulative, so those of a voice without a known agent count later.
                 if !self.voice_selector.is_announced() {
                     return Ok(());
                 }
@@ -560,7 +567,7 @@ impl SdkVoice {
     }
 }
 
-/// `None` at once where there is no voice, or no more of it.
+/// The next frame of the voice; `None` at once if there is no voice or its stream has ended.
 async fn next_frame(voice: &mut Option<SdkVoice>) -> Option<AudioFrame<'static>> {
     voice.as_mut()?.stream.next().await
 }
@@ -573,7 +580,9 @@ async fn send(source: &NativeAudioSource, pcm: &[i16]) -> Result<(), EndReason> 
         samples_per_channel: u32::try_from(pcm.len()).unwrap_or(u32::MAX),
     };
     let taken = source.capture_frame(&frame).await;
-    taken.map_err(|error| EndReason::Internal(format!("the SDK takes no sound: {error}")))
+    taken.map_err(|error| {
+        EndReason::Internal(format!("the SDK did not accept an audio frame: {error}"))
+    })
 }
 
 fn segment(segment: TranscriptionSegment) -> proto::TranscriptionSegment {
@@ -587,7 +596,7 @@ fn segment(segment: TranscriptionSegment) -> proto::TranscriptionSegment {
     }
 }
 
-/// Whether every transport has its keys.
+/// Whether DTLS is connected on every transport; without any transport, it is not.
 fn are_up(stats: &[RtcStats]) -> bool {
     let mut transports = stats.iter().filter_map(|stats| match stats {
         RtcStats::Transport(it) => Some(it.transport.dtls_state),
@@ -597,7 +606,7 @@ fn are_up(stats: &[RtcStats]) -> bool {
     transports.next() == Some(connected) && transports.all(|state| state == connected)
 }
 
-/// Whether a transport runs over TCP, though UDP was tried.
+/// Whether a transport's selected candidate pair uses TCP. The SDK always tries UDP first.
 fn over_tcp(stats: &[RtcStats]) -> bool {
     let selected = stats.iter().filter_map(|stats| match stats {
         RtcStats::Transport(it) => Some(&it.transport.selected_candidate_pair_id),

@@ -1,28 +1,29 @@
-//! What the SDK's stats say of the agent's audio, added up over its streams. Plain numbers.
+//! Totals of the agent's audio from the SDK's statistics, over all streams of the agent.
 
 use std::time::Duration;
 
 use crate::livekit::event::AudioStats;
 
-/// `inbound-rtp` of one stream, as the WebRTC statistics define it.
+/// The `inbound-rtp` statistics of one stream (W3C WebRTC Statistics, `RTCInboundRtpStreamStats`).
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct InboundStats {
     pub(crate) ssrc: u32,
     pub(crate) packets: u64,
-    /// Negative where duplicates outnumber what was lost.
+    /// Negative if there are more duplicates than losses.
     pub(crate) lost: i64,
     pub(crate) jitter_seconds: f64,
 }
 
-/// The agent's audio so far.
+/// The totals of all streams so far.
 #[derive(Debug, Default)]
 pub(crate) struct InboundTotals {
-    /// Of the streams before the current one.
+    /// The totals of the streams before the current one.
     before: AudioStats,
     current: Option<InboundStats>,
 }
 
 impl InboundTotals {
+    /// Records new statistics. They replace those of the same SSRC and are added to those of others.
     pub(crate) fn on_stats(&mut self, inbound: InboundStats) {
         let replaced = self.current.replace(inbound);
         if let Some(before) = replaced.filter(|it| it.ssrc != inbound.ssrc) {
@@ -36,13 +37,13 @@ impl InboundTotals {
     }
 }
 
-/// The jitter is that of the last stream: it is a running mean.
+/// Adds the counts. The jitter is that of the last stream that has one, because it is a running mean.
 fn sum(before: AudioStats, inbound: InboundStats) -> AudioStats {
     let jitter = Duration::try_from_secs_f64(inbound.jitter_seconds).ok();
     AudioStats {
         packets: before.packets + inbound.packets,
         lost: before.lost + u64::try_from(inbound.lost).unwrap_or(0),
-        // Between two packets, where there were two.
+        // Jitter needs two packets. Before that, the SDK reports 0.
         jitter: jitter.filter(|_| inbound.packets > 1).or(before.jitter),
     }
 }
@@ -61,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_measured_is_nothing() {
+    fn totals_are_empty_before_the_first_packet() {
         let mut totals = InboundTotals::default();
         assert_eq!(totals.stats(), AudioStats::default());
         totals.on_stats(inbound(1, 0, 0, 0.0));
@@ -69,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn newer_figures_of_a_stream_replace_the_older_and_another_stream_adds_up() {
+    fn newer_statistics_replace_those_of_their_stream_and_add_to_other_streams() {
         let mut totals = InboundTotals::default();
         for figures in [
             inbound(1, 50, 1, 0.004),
@@ -87,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_that_make_no_sense_harm_nothing() {
+    fn negative_loss_counts_as_zero_and_invalid_jitter_as_missing() {
         let mut totals = InboundTotals::default();
         totals.on_stats(inbound(1, 10, -3, f64::NAN));
         let expected = AudioStats {

@@ -1,5 +1,5 @@
-//! Data streams that the SDK has put together, as the packets that they came in: what reads them is the same for both
-//! engines. The SDK alone can read compressed ones.
+//! Converts data streams, which the SDK has assembled, back to packets, so that both engines use the same reader. Only
+//! the SDK can read compressed streams.
 
 use std::collections::HashMap;
 
@@ -9,16 +9,16 @@ use proto::DataPacket;
 use proto::data_packet::Value;
 use proto::data_stream::{Chunk, Header, Trailer};
 
-/// A stream that a participant has begun to send.
+/// A data stream that a participant has started to send.
 pub(crate) struct OpenedStream {
     pub(crate) identity: String,
     pub(crate) id: String,
     pub(crate) topic: String,
 }
 
-/// The packets of one stream. Where its content ends in an error, the trailer is missing: it was cut off.
+/// Returns the packets of one stream. If its content ends in an error, the stream was cut off and has no trailer.
 ///
-/// `attributes`: as they are known when they are asked for; the sender may add to them at the end.
+/// `attributes` is called for the header and again for the trailer, because the sender may add attributes at the end.
 pub(crate) fn packets<E>(
     opened: OpenedStream,
     attributes: impl Fn() -> HashMap<String, String>,
@@ -37,6 +37,7 @@ pub(crate) fn packets<E>(
     };
     let ended = stream::once(std::future::ready(None));
     let pieces = content.map(Some).chain(ended);
+    // An error ends the whole stream, so that no trailer follows.
     let pieces = pieces.scan(false, |cut, piece| {
         *cut |= matches!(piece, Some(Err(_)));
         std::future::ready((!*cut).then_some(piece))
@@ -57,6 +58,7 @@ pub(crate) fn packets<E>(
     values.map(move |value| packet(identity.clone(), value))
 }
 
+/// Wraps `value` in a packet of the participant `identity`.
 pub(crate) fn packet(identity: String, value: Value) -> DataPacket {
     DataPacket {
         participant_identity: identity,
@@ -75,14 +77,14 @@ mod tests {
     use crate::livekit::room::agent_session::{AgentMessage, StreamReader};
     use crate::livekit::room::transcript;
 
-    /// What the reader makes of a transcript with this content.
-    async fn told(content: Vec<Result<Vec<u8>, ()>>) -> (Vec<AgentMessage>, usize) {
+    /// The messages that the reader returns for a transcript with this content, and its number of unfinished streams.
+    async fn read(content: Vec<Result<Vec<u8>, ()>>) -> (Vec<AgentMessage>, usize) {
         let opened = OpenedStream {
             identity: "agent-x".to_owned(),
             id: "a".to_owned(),
             topic: transcript::TOPIC.to_owned(),
         };
-        // What makes a transcript final comes with the trailer.
+        // The attribute that makes a transcript final arrives with the trailer.
         let asked = Cell::new(0);
         let attributes = || {
             asked.set(asked.get() + 1);
@@ -95,20 +97,20 @@ mod tests {
         };
         let packets = packets(opened, attributes, stream::iter(content));
         let mut reader = StreamReader::new(true);
-        let told = packets.map(|packet| reader.on_packet(Instant::now(), packet));
-        let told = told.collect::<Vec<_>>().await;
+        let messages = packets.map(|packet| reader.on_packet(Instant::now(), packet));
+        let messages = messages.collect::<Vec<_>>().await;
         (
-            told.into_iter().flatten().collect(),
+            messages.into_iter().flatten().collect(),
             reader.unfinished().len(),
         )
     }
 
     #[tokio::test]
-    async fn stream_is_read_as_the_packets_that_it_came_in() {
+    async fn stream_is_read_like_packets_from_the_wire() {
         let content = [&b"Good "[..], b"day"].map(|it| Ok(it.to_vec()));
-        let (told, unfinished) = told(content.to_vec()).await;
-        let [AgentMessage::Transcript(words)] = &told[..] else {
-            panic!("{told:?}");
+        let (messages, unfinished) = read(content.to_vec()).await;
+        let [AgentMessage::Transcript(words)] = &messages[..] else {
+            panic!("{messages:?}");
         };
         assert_eq!((words.text.as_str(), words.is_final), ("Good day", true));
         assert_eq!(words.identity, "agent-x");
@@ -116,10 +118,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn stream_that_breaks_off_has_no_end() {
+    async fn stream_that_is_cut_off_stays_unfinished() {
         let content = vec![Ok(b"Good ".to_vec()), Err(()), Ok(b"day".to_vec())];
-        let (told, unfinished) = told(content).await;
-        assert_eq!(told, []);
+        let (messages, unfinished) = read(content).await;
+        assert_eq!(messages, []);
         assert_eq!(unfinished, 1);
     }
 }

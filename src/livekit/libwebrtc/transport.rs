@@ -1,10 +1,13 @@
-//! The network under the SDK's signal client: the canary's own connections. So a private CA, a refusal's status and
-//! `Retry-After`, and the limits on what a server may send are the same for both engines, and the token stays in a header.
+//! The network of the SDK's signal client: it uses the canary's own connections. Private CAs, the status and
+//! `Retry-After` of a refusal, and the limits on received data therefore work as in the native engine, and the token
+//! stays in a header.
 //!
-//! All that the server says is told to the participant, stamped as it is read, before the SDK gets it.
+//! Each message of the server is reported to the participant, with the time at which it was read, before the SDK gets
+//! it.
 //!
-//! The SDK knows one transport a process. Which participant connects is known from its task; whoever else asks is one of the
-//! SDK's own attempts to reconnect, to find out more or to fail over, and is refused: a canary must see what they would hide.
+//! The SDK has one transport per process (`livekit_net::set_ws_client`, the first call wins), so a task-local value
+//! holds the connector of the participant. A request from any other task is an attempt of the SDK to reconnect, to
+//! query the reason of a failure or to fail over. It is refused, because each would hide a failure from the canary.
 
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -31,14 +34,14 @@ use url::{Position, Url};
 use crate::livekit::wire::connect::{Endpoint, Stream};
 use crate::livekit::wire::signal::{self, MessageRate, SignalError};
 
-/// Messages that may wait for the participant to read them; the socket waits with them.
+/// Maximum number of events that wait for the participant. When it is reached, the socket is not read either.
 const MAX_PENDING_EVENTS: usize = 64;
 
 tokio::task_local! {
     static CONNECTOR: SdkConnector;
 }
 
-/// One participant's way to the server.
+/// Connects the SDK to the server for one participant.
 #[derive(Clone)]
 pub(crate) struct SdkConnector {
     endpoint: Endpoint,
@@ -48,20 +51,22 @@ pub(crate) struct SdkConnector {
     hang_up: CancellationToken,
 }
 
-/// What passes on a connector.
+/// What happened on the connections of a connector.
 #[derive(Debug)]
 pub(crate) enum WireEvent {
-    /// The upgrade request is about to be written, after TLS.
+    /// TLS is established and the upgrade request is about to be written.
     Requested(Instant),
     /// The SDK sent a ping with this timestamp.
     Pinged(Instant, i64),
+    /// The server sent a message.
     Message(Instant, Box<Response>),
-    /// A connection was not made, or is gone.
+    /// A connection could not be opened or has ended.
     Lost(SignalError),
 }
 
 impl SdkConnector {
-    /// `timeout`: of one connection, from DNS to the answer to the upgrade. Cancelling `hang_up` closes whatever is open.
+    /// `timeout`: the time for one connection, from DNS to the answer to the upgrade request. Cancelling `hang_up`
+    /// closes all connections.
     pub(crate) fn new(
         endpoint: Endpoint,
         token: SecretString,
@@ -84,7 +89,7 @@ impl SdkConnector {
         (connector, receiver)
     }
 
-    /// Does `work`, whose connections go over this connector.
+    /// Runs `work` with this connector as the network of the SDK. A task that `work` spawns does not inherit it.
     pub(crate) fn carry<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
         CONNECTOR.scope(self, work)
     }
@@ -92,9 +97,14 @@ impl SdkConnector {
     async fn connect(self, url: &str) -> Result<SdkConnection, TransportError> {
         let url = Url::parse(url).map_err(|error| TransportError::Other(error.to_string()))?;
         let target = &url[Position::BeforePath..];
-        let asked = |at| self.try_emit(WireEvent::Requested(at));
-        let opened =
-            signal::open_websocket(&self.endpoint, target, &self.token, self.timeout, asked);
+        let on_request = |at| self.try_emit(WireEvent::Requested(at));
+        let opened = signal::open_websocket(
+            &self.endpoint,
+            target,
+            &self.token,
+            self.timeout,
+            on_request,
+        );
         match opened.await {
             Ok(opened) => {
                 let (sink, source) = opened.socket.split();
@@ -106,25 +116,25 @@ impl SdkConnector {
                 })
             }
             Err(error) => {
-                let told = transport_error(&error);
+                let for_sdk = transport_error(&error);
                 self.emit(WireEvent::Lost(error)).await;
-                Err(told)
+                Err(for_sdk)
             }
         }
     }
 
-    /// A participant that is gone doesn't want to know.
-    async fn emit(&self, told: WireEvent) {
-        self.events.send(told).await.ok();
+    /// Sends an event. It is dropped if the participant has ended.
+    async fn emit(&self, event: WireEvent) {
+        self.events.send(event).await.ok();
     }
 
-    /// What isn't worth waiting for.
-    fn try_emit(&self, told: WireEvent) {
-        self.events.try_send(told).ok();
+    /// Sends an event without waiting; drops it if the channel is full.
+    fn try_emit(&self, event: WireEvent) {
+        self.events.try_send(event).ok();
     }
 }
 
-/// Neither text holds the token: [`signal`] sees to that.
+/// Converts an error for the SDK. No text contains the token: [`signal`] ensures that.
 fn transport_error(error: &SignalError) -> TransportError {
     match error {
         SignalError::Refused(refusal) => TransportError::Http {
@@ -135,7 +145,7 @@ fn transport_error(error: &SignalError) -> TransportError {
     }
 }
 
-/// What the SDK is given as its network.
+/// The network implementation that is registered with the SDK.
 struct SdkTransport;
 
 #[async_trait]
@@ -156,7 +166,8 @@ impl WsClient for SdkTransport {
 
 #[async_trait]
 impl HttpClient for SdkTransport {
-    /// Asked for other regions, and for the reason of a refusal, which the upgrade's answer has told.
+    /// Always refused. The SDK would query other regions, and the reason of a refusal, which the answer to the upgrade
+    /// request has already given.
     async fn request(
         &self,
         _method: HttpMethod,
@@ -169,9 +180,10 @@ impl HttpClient for SdkTransport {
 }
 
 fn refused() -> TransportError {
-    TransportError::Connection("a canary connects once".to_owned())
+    TransportError::Connection("the canary connects only once".to_owned())
 }
 
+/// One WebSocket in the interface that the SDK expects.
 struct SdkConnection {
     sink: Mutex<SplitSink<WebSocketStream<Stream>, Message>>,
     source: Mutex<ReceiveHalf>,
@@ -217,7 +229,7 @@ impl WsConnection for SdkConnection {
             match read {
                 Ok((_, None, _)) => {}
                 Ok((at, Some(content), message)) => {
-                    // The new token is for reconnecting, which a canary doesn't do.
+                    // A refreshed token is a secret and serves only to reconnect, which the canary does not do.
                     let message = message.filter(|it| !matches!(it, Response::RefreshToken(_)));
                     if let Some(message) = message {
                         self.connector
@@ -239,13 +251,13 @@ impl WsConnection for SdkConnection {
         tokio::select! {
             biased;
             () = self.connector.hang_up.cancelled() => {}
-            // A connection that is gone is closed.
+            // An error means that the connection is already closed.
             _ = closing => {}
         }
     }
 }
 
-/// The timestamp of a ping.
+/// Returns the timestamp if the frame is a ping.
 fn ping(frame: &[u8]) -> Option<i64> {
     match proto::SignalRequest::decode(frame).ok()?.message? {
         Request::PingReq(ping) => Some(ping.timestamp),
@@ -269,13 +281,13 @@ mod tests {
         let room = RoomName("canary-1".to_owned());
         let token = keys().participant(&room, "echo", &BTreeMap::new(), None);
         let hang_up = CancellationToken::new();
-        let (connector, told) = SdkConnector::new(
+        let (connector, events) = SdkConnector::new(
             server.endpoint(),
             token.unwrap(),
             Duration::from_secs(20),
             hang_up.clone(),
         );
-        (connector, told, hang_up)
+        (connector, events, hang_up)
     }
 
     /// Connects as the SDK's signal client does.
@@ -295,17 +307,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn refused_upgrade_is_told_with_its_text_and_retry_after() {
+    async fn refused_upgrade_is_reported_with_its_text_and_retry_after() {
         for case in REJECTIONS {
             let server = TestServer::answering(case.answer).await;
-            let (connector, mut told, _) = connector(&server);
+            let (connector, mut events, _) = connector(&server);
             let error = connector.carry(connect(&server)).await.err();
             assert!(
                 matches!(error, Some(TransportError::Http { status }) if status == case.status),
                 "{error:?}"
             );
-            assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
-            match told.recv().await {
+            assert!(matches!(events.recv().await, Some(WireEvent::Requested(_))));
+            match events.recv().await {
                 Some(WireEvent::Lost(SignalError::Refused(refusal))) => {
                     assert_eq!(refusal, case.rejection());
                 }
@@ -315,10 +327,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connection_that_no_participant_asks_for_is_refused_unmade() {
-        let server = TestServer::start(|_| async { panic!("it was made") }).await;
-        let (connector, mut told, _) = connector(&server);
-        // A task that the SDK has spawned is not the participant's own.
+    async fn request_from_another_task_is_refused_without_a_connection() {
+        let server = TestServer::start(|_| async { panic!("the SDK connected") }).await;
+        let (connector, mut events, _) = connector(&server);
+        // A task that the SDK spawns does not belong to the participant.
         let address = server.address;
         let reconnect = tokio::spawn(async move {
             let client = livekit_net::ws_client().unwrap();
@@ -330,7 +342,7 @@ mod tests {
             matches!(error, Some(TransportError::Connection(_))),
             "{error:?}"
         );
-        assert!(told.recv().await.is_none());
+        assert!(events.recv().await.is_none());
         let http = livekit_net::http_client().unwrap();
         let url = format!("http://{address}/rtc/validate");
         let answer = http.request(HttpMethod::Get, url, Vec::new(), None).await;
@@ -338,11 +350,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_passes_is_told_and_reaches_both_ends_as_it_is() {
+    async fn messages_are_reported_and_reach_both_ends_unchanged() {
         let server = TestServer::start(|stream| async move {
             let mut socket = accept_async(stream).await.unwrap();
             socket.send(Message::binary(update("TR_1"))).await.unwrap();
-            // Back comes what the client says.
+            // Answer each binary message with another one.
             while let Some(Ok(message)) = socket.next().await {
                 if message.is_binary() {
                     socket.send(Message::binary(update("TR_2"))).await.unwrap();
@@ -350,18 +362,18 @@ mod tests {
             }
         })
         .await;
-        let (connector, mut told, hang_up) = connector(&server);
+        let (connector, mut events, hang_up) = connector(&server);
         let connection = connector.carry(connect(&server)).await.unwrap();
-        assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
+        assert!(matches!(events.recv().await, Some(WireEvent::Requested(_))));
         assert_eq!(connection.recv().await.unwrap(), Some(update("TR_1")));
-        let sid = |told: Option<WireEvent>| match told {
+        let sid = |event: Option<WireEvent>| match event {
             Some(WireEvent::Message(_, message)) => match *message {
                 Response::TrackUnpublished(gone) => gone.track_sid,
                 other => panic!("{other:?}"),
             },
             other => panic!("{other:?}"),
         };
-        assert_eq!(sid(told.recv().await), "TR_1");
+        assert_eq!(sid(events.recv().await), "TR_1");
         let ping = Request::PingReq(proto::Ping {
             timestamp: 7,
             rtt: 0,
@@ -370,25 +382,25 @@ mod tests {
         let ping = proto::SignalRequest { message }.encode_to_vec();
         connection.send(ping).await.unwrap();
         assert_eq!(connection.recv().await.unwrap(), Some(update("TR_2")));
-        assert!(matches!(told.recv().await, Some(WireEvent::Pinged(_, 7))));
-        assert_eq!(sid(told.recv().await), "TR_2");
+        assert!(matches!(events.recv().await, Some(WireEvent::Pinged(_, 7))));
+        assert_eq!(sid(events.recv().await), "TR_2");
         hang_up.cancel();
         assert_eq!(connection.recv().await.unwrap(), None);
         assert!(connection.send(Vec::new()).await.is_err());
     }
 
     #[tokio::test]
-    async fn close_of_the_servers_is_told_with_its_reason() {
+    async fn close_by_the_server_is_reported_with_its_reason() {
         let server = TestServer::start(|stream| async move {
             let mut socket = accept_async(stream).await.unwrap();
             socket.close(None).await.unwrap();
         })
         .await;
-        let (connector, mut told, _) = connector(&server);
+        let (connector, mut events, _) = connector(&server);
         let connection = connector.carry(connect(&server)).await.unwrap();
         assert_eq!(connection.recv().await.unwrap(), None);
-        assert!(matches!(told.recv().await, Some(WireEvent::Requested(_))));
-        let lost = told.recv().await;
+        assert!(matches!(events.recv().await, Some(WireEvent::Requested(_))));
+        let lost = events.recv().await;
         assert!(
             matches!(lost, Some(WireEvent::Lost(SignalError::Closed(_)))),
             "{lost:?}"

@@ -1,6 +1,8 @@
-//! What passes between the server and the SDK, as events and as the end of a participant. A plain state machine.
+//! Turns the messages between the server and the SDK into room events and into the end of the participant. A state
+//! machine without I/O.
 //!
-//! The SDK reconnects and resumes by itself. A canary must see what that would hide: the first attempt is the end.
+//! The SDK reconnects and resumes by itself, which would hide failures. For a canary, the first lost connection is the
+//! end.
 
 use std::time::Duration;
 
@@ -15,9 +17,10 @@ use crate::livekit::room::observer::Observer;
 use crate::livekit::wire::candidate::{candidate_line, media_address};
 use crate::livekit::wire::signal::{self, Pings, SignalError, leave_reason};
 
-/// How long the SDK waits for a join response once its socket is open.
+/// How long the SDK waits for a join response once its socket is open (a constant in `livekit-signaling`).
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The state of one participant's signal connection.
 pub(crate) struct SignalWatch {
     pub(crate) observer: Observer,
     pings: Pings,
@@ -46,10 +49,13 @@ impl SignalWatch {
         self.joined
     }
 
-    /// The time at which who is in the room may have changed, where it may.
-    pub(crate) fn on_wire_event(&mut self, told: WireEvent) -> Result<Option<Instant>, EndReason> {
-        match told {
-            // The SDK asks once more where the server doesn't know its first path.
+    /// Handles one event; returns its time if participants or tracks of the room may have changed.
+    ///
+    /// # Errors
+    /// The participant has ended.
+    pub(crate) fn on_wire_event(&mut self, event: WireEvent) -> Result<Option<Instant>, EndReason> {
+        match event {
+            // The SDK requests a second path if the server does not know the first one.
             WireEvent::Requested(at) => {
                 if !std::mem::replace(&mut self.requested, true) {
                     self.observer
@@ -91,8 +97,8 @@ impl SignalWatch {
         Ok(Some(at))
     }
 
-    /// A connection failed or closed. Before the join the SDK may go on to try another path of the server's; after it that
-    /// is the end.
+    /// A connection failed or closed. Before the join, the SDK may try another path of the server. After the join, the
+    /// participant has ended.
     fn on_lost(&mut self, error: SignalError) -> Result<(), EndReason> {
         if self.joined {
             return Err(EndReason::Signal(error));
@@ -101,7 +107,7 @@ impl SignalWatch {
         Ok(())
     }
 
-    /// The SDK has given up to connect, with this text.
+    /// The reason why the SDK did not connect. `detail`: the SDK's own text.
     pub(crate) fn not_connected(&mut self, detail: String) -> EndReason {
         match self.failed.take() {
             _ if self.joined => media_failed(detail),
@@ -110,16 +116,16 @@ impl SignalWatch {
         }
     }
 
-    /// The SDK has begun to reconnect, or says that it is disconnected, while the socket seemed to live.
+    /// The reason why the SDK reconnects or reports a disconnect while the socket seemed to be alive.
     pub(crate) fn reconnecting(&self, now: Instant) -> EndReason {
         if now.saturating_duration_since(self.last_received_at) >= self.ping_timeout {
             return EndReason::Signal(SignalError::PingTimeout(self.ping_timeout));
         }
-        media_failed("the SDK began to reconnect".to_owned())
+        media_failed("the SDK started to reconnect".to_owned())
     }
 }
 
-/// Where the server wants media, by the candidates of a message.
+/// Returns the server's media addresses from the candidates of a message.
 fn addresses(message: &Response) -> Vec<String> {
     let read = |line: &str| {
         let candidate = Candidate::from_sdp_string(line.trim()).ok()?;

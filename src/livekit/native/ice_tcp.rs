@@ -1,5 +1,7 @@
-//! One connection of ICE over TCP, the side that connects (RFC 6544): datagrams to and from one address, each behind its
-//! length (RFC 4571). It knows no ICE.
+//! One active connection of ICE over TCP (RFC 6544): datagrams to and from one address, each after its length (RFC
+//! 4571).
+//!
+//! It frames bytes and knows no ICE.
 
 use std::future::Future;
 use std::io;
@@ -14,12 +16,13 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-/// A server that takes longer to accept is no way round blocked UDP within any sensible media deadline.
+/// A server that accepts later than this cannot replace blocked UDP within a sensible media deadline.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes that may wait for the kernel to take them, above its own buffer: some two seconds of a voice.
+/// Maximum number of bytes that wait for space in the kernel's buffer: about two seconds of one voice.
 const MAX_UNSENT: usize = 16 * 1024;
 
+/// A TCP connection that carries one remote candidate's media.
 pub(crate) struct IceTcpConnection {
     remote: SocketAddr,
     state: TcpState,
@@ -27,29 +30,30 @@ pub(crate) struct IceTcpConnection {
 
 enum TcpState {
     Connecting(Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>),
+    /// With the local address.
     Open(TcpFrames, IpAddr),
     Closed,
 }
 
 type TcpFrames = Framed<TcpStream, LengthDelimitedCodec>;
 
-/// What a connection has to say.
+/// What happened on a connection.
 #[derive(Debug)]
 pub(crate) enum TcpEvent {
-    /// It is up, from this address of ours.
+    /// The connection is open, from this local address.
     Opened(IpAddr),
-    /// A datagram to that address is in the buffer.
+    /// A datagram to this local address is in the buffer.
     Datagram { to: IpAddr, length: usize },
-    /// It never came up, or ended. It says nothing any more.
+    /// The connection failed or ended. No event follows.
     Closed,
 }
 
 impl IceTcpConnection {
-    /// Begins to connect; [`poll`](Self::poll) carries it on.
+    /// Starts to connect; [`poll`](Self::poll) continues.
     pub(crate) fn to(remote: SocketAddr) -> Self {
         let connecting = async move {
             let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(remote)).await??;
-            // Each datagram is due now.
+            // Nagle's algorithm would hold small packets back, and media is due at once.
             stream.set_nodelay(true)?;
             Ok(stream)
         };
@@ -59,7 +63,7 @@ impl IceTcpConnection {
         }
     }
 
-    /// Sends a datagram, or drops it where the connection isn't up or what waits to be sent is too much already.
+    /// Sends a datagram. Drops it if the connection is not open or if too many bytes are waiting, as UDP would.
     pub(crate) fn send(&mut self, datagram: &[u8]) {
         let TcpState::Open(frames, _) = &mut self.state else {
             return;
@@ -69,18 +73,19 @@ impl IceTcpConnection {
             return;
         };
         if unsent.len() + datagram.len() > MAX_UNSENT {
-            tracing::trace!("a datagram was not sent: the connection takes no more");
+            tracing::trace!("dropped a datagram: the TCP connection is congested");
             return;
         }
         unsent.put_u16(length);
         unsent.extend_from_slice(datagram);
-        // At once, as a UDP socket would; what the kernel doesn't take now, or an error, is the next poll's.
+        // Write at once, as a UDP socket does. The next poll handles an error and the bytes that the kernel did not
+        // take.
         if let Ok(sent) = frames.get_ref().try_write(frames.write_buffer()) {
             frames.write_buffer_mut().advance(sent);
         }
     }
 
-    /// Goes on connecting, sending and receiving. A datagram that is empty or larger than `buffer` is dropped.
+    /// Continues to connect, send and receive. Drops a datagram that is empty or larger than `buffer`.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<TcpEvent> {
         let event = match &mut self.state {
             TcpState::Connecting(connecting) => {
@@ -95,7 +100,7 @@ impl IceTcpConnection {
             TcpState::Closed => return Poll::Pending,
         };
         Poll::Ready(event.unwrap_or_else(|error| {
-            tracing::debug!(remote = %self.remote, %error, "no connection for media over TCP");
+            tracing::debug!(remote = %self.remote, %error, "the TCP connection for media failed or ended");
             self.state = TcpState::Closed;
             TcpEvent::Closed
         }))
@@ -139,7 +144,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection that is up, and the server's end of it.
+    /// An open connection and the server's end of it.
     async fn connected() -> (IceTcpConnection, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut connection = IceTcpConnection::to(listener.local_addr().unwrap());
@@ -175,7 +180,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn datagrams_keep_their_bounds_however_the_bytes_are_cut() {
+    async fn datagrams_keep_their_bounds_in_any_segmentation_of_the_stream() {
         let (mut connection, mut server) = connected().await;
         let sending = async {
             for byte in b"\x00\x03one\x00\x01x" {
@@ -196,7 +201,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn empty_and_oversize_datagrams_are_dropped_and_the_next_is_not() {
+    async fn datagram_after_an_empty_and_an_oversize_one_is_received() {
         let (mut connection, mut server) = connected().await;
         let sending = async {
             server.write_all(b"\x00\x00\xff\xff").await.unwrap();
@@ -208,7 +213,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sent_datagram_goes_out_behind_its_length() {
+    async fn sent_datagram_follows_its_length() {
         let (mut connection, mut server) = connected().await;
         connection.send(b"hello");
         let mut bytes = [0; 7];
@@ -217,7 +222,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn peer_that_reads_nothing_costs_datagrams_and_no_memory() {
+    async fn peer_that_reads_nothing_loses_datagrams_and_costs_no_memory() {
         let (mut connection, mut server) = connected().await;
         let sent = [9; 1000];
         let unsent = |connection: &mut IceTcpConnection| match &mut connection.state {
@@ -229,7 +234,7 @@ mod tests {
         }
         connection.send(&sent);
         assert!(unsent(&mut connection) <= MAX_UNSENT);
-        // What was accepted arrives whole: the stream is still in step.
+        // Accepted datagrams arrive complete, so the framing of the stream is intact.
         let reading = async {
             let mut frame = [0; 1002];
             for _ in 0..100 {
@@ -244,20 +249,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn end_of_the_stream_is_told_once() {
+    async fn end_of_the_stream_is_reported_once() {
         let (mut connection, mut server) = connected().await;
         server.write_all(b"\x00\x03one\x00\x03t").await.unwrap();
         drop(server);
         assert_eq!(next(&mut connection).await, datagram(b"one"));
         assert_eq!(next(&mut connection).await, OwnedTcpEvent::Closed);
-        connection.send(b"nobody hears this");
+        connection.send(b"into a closed connection");
         let mut buffer = [0; 16];
         let after = poll_fn(|cx| Poll::Ready(connection.poll(cx, &mut buffer))).await;
         assert!(after.is_pending());
     }
 
     #[tokio::test]
-    async fn closed_port_is_a_closed_connection() {
+    async fn refused_connection_is_reported_as_closed() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);

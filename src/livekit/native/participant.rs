@@ -1,5 +1,8 @@
-//! The native participant: one task that owns a signal connection, two peer connections, and the state machines that
-//! hear and echo. Everything it sees goes out as an event, stamped with when it came.
+//! The native participant: one task that owns the signal connection, two peer connections, the speech detector and the
+//! echo. It reports everything as a room event with the time at which it was received.
+//!
+//! It uses two peer connections (`/rtc`), one per direction. In a trial with a single one, up to 15 of 50 rooms lost
+//! their audio, because that path needs a queue of negotiations.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -31,37 +34,40 @@ use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::candidate::candidate_line;
 use crate::livekit::wire::signal::{Joined, Signal, SignalError};
 
-/// How long a transport may be down while the signal connection lives, which a ping every five seconds shows.
+/// How long a transport may be down while the signal connection is alive. A ping every five seconds shows whether it
+/// is.
 const MEDIA_DOWN_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// The same while the signal connection is quiet too: then the server or the whole network is gone, and the ping
-/// deadline (15 s) gives the better verdict.
+/// How long a transport may be down while the signal connection is silent, too. Then the server or the network is down,
+/// and the ping timeout (15 s), which comes first, gives the better verdict.
 const SERVER_SILENT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Largest datagram taken; the path's MTU is below it.
+/// Size of the receive buffer in bytes; the MTU of the path is smaller.
 const MAX_DATAGRAM: usize = 2_048;
 
-/// Streams whose m-line is remembered; a probe's room has one or two.
+/// Maximum number of SSRCs whose m-line is cached; a probe's room has one or two.
 const MAX_STREAMS: usize = 16;
 
-/// Packets kept of a voice before its agent is known, 5 s of 20 ms: the server's news may come three seconds late.
+/// Maximum number of packets that are buffered before the agent is known, 5 s of 20 ms. The server may report a
+/// participant three seconds after it joined.
 const MAX_EARLY_PACKETS: usize = 250;
 
-/// How often a participant whose media flows sends what is due: as often as its agent does, once a packet of 20 ms. All
-/// participants do so at the same moments, for a wake-up costs more than a packet.
+/// How often a connected participant sends the packets that are due: at the pace of an agent, which sends one every 20
+/// ms. All participants do so at the same times, because a wake-up costs more than a packet.
 const ROUND_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often it looks what has come, where no packet must go back sooner: every second round, for the second of two packets
-/// costs far less than the first.
+/// How often the sockets are read if no packet has to be sent earlier: every second round, because the second of two
+/// packets costs far less than the first.
 const READ_INTERVAL: Duration = Duration::from_millis(40);
 
-/// Datagrams taken in a row before anything else is done; a flood must not hold up the rest.
+/// Maximum number of datagrams that are read in a row, so that a flood does not hold up the signal connection and
+/// timers.
 const MAX_DATAGRAMS_IN_A_ROW: usize = 64;
 
-/// The number of our one offer.
+/// The id of the canary's only offer; the server's answer repeats it.
 const OFFER_ID: u32 = 1;
 
-/// Joins, echoes and listens until something ends it. The last event is the caller's to send.
+/// Runs a participant: joins, detects speech and echoes until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
@@ -86,14 +92,14 @@ pub(crate) async fn run(
     let why = served
         .and_then(|why| reported.map(|()| why))
         .unwrap_or_else(|why| why);
-    // A connection that is gone or that the server ended takes no farewell.
+    // A connection that failed or that the server closed carries no `Leave`.
     if !matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
         session.signal.leave(LEAVE_TIMEOUT).await;
     }
     why
 }
 
-/// Connects; when the upgrade was requested is told at once.
+/// Connects the signal connection and reports the time of the upgrade request before the server answers it.
 async fn connect(request: &JoinRequest, events: &EventSender) -> Result<Joined, EndReason> {
     let token = request.token()?;
     let (requested, request_sent) = oneshot::channel();
@@ -101,7 +107,7 @@ async fn connect(request: &JoinRequest, events: &EventSender) -> Result<Joined, 
     let reporting = async {
         match request_sent.await {
             Ok(at) => events.send(at, RoomEventKind::SignalRequested),
-            // No connection came up: the other half says why.
+            // There was no connection to send the request on. `connecting` returns the reason.
             Err(_) => Ok(()),
         }
     };
@@ -110,7 +116,7 @@ async fn connect(request: &JoinRequest, events: &EventSender) -> Result<Joined, 
     joined.map_err(EndReason::Signal)
 }
 
-/// A participant in its room.
+/// A participant that has joined its room.
 struct NativeSession<'a> {
     observer: Observer,
     signal: Signal,
@@ -122,25 +128,27 @@ struct NativeSession<'a> {
     echo: EchoPlayer<Arc<[u8]>>,
     track: EchoTrack,
     voice_selector: VoiceSelector<Mid, ReceivedPacket>,
-    /// M-lines of the streams seen; learnt anew after each negotiation.
+    /// The m-line of each received SSRC; cleared by each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
     media_reported: bool,
-    /// The round in which it next looks what has come.
+    /// The round in which the sockets are read next.
     read_at: Instant,
     read_interval: Duration,
-    /// Media over TCP is a fallback, not what was asked for.
+    /// The settings allow UDP, so media over TCP means that UDP failed.
     udp_tried: bool,
 }
 
-/// Our echo track.
+/// The state of the echo track.
 struct EchoTrack {
     mid: Mid,
     sequence: u64,
-    /// A moment and the RTP timestamp that belongs to it.
+    /// A time and the matching RTP timestamp.
     origin: (Instant, u32),
+    /// Ticks since the origin, of the last packet.
     last: Option<u64>,
 }
 
+/// What the session handles next.
 enum SessionStep {
     Left,
     Message(Result<(Instant, Box<Response>), SignalError>),
@@ -149,7 +157,8 @@ enum SessionStep {
 }
 
 impl<'a> NativeSession<'a> {
-    /// Starts publishing at once, without waiting for the acknowledgement: the server takes the requests in order.
+    /// Sends `AddTrack` and the offer at once, without waiting for the acknowledgement: the server handles the requests
+    /// in order.
     fn start(
         request: &JoinRequest,
         events: EventSender,
@@ -163,7 +172,7 @@ impl<'a> NativeSession<'a> {
             local,
             ..
         } = joined;
-        // The same in `AddTrack` and in the offer's msid.
+        // LiveKit matches `AddTrack.cid` with the track id of the offer's msid, so both must be equal.
         let cid = format!("echo-{:016x}", fastrand::u64(..));
         let mut observer = Observer::new(request, events, cid.clone());
         observer.on_join(at, &response)?;
@@ -185,7 +194,8 @@ impl<'a> NativeSession<'a> {
             echo: EchoPlayer::new(request.echo.clone()),
             track: EchoTrack {
                 mid,
-                // Below 2^16, or the stack would need its rollover counter told to the server.
+                // Below 2^16: the stack derives the rollover counter of SRTP from the higher bits, and the server
+                // assumes 0 (RFC 3711, section 3.3.1).
                 sequence: fastrand::u64(1..1 << 15),
                 origin: (Instant::now(), fastrand::u32(..)),
                 last: None,
@@ -211,8 +221,9 @@ impl<'a> NativeSession<'a> {
             cid,
             name: "echo".to_owned(),
             r#type: proto::TrackType::Audio.into(),
-            // An agent listens to a microphone and to nothing else.
+            // An agent listens only to a track whose source is MICROPHONE.
             source: proto::TrackSource::Microphone.into(),
+            // The track is plain Opus: see `PeerConnection::new`.
             disable_red: true,
             ..proto::AddTrackRequest::default()
         }))?;
@@ -237,7 +248,7 @@ impl<'a> NativeSession<'a> {
             match step {
                 SessionStep::Left => return Ok(EndReason::Left),
                 SessionStep::Message(message) => {
-                    // What was said came before it, even where it is the end.
+                    // Media that arrived before the message comes first, even if the message ends the session.
                     self.drain(&mut buffer)?;
                     let (at, message) = message.map_err(EndReason::Signal)?;
                     self.on_message(at, *message).await?;
@@ -250,20 +261,20 @@ impl<'a> NativeSession<'a> {
         }
     }
 
-    /// Looks what has come, in a round for that: what is to be sent is sent in any case.
+    /// Reads the sockets if this round is one for reading. The next [`settle`](Self::settle) sends in any round.
     fn on_timer(&mut self, buffer: &mut [u8]) -> Result<(), EndReason> {
         if Instant::now() < self.read_at || !self.drain(buffer)? {
             return Ok(());
         }
         let now = Instant::now();
-        // Until then each transport asks for its own time.
+        // Before that, each transport sets its own deadline.
         if self.media_reported {
             self.read_at = round_start(now) + self.read_interval;
         }
         self.on_time(now)
     }
 
-    /// Takes in what has come over UDP; returns whether that is all.
+    /// Handles the datagrams that wait on the UDP sockets; returns whether none is left.
     fn drain(&mut self, buffer: &mut [u8]) -> Result<bool, EndReason> {
         for _ in 0..MAX_DATAGRAMS_IN_A_ROW {
             let Some((target, incoming)) = self.try_recv(buffer) else {
@@ -283,7 +294,9 @@ impl<'a> NativeSession<'a> {
         Some((proto::SignalTarget::Publisher, incoming))
     }
 
-    /// What has come goes before the timers: a deadline that passed while we were not running proves nothing.
+    /// Waits for the next thing to handle.
+    ///
+    /// Received data comes before the timers. A deadline that passed while this task did not run proves nothing.
     async fn next_step(
         &mut self,
         left: impl Future<Output = ()>,
@@ -321,7 +334,7 @@ impl<'a> NativeSession<'a> {
         }
     }
 
-    /// Does all that is due now.
+    /// Handles everything that is due at `now`.
     fn settle(&mut self, now: Instant) -> Result<(), EndReason> {
         while let Some(event) = poll(&mut self.subscriber, now)? {
             match event {
@@ -330,7 +343,7 @@ impl<'a> NativeSession<'a> {
                 PeerEvent::Data(at, data) => self.observer.on_data(at, &data)?,
             }
         }
-        // Before the publisher is polled, which sends it: otherwise every packet would wait for the next round.
+        // Polling the publisher sends the packets, so they are queued before. Otherwise each would wait for a round.
         self.play(now)?;
         while let Some(event) = poll(&mut self.publisher, now)? {
             if let PeerEvent::Connected = event {
@@ -341,7 +354,7 @@ impl<'a> NativeSession<'a> {
         Ok(())
     }
 
-    /// What only passing time brings; asked when nothing is left to read.
+    /// Checks the timeouts. Call it only after the sockets have been read to the end.
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(heard) = self.speech.on_time(now) {
             self.observer.on_speech(&mut self.echo, heard)?;
@@ -352,14 +365,14 @@ impl<'a> NativeSession<'a> {
             {
                 return Err(EndReason::MediaFailed {
                     transport: peer.name(),
-                    detail: broken.how.to_owned(),
+                    detail: broken.reason.to_owned(),
                 });
             }
         }
         Ok(())
     }
 
-    /// What is due of a transport that is up, of the echo and of what is heard is done in a round.
+    /// When to wake up next: at a round for a connected transport, otherwise at the transport's own deadline.
     fn next_deadline(&self, now: Instant) -> Instant {
         let peers = [&self.publisher, &self.subscriber];
         let deadlines = peers.map(|peer| {
@@ -372,7 +385,8 @@ impl<'a> NativeSession<'a> {
         deadlines[0].min(deadlines[1])
     }
 
-    /// When a broken transport is given up. With a server that is silent everywhere the signal's verdict comes first.
+    /// When a broken transport ends the session. If the server is silent on the signal connection, too, the ping
+    /// timeout comes first.
     fn give_up_at(&self, broken: BrokenTransport) -> Instant {
         let alive = self.signal.received_at() > broken.since;
         broken.since
@@ -409,18 +423,19 @@ impl<'a> NativeSession<'a> {
 
     async fn on_answer(&mut self, answer: proto::SessionDescription) -> Result<(), EndReason> {
         let accepted = self.publisher.accept_answer(answer.id, &answer.sdp).await;
-        // No network garbles it: a server that takes no Opus answers with a track of no codec at all.
+        // The network does not garble an answer. A server without Opus, however, answers with a track without any
+        // codec.
         let candidates = accepted.map_err(|error| {
             EndReason::PublishFailed(format!(
-                "{error} (does LiveKit's enabled_codecs have Opus?)"
+                "{error} (does LiveKit's enabled_codecs list Opus?)"
             ))
         })?;
         self.report_addresses()?;
         self.trickle(proto::SignalTarget::Publisher, candidates)
     }
 
-    /// Offers are answered one after the other, each under its own number: the server may send the next one before it
-    /// has our answer to the last.
+    /// Answers an offer under the offer's own id: the server may send the next offer before it has the answer to this
+    /// one.
     async fn on_offer(
         &mut self,
         at: Instant,
@@ -445,9 +460,9 @@ impl<'a> NativeSession<'a> {
     }
 
     fn report_addresses(&mut self) -> Result<(), EndReason> {
-        let mut reported = self.publisher.take_addresses();
-        reported.append(&mut self.subscriber.take_addresses());
-        self.observer.on_addresses(Instant::now(), reported)
+        let mut addresses = self.publisher.take_addresses();
+        addresses.append(&mut self.subscriber.take_addresses());
+        self.observer.on_addresses(Instant::now(), addresses)
     }
 
     fn trickle(
@@ -479,8 +494,8 @@ impl<'a> NativeSession<'a> {
         self.select_voice(at)
     }
 
-    /// Settles which m-line carries the agent's voice, and takes in what it had said by the time that is known:
-    /// participants and descriptions come in any order.
+    /// Selects the m-line that carries the agent's voice and processes the packets that were buffered until then.
+    /// Participants and descriptions arrive in any order.
     fn select_voice(&mut self, at: Instant) -> Result<(), EndReason> {
         let tracks = self.subscriber.tracks().iter();
         let tracks = tracks.map(|(mid, sid)| (*mid, sid.as_str()));
@@ -493,7 +508,7 @@ impl<'a> NativeSession<'a> {
     }
 
     fn on_packet(&mut self, packet: ReceivedPacket) -> Result<(), EndReason> {
-        // A packet without a payload is padding, with which a server probes the path.
+        // A server probes the bandwidth with packets that carry only padding.
         if packet.payload.is_empty() || !self.is_voice(packet.header.ssrc) {
             return Ok(());
         }
@@ -532,7 +547,8 @@ impl<'a> NativeSession<'a> {
         mid == Some(wanted)
     }
 
-    /// Sends what the echo has due by the round's own time: its packets keep their pace, however late a round begins.
+    /// Sends the echo's packets that are due at the start of this round, so that a late round does not change their
+    /// pace.
     fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let due = round_start(now);
         while let Some(out) = self.echo.poll(due, self.speech.speech_pending()) {
@@ -575,8 +591,10 @@ impl<'a> NativeSession<'a> {
 }
 
 impl EchoTrack {
-    /// Sequence number and RTP timestamp of the packet that is due at `due`. Timestamps keep the track's own clock, so
-    /// that a pause is a pause, and never stand still.
+    /// Returns the sequence number and RTP timestamp of the packet that is due at `due`.
+    ///
+    /// Both belong to the echo track, not to the agent's stream, whose SSRC may change. Timestamps follow the clock, so
+    /// that a pause remains a pause, and always increase.
     fn next(&mut self, due: Instant) -> (u64, u32) {
         let (epoch, base) = self.origin;
         let by_clock = rtp::ticks(due.saturating_duration_since(epoch));
@@ -589,7 +607,7 @@ impl EchoTrack {
     }
 }
 
-/// When the round began that `now` is in.
+/// The start of the round that contains `now`. All participants of the process share the rounds.
 fn round_start(now: Instant) -> Instant {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let since = now.saturating_duration_since(*FIRST.get_or_init(|| now));
@@ -597,7 +615,7 @@ fn round_start(now: Instant) -> Instant {
     now - Duration::from_nanos(u64::try_from(into).unwrap_or_default())
 }
 
-/// The next round, or the one after it where the next has nothing to read and nothing to send.
+/// The next round, or the one after it if the next has nothing to read and nothing to send.
 fn next_round(now: Instant, read_at: Instant, send_at: Option<Instant>) -> Instant {
     let next = round_start(now) + ROUND_INTERVAL;
     let due = send_at.map_or(read_at, |send_at| send_at.min(read_at));
@@ -608,7 +626,7 @@ fn next_round(now: Instant, read_at: Instant, send_at: Option<Instant>) -> Insta
     }
 }
 
-/// Waits for what comes on either connection. Cancel-safe: what isn't returned stays where it was.
+/// Waits for data on either peer connection. Cancel-safe: data that is not returned stays in the socket.
 async fn incoming(
     publisher: &mut PeerConnection,
     subscriber: &mut PeerConnection,
@@ -650,7 +668,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn timestamps_keep_the_clock_and_never_stand_still() {
+    fn timestamps_follow_the_clock_and_always_increase() {
         let epoch = Instant::now();
         let mut track = EchoTrack {
             mid: Mid::from("0"),
@@ -665,8 +683,8 @@ mod tests {
     }
 
     #[test]
-    fn rounds_follow_each_other_at_their_pace_for_all() {
-        // They are counted from whoever asks first.
+    fn rounds_are_a_multiple_of_the_interval_apart() {
+        // The first call in the process sets the origin of the rounds.
         round_start(Instant::now());
         let now = Instant::now();
         let round = round_start(now);
@@ -680,7 +698,7 @@ mod tests {
     }
 
     #[test]
-    fn round_with_nothing_to_do_is_left_out() {
+    fn round_without_work_is_skipped() {
         round_start(Instant::now());
         let now = Instant::now();
         let next = round_start(now) + ROUND_INTERVAL;
@@ -689,7 +707,7 @@ mod tests {
         assert_eq!(next_round(now, after, Some(after)), after);
         assert_eq!(next_round(now, after, Some(next)), next);
         assert_eq!(next_round(now, next, Some(after)), next);
-        // What is overdue waits no longer, and what is far off loses no round of listening.
+        // An overdue read does not wait longer, and one that is far away skips no more than one round.
         assert_eq!(next_round(now, now, None), next);
         assert_eq!(next_round(now, after, Some(now)), next);
         assert_eq!(next_round(now, after + READ_INTERVAL, None), after);

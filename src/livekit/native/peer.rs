@@ -1,5 +1,9 @@
-//! One of a participant's two peer connections: a sans-IO WebRTC stack with its sockets. It knows SDP, ICE and RTP; it
-//! knows no room, no agent and no signal connection.
+//! One of a participant's two peer connections: the WebRTC stack str0m, which does no I/O, and the sockets it uses.
+//!
+//! It knows SDP, ICE and RTP; it knows no room, no agent and no signal connection.
+//!
+//! The stack has two rules. Its output must be polled to the end after each input, and it acts on a description or a
+//! candidate only at the next `Input::Timeout`, which [`PeerConnection::wake`] requests.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -22,42 +26,43 @@ use crate::config::Ice;
 use crate::livekit::audio::rtp::RtpHeader;
 use crate::livekit::wire::candidate::media_address;
 
-/// Local addresses of one peer connection: one a route, and few hosts have more routes to one server.
+/// Maximum number of local addresses per peer connection: one per route, and few hosts have more routes to one server.
 const MAX_SOCKETS: usize = 4;
 
-/// Candidates taken from the server; one that offers more doesn't mean us well.
+/// Maximum number of candidates accepted from the server; a normal server sends a few.
 const MAX_CANDIDATES: usize = 64;
 
-/// Connections for media over TCP of one peer connection: a server offers one address, or a few.
+/// Maximum number of TCP connections per peer connection: a server offers one address, or a few.
 const MAX_TCP_CONNECTIONS: usize = 4;
 
-/// How long UDP is tried alone. It takes some round trips, and a TCP connection that nobody needs costs the server.
+/// How long UDP is tried alone. It needs a few round trips, and an unneeded TCP connection is a cost for the server.
 const UDP_HEAD_START: Duration = Duration::from_secs(1);
 
-/// The port of a candidate that connects rather than listens (RFC 6544, 4.5).
+/// The port of an active TCP candidate, which does not listen (RFC 6544, section 4.5).
 const DISCARD_PORT: u16 = 9;
 
-/// The highest first byte of a STUN message, which DTLS and SRTP stay above (RFC 7983).
+/// A STUN message starts with at most this value, DTLS and SRTP with a higher one (RFC 7983, section 7).
 const MAX_STUN_FIRST_BYTE: u8 = 3;
 
-/// Rounds of output and due timers within one call; more would be a timer that never moves on.
+/// Maximum rounds of output and due timers per call, so that a timer that does not advance cannot block the task.
 const MAX_POLL_ROUNDS: usize = 32;
 
-/// How often and how long ICE asks an unresponsive server before it gives a path up: some eight seconds, where the
-/// stack's defaults take over twenty and a probe would blame the agent's silence on the agent.
+/// How often ICE checks a server that does not answer, and how many times before it gives a path up: about eight
+/// seconds in total. The stack's defaults take over twenty, and until then a probe would blame the agent for its
+/// silence.
 const ICE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_ICE_CHECKS: usize = 8;
 
-/// A transport on which nothing at all came for so long is down: the server answers a check every second.
+/// A connected transport that receives nothing for this long is down: the server answers an ICE check every second.
 const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What came of a peer connection.
+/// What happened on a peer connection.
 #[derive(Debug)]
 pub(crate) enum PeerEvent {
     /// ICE and DTLS are up.
     Connected,
     Packet(ReceivedPacket),
-    /// What came on a data channel, and when.
+    /// A message of a data channel and the time at which it was received.
     Data(Instant, Vec<u8>),
 }
 
@@ -69,63 +74,65 @@ pub(crate) struct ReceivedPacket {
     pub(crate) payload: Arc<[u8]>,
 }
 
-/// A peer connection that can't go on. Its text names no address and quotes no SDP.
+/// Why a peer connection cannot continue. The text contains no address and no SDP.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PeerError {
-    #[error("the server's {0} is not understood")]
+    #[error("the canary does not understand the server's SDP {0}")]
     Sdp(&'static str),
-    #[error("the server's {0} came without an offer of ours")]
+    #[error("the server sent an SDP {0}, but the canary has no offer pending")]
     Unexpected(&'static str),
-    #[error("no local UDP address reaches the server")]
+    #[error("no UDP socket could be opened on the local address that reaches the server")]
     NoRoute,
     #[error(transparent)]
     Stack(#[from] RtcError),
 }
 
-/// Why a transport that was up is not.
+/// Since when and why a connected transport is down.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BrokenTransport {
     pub(crate) since: Instant,
-    pub(crate) how: &'static str,
+    pub(crate) reason: &'static str,
 }
 
+/// A peer connection for one direction.
 pub(crate) struct PeerConnection {
     rtc: Box<Rtc>,
     target: SignalTarget,
     ice: Ice,
     sockets: Vec<MediaSocket>,
     tcp: TcpFallback,
-    /// When the stack next wants to be told the time.
+    /// When the stack needs its next `Input::Timeout`.
     timeout: Instant,
-    /// The stack took something in, and its output hasn't been polled to the end since.
+    /// The stack's output has not been polled to the end since its last input.
     unpolled: bool,
-    /// ICE has a path, and DTLS or media may have gone over it.
+    /// ICE has selected a path at least once.
     path: bool,
     connected: bool,
-    /// What the last of our own packets, rather than a check, went over.
+    /// The protocol of the last sent packet that is no ICE check.
     carrier: Option<Protocol>,
     broken: Option<BrokenTransport>,
-    /// When the server last sent something that is its own.
+    /// When the last datagram arrived that the stack accepted.
     last_received_at: Instant,
     pending: Option<(u32, SdpPendingOffer)>,
+    /// How many candidates of the server were accepted.
     candidates: usize,
-    /// Where the server wants media, since this was last asked.
+    /// The server's media addresses since [`take_addresses`](Self::take_addresses).
     addresses: Vec<String>,
-    /// Track by m-line, of the latest offer.
+    /// The track sid of each m-line of the latest offer.
     tracks: HashMap<Mid, String>,
 }
 
-/// The way round blocked UDP: connections to the server's passive candidates.
+/// The fallback for blocked UDP: connections to the server's passive TCP candidates.
 #[derive(Default)]
 struct TcpFallback {
-    /// Candidates that are not connected to yet.
+    /// Candidates without a connection yet.
     offered: Vec<Candidate>,
-    /// When they are to be, unless ICE has a path by then.
+    /// When to connect to them, unless ICE has a path by then.
     due: Option<Instant>,
     connections: Vec<(Candidate, IceTcpConnection)>,
 }
 
-/// What the network brought.
+/// What the network delivered.
 pub(crate) enum Incoming {
     Datagram {
         at: Instant,
@@ -134,23 +141,25 @@ pub(crate) enum Incoming {
         to: SocketAddr,
         length: usize,
     },
-    /// A connection came up, from this address of ours.
+    /// A TCP connection was opened from this local address.
     Opened(IpAddr),
-    /// The connection to this candidate ended, or never came up.
+    /// The TCP connection to this candidate failed or ended.
     Closed(Candidate),
 }
 
 impl PeerConnection {
-    /// Starts with a UDP host candidate on `local`, the address that reaches the signal connection's server.
+    /// Creates a peer connection with a UDP host candidate on `local`, the local address of the signal connection. With
+    /// [`Ice::Tcp`], it has no candidate yet.
     ///
     /// # Errors
-    /// [`PeerError::NoRoute`] where no UDP socket can be bound there.
+    /// [`PeerError::NoRoute`] if no UDP socket can be bound to `local`.
     pub(crate) fn new(target: SignalTarget, local: IpAddr, ice: Ice) -> Result<Self, PeerError> {
         let mut extensions = ExtensionMap::empty();
         extensions.set(1, Extension::AudioLevel);
         extensions.set(4, Extension::RtpMid);
         let now = Instant::now();
-        // Without RED: in RTP mode the stack would hand it out raw, and nobody could hear its echo.
+        // Without RED: in RTP mode the stack does not unpack it, so the echo would send RED (RFC 2198) as Opus
+        // and be inaudible.
         let mut config = Rtc::builder()
             .clear_codecs()
             .enable_opus(true, false)
@@ -191,22 +200,22 @@ impl PeerConnection {
         self.connected
     }
 
-    /// Whether TCP carries the media.
+    /// Whether the media is sent over TCP.
     pub(crate) fn over_tcp(&self) -> bool {
         self.carrier == Some(Protocol::Tcp)
     }
 
-    /// Whether the transport was up and is not; to be asked when no datagram is waiting to be read.
+    /// Returns since when and why a connected transport is down. Call it only when no datagram waits to be read.
     pub(crate) fn broken(&self, now: Instant) -> Option<BrokenTransport> {
         let quiet_at = self.last_received_at + QUIET_TIMEOUT;
         let quiet = (self.connected && now >= quiet_at).then_some(BrokenTransport {
             since: quiet_at,
-            how: "nothing came from the server any more",
+            reason: "the server stopped sending",
         });
         self.broken.or(quiet)
     }
 
-    /// Offers one audio track to send; `id` comes back in the answer.
+    /// Creates an offer with one audio track to send. The server's answer repeats `id`.
     pub(crate) fn offer_track(&mut self, stream: &str, track: &str, id: u32) -> (Mid, String) {
         let mut api = self.rtc.sdp_api();
         let mid = api.add_media(
@@ -222,7 +231,11 @@ impl PeerConnection {
         (mid, offer.to_sdp_string())
     }
 
-    /// Takes the answer to our offer `id`; 0 is a server that doesn't number them.
+    /// Accepts the answer to the offer `id`; 0 means that the server does not number answers. Returns new local
+    /// candidates.
+    ///
+    /// # Errors
+    /// No offer with this id is pending, or the SDP is unusable.
     pub(crate) async fn accept_answer(
         &mut self,
         id: u32,
@@ -242,7 +255,10 @@ impl PeerConnection {
         Ok(candidates)
     }
 
-    /// Takes an offer; returns our answer, and candidates of ours that the answer doesn't have.
+    /// Accepts an offer; returns the answer, and local candidates that are not part of it.
+    ///
+    /// # Errors
+    /// The SDP is unusable.
     pub(crate) async fn accept_offer(
         &mut self,
         sdp: &str,
@@ -259,7 +275,7 @@ impl PeerConnection {
         Ok((answer.to_sdp_string(), candidates))
     }
 
-    /// Takes a candidate of the server's; returns those of ours that it called for.
+    /// Accepts a candidate of the server; returns the new local candidate that reaches it, if any.
     pub(crate) async fn add_candidate(&mut self, line: &str) -> Vec<String> {
         let Some(candidate) = self.usable(line) else {
             return Vec::new();
@@ -270,28 +286,30 @@ impl PeerConnection {
         ours.into_iter().collect()
     }
 
-    /// The track of an m-line of the latest offer.
+    /// The track sid of each m-line of the latest offer.
     pub(crate) fn tracks(&self) -> &HashMap<Mid, String> {
         &self.tracks
     }
 
-    /// The m-line that a stream of packets belongs to.
+    /// The m-line that the packets of an SSRC belong to.
     pub(crate) fn mid_of(&mut self, ssrc: u32) -> Option<Mid> {
         let mut api = self.rtc.direct_api();
         api.stream_rx(&ssrc.into()).map(|stream| stream.mid())
     }
 
-    /// Opus's payload type, once it is agreed on.
+    /// The payload type of Opus, once it is negotiated.
     pub(crate) fn payload_type(&self, mid: Mid) -> Option<Pt> {
         self.rtc.media(mid)?.remote_pts().first().copied()
     }
 
-    /// Queues a packet of our track; [`poll`](Self::poll) sends it.
+    /// Queues a packet of the echo track; [`poll`](Self::poll) sends it.
     pub(crate) fn write(&mut self, mid: Mid, packet: OutgoingPacket) {
         let mut api = self.rtc.direct_api();
         let Some(stream) = api.stream_tx_by_mid(mid, None) else {
             return;
         };
+        // The offer negotiates the audio level extension (RFC 6464), from which the server computes its active
+        // speakers.
         let levels = ExtensionValues {
             audio_level: Some(if packet.silent { -127 } else { -20 }),
             voice_activity: Some(!packet.silent),
@@ -305,15 +323,16 @@ impl PeerConnection {
             packet.payload,
         );
         stream.write_rtp(rtp.marker(packet.marker).ext_vals(levels));
-        // The stack sends on a timer, which is due now.
+        // The stack sends queued packets on a timer, so that timer is due now.
         self.timeout = packet.at;
     }
 
-    /// Waits for what comes; once connected, no longer on a socket that media comes by. Only one task may poll.
+    /// Waits for data. Once connected, it stops waiting on a socket that receives media. Only one task may poll.
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Incoming> {
         for socket in &mut self.sockets {
             if let Poll::Ready(datagram) = socket.poll_recv(cx, buffer) {
-                // From now on it is read by the clock; one that nothing comes by is dearer to read than to watch.
+                // From now on, the participant reads this socket at an interval. A socket without media stays watched:
+                // reading it at an interval would cost more than waking up for its rare datagrams.
                 if self.connected && buffer[0] > MAX_STUN_FIRST_BYTE {
                     socket.stop_watching();
                 }
@@ -323,7 +342,7 @@ impl PeerConnection {
         self.tcp.poll(cx, buffer)
     }
 
-    /// What has come over UDP.
+    /// Reads the next datagram that waits on a UDP socket.
     pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Incoming> {
         self.sockets.iter_mut().find_map(|socket| {
             let datagram = socket.try_recv(buffer)?;
@@ -331,7 +350,7 @@ impl PeerConnection {
         })
     }
 
-    /// Takes in what came. One at a time: the stack wants its output polled after each.
+    /// Handles what the network delivered. Call [`poll`](Self::poll) to the end after each: the stack requires it.
     pub(crate) fn on_incoming(
         &mut self,
         now: Instant,
@@ -346,14 +365,14 @@ impl PeerConnection {
                 to,
                 length,
             } => {
-                // Anybody can send here: what isn't STUN, DTLS or SRTP is nothing to us.
+                // The socket is open to every sender, so a datagram that is not STUN, DTLS or SRTP is dropped.
                 match Receive::new(*proto, *from, *to, &buffer[..*length]) {
                     Ok(receive) => self.on_receive(*at, now, receive),
                     Err(_) => Ok(()),
                 }
             }
-            // The server isn't told: it would do nothing with a candidate that connects, and takes the address from
-            // the first check.
+            // This candidate is not sent to the server. A server does nothing with an active candidate and takes the
+            // address from the first check.
             Incoming::Opened(local) => {
                 if let Some(candidate) = active_candidate(*local) {
                     self.rtc.add_local_candidate(candidate);
@@ -369,7 +388,7 @@ impl PeerConnection {
         }
     }
 
-    /// The stack's time never goes back, so it is told when the datagram was read; when it came is ours to keep.
+    /// The stack's time must not go back, so it gets `now`. The time of arrival, `at`, is stored for the events.
     fn on_receive(
         &mut self,
         at: Instant,
@@ -385,15 +404,15 @@ impl PeerConnection {
         Ok(())
     }
 
-    /// Sends what is to be sent, keeps the stack's timers, and says what happened; to be called until it says `None`.
+    /// Sends due packets, runs the stack's timers and returns the next event. Call it until it returns `None`.
     ///
     /// # Errors
-    /// DTLS failed, or the stack gave up.
+    /// DTLS failed, or the stack reported another error.
     pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<PeerEvent>, PeerError> {
         if !self.path {
             self.tcp.connect(now);
         }
-        // Nothing can have come of nothing: most rounds of a participant are about its other peer connection.
+        // Without an input or a due timer, the stack has no output. Most rounds concern only the other peer connection.
         if !self.unpolled && self.timeout > now {
             return Ok(None);
         }
@@ -421,17 +440,19 @@ impl PeerConnection {
                 return Ok(None);
             }
         }
-        // Never spin: whatever is due is due a moment later.
+        // The timer does not advance. Continue a moment later instead of spinning.
         self.timeout = now + Duration::from_millis(1);
         self.unpolled = false;
         Ok(None)
     }
 
-    /// After a description or a candidate: the stack acts on such a change only when it is told the time.
+    /// Makes the stack's timeout due. Needed after each description and candidate: the stack acts on them only at a
+    /// timeout.
     fn wake(&mut self, now: Instant) {
         self.timeout = now;
     }
 
+    /// When [`poll`](Self::poll) has to be called next if nothing arrives.
     pub(crate) fn next_deadline(&self) -> Instant {
         let due = self.tcp.due.filter(|_| !self.path);
         due.map_or(self.timeout, |due| due.min(self.timeout))
@@ -453,14 +474,14 @@ impl PeerConnection {
                 let lost = self.connected && state == IceConnectionState::Disconnected;
                 self.broken = lost.then_some(BrokenTransport {
                     since: now,
-                    how: "ICE lost its connection: the server answers no more checks",
+                    reason: "the server stopped answering ICE checks",
                 });
                 None
             }
             Event::Closed => {
                 self.broken = Some(BrokenTransport {
                     since: now,
-                    how: "the server closed the transport",
+                    reason: "the server closed the transport",
                 });
                 None
             }
@@ -468,7 +489,8 @@ impl PeerConnection {
         }
     }
 
-    /// UDP promises nothing: what a full buffer or a missing route drops is lost like any other packet.
+    /// Sends a packet of the stack. A packet that the kernel drops counts as lost on the way, as UDP promises no
+    /// delivery.
     fn transmit(&mut self, packet: &Transmit) {
         let (source, bytes) = (packet.source, &*packet.contents);
         if bytes
@@ -488,11 +510,12 @@ impl PeerConnection {
         if let Some(socket) = self.sockets.iter().find(same)
             && let Err(error) = socket.send(bytes, packet.destination)
         {
-            tracing::trace!(transport = self.name(), %error, "a datagram was not sent");
+            tracing::trace!(transport = self.name(), %error, "dropped a datagram: the kernel did not take it");
         }
     }
 
-    /// Whether we can do anything with a candidate: UDP where we may, TCP where it listens, and not one too many.
+    /// Parses a candidate of the server and records its address. Returns `None` if it cannot be used: UDP is not
+    /// allowed, the TCP candidate does not listen, or there are too many.
     fn usable(&mut self, line: &str) -> Option<Candidate> {
         let candidate = Candidate::from_sdp_string(line.trim()).ok()?;
         let usable = match candidate.proto() {
@@ -507,12 +530,12 @@ impl PeerConnection {
         })
     }
 
-    /// Where the server wants media, as far as it was not told before.
+    /// Returns the server's media addresses that arrived since the last call.
     pub(crate) fn take_addresses(&mut self) -> Vec<String> {
         std::mem::take(&mut self.addresses)
     }
 
-    /// Sees to it that the candidates of a description, which the stack has taken already, can be reached.
+    /// Opens the sockets for the candidates of a description, which the stack has already parsed.
     async fn reach_all(&mut self, sdp: &str) -> Vec<String> {
         let mut ours = Vec::new();
         for line in sdp.lines() {
@@ -524,8 +547,10 @@ impl PeerConnection {
         ours
     }
 
-    /// Opens a socket on the local address that routes to `remote`, unless there is one; one over TCP only once it is
-    /// needed.
+    /// Opens a UDP socket on the local address that routes to `remote`, unless there is one. A TCP candidate is
+    /// connected later, if it is needed.
+    ///
+    /// The address comes from the route and never from a constant, which would work on loopback only.
     async fn reach(&mut self, remote: Candidate) -> Option<String> {
         if remote.proto() == Protocol::Tcp {
             let wait = match self.ice {
@@ -556,12 +581,12 @@ impl PeerConnection {
 }
 
 impl TcpFallback {
-    /// Takes a candidate, unless it is known. The first one says when to connect.
+    /// Adds a candidate, unless it is known. The first one sets when to connect.
     fn offer(&mut self, remote: Candidate, due: Instant) {
         let connections = self.connections.iter().map(|(remote, _)| remote);
         let mut known = self.offered.iter().chain(connections);
-        let room = self.offered.len() + self.connections.len() < MAX_TCP_CONNECTIONS;
-        if room && known.all(|it| it.addr() != remote.addr()) {
+        let has_room = self.offered.len() + self.connections.len() < MAX_TCP_CONNECTIONS;
+        if has_room && known.all(|it| it.addr() != remote.addr()) {
             self.offered.push(remote);
             self.due.get_or_insert(due);
         }
@@ -569,18 +594,18 @@ impl TcpFallback {
 
     fn connect(&mut self, now: Instant) {
         if self.due.take_if(|due| *due <= now).is_some() {
-            let begun = self.offered.drain(..).map(|remote| {
+            let started = self.offered.drain(..).map(|remote| {
                 let connection = IceTcpConnection::to(remote.addr());
                 (remote, connection)
             });
-            self.connections.extend(begun);
+            self.connections.extend(started);
         }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Incoming> {
         for (remote, connection) in &mut self.connections {
-            if let Poll::Ready(came) = connection.poll(cx, buffer) {
-                return Poll::Ready(match came {
+            if let Poll::Ready(event) = connection.poll(cx, buffer) {
+                return Poll::Ready(match event {
                     TcpEvent::Opened(local) => Incoming::Opened(local),
                     TcpEvent::Datagram { to, length } => Incoming::Datagram {
                         at: Instant::now(),
@@ -604,8 +629,8 @@ impl TcpFallback {
     }
 }
 
-/// The candidate of all connections from `local`. Each has a port of its own, which the stack need not know: it tells
-/// connections apart by the server's address.
+/// The local candidate of all TCP connections from `local`. The stack does not need the port of each: it distinguishes
+/// connections by the server's address.
 fn active_candidate(local: IpAddr) -> Option<Candidate> {
     Candidate::builder()
         .tcp()
@@ -649,18 +674,21 @@ pub(crate) fn name(target: SignalTarget) -> &'static str {
     }
 }
 
-/// A packet of our track.
+/// A packet of the echo track.
 pub(crate) struct OutgoingPacket {
     pub(crate) payload_type: Pt,
     pub(crate) sequence: u64,
     pub(crate) timestamp: u32,
+    /// When it is sent.
     pub(crate) at: Instant,
+    /// The first packet after a pause (RFC 7587, section 4.1).
     pub(crate) marker: bool,
     pub(crate) silent: bool,
     pub(crate) payload: Arc<[u8]>,
 }
 
-/// The local address that packets to `remote` leave from. A connected UDP socket tells, without sending anything.
+/// Returns the local address that packets to `remote` leave from. Connecting a UDP socket looks up the route without
+/// sending.
 async fn route_to(remote: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr = match remote {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -671,7 +699,7 @@ async fn route_to(remote: SocketAddr) -> Option<IpAddr> {
     Some(socket.local_addr().ok()?.ip())
 }
 
-/// The stack's own text may quote the description, and with it the credentials of ICE.
+/// Replaces the stack's own text, which may quote the SDP with its ICE credentials.
 fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
     match error {
         RtcError::Sdp(_) | RtcError::RemoteSdp(_) => PeerError::Sdp(what),
@@ -679,11 +707,12 @@ fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
     }
 }
 
-/// The tracks that an offer sends, by m-line. LiveKit's stream id is `<participant sid>|<track sid>`, and its track id
-/// the track's sid.
+/// Returns the sid of each track that an offer sends, by m-line. LiveKit's stream id is `<participant sid>|<track
+/// sid>`, and its track id is the track sid.
 fn tracks(sdp: &str) -> HashMap<Mid, String> {
     let mut tracks = HashMap::new();
     for section in sdp.split("\nm=").skip(1) {
+        // Port 0 marks a stopped m-line (RFC 3264, section 8.2).
         let stopped = section.split(' ').nth(1) == Some("0");
         let attribute = |name: &str| {
             let mut lines = section.lines().filter_map(|line| line.strip_prefix("a="));
@@ -714,7 +743,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tracks_are_read_from_the_lines_that_send() {
+    fn tracks_are_read_from_the_m_lines_that_send() {
         let sdp = "v=0\r\na=group:BUNDLE 0 1 2 3\r\n\
             m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=mid:0\r\n\
             m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:1\r\na=sendrecv\r\na=msid:PA_a|TR_voice TR_voice\r\n\
@@ -742,7 +771,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn candidates_are_bounded_and_of_a_kind_that_can_be_used() {
+    async fn unusable_and_excess_candidates_are_ignored() {
         let mut peer = peer(SignalTarget::Subscriber, Ice::All);
         for line in [
             "",
@@ -766,7 +795,7 @@ mod tests {
     const PASSIVE: &str = "candidate:1 1 tcp 1 127.0.0.1 1 typ host tcptype passive";
 
     #[tokio::test]
-    async fn udp_has_a_second_before_tcp_is_connected() {
+    async fn tcp_connects_only_after_a_second_without_udp() {
         let mut peer = peer(SignalTarget::Publisher, Ice::All);
         for _ in 0..3 {
             peer.add_candidate(PASSIVE).await;
@@ -777,24 +806,27 @@ mod tests {
         assert!(peer.next_deadline() <= due);
         peer.poll(due).unwrap();
         assert_eq!(peer.tcp.connections.len(), 1);
-        // Renegotiation tells of the same candidates again.
+        // A renegotiation repeats the same candidates.
         peer.add_candidate(PASSIVE).await;
         assert!(peer.tcp.due.is_none());
     }
 
     #[tokio::test]
-    async fn udp_that_has_a_path_makes_tcp_needless() {
+    async fn tcp_does_not_connect_if_udp_has_a_path() {
         let mut peer = peer(SignalTarget::Publisher, Ice::All);
         peer.add_candidate(PASSIVE).await;
         let due = peer.tcp.due.unwrap();
         peer.path = true;
         peer.poll(due).unwrap();
         assert!(peer.tcp.connections.is_empty());
-        assert!(peer.next_deadline() > due, "a deadline that nothing meets");
+        assert!(
+            peer.next_deadline() > due,
+            "the deadline of TCP remains, and nothing clears it"
+        );
     }
 
     #[tokio::test]
-    async fn tcp_alone_connects_at_once_and_opens_no_udp_socket() {
+    async fn tcp_without_udp_connects_at_once_and_opens_no_udp_socket() {
         let mut peer = peer(SignalTarget::Publisher, Ice::Tcp);
         peer.add_candidate("candidate:1 1 udp 1 127.0.0.1 1 typ host")
             .await;
@@ -808,7 +840,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn datagrams_of_strangers_change_nothing() {
+    async fn datagrams_of_other_senders_change_nothing() {
         let mut peer = peer(SignalTarget::Subscriber, Ice::All);
         let now = Instant::now();
         for first in 0..=255_u8 {

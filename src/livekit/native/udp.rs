@@ -1,4 +1,5 @@
-//! A UDP socket that says when each datagram came by the kernel's own stamp: how late it is read then costs no exactness.
+//! A UDP socket that returns the kernel's receive time of each datagram, so that a late read loses no accuracy.
+//!
 //! It knows no ICE.
 
 use std::io::{self, IoSliceMut};
@@ -16,23 +17,25 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
+/// A UDP socket for media, either watched by the runtime or read by the caller's clock.
 pub(crate) struct MediaSocket {
     reader: DatagramReader,
-    /// Wakes the task for each datagram; `None` once the task comes often enough by itself.
+    /// Wakes the task for each datagram; `None` once the task reads often enough by itself.
     watch: Option<AsyncFd<Arc<net::UdpSocket>>>,
     local: SocketAddr,
 }
 
 struct DatagramReader {
     udp: Arc<net::UdpSocket>,
-    /// Where the kernel puts its stamp.
+    /// The buffer for the kernel's timestamp.
     control: Vec<u8>,
-    /// When nothing was left to read: what is read later came later.
+    /// When the socket was last empty: a datagram that is read later arrived later.
     empty_at: Instant,
 }
 
-/// A datagram that is in the buffer.
+/// A datagram in the caller's buffer.
 pub(crate) struct Datagram {
+    /// When the kernel received it.
     pub(crate) at: Instant,
     pub(crate) from: SocketAddr,
     pub(crate) length: usize,
@@ -43,12 +46,13 @@ impl MediaSocket {
     pub(crate) fn bind(local: IpAddr) -> io::Result<Self> {
         let udp = Arc::new(net::UdpSocket::bind((local, 0))?);
         udp.set_nonblocking(true)?;
-        // The kernel begins a moment after the first socket has asked; until then it takes the time of reading.
+        // Linux starts to timestamp packets shortly after the first socket on the machine requests it. Until then, the
+        // timestamp is the time of the read.
         setsockopt(&udp, sockopt::ReceiveTimestamp, &true)?;
-        // For what comes alone: the kernel would tell of each datagram that went out, too.
+        // Readable only: for the default interest, epoll would also wake the task after each datagram that was sent.
         #[expect(
             deprecated,
-            reason = "its successor is unsafe for types that may give their descriptor away; a socket of std doesn't"
+            reason = "its successor is unsafe for types that may change their descriptor; a std socket does not"
         )]
         let watch = AsyncFd::with_interest(Arc::clone(&udp), Interest::READABLE)?;
         let local = udp.local_addr()?;
@@ -68,13 +72,13 @@ impl MediaSocket {
         self.local
     }
 
-    /// From now on [`poll_recv`](Self::poll_recv) wakes nobody, and [`try_recv`](Self::try_recv) is to be called by the
-    /// clock. A wake-up for each packet costs more than the packet.
+    /// Stops waking the task for each datagram: a wake-up costs more time than the packet itself. From now on, the
+    /// caller calls [`try_recv`](Self::try_recv) at an interval.
     pub(crate) fn stop_watching(&mut self) {
         self.watch = None;
     }
 
-    /// Waits for a datagram, as long as the socket is watched.
+    /// Waits for a datagram; pending for ever once the socket is no longer watched.
     pub(crate) fn poll_recv(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<Datagram> {
         while let Some(watch) = &self.watch
             && let Poll::Ready(Ok(mut ready)) = watch.poll_read_ready(cx)
@@ -87,8 +91,8 @@ impl MediaSocket {
         Poll::Pending
     }
 
-    /// Reads the next datagram; `None` where nothing is left. As long as the socket is watched the kernel isn't asked
-    /// again for what it has not told of.
+    /// Reads the next datagram; `None` if there is none. On a watched socket, it costs no system call unless the
+    /// runtime knows of a datagram.
     pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Datagram> {
         let Self { reader, watch, .. } = self;
         let Some(watch) = watch else {
@@ -101,7 +105,10 @@ impl MediaSocket {
         watch.try_io(Interest::READABLE, read).ok()
     }
 
-    /// Sends at once, or not at all.
+    /// Sends a datagram without waiting.
+    ///
+    /// # Errors
+    /// The kernel did not take the datagram, for example because its buffer is full.
     pub(crate) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
         self.reader.udp.send_to(datagram, to).map(drop)
     }
@@ -124,7 +131,7 @@ impl DatagramReader {
                     self.empty_at = asked_at;
                     return None;
                 }
-                // An ICMP answer to something sent before, and gone now: the next datagram may be well.
+                // An ICMP error for an earlier datagram that we sent. Reading it cleared it, and a datagram may follow.
                 Err(_) => {}
             }
         }
@@ -168,7 +175,10 @@ fn stamp(message: &ControlMessageOwned) -> Option<SystemTime> {
     Some(UNIX_EPOCH + Duration::from_micros(micros))
 }
 
-/// The kernel stamps by the wall clock, which may be set meanwhile: the moment lies between the two on ours in any case.
+/// Converts the kernel's timestamp to the monotonic clock.
+///
+/// The kernel uses the wall clock, which may be changed at any time. The result is therefore limited to the time
+/// between the last empty read and now.
 fn arrival_time(
     stamp: Option<SystemTime>,
     wall: SystemTime,
@@ -187,8 +197,8 @@ mod tests {
 
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(20);
-    const LATE: Duration = Duration::from_millis(300);
+    const TEST_TIMEOUT: Duration = Duration::from_secs(20);
+    const READ_DELAY: Duration = Duration::from_millis(300);
 
     fn pair() -> (MediaSocket, MediaSocket) {
         let loopback = IpAddr::from([127, 0, 0, 1]);
@@ -197,47 +207,47 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn datagram_that_is_read_late_came_when_it_came() {
+    async fn datagram_that_is_read_late_keeps_its_receive_time() {
         let (mut ours, theirs) = pair();
         ours.stop_watching();
-        // So that the kernel has begun to stamp.
-        sleep(LATE);
+        // The kernel needs a moment before it timestamps packets.
+        sleep(READ_DELAY);
         let sent = Instant::now();
         theirs.send(b"one", ours.local()).unwrap();
-        sleep(LATE);
+        sleep(READ_DELAY);
         let mut buffer = [0; 16];
         let datagram = ours.try_recv(&mut buffer).unwrap();
         assert_eq!(datagram.from, theirs.local());
         assert_eq!(&buffer[..datagram.length], b"one");
         let after = datagram.at.duration_since(sent);
-        assert!(after < LATE / 2, "{after:?}");
+        assert!(after < READ_DELAY / 2, "{after:?}");
         assert!(ours.try_recv(&mut buffer).is_none());
     }
 
     #[tokio::test]
-    async fn only_a_watched_socket_wakes_its_reader() {
+    async fn socket_that_is_not_watched_does_not_wake_its_reader() {
         let (mut ours, theirs) = pair();
         let mut buffer = [0; 16];
         theirs.send(b"one", ours.local()).unwrap();
-        let came = poll_fn(|cx| ours.poll_recv(cx, &mut buffer));
-        tokio::time::timeout(LONG, came).await.unwrap();
+        let received = poll_fn(|cx| ours.poll_recv(cx, &mut buffer));
+        tokio::time::timeout(TEST_TIMEOUT, received).await.unwrap();
         ours.stop_watching();
         theirs.send(b"two", ours.local()).unwrap();
-        let came = poll_fn(|cx| Poll::Ready(ours.poll_recv(cx, &mut buffer))).await;
-        assert!(came.is_pending());
+        let received = poll_fn(|cx| Poll::Ready(ours.poll_recv(cx, &mut buffer))).await;
+        assert!(received.is_pending());
         assert!(ours.try_recv(&mut buffer).is_some());
     }
 
     #[test]
-    fn clock_that_is_set_moves_no_arrival_out_of_its_bounds() {
+    fn change_of_the_wall_clock_moves_no_arrival_out_of_its_bounds() {
         let (wall, now) = (SystemTime::now(), Instant::now());
         let empty_at = now - Duration::from_millis(20);
-        let came = |stamp| arrival_time(stamp, wall, empty_at, now);
+        let arrived = |stamp| arrival_time(stamp, wall, empty_at, now);
         let ago = Duration::from_millis(5);
-        assert_eq!(came(Some(wall - ago)), now - ago);
-        assert_eq!(came(Some(wall - LONG)), empty_at);
-        assert_eq!(came(Some(wall + LONG)), now);
-        assert_eq!(came(None), now);
-        assert_eq!(came(Some(UNIX_EPOCH)), empty_at);
+        assert_eq!(arrived(Some(wall - ago)), now - ago);
+        assert_eq!(arrived(Some(wall - TEST_TIMEOUT)), empty_at);
+        assert_eq!(arrived(Some(wall + TEST_TIMEOUT)), now);
+        assert_eq!(arrived(None), now);
+        assert_eq!(arrived(Some(UNIX_EPOCH)), empty_at);
     }
 }

@@ -198,7 +198,7 @@ faults! {
         sandbox Can(|fixture| server_fault(fixture, "after_join=hang")), real Cannot("it always acknowledges or rejects a track: see audio_is_not_allowed"),
         mock |fixture| mocked(fixture, "happy");
     audio_is_not_allowed: failed(Reason::PublishFailed), Some(Origin::Livekit), "...-", within 20,
-        [r#""step":"publish""#, "the server's answer is not understood", "enabled_codecs"],
+        [r#""step":"publish""#, "does not understand the server's SDP answer", "enabled_codecs"],
         sandbox Cannot(NO_SETTING), real Can(no_audio_codec);
 
     // The network fails.

@@ -35,7 +35,7 @@ impl WatchedRoom {
             other_participants: others,
             ..proto::JoinResponse::default()
         };
-        assert!(room.say(0, Response::Join(response)).is_ok());
+        assert!(room.receive(0, Response::Join(response)).is_ok());
         room
     }
 
@@ -43,13 +43,13 @@ impl WatchedRoom {
         self.start + Duration::from_millis(millis)
     }
 
-    fn say(&mut self, millis: u64, message: Response) -> Result<Option<Instant>, EndReason> {
-        let told = WireEvent::Message(self.at(millis), Box::new(message));
-        self.watch.on_wire_event(told)
+    fn receive(&mut self, millis: u64, message: Response) -> Result<Option<Instant>, EndReason> {
+        let event = WireEvent::Message(self.at(millis), Box::new(message));
+        self.watch.on_wire_event(event)
     }
 
-    /// What was told, each with its millisecond.
-    fn told(&mut self) -> Vec<(u128, RoomEventKind)> {
+    /// The reported events, each with its time in milliseconds.
+    fn events(&mut self) -> Vec<(u128, RoomEventKind)> {
         let events = std::iter::from_fn(|| self.events.try_recv().ok());
         let start = self.start;
         events
@@ -79,10 +79,10 @@ fn closed() -> WireEvent {
 }
 
 #[tokio::test]
-async fn agent_of_the_join_response_is_not_missed() {
+async fn agent_in_the_join_response_is_reported() {
     let mut room = WatchedRoom::joined(vec![agent()]).await;
     assert!(matches!(
-        &room.told()[..],
+        &room.events()[..],
         [
             (0, RoomEventKind::SignalConnected { .. }),
             (0, RoomEventKind::AgentJoined { agent, in_join_response: true }),
@@ -91,47 +91,47 @@ async fn agent_of_the_join_response_is_not_missed() {
 }
 
 #[tokio::test]
-async fn agent_is_stamped_as_its_message_is_read_and_joined_by_the_servers_clock() {
+async fn agent_has_the_time_of_its_message_and_the_servers_time_of_the_join() {
     let mut room = WatchedRoom::joined(Vec::new()).await;
-    let pinged = WireEvent::Pinged(room.at(0), 7);
-    assert!(matches!(room.watch.on_wire_event(pinged), Ok(None)));
+    let ping = WireEvent::Pinged(room.at(0), 7);
+    assert!(matches!(room.watch.on_wire_event(ping), Ok(None)));
     let pong = proto::Pong {
         last_ping_timestamp: 7,
         timestamp: 1_000_010,
     };
-    assert!(room.say(20, Response::PongResp(pong)).is_ok());
+    assert!(room.receive(20, Response::PongResp(pong)).is_ok());
     let at = room.at(500);
-    assert!(matches!(room.say(500, update(agent())), Ok(Some(it)) if it == at));
+    assert!(matches!(room.receive(500, update(agent())), Ok(Some(it)) if it == at));
     let expected = room.at(400);
     assert!(matches!(
-        &room.told()[1..],
+        &room.events()[1..],
         [(500, RoomEventKind::AgentJoined { agent, in_join_response: false })]
             if agent.joined == Some(expected)
     ));
 }
 
 #[tokio::test]
-async fn addresses_of_media_are_told_once_each() {
+async fn each_media_address_is_reported_once() {
     let mut room = WatchedRoom::joined(Vec::new()).await;
     let line = "candidate:1 1 udp 2130706431 192.0.2.1 7882 typ host";
     let answer = proto::SessionDescription {
         sdp: format!("v=0\r\na={line}\r\na=mid:0\r\n"),
         ..proto::SessionDescription::default()
     };
-    assert!(room.say(10, Response::Answer(answer)).is_ok());
+    assert!(room.receive(10, Response::Answer(answer)).is_ok());
     let trickle = proto::TrickleRequest {
         candidate_init: serde_json::json!({ "candidate": line }).to_string(),
         ..proto::TrickleRequest::default()
     };
-    assert!(room.say(20, Response::Trickle(trickle)).is_ok());
+    assert!(room.receive(20, Response::Trickle(trickle)).is_ok());
     assert!(matches!(
-        &room.told()[1..],
+        &room.events()[1..],
         [(10, RoomEventKind::MediaAddress(address))] if address == "UDP 192.0.2.1:7882"
     ));
 }
 
 #[tokio::test]
-async fn own_track_and_its_end_are_the_servers_word() {
+async fn server_acknowledges_and_ends_the_echo_track() {
     let mut room = WatchedRoom::joined(Vec::new()).await;
     let published = |cid: &str| {
         Response::TrackPublished(proto::TrackPublishedResponse {
@@ -142,16 +142,16 @@ async fn own_track_and_its_end_are_the_servers_word() {
             }),
         })
     };
-    assert!(room.say(10, published("another")).is_ok());
-    assert!(room.say(20, published("echo-1")).is_ok());
+    assert!(room.receive(10, published("another")).is_ok());
+    assert!(room.receive(20, published("echo-1")).is_ok());
     assert!(matches!(
-        room.told()[1..],
+        room.events()[1..],
         [(20, RoomEventKind::EchoPublished)]
     ));
     let gone = Response::TrackUnpublished(proto::TrackUnpublishedResponse {
         track_sid: "TR_1".to_owned(),
     });
-    let why = room.say(30, gone);
+    let why = room.receive(30, gone);
     assert!(
         matches!(why, Err(EndReason::Revoked(MediaPermission::Publish))),
         "{why:?}"
@@ -159,32 +159,32 @@ async fn own_track_and_its_end_are_the_servers_word() {
 }
 
 #[tokio::test]
-async fn request_is_told_once_though_the_sdk_tries_two_paths() {
+async fn request_is_reported_once_if_the_sdk_tries_two_paths() {
     let mut room = WatchedRoom::new().await;
     for millis in [5, 9] {
         let requested = WireEvent::Requested(room.at(millis));
         assert!(room.watch.on_wire_event(requested).is_ok());
     }
     assert!(matches!(
-        room.told()[..],
+        room.events()[..],
         [(5, RoomEventKind::SignalRequested)]
     ));
 }
 
 #[tokio::test]
-async fn leave_is_the_end_and_before_the_join_a_refusal() {
+async fn leave_ends_a_participant_and_refuses_one_that_has_not_joined() {
     let leave = || {
         Response::Leave(proto::LeaveRequest {
             reason: proto::DisconnectReason::RoomDeleted.into(),
             ..proto::LeaveRequest::default()
         })
     };
-    let why = WatchedRoom::joined(Vec::new()).await.say(10, leave());
+    let why = WatchedRoom::joined(Vec::new()).await.receive(10, leave());
     assert!(
         matches!(&why, Err(EndReason::Removed { reason }) if reason == "ROOM_DELETED"),
         "{why:?}"
     );
-    let why = WatchedRoom::new().await.say(10, leave());
+    let why = WatchedRoom::new().await.receive(10, leave());
     assert!(
         matches!(
             why,
@@ -195,7 +195,7 @@ async fn leave_is_the_end_and_before_the_join_a_refusal() {
 }
 
 #[tokio::test]
-async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
+async fn refused_path_ends_the_participant_only_if_the_sdk_gives_up() {
     let mut room = WatchedRoom::new().await;
     assert!(room.watch.on_wire_event(closed()).is_ok());
     let why = room.watch.not_connected("handshake error".to_owned());
@@ -206,7 +206,7 @@ async fn refused_path_is_the_end_only_once_the_sdk_gives_up() {
 }
 
 #[tokio::test]
-async fn join_without_an_answer_is_a_join_timeout_and_one_without_media_is_medias_failure() {
+async fn missing_join_response_is_a_join_timeout_and_missing_media_is_a_media_failure() {
     let why = WatchedRoom::new().await.watch.not_connected(String::new());
     assert!(
         matches!(why, EndReason::Signal(SignalError::JoinTimeout(_))),
@@ -219,7 +219,7 @@ async fn join_without_an_answer_is_a_join_timeout_and_one_without_media_is_media
 }
 
 #[tokio::test]
-async fn closed_socket_ends_a_participant_whatever_the_sdk_would_do() {
+async fn closed_socket_ends_the_participant_before_the_sdk_reconnects() {
     let lost = WatchedRoom::joined(Vec::new())
         .await
         .watch
@@ -231,9 +231,9 @@ async fn closed_socket_ends_a_participant_whatever_the_sdk_would_do() {
 }
 
 #[tokio::test]
-async fn reconnect_is_the_signals_loss_where_the_server_was_quiet_and_else_that_of_media() {
+async fn reconnect_is_a_ping_timeout_if_the_server_was_silent_and_a_media_failure_otherwise() {
     let mut room = WatchedRoom::joined(Vec::new()).await;
-    assert!(room.say(10_000, update(agent())).is_ok());
+    assert!(room.receive(10_000, update(agent())).is_ok());
     let soon = room.watch.reconnecting(room.at(16_000));
     assert!(matches!(soon, EndReason::MediaFailed { .. }), "{soon:?}");
     let late = room.watch.reconnecting(room.at(25_000));

@@ -1,4 +1,4 @@
-//! What a server may describe and send, in any form: a peer connection takes it or refuses it, within its bounds.
+//! Property tests: a peer connection accepts or refuses any description and datagram, within its limits.
 
 use std::future::poll_fn;
 
@@ -13,7 +13,7 @@ fn peer(target: SignalTarget) -> PeerConnection {
     PeerConnection::new(target, local, Ice::All).unwrap()
 }
 
-/// Lets so much time pass for it, at a stroke and step by step; a transport may fail meanwhile.
+/// Advances the time of `peer` in steps up to 60 s. The transport may fail on the way.
 fn age(peer: &mut PeerConnection) {
     let now = Instant::now();
     for seconds in [0, 1, 2, 10, 60] {
@@ -25,7 +25,7 @@ fn age(peer: &mut PeerConnection) {
                 Err(_) => return,
             }
         }
-        assert!(peer.next_deadline() > now, "it would spin");
+        assert!(peer.next_deadline() > now, "the participant would spin");
     }
 }
 
@@ -36,7 +36,7 @@ fn assert_bounded(peer: &PeerConnection) {
 }
 
 #[test]
-fn offer_and_candidates_of_any_form_are_taken_or_refused() {
+fn any_offer_and_candidates_are_accepted_or_refused() {
     let offers = vec(sdp_changes(), 1..3);
     let inputs = (offers, vec(candidate(), 0..8));
     check(64, &inputs, async |(offers, candidates)| {
@@ -53,7 +53,7 @@ fn offer_and_candidates_of_any_form_are_taken_or_refused() {
 }
 
 #[test]
-fn answer_of_any_form_is_taken_or_refused() {
+fn any_answer_is_accepted_or_refused() {
     check(64, &sdp_changes(), async |changes| {
         let mut peer = peer(SignalTarget::Publisher);
         let (mid, _) = peer.offer_track("echo", "echo-1", 1);
@@ -66,7 +66,7 @@ fn answer_of_any_form_is_taken_or_refused() {
 }
 
 #[test]
-fn any_text_is_no_description_that_breaks_anything() {
+fn any_text_as_a_description_is_refused_without_a_panic() {
     check(64, &"\\PC{0,200}", async |text| {
         let mut subscriber = peer(SignalTarget::Subscriber);
         subscriber.accept_offer(&text).await.ok();
@@ -75,7 +75,7 @@ fn any_text_is_no_description_that_breaks_anything() {
     });
 }
 
-/// Carries on until both are connected.
+/// Exchanges datagrams until both are connected.
 async fn connect(one: &mut PeerConnection, other: &mut PeerConnection) {
     let mut buffer = [0; 2_048];
     loop {
@@ -87,7 +87,7 @@ async fn connect(one: &mut PeerConnection, other: &mut PeerConnection) {
             return;
         }
         let deadline = one.next_deadline().min(other.next_deadline());
-        let came = poll_fn(|cx| {
+        let receiving = poll_fn(|cx| {
             if let Poll::Ready(incoming) = one.poll_recv(cx, &mut buffer) {
                 return Poll::Ready((true, incoming));
             }
@@ -95,7 +95,7 @@ async fn connect(one: &mut PeerConnection, other: &mut PeerConnection) {
                 .poll_recv(cx, &mut buffer)
                 .map(|incoming| (false, incoming))
         });
-        if let Ok((first, incoming)) = tokio::time::timeout_at(deadline, came).await {
+        if let Ok((first, incoming)) = tokio::time::timeout_at(deadline, receiving).await {
             let peer = if first { &mut *one } else { &mut *other };
             peer.on_incoming(Instant::now(), &incoming, &buffer)
                 .unwrap();
@@ -103,17 +103,17 @@ async fn connect(one: &mut PeerConnection, other: &mut PeerConnection) {
     }
 }
 
-/// What a stranger, or the server itself, sends once a connection is up.
+/// What the server or any other sender may send to an open transport.
 #[derive(Debug, Clone)]
 enum HostileInput {
-    /// A datagram that nobody encrypted.
+    /// A datagram without encryption.
     Raw(Vec<u8>),
     /// An encrypted packet with any sequence number, timestamp and payload.
     Rtp(u16, u32, Vec<u8>),
 }
 
 fn hostile_inputs() -> impl Strategy<Value = Vec<HostileInput>> {
-    // The first byte tells STUN, DTLS and SRTP apart.
+    // The first byte distinguishes STUN, DTLS and SRTP (RFC 7983).
     let first = prop_oneof![0..4_u8, 20..64_u8, 128..192_u8, any::<u8>()];
     let raw = (first, bytes(200)).prop_map(|(first, mut rest)| {
         rest.insert(0, first);
@@ -126,7 +126,7 @@ fn hostile_inputs() -> impl Strategy<Value = Vec<HostileInput>> {
 }
 
 #[test]
-fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
+fn connected_transport_reads_or_drops_any_datagram() {
     check(12, &hostile_inputs(), async |sent| {
         let mut publisher = peer(SignalTarget::Publisher);
         let mut subscriber = peer(SignalTarget::Subscriber);
@@ -147,7 +147,7 @@ fn datagrams_of_any_kind_are_read_or_dropped_by_a_connected_transport() {
                         to,
                         length: bytes.len(),
                     };
-                    // Refusing is as good as dropping: a forged alert ends a DTLS connection.
+                    // An error is allowed, too: a forged alert ends a DTLS connection.
                     subscriber.on_incoming(now, &datagram, &bytes).ok();
                 }
                 HostileInput::Rtp(sequence, timestamp, payload) => {
