@@ -109,9 +109,9 @@ pub(crate) async fn run(
         Some(room) => session.serve(room, events, &leave).await,
         None => Ok(EndReason::Left),
     };
-    let told = session.watch.observer.report_unfinished();
+    let reported = session.watch.observer.report_unfinished();
     let why = served
-        .and_then(|why| told.map(|()| why))
+        .and_then(|why| reported.map(|()| why))
         .unwrap_or_else(|why| why);
     session.count_once_more().await;
     // A connection that failed or that the server closed carries no `Leave`.
@@ -435,19 +435,19 @@ impl<'a> SdkSession<'a> {
             follows: position.follows,
             pcm,
         };
-        for heard in self.speech.on_sound(at, sound) {
+        for event in self.speech.on_sound(at, sound) {
             // Speech proves audio before the next query of the statistics does.
-            if let SpeechEvent::Started(at) = heard {
+            if let SpeechEvent::Started(at) = event {
                 self.watch.observer.first_audio(at)?;
             }
-            self.watch.observer.on_speech(&mut self.echo, heard)?;
+            self.watch.observer.on_speech(&mut self.echo, event)?;
         }
         Ok(())
     }
 
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         match self.speech.on_time(now) {
-            Some(heard) => self.watch.observer.on_speech(&mut self.echo, heard),
+            Some(event) => self.watch.observer.on_speech(&mut self.echo, event),
             None => Ok(()),
         }
     }
@@ -536,11 +536,11 @@ impl<'a> SdkSession<'a> {
     }
 
     async fn count_once_more(&mut self) {
-        let heard = self
+        let voice = self
             .voice
             .as_ref()
             .filter(|_| self.voice_selector.is_announced());
-        let Some(track) = heard.map(|voice| voice.track.clone()) else {
+        let Some(track) = voice.map(|voice| voice.track.clone()) else {
             return;
         };
         let counted = timeout(LAST_STATS_TIMEOUT, track.get_stats()).await;

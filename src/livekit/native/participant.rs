@@ -356,8 +356,8 @@ impl<'a> NativeSession<'a> {
 
     /// Checks the timeouts. Call it only after the sockets have been read to the end.
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
-        if let Some(heard) = self.speech.on_time(now) {
-            self.observer.on_speech(&mut self.echo, heard)?;
+        if let Some(event) = self.speech.on_time(now) {
+            self.observer.on_speech(&mut self.echo, event)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -526,8 +526,8 @@ impl<'a> NativeSession<'a> {
         };
         self.echo.on_frame(at, position.time, &packet.payload);
         let sound = self.decoder.decode(position, &packet.payload);
-        for heard in self.speech.on_sound(at, sound) {
-            self.observer.on_speech(&mut self.echo, heard)?;
+        for event in self.speech.on_sound(at, sound) {
+            self.observer.on_speech(&mut self.echo, event)?;
         }
         Ok(())
     }
