@@ -137,6 +137,8 @@ struct Daemon {
     history: History,
     /// Dropped records of the history that the metrics have counted.
     counted_drops: u64,
+    /// Faults of the history that the metrics have counted.
+    counted_faults: u64,
     metrics: Metrics,
     janitor: Janitor,
     fault: Option<ProbeFault>,
@@ -207,6 +209,7 @@ impl Daemon {
             janitor: Janitor::start_with(on_cleanup(&options.history, &metrics)),
             history: options.history,
             counted_drops: 0,
+            counted_faults: 0,
             metrics,
             fault: options.fault,
             drill: options.drill,

@@ -96,6 +96,7 @@ struct Shared {
     work: Condvar,
     progress: watch::Sender<Progress>,
     dropped: AtomicU64,
+    faults: AtomicU64,
     clock: Clock,
     /// This run of the program in the journal.
     boot: String,
@@ -166,6 +167,7 @@ impl History {
             work: Condvar::new(),
             progress: watch::Sender::new(Progress::default()),
             dropped: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
             clock,
             boot: format!("{:016x}", fastrand::u64(..)),
         });
@@ -210,6 +212,11 @@ impl History {
     /// Batches that were not recorded.
     pub fn dropped(&self) -> u64 {
         self.shared.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Faults that were logged: a history that could not be written any more, a batch that did not fit into it.
+    pub fn faults(&self) -> u64 {
+        self.shared.faults.load(Ordering::Relaxed)
     }
 
     /// Counts a lost ledger from zero, in this run and in later ones.
@@ -488,10 +495,15 @@ impl Shared {
     /// Something can't be written. Told once, until all is well again.
     fn trouble(&self, why: &str) {
         if self.set_degraded(true) {
+            self.count_fault();
             tracing::error!(
                 "the history is degraded: {why}; probing goes on, and budgets count from memory until it is written again"
             );
         }
+    }
+
+    fn count_fault(&self) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
     }
 
     fn well(&self) {

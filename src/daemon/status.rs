@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Daemon, ProjectRuntime, TargetRuntime, first_worst_case};
 use crate::config::Period;
 use crate::http::{BudgetStatus, ProjectStatus, Status, TargetStatus};
+use crate::metrics::InternalError;
 
 impl Daemon {
     /// Updates the polled gauges and the status, and gives the sign of life.
@@ -14,6 +15,11 @@ impl Daemon {
         let dropped = self.history.dropped();
         self.metrics.history_dropped(dropped - self.counted_drops);
         self.counted_drops = dropped;
+        let faults = self.history.faults();
+        for _ in self.counted_faults..faults {
+            self.metrics.internal_error(InternalError::History);
+        }
+        self.counted_faults = faults;
         for project in self.projects.values() {
             project.metrics.backoff_until(project.guard.backoff_until());
             for period in Period::ALL {

@@ -422,6 +422,11 @@ async fn a_full_disk_degrades_and_all_is_written_once_there_is_room() {
         open.push(run.open(&index.to_string(), MINUTE).await);
     }
     assert!(run.history.is_degraded());
+    assert_eq!(
+        run.history.faults(),
+        1,
+        "one fault, however often it is retried"
+    );
     assert_eq!(run.used(), (201, 201), "memory counts on");
     assert!(disk.rows() < 201);
     keep(
@@ -438,6 +443,14 @@ async fn a_full_disk_degrades_and_all_is_written_once_there_is_room() {
     assert_eq!(disk.rows(), 201);
     assert_eq!(ids(&run.history, all()).await, ["b1"]);
     assert_eq!(run.history.dropped(), 0);
+    assert_eq!(run.history.faults(), 1);
+    run.fill_disk();
+    for index in 200..400 {
+        std::mem::forget(run.open(&index.to_string(), Duration::ZERO).await);
+    }
+    assert_eq!(run.history.faults(), 2, "the next fault counts again");
+    run.free_disk();
+    run.writer.turn();
     open.drain(..).for_each(std::mem::forget);
     run.kill();
     let run = disk.start();
@@ -861,6 +874,23 @@ async fn raw_counts_are_of_one_target() {
         agent_time: 4 * MINUTE,
     };
     assert_eq!(counts, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn batch_that_the_schema_rejects_is_dropped_as_one_fault_and_holds_up_no_other() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let mut twice = batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok);
+    twice.probes[1].room = twice.probes[0].room.clone();
+    keep(&run, &twice);
+    keep(
+        &run,
+        &batch("b2", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
+    );
+    run.writer.turn();
+    assert_eq!(ids(&run.history, all()).await, ["b2"]);
+    assert_eq!((run.history.dropped(), run.history.faults()), (1, 1));
+    assert!(!run.history.is_degraded());
 }
 
 // Forgetting.

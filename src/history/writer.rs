@@ -106,6 +106,7 @@ impl Writer {
                 Ok(()) => self.shared.record_done(true),
                 Err(error) if is_of_content(&error) => {
                     tracing::error!(%error, "a batch does not fit into the history");
+                    self.shared.count_fault();
                     self.shared.record_done(false);
                 }
                 Err(error) => return Err(error),

@@ -637,6 +637,8 @@ fn folder_that_cannot_be_written_degrades_the_history_and_batches_still_run() ->
     assert_eq!(count(&scrape, "batches_total", &[("result", "ok")])?, 1);
     assert_eq!(count(&scrape, "probes_total", &[])?, 1);
     assert!(scrape.flag("history_degraded")?);
+    let faults = scrape.count("internal_errors_total", &[("kind", "history")])?;
+    assert_eq!(faults, 1, "one fault, however often the write is retried");
     assert_eq!(daemon.logged("the history is degraded")?.len(), 1);
     assert_eq!(is_ready(&daemon)?, 200);
     daemon.terminate()?;
