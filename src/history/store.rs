@@ -21,11 +21,20 @@ use crate::livekit::RoomName;
 pub(super) const FILE: &str = "history.sqlite3";
 const LOCK: &str = "lock";
 
-/// Kept in `user_version`.
-const VERSION: i64 = 1;
+/// The steps from an empty file to today's schema. A file's `user_version` counts the steps that it has had.
+///
+/// Only append to this list: files in the field have had the steps as they were when they ran. `salvage` reads `rooms`
+/// and `ledger` of a corrupt file without migrating it, so a step that changes these tables must keep it working.
+///
+/// By hand, because the newest rusqlite_migration (2.6) needs rusqlite 0.40. Its libsqlite3-sys links the same native
+/// library as that of our rusqlite 0.43, and cargo allows one of them only.
+pub(super) const MIGRATIONS: Migrations<'static> = &[VERSION_1];
+
+/// SQL scripts, in the order in which they are applied.
+pub(super) type Migrations<'a> = &'a [&'a str];
 
 /// Times are Unix milliseconds, agent times seconds.
-const SCHEMA: &str = "
+const VERSION_1: &str = "
     CREATE TABLE rooms (
         room TEXT PRIMARY KEY,
         project TEXT NOT NULL,
@@ -140,6 +149,14 @@ impl fmt::Debug for Store {
 impl Store {
     /// Opens the folder's database, or begins one.
     pub fn open(dir: &Path, now: DateTime<Utc>) -> Result<(Self, Loaded), NotOpened> {
+        Self::open_with(dir, now, MIGRATIONS)
+    }
+
+    pub fn open_with(
+        dir: &Path,
+        now: DateTime<Utc>,
+        migrations: Migrations<'_>,
+    ) -> Result<(Self, Loaded), NotOpened> {
         let unavailable = |what: &str, error: io::Error| {
             NotOpened::Unavailable(format!("{what} {}: {error}", dir.display()))
         };
@@ -158,7 +175,7 @@ impl Store {
             Err(TryLockError::Error(error)) => return Err(unavailable("can't lock", error)),
         }
         let path = dir.join(FILE);
-        let opened = open_file(&path, now).and_then(|connection| {
+        let opened = open_file(&path, now, migrations).and_then(|connection| {
             let loaded = load(&connection, now)?;
             Ok((connection, loaded))
         });
@@ -173,7 +190,7 @@ impl Store {
             Err(Fault::Newer(found)) => Err(NotOpened::Refused(OpenError::Newer {
                 path,
                 found,
-                known: VERSION,
+                known: newest(migrations),
             })),
             Err(Fault::Corrupt(why) | Fault::Other(why)) => Err(NotOpened::Unavailable(format!(
                 "can't open {}: {why}",
@@ -249,44 +266,85 @@ pub(super) fn is_of_content(error: &rusqlite::Error) -> bool {
 ///
 /// A file is made under another name and takes its own when it is whole. So a file under its own name that is torn or
 /// empty had been whole.
-fn open_file(path: &Path, now: DateTime<Utc>) -> Result<Connection, Fault> {
+fn open_file(
+    path: &Path,
+    now: DateTime<Utc>,
+    migrations: Migrations<'_>,
+) -> Result<Connection, Fault> {
     let new = beside(path, ".new");
     if !path.try_exists()? {
         // Where only the last step was missing, it holds what was saved of a corrupt file.
-        let whole = new.try_exists()? && connect(&new).is_ok();
+        let whole = new.try_exists()? && connect(&new, migrations).is_ok();
         if !whole {
-            make(&new, &[], false)?;
+            make(&new, migrations, &[], false)?;
         }
         put_in_place(&new, path)?;
     }
-    match connect(path) {
+    match connect(path, migrations) {
         Err(Fault::Corrupt(why)) => {
-            replace(path, &new, &why, now)?;
-            connect(path)
+            replace(path, &new, &why, now, migrations)?;
+            connect(path, migrations)
         }
         opened => opened,
     }
 }
 
-fn connect(path: &Path) -> Result<Connection, Fault> {
+/// A connection to a whole file, which is brought to the newest version.
+fn connect(path: &Path, migrations: Migrations<'_>) -> Result<Connection, Fault> {
     if fs::metadata(path)?.len() == 0 {
         return Err(Fault::Corrupt("it is empty".to_owned()));
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
+    let mut connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY)?;
     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
-    connection.pragma_update(None, "foreign_keys", true)?;
-    match pragma(&connection, "user_version")? {
-        VERSION => check(&connection, "quick_check(1)")?,
-        0 => return Err(Fault::Corrupt("it holds no history".to_owned())),
-        newer => return Err(Fault::Newer(newer)),
+    let version = pragma(&connection, "user_version")?;
+    if version > newest(migrations) {
+        return Err(Fault::Newer(version));
     }
+    if version <= 0 {
+        return Err(Fault::Corrupt("it holds no history".to_owned()));
+    }
+    check(&connection, "quick_check(1)")?;
+    // Off while tables change: to rebuild one, SQLite has its rows dropped, which would cascade.
+    connection.pragma_update(None, "foreign_keys", false)?;
+    for step in version..newest(migrations) {
+        migrate(&mut connection, migrations, step)?;
+    }
+    connection.pragma_update(None, "foreign_keys", true)?;
     Ok(connection)
 }
 
-fn make(path: &Path, rows: &[(RoomName, Row)], lost: bool) -> Result<(), Fault> {
+/// The version of a file that has had all of these steps.
+fn newest(migrations: Migrations<'_>) -> i64 {
+    i64::try_from(migrations.len()).expect("a short list")
+}
+
+/// Brings a file of this version to the next: wholly, or not at all.
+fn migrate(
+    connection: &mut Connection,
+    migrations: Migrations<'_>,
+    version: i64,
+) -> Result<(), Fault> {
+    let step = usize::try_from(version).expect("checked by the caller");
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    transaction.execute_batch(migrations[step])?;
+    transaction.pragma_update(None, "user_version", version + 1)?;
+    transaction.commit()?;
+    tracing::info!(
+        "migrated the history from version {version} to {}",
+        version + 1
+    );
+    Ok(())
+}
+
+fn make(
+    path: &Path,
+    migrations: Migrations<'_>,
+    rows: &[(RoomName, Row)],
+    lost: bool,
+) -> Result<(), Fault> {
     for suffix in ["", "-journal", "-wal", "-shm"] {
         remove(&beside(path, suffix))?;
     }
@@ -294,10 +352,12 @@ fn make(path: &Path, rows: &[(RoomName, Row)], lost: bool) -> Result<(), Fault> 
     // Only heeded before the first table.
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
     let transaction = connection.transaction()?;
-    transaction.execute_batch(SCHEMA)?;
+    for step in migrations {
+        transaction.execute_batch(step)?;
+    }
     transaction.execute("INSERT INTO ledger (lost) VALUES (?1)", [lost])?;
     insert_rows(&transaction, rows)?;
-    transaction.pragma_update(None, "user_version", VERSION)?;
+    transaction.pragma_update(None, "user_version", newest(migrations))?;
     transaction.commit()?;
     connection.close().map_err(|(_, error)| error.into())
 }
@@ -317,9 +377,15 @@ fn pragma(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
 }
 
 /// Moves a corrupt file aside and begins a new one with what of the ledger and the journal can still be read.
-fn replace(path: &Path, new: &Path, why: &str, now: DateTime<Utc>) -> Result<(), Fault> {
+fn replace(
+    path: &Path,
+    new: &Path,
+    why: &str,
+    now: DateTime<Utc>,
+    migrations: Migrations<'_>,
+) -> Result<(), Fault> {
     let salvage = salvage(path);
-    make(new, &salvage.rows, salvage.lost)?;
+    make(new, migrations, &salvage.rows, salvage.lost)?;
     let aside = beside(path, &format!(".corrupt-{}", now.format("%Y%m%dT%H%M%SZ")));
     fs::rename(path, &aside)?;
     // Its log belongs to it.

@@ -5,7 +5,7 @@ use chrono::{Months, TimeDelta};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
-use super::store::FILE;
+use super::store::{self, FILE};
 use super::*;
 use crate::config::Period;
 use crate::probe::{Evidence, Outcome, Reason};
@@ -665,6 +665,114 @@ fn a_file_of_a_newer_format_is_refused_and_left_alone() {
             .contains("written by a newer livekit-canary (format 2")
     );
     assert_eq!(disk.aside(), 0);
+}
+
+/// A file as an earlier version of this program left it: every table has rows.
+const VERSION_1_FILE: &str = include_str!("tests/version_1.sql");
+
+impl Disk {
+    fn with_file(script: &str) -> Self {
+        let disk = Self::new();
+        fs::create_dir(&disk.settings.dir).unwrap();
+        let file = Connection::open(disk.file()).unwrap();
+        file.execute_batch(script).unwrap();
+        disk
+    }
+
+    fn schema(&self) -> Vec<(String, Option<String>)> {
+        let file = Connection::open(self.file()).unwrap();
+        let sql = "SELECT name, sql FROM sqlite_schema ORDER BY name";
+        let mut statement = file.prepare(sql).unwrap();
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)));
+        // Two scripts with the same statements may be indented differently.
+        let flat = |sql: String| sql.split_whitespace().collect::<Vec<_>>().join(" ");
+        rows.unwrap()
+            .map(|row| row.map(|(name, sql): (_, Option<String>)| (name, sql.map(flat))))
+            .collect::<Result<_, _>>()
+            .unwrap()
+    }
+
+    fn version(&self) -> i64 {
+        let file = Connection::open(self.file()).unwrap();
+        file.pragma_query_value(None, "user_version", |row| row.get(0))
+            .unwrap()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn history_of_the_first_version_is_read_in_full() {
+    let disk = Disk::with_file(VERSION_1_FILE);
+    let run = disk.start();
+    assert!(!run.history.is_degraded());
+    assert!(!run.is_lost());
+    assert_eq!(disk.aside(), 0);
+    assert_eq!(run.used(), (5, 5), "one room settled, one at its worst");
+    assert_eq!(run.history.used("beta").day, MINUTE);
+    assert_eq!(run.orphan_rooms(), ["canary-old-2", "canary-old-3"]);
+    assert_eq!(ids(&run.history, all()).await, ["b-old"]);
+    let probe = run.history.probe("canary-old-4".to_owned()).await.unwrap();
+    assert!(probe.unwrap().get().contains(r#""outcome":"failed""#));
+    let seen = run.history.has_seen_agent("support", Some("my-agent"));
+    assert!(seen.await.unwrap());
+    drop(run);
+    let new = Disk::new();
+    drop(new.start());
+    assert_eq!(disk.schema(), new.schema(), "both end with the same schema");
+    assert_eq!(disk.version(), new.version());
+}
+
+#[tokio::test(start_paused = true)]
+async fn older_history_is_migrated_step_by_step_and_keeps_every_row() {
+    // Both forms of a change: a column is added, and a table with rows that refer to it is rebuilt.
+    const VERSION_2: &str = "ALTER TABLE rooms ADD COLUMN region TEXT NOT NULL DEFAULT 'eu'";
+    const VERSION_3: &str = "
+        CREATE TABLE rebuilt (id TEXT PRIMARY KEY, target TEXT NOT NULL, head TEXT NOT NULL) STRICT;
+        INSERT INTO rebuilt SELECT id, target, head FROM batches;
+        DROP TABLE batches;
+        ALTER TABLE rebuilt RENAME TO batches;
+    ";
+    let disk = Disk::with_file(VERSION_1_FILE);
+    let steps = [store::MIGRATIONS, &[VERSION_2, VERSION_3]].concat();
+    let open = |steps| Store::open_with(&disk.settings.dir, disk.clock()(), steps);
+    let (store, loaded) = open(&steps).unwrap();
+    assert_eq!(disk.version(), 3);
+    assert_eq!(loaded.rows.len(), 2);
+    assert_eq!(
+        loaded.days.iter().map(|(.., seconds)| seconds).sum::<u64>(),
+        360
+    );
+    let count = |sql: &str| -> i64 {
+        store
+            .connection
+            .query_row(sql, [], |row| row.get(0))
+            .unwrap()
+    };
+    assert_eq!(count("SELECT count(*) FROM rooms WHERE region = 'eu'"), 3);
+    assert_eq!(
+        count("SELECT count(*) FROM probes JOIN batches ON id = batch"),
+        2
+    );
+    assert_eq!(count("SELECT count(*) FROM agents_seen"), 1);
+    assert_eq!(count("PRAGMA foreign_keys"), 1);
+    drop(store);
+    let (_again, loaded) = open(&steps).unwrap();
+    assert_eq!(loaded.rows.len(), 2, "no step runs twice");
+    assert_eq!(disk.aside(), 0);
+}
+
+#[test]
+fn migration_that_fails_changes_nothing_and_the_file_stays_readable() {
+    let disk = Disk::with_file(VERSION_1_FILE);
+    let before = disk.schema();
+    let half = "ALTER TABLE rooms ADD COLUMN region TEXT; INSERT INTO missing VALUES (1);";
+    let steps = [store::MIGRATIONS, &[half]].concat();
+    let failed = Store::open_with(&disk.settings.dir, disk.clock()(), &steps).err();
+    assert!(
+        matches!(&failed, Some(NotOpened::Unavailable(why)) if why.contains("no such table")),
+        "{failed:?}"
+    );
+    assert_eq!((disk.schema(), disk.version()), (before, 1));
+    assert_eq!(disk.start().orphan_rooms().len(), 2);
 }
 
 #[test]
