@@ -397,7 +397,7 @@ impl Daemon {
         let project = &self.projects[&target.settings.project];
         if let Some(denial) = project
             .guard
-            .refusal(first_worst_case(&target.settings, &project.settings))
+            .denial(first_worst_case(&target.settings, &project.settings))
         {
             return Err(BatchNotStarted::Denied(denial));
         }

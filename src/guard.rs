@@ -1,6 +1,7 @@
-//! The guard rails of a project, shared by its targets: rooms at once, agent time, rest after a plan limit.
+//! The guard rails of a project, shared by its targets: rooms open at once, agent time, back-off after a plan limit.
 //!
-//! All are settings. A refusal of ours is no plan limit: that is only what the service said.
+//! All of them are settings. When the canary's own guard denies a room, that is not a plan limit: only LiveKit's answers
+//! name one.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::config::{Backoff, Budget, Period, Project, RampMode, Stay, Target};
-use crate::history::{History, RESERVE_TIMEOUT, Reservation, Used};
+use crate::history::{AgentTimeUsed, History, RESERVE_TIMEOUT, Reservation};
 use crate::livekit::RoomName;
 use crate::probe::{LimitKind, billable_minutes, max_time_to_verdict};
 use crate::report::Denial;
@@ -23,19 +24,12 @@ pub struct Guard {
     shared: Arc<GuardShared>,
 }
 
-fn of(period: Period, used: &Used) -> Duration {
-    match period {
-        Period::Day => used.day,
-        Period::Month => used.month,
-    }
-}
-
-/// The right to hold so many rooms of a project open at once, until it is dropped.
-#[must_use = "dropped at once, it is the right to nothing"]
+/// The right of one batch to hold up to `count` rooms of a project open at once. Dropping it gives the right back.
+#[must_use = "dropping the permits gives them back"]
 pub struct RoomPermits {
     shared: Arc<GuardShared>,
     count: usize,
-    /// The rejections that the project had met when the batch began.
+    /// The project's rejections when the batch began.
     rejections: u64,
 }
 
@@ -43,7 +37,7 @@ struct GuardShared {
     project: String,
     history: History,
     state: Mutex<GuardState>,
-    /// Told at each change of the queue for places.
+    /// Notified when a waiting batch may have reached its turn.
     queue_changed: Notify,
 }
 
@@ -51,13 +45,14 @@ struct GuardState {
     budget: Budget,
     backoff: Backoff,
     max_rooms: usize,
-    taken: usize,
-    /// Who waits for places, the first to come first.
+    /// Rooms that batches hold permits for.
+    held: usize,
+    /// Tickets of the batches that wait for permits, the oldest first.
     queue: VecDeque<u64>,
     next_ticket: u64,
-    /// All that were ever met.
+    /// Plan-limit rejections since the start of this process.
     rejections: u64,
-    /// Back-offs since the last batch that met none.
+    /// Back-offs since the last batch that had no rejection.
     consecutive: u32,
     backoff_until: Option<Instant>,
 }
@@ -72,7 +67,7 @@ impl Guard {
                     budget: project.budget.clone(),
                     backoff: project.backoff.clone(),
                     max_rooms: project.max_rooms,
-                    taken: 0,
+                    held: 0,
                     queue: VecDeque::new(),
                     next_ticket: 0,
                     rejections: 0,
@@ -84,7 +79,7 @@ impl Guard {
         }
     }
 
-    /// Takes changed settings. Rooms that are open stay so.
+    /// Applies changed settings. Rooms that are open stay open.
     pub fn configure(&self, project: &Project) {
         let mut state = self.shared.lock();
         state.budget = project.budget.clone();
@@ -94,22 +89,23 @@ impl Guard {
         self.shared.queue_changed.notify_waiters();
     }
 
-    /// Waits for the right to hold this batch's rooms open, or as many of them as the project may ever hold; whoever
-    /// came first is served first. Cancel-safe.
+    /// Waits until this batch may hold its rooms open, or as many of them as the project may ever hold. Batches are
+    /// served in the order in which they ask. Cancel-safe.
     pub async fn acquire(&self, target: &Target) -> RoomPermits {
         let wanted = max_rooms_at_once(target);
-        let turn = QueueTicket::queue(&self.shared);
+        let ticket = QueueTicket::new(&self.shared);
         loop {
-            let queue_changed = self.shared.queue_changed.notified();
-            if let Some(places) = turn.take(wanted) {
-                return places;
+            // Registered before the attempt, so that a change between the two still wakes this task.
+            let changed = self.shared.queue_changed.notified();
+            if let Some(permits) = ticket.try_acquire(wanted) {
+                return permits;
             }
-            queue_changed.await;
+            changed.await;
         }
     }
 
-    /// What would refuse a room now; nothing is reserved.
-    pub fn refusal(&self, worst_case: Duration) -> Option<Denial> {
+    /// Why a room would be denied now, if it would be. Reserves nothing.
+    pub fn denial(&self, worst_case: Duration) -> Option<Denial> {
         let used = self.shared.history.used(&self.shared.project);
         let now = self.shared.history.now();
         self.check_backoff(now)
@@ -117,10 +113,10 @@ impl Guard {
             .err()
     }
 
-    /// Reserves the agent time that a room may use and journals its name, before it can exist.
+    /// Reserves the agent time that a room may use and records its name in the journal, before the room can exist.
     ///
     /// # Errors
-    /// No room may open now.
+    /// The guard rails allow no room now.
     pub async fn reserve(
         &self,
         room: &RoomName,
@@ -130,7 +126,7 @@ impl Guard {
         let GuardShared {
             project, history, ..
         } = &*self.shared;
-        let admit = |used: &Used, now| {
+        let admit = |used: &AgentTimeUsed, now| {
             self.check_backoff(now)?;
             self.check_budget(used, worst_case, now)
         };
@@ -139,46 +135,50 @@ impl Guard {
             .await
     }
 
-    /// The service named a limit: no room of the project opens for a while.
+    /// Starts a back-off after LiveKit named a plan limit: the project opens no new room until it ends.
     ///
-    /// Rooms that were open already may meet it too; that makes the rest no longer unless the service says so.
+    /// Rooms that were already open may report the same limit. They extend the back-off only if LiveKit asks for a later
+    /// time with `Retry-After`.
     pub fn record_rejection(&self, limit: LimitKind, retry_after: Option<Duration>) {
         let now = Instant::now();
         let mut state = self.shared.lock();
         state.rejections += 1;
-        let backoff_until = state.backoff_until.filter(|until| *until > now);
-        let until = match (retry_after, backoff_until) {
+        let current = state.backoff_until.filter(|until| *until > now);
+        let until = match (retry_after, current) {
             (Some(after), _) => now + after.min(state.backoff.longest),
             (None, None) => now + exponential(&state.backoff, state.consecutive),
             (None, Some(until)) => until,
         };
-        if backoff_until.is_none() {
+        if current.is_none() {
             state.consecutive = state.consecutive.saturating_add(1);
         }
-        if backoff_until.is_none_or(|before| before < until) {
+        if current.is_none_or(|before| before < until) {
             state.backoff_until = Some(until);
-            let rest = format_duration(Duration::from_secs((until - now).as_secs())).to_string();
+            let backoff = format_duration(Duration::from_secs((until - now).as_secs())).to_string();
             tracing::warn!(
                 project = self.shared.project,
                 limit = limit.label(),
-                "a plan limit was met: no room opens for {rest}"
+                "plan limit reached: no new rooms for {backoff}"
             );
         }
     }
 
-    /// `None` where the project does not rest.
+    /// The end of the current back-off, if there is one.
     pub fn backoff_until(&self) -> Option<DateTime<Utc>> {
         self.backoff_end(self.shared.history.now())
     }
 
-    /// Agent time used so far, open rooms counted at their worst.
+    /// Agent time used in the current period; open rooms count with their worst case.
     pub fn used(&self, period: Period) -> Duration {
-        of(period, &self.shared.history.used(&self.shared.project))
+        self.shared
+            .history
+            .used(&self.shared.project)
+            .in_period(period)
     }
 
-    /// Rooms that batches hold places for.
+    /// Rooms that batches hold permits for.
     pub fn rooms_held(&self) -> usize {
-        self.shared.lock().taken
+        self.shared.lock().held
     }
 
     pub fn limit(&self, period: Period) -> Option<Duration> {
@@ -200,7 +200,7 @@ impl Guard {
 
     fn check_budget(
         &self,
-        used: &Used,
+        used: &AgentTimeUsed,
         worst_case: Duration,
         now: DateTime<Utc>,
     ) -> Result<(), Denial> {
@@ -208,10 +208,11 @@ impl Guard {
             let Some(limit) = self.limit(period) else {
                 continue;
             };
+            // Fail closed: the remaining budget is unknown, and an overrun costs money.
             if used.ledger_lost {
                 return Err(Denial::LedgerLost);
             }
-            let used = of(period, used);
+            let used = used.in_period(period);
             if used + worst_case > limit {
                 return Err(Denial::Budget {
                     period,
@@ -234,8 +235,8 @@ impl RoomPermits {
         self.count
     }
 
-    /// The batch has ended, and none of its rooms met a plan limit. Where no other batch of the project met one in the
-    /// meantime either, the next back-off is as short as the first.
+    /// Records that the batch has ended and that none of its rooms met a plan limit. The next back-off is as short as the
+    /// first one, unless another batch of the project met a limit since this batch began.
     pub fn confirm_none_rejected(&self) {
         let mut state = self.shared.lock();
         if state.rejections == self.rejections {
@@ -246,41 +247,41 @@ impl RoomPermits {
 
 impl Drop for RoomPermits {
     fn drop(&mut self) {
-        self.shared.lock().taken -= self.count;
+        self.shared.lock().held -= self.count;
         self.shared.queue_changed.notify_waiters();
     }
 }
 
 impl GuardShared {
     fn lock(&self) -> MutexGuard<'_, GuardState> {
-        // Each change is complete before anything in it could panic.
+        // Each change completes before anything in it can panic, so a poisoned lock still guards consistent data.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A place in the queue, given up when it is dropped.
+/// A batch's place in the queue for permits. Dropping it gives the place up.
 struct QueueTicket<'a> {
     shared: &'a Arc<GuardShared>,
-    ticket: u64,
+    number: u64,
 }
 
 impl<'a> QueueTicket<'a> {
-    fn queue(shared: &'a Arc<GuardShared>) -> Self {
+    fn new(shared: &'a Arc<GuardShared>) -> Self {
         let mut state = shared.lock();
-        let ticket = state.next_ticket;
+        let number = state.next_ticket;
         state.next_ticket += 1;
-        state.queue.push_back(ticket);
-        Self { shared, ticket }
+        state.queue.push_back(number);
+        Self { shared, number }
     }
 
-    fn take(&self, wanted: usize) -> Option<RoomPermits> {
+    fn try_acquire(&self, wanted: usize) -> Option<RoomPermits> {
         let mut state = self.shared.lock();
         let count = wanted.min(state.max_rooms);
-        let first = state.queue.front() == Some(&self.ticket);
-        if !first || state.taken + count > state.max_rooms {
+        let first = state.queue.front() == Some(&self.number);
+        if !first || state.held + count > state.max_rooms {
             return None;
         }
-        state.taken += count;
+        state.held += count;
         Some(RoomPermits {
             shared: Arc::clone(self.shared),
             count,
@@ -292,13 +293,13 @@ impl<'a> QueueTicket<'a> {
 impl Drop for QueueTicket<'_> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
-        state.queue.retain(|ticket| *ticket != self.ticket);
+        state.queue.retain(|number| *number != self.number);
         drop(state);
         self.shared.queue_changed.notify_waiters();
     }
 }
 
-/// The most rooms that a batch holds open at once.
+/// Maximum number of rooms that a batch holds open at once.
 pub fn max_rooms_at_once(target: &Target) -> usize {
     match target.batch.stay {
         Stay::Together => target.batch.rooms,
@@ -306,8 +307,9 @@ pub fn max_rooms_at_once(target: &Target) -> usize {
     }
 }
 
-/// The most agent time that each room of a batch can be billed for, in the order of opening: its agent comes at once,
-/// and as late as allowed to all rooms that follow.
+/// Maximum agent time that LiveKit can bill for each room of a batch, in the order in which the rooms open.
+///
+/// The worst case of a room: its own agent joins at once, and the agents of all later rooms join as late as allowed.
 pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
@@ -325,12 +327,12 @@ pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = D
     };
     (0..rooms).map(move |index| {
         let held = (ramp_after(index) + target.batch.hold).max(max_time_to_verdict(target));
-        // Leaving may take as long, and so may deleting.
+        // Leaving and deleting may each take the whole clean-up deadline.
         billable_minutes(held + target.deadlines.cleanup * 2)
     })
 }
 
-/// The longest that a batch runs once it has its places, its last room gone.
+/// Maximum duration of a batch, from its permits to the deletion of its last room.
 pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
@@ -350,21 +352,24 @@ pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
     }
 }
 
-/// From a room's opening to the agent's join, or to the word that there is none.
+/// Maximum time from the opening of a room to the agent's join, or to the verdict that no agent joined.
 fn max_join_duration(target: &Target, project: &Project) -> Duration {
     let deadlines = &target.deadlines;
-    // A room's creation and a last look at its dispatches are the calls that it takes.
+    // Two API calls: the room's creation, and the last look at its dispatches.
     project.api_timeout * 2 + deadlines.signal + deadlines.media + deadlines.join + RESERVE_TIMEOUT
 }
 
-/// Twice as long each time, and up to a quarter more, so that two canaries don't come back together.
-fn exponential(backoff: &Backoff, times: u32) -> Duration {
-    let factor = 2_u32.saturating_pow(times.min(31));
+/// The first back-off, doubled for each earlier one, plus up to a quarter of jitter: two canaries that were rejected
+/// together must not come back together.
+fn exponential(backoff: &Backoff, earlier: u32) -> Duration {
+    let factor = 2_u32.saturating_pow(earlier.min(31));
     let plain = backoff.first.saturating_mul(factor).min(backoff.longest);
     plain
         .mul_f64(1.0 + fastrand::f64() / 4.0)
         .min(backoff.longest)
 }
 
+#[cfg(test)]
+mod sandbox_tests;
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,8 @@
-//! What is kept on disk: batches and their probes, the budget ledger, the journal of rooms.
+//! The data on disk: batches and their probes, the budget ledger, and the journal of rooms.
 //!
-//! Decisions are made on the ledger in memory, which one thread writes down: a reservation waits until its row is
-//! durable, and nothing else waits for the disk. Where the disk takes nothing, the history is degraded: probing goes
-//! on, the ledger and the journal count from memory, and are written when it takes something again.
+//! All decisions are made on the ledger in memory, which one thread writes to disk. A reservation waits until its row is
+//! durable; nothing else waits for the disk. If the disk takes nothing, the history is degraded: probing goes on, the
+//! ledger and the journal count in memory, and both are written when the disk works again.
 //!
 //! It knows no HTTP.
 
@@ -28,38 +28,38 @@ mod record;
 mod store;
 mod writer;
 
-use ledger::{Ledger, Loaded, Row};
-use record::Record;
-use store::{NotOpened, Store};
-use writer::Writer;
+use ledger::{Ledger, LedgerRow, LoadedLedger};
+use record::BatchRecord;
+use store::{Store, StoreOpenError};
+use writer::HistoryWriter;
 
-pub use ledger::Used;
-pub use read::{BatchFilter, Counts, LastBatch, MAX_BATCHES, ReadError};
+pub use ledger::AgentTimeUsed;
+pub use read::{BatchFilter, HistoryCounts, LastBatch, MAX_BATCHES, ReadError};
 
-/// How long a reservation waits for the disk: whoever wants more than that is degraded, and probing goes on.
+/// How long a reservation waits for the disk. After that the history is degraded, and probing goes on.
 pub const RESERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Batches that wait for the disk; what comes on top is dropped and counted.
-const MAX_QUEUED_RECORDS: usize = 32;
+/// Batches that may wait for the disk. Further ones are dropped and counted.
+const MAX_QUEUED_BATCHES: usize = 32;
 
-/// The wall clock; another one in tests.
-pub type Clock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
+/// The source of the wall clock; tests set their own.
+pub type UtcClock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
 
-/// The handle to the history. Cheap to clone; with the last one the thread behind it ends.
+/// The handle to the history. Cheap to clone; the writing thread ends with the last one.
 #[derive(Clone)]
 pub struct History {
-    shared: Arc<Shared>,
-    reader: read::Reader,
-    _life: Arc<Life>,
+    shared: Arc<HistoryShared>,
+    reader: read::HistoryReader,
+    _close: Arc<CloseOnDrop>,
 }
 
 /// Why the history can't be used at all.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("another livekit-canary uses the folder {}: give each a history.dir of its own", .0.display())]
+    #[error("another livekit-canary uses the folder {}: give each its own history.dir", .0.display())]
     Locked(PathBuf),
     #[error(
-        "{} was written by a newer livekit-canary (format {found}, this one knows {known}): run that one, or set \
+        "a newer livekit-canary wrote {} (format {found}, this version knows {known}): run that version, or set \
          another history.dir", .path.display()
     )]
     Newer {
@@ -71,7 +71,7 @@ pub enum OpenError {
     Thread(#[source] io::Error),
 }
 
-/// A room that an earlier run journalled and that nobody has vouched for.
+/// A room that an earlier run recorded in the journal and that is not confirmed to be gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OrphanRoom {
     pub room: RoomName,
@@ -80,42 +80,44 @@ pub struct OrphanRoom {
     pub opened_at: DateTime<Utc>,
 }
 
-/// Agent time that is set aside for one room. However it ends, it never counts less than was used: a room that opened
-/// and was not settled stays at its worst case.
-#[must_use = "dropped at once, it reserves nothing"]
+/// Agent time that is reserved for one room.
+///
+/// It never counts less than the room used: a room that opened and was not settled counts with its worst case.
+#[must_use = "dropping it ends the reservation"]
 #[derive(Debug)]
 pub struct Reservation {
-    shared: Arc<Shared>,
+    shared: Arc<HistoryShared>,
     room: RoomName,
     worst_case: Duration,
     opened: bool,
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct HistoryShared {
+    state: Mutex<HistoryState>,
+    /// Wakes the writer.
     work: Condvar,
-    progress: watch::Sender<Progress>,
+    progress: watch::Sender<WriterProgress>,
     dropped: AtomicU64,
     faults: AtomicU64,
-    clock: Clock,
-    /// This run of the program in the journal.
+    clock: UtcClock,
+    /// Identifies this run of the program in the journal.
     boot: String,
 }
 
 #[derive(Default)]
-struct State {
+struct HistoryState {
     ledger: Ledger,
-    records: VecDeque<Arc<Record>>,
-    /// Told to count from zero where the ledger is lost.
+    /// Batches that wait for the disk.
+    records: VecDeque<Arc<BatchRecord>>,
+    /// A lost ledger counts from zero.
     accepted: bool,
     has_work: bool,
     closing: bool,
 }
 
-/// What the writer has come to.
 #[derive(Debug, Clone, Copy, Default)]
-struct Progress {
-    /// The ledger's last change that is durable.
+struct WriterProgress {
+    /// Number of the ledger's last durable change.
     written: u64,
     /// The ledger's rows can't be written.
     ledger_down: bool,
@@ -124,22 +126,22 @@ struct Progress {
     ended: bool,
 }
 
-/// Ends the writer with the last handle.
-struct Life(Arc<Shared>);
+/// Ends the writer when the last handle is dropped.
+struct CloseOnDrop(Arc<HistoryShared>);
 
-impl Drop for Life {
+impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.close();
     }
 }
 
 impl History {
-    /// Opens the history in its folder and begins one where there is none.
+    /// Opens the history in its folder, and creates it if there is none.
     ///
-    /// Blocks on the disk. A folder that can't be written to is no error: the history is degraded then.
+    /// Blocks on the disk. A folder that can't be written to is no error: the history is degraded instead.
     ///
     /// # Errors
-    /// Another process uses the folder; a newer version of this program wrote it; no thread can be started.
+    /// Another process uses the folder, a newer version of this program wrote it, or no thread can be started.
     pub fn open(settings: &config::HistorySettings) -> Result<Self, OpenError> {
         Self::open_with_clock(settings, Arc::new(Utc::now))
     }
@@ -148,7 +150,7 @@ impl History {
     /// See [`History::open`].
     pub fn open_with_clock(
         settings: &config::HistorySettings,
-        clock: Clock,
+        clock: UtcClock,
     ) -> Result<Self, OpenError> {
         let (history, writer) = Self::prepare(settings, clock)?;
         thread::Builder::new()
@@ -160,12 +162,12 @@ impl History {
 
     fn prepare(
         settings: &config::HistorySettings,
-        clock: Clock,
-    ) -> Result<(Self, Writer), OpenError> {
-        let shared = Arc::new(Shared {
+        clock: UtcClock,
+    ) -> Result<(Self, HistoryWriter), OpenError> {
+        let shared = Arc::new(HistoryShared {
             state: Mutex::default(),
             work: Condvar::new(),
-            progress: watch::Sender::new(Progress::default()),
+            progress: watch::Sender::new(WriterProgress::default()),
             dropped: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             clock,
@@ -176,26 +178,26 @@ impl History {
                 shared.lock().load(loaded);
                 Some(store)
             }
-            Err(NotOpened::Refused(error)) => return Err(error),
-            Err(NotOpened::Unavailable(why)) => {
-                // What was used before can't be read, or not yet.
+            Err(StoreOpenError::Refused(error)) => return Err(error),
+            Err(StoreOpenError::Unavailable(why)) => {
+                // Earlier use can't be read, or not yet: a budget must not count from zero.
                 shared.lock().ledger.lost = true;
-                shared.ledger_down();
-                shared.trouble(&why);
+                shared.set_ledger_down();
+                shared.set_unwritable(&why);
                 None
             }
         };
         let history = Self {
             shared: Arc::clone(&shared),
-            reader: read::Reader::new(&settings.dir),
-            _life: Arc::new(Life(Arc::clone(&shared))),
+            reader: read::HistoryReader::new(&settings.dir),
+            _close: Arc::new(CloseOnDrop(Arc::clone(&shared))),
         };
-        Ok((history, Writer::new(shared, settings.clone(), store)))
+        Ok((history, HistoryWriter::new(shared, settings.clone(), store)))
     }
 
-    /// Writes down what is waiting and ends the thread; says whether all of it was done before the deadline.
+    /// Writes what is waiting and ends the thread. Returns whether all of it was written before the deadline.
     ///
-    /// The folder is unlocked then, and what comes later is lost.
+    /// The folder is unlocked then, and later changes are lost.
     pub async fn close(&self, deadline: Instant) -> bool {
         self.shared.close();
         let mut progress = self.shared.progress.subscribe();
@@ -209,12 +211,12 @@ impl History {
         self.shared.is_degraded()
     }
 
-    /// Batches that were not recorded.
+    /// Batches that were dropped instead of recorded.
     pub fn dropped(&self) -> u64 {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
-    /// Faults that were logged: a history that could not be written any more, a batch that did not fit into it.
+    /// Faults that were logged: each time that the history became degraded, and each batch that can't be stored.
     pub fn faults(&self) -> u64 {
         self.shared.faults.load(Ordering::Relaxed)
     }
@@ -231,31 +233,31 @@ impl History {
         (self.shared.clock)()
     }
 
-    pub fn used(&self, project: &str) -> Used {
+    pub fn used(&self, project: &str) -> AgentTimeUsed {
         let now = self.now();
         self.shared.lock().ledger.used(project, now)
     }
 
-    /// Sets agent time aside and journals the room, before it can exist. Durable when it returns, or the history is
-    /// degraded.
+    /// Reserves agent time and records the room in the journal, before the room can exist. When it returns, the row is
+    /// durable or the history is degraded.
     ///
-    /// `admit` judges by what was used so far; nobody else's reservation comes between its word and this one.
+    /// `admit` decides on the agent time used so far. No other reservation is made between its decision and this one.
     ///
     /// # Errors
-    /// What `admit` says.
+    /// Those of `admit`.
     pub async fn reserve<E>(
         &self,
         room: &RoomName,
         project: &str,
         target: &str,
         worst_case: Duration,
-        admit: impl FnOnce(&Used, DateTime<Utc>) -> Result<(), E>,
+        admit: impl FnOnce(&AgentTimeUsed, DateTime<Utc>) -> Result<(), E>,
     ) -> Result<Reservation, E> {
         let now = self.now();
         let change = {
             let mut state = self.shared.lock();
             admit(&state.ledger.used(project, now), now)?;
-            let row = Row {
+            let row = LedgerRow {
                 project: project.to_owned(),
                 target: target.to_owned(),
                 boot: self.shared.boot.clone(),
@@ -268,17 +270,18 @@ impl History {
             self.shared.wake(&mut state);
             change
         };
+        // Built before the wait: if this future is dropped while it waits, the reservation is dropped with it.
         let reservation = Reservation {
             shared: Arc::clone(&self.shared),
             room: room.clone(),
             worst_case,
             opened: false,
         };
-        self.shared.written(change).await;
+        self.shared.wait_until_written(change).await;
         Ok(reservation)
     }
 
-    /// The janitor vouches for the room: it is gone for good.
+    /// Records the janitor's confirmation that the room is gone for good.
     pub fn gone(&self, room: &RoomName) {
         let now = self.now();
         let mut state = self.shared.lock();
@@ -286,17 +289,17 @@ impl History {
         self.shared.wake(&mut state);
     }
 
-    /// The target of a room that nobody has vouched for yet.
+    /// The target of a room that is still in the journal.
     pub fn target_of(&self, room: &RoomName) -> Option<String> {
         let state = self.shared.lock();
         state.ledger.get(room).map(|row| row.target.clone())
     }
 
-    /// The rooms that dead runs of this program journalled and nobody vouched for, the oldest first.
+    /// Rooms of earlier runs of this program that are not confirmed to be gone, the oldest first.
     pub fn orphan_rooms(&self) -> Vec<OrphanRoom> {
         let state = self.shared.lock();
-        let left = state.ledger.left_by_others(&self.shared.boot);
-        let mut left: Vec<OrphanRoom> = left
+        let orphans = state.ledger.orphans(&self.shared.boot);
+        let mut orphans: Vec<OrphanRoom> = orphans
             .map(|(room, row)| OrphanRoom {
                 room: room.clone(),
                 project: row.project.clone(),
@@ -304,15 +307,16 @@ impl History {
                 opened_at: row.opened_at,
             })
             .collect();
-        left.sort_by(|one, other| (one.opened_at, &one.room).cmp(&(other.opened_at, &other.room)));
-        left
+        orphans
+            .sort_by(|one, other| (one.opened_at, &one.room).cmp(&(other.opened_at, &other.room)));
+        orphans
     }
 
-    /// Keeps a batch. Where too many wait for the disk it is dropped and counted.
+    /// Queues a batch for the disk. If too many batches wait already, it is dropped and counted.
     pub fn record(&self, batch: &BatchReport, target: &Target, project: &Project) {
-        let record = Arc::new(Record::of(batch, target, project));
+        let record = Arc::new(BatchRecord::new(batch, target, project));
         let mut state = self.shared.lock();
-        if state.records.len() < MAX_QUEUED_RECORDS {
+        if state.records.len() < MAX_QUEUED_BATCHES {
             state.records.push_back(record);
             self.shared.wake(&mut state);
         } else {
@@ -321,7 +325,7 @@ impl History {
         }
     }
 
-    /// The documents of batches, the latest first, without their probes.
+    /// The documents of batches without their probes, the latest first.
     pub async fn batches(&self, filter: BatchFilter) -> Result<Vec<Box<RawValue>>, ReadError> {
         let query = move |connection: &_| read::batches(connection, &filter);
         self.reader.read(query).await
@@ -339,13 +343,14 @@ impl History {
         self.reader.read(query).await
     }
 
+    /// The target's last batch that was not aborted.
     pub async fn last_completed(&self, target: &str) -> Result<Option<LastBatch>, ReadError> {
         let target = target.to_owned();
         let query = move |connection: &_| read::last_completed(connection, &target);
         self.reader.read(query).await
     }
 
-    /// Whether an agent has ever come to a room of this target; `agent_name` as it is configured.
+    /// Whether an agent ever joined a room of this target while it was configured with this agent name.
     pub async fn has_seen_agent(
         &self,
         target: &str,
@@ -357,7 +362,7 @@ impl History {
         self.reader.read(query).await
     }
 
-    pub async fn counts(&self, target: &str) -> Result<Counts, ReadError> {
+    pub async fn counts(&self, target: &str) -> Result<HistoryCounts, ReadError> {
         let target = target.to_owned();
         let query = move |connection: &_| read::counts(connection, &target);
         self.reader.read(query).await
@@ -369,12 +374,12 @@ impl Reservation {
         self.worst_case
     }
 
-    /// From here on there may be a room.
+    /// Records that the room may exist from now on.
     pub fn opened(&mut self) {
         self.opened = true;
     }
 
-    /// What the room's agent time came to.
+    /// Records the agent time that the room used.
     pub fn settle(mut self, agent_time: Duration) {
         self.opened = true;
         let mut state = self.shared.lock();
@@ -390,6 +395,7 @@ impl Drop for Reservation {
         let Some(row) = state.ledger.get(&self.room) else {
             return;
         };
+        // The ledger ignores a second settlement, so this changes nothing after `settle`.
         if self.opened {
             let worst = row.reserved;
             state.ledger.settle(&self.room, worst);
@@ -401,26 +407,26 @@ impl Drop for Reservation {
     }
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for HistoryShared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").finish_non_exhaustive()
+        f.debug_struct("HistoryShared").finish_non_exhaustive()
     }
 }
 
-impl State {
-    fn load(&mut self, loaded: Loaded) {
+impl HistoryState {
+    fn load(&mut self, loaded: LoadedLedger) {
         self.ledger.load(loaded);
         self.ledger.lost &= !self.accepted;
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic inside a change would be a fault of the ledger's own; its figures are sums that stay in bounds.
+impl HistoryShared {
+    fn lock(&self) -> MutexGuard<'_, HistoryState> {
+        // The ledger's figures are sums that stay in bounds, so a panic elsewhere does not make them unusable.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self, state: &mut State) {
+    fn wake(&self, state: &mut HistoryState) {
         state.has_work = true;
         self.work.notify_one();
     }
@@ -431,33 +437,35 @@ impl Shared {
         self.wake(&mut state);
     }
 
-    /// Waits until the ledger's change is durable, or can't be made so.
-    async fn written(&self, change: u64) {
+    /// Waits until the ledger's change is durable, or can't be written.
+    async fn wait_until_written(&self, change: u64) {
         let mut progress = self.progress.subscribe();
         let decided = progress.wait_for(|progress| {
             progress.written >= change || progress.ledger_down || progress.ended
         });
         if timeout(RESERVE_TIMEOUT, decided).await.is_err() {
-            self.ledger_down();
-            self.trouble(&format!("the disk took no row within {RESERVE_TIMEOUT:?}"));
+            self.set_ledger_down();
+            self.set_unwritable(&format!(
+                "the disk stored no row within {RESERVE_TIMEOUT:?}"
+            ));
         }
     }
 
     // The writer's side.
 
-    /// Waits for work, `most` at most; says whether it is the last.
-    fn wait_for_work(&self, most: Duration) -> bool {
+    /// Waits for work, at most for this long. Returns whether the history is closing.
+    fn wait_for_work(&self, max_wait: Duration) -> bool {
         let state = self.lock();
         let waited = self
             .work
-            .wait_timeout_while(state, most, |state| !state.has_work);
+            .wait_timeout_while(state, max_wait, |state| !state.has_work);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.has_work = false;
         state.closing
     }
 
-    /// The rows that are to be written, the last change in them, and whether a lost ledger was accepted.
-    fn unwritten(&self) -> (Vec<(RoomName, Row)>, u64, bool) {
+    /// The rows to write, the number of the last change in them, and whether a lost ledger was accepted.
+    fn unwritten(&self) -> (Vec<(RoomName, LedgerRow)>, u64, bool) {
         let state = self.lock();
         let (rows, change) = state.ledger.unwritten();
         (rows, change, state.accepted)
@@ -471,19 +479,19 @@ impl Shared {
         });
     }
 
-    fn ledger_down(&self) {
-        let down = |progress: &mut Progress| progress.ledger_down = true;
-        self.progress.send_modify(down);
+    fn set_ledger_down(&self) {
+        self.progress
+            .send_modify(|progress| progress.ledger_down = true);
     }
 
-    fn next_record(&self) -> Option<Arc<Record>> {
+    fn next_record(&self) -> Option<Arc<BatchRecord>> {
         self.lock().records.front().cloned()
     }
 
-    /// The record in front is done with.
-    fn record_done(&self, kept: bool) {
+    /// Removes the record in front, and counts it if it was not written.
+    fn record_done(&self, written: bool) {
         self.lock().records.pop_front();
-        if !kept {
+        if !written {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -492,13 +500,20 @@ impl Shared {
         self.progress.borrow().degraded
     }
 
-    /// Something can't be written. Told once, until all is well again.
-    fn trouble(&self, why: &str) {
+    /// The history is degraded. Logged and counted once, until [`HistoryShared::set_healthy`].
+    fn set_unwritable(&self, why: &str) {
         if self.set_degraded(true) {
             self.count_fault();
             tracing::error!(
-                "the history is degraded: {why}; probing goes on, and budgets count from memory until it is written again"
+                "the history is degraded: {why}. Probing goes on, and budgets count in memory until the history can be \
+                 written again"
             );
+        }
+    }
+
+    fn set_healthy(&self) {
+        if self.set_degraded(false) {
+            tracing::warn!("the history can be written again");
         }
     }
 
@@ -506,18 +521,12 @@ impl Shared {
         self.faults.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn well(&self) {
-        if self.set_degraded(false) {
-            tracing::warn!("the history is written again");
-        }
-    }
-
-    /// Says whether that is new.
+    /// Returns whether this is a change.
     fn set_degraded(&self, degraded: bool) -> bool {
         self.progress.send_if_modified(|progress| {
-            let new = progress.degraded != degraded;
+            let changed = progress.degraded != degraded;
             progress.degraded = degraded;
-            new
+            changed
         })
     }
 
@@ -525,7 +534,7 @@ impl Shared {
         let closing = self.lock().closing;
         self.progress.send_modify(|progress| progress.ended = true);
         if !closing {
-            self.trouble("its thread died");
+            self.set_unwritable("its thread ended unexpectedly");
         }
     }
 }
@@ -536,4 +545,4 @@ fn whole_seconds(duration: Duration) -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,18 +1,19 @@
-//! The owner of every room name until that room is gone: on success, failure, timeout, cancel and panic alike.
+//! Owns every room name until its room is gone: after success, failure, timeout, cancel and panic alike.
 //!
-//! It knows rooms and dispatches; it knows no outcome.
+//! It knows rooms and dispatches, and nothing about outcomes.
 //!
-//! A deletion is not the end of a room. Two things bring it back, both seen on livekit-server 1.13.5:
+//! A deletion is not the end of a room. Two things bring a room back; both were seen on livekit-server 1.13.5:
 //!
-//! - A request that was in flight when its probe was dropped (`CreateRoom`, `CreateDispatch` or a join, each of which
-//!   creates a missing room).
-//! - A late agent, the target's or the unnamed one that LiveKit sends to every room. `DeleteDispatch` has the worker end
-//!   the job, but a livekit-agents 1.8.9 worker lets the entrypoint run on for 15 s first, and an entrypoint that
-//!   connects in that time re-creates the room with default settings: it stays for 5 minutes after the agent. One that
-//!   was connecting when the room was deleted does the same when it tries again, 15 s later. Deleted once more, the room
-//!   does not come back, unless automatic dispatch sends another agent to it: see [`RoomCleanup::drain`].
+//! - A request that was in flight when its probe was dropped: `CreateRoom`, `CreateDispatch` or a join. Each of them
+//!   creates a missing room.
+//! - A late agent: the target's, or the project's unnamed agent, which LiveKit sends to every room. `DeleteDispatch`
+//!   makes the worker end the job. A livekit-agents 1.8.9 worker still lets the entrypoint run for another 15 s. If the
+//!   entrypoint connects in that time, it re-creates the room with default settings, and that room stays for 5 minutes
+//!   after the agent has left. An agent that is connecting while the room is deleted does the same: it tries again 15 s
+//!   later. After a second deletion the room stays away, unless automatic dispatch sends another agent to it: see
+//!   [`RoomCleanup::drain`].
 //!
-//! So a deleted room in doubt is looked for by its exact name until its window is over, at most 5 s apart.
+//! So the janitor looks for a deleted room by its exact name while an agent may still come, at least every 5 s.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,79 +29,80 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use crate::livekit::RoomName;
 use crate::livekit::wire::api::{Api, ApiError, Call};
 
-/// Least `late_agent_window` that outlasts the 15 s which a livekit-agents worker grants a job that was ended, and its
-/// connection (about 2.5 s more at worst on two busy cores).
+/// Smallest `late_agent_window` that outlasts every late agent: a livekit-agents worker grants an ended job 15 s, and
+/// connecting takes about 2.5 s more at worst on two busy cores.
 pub const MIN_SAFE_WINDOW: Duration = Duration::from_secs(20);
 
-/// For deletions under way, from the moment that nothing else is waited for any more.
+/// Time for running deletions at exit, when nothing else is waited for.
 pub const FINAL_DELETION_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// First pause between two tries of a deletion; it doubles from there.
+/// Pause before the first retry of a call; it doubles with each retry.
 const FIRST_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// For one deletion of the sweep, retries included.
+/// Bound for one deletion of a sweep, retries included.
 const SWEEP_DELETION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Deletions of the sweep at a time: nobody waits for them.
+/// Nothing waits for a sweep, so a few deletions at a time are enough and stay far below the API's rate limit.
 const MAX_CONCURRENT_SWEEPS: usize = 4;
 
-/// Told of each room when the janitor has done with it; must not block.
+/// Called once per room, when its clean-up is over. Must not block.
 pub type OnCleanup = Arc<dyn Fn(&RoomName, CleanupResult<'_>) + Send + Sync>;
 
-/// How the janitor has done with a room.
+/// How the clean-up of a room ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CleanupResult<'a> {
-    /// Gone for good.
+    /// The room is gone for good.
     Gone,
-    /// It may stand, or come back.
+    /// The room may still exist, or come back.
     Unconfirmed { why: &'a str },
 }
 
-/// The handle through which probes hand their rooms over. Cheap to clone.
+/// The handle through which probes lease room names. Cheap to clone.
 #[derive(Clone)]
 pub struct Janitor {
     shared: Arc<JanitorShared>,
 }
 
 struct JanitorShared {
-    /// Every room that is owned and not yet vouched for. A name leaves only when its room is gone for good.
+    /// Every leased room that is not confirmed to be gone. A name is removed only when its room is gone for good.
     rooms: Mutex<BTreeMap<RoomName, CleanupState>>,
-    /// Told at each change of a room's standing.
+    /// Notified at each change of `rooms`.
     changed: Notify,
-    /// Owns the clean-up tasks; each lease holds a token of it, so that it is empty only when all is done.
+    /// Owns the clean-up tasks. Each lease holds a token of it, so it is empty only when no room is owned any more.
     tasks: TaskTracker,
     runtime: Handle,
     on_cleanup: OnCleanup,
 }
 
-/// The right to a room's name. Dropping it, in whatever way, has the janitor delete the room.
+/// The right to use a room's name. When the lease is dropped, the janitor deletes the room.
 pub struct RoomLease {
-    owned: Option<RoomCleanup>,
+    /// `None` once clean-up has begun.
+    cleanup: Option<RoomCleanup>,
 }
 
-/// What became of a room.
+/// Result of a room's deletion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Deletion {
-    /// The server confirmed, or knows no such room.
+    /// LiveKit confirmed the deletion, or knows no such room.
     Deleted {
         at: Instant,
     },
     NotDeleted {
         why: String,
     },
-    /// It had never been created.
+    /// The room was never created.
     NothingThere,
 }
 
-/// What became of the rooms of dead runs.
+/// Result of [`Janitor::sweep`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SweepResult {
-    /// Gone; re-checks go on.
+    /// Deleted or already gone. Their re-checks continue in the background.
     pub deleted: Vec<RoomName>,
     pub unconfirmed: Vec<UnconfirmedRoom>,
 }
 
-/// A room that the janitor can't vouch for.
+/// A room that may still exist, or come back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnconfirmedRoom {
     pub room: RoomName,
@@ -114,7 +116,7 @@ impl Janitor {
         Self::start_with(Arc::new(|_, _| {}))
     }
 
-    /// Tells `on_cleanup` of each room that it has done with, before [`Janitor::close`] returns.
+    /// Calls `on_cleanup` for each room whose clean-up is over, before [`Janitor::close`] returns.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -132,25 +134,25 @@ impl Janitor {
         }
     }
 
-    /// Takes a room name over before the room can exist.
+    /// Leases a room name, before the room can exist.
     ///
-    /// `cleanup` bounds one deletion, retries included. `late_agent_window`: how long the deleted room is re-checked
-    /// where an agent may still come; see [`MIN_SAFE_WINDOW`].
-    pub fn own(
+    /// `deletion_timeout` bounds one deletion, retries included. If an agent may still come, the deleted room is
+    /// re-checked for `late_agent_window`; see [`MIN_SAFE_WINDOW`].
+    pub fn lease(
         &self,
         room: RoomName,
         api: Api,
-        cleanup: Duration,
+        deletion_timeout: Duration,
         late_agent_window: Duration,
     ) -> RoomLease {
         self.shared.set_state(&room, CleanupState::Leased);
         RoomLease {
-            owned: Some(RoomCleanup {
+            cleanup: Some(RoomCleanup {
                 shared: Arc::clone(&self.shared),
                 _token: self.shared.tasks.token(),
                 room,
                 api,
-                cleanup,
+                deletion_timeout,
                 late_agent_window,
                 dispatches: Vec::new(),
                 agents_connected: false,
@@ -159,15 +161,15 @@ impl Janitor {
         }
     }
 
-    /// Deletes rooms that runs of this program left behind which are dead now, a few at a time; a room that isn't there is
-    /// a success. Each is re-checked, and told to the on_cleanup, like any other.
+    /// Deletes rooms of runs of this program that have ended, a few at a time. A room that does not exist counts as
+    /// deleted. Each room is re-checked and reported to `on_cleanup` like any other.
     ///
-    /// Takes 10 s for four rooms at most. Dropping the future leaves alone the rooms that it has not come to.
+    /// Takes at most 10 s per four rooms. If the future is dropped, rooms whose deletion has not begun are left alone.
     pub async fn sweep(&self, api: &Api, rooms: Vec<RoomName>) -> SweepResult {
         let deletions = rooms.into_iter().map(|room| async {
-            // An agent that was on its way may still come.
+            // An agent may still be on its way to the room.
             let window = MIN_SAFE_WINDOW;
-            let lease = self.own(room.clone(), api.clone(), SWEEP_DELETION_TIMEOUT, window);
+            let lease = self.lease(room.clone(), api.clone(), SWEEP_DELETION_TIMEOUT, window);
             (room, lease.delete().await)
         });
         let mut deletions = stream::iter(deletions).buffered(MAX_CONCURRENT_SWEEPS);
@@ -176,17 +178,18 @@ impl Janitor {
             match deletion {
                 Deletion::Deleted { .. } | Deletion::NothingThere => swept.deleted.push(room),
                 Deletion::NotDeleted { why } => {
-                    swept.unconfirmed.push(UnconfirmedRoom { room, why })
+                    swept.unconfirmed.push(UnconfirmedRoom { room, why });
                 }
             }
         }
         swept
     }
 
-    /// Waits until every room is gone and every re-check is over, or `deadline`; names what is left.
+    /// Waits until every room is gone and every re-check is over, or until `deadline`. Returns the rooms that are not
+    /// confirmed to be gone.
     ///
-    /// A room whose deletion failed has had its time and is not waited for. A near deadline ends the re-checks early.
-    /// What is under way then goes on for as long as the runtime does.
+    /// A room whose deletion failed has used its time and is not waited for. Deletions and re-checks that outlive the
+    /// deadline continue for as long as the runtime does.
     pub async fn close(self, deadline: Instant) -> Vec<UnconfirmedRoom> {
         let all_decided = async {
             loop {
@@ -197,86 +200,89 @@ impl Janitor {
                 changed.await;
             }
         };
-        // A clean-up task that panicked decides nothing any more, but it ends.
+        // A clean-up task that panicked never decides its room, but the tracker sees it end.
         let all_done = async {
             tokio::select! {
                 () = all_decided => {}
                 () = self.shared.tasks.wait() => {}
             }
         };
-        // Whether all was done or the time is up, the on_cleanup says the same.
+        // Finished or timed out: the states below describe either.
         let _elapsed = timeout_at(deadline, all_done).await;
         let now = Instant::now();
         let rooms = self.shared.lock();
-        let left = rooms.iter().map(|(room, standing)| UnconfirmedRoom {
+        let unconfirmed = rooms.iter().map(|(room, state)| UnconfirmedRoom {
             room: room.clone(),
-            why: standing.describe(now),
+            why: state.describe(now),
         });
-        left.collect()
+        unconfirmed.collect()
     }
 }
 
 impl RoomLease {
-    /// Says that there is no room: the only request that would have created it never reached LiveKit or was refused.
+    /// Records that no room exists: the only request that creates it never reached LiveKit, or LiveKit refused it.
     pub fn not_created(&mut self) {
-        self.owned().not_created = true;
+        self.cleanup().not_created = true;
     }
 
-    /// A dispatch that the room's deletion must end first.
+    /// Records a dispatch that must be deleted before the room.
     pub fn dispatched(&mut self, dispatch_id: String) {
-        self.owned().dispatches.push(dispatch_id);
+        self.cleanup().dispatches.push(dispatch_id);
     }
 
-    /// Whether the agent, and any other of its name, is in the room with its connection up: it will be put out with the room
-    /// and can't come late.
+    /// Records whether every agent of the target's name is in the room with its connection up. The deletion disconnects
+    /// such agents, so none of them comes late.
     ///
-    /// Without this one may always come: LiveKit sends the project's unnamed agent to every room that is created.
+    /// Otherwise an agent may always come: LiveKit sends the project's unnamed agent to every room that is created.
     pub fn agents_connected(&mut self, connected: bool) {
-        self.owned().agents_connected = connected;
+        self.cleanup().agents_connected = connected;
     }
 
-    /// Deletes the dispatch and the room now and says what became of them; re-checks go on behind it.
+    /// Deletes the dispatches and the room, and returns the result of the deletion. Re-checks continue in the
+    /// background.
     ///
-    /// Takes `cleanup` at most. Dropping the future stops nothing.
+    /// Takes at most the lease's `deletion_timeout`. Dropping the future stops nothing.
     pub async fn delete(mut self) -> Deletion {
-        let (told, deletion) = oneshot::channel();
-        if let Some(owned) = self.owned.take() {
-            owned.clean_up(Some(told));
+        let (deletion_tx, deletion_rx) = oneshot::channel();
+        if let Some(cleanup) = self.cleanup.take() {
+            cleanup.spawn(Some(deletion_tx));
         }
-        deletion.await.unwrap_or_else(|_| Deletion::NotDeleted {
-            why: "the janitor's own task failed".to_owned(),
+        deletion_rx.await.unwrap_or_else(|_| Deletion::NotDeleted {
+            why: "the janitor's task failed".to_owned(),
         })
     }
 
-    fn owned(&mut self) -> &mut RoomCleanup {
-        self.owned.as_mut().expect("taken only when the lease ends")
+    fn cleanup(&mut self) -> &mut RoomCleanup {
+        self.cleanup
+            .as_mut()
+            .expect("taken only when the lease ends")
     }
 }
 
 impl Drop for RoomLease {
     fn drop(&mut self) {
-        if let Some(owned) = self.owned.take() {
-            owned.clean_up(None);
+        if let Some(cleanup) = self.cleanup.take() {
+            cleanup.spawn(None);
         }
     }
 }
 
-/// What would have to be said of a room if the process ended now.
+/// The state that a room would be reported in if the process ended now.
 #[derive(Debug, Clone)]
 enum CleanupState {
     Leased,
     Deleting,
-    /// It came back after its deletion.
+    /// The room came back after its deletion.
     DeletingAgain,
     NotDeleted {
         why: String,
     },
-    /// Deleted, and looked for until the window is over.
-    Watched {
+    /// Deleted, and re-checked until the window ends.
+    Rechecking {
         since: Instant,
         until: Instant,
     },
-    /// Deleted, but the last re-check did not find it gone.
+    /// Deleted, but the last re-check did not confirm that the room is gone.
     Unknown {
         why: String,
     },
@@ -289,14 +295,14 @@ impl CleanupState {
 
     fn describe(&self, now: Instant) -> String {
         match self {
-            Self::Leased => "its probe had not ended".to_owned(),
-            Self::Deleting => "its deletion was still under way".to_owned(),
+            Self::Leased => "its probe is still running".to_owned(),
+            Self::Deleting => "its deletion is still running".to_owned(),
             Self::DeletingAgain => {
-                "a late agent re-created it, and its deletion was still under way".to_owned()
+                "a late agent re-created it, and its second deletion is still running".to_owned()
             }
             Self::NotDeleted { why } => format!("not deleted: {why}"),
-            Self::Watched { since, until } => format!(
-                "deleted, but watched for only {} of {} s: a late agent would re-create it",
+            Self::Rechecking { since, until } => format!(
+                "deleted, but re-checked for only {} of {} s: a late agent would re-create it",
                 (now - *since).as_secs(),
                 (*until - *since).as_secs()
             ),
@@ -309,12 +315,12 @@ impl CleanupState {
 
 impl JanitorShared {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<RoomName, CleanupState>> {
-        // Each change is a single insert or remove, so a panic elsewhere leaves nothing half done.
+        // Each change is a single insert or remove, so a panic elsewhere leaves the map consistent.
         self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set_state(&self, room: &RoomName, standing: CleanupState) {
-        self.lock().insert(room.clone(), standing);
+    fn set_state(&self, room: &RoomName, state: CleanupState) {
+        self.lock().insert(room.clone(), state);
         self.changed.notify_waiters();
     }
 
@@ -324,13 +330,13 @@ impl JanitorShared {
     }
 }
 
-/// A room, all that its deletion needs, and the claim on the janitor's time.
+/// A room, everything that its deletion needs, and a claim on the janitor's time.
 struct RoomCleanup {
     shared: Arc<JanitorShared>,
     _token: TaskTrackerToken,
     room: RoomName,
     api: Api,
-    cleanup: Duration,
+    deletion_timeout: Duration,
     late_agent_window: Duration,
     dispatches: Vec<String>,
     agents_connected: bool,
@@ -338,81 +344,88 @@ struct RoomCleanup {
 }
 
 impl RoomCleanup {
-    fn clean_up(self, told: Option<oneshot::Sender<Deletion>>) {
+    /// Runs the clean-up in a task of its own, so that it survives the cancellation of the probe.
+    fn spawn(self, deletion_tx: Option<oneshot::Sender<Deletion>>) {
         let shared = Arc::clone(&self.shared);
         shared.set_state(&self.room, CleanupState::Deleting);
-        let task = self.deleted_for_good(told);
+        let task = self.run(deletion_tx);
         shared.tasks.spawn_on(task, &shared.runtime);
     }
 
-    async fn deleted_for_good(self, told: Option<oneshot::Sender<Deletion>>) {
-        let dropped = told.is_none();
+    async fn run(self, deletion_tx: Option<oneshot::Sender<Deletion>>) {
+        let dropped = deletion_tx.is_none();
         let deleted = if self.not_created {
             Ok(())
         } else {
-            // Only `CreateDispatch` tells an id: of other dispatches, and where its answer never came, the list does.
+            // Only `CreateDispatch` returns an id. Other dispatches are found in the list, and so is one whose answer
+            // was lost.
             let list = !self.agents_connected || self.dispatches.is_empty();
             self.delete(&self.dispatches, list).await
         };
-        let window = self.window(dropped, &deleted);
-        if let Some(told) = told {
+        let window = self.recheck_window(dropped, &deleted);
+        if let Some(deletion_tx) = deletion_tx {
             let deletion = match &deleted {
                 _ if self.not_created => Deletion::NothingThere,
                 Ok(()) => Deletion::Deleted { at: Instant::now() },
                 Err(why) => Deletion::NotDeleted { why: why.clone() },
             };
-            if told.send(deletion).is_err() {
-                tracing::debug!(room = %self.room, "nobody waited for the room's deletion");
+            if deletion_tx.send(deletion).is_err() {
+                tracing::debug!(room = %self.room, "the probe did not wait for its room's deletion");
             }
         }
-        // Told before it is noted: whoever waits for the janitor finds the on_cleanup complete.
-        match self.watch(window, deleted).await {
+        // The callback runs before the state changes: `close` waits for the state, so the journal is complete by then.
+        match self.recheck(window, deleted).await {
             None => {
                 (self.shared.on_cleanup)(&self.room, CleanupResult::Gone);
                 self.shared.remove(&self.room);
             }
-            Some(left) => {
-                let why = left.describe(Instant::now());
+            Some(state) => {
+                let why = state.describe(Instant::now());
                 (self.shared.on_cleanup)(&self.room, CleanupResult::Unconfirmed { why: &why });
-                self.shared.set_state(&self.room, left);
+                self.shared.set_state(&self.room, state);
             }
         }
     }
 
-    /// How long the room can come back.
-    fn window(&self, dropped: bool, deleted: &Result<(), String>) -> Duration {
+    /// For how long the room can come back.
+    fn recheck_window(&self, dropped: bool, deleted: &Result<(), String>) -> Duration {
         if self.not_created {
             Duration::ZERO
         } else if !self.agents_connected || deleted.is_err() {
-            // As long for a failed deletion: the server may answer again.
-            self.late_agent_window.max(self.cleanup)
+            // A failed deletion gets the same window, because the server may answer again.
+            self.late_agent_window.max(self.deletion_timeout)
         } else if dropped {
             // A call that creates a missing room may have been in flight.
-            self.cleanup
+            self.deletion_timeout
         } else {
             Duration::ZERO
         }
     }
 
-    /// Ends the jobs of the known dispatches and, if asked to, of all that the server lists (its own, and those whose
-    /// answer never came), then deletes the room; that takes `cleanup` at most. In this order: the server forgets the
-    /// dispatches of a deleted room, and a job that was not ended re-creates it.
+    /// Ends the jobs of the given dispatches, then deletes the room; takes at most `deletion_timeout`.
+    ///
+    /// `list` adds every dispatch that the server lists: LiveKit's own, and those whose `CreateDispatch` answer was lost.
+    ///
+    /// The order matters. The server forgets the dispatches of a deleted room, and a job that was not ended re-creates
+    /// the room.
     async fn delete(&self, dispatches: &[String], list: bool) -> Result<(), String> {
         let now = Instant::now();
-        self.end_dispatches(dispatches, list, now + self.cleanup / 2)
+        self.end_dispatches(dispatches, list, now + self.deletion_timeout / 2)
             .await;
-        let deleted = retry_until(now + self.cleanup, || self.api.delete_room(&self.room)).await;
+        let deadline = now + self.deletion_timeout;
+        let deleted = retry_until(deadline, || self.api.delete_room(&self.room)).await;
         match deleted {
             Err(error) if !error.is_not_found() => {
                 let why = error.to_string();
-                tracing::warn!(room = %self.room, why, "the room could not be deleted");
+                tracing::warn!(room = %self.room, why, "could not delete the room");
                 Err(why)
             }
             _ => Ok(()),
         }
     }
 
-    /// Failing here is no failure: the room's deletion follows, and the re-checks find whom it doesn't stop.
+    /// Errors are only logged: the room's deletion follows in any case, and the re-checks find a room that an agent
+    /// re-creates.
     async fn end_dispatches(&self, known: &[String], list: bool, deadline: Instant) {
         let ended = async {
             for id in known {
@@ -429,7 +442,7 @@ impl RoomCleanup {
         match timeout_at(deadline, ended).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::debug!(room = %self.room, %error, "the room's dispatch could not be deleted");
+                tracing::debug!(room = %self.room, %error, "could not delete the room's dispatch");
             }
             Err(_) => tracing::debug!(room = %self.room, "no time to delete the room's dispatch"),
         }
@@ -442,34 +455,36 @@ impl RoomCleanup {
         }
     }
 
-    /// Looks for the room until its window is over, and deletes it where it is found; says what is left in doubt.
-    async fn watch(
+    /// Looks for the room until the window ends, and deletes it each time it is found. Returns `None` if the room is
+    /// gone for good.
+    async fn recheck(
         &self,
         window: Duration,
         mut deleted: Result<(), String>,
     ) -> Option<CleanupState> {
-        let mut watch = RecheckSchedule::new(Instant::now(), window);
+        let mut schedule = RecheckSchedule::new(Instant::now(), window);
         let mut doubt = None;
         let mut returns = 0;
-        while let Some(at) = watch.next {
-            self.note(&watch, &deleted);
+        while let Some(at) = schedule.next {
+            self.set_rechecking(&schedule, &deleted);
             sleep_until(at).await;
             let names = std::slice::from_ref(&self.room);
-            let listed = retry_until(at + self.cleanup, || self.api.list_rooms(names)).await;
+            let deadline = at + self.deletion_timeout;
+            let listed = retry_until(deadline, || self.api.list_rooms(names)).await;
             doubt = match listed {
                 Ok(rooms) if rooms.is_empty() => {
                     deleted = Ok(());
-                    watch.checked(Instant::now());
+                    schedule.room_absent(Instant::now());
                     None
                 }
                 Ok(_) => {
                     returns += u32::from(deleted.is_ok());
                     deleted = self.delete_again(returns, window).await;
-                    watch.found(Instant::now());
+                    schedule.room_found(Instant::now());
                     Some("it had come back at the last re-check".to_owned())
                 }
                 Err(error) => {
-                    watch.checked(Instant::now());
+                    schedule.room_absent(Instant::now());
                     Some(format!("the last re-check failed: {error}"))
                 }
             };
@@ -481,7 +496,8 @@ impl RoomCleanup {
         }
     }
 
-    /// Deletes the room that was found where there should be none, whoever came `returns` times and re-created it.
+    /// Deletes a room that exists although it was deleted, or whose deletion failed. `returns` counts how often it came
+    /// back.
     async fn delete_again(&self, returns: u32, window: Duration) -> Result<(), String> {
         if returns > 0 {
             tracing::warn!(room = %self.room, returns, "a deleted room came back");
@@ -494,49 +510,51 @@ impl RoomCleanup {
         self.delete(&[], true).await
     }
 
-    /// Ends the jobs of a room that keeps coming back, and leaves it standing until they are over.
+    /// Ends the jobs of a room that keeps coming back, and leaves the room open until they are over.
     ///
-    /// Each re-creation makes LiveKit send the project's unnamed agent anew, whose job outlives its dispatch by 15 s: an
-    /// agent that starts up in less would find the room deleted and re-create it, without end. Into a room that still
-    /// stands it comes and goes.
+    /// Each time the room is re-created, LiveKit dispatches the project's unnamed agent again. That job outlives its
+    /// dispatch by 15 s. An agent that starts within 15 s would find the room deleted and re-create it, without end. If
+    /// the room still exists, the agent joins it and leaves.
     async fn drain(&self, window: Duration) {
         let now = Instant::now();
-        self.end_dispatches(&[], true, now + self.cleanup).await;
+        self.end_dispatches(&[], true, now + self.deletion_timeout)
+            .await;
         sleep_until(now + window.min(MIN_SAFE_WINDOW)).await;
     }
 
-    fn note(&self, watch: &RecheckSchedule, deleted: &Result<(), String>) {
-        let standing = match deleted {
-            Ok(()) => CleanupState::Watched {
-                since: watch.since,
-                until: watch.until,
+    fn set_rechecking(&self, schedule: &RecheckSchedule, deleted: &Result<(), String>) {
+        let state = match deleted {
+            Ok(()) => CleanupState::Rechecking {
+                since: schedule.since,
+                until: schedule.until,
             },
             Err(why) => CleanupState::NotDeleted { why: why.clone() },
         };
-        self.shared.set_state(&self.room, standing);
+        self.shared.set_state(&self.room, state);
     }
 }
 
-/// When to look for a deleted room: 1, 2 and 4 s apart, then every 5 s, and once more at the window's end.
+/// When to look for a deleted room: after 1 s, 2 s and 4 s, then every 5 s, and at the end of the window.
 #[derive(Debug)]
 struct RecheckSchedule {
     window: Duration,
     since: Instant,
     until: Instant,
+    /// `None` when no re-check is left.
     next: Option<Instant>,
     pause: Duration,
-    /// A room that keeps coming back can't hold the janitor for ever.
+    /// Bounds how long a room that keeps coming back can hold the janitor.
     restarts_left: u8,
 }
 
 impl RecheckSchedule {
     const FIRST_PAUSE: Duration = Duration::from_secs(1);
-    /// Bounds how long a room that came back can live, and what it can cost.
+    /// Bounds how long a room that came back can live, and so what it can cost.
     const MAX_PAUSE: Duration = Duration::from_secs(5);
     const MAX_RESTARTS: u8 = 3;
 
     fn new(now: Instant, window: Duration) -> Self {
-        let mut watch = Self {
+        let mut schedule = Self {
             window,
             since: now,
             until: now + window,
@@ -544,28 +562,29 @@ impl RecheckSchedule {
             pause: Self::FIRST_PAUSE,
             restarts_left: Self::MAX_RESTARTS,
         };
-        watch.checked(now);
-        watch
+        schedule.room_absent(now);
+        schedule
     }
 
-    fn checked(&mut self, now: Instant) {
+    fn room_absent(&mut self, now: Instant) {
         self.next = (now < self.until).then(|| (now + self.pause).min(self.until));
         self.pause = (self.pause * 2).min(Self::MAX_PAUSE);
     }
 
-    /// The room was there and has been deleted again: its window begins anew, three times at most.
-    fn found(&mut self, now: Instant) {
+    /// The room was found and deleted again: its window restarts, at most three times.
+    fn room_found(&mut self, now: Instant) {
         if let Some(left) = self.restarts_left.checked_sub(1) {
             self.restarts_left = left;
             self.until = now + self.window;
             self.pause = Self::FIRST_PAUSE;
         }
-        self.checked(now);
+        self.room_absent(now);
     }
 }
 
-/// Repeats a call until it is answered, or refused in earnest, or the deadline passes. This is clean-up, not
-/// measurement: a retry hides nothing that anybody measures.
+/// Repeats a call until it succeeds, fails permanently, or the deadline passes.
+///
+/// Clean-up may retry because it is not measured: the retry hides no failure of the agent or of LiveKit.
 async fn retry_until<T, Fut>(deadline: Instant, call: impl Fn() -> Fut) -> Result<T, ApiError>
 where
     Fut: Future<Output = Call<T>>,
@@ -575,7 +594,7 @@ where
     loop {
         let Ok(answer) = timeout_at(deadline, call()).await else {
             let waited = started.elapsed();
-            // To the millisecond, for the message.
+            // To the millisecond, because the message prints it.
             let waited = Duration::new(waited.as_secs(), waited.subsec_millis() * 1_000_000);
             return Err(ApiError::Timeout(waited));
         };
@@ -583,7 +602,7 @@ where
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        let next = Instant::now() + pause_before_retry(&error).unwrap_or(pause);
+        let next = Instant::now() + retry_after(&error).unwrap_or(pause);
         if !is_transient(&error) || next >= deadline {
             return Err(error);
         }
@@ -592,7 +611,7 @@ where
     }
 }
 
-/// Whether the same call may fare better a moment later.
+/// Whether the same call may succeed a moment later.
 fn is_transient(error: &ApiError) -> bool {
     match error {
         ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => true,
@@ -603,7 +622,7 @@ fn is_transient(error: &ApiError) -> bool {
     }
 }
 
-fn pause_before_retry(error: &ApiError) -> Option<Duration> {
+fn retry_after(error: &ApiError) -> Option<Duration> {
     match error {
         ApiError::Refused(refusal) => refusal.retry_after,
         _ => None,

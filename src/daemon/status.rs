@@ -53,7 +53,7 @@ impl Daemon {
         let settings = &target.settings;
         let project = &self.projects[&settings.project];
         let worst_case = first_worst_case(settings, &project.settings);
-        let denial = project.guard.refusal(worst_case)?;
+        let denial = project.guard.denial(worst_case)?;
         target.running.is_none().then(|| denial.to_string())
     }
 

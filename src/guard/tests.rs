@@ -56,19 +56,19 @@ impl GuardFixture {
         Ok(reservation)
     }
 
-    async fn refused(&mut self, worst_case: Duration) -> Denial {
-        let told = self.guard.refusal(worst_case);
-        let refusal = self.open(worst_case).await.unwrap_err();
+    async fn denied(&mut self, worst_case: Duration) -> Denial {
+        let announced = self.guard.denial(worst_case);
+        let denial = self.open(worst_case).await.unwrap_err();
         assert_eq!(
-            told.as_ref(),
-            Some(&refusal),
-            "what is told is what is done"
+            announced.as_ref(),
+            Some(&denial),
+            "the announced denial and the real one differ"
         );
-        refusal
+        denial
     }
 
-    /// How long the project rests.
-    fn rest(&self) -> Option<Duration> {
+    /// How long the back-off still lasts.
+    fn backoff(&self) -> Option<Duration> {
         let until = self.guard.backoff_until()?;
         Some((until - *self.now.lock().unwrap()).to_std().unwrap())
     }
@@ -89,16 +89,16 @@ fn together(rooms: usize) -> Target {
     target(rooms, Stay::Together)
 }
 
-type Waiting<'a> = Pin<Box<dyn Future<Output = RoomPermits> + 'a>>;
+type WaitingBatch<'a> = Pin<Box<dyn Future<Output = RoomPermits> + 'a>>;
 
-fn queue<'a>(guard: &'a Guard, target: &'a Target) -> Waiting<'a> {
+fn queue<'a>(guard: &'a Guard, target: &'a Target) -> WaitingBatch<'a> {
     Box::pin(guard.acquire(target))
 }
 
-async fn now_or_not(waiting: &mut Waiting<'_>) -> Option<RoomPermits> {
+async fn poll_once(waiting: &mut WaitingBatch<'_>) -> Option<RoomPermits> {
     poll_fn(|context| {
         Poll::Ready(match waiting.as_mut().poll(context) {
-            Poll::Ready(places) => Some(places),
+            Poll::Ready(permits) => Some(permits),
             Poll::Pending => None,
         })
     })
@@ -108,20 +108,20 @@ async fn now_or_not(waiting: &mut Waiting<'_>) -> Option<RoomPermits> {
 // Agent time.
 
 #[tokio::test(start_paused = true)]
-async fn a_room_opens_only_if_its_worst_case_fits_into_the_day() {
+async fn room_opens_only_if_its_worst_case_fits_into_the_daily_budget() {
     let mut fixture = GuardFixture::new(&project(5, Some(10 * MINUTE), None));
     let first = fixture.open(4 * MINUTE).await.unwrap();
     let _second = fixture.open(4 * MINUTE).await.unwrap();
-    let refusal = fixture.refused(3 * MINUTE).await;
+    let denial = fixture.denied(3 * MINUTE).await;
     assert_eq!(
-        refusal.to_string(),
+        denial.to_string(),
         "agent-time budget reached: 8m of 10m used this UTC day, and one more room could use 3m; the count restarts at \
          2026-03-11 00:00 UTC"
     );
-    assert_eq!(refusal.label(), "budget");
-    assert_eq!(refusal.until(), Some(at("2026-03-11T00:00:00Z")));
+    assert_eq!(denial.label(), "budget");
+    assert_eq!(denial.until(), Some(at("2026-03-11T00:00:00Z")));
     let _exactly = fixture.open(2 * MINUTE).await.unwrap();
-    fixture.refused(SECOND).await;
+    fixture.denied(SECOND).await;
     first.settle(MINUTE);
     let _fits = fixture.open(3 * MINUTE).await.unwrap();
     assert_eq!(fixture.guard.used(Period::Day), 10 * MINUTE);
@@ -130,33 +130,33 @@ async fn a_room_opens_only_if_its_worst_case_fits_into_the_day() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_day_and_a_new_month_count_anew() {
+async fn new_day_and_new_month_count_from_zero() {
     let mut fixture = GuardFixture::new(&project(5, Some(2 * MINUTE), Some(3 * MINUTE)));
     fixture.set("2026-12-30T23:59:59Z");
     let _one = fixture.open(2 * MINUTE).await.unwrap();
-    let refusal = fixture.refused(MINUTE).await;
-    assert_eq!(refusal.until(), Some(at("2026-12-31T00:00:00Z")));
+    let denial = fixture.denied(MINUTE).await;
+    assert_eq!(denial.until(), Some(at("2026-12-31T00:00:00Z")));
 
     fixture.set("2026-12-31T00:00:00Z");
     let _two = fixture.open(MINUTE).await.unwrap();
-    let refusal = fixture.refused(MINUTE).await;
+    let denial = fixture.denied(MINUTE).await;
     assert!(matches!(
-        refusal,
+        denial,
         Denial::Budget {
             period: Period::Month,
             ..
         }
     ));
-    assert_eq!(refusal.until(), Some(at("2027-01-01T00:00:00Z")));
+    assert_eq!(denial.until(), Some(at("2027-01-01T00:00:00Z")));
 
     fixture.set("2027-01-01T00:00:00Z");
-    assert_eq!(fixture.guard.refusal(2 * MINUTE), None);
+    assert_eq!(fixture.guard.denial(2 * MINUTE), None);
     let _three = fixture.open(2 * MINUTE).await.unwrap();
     assert_eq!(fixture.guard.used(Period::Month), 2 * MINUTE);
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_budget_nothing_is_refused_and_all_is_counted() {
+async fn without_a_budget_nothing_is_denied_and_everything_is_counted() {
     let mut fixture = GuardFixture::new(&project(5, None, None));
     for _ in 0..100 {
         drop(fixture.open(HOUR).await.unwrap());
@@ -165,7 +165,7 @@ async fn without_a_budget_nothing_is_refused_and_all_is_counted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_ledger_refuses_where_there_is_a_budget_until_it_is_accepted() {
+async fn lost_ledger_denies_every_room_of_a_project_with_a_budget_until_it_is_accepted() {
     let settings = crate::config::HistorySettings {
         dir: "Cargo.toml/is-no-folder".into(),
         ..crate::config::HistorySettings::default()
@@ -173,39 +173,39 @@ async fn a_lost_ledger_refuses_where_there_is_a_budget_until_it_is_accepted() {
     let history = History::open(&settings).unwrap();
     let with = Guard::new("acme", &project(5, None, Some(HOUR)), history.clone());
     let without = Guard::new("beta", &project(5, None, None), history.clone());
-    let refusal = with.refusal(MINUTE).unwrap();
-    assert_eq!(refusal, Denial::LedgerLost);
-    assert_eq!((refusal.label(), refusal.until()), ("budget", None));
-    assert_eq!(without.refusal(MINUTE), None);
+    let denial = with.denial(MINUTE).unwrap();
+    assert_eq!(denial, Denial::LedgerLost);
+    assert_eq!((denial.label(), denial.until()), ("budget", None));
+    assert_eq!(without.denial(MINUTE), None);
     history.accept_lost_ledger();
-    assert_eq!(with.refusal(MINUTE), None);
+    assert_eq!(with.denial(MINUTE), None);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_changed_budget_counts_at_once() {
+async fn changed_budget_applies_at_once() {
     let mut fixture = GuardFixture::new(&project(5, Some(10 * MINUTE), None));
     let _open = fixture.open(4 * MINUTE).await.unwrap();
     fixture.guard.configure(&project(5, Some(5 * MINUTE), None));
-    fixture.refused(2 * MINUTE).await;
+    fixture.denied(2 * MINUTE).await;
     fixture.guard.configure(&project(5, None, None));
     let _open = fixture.open(2 * MINUTE).await.unwrap();
 }
 
-// Rest.
+// Back-off.
 
 #[tokio::test(start_paused = true)]
-async fn after_a_rejection_no_room_opens_until_the_rest_is_over() {
+async fn after_a_rejection_no_room_opens_until_the_backoff_ends() {
     let mut fixture = GuardFixture::new(&sample::project());
     assert_eq!(fixture.guard.backoff_until(), None);
     fixture
         .guard
         .record_rejection(LimitKind::ApiRate, Some(7 * SECOND));
-    assert_eq!(fixture.rest(), Some(7 * SECOND));
-    let refusal = fixture.refused(MINUTE).await;
-    assert_eq!(refusal.label(), "backoff");
-    assert_eq!(refusal.until(), Some(at("2026-03-10T12:00:07Z")));
+    assert_eq!(fixture.backoff(), Some(7 * SECOND));
+    let denial = fixture.denied(MINUTE).await;
+    assert_eq!(denial.label(), "backoff");
+    assert_eq!(denial.until(), Some(at("2026-03-10T12:00:07Z")));
     assert_eq!(
-        refusal.to_string(),
+        denial.to_string(),
         "plan limit reached: no new rooms on this project until 2026-03-10 12:00:07 UTC"
     );
     tokio::time::advance(7 * SECOND).await;
@@ -214,60 +214,59 @@ async fn after_a_rejection_no_room_opens_until_the_rest_is_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_rest_doubles_with_jitter_and_neither_it_nor_retry_after_exceeds_the_longest() {
+async fn backoff_doubles_with_jitter_and_neither_it_nor_retry_after_exceeds_the_maximum() {
     let fixture = GuardFixture::new(&sample::project());
-    let (first, longest) = (MINUTE, HOUR);
+    let (first, max) = (MINUTE, HOUR);
     for times in 0..40 {
         fixture.guard.record_rejection(LimitKind::Connections, None);
-        let rest = fixture.rest().unwrap();
-        let least = first
-            .saturating_mul(2_u32.saturating_pow(times))
-            .min(longest);
+        let backoff = fixture.backoff().unwrap();
+        let min = first.saturating_mul(2_u32.saturating_pow(times)).min(max);
         assert!(
-            rest >= least && rest <= (least + least / 4).min(longest),
-            "{times}: {rest:?}"
+            backoff >= min && backoff <= (min + min / 4).min(max),
+            "{times}: {backoff:?}"
         );
-        tokio::time::advance(rest).await;
+        tokio::time::advance(backoff).await;
     }
     fixture
         .guard
         .record_rejection(LimitKind::Connections, Some(48 * HOUR));
-    assert_eq!(fixture.rest(), Some(longest));
+    assert_eq!(fixture.backoff(), Some(max));
 }
 
 #[tokio::test(start_paused = true)]
-async fn rejections_of_rooms_that_were_open_already_count_once_and_the_longest_wait_stands() {
+async fn rejections_of_rooms_that_were_already_open_count_once_and_the_latest_end_applies() {
     let fixture = GuardFixture::new(&sample::project());
     for _ in 0..5 {
         fixture.guard.record_rejection(LimitKind::Connections, None);
     }
-    let rest = fixture.rest().unwrap();
-    assert!(rest <= MINUTE + MINUTE / 4, "{rest:?}");
+    let backoff = fixture.backoff().unwrap();
+    assert!(backoff <= MINUTE + MINUTE / 4, "{backoff:?}");
     fixture
         .guard
         .record_rejection(LimitKind::ApiRate, Some(SECOND));
-    assert_eq!(fixture.rest(), Some(rest));
+    assert_eq!(fixture.backoff(), Some(backoff));
     fixture
         .guard
         .record_rejection(LimitKind::ApiRate, Some(10 * MINUTE));
-    assert_eq!(fixture.rest(), Some(10 * MINUTE));
+    assert_eq!(fixture.backoff(), Some(10 * MINUTE));
     tokio::time::advance(10 * MINUTE).await;
     fixture.guard.record_rejection(LimitKind::ApiRate, None);
-    assert!(fixture.rest().unwrap() >= 2 * MINUTE);
+    assert!(fixture.backoff().unwrap() >= 2 * MINUTE);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_that_began_after_the_last_rejection_and_met_none_makes_the_next_rest_short() {
+async fn batch_without_a_rejection_makes_the_next_backoff_short_if_it_began_after_the_last_rejection()
+ {
     let fixture = GuardFixture::new(&sample::project());
     let before = fixture.guard.acquire(&together(1)).await;
     for _ in 0..4 {
         fixture.guard.record_rejection(LimitKind::ApiRate, None);
         tokio::time::advance(HOUR).await;
     }
-    // It says nothing of what came after it began.
+    // This batch began before the rejections, so it does not reset the back-off.
     before.confirm_none_rejected();
     fixture.guard.record_rejection(LimitKind::ApiRate, None);
-    assert!(fixture.rest().unwrap() >= 16 * MINUTE);
+    assert!(fixture.backoff().unwrap() >= 16 * MINUTE);
     tokio::time::advance(HOUR).await;
 
     fixture
@@ -276,13 +275,13 @@ async fn a_batch_that_began_after_the_last_rejection_and_met_none_makes_the_next
         .await
         .confirm_none_rejected();
     fixture.guard.record_rejection(LimitKind::ApiRate, None);
-    assert!(fixture.rest().unwrap() <= MINUTE + MINUTE / 4);
+    assert!(fixture.backoff().unwrap() <= MINUTE + MINUTE / 4);
 }
 
 // Rooms at once.
 
 #[tokio::test(start_paused = true)]
-async fn batches_wait_for_places_in_the_order_in_which_they_came() {
+async fn batches_get_permits_in_the_order_in_which_they_asked() {
     let guard = GuardFixture::new(&project(5, None, None)).guard;
     let (three, two, one) = (together(3), together(2), target(9, Stay::OneByOne));
     let first = guard.acquire(&three).await;
@@ -290,30 +289,30 @@ async fn batches_wait_for_places_in_the_order_in_which_they_came() {
     let mut second = queue(&guard, &three);
     let mut third = queue(&guard, &two);
     let mut fourth = queue(&guard, &one);
-    assert!(now_or_not(&mut second).await.is_none());
+    assert!(poll_once(&mut second).await.is_none());
     assert!(
-        now_or_not(&mut third).await.is_none(),
-        "it would fit, but came later"
+        poll_once(&mut third).await.is_none(),
+        "it would fit, but it asked later"
     );
-    assert!(now_or_not(&mut fourth).await.is_none());
+    assert!(poll_once(&mut fourth).await.is_none());
     drop(first);
     let second = second.await;
     let third = third.await;
-    assert!(now_or_not(&mut fourth).await.is_none());
+    assert!(poll_once(&mut fourth).await.is_none());
     drop(third);
     assert_eq!(fourth.await.count(), 1);
     drop(second);
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_gives_up_waiting_holds_nobody_up() {
+async fn batch_that_stops_waiting_does_not_hold_up_the_next() {
     let guard = GuardFixture::new(&project(3, None, None)).guard;
     let (three, one) = (together(3), together(1));
     let first = guard.acquire(&one).await;
     let mut second = queue(&guard, &three);
     let mut third = queue(&guard, &one);
-    assert!(now_or_not(&mut second).await.is_none());
-    assert!(now_or_not(&mut third).await.is_none());
+    assert!(poll_once(&mut second).await.is_none());
+    assert!(poll_once(&mut third).await.is_none());
     drop(second);
     assert_eq!(third.await.count(), 1);
     drop(first);
@@ -321,33 +320,33 @@ async fn whoever_gives_up_waiting_holds_nobody_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_changed_limit_counts_for_those_who_wait_and_shuts_no_open_room() {
+async fn changed_limit_applies_to_waiting_batches_and_closes_no_open_room() {
     let guard = GuardFixture::new(&project(5, None, None)).guard;
     let five = together(5);
     let first = guard.acquire(&five).await;
     let mut second = queue(&guard, &five);
-    assert!(now_or_not(&mut second).await.is_none());
+    assert!(poll_once(&mut second).await.is_none());
     guard.configure(&project(3, None, None));
-    assert!(now_or_not(&mut second).await.is_none());
+    assert!(poll_once(&mut second).await.is_none());
     drop(first);
     let second = second.await;
-    assert_eq!(second.count(), 3, "as many as there may ever be");
+    assert_eq!(second.count(), 3, "as many as the project may hold");
     let mut third = queue(&guard, &five);
-    assert!(now_or_not(&mut third).await.is_none());
+    assert!(poll_once(&mut third).await.is_none());
     guard.configure(&project(10, None, None));
     assert_eq!(third.await.count(), 5);
 }
 
-// What a room may use.
+// Worst cases.
 
 #[test]
-fn worst_case_of_a_room_grows_with_the_rooms_that_come_after_it() {
+fn worst_case_of_a_room_grows_with_the_number_of_later_rooms() {
     let project = sample::project();
     let minutes = |target: &Target| -> Vec<u64> {
         let cases = worst_cases(target, &project);
         cases.map(|case| case.as_secs() / 60).collect()
     };
-    // A join is decided after 80 s at most; the last room is held for 15 s, but its verdict may take longer; leaving and
+    // A join is decided after at most 80 s. The last room is held for 15 s, but its verdict may take longer. Leaving and
     // deleting take 20 s.
     assert_eq!(minutes(&together(3)), [4, 2, 1]);
     assert_eq!(minutes(&together(1)), [1]);

@@ -1,7 +1,7 @@
-//! The budget ledger and the journal of rooms in memory: what decisions are made on, whether the disk follows or not.
+//! The budget ledger and the journal of rooms, in memory. All decisions are made here, whether or not the disk works.
 //!
-//! A row is both at once: the journal's (a name that may stand for a room) and the ledger's (agent time of its project).
-//! It counts to the UTC day and month in which it was opened. It knows no disk and reads no clock.
+//! A row serves both: for the journal it is a name that may stand for a room, for the ledger it is agent time of a
+//! project. It counts for the UTC day and month in which the room opened. This module knows no disk and reads no clock.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -12,81 +12,90 @@ use crate::config::Period;
 use crate::livekit::RoomName;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Row {
-    pub project: String,
-    pub target: String,
+pub(super) struct LedgerRow {
+    pub(super) project: String,
+    pub(super) target: String,
     /// The run of this program that opened the room.
-    pub boot: String,
-    pub opened_at: DateTime<Utc>,
-    /// Seconds of agent time at worst.
-    pub reserved: u64,
-    /// Seconds of agent time in the end; until then the worst counts.
-    pub settled: Option<u64>,
-    /// When the janitor vouched for the room.
-    pub gone_at: Option<DateTime<Utc>>,
+    pub(super) boot: String,
+    pub(super) opened_at: DateTime<Utc>,
+    /// Worst case of the agent time, in seconds.
+    pub(super) reserved: u64,
+    /// Final agent time in seconds. Until it is known, the worst case counts.
+    pub(super) settled: Option<u64>,
+    /// When the janitor confirmed that the room is gone.
+    pub(super) gone_at: Option<DateTime<Utc>>,
 }
 
-impl Row {
-    pub fn counts(&self) -> u64 {
+impl LedgerRow {
+    pub(super) fn seconds(&self) -> u64 {
         self.settled.unwrap_or(self.reserved)
     }
 }
 
-/// Agent time that a project has used, open rooms counted at their worst.
+/// Agent time that a project has used; open rooms count with their worst case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Used {
-    /// In the UTC day.
+pub struct AgentTimeUsed {
+    /// In the current UTC day.
     pub day: Duration,
-    /// In the UTC calendar month.
+    /// In the current UTC calendar month.
     pub month: Duration,
-    /// Earlier use is not known, and neither figure holds it.
+    /// Earlier use is unknown, and neither figure includes it.
     pub ledger_lost: bool,
 }
 
-/// What the disk held.
+impl AgentTimeUsed {
+    pub fn in_period(&self, period: Period) -> Duration {
+        match period {
+            Period::Day => self.day,
+            Period::Month => self.month,
+        }
+    }
+}
+
+/// The part of the ledger on disk that this run needs.
 #[derive(Debug, Default)]
-pub(super) struct Loaded {
-    /// Rooms that nobody has vouched for.
-    pub rows: Vec<(RoomName, Row)>,
-    /// Seconds of each project and day that may still be asked for, the rows above included.
-    pub days: Vec<(String, NaiveDate, u64)>,
-    pub lost: bool,
+pub(super) struct LoadedLedger {
+    /// Rooms that are not confirmed to be gone.
+    pub(super) rows: Vec<(RoomName, LedgerRow)>,
+    /// Seconds per project and day, the rows above included.
+    pub(super) days: Vec<(String, NaiveDate, u64)>,
+    pub(super) lost: bool,
 }
 
 #[derive(Debug)]
-struct Kept {
-    row: Row,
-    /// The ledger's change that the disk has not seen.
+struct LedgerEntry {
+    row: LedgerRow,
+    /// Number of the row's last change, if the disk does not have it yet.
     unwritten: Option<u64>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    /// Rooms that are not settled, not vouched for or not on disk.
-    rows: HashMap<RoomName, Kept>,
+    /// Rooms that are not settled, not confirmed to be gone, or not on disk.
+    entries: HashMap<RoomName, LedgerEntry>,
     days: HashMap<String, BTreeMap<NaiveDate, u64>>,
-    /// Counts the changes of rows.
+    /// Number of changes so far.
     change: u64,
-    pub lost: bool,
+    pub(super) lost: bool,
 }
 
 impl Ledger {
-    /// Adds what the disk held to what has happened since.
-    pub fn load(&mut self, loaded: Loaded) {
+    /// Adds what the disk holds to what has happened since the start.
+    pub(super) fn load(&mut self, loaded: LoadedLedger) {
         for (room, row) in loaded.rows {
-            let kept = Kept {
+            let entry = LedgerEntry {
                 row,
                 unwritten: None,
             };
-            self.rows.entry(room).or_insert(kept);
+            self.entries.entry(room).or_insert(entry);
         }
         for (project, day, seconds) in loaded.days {
-            *self.of_day(&project, day) += seconds;
+            *self.day_of(&project, day) += seconds;
         }
         self.lost = loaded.lost;
     }
 
-    pub fn used(&self, project: &str, now: DateTime<Utc>) -> Used {
+    pub(super) fn used(&self, project: &str, now: DateTime<Utc>) -> AgentTimeUsed {
         let today = now.date_naive();
         let (first, next) = (Period::Month.first_day(today), Period::Month.next(today));
         let (mut day, mut month) = (0, 0);
@@ -94,94 +103,96 @@ impl Ledger {
             day = days.get(&today).copied().unwrap_or(0);
             month = days.range(first..next).map(|(_, seconds)| seconds).sum();
         }
-        Used {
+        AgentTimeUsed {
             day: Duration::from_secs(day),
             month: Duration::from_secs(month),
             ledger_lost: self.lost,
         }
     }
 
-    /// Gives the number of the change.
-    pub fn open(&mut self, room: &RoomName, row: Row) -> u64 {
+    /// Adds a row and returns the number of the change.
+    pub(super) fn open(&mut self, room: &RoomName, row: LedgerRow) -> u64 {
         let today = row.opened_at.date_naive();
-        self.forget_days_before(Period::Month.first_day(today) - Months::new(1));
-        *self.of_day(&row.project, today) += row.counts();
-        let kept = Kept {
+        // The month before is kept, because the clock may be set back.
+        self.remove_days_before(Period::Month.first_day(today) - Months::new(1));
+        *self.day_of(&row.project, today) += row.seconds();
+        let entry = LedgerEntry {
             row,
             unwritten: None,
         };
-        self.rows.insert(room.clone(), kept);
-        self.changed(room)
+        self.entries.insert(room.clone(), entry);
+        self.count_change(room)
     }
 
-    /// The first settlement stands.
-    pub fn settle(&mut self, room: &RoomName, seconds: u64) {
-        let Some(Kept { row, .. }) = self.rows.get_mut(room) else {
+    /// Sets the room's final agent time; a second settlement is ignored.
+    pub(super) fn settle(&mut self, room: &RoomName, seconds: u64) {
+        let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room) else {
             return;
         };
         if row.settled.is_some() {
             return;
         }
         let (project, day) = (row.project.clone(), row.opened_at.date_naive());
-        let counted = row.counts();
+        let counted = row.seconds();
         row.settled = Some(seconds);
-        let used = self.of_day(&project, day);
+        let used = self.day_of(&project, day);
         *used = (*used + seconds).saturating_sub(counted);
-        self.changed(room);
+        self.count_change(room);
     }
 
-    pub fn gone(&mut self, room: &RoomName, now: DateTime<Utc>) {
-        if let Some(Kept { row, .. }) = self.rows.get_mut(room)
+    pub(super) fn gone(&mut self, room: &RoomName, now: DateTime<Utc>) {
+        if let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room)
             && row.gone_at.is_none()
         {
             row.gone_at = Some(now);
-            self.changed(room);
+            self.count_change(room);
         }
     }
 
-    pub fn get(&self, room: &RoomName) -> Option<&Row> {
-        self.rows.get(room).map(|kept| &kept.row)
+    pub(super) fn get(&self, room: &RoomName) -> Option<&LedgerRow> {
+        self.entries.get(room).map(|entry| &entry.row)
     }
 
-    /// Rooms that an earlier run journalled and that nobody has vouched for.
-    pub fn left_by_others(&self, boot: &str) -> impl Iterator<Item = (&RoomName, &Row)> {
-        self.rows
+    /// Rooms of earlier runs that are not confirmed to be gone.
+    pub(super) fn orphans(&self, boot: &str) -> impl Iterator<Item = (&RoomName, &LedgerRow)> {
+        self.entries
             .iter()
-            .map(|(room, kept)| (room, &kept.row))
+            .map(|(room, entry)| (room, &entry.row))
             .filter(move |(_, row)| row.boot != boot && row.gone_at.is_none())
     }
 
     /// The rows that the disk lacks, and the number of the last change in them.
-    pub fn unwritten(&self) -> (Vec<(RoomName, Row)>, u64) {
-        let rows = self
-            .rows
+    pub(super) fn unwritten(&self) -> (Vec<(RoomName, LedgerRow)>, u64) {
+        let entries = self
+            .entries
             .iter()
-            .filter(|(_, kept)| kept.unwritten.is_some());
-        let rows = rows.map(|(room, kept)| (room.clone(), kept.row.clone()));
+            .filter(|(_, entry)| entry.unwritten.is_some());
+        let rows = entries.map(|(room, entry)| (room.clone(), entry.row.clone()));
         (rows.collect(), self.change)
     }
 
-    /// The disk holds every change up to this one. Rows of which nothing more can come are forgotten.
-    pub fn written(&mut self, change: u64, boot: &str) {
-        self.rows.retain(|_, kept| {
-            if kept.unwritten.is_some_and(|unwritten| unwritten <= change) {
-                kept.unwritten = None;
+    /// Records that the disk has every change up to this one, and removes the rows that can't change any more.
+    pub(super) fn written(&mut self, change: u64, boot: &str) {
+        self.entries.retain(|_, entry| {
+            if entry.unwritten.is_some_and(|unwritten| unwritten <= change) {
+                entry.unwritten = None;
             }
-            let row = &kept.row;
+            let row = &entry.row;
             let closed = row.gone_at.is_some() && (row.settled.is_some() || row.boot != boot);
-            kept.unwritten.is_some() || !closed
+            entry.unwritten.is_some() || !closed
         });
     }
 
-    fn changed(&mut self, room: &RoomName) -> u64 {
+    fn count_change(&mut self, room: &RoomName) -> u64 {
         self.change += 1;
-        if let Some(kept) = self.rows.get_mut(room) {
-            kept.unwritten = Some(self.change);
+        if let Some(entry) = self.entries.get_mut(room) {
+            entry.unwritten = Some(self.change);
         }
         self.change
     }
 
-    fn of_day(&mut self, project: &str, day: NaiveDate) -> &mut u64 {
+    fn day_of(&mut self, project: &str, day: NaiveDate) -> &mut u64 {
+        // Not `entry()`, which would copy the name for each lookup.
         if !self.days.contains_key(project) {
             self.days.insert(project.to_owned(), BTreeMap::new());
         }
@@ -189,7 +200,7 @@ impl Ledger {
         days.entry(day).or_default()
     }
 
-    fn forget_days_before(&mut self, first: NaiveDate) {
+    fn remove_days_before(&mut self, first: NaiveDate) {
         for days in self.days.values_mut() {
             *days = days.split_off(&first);
         }
@@ -198,7 +209,7 @@ impl Ledger {
 
 #[cfg(test)]
 impl Ledger {
-    pub fn len(&self) -> usize {
-        self.rows.len()
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
     }
 }

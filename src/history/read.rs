@@ -1,4 +1,4 @@
-//! Reading the history: on a connection of its own that writes nothing, off the async threads, one query at a time.
+//! Reads the history: on a separate read-only connection, off the async threads, one query at a time.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,19 +15,19 @@ use tokio::time::timeout;
 
 use super::store::{FILE, time};
 
-/// For one query, the wait for its turn included.
-const READ_WITHIN: Duration = Duration::from_secs(5);
+/// Bound for one query, including the wait for earlier ones.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Most batches of one answer.
+/// Maximum number of batches in one answer.
 pub const MAX_BATCHES: usize = 200;
 
-/// Which batches to give, the latest first.
+/// Which batches to return, the latest first.
 #[derive(Debug, Clone, Default)]
 pub struct BatchFilter {
     pub target: Option<String>,
-    /// As [`BatchResult::label`](crate::report::BatchResult::label) has it.
+    /// A label of [`BatchResult`](crate::report::BatchResult).
     pub result: Option<String>,
-    /// A batch's id: only those that started before it. The last one of an answer asks for the next.
+    /// A batch's id: only batches that started before it. The last id of an answer requests the next page.
     pub before: Option<String>,
     /// At most [`MAX_BATCHES`].
     pub limit: usize,
@@ -45,59 +45,59 @@ pub struct LastBatch {
     pub aborted: usize,
 }
 
-/// What the history holds of a target, to be held against counters.
+/// What the history holds of a target, for comparison with the counters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct HistoryCounts {
     /// By result.
     pub batches: BTreeMap<String, u64>,
-    /// By outcome: `ok`, `aborted`, or the reason of a failure.
+    /// By outcome: `ok`, `aborted`, or the reason of the failure.
     pub probes: BTreeMap<String, u64>,
     /// Rooms in the journal.
     pub rooms: u64,
-    /// Agent time in the ledger.
+    /// Agent time in the ledger; rooms that are not settled count with their worst case.
     pub agent_time: Duration,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    #[error("the history had no answer within {READ_WITHIN:?}")]
+    #[error("the history did not answer within {READ_TIMEOUT:?}")]
     Busy,
     #[error("the history can't be read")]
     Failed(#[source] rusqlite::Error),
 }
 
 #[derive(Clone)]
-pub(super) struct Reader {
+pub(super) struct HistoryReader {
     path: PathBuf,
-    /// Opened with the first query, and anew after one that failed.
+    /// Opened by the first query, and again after a query that failed.
     connection: Arc<Mutex<Option<Connection>>>,
-    turn: Arc<Semaphore>,
+    permit: Arc<Semaphore>,
 }
 
-impl Reader {
-    pub fn new(dir: &Path) -> Self {
+impl HistoryReader {
+    pub(super) fn new(dir: &Path) -> Self {
         Self {
             path: dir.join(FILE),
             connection: Arc::default(),
-            turn: Arc::new(Semaphore::new(1)),
+            permit: Arc::new(Semaphore::new(1)),
         }
     }
 
-    /// Runs one query. Where its time is up it runs on alone, and the next one waits for it.
-    pub async fn read<T: Send + 'static>(
+    /// Runs one query. A query that times out runs on in its thread, and the next one waits for it.
+    pub(super) async fn read<T: Send + 'static>(
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, ReadError> {
         let reader = self.clone();
         let answer = async move {
-            let turn = Arc::clone(&reader.turn).acquire_owned().await;
+            let permit = Arc::clone(&reader.permit).acquire_owned().await;
             tokio::task::spawn_blocking(move || {
-                let _turn = turn;
+                let _permit = permit;
                 reader.run(query)
             })
             .await
         };
-        match timeout(READ_WITHIN, answer).await {
+        match timeout(READ_TIMEOUT, answer).await {
             Ok(Ok(answer)) => answer.map_err(ReadError::Failed),
             Ok(Err(_)) | Err(_) => Err(ReadError::Busy),
         }
@@ -107,23 +107,24 @@ impl Reader {
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        let mut kept = self
+        let mut cached = self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let connection = match kept.take() {
+        let connection = match cached.take() {
             Some(connection) => connection,
             None => self.connect()?,
         };
+        // On an error the connection is dropped: a file that was replaced meanwhile needs a new one.
         let answer = query(&connection)?;
-        *kept = Some(connection);
+        *cached = Some(connection);
         Ok(answer)
     }
 
     fn connect(&self) -> rusqlite::Result<Connection> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.busy_timeout(READ_WITHIN)?;
+        connection.busy_timeout(READ_TIMEOUT)?;
         Ok(connection)
     }
 }
@@ -154,7 +155,7 @@ pub(super) fn batches(
     heads.collect()
 }
 
-/// With its probes.
+/// The batch's document with its probes.
 pub(super) fn batch(connection: &Connection, id: &str) -> rusqlite::Result<Option<Box<RawValue>>> {
     let head = "SELECT head FROM batches WHERE id = ?1";
     let head: Option<String> = connection
@@ -167,11 +168,11 @@ pub(super) fn batch(connection: &Connection, id: &str) -> rusqlite::Result<Optio
         connection.prepare("SELECT document FROM probes WHERE batch = ?1 ORDER BY place")?;
     let probes = statement.query_map([id], |row| row.get::<_, String>(0))?;
     let probes: Vec<String> = probes.collect::<rusqlite::Result<_>>()?;
-    let with_probes = add(&head, &format!("\"probes\":[{}]", probes.join(",")));
+    let with_probes = append(&head, &format!("\"probes\":[{}]", probes.join(",")));
     raw(with_probes, 0).map(Some)
 }
 
-/// With the batch that it belongs to.
+/// The probe's document with its batch's id and target.
 pub(super) fn probe(
     connection: &Connection,
     room: &str,
@@ -183,7 +184,7 @@ pub(super) fn probe(
         let quoted = |text: String| serde_json::Value::String(text).to_string();
         let (batch, target) = (quoted(row.get(1)?), quoted(row.get(2)?));
         let fields = format!("\"batch_id\":{batch},\"target\":{target}");
-        raw(add(&document, &fields), 0)
+        raw(append(&document, &fields), 0)
     });
     found.optional()
 }
@@ -221,7 +222,7 @@ pub(super) fn has_seen_agent(
     connection.query_row(sql, [target, agent_name], |row| row.get(0))
 }
 
-pub(super) fn counts(connection: &Connection, target: &str) -> rusqlite::Result<Counts> {
+pub(super) fn counts(connection: &Connection, target: &str) -> rusqlite::Result<HistoryCounts> {
     let grouped = |sql: &str| -> rusqlite::Result<BTreeMap<String, u64>> {
         let mut statement = connection.prepare(sql)?;
         let groups = statement.query_map([target], |row| Ok((row.get(0)?, unsigned(row, 1)?)))?;
@@ -232,7 +233,7 @@ pub(super) fn counts(connection: &Connection, target: &str) -> rusqlite::Result<
         params![target],
         |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)),
     )?;
-    Ok(Counts {
+    Ok(HistoryCounts {
         batches: grouped("SELECT result, count(*) FROM batches WHERE target = ?1 GROUP BY 1")?,
         probes: grouped(
             "SELECT coalesce(reason, outcome), count(*) FROM probes JOIN batches ON id = batch
@@ -247,8 +248,8 @@ fn unsigned(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<u64> {
     row.get::<_, i64>(column).map(i64::unsigned_abs)
 }
 
-/// The document, which is an object of at least one field, with more fields at its end.
-fn add(document: &str, fields: &str) -> String {
+/// Appends fields to a document, which must be an object with at least one field.
+fn append(document: &str, fields: &str) -> String {
     let open = document.strip_suffix('}').unwrap_or(document);
     format!("{open},{fields}}}")
 }
@@ -257,7 +258,7 @@ fn json(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<Box<RawValue
     raw(row.get(column)?, column)
 }
 
-/// What is no JSON is a value that we did not write.
+/// Invalid JSON is an error: this program did not write it.
 fn raw(text: String, column: usize) -> rusqlite::Result<Box<RawValue>> {
     RawValue::from_string(text).map_err(|error| {
         let kind = rusqlite::types::Type::Text;

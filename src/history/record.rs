@@ -1,4 +1,4 @@
-//! A batch as the history keeps it: columns to search by, and JSON documents that are handed out as they are.
+//! A batch as the history stores it: columns for searching, and JSON documents that are returned unchanged.
 
 use chrono::{DateTime, Utc};
 use rusqlite::{Transaction, params};
@@ -9,7 +9,7 @@ use crate::probe::Milestone;
 use crate::report::{BatchReport, Summary, json};
 
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct BatchRecord {
     id: String,
     target: String,
     project: String,
@@ -18,13 +18,13 @@ pub(super) struct Record {
     result: &'static str,
     summary: Summary,
     head: String,
-    probes: Vec<Probe>,
-    /// The name by which an agent of this target was expected, where one came.
+    probes: Vec<ProbeRecord>,
+    /// The agent name that the target was configured with, if an agent joined a room. Empty for an unnamed agent.
     agent_seen: Option<String>,
 }
 
 #[derive(Debug)]
-struct Probe {
+struct ProbeRecord {
     room: String,
     outcome: &'static str,
     reason: Option<&'static str>,
@@ -32,11 +32,11 @@ struct Probe {
     document: String,
 }
 
-impl Record {
-    pub fn of(batch: &BatchReport, target: &Target, project: &Project) -> Self {
+impl BatchRecord {
+    pub(super) fn new(batch: &BatchReport, target: &Target, project: &Project) -> Self {
         let probes = batch.probes.iter().map(|probe| {
             let outcome = &probe.outcome;
-            Probe {
+            ProbeRecord {
                 room: probe.room.0.clone(),
                 outcome: outcome.label(),
                 reason: outcome.failure().map(|failure| failure.reason.label()),
@@ -60,8 +60,8 @@ impl Record {
         }
     }
 
-    /// Once recorded, a batch stays as it is.
-    pub fn insert(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+    /// Inserts the batch and its probes. A batch that is already stored is left unchanged.
+    pub(super) fn insert(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         let count = |rooms: usize| i64::try_from(rooms).unwrap_or(i64::MAX);
         let inserted = transaction.execute(
             "INSERT INTO batches

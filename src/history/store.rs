@@ -1,6 +1,6 @@
-//! The database file: its schema, its opening, what is written to it and what it forgets.
+//! The database file: schema and migrations, opening, writing, and deleting what is too old or too large.
 //!
-//! A file that is found corrupt is moved aside, and its ledger and journal are taken over as far as they can be read.
+//! A corrupt file is moved aside. Its ledger and its journal are copied to a new file as far as they can be read.
 
 use std::fmt;
 use std::fs::{self, File, TryLockError};
@@ -12,28 +12,28 @@ use chrono::{DateTime, Months, NaiveTime, Utc};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params};
 
 use super::OpenError;
-use super::ledger::{Loaded, Row};
-use super::record::Record;
+use super::ledger::{LedgerRow, LoadedLedger};
+use super::record::BatchRecord;
 use crate::config::{self, Period};
 use crate::livekit::RoomName;
 
-/// The database, in the folder.
+/// The database's name in its folder.
 pub(super) const FILE: &str = "history.sqlite3";
-const LOCK: &str = "lock";
+const LOCK_FILE: &str = "lock";
 
-/// The steps from an empty file to today's schema. A file's `user_version` counts the steps that it has had.
+/// The steps from an empty file to today's schema. A file's `user_version` is the number of steps that it has had.
 ///
-/// Only append to this list: files in the field have had the steps as they were when they ran. `salvage` reads `rooms`
-/// and `ledger` of a corrupt file without migrating it, so a step that changes these tables must keep it working.
+/// Only append to this list: files in the field had each step as it was when it ran. [`salvage`] reads `rooms` and
+/// `ledger` of a corrupt file without migrating it, so a step that changes these tables must adapt `salvage`, too.
 ///
-/// By hand, because the newest rusqlite_migration (2.6) needs rusqlite 0.40. Its libsqlite3-sys links the same native
-/// library as that of our rusqlite 0.43, and cargo allows one of them only.
+/// Our own few lines, because the newest `rusqlite_migration` (2.6) needs rusqlite 0.40. Its libsqlite3-sys links the
+/// same native library as that of our rusqlite 0.43, and cargo allows only one of them.
 pub(super) const MIGRATIONS: Migrations<'static> = &[VERSION_1];
 
-/// SQL scripts, in the order in which they are applied.
+/// SQL scripts, in the order in which they run.
 pub(super) type Migrations<'a> = &'a [&'a str];
 
-/// Times are Unix milliseconds, agent times seconds.
+/// Times are in Unix milliseconds, agent times in seconds.
 const VERSION_1: &str = "
     CREATE TABLE rooms (
         room TEXT PRIMARY KEY,
@@ -86,38 +86,38 @@ const VERSION_1: &str = "
     CREATE TABLE ledger (lost INTEGER NOT NULL) STRICT;
 ";
 
-/// How long a statement waits for another connection; only a reader's recovery of the log ever holds one up.
-const BUSY: Duration = Duration::from_secs(5);
+/// How long a statement waits for another connection. Only a reader that recovers the write-ahead log holds one up.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The log is cut back to this size when it has been copied into the file.
-const LOG_BYTES: i64 = 4 << 20;
+/// The write-ahead log is truncated to this size when it has been copied into the file.
+const MAX_LOG_BYTES: i64 = 4 << 20;
 
-/// Batches, and ledger rows, that one step of forgetting deletes: a reservation waits for no more than that.
+/// Batches, and ledger rows, that one clean-up step deletes. A reservation never waits for more than one step.
 const STEP_BATCHES: i64 = 10;
 const STEP_ROOMS: i64 = 500;
 
-/// Pages that a step gives back to the file system.
+/// Pages that a clean-up step returns to the file system.
 const STEP_PAGES: i64 = 256;
 
 const ROOM_COLUMNS: &str = "room, project, target, boot, opened_at, reserved, settled, gone_at";
 
-/// Why there is no store.
+/// Why the store can't be opened.
 #[derive(Debug)]
-pub(super) enum NotOpened {
-    /// For a person to sort out.
+pub(super) enum StoreOpenError {
+    /// A person has to act.
     Refused(OpenError),
-    /// It may pass.
+    /// The fault may pass.
     Unavailable(String),
 }
 
 #[derive(Debug)]
-enum Fault {
+enum StoreFault {
     Corrupt(String),
     Newer(i64),
     Other(String),
 }
 
-impl From<rusqlite::Error> for Fault {
+impl From<rusqlite::Error> for StoreFault {
     fn from(error: rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
@@ -128,15 +128,15 @@ impl From<rusqlite::Error> for Fault {
     }
 }
 
-impl From<io::Error> for Fault {
+impl From<io::Error> for StoreFault {
     fn from(error: io::Error) -> Self {
         Self::Other(error.to_string())
     }
 }
 
 pub(super) struct Store {
-    pub connection: Connection,
-    /// Held for as long as the connection is open; fields are dropped in order.
+    pub(super) connection: Connection,
+    /// Held while the connection is open: fields drop in the order of their declaration.
     _lock: File,
 }
 
@@ -147,30 +147,33 @@ impl fmt::Debug for Store {
 }
 
 impl Store {
-    /// Opens the folder's database, or begins one.
-    pub fn open(dir: &Path, now: DateTime<Utc>) -> Result<(Self, Loaded), NotOpened> {
-        Self::open_with(dir, now, MIGRATIONS)
+    /// Opens the folder's database, migrates it, or creates it if it is missing.
+    pub(super) fn open(
+        dir: &Path,
+        now: DateTime<Utc>,
+    ) -> Result<(Self, LoadedLedger), StoreOpenError> {
+        Self::open_with_migrations(dir, now, MIGRATIONS)
     }
 
-    pub fn open_with(
+    pub(super) fn open_with_migrations(
         dir: &Path,
         now: DateTime<Utc>,
         migrations: Migrations<'_>,
-    ) -> Result<(Self, Loaded), NotOpened> {
+    ) -> Result<(Self, LoadedLedger), StoreOpenError> {
         let unavailable = |what: &str, error: io::Error| {
-            NotOpened::Unavailable(format!("{what} {}: {error}", dir.display()))
+            StoreOpenError::Unavailable(format!("{what} {}: {error}", dir.display()))
         };
         fs::create_dir_all(dir).map_err(|error| unavailable("can't create", error))?;
         let lock = File::options()
             .create(true)
             .truncate(false)
             .write(true)
-            .open(dir.join(LOCK))
+            .open(dir.join(LOCK_FILE))
             .map_err(|error| unavailable("can't write to", error))?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(NotOpened::Refused(OpenError::Locked(dir.to_owned())));
+                return Err(StoreOpenError::Refused(OpenError::Locked(dir.to_owned())));
             }
             Err(TryLockError::Error(error)) => return Err(unavailable("can't lock", error)),
         }
@@ -187,58 +190,57 @@ impl Store {
                 },
                 loaded,
             )),
-            Err(Fault::Newer(found)) => Err(NotOpened::Refused(OpenError::Newer {
+            Err(StoreFault::Newer(found)) => Err(StoreOpenError::Refused(OpenError::Newer {
                 path,
                 found,
                 known: newest(migrations),
             })),
-            Err(Fault::Corrupt(why) | Fault::Other(why)) => Err(NotOpened::Unavailable(format!(
-                "can't open {}: {why}",
-                path.display()
-            ))),
+            Err(StoreFault::Corrupt(why) | StoreFault::Other(why)) => Err(
+                StoreOpenError::Unavailable(format!("can't open {}: {why}", path.display())),
+            ),
         }
     }
 
     /// Durable when it returns.
-    pub fn write_rows(&mut self, rows: &[(RoomName, Row)]) -> rusqlite::Result<()> {
+    pub(super) fn write_rows(&mut self, rows: &[(RoomName, LedgerRow)]) -> rusqlite::Result<()> {
         let transaction = self.begin("FULL")?;
         insert_rows(&transaction, rows)?;
         transaction.commit()
     }
 
-    /// A power cut may cost the record, but tears nothing.
-    pub fn write_record(&mut self, record: &Record) -> rusqlite::Result<()> {
+    /// A power failure may lose the record, but it corrupts nothing.
+    pub(super) fn write_record(&mut self, record: &BatchRecord) -> rusqlite::Result<()> {
         let transaction = self.begin("NORMAL")?;
         record.insert(&transaction)?;
         transaction.commit()
     }
 
     /// Durable when it returns.
-    pub fn accept_lost_ledger(&mut self) -> rusqlite::Result<()> {
+    pub(super) fn accept_lost_ledger(&mut self) -> rusqlite::Result<()> {
         let transaction = self.begin("FULL")?;
         transaction.execute("UPDATE ledger SET lost = 0", [])?;
         transaction.commit()
     }
 
-    /// Forgets a little of what is too old or too much, and says whether there was any.
-    pub fn forget(
+    /// Deletes one step's worth of what is too old or too large. Returns whether there was anything to delete.
+    pub(super) fn delete_expired(
         &mut self,
         limits: &config::HistorySettings,
         now: DateTime<Utc>,
     ) -> rusqlite::Result<bool> {
         let transaction = self.begin("NORMAL")?;
-        let deleted = forget_old(&transaction, limits, now)?
-            || forget_large(&transaction, limits.max_megabytes)?;
+        let deleted = delete_old(&transaction, limits, now)?
+            || delete_to_size(&transaction, limits.max_megabytes)?;
         transaction.commit()?;
-        let given_back = self.give_back_pages()?;
-        Ok(deleted || given_back)
+        let freed = self.free_pages()?;
+        Ok(deleted || freed)
     }
 
-    fn give_back_pages(&self) -> rusqlite::Result<bool> {
+    fn free_pages(&self) -> rusqlite::Result<bool> {
         if pragma(&self.connection, "freelist_count")? == 0 {
             return Ok(false);
         }
-        // Each step of the statement frees one page.
+        // Each step of the statement frees one page, so it must be stepped to its end.
         let sql = format!("PRAGMA incremental_vacuum({STEP_PAGES})");
         let mut statement = self.connection.prepare(&sql)?;
         let mut rows = statement.query([])?;
@@ -254,7 +256,7 @@ impl Store {
     }
 }
 
-/// Whether the error is of what was to be written, and not of the place: to try again is of no use.
+/// Whether the error comes from the data and not from the disk. A retry can't succeed then.
 pub(super) fn is_of_content(error: &rusqlite::Error) -> bool {
     matches!(
         error.sqlite_error_code(),
@@ -262,26 +264,26 @@ pub(super) fn is_of_content(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// A connection to the checked file, which is made if it is missing.
+/// Connects to the checked file, and creates it first if it is missing.
 ///
-/// A file is made under another name and takes its own when it is whole. So a file under its own name that is torn or
-/// empty had been whole.
+/// A file is created under another name and renamed when it is complete. So a torn or empty file under the final name
+/// was complete once, and its ledger is lost.
 fn open_file(
     path: &Path,
     now: DateTime<Utc>,
     migrations: Migrations<'_>,
-) -> Result<Connection, Fault> {
+) -> Result<Connection, StoreFault> {
     let new = beside(path, ".new");
     if !path.try_exists()? {
-        // Where only the last step was missing, it holds what was saved of a corrupt file.
-        let whole = new.try_exists()? && connect(&new, migrations).is_ok();
-        if !whole {
-            make(&new, migrations, &[], false)?;
+        // If only the rename was missing, this file holds what was saved of a corrupt one.
+        let complete = new.try_exists()? && connect(&new, migrations).is_ok();
+        if !complete {
+            create(&new, migrations, &[], false)?;
         }
         put_in_place(&new, path)?;
     }
     match connect(path, migrations) {
-        Err(Fault::Corrupt(why)) => {
+        Err(StoreFault::Corrupt(why)) => {
             replace(path, &new, &why, now, migrations)?;
             connect(path, migrations)
         }
@@ -289,67 +291,66 @@ fn open_file(
     }
 }
 
-/// A connection to a whole file, which is brought to the newest version.
-fn connect(path: &Path, migrations: Migrations<'_>) -> Result<Connection, Fault> {
+/// Connects to a complete file and migrates it to the newest version.
+fn connect(path: &Path, migrations: Migrations<'_>) -> Result<Connection, StoreFault> {
     if fs::metadata(path)?.len() == 0 {
-        return Err(Fault::Corrupt("it is empty".to_owned()));
+        return Err(StoreFault::Corrupt("it is empty".to_owned()));
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
     connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
-    connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
+    connection.pragma_update_and_check(None, "journal_size_limit", MAX_LOG_BYTES, |_| Ok(()))?;
     let version = pragma(&connection, "user_version")?;
     if version > newest(migrations) {
-        return Err(Fault::Newer(version));
+        return Err(StoreFault::Newer(version));
     }
     if version <= 0 {
-        return Err(Fault::Corrupt("it holds no history".to_owned()));
+        return Err(StoreFault::Corrupt("it holds no history".to_owned()));
     }
     check(&connection, "quick_check(1)")?;
-    // Off while tables change: to rebuild one, SQLite has its rows dropped, which would cascade.
+    // Off during migrations: rebuilding a table drops the old one, and SQLite would delete the rows that refer to it.
+    // https://www.sqlite.org/lang_altertable.html#otheralter
     connection.pragma_update(None, "foreign_keys", false)?;
-    for step in version..newest(migrations) {
-        migrate(&mut connection, migrations, step)?;
+    for version in version..newest(migrations) {
+        migrate(&mut connection, migrations, version)?;
     }
     connection.pragma_update(None, "foreign_keys", true)?;
     Ok(connection)
 }
 
-/// The version of a file that has had all of these steps.
+/// The version of a file that has had all these steps.
 fn newest(migrations: Migrations<'_>) -> i64 {
-    i64::try_from(migrations.len()).expect("a short list")
+    i64::try_from(migrations.len()).expect("the list is short")
 }
 
-/// Brings a file of this version to the next: wholly, or not at all.
+/// Migrates a file of this version to the next one, completely or not at all.
 fn migrate(
     connection: &mut Connection,
     migrations: Migrations<'_>,
     version: i64,
-) -> Result<(), Fault> {
-    let step = usize::try_from(version).expect("checked by the caller");
+) -> Result<(), StoreFault> {
+    let step = usize::try_from(version).expect("the caller checked that it is positive");
+    let next = version + 1;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     transaction.execute_batch(migrations[step])?;
-    transaction.pragma_update(None, "user_version", version + 1)?;
+    transaction.pragma_update(None, "user_version", next)?;
     transaction.commit()?;
-    tracing::info!(
-        "migrated the history from version {version} to {}",
-        version + 1
-    );
+    tracing::info!("migrated the history from format {version} to format {next}");
     Ok(())
 }
 
-fn make(
+fn create(
     path: &Path,
     migrations: Migrations<'_>,
-    rows: &[(RoomName, Row)],
+    rows: &[(RoomName, LedgerRow)],
     lost: bool,
-) -> Result<(), Fault> {
+) -> Result<(), StoreFault> {
     for suffix in ["", "-journal", "-wal", "-shm"] {
         remove(&beside(path, suffix))?;
     }
     let mut connection = Connection::open(path)?;
-    // Only heeded before the first table.
+    // SQLite ignores this after the first table.
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
     let transaction = connection.transaction()?;
     for step in migrations {
@@ -362,13 +363,13 @@ fn make(
     connection.close().map_err(|(_, error)| error.into())
 }
 
-fn check(connection: &Connection, pragma: &str) -> Result<(), Fault> {
+fn check(connection: &Connection, pragma: &str) -> Result<(), StoreFault> {
     let sql = format!("PRAGMA {pragma}");
     let found: String = connection.query_row(&sql, [], |row| row.get(0))?;
     if found == "ok" {
         Ok(())
     } else {
-        Err(Fault::Corrupt(found))
+        Err(StoreFault::Corrupt(found))
     }
 }
 
@@ -376,19 +377,20 @@ fn pragma(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, name, |row| row.get(0))
 }
 
-/// Moves a corrupt file aside and begins a new one with what of the ledger and the journal can still be read.
+/// Moves a corrupt file aside, and creates a new one with the part of the ledger and the journal that can be read.
 fn replace(
     path: &Path,
     new: &Path,
     why: &str,
     now: DateTime<Utc>,
     migrations: Migrations<'_>,
-) -> Result<(), Fault> {
+) -> Result<(), StoreFault> {
     let salvage = salvage(path);
-    make(new, migrations, &salvage.rows, salvage.lost)?;
+    // First the new file, then the move: a crash in between leaves one of the two to go on with.
+    create(new, migrations, &salvage.rows, salvage.lost)?;
     let aside = beside(path, &format!(".corrupt-{}", now.format("%Y%m%dT%H%M%SZ")));
     fs::rename(path, &aside)?;
-    // Its log belongs to it.
+    // The log belongs to the corrupt file: SQLite would replay it into the new one.
     for suffix in ["-wal", "-shm"] {
         match fs::rename(beside(path, suffix), beside(&aside, suffix)) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
@@ -399,26 +401,28 @@ fn replace(
     let (file, aside, rooms) = (path.display(), aside.display(), salvage.rows.len());
     if salvage.lost {
         tracing::error!(
-            "{file} is corrupt ({why}): moved to {aside} and begun anew; the record of used agent time is lost, and \
-             projects with a budget open no room until told otherwise ({rooms} rooms could be read)"
+            "{file} is corrupt ({why}). It was moved to {aside}, and a new file was created. The record of used agent \
+             time is lost: projects with a budget open no room until you accept that with `run --accept-lost-ledger` \
+             ({rooms} rooms were saved)"
         );
     } else {
         tracing::error!(
-            "{file} is corrupt ({why}): moved to {aside} and begun anew; the record of used agent time was saved \
-             ({rooms} rooms)"
+            "{file} is corrupt ({why}). It was moved to {aside}, and a new file was created. The record of used agent \
+             time was saved ({rooms} rooms)"
         );
     }
     Ok(())
 }
 
 /// Durable when it returns.
-fn put_in_place(new: &Path, path: &Path) -> Result<(), Fault> {
-    // A log that its database left behind would be taken for the new one's.
+fn put_in_place(new: &Path, path: &Path) -> Result<(), StoreFault> {
+    // SQLite would replay a log that an earlier database left here into the new file.
     for suffix in ["-wal", "-shm"] {
         remove(&beside(path, suffix))?;
     }
     fs::rename(new, path)?;
     if let Some(dir) = path.parent() {
+        // A rename is durable only once its folder is synced.
         File::open(dir)?.sync_all()?;
     }
     Ok(())
@@ -438,9 +442,10 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// What could be read of a corrupt file.
 struct Salvage {
-    rows: Vec<(RoomName, Row)>,
-    /// Rows are missing, or were before.
+    rows: Vec<(RoomName, LedgerRow)>,
+    /// Rows are missing, or were missing before.
     lost: bool,
 }
 
@@ -449,9 +454,9 @@ fn salvage(path: &Path) -> Salvage {
         rows: Vec::new(),
         lost: true,
     };
-    let read = |salvage: &mut Salvage| -> Result<(), Fault> {
+    let read = |salvage: &mut Salvage| -> Result<(), StoreFault> {
         let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-        // Bad pages of other tables leave these whole.
+        // Corrupt pages of other tables do not affect this one.
         let whole = check(&connection, "quick_check(rooms)");
         let sql = format!("SELECT {ROOM_COLUMNS} FROM rooms");
         let mut statement = connection.prepare(&sql)?;
@@ -464,17 +469,17 @@ fn salvage(path: &Path) -> Salvage {
         Ok(())
     };
     if let Err(fault) = read(&mut salvage) {
-        tracing::debug!(?fault, "the ledger could not be read whole");
+        tracing::debug!(?fault, "could not read the whole ledger");
     }
     salvage
 }
 
-fn load(connection: &Connection, now: DateTime<Utc>) -> Result<Loaded, Fault> {
+fn load(connection: &Connection, now: DateTime<Utc>) -> Result<LoadedLedger, StoreFault> {
     let sql = format!("SELECT {ROOM_COLUMNS} FROM rooms WHERE gone_at IS NULL");
     let mut statement = connection.prepare(&sql)?;
     let rows = statement.query_map([], read_row)?;
     let rows = rows.collect::<rusqlite::Result<_>>()?;
-    // A month more than is counted: the clock may be set back.
+    // One month more than the budgets count, because the clock may be set back.
     let since = start_of_month(now, 1);
     let mut statement = connection.prepare(
         "SELECT project, opened_at / 86400000 * 86400000, sum(coalesce(settled, reserved))
@@ -487,15 +492,15 @@ fn load(connection: &Connection, now: DateTime<Utc>) -> Result<Loaded, Fault> {
     })?;
     let days = days.collect::<rusqlite::Result<_>>()?;
     let lost = connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))?;
-    Ok(Loaded { rows, days, lost })
+    Ok(LoadedLedger { rows, days, lost })
 }
 
-fn read_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<(RoomName, Row)> {
+fn read_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<(RoomName, LedgerRow)> {
     let reserved: i64 = row.get(5)?;
     let settled: Option<i64> = row.get(6)?;
     Ok((
         RoomName(row.get(0)?),
-        Row {
+        LedgerRow {
             project: row.get(1)?,
             target: row.get(2)?,
             boot: row.get(3)?,
@@ -507,8 +512,11 @@ fn read_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<(RoomName, Row)> {
     ))
 }
 
-/// A row that is there already takes the changes.
-fn insert_rows(transaction: &Transaction<'_>, rows: &[(RoomName, Row)]) -> rusqlite::Result<()> {
+/// Inserts rows; a row that exists is updated.
+fn insert_rows(
+    transaction: &Transaction<'_>,
+    rows: &[(RoomName, LedgerRow)],
+) -> rusqlite::Result<()> {
     let sql = format!(
         "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
          ON CONFLICT (room) DO UPDATE SET settled = excluded.settled, gone_at = excluded.gone_at"
@@ -529,7 +537,7 @@ fn insert_rows(transaction: &Transaction<'_>, rows: &[(RoomName, Row)]) -> rusql
     Ok(())
 }
 
-fn forget_old(
+fn delete_old(
     transaction: &Transaction<'_>,
     limits: &config::HistorySettings,
     now: DateTime<Utc>,
@@ -542,7 +550,7 @@ fn forget_old(
         );
         transaction.execute(&sql, params![before, STEP_BATCHES])
     };
-    // Two whole months after a row's own; the current one makes a third.
+    // The current month and the two before it: `load` reads one of them, and the other is a reserve.
     let rooms = "DELETE FROM rooms WHERE room IN
                  (SELECT room FROM rooms WHERE opened_at < ?1 ORDER BY opened_at LIMIT ?2)";
     let deleted = batches("failed = 0", before(limits.keep))?
@@ -551,8 +559,8 @@ fn forget_old(
     Ok(deleted > 0)
 }
 
-/// The oldest batches go, those without a failure first.
-fn forget_large(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::Result<bool> {
+/// Deletes the oldest batches while the file is too large: first those without a failure, then the others.
+fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::Result<bool> {
     let pages = pragma(transaction, "page_count")? - pragma(transaction, "freelist_count")?;
     let bytes = pages.saturating_mul(pragma(transaction, "page_size")?);
     if bytes <= whole(max_megabytes.saturating_mul(1_000_000)) {
@@ -570,7 +578,7 @@ fn forget_large(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::
     Ok(false)
 }
 
-/// The start of the UTC month that lies so many months back.
+/// The start of the UTC month that is this many months before the current one.
 fn start_of_month(now: DateTime<Utc>, months_back: u32) -> i64 {
     let first = Period::Month.first_day(now.date_naive()) - Months::new(months_back);
     millis(first.and_time(NaiveTime::MIN).and_utc())
@@ -580,7 +588,7 @@ pub(super) fn millis(at: DateTime<Utc>) -> i64 {
     at.timestamp_millis()
 }
 
-/// A time that no calendar knows can only be a foreign value; it counts as long past.
+/// A value outside the calendar was not written by this program; it counts as long past.
 pub(super) fn time(millis: i64) -> DateTime<Utc> {
     DateTime::from_timestamp_millis(millis).unwrap_or(DateTime::UNIX_EPOCH)
 }

@@ -1,5 +1,8 @@
+use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use chrono::{Months, TimeDelta};
 use rusqlite::Connection;
@@ -15,30 +18,31 @@ const MINUTE: Duration = Duration::from_mins(1);
 const DAY: Duration = Duration::from_hours(24);
 
 impl History {
-    /// A history that no disk ever takes, and that knows all that was used.
-    pub(crate) fn in_memory(clock: Clock) -> Self {
+    /// A history without a disk, whose ledger is not lost.
+    pub(crate) fn in_memory(clock: UtcClock) -> Self {
         let settings = config::HistorySettings {
             dir: "Cargo.toml/is-no-folder".into(),
             ..config::HistorySettings::default()
         };
-        let (history, _never_runs) = Self::prepare(&settings, clock).expect("nobody locks it");
+        let (history, _never_runs) =
+            Self::prepare(&settings, clock).expect("no folder, so no lock");
         assert!(history.is_degraded());
         history.accept_lost_ledger();
         history
     }
 }
 
-/// A folder and a clock, and what runs of the program leave there.
+/// A folder and a clock that several runs of the program share.
 struct Disk {
     dir: TempDir,
     now: Arc<Mutex<DateTime<Utc>>>,
     settings: config::HistorySettings,
 }
 
-/// A run of the program whose writer works when the test says so.
-struct Run {
+/// A run of the program whose writer works only when the test calls it.
+struct TestRun {
     history: History,
-    writer: Writer,
+    writer: HistoryWriter,
 }
 
 fn at(text: &str) -> DateTime<Utc> {
@@ -67,7 +71,7 @@ impl Disk {
         self.settings.dir.join(FILE)
     }
 
-    fn clock(&self) -> Clock {
+    fn clock(&self) -> UtcClock {
         let now = Arc::clone(&self.now);
         Arc::new(move || *now.lock().unwrap())
     }
@@ -76,12 +80,12 @@ impl Disk {
         *self.now.lock().unwrap() = at(now);
     }
 
-    fn start(&self) -> Run {
+    fn start(&self) -> TestRun {
         let (history, writer) = History::prepare(&self.settings, self.clock()).unwrap();
-        Run { history, writer }
+        TestRun { history, writer }
     }
 
-    /// The files that were moved aside.
+    /// How many corrupt files were moved aside.
     fn aside(&self) -> usize {
         let names = fs::read_dir(&self.settings.dir).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -92,7 +96,7 @@ impl Disk {
             .count()
     }
 
-    /// What another process sees in the file.
+    /// The rows that another process sees in the file.
     fn rows(&self) -> i64 {
         let file = Connection::open(self.file()).unwrap();
         file.query_row("SELECT count(*) FROM rooms", [], |row| row.get(0))
@@ -100,12 +104,12 @@ impl Disk {
     }
 }
 
-impl Run {
+impl TestRun {
     async fn reserve(&mut self, name: &str, worst: Duration) -> Reservation {
         let name = room(name);
-        let admit = |_: &Used, _| Ok::<_, ()>(());
+        let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
         let reserving = self.history.reserve(&name, "acme", "support", worst, admit);
-        let (reservation, ()) = tokio::join!(reserving, async { self.writer.turn() });
+        let (reservation, ()) = tokio::join!(reserving, async { self.writer.run_once() });
         reservation.unwrap()
     }
 
@@ -126,11 +130,11 @@ impl Run {
     }
 
     fn orphan_rooms(&self) -> Vec<String> {
-        let left = self.history.orphan_rooms().into_iter();
-        left.map(|left| left.room.0).collect()
+        let orphans = self.history.orphan_rooms().into_iter();
+        orphans.map(|orphan| orphan.room.0).collect()
     }
 
-    /// No page more than there are.
+    /// SQLite may add no further page to the file.
     fn fill_disk(&mut self) {
         let connection = &self.writer.store().connection;
         let limit = |_: &rusqlite::Row<'_>| Ok(());
@@ -147,21 +151,21 @@ impl Run {
             .unwrap();
     }
 
-    /// Ends as `kill -9` would: what was not written is gone, and nothing is put in order.
+    /// Ends as with `kill -9`: unwritten changes are lost, and nothing is cleaned up.
     fn kill(self) {
         let Self { history, writer } = self;
         std::mem::forget(history);
-        // A process that dies closes its files and so its lock, but leaves the log as it is.
-        let log = Log::save(writer.dir());
+        // The kernel closes the files of a killed process, which releases the lock and leaves the log unchanged.
+        let log = SavedLog::save(writer.dir());
         drop(writer);
         log.restore();
     }
 }
 
-/// The database with its log, which closing the database would fold into it.
-struct Log(Vec<(std::path::PathBuf, Vec<u8>)>);
+/// A copy of the database and its log: closing the database would merge the log into the file.
+struct SavedLog(Vec<(std::path::PathBuf, Vec<u8>)>);
 
-impl Log {
+impl SavedLog {
     fn save(dir: &Path) -> Self {
         let files = fs::read_dir(dir)
             .unwrap()
@@ -213,7 +217,7 @@ fn target() -> Target {
     }
 }
 
-fn keep(run: &Run, batch: &BatchReport) {
+fn record(run: &TestRun, batch: &BatchReport) {
     run.history.record(batch, &target(), &sample::project());
 }
 
@@ -237,24 +241,24 @@ fn all() -> BatchFilter {
 // The ledger and the journal.
 
 #[tokio::test(start_paused = true)]
-async fn a_reservation_waits_until_its_row_is_on_disk() {
+async fn reservation_waits_until_its_row_is_on_disk() {
     let disk = Disk::new();
     let mut run = disk.start();
     let name = room("1");
-    let admit = |_: &Used, _| Ok::<_, ()>(());
+    let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
     let mut reserving = Box::pin(run.history.reserve(&name, "acme", "support", MINUTE, admit));
     let once =
         std::future::poll_fn(|context| std::task::Poll::Ready(reserving.as_mut().poll(context)));
     assert!(once.await.is_pending());
     assert_eq!(disk.rows(), 0);
-    run.writer.turn();
+    run.writer.run_once();
     let _reservation = reserving.await.unwrap();
     assert_eq!(disk.rows(), 1);
     assert!(!run.history.is_degraded());
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_open_room_counts_at_its_worst_and_a_settled_one_at_what_it_used() {
+async fn open_room_counts_its_worst_case_and_a_settled_room_what_it_used() {
     let disk = Disk::new();
     let mut run = disk.start();
     let less = run.open("1", 3 * MINUTE).await;
@@ -264,21 +268,24 @@ async fn an_open_room_counts_at_its_worst_and_a_settled_one_at_what_it_used() {
     less.settle(MINUTE);
     assert_eq!(run.used(), (4, 4));
     more.settle(4 * MINUTE);
-    assert_eq!(run.used(), (7, 7), "more than was reserved counts as well");
+    assert_eq!(
+        run.used(),
+        (7, 7),
+        "time above the reservation counts as well"
+    );
     none.settle(Duration::ZERO);
     assert_eq!(run.used(), (5, 5));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reservation_without_a_room_costs_nothing_and_one_that_is_dropped_with_its_room_the_worst()
- {
+async fn dropped_reservation_costs_nothing_without_a_room_and_the_worst_case_with_one() {
     let disk = Disk::new();
     let mut run = disk.start();
     drop(run.reserve("1", 3 * MINUTE).await);
     assert_eq!(run.used(), (0, 0));
     drop(run.open("2", 3 * MINUTE).await);
     assert_eq!(run.used(), (3, 3));
-    run.writer.turn();
+    run.writer.run_once();
     run.kill();
     let run = disk.start();
     assert_eq!(run.used(), (3, 3));
@@ -286,7 +293,7 @@ async fn a_reservation_without_a_room_costs_nothing_and_one_that_is_dropped_with
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_part_of_a_second_counts_as_a_whole_one() {
+async fn fraction_of_a_second_counts_as_a_whole_second() {
     let disk = Disk::new();
     let mut run = disk.start();
     let _open = run.open("1", Duration::from_millis(59_001)).await;
@@ -294,7 +301,7 @@ async fn a_part_of_a_second_counts_as_a_whole_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_room_counts_to_the_utc_day_and_month_in_which_it_opened() {
+async fn room_counts_in_the_utc_day_and_month_in_which_it_opened() {
     let disk = Disk::new();
     let mut run = disk.start();
     disk.set("2026-01-31T23:59:59.999Z");
@@ -311,7 +318,11 @@ async fn a_room_counts_to_the_utc_day_and_month_in_which_it_opened() {
     disk.set("2026-03-01T00:00:00Z");
     assert_eq!(run.used(), (0, 0));
     disk.set("2026-01-31T12:00:00Z");
-    assert_eq!(run.used(), (1, 1), "the clock was set back");
+    assert_eq!(
+        run.used(),
+        (1, 1),
+        "the clock was set back, and January still counts"
+    );
     disk.set("2024-02-29T12:00:00Z");
     assert_eq!(run.used(), (0, 0));
     let _leap = run.open("4", MINUTE).await;
@@ -319,18 +330,18 @@ async fn a_room_counts_to_the_utc_day_and_month_in_which_it_opened() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn projects_do_not_share_what_they_use_and_their_targets_do() {
+async fn targets_share_the_agent_time_of_their_project_and_projects_share_none() {
     let disk = Disk::new();
     let mut run = disk.start();
     let _one = run.open("1", MINUTE).await;
-    let admit = |used: &Used, _| {
+    let admit = |used: &AgentTimeUsed, _| {
         assert_eq!(used.day, Duration::ZERO);
         Ok::<_, ()>(())
     };
     let (name, other) = (room("2"), room("3"));
     let other_project = run.history.reserve(&name, "beta", "support", MINUTE, admit);
-    let (_two, ()) = tokio::join!(other_project, async { run.writer.turn() });
-    let admit = |used: &Used, _| {
+    let (_two, ()) = tokio::join!(other_project, async { run.writer.run_once() });
+    let admit = |used: &AgentTimeUsed, _| {
         assert_eq!(used.day, MINUTE);
         Err("full")
     };
@@ -340,14 +351,14 @@ async fn projects_do_not_share_what_they_use_and_their_targets_do() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_a_kill_the_ledger_is_not_lower_than_what_was_used_and_every_room_is_journalled() {
+async fn after_a_kill_the_ledger_counts_all_agent_time_and_the_journal_has_every_open_room() {
     let disk = Disk::new();
     let mut run = disk.start();
     let settled = run.open("1", 5 * MINUTE).await;
     let open = run.open("2", 3 * MINUTE).await;
     settled.settle(2 * MINUTE);
     run.history.gone(&room("1"));
-    run.writer.turn();
+    run.writer.run_once();
     std::mem::forget(open);
     run.kill();
 
@@ -357,13 +368,13 @@ async fn after_a_kill_the_ledger_is_not_lower_than_what_was_used_and_every_room_
     assert_eq!(run.history.target_of(&room("2")).unwrap(), "support");
     run.history.gone(&room("2"));
     assert_eq!(run.orphan_rooms(), [""; 0]);
-    run.writer.turn();
+    run.writer.run_once();
     run.kill();
     assert_eq!(disk.start().orphan_rooms(), [""; 0]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_settlement_that_was_not_written_leaves_the_worst_case() {
+async fn settlement_that_was_not_written_leaves_the_worst_case() {
     let disk = Disk::new();
     let mut run = disk.start();
     run.open("1", 5 * MINUTE).await.settle(MINUTE);
@@ -372,7 +383,7 @@ async fn a_settlement_that_was_not_written_leaves_the_worst_case() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn memory_and_disk_agree_whatever_happened_and_no_row_stays_in_memory() {
+async fn ledger_in_memory_equals_the_one_on_disk_and_drops_closed_rows() {
     let mut random = fastrand::Rng::with_seed(7);
     let disk = Disk::new();
     let mut run = disk.start();
@@ -396,7 +407,7 @@ async fn memory_and_disk_agree_whatever_happened_and_no_row_stays_in_memory() {
             run.history.gone(&room(&name));
         }
         if random.u8(0..40) == 0 {
-            run.writer.turn();
+            run.writer.run_once();
             let used = run.history.used("acme");
             let memory = run.history.shared.lock().ledger.len();
             assert_eq!(memory, open.len() + run.orphan_rooms().len());
@@ -410,10 +421,10 @@ async fn memory_and_disk_agree_whatever_happened_and_no_row_stays_in_memory() {
     assert!(run.used().1 > 0);
 }
 
-// A disk that does not do as it should.
+// A disk that fails.
 
 #[tokio::test(start_paused = true)]
-async fn a_full_disk_degrades_and_all_is_written_once_there_is_room() {
+async fn full_disk_degrades_the_history_and_everything_is_written_once_there_is_space() {
     let disk = Disk::new();
     let mut run = disk.start();
     let mut open = vec![run.open("first", MINUTE).await];
@@ -427,18 +438,18 @@ async fn a_full_disk_degrades_and_all_is_written_once_there_is_room() {
         1,
         "one fault, however often it is retried"
     );
-    assert_eq!(run.used(), (201, 201), "memory counts on");
+    assert_eq!(run.used(), (201, 201), "the ledger goes on in memory");
     assert!(disk.rows() < 201);
-    keep(
+    record(
         &run,
         &batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
     );
     open.remove(0).settle(Duration::ZERO);
-    run.writer.turn();
+    run.writer.run_once();
     assert!(run.history.is_degraded());
 
     run.free_disk();
-    run.writer.turn();
+    run.writer.run_once();
     assert!(!run.history.is_degraded());
     assert_eq!(disk.rows(), 201);
     assert_eq!(ids(&run.history, all()).await, ["b1"]);
@@ -450,7 +461,7 @@ async fn a_full_disk_degrades_and_all_is_written_once_there_is_room() {
     }
     assert_eq!(run.history.faults(), 2, "the next fault counts again");
     run.free_disk();
-    run.writer.turn();
+    run.writer.run_once();
     open.drain(..).for_each(std::mem::forget);
     run.kill();
     let run = disk.start();
@@ -459,12 +470,12 @@ async fn a_full_disk_degrades_and_all_is_written_once_there_is_room() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_disk_that_answers_nothing_holds_a_reservation_up_for_a_few_seconds_and_only_once() {
+async fn hanging_disk_delays_one_reservation_until_the_timeout_and_no_further_one() {
     let disk = Disk::new();
     let run = disk.start();
     let began = Instant::now();
     for name in ["1", "2"] {
-        let admit = |_: &Used, _| Ok::<_, ()>(());
+        let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
         let name = room(name);
         let reservation = run.history.reserve(&name, "acme", "support", MINUTE, admit);
         std::mem::forget(reservation.await.unwrap());
@@ -475,18 +486,18 @@ async fn a_disk_that_answers_nothing_holds_a_reservation_up_for_a_few_seconds_an
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_folder_that_can_not_be_made_degrades_and_is_used_once_it_can() {
+async fn folder_that_cannot_be_created_degrades_the_history_and_is_used_once_it_can() {
     let disk = Disk::new();
     fs::write(&disk.settings.dir, "a file is in the way").unwrap();
     let mut run = disk.start();
     assert!(run.history.is_degraded());
-    assert!(run.is_lost(), "what was used before is not known");
+    assert!(run.is_lost(), "earlier use is unknown");
     assert!(run.history.batches(all()).await.is_err());
     let _open = run.open("1", MINUTE).await;
     assert_eq!(run.used(), (1, 1));
 
     fs::remove_file(&disk.settings.dir).unwrap();
-    run.writer.turn();
+    run.writer.run_once();
     assert!(!run.history.is_degraded());
     assert!(!run.is_lost());
     assert_eq!(run.used(), (1, 1));
@@ -495,11 +506,11 @@ async fn a_folder_that_can_not_be_made_degrades_and_is_used_once_it_can() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_used_before_is_added_once_the_folder_can_be_read() {
+async fn earlier_agent_time_is_added_once_the_folder_can_be_read() {
     let disk = Disk::new();
     let mut run = disk.start();
     run.open("1", 2 * MINUTE).await.settle(2 * MINUTE);
-    run.writer.turn();
+    run.writer.run_once();
     drop(run);
     let away = disk.dir.path().join("away");
     fs::rename(&disk.settings.dir, &away).unwrap();
@@ -509,56 +520,56 @@ async fn what_was_used_before_is_added_once_the_folder_can_be_read() {
     assert_eq!(run.used(), (1, 1));
     fs::remove_file(&disk.settings.dir).unwrap();
     fs::rename(&away, &disk.settings.dir).unwrap();
-    run.writer.turn();
+    run.writer.run_once();
     assert_eq!(run.used(), (3, 3));
     assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
 }
 
-/// A history with a settled room of two minutes and some batches, closed in order.
+/// Leaves a history with one settled room of two minutes and 30 batches.
 async fn full(disk: &Disk) {
     let mut run = disk.start();
     run.open("1", 2 * MINUTE).await.settle(2 * MINUTE);
     for index in 0..30 {
         let id = format!("b{index:02}");
-        keep(
+        record(
             &run,
             &batch(&id, "support", "2026-03-10T11:00:00Z", Outcome::Ok),
         );
-        run.writer.turn();
+        run.writer.run_once();
     }
 }
 
-/// Overwrites the pages that hold this text.
-fn spoil(file: &Path, text: &str) -> usize {
+/// Overwrites the pages that contain this text, and returns their number.
+fn corrupt(file: &Path, text: &str) -> usize {
     let mut content = fs::read(file).unwrap();
-    let mut spoilt = 0;
+    let mut pages = 0;
     for page in content.chunks_mut(4096).skip(1) {
         if page
             .windows(text.len())
             .any(|window| window == text.as_bytes())
         {
             page[..2000].fill(0xa5);
-            spoilt += 1;
+            pages += 1;
         }
     }
     fs::write(file, content).unwrap();
-    spoilt
+    pages
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_corrupt_file_is_moved_aside_and_its_ledger_is_lost_until_that_is_accepted() {
+async fn corrupt_file_is_moved_aside_and_its_ledger_is_lost_until_that_is_accepted() {
     let garbage: fn(&Path) = |file| fs::write(file, vec![b'x'; 9000]).unwrap();
     let empty: fn(&Path) = |file| fs::write(file, "").unwrap();
     let torn: fn(&Path) = |file| {
         let content = fs::read(file).unwrap();
         fs::write(file, &content[..4096 * 2 + 100]).unwrap();
     };
-    let spoilt: fn(&Path) = |file| assert!(spoil(file, "canary-test-1") > 0);
+    let overwritten: fn(&Path) = |file| assert!(corrupt(file, "canary-test-1") > 0);
     for (what, damage) in [
         ("garbage", garbage),
         ("empty", empty),
         ("torn", torn),
-        ("spoilt", spoilt),
+        ("overwritten", overwritten),
     ] {
         let disk = Disk::new();
         full(&disk).await;
@@ -572,7 +583,7 @@ async fn a_corrupt_file_is_moved_aside_and_its_ledger_is_lost_until_that_is_acce
         run.kill();
 
         let mut run = disk.start();
-        assert!(run.is_lost(), "{what}: a restart does not find it");
+        assert!(run.is_lost(), "{what}: a restart must not lose this");
         assert_eq!(
             run.orphan_rooms().last().unwrap(),
             "canary-test-2",
@@ -580,7 +591,7 @@ async fn a_corrupt_file_is_moved_aside_and_its_ledger_is_lost_until_that_is_acce
         );
         run.history.accept_lost_ledger();
         assert!(!run.is_lost(), "{what}");
-        run.writer.turn();
+        run.writer.run_once();
         run.kill();
         let run = disk.start();
         assert!(!run.is_lost(), "{what}");
@@ -589,10 +600,10 @@ async fn a_corrupt_file_is_moved_aside_and_its_ledger_is_lost_until_that_is_acce
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_ledger_and_the_journal_of_a_file_that_is_corrupt_elsewhere_are_saved() {
+async fn ledger_and_journal_are_saved_from_a_file_that_is_corrupt_elsewhere() {
     let disk = Disk::new();
     full(&disk).await;
-    assert!(spoil(&disk.file(), "DispatchAccepted") > 3);
+    assert!(corrupt(&disk.file(), "DispatchAccepted") > 3);
     let run = disk.start();
     assert_eq!(disk.aside(), 1);
     assert!(!run.is_lost());
@@ -602,12 +613,12 @@ async fn the_ledger_and_the_journal_of_a_file_that_is_corrupt_elsewhere_are_save
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_saved_of_a_corrupt_file_survives_a_kill_between_the_last_two_steps() {
+async fn rows_saved_from_a_corrupt_file_survive_a_kill_before_the_last_step() {
     let disk = Disk::new();
     full(&disk).await;
     let file = disk.file();
     fs::rename(&file, file.with_extension("sqlite3.new")).unwrap();
-    // The corrupt one's log, which was not moved yet: another database's, with rows that must not come in.
+    // The log of the corrupt file was not moved yet. It is that of another database, and its rows must not appear.
     let other = Disk::new();
     full(&other).await;
     let mut run = other.start();
@@ -619,7 +630,7 @@ async fn what_was_saved_of_a_corrupt_file_survives_a_kill_between_the_last_two_s
     let run = disk.start();
     assert_eq!(run.used(), (2, 2));
     assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
-    // And half a new file is made anew.
+    // A half-written new file is replaced.
     drop(run);
     fs::remove_file(&file).unwrap();
     fs::write(file.with_extension("sqlite3.new"), "SQLite").unwrap();
@@ -628,12 +639,12 @@ async fn what_was_saved_of_a_corrupt_file_survives_a_kill_between_the_last_two_s
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_file_that_becomes_corrupt_while_it_is_used_degrades_and_memory_counts_on() {
+async fn file_that_becomes_corrupt_in_use_degrades_the_history_and_the_ledger_goes_on_in_memory() {
     let disk = Disk::new();
     full(&disk).await;
     let mut run = disk.start();
-    spoil(&disk.file(), "canary-test-1");
-    // SQLite trusts the pages that it has in memory.
+    corrupt(&disk.file(), "canary-test-1");
+    // SQLite reads no page again that it has in memory.
     let connection = &run.writer.store().connection;
     connection.execute_batch("PRAGMA shrink_memory").unwrap();
     let _open = run.open("2", MINUTE).await;
@@ -642,7 +653,7 @@ async fn a_file_that_becomes_corrupt_while_it_is_used_degrades_and_memory_counts
 }
 
 #[test]
-fn a_file_of_a_newer_format_is_refused_and_left_alone() {
+fn file_of_a_newer_format_is_refused_and_left_unchanged() {
     let disk = Disk::new();
     drop(disk.start());
     let newer = Connection::open(disk.file()).unwrap();
@@ -659,11 +670,7 @@ fn a_file_of_a_newer_format_is_refused_and_left_alone() {
             ..
         }
     ));
-    assert!(
-        refused
-            .to_string()
-            .contains("written by a newer livekit-canary (format 2")
-    );
+    assert!(refused.to_string().contains("(format 2"));
     assert_eq!(disk.aside(), 0);
 }
 
@@ -700,13 +707,17 @@ impl Disk {
 }
 
 #[tokio::test(start_paused = true)]
-async fn history_of_the_first_version_is_read_in_full() {
+async fn history_of_the_first_version_is_read_completely() {
     let disk = Disk::with_file(VERSION_1_FILE);
     let run = disk.start();
     assert!(!run.history.is_degraded());
     assert!(!run.is_lost());
     assert_eq!(disk.aside(), 0);
-    assert_eq!(run.used(), (5, 5), "one room settled, one at its worst");
+    assert_eq!(
+        run.used(),
+        (5, 5),
+        "one room is settled, the other counts its worst case"
+    );
     assert_eq!(run.history.used("beta").day, MINUTE);
     assert_eq!(run.orphan_rooms(), ["canary-old-2", "canary-old-3"]);
     assert_eq!(ids(&run.history, all()).await, ["b-old"]);
@@ -733,7 +744,7 @@ async fn older_history_is_migrated_step_by_step_and_keeps_every_row() {
     ";
     let disk = Disk::with_file(VERSION_1_FILE);
     let steps = [store::MIGRATIONS, &[VERSION_2, VERSION_3]].concat();
-    let open = |steps| Store::open_with(&disk.settings.dir, disk.clock()(), steps);
+    let open = |steps| Store::open_with_migrations(&disk.settings.dir, disk.clock()(), steps);
     let (store, loaded) = open(&steps).unwrap();
     assert_eq!(disk.version(), 3);
     assert_eq!(loaded.rows.len(), 2);
@@ -766,9 +777,9 @@ fn migration_that_fails_changes_nothing_and_the_file_stays_readable() {
     let before = disk.schema();
     let half = "ALTER TABLE rooms ADD COLUMN region TEXT; INSERT INTO missing VALUES (1);";
     let steps = [store::MIGRATIONS, &[half]].concat();
-    let failed = Store::open_with(&disk.settings.dir, disk.clock()(), &steps).err();
+    let failed = Store::open_with_migrations(&disk.settings.dir, disk.clock()(), &steps).err();
     assert!(
-        matches!(&failed, Some(NotOpened::Unavailable(why)) if why.contains("no such table")),
+        matches!(&failed, Some(StoreOpenError::Unavailable(why)) if why.contains("no such table")),
         "{failed:?}"
     );
     assert_eq!((disk.schema(), disk.version()), (before, 1));
@@ -776,7 +787,7 @@ fn migration_that_fails_changes_nothing_and_the_file_stays_readable() {
 }
 
 #[test]
-fn a_folder_in_use_is_refused_until_its_user_is_gone() {
+fn folder_in_use_is_refused_until_its_user_has_ended() {
     let disk = Disk::new();
     let run = disk.start();
     let refused = History::prepare(&disk.settings, disk.clock())
@@ -794,14 +805,14 @@ fn a_folder_in_use_is_refused_until_its_user_is_gone() {
 // Batches.
 
 #[tokio::test(start_paused = true)]
-async fn more_batches_than_may_wait_are_dropped_and_counted_and_no_row_of_the_ledger_is() {
+async fn batches_beyond_the_queue_are_dropped_and_counted_and_no_ledger_row_is_dropped() {
     let disk = Disk::new();
     let mut run = disk.start();
     let _first = run.open("first", MINUTE).await;
     run.fill_disk();
-    for index in 0..MAX_QUEUED_RECORDS + 3 {
+    for index in 0..MAX_QUEUED_BATCHES + 3 {
         let id = format!("b{index:02}");
-        keep(
+        record(
             &run,
             &batch(&id, "support", "2026-03-10T12:00:00Z", Outcome::Ok),
         );
@@ -809,12 +820,12 @@ async fn more_batches_than_may_wait_are_dropped_and_counted_and_no_row_of_the_le
     }
     assert!(run.history.is_degraded());
     run.free_disk();
-    run.writer.turn();
-    // The first may have found room in pages that were begun.
-    let (kept, dropped) = (ids(&run.history, all()).await.len(), run.history.dropped());
+    run.writer.run_once();
+    // The first batches may fit into pages that the file already has.
+    let (stored, dropped) = (ids(&run.history, all()).await.len(), run.history.dropped());
     assert!((2..=3).contains(&dropped), "{dropped}");
-    assert_eq!(kept as u64 + dropped, MAX_QUEUED_RECORDS as u64 + 3);
-    assert_eq!(disk.rows(), i64::try_from(MAX_QUEUED_RECORDS).unwrap() + 4);
+    assert_eq!(stored as u64 + dropped, MAX_QUEUED_BATCHES as u64 + 3);
+    assert_eq!(disk.rows(), i64::try_from(MAX_QUEUED_BATCHES).unwrap() + 4);
 }
 
 #[tokio::test(start_paused = true)]
@@ -829,9 +840,9 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
         ("b4", "support", Outcome::Ok),
         ("b5", "sales", silent()),
     ] {
-        keep(&run, &batch(id, target, "2026-03-10T12:00:00Z", outcome));
+        record(&run, &batch(id, target, "2026-03-10T12:00:00Z", outcome));
     }
-    run.writer.turn();
+    run.writer.run_once();
     let find = async |target: Option<&str>, result: Option<&str>, before: Option<&str>, limit| {
         let own = |text: Option<&str>| text.map(str::to_owned);
         let filter = BatchFilter {
@@ -848,16 +859,16 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
     assert_eq!(find(Some("support"), None, None, 9).await, "b4 b3 b1");
     assert_eq!(find(None, Some("degraded"), None, 9).await, "b5 b3");
     assert_eq!(find(Some("sales"), Some("ok"), Some("b5"), 9).await, "b2");
-    assert_eq!(find(Some("nobody"), None, None, 9).await, "");
+    assert_eq!(find(Some("other"), None, None, 9).await, "");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_and_a_probe_come_back_as_the_documents_that_were_rendered() {
+async fn batch_and_probe_are_returned_as_the_documents_that_were_rendered() {
     let disk = Disk::new();
     let mut run = disk.start();
     let mixed = sample::mixed();
-    keep(&run, &mixed);
-    run.writer.turn();
+    record(&run, &mixed);
+    run.writer.run_once();
     let rendered = crate::report::json::render(&mixed, &target(), &sample::project());
     let mut rendered: serde_json::Value = serde_json::from_str(&rendered).unwrap();
     let kept = run
@@ -888,23 +899,23 @@ async fn a_batch_and_a_probe_come_back_as_the_documents_that_were_rendered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_last_batch_that_was_not_aborted_is_known_after_a_restart() {
+async fn last_batch_that_was_not_aborted_is_known_after_a_restart() {
     let disk = Disk::new();
     let mut run = disk.start();
-    keep(
+    record(
         &run,
         &batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
     );
     let silent = failed(Reason::AgentSilent, "no speech");
-    keep(
+    record(
         &run,
         &batch("b2", "support", "2026-03-10T12:15:00Z", silent),
     );
-    keep(
+    record(
         &run,
         &batch("b3", "support", "2026-03-10T12:30:00Z", Outcome::Aborted),
     );
-    run.writer.turn();
+    run.writer.run_once();
     run.kill();
     let run = disk.start();
     let last = run.history.last_completed("support").await.unwrap();
@@ -922,7 +933,7 @@ async fn the_last_batch_that_was_not_aborted_is_known_after_a_restart() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_counts_as_seen_under_the_name_that_was_asked_for() {
+async fn agent_counts_as_seen_under_its_configured_name_only() {
     let disk = Disk::new();
     let mut run = disk.start();
     let no_show = sample::probe(
@@ -933,12 +944,12 @@ async fn an_agent_counts_as_seen_under_the_name_that_was_asked_for() {
     );
     let mut unseen = batch("b1", "sales", "2026-03-10T12:00:00Z", Outcome::Ok);
     unseen.probes = vec![no_show];
-    keep(&run, &unseen);
-    keep(
+    record(&run, &unseen);
+    record(
         &run,
         &batch("b2", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
     );
-    run.writer.turn();
+    run.writer.run_once();
     for (target, agent_name, seen) in [
         ("support", Some("my-agent"), true),
         ("support", Some("my-agnet"), false),
@@ -955,27 +966,27 @@ async fn an_agent_counts_as_seen_under_the_name_that_was_asked_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn raw_counts_are_of_one_target() {
+async fn counts_cover_one_target_only() {
     let disk = Disk::new();
     let mut run = disk.start();
     let silent = || failed(Reason::AgentSilent, "no speech");
-    keep(
+    record(
         &run,
         &batch("b1", "support", "2026-03-10T12:00:00Z", silent()),
     );
-    keep(
+    record(
         &run,
         &batch("b2", "support", "2026-03-10T12:00:00Z", silent()),
     );
-    keep(
+    record(
         &run,
         &batch("b3", "sales", "2026-03-10T12:00:00Z", Outcome::Ok),
     );
     run.open("1", 3 * MINUTE).await.settle(MINUTE);
     let _open = run.open("2", 3 * MINUTE).await;
-    run.writer.turn();
+    run.writer.run_once();
     let counts = run.history.counts("support").await.unwrap();
-    let expected = Counts {
+    let expected = HistoryCounts {
         batches: [("degraded".to_owned(), 2)].into(),
         probes: [("agent_silent".to_owned(), 2), ("ok".to_owned(), 2)].into(),
         rooms: 2,
@@ -990,31 +1001,31 @@ async fn batch_that_the_schema_rejects_is_dropped_as_one_fault_and_holds_up_no_o
     let mut run = disk.start();
     let mut twice = batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok);
     twice.probes[1].room = twice.probes[0].room.clone();
-    keep(&run, &twice);
-    keep(
+    record(&run, &twice);
+    record(
         &run,
         &batch("b2", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
     );
-    run.writer.turn();
+    run.writer.run_once();
     assert_eq!(ids(&run.history, all()).await, ["b2"]);
     assert_eq!((run.history.dropped(), run.history.faults()), (1, 1));
     assert!(!run.history.is_degraded());
 }
 
-// Forgetting.
+// Deletion of old data.
 
-/// Does all that is due, and says in how many steps.
-fn forget(run: &mut Run, settings: &config::HistorySettings) -> usize {
+/// Deletes everything that is due, and returns the number of steps.
+fn delete_expired(run: &mut TestRun, settings: &config::HistorySettings) -> usize {
     let now = run.history.now();
     let mut steps = 0;
-    while run.writer.store().forget(settings, now).unwrap() {
+    while run.writer.store().delete_expired(settings, now).unwrap() {
         steps += 1;
     }
     steps
 }
 
 #[tokio::test(start_paused = true)]
-async fn batches_with_a_failure_are_kept_longer_than_those_without() {
+async fn batches_with_a_failure_are_kept_longer_than_batches_without() {
     let disk = Disk::new();
     let mut run = disk.start();
     let silent = || failed(Reason::AgentSilent, "no speech");
@@ -1025,16 +1036,16 @@ async fn batches_with_a_failure_are_kept_longer_than_those_without() {
         ("b4", "2026-02-01T00:00:00Z", silent()),
         ("b5", "2026-03-01T23:59:59Z", Outcome::Ok),
     ] {
-        keep(&run, &batch(id, "support", started_at, outcome));
+        record(&run, &batch(id, "support", started_at, outcome));
     }
-    run.writer.turn();
+    run.writer.run_once();
     disk.set("2026-03-12T00:00:00Z");
     let settings = config::HistorySettings {
         keep: 10 * DAY,
         keep_failures: 20 * DAY,
         ..disk.settings.clone()
     };
-    forget(&mut run, &settings);
+    delete_expired(&mut run, &settings);
     assert_eq!(ids(&run.history, all()).await, ["b3", "b2"]);
     let gone = RoomName("canary-b1-0".to_owned());
     assert!(run.history.probe(gone.0).await.unwrap().is_none());
@@ -1043,7 +1054,7 @@ async fn batches_with_a_failure_are_kept_longer_than_those_without() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn above_the_size_the_oldest_good_batches_go_before_any_failure_and_the_file_shrinks() {
+async fn above_the_size_limit_the_oldest_good_batches_are_deleted_first_and_the_file_shrinks() {
     let disk = Disk::new();
     let mut run = disk.start();
     for index in 0..600 {
@@ -1052,15 +1063,15 @@ async fn above_the_size_the_oldest_good_batches_go_before_any_failure_and_the_fi
             _ => Outcome::Ok,
         };
         let started_at = disk.now.lock().unwrap().to_rfc3339();
-        keep(
+        record(
             &run,
             &batch(&format!("b{index:03}"), "support", &started_at, outcome),
         );
         *disk.now.lock().unwrap() += TimeDelta::minutes(15);
-        run.writer.turn();
+        run.writer.run_once();
     }
     let size = |disk: &Disk| fs::metadata(disk.file()).unwrap().len();
-    let checkpoint = |run: &mut Run| {
+    let checkpoint = |run: &mut TestRun| {
         let connection = &run.writer.store().connection;
         connection
             .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
@@ -1072,14 +1083,14 @@ async fn above_the_size_the_oldest_good_batches_go_before_any_failure_and_the_fi
         max_megabytes: 1,
         ..disk.settings.clone()
     };
-    let steps = forget(&mut run, &settings);
-    assert!(steps > 10, "in small steps: {steps}");
+    let steps = delete_expired(&mut run, &settings);
+    assert!(steps > 10, "too few steps: {steps}");
     checkpoint(&mut run);
     assert!(size(&disk) <= 1_100_000, "{}", size(&disk));
     let counts = run.history.counts("support").await.unwrap().batches;
     assert_eq!(
         counts["degraded"], 150,
-        "no failure goes while a good batch is left"
+        "a failure was deleted while a good batch was left"
     );
     assert!(counts["ok"] > 0);
     let left = ids(
@@ -1096,12 +1107,12 @@ async fn above_the_size_the_oldest_good_batches_go_before_any_failure_and_the_fi
         max_megabytes: 0,
         ..disk.settings.clone()
     };
-    forget(&mut run, &settings);
+    delete_expired(&mut run, &settings);
     assert_eq!(ids(&run.history, all()).await, [""; 0]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_of_the_ledger_is_kept_for_two_months_after_its_own() {
+async fn ledger_row_is_kept_for_two_months_after_its_own_month() {
     let disk = Disk::new();
     let mut run = disk.start();
     disk.set("2026-01-01T00:00:00Z");
@@ -1122,7 +1133,7 @@ async fn a_row_of_the_ledger_is_kept_for_two_months_after_its_own() {
         ("2026-05-01T00:00:00Z", 0),
     ] {
         disk.set(now);
-        forget(&mut run, &settings);
+        delete_expired(&mut run, &settings);
         assert_eq!(disk.rows(), rows, "{now}");
     }
     assert_eq!(
@@ -1134,10 +1145,10 @@ async fn a_row_of_the_ledger_is_kept_for_two_months_after_its_own() {
 // The thread.
 
 #[tokio::test]
-async fn the_thread_writes_what_it_is_given_and_closing_writes_the_rest() {
+async fn thread_writes_what_is_queued_and_close_writes_the_rest() {
     let disk = Disk::new();
     let history = History::open_with_clock(&disk.settings, disk.clock()).unwrap();
-    let admit = |_: &Used, _| Ok::<_, ()>(());
+    let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
     let reserving = (0..50).map(|index| {
         let history = history.clone();
         async move {
@@ -1162,7 +1173,7 @@ async fn the_thread_writes_what_it_is_given_and_closing_writes_the_rest() {
 }
 
 #[tokio::test]
-async fn the_last_handle_ends_the_thread_and_unlocks_the_folder() {
+async fn dropping_the_last_handle_ends_the_thread_and_unlocks_the_folder() {
     let disk = Disk::new();
     let history = History::open_with_clock(&disk.settings, disk.clock()).unwrap();
     let mut progress = history.shared.progress.subscribe();
@@ -1172,4 +1183,106 @@ async fn the_last_handle_ends_the_thread_and_unlocks_the_folder() {
     drop(other);
     progress.wait_for(|progress| progress.ended).await.unwrap();
     disk.start();
+}
+
+// A process that is killed.
+
+/// Names the folder in which the child process has its history.
+const CHILD_FOLDER: &str = "CANARY_TEST_HISTORY";
+
+#[tokio::main(flavor = "current_thread")]
+async fn reserve_without_end(folder: &Path) {
+    let history = open(folder);
+    for index in 0.. {
+        let room = RoomName(format!("canary-{}-{index}", std::process::id()));
+        let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
+        let reserved = history.reserve(&room, "acme", "support", 3 * MINUTE, admit);
+        let mut reservation = reserved.await.unwrap();
+        reservation.opened();
+        print_to_parent(&room.0);
+        if index % 2 == 0 {
+            reservation.settle(3 * MINUTE);
+        }
+        if index % 3 == 0 {
+            history.gone(&room);
+        }
+    }
+}
+
+fn open(folder: &Path) -> History {
+    let settings = config::HistorySettings {
+        dir: folder.to_owned(),
+        ..config::HistorySettings::default()
+    };
+    History::open(&settings).unwrap()
+}
+
+#[test]
+#[ignore = "the child of the test below, which kills it"]
+fn child() {
+    let folder = std::env::var_os(CHILD_FOLDER).unwrap();
+    reserve_without_end(Path::new(&folder));
+}
+
+#[expect(clippy::print_stdout, reason = "the parent reads it")]
+pub(crate) fn print_to_parent(line: &str) {
+    println!("child: {line}");
+}
+
+/// Runs an ignored test of this program as a child process, and kills it after this many lines of
+/// [`print_to_parent`]. Returns all lines that the child printed until then.
+pub(crate) fn run_and_kill(
+    test: &str,
+    lines: usize,
+    variables: &[(&str, &std::ffi::OsStr)],
+) -> Vec<String> {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--ignored", "--nocapture"])
+        .envs(variables.iter().copied())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let printed = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut printed = printed.filter_map(|line| {
+        let line = line.unwrap();
+        line.strip_prefix("child: ").map(str::to_owned)
+    });
+    let first: Vec<String> = printed.by_ref().take(lines).collect();
+    child.kill().unwrap();
+    let all: Vec<String> = first.into_iter().chain(printed).collect();
+    child.wait().unwrap();
+    assert!(all.len() >= lines, "the child ended by itself: {all:?}");
+    all
+}
+
+#[tokio::test]
+async fn killed_process_leaves_every_reservation_recorded_and_the_folder_unlocked() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = fastrand::Rng::with_seed(20);
+    let mut expected = BTreeSet::new();
+    let mut reserved = 0;
+    for _ in 0..20 {
+        let variables = [(CHILD_FOLDER, folder.path().as_os_str())];
+        let rooms = run_and_kill("history::tests::child", random.usize(1..40), &variables);
+        reserved += rooms.len();
+        let third = rooms.iter().enumerate().filter(|(index, _)| index % 3 != 0);
+        expected.extend(third.map(|(_, room)| room.clone()));
+
+        let history = open(folder.path());
+        assert!(!history.is_degraded());
+        let used = history.used("acme");
+        assert!(!used.ledger_lost);
+        let min = 3 * MINUTE * u32::try_from(reserved).unwrap();
+        assert!(used.month >= min, "{used:?} is less than {min:?}");
+        let orphans: BTreeSet<String> = history
+            .orphan_rooms()
+            .into_iter()
+            .map(|orphan| orphan.room.0)
+            .collect();
+        assert!(
+            orphans.is_superset(&expected),
+            "{expected:?} not in {orphans:?}"
+        );
+        assert!(history.close(Instant::now() + Duration::from_mins(1)).await);
+    }
 }

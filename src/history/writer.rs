@@ -1,34 +1,35 @@
-//! The one thread that writes: ledger rows first, then batches, and in between it forgets what is too old or too much.
+//! The one thread that writes: ledger rows first, then batches. In between it deletes what is too old or too large.
 //!
-//! What it can't write it keeps and tries again: the ledger's rows for as long as it takes, batches up to a bound.
+//! It retries what it can't write: ledger rows without limit, batches up to a bound.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Shared;
-use super::store::{NotOpened, Store, is_of_content};
+use super::HistoryShared;
+use super::store::{Store, StoreOpenError, is_of_content};
 use crate::config;
 
-/// From one try to the next while the disk takes nothing.
-const RETRY: Duration = Duration::from_secs(5);
+/// Pause between two attempts while the disk takes nothing.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often it looks for what is too old.
-const FORGET_EVERY: Duration = Duration::from_mins(1);
+/// How often the thread looks for what is too old or too large.
+const EXPIRY_INTERVAL: Duration = Duration::from_mins(1);
 
-pub(super) struct Writer {
-    shared: Arc<Shared>,
+pub(super) struct HistoryWriter {
+    shared: Arc<HistoryShared>,
     settings: config::HistorySettings,
+    /// `None` while it can't be opened.
     store: Option<Store>,
-    forget_at: Instant,
+    delete_expired_at: Instant,
+    /// The store has been set to count a lost ledger from zero.
     accepted: bool,
 }
 
-impl Writer {
-    /// `store`: `None` where it can't be opened yet.
-    pub fn new(
-        shared: Arc<Shared>,
+impl HistoryWriter {
+    pub(super) fn new(
+        shared: Arc<HistoryShared>,
         settings: config::HistorySettings,
         store: Option<Store>,
     ) -> Self {
@@ -36,47 +37,48 @@ impl Writer {
             shared,
             settings,
             store,
-            forget_at: Instant::now(),
+            delete_expired_at: Instant::now(),
             accepted: false,
         }
     }
 
-    pub fn run(mut self) {
-        // Also where this thread panics: nobody must wait for it. The store is closed and unlocked by then.
-        struct Ended(Arc<Shared>);
-        impl Drop for Ended {
+    pub(super) fn run(mut self) {
+        // Reports the end of the thread even after a panic: otherwise `close` would wait until its deadline.
+        struct NotifyEnd(Arc<HistoryShared>);
+        impl Drop for NotifyEnd {
             fn drop(&mut self) {
                 self.0.writer_ended();
             }
         }
-        let _ended = Ended(Arc::clone(&self.shared));
+        let _end = NotifyEnd(Arc::clone(&self.shared));
         loop {
             let closing = self.shared.wait_for_work(self.pause());
-            self.turn();
+            self.run_once();
             if closing {
                 break;
             }
         }
+        // Closed and unlocked before the end is reported, so that the next run can open the folder at once.
         drop(self.store.take());
     }
 
     fn pause(&self) -> Duration {
-        let forget = self.forget_at.duration_since(Instant::now());
+        let pause = self.delete_expired_at.duration_since(Instant::now());
         if self.shared.is_degraded() {
-            forget.min(RETRY)
+            pause.min(RETRY_INTERVAL)
         } else {
-            forget
+            pause
         }
     }
 
-    /// Does all that is to be done now.
-    pub fn turn(&mut self) {
+    /// Does all work that is due now.
+    pub(super) fn run_once(&mut self) {
         if self.store.is_none() && !self.reopen() {
             return;
         }
         match self.write() {
-            Ok(()) => self.shared.well(),
-            Err(error) => self.shared.trouble(&format!("can't write: {error}")),
+            Ok(()) => self.shared.set_healthy(),
+            Err(error) => self.shared.set_unwritable(&format!("can't write: {error}")),
         }
     }
 
@@ -87,12 +89,12 @@ impl Writer {
                 self.store = Some(store);
                 true
             }
-            Err(NotOpened::Unavailable(why)) => {
-                self.shared.trouble(&why);
+            Err(StoreOpenError::Unavailable(why)) => {
+                self.shared.set_unwritable(&why);
                 false
             }
-            Err(NotOpened::Refused(error)) => {
-                self.shared.trouble(&error.to_string());
+            Err(StoreOpenError::Refused(error)) => {
+                self.shared.set_unwritable(&error.to_string());
                 false
             }
         }
@@ -101,26 +103,28 @@ impl Writer {
     fn write(&mut self) -> rusqlite::Result<()> {
         self.write_ledger()?;
         while let Some(record) = self.shared.next_record() {
-            let store = self.store.as_mut().expect("a turn has a store");
+            let store = self.store.as_mut().expect("opened before this call");
             match store.write_record(&record) {
                 Ok(()) => self.shared.record_done(true),
                 Err(error) if is_of_content(&error) => {
-                    tracing::error!(%error, "a batch does not fit into the history");
+                    // Dropped, because a retry would fail in the same way and hold up all later batches.
+                    tracing::error!(%error, "can't write a batch to the history: it is dropped");
                     self.shared.count_fault();
                     self.shared.record_done(false);
                 }
                 Err(error) => return Err(error),
             }
+            // A reservation that came in meanwhile must not wait for the remaining batches.
             self.write_ledger()?;
         }
-        if Instant::now() >= self.forget_at {
-            self.forget()?;
+        if Instant::now() >= self.delete_expired_at {
+            self.delete_expired()?;
         }
         Ok(())
     }
 
     fn write_ledger(&mut self) -> rusqlite::Result<()> {
-        let store = self.store.as_mut().expect("a turn has a store");
+        let store = self.store.as_mut().expect("opened before this call");
         let (rows, change, accepted) = self.shared.unwritten();
         let written = (|| {
             if accepted && !self.accepted {
@@ -134,29 +138,29 @@ impl Writer {
         })();
         match written {
             Ok(()) => self.shared.ledger_written(change),
-            Err(_) => self.shared.ledger_down(),
+            Err(_) => self.shared.set_ledger_down(),
         }
         written
     }
 
-    /// One step; the next follows at once where there is more.
-    fn forget(&mut self) -> rusqlite::Result<()> {
-        let store = self.store.as_mut().expect("a turn has a store");
-        let more = store.forget(&self.settings, (self.shared.clock)())?;
-        self.forget_at = Instant::now();
+    /// Runs one step. If there is more to delete, the next step follows at once.
+    fn delete_expired(&mut self) -> rusqlite::Result<()> {
+        let store = self.store.as_mut().expect("opened before this call");
+        let more = store.delete_expired(&self.settings, (self.shared.clock)())?;
+        self.delete_expired_at = Instant::now();
         if !more {
-            self.forget_at += FORGET_EVERY;
+            self.delete_expired_at += EXPIRY_INTERVAL;
         }
         Ok(())
     }
 
     #[cfg(test)]
-    pub fn dir(&self) -> &std::path::Path {
+    pub(super) fn dir(&self) -> &std::path::Path {
         &self.settings.dir
     }
 
     #[cfg(test)]
-    pub fn store(&mut self) -> &mut Store {
+    pub(super) fn store(&mut self) -> &mut Store {
         self.store.as_mut().expect("the test has a writable folder")
     }
 }

@@ -15,62 +15,62 @@ use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::token::Keys;
 
 const ROOM: &str = "canary-test-1";
-/// Of what never has to pass.
+/// For waits that never run out.
 const AMPLE: Duration = Duration::from_secs(10);
-/// Of deletions that are answered at once, and of the windows that are as long as a deletion may take.
+/// For deletions that are answered at once, and for windows that are as long as a deletion may take.
 const ENOUGH: Duration = Duration::from_millis(500);
-/// Of windows and deadlines that have to pass for the test to end.
+/// For windows and deadlines that must run out before the test can end.
 const BRIEF: Duration = Duration::from_millis(50);
 
-/// What the scripted server says to one call.
+/// The scripted server's answer to one call.
 #[derive(Clone)]
-enum Answer {
+enum ScriptedAnswer {
     Ok(Vec<u8>),
     Refused(u16, &'static str),
-    /// None, for ever.
+    /// No answer, for ever.
     Silence,
 }
 
-fn done() -> Answer {
-    Answer::Ok(Vec::new())
+fn done() -> ScriptedAnswer {
+    ScriptedAnswer::Ok(Vec::new())
 }
 
-fn rooms(names: &[&str]) -> Answer {
+fn rooms(names: &[&str]) -> ScriptedAnswer {
     let room = |name: &&str| proto::Room {
         name: (*name).to_owned(),
         ..proto::Room::default()
     };
     let rooms = names.iter().map(room).collect();
-    Answer::Ok(proto::ListRoomsResponse { rooms }.encode_to_vec())
+    ScriptedAnswer::Ok(proto::ListRoomsResponse { rooms }.encode_to_vec())
 }
 
-fn dispatches(ids: &[&str]) -> Answer {
+fn dispatches(ids: &[&str]) -> ScriptedAnswer {
     let dispatch = |id: &&str| proto::AgentDispatch {
         id: (*id).to_owned(),
         ..proto::AgentDispatch::default()
     };
     let agent_dispatches = ids.iter().map(dispatch).collect();
-    Answer::Ok(proto::ListAgentDispatchResponse { agent_dispatches }.encode_to_vec())
+    ScriptedAnswer::Ok(proto::ListAgentDispatchResponse { agent_dispatches }.encode_to_vec())
 }
 
-/// A server that answers each method from its own script, the last answer for ever, and what is not scripted with
-/// an empty message (done, no rooms, no dispatches); and notes what it was asked.
-struct Scripted {
+/// A server that answers each method from its own script and records the calls. The last answer of a script repeats. A
+/// method without a script gets an empty message, which means: done, no rooms, no dispatches.
+struct ScriptedServer {
     api: Api,
     calls: Arc<Mutex<Vec<String>>>,
     _serving: JoinSet<()>,
 }
 
-impl Scripted {
-    async fn start(script: &[(&str, &[Answer])]) -> Self {
+impl ScriptedServer {
+    async fn start(script: &[(&str, &[ScriptedAnswer])]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let mut script: HashMap<String, Vec<Answer>> = script
+        let mut script: HashMap<String, Vec<ScriptedAnswer>> = script
             .iter()
             .map(|(method, answers)| ((*method).to_owned(), answers.to_vec()))
             .collect();
         let calls = Arc::new(Mutex::new(Vec::new()));
-        let noted = Arc::clone(&calls);
+        let recorded = Arc::clone(&calls);
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut silent = Vec::new();
@@ -82,14 +82,14 @@ impl Scripted {
                     Some(answers) if answers.len() == 1 => answers[0].clone(),
                     Some(answers) => answers.remove(0),
                 };
-                noted.lock().unwrap().push(method);
+                recorded.lock().unwrap().push(method);
                 match answer {
-                    Answer::Ok(body) => respond(stream, 200, "protobuf", &body).await,
-                    Answer::Refused(status, code) => {
+                    ScriptedAnswer::Ok(body) => respond(stream, 200, "protobuf", &body).await,
+                    ScriptedAnswer::Refused(status, code) => {
                         let body = format!(r#"{{"code":"{code}","msg":"as scripted"}}"#);
                         respond(stream, status, "json", body.as_bytes()).await;
                     }
-                    Answer::Silence => silent.push(stream),
+                    ScriptedAnswer::Silence => silent.push(stream),
                 }
             }
         });
@@ -103,7 +103,7 @@ impl Scripted {
     }
 
     fn lease(&self, janitor: &Janitor, cleanup: Duration, window: Duration) -> RoomLease {
-        janitor.own(RoomName(ROOM.to_owned()), self.api.clone(), cleanup, window)
+        janitor.lease(RoomName(ROOM.to_owned()), self.api.clone(), cleanup, window)
     }
 
     fn calls(&self) -> Vec<String> {
@@ -111,7 +111,7 @@ impl Scripted {
     }
 }
 
-/// Reads one request and gives its Twirp method.
+/// Reads one request and returns its Twirp method.
 async fn read_request(stream: &mut BufReader<TcpStream>) -> String {
     let mut line = String::new();
     stream.read_line(&mut line).await.unwrap();
@@ -143,12 +143,12 @@ async fn respond(mut stream: BufReader<TcpStream>, status: u16, format: &str, bo
 }
 
 async fn close(janitor: Janitor, within: Duration) -> Vec<String> {
-    let left = janitor.close(Instant::now() + within).await;
-    let say = |left: UnconfirmedRoom| {
-        assert_eq!(left.room.0, ROOM);
-        left.why
+    let unconfirmed = janitor.close(Instant::now() + within).await;
+    let why = |unconfirmed: UnconfirmedRoom| {
+        assert_eq!(unconfirmed.room.0, ROOM);
+        unconfirmed.why
     };
-    left.into_iter().map(say).collect()
+    unconfirmed.into_iter().map(why).collect()
 }
 
 fn is_deleted(deletion: &Deletion) -> bool {
@@ -156,8 +156,8 @@ fn is_deleted(deletion: &Deletion) -> bool {
 }
 
 #[tokio::test]
-async fn the_dispatch_ends_before_the_room_and_a_seen_agent_leaves_nothing_to_re_check() {
-    let server = Scripted::start(&[]).await;
+async fn dispatch_is_deleted_before_the_room_and_a_connected_agent_needs_no_recheck() {
+    let server = ScriptedServer::start(&[]).await;
     let janitor = Janitor::start();
     let mut lease = server.lease(&janitor, AMPLE, AMPLE);
     lease.dispatched("AD_1".to_owned());
@@ -168,8 +168,8 @@ async fn the_dispatch_ends_before_the_room_and_a_seen_agent_leaves_nothing_to_re
 }
 
 #[tokio::test]
-async fn a_room_that_another_agent_was_about_to_join_is_re_checked() {
-    let server = Scripted::start(&[]).await;
+async fn room_that_another_agent_was_about_to_join_is_rechecked() {
+    let server = ScriptedServer::start(&[]).await;
     let janitor = Janitor::start();
     let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
     lease.dispatched("AD_1".to_owned());
@@ -181,8 +181,8 @@ async fn a_room_that_another_agent_was_about_to_join_is_re_checked() {
 }
 
 #[tokio::test]
-async fn a_room_that_was_never_created_is_not_asked_for() {
-    let server = Scripted::start(&[]).await;
+async fn room_that_was_never_created_causes_no_request() {
+    let server = ScriptedServer::start(&[]).await;
     let janitor = Janitor::start();
     let mut lease = server.lease(&janitor, AMPLE, AMPLE);
     lease.not_created();
@@ -192,9 +192,9 @@ async fn a_room_that_was_never_created_is_not_asked_for() {
 }
 
 #[tokio::test]
-async fn a_panic_a_cancel_or_a_delete_that_nobody_awaits_still_deletes_the_room() {
+async fn panic_cancel_or_a_dropped_delete_still_deletes_the_room() {
     for end in ["panic", "cancel", "half a delete"] {
-        let server = Scripted::start(&[]).await;
+        let server = ScriptedServer::start(&[]).await;
         let janitor = Janitor::start();
         let lease = server.lease(&janitor, ENOUGH, BRIEF);
         let mut probe = JoinSet::new();
@@ -222,10 +222,12 @@ async fn a_panic_a_cancel_or_a_delete_that_nobody_awaits_still_deletes_the_room(
 }
 
 #[tokio::test]
-async fn a_room_whose_creation_was_in_flight_when_its_lease_was_dropped_is_deleted_once_it_is_there()
- {
-    let server = Scripted::start(&[
-        ("DeleteRoom", &[Answer::Refused(404, "not_found"), done()]),
+async fn room_whose_creation_was_in_flight_when_its_lease_was_dropped_is_deleted_when_it_appears() {
+    let server = ScriptedServer::start(&[
+        (
+            "DeleteRoom",
+            &[ScriptedAnswer::Refused(404, "not_found"), done()],
+        ),
         ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
     ])
     .await;
@@ -239,10 +241,13 @@ async fn a_room_whose_creation_was_in_flight_when_its_lease_was_dropped_is_delet
 }
 
 #[tokio::test]
-async fn where_no_agent_was_seen_the_dispatches_that_nobody_knows_of_end_too() {
-    let server = Scripted::start(&[
+async fn without_a_connected_agent_all_listed_dispatches_are_deleted() {
+    let server = ScriptedServer::start(&[
         ("ListDispatch", &[dispatches(&["AD_1", "AD_2"])]),
-        ("DeleteDispatch", &[Answer::Refused(404, "not_found")]),
+        (
+            "DeleteDispatch",
+            &[ScriptedAnswer::Refused(404, "not_found")],
+        ),
     ])
     .await;
     let janitor = Janitor::start();
@@ -256,9 +261,9 @@ async fn where_no_agent_was_seen_the_dispatches_that_nobody_knows_of_end_too() {
 }
 
 #[tokio::test]
-async fn a_dispatch_whose_id_nobody_told_ends_though_its_agent_was_seen() {
+async fn dispatch_with_an_unknown_id_is_deleted_although_its_agent_is_connected() {
     let listed = &[dispatches(&["AD_1"])];
-    let server = Scripted::start(&[("ListDispatch", listed)]).await;
+    let server = ScriptedServer::start(&[("ListDispatch", listed)]).await;
     let janitor = Janitor::start();
     let mut lease = server.lease(&janitor, AMPLE, AMPLE);
     lease.agents_connected(true);
@@ -269,8 +274,8 @@ async fn a_dispatch_whose_id_nobody_told_ends_though_its_agent_was_seen() {
 }
 
 #[tokio::test]
-async fn a_room_that_a_late_agent_brought_back_is_deleted_again() {
-    let server = Scripted::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
+async fn room_that_a_late_agent_re_created_is_deleted_again() {
+    let server = ScriptedServer::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, ENOUGH, BRIEF);
     assert!(is_deleted(&lease.delete().await));
@@ -281,9 +286,9 @@ async fn a_room_that_a_late_agent_brought_back_is_deleted_again() {
 }
 
 #[tokio::test]
-async fn a_room_that_comes_back_twice_keeps_standing_until_the_jobs_that_re_create_it_are_ended() {
+async fn room_that_comes_back_twice_stays_open_until_the_jobs_that_re_create_it_have_ended() {
     let back = rooms(&[ROOM]);
-    let server = Scripted::start(&[("ListRooms", &[back.clone(), back, rooms(&[])])]).await;
+    let server = ScriptedServer::start(&[("ListRooms", &[back.clone(), back, rooms(&[])])]).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, ENOUGH, BRIEF);
     assert!(is_deleted(&lease.delete().await));
@@ -297,11 +302,11 @@ async fn a_room_that_comes_back_twice_keeps_standing_until_the_jobs_that_re_crea
 }
 
 #[tokio::test]
-async fn a_passing_fault_is_retried_and_a_refusal_in_earnest_is_not() {
-    let unavailable = Answer::Refused(503, "unavailable");
-    let denied = Answer::Refused(403, "permission_denied");
+async fn transient_fault_is_retried_and_a_permanent_refusal_is_not() {
+    let unavailable = ScriptedAnswer::Refused(503, "unavailable");
+    let denied = ScriptedAnswer::Refused(403, "permission_denied");
     let deletions = &[unavailable.clone(), unavailable, denied];
-    let server = Scripted::start(&[("DeleteRoom", deletions)]).await;
+    let server = ScriptedServer::start(&[("DeleteRoom", deletions)]).await;
     let janitor = Janitor::start();
     let mut lease = server.lease(&janitor, AMPLE, AMPLE);
     lease.dispatched("AD_1".to_owned());
@@ -315,14 +320,14 @@ async fn a_passing_fault_is_retried_and_a_refusal_in_earnest_is_not() {
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_answer_leaves_the_room_named_and_never_claimed_deleted() {
-    let silence = &[Answer::Silence];
+async fn room_is_reported_as_not_deleted_if_the_server_does_not_answer() {
+    let silence = &[ScriptedAnswer::Silence];
     let methods = ["ListDispatch", "DeleteRoom", "ListRooms"];
-    let server = Scripted::start(&methods.map(|method| (method, &silence[..]))).await;
+    let server = ScriptedServer::start(&methods.map(|method| (method, &silence[..]))).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, BRIEF, BRIEF);
     let Deletion::NotDeleted { why } = lease.delete().await else {
-        panic!("claimed deleted")
+        panic!("reported as deleted")
     };
     assert!(why.starts_with("no answer within"), "{why}");
     let left = close(janitor, AMPLE).await;
@@ -330,8 +335,8 @@ async fn a_server_that_does_not_answer_leaves_the_room_named_and_never_claimed_d
 }
 
 #[tokio::test]
-async fn a_room_whose_deletion_failed_is_named_at_once() {
-    let server = Scripted::start(&[("DeleteRoom", &[Answer::Silence])]).await;
+async fn room_whose_deletion_failed_is_reported_at_once() {
+    let server = ScriptedServer::start(&[("DeleteRoom", &[ScriptedAnswer::Silence])]).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, BRIEF, Duration::from_hours(1));
     let deletion = lease.delete().await;
@@ -341,9 +346,9 @@ async fn a_room_whose_deletion_failed_is_named_at_once() {
 }
 
 #[tokio::test]
-async fn a_room_whose_deletion_failed_is_deleted_when_the_server_is_back() {
-    let server = Scripted::start(&[
-        ("DeleteRoom", &[Answer::Silence, done()]),
+async fn room_whose_deletion_failed_is_deleted_when_the_server_is_back() {
+    let server = ScriptedServer::start(&[
+        ("DeleteRoom", &[ScriptedAnswer::Silence, done()]),
         ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
     ])
     .await;
@@ -355,20 +360,20 @@ async fn a_room_whose_deletion_failed_is_deleted_when_the_server_is_back() {
 }
 
 #[tokio::test]
-async fn a_close_before_the_windows_end_names_the_rooms_that_it_can_not_vouch_for() {
-    let server = Scripted::start(&[]).await;
+async fn close_before_the_end_of_the_window_reports_the_unconfirmed_rooms() {
+    let server = ScriptedServer::start(&[]).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, AMPLE, Duration::from_mins(1));
     assert!(is_deleted(&lease.delete().await));
     let left = close(janitor, BRIEF).await;
-    let why = "deleted, but watched for only 0 of 60 s: a late agent would re-create it";
+    let why = "deleted, but re-checked for only 0 of 60 s: a late agent would re-create it";
     assert_eq!(left, [why]);
 }
 
 #[tokio::test]
-async fn a_room_whose_last_re_check_failed_is_not_vouched_for() {
-    let denied = &[Answer::Refused(403, "permission_denied")];
-    let server = Scripted::start(&[("ListRooms", denied)]).await;
+async fn room_whose_last_recheck_failed_is_unconfirmed() {
+    let denied = &[ScriptedAnswer::Refused(403, "permission_denied")];
+    let server = ScriptedServer::start(&[("ListRooms", denied)]).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, ENOUGH, BRIEF);
     assert!(is_deleted(&lease.delete().await));
@@ -380,76 +385,73 @@ async fn a_room_whose_last_re_check_failed_is_not_vouched_for() {
 }
 
 #[tokio::test]
-async fn a_close_while_a_probe_still_holds_its_room_names_it() {
-    let server = Scripted::start(&[]).await;
+async fn close_while_a_probe_still_holds_its_room_reports_it() {
+    let server = ScriptedServer::start(&[]).await;
     let janitor = Janitor::start();
     let lease = server.lease(&janitor, AMPLE, AMPLE);
-    assert_eq!(close(janitor, BRIEF).await, ["its probe had not ended"]);
+    assert_eq!(close(janitor, BRIEF).await, ["its probe is still running"]);
     drop(lease);
 }
 
-/// A janitor, and what it tells its on_cleanup.
+/// A janitor, and the results that it reports.
 fn janitor_with_results() -> (Janitor, Arc<Mutex<Vec<String>>>) {
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let on_cleanup = Arc::clone(&told);
+    let results = Arc::new(Mutex::new(Vec::new()));
+    let recorded = Arc::clone(&results);
     let janitor = Janitor::start_with(Arc::new(
         move |room: &RoomName, result: CleanupResult<'_>| {
-            on_cleanup
-                .lock()
-                .unwrap()
-                .push(format!("{room} {result:?}"));
+            recorded.lock().unwrap().push(format!("{room} {result:?}"));
         },
     ));
-    (janitor, told)
+    (janitor, results)
 }
 
 #[tokio::test]
-async fn a_room_is_told_to_be_gone_only_when_its_re_checks_are_over() {
-    let server = Scripted::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
-    let (janitor, told) = janitor_with_results();
+async fn room_is_reported_gone_only_after_its_rechecks() {
+    let server = ScriptedServer::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;
+    let (janitor, results) = janitor_with_results();
     let lease = server.lease(&janitor, ENOUGH, BRIEF);
     assert!(is_deleted(&lease.delete().await));
-    assert_eq!(*told.lock().unwrap(), [""; 0]);
+    assert_eq!(*results.lock().unwrap(), [""; 0]);
     assert_eq!(close(janitor, AMPLE).await, [""; 0]);
-    assert_eq!(*told.lock().unwrap(), ["canary-test-1 Gone"]);
+    assert_eq!(*results.lock().unwrap(), ["canary-test-1 Gone"]);
 }
 
 #[tokio::test]
-async fn a_room_that_nobody_can_vouch_for_is_told_as_such_and_one_that_never_was_as_gone() {
-    let denied = &[Answer::Refused(403, "permission_denied")];
-    let server = Scripted::start(&[("ListRooms", denied)]).await;
-    let (janitor, told) = janitor_with_results();
+async fn unconfirmed_room_is_reported_as_unconfirmed_and_one_that_was_never_created_as_gone() {
+    let denied = &[ScriptedAnswer::Refused(403, "permission_denied")];
+    let server = ScriptedServer::start(&[("ListRooms", denied)]).await;
+    let (janitor, results) = janitor_with_results();
     drop(server.lease(&janitor, ENOUGH, BRIEF));
     assert_eq!(close(janitor, AMPLE).await.len(), 1);
-    let said = told.lock().unwrap()[0].clone();
+    let result = results.lock().unwrap()[0].clone();
     assert!(
-        said.contains("Unconfirmed") && said.contains("403"),
-        "{said}"
+        result.contains("Unconfirmed") && result.contains("403"),
+        "{result}"
     );
 
-    let (janitor, told) = janitor_with_results();
+    let (janitor, results) = janitor_with_results();
     let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
     lease.not_created();
     lease.delete().await;
     close(janitor, AMPLE).await;
-    assert_eq!(*told.lock().unwrap(), ["canary-test-1 Gone"]);
+    assert_eq!(*results.lock().unwrap(), ["canary-test-1 Gone"]);
 }
 
 #[tokio::test]
-async fn a_sweep_deletes_what_there_is_and_names_what_it_could_not() {
-    let server = Scripted::start(&[(
+async fn sweep_deletes_existing_rooms_and_reports_those_that_it_could_not_delete() {
+    let server = ScriptedServer::start(&[(
         "DeleteRoom",
         &[
             done(),
-            Answer::Refused(404, "not_found"),
-            Answer::Refused(403, "permission_denied"),
+            ScriptedAnswer::Refused(404, "not_found"),
+            ScriptedAnswer::Refused(403, "permission_denied"),
         ],
     )])
     .await;
     let janitor = Janitor::start();
     let names = ["one", "two", "three"].map(|name| RoomName(name.to_owned()));
     let mut swept = SweepResult::default();
-    // One after the other, as the server is scripted.
+    // One after the other, because the script sets the order of the answers.
     for name in names {
         let one = janitor.sweep(&server.api, vec![name]).await;
         swept.deleted.extend(one.deleted);
@@ -466,8 +468,8 @@ async fn a_sweep_deletes_what_there_is_and_names_what_it_could_not() {
 }
 
 #[tokio::test]
-async fn a_sweep_of_many_rooms_deletes_them_all() {
-    let server = Scripted::start(&[]).await;
+async fn sweep_of_many_rooms_deletes_all_of_them() {
+    let server = ScriptedServer::start(&[]).await;
     let janitor = Janitor::start();
     let names: Vec<RoomName> = (0..20).map(|n| RoomName(format!("room-{n}"))).collect();
     let swept = janitor.sweep(&server.api, names.clone()).await;
@@ -477,38 +479,38 @@ async fn a_sweep_of_many_rooms_deletes_them_all() {
     assert_eq!(deletions.count(), 20);
 }
 
-/// The seconds since the deletion at which a room is looked for; found there at those in `found`.
-fn looks(window: u64, found: &[u64]) -> Vec<u64> {
+/// The seconds after the deletion at which the room is re-checked, if it exists at the seconds in `found`.
+fn rechecks(window: u64, found: &[u64]) -> Vec<u64> {
     let start = Instant::now();
-    let mut watch = RecheckSchedule::new(start, Duration::from_secs(window));
-    let mut looks = Vec::new();
-    while let Some(at) = watch.next {
+    let mut schedule = RecheckSchedule::new(start, Duration::from_secs(window));
+    let mut rechecks = Vec::new();
+    while let Some(at) = schedule.next {
         let second = (at - start).as_secs();
-        looks.push(second);
+        rechecks.push(second);
         if found.contains(&second) {
-            watch.found(at);
+            schedule.room_found(at);
         } else {
-            watch.checked(at);
+            schedule.room_absent(at);
         }
     }
-    looks
+    rechecks
 }
 
 #[test]
-fn a_room_in_doubt_is_looked_for_at_growing_intervals_and_at_the_windows_end() {
-    assert_eq!(looks(20, &[]), [1, 3, 7, 12, 17, 20]);
-    assert_eq!(looks(6, &[]), [1, 3, 6]);
-    assert_eq!(looks(0, &[]), [0_u64; 0]);
+fn room_is_rechecked_at_growing_intervals_and_at_the_end_of_the_window() {
+    assert_eq!(rechecks(20, &[]), [1, 3, 7, 12, 17, 20]);
+    assert_eq!(rechecks(6, &[]), [1, 3, 6]);
+    assert_eq!(rechecks(0, &[]), [0_u64; 0]);
 }
 
 #[test]
-fn a_room_that_came_back_is_looked_for_a_whole_window_longer() {
-    assert_eq!(looks(20, &[7]), [1, 3, 7, 8, 10, 14, 19, 24, 27]);
+fn room_that_came_back_is_rechecked_for_another_whole_window() {
+    assert_eq!(rechecks(20, &[7]), [1, 3, 7, 8, 10, 14, 19, 24, 27]);
 }
 
 #[test]
-fn a_room_that_keeps_coming_back_holds_the_janitor_for_four_windows_at_most() {
+fn room_that_keeps_coming_back_holds_the_janitor_for_at_most_four_windows() {
     let always: Vec<u64> = (0..1000).collect();
-    assert_eq!(looks(20, &always), [1, 2, 3, 4, 6, 10, 15, 20, 23]);
-    assert_eq!(looks(2, &[2, 4, 6, 8]).last(), Some(&8));
+    assert_eq!(rechecks(20, &always), [1, 2, 3, 4, 6, 10, 15, 20, 23]);
+    assert_eq!(rechecks(2, &[2, 4, 6, 8]).last(), Some(&8));
 }

@@ -152,7 +152,7 @@ impl Driver {
         emit: Emit,
     ) -> Self {
         let target = &context.target;
-        let lease = context.janitor.own(
+        let lease = context.janitor.lease(
             room.clone(),
             context.api.clone(),
             target.deadlines.cleanup,

@@ -10,8 +10,6 @@ mod demo;
 mod docs;
 mod drill;
 mod forecast;
-mod guard;
-mod history;
 mod metrics;
 mod robustness;
 mod rules;

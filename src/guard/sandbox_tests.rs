@@ -1,31 +1,30 @@
-//! The guard rails of a project with the sandbox: the journal and the billed time of a batch, and the back-off after a plan
-//! limit.
+//! The guard rails of a project against the sandbox: the journal, the billed agent time, and the back-off after a plan limit.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
-use livekit_canary::batch::{self, BatchEvent};
-use livekit_canary::config::{self, Config, Period, RawConfig};
-use livekit_canary::guard::Guard;
-use livekit_canary::history::{BatchFilter, History};
-use livekit_canary::janitor::{CleanupResult, Janitor};
-use livekit_canary::livekit::RoomName;
-use livekit_canary::livekit::wire::api::Api;
-use livekit_canary::livekit::wire::connect::Endpoint;
-use livekit_canary::livekit::wire::token::Keys;
-use livekit_canary::probe::driver::Context;
-use livekit_canary::probe::{Outcome, Reason};
-use livekit_canary::report::BatchReport;
-use livekit_canary::sandbox::{Handle, Sandbox, SandboxSettings};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::history::{killed_after, print_line};
+use crate::batch::{self, BatchEvent};
+use crate::config::{self, Config, Period, RawConfig};
+use crate::guard::Guard;
+use crate::history::tests::{print_to_parent, run_and_kill};
+use crate::history::{BatchFilter, History};
+use crate::janitor::{CleanupResult, Janitor};
+use crate::livekit::RoomName;
+use crate::livekit::wire::api::Api;
+use crate::livekit::wire::connect::Endpoint;
+use crate::livekit::wire::token::Keys;
+use crate::probe::driver::Context;
+use crate::probe::{Outcome, Reason};
+use crate::report::BatchReport;
+use crate::sandbox::{Handle, Sandbox, SandboxSettings};
 
 const CONFIG: &str = r#"
 [projects.sandbox]
@@ -45,11 +44,11 @@ reply = "8s"
 cleanup = "2s"
 "#;
 
-/// The limit for a wait that is short.
-const TIMEOUT: Duration = Duration::from_mins(1);
+/// For waits that never run out.
+const AMPLE: Duration = Duration::from_mins(1);
 
-/// A sandbox, and the parts of a canary with their state in a temporary folder.
-struct Fixture {
+/// A sandbox, and a canary with its own state folder.
+struct GuardStage {
     sandbox: Handle,
     shutdown: CancellationToken,
     serving: JoinHandle<()>,
@@ -58,10 +57,10 @@ struct Fixture {
     history: History,
     guard: Guard,
     janitor: Janitor,
-    left_behind: Arc<Mutex<Vec<String>>>,
+    unconfirmed: Arc<Mutex<Vec<String>>>,
 }
 
-impl Fixture {
+impl GuardStage {
     async fn new(faults: &[&str]) -> Self {
         let settings = SandboxSettings {
             agent_name: "demo".to_owned(),
@@ -76,17 +75,17 @@ impl Fixture {
         let serving = tokio::spawn(sandbox.run(shutdown.clone()));
         let history = open(folder.path());
         let guard = Guard::new("sandbox", &config.projects["sandbox"], history.clone());
-        let left_behind = Arc::new(Mutex::new(Vec::new()));
+        let unconfirmed = Arc::new(Mutex::new(Vec::new()));
         Self {
             sandbox: handle,
             shutdown,
             serving,
             config,
             folder,
-            janitor: janitor(&history, &left_behind),
+            janitor: janitor(&history, &unconfirmed),
             history,
             guard,
-            left_behind,
+            unconfirmed,
         }
     }
 
@@ -111,10 +110,10 @@ impl Fixture {
     }
 
     async fn close(self) -> TempDir {
-        let left = self.janitor.close(Instant::now() + TIMEOUT).await;
-        assert_eq!(left, []);
-        assert_eq!(*self.left_behind.lock().unwrap(), [""; 0]);
-        assert!(self.history.close(Instant::now() + TIMEOUT).await);
+        let rooms = self.janitor.close(Instant::now() + AMPLE).await;
+        assert_eq!(rooms, []);
+        assert_eq!(*self.unconfirmed.lock().unwrap(), [""; 0]);
+        assert!(self.history.close(Instant::now() + AMPLE).await);
         self.shutdown.cancel();
         self.serving.await.unwrap();
         self.folder
@@ -143,13 +142,13 @@ fn open(folder: &Path) -> History {
     History::open(&settings).unwrap()
 }
 
-fn janitor(history: &History, left_behind: &Arc<Mutex<Vec<String>>>) -> Janitor {
-    let (history, left_behind) = (history.clone(), Arc::clone(left_behind));
+fn janitor(history: &History, unconfirmed: &Arc<Mutex<Vec<String>>>) -> Janitor {
+    let (history, unconfirmed) = (history.clone(), Arc::clone(unconfirmed));
     Janitor::start_with(Arc::new(
-        move |room: &RoomName, fate: CleanupResult<'_>| match fate {
+        move |room: &RoomName, result: CleanupResult<'_>| match result {
             CleanupResult::Gone => history.gone(room),
             CleanupResult::Unconfirmed { why } => {
-                left_behind.lock().unwrap().push(format!("{room}: {why}"))
+                unconfirmed.lock().unwrap().push(format!("{room}: {why}"))
             }
         },
     ))
@@ -186,17 +185,17 @@ fn limit(report: &BatchReport) -> &'static str {
 }
 
 #[tokio::test]
-async fn every_room_of_a_batch_is_journalled_billed_and_confirmed_as_deleted() {
-    let fixture = Fixture::new(&[]).await;
-    let report = fixture.batch(2).await;
+async fn every_room_of_a_batch_is_in_the_journal_billed_and_confirmed_gone() {
+    let stage = GuardStage::new(&[]).await;
+    let report = stage.batch(2).await;
     assert_eq!(report.result().label(), "ok");
     let (target, project) = (
-        &fixture.config.targets["demo"],
-        &fixture.config.projects["sandbox"],
+        &stage.config.targets["demo"],
+        &stage.config.projects["sandbox"],
     );
-    fixture.history.record(&report, target, project);
-    assert_eq!(fixture.used_minutes(), 2, "a begun minute each");
-    let folder = fixture.close().await;
+    stage.history.record(&report, target, project);
+    assert_eq!(stage.used_minutes(), 2, "one started minute per room");
+    let folder = stage.close().await;
 
     let history = open(folder.path());
     assert_eq!(history.orphan_rooms(), []);
@@ -221,18 +220,18 @@ async fn every_room_of_a_batch_is_journalled_billed_and_confirmed_as_deleted() {
 }
 
 #[tokio::test]
-async fn room_without_an_agent_is_not_billed() {
-    let fixture = Fixture::new(&["never_accepts"]).await;
-    let report = fixture.batch(1).await;
+async fn room_without_an_agent_is_billed_nothing() {
+    let stage = GuardStage::new(&["never_accepts"]).await;
+    let report = stage.batch(1).await;
     assert_eq!(report.result().label(), "failed");
-    assert_eq!(fixture.used_minutes(), 0);
-    let folder = fixture.close().await;
+    assert_eq!(stage.used_minutes(), 0);
+    let folder = stage.close().await;
     assert_eq!(open(folder.path()).orphan_rooms(), []);
 }
 
 #[tokio::test]
-async fn each_limit_stops_the_batch_and_the_project_backs_off() {
-    for (fault, named, rest) in [
+async fn each_plan_limit_that_livekit_names_stops_the_batch_and_starts_a_backoff() {
+    for (fault, named, backoff) in [
         ("create_room=429,retry_after=90s", "api_rate", 90..=90),
         ("create_room=429", "api_rate", 60..=75),
         ("upgrade=429,retry_after=90s", "connections", 90..=90),
@@ -244,84 +243,86 @@ async fn each_limit_stops_the_batch_and_the_project_backs_off() {
             60..=75,
         ),
     ] {
-        let fixture = Fixture::new(&[fault]).await;
-        let report = fixture.batch(3).await;
+        let stage = GuardStage::new(&[fault]).await;
+        let report = stage.batch(3).await;
         assert_eq!(limit(&report), named, "{fault}");
         assert_eq!(report.probes.len(), 1, "{fault}: no further room");
         assert_eq!(report.not_opened.as_ref().unwrap().rooms, 2, "{fault}");
         let ended = Utc::now();
-        let until = fixture.guard.backoff_until().unwrap();
-        // The back-off begins a little before the end of the batch.
+        let until = stage.guard.backoff_until().unwrap();
+        // The back-off began when the limit was known, a little before the end of the batch.
         let left = (until - ended).num_seconds();
         assert!(
-            left <= *rest.end() && left >= rest.start() - 15,
+            left <= *backoff.end() && left >= backoff.start() - 15,
             "{fault}: {left} s"
         );
 
-        let next = fixture.batch(3).await;
+        let next = stage.batch(3).await;
         assert_eq!(next.probes.len(), 0, "{fault}");
         let refusal = next.not_opened.as_ref().unwrap().refusal.as_ref().unwrap();
         assert_eq!(refusal.label(), "backoff", "{fault}");
-        fixture.close().await;
+        stage.close().await;
     }
 }
 
-/// The variables with the folder and the server of the child.
-const CHILD: [&str; 2] = ["GUARD_OF_A_CHILD", "SERVER_OF_A_CHILD"];
+/// Names the state folder and the server of the child process.
+const CHILD: [&str; 2] = ["CANARY_TEST_FOLDER", "CANARY_TEST_SERVER"];
 
 #[tokio::test]
-#[ignore = "the test below runs it as a child and kills it"]
+#[ignore = "the child of the test below, which kills it"]
 async fn child() {
     let [folder, url] = CHILD.map(|name| std::env::var(name).unwrap());
     let folder = Path::new(&folder);
     let mut config = read(&url, folder);
     let mut target = config.targets.remove("demo").unwrap();
-    target.batch.hold = TIMEOUT;
+    target.batch.hold = AMPLE;
     let history = open(folder);
     let guard = Guard::new("sandbox", &config.projects["sandbox"], history.clone());
     let janitor = janitor(&history, &Arc::default());
     let context = context(&config, target, janitor);
     let abort = CancellationToken::new();
-    let print = |event: &BatchEvent| print_line(&format!("{event:?}"));
+    let print = |event: &BatchEvent| print_to_parent(&format!("{event:?}"));
     batch::run(batch::new_id(), "demo", context, Some(guard), abort, print).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn next_process_deletes_the_rooms_of_a_killed_process_and_they_were_reserved() {
-    // The first line is the batch's start. From before the first room to after the last one's join.
+async fn rooms_of_a_killed_process_were_reserved_and_the_next_process_sweeps_them() {
+    // The first line is the start of the batch. The numbers reach from before the first room to after the last join.
     for lines in [2, 4, 9, 21, 37] {
-        let fixture = Fixture::new(&[]).await;
-        assert!(fixture.history.close(Instant::now() + TIMEOUT).await);
-        let url = &fixture.config.projects["sandbox"].url;
-        let values = [fixture.folder.path().as_os_str(), url.as_str().as_ref()];
+        let stage = GuardStage::new(&[]).await;
+        assert!(stage.history.close(Instant::now() + AMPLE).await);
+        let url = &stage.config.projects["sandbox"].url;
+        let values = [stage.folder.path().as_os_str(), url.as_str().as_ref()];
         let variables = [(CHILD[0], values[0]), (CHILD[1], values[1])];
-        tokio::task::block_in_place(|| killed_after(lines, "guard::child", &variables));
+        tokio::task::block_in_place(|| {
+            run_and_kill("guard::sandbox_tests::child", lines, &variables)
+        });
 
-        let history = open(fixture.folder.path());
-        let left: Vec<RoomName> = history
+        let history = open(stage.folder.path());
+        let orphans: Vec<RoomName> = history
             .orphan_rooms()
             .into_iter()
-            .map(|left| left.room)
+            .map(|orphan| orphan.room)
             .collect();
-        let standing = fixture.sandbox.rooms();
-        for room in &standing {
+        let open = stage.sandbox.rooms();
+        for room in &open {
             assert!(
-                left.iter().any(|left| left.0 == *room),
-                "{room} is not in {left:?}"
+                orphans.iter().any(|orphan| orphan.0 == *room),
+                "{room} is not in {orphans:?}"
             );
         }
         let reserved = history.used("sandbox").day;
         assert!(
-            reserved >= Duration::from_mins(left.len() as u64),
+            reserved >= Duration::from_mins(orphans.len() as u64),
             "{reserved:?}"
         );
 
         let janitor = janitor(&history, &Arc::default());
         let swept = janitor
-            .sweep(&access(&fixture.config).1, left.clone())
+            .sweep(&access(&stage.config).1, orphans.clone())
             .await;
-        assert_eq!((swept.deleted, swept.unconfirmed), (left, Vec::new()));
-        assert_eq!(fixture.sandbox.rooms(), [""; 0], "after {lines} events");
-        fixture.shutdown.cancel();
+        assert_eq!((swept.deleted, swept.unconfirmed), (orphans, Vec::new()));
+        assert_eq!(stage.sandbox.rooms(), [""; 0], "after {lines} events");
+        stage.shutdown.cancel();
     }
 }
