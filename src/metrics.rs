@@ -1,10 +1,10 @@
-//! Every series that `/metrics` shows, with its buckets and its HELP.
+//! The series that `/metrics` shows. `catalogue.rs` declares them, with their buckets and HELP texts.
 //!
-//! It measures no time: what it counts was measured before.
+//! This module measures no time: it counts results that were measured before.
 //!
-//! Each target has a registry of its own, and so have each project and the process. So a removed target takes all of its
-//! series with it, whatever still holds its handle: what that updates, nobody gathers. The `prometheus` crate's own
-//! removal wants each tuple of label values, and the next update brings the series back.
+//! Each target, each project and the process has its own registry. So the series of a removed target disappear together,
+//! even if something still holds its handle: a scrape no longer gathers that registry. The `prometheus` crate could remove
+//! single series only, by their label values, and the next update would create them again.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -23,15 +23,15 @@ mod catalogue;
 mod family;
 mod slo;
 
-pub use catalogue::{CATALOGUE, DELAYS, Definition, JITTERS, Kind, PREFIX};
-pub use slo::{Sli, Verdict};
+pub use catalogue::{CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX};
+pub use slo::{Sli, SliVerdict};
 
-use family::{Families, Kept, Lines, Moving, Standard};
+use family::{CachedRegistry, EncodedFamily, Families, ProcessMetrics, SeriesGuard};
 
 /// The media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What this binary is.
+/// Labels of the series `build_info`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Build {
     pub version: String,
@@ -40,77 +40,68 @@ pub struct Build {
     pub engine: String,
 }
 
-/// What held a batch back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a tick of the schedule started no batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum SkipCause {
-    /// The one before still ran.
+    /// The batch before is still running.
     Overlap,
-    /// It could have cost more agent time than is left.
+    /// The batch could use more agent time than the budget has left.
     Budget,
-    /// The project rests after a plan limit.
+    /// The project backs off after a plan limit.
     Backoff,
     Paused,
 }
 
 impl SkipCause {
-    pub const ALL: [Self; 4] = [Self::Overlap, Self::Budget, Self::Backoff, Self::Paused];
+    pub const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
 
+    /// The value of the label `cause`.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Overlap => "overlap",
-            Self::Budget => "budget",
-            Self::Backoff => "backoff",
-            Self::Paused => "paused",
-        }
+        self.into()
     }
 }
 
-/// Which part of the canary had a fault that it survived.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The component of the canary that had a fault and survived it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum InternalError {
-    /// A probe ended `internal`; [`TargetMetrics::probe`] counts it.
+    /// A probe ended with the reason `internal`. [`TargetMetrics::probe`] counts it.
     Probe,
+    /// A batch's task panicked.
     Batch,
+    /// The sweep of orphaned rooms failed.
     Janitor,
+    /// The history can't be written, or can't store a batch. See [`History::faults`](crate::history::History::faults).
     History,
+    /// The HTTP server failed, or a handler panicked.
     Http,
 }
 
 impl InternalError {
-    pub const ALL: [Self; 5] = [
-        Self::Probe,
-        Self::Batch,
-        Self::Janitor,
-        Self::History,
-        Self::Http,
-    ];
+    pub const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
 
+    /// The value of the label `kind`.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Probe => "probe",
-            Self::Batch => "batch",
-            Self::Janitor => "janitor",
-            Self::History => "history",
-            Self::Http => "http",
-        }
+        self.into()
     }
 }
 
 /// All series of this process. Cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
-    inner: Arc<Inner>,
+    inner: Arc<MetricsInner>,
 }
 
-struct Inner {
-    standard: Standard,
-    process: Arc<Kept<ProcessSeries>>,
-    live: Mutex<Live>,
+struct MetricsInner {
+    process_metrics: ProcessMetrics,
+    process: Arc<CachedRegistry<ProcessSeries>>,
+    live: Mutex<LiveSeries>,
 }
 
-/// What is gathered, by name.
+/// What a scrape gathers, by name.
 #[derive(Default)]
-struct Live {
+struct LiveSeries {
     targets: BTreeMap<String, TargetMetrics>,
     projects: BTreeMap<String, ProjectMetrics>,
 }
@@ -132,10 +123,10 @@ impl ProcessSeries {
 
 impl Metrics {
     pub fn new(build: &Build) -> Self {
-        let families = Families::of_process();
+        let families = Families::for_process();
         let internal_errors = families.counters(
             &catalogue::INTERNAL_ERRORS,
-            InternalError::ALL.map(|kind| [kind.label()]),
+            InternalError::ALL.iter().map(|kind| [kind.label()]),
         );
         families
             .gauges(&catalogue::BUILD_INFO)
@@ -156,18 +147,18 @@ impl Metrics {
             reload_success_at: families.gauge(&catalogue::RELOAD_SUCCESS_AT),
         };
         Self {
-            inner: Arc::new(Inner {
-                standard: Standard::new(),
-                process: Arc::new(families.keep(process)),
+            inner: Arc::new(MetricsInner {
+                process_metrics: ProcessMetrics::new(),
+                process: Arc::new(families.cache(process)),
                 live: Mutex::default(),
             }),
         }
     }
 
-    /// The handle of a target by these settings; all of its counters exist from now on.
+    /// Returns the handle of a target with these settings. From now on all of its counters exist.
     ///
-    /// A target that is there already keeps its counters: this is how changed settings are told, too. One that was
-    /// removed begins at zero again.
+    /// An existing target keeps its counters and takes the changed settings. A target that was removed starts at zero
+    /// again.
     pub fn target(
         &self,
         name: &str,
@@ -177,101 +168,101 @@ impl Metrics {
     ) -> TargetMetrics {
         let mut live = self.live();
         match live.targets.entry(name.to_owned()) {
-            Entry::Occupied(there) => {
-                there.get().configure(target, project, drill);
-                there.get().clone()
+            Entry::Occupied(existing) => {
+                existing.get().configure(target, project, drill);
+                existing.get().clone()
             }
-            Entry::Vacant(place) => {
+            Entry::Vacant(vacant) => {
                 let metrics = TargetMetrics::new(name, Arc::clone(&self.inner.process));
                 metrics.configure(target, project, drill);
-                place.insert(metrics).clone()
+                vacant.insert(metrics).clone()
             }
         }
     }
 
-    /// The series of a target that was not removed.
+    /// The handle of a target that was not removed.
     pub fn live_target(&self, name: &str) -> Option<TargetMetrics> {
         self.live().targets.get(name).cloned()
     }
 
-    /// Takes the target's series off; its handles may live on.
+    /// Removes the target's series. Handles to it stay valid, but no scrape shows what they count.
     pub fn remove_target(&self, name: &str) {
         self.live().targets.remove(name);
     }
 
-    /// The handle of a project by these settings, new or there already.
+    /// Returns the handle of a project with these settings, and creates it if it is new.
     pub fn project(&self, name: &str, project: &Project) -> ProjectMetrics {
         let mut live = self.live();
-        let place = live.projects.entry(name.to_owned());
-        let metrics = place.or_insert_with(|| ProjectMetrics::new(name));
+        let entry = live.projects.entry(name.to_owned());
+        let metrics = entry.or_insert_with(|| ProjectMetrics::new(name));
         metrics.configure(project);
         metrics.clone()
     }
 
-    /// Takes the project's series off; its handles may live on.
+    /// Removes the project's series. Handles to it stay valid, but no scrape shows what they count.
     pub fn remove_project(&self, name: &str) {
         self.live().projects.remove(name);
     }
 
     pub fn internal_error(&self, kind: InternalError) {
-        self.inner.process.moving().internal_error(kind);
+        self.inner.process.update().internal_error(kind);
     }
 
     pub fn history_dropped(&self, records: u64) {
-        self.inner.process.moving().history_dropped.inc_by(records);
+        self.inner.process.update().history_dropped.inc_by(records);
     }
 
     pub fn history_degraded(&self, degraded: bool) {
-        let process = self.inner.process.moving();
+        let process = self.inner.process.update();
         process.history_degraded.set(flag(degraded));
     }
 
-    /// The settings were loaded, at the start or later.
+    /// Records that the settings were loaded, at the start or later.
     pub fn config_loaded(&self, at: DateTime<Utc>) {
-        let process = self.inner.process.moving();
+        let process = self.inner.process.update();
         process.reload_successful.set(1.0);
         process.reload_success_at.set(timestamp(at));
     }
 
-    /// New settings were refused; the old ones run on.
+    /// Records that new settings were rejected. The old ones stay in use.
     pub fn config_refused(&self) {
-        self.inner.process.moving().reload_successful.set(0.0);
+        self.inner.process.update().reload_successful.set(0.0);
     }
 
-    /// Everything in Prometheus' text format 0.0.4: each family once, sorted by name, its series by project or target.
+    /// All series in Prometheus' text format 0.0.4: each family once, sorted by name, and its series by project or target.
     ///
-    /// Waits for no probe and no disk: only for series that move together, which takes them microseconds. With fifty
-    /// targets that all moved it is some milliseconds of work, 1.3 MB: a server does it off the async threads.
+    /// It waits for no probe and no disk, only for updates of the same registry, which take microseconds. With fifty
+    /// changed targets it takes some milliseconds for 1.3 MB, so a server calls it off the async threads.
     pub fn render(&self) -> String {
-        let standard = self.inner.standard.lines();
+        let own_process = self.inner.process_metrics.encode();
         let (targets, projects) = {
             let live = self.live();
             let targets: Vec<_> = live.targets.values().cloned().collect();
             let projects: Vec<_> = live.projects.values().cloned().collect();
             (targets, projects)
         };
-        let process = iter::once(self.inner.process.lines());
-        let projects = projects.iter().map(|project| project.0.lines());
-        let targets = targets.iter().map(|target| target.0.series.lines());
-        let kept: Vec<_> = process.chain(projects).chain(targets).collect();
-        let mut families: BTreeMap<&str, Vec<&Lines>> = BTreeMap::new();
-        for lines in standard
+        let process = iter::once(self.inner.process.encoded());
+        let projects = projects.iter().map(|project| project.0.encoded());
+        let targets = targets.iter().map(|target| target.0.series.encoded());
+        let cached: Vec<_> = process.chain(projects).chain(targets).collect();
+        let mut families: BTreeMap<&str, Vec<&EncodedFamily>> = BTreeMap::new();
+        for family in own_process
             .iter()
-            .chain(kept.iter().flat_map(|lines| lines.iter()))
+            .chain(cached.iter().flat_map(|families| families.iter()))
         {
-            families.entry(&lines.name).or_default().push(lines);
+            families.entry(&family.name).or_default().push(family);
         }
-        let size = families.values().flatten().map(|lines| lines.len()).sum();
+        let size = families.values().flatten().map(|part| part.len()).sum();
         let mut text = String::with_capacity(size);
         for family in families.values() {
-            text.extend(family.first().map(|lines| lines.head()));
-            text.extend(family.iter().map(|lines| lines.series()));
+            text.extend(family.first().map(|part| part.head()));
+            text.extend(family.iter().map(|part| part.series()));
         }
         text
     }
 
-    fn live(&self) -> MutexGuard<'_, Live> {
-        // Each change is a single insert or remove, so a panic elsewhere leaves nothing half done.
+    fn live(&self) -> MutexGuard<'_, LiveSeries> {
+        // Each change is a single insert or remove, so a panic elsewhere leaves the maps consistent.
         self.inner
             .live
             .lock()
@@ -284,8 +275,8 @@ impl Metrics {
 pub struct TargetMetrics(Arc<TargetInner>);
 
 struct TargetInner {
-    series: Kept<TargetSeries>,
-    process: Arc<Kept<ProcessSeries>>,
+    series: CachedRegistry<TargetSeries>,
+    process: Arc<CachedRegistry<ProcessSeries>>,
 }
 
 struct TargetSeries {
@@ -313,8 +304,8 @@ struct TargetSeries {
     next_batch: Gauge,
     last_completed: Gauge,
     last_success_ratio: Gauge,
-    interval: Gauge,
-    shortest_interval: Gauge,
+    max_interval: Gauge,
+    min_interval: Gauge,
     mean_interval: Gauge,
     slo_threshold: GaugeVec,
     slo_objective: GaugeVec,
@@ -322,7 +313,7 @@ struct TargetSeries {
     info: GaugeVec,
 }
 
-/// The spans that have no histogram of their own.
+/// The spans without a histogram of their own: they share `span_duration_seconds`.
 fn other_spans() -> impl Iterator<Item = Span> {
     Span::ALL.into_iter().filter(|span| match span {
         Span::AgentJoin | Span::FirstSpeech | Span::Reply => false,
@@ -337,9 +328,9 @@ fn other_spans() -> impl Iterator<Item = Span> {
 }
 
 impl TargetMetrics {
-    fn new(name: &str, process: Arc<Kept<ProcessSeries>>) -> Self {
-        let families = Families::of("target", name);
-        let slis = Sli::ALL.map(|sli| [sli.label()]);
+    fn new(name: &str, process: Arc<CachedRegistry<ProcessSeries>>) -> Self {
+        let families = Families::with_label("target", name);
+        let slis = || Sli::ALL.iter().map(|sli| [sli.label()]);
         let in_flight = families.gauge(&catalogue::IN_FLIGHT);
         in_flight.set(0.0);
         let paused = families.gauge(&catalogue::PAUSED);
@@ -355,16 +346,16 @@ impl TargetMetrics {
                 &catalogue::LIMITS,
                 LimitKind::ALL.map(|kind| [kind.label()]),
             ),
-            eligible: families.counters(&catalogue::ELIGIBLE, slis),
-            good: families.counters(&catalogue::GOOD, slis),
-            bad_batches: families.counters(&catalogue::BAD_BATCHES, slis),
+            eligible: families.counters(&catalogue::ELIGIBLE, slis()),
+            good: families.counters(&catalogue::GOOD, slis()),
+            bad_batches: families.counters(&catalogue::BAD_BATCHES, slis()),
             batches: families.counters(
                 &catalogue::BATCHES,
                 BatchResult::ALL.map(|result| [result.label()]),
             ),
             skipped: families.counters(
                 &catalogue::SKIPPED,
-                SkipCause::ALL.map(|cause| [cause.label()]),
+                SkipCause::ALL.iter().map(|cause| [cause.label()]),
             ),
             billed: families.counter(&catalogue::BILLED),
             packets: families.counter(&catalogue::PACKETS),
@@ -387,8 +378,8 @@ impl TargetMetrics {
             next_batch: families.gauge(&catalogue::NEXT_BATCH),
             last_completed: families.gauge(&catalogue::LAST_COMPLETED),
             last_success_ratio: families.gauge(&catalogue::LAST_SUCCESS_RATIO),
-            interval: families.gauge(&catalogue::INTERVAL),
-            shortest_interval: families.gauge(&catalogue::SHORTEST_INTERVAL),
+            max_interval: families.gauge(&catalogue::MAX_INTERVAL),
+            min_interval: families.gauge(&catalogue::MIN_INTERVAL),
             mean_interval: families.gauge(&catalogue::MEAN_INTERVAL),
             slo_threshold: families.gauges(&catalogue::SLO_THRESHOLD),
             slo_objective: families.gauges(&catalogue::SLO_OBJECTIVE),
@@ -396,18 +387,18 @@ impl TargetMetrics {
             info: families.gauges(&catalogue::TARGET_INFO),
         };
         Self(Arc::new(TargetInner {
-            series: families.keep(series),
+            series: families.cache(series),
             process,
         }))
     }
 
-    fn moving(&self) -> Moving<'_, TargetSeries> {
-        self.0.series.moving()
+    fn update(&self) -> SeriesGuard<'_, TargetSeries> {
+        self.0.series.update()
     }
 
     fn configure(&self, target: &Target, project: &Project, drill: bool) {
-        let series = self.moving();
-        for sli in Sli::ALL {
+        let series = self.update();
+        for &sli in Sli::ALL {
             let label = [sli.label()];
             let objective = sli.objective(&target.objectives);
             series
@@ -419,7 +410,7 @@ impl TargetMetrics {
                 gauge.set(threshold.as_secs_f64());
             }
         }
-        // The settings before have become another series.
+        // The labels are the settings, so changed settings are a new series: the old one must go.
         series.info.reset();
         series
             .info
@@ -433,26 +424,26 @@ impl TargetMetrics {
             .set(1.0);
     }
 
-    /// Counts a room as open for as long as the guard lives.
+    /// Counts a room as open until the returned guard is dropped.
     pub fn room_opened(&self) -> OpenRoom {
-        self.moving().in_flight.inc();
+        self.update().in_flight.inc();
         OpenRoom(Arc::clone(&self.0))
     }
 
-    /// Counts a probe whose outcome is final, once: no scrape sees a part of it.
+    /// Counts a probe whose outcome is final. A scrape sees all of its changes or none.
     pub fn probe(&self, report: &ProbeReport, objectives: &Objectives) {
-        let series = self.moving();
+        let series = self.update();
         series.count_outcome(&report.outcome);
         let failure = report.outcome.failure();
         if failure.is_some_and(|failure| failure.reason == Reason::Internal) {
-            self.0.process.moving().internal_error(InternalError::Probe);
+            self.0.process.update().internal_error(InternalError::Probe);
         }
-        for sli in Sli::ALL {
+        for &sli in Sli::ALL {
             let label = [sli.label()];
             match sli.judge(report, objectives) {
-                Verdict::NotEligible => continue,
-                Verdict::Bad => {}
-                Verdict::Good => series.good.with_label_values(&label).inc(),
+                SliVerdict::NotEligible => continue,
+                SliVerdict::Bad => {}
+                SliVerdict::Good => series.good.with_label_values(&label).inc(),
             }
             series.eligible.with_label_values(&label).inc();
         }
@@ -467,11 +458,11 @@ impl TargetMetrics {
         }
     }
 
-    /// Counts a batch that has ended; its probes are counted by themselves.
+    /// Counts a batch that has ended, without its probes: [`TargetMetrics::probe`] counts them.
     pub fn batch(&self, report: &BatchReport, objectives: &Objectives) {
-        let series = self.moving();
-        for sli in Sli::ALL {
-            let bad = |probe: &ProbeReport| sli.judge(probe, objectives) == Verdict::Bad;
+        let series = self.update();
+        for &sli in Sli::ALL {
+            let bad = |probe: &ProbeReport| sli.judge(probe, objectives) == SliVerdict::Bad;
             if report.probes.iter().any(bad) {
                 let label = [sli.label()];
                 series.bad_batches.with_label_values(&label).inc();
@@ -488,53 +479,48 @@ impl TargetMetrics {
         }
     }
 
-    /// What the history knows of a batch before a restart.
+    /// Restores the end of the last batch from the history, after a restart.
     pub fn restore_last_batch(&self, completed_at: DateTime<Utc>) {
-        self.moving().last_completed.set(timestamp(completed_at));
+        self.update().last_completed.set(timestamp(completed_at));
     }
 
     pub fn skipped(&self, cause: SkipCause) {
-        self.moving()
+        self.update()
             .skipped
             .with_label_values(&[cause.label()])
             .inc();
     }
 
     pub fn tick(&self, at: DateTime<Utc>) {
-        self.moving().last_tick.set(timestamp(at));
+        self.update().last_tick.set(timestamp(at));
     }
 
-    /// `None` where no batch is due any more.
+    /// `None` if no further batch is scheduled.
     pub fn next_batch(&self, at: Option<DateTime<Utc>>) {
-        self.moving().next_batch.set(at.map_or(f64::NAN, timestamp));
+        self.update().next_batch.set(at.map_or(f64::NAN, timestamp));
     }
 
-    /// The times between two batches in the next seven days; `None` where none are due.
-    pub fn intervals(
-        &self,
-        longest: Option<Duration>,
-        shortest: Option<Duration>,
-        mean: Option<Duration>,
-    ) {
+    /// The intervals between two batches over the next seven days. `None` if no batches are scheduled.
+    pub fn intervals(&self, max: Option<Duration>, min: Option<Duration>, mean: Option<Duration>) {
         let seconds = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64());
-        let series = self.moving();
-        series.interval.set(seconds(longest));
-        series.shortest_interval.set(seconds(shortest));
+        let series = self.update();
+        series.max_interval.set(seconds(max));
+        series.min_interval.set(seconds(min));
         series.mean_interval.set(seconds(mean));
     }
 
     pub fn paused(&self, paused: bool) {
-        self.moving().paused.set(flag(paused));
+        self.update().paused.set(flag(paused));
     }
 
-    /// Rooms that the janitor can't vouch for.
+    /// Counts rooms that may still exist after their clean-up.
     pub fn leaked(&self, rooms: u64) {
-        self.moving().leaked.inc_by(rooms);
+        self.update().leaked.inc_by(rooms);
     }
 
-    /// Rooms of dead boots that are gone now.
+    /// Counts rooms of earlier runs that are gone now.
     pub fn swept(&self, rooms: u64) {
-        self.moving().swept.inc_by(rooms);
+        self.update().swept.inc_by(rooms);
     }
 }
 
@@ -555,7 +541,7 @@ impl TargetSeries {
         }
     }
 
-    /// Whatever the outcome: delays of successes alone would flatter.
+    /// Observes delays whatever the outcome: delays of successes alone would look too good.
     fn observe_delays(&self, report: &ProbeReport) {
         let span = |span| report.timeline.span(span);
         if let Some(delay) = span(Span::AgentJoin).filter(|_| !report.join_upper_bound) {
@@ -580,19 +566,19 @@ impl TargetSeries {
     }
 }
 
-/// A room that counts as open; dropping it, in whatever way, ends that.
+/// A room that counts as open until this is dropped.
 #[must_use = "dropping it counts the room as closed"]
 pub struct OpenRoom(Arc<TargetInner>);
 
 impl Drop for OpenRoom {
     fn drop(&mut self) {
-        self.0.series.moving().in_flight.dec();
+        self.0.series.update().in_flight.dec();
     }
 }
 
 /// The series of one project. Cheap to clone.
 #[derive(Clone)]
-pub struct ProjectMetrics(Arc<Kept<ProjectSeries>>);
+pub struct ProjectMetrics(Arc<CachedRegistry<ProjectSeries>>);
 
 struct ProjectSeries {
     backoff_until: Gauge,
@@ -602,7 +588,7 @@ struct ProjectSeries {
 
 impl ProjectMetrics {
     fn new(name: &str) -> Self {
-        let families = Families::of("project", name);
+        let families = Families::with_label("project", name);
         let budget_used = families.gauges(&catalogue::BUDGET_USED);
         for period in Period::ALL {
             let gauge = budget_used.with_label_values(&[period.label()]);
@@ -613,11 +599,11 @@ impl ProjectMetrics {
             budget: families.gauges(&catalogue::BUDGET),
             budget_used,
         };
-        Self(Arc::new(families.keep(series)))
+        Self(Arc::new(families.cache(series)))
     }
 
     fn configure(&self, project: &Project) {
-        let series = self.0.moving();
+        let series = self.0.update();
         for period in Period::ALL {
             let limit = project.budget.limit(period);
             let seconds = limit.map_or(f64::NAN, |limit| limit.as_secs_f64());
@@ -626,17 +612,17 @@ impl ProjectMetrics {
         }
     }
 
-    /// Agent time used or reserved in the current period.
+    /// Sets the agent time used or reserved in the current period.
     pub fn budget_used(&self, period: Period, used: Duration) {
-        let series = self.0.moving();
+        let series = self.0.update();
         let gauge = series.budget_used.with_label_values(&[period.label()]);
         gauge.set(used.as_secs_f64());
     }
 
-    /// `None` where nothing holds batches back.
+    /// `None` without a back-off.
     pub fn backoff_until(&self, until: Option<DateTime<Utc>>) {
         self.0
-            .moving()
+            .update()
             .backoff_until
             .set(until.map_or(f64::NAN, timestamp));
     }
@@ -650,3 +636,6 @@ fn flag(set: bool) -> f64 {
 fn timestamp(at: DateTime<Utc>) -> f64 {
     (at - DateTime::UNIX_EPOCH).as_seconds_f64()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,18 +1,20 @@
-//! Every series of ours: name, type, labels and HELP, each in this one place. Renaming one is a breaking change.
+//! Every metric family: name, type, labels and HELP. To rename one is a breaking change.
+//!
+//! A new metric is one entry of the list below, one handle in `metrics.rs`, and one row in `docs/metrics.md`.
 
-/// What the name of each series begins with, before an underscore.
+/// Prefix of every name, followed by an underscore.
 pub const PREFIX: &str = "livekit_canary";
 
-/// Upper bounds of the buckets of every delay, in seconds: one ladder for all targets, because unequal ones break
-/// `sum by (le)`. The default thresholds (5 s, 8 s) and deadlines are among them.
-pub const DELAYS: &[f64] = &[
+/// Bucket bounds of every delay, in seconds. All targets share them, because `sum by (le)` needs equal buckets. The default
+/// thresholds (5 s, 8 s) and deadlines are among them, so that the share within a threshold is exact.
+pub const DELAY_BUCKETS: &[f64] = &[
     0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
     120.0, 300.0,
 ];
 
-/// Jitter is a few milliseconds where all is well, and speech breaks up from some 30 ms on: the ladder of the delays
-/// begins where it is over.
-pub const JITTERS: &[f64] = &[
+/// Bucket bounds of jitter, in seconds. Normal jitter is a few milliseconds, and speech breaks up above about 30 ms, so the
+/// buckets of the delays would begin too high.
+pub const JITTER_BUCKETS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0,
 ];
 
@@ -22,31 +24,28 @@ pub struct Definition {
     /// Without [`PREFIX`].
     pub name: &'static str,
     pub labels: &'static [&'static str],
-    pub kind: Kind,
+    pub kind: MetricKind,
     pub help: &'static str,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Kind {
+#[derive(Debug, Clone, Copy, PartialEq, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum MetricKind {
     Counter,
     Gauge,
-    /// With the upper bounds of its buckets.
+    /// With the upper bounds of its buckets, in seconds.
     Histogram(&'static [f64]),
 }
 
-impl Kind {
-    /// As the text format's TYPE line has it.
+impl MetricKind {
+    /// As in the TYPE line of the text format.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Counter => "counter",
-            Self::Gauge => "gauge",
-            Self::Histogram(_) => "histogram",
-        }
+        self.into()
     }
 }
 
 impl Definition {
-    /// The labels that tell its series of one target, or of one project, apart.
+    /// The labels without `target` or `project`, which the registry adds.
     pub(super) fn labels_within(&self) -> &'static [&'static str] {
         match self.labels {
             ["target" | "project", within @ ..] => within,
@@ -55,7 +54,7 @@ impl Definition {
     }
 }
 
-/// Makes the doc comment of a definition its HELP text, and lists them all.
+/// Turns the doc comment of each entry into its HELP text, and lists all entries in `CATALOGUE`.
 macro_rules! catalogue {
     ($($(#[doc = $help:literal])+ $id:ident: $name:literal [$($label:literal)*] $kind:expr;)+) => {
         $(
@@ -68,95 +67,98 @@ macro_rules! catalogue {
             };
         )+
 
-        /// Every metric family but those about the process (`process_*`).
+        /// Every metric family except the usual `process_*` ones.
         pub const CATALOGUE: &[Definition] = &[$($id),+];
     };
 }
 
 catalogue! {
-    /// Probes that came to their end, ok or failed; aborted ones apart.
-    PROBES: "probes_total" ["target"] Kind::Counter;
-    /// Probes that the canary was told to stop.
-    PROBES_ABORTED: "probes_aborted_total" ["target"] Kind::Counter;
-    /// Failed probes by reason and by who is at fault.
-    FAILURES: "probe_failures_total" ["target" "reason" "origin"] Kind::Counter;
-    /// Probes that ended because the service named a limit, by which one.
-    LIMITS: "plan_limit_rejections_total" ["target" "limit"] Kind::Counter;
-    /// Probes that count in a service level.
-    ELIGIBLE: "slo_eligible_total" ["target" "sli"] Kind::Counter;
-    /// Probes that count in a service level and were good.
-    GOOD: "slo_good_total" ["target" "sli"] Kind::Counter;
-    /// Batches with a probe that counts in a service level and was bad.
-    BAD_BATCHES: "slo_bad_batches_total" ["target" "sli"] Kind::Counter;
-    /// Batches by what their rooms came to.
-    BATCHES: "batches_total" ["target" "result"] Kind::Counter;
-    /// Ticks that started no batch, by what held it back.
-    SKIPPED: "batches_skipped_total" ["target" "cause"] Kind::Counter;
-    /// Agent time as LiveKit bills it: from an agent's join to the room's end, in whole minutes a session.
-    BILLED: "agent_billed_seconds_total" ["target"] Kind::Counter;
+    /// Probes that ended ok or failed, excluding aborted ones.
+    PROBES: "probes_total" ["target"] MetricKind::Counter;
+    /// Probes that were aborted because the canary stopped.
+    PROBES_ABORTED: "probes_aborted_total" ["target"] MetricKind::Counter;
+    /// Failed probes, by reason and by origin of the fault.
+    FAILURES: "probe_failures_total" ["target" "reason" "origin"] MetricKind::Counter;
+    /// Probes that ended because LiveKit named a plan limit, by limit.
+    LIMITS: "plan_limit_rejections_total" ["target" "limit"] MetricKind::Counter;
+    /// Probes that count towards a service level.
+    ELIGIBLE: "slo_eligible_total" ["target" "sli"] MetricKind::Counter;
+    /// Probes that count towards a service level and were good.
+    GOOD: "slo_good_total" ["target" "sli"] MetricKind::Counter;
+    /// Batches with at least one probe that counts towards a service level and was bad.
+    BAD_BATCHES: "slo_bad_batches_total" ["target" "sli"] MetricKind::Counter;
+    /// Batches, by the combined result of their rooms.
+    BATCHES: "batches_total" ["target" "result"] MetricKind::Counter;
+    /// Ticks of the schedule that started no batch, by cause.
+    SKIPPED: "batches_skipped_total" ["target" "cause"] MetricKind::Counter;
+    /// Agent time as LiveKit bills it: from the agent's join to the room's end, rounded up to whole minutes per
+    /// session.
+    BILLED: "agent_billed_seconds_total" ["target"] MetricKind::Counter;
     /// RTP packets of the agent's audio that arrived.
-    PACKETS: "agent_audio_packets_total" ["target"] Kind::Counter;
-    /// RTP packets of the agent's audio that never arrived.
-    PACKETS_LOST: "agent_audio_packets_lost_total" ["target"] Kind::Counter;
-    /// Rooms that could not be deleted, or may have come back.
-    LEAKED: "rooms_leaked_total" ["target"] Kind::Counter;
+    PACKETS: "agent_audio_packets_total" ["target"] MetricKind::Counter;
+    /// RTP packets of the agent's audio that did not arrive.
+    PACKETS_LOST: "agent_audio_packets_lost_total" ["target"] MetricKind::Counter;
+    /// Rooms that could not be deleted, or that may have come back.
+    LEAKED: "rooms_leaked_total" ["target"] MetricKind::Counter;
     /// Rooms of earlier runs that were deleted at the start.
-    SWEPT: "rooms_swept_total" ["target"] Kind::Counter;
-    /// Faults of the canary itself.
-    INTERNAL_ERRORS: "internal_errors_total" ["kind"] Kind::Counter;
-    /// Records that the history could not take.
-    HISTORY_DROPPED: "history_dropped_total" [] Kind::Counter;
+    SWEPT: "rooms_swept_total" ["target"] MetricKind::Counter;
+    /// Faults of the canary itself, by component.
+    INTERNAL_ERRORS: "internal_errors_total" ["kind"] MetricKind::Counter;
+    /// Batches that could not be recorded in the history.
+    HISTORY_DROPPED: "history_dropped_total" [] MetricKind::Counter;
 
-    /// From the dispatch to the agent's join, whatever the outcome; position tells the first room of a batch, where a cold
-    /// start hides, from later ones. Upper bounds are left out.
-    JOIN_DELAY: "agent_join_delay_seconds" ["target" "position"] Kind::Histogram(DELAYS);
-    /// From the dispatch to the agent's first speech.
-    FIRST_SPEECH_DELAY: "first_speech_delay_seconds" ["target"] Kind::Histogram(DELAYS);
-    /// From the end of an echo to the agent's reply, once a turn.
-    REPLY_DELAY: "reply_delay_seconds" ["target"] Kind::Histogram(DELAYS);
-    /// The other steps of a probe, whatever its outcome: our own way in, the dispatch call, the agent's start-up.
-    SPAN_DURATION: "span_duration_seconds" ["target" "span"] Kind::Histogram(DELAYS);
-    /// Interarrival jitter of the agent's audio at its end, once a probe.
-    JITTER: "agent_audio_jitter_seconds" ["target"] Kind::Histogram(JITTERS);
+    /// Time from the dispatch to the agent's join, whatever the outcome. The label position separates the first room of
+    /// a batch, which a cold start affects, from later rooms. Delays of which only an upper bound is known are
+    /// excluded.
+    JOIN_DELAY: "agent_join_delay_seconds" ["target" "position"] MetricKind::Histogram(DELAY_BUCKETS);
+    /// Time from the dispatch to the agent's first speech.
+    FIRST_SPEECH_DELAY: "first_speech_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
+    /// Time from the end of an echo to the agent's reply, once per turn.
+    REPLY_DELAY: "reply_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
+    /// Duration of the other steps of a probe, whatever the outcome: the canary's own connection, the dispatch call,
+    /// the agent's start-up.
+    SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(DELAY_BUCKETS);
+    /// Interarrival jitter of the agent's audio when the audio ends, once per probe.
+    JITTER: "agent_audio_jitter_seconds" ["target"] MetricKind::Histogram(JITTER_BUCKETS);
 
     /// Rooms that are open now.
-    IN_FLIGHT: "rooms_in_flight" ["target"] Kind::Gauge;
-    /// When the schedule last ticked.
-    LAST_TICK: "last_tick_timestamp_seconds" ["target"] Kind::Gauge;
-    /// When the next batch is due; a tick changes it only once it is handled.
-    NEXT_BATCH: "next_batch_timestamp_seconds" ["target"] Kind::Gauge;
-    /// When the last batch ended, aborted ones apart; kept over a restart.
-    LAST_COMPLETED: "last_batch_completed_timestamp_seconds" ["target"] Kind::Gauge;
-    /// Share of the rooms of the last batch that were ok; aborted batches apart.
-    LAST_SUCCESS_RATIO: "last_batch_success_ratio" ["target"] Kind::Gauge;
-    /// Longest time between two batches in the next seven days.
-    INTERVAL: "batch_interval_seconds" ["target"] Kind::Gauge;
-    /// Shortest time between two batches in the next seven days.
-    SHORTEST_INTERVAL: "batch_interval_shortest_seconds" ["target"] Kind::Gauge;
-    /// Seven days by the number of batches that are due in them.
-    MEAN_INTERVAL: "batch_interval_mean_seconds" ["target"] Kind::Gauge;
-    /// Longest delay from the dispatch that is good, for the join and the first speech.
-    SLO_THRESHOLD: "slo_threshold_seconds" ["target" "sli"] Kind::Gauge;
+    IN_FLIGHT: "rooms_in_flight" ["target"] MetricKind::Gauge;
+    /// Time of the schedule's last tick.
+    LAST_TICK: "last_tick_timestamp_seconds" ["target"] MetricKind::Gauge;
+    /// Time of the next scheduled batch. It changes only when a tick has been handled.
+    NEXT_BATCH: "next_batch_timestamp_seconds" ["target"] MetricKind::Gauge;
+    /// End of the last batch, excluding aborted ones. It survives a restart.
+    LAST_COMPLETED: "last_batch_completed_timestamp_seconds" ["target"] MetricKind::Gauge;
+    /// Share of the last batch's rooms that were ok, excluding aborted batches.
+    LAST_SUCCESS_RATIO: "last_batch_success_ratio" ["target"] MetricKind::Gauge;
+    /// Longest interval between two batches over the next seven days.
+    MAX_INTERVAL: "batch_interval_seconds" ["target"] MetricKind::Gauge;
+    /// Shortest interval between two batches over the next seven days.
+    MIN_INTERVAL: "batch_interval_shortest_seconds" ["target"] MetricKind::Gauge;
+    /// Mean interval between batches over the next seven days.
+    MEAN_INTERVAL: "batch_interval_mean_seconds" ["target"] MetricKind::Gauge;
+    /// Longest delay after the dispatch that counts as good, for the join and for the first speech.
+    SLO_THRESHOLD: "slo_threshold_seconds" ["target" "sli"] MetricKind::Gauge;
     /// Share of eligible probes that must be good.
-    SLO_OBJECTIVE: "slo_objective_ratio" ["target" "sli"] Kind::Gauge;
-    /// 1 while the target is paused.
-    PAUSED: "target_paused" ["target"] Kind::Gauge;
-    /// Settings of the target; always 1.
-    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "dispatch" "drill"] Kind::Gauge;
+    SLO_OBJECTIVE: "slo_objective_ratio" ["target" "sli"] MetricKind::Gauge;
+    /// 1 while the target is paused, else 0.
+    PAUSED: "target_paused" ["target"] MetricKind::Gauge;
+    /// Settings of the target as labels. Always 1.
+    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "dispatch" "drill"] MetricKind::Gauge;
 
-    /// Until when batches rest after a plan limit.
-    BACKOFF_UNTIL: "backoff_until_timestamp_seconds" ["project"] Kind::Gauge;
-    /// Most agent time of a UTC day or calendar month; NaN without a limit.
-    BUDGET: "agent_budget_seconds" ["project" "period"] Kind::Gauge;
-    /// Agent time of this UTC day or calendar month, what running probes have reserved included.
-    BUDGET_USED: "agent_budget_used_seconds" ["project" "period"] Kind::Gauge;
+    /// End of the back-off after a plan limit. NaN without a back-off.
+    BACKOFF_UNTIL: "backoff_until_timestamp_seconds" ["project"] MetricKind::Gauge;
+    /// Maximum agent time per UTC day or calendar month. NaN without a limit.
+    BUDGET: "agent_budget_seconds" ["project" "period"] MetricKind::Gauge;
+    /// Agent time used in the current UTC day or calendar month, including what running probes have reserved.
+    BUDGET_USED: "agent_budget_used_seconds" ["project" "period"] MetricKind::Gauge;
 
-    /// What runs; always 1.
-    BUILD_INFO: "build_info" ["version" "revision" "rustc" "engine"] Kind::Gauge;
-    /// 1 while the history can't be written; probing goes on.
-    HISTORY_DEGRADED: "history_degraded" [] Kind::Gauge;
-    /// 1 where the last load of the settings succeeded, else 0.
-    RELOAD_SUCCESSFUL: "config_last_reload_successful" [] Kind::Gauge;
-    /// When the settings were last loaded successfully.
-    RELOAD_SUCCESS_AT: "config_last_reload_success_timestamp_seconds" [] Kind::Gauge;
+    /// Version of the canary as labels. Always 1.
+    BUILD_INFO: "build_info" ["version" "revision" "rustc" "engine"] MetricKind::Gauge;
+    /// 1 while the history can't be written, else 0. Probing goes on.
+    HISTORY_DEGRADED: "history_degraded" [] MetricKind::Gauge;
+    /// 1 if the last load of the settings succeeded, else 0.
+    RELOAD_SUCCESSFUL: "config_last_reload_successful" [] MetricKind::Gauge;
+    /// Time of the last successful load of the settings.
+    RELOAD_SUCCESS_AT: "config_last_reload_success_timestamp_seconds" [] MetricKind::Gauge;
 }

@@ -1,4 +1,4 @@
-//! The families of one registry: a target's, a project's or the process's own.
+//! The metric families of one registry: of a target, of a project, or of the process.
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -12,24 +12,24 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use super::catalogue::{Definition, Kind, PREFIX};
+use super::catalogue::{Definition, MetricKind, PREFIX};
 
-/// The lines of one family, in Prometheus' text format.
-pub(super) struct Lines {
+/// One family in Prometheus' text format.
+pub(super) struct EncodedFamily {
     pub(super) name: String,
     text: String,
-    /// Where its series begin.
-    series: usize,
+    /// Byte offset of the first series.
+    series_start: usize,
 }
 
-impl Lines {
-    /// HELP and TYPE.
+impl EncodedFamily {
+    /// The HELP and TYPE lines.
     pub(super) fn head(&self) -> &str {
-        &self.text[..self.series]
+        &self.text[..self.series_start]
     }
 
     pub(super) fn series(&self) -> &str {
-        &self.text[self.series..]
+        &self.text[self.series_start..]
     }
 
     pub(super) fn len(&self) -> usize {
@@ -37,61 +37,61 @@ impl Lines {
     }
 }
 
-/// Those of all families in a registry.
-fn lines_of(registry: &Registry) -> Vec<Lines> {
+fn encode(registry: &Registry) -> Vec<EncodedFamily> {
     let encoder = TextEncoder::new();
     let families = registry.gather().into_iter();
-    let lines = families.map(|family| {
+    let encoded = families.map(|family| {
         let mut text = String::new();
         encoder
             .encode_utf8(slice::from_ref(&family), &mut text)
             .expect("every family that is gathered has a name and a series");
         let mut ends = text.match_indices('\n').map(|(at, _)| at + 1);
-        // A HELP text has its line breaks escaped.
-        let series = ends.nth(1).expect("each family has a HELP and a TYPE");
-        Lines {
+        // HELP and TYPE are one line each: line breaks in a HELP text are escaped.
+        let series_start = ends.nth(1).expect("each family has a HELP and a TYPE");
+        EncodedFamily {
             name: family.name().to_owned(),
             text,
-            series,
+            series_start,
         }
     });
-    lines.collect()
+    encoded.collect()
 }
 
-/// CPU time, memory, threads, descriptors and start of this process, as any Prometheus client names them.
-pub(super) struct Standard(Registry);
+/// The usual `process_*` series: CPU time, memory, threads, file descriptors and start time of this process.
+pub(super) struct ProcessMetrics(Registry);
 
-impl Standard {
+impl ProcessMetrics {
     pub(super) fn new() -> Self {
         let registry = Registry::new();
         registry
             .register(Box::new(ProcessCollector::for_self()))
-            .expect("it is the only one");
+            .expect("the registry is empty");
         Self(registry)
     }
 
-    pub(super) fn lines(&self) -> Vec<Lines> {
-        lines_of(&self.0)
+    pub(super) fn encode(&self) -> Vec<EncodedFamily> {
+        encode(&self.0)
     }
 }
 
-/// The series of a registry behind one lock: what moves while it is held is seen together. Most targets rest while one is
-/// scraped, so that the lines of the last time are kept until something moves again.
-pub(super) struct Kept<S> {
+/// The series of a registry behind one lock, so that a scrape sees all changes made under the lock or none of them.
+///
+/// The encoded text is cached until the next change: at most scrapes, most targets have not changed.
+pub(super) struct CachedRegistry<S> {
     registry: Registry,
-    inner: Mutex<Inner<S>>,
+    inner: Mutex<CachedSeries<S>>,
 }
 
-struct Inner<S> {
+struct CachedSeries<S> {
     series: S,
-    /// `None` once something moved.
-    lines: Option<Arc<[Lines]>>,
+    /// `None` after a change.
+    encoded: Option<Arc<[EncodedFamily]>>,
 }
 
-/// While this lives, nothing is gathered.
-pub(super) struct Moving<'a, S>(MutexGuard<'a, Inner<S>>);
+/// Access to the series. A scrape of this registry waits until it is dropped.
+pub(super) struct SeriesGuard<'a, S>(MutexGuard<'a, CachedSeries<S>>);
 
-impl<S> Deref for Moving<'_, S> {
+impl<S> Deref for SeriesGuard<'_, S> {
     type Target = S;
 
     fn deref(&self) -> &S {
@@ -99,57 +99,57 @@ impl<S> Deref for Moving<'_, S> {
     }
 }
 
-impl<S> Kept<S> {
-    /// The only way to the series.
-    pub(super) fn moving(&self) -> Moving<'_, S> {
+impl<S> CachedRegistry<S> {
+    /// The only access to the series, because it must invalidate the cached text.
+    pub(super) fn update(&self) -> SeriesGuard<'_, S> {
         let mut inner = self.lock();
-        inner.lines = None;
-        Moving(inner)
+        inner.encoded = None;
+        SeriesGuard(inner)
     }
 
-    pub(super) fn lines(&self) -> Arc<[Lines]> {
+    pub(super) fn encoded(&self) -> Arc<[EncodedFamily]> {
         let mut inner = self.lock();
-        let lines = inner
-            .lines
-            .get_or_insert_with(|| lines_of(&self.registry).into());
-        Arc::clone(lines)
+        let encoded = inner
+            .encoded
+            .get_or_insert_with(|| encode(&self.registry).into());
+        Arc::clone(encoded)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner<S>> {
-        // It guards no data that a panic could have left half done.
+    fn lock(&self) -> MutexGuard<'_, CachedSeries<S>> {
+        // A panic can't leave the series inconsistent: each update is atomic in itself.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Makes families by their definitions.
+/// Creates families from their definitions.
 pub(super) struct Families {
     registry: Registry,
 }
 
 impl Families {
-    /// Those of one target or project: each of their series has this label.
-    pub(super) fn of(label: &str, name: &str) -> Self {
-        Self::with(HashMap::from([(label.to_owned(), name.to_owned())]))
+    /// For one target or project: each series has this label.
+    pub(super) fn with_label(label: &str, name: &str) -> Self {
+        Self::new(HashMap::from([(label.to_owned(), name.to_owned())]))
     }
 
-    pub(super) fn of_process() -> Self {
-        Self::with(HashMap::new())
+    pub(super) fn for_process() -> Self {
+        Self::new(HashMap::new())
     }
 
-    fn with(labels: HashMap<String, String>) -> Self {
+    fn new(labels: HashMap<String, String>) -> Self {
         let registry = Registry::new_custom(Some(PREFIX.to_owned()), Some(labels));
         Self {
             registry: registry.expect("the prefix is not empty"),
         }
     }
 
-    /// Takes their handles, which nothing else may hold.
-    pub(super) fn keep<S>(self, series: S) -> Kept<S> {
-        Kept {
+    /// Takes the handles of all series. Nothing else may hold one, because it could change a series without the lock.
+    pub(super) fn cache<S>(self, series: S) -> CachedRegistry<S> {
+        CachedRegistry {
             registry: self.registry,
-            inner: Mutex::new(Inner {
+            inner: Mutex::new(CachedSeries {
                 series,
-                lines: None,
+                encoded: None,
             }),
         }
     }
@@ -158,7 +158,7 @@ impl Families {
         self.register(IntCounter::with_opts(opts(definition)))
     }
 
-    /// All with these label values, at zero.
+    /// All combinations of label values exist from the start, at zero: `increase` would miss the first failure otherwise.
     pub(super) fn counters<const N: usize>(
         &self,
         definition: &Definition,
@@ -172,14 +172,14 @@ impl Families {
         counters
     }
 
-    /// NaN until it is set.
+    /// `NaN` until it is set.
     pub(super) fn gauge(&self, definition: &Definition) -> Gauge {
         let gauge = self.register(Gauge::with_opts(opts(definition)));
         gauge.set(f64::NAN);
         gauge
     }
 
-    /// None yet.
+    /// Without any series.
     pub(super) fn gauges(&self, definition: &Definition) -> GaugeVec {
         let within = definition.labels_within();
         self.register(GaugeVec::new(opts(definition), within))
@@ -189,7 +189,7 @@ impl Families {
         self.register(Histogram::with_opts(histogram_opts(definition)))
     }
 
-    /// All with these label values, without an observation.
+    /// All label values exist from the start, without an observation.
     pub(super) fn histograms(
         &self,
         definition: &Definition,
@@ -198,15 +198,15 @@ impl Families {
         let within = definition.labels_within();
         let histograms = self.register(HistogramVec::new(histogram_opts(definition), within));
         for values in values {
-            let _exists_now = histograms.with_label_values(&values);
+            let _created = histograms.with_label_values(&values);
         }
         histograms
     }
 
-    fn register<C: Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
-        let collector = made.expect("names and labels of the catalogue are valid");
+    fn register<C: Collector + Clone + 'static>(&self, created: prometheus::Result<C>) -> C {
+        let collector = created.expect("the names and labels of the catalogue are valid");
         let registered = self.registry.register(Box::new(collector.clone()));
-        registered.expect("each definition is used once a registry");
+        registered.expect("each definition is used once per registry");
         collector
     }
 }
@@ -216,8 +216,8 @@ fn opts(definition: &Definition) -> Opts {
 }
 
 fn histogram_opts(definition: &Definition) -> HistogramOpts {
-    let Kind::Histogram(buckets) = definition.kind else {
-        unreachable!("{} is no histogram", definition.name);
+    let MetricKind::Histogram(buckets) = definition.kind else {
+        unreachable!("{} is not a histogram", definition.name);
     };
     HistogramOpts::new(definition.name, definition.help).buckets(buckets.to_vec())
 }

@@ -1,46 +1,38 @@
-//! Which objectives a probe counts in, and whether it was good: pure, so that whoever shows SLOs counts the same.
+//! Which service levels a probe counts towards, and whether it was good. Pure functions, so that every output counts alike.
 
 use std::time::Duration;
 
 use crate::config::Objectives;
 use crate::probe::{Milestone, Origin, Outcome, ProbeReport};
 
-/// What a service level is measured by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A service level indicator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Sli {
-    /// The agent does its work: the probe is ok.
+    /// The agent works: the probe is ok.
     Availability,
-    /// The agent joins within its threshold, whatever comes later.
+    /// The agent joins within its threshold, whatever happens later.
     Join,
-    /// The agent speaks within its threshold, whatever comes later.
+    /// The agent speaks within its threshold, whatever happens later.
     FirstSpeech,
-    /// A caller would have been served: LiveKit, the network and the plan's limits count too.
+    /// A caller would have been served. Failures of LiveKit, of the network and of plan limits count too.
     Service,
 }
 
-/// What a probe says of one [`Sli`]. A good probe is an eligible one: there is no fourth case.
+/// How a probe counts towards one [`Sli`]. A good probe is always eligible, so there is no fourth case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SliVerdict {
     NotEligible,
     Bad,
     Good,
 }
 
 impl Sli {
-    pub const ALL: [Self; 4] = [
-        Self::Availability,
-        Self::Join,
-        Self::FirstSpeech,
-        Self::Service,
-    ];
+    pub const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
 
+    /// The value of the label `sli`.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Availability => "availability",
-            Self::Join => "join",
-            Self::FirstSpeech => "first_speech",
-            Self::Service => "service",
-        }
+        self.into()
     }
 
     /// The share of eligible probes that must be good.
@@ -53,7 +45,7 @@ impl Sli {
         }
     }
 
-    /// The longest delay that is good, from the dispatch on; `None` where only the outcome matters.
+    /// The longest good delay after the dispatch. `None` if only the outcome matters.
     pub fn threshold(self, objectives: &Objectives) -> Option<Duration> {
         match self {
             Self::Join => Some(objectives.join_within),
@@ -62,29 +54,30 @@ impl Sli {
         }
     }
 
-    /// What a probe whose outcome is final says of this.
-    pub fn judge(self, report: &ProbeReport, objectives: &Objectives) -> Verdict {
+    /// Judges a probe whose outcome is final.
+    pub fn judge(self, report: &ProbeReport, objectives: &Objectives) -> SliVerdict {
         let eligible = match &report.outcome {
             Outcome::Ok => true,
             Outcome::Aborted => false,
             Outcome::Failed(failure) => self.concerns(failure.reason.origin()),
         };
         if !eligible {
-            return Verdict::NotEligible;
+            return SliVerdict::NotEligible;
         }
         match self {
-            Self::Availability | Self::Service if report.outcome == Outcome::Ok => Verdict::Good,
-            Self::Availability | Self::Service => Verdict::Bad,
+            Self::Availability | Self::Service if report.outcome == Outcome::Ok => SliVerdict::Good,
+            Self::Availability | Self::Service => SliVerdict::Bad,
             Self::Join => {
-                let verdict = in_time(report, Milestone::AgentJoined, objectives.join_within);
-                // The agent was there before us. Where that was too late to prove it in time, nobody knows.
-                if verdict == Verdict::Bad && report.join_upper_bound {
-                    Verdict::NotEligible
+                let verdict = judge_delay(report, Milestone::AgentJoined, objectives.join_within);
+                // The agent joined before the canary did, so the measured delay is only an upper bound. If the bound is
+                // above the threshold, the real delay is unknown.
+                if verdict == SliVerdict::Bad && report.join_upper_bound {
+                    SliVerdict::NotEligible
                 } else {
                     verdict
                 }
             }
-            Self::FirstSpeech => in_time(
+            Self::FirstSpeech => judge_delay(
                 report,
                 Milestone::AgentSpoke,
                 objectives.first_speech_within,
@@ -92,8 +85,8 @@ impl Sli {
         }
     }
 
-    /// Whether failures of this origin count against it. What somebody else did to the room, wrong settings and our own
-    /// faults count against nobody.
+    /// Whether failures of this origin count. Other users of the room, wrong settings and the canary's own faults count
+    /// towards no service level.
     fn concerns(self, origin: Origin) -> bool {
         match origin {
             Origin::Agent | Origin::Undetermined => true,
@@ -103,16 +96,16 @@ impl Sli {
     }
 }
 
-/// An agent that was there before it was dispatched, by another's dispatch, was in time.
-fn in_time(report: &ProbeReport, milestone: Milestone, within: Duration) -> Verdict {
+/// An agent that was in the room before the dispatch was in time: another dispatch had sent it.
+fn judge_delay(report: &ProbeReport, milestone: Milestone, within: Duration) -> SliVerdict {
     let Some(at) = report.timeline.get(milestone) else {
-        return Verdict::Bad;
+        return SliVerdict::Bad;
     };
     let dispatched = report.timeline.get(Milestone::DispatchSent);
     if dispatched.is_none_or(|sent| at.saturating_duration_since(sent) <= within) {
-        Verdict::Good
+        SliVerdict::Good
     } else {
-        Verdict::Bad
+        SliVerdict::Bad
     }
 }
 

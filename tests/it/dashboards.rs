@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use livekit_canary::metrics::{CATALOGUE, Kind, PREFIX};
+use livekit_canary::metrics::{CATALOGUE, MetricKind, PREFIX};
 
 /// All series in the dashboards, without their prefix.
 fn named() -> BTreeSet<String> {
@@ -28,8 +28,8 @@ fn dashboards_use_only_series_of_the_catalogue() {
     let exist: BTreeSet<_> = CATALOGUE
         .iter()
         .map(|definition| match definition.kind {
-            Kind::Histogram(_) => format!("{}_bucket", definition.name),
-            Kind::Counter | Kind::Gauge => definition.name.to_owned(),
+            MetricKind::Histogram(_) => format!("{}_bucket", definition.name),
+            MetricKind::Counter | MetricKind::Gauge => definition.name.to_owned(),
         })
         .collect();
     let unknown: Vec<_> = named().difference(&exist).cloned().collect();

@@ -10,7 +10,6 @@ mod demo;
 mod docs;
 mod drill;
 mod forecast;
-mod metrics;
 mod robustness;
 mod rules;
 mod sandbox;

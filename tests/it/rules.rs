@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use livekit_canary::metrics::{CATALOGUE, Kind, PREFIX};
+use livekit_canary::metrics::{CATALOGUE, MetricKind, PREFIX};
 
 use crate::canary;
 
@@ -72,7 +72,7 @@ fn every_series_that_a_rule_names_is_in_the_catalogue() {
     for name in names.filter_map(|name| name.strip_prefix(&prefix)) {
         let known = CATALOGUE.iter().find(|family| family.name == name);
         let known = known.unwrap_or_else(|| panic!("{name} is not in the catalogue"));
-        assert!(!matches!(known.kind, Kind::Histogram(_)), "{name}");
+        assert!(!matches!(known.kind, MetricKind::Histogram(_)), "{name}");
         seen += 1;
     }
     assert!(seen > 100, "{seen} series seen");

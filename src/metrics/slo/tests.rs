@@ -2,7 +2,7 @@ use super::*;
 use crate::probe::{Evidence, LimitKind, Reason};
 use crate::report::sample;
 
-/// A probe that was dispatched at once; the marks are milliseconds after that.
+/// A probe whose agent was dispatched at once. The marks are in milliseconds after the dispatch.
 fn report(outcome: Outcome, marks: &[(Milestone, u64)]) -> ProbeReport {
     let dispatched = [(Milestone::DispatchSent, 0)];
     let marks = [dispatched.as_slice(), marks].concat();
@@ -13,16 +13,17 @@ fn failed(reason: Reason) -> Outcome {
     sample::failed(reason, "as scripted")
 }
 
-/// What each of [`Sli::ALL`] makes of it, with the default thresholds of 5 s and 8 s: `+` good, `-` bad, `.` not
-/// counted.
+/// The verdict of each of [`Sli::ALL`] with the default thresholds of 5 s and 8 s: `+` good, `-` bad, `.` not eligible.
 fn verdicts(report: &ProbeReport) -> String {
     let objectives = Objectives::default();
-    let verdicts = Sli::ALL.map(|sli| match sli.judge(report, &objectives) {
-        Verdict::Good => '+',
-        Verdict::Bad => '-',
-        Verdict::NotEligible => '.',
-    });
-    verdicts.iter().collect()
+    let verdicts = Sli::ALL
+        .iter()
+        .map(|sli| match sli.judge(report, &objectives) {
+            SliVerdict::Good => '+',
+            SliVerdict::Bad => '-',
+            SliVerdict::NotEligible => '.',
+        });
+    verdicts.collect()
 }
 
 const IN_TIME: &[(Milestone, u64)] = &[
@@ -31,7 +32,7 @@ const IN_TIME: &[(Milestone, u64)] = &[
 ];
 
 #[test]
-fn every_reason_counts_in_the_service_levels_that_its_origin_concerns() {
+fn every_reason_counts_in_the_service_levels_of_its_origin() {
     let expected = [
         ("agent_no_show", "-++-"),
         ("dispatch_unanswered", "-++-"),
@@ -53,7 +54,7 @@ fn every_reason_counts_in_the_service_levels_that_its_origin_concerns() {
         ("config_rejected", "...."),
         ("internal", "...."),
     ];
-    // Also where the marks don't go with the reason: it is the outcome that says in what a probe counts.
+    // The marks fit only some of the reasons. Still the outcome alone decides where a probe counts.
     let seen = Reason::ALL.map(|reason| {
         let verdicts = verdicts(&report(failed(reason), IN_TIME));
         (reason.label(), verdicts)
@@ -63,7 +64,7 @@ fn every_reason_counts_in_the_service_levels_that_its_origin_concerns() {
 }
 
 #[test]
-fn nothing_that_was_missed_is_good() {
+fn milestone_that_was_not_reached_is_never_good() {
     for reason in Reason::ALL {
         let verdicts = verdicts(&report(failed(reason), &[]));
         assert!(!verdicts.contains('+'), "{}: {verdicts}", reason.label());
@@ -82,7 +83,7 @@ fn probe_that_is_ok_counts_everywhere_and_an_aborted_one_nowhere() {
 }
 
 #[test]
-fn agent_that_is_late_is_bad_in_what_it_is_late_for_alone() {
+fn late_agent_is_bad_only_in_the_service_level_of_the_late_milestone() {
     let at = |joined, spoke| {
         let marks = [
             (Milestone::AgentJoined, joined),
@@ -97,7 +98,7 @@ fn agent_that_is_late_is_bad_in_what_it_is_late_for_alone() {
 }
 
 #[test]
-fn good_join_stays_good_whatever_comes_later() {
+fn good_join_stays_good_whatever_happens_later() {
     let silent = report(
         failed(Reason::AgentSilent),
         &[(Milestone::AgentJoined, 500)],
@@ -110,7 +111,7 @@ fn good_join_stays_good_whatever_comes_later() {
 }
 
 #[test]
-fn upper_bound_proves_an_agent_in_time_and_never_late() {
+fn upper_bound_of_a_delay_can_make_a_join_good_and_never_bad() {
     let bound = |joined| {
         let marks = [
             (Milestone::AgentJoined, joined),
@@ -125,7 +126,7 @@ fn upper_bound_proves_an_agent_in_time_and_never_late() {
 }
 
 #[test]
-fn agent_that_was_there_before_its_dispatch_was_in_time() {
+fn agent_that_joined_before_the_dispatch_was_in_time() {
     let marks = [
         (Milestone::AgentJoined, 100),
         (Milestone::AgentSpoke, 200),
@@ -152,12 +153,19 @@ fn thresholds_and_objectives_are_those_of_the_settings() {
         first_speech_within: Duration::from_millis(1_499),
         service: 0.4,
     };
-    let shares = Sli::ALL.map(|sli| format!("{:.1}", sli.objective(&objectives)));
-    assert_eq!(shares, ["0.1", "0.2", "0.3", "0.4"]);
-    let thresholds = Sli::ALL.map(|sli| sli.threshold(&objectives).map(|t| t.as_millis()));
-    assert_eq!(thresholds, [None, Some(499), Some(1_499), None]);
+    let shares = Sli::ALL
+        .iter()
+        .map(|sli| format!("{:.1}", sli.objective(&objectives)));
+    assert_eq!(shares.collect::<Vec<_>>(), ["0.1", "0.2", "0.3", "0.4"]);
+    let thresholds = Sli::ALL
+        .iter()
+        .map(|sli| sli.threshold(&objectives).map(|t| t.as_millis()));
+    assert_eq!(
+        thresholds.collect::<Vec<_>>(),
+        [None, Some(499), Some(1_499), None]
+    );
     let report = report(Outcome::Ok, IN_TIME);
     for sli in [Sli::Join, Sli::FirstSpeech] {
-        assert_eq!(sli.judge(&report, &objectives), Verdict::Bad);
+        assert_eq!(sli.judge(&report, &objectives), SliVerdict::Bad);
     }
 }

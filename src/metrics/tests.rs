@@ -1,26 +1,27 @@
-//! `/metrics`: the catalogue is a contract, and every series of it exists from the start.
+//! What `/metrics` shows. The catalogue is a contract, and every series of it exists from the start.
 
-#![expect(clippy::float_cmp, reason = "the same value is written and read")]
+#![expect(
+    clippy::float_cmp,
+    reason = "a value is printed and parsed without loss"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
-use livekit_canary::config::{
-    Backoff, Budget, DispatchMode, Ice, Objectives, Period, Project, Target,
+use crate::config::{Backoff, Budget, DispatchMode, Ice, Objectives, Period, Project, Target};
+use crate::livekit::RoomName;
+use crate::livekit::event::AudioStats;
+use crate::metrics::{
+    Build, CATALOGUE, DELAY_BUCKETS, Definition, InternalError, MetricKind, Metrics, PREFIX,
+    SkipCause, Sli, SliVerdict, TargetMetrics,
 };
-use livekit_canary::livekit::RoomName;
-use livekit_canary::livekit::event::AudioStats;
-use livekit_canary::metrics::{
-    Build, CATALOGUE, DELAYS, Definition, InternalError, Kind, Metrics, PREFIX, SkipCause, Sli,
-    TargetMetrics, Verdict,
-};
-use livekit_canary::probe::{
+use crate::probe::{
     Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason, Timeline, Turn,
 };
-use livekit_canary::report::{BatchReport, BatchResult};
+use crate::report::{BatchReport, BatchResult};
+use chrono::{DateTime, TimeDelta, Utc};
 use support::scrape::{Family, Sample, Scrape};
 use tokio::time::Instant;
 
@@ -64,7 +65,7 @@ fn with_a_target() -> (Metrics, TargetMetrics) {
     (metrics, support)
 }
 
-/// A probe that is ok.
+/// A good probe.
 fn report() -> ProbeReport {
     let base = Instant::now();
     let at = |millis| base + Duration::from_millis(millis);
@@ -115,11 +116,11 @@ fn report() -> ProbeReport {
 fn failed(reason: Reason) -> Outcome {
     Outcome::Failed(Failure {
         reason,
-        detail: "as the test has it".to_owned(),
+        detail: "scripted".to_owned(),
     })
 }
 
-/// A probe that failed before its first milestone.
+/// A probe that failed before it measured anything.
 fn failed_at_once(reason: Reason) -> ProbeReport {
     ProbeReport {
         outcome: failed(reason),
@@ -194,12 +195,12 @@ fn total(scrape: &Scrape, family: &str) -> f64 {
 }
 
 #[test]
-fn catalogue_stays_as_it_is() {
+fn catalogue_is_unchanged() {
     let lines = CATALOGUE.iter().map(|family| {
         let labels = family.labels.join(", ");
         let buckets = match family.kind {
-            Kind::Histogram(buckets) => format!("\n  {buckets:?}"),
-            Kind::Counter | Kind::Gauge => String::new(),
+            MetricKind::Histogram(buckets) => format!("\n  {buckets:?}"),
+            MetricKind::Counter | MetricKind::Gauge => String::new(),
         };
         format!(
             "{}_{}{{{labels}}} {}{buckets}\n  {}",
@@ -213,7 +214,7 @@ fn catalogue_stays_as_it_is() {
 }
 
 #[test]
-fn every_family_of_the_catalogue_exists_from_the_start() {
+fn every_family_of_the_catalogue_exists_before_the_first_event() {
     let metrics = metrics();
     metrics.project("acme", &project());
     metrics.target("support", &target(), &project(), false);
@@ -255,17 +256,18 @@ fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
 }
 
 #[test]
-fn every_label_value_exists_at_zero_from_the_start() {
+fn every_label_value_exists_at_zero_before_the_first_event() {
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
     for family in CATALOGUE {
         for sample in series(&scrape, family.name) {
-            if family.kind != Kind::Gauge {
+            if family.kind != MetricKind::Gauge {
                 assert_eq!(sample.value, "0", "{sample:?}");
             }
         }
     }
     let one = |labels: &[&'static str]| labels.iter().map(|label| vec![*label]).collect();
+    let sli_labels = || Sli::ALL.iter().map(|sli| vec![sli.label()]).collect();
     let reasons = Reason::ALL.map(|reason| vec![reason.label(), reason.origin().label()]);
     let expected: &[(&str, BTreeSet<Vec<&str>>)] = &[
         ("probe_failures_total", reasons.into_iter().collect()),
@@ -273,9 +275,9 @@ fn every_label_value_exists_at_zero_from_the_start() {
             "plan_limit_rejections_total",
             one(&LimitKind::ALL.map(LimitKind::label)),
         ),
-        ("slo_eligible_total", one(&Sli::ALL.map(Sli::label))),
-        ("slo_good_total", one(&Sli::ALL.map(Sli::label))),
-        ("slo_bad_batches_total", one(&Sli::ALL.map(Sli::label))),
+        ("slo_eligible_total", sli_labels()),
+        ("slo_good_total", sli_labels()),
+        ("slo_bad_batches_total", sli_labels()),
         (
             "batches_total",
             one(&BatchResult::ALL.map(BatchResult::label)),
@@ -299,10 +301,13 @@ fn every_label_value_exists_at_zero_from_the_start() {
         ),
         (
             "internal_errors_total",
-            one(&InternalError::ALL.map(InternalError::label)),
+            InternalError::ALL
+                .iter()
+                .map(|kind| vec![kind.label()])
+                .collect(),
         ),
         ("slo_threshold_seconds", one(&["join", "first_speech"])),
-        ("slo_objective_ratio", one(&Sli::ALL.map(Sli::label))),
+        ("slo_objective_ratio", sli_labels()),
         ("agent_budget_seconds", one(&["day", "month"])),
         ("agent_budget_used_seconds", one(&["day", "month"])),
     ];
@@ -347,7 +352,7 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
 }
 
 #[test]
-fn all_delays_have_the_same_buckets_from_100_ms_to_300_s() {
+fn all_delays_share_the_buckets_from_a_tenth_of_a_second_to_300_seconds() {
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
     let delays = [
@@ -372,19 +377,22 @@ fn all_delays_have_the_same_buckets_from_100_ms_to_300_s() {
             let (infinity, bounds) = ladder.split_last().unwrap();
             assert_eq!(*infinity, "+Inf");
             let bounds: Vec<f64> = bounds.iter().map(|bound| bound.parse().unwrap()).collect();
-            assert_eq!(bounds, DELAYS, "{delay}");
+            assert_eq!(bounds, DELAY_BUCKETS, "{delay}");
         }
     }
-    assert_eq!(DELAYS.first(), Some(&0.1));
-    assert_eq!(DELAYS.last(), Some(&300.0));
+    assert_eq!(DELAY_BUCKETS.first(), Some(&0.1));
+    assert_eq!(DELAY_BUCKETS.last(), Some(&300.0));
     let Objectives {
         join_within,
         first_speech_within,
         ..
     } = Objectives::default();
-    // Without these buckets, the share below a threshold would be interpolated.
+    // Otherwise the share below a threshold would be interpolated.
     for threshold in [join_within, first_speech_within] {
-        assert!(DELAYS.contains(&threshold.as_secs_f64()), "{threshold:?}");
+        assert!(
+            DELAY_BUCKETS.contains(&threshold.as_secs_f64()),
+            "{threshold:?}"
+        );
     }
 }
 
@@ -399,14 +407,14 @@ fn names_follow_the_rules_of_prometheus() {
     {
         assert_eq!(
             name.ends_with("_total"),
-            *kind == Kind::Counter,
+            *kind == MetricKind::Counter,
             "{name} is a {}",
             kind.label()
         );
-        if matches!(kind, Kind::Histogram(_)) {
+        if matches!(kind, MetricKind::Histogram(_)) {
             assert!(name.ends_with("_seconds"), "{name}");
         }
-        // Units that promtool rejects, and the suffixes of a histogram's series.
+        // Units that promtool rejects, and the suffixes that Prometheus reserves for the series of a histogram.
         for word in [
             "minutes", "hours", "days", "millis", "ms", "percent", "bucket", "count", "sum",
         ] {
@@ -428,14 +436,14 @@ fn names_follow_the_rules_of_prometheus() {
 }
 
 #[test]
-fn ok_probe_is_counted_in_every_family_that_it_concerns() {
+fn good_probe_is_counted_in_every_series_that_it_affects() {
     let (metrics, support) = with_a_target();
     support.probe(&report(), &Objectives::default());
     let scrape = scraped(&metrics);
     assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
     assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 0.0);
     assert_eq!(total(&scrape, "probe_failures_total"), 0.0);
-    for sli in Sli::ALL {
+    for &sli in Sli::ALL {
         let sli = [("sli", sli.label())];
         assert_eq!(value_of(&scrape, "slo_eligible_total", &sli), 1.0);
         assert_eq!(value_of(&scrape, "slo_good_total", &sli), 1.0);
@@ -509,10 +517,10 @@ fn failure_is_counted_once_under_its_reason_and_origin() {
         let ours = value_of(&scrape, "internal_errors_total", &[("kind", "probe")]);
         let internal = reason == Reason::Internal;
         assert_eq!(ours, if internal { 1.0 } else { 0.0 }, "{reason:?}");
-        // Nothing was measured, so nothing is observed.
+        // Nothing was measured, so nothing may be observed.
         for histogram in CATALOGUE
             .iter()
-            .filter(|one| matches!(one.kind, Kind::Histogram(_)))
+            .filter(|one| matches!(one.kind, MetricKind::Histogram(_)))
         {
             assert_eq!(total(&scrape, histogram.name), 0.0, "{}", histogram.name);
         }
@@ -566,14 +574,14 @@ fn delays_are_observed_for_every_outcome() {
         value_of(&scrape, "first_speech_delay_seconds_count", &[]),
         3.0
     );
-    // An aborted call uses agent time, too.
+    // An aborted call costs as much as any other.
     assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 360.0);
     assert_eq!(value_of(&scrape, "probes_total", &[]), 2.0);
     assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 1.0);
 }
 
 #[test]
-fn upper_bound_is_not_observed_as_a_join_delay() {
+fn upper_bound_of_a_join_delay_is_not_observed() {
     let (metrics, support) = with_a_target();
     let report = ProbeReport {
         join_upper_bound: true,
@@ -599,7 +607,7 @@ fn aborted_probe_counts_in_no_service_level() {
 }
 
 #[test]
-fn batch_is_counted_by_its_result_and_only_a_completed_one_sets_last_batch() {
+fn batch_is_counted_by_its_result_and_an_aborted_one_does_not_become_the_last() {
     let (metrics, support) = with_a_target();
     let limited = || failed(Reason::PlanLimit(LimitKind::Quota));
     let objectives = target().objectives;
@@ -623,7 +631,7 @@ fn batch_is_counted_by_its_result_and_only_a_completed_one_sets_last_batch() {
 }
 
 #[test]
-fn bad_batch_is_counted_once_in_each_service_level_that_it_misses() {
+fn bad_batch_is_counted_once_in_each_service_level_in_which_it_was_bad() {
     let (metrics, support) = with_a_target();
     let objectives = target().objectives;
     support.batch(&batch([Outcome::Ok, Outcome::Ok]), &objectives);
@@ -637,7 +645,7 @@ fn bad_batch_is_counted_once_in_each_service_level_that_it_misses() {
 }
 
 #[test]
-fn values_that_the_daemon_sets_for_a_target_are_shown() {
+fn everything_that_the_daemon_reports_of_a_target_is_shown() {
     let (metrics, support) = with_a_target();
     support.tick(moment());
     support.next_batch(Some(moment() + TimeDelta::minutes(15)));
@@ -692,18 +700,18 @@ fn values_that_the_daemon_sets_for_a_target_are_shown() {
 }
 
 #[test]
-fn room_of_a_probe_that_panics_does_not_stay_in_flight() {
+fn room_of_a_probe_that_panics_no_longer_counts_as_open() {
     let (metrics, support) = with_a_target();
     let crashed = thread::spawn(move || {
         let _open = support.room_opened();
-        panic!("as a test has it");
+        panic!("scripted");
     });
     assert!(crashed.join().is_err());
     assert_eq!(value_of(&scraped(&metrics), "rooms_in_flight", &[]), 0.0);
 }
 
 #[test]
-fn values_that_the_daemon_sets_for_a_project_and_itself_are_shown() {
+fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
     let metrics = metrics();
     let mut settings = project();
     settings.budget.agent_time_per_day = Some(Duration::from_hours(1));
@@ -764,7 +772,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
     changed.objectives.availability = 0.9;
     let again = metrics.target("support", &changed, &project(), true);
     again.probe(&report(), &changed.objectives);
-    // An old handle still works.
+    // The handle from before the change counts in the same series.
     support.probe(&report(), &changed.objectives);
 
     let scrape = scraped(&metrics);
@@ -777,7 +785,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
     assert_eq!(value_of(&scrape, "slo_objective_ratio", &availability), 0.9);
     let info: Vec<&Sample> = series(&scrape, "target_info").collect();
     let [info] = info[..] else {
-        panic!("the settings before are still there: {info:?}");
+        panic!("the old settings are still exported: {info:?}");
     };
     let labels = [
         ("agent_name", ""),
@@ -793,7 +801,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
 }
 
 #[test]
-fn series_of_a_removed_target_disappear_and_no_old_handle_restores_them() {
+fn series_of_a_removed_target_disappear_and_an_old_handle_does_not_restore_them() {
     let (metrics, support) = with_a_target();
     metrics.target("sales", &target(), &project(), false);
     let open = support.room_opened();
@@ -807,11 +815,11 @@ fn series_of_a_removed_target_disappear_and_no_old_handle_restores_them() {
     assert!(!text.contains("support"), "{text}");
     assert!(text.contains("target=\"sales\""));
 
-    let anew = metrics.target("support", &target(), &project(), false);
+    let added_again = metrics.target("support", &target(), &project(), false);
     support.probe(&report(), &Objectives::default());
     let value = || value_of(&scraped(&metrics), "probes_total", &[("target", "support")]);
     assert_eq!(value(), 0.0);
-    anew.probe(&report(), &Objectives::default());
+    added_again.probe(&report(), &Objectives::default());
     assert_eq!(value(), 1.0);
 }
 
@@ -857,7 +865,7 @@ fn each_series_exists_once_and_families_are_sorted() {
 }
 
 #[test]
-fn process_metrics_have_their_usual_names() {
+fn usual_process_metrics_exist() {
     let scrape = scraped(&metrics());
     let value = |name: &str| {
         let sample = scrape.samples.iter().find(|sample| sample.name == name);
@@ -877,7 +885,7 @@ fn process_metrics_have_their_usual_names() {
 }
 
 #[test]
-fn label_values_from_settings_are_escaped() {
+fn special_characters_in_a_setting_are_escaped() {
     let metrics = metrics();
     let mut odd = target();
     odd.agent_name = Some("a\"b\\c\nd".to_owned());
@@ -889,7 +897,7 @@ fn label_values_from_settings_are_escaped() {
 }
 
 #[test]
-fn labels_contain_no_secrets() {
+fn secrets_and_details_are_not_exported() {
     let (metrics, support) = with_a_target();
     let report = ProbeReport {
         outcome: Outcome::Failed(Failure {
@@ -940,7 +948,7 @@ fn target_that_was_removed_before_a_scrape_is_not_in_it() {
 }
 
 #[test]
-fn scrape_contains_all_or_nothing_of_a_probe() {
+fn scrape_shows_all_changes_of_a_probe_or_none() {
     const PROBES: u32 = 500;
     let (metrics, support) = with_a_target();
     let probing = AtomicUsize::new(2);
@@ -982,7 +990,7 @@ fn scrape_contains_all_or_nothing_of_a_probe() {
 
 const METRICS: &str = include_str!("../../docs/metrics.md");
 
-/// The rows of the table with this head in `docs/metrics.md`, as cells.
+/// The cells of the table with this head in `docs/metrics.md`, by row.
 fn documented_table(head: &str) -> Vec<Vec<&'static str>> {
     let (_, table) = METRICS.split_once(head).unwrap();
     let rows = table.lines().skip(2).take_while(|row| row.starts_with('|'));
@@ -1051,10 +1059,10 @@ fn docs_list_every_label_value() {
 #[test]
 fn docs_list_the_origins_that_count_in_each_service_level() {
     let objectives = Objectives::default();
-    let expected = Sli::ALL.map(|sli| {
+    let expected = Sli::ALL.iter().map(|sli| {
         let counts = |reason: &Reason| {
             let report = failed_at_once(*reason);
-            sli.judge(&report, &objectives) != Verdict::NotEligible
+            sli.judge(&report, &objectives) != SliVerdict::NotEligible
         };
         let reasons = Reason::ALL.into_iter().filter(counts);
         let origins: BTreeSet<&str> = reasons.map(|reason| reason.origin().label()).collect();
@@ -1065,11 +1073,11 @@ fn docs_list_the_origins_that_count_in_each_service_level() {
         .iter()
         .map(|row| (quoted(row[0])[0], quoted(row[2]).into_iter().collect()))
         .collect();
-    assert_eq!(listed, expected);
+    assert_eq!(listed, expected.collect::<Vec<_>>());
 }
 
 #[test]
-fn every_good_probe_is_also_eligible() {
+fn good_probe_is_always_eligible() {
     let (metrics, support) = with_a_target();
     let objectives = Objectives::default();
     let mut outcomes: Vec<Outcome> = Reason::ALL.into_iter().map(failed).collect();
@@ -1084,7 +1092,7 @@ fn every_good_probe_is_also_eligible() {
                 };
                 support.probe(&report, &objectives);
                 let scrape = scraped(&metrics);
-                for sli in Sli::ALL {
+                for &sli in Sli::ALL {
                     let of = |name| value_of(&scrape, name, &[("sli", sli.label())]);
                     let (good, eligible) = (of("slo_good_total"), of("slo_eligible_total"));
                     assert!(good <= eligible, "{report:?}");
