@@ -273,7 +273,7 @@ fn open_file(
     now: DateTime<Utc>,
     migrations: Migrations<'_>,
 ) -> Result<Connection, StoreFault> {
-    let new = beside(path, ".new");
+    let new = with_suffix(path, ".new");
     if !path.try_exists()? {
         // If only the rename was missing, this file holds what was saved of a corrupt one.
         let complete = new.try_exists()? && connect(&new, migrations).is_ok();
@@ -347,7 +347,7 @@ fn create(
     lost: bool,
 ) -> Result<(), StoreFault> {
     for suffix in ["", "-journal", "-wal", "-shm"] {
-        remove(&beside(path, suffix))?;
+        remove(&with_suffix(path, suffix))?;
     }
     let mut connection = Connection::open(path)?;
     // SQLite ignores this after the first table.
@@ -388,11 +388,11 @@ fn replace(
     let salvage = salvage(path);
     // First the new file, then the move: a crash in between leaves one of the two to go on with.
     create(new, migrations, &salvage.rows, salvage.lost)?;
-    let aside = beside(path, &format!(".corrupt-{}", now.format("%Y%m%dT%H%M%SZ")));
+    let aside = with_suffix(path, &format!(".corrupt-{}", now.format("%Y%m%dT%H%M%SZ")));
     fs::rename(path, &aside)?;
     // The log belongs to the corrupt file: SQLite would replay it into the new one.
     for suffix in ["-wal", "-shm"] {
-        match fs::rename(beside(path, suffix), beside(&aside, suffix)) {
+        match fs::rename(with_suffix(path, suffix), with_suffix(&aside, suffix)) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
@@ -418,7 +418,7 @@ fn replace(
 fn put_in_place(new: &Path, path: &Path) -> Result<(), StoreFault> {
     // SQLite would replay a log that an earlier database left here into the new file.
     for suffix in ["-wal", "-shm"] {
-        remove(&beside(path, suffix))?;
+        remove(&with_suffix(path, suffix))?;
     }
     fs::rename(new, path)?;
     if let Some(dir) = path.parent() {
@@ -436,7 +436,7 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// `<path><suffix>`.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
