@@ -31,12 +31,9 @@ use ramp::{Plan, Ramp};
 
 /// What happens in a batch, in order. `index` counts its rooms from 0, in the order of opening.
 #[derive(Debug, Clone)]
-pub enum BatchEvent {
+pub(crate) enum BatchEvent {
     /// No room is open yet: the batch may still wait for its rooms.
-    Started {
-        batch_id: String,
-        target: String,
-    },
+    Started,
     RoomOpened {
         index: usize,
         room: RoomName,
@@ -54,7 +51,7 @@ pub enum BatchEvent {
 }
 
 /// The most events that a batch with this many rooms emits.
-pub fn max_events(rooms: usize) -> usize {
+pub(crate) fn max_events(rooms: usize) -> usize {
     // The batch's start and end; each room's opening, progress and closing.
     2 + rooms * (ProbeEvent::MAX_PER_PROBE + 2)
 }
@@ -66,7 +63,7 @@ pub fn max_events(rooms: usize) -> usize {
 ///
 /// `on_event` is called with each event as soon as the batch knows of it. It must not block: the batch waits for it.
 /// Dropping the future drops the probes, and the janitor deletes their rooms.
-pub async fn run(
+pub(crate) async fn run(
     batch_id: String,
     target: &str,
     context: Context,
@@ -74,10 +71,7 @@ pub async fn run(
     abort: CancellationToken,
     mut on_event: impl FnMut(&BatchEvent),
 ) -> Arc<BatchReport> {
-    on_event(&BatchEvent::Started {
-        batch_id: batch_id.clone(),
-        target: target.to_owned(),
-    });
+    on_event(&BatchEvent::Started);
     let admission = Admission::wait(target, &context.target, &context.project, guard, &abort).await;
     let max_rooms = admission.permits.as_ref().map(RoomPermits::count);
     let started_at = Utc::now().trunc_subsecs(6);
@@ -115,7 +109,7 @@ pub async fn run(
 }
 
 /// A new batch id: it sorts by time and is unique across processes.
-pub fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     let digits = base32(fastrand::u64(..), 4);
     format!(
         "{}-{}-{digits}",

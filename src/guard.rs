@@ -20,13 +20,13 @@ use crate::report::Denial;
 
 /// The guard rails of one project. Cheap to clone.
 #[derive(Clone)]
-pub struct Guard {
+pub(crate) struct Guard {
     shared: Arc<GuardShared>,
 }
 
 /// The right of one batch to hold up to `count` rooms of a project open at once. Dropping it gives the right back.
 #[must_use = "dropping the permits gives them back"]
-pub struct RoomPermits {
+pub(crate) struct RoomPermits {
     shared: Arc<GuardShared>,
     count: usize,
     /// The project's rejections when the batch began.
@@ -58,7 +58,7 @@ struct GuardState {
 }
 
 impl Guard {
-    pub fn new(name: &str, project: &Project, history: History) -> Self {
+    pub(crate) fn new(name: &str, project: &Project, history: History) -> Self {
         Self {
             shared: Arc::new(GuardShared {
                 project: name.to_owned(),
@@ -80,7 +80,7 @@ impl Guard {
     }
 
     /// Applies changed settings. Rooms that are open stay open.
-    pub fn configure(&self, project: &Project) {
+    pub(crate) fn configure(&self, project: &Project) {
         let mut state = self.shared.lock();
         state.budget = project.budget.clone();
         state.backoff = project.backoff.clone();
@@ -91,7 +91,7 @@ impl Guard {
 
     /// Waits until this batch may hold its rooms open, or as many of them as the project may ever hold. Batches are
     /// served in the order in which they ask. Cancel-safe.
-    pub async fn acquire(&self, target: &Target) -> RoomPermits {
+    pub(crate) async fn acquire(&self, target: &Target) -> RoomPermits {
         let wanted = max_rooms_at_once(target);
         let ticket = QueueTicket::new(&self.shared);
         loop {
@@ -105,7 +105,7 @@ impl Guard {
     }
 
     /// Why a room would be denied now, if it would be. Reserves nothing.
-    pub fn denial(&self, worst_case: Duration) -> Option<Denial> {
+    pub(crate) fn denial(&self, worst_case: Duration) -> Option<Denial> {
         let used = self.shared.history.used(&self.shared.project);
         let now = self.shared.history.now();
         self.check_backoff(now)
@@ -117,7 +117,7 @@ impl Guard {
     ///
     /// # Errors
     /// The guard rails allow no room now.
-    pub async fn reserve(
+    pub(crate) async fn reserve(
         &self,
         room: &RoomName,
         target: &str,
@@ -139,7 +139,7 @@ impl Guard {
     ///
     /// Rooms that were already open may report the same limit. They extend the back-off only if LiveKit asks for a later
     /// time with `Retry-After`.
-    pub fn record_rejection(&self, limit: LimitKind, retry_after: Option<Duration>) {
+    pub(crate) fn record_rejection(&self, limit: LimitKind, retry_after: Option<Duration>) {
         let now = Instant::now();
         let mut state = self.shared.lock();
         state.rejections += 1;
@@ -164,12 +164,12 @@ impl Guard {
     }
 
     /// The end of the current back-off, if there is one.
-    pub fn backoff_until(&self) -> Option<DateTime<Utc>> {
+    pub(crate) fn backoff_until(&self) -> Option<DateTime<Utc>> {
         self.backoff_end(self.shared.history.now())
     }
 
     /// Agent time used in the current period; open rooms count with their worst case.
-    pub fn used(&self, period: Period) -> Duration {
+    pub(crate) fn used(&self, period: Period) -> Duration {
         self.shared
             .history
             .used(&self.shared.project)
@@ -177,11 +177,11 @@ impl Guard {
     }
 
     /// Rooms that batches hold permits for.
-    pub fn rooms_held(&self) -> usize {
+    pub(crate) fn rooms_held(&self) -> usize {
         self.shared.lock().held
     }
 
-    pub fn limit(&self, period: Period) -> Option<Duration> {
+    pub(crate) fn limit(&self, period: Period) -> Option<Duration> {
         self.shared.lock().budget.limit(period)
     }
 
@@ -231,13 +231,13 @@ impl Guard {
 }
 
 impl RoomPermits {
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.count
     }
 
     /// Records that the batch has ended and that none of its rooms met a plan limit. The next back-off is as short as the
     /// first one, unless another batch of the project met a limit since this batch began.
-    pub fn confirm_none_rejected(&self) {
+    pub(crate) fn confirm_none_rejected(&self) {
         let mut state = self.shared.lock();
         if state.rejections == self.rejections {
             state.consecutive = 0;
@@ -300,7 +300,7 @@ impl Drop for QueueTicket<'_> {
 }
 
 /// Maximum number of rooms that a batch holds open at once.
-pub fn max_rooms_at_once(target: &Target) -> usize {
+pub(crate) fn max_rooms_at_once(target: &Target) -> usize {
     match target.batch.stay {
         Stay::Together => target.batch.rooms,
         Stay::OneByOne => 1,
@@ -310,7 +310,7 @@ pub fn max_rooms_at_once(target: &Target) -> usize {
 /// Maximum agent time that LiveKit can bill for each room of a batch, in the order in which the rooms open.
 ///
 /// The worst case of a room: its own agent joins at once, and the agents of all later rooms join as late as allowed.
-pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
+pub(crate) fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let ramp_after = move |index: u32| {
@@ -333,7 +333,7 @@ pub fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = D
 }
 
 /// Maximum duration of a batch, from its permits to the deletion of its last room.
-pub fn max_batch_duration(target: &Target, project: &Project) -> Duration {
+pub(crate) fn max_batch_duration(target: &Target, project: &Project) -> Duration {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let held = target.batch.hold.max(max_time_to_verdict(target)) + target.deadlines.cleanup * 2;

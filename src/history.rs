@@ -33,21 +33,21 @@ use record::BatchRecord;
 use store::{Store, StoreOpenError};
 use writer::HistoryWriter;
 
-pub use ledger::AgentTimeUsed;
-pub use read::{BatchFilter, HistoryCounts, LastBatch, MAX_BATCHES, ReadError};
+pub(crate) use ledger::AgentTimeUsed;
+pub(crate) use read::{BatchFilter, LastBatch, MAX_BATCHES, ReadError};
 
 /// How long a reservation waits for the disk. After that the history is degraded, and probing goes on.
-pub const RESERVE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const RESERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Batches that may wait for the disk. Further ones are dropped and counted.
 const MAX_QUEUED_BATCHES: usize = 32;
 
 /// The source of the wall clock; tests set their own.
-pub type UtcClock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
+pub(crate) type UtcClock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
 
 /// The handle to the history. Cheap to clone; the writing thread ends with the last one.
 #[derive(Clone)]
-pub struct History {
+pub(crate) struct History {
     shared: Arc<HistoryShared>,
     reader: read::HistoryReader,
     _close: Arc<CloseOnDrop>,
@@ -55,7 +55,7 @@ pub struct History {
 
 /// Why the history can't be used at all.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub(crate) enum OpenError {
     #[error("another livekit-canary uses the folder {}: give each its own history.dir", .0.display())]
     Locked(PathBuf),
     #[error(
@@ -73,7 +73,7 @@ pub enum OpenError {
 
 /// A room that an earlier run recorded in the journal and that is not confirmed to be gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OrphanRoom {
+pub(crate) struct OrphanRoom {
     pub room: RoomName,
     pub project: String,
     pub target: String,
@@ -85,7 +85,7 @@ pub struct OrphanRoom {
 /// It never counts less than the room used: a room that opened and was not settled counts with its worst case.
 #[must_use = "dropping it ends the reservation"]
 #[derive(Debug)]
-pub struct Reservation {
+pub(crate) struct Reservation {
     shared: Arc<HistoryShared>,
     room: RoomName,
     worst_case: Duration,
@@ -142,13 +142,13 @@ impl History {
     ///
     /// # Errors
     /// Another process uses the folder, a newer version of this program wrote it, or no thread can be started.
-    pub fn open(settings: &config::HistorySettings) -> Result<Self, OpenError> {
+    pub(crate) fn open(settings: &config::HistorySettings) -> Result<Self, OpenError> {
         Self::open_with_clock(settings, Arc::new(Utc::now))
     }
 
     /// # Errors
     /// See [`History::open`].
-    pub fn open_with_clock(
+    pub(crate) fn open_with_clock(
         settings: &config::HistorySettings,
         clock: UtcClock,
     ) -> Result<Self, OpenError> {
@@ -198,7 +198,7 @@ impl History {
     /// Writes what is waiting and ends the thread. Returns whether all of it was written before the deadline.
     ///
     /// The folder is unlocked then, and later changes are lost.
-    pub async fn close(&self, deadline: Instant) -> bool {
+    pub(crate) async fn close(&self, deadline: Instant) -> bool {
         self.shared.close();
         let mut progress = self.shared.progress.subscribe();
         let ended = progress.wait_for(|progress| progress.ended);
@@ -207,33 +207,33 @@ impl History {
         ended && state.records.is_empty() && state.ledger.unwritten().0.is_empty()
     }
 
-    pub fn is_degraded(&self) -> bool {
+    pub(crate) fn is_degraded(&self) -> bool {
         self.shared.is_degraded()
     }
 
     /// Batches that were dropped instead of recorded.
-    pub fn dropped(&self) -> u64 {
+    pub(crate) fn dropped(&self) -> u64 {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
     /// Faults that were logged: each time that the history became degraded, and each batch that can't be stored.
-    pub fn faults(&self) -> u64 {
+    pub(crate) fn faults(&self) -> u64 {
         self.shared.faults.load(Ordering::Relaxed)
     }
 
     /// Counts a lost ledger from zero, in this run and in later ones.
-    pub fn accept_lost_ledger(&self) {
+    pub(crate) fn accept_lost_ledger(&self) {
         let mut state = self.shared.lock();
         state.accepted = true;
         state.ledger.lost = false;
         self.shared.wake(&mut state);
     }
 
-    pub fn now(&self) -> DateTime<Utc> {
+    pub(crate) fn now(&self) -> DateTime<Utc> {
         (self.shared.clock)()
     }
 
-    pub fn used(&self, project: &str) -> AgentTimeUsed {
+    pub(crate) fn used(&self, project: &str) -> AgentTimeUsed {
         let now = self.now();
         self.shared.lock().ledger.used(project, now)
     }
@@ -245,7 +245,7 @@ impl History {
     ///
     /// # Errors
     /// Those of `admit`.
-    pub async fn reserve<E>(
+    pub(crate) async fn reserve<E>(
         &self,
         room: &RoomName,
         project: &str,
@@ -282,7 +282,7 @@ impl History {
     }
 
     /// Records the janitor's confirmation that the room is gone for good.
-    pub fn gone(&self, room: &RoomName) {
+    pub(crate) fn gone(&self, room: &RoomName) {
         let now = self.now();
         let mut state = self.shared.lock();
         state.ledger.gone(room, now);
@@ -290,13 +290,13 @@ impl History {
     }
 
     /// The target of a room that is still in the journal.
-    pub fn target_of(&self, room: &RoomName) -> Option<String> {
+    pub(crate) fn target_of(&self, room: &RoomName) -> Option<String> {
         let state = self.shared.lock();
         state.ledger.get(room).map(|row| row.target.clone())
     }
 
     /// Rooms of earlier runs of this program that are not confirmed to be gone, the oldest first.
-    pub fn orphan_rooms(&self) -> Vec<OrphanRoom> {
+    pub(crate) fn orphan_rooms(&self) -> Vec<OrphanRoom> {
         let state = self.shared.lock();
         let orphans = state.ledger.orphans(&self.shared.boot);
         let mut orphans: Vec<OrphanRoom> = orphans
@@ -313,7 +313,7 @@ impl History {
     }
 
     /// Queues a batch for the disk. If too many batches wait already, it is dropped and counted.
-    pub fn record(&self, batch: &BatchReport, target: &Target, project: &Project) {
+    pub(crate) fn record(&self, batch: &BatchReport, target: &Target, project: &Project) {
         let record = Arc::new(BatchRecord::new(batch, target, project));
         let mut state = self.shared.lock();
         if state.records.len() < MAX_QUEUED_BATCHES {
@@ -326,32 +326,38 @@ impl History {
     }
 
     /// The documents of batches without their probes, the latest first.
-    pub async fn batches(&self, filter: BatchFilter) -> Result<Vec<Box<RawValue>>, ReadError> {
+    pub(crate) async fn batches(
+        &self,
+        filter: BatchFilter,
+    ) -> Result<Vec<Box<RawValue>>, ReadError> {
         let query = move |connection: &_| read::batches(connection, &filter);
         self.reader.read(query).await
     }
 
     /// The document of a batch, with its probes.
-    pub async fn batch(&self, id: String) -> Result<Option<Box<RawValue>>, ReadError> {
+    pub(crate) async fn batch(&self, id: String) -> Result<Option<Box<RawValue>>, ReadError> {
         let query = move |connection: &_| read::batch(connection, &id);
         self.reader.read(query).await
     }
 
     /// The document of a probe, by its room's name.
-    pub async fn probe(&self, room: String) -> Result<Option<Box<RawValue>>, ReadError> {
+    pub(crate) async fn probe(&self, room: String) -> Result<Option<Box<RawValue>>, ReadError> {
         let query = move |connection: &_| read::probe(connection, &room);
         self.reader.read(query).await
     }
 
     /// The target's last batch that was not aborted.
-    pub async fn last_completed(&self, target: &str) -> Result<Option<LastBatch>, ReadError> {
+    pub(crate) async fn last_completed(
+        &self,
+        target: &str,
+    ) -> Result<Option<LastBatch>, ReadError> {
         let target = target.to_owned();
         let query = move |connection: &_| read::last_completed(connection, &target);
         self.reader.read(query).await
     }
 
     /// Whether an agent ever joined a room of this target while it was configured with this agent name.
-    pub async fn has_seen_agent(
+    pub(crate) async fn has_seen_agent(
         &self,
         target: &str,
         agent_name: Option<&str>,
@@ -361,26 +367,20 @@ impl History {
         let query = move |connection: &_| read::has_seen_agent(connection, &target, &agent_name);
         self.reader.read(query).await
     }
-
-    pub async fn counts(&self, target: &str) -> Result<HistoryCounts, ReadError> {
-        let target = target.to_owned();
-        let query = move |connection: &_| read::counts(connection, &target);
-        self.reader.read(query).await
-    }
 }
 
 impl Reservation {
-    pub fn worst_case(&self) -> Duration {
+    pub(crate) fn worst_case(&self) -> Duration {
         self.worst_case
     }
 
     /// Records that the room may exist from now on.
-    pub fn opened(&mut self) {
+    pub(crate) fn opened(&mut self) {
         self.opened = true;
     }
 
     /// Records the agent time that the room used.
-    pub fn settle(mut self, agent_time: Duration) {
+    pub(crate) fn settle(mut self, agent_time: Duration) {
         self.opened = true;
         let mut state = self.shared.lock();
         state.ledger.settle(&self.room, whole_seconds(agent_time));

@@ -31,10 +31,10 @@ use crate::livekit::wire::api::{Api, ApiError, Call};
 
 /// Smallest `late_agent_window` that outlasts every late agent: a livekit-agents worker grants an ended job 15 s, and
 /// connecting takes about 2.5 s more at worst on two busy cores.
-pub const MIN_SAFE_WINDOW: Duration = Duration::from_secs(20);
+pub(crate) const MIN_SAFE_WINDOW: Duration = Duration::from_secs(20);
 
 /// Time for running deletions at exit, when nothing else is waited for.
-pub const FINAL_DELETION_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const FINAL_DELETION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Pause before the first retry of a call; it doubles with each retry.
 const FIRST_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -46,7 +46,7 @@ const SWEEP_DELETION_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CONCURRENT_SWEEPS: usize = 4;
 
 /// Called once per room, when its clean-up is over. Must not block.
-pub type OnCleanup = Arc<dyn Fn(&RoomName, CleanupResult<'_>) + Send + Sync>;
+pub(crate) type OnCleanup = Arc<dyn Fn(&RoomName, CleanupResult<'_>) + Send + Sync>;
 
 /// How the clean-up of a room ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

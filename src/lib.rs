@@ -1,35 +1,60 @@
 //! An always-on canary for LiveKit voice agents.
 //!
-//! The modules, in the order that data flows:
+//! How data flows:
 //!
 //! ```text
-//! config ─► schedule ─tick─► batch ─ramp─► probe ──► Outcome ─► cli (table, JSON, Markdown, JUnit)
-//!                                           │ ▲ RoomEvent{at}   └─► metrics, history
-//!                                           ▼ │
-//!                                   livekit::{engine, api} ─ws/udp/https─► LiveKit
-//!                                   janitor owns every room name
-//!
-//! daemon: puts the above together and keeps it going, for `run`, `demo` and `drill`
-//! guard: what a project may use; its ledger and the journal of rooms are history's
-//! http: metrics, health, page and API of the daemon; knows none of the above but config
-//! rules: Prometheus rules for the settings
-//! telemetry: which events are logged, and where to
-//! sandbox: a LiveKit server on loopback for demos, drills and tests; shares no code with the above
+//! config ─► schedule ─tick─► batch ─ramp─► probe ─► ProbeReport ─► report ─► cli (table, JSON, Markdown, JUnit)
+//!                              ▲            │ ▲                       └────► metrics, history ─► http
+//!                            guard          ▼ │ RoomEvent
+//!                              │     livekit::engine, livekit::wire::api ─ws/udp/https─► LiveKit
+//!                           history         ▲
+//!                                        janitor deletes every room, whatever happens
 //! ```
+//!
+//! Which module imports which; each stands below the ones that it imports, so that no import cycle spans modules
+//! (`tests/it/architecture.rs` checks each line against the code):
+//!
+//! ```text
+//! config → nothing
+//! livekit → config
+//! schedule → config
+//! rules → config, schedule
+//! janitor → livekit
+//! probe → config, janitor, livekit
+//! report → config, livekit, probe
+//! history → config, livekit, probe, report
+//! guard → config, history, livekit, probe, report
+//! batch → config, guard, history, livekit, probe, report
+//! metrics → config, probe, report
+//! http → config, history, metrics
+//! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule
+//! sandbox → nothing
+//! telemetry → nothing
+//! cli → batch, config, daemon, guard, history, http, janitor, livekit, metrics, probe, report, rules, sandbox, schedule, telemetry
+//! ```
+//!
+//! - `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.
+//! - `livekit`: the client side of LiveKit. `janitor`: owns every room name and deletes every room.
+//! - `probe`: one call, from the room's creation to its deletion. `batch`: the rooms of one tick. `report`: what they found.
+//! - `guard`: what a project may use. `history`: the database of batches, used agent time and room names.
+//! - `daemon`: runs all of the above for `run`, `demo` and `drill`. `http`: its metrics, health, page and API.
+//! - `sandbox`: a LiveKit server on loopback for demos, drills and tests. It shares no code with the client side, so that a
+//!   mistake in one does not hide in the other.
+//! - `cli`: the commands. `telemetry`: which events are logged, and where to.
 
-pub mod batch;
+mod batch;
 pub mod cli;
 pub mod config;
 mod daemon;
-pub mod guard;
-pub mod history;
+mod guard;
+mod history;
 mod http;
-pub mod janitor;
+mod janitor;
 pub mod livekit;
 pub mod metrics;
 pub mod probe;
-pub mod report;
+mod report;
 pub mod rules;
 pub mod sandbox;
-pub mod schedule;
+mod schedule;
 mod telemetry;

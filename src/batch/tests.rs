@@ -706,7 +706,7 @@ async fn progress_comes_in_order_and_before_the_end() {
             ProbeEvent::OutcomeDecided { .. } => "outcome decided",
         },
         BatchEvent::RoomClosed { .. } => "closed",
-        BatchEvent::Started { .. } | BatchEvent::Ended(_) => unreachable!("of the whole batch"),
+        BatchEvent::Started | BatchEvent::Ended(_) => unreachable!("of the whole batch"),
     });
     assert_eq!(
         names.collect::<Vec<_>>(),

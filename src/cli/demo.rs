@@ -237,7 +237,7 @@ async fn run_batches(
     let mut number = 0;
     loop {
         match daemon.next().await? {
-            LocalEvent::Batch(BatchEvent::Started { .. }) => {
+            LocalEvent::Batch(BatchEvent::Started) => {
                 number += 1;
                 let fault =
                     ScheduledFault::of_batch(number).map(|fault| fault.announcement(args.rooms));

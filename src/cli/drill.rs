@@ -285,7 +285,7 @@ impl Drill {
                 // In order, so that a batch that started before the switch is recorded before it.
                 biased;
                 event = self.daemon.next() => match event? {
-                    LocalEvent::Batch(BatchEvent::Started { .. }) => self.batch_started()?,
+                    LocalEvent::Batch(BatchEvent::Started) => self.batch_started()?,
                     LocalEvent::Batch(BatchEvent::Ended(report)) => self.batch_ended(&report)?,
                     LocalEvent::Batch(_) => {}
                     LocalEvent::Interrupted => {

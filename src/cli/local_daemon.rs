@@ -260,7 +260,7 @@ fn observer(
 ) -> BatchObserver {
     let started = AtomicUsize::new(0);
     Arc::new(move |event| {
-        if let BatchEvent::Started { .. } = event {
+        if let BatchEvent::Started = event {
             before_batch(&handle, started.fetch_add(1, Ordering::Relaxed) + 1);
         }
         if events.try_send(event.clone()).is_err() {

@@ -78,7 +78,7 @@ impl ProgressView {
 
     pub(super) fn show(&mut self, event: &BatchEvent) {
         match event {
-            BatchEvent::Started { .. } | BatchEvent::Ended(_) => {}
+            BatchEvent::Started | BatchEvent::Ended(_) => {}
             BatchEvent::RoomOpened { index, room } => {
                 if let Some(live) = &self.live {
                     if self.as_table && self.head.is_none() {

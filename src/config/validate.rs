@@ -593,10 +593,7 @@ fn dispatch(mut section: Section<'_>) -> Dispatch {
                 .filter(|mode| mode.facts().names_agent)
                 .map(|mode| mode.name())
                 .collect();
-            let hint = format!(
-                "remove it, or set mode to {}",
-                alternatives(&named)
-            );
+            let hint = format!("remove it, or set mode to {}", alternatives(&named));
             section.problem("metadata", text.place, message, &hint);
             String::new()
         }

@@ -34,7 +34,7 @@ impl LedgerRow {
 
 /// Agent time that a project has used; open rooms count with their worst case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AgentTimeUsed {
+pub(crate) struct AgentTimeUsed {
     /// In the current UTC day.
     pub day: Duration,
     /// In the current UTC calendar month.
@@ -44,7 +44,7 @@ pub struct AgentTimeUsed {
 }
 
 impl AgentTimeUsed {
-    pub fn in_period(&self, period: Period) -> Duration {
+    pub(crate) fn in_period(&self, period: Period) -> Duration {
         match period {
             Period::Day => self.day,
             Period::Month => self.month,

@@ -1,13 +1,12 @@
 //! Reads the history: on a separate read-only connection, off the async threads, one query at a time.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use rusqlite::types::ToSql;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
@@ -19,11 +18,11 @@ use super::store::{FILE, time};
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum number of batches in one answer.
-pub const MAX_BATCHES: usize = 200;
+pub(crate) const MAX_BATCHES: usize = 200;
 
 /// Which batches to return, the latest first.
 #[derive(Debug, Clone, Default)]
-pub struct BatchFilter {
+pub(crate) struct BatchFilter {
     pub target: Option<String>,
     /// A label of [`BatchResult`](crate::report::BatchResult).
     pub result: Option<String>,
@@ -35,7 +34,7 @@ pub struct BatchFilter {
 
 /// The last batch of a target that was not aborted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct LastBatch {
+pub(crate) struct LastBatch {
     pub batch_id: String,
     pub started_at: DateTime<Utc>,
     pub ended_at: DateTime<Utc>,
@@ -45,21 +44,8 @@ pub struct LastBatch {
     pub aborted: usize,
 }
 
-/// What the history holds of a target, for comparison with the counters.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct HistoryCounts {
-    /// By result.
-    pub batches: BTreeMap<String, u64>,
-    /// By outcome: `ok`, `aborted`, or the reason of the failure.
-    pub probes: BTreeMap<String, u64>,
-    /// Rooms in the journal.
-    pub rooms: u64,
-    /// Agent time in the ledger; rooms that are not settled count with their worst case.
-    pub agent_time: Duration,
-}
-
 #[derive(Debug, thiserror::Error)]
-pub enum ReadError {
+pub(crate) enum ReadError {
     #[error("the history did not answer within {READ_TIMEOUT:?}")]
     Busy,
     #[error("the history can't be read")]
@@ -220,32 +206,6 @@ pub(super) fn has_seen_agent(
 ) -> rusqlite::Result<bool> {
     let sql = "SELECT EXISTS (SELECT 1 FROM agents_seen WHERE target = ?1 AND agent_name = ?2)";
     connection.query_row(sql, [target, agent_name], |row| row.get(0))
-}
-
-pub(super) fn counts(connection: &Connection, target: &str) -> rusqlite::Result<HistoryCounts> {
-    let grouped = |sql: &str| -> rusqlite::Result<BTreeMap<String, u64>> {
-        let mut statement = connection.prepare(sql)?;
-        let groups = statement.query_map([target], |row| Ok((row.get(0)?, unsigned(row, 1)?)))?;
-        groups.collect()
-    };
-    let (rooms, seconds) = connection.query_row(
-        "SELECT count(*), coalesce(sum(coalesce(settled, reserved)), 0) FROM rooms WHERE target = ?1",
-        params![target],
-        |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)),
-    )?;
-    Ok(HistoryCounts {
-        batches: grouped("SELECT result, count(*) FROM batches WHERE target = ?1 GROUP BY 1")?,
-        probes: grouped(
-            "SELECT coalesce(reason, outcome), count(*) FROM probes JOIN batches ON id = batch
-             WHERE target = ?1 GROUP BY 1",
-        )?,
-        rooms,
-        agent_time: Duration::from_secs(seconds),
-    })
-}
-
-fn unsigned(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<u64> {
-    row.get::<_, i64>(column).map(i64::unsigned_abs)
 }
 
 /// Appends fields to a document, which must be an object with at least one field.

@@ -1,11 +1,11 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use chrono::{Months, TimeDelta};
-use rusqlite::Connection;
+use rusqlite::{Connection, params};
 use tempfile::TempDir;
 
 use super::store::{self, FILE};
@@ -13,6 +13,53 @@ use super::*;
 use crate::config::Period;
 use crate::probe::{Evidence, Outcome, Reason};
 use crate::report::sample::{self, WELL, failed};
+
+/// What the history holds of a target, for comparison with the counters.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct HistoryCounts {
+    /// By result.
+    pub batches: BTreeMap<String, u64>,
+    /// By outcome: `ok`, `aborted`, or the reason of the failure.
+    pub probes: BTreeMap<String, u64>,
+    /// Rooms in the journal.
+    pub rooms: u64,
+    /// Agent time in the ledger; rooms that are not settled count with their worst case.
+    pub agent_time: Duration,
+}
+
+impl History {
+    pub(crate) async fn counts(&self, target: &str) -> Result<HistoryCounts, super::ReadError> {
+        let target = target.to_owned();
+        let query = move |connection: &_| counts(connection, &target);
+        self.reader.read(query).await
+    }
+}
+
+fn counts(connection: &Connection, target: &str) -> rusqlite::Result<HistoryCounts> {
+    let grouped = |sql: &str| -> rusqlite::Result<BTreeMap<String, u64>> {
+        let mut statement = connection.prepare(sql)?;
+        let groups = statement.query_map([target], |row| Ok((row.get(0)?, unsigned(row, 1)?)))?;
+        groups.collect()
+    };
+    let (rooms, seconds) = connection.query_row(
+        "SELECT count(*), coalesce(sum(coalesce(settled, reserved)), 0) FROM rooms WHERE target = ?1",
+        params![target],
+        |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)),
+    )?;
+    Ok(HistoryCounts {
+        batches: grouped("SELECT result, count(*) FROM batches WHERE target = ?1 GROUP BY 1")?,
+        probes: grouped(
+            "SELECT coalesce(reason, outcome), count(*) FROM probes JOIN batches ON id = batch
+             WHERE target = ?1 GROUP BY 1",
+        )?,
+        rooms,
+        agent_time: Duration::from_secs(seconds),
+    })
+}
+
+fn unsigned(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<u64> {
+    row.get::<_, i64>(column).map(i64::unsigned_abs)
+}
 
 const MINUTE: Duration = Duration::from_mins(1);
 const DAY: Duration = Duration::from_hours(24);

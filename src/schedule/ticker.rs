@@ -131,11 +131,6 @@ impl Ticker {
         }
     }
 
-    /// When the scheduler last ran a job. While it is alive, it does so at least every two seconds.
-    pub(crate) fn last_beat(&self) -> Instant {
-        *self.beats.borrow()
-    }
-
     /// Resolves when the scheduler has run no job for 30 s. After that, no tick is delivered.
     pub(crate) async fn stopped(&self) {
         let mut beats = self.beats.clone();

@@ -20,7 +20,7 @@ const IDLE_TARGETS: usize = 10;
 /// The time without batches before the memory is measured.
 const IDLE_TIME: Duration = Duration::from_secs(10);
 
-pub struct Daemons {
+pub(crate) struct Daemons {
     /// The times of the scrapes in milliseconds, ascending.
     scrapes: Vec<f64>,
     scrape_kb: usize,
@@ -29,7 +29,7 @@ pub struct Daemons {
     idle_rss_mb: f64,
 }
 
-pub fn measure() -> anyhow::Result<Daemons> {
+pub(crate) fn measure() -> anyhow::Result<Daemons> {
     let sandbox = Stack::sandbox(AGENT, &[])?;
     let mut daemons = scrape(&sandbox)?;
     daemons.idle_rss_mb = idle_rss(&sandbox)?;
@@ -91,7 +91,7 @@ impl Daemons {
         self.scrapes[(self.scrapes.len() * percent).div_ceil(100).max(1) - 1]
     }
 
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         json!({
             "bench": "daemon",
             "scrape_targets": BUSY_TARGETS,

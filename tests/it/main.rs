@@ -10,10 +10,12 @@ mod demo;
 mod docs;
 mod drill;
 mod forecast;
+mod plain_english;
 mod robustness;
 mod rules;
 mod sandbox;
 mod settings;
+mod sources;
 
 use std::ffi::OsStr;
 use std::path::Path;

@@ -39,7 +39,7 @@ reply = true
 "#;
 
 /// A sandbox in a thread. It ends when this is dropped.
-pub struct SandboxThread {
+pub(crate) struct SandboxThread {
     pub url: String,
     pub handle: Handle,
     shutdown: CancellationToken,
@@ -55,7 +55,7 @@ impl SandboxThread {
         })
     }
 
-    pub fn start(settings: SandboxSettings) -> Self {
+    pub(crate) fn start(settings: SandboxSettings) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

@@ -317,5 +317,4 @@ async fn scheduler_that_runs_no_job_counts_as_stopped_after_30_s() {
     let (ticker, _ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
     ticker.stopped().await;
     assert!(begun.elapsed() >= SILENCE_TIMEOUT);
-    assert!(ticker.last_beat() <= begun + Duration::from_millis(1));
 }
