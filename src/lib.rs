@@ -26,7 +26,7 @@
 //! guard → config, history, livekit, probe, report
 //! batch → config, guard, history, livekit, probe, report
 //! metrics → config, probe, report
-//! http → config, history, metrics
+//! http → config, history, metrics, report
 //! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule
 //! sandbox → nothing
 //! telemetry → nothing

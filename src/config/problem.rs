@@ -17,7 +17,7 @@ pub(super) fn in_file(place: &str) -> Option<(&Path, usize)> {
 /// One mistake: the key, the place, what is wrong and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where the value was set: file and line, a variable or a flag.
+    /// The place where the value was set: file and line, a variable or a flag.
     pub(super) place: Option<String>,
     /// The owner and the key, such as `target "support": batch.ramp`. Empty if the problem concerns the whole file.
     pub(super) subject: String,

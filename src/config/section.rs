@@ -177,7 +177,7 @@ impl<'a> Section<'a> {
         Lookup::Invalid
     }
 
-    /// Where a key is set that has not been read yet.
+    /// The place of a key that is set and has not been read yet.
     pub(super) fn place_of(&self, key: &str) -> Option<String> {
         self.table.get(key).and_then(place_of)
     }

@@ -50,7 +50,7 @@ impl Default for Http {
     }
 }
 
-/// Where records are stored, and for how long.
+/// The folder of the records, and how long they are kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HistorySettings {
     /// Folder of the history, the budget ledger and the journal of rooms. One process at a time can use it.

@@ -15,7 +15,7 @@ use crate::probe::driver::Context;
 use crate::probe::{Outcome, ProbeReport};
 use crate::report::{BatchReport, NotOpened};
 
-/// Where one batch is recorded, with the settings that were in effect when it started.
+/// The destinations of one batch's records, with the settings that were in effect when it started.
 pub(super) struct Recorder {
     pub(super) target: String,
     pub(super) settings: Arc<Target>,

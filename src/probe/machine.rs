@@ -127,7 +127,7 @@ pub(super) struct ProbeMachine {
     has_duplicate: bool,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
-    /// Where the server expects media.
+    /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
     transcript: Transcript,

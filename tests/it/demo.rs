@@ -29,7 +29,7 @@ fn faults_follow_good_batches_and_an_interrupt_exits_0() -> anyhow::Result<()> {
     demo.signal(Signal::INT)?;
     let finished = demo.finish()?.expect_code(0)?;
 
-    assert_eq!(batches.matches("no fault").count(), 2, "{batches}");
+    assert_eq!(batches.matches(" UTC, no fault").count(), 2, "{batches}");
     assert_eq!(batches.matches("As expected.").count(), 3, "{batches}");
     assert!(
         batches.contains("fault: the agent takes 3 s to join"),

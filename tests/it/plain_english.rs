@@ -133,7 +133,17 @@ fn help_of_the_commands_is_plain() {
     ] {
         let help = help(command);
         assert!(!help.is_empty(), "{command}");
-        expect_plain(help.split("\n\n").map(|part| (command.to_owned(), part)));
+        // A row of a table is a text of its own; a gap stands between its columns.
+        let mut texts = vec![String::new()];
+        for line in help.lines() {
+            let starts_row = line.trim_start().contains("  ");
+            if line.is_empty() || starts_row {
+                texts.push(String::new());
+            }
+            let text = texts.last_mut().expect("it begins with one");
+            *text = format!("{text} {line}");
+        }
+        expect_plain(texts.iter().map(|text| (command.to_owned(), text.as_str())));
     }
 }
 

@@ -112,10 +112,10 @@ fn engine_without_tcp_only_is_reported_if_the_project_needs_it() {
         "[projects.acme]\nice = \"tcp\"\n{}",
         target_with("engine = \"libwebrtc\"")
     );
-    let told = error_of(&settings);
+    let error = error_of(&settings);
     let expected =
-        "can't be held to TCP, and project \"acme\" sets ice = \"tcp\"\n  --> canary.toml:5";
-    assert!(told.contains(expected), "{told}");
+        "can't be restricted to TCP, but project \"acme\" sets ice = \"tcp\"\n  --> canary.toml:5";
+    assert!(error.contains(expected), "{error}");
 }
 
 #[test]
@@ -691,6 +691,19 @@ fn sample_file_shows_the_defaults_of_the_code() {
     assert!(bare.targets["support"].late_agent_window > Duration::ZERO);
 }
 
+#[test]
+fn runbook_address_that_no_link_can_be_made_of_is_reported() {
+    for (name, url) in [
+        ("relative", "docs/alerts.md"),
+        ("another_scheme", "file:///docs/alerts.md"),
+        ("a_fragment", "https://wiki.example/alerts#all"),
+        ("braces", "https://wiki.example/?page={{ x }}"),
+    ] {
+        let error = error_of(&format!("[alerts]\nrunbook_base_url = \"{url}\"\n"));
+        assert_snapshot!(format!("runbook_address_with_{name}"), error);
+    }
+}
+
 /// The error about an unknown key lists the known keys of the table.
 #[test]
 fn sample_file_shows_every_key() {
@@ -706,7 +719,7 @@ fn sample_file_shows_every_key() {
         let broken = sample.replace(&format!("[{table}]"), &format!("[{table}]\nqqqqqq = 1"));
         let error = error_of(&broken);
         let (_, after) = error.split_once("unknown key").unwrap();
-        let (_, known) = after.split_once("known here: ").unwrap();
+        let (_, known) = after.split_once("known keys: ").unwrap();
         for key in known.lines().next().unwrap().split(", ") {
             let own = body(&sample, table);
             let shown = own.lines().any(|line| {

@@ -48,7 +48,7 @@ impl Source {
     }
 }
 
-/// The words of the production code, and the names of the modules for tests that are files of their own.
+/// The words of the production code, and the names of the modules for tests.
 pub(crate) fn production(code: &str) -> (Vec<String>, Vec<String>) {
     let (mut words, mut tests) = (Vec::new(), Vec::new());
     flatten(code.parse().unwrap(), &mut words, &mut tests);
@@ -101,12 +101,12 @@ fn is_cfg_test(token: &TokenTree) -> bool {
     token.to_string().replace(' ', "") == "[cfg(test)]"
 }
 
-/// Skips an item up to its semicolon or its braces; returns its name if it is a module in a file of its own.
+/// Skips an item up to its semicolon or its braces; returns its name if it is a module: its files are for tests, too.
 fn skip_item(tokens: &mut impl Iterator<Item = TokenTree>) -> Option<String> {
     let mut words = Vec::new();
     for token in tokens {
         match &token {
-            TokenTree::Group(group) if group.delimiter() == Delimiter::Brace => return None,
+            TokenTree::Group(group) if group.delimiter() == Delimiter::Brace => break,
             TokenTree::Punct(punct) if punct.as_char() == ';' => break,
             _ => words.push(token.to_string()),
         }
@@ -125,7 +125,7 @@ fn items_for_tests_are_left_out_and_what_follows_them_is_not() {
         #[cfg(test)] mod beside;
         fn f() { let text = \"shown\"; }";
     let (words, tests) = production(code);
-    assert_eq!(tests, ["beside"]);
+    assert_eq!(tests, ["tests", "beside"]);
     let code = words.join(" ");
     assert_eq!(code, "use crate :: a ; fn f ( ) { let text = \"shown\" ; }");
 }
