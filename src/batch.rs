@@ -295,7 +295,7 @@ where
             tokio::select! {
                 biased;
                 () = abort.cancelled(), if !aborted => {}
-                Some(event) = self.events.recv() => self.handle(event),
+                Some(event) = self.events.recv() => self.handle(&event),
                 Some(ended) = self.tasks.join_next_with_id() => self.probe_ended(ended),
                 Some(admitted) = self.admissions.next() => self.admitted(admitted),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
@@ -328,7 +328,7 @@ where
             reservation,
             report: None,
         });
-        self.handle(BatchEvent::RoomOpened {
+        self.handle(&BatchEvent::RoomOpened {
             index,
             room: room.clone(),
         });
@@ -344,11 +344,11 @@ where
     }
 
     /// Passes an event to the ramp first, then to `on_event`.
-    fn handle(&mut self, event: BatchEvent) {
-        if let BatchEvent::Probe { index, event } = &event {
+    fn handle(&mut self, event: &BatchEvent) {
+        if let BatchEvent::Probe { index, event } = event {
             self.advance(*index, event);
         }
-        (self.on_event)(&event);
+        (self.on_event)(event);
     }
 
     fn advance(&mut self, index: usize, event: &ProbeEvent) {
@@ -374,7 +374,7 @@ where
     fn probe_ended(&mut self, ended: Result<(task::Id, ProbeReport), JoinError>) {
         // On another thread the probe may have emitted its last events after the channel was looked at.
         while let Ok(event) = self.events.try_recv() {
-            self.handle(event);
+            self.handle(&event);
         }
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
         let index = self.index_of[&id];
@@ -392,7 +392,7 @@ where
         };
         probe.report = Some(report.clone());
         self.ramp.ended(index, &report.outcome);
-        self.handle(BatchEvent::RoomClosed {
+        self.handle(&BatchEvent::RoomClosed {
             index,
             report: Box::new(report),
         });

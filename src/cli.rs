@@ -2,6 +2,11 @@
 //!
 //! It reads settings, starts the work and prints what comes back. It does not know WebRTC.
 
+#![expect(
+    clippy::doc_markdown,
+    reason = "`--help` prints these comments, and would print the backticks"
+)]
+
 use std::ffi::OsString;
 use std::io::Write;
 use std::net::SocketAddr;

@@ -71,7 +71,7 @@ fn columns(narrow: bool) -> Vec<Column> {
     let dispatched = text("dispatched\nat (UTC)", |probe| {
         time(probe, Milestone::DispatchSent)
     });
-    let join = number("join\ndelay", |probe| join_delay(probe));
+    let join = number("join\ndelay", join_delay);
     let speech = number("first\nspeech", |probe| {
         delay(probe.timeline.span(Span::FirstSpeech))
     });

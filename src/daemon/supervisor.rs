@@ -21,7 +21,7 @@ impl Watchdog {
         if let Some(allowed) = sd_notify::watchdog_enabled().filter(|allowed| !allowed.is_zero()) {
             let health = health.clone();
             beats.spawn(beat(health, allowed / 2, || {
-                notify(&[NotifyState::Watchdog])
+                notify(&[NotifyState::Watchdog]);
             }));
         }
         Self { _beats: beats }

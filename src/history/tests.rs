@@ -1271,7 +1271,6 @@ fn child() {
     reserve_without_end(Path::new(&folder));
 }
 
-#[expect(clippy::print_stdout, reason = "the parent reads it")]
 pub(crate) fn print_to_parent(line: &str) {
     println!("child: {line}");
 }

@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::audio::rtp::RtpReceiver;
-use super::event::{AudioStats, EndReason, RoomEvent, RoomEventKind};
+#[cfg(not(feature = "libwebrtc"))]
+use super::event::AudioStats;
+use super::event::{EndReason, RoomEvent, RoomEventKind};
 use super::join::JoinRequest;
 #[cfg(feature = "libwebrtc")]
 use super::libwebrtc;

@@ -40,21 +40,22 @@ impl EncodedFamily {
 fn encode(registry: &Registry) -> Vec<EncodedFamily> {
     let encoder = TextEncoder::new();
     let families = registry.gather().into_iter();
-    let encoded = families.map(|family| {
-        let mut text = String::new();
-        encoder
-            .encode_utf8(slice::from_ref(&family), &mut text)
-            .expect("every family that is gathered has a name and a series");
-        let mut ends = text.match_indices('\n').map(|(at, _)| at + 1);
-        // HELP and TYPE are one line each: line breaks in a HELP text are escaped.
-        let series_start = ends.nth(1).expect("each family has a HELP and a TYPE");
-        EncodedFamily {
-            name: family.name().to_owned(),
-            text,
-            series_start,
-        }
-    });
-    encoded.collect()
+    families
+        .map(|family| {
+            let mut text = String::new();
+            encoder
+                .encode_utf8(slice::from_ref(&family), &mut text)
+                .expect("every family that is gathered has a name and a series");
+            let mut ends = text.match_indices('\n').map(|(at, _)| at + 1);
+            // HELP and TYPE are one line each: line breaks in a HELP text are escaped.
+            let series_start = ends.nth(1).expect("each family has a HELP and a TYPE");
+            EncodedFamily {
+                name: family.name().to_owned(),
+                text,
+                series_start,
+            }
+        })
+        .collect()
 }
 
 /// The usual `process_*` series: CPU time, memory, threads, file descriptors and start time of this process.

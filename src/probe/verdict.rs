@@ -97,6 +97,10 @@ pub(super) struct MissedDuty<'a> {
 
 /// When in its call an agent left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(
+    clippy::enum_variant_names,
+    reason = "each names what the agent left before"
+)]
 pub(super) enum LeftWhen {
     BeforeSpeech,
     BeforeReply,

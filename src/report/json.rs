@@ -12,10 +12,6 @@ use crate::livekit::event::{Speaker, to_microseconds};
 use crate::probe::{Evidence, Milestone, ProbeReport, Reason, Span, Turn};
 
 #[derive(Serialize)]
-#[expect(
-    clippy::struct_field_names,
-    reason = "the field names are the document's keys"
-)]
 struct BatchJson<'a> {
     batch_id: &'a str,
     target: &'a str,

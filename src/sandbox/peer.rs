@@ -106,7 +106,7 @@ impl ClientPeer {
                 rtc.add_local_candidate(candidate);
             }
             Err(error) => {
-                tracing::error!(%error, "the UDP socket's address can't be an ICE candidate")
+                tracing::error!(%error, "the UDP socket's address can't be an ICE candidate");
             }
         }
         let mut peer = Self {

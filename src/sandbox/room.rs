@@ -684,7 +684,7 @@ impl RoomActor {
             RoomCommand::Participants(reply) => drop(reply.send(self.all_participants())),
             RoomCommand::Remove(identity, reply) => drop(reply.send(self.expel(&identity, now))),
             RoomCommand::Dispatch(dispatch, reply) => {
-                drop(reply.send(self.add_dispatch(*dispatch)))
+                drop(reply.send(self.add_dispatch(*dispatch)));
             }
             RoomCommand::ListDispatch(reply) => {
                 let all = self.dispatches.iter().map(|d| d.info.clone()).collect();

@@ -467,7 +467,7 @@ impl TwirpCall<'_> {
             agents: request.agents,
         };
         // An existing room is left unchanged.
-        let room = room::open(&self.shared, &request.name, new)?;
+        let room = room::open(self.shared, &request.name, new)?;
         let info = room.ask(RoomCommand::Info).await;
         Ok(self.wire.encode(&info.ok_or_else(TwirpFailure::no_room)?))
     }
@@ -572,7 +572,7 @@ impl TwirpCall<'_> {
             ..proto::AgentDispatch::default()
         });
         // The real server creates a missing room, too.
-        let room = room::open(&self.shared, &request.room, RoomOptions::default())?;
+        let room = room::open(self.shared, &request.room, RoomOptions::default())?;
         let made = room
             .ask(|reply| RoomCommand::Dispatch(dispatch, reply))
             .await;

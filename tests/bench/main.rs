@@ -60,7 +60,7 @@ struct Arguments {
     /// Another program to measure with the same work, as a command line for sh
     ///
     /// The program receives four more arguments: the URL of the server, the number of rooms, the name of the agent, and
-    /// the number of seconds that it must run. The key pair is in LIVEKIT_API_KEY and LIVEKIT_API_SECRET. In every room
+    /// the number of seconds that it must run. The key pair is in `LIVEKIT_API_KEY` and `LIVEKIT_API_SECRET`. In every room
     /// the program must call the agent and echo its speech. The measurement of the program and of all processes that it
     /// starts begins when the agent speaks in every room.
     #[arg(long, value_name = "CMD")]

@@ -128,7 +128,7 @@ fn unfold<'a>(
     let path: Vec<String> = if first == "self" {
         prefix.to_vec()
     } else {
-        [prefix, &[first.clone()]].concat()
+        [prefix, std::slice::from_ref(first)].concat()
     };
     match words.get(1) {
         Some(colons) if colons == "::" => unfold(&path, &words[2..], found),

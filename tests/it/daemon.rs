@@ -458,8 +458,7 @@ fn skipped_tick_is_counted_under_its_cause() -> anyhow::Result<()> {
 }
 
 #[test]
-fn plan_limit_is_counted_under_its_kind_and_the_project_backs_off_as_requested()
--> anyhow::Result<()> {
+fn plan_limit_is_counted_under_its_kind_and_the_project_backs_off_as_requested() {
     let retry_after = Some(3000.0);
     thread::scope(|scope| {
         for (fault, limit, rest) in [
@@ -475,7 +474,6 @@ fn plan_limit_is_counted_under_its_kind_and_the_project_backs_off_as_requested()
             scope.spawn(move || expect_backoff(fault, limit, rest).unwrap());
         }
     });
-    Ok(())
 }
 
 /// A batch with this fault meets the limit, and the project backs off. `retry_after` are the seconds of the server's

@@ -148,7 +148,7 @@ fn janitor(history: &History, unconfirmed: &Arc<Mutex<Vec<String>>>) -> Janitor 
         move |room: &RoomName, result: CleanupResult<'_>| match result {
             CleanupResult::Gone => history.gone(room),
             CleanupResult::Unconfirmed { why } => {
-                unconfirmed.lock().unwrap().push(format!("{room}: {why}"))
+                unconfirmed.lock().unwrap().push(format!("{room}: {why}"));
             }
         },
     ))

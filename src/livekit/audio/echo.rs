@@ -187,7 +187,7 @@ impl<F: Frame> EchoPlayer<F> {
             }
             PlayMode::Turn(_) => {}
             PlayMode::Continuous(continuous) => {
-                continuous.mark(at + self.settings.delay, EchoOutput::Ended)
+                continuous.mark(at + self.settings.delay, EchoOutput::Ended);
             }
         }
     }

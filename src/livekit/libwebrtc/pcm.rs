@@ -116,7 +116,7 @@ mod tests {
             while let Some(out) = echo.poll(now, detector.speech_pending()) {
                 match out {
                     EchoOutput::Send { frame, .. } if frame.iter().any(|it| *it != 0) => {
-                        loud.push(tick)
+                        loud.push(tick);
                     }
                     EchoOutput::Send { .. } => {}
                     EchoOutput::Started => marks.push((tick, "started")),

@@ -254,7 +254,7 @@ impl<'a> NativeSession<'a> {
                     self.on_message(at, *message).await?;
                 }
                 SessionStep::Incoming(target, incoming) => {
-                    self.receive(target, &incoming, &buffer)?
+                    self.receive(target, &incoming, &buffer)?;
                 }
                 SessionStep::Time => self.on_timer(&mut buffer)?,
             }
@@ -554,7 +554,7 @@ impl<'a> NativeSession<'a> {
         while let Some(out) = self.echo.poll(due, self.speech.speech_pending()) {
             match out {
                 EchoOutput::Started => {
-                    self.observer.events.send(now, RoomEventKind::EchoStarted)?
+                    self.observer.events.send(now, RoomEventKind::EchoStarted)?;
                 }
                 EchoOutput::Ended => self.observer.events.send(now, RoomEventKind::EchoEnded)?,
                 EchoOutput::Send {

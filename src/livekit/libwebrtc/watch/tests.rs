@@ -93,13 +93,13 @@ async fn agent_in_the_join_response_is_reported() {
 #[tokio::test]
 async fn agent_has_the_time_of_its_message_and_the_servers_time_of_the_join() {
     let mut room = WatchedRoom::joined(Vec::new()).await;
-    let ping = WireEvent::Pinged(room.at(0), 7);
-    assert!(matches!(room.watch.on_wire_event(ping), Ok(None)));
-    let pong = proto::Pong {
+    let pinged = WireEvent::Pinged(room.at(0), 7);
+    assert!(matches!(room.watch.on_wire_event(pinged), Ok(None)));
+    let answer = proto::Pong {
         last_ping_timestamp: 7,
         timestamp: 1_000_010,
     };
-    assert!(room.receive(20, Response::PongResp(pong)).is_ok());
+    assert!(room.receive(20, Response::PongResp(answer)).is_ok());
     let at = room.at(500);
     assert!(matches!(room.receive(500, update(agent())), Ok(Some(it)) if it == at));
     let expected = room.at(400);
