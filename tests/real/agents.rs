@@ -30,7 +30,7 @@ fn heard(stack: &Stack, room: &str) -> anyhow::Result<f64> {
 
 // --- when the agent speaks ---
 
-pub fn speech_before_the_subscription_counts_from_its_first_audio(
+pub(crate) fn speech_before_the_subscription_counts_from_its_first_audio(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::speaks_at_once().with("seconds", 2.5))?;
@@ -45,7 +45,9 @@ pub fn speech_before_the_subscription_counts_from_its_first_audio(
     ))
 }
 
-pub fn speech_before_the_canary_joins_is_agent_silent(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn speech_before_the_canary_joins_is_agent_silent(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let tag = "speaks-too-early";
     let (stack, settings) = fixture.call(&Behaviour::speaks_at_once().tag(tag))?;
     let gate = Gate::before(stack.address(), Hold::Signal)?;
@@ -68,7 +70,7 @@ pub fn speech_before_the_canary_joins_is_agent_silent(fixture: &Fixture) -> anyh
     Ok(probe.detail().to_owned())
 }
 
-pub fn agent_that_leaves_before_its_reply_is_agent_left_early(
+pub(crate) fn agent_that_leaves_before_its_reply_is_agent_left_early(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::hangs_up())?;
@@ -84,7 +86,7 @@ pub fn agent_that_leaves_before_its_reply_is_agent_left_early(
     Ok(probe.detail().to_owned())
 }
 
-pub fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::replies_and_leaves())?;
     let finished = settings
         .set("expect.agent_may_leave", "after_reply")
@@ -101,7 +103,7 @@ pub fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyhow::Res
     ))
 }
 
-pub fn agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed(
+pub(crate) fn agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (batch, _) = expect_no_agent(fixture, Behaviour::fails(), "fails-at-once")?;
@@ -112,7 +114,9 @@ pub fn agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed
 
 /// An unnamed worker, which LiveKit sends to every room, in addition to the target's agent. The agent speaks in the first
 /// room, is silent in the second, and doesn't join the third.
-pub fn stray_agent_is_evidence_but_never_the_agent(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn stray_agent_is_evidence_but_never_the_agent(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let agents = [Agent::named(""), Agent::named(AGENT)];
     let stack = fixture.own_stack(&agents, &Behaviour::greets().with_stray_agent())?;
     let settings = |behaviour: &Behaviour| {
@@ -152,7 +156,7 @@ pub fn stray_agent_is_evidence_but_never_the_agent(fixture: &Fixture) -> anyhow:
     Ok("ok, agent_silent, dispatch_unanswered, the stray agent named in each".to_owned())
 }
 
-pub fn background_sound_is_not_speech_and_is_not_echoed(
+pub(crate) fn background_sound_is_not_speech_and_is_not_echoed(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets_over_background())?;
@@ -163,7 +167,7 @@ pub fn background_sound_is_not_speech_and_is_not_echoed(
     ))
 }
 
-pub fn background_sound_without_speech_is_agent_silent(
+pub(crate) fn background_sound_without_speech_is_agent_silent(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let behaviour = Behaviour::plays_background_alone();
@@ -174,7 +178,7 @@ pub fn background_sound_without_speech_is_agent_silent(
     Ok(seen)
 }
 
-pub fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::speaks_by_avatar())?;
     let batch = expect_ok(fixture, stack, &settings.run()?, 1)?;
     let probe = batch.only_probe()?;
@@ -190,7 +194,9 @@ pub fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<String> 
     Ok(format!("ok, join {}, echo heard", join_delays(&batch)?))
 }
 
-pub fn agent_that_restarts_its_track_is_still_heard(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn agent_that_restarts_its_track_is_still_heard(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::restarts_its_track())?;
     let finished = settings
         .set("echo.max_turns", 2)
@@ -216,7 +222,7 @@ pub fn agent_that_restarts_its_track_is_still_heard(fixture: &Fixture) -> anyhow
 
 // --- how the agent joins ---
 
-pub fn agent_that_joins_before_the_dispatch_response_has_a_join_delay(
+pub(crate) fn agent_that_joins_before_the_dispatch_response_has_a_join_delay(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let tag = "joins-before-the-response";
@@ -247,7 +253,7 @@ pub fn agent_that_joins_before_the_dispatch_response_has_a_join_delay(
 ///
 /// The participant that it replaces may delete the room before this client has joined. LiveKit then retries for at most 18 s
 /// (`serve` in rtcservice.go), and creates the room again. This function deletes that room.
-pub fn take_identity(stack: &Stack, room: &str, identity: &str) -> anyhow::Result<()> {
+pub(crate) fn take_identity(stack: &Stack, room: &str, identity: &str) -> anyhow::Result<()> {
     let mut socket = TcpStream::connect(stack.address())?;
     socket.set_read_timeout(Some(Duration::from_secs(20)))?;
     let token = stack.api.token(room, identity)?;
@@ -287,17 +293,19 @@ fn expect_removed(
     Ok(probe.detail().to_owned())
 }
 
-pub fn identity_taken_by_another_client_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn identity_taken_by_another_client_is_removed(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     expect_removed(fixture, "has-a-double", "DUPLICATE_IDENTITY", take_identity)
 }
 
-pub fn revoked_publish_permission_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn revoked_publish_permission_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
     let harm =
         |stack: &Stack, room: &str, caller: &str| stack.api.revoke(room, caller, "can_publish");
     expect_removed(fixture, "may-not-publish", "to publish", harm)
 }
 
-pub fn revoked_subscribe_permission_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn revoked_subscribe_permission_is_removed(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "may-not-subscribe";
     // The agent is silent, because without the permission the canary must miss its speech.
     let (stack, settings) = fixture.call(&Behaviour::is_silent().tag(tag))?;
@@ -313,7 +321,7 @@ pub fn revoked_subscribe_permission_is_removed(fixture: &Fixture) -> anyhow::Res
 }
 
 /// No agent joins, so every probe waits in its room. This shows that the room exists.
-pub fn server_without_auto_create_accepts_every_dispatch(
+pub(crate) fn server_without_auto_create_accepts_every_dispatch(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.own_stack_with("room:\n  auto_create: false\n", &[])?;
@@ -332,7 +340,7 @@ pub fn server_without_auto_create_accepts_every_dispatch(
 
 // --- the server restarts or drains ---
 
-pub fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
+pub(crate) fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
@@ -370,7 +378,7 @@ pub fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
     ))
 }
 
-pub fn calls_on_a_drained_server_end_normally(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn calls_on_a_drained_server_end_normally(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let running = Settings::new(stack)
         .set("batch.rooms", 2)

@@ -128,7 +128,7 @@ fn wait_for_batches(daemon: &Daemon, count: f64, limit: Duration) -> anyhow::Res
     })
 }
 
-pub fn outage_fails_only_the_batches_within_it(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn outage_fails_only_the_batches_within_it(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
@@ -297,7 +297,7 @@ impl Database {
     }
 }
 
-pub fn killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms(
+pub(crate) fn killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
@@ -508,7 +508,7 @@ fn lint(metrics: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub fn prometheus_has_the_same_counts_as_the_history(_: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn prometheus_has_the_same_counts_as_the_history(_: &Fixture) -> anyhow::Result<String> {
     let dir = DaemonDir::new()?;
     let prometheus_dir = tempfile::tempdir()?;
     let sandbox = Stack::sandbox(AGENT, &[])?;

@@ -14,7 +14,7 @@ use support::{SHORT_TIMEOUT, wait_for};
 use crate::timeline::Timeline;
 
 /// The server and the agents of one scenario.
-pub struct Fixture<'a> {
+pub(crate) struct Fixture<'a> {
     kind: StackKind,
     /// On the real stack: a server with all agents of [`Behaviour`], for scenarios that don't harm it.
     shared: Option<&'a Stack>,
@@ -25,7 +25,7 @@ pub struct Fixture<'a> {
 }
 
 impl<'a> Fixture<'a> {
-    pub fn new(kind: StackKind, shared: Option<&'a Stack>) -> Self {
+    pub(crate) fn new(kind: StackKind, shared: Option<&'a Stack>) -> Self {
         Self {
             kind,
             shared,
@@ -35,7 +35,7 @@ impl<'a> Fixture<'a> {
     }
 
     /// A stack whose agent has this behaviour in every room.
-    pub fn stack(&self, behaviour: &Behaviour) -> anyhow::Result<&Stack> {
+    pub(crate) fn stack(&self, behaviour: &Behaviour) -> anyhow::Result<&Stack> {
         match self.shared {
             Some(shared) => Ok(shared),
             None => self.own_stack(&[], behaviour),
@@ -43,13 +43,17 @@ impl<'a> Fixture<'a> {
     }
 
     /// Such a stack, and settings that call its agent.
-    pub fn call(&self, behaviour: &Behaviour) -> anyhow::Result<(&Stack, Settings)> {
+    pub(crate) fn call(&self, behaviour: &Behaviour) -> anyhow::Result<(&Stack, Settings)> {
         let stack = self.stack(behaviour)?;
         Ok((stack, Settings::new(stack).behaviour(behaviour)))
     }
 
     /// A stack that the scenario may harm. On the real stack, its workers are those of `agents`.
-    pub fn own_stack(&self, agents: &[Agent], behaviour: &Behaviour) -> anyhow::Result<&Stack> {
+    pub(crate) fn own_stack(
+        &self,
+        agents: &[Agent],
+        behaviour: &Behaviour,
+    ) -> anyhow::Result<&Stack> {
         self.set_own(match self.kind {
             StackKind::Real => Stack::real(agents)?,
             StackKind::Sandbox => Stack::sandbox(behaviour.agent, &behaviour.faults)?,
@@ -58,12 +62,16 @@ impl<'a> Fixture<'a> {
     }
 
     /// A real stack with additional settings of the server, in YAML.
-    pub fn own_stack_with(&self, settings: &str, agents: &[Agent]) -> anyhow::Result<&Stack> {
+    pub(crate) fn own_stack_with(
+        &self,
+        settings: &str,
+        agents: &[Agent],
+    ) -> anyhow::Result<&Stack> {
         self.set_own(Stack::real_with(settings, agents)?)
     }
 
     /// A real stack on the far side of a veth pair.
-    pub fn stack_behind_veth(&self, agents: &[Agent]) -> anyhow::Result<&Stack> {
+    pub(crate) fn stack_behind_veth(&self, agents: &[Agent]) -> anyhow::Result<&Stack> {
         self.set_own(Stack::real_behind_veth(agents)?)
     }
 
@@ -75,20 +83,20 @@ impl<'a> Fixture<'a> {
         self.own.get().context("set above")
     }
 
-    pub fn into_timelines(self) -> Vec<Timeline> {
+    pub(crate) fn into_timelines(self) -> Vec<Timeline> {
         self.timelines.into_inner()
     }
 
     /// The lines of the logs about the rooms that `error` names. If the scenario started a stack, the last lines of its logs,
     /// too.
-    pub fn logs(&self, error: &str) -> String {
+    pub(crate) fn logs(&self, error: &str) -> String {
         let shared = self.shared.map(|stack| stack.logs_about(error));
         let own = self.own.get().map(Stack::logs);
         [shared, own].into_iter().flatten().collect()
     }
 
     /// No room is left on the scenario's sandbox. The shared real stack is checked after the last scenario.
-    pub fn expect_no_rooms(&self) -> anyhow::Result<()> {
+    pub(crate) fn expect_no_rooms(&self) -> anyhow::Result<()> {
         // A server that was killed or frozen doesn't respond.
         if let (StackKind::Sandbox, Some(stack)) = (self.kind, self.own.get())
             && let Ok(left) = stack.api.rooms()
@@ -100,7 +108,7 @@ impl<'a> Fixture<'a> {
 }
 
 /// The exit code is `code`, and the rooms have these verdicts.
-pub fn expect(
+pub(crate) fn expect(
     fixture: &Fixture,
     finished: &Finished,
     code: i32,
@@ -119,7 +127,7 @@ pub fn expect(
 }
 
 /// None of the batch's rooms is on the server.
-pub fn expect_gone(stack: &Stack, batch: &Batch) -> anyhow::Result<()> {
+pub(crate) fn expect_gone(stack: &Stack, batch: &Batch) -> anyhow::Result<()> {
     let rooms = stack.api.rooms()?;
     let left: Vec<_> = batch
         .probes
@@ -131,7 +139,7 @@ pub fn expect_gone(stack: &Stack, batch: &Batch) -> anyhow::Result<()> {
 }
 
 /// All rooms are ok, the exit code is 0, and no room is left on the server.
-pub fn expect_ok(
+pub(crate) fn expect_ok(
     fixture: &Fixture,
     stack: &Stack,
     finished: &Finished,
@@ -143,7 +151,7 @@ pub fn expect_ok(
 }
 
 /// The agent heard the echo of its whole greeting, once, after the greeting. Returns the seconds between the two.
-pub fn expect_heard(stack: &Stack, probe: &Probe) -> anyhow::Result<f64> {
+pub(crate) fn expect_heard(stack: &Stack, probe: &Probe) -> anyhow::Result<f64> {
     let events = stack.events()?;
     let of_room = |name: &str| {
         events
@@ -171,7 +179,10 @@ pub fn expect_heard(stack: &Stack, probe: &Probe) -> anyhow::Result<f64> {
 }
 
 /// The minimum and the maximum of a figure over all probes, as text.
-pub fn range(batch: &Batch, figure: impl Fn(&Probe) -> Option<f64>) -> anyhow::Result<String> {
+pub(crate) fn range(
+    batch: &Batch,
+    figure: impl Fn(&Probe) -> Option<f64>,
+) -> anyhow::Result<String> {
     let figures: Option<Vec<_>> = batch.probes.iter().map(figure).collect();
     let figures = figures.with_context(|| format!("a figure is missing: {batch:?}"))?;
     let min = figures.iter().copied().fold(f64::INFINITY, f64::min);
@@ -179,12 +190,12 @@ pub fn range(batch: &Batch, figure: impl Fn(&Probe) -> Option<f64>) -> anyhow::R
     Ok(format!("{min:.3}-{max:.3} s"))
 }
 
-pub fn join_delays(batch: &Batch) -> anyhow::Result<String> {
+pub(crate) fn join_delays(batch: &Batch) -> anyhow::Result<String> {
     range(batch, |probe| probe.join_delay_seconds)
 }
 
 /// Waits for an event of the job whose metadata contains `tag`.
-pub fn wait_for_job(stack: &Stack, tag: &str, event: &str) -> anyhow::Result<AgentEvent> {
+pub(crate) fn wait_for_job(stack: &Stack, tag: &str, event: &str) -> anyhow::Result<AgentEvent> {
     let job = stack.wait_for_event("the job to start", SHORT_TIMEOUT, |seen| {
         seen.name() == "job" && seen.text("metadata").contains(tag)
     })?;
@@ -197,7 +208,7 @@ pub fn wait_for_job(stack: &Stack, tag: &str, event: &str) -> anyhow::Result<Age
 }
 
 /// Waits until the agent has greeted in two rooms of the scenario's own stack.
-pub fn wait_for_two_greetings(stack: &Stack) -> anyhow::Result<()> {
+pub(crate) fn wait_for_two_greetings(stack: &Stack) -> anyhow::Result<()> {
     wait_for("two greetings", Duration::from_secs(40), || {
         let events = stack.events()?;
         let greeted = events.iter().filter(|event| event.name() == "greeted");
@@ -207,7 +218,7 @@ pub fn wait_for_two_greetings(stack: &Stack) -> anyhow::Result<()> {
 
 /// The reason that the server's list of jobs calls for when no agent joins `room`. The list is read until the canary deletes
 /// the dispatch: the server may list a running job at once, later or never.
-pub fn reason_by_listed_jobs(stack: &Stack, room: &str) -> anyhow::Result<&'static str> {
+pub(crate) fn reason_by_listed_jobs(stack: &Stack, room: &str) -> anyhow::Result<&'static str> {
     let mut last = 0;
     wait_for("the dispatch to be deleted", SHORT_TIMEOUT, || {
         let listed = stack.api.jobs(room, AGENT)?;
@@ -222,7 +233,7 @@ pub fn reason_by_listed_jobs(stack: &Stack, room: &str) -> anyhow::Result<&'stat
 }
 
 /// A batch of one room whose agent doesn't join. Its reason is the one that the server's list of jobs calls for.
-pub fn expect_no_agent(
+pub(crate) fn expect_no_agent(
     fixture: &Fixture,
     behaviour: Behaviour,
     tag: &str,
@@ -238,7 +249,7 @@ pub fn expect_no_agent(
 
 /// A batch of one room whose agent joins and then fails. The origin is the agent, and there is a join delay. Returns the
 /// batch and a summary.
-pub fn expect_agent_fault(
+pub(crate) fn expect_agent_fault(
     fixture: &Fixture,
     stack: &Stack,
     settings: &Settings,
@@ -259,7 +270,7 @@ pub fn expect_agent_fault(
 }
 
 /// The same with short deadlines for the track and for speech.
-pub fn expect_faulty(
+pub(crate) fn expect_faulty(
     fixture: &Fixture,
     behaviour: &Behaviour,
     reason: &str,
@@ -274,7 +285,7 @@ pub fn expect_faulty(
 const UDP_BLOCKED: &str = "media runs over TCP: UDP doesn't get through";
 
 /// Whether a note says that UDP is blocked.
-pub fn notes_blocked_udp(probe: &Probe) -> bool {
+pub(crate) fn notes_blocked_udp(probe: &Probe) -> bool {
     let mut notes = probe.evidence.notes.iter();
     notes.any(|note| note.contains(UDP_BLOCKED))
 }

@@ -17,10 +17,10 @@ use crate::fixture::Fixture;
 
 mod faults;
 
-pub use faults::FAULTS;
+pub(crate) use faults::FAULTS;
 
 /// A row of the matrix.
-pub struct Fault {
+pub(crate) struct Fault {
     pub name: &'static str,
     expected: Expected,
     /// The origin of the failure; `None` if there is none. It decides in which service levels the probe may count.
@@ -38,9 +38,9 @@ pub struct Fault {
 }
 
 /// Causes the fault, and returns what the daemon made of it.
-pub type Inject = fn(&Fixture) -> anyhow::Result<Observation>;
+pub(crate) type Inject = fn(&Fixture) -> anyhow::Result<Observation>;
 
-pub enum OnStack {
+pub(crate) enum OnStack {
     Can(Inject),
     /// Why the stack can't cause the fault.
     Cannot(&'static str),
@@ -56,14 +56,14 @@ enum Expected {
 const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
 
 /// A verdict that is as expected.
-pub struct FaultVerdict {
+pub(crate) struct FaultVerdict {
     pub summary: String,
     /// From the start of the batch to its end.
     pub seconds: f64,
 }
 
 impl Fault {
-    pub fn on(&self, stack: StackKind) -> Option<Result<Inject, &'static str>> {
+    pub(crate) fn on(&self, stack: StackKind) -> Option<Result<Inject, &'static str>> {
         let on_stack = match stack {
             StackKind::Sandbox => &self.sandbox,
             StackKind::Real => &self.real,
@@ -76,7 +76,7 @@ impl Fault {
     }
 
     /// The expectation as text, for the table.
-    pub fn expected(&self) -> String {
+    pub(crate) fn expected(&self) -> String {
         let verdict = self.expected.text();
         let origin = self.origin.map(|origin| format!(" ({})", origin.label()));
         let origin = origin.unwrap_or_default();
@@ -84,7 +84,7 @@ impl Fault {
     }
 
     /// Causes the fault, and checks the result.
-    pub fn run(&self, inject: Inject, fixture: &Fixture) -> anyhow::Result<FaultVerdict> {
+    pub(crate) fn run(&self, inject: Inject, fixture: &Fixture) -> anyhow::Result<FaultVerdict> {
         let seen = inject(fixture)?;
         let verdict = self.check(&seen);
         verdict.with_context(|| format!("{}\n{:?}", seen.record, seen.batch))
@@ -208,7 +208,7 @@ fn verdict_of(probe: &Probe) -> String {
 }
 
 /// How many faults count in which service levels, for the reader of the table.
-pub fn summary() -> String {
+pub(crate) fn summary() -> String {
     let count = |start: &str| {
         let faults = FAULTS.iter().filter(|fault| fault.slis.starts_with(start));
         faults.count()
@@ -221,7 +221,7 @@ pub fn summary() -> String {
 }
 
 /// The problems of the table itself: a reason or a limit without a fault, or a fault that counts in the wrong service levels.
-pub fn gaps() -> Vec<String> {
+pub(crate) fn gaps() -> Vec<String> {
     let covered = |expected: Expected| {
         let text = expected.text();
         FAULTS.iter().any(|fault| fault.expected.text() == text)
@@ -253,14 +253,14 @@ pub fn gaps() -> Vec<String> {
 // --- one batch in a daemon ---
 
 /// A daemon with the one batch that it runs.
-pub struct DaemonBatch {
+pub(crate) struct DaemonBatch {
     daemon: Daemon,
     batch_id: String,
     _dir: DaemonDir,
 }
 
 /// The result of the batch.
-pub struct Observation {
+pub(crate) struct Observation {
     batch: Batch,
     /// The JSON of its first probe.
     record: String,
@@ -270,12 +270,12 @@ pub struct Observation {
 }
 
 impl DaemonBatch {
-    pub fn start(settings: &Settings) -> anyhow::Result<Self> {
+    pub(crate) fn start(settings: &Settings) -> anyhow::Result<Self> {
         Self::start_with(settings, NO_LINGER, &[])
     }
 
     /// With settings of the daemon's shutdown, and with environment variables.
-    pub fn start_with(
+    pub(crate) fn start_with(
         settings: &Settings,
         lifetime: &str,
         variables: &[(&str, &str)],
@@ -291,7 +291,7 @@ impl DaemonBatch {
     }
 
     /// Waits for the end of the batch.
-    pub fn verdict(&self) -> anyhow::Result<Observation> {
+    pub(crate) fn verdict(&self) -> anyhow::Result<Observation> {
         let record = self.daemon.wait_for_batch(&self.batch_id)?;
         let text = record.to_string();
         let metrics = self.daemon.http.text("/metrics")?;
@@ -307,7 +307,7 @@ impl DaemonBatch {
     }
 
     /// Waits until no room of the batch is left on the server, and ends the daemon.
-    pub fn end(self, stack: &Stack, seen: &Observation) -> anyhow::Result<()> {
+    pub(crate) fn end(self, stack: &Stack, seen: &Observation) -> anyhow::Result<()> {
         // A server that was killed has no rooms.
         if stack.api.rooms().is_ok() {
             self.daemon.wait_for("the rooms to be deleted", || {
@@ -319,14 +319,14 @@ impl DaemonBatch {
     }
 
     /// Waits for the end of the batch, and ends the daemon.
-    pub fn finish(self, stack: &Stack) -> anyhow::Result<Observation> {
+    pub(crate) fn finish(self, stack: &Stack) -> anyhow::Result<Observation> {
         let seen = self.verdict()?;
         self.end(stack, &seen)?;
         Ok(seen)
     }
 
     /// Stops the daemon while the batch runs. The daemon must linger, so that it still responds after the end of the batch.
-    pub fn stop(self, stack: &Stack) -> anyhow::Result<Observation> {
+    pub(crate) fn stop(self, stack: &Stack) -> anyhow::Result<Observation> {
         self.daemon.signal(Signal::TERM)?;
         let seen = self.verdict()?;
         let left = rooms_left(stack, &seen)?;
@@ -345,7 +345,7 @@ fn rooms_left(stack: &Stack, seen: &Observation) -> anyhow::Result<Vec<String>> 
 impl Observation {
     /// The same with the reason that the server's list of jobs calls for.
     #[must_use]
-    pub fn with_reason_by_jobs(mut self, reason: &'static str) -> Self {
+    pub(crate) fn with_reason_by_jobs(mut self, reason: &'static str) -> Self {
         self.reason_by_jobs = Some(reason);
         self
     }

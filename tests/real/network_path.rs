@@ -78,14 +78,16 @@ fn expect_figures(fixture: &Fixture, stack: &Stack, loss: f64) -> anyhow::Result
     Ok(seen)
 }
 
-pub fn measured_loss_and_jitter_match_the_network(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn measured_loss_and_jitter_match_the_network(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
     let few = expect_figures(fixture, stack, 0.05)?;
     let many = expect_figures(fixture, stack, 0.2)?;
     Ok(format!("2 ok; {few}; {many}"))
 }
 
-pub fn join_delay_of_a_distant_server_contains_the_network_delay_once(
+pub(crate) fn join_delay_of_a_distant_server_contains_the_network_delay_once(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let delay = Duration::from_millis(150);

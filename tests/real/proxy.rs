@@ -11,7 +11,7 @@ use support::wait_for;
 use tempfile::TempDir;
 
 /// A proxy that ends TLS, as LiveKit Cloud does, with a certificate of a private authority.
-pub struct TlsProxy {
+pub(crate) struct TlsProxy {
     /// With the host that the certificate should have: `localhost`.
     pub url: String,
     /// The certificate of the authority.
@@ -22,7 +22,7 @@ pub struct TlsProxy {
 
 impl TlsProxy {
     /// `name` is the host name in the certificate.
-    pub fn start(stack: &Stack, name: &str) -> anyhow::Result<Self> {
+    pub(crate) fn start(stack: &Stack, name: &str) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let (authority, server) = certificates(name)?;
         let ca_file = dir.path().join("ca.pem");
@@ -40,7 +40,7 @@ impl TlsProxy {
 }
 
 /// A proxy that responds to some requests itself.
-pub struct Interceptor {
+pub(crate) struct Interceptor {
     pub url: String,
     _process: Process,
     _dir: TempDir,
@@ -48,7 +48,7 @@ pub struct Interceptor {
 
 impl Interceptor {
     /// `rules` are lines of haproxy's configuration.
-    pub fn start(stack: &Stack, rules: &str) -> anyhow::Result<Self> {
+    pub(crate) fn start(stack: &Stack, rules: &str) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let (port, process) = haproxy(dir.path(), stack, "", rules)?;
         Ok(Self {

@@ -27,7 +27,7 @@ const CLOCK_RATE: f64 = 48_000.0;
 
 /// What the network does to packets.
 #[derive(Clone, Copy)]
-pub struct Path {
+pub(crate) struct Path {
     /// In each direction, for all packets.
     pub delay: Duration,
     /// The maximum additional delay of a datagram from the server. Datagrams stay in order, as in a queue.
@@ -38,13 +38,13 @@ pub struct Path {
 
 /// The addresses of the server that the relay forwards to.
 #[derive(Clone, Copy)]
-pub struct Server {
+pub(crate) struct Server {
     pub api: SocketAddr,
     pub media: SocketAddr,
 }
 
 /// Dropping the relay stops it.
-pub struct Relay {
+pub(crate) struct Relay {
     /// The ports of the relay for the API and for media.
     pub ports: (u16, u16),
     delivered: Arc<Mutex<Vec<Packet>>>,
@@ -62,7 +62,7 @@ struct Packet {
 }
 
 /// The figures that a receiver of the delivered packets must measure.
-pub struct Expected {
+pub(crate) struct Expected {
     pub packets: usize,
     pub lost: usize,
     /// Seconds; RFC 3550, 6.4.1.
@@ -71,7 +71,7 @@ pub struct Expected {
 
 impl Relay {
     /// Starts a relay in front of `server`, in the network namespace of this name.
-    pub fn start(namespace: &str, server: Server, path: Path) -> anyhow::Result<Self> {
+    pub(crate) fn start(namespace: &str, server: Server, path: Path) -> anyhow::Result<Self> {
         let namespace = File::open(format!("/run/netns/{namespace}"))?;
         let delivered = Arc::new(Mutex::new(Vec::new()));
         let stop = CancellationToken::new();
@@ -99,7 +99,7 @@ impl Relay {
     }
 
     /// The figures of the stream with the most packets, up to the Unix time `until`.
-    pub fn expected(&self, until: f64) -> anyhow::Result<Expected> {
+    pub(crate) fn expected(&self, until: f64) -> anyhow::Result<Expected> {
         let delivered = self
             .delivered
             .lock()

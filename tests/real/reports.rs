@@ -53,24 +53,30 @@ fn expect_inference_limit(
     Ok(probe.detail.clone().unwrap_or_default())
 }
 
-pub fn llm_that_responds_with_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn llm_that_responds_with_429_is_a_plan_limit(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let behaviour = Behaviour::whose_model_fails("llm", "429", "inference_error=status_code=429");
     expect_inference_limit(fixture, &behaviour, "status_code=429")
 }
 
-pub fn tts_that_responds_with_429_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn tts_that_responds_with_429_is_a_plan_limit(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let behaviour = Behaviour::whose_model_fails("tts", "429", "inference_error=status_code=429");
     expect_inference_limit(fixture, &behaviour, "status_code=429")
 }
 
-pub fn exhausted_inference_quota_is_a_plan_limit(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn exhausted_inference_quota_is_a_plan_limit(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let quota = "inference_quota_exceeded";
     let behaviour =
         Behaviour::whose_model_fails("llm", "quota", &format!("inference_error={quota}"));
     expect_inference_limit(fixture, &behaviour, quota)
 }
 
-pub fn other_error_of_an_llm_is_evidence_of_a_silent_agent(
+pub(crate) fn other_error_of_an_llm_is_evidence_of_a_silent_agent(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let behaviour = Behaviour::whose_model_fails("llm", "500", "inference_error=status_code=500");
@@ -78,7 +84,7 @@ pub fn other_error_of_an_llm_is_evidence_of_a_silent_agent(
     Ok(note(&batch, "status_code=500")?.to_owned())
 }
 
-pub fn transcript_is_recorded_if_the_target_requests_it(
+pub(crate) fn transcript_is_recorded_if_the_target_requests_it(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (batch, finished) = converse(fixture, true)?;
@@ -105,7 +111,7 @@ pub fn transcript_is_recorded_if_the_target_requests_it(
     Ok(format!("3 segments, at {} s", at.join(", ")))
 }
 
-pub fn transcript_is_not_recorded_by_default(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn transcript_is_not_recorded_by_default(fixture: &Fixture) -> anyhow::Result<String> {
     let (batch, finished) = converse(fixture, false)?;
     ensure!(batch.probes[0].transcript.is_none());
     for text in ["Good day", "hello there"] {
@@ -114,7 +120,9 @@ pub fn transcript_is_not_recorded_by_default(fixture: &Fixture) -> anyhow::Resul
     Ok("ok, no transcript, and none of its words in any output".to_owned())
 }
 
-pub fn metrics_of_the_agent_session_are_evidence(fixture: &Fixture) -> anyhow::Result<String> {
+pub(crate) fn metrics_of_the_agent_session_are_evidence(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
     let (batch, _) = converse(fixture, false)?;
     let turns = &batch.probes[0].evidence.agent_metrics;
     let speakers: Vec<_> = turns.iter().map(|turn| turn["speaker"].as_str()).collect();

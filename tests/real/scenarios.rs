@@ -52,7 +52,7 @@ use crate::reports::{
     tts_that_responds_with_429_is_a_plan_limit,
 };
 
-pub struct Scenario {
+pub(crate) struct Scenario {
     /// The sentence that is false if the scenario fails.
     pub name: &'static str,
     pub expected: &'static str,
@@ -65,11 +65,11 @@ pub struct Scenario {
     run: Run,
 }
 
-pub type Run = fn(&Fixture) -> anyhow::Result<String>;
+pub(crate) type Run = fn(&Fixture) -> anyhow::Result<String>;
 
 impl Scenario {
     /// The scenario on this kind of stack, or why it can't run there. `None` if it isn't meant for it.
-    pub fn on(&self, stack: StackKind) -> Option<Result<Run, &'static str>> {
+    pub(crate) fn on(&self, stack: StackKind) -> Option<Result<Run, &'static str>> {
         match (stack, self.real_only) {
             (StackKind::Sandbox, Some(why)) => Some(Err(why)),
             (StackKind::Sandbox, None) | (StackKind::Real, _) => Some(Ok(self.run)),
@@ -92,7 +92,7 @@ const NO_RESTART: &str = "it ends at once, and listens on another port after a r
 macro_rules! scenarios {
     ($($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
         /// The longest first, so that no long one runs alone at the end.
-        pub const SCENARIOS: &[Scenario] = &[
+        pub(crate) const SCENARIOS: &[Scenario] = &[
             $(Scenario {
                 name: stringify!($name),
                 expected: $expected,

@@ -53,7 +53,7 @@ const FREE: &[(&str, &[&str])] = &[
 /// Only an agent with a session reports its state. For a silent agent, `agent.py` starts no session.
 const OPTIONAL: &str = "AgentListening";
 
-pub struct Timeline {
+pub(crate) struct Timeline {
     /// A signal ended the probe, at any milestone.
     aborted: bool,
     /// The milestones with their seconds since the start of the probe.
@@ -61,7 +61,7 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    pub fn new(probe: &Probe) -> Self {
+    pub(crate) fn new(probe: &Probe) -> Self {
         let marks = probe.milestones.iter();
         Self {
             aborted: probe.outcome == "aborted",
@@ -95,7 +95,7 @@ impl Timeline {
 }
 
 /// The differences between the rooms of a scenario on two stacks.
-pub fn differences(one: &[Timeline], other: &[Timeline]) -> Vec<String> {
+pub(crate) fn differences(one: &[Timeline], other: &[Timeline]) -> Vec<String> {
     if one.len() != other.len() {
         return vec![format!("{} rooms and {}", one.len(), other.len())];
     }

@@ -5,12 +5,12 @@ use std::fmt::Write as _;
 
 /// Seconds between two scrapes. With 20 s, no window of the rules begins at a scrape: Prometheus 2 would count that scrape,
 /// Prometheus 3 would not.
-pub const SCRAPE_INTERVAL: usize = 20;
+pub(crate) const SCRAPE_INTERVAL: usize = 20;
 const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
 
 /// The settings of a canary.
 #[derive(Debug, Clone, Copy)]
-pub struct Reference {
+pub(crate) struct Reference {
     pub name: &'static str,
     pub rooms: usize,
     /// Minutes between two ticks.
@@ -20,7 +20,7 @@ pub struct Reference {
 
 /// What happens at a tick.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Event {
+pub(crate) enum Event {
     Good,
     /// Only the first room fails.
     OneRoom,
@@ -65,13 +65,13 @@ pub enum Event {
 }
 
 /// The story of a canary: what happens at each tick, from minute 0 on.
-pub struct Story {
+pub(crate) struct Story {
     pub reference: Reference,
     pub events: Vec<Event>,
 }
 
 impl Story {
-    pub fn new(reference: Reference, events: &[(usize, Event)]) -> Self {
+    pub(crate) fn new(reference: Reference, events: &[(usize, Event)]) -> Self {
         let events = events.iter();
         let events = events.flat_map(|(count, event)| std::iter::repeat_n(*event, *count));
         Self {
@@ -80,12 +80,12 @@ impl Story {
         }
     }
 
-    pub fn minutes(&self) -> usize {
+    pub(crate) fn minutes(&self) -> usize {
         self.events.len() * self.reference.every
     }
 
     /// All series of the story with their values.
-    pub fn series(&self) -> Vec<(String, String)> {
+    pub(crate) fn series(&self) -> Vec<(String, String)> {
         let mut canary = Canary::new(self);
         for (tick, event) in self.events.iter().enumerate() {
             let later = self.events[tick + 1..].iter();

@@ -29,7 +29,7 @@ const LISTED: &str = "it may list a running job or not: see agent_that_never_con
 macro_rules! faults {
     ($($name:ident: $verdict:expr, $origin:expr, $slis:literal, within $within:literal, $evidence:expr,
         sandbox $sandbox:expr, real $real:expr $(, mock $mock:expr)?;)*) => {
-        pub static FAULTS: &[Fault] = &[
+        pub(crate) static FAULTS: &[Fault] = &[
             $(Fault {
                 name: stringify!($name),
                 expected: $verdict,
