@@ -437,7 +437,7 @@ fn emit_to(events: mpsc::Sender<BatchEvent>, index: usize) -> Emit {
     })
 }
 
-/// Repermits the reservation by the billed time. If the deletion is unconfirmed, the agent may still be in the room, so at
+/// Settles the reservation at the billed time. If the deletion is unconfirmed, the agent may still be in the room, so at
 /// least the worst case is billed.
 fn settle(reservation: Reservation, report: &ProbeReport) {
     let billed = match report.billed() {
