@@ -369,10 +369,7 @@ fn exponential(backoff: &Backoff, earlier: u32) -> Duration {
         .min(backoff.longest)
 }
 
-// In a file `tests.rs`, because the architecture test skips files of that name.
 #[cfg(test)]
-mod sandbox {
-    mod tests;
-}
+mod sandbox_tests;
 #[cfg(test)]
 mod tests;

@@ -295,7 +295,7 @@ async fn rooms_of_a_killed_process_were_reserved_and_the_next_process_sweeps_the
         let values = [stage.folder.path().as_os_str(), url.as_str().as_ref()];
         let variables = [(CHILD[0], values[0]), (CHILD[1], values[1])];
         tokio::task::block_in_place(|| {
-            run_and_kill("guard::sandbox::tests::child", lines, &variables)
+            run_and_kill("guard::sandbox_tests::child", lines, &variables)
         });
 
         let history = open(stage.folder.path());
