@@ -34,7 +34,7 @@ pub struct NotOpened {
     pub rooms: usize,
     pub why: String,
     /// If a guard rail denied the next room.
-    pub refusal: Option<Denial>,
+    pub denial: Option<Denial>,
 }
 
 /// The result of a batch as a whole.

@@ -54,7 +54,7 @@ pub(super) struct Ramp {
 #[derive(Debug)]
 struct RampStop {
     why: String,
-    refusal: Option<Denial>,
+    denial: Option<Denial>,
 }
 
 impl Ramp {
@@ -146,7 +146,7 @@ impl Ramp {
 
     /// The first reason is final.
     fn stop(&mut self, why: String) {
-        self.stopped.get_or_insert(RampStop { why, refusal: None });
+        self.stopped.get_or_insert(RampStop { why, denial: None });
     }
 
     pub(super) fn halt(&mut self, why: String) {
@@ -157,7 +157,7 @@ impl Ramp {
     pub(super) fn denied(&mut self, denial: Denial) {
         self.stopped.get_or_insert(RampStop {
             why: denial.to_string(),
-            refusal: Some(denial),
+            denial: Some(denial),
         });
         self.halted = true;
     }
@@ -175,7 +175,7 @@ impl Ramp {
             NotOpened {
                 rooms,
                 why: stop.why,
-                refusal: stop.refusal,
+                denial: stop.denial,
             }
         })
     }

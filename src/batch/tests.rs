@@ -456,9 +456,9 @@ async fn denial_by_the_budget_opens_no_further_room_and_is_reported() {
         let ran = run_guarded(plan_of(ramp, 5), admission(&guard).await, abort, script).await;
         assert_eq!(ran.outcomes, [Outcome::Ok, Outcome::Ok], "{ramp:?}");
         let not_opened = ran.not_opened.unwrap();
-        let refusal = not_opened.refusal.unwrap();
-        assert_eq!((not_opened.rooms, refusal.label()), (3, "budget"));
-        assert_eq!(not_opened.why, refusal.to_string());
+        let denial = not_opened.denial.unwrap();
+        assert_eq!((not_opened.rooms, denial.label()), (3, "budget"));
+        assert_eq!(not_opened.why, denial.to_string());
         // Two minutes each, and nothing for the rooms that were denied.
         assert_eq!(used_minutes(&guard), 4, "{ramp:?}");
     }
@@ -474,7 +474,7 @@ async fn project_in_backoff_opens_no_room() {
     assert_eq!(ran.outcomes, []);
     let not_opened = ran.not_opened.unwrap();
     assert_eq!(not_opened.rooms, 3);
-    assert_eq!(not_opened.refusal.unwrap().label(), "backoff");
+    assert_eq!(not_opened.denial.unwrap().label(), "backoff");
     assert_eq!(used_minutes(&guard), 0);
 }
 
@@ -503,9 +503,9 @@ async fn rejection_reaches_the_guard_at_once_and_stops_another_batch_of_the_proj
     );
     assert_eq!(why(&one), (1, "plan limit reached"));
     assert_eq!(other.outcomes, [Outcome::Ok]);
-    let refusal = other.not_opened.unwrap().refusal.unwrap();
-    assert_eq!(refusal.label(), "backoff");
-    let rest = refusal.until().unwrap() - Utc::now();
+    let denial = other.not_opened.unwrap().denial.unwrap();
+    assert_eq!(denial.label(), "backoff");
+    let rest = denial.until().unwrap() - Utc::now();
     assert!(
         rest > chrono::TimeDelta::seconds(60),
         "as the answer said: {rest}"

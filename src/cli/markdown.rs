@@ -173,7 +173,7 @@ mod tests {
             Some(NotOpened {
                 rooms: 1,
                 why,
-                refusal: None,
+                denial: None,
             }),
         );
         let text = render(&batch, &Target::default(), &project());

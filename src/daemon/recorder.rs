@@ -83,7 +83,7 @@ impl Recorder {
 
     fn record_batch(&self, report: &BatchReport) {
         if let Some(NotOpened {
-            refusal: Some(denial),
+            denial: Some(denial),
             ..
         }) = &report.not_opened
             && report.probes.is_empty()

@@ -259,8 +259,8 @@ async fn each_plan_limit_that_livekit_names_stops_the_batch_and_starts_a_backoff
 
         let next = stage.batch(3).await;
         assert_eq!(next.probes.len(), 0, "{fault}");
-        let refusal = next.not_opened.as_ref().unwrap().refusal.as_ref().unwrap();
-        assert_eq!(refusal.label(), "backoff", "{fault}");
+        let denial = next.not_opened.as_ref().unwrap().denial.as_ref().unwrap();
+        assert_eq!(denial.label(), "backoff", "{fault}");
         stage.close().await;
     }
 }

@@ -206,7 +206,7 @@ pub(crate) fn mixed() -> BatchReport {
         Some(NotOpened {
             rooms: 1,
             why: "plan limit reached".to_owned(),
-            refusal: None,
+            denial: None,
         }),
     )
 }
