@@ -72,7 +72,7 @@ pub enum InternalError {
     Batch,
     /// The sweep of orphaned rooms failed.
     Janitor,
-    /// The history can't be written, or can't store a batch. See [`History::faults`](crate::history::History::faults).
+    /// The history can't be written, or can't store a batch. The history counts these faults itself.
     History,
     /// The HTTP server failed, or a handler panicked.
     Http,
