@@ -4,7 +4,6 @@ use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use anyhow::{Context as _, ensure};
@@ -12,6 +11,7 @@ use anyhow::{Context as _, ensure};
 /// Removes the namespaces and addresses of runs that were killed. Agents and media would use them, too.
 pub fn sweep() -> anyhow::Result<()> {
     Namespace::sweep()?;
+    Bridge::sweep()?;
     LoopbackIpv6::sweep()
 }
 
@@ -22,7 +22,53 @@ fn has_ended(process: &str) -> bool {
 /// Namespaces that no stack uses yet.
 static FREE: Mutex<Vec<Weak<Namespace>>> = Mutex::new(Vec::new());
 
-/// A network namespace that a veth pair joins to ours.
+/// A bridge to the namespaces of this process. Its address is the only one that they add to our side.
+///
+/// The WebRTC stack of an agent tries every local address with every address of the server. With an address for each
+/// namespace, the agents of a run took more CPU time for that than for their calls.
+struct Bridge {
+    device: String,
+    /// The third byte of its network, 10.231.x.0/24. Two runs at the same time must not share one.
+    net: u8,
+}
+
+impl Bridge {
+    const PREFIX: &str = "cnb";
+
+    fn create() -> anyhow::Result<Self> {
+        let process = std::process::id();
+        let this = Self {
+            device: format!("{}{process}", Self::PREFIX),
+            net: u8::try_from(process % 256)?,
+        };
+        let (device, net) = (&this.device, this.net);
+        ip(&format!("link add {device} type bridge"))?;
+        ip(&format!("addr add 10.231.{net}.1/24 dev {device}"))?;
+        ip(&format!("link set {device} up"))?;
+        Ok(this)
+    }
+
+    /// Deletes the bridges of killed runs. Each is one more path that every agent tries.
+    fn sweep() -> anyhow::Result<()> {
+        for entry in fs::read_dir("/sys/class/net")? {
+            let name = entry?.file_name();
+            let name = name.to_str().unwrap_or_default();
+            if name.strip_prefix(Self::PREFIX).is_some_and(has_ended) {
+                ip(&format!("link del {name}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        // Fails only if the bridge could not be created.
+        let _ = ip(&format!("link del {}", self.device));
+    }
+}
+
+/// A network namespace that a veth pair and a bridge join to ours.
 ///
 /// When an interface appears or disappears, the WebRTC stack of every agent on the machine looks for new paths, and some
 /// calls lose seconds of audio. So all namespaces are created before the first agent starts, and deleted after the last has
@@ -33,19 +79,22 @@ pub struct Namespace {
     address: Ipv4Addr,
     /// The device of the end in the namespace.
     device: String,
+    /// Is deleted with the last of its namespaces.
+    _bridge: Arc<Bridge>,
 }
 
 impl Namespace {
     /// Creates `count` namespaces for stacks to use. They exist until the returned values are dropped.
-    pub fn prepare(count: usize) -> anyhow::Result<Vec<Arc<Self>>> {
-        let created = (0..count).map(|_| Ok(Arc::new(Self::create()?)));
+    pub fn prepare(count: u8) -> anyhow::Result<Vec<Arc<Self>>> {
+        let bridge = Arc::new(Bridge::create()?);
+        let created = (0..count).map(|number| Ok(Arc::new(Self::create(&bridge, number)?)));
         let created = created.collect::<anyhow::Result<Vec<_>>>()?;
         let mut free = FREE.lock().expect("no push panics");
         free.extend(created.iter().map(Arc::downgrade));
         Ok(created)
     }
 
-    /// Deletes the namespaces of killed runs. Each is one more path that every agent tries, and calls would begin late.
+    /// Deletes the namespaces of killed runs.
     fn sweep() -> anyhow::Result<()> {
         let Ok(all) = fs::read_dir("/run/netns") else {
             return Ok(());
@@ -69,30 +118,23 @@ impl Namespace {
             .context("more stacks behind a veth pair than namespaces were prepared")
     }
 
-    fn create() -> anyhow::Result<Self> {
-        static CREATED: AtomicU8 = AtomicU8::new(0);
-        let number = CREATED.fetch_add(1, Ordering::Relaxed);
-        let process = std::process::id();
-        let id = format!("{process}-{number}");
-        // A /30 network for each: two runs at the same time, and a repeated run, must not share one.
-        let (net, host) = (process % 256, number % 64 * 4);
+    fn create(bridge: &Arc<Bridge>, number: u8) -> anyhow::Result<Self> {
+        let id = format!("{}-{number}", std::process::id());
         let this = Self {
             name: format!("canary-{id}"),
-            address: format!("10.231.{net}.{}", host + 2).parse()?,
+            // The bridge has the address that ends in 1.
+            address: Ipv4Addr::new(10, 231, bridge.net, number + 2),
             device: format!("cni{id}"),
+            _bridge: Arc::clone(bridge),
         };
         let (name, outer, inner) = (&this.name, format!("cno{id}"), &this.device);
         ip(&format!("netns add {name}"))?;
         ip(&format!(
             "link add {outer} type veth peer name {inner} netns {name}"
         ))?;
+        ip(&format!("link set {outer} master {} up", bridge.device))?;
         ip(&format!(
-            "addr add 10.231.{net}.{}/30 dev {outer}",
-            host + 1
-        ))?;
-        ip(&format!("link set {outer} up"))?;
-        ip(&format!(
-            "-n {name} addr add {}/30 dev {inner}",
+            "-n {name} addr add {}/24 dev {inner}",
             this.address
         ))?;
         ip(&format!("-n {name} link set {inner} up"))?;
