@@ -244,7 +244,7 @@ struct DemoArgs {
 ///
 /// Runs the daemon with its metrics, page and history against a LiveKit server
 /// with a demo agent on this machine, and injects the fault of one reason. The
-/// target is named after the reason (drill-agent-silent). Its series `target_info`
+/// target is named after the reason (drill-agent-silent). Every series of a drill
 /// has the label drill="true", so that a route can send its alerts elsewhere.
 /// The drill uses no settings and opens rooms only on 127.0.0.1.
 #[derive(Args)]

@@ -58,7 +58,7 @@ pub(crate) struct DaemonOptions {
     pub(crate) history: History,
     pub(crate) build: Build,
     pub(crate) fault: Option<ProbeFault>,
-    /// The faults are simulated, and the `drill` label of the series shows it.
+    /// The faults are simulated, and the label `drill` of every series shows it.
     pub(crate) drill: bool,
     /// For a command that shows the batches.
     pub(crate) observer: Option<BatchObserver>,
@@ -142,7 +142,6 @@ struct Daemon {
     metrics: Metrics,
     janitor: Janitor,
     fault: Option<ProbeFault>,
-    drill: bool,
     observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,
     /// The target and the batch id of each running task.
@@ -169,7 +168,7 @@ enum BatchNotStarted {
 
 impl Daemon {
     async fn start(options: DaemonOptions) -> anyhow::Result<Self> {
-        let metrics = Metrics::new(&options.build);
+        let metrics = Metrics::new(&options.build, options.drill);
         let (ticker, ticks) = Ticker::start(Utc::now).await?;
         let started_at = Utc::now();
         let (status, status_receiver) = watch::channel(Arc::new(Status {
@@ -212,7 +211,6 @@ impl Daemon {
             counted_faults: 0,
             metrics,
             fault: options.fault,
-            drill: options.drill,
             observer: options.observer,
             batches: JoinSet::new(),
             running: HashMap::new(),

@@ -23,10 +23,12 @@ mod catalogue;
 mod family;
 mod slo;
 
-pub use catalogue::{CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX};
+pub use catalogue::{CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX, SPAN_BUCKETS};
 pub use slo::{Sli, SliVerdict};
 
-use family::{CachedRegistry, EncodedFamily, Families, ProcessMetrics, SeriesGuard};
+use family::{
+    CachedRegistry, CommonLabels, EncodedFamily, Families, ProcessMetrics, SeriesGuard,
+};
 
 /// The media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -94,6 +96,7 @@ pub struct Metrics {
 }
 
 struct MetricsInner {
+    labels: CommonLabels,
     process_metrics: ProcessMetrics,
     process: Arc<CachedRegistry<ProcessSeries>>,
     live: Mutex<LiveSeries>,
@@ -122,8 +125,10 @@ impl ProcessSeries {
 }
 
 impl Metrics {
-    pub fn new(build: &Build) -> Self {
-        let families = Families::for_process();
+    /// With `drill`, every series has the label `drill="true"`.
+    pub fn new(build: &Build, drill: bool) -> Self {
+        let labels = CommonLabels::new(drill);
+        let families = Families::for_process(&labels);
         let internal_errors = families.counters(
             &catalogue::INTERNAL_ERRORS,
             InternalError::ALL.iter().map(|kind| [kind.label()]),
@@ -148,8 +153,9 @@ impl Metrics {
         };
         Self {
             inner: Arc::new(MetricsInner {
-                process_metrics: ProcessMetrics::new(),
+                process_metrics: ProcessMetrics::new(&labels),
                 process: Arc::new(families.cache(process)),
+                labels,
                 live: Mutex::default(),
             }),
         }
@@ -159,22 +165,17 @@ impl Metrics {
     ///
     /// An existing target keeps its counters and takes the changed settings. A target that was removed starts at zero
     /// again.
-    pub fn target(
-        &self,
-        name: &str,
-        target: &Target,
-        project: &Project,
-        drill: bool,
-    ) -> TargetMetrics {
+    pub fn target(&self, name: &str, target: &Target, project: &Project) -> TargetMetrics {
         let mut live = self.live();
         match live.targets.entry(name.to_owned()) {
             Entry::Occupied(existing) => {
-                existing.get().configure(target, project, drill);
+                existing.get().configure(target, project);
                 existing.get().clone()
             }
             Entry::Vacant(vacant) => {
-                let metrics = TargetMetrics::new(name, Arc::clone(&self.inner.process));
-                metrics.configure(target, project, drill);
+                let process = Arc::clone(&self.inner.process);
+                let metrics = TargetMetrics::new(name, &self.inner.labels, process);
+                metrics.configure(target, project);
                 vacant.insert(metrics).clone()
             }
         }
@@ -194,7 +195,7 @@ impl Metrics {
     pub fn project(&self, name: &str, project: &Project) -> ProjectMetrics {
         let mut live = self.live();
         let entry = live.projects.entry(name.to_owned());
-        let metrics = entry.or_insert_with(|| ProjectMetrics::new(name));
+        let metrics = entry.or_insert_with(|| ProjectMetrics::new(name, &self.inner.labels));
         metrics.configure(project);
         metrics.clone()
     }
@@ -328,8 +329,12 @@ fn other_spans() -> impl Iterator<Item = Span> {
 }
 
 impl TargetMetrics {
-    fn new(name: &str, process: Arc<CachedRegistry<ProcessSeries>>) -> Self {
-        let families = Families::with_label("target", name);
+    fn new(
+        name: &str,
+        labels: &CommonLabels,
+        process: Arc<CachedRegistry<ProcessSeries>>,
+    ) -> Self {
+        let families = Families::with_label("target", name, labels);
         let slis = || Sli::ALL.iter().map(|sli| [sli.label()]);
         let in_flight = families.gauge(&catalogue::IN_FLIGHT);
         in_flight.set(0.0);
@@ -396,7 +401,7 @@ impl TargetMetrics {
         self.0.series.update()
     }
 
-    fn configure(&self, target: &Target, project: &Project, drill: bool) {
+    fn configure(&self, target: &Target, project: &Project) {
         let series = self.update();
         for &sli in Sli::ALL {
             let label = [sli.label()];
@@ -419,7 +424,6 @@ impl TargetMetrics {
                 project.url.as_str(),
                 target.agent_name.as_deref().unwrap_or_default(),
                 target.dispatch.mode.name(),
-                if drill { "true" } else { "false" },
             ])
             .set(1.0);
     }
@@ -587,8 +591,8 @@ struct ProjectSeries {
 }
 
 impl ProjectMetrics {
-    fn new(name: &str) -> Self {
-        let families = Families::with_label("project", name);
+    fn new(name: &str, labels: &CommonLabels) -> Self {
+        let families = Families::with_label("project", name, labels);
         let budget_used = families.gauges(&catalogue::BUDGET_USED);
         for period in Period::ALL {
             let gauge = budget_used.with_label_values(&[period.label()]);

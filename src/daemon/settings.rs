@@ -109,7 +109,7 @@ impl Daemon {
 
     fn set_target(&mut self, name: &str, settings: &config::Target, config: &Config) {
         let project = &config.projects[&settings.project];
-        let metrics = self.metrics.target(name, settings, project, self.drill);
+        let metrics = self.metrics.target(name, settings, project);
         let settings = Arc::new(settings.clone());
         let mut first = Utc::now();
         if let Some(known) = self.targets.get_mut(name) {

@@ -114,12 +114,13 @@ impl HttpFixture {
         let (status, status_receiver) = watch::channel(Arc::new(status()));
         let (control_sender, control) = mpsc::channel(1);
         let health = Health::default();
-        let metrics = Metrics::new(&Build {
+        let build = Build {
             version: "1.2.3".to_owned(),
             revision: "0a1b2c3".to_owned(),
             rustc: "1.95.0".to_owned(),
             engine: "native".to_owned(),
-        });
+        };
+        let metrics = Metrics::new(&build, false);
         let state = tempfile::tempdir().unwrap();
         let history = History::open(&config::HistorySettings {
             dir: state.path().to_owned(),

@@ -5,11 +5,18 @@
 /// Prefix of every name, followed by an underscore.
 pub const PREFIX: &str = "livekit_canary";
 
-/// Bucket bounds of every delay, in seconds. All targets share them, because `sum by (le)` needs equal buckets. The default
+/// Bucket bounds of the delays that involve the agent, in seconds. All targets share them, because `sum by (le)` needs equal buckets. The default
 /// thresholds (5 s, 8 s) and deadlines are among them, so that the share within a threshold is exact.
 pub const DELAY_BUCKETS: &[f64] = &[
     0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
     120.0, 300.0,
+];
+
+/// Bucket bounds of the steps of a probe, in seconds. On the same host a step takes a millisecond, and at worst as long as
+/// its deadline.
+pub const SPAN_BUCKETS: &[f64] = &[
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0,
+    3.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0,
 ];
 
 /// Bucket bounds of jitter, in seconds. Normal jitter is a few milliseconds, and speech breaks up above about 30 ms, so the
@@ -117,7 +124,7 @@ catalogue! {
     REPLY_DELAY: "reply_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
     /// Duration of the other steps of a probe, whatever the outcome: the canary's own connection, the dispatch call,
     /// the agent's start-up.
-    SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(DELAY_BUCKETS);
+    SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(SPAN_BUCKETS);
     /// Interarrival jitter of the agent's audio when the audio ends, once per probe.
     JITTER: "agent_audio_jitter_seconds" ["target"] MetricKind::Histogram(JITTER_BUCKETS);
 
@@ -144,7 +151,7 @@ catalogue! {
     /// 1 while the target is paused, else 0.
     PAUSED: "target_paused" ["target"] MetricKind::Gauge;
     /// Settings of the target as labels. Always 1.
-    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "dispatch" "drill"] MetricKind::Gauge;
+    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "dispatch"] MetricKind::Gauge;
 
     /// End of the back-off after a plan limit. NaN without a back-off.
     BACKOFF_UNTIL: "backoff_until_timestamp_seconds" ["project"] MetricKind::Gauge;

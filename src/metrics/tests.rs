@@ -14,7 +14,7 @@ use crate::config::{Backoff, Budget, DispatchMode, Ice, Objectives, Period, Proj
 use crate::livekit::RoomName;
 use crate::livekit::event::AudioStats;
 use crate::metrics::{
-    Build, CATALOGUE, DELAY_BUCKETS, Definition, InternalError, MetricKind, Metrics, PREFIX,
+    Build, CATALOGUE, DELAY_BUCKETS, Definition, InternalError, MetricKind, Metrics, PREFIX, SPAN_BUCKETS,
     SkipCause, Sli, SliVerdict, TargetMetrics,
 };
 use crate::probe::{
@@ -26,12 +26,16 @@ use support::scrape::{Family, Sample, Scrape};
 use tokio::time::Instant;
 
 fn metrics() -> Metrics {
-    Metrics::new(&Build {
+    Metrics::new(&build(), false)
+}
+
+fn build() -> Build {
+    Build {
         version: "0.1.0".to_owned(),
         revision: "0a1b2c3".to_owned(),
         rustc: "1.95.0".to_owned(),
         engine: "native".to_owned(),
-    })
+    }
 }
 
 fn project() -> Project {
@@ -61,7 +65,7 @@ fn target() -> Target {
 fn with_a_target() -> (Metrics, TargetMetrics) {
     let metrics = metrics();
     metrics.project("acme", &project());
-    let support = metrics.target("support", &target(), &project(), false);
+    let support = metrics.target("support", &target(), &project());
     (metrics, support)
 }
 
@@ -217,7 +221,7 @@ fn catalogue_is_unchanged() {
 fn every_family_of_the_catalogue_exists_before_the_first_event() {
     let metrics = metrics();
     metrics.project("acme", &project());
-    metrics.target("support", &target(), &project(), false);
+    metrics.target("support", &target(), &project());
     let scrape = scraped(&metrics);
     let ours: Vec<_> = scrape
         .families
@@ -359,9 +363,9 @@ fn all_delays_share_the_buckets_from_a_tenth_of_a_second_to_300_seconds() {
         "agent_join_delay",
         "first_speech_delay",
         "reply_delay",
-        "span_duration",
     ];
-    for delay in delays {
+    let delays = delays.map(|delay| (delay, DELAY_BUCKETS));
+    for (delay, expected) in delays.into_iter().chain([("span_duration", SPAN_BUCKETS)]) {
         let name = format!("{PREFIX}_{delay}_seconds_bucket");
         let mut ladders: BTreeMap<Vec<&str>, Vec<&str>> = BTreeMap::new();
         for sample in scrape.samples.iter().filter(|sample| sample.name == name) {
@@ -377,11 +381,14 @@ fn all_delays_share_the_buckets_from_a_tenth_of_a_second_to_300_seconds() {
             let (infinity, bounds) = ladder.split_last().unwrap();
             assert_eq!(*infinity, "+Inf");
             let bounds: Vec<f64> = bounds.iter().map(|bound| bound.parse().unwrap()).collect();
-            assert_eq!(bounds, DELAY_BUCKETS, "{delay}");
+            assert_eq!(bounds, expected, "{delay}");
         }
     }
     assert_eq!(DELAY_BUCKETS.first(), Some(&0.1));
     assert_eq!(DELAY_BUCKETS.last(), Some(&300.0));
+    // A step of 8 ms is told from one of 90 ms.
+    let bucket = |seconds| SPAN_BUCKETS.partition_point(|bound| *bound < seconds);
+    assert!(bucket(0.090) - bucket(0.008) >= 4);
     let Objectives {
         join_within,
         first_speech_within,
@@ -770,7 +777,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
     changed.dispatch.mode = DispatchMode::Automatic;
     changed.objectives.join_within = Duration::from_millis(500);
     changed.objectives.availability = 0.9;
-    let again = metrics.target("support", &changed, &project(), true);
+    let again = metrics.target("support", &changed, &project());
     again.probe(&report(), &changed.objectives);
     // The handle from before the change counts in the same series.
     support.probe(&report(), &changed.objectives);
@@ -790,7 +797,6 @@ fn changed_settings_of_a_target_keep_its_counters() {
     let labels = [
         ("agent_name", ""),
         ("dispatch", "automatic"),
-        ("drill", "true"),
         ("project", "acme"),
         ("target", "support"),
         ("url", "wss://acme.livekit.cloud/"),
@@ -801,9 +807,26 @@ fn changed_settings_of_a_target_keep_its_counters() {
 }
 
 #[test]
+fn every_series_of_a_drill_is_labelled_and_no_other_series_is() {
+    for drill in [true, false] {
+        let metrics = Metrics::new(&build(), drill);
+        metrics.target("support", &target(), &project());
+        metrics.project("acme", &project());
+        let scrape = scraped(&metrics);
+        for family in ["process_start_time_seconds", "livekit_canary_build_info"] {
+            assert!(scrape.samples.iter().any(|sample| sample.name == family));
+        }
+        for sample in &scrape.samples {
+            let label = sample.labels.get("drill").map(String::as_str);
+            assert_eq!(label, drill.then_some("true"), "{sample:?}");
+        }
+    }
+}
+
+#[test]
 fn series_of_a_removed_target_disappear_and_an_old_handle_does_not_restore_them() {
     let (metrics, support) = with_a_target();
-    metrics.target("sales", &target(), &project(), false);
+    metrics.target("sales", &target(), &project());
     let open = support.room_opened();
     metrics.remove_target("support");
     support.probe(&report(), &Objectives::default());
@@ -815,7 +838,7 @@ fn series_of_a_removed_target_disappear_and_an_old_handle_does_not_restore_them(
     assert!(!text.contains("support"), "{text}");
     assert!(text.contains("target=\"sales\""));
 
-    let added_again = metrics.target("support", &target(), &project(), false);
+    let added_again = metrics.target("support", &target(), &project());
     support.probe(&report(), &Objectives::default());
     let value = || value_of(&scraped(&metrics), "probes_total", &[("target", "support")]);
     assert_eq!(value(), 0.0);
@@ -826,7 +849,7 @@ fn series_of_a_removed_target_disappear_and_an_old_handle_does_not_restore_them(
 #[test]
 fn targets_do_not_affect_each_other() {
     let (metrics, support) = with_a_target();
-    let sales = metrics.target("sales", &target(), &project(), false);
+    let sales = metrics.target("sales", &target(), &project());
     let of_sales = |metrics: &Metrics| {
         let mut samples = scraped(metrics).samples;
         samples.retain(|sample| {
@@ -852,7 +875,7 @@ fn targets_do_not_affect_each_other() {
 fn each_series_exists_once_and_families_are_sorted() {
     let (metrics, _support) = with_a_target();
     metrics.project("other", &project());
-    metrics.target("sales", &target(), &project(), false);
+    metrics.target("sales", &target(), &project());
     let scrape = scraped(&metrics);
     let names: Vec<&String> = scrape.families.iter().map(|family| &family.name).collect();
     assert!(names.is_sorted());
@@ -889,7 +912,7 @@ fn special_characters_in_a_setting_are_escaped() {
     let metrics = metrics();
     let mut odd = target();
     odd.agent_name = Some("a\"b\\c\nd".to_owned());
-    metrics.target("support", &odd, &project(), false);
+    metrics.target("support", &odd, &project());
     let text = metrics.render();
     let line = text.lines().find(|line| line.contains("_target_info{"));
     let expected = r#"agent_name="a\"b\\c\nd""#;
@@ -924,7 +947,7 @@ fn target_that_was_removed_before_a_scrape_is_not_in_it() {
         scope.spawn(|| {
             for number in 0..TARGETS {
                 let name = format!("t-{number}");
-                let handle = metrics.target(&name, &target(), &project(), false);
+                let handle = metrics.target(&name, &target(), &project());
                 handle.probe(&report(), &Objectives::default());
                 metrics.remove_target(&name);
                 removed.store(number + 1, Ordering::SeqCst);
