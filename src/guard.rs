@@ -176,6 +176,13 @@ impl Guard {
             .in_period(period)
     }
 
+    /// Agent time of the current period: what ended rooms have used, and what open rooms have reserved.
+    pub(crate) fn used_and_reserved(&self, period: Period) -> (Duration, Duration) {
+        let used = self.shared.history.used(&self.shared.project);
+        let reserved = used.reserved_in(period);
+        (used.in_period(period).saturating_sub(reserved), reserved)
+    }
+
     /// Rooms that batches hold permits for.
     pub(crate) fn rooms_held(&self) -> usize {
         self.shared.lock().held

@@ -235,7 +235,7 @@ impl History {
 
     pub(crate) fn used(&self, project: &str) -> AgentTimeUsed {
         let now = self.now();
-        self.shared.lock().ledger.used(project, now)
+        self.shared.lock().ledger.used(project, &self.shared.boot, now)
     }
 
     /// Reserves agent time and records the room in the journal, before the room can exist. When it returns, the row is
@@ -256,7 +256,7 @@ impl History {
         let now = self.now();
         let change = {
             let mut state = self.shared.lock();
-            admit(&state.ledger.used(project, now), now)?;
+            admit(&state.ledger.used(project, &self.shared.boot, now), now)?;
             let row = LedgerRow {
                 project: project.to_owned(),
                 target: target.to_owned(),

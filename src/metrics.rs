@@ -588,20 +588,24 @@ struct ProjectSeries {
     backoff_until: Gauge,
     budget: GaugeVec,
     budget_used: GaugeVec,
+    budget_reserved: GaugeVec,
 }
 
 impl ProjectMetrics {
     fn new(name: &str, labels: &CommonLabels) -> Self {
         let families = Families::with_label("project", name, labels);
         let budget_used = families.gauges(&catalogue::BUDGET_USED);
+        let budget_reserved = families.gauges(&catalogue::BUDGET_RESERVED);
         for period in Period::ALL {
-            let gauge = budget_used.with_label_values(&[period.label()]);
-            gauge.set(f64::NAN);
+            for gauges in [&budget_used, &budget_reserved] {
+                gauges.with_label_values(&[period.label()]).set(f64::NAN);
+            }
         }
         let series = ProjectSeries {
             backoff_until: families.gauge(&catalogue::BACKOFF_UNTIL),
             budget: families.gauges(&catalogue::BUDGET),
             budget_used,
+            budget_reserved,
         };
         Self(Arc::new(families.cache(series)))
     }
@@ -616,11 +620,16 @@ impl ProjectMetrics {
         }
     }
 
-    /// Sets the agent time used or reserved in the current period.
-    pub fn budget_used(&self, period: Period, used: Duration) {
+    /// Sets the agent time of the current period: used by ended rooms, and reserved for open ones.
+    pub fn budget_used(&self, period: Period, used: Duration, reserved: Duration) {
         let series = self.0.update();
-        let gauge = series.budget_used.with_label_values(&[period.label()]);
-        gauge.set(used.as_secs_f64());
+        let period = [period.label()];
+        for (gauges, time) in [
+            (&series.budget_used, used),
+            (&series.budget_reserved, reserved),
+        ] {
+            gauges.with_label_values(&period).set(time.as_secs_f64());
+        }
     }
 
     /// `None` without a back-off.

@@ -200,7 +200,7 @@ impl fmt::Display for Denial {
                 resets_at,
             } => write!(
                 f,
-                "agent-time budget reached: {} of {} used this UTC {}, and one more room could use {}; the count restarts at {}",
+                "agent-time budget reached: {} of {} used or reserved this UTC {}, and one more room could use {}; the count restarts at {}",
                 format_duration(*used),
                 format_duration(*limit),
                 period.label(),

@@ -23,9 +23,8 @@ impl Daemon {
         for project in self.projects.values() {
             project.metrics.backoff_until(project.guard.backoff_until());
             for period in Period::ALL {
-                project
-                    .metrics
-                    .budget_used(period, project.guard.used(period));
+                let (used, reserved) = project.guard.used_and_reserved(period);
+                project.metrics.budget_used(period, used, reserved);
             }
         }
         self.status.send_replace(Arc::new(self.status()));
@@ -78,10 +77,14 @@ impl Daemon {
 
 impl ProjectRuntime {
     fn status(&self, name: &str) -> ProjectStatus {
-        let budgets = Period::ALL.map(|period| BudgetStatus {
-            period: period.label(),
-            used_seconds: self.guard.used(period).as_secs(),
-            limit_seconds: self.guard.limit(period).map(|limit| limit.as_secs()),
+        let budgets = Period::ALL.map(|period| {
+            let (used, reserved) = self.guard.used_and_reserved(period);
+            BudgetStatus {
+                period: period.label(),
+                used_seconds: used.as_secs(),
+                reserved_seconds: reserved.as_secs(),
+                limit_seconds: self.guard.limit(period).map(|limit| limit.as_secs()),
+            }
         });
         ProjectStatus {
             name: name.to_owned(),

@@ -115,8 +115,8 @@ async fn room_opens_only_if_its_worst_case_fits_into_the_daily_budget() {
     let denial = fixture.denied(3 * MINUTE).await;
     assert_eq!(
         denial.to_string(),
-        "agent-time budget reached: 8m of 10m used this UTC day, and one more room could use 3m; the count restarts at \
-         2026-03-11 00:00 UTC"
+        "agent-time budget reached: 8m of 10m used or reserved this UTC day, and one more room could use 3m; the count \
+         restarts at 2026-03-11 00:00 UTC"
     );
     assert_eq!(denial.label(), "budget");
     assert_eq!(denial.until(), Some(at("2026-03-11T00:00:00Z")));

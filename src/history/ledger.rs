@@ -39,6 +39,10 @@ pub(crate) struct AgentTimeUsed {
     pub day: Duration,
     /// In the current UTC calendar month.
     pub month: Duration,
+    /// The part of `day` that open rooms of this run have reserved.
+    pub reserved_day: Duration,
+    /// The part of `month` that open rooms of this run have reserved.
+    pub reserved_month: Duration,
     /// Earlier use is unknown, and neither figure includes it.
     pub ledger_lost: bool,
 }
@@ -48,6 +52,14 @@ impl AgentTimeUsed {
         match period {
             Period::Day => self.day,
             Period::Month => self.month,
+        }
+    }
+
+    /// The part of [`Self::in_period`] that open rooms have reserved. It ends with them: their use replaces it.
+    pub(crate) fn reserved_in(&self, period: Period) -> Duration {
+        match period {
+            Period::Day => self.reserved_day,
+            Period::Month => self.reserved_month,
         }
     }
 }
@@ -95,7 +107,8 @@ impl Ledger {
         self.lost = loaded.lost;
     }
 
-    pub(super) fn used(&self, project: &str, now: DateTime<Utc>) -> AgentTimeUsed {
+    /// `boot` is this run. Rooms that an earlier run left unsettled stay at their worst case, so they are used.
+    pub(super) fn used(&self, project: &str, boot: &str, now: DateTime<Utc>) -> AgentTimeUsed {
         let today = now.date_naive();
         let (first, next) = (Period::Month.first_day(today), Period::Month.next(today));
         let (mut day, mut month) = (0, 0);
@@ -103,9 +116,22 @@ impl Ledger {
             day = days.get(&today).copied().unwrap_or(0);
             month = days.range(first..next).map(|(_, seconds)| seconds).sum();
         }
+        let reserved = |period: Period| {
+            let days = period.first_day(today)..period.next(today);
+            let open = self.entries.values().map(|entry| &entry.row);
+            let open = open.filter(|row| {
+                row.project == project
+                    && row.boot == boot
+                    && row.settled.is_none()
+                    && days.contains(&row.opened_at.date_naive())
+            });
+            Duration::from_secs(open.map(|row| row.reserved).sum())
+        };
         AgentTimeUsed {
             day: Duration::from_secs(day),
             month: Duration::from_secs(month),
+            reserved_day: reserved(Period::Day),
+            reserved_month: reserved(Period::Month),
             ledger_lost: self.lost,
         }
     }

@@ -312,8 +312,11 @@ async fn open_room_counts_its_worst_case_and_a_settled_room_what_it_used() {
     let more = run.open("2", MINUTE).await;
     let none = run.open("3", 2 * MINUTE).await;
     assert_eq!(run.used(), (6, 6));
+    let reserved = |run: &TestRun| run.history.used("acme").reserved_day;
+    assert_eq!(reserved(&run), 6 * MINUTE);
     less.settle(MINUTE);
     assert_eq!(run.used(), (4, 4));
+    assert_eq!(reserved(&run), 3 * MINUTE);
     more.settle(4 * MINUTE);
     assert_eq!(
         run.used(),
@@ -336,6 +339,7 @@ async fn dropped_reservation_costs_nothing_without_a_room_and_the_worst_case_wit
     run.kill();
     let run = disk.start();
     assert_eq!(run.used(), (3, 3));
+    assert_eq!(run.history.used("acme").reserved_day, Duration::ZERO, "no room of this run is open");
     assert_eq!(run.orphan_rooms(), ["canary-test-2"]);
 }
 

@@ -80,6 +80,7 @@ fn status() -> Status {
             budgets: vec![BudgetStatus {
                 period: "day",
                 used_seconds: 180,
+                reserved_seconds: 240,
                 limit_seconds: Some(3600),
             }],
         }],

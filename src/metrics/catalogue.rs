@@ -157,8 +157,10 @@ catalogue! {
     BACKOFF_UNTIL: "backoff_until_timestamp_seconds" ["project"] MetricKind::Gauge;
     /// Maximum agent time per UTC day or calendar month. NaN without a limit.
     BUDGET: "agent_budget_seconds" ["project" "period"] MetricKind::Gauge;
-    /// Agent time used in the current UTC day or calendar month, including what running probes have reserved.
+    /// Agent time that ended rooms used in the current UTC day or calendar month.
     BUDGET_USED: "agent_budget_used_seconds" ["project" "period"] MetricKind::Gauge;
+    /// Agent time that open rooms have reserved, which is their worst case. When a room ends, what it used replaces it.
+    BUDGET_RESERVED: "agent_budget_reserved_seconds" ["project" "period"] MetricKind::Gauge;
 
     /// Version of the canary as labels. Always 1.
     BUILD_INFO: "build_info" ["version" "revision" "rustc" "engine"] MetricKind::Gauge;

@@ -314,6 +314,7 @@ fn every_label_value_exists_at_zero_before_the_first_event() {
         ("slo_objective_ratio", sli_labels()),
         ("agent_budget_seconds", one(&["day", "month"])),
         ("agent_budget_used_seconds", one(&["day", "month"])),
+        ("agent_budget_reserved_seconds", one(&["day", "month"])),
     ];
     for (family, values) in expected {
         assert_eq!(label_values(&scrape, family), *values, "{family}");
@@ -349,6 +350,7 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
             "backoff_until_timestamp_seconds",
             "agent_budget_seconds",
             "agent_budget_used_seconds",
+            "agent_budget_reserved_seconds",
             "config_last_reload_successful",
             "config_last_reload_success_timestamp_seconds",
         ]
@@ -723,7 +725,7 @@ fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
     let mut settings = project();
     settings.budget.agent_time_per_day = Some(Duration::from_hours(1));
     let acme = metrics.project("acme", &settings);
-    acme.budget_used(Period::Day, Duration::from_mins(7));
+    acme.budget_used(Period::Day, Duration::from_mins(7), Duration::from_mins(2));
     acme.backoff_until(Some(moment()));
     metrics.history_dropped(4);
     metrics.history_degraded(true);
@@ -734,6 +736,7 @@ fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
     assert_eq!(of("agent_budget_seconds", "day"), 3600.0);
     assert!(of("agent_budget_seconds", "month").is_nan());
     assert_eq!(of("agent_budget_used_seconds", "day"), 420.0);
+    assert_eq!(of("agent_budget_reserved_seconds", "day"), 120.0);
     assert!(of("agent_budget_used_seconds", "month").is_nan());
     let value = |name| value_of(&scrape, name, &[]);
     assert_eq!(value("backoff_until_timestamp_seconds"), 1_790_000_000.25);
@@ -764,7 +767,7 @@ fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
     assert_eq!(value(loaded), 1_790_000_000.25);
 
     metrics.remove_project("acme");
-    acme.budget_used(Period::Month, Duration::from_mins(7));
+    acme.budget_used(Period::Month, Duration::from_mins(7), Duration::ZERO);
     assert!(!metrics.render().contains("acme"));
 }
 

@@ -355,13 +355,19 @@ fn expect_restored(daemon: &Daemon, database: &Database) -> anyhow::Result<()> {
         "{batches} batches of {}",
         database.batches
     );
-    let used = metrics.sum("agent_budget_used_seconds", &[("period", "day")])?;
+    let used = counted(&metrics)?;
     ensure!(
         used >= seconds(database.counted()),
         "{used} s counted after a restart, {} s before",
         database.counted()
     );
     Ok(())
+}
+
+/// The agent time of today, in seconds: used and reserved.
+fn counted(metrics: &Scrape) -> anyhow::Result<f64> {
+    let today = |name| metrics.sum(name, &[("period", "day")]);
+    Ok(today("agent_budget_used_seconds")? + today("agent_budget_reserved_seconds")?)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "at most the seconds of a day")]
@@ -385,7 +391,7 @@ fn kill_within_a_batch(
     let mut reported = 0.0_f64;
     while begun.elapsed() < moment {
         let metrics = daemon.scrape()?;
-        reported = metrics.sum("agent_budget_used_seconds", &[("period", "day")])?;
+        reported = counted(&metrics)?;
         thread::sleep(Duration::from_millis(20));
     }
     daemon.signal(Signal::KILL)?;
