@@ -127,6 +127,20 @@ fn canary_that_is_down_pages() {
 }
 
 #[test]
+fn drill_that_ends_or_crashes_pages_no_one() {
+    let events = [SHORT_START, (8, Good)];
+    for drill in [
+        // Still scraped, no longer scraped, and started again and again.
+        [(2, Good), (6, Down)],
+        [(2, Good), (6, Gone)],
+        [(2, Good), (6, CrashLoop)],
+    ] {
+        let story = Story::new(QUARTER, &events).beside_drill(&drill);
+        expect_alerts(&[(story, &[])]);
+    }
+}
+
+#[test]
 fn crash_loop_pages() {
     let events = [SHORT_START, (4, CrashLoop), (4, Good)];
     expect_alerts(&[(
