@@ -168,14 +168,6 @@ impl Guard {
         self.backoff_end(self.shared.history.now())
     }
 
-    /// Agent time used in the current period; open rooms count with their worst case.
-    pub(crate) fn used(&self, period: Period) -> Duration {
-        self.shared
-            .history
-            .used(&self.shared.project)
-            .in_period(period)
-    }
-
     /// Agent time of the current period: what ended rooms have used, and what open rooms have reserved.
     pub(crate) fn used_and_reserved(&self, period: Period) -> (Duration, Duration) {
         let used = self.shared.history.used(&self.shared.project);
@@ -374,6 +366,17 @@ fn exponential(backoff: &Backoff, earlier: u32) -> Duration {
     plain
         .mul_f64(1.0 + fastrand::f64() / 4.0)
         .min(backoff.longest)
+}
+
+#[cfg(test)]
+impl Guard {
+    /// Agent time used in the current period; open rooms count with their worst case.
+    pub(crate) fn used(&self, period: Period) -> Duration {
+        self.shared
+            .history
+            .used(&self.shared.project)
+            .in_period(period)
+    }
 }
 
 #[cfg(test)]

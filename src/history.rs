@@ -235,7 +235,10 @@ impl History {
 
     pub(crate) fn used(&self, project: &str) -> AgentTimeUsed {
         let now = self.now();
-        self.shared.lock().ledger.used(project, &self.shared.boot, now)
+        self.shared
+            .lock()
+            .ledger
+            .used(project, &self.shared.boot, now)
     }
 
     /// Reserves agent time and records the room in the journal, before the room can exist. When it returns, the row is

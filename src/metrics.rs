@@ -23,12 +23,12 @@ mod catalogue;
 mod family;
 mod slo;
 
-pub use catalogue::{CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX, SPAN_BUCKETS};
+pub use catalogue::{
+    CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX, SPAN_BUCKETS,
+};
 pub use slo::{Sli, SliVerdict};
 
-use family::{
-    CachedRegistry, CommonLabels, EncodedFamily, Families, ProcessMetrics, SeriesGuard,
-};
+use family::{CachedRegistry, CommonLabels, EncodedFamily, Families, ProcessMetrics, SeriesGuard};
 
 /// The media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -329,11 +329,7 @@ fn other_spans() -> impl Iterator<Item = Span> {
 }
 
 impl TargetMetrics {
-    fn new(
-        name: &str,
-        labels: &CommonLabels,
-        process: Arc<CachedRegistry<ProcessSeries>>,
-    ) -> Self {
+    fn new(name: &str, labels: &CommonLabels, process: Arc<CachedRegistry<ProcessSeries>>) -> Self {
         let families = Families::with_label("target", name, labels);
         let slis = || Sli::ALL.iter().map(|sli| [sli.label()]);
         let in_flight = families.gauge(&catalogue::IN_FLIGHT);

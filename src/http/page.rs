@@ -136,7 +136,12 @@ fn write_project(page: &mut String, project: &ProjectStatus, now: DateTime<Utc>)
     page.push_str("<td>");
     for budget in &project.budgets {
         let (used, reserved) = (budget.used_seconds, budget.reserved_seconds);
-        write!(page, "this {}: {} min used", Escaped(budget.period), used.div_ceil(60))?;
+        write!(
+            page,
+            "this {}: {} min used",
+            Escaped(budget.period),
+            used.div_ceil(60)
+        )?;
         if reserved > 0 {
             write!(page, ", {} reserved", reserved.div_ceil(60))?;
         }

@@ -14,8 +14,8 @@ use crate::config::{Backoff, Budget, DispatchMode, Ice, Objectives, Period, Proj
 use crate::livekit::RoomName;
 use crate::livekit::event::AudioStats;
 use crate::metrics::{
-    Build, CATALOGUE, DELAY_BUCKETS, Definition, InternalError, MetricKind, Metrics, PREFIX, SPAN_BUCKETS,
-    SkipCause, Sli, SliVerdict, TargetMetrics,
+    Build, CATALOGUE, DELAY_BUCKETS, Definition, InternalError, MetricKind, Metrics, PREFIX,
+    SPAN_BUCKETS, SkipCause, Sli, SliVerdict, TargetMetrics,
 };
 use crate::probe::{
     Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason, Timeline, Turn,
@@ -361,11 +361,7 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
 fn all_delays_share_the_buckets_from_a_tenth_of_a_second_to_300_seconds() {
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
-    let delays = [
-        "agent_join_delay",
-        "first_speech_delay",
-        "reply_delay",
-    ];
+    let delays = ["agent_join_delay", "first_speech_delay", "reply_delay"];
     let delays = delays.map(|delay| (delay, DELAY_BUCKETS));
     for (delay, expected) in delays.into_iter().chain([("span_duration", SPAN_BUCKETS)]) {
         let name = format!("{PREFIX}_{delay}_seconds_bucket");
