@@ -31,6 +31,7 @@ use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, T
 use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, Denial};
 use crate::schedule::{self, Tick, Ticker};
+use crate::stall::StallWatch;
 
 mod drain;
 mod recorder;
@@ -141,6 +142,9 @@ struct Daemon {
     counted_faults: u64,
     metrics: Metrics,
     janitor: Janitor,
+    stalls: StallWatch,
+    /// Stalls that the metrics have counted.
+    counted_stalls: u64,
     fault: Option<ProbeFault>,
     drill: bool,
     observer: Option<BatchObserver>,
@@ -207,6 +211,8 @@ impl Daemon {
             ticker,
             ticks,
             janitor: Janitor::start_with(on_cleanup(&options.history, &metrics)),
+            stalls: StallWatch::start(),
+            counted_stalls: 0,
             history: options.history,
             counted_drops: 0,
             counted_faults: 0,
@@ -417,6 +423,7 @@ impl Daemon {
             endpoint: project.endpoint.clone(),
             api: project.api.clone(),
             janitor: self.janitor.clone(),
+            stalls: self.stalls.clone(),
             agent_known: target.agent_known,
             fault: self.fault,
         };

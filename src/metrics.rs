@@ -74,6 +74,8 @@ pub enum InternalError {
     Janitor,
     /// The history can't be written, or can't store a batch. The history counts these faults itself.
     History,
+    /// This process did not run for some seconds.
+    Stall,
     /// The HTTP server failed, or a handler panicked.
     Http,
 }

@@ -20,6 +20,11 @@ impl Daemon {
             self.metrics.internal_error(InternalError::History);
         }
         self.counted_faults = faults;
+        let stalls = self.stalls.seen().count;
+        for _ in self.counted_stalls..stalls {
+            self.metrics.internal_error(InternalError::Stall);
+        }
+        self.counted_stalls = stalls;
         for project in self.projects.values() {
             project.metrics.backoff_until(project.guard.backoff_until());
             for period in Period::ALL {

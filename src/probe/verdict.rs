@@ -142,6 +142,18 @@ impl Failure {
         )
     }
 
+    /// This process did not run for this long.
+    pub(super) fn of_stall(time: Duration) -> Self {
+        Self::new(
+            Reason::Internal,
+            format!(
+                "the canary itself did not run for {:.1} s of this call, so the call shows nothing about the agent. Check \
+                 whether this process was stopped, its machine was suspended or stalled, or it got too little CPU.",
+                time.as_secs_f64()
+            ),
+        )
+    }
+
     pub(super) fn of_missing_echo() -> Self {
         Self::new(
             Reason::Internal,

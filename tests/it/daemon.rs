@@ -748,3 +748,43 @@ fn health_command_exits_0_only_if_the_daemon_is_healthy() -> anyhow::Result<()> 
     assert_eq!(ask("https://127.0.0.1:1/").code, Some(2));
     Ok(())
 }
+
+/// SIGSTOP does to the process what `docker pause` and a stalled machine do.
+#[test]
+fn frozen_canary_blames_itself_and_its_next_batch_is_ok() -> anyhow::Result<()> {
+    let settings = [
+        ("targets.demo.batch.hold", "3s"),
+        ("targets.demo.deadlines.signal", "2s"),
+    ];
+    let fixture = Fixture::new(&[], &settings)?;
+    let daemon = fixture.dir.start()?;
+    let batch_id = fixture.start_batch(&daemon)?;
+    daemon.signal(Signal::STOP)?;
+    thread::sleep(Duration::from_secs(9));
+    daemon.signal(Signal::CONT)?;
+    let batch = daemon.wait_for_batch(&batch_id)?;
+    let probe = &batch["probes"][0];
+    assert_eq!(probe["reason"], "internal", "{probe}");
+    assert_eq!(probe["origin"], "canary", "{probe}");
+    let detail = probe["detail"].as_str().unwrap_or_default();
+    assert!(
+        detail.starts_with("the canary itself did not run for"),
+        "{detail}"
+    );
+    assert!(probe["join_delay_seconds"].is_null(), "{probe}");
+    let scrape = daemon.scrape()?;
+    let errors = |kind| scrape.count("internal_errors_total", &[("kind", kind)]);
+    assert!(errors("stall")? >= 1);
+    assert_eq!(errors("probe")?, 1);
+    assert_eq!(count(&scrape, "slo_eligible_total", &[])?, 0);
+    assert_eq!(
+        count(&scrape, "agent_join_delay_seconds_count", &[])?,
+        0,
+        "a delay that nobody measured"
+    );
+    assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
+    daemon.terminate()?;
+    fixture.expect_no_rooms();
+    Ok(())
+}
+

@@ -267,3 +267,4 @@ fn schedule_with_rare_batches_gives_warnings_about_alerts_and_objectives() {
     );
     assert!(missed.ends_with("or open rooms more often"), "{missed}");
 }
+

@@ -32,6 +32,7 @@ use crate::agents::{
     stray_agent_is_evidence_but_never_the_agent,
 };
 use crate::daemon::{
+    frozen_daemon_blames_itself_and_goes_on,
     killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms,
     outage_fails_only_the_batches_within_it, prometheus_has_the_same_counts_as_the_history,
 };
