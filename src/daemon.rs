@@ -140,6 +140,8 @@ struct Daemon {
     counted_drops: u64,
     /// Faults of the history that the metrics have counted.
     counted_faults: u64,
+    /// Dropped lines of the log that the metrics have counted.
+    counted_lost_lines: u64,
     metrics: Metrics,
     janitor: Janitor,
     stalls: StallWatch,
@@ -216,6 +218,7 @@ impl Daemon {
             history: options.history,
             counted_drops: 0,
             counted_faults: 0,
+            counted_lost_lines: 0,
             metrics,
             fault: options.fault,
             drill: options.drill,

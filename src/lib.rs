@@ -29,7 +29,7 @@
 //! batch → config, guard, history, livekit, probe, report
 //! metrics → config, probe, report
 //! http → config, history, metrics, report
-//! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule, stall
+//! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule, stall, telemetry
 //! sandbox → nothing
 //! cli → batch, config, daemon, guard, history, http, janitor, livekit, metrics, probe, report, rules, sandbox, schedule, stall, telemetry
 //! ```

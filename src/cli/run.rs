@@ -20,7 +20,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
     let config = settings(args)?;
     let fault = ProbeFault::from_env()?;
     let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
-    telemetry::log_daemon();
+    let _log = telemetry::log_daemon().context("cannot start a thread for the log")?;
     let history = History::open(&config.daemon.history)?;
     if args.accept_lost_ledger {
         history.accept_lost_ledger();

@@ -788,3 +788,53 @@ fn frozen_canary_blames_itself_and_its_next_batch_is_ok() -> anyhow::Result<()> 
     Ok(())
 }
 
+/// Both streams are one full pipe, as under a supervisor that has stopped to read.
+#[test]
+fn log_that_is_not_read_stops_neither_the_probes_nor_the_shutdown() -> anyhow::Result<()> {
+    use std::io::Write as _;
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
+
+    let mut fixture = Fixture::new(&[], &[])?;
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    fixture.set("http.listen", &address.to_string())?;
+    let (unread, mut full) = std::io::pipe()?;
+    // The capacity of a pipe on Linux.
+    full.write_all(&vec![b'x'; 65_536])?;
+    let mut child = Command::new(support::canary::binary())
+        .args(["run", "--config", "canary.toml"])
+        .current_dir(fixture.dir.path())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(full.try_clone()?)
+        .stderr(full)
+        .spawn()?;
+    let limit = Duration::from_mins(1);
+    let http = support::http::HttpClient::new(address);
+    let started = support::wait_for("the batch's id", limit, || {
+        let Ok(response) = http.post("/api/v1/targets/demo/batches") else {
+            return Ok(None);
+        };
+        (response.status == 202)
+            .then(|| response.json())
+            .transpose()
+    });
+    let ended = started.and_then(|started| {
+        let id = started["batch_id"].as_str().context("no id")?.to_owned();
+        let batch = support::wait_for("the batch", limit, || {
+            let response = http.get(&format!("/api/v1/batches/{id}"))?;
+            (response.status == 200)
+                .then(|| response.json())
+                .transpose()
+        })?;
+        assert_eq!(batch["result"], "ok", "{batch}");
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM)?;
+        support::wait_for("the end", limit, || Ok(child.try_wait()?))
+    });
+    child.kill().ok();
+    child.wait()?;
+    assert_eq!(ended?.code(), Some(0));
+    drop(unread);
+    Ok(())
+}
+
