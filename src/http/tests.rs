@@ -834,8 +834,33 @@ async fn client_that_does_not_read_its_response_is_disconnected() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn client_beyond_the_slots_waits_for_a_free_slot() {
+async fn clients_that_never_finish_a_request_delay_no_other_client() {
     let server = HttpFixture::start().await;
+    let begun = Instant::now();
+    let mut slow = Vec::new();
+    for _ in 0..300 {
+        let mut stream = server.tcp().await;
+        stream.write_all(b"GET / HTTP/1.1\r\nX: ").await.unwrap();
+        slow.push(stream);
+    }
+    for path in ["/-/healthy", "/metrics", "/"] {
+        assert_eq!(server.get(path).await.status, StatusCode::OK, "{path}");
+    }
+    // On paused time: nothing waited for a timeout.
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    // The oldest made room for the others, and the others are disconnected when their time is over.
+    for mut stream in slow {
+        let mut rest = Vec::new();
+        let read = timeout(TEST_TIMEOUT, stream.read_to_end(&mut rest)).await;
+        assert!(read.unwrap().is_err() || rest.is_empty());
+    }
+    assert!(begun.elapsed() < Duration::from_secs(12), "{begun:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn idle_clients_make_room_for_a_new_one() {
+    let server = HttpFixture::start().await;
+    let begun = Instant::now();
     let mut idle = Vec::new();
     for _ in 0..256 {
         let mut stream = server.tcp().await;
@@ -844,12 +869,17 @@ async fn client_beyond_the_slots_waits_for_a_free_slot() {
         stream.read_u8().await.unwrap();
         idle.push(stream);
     }
-    let sent = server.get("/-/healthy");
-    tokio::pin!(sent);
-    // No response comes until the idle clients are disconnected.
-    let early = timeout(Duration::from_secs(30), sent.as_mut()).await;
-    assert!(early.is_err(), "a response in spite of 256 other clients");
-    assert_eq!(sent.await.status, StatusCode::OK);
+    assert_eq!(server.get("/-/healthy").await.status, StatusCode::OK);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    let mut rest = Vec::new();
+    let read = idle[0].read_to_end(&mut rest);
+    let closed = timeout(Duration::from_secs(1), read).await;
+    assert!(
+        closed.is_ok(),
+        "the client that waited longest is still connected"
+    );
+    let read = idle[255].read_to_end(&mut rest);
+    assert!(timeout(Duration::from_secs(1), read).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
