@@ -838,3 +838,38 @@ fn log_that_is_not_read_stops_neither_the_probes_nor_the_shutdown() -> anyhow::R
     Ok(())
 }
 
+/// If any call lacks a descriptor, neither the network nor LiveKit nor the agent is at fault.
+#[test]
+fn canary_without_descriptors_blames_itself() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[("targets.demo.deadlines.cleanup", "300ms")])?;
+    let mut own_fault = 0;
+    for descriptors in 8..26 {
+        let finished = canary_with_descriptors(&fixture, descriptors)?;
+        // With too few descriptors the process cannot start, and says so.
+        let Ok(batch) = finished.batch() else {
+            assert!(
+                finished.stderr.contains("os error 24") || finished.stderr.contains("open files"),
+                "{descriptors}: {}",
+                finished.output()
+            );
+            continue;
+        };
+        let probe = batch.only_probe()?;
+        assert!(
+            ["ok", "internal"].contains(&probe.verdict()),
+            "{descriptors}: {probe:?}"
+        );
+        own_fault += usize::from(probe.detail().contains("os error 24"));
+    }
+    assert!(own_fault >= 2, "{own_fault} probes lacked descriptors");
+    Ok(())
+}
+
+fn canary_with_descriptors(
+    fixture: &Fixture,
+    descriptors: u32,
+) -> anyhow::Result<support::canary::Finished> {
+    let arguments = ["once", "--config", "canary.toml", "--format", "json"];
+    let canary = support::canary::Canary::with_descriptors(descriptors, &arguments);
+    canary.current_dir(fixture.dir.path()).run()
+}

@@ -37,6 +37,9 @@ pub enum ConnectError {
     Tcp { address: String, error: String },
     #[error("TLS handshake with {host} failed: {error}")]
     Tls { host: String, error: String },
+    /// Nothing is known about the network: the process or its machine has no descriptor or no memory left.
+    #[error("cannot open a connection to {host}: {error}")]
+    Shortage { host: String, error: String },
 }
 
 impl Endpoint {
@@ -122,7 +125,10 @@ impl Endpoint {
         let addresses: Vec<_> = timeout_at(deadline, lookup_host((domain, port)))
             .await
             .map_err(|_| failed(timed_out(started)))?
-            .map_err(|error| failed(error.to_string()))?
+            .map_err(|error| match own_shortage(&error) {
+                Some(shortage) => self.shortage(&shortage),
+                None => failed(error.to_string()),
+            })?
             .collect();
         if addresses.is_empty() {
             return Err(failed("the name has no address".to_owned()));
@@ -144,11 +150,19 @@ impl Endpoint {
             let share = deadline.saturating_duration_since(started) / remaining;
             match timeout_at(started + share, TcpStream::connect(address)).await {
                 Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) if is_shortage(&error) => return Err(self.shortage(&error)),
                 Ok(Err(error)) => errors.push((address, error.to_string())),
                 Err(_) => errors.push((address, timed_out(started))),
             }
         }
         Err(tcp_error(self.authority(), errors))
+    }
+
+    fn shortage(&self, error: &io::Error) -> ConnectError {
+        ConnectError::Shortage {
+            host: self.host().to_owned(),
+            error: error.to_string(),
+        }
     }
 
     async fn secure(
@@ -174,6 +188,23 @@ impl Endpoint {
             .map_err(|_| failed(timed_out(started)))?
             .map_err(|error| failed(tls_error(&error)))
     }
+}
+
+/// Whether the process or its machine has no descriptor, no memory or no buffers left.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let shortages = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS];
+    let code = error.raw_os_error();
+    code.is_some_and(|code| shortages.contains(&Errno::from_raw(code)))
+}
+
+/// The shortage that explains a failed DNS lookup. The resolver opens files and sockets, and reports its own error if it
+/// can't.
+fn own_shortage(error: &io::Error) -> Option<io::Error> {
+    if let Some(code) = error.raw_os_error().filter(|_| is_shortage(error)) {
+        return Some(io::Error::from_raw_os_error(code));
+    }
+    std::fs::File::open("/dev/null").err().filter(is_shortage)
 }
 
 fn tcp_error(authority: String, mut errors: Vec<(&SocketAddr, String)>) -> ConnectError {
