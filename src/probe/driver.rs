@@ -324,6 +324,11 @@ impl Driver {
                     lease.agents_connected(connected);
                 }
             }
+            Action::LostSight => {
+                if let Some(lease) = &mut self.lease {
+                    lease.lost_sight();
+                }
+            }
             Action::Leave => {
                 if let Some(participant) = &self.participant {
                     participant.leave();

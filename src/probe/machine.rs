@@ -60,6 +60,8 @@ pub(super) enum Action {
     RecordDispatch(String),
     /// Whether every agent seen in the room, in time or late, has its connection up.
     AgentsConnected(bool),
+    /// An agent of the room may be cut off from the server, or may be in it unseen.
+    LostSight,
     Leave,
     DeleteRoom,
     Emit(ProbeEvent),
@@ -462,6 +464,10 @@ impl ProbeMachine {
             return;
         }
         self.decide_join(false);
+        if outcome.failure().is_some() {
+            // An agent that is silent or leaves may be cut off, and so may the canary itself.
+            self.actions.push(Action::LostSight);
+        }
         self.report.outcome = outcome.clone();
         self.outcome = Some(outcome.clone());
         let retry_after = self.report.evidence.retry_after_seconds;

@@ -599,3 +599,52 @@ pub(crate) fn frozen_daemon_blames_itself_and_goes_on(fixture: &Fixture) -> anyh
     Ok(format!("{detail}; then ok"))
 }
 
+// --- a server that crashes ---
+
+/// The agent's SDK connects again to a server that is back within seconds, with a token that creates the missing room.
+pub(crate) fn room_that_an_agent_re_creates_after_a_server_crash_is_deleted(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let dir = DaemonDir::new()?;
+    let settings = Settings::new(stack)
+        .behaviour(&short_greeting())
+        .set("schedule.every", "30d")
+        .set("batch.rooms", 3)
+        .set("batch.hold", "40s");
+    dir.write(&settings.text())?;
+    let daemon = dir.start()?;
+    let batch_id = daemon.start_batch(TARGET)?;
+    let greeted = |count: usize| {
+        wait_for("the greetings", SHORT_TIMEOUT, || {
+            let events = stack.events()?;
+            let greeted = events.iter().filter(|event| event.name() == "greeted");
+            Ok((greeted.count() >= count).then_some(()))
+        })
+    };
+    greeted(3)?;
+    stack.server.signal(Signal::KILL)?;
+    let _server = stack.restarted_server()?;
+    let batch = daemon.wait_for_batch(&batch_id)?;
+    let probes = batch["probes"].as_array().context("no probes")?;
+    let lost = probes.iter().all(|probe| probe["reason"] == "signal_lost");
+    ensure!(lost, "{batch}");
+    // As long as LiveKit's SDK tries to connect again, and some more.
+    let end = Instant::now() + Duration::from_secs(75);
+    let mut returned = BTreeSet::new();
+    while Instant::now() < end {
+        returned.extend(stack.api.rooms()?);
+        thread::sleep(Duration::from_millis(250));
+    }
+    let left = stack.api.rooms()?;
+    ensure!(left.is_empty(), "{left:?} of {returned:?} are left");
+    let leaked = daemon
+        .scrape()?
+        .sum("rooms_leaked_total", &[("target", TARGET)])?;
+    ensure!(leaked < 0.5, "{leaked} rooms leaked");
+    daemon.terminate()?;
+    Ok(format!(
+        "3 signal_lost, {} rooms came back, none is left",
+        returned.len()
+    ))
+}
