@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 
 use anyhow::Context as _;
+use chrono::Utc;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::{Exit, RunArgs};
+use super::{Exit, RunArgs, forecast};
 use crate::config::{Config, Engine, Problems, RawConfig};
 use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
@@ -79,6 +80,7 @@ fn settings(args: &RunArgs) -> Result<Config, Problems> {
             "add [targets.NAME] with agent_name; config/canary.toml shows every key",
         ));
     }
+    forecast::check_history_size(&config, Utc::now().date_naive())?;
     Ok(config)
 }
 

@@ -838,6 +838,54 @@ fn log_that_is_not_read_stops_neither_the_probes_nor_the_shutdown() -> anyhow::R
     Ok(())
 }
 
+#[test]
+fn state_that_is_removed_in_use_is_reported_and_the_next_start_opens_no_room_unknowingly()
+-> anyhow::Result<()> {
+    let budget = [("projects.main.budget.agent_time_per_day", "10h")];
+    let fixture = Fixture::new(&[], &budget)?;
+    let daemon = fixture.dir.start()?;
+    run_batch(&daemon, "demo")?;
+    std::fs::remove_dir_all(fixture.dir.path().join("state"))?;
+    let batch = run_batch(&daemon, "demo")?;
+    assert_eq!(batch["result"], "ok");
+    let logged = daemon.logged("was removed or replaced")?;
+    let [line] = &logged[..] else {
+        panic!("{logged:?}")
+    };
+    assert_eq!(line["level"], "ERROR");
+    let scrape = daemon.scrape()?;
+    let faults = scrape.count("internal_errors_total", &[("kind", "history")])?;
+    assert_eq!(faults, 1);
+    daemon.terminate()?;
+
+    let daemon = fixture.dir.start()?;
+    let refused = daemon.http.post("/api/v1/targets/demo/batches")?;
+    assert_eq!(refused.status, 429, "{refused:?}");
+    let error = &refused.json()?["error"];
+    assert!(
+        error.as_str().is_some_and(|text| text.contains("lost")),
+        "{error}"
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
+#[test]
+fn second_daemon_is_refused_although_the_lock_file_was_deleted() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[])?;
+    let daemon = fixture.dir.start()?;
+    std::fs::remove_file(fixture.dir.path().join("state/lock"))?;
+    let refused = fixture.dir.run_refused()?;
+    assert_ne!(refused.code, Some(0));
+    assert!(
+        refused.stderr.contains("uses the folder"),
+        "{}",
+        refused.stderr
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
 /// If any call lacks a descriptor, neither the network nor LiveKit nor the agent is at fault.
 #[test]
 fn canary_without_descriptors_blames_itself() -> anyhow::Result<()> {
