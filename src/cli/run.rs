@@ -1,6 +1,7 @@
 //! `run`: starts the daemon with the settings, and turns signals into its commands.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use chrono::Utc;
@@ -34,7 +35,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
         let again = args.clone();
         let options = DaemonOptions {
             config,
-            read_config: Box::new(move || settings(&again)),
+            read_config: Arc::new(move || settings(&again)),
             listener,
             web,
             history,

@@ -886,6 +886,22 @@ fn second_daemon_is_refused_although_the_lock_file_was_deleted() -> anyhow::Resu
     Ok(())
 }
 
+#[test]
+fn fifo_in_the_settings_is_refused_at_once_and_the_daemon_goes_on() -> anyhow::Result<()> {
+    let mut fixture = Fixture::new(&[], &[])?;
+    let daemon = fixture.dir.start()?;
+    let fifo = fixture.dir.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status()?;
+    assert!(made.success());
+    fixture.set("projects.main.api_secret_file", "fifo")?;
+    let reply = daemon.http.post("/-/reload")?;
+    assert_eq!(reply.status, 422, "{reply:?}");
+    assert!(reply.body.contains("not a regular file"), "{reply:?}");
+    assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
+    daemon.terminate()?;
+    Ok(())
+}
+
 /// If any call lacks a descriptor, neither the network nor LiveKit nor the agent is at fault.
 #[test]
 fn canary_without_descriptors_blames_itself() -> anyhow::Result<()> {

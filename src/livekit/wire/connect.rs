@@ -21,6 +21,8 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsConnector, rustls};
 use url::{Host, Url};
 
+use crate::config::{MAX_CA_BYTES, read_regular};
+
 /// A LiveKit host and the certificates that it may present. Cheap to clone.
 #[derive(Clone)]
 pub struct Endpoint {
@@ -245,7 +247,8 @@ fn roots(ca_file: Option<&Path>) -> anyhow::Result<rustls::RootCertStore> {
         return Ok(roots);
     };
     let before = roots.len();
-    let pem = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let pem = read_regular(file, MAX_CA_BYTES)
+        .with_context(|| format!("cannot read {}", file.display()))?;
     for certificate in CertificateDer::pem_slice_iter(&pem) {
         let certificate =
             certificate.with_context(|| format!("{} is not valid PEM", file.display()))?;
