@@ -728,6 +728,52 @@ async fn every_change_of_state_is_refused_for_another_origin_or_another_host() {
     }
 }
 
+/// A page whose name was rebound to the canary's address is of the same origin for its browser.
+#[tokio::test]
+async fn page_with_a_rebound_name_reads_nothing_on_loopback_and_changes_nothing_in_the_network() {
+    let server = HttpFixture::start().await;
+    for kind in ReadRouteKind::VARIANTS {
+        let path = kind.example();
+        let sent = with(request(Method::GET, path), "host", "evil.example:9787");
+        let reply = server.send(sent).await;
+        match kind {
+            ReadRouteKind::Healthy | ReadRouteKind::Ready => {
+                assert_eq!(reply.status, StatusCode::OK, "{path}");
+            }
+            _ => {
+                let (status, error) = reply.error();
+                assert_eq!(status, 403, "{path}");
+                assert!(error.contains("localhost"), "{error}");
+            }
+        }
+    }
+    let folder = WebFolder::new(USERS, &[("alice", "secret")]);
+    let server = HttpFixture::with_web(&folder.http()).await;
+    let sent = with(
+        get_as("/metrics", "alice", "secret"),
+        "host",
+        "canary.example",
+    );
+    assert_eq!(server.send(sent).await.status, StatusCode::OK);
+
+    let enabled = config::Http {
+        enable_lifecycle: true,
+        ..config::Http::default()
+    };
+    let mut server = HttpFixture::with(&enabled, Ipv4Addr::UNSPECIFIED).await;
+    for path in changes() {
+        let sent = with(request(Method::POST, path), "host", "evil.example:9787");
+        let sent = with(sent, "origin", "http://evil.example:9787");
+        assert_eq!(server.send(sent).await.error().0, 403, "{path}");
+    }
+    assert!(server.control.try_recv().is_err());
+    let sent = with(request(Method::POST, "/-/reload"), "host", "10.0.0.7:9787");
+    let sent = with(sent, "origin", "http://10.0.0.7:9787");
+    let stream = server.tcp().await;
+    let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
+    assert_eq!(reply.status, StatusCode::OK);
+}
+
 #[tokio::test]
 async fn body_is_refused_before_all_of_it_is_read() {
     let mut server = HttpFixture::start().await;

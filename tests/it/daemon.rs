@@ -902,6 +902,43 @@ fn fifo_in_the_settings_is_refused_at_once_and_the_daemon_goes_on() -> anyhow::R
     Ok(())
 }
 
+/// A reload may be sent as soon as the process exists. By default, SIGHUP would end it.
+#[test]
+fn sighup_is_handled_before_the_settings_are_read() -> anyhow::Result<()> {
+    use std::process::{Command, Stdio};
+
+    let fixture = Fixture::new(&[], &[])?;
+    let state = fixture.dir.path().join("state");
+    // The test looks at a process that is starting, so it may look too late.
+    for _ in 0..50 {
+        if state.exists() {
+            std::fs::remove_dir_all(&state)?;
+        }
+        let mut child = Command::new(support::canary::binary())
+            .args(["run", "--config", "canary.toml"])
+            .current_dir(fixture.dir.path())
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut seen = false;
+        while !seen && !state.exists() && child.try_wait()?.is_none() {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            let caught = u64::from_str_radix(caught.context("no SigCgt")?.trim(), 16)?;
+            // SIGHUP is signal 1, the lowest bit. The state folder is created after the settings have been read.
+            seen = caught & 1 == 1 && !state.exists();
+        }
+        child.kill()?;
+        child.wait()?;
+        if seen {
+            return Ok(());
+        }
+    }
+    panic!("in 50 starts, SIGHUP was handled only after the settings had been read");
+}
+
 /// If any call lacks a descriptor, neither the network nor LiveKit nor the agent is at fault.
 #[test]
 fn canary_without_descriptors_blames_itself() -> anyhow::Result<()> {
