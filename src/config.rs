@@ -3,12 +3,14 @@
 //! It knows no other module of this crate.
 
 mod cron;
+mod file;
 mod problem;
 mod raw;
 mod section;
 mod settings;
 mod validate;
 
+pub(crate) use file::{MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
 pub use problem::{Problem, Problems};
 pub use raw::RawConfig;
 pub use settings::*;

@@ -31,6 +31,7 @@ use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, T
 use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, Denial};
 use crate::schedule::{self, Tick, Ticker};
+use crate::stall::StallWatch;
 
 mod drain;
 mod recorder;
@@ -41,6 +42,7 @@ mod supervisor;
 mod tests;
 
 use recorder::Recorder;
+use settings::PendingReload;
 use supervisor::Watchdog;
 
 /// How often the daemon polls what reports no changes: budgets, back-offs and the state of the history.
@@ -52,7 +54,7 @@ const MAX_SILENCE: Duration = Duration::from_secs(15);
 pub(crate) struct DaemonOptions {
     pub(crate) config: Config,
     /// Reads the settings again for a reload, including the secrets.
-    pub(crate) read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+    pub(crate) read_config: ReadConfig,
     pub(crate) listener: TcpListener,
     pub(crate) web: WebConfig,
     pub(crate) history: History,
@@ -63,6 +65,9 @@ pub(crate) struct DaemonOptions {
     /// For a command that shows the batches.
     pub(crate) observer: Option<BatchObserver>,
 }
+
+/// Blocks on the disk, for as long as a file system hangs.
+pub(crate) type ReadConfig = Arc<dyn Fn() -> Result<Config, Problems> + Send + Sync>;
 
 /// Receives each event of every batch, in the batch's own task, so it must not block. When it receives the end of a batch,
 /// metrics and history have the batch already.
@@ -129,7 +134,9 @@ struct TargetRuntime {
 
 struct Daemon {
     config: Config,
-    read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+    read_config: ReadConfig,
+    /// A reload that still reads the settings.
+    reload: Option<PendingReload>,
     projects: BTreeMap<String, ProjectRuntime>,
     targets: BTreeMap<String, TargetRuntime>,
     ticker: Ticker,
@@ -139,8 +146,13 @@ struct Daemon {
     counted_drops: u64,
     /// Faults of the history that the metrics have counted.
     counted_faults: u64,
+    /// Dropped lines of the log that the metrics have counted.
+    counted_lost_lines: u64,
     metrics: Metrics,
     janitor: Janitor,
+    stalls: StallWatch,
+    /// Stalls that the metrics have counted.
+    counted_stalls: u64,
     fault: Option<ProbeFault>,
     observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,
@@ -201,14 +213,18 @@ impl Daemon {
         let mut daemon = Self {
             config: options.config.clone(),
             read_config: options.read_config,
+            reload: None,
             projects: BTreeMap::new(),
             targets: BTreeMap::new(),
             ticker,
             ticks,
             janitor: Janitor::start_with(on_cleanup(&options.history, &metrics)),
+            stalls: StallWatch::start(),
+            counted_stalls: 0,
             history: options.history,
             counted_drops: 0,
             counted_faults: 0,
+            counted_lost_lines: 0,
             metrics,
             fault: options.fault,
             observer: options.observer,
@@ -226,7 +242,8 @@ impl Daemon {
             http_end,
             sweep: JoinSet::new(),
         };
-        daemon.apply(options.config).map_err(anyhow::Error::msg)?;
+        let access = settings::access(&options.config).map_err(anyhow::Error::msg)?;
+        daemon.apply(options.config, access);
         daemon.metrics.config_loaded(started_at);
         daemon.restore().await;
         daemon.start_sweep();
@@ -242,15 +259,16 @@ impl Daemon {
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
-                    Some(DaemonCommand::Reload) => drop(self.reload().await),
+                    Some(DaemonCommand::Reload) => self.request_reload(None),
                     Some(DaemonCommand::RunBatch(target)) => self.run_as_commanded(&target),
                     Some(DaemonCommand::SetFault(fault)) => self.fault = fault,
                     Some(DaemonCommand::Stop) | None => return Ok(()),
                 },
                 Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
                 Some(tick) = self.ticks.recv() => self.tick(&tick),
-                Some(control) = self.control.recv() => self.handle_control(control).await,
+                Some(control) = self.control.recv() => self.handle_control(control),
                 Some(swept) = self.sweep.join_next() => self.swept(swept),
+                read = settings::next_read(&mut self.reload) => self.settings_read(read).await,
                 ended = self.http.join_next() => {
                     self.metrics.internal_error(InternalError::Http);
                     anyhow::bail!("the HTTP server has ended: {ended:?}");
@@ -415,6 +433,7 @@ impl Daemon {
             endpoint: project.endpoint.clone(),
             api: project.api.clone(),
             janitor: self.janitor.clone(),
+            stalls: self.stalls.clone(),
             agent_known: target.agent_known,
             fault: self.fault,
         };
@@ -453,9 +472,9 @@ impl Daemon {
         self.refresh();
     }
 
-    async fn handle_control(&mut self, control: Control) {
+    fn handle_control(&mut self, control: Control) {
         match control {
-            Control::Reload { reply } => send_reply(reply, self.reload().await),
+            Control::Reload { reply } => self.request_reload(Some(reply)),
             Control::RunBatch { target, reply } => send_reply(reply, self.run_now(&target)),
             Control::SetPaused {
                 target,

@@ -76,6 +76,8 @@ pub enum InternalError {
     Janitor,
     /// The history can't be written, or can't store a batch. The history counts these faults itself.
     History,
+    /// This process did not run for some seconds.
+    Stall,
     /// The HTTP server failed, or a handler panicked.
     Http,
 }
@@ -112,6 +114,7 @@ struct LiveSeries {
 struct ProcessSeries {
     internal_errors: IntCounterVec,
     history_dropped: IntCounter,
+    log_dropped: IntCounter,
     history_degraded: Gauge,
     reload_successful: Gauge,
     reload_success_at: Gauge,
@@ -147,6 +150,7 @@ impl Metrics {
         let process = ProcessSeries {
             internal_errors,
             history_dropped: families.counter(&catalogue::HISTORY_DROPPED),
+            log_dropped: families.counter(&catalogue::LOG_DROPPED),
             history_degraded,
             reload_successful: families.gauge(&catalogue::RELOAD_SUCCESSFUL),
             reload_success_at: families.gauge(&catalogue::RELOAD_SUCCESS_AT),
@@ -211,6 +215,10 @@ impl Metrics {
 
     pub fn history_dropped(&self, records: u64) {
         self.inner.process.update().history_dropped.inc_by(records);
+    }
+
+    pub fn log_dropped(&self, lines: u64) {
+        self.inner.process.update().log_dropped.inc_by(lines);
     }
 
     pub fn history_degraded(&self, degraded: bool) {

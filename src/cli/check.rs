@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use chrono::Utc;
 use humantime::format_duration;
 
-use super::forecast::Forecast;
+use super::forecast::{self, Forecast};
 use super::{CheckArgs, Exit, print};
 use crate::config::{
     Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
@@ -20,6 +20,7 @@ const WRONG_SETTINGS: [u16; 3] = [401, 403, 404];
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let all = draft.validate()?;
+    forecast::check_history_size(&all, Utc::now().date_naive())?;
     // The targets of a project share its limits, so the forecast needs all of them, even if only one is printed.
     let forecast = Forecast::new(&all, Utc::now());
     let mut config = all.clone();

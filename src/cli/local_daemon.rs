@@ -176,7 +176,7 @@ impl LocalDaemon {
             web: WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?,
             history: History::open(&config.daemon.history)?,
             config,
-            read_config: Box::new(move || Ok(again.borrow().clone())),
+            read_config: Arc::new(move || Ok(again.borrow().clone())),
             listener: setup.listener,
             build: super::run::build(),
             fault: setup.fault,

@@ -17,6 +17,7 @@ use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
 use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, json};
+use crate::stall::StallWatch;
 use crate::telemetry;
 
 /// The target of the flags and the environment if there is no settings file.
@@ -47,6 +48,7 @@ pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
             endpoint,
             api,
             janitor: Janitor::start(),
+            stalls: StallWatch::start(),
             agent_known: false,
             fault,
         };

@@ -1,13 +1,15 @@
 //! `run`: starts the daemon with the settings, and turns signals into its commands.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::Context as _;
+use chrono::Utc;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::{Exit, RunArgs};
+use super::{Exit, RunArgs, forecast};
 use crate::config::{Config, Engine, Problems, RawConfig};
 use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
@@ -17,15 +19,20 @@ use crate::probe::driver::ProbeFault;
 use crate::telemetry;
 
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
+    let runtime = super::runtime()?;
+    // Before the settings are read: by default, SIGHUP ends a process, and a reload may be sent as soon as it exists.
+    let hangups = {
+        let _context = runtime.enter();
+        signal(SignalKind::hangup()).context("cannot listen for signals")?
+    };
     let config = settings(args)?;
     let fault = ProbeFault::from_env()?;
     let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
-    telemetry::log_daemon();
+    let _log = telemetry::log_daemon().context("cannot start a thread for the log")?;
     let history = History::open(&config.daemon.history)?;
     if args.accept_lost_ledger {
         history.accept_lost_ledger();
     }
-    let runtime = super::runtime()?;
     let ending = runtime.block_on(async {
         let listener = listen(config.daemon.http.listen).await?;
         let address = listener.local_addr()?;
@@ -33,7 +40,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
         let again = args.clone();
         let options = DaemonOptions {
             config,
-            read_config: Box::new(move || settings(&again)),
+            read_config: Arc::new(move || settings(&again)),
             listener,
             web,
             history,
@@ -42,7 +49,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
             drill: false,
             observer: None,
         };
-        daemon::run(options, commands_from_signals()?).await
+        daemon::run(options, commands_from_signals(hangups)?).await
     });
     // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
     // ended by now.
@@ -79,6 +86,7 @@ fn settings(args: &RunArgs) -> Result<Config, Problems> {
             "add [targets.NAME] with agent_name; config/canary.toml shows every key",
         ));
     }
+    forecast::check_history_size(&config, Utc::now().date_naive())?;
     Ok(config)
 }
 
@@ -88,14 +96,14 @@ pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 /// Receives the commands that signals send: SIGHUP reloads, SIGTERM and Ctrl-C stop.
-fn commands_from_signals() -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
+fn commands_from_signals(hangups: Signal) -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
     let (sender, commands) = mpsc::channel(4);
-    for (kind, command) in [
-        (SignalKind::hangup(), DaemonCommand::Reload),
-        (SignalKind::terminate(), DaemonCommand::Stop),
-        (SignalKind::interrupt(), DaemonCommand::Stop),
+    let listen = |kind| signal(kind).context("cannot listen for signals");
+    for (mut signals, command) in [
+        (hangups, DaemonCommand::Reload),
+        (listen(SignalKind::terminate())?, DaemonCommand::Stop),
+        (listen(SignalKind::interrupt())?, DaemonCommand::Stop),
     ] {
-        let mut signals = signal(kind).context("cannot listen for signals")?;
         let sender = sender.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {

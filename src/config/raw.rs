@@ -11,6 +11,7 @@ use config::{Map, Source, Value, ValueKind};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::file::{MAX_FILE_BYTES, read_regular_text};
 use super::problem::{Problem, Problems, from_variable};
 
 const OVERRIDE_PREFIX: &str = "LIVEKIT_CANARY__";
@@ -187,7 +188,7 @@ fn read_file(path: &Path) -> Result<Map<String, Value>, Problem> {
         message,
         hint: None,
     };
-    let text = std::fs::read_to_string(path)
+    let text = read_regular_text(path, MAX_FILE_BYTES)
         .map_err(|error| problem(None, format!("can't read {}: {error}", path.display())))?;
     let place = |offset| format!("{}:{}", path.display(), position(&text, offset).0);
     let document = DeTable::parse(&text).map_err(|error| {

@@ -1,17 +1,17 @@
 //! Validates every key and its range, and turns raw settings into a [`Config`].
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono_tz::{TZ_VARIANTS, Tz};
 use humantime::format_duration;
 use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::pem::{self, PemObject};
 use url::Url;
 
 use super::cron;
+use super::file::{MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
@@ -32,8 +32,6 @@ const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
 /// Rarer batches would detect nothing in useful time.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// The file of a secret holds one line of text; a larger file is the wrong one.
-const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
 
 /// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
@@ -414,15 +412,10 @@ fn not_empty(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Op
 /// Messages don't repeat the file's name either: it may be the secret itself, under the wrong key.
 fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
     let path = text.path();
-    let mut content = String::new();
-    let read = std::fs::File::open(&path).and_then(|file| {
-        file.take(MAX_SECRET_FILE_BYTES)
-            .read_to_string(&mut content)
-    });
-    let mistake = match read {
+    let mistake = match read_regular_text(&path, MAX_FILE_BYTES) {
         Err(error) => format!("can't read this file: {error}"),
-        Ok(_) if content.trim().is_empty() => "this file is empty".to_owned(),
-        Ok(_) => {
+        Ok(content) if content.trim().is_empty() => "this file is empty".to_owned(),
+        Ok(content) => {
             let line = content.strip_suffix('\n').unwrap_or(&content);
             return Some(line.strip_suffix('\r').unwrap_or(line).to_owned());
         }
@@ -437,8 +430,9 @@ fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
         return None;
     };
     let path = text.path();
-    let certificates =
-        CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let certificates = read_regular(&path, MAX_CA_BYTES)
+        .map_err(pem::Error::Io)
+        .and_then(|pem| CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>());
     let mistake = match certificates {
         Ok(certificates) if certificates.is_empty() => {
             "this file contains no certificate".to_owned()

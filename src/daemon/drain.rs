@@ -24,6 +24,9 @@ impl Daemon {
     ) -> ShutdownKind {
         supervisor::stopping();
         self.stage = DaemonStage::Draining;
+        if let Some(reload) = self.reload.take() {
+            reload.refuse(&ReloadRefused::ShuttingDown);
+        }
         for name in self.targets.keys() {
             self.ticker.remove(name);
         }

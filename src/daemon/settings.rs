@@ -1,23 +1,159 @@
 //! Applies settings, at the start and by reloads while batches run.
+//!
+//! A thread of its own reads them: a file system that hangs must not stop the daemon's loop.
 
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::Utc;
+use tokio::sync::oneshot;
+use tokio::task::{self, JoinError, JoinHandle};
+use tokio::time::{Instant, sleep_until};
 
-use super::{Daemon, ProjectRuntime, TargetRuntime, supervisor};
+use super::{Daemon, ProjectRuntime, TargetRuntime, send_reply, supervisor};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
 use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::{self, api::Api};
 
+/// How long a reload waits for the files. After that it has failed.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The access to each project, whose CA file has been read.
+type ProjectAccess = BTreeMap<String, (Endpoint, Api)>;
+
+type ReadSettings = Result<(Config, ProjectAccess), String>;
+
+type ReloadReply = oneshot::Sender<Result<(), ReloadRefused>>;
+
+/// A reload whose settings a thread reads.
+pub(super) struct PendingReload {
+    reading: JoinHandle<ReadSettings>,
+    late_at: Instant,
+    /// The reload has failed, but the thread can't be stopped. No other one is started meanwhile.
+    is_late: bool,
+    replies: Vec<ReloadReply>,
+    /// Requests since the thread began: a file may have changed after it was read.
+    next: Option<Vec<ReloadReply>>,
+}
+
+impl PendingReload {
+    pub(super) fn refuse(self, why: &ReloadRefused) {
+        for reply in self
+            .replies
+            .into_iter()
+            .chain(self.next.unwrap_or_default())
+        {
+            send_reply(reply, Err(why.clone()));
+        }
+    }
+}
+
+/// What became of a read.
+pub(super) enum SettingsRead {
+    Done(Box<Result<ReadSettings, JoinError>>),
+    /// [`READ_TIMEOUT`] is over.
+    Late,
+}
+
+/// Never resolves without a reload. Cancel-safe.
+pub(super) async fn next_read(reload: &mut Option<PendingReload>) -> SettingsRead {
+    let Some(reload) = reload else {
+        return pending().await;
+    };
+    tokio::select! {
+        biased;
+        read = &mut reload.reading => SettingsRead::Done(Box::new(read)),
+        () = sleep_until(reload.late_at), if !reload.is_late => SettingsRead::Late,
+    }
+}
+
+/// Blocks on the disk.
+pub(super) fn access(config: &Config) -> Result<ProjectAccess, String> {
+    let access = config.projects.iter().map(|(name, project)| {
+        let known = wire::access(project);
+        let known = known.map_err(|error| format!("project {name:?}: {error:#}"))?;
+        Ok((name.clone(), known))
+    });
+    access.collect()
+}
+
 impl Daemon {
-    pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
+    /// Starts to read the settings again. The reply follows when they are applied or refused.
+    pub(super) fn request_reload(&mut self, reply: Option<ReloadReply>) {
+        match &mut self.reload {
+            Some(reload) if reload.is_late => {
+                tracing::error!("settings not reloaded: an earlier reload still waits for a file");
+                let why = "an earlier reload still waits for a file: its file system hangs";
+                if let Some(reply) = reply {
+                    send_reply(reply, Err(ReloadRefused::Invalid(why.to_owned())));
+                }
+            }
+            Some(reload) => reload.next.get_or_insert_default().extend(reply),
+            None => self.start_reload(Vec::from_iter(reply)),
+        }
+    }
+
+    fn start_reload(&mut self, replies: Vec<ReloadReply>) {
         supervisor::reloading();
-        let config = (self.read_config)().map_err(|problems| problems.to_string());
+        let read = Arc::clone(&self.read_config);
+        let reading = task::spawn_blocking(move || {
+            let config = read().map_err(|problems| problems.to_string())?;
+            let access = access(&config)?;
+            Ok((config, access))
+        });
+        self.reload = Some(PendingReload {
+            reading,
+            late_at: Instant::now() + READ_TIMEOUT,
+            is_late: false,
+            replies,
+            next: None,
+        });
+    }
+
+    pub(super) async fn settings_read(&mut self, read: SettingsRead) {
+        let Some(reload) = &mut self.reload else {
+            return;
+        };
+        let (replies, was_late) = (std::mem::take(&mut reload.replies), reload.is_late);
+        let next = reload.next.take();
+        let read = match read {
+            SettingsRead::Late => {
+                reload.is_late = true;
+                Err(format!(
+                    "the files could not be read within {READ_TIMEOUT:?}: a file system hangs"
+                ))
+            }
+            SettingsRead::Done(read) => {
+                self.reload = None;
+                if was_late {
+                    tracing::warn!("the files of a failed reload can be read now: reload again");
+                    return;
+                }
+                (*read).unwrap_or_else(|error| Err(format!("reading the settings failed: {error}")))
+            }
+        };
+        let applied = self.finish_reload(read).await;
+        for reply in replies {
+            send_reply(reply, applied.clone().map_err(ReloadRefused::Invalid));
+        }
+        if let Some(next) = next {
+            if self.reload.is_none() {
+                self.start_reload(next);
+            } else {
+                for reply in next {
+                    self.request_reload(Some(reply));
+                }
+            }
+        }
+    }
+
+    async fn finish_reload(&mut self, read: ReadSettings) -> Result<(), String> {
         let before = self.config.daemon.clone();
-        let applied = config.and_then(|config| self.apply(config));
+        let applied = read.map(|(config, access)| self.apply(config, access));
         let at = Utc::now();
         match &applied {
             Ok(()) => {
@@ -41,17 +177,11 @@ impl Daemon {
         });
         self.refresh();
         supervisor::ready();
-        applied.map_err(ReloadRefused::Invalid)
+        applied
     }
 
-    /// Applies all of `config` or, with an error, nothing. A running batch keeps the settings that it started with.
-    pub(super) fn apply(&mut self, config: Config) -> Result<(), String> {
-        let mut access = BTreeMap::new();
-        for (name, project) in &config.projects {
-            let known = wire::access(project);
-            let known = known.map_err(|error| format!("project {name:?}: {error:#}"))?;
-            access.insert(name.clone(), known);
-        }
+    /// A running batch keeps the settings that it started with.
+    pub(super) fn apply(&mut self, config: Config, access: ProjectAccess) {
         self.projects.retain(|name, _| {
             let stays = config.projects.contains_key(name);
             if !stays {
@@ -79,7 +209,6 @@ impl Daemon {
             self.set_target(name, target, &config);
         }
         self.config = config;
-        Ok(())
     }
 
     fn set_project(

@@ -6,6 +6,7 @@ use super::{Daemon, ProjectRuntime, TargetRuntime, first_worst_case};
 use crate::config::Period;
 use crate::http::{BudgetStatus, ProjectStatus, Status, TargetStatus};
 use crate::metrics::InternalError;
+use crate::telemetry;
 
 impl Daemon {
     /// Updates the polled gauges and the status, and gives the sign of life.
@@ -20,6 +21,15 @@ impl Daemon {
             self.metrics.internal_error(InternalError::History);
         }
         self.counted_faults = faults;
+        let lost_lines = telemetry::dropped_lines();
+        self.metrics
+            .log_dropped(lost_lines - self.counted_lost_lines);
+        self.counted_lost_lines = lost_lines;
+        let stalls = self.stalls.seen().count;
+        for _ in self.counted_stalls..stalls {
+            self.metrics.internal_error(InternalError::Stall);
+        }
+        self.counted_stalls = stalls;
         for project in self.projects.values() {
             project.metrics.backoff_until(project.guard.backoff_until());
             for period in Period::ALL {

@@ -169,6 +169,7 @@ fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context
         endpoint,
         api,
         janitor,
+        stalls: crate::stall::tests::manual().0,
         agent_known: false,
         fault: None,
     }

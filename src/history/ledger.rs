@@ -139,8 +139,6 @@ impl Ledger {
     /// Adds a row and returns the number of the change.
     pub(super) fn open(&mut self, room: &RoomName, row: LedgerRow) -> u64 {
         let today = row.opened_at.date_naive();
-        // The month before is kept, because the clock may be set back.
-        self.remove_days_before(Period::Month.first_day(today) - Months::new(1));
         *self.day_of(&row.project, today) += row.seconds();
         let entry = LedgerEntry {
             row,
@@ -209,6 +207,14 @@ impl Ledger {
         });
     }
 
+    /// Another file takes the place of the one that had the rows: all must be written again.
+    pub(super) fn write_again(&mut self) {
+        self.change += 1;
+        for entry in self.entries.values_mut() {
+            entry.unwritten = Some(self.change);
+        }
+    }
+
     fn count_change(&mut self, room: &RoomName) -> u64 {
         self.change += 1;
         if let Some(entry) = self.entries.get_mut(room) {
@@ -226,7 +232,9 @@ impl Ledger {
         days.entry(day).or_default()
     }
 
-    fn remove_days_before(&mut self, first: NaiveDate) {
+    /// Forgets the days that no budget counts any more. The month before is kept, because the clock may be set back.
+    pub(super) fn forget(&mut self, now: DateTime<Utc>) {
+        let first = Period::Month.first_day(now.date_naive()) - Months::new(1);
         for days in self.days.values_mut() {
             *days = days.split_off(&first);
         }

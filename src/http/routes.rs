@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
-use super::access::{self, ChangePermit};
+use super::access::{self, ChangePermit, Protection};
 use super::control::{Control, Controller};
 use super::health::Health;
 use super::response::{HttpError, ServerResponse, json, plain, response};
@@ -219,6 +219,12 @@ impl AppState {
         if let Some(users) = &security.users {
             self.passwords.authenticate(users, &head.headers).await?;
         }
+        let protection = Protection {
+            has_users: security.users.is_some(),
+            enable_lifecycle: self.web.enable_lifecycle,
+            on_loopback: self.on_loopback,
+        };
+        access::check_host(&head.headers, protection)?;
         let route = route.ok_or_else(|| {
             let text = "no such path; / links to those that exist";
             HttpError::new(StatusCode::NOT_FOUND, text)
@@ -233,8 +239,7 @@ impl AppState {
             }
             Route::Change(change) => {
                 api::query(&head.uri, [])?;
-                let trusted = security.users.is_some() || self.web.enable_lifecycle;
-                let permit = access::permit_change(&head.headers, trusted, self.on_loopback)?;
+                let permit = access::permit_change(&head.headers, protection)?;
                 expect_no_body(body).await?;
                 self.change(change, permit).await
             }

@@ -4,7 +4,6 @@
 //! unsupported setting is an error, because the operator would believe that it protects something.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +22,7 @@ use tokio_rustls::rustls::{ServerConfig, SupportedProtocolVersion};
 use tracing::{debug, info, warn};
 
 use super::users::{Users, not_a_hash};
-use crate::config;
+use crate::config::{self, MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
 
 /// How the server is protected: TLS and users if a file sets them, and whether POST is allowed without either.
 pub(crate) struct WebConfig {
@@ -210,7 +209,8 @@ const UNSUPPORTED_TLS: &[&str] = &[
 
 impl RawWebConfig {
     fn read(path: &Path) -> Result<Self, String> {
-        let yaml = fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+        let yaml = read_regular_text(path, MAX_FILE_BYTES)
+            .map_err(|error| format!("cannot be read: {error}"))?;
         let mut root = parse(&yaml)?;
         let tls = match root.remove("tls_server_config") {
             None | Some(Value::Null) => None,
@@ -322,7 +322,7 @@ impl RawTls {
         let file = |key: &str, name: Option<String>| {
             let name = name.ok_or_else(|| format!("{PREFIX}{key} is missing"))?;
             let file = path.parent().unwrap_or(Path::new("")).join(name);
-            let content = fs::read(&file).map_err(|error| {
+            let content = read_regular(&file, MAX_CA_BYTES).map_err(|error| {
                 format!("{PREFIX}{key}: {} cannot be read: {error}", file.display())
             })?;
             Ok::<_, String>((file, content))
@@ -373,8 +373,8 @@ impl RawTls {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::sync::Mutex as Lock;
+    use std::{fs, io};
 
     use proptest::prelude::*;
     use tracing_subscriber::fmt::MakeWriter;

@@ -273,6 +273,32 @@ async fn dispatch_with_an_unknown_id_is_deleted_although_its_agent_is_connected(
     assert_eq!(server.calls(), expected);
 }
 
+/// An agent whose connection was up comes back after a crash of the server, or after its own network was down.
+#[tokio::test]
+async fn room_is_watched_although_its_agent_was_connected_if_the_deletion_may_not_have_reached_it()
+{
+    let not_found = [ScriptedAnswer::Refused(404, "not_found"), done()];
+    for (lost_sight, deletions) in [(true, &[done()][..]), (false, &not_found)] {
+        let server = ScriptedServer::start(&[
+            ("DeleteRoom", deletions),
+            ("ListRooms", &[rooms(&[ROOM]), rooms(&[])]),
+        ])
+        .await;
+        let janitor = Janitor::start();
+        let mut lease = server.lease(&janitor, ENOUGH, BRIEF);
+        lease.dispatched("AD_1".to_owned());
+        lease.agents_connected(true);
+        if lost_sight {
+            lease.lost_sight();
+        }
+        assert!(is_deleted(&lease.delete().await));
+        assert_eq!(close(janitor, AMPLE).await, [""; 0]);
+        let calls = server.calls().join(" ");
+        let expected = "DeleteDispatch DeleteRoom ListRooms ListDispatch DeleteRoom ListRooms";
+        assert_eq!(calls, expected, "lost sight: {lost_sight}");
+    }
+}
+
 #[tokio::test]
 async fn room_that_a_late_agent_re_created_is_deleted_again() {
     let server = ScriptedServer::start(&[("ListRooms", &[rooms(&[ROOM]), rooms(&[])])]).await;

@@ -113,6 +113,8 @@ catalogue! {
     INTERNAL_ERRORS: "internal_errors_total" ["kind"] MetricKind::Counter;
     /// Batches that could not be recorded in the history.
     HISTORY_DROPPED: "history_dropped_total" [] MetricKind::Counter;
+    /// Lines of the log that were dropped because the lines before them were not read.
+    LOG_DROPPED: "log_lines_dropped_total" [] MetricKind::Counter;
 
     /// Time from the dispatch to the agent's join, whatever the outcome. The label position separates the first room of
     /// a batch, which a cold start affects, from later rooms. Delays of which only an upper bound is known are

@@ -28,6 +28,7 @@ use crate::livekit::wire::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
+use crate::stall::{StallWatch, Stalls};
 
 /// The participant's identity. There is one canary in each room, so it can be the same in all.
 const IDENTITY: &str = "canary-echo";
@@ -54,6 +55,7 @@ pub struct Context {
     pub endpoint: Endpoint,
     pub api: Api,
     pub janitor: Janitor,
+    pub stalls: StallWatch,
     /// An agent has joined under this target's name before. If none joins now, the name is not the first thing to check.
     pub agent_known: bool,
     /// A fault to inject, for drills and for tests of this program.
@@ -129,6 +131,8 @@ struct Driver {
     machine: ProbeMachine,
     /// `None` once the deletion is requested.
     lease: Option<RoomLease>,
+    /// The stalls of this process before the probe's start.
+    stalls_before: Stalls,
     /// `None` before the join and after its last event.
     participant: Option<Participant>,
     /// Calls under way. Each ends with an input, within its own deadline.
@@ -169,6 +173,7 @@ impl Driver {
                 context.agent_known,
             ),
             lease: Some(lease),
+            stalls_before: context.stalls.seen(),
             participant: None,
             calls: FuturesUnordered::new(),
             inputs: VecDeque::from([Input::Start, Input::HoldUntil(hold)]),
@@ -216,16 +221,34 @@ impl Driver {
                 Some(input) => input,
                 None => self.next_input().await,
             };
+            // Before the start, there is no call that a stall could spoil.
+            if !matches!(input, Input::Start) {
+                self.check_stalls();
+            }
             if self.creation_failed(&input)
                 && let Some(lease) = &mut self.lease
             {
                 lease.not_created();
             }
-            for action in self.machine.on(input, Instant::now()) {
-                self.carry_out(action);
-            }
+            self.feed(input);
             let fault = self.machine.agent_joined() && self.context.fault.take().is_some();
             assert!(!fault, "the injected fault");
+        }
+    }
+
+    fn feed(&mut self, input: Input) {
+        for action in self.machine.on(input, Instant::now()) {
+            self.carry_out(action);
+        }
+    }
+
+    /// Before any input is judged: after a stall, the input may be the stall's consequence.
+    fn check_stalls(&mut self) {
+        let seen = self.context.stalls.seen();
+        if seen.count > self.stalls_before.count {
+            let time = seen.total.saturating_sub(self.stalls_before.total);
+            self.stalls_before = seen;
+            self.feed(Input::Stalled(time));
         }
     }
 
@@ -299,6 +322,11 @@ impl Driver {
             Action::AgentsConnected(connected) => {
                 if let Some(lease) = &mut self.lease {
                     lease.agents_connected(connected);
+                }
+            }
+            Action::LostSight => {
+                if let Some(lease) = &mut self.lease {
+                    lease.lost_sight();
                 }
             }
             Action::Leave => {

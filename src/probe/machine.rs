@@ -18,7 +18,7 @@ use super::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reas
 use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
-use crate::livekit::event::RoomEvent;
+use crate::livekit::event::{AudioStats, RoomEvent};
 use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
 
 mod deadlines;
@@ -44,6 +44,8 @@ pub(super) enum Input {
     DeadlinePassed,
     Abort,
     Panicked(String),
+    /// This process did not run for this long, since the probe's start.
+    Stalled(Duration),
     Deleted(Deletion),
 }
 
@@ -58,6 +60,8 @@ pub(super) enum Action {
     RecordDispatch(String),
     /// Whether every agent seen in the room, in time or late, has its connection up.
     AgentsConnected(bool),
+    /// An agent of the room may be cut off from the server, or may be in it unseen.
+    LostSight,
     Leave,
     DeleteRoom,
     Emit(ProbeEvent),
@@ -125,6 +129,8 @@ pub(super) struct ProbeMachine {
     inference_limit: Option<String>,
     /// A second agent of the target's name joined. No event reports when its connection is up.
     has_duplicate: bool,
+    /// This process did not run for some of the call.
+    stalled: bool,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
     /// The addresses at which the server expects media.
@@ -159,6 +165,7 @@ impl ProbeMachine {
             join_decided: false,
             inference_limit: None,
             has_duplicate: false,
+            stalled: false,
             strays: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
@@ -186,6 +193,7 @@ impl ProbeMachine {
             Input::DeadlinePassed => self.expire(now, |due| due <= now),
             Input::Abort => self.decide(Outcome::Aborted, now),
             Input::Panicked(message) => self.fail(Failure::of_own_fault(&message), now),
+            Input::Stalled(time) => self.stalled(time, now),
             Input::Deleted(deletion) => self.deleted(deletion),
         }
         self.proceed(now);
@@ -202,12 +210,26 @@ impl ProbeMachine {
     }
 
     pub(super) fn into_report(mut self) -> ProbeReport {
-        self.report.turns = self.turns.list().to_vec();
+        if self.stalled {
+            // Their delays and losses are not the agent's.
+            self.report.audio = AudioStats::default();
+        } else {
+            self.report.turns = self.turns.list().to_vec();
+        }
         if self.target.transcript {
             let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
             self.report.transcript = Some(self.transcript.into_lines(agent));
         }
         self.report
+    }
+
+    /// What is missing or late now may have been in time: deadlines passed, and packets were lost, while the canary did not run.
+    fn stalled(&mut self, time: Duration, now: Instant) {
+        if self.outcome.is_none() {
+            self.stalled = true;
+            self.report.timeline.record_stall();
+            self.fail(Failure::of_stall(time), now);
+        }
     }
 
     fn facts(&self) -> DispatchFacts {
@@ -442,6 +464,10 @@ impl ProbeMachine {
             return;
         }
         self.decide_join(false);
+        if outcome.failure().is_some() {
+            // An agent that is silent or leaves may be cut off, and so may the canary itself.
+            self.actions.push(Action::LostSight);
+        }
         self.report.outcome = outcome.clone();
         self.outcome = Some(outcome.clone());
         let retry_after = self.report.evidence.retry_after_seconds;

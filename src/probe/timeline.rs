@@ -82,6 +82,8 @@ impl Span {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Timeline {
     marks: [Option<Instant>; Milestone::ALL.len()],
+    /// This process did not run for some of the time. So a mark may be much later than what it marks.
+    stalled: bool,
 }
 
 impl Timeline {
@@ -95,6 +97,11 @@ impl Timeline {
 
     pub fn get(&self, milestone: Milestone) -> Option<Instant> {
         self.marks[milestone as usize]
+    }
+
+    /// From now on no span has a value: the canary did not see when things happened.
+    pub(super) fn record_stall(&mut self) {
+        self.stalled = true;
     }
 
     /// The milestones that were seen, in the order of [`Milestone::ALL`].
@@ -131,6 +138,9 @@ impl Timeline {
     }
 
     fn between(&self, from: Milestone, to: Milestone) -> Option<Duration> {
+        if self.stalled {
+            return None;
+        }
         self.get(to)?.checked_duration_since(self.get(from)?)
     }
 }

@@ -142,6 +142,18 @@ impl Failure {
         )
     }
 
+    /// This process did not run for this long.
+    pub(super) fn of_stall(time: Duration) -> Self {
+        Self::new(
+            Reason::Internal,
+            format!(
+                "the canary itself did not run for {:.1} s of this call, so the call shows nothing about the agent. Check \
+                 whether this process was stopped, its machine was suspended or stalled, or it got too little CPU.",
+                time.as_secs_f64()
+            ),
+        )
+    }
+
     pub(super) fn of_missing_echo() -> Self {
         Self::new(
             Reason::Internal,
@@ -637,6 +649,18 @@ impl Failure {
 // Parts of several.
 
 impl Failure {
+    /// The process or its machine has no descriptor or no memory left.
+    fn of_shortage(error: &str) -> Self {
+        let error = quote(error);
+        Self::new(
+            Reason::Internal,
+            format!(
+                "the canary itself failed: {error}. Raise the limits of this process (LimitNOFILE, ulimit -n, memory), or \
+                 lower max_rooms."
+            ),
+        )
+    }
+
     fn unreachable(error: &ConnectError) -> Self {
         let check = match error {
             ConnectError::Dns { .. } => {
@@ -646,6 +670,7 @@ impl Failure {
             ConnectError::Tls { .. } => {
                 "Check the certificate and its host name. If a private CA signed it, set ca_file."
             }
+            ConnectError::Shortage { .. } => return Self::of_shortage(&error.to_string()),
         };
         let error = quote(&error.to_string());
         Self::new(Reason::Unreachable, format!("{error}. {check}"))

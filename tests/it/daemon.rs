@@ -748,3 +748,229 @@ fn health_command_exits_0_only_if_the_daemon_is_healthy() -> anyhow::Result<()> 
     assert_eq!(ask("https://127.0.0.1:1/").code, Some(2));
     Ok(())
 }
+
+/// SIGSTOP does to the process what `docker pause` and a stalled machine do.
+#[test]
+fn frozen_canary_blames_itself_and_its_next_batch_is_ok() -> anyhow::Result<()> {
+    let settings = [
+        ("targets.demo.batch.hold", "3s"),
+        ("targets.demo.deadlines.signal", "2s"),
+    ];
+    let fixture = Fixture::new(&[], &settings)?;
+    let daemon = fixture.dir.start()?;
+    let batch_id = fixture.start_batch(&daemon)?;
+    daemon.signal(Signal::STOP)?;
+    thread::sleep(Duration::from_secs(9));
+    daemon.signal(Signal::CONT)?;
+    let batch = daemon.wait_for_batch(&batch_id)?;
+    let probe = &batch["probes"][0];
+    assert_eq!(probe["reason"], "internal", "{probe}");
+    assert_eq!(probe["origin"], "canary", "{probe}");
+    let detail = probe["detail"].as_str().unwrap_or_default();
+    assert!(
+        detail.starts_with("the canary itself did not run for"),
+        "{detail}"
+    );
+    assert!(probe["join_delay_seconds"].is_null(), "{probe}");
+    let scrape = daemon.scrape()?;
+    let errors = |kind| scrape.count("internal_errors_total", &[("kind", kind)]);
+    assert!(errors("stall")? >= 1);
+    assert_eq!(errors("probe")?, 1);
+    assert_eq!(count(&scrape, "slo_eligible_total", &[])?, 0);
+    assert_eq!(
+        count(&scrape, "agent_join_delay_seconds_count", &[])?,
+        0,
+        "a delay that nobody measured"
+    );
+    assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
+    daemon.terminate()?;
+    fixture.expect_no_rooms();
+    Ok(())
+}
+
+/// Both streams are one full pipe, as under a supervisor that has stopped to read.
+#[test]
+fn log_that_is_not_read_stops_neither_the_probes_nor_the_shutdown() -> anyhow::Result<()> {
+    use std::io::Write as _;
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
+
+    let mut fixture = Fixture::new(&[], &[])?;
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    fixture.set("http.listen", &address.to_string())?;
+    let (unread, mut full) = std::io::pipe()?;
+    // The capacity of a pipe on Linux.
+    full.write_all(&vec![b'x'; 65_536])?;
+    let mut child = Command::new(support::canary::binary())
+        .args(["run", "--config", "canary.toml"])
+        .current_dir(fixture.dir.path())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(full.try_clone()?)
+        .stderr(full)
+        .spawn()?;
+    let limit = Duration::from_mins(1);
+    let http = support::http::HttpClient::new(address);
+    let started = support::wait_for("the batch's id", limit, || {
+        let Ok(response) = http.post("/api/v1/targets/demo/batches") else {
+            return Ok(None);
+        };
+        (response.status == 202)
+            .then(|| response.json())
+            .transpose()
+    });
+    let ended = started.and_then(|started| {
+        let id = started["batch_id"].as_str().context("no id")?.to_owned();
+        let batch = support::wait_for("the batch", limit, || {
+            let response = http.get(&format!("/api/v1/batches/{id}"))?;
+            (response.status == 200)
+                .then(|| response.json())
+                .transpose()
+        })?;
+        assert_eq!(batch["result"], "ok", "{batch}");
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM)?;
+        support::wait_for("the end", limit, || Ok(child.try_wait()?))
+    });
+    child.kill().ok();
+    child.wait()?;
+    assert_eq!(ended?.code(), Some(0));
+    drop(unread);
+    Ok(())
+}
+
+#[test]
+fn state_that_is_removed_in_use_is_reported_and_the_next_start_opens_no_room_unknowingly()
+-> anyhow::Result<()> {
+    let budget = [("projects.main.budget.agent_time_per_day", "10h")];
+    let fixture = Fixture::new(&[], &budget)?;
+    let daemon = fixture.dir.start()?;
+    run_batch(&daemon, "demo")?;
+    std::fs::remove_dir_all(fixture.dir.path().join("state"))?;
+    let batch = run_batch(&daemon, "demo")?;
+    assert_eq!(batch["result"], "ok");
+    let logged = daemon.logged("was removed or replaced")?;
+    let [line] = &logged[..] else {
+        panic!("{logged:?}")
+    };
+    assert_eq!(line["level"], "ERROR");
+    let scrape = daemon.scrape()?;
+    let faults = scrape.count("internal_errors_total", &[("kind", "history")])?;
+    assert_eq!(faults, 1);
+    daemon.terminate()?;
+
+    let daemon = fixture.dir.start()?;
+    let refused = daemon.http.post("/api/v1/targets/demo/batches")?;
+    assert_eq!(refused.status, 429, "{refused:?}");
+    let error = &refused.json()?["error"];
+    assert!(
+        error.as_str().is_some_and(|text| text.contains("lost")),
+        "{error}"
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
+#[test]
+fn second_daemon_is_refused_although_the_lock_file_was_deleted() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[])?;
+    let daemon = fixture.dir.start()?;
+    std::fs::remove_file(fixture.dir.path().join("state/lock"))?;
+    let refused = fixture.dir.run_refused()?;
+    assert_ne!(refused.code, Some(0));
+    assert!(
+        refused.stderr.contains("uses the folder"),
+        "{}",
+        refused.stderr
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
+#[test]
+fn fifo_in_the_settings_is_refused_at_once_and_the_daemon_goes_on() -> anyhow::Result<()> {
+    let mut fixture = Fixture::new(&[], &[])?;
+    let daemon = fixture.dir.start()?;
+    let fifo = fixture.dir.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status()?;
+    assert!(made.success());
+    fixture.set("projects.main.api_secret_file", "fifo")?;
+    let reply = daemon.http.post("/-/reload")?;
+    assert_eq!(reply.status, 422, "{reply:?}");
+    assert!(reply.body.contains("not a regular file"), "{reply:?}");
+    assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
+    daemon.terminate()?;
+    Ok(())
+}
+
+/// A reload may be sent as soon as the process exists. By default, SIGHUP would end it.
+#[test]
+fn sighup_is_handled_before_the_settings_are_read() -> anyhow::Result<()> {
+    use std::process::{Command, Stdio};
+
+    let fixture = Fixture::new(&[], &[])?;
+    let state = fixture.dir.path().join("state");
+    // The test looks at a process that is starting, so it may look too late.
+    for _ in 0..50 {
+        if state.exists() {
+            std::fs::remove_dir_all(&state)?;
+        }
+        let mut child = Command::new(support::canary::binary())
+            .args(["run", "--config", "canary.toml"])
+            .current_dir(fixture.dir.path())
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut seen = false;
+        while !seen && !state.exists() && child.try_wait()?.is_none() {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            let caught = u64::from_str_radix(caught.context("no SigCgt")?.trim(), 16)?;
+            // SIGHUP is signal 1, the lowest bit. The state folder is created after the settings have been read.
+            seen = caught & 1 == 1 && !state.exists();
+        }
+        child.kill()?;
+        child.wait()?;
+        if seen {
+            return Ok(());
+        }
+    }
+    panic!("in 50 starts, SIGHUP was handled only after the settings had been read");
+}
+
+/// If any call lacks a descriptor, neither the network nor LiveKit nor the agent is at fault.
+#[test]
+fn canary_without_descriptors_blames_itself() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[("targets.demo.deadlines.cleanup", "300ms")])?;
+    let mut own_fault = 0;
+    for descriptors in 8..26 {
+        let finished = canary_with_descriptors(&fixture, descriptors)?;
+        // With too few descriptors the process cannot start, and says so.
+        let Ok(batch) = finished.batch() else {
+            assert!(
+                finished.stderr.contains("os error 24") || finished.stderr.contains("open files"),
+                "{descriptors}: {}",
+                finished.output()
+            );
+            continue;
+        };
+        let probe = batch.only_probe()?;
+        assert!(
+            ["ok", "internal"].contains(&probe.verdict()),
+            "{descriptors}: {probe:?}"
+        );
+        own_fault += usize::from(probe.detail().contains("os error 24"));
+    }
+    assert!(own_fault >= 2, "{own_fault} probes lacked descriptors");
+    Ok(())
+}
+
+fn canary_with_descriptors(
+    fixture: &Fixture,
+    descriptors: u32,
+) -> anyhow::Result<support::canary::Finished> {
+    let arguments = ["once", "--config", "canary.toml", "--format", "json"];
+    let canary = support::canary::Canary::with_descriptors(descriptors, &arguments);
+    canary.current_dir(fixture.dir.path()).run()
+}

@@ -32,8 +32,10 @@ use crate::agents::{
     stray_agent_is_evidence_but_never_the_agent,
 };
 use crate::daemon::{
+    frozen_daemon_blames_itself_and_goes_on,
     killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms,
     outage_fails_only_the_batches_within_it, prometheus_has_the_same_counts_as_the_history,
+    room_that_an_agent_re_creates_after_a_server_crash_is_deleted,
 };
 use crate::fixture::{
     Fixture, expect, expect_agent_fault, expect_faulty, expect_gone, expect_heard, expect_no_agent,
@@ -109,6 +111,8 @@ macro_rules! scenarios {
 }
 
 scenarios! {
+    room_that_an_agent_re_creates_after_a_server_crash_is_deleted: "3 signal_lost; 75 s later no room", real only: NO_RESTART, load: 3;
+    frozen_daemon_blames_itself_and_goes_on: "internal, nothing counts; then ok";
     outage_fails_only_the_batches_within_it: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;
     killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms: "no incomplete row, ledger complete, journalled rooms deleted", real only: SAME, load: 2;
     prometheus_has_the_same_counts_as_the_history: "counters = history, promtool finds nothing", real only: OWN_SANDBOX;

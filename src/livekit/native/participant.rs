@@ -657,6 +657,9 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
 }
 
 fn media_failed(transport: &'static str, error: &PeerError) -> EndReason {
+    if let PeerError::Shortage(_) = error {
+        return EndReason::Internal(error.to_string());
+    }
     EndReason::MediaFailed {
         transport,
         detail: error.to_string(),

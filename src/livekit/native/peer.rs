@@ -6,6 +6,7 @@
 //! candidate only at the next `Input::Timeout`, which [`PeerConnection::wake`] requests.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,6 +26,7 @@ use super::udp::{Datagram, MediaSocket};
 use crate::config::Ice;
 use crate::livekit::audio::rtp::RtpHeader;
 use crate::livekit::wire::candidate::media_address;
+use crate::livekit::wire::connect::is_shortage;
 
 /// Maximum number of local addresses per peer connection: one per route, and few hosts have more routes to one server.
 const MAX_SOCKETS: usize = 4;
@@ -83,6 +85,9 @@ pub(crate) enum PeerError {
     Unexpected(&'static str),
     #[error("no UDP socket could be opened on the local address that reaches the server")]
     NoRoute,
+    /// The process has no descriptor or no memory left.
+    #[error("no UDP socket could be opened: {0}")]
+    Shortage(io::Error),
     #[error(transparent)]
     Stack(#[from] RtcError),
 }
@@ -152,7 +157,7 @@ impl PeerConnection {
     /// [`Ice::Tcp`], it has no candidate yet.
     ///
     /// # Errors
-    /// [`PeerError::NoRoute`] if no UDP socket can be bound to `local`.
+    /// [`PeerError::NoRoute`] or [`PeerError::Shortage`] if no UDP socket can be bound to `local`.
     pub(crate) fn new(target: SignalTarget, local: IpAddr, ice: Ice) -> Result<Self, PeerError> {
         let mut extensions = ExtensionMap::empty();
         extensions.set(1, Extension::AudioLevel);
@@ -187,7 +192,14 @@ impl PeerConnection {
             tracks: HashMap::new(),
         };
         if ice == Ice::All {
-            peer.listen(local).ok_or(PeerError::NoRoute)?;
+            let socket = MediaSocket::bind(local).map_err(|error| {
+                if is_shortage(&error) {
+                    PeerError::Shortage(error)
+                } else {
+                    PeerError::NoRoute
+                }
+            })?;
+            peer.listen(socket).ok_or(PeerError::NoRoute)?;
         }
         Ok(peer)
     }
@@ -565,12 +577,11 @@ impl PeerConnection {
         if known || self.sockets.len() >= MAX_SOCKETS {
             return None;
         }
-        self.listen(local)
+        self.listen(MediaSocket::bind(local).ok()?)
     }
 
-    /// Binds a socket to `local` and offers it as a host candidate.
-    fn listen(&mut self, local: IpAddr) -> Option<String> {
-        let socket = MediaSocket::bind(local).ok()?;
+    /// Offers a socket as a host candidate.
+    fn listen(&mut self, socket: MediaSocket) -> Option<String> {
         let local = socket.local();
         let candidate = Candidate::host(local, Protocol::Udp).ok()?;
         let line = candidate.to_sdp_string();

@@ -97,6 +97,7 @@ fn context(url: &Url) -> Context {
         api: Api::new(endpoint.clone(), keys, Duration::from_secs(5)),
         endpoint,
         janitor: Janitor::start(),
+        stalls: crate::stall::tests::manual().0,
         agent_known: false,
         fault: None,
     }
@@ -300,4 +301,42 @@ fn injected_fault_affects_only_the_room_with_its_index() {
     let fault = ProbeFault::Panic { index: Some(2) };
     assert_eq!(fault.of_room(2), Some(fault));
     assert_eq!(fault.of_room(1), None);
+}
+
+/// The deadline passed and the answers came while the process was stopped: nothing of it is the server's fault.
+#[tokio::test]
+async fn probe_that_spans_a_stall_of_this_process_is_internal_whatever_its_next_input_is() {
+    let api = FixedApi::start(LIMIT).await;
+    let (stalls, clock) = crate::stall::tests::manual();
+    let context = Context {
+        stalls,
+        ..context(&api.url)
+    };
+    let probe = start_with(context);
+    clock.store(12_000, std::sync::atomic::Ordering::Relaxed);
+    let report = probe.driver.run_to_end().await;
+    let failure = report.outcome.failure().unwrap();
+    assert_eq!(failure.reason, Reason::Internal);
+    assert_eq!(
+        failure.detail,
+        "the canary itself did not run for 12.0 s of this call, so the call shows nothing about the agent. Check whether \
+         this process was stopped, its machine was suspended or stalled, or it got too little CPU."
+    );
+    for span in crate::probe::Span::ALL {
+        assert_eq!(report.timeline.span(span), None, "{span:?}");
+    }
+}
+
+#[tokio::test]
+async fn stall_before_the_start_of_a_probe_does_not_concern_it() {
+    let api = FixedApi::start(LIMIT).await;
+    let (stalls, clock) = crate::stall::tests::manual();
+    clock.store(12_000, std::sync::atomic::Ordering::Relaxed);
+    let context = Context {
+        stalls,
+        ..context(&api.url)
+    };
+    let report = start_with(context).driver.run_to_end().await;
+    let reason = report.outcome.failure().unwrap().reason;
+    assert!(matches!(reason, Reason::PlanLimit(_)), "{reason:?}");
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use livekit_protocol::DisconnectReason;
 use tokio::time::Instant;
 
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
@@ -98,6 +99,7 @@ impl ProbeMachine {
             RoomEventKind::EchoStarted => self.turns.echo_started(at),
             RoomEventKind::EchoEnded => self.turns.echo_ended(at),
             RoomEventKind::AgentLeft { reason } => {
+                self.note_departure(&reason);
                 let left = Disruption::Left { at, reason };
                 self.disruption.get_or_insert(left);
             }
@@ -123,6 +125,7 @@ impl ProbeMachine {
         match kind {
             RoomEventKind::AgentDuplicate { .. } => self.duplicate_joined(),
             RoomEventKind::AgentConnected => self.report_connections(),
+            RoomEventKind::AgentLeft { reason } => self.note_departure(&reason),
             RoomEventKind::AgentJoined { agent, .. } => {
                 self.report.other_agents += 1;
                 self.record_participant(&agent.identity, AGENT_KIND, agent.name.as_deref());
@@ -195,6 +198,15 @@ impl ProbeMachine {
         joined
     }
 
+    /// An agent that did not leave by itself was cut off, and comes back to the room even if it is deleted meanwhile.
+    fn note_departure(&mut self, reason: &str) {
+        let by_itself = DisconnectReason::from_str_name(reason)
+            .is_some_and(|reason| reason == DisconnectReason::ClientInitiated);
+        if !by_itself {
+            self.actions.push(Action::LostSight);
+        }
+    }
+
     fn duplicate_joined(&mut self) {
         self.report.other_agents += 1;
         self.has_duplicate = true;
@@ -261,6 +273,9 @@ impl ProbeMachine {
         self.report.audio = audio;
         if matches!(reason, EndReason::Left) {
             self.mark(Milestone::Left, at);
+        } else {
+            // Also after the verdict: what happens in the room from now on is unknown.
+            self.actions.push(Action::LostSight);
         }
         if self.outcome.is_some() {
             return;

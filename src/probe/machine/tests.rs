@@ -709,6 +709,47 @@ fn late_agent_changes_no_verdict_but_is_evidence() {
     );
 }
 
+fn losses_of_sight(script: &MachineScript) -> usize {
+    script.count(|action| matches!(action, Action::LostSight))
+}
+
+#[test]
+fn room_is_watched_after_its_deletion_if_its_agent_was_cut_off_or_the_canary_was() {
+    let ok = || {
+        MachineScript::new(explicit())
+            .waiting()
+            .joined(400)
+            .see(500, RoomEventKind::AgentConnected)
+    };
+    let end = |reason: EndReason| RoomEventKind::Ended {
+        reason,
+        audio: AudioStats::default(),
+    };
+    let removed = |reason: &str| {
+        end(EndReason::Removed {
+            reason: reason.to_owned(),
+        })
+    };
+    let left = |reason: &str| RoomEventKind::AgentLeft {
+        reason: reason.to_owned(),
+    };
+    assert_eq!(losses_of_sight(&ok()), 0);
+    for cut_off in [
+        end(EndReason::Signal(SignalError::Closed("reset".to_owned()))),
+        removed("DUPLICATE_IDENTITY"),
+        removed("ROOM_DELETED"),
+        left("CONNECTION_TIMEOUT"),
+        left(""),
+    ] {
+        let script = ok().see(600, cut_off);
+        assert!(losses_of_sight(&script) > 0);
+    }
+    // A silent agent may be cut off.
+    let script = MachineScript::new(explicit()).waiting().joined(400);
+    let script = script.wait(60_000).listed(60_010, Ok(Vec::new()));
+    assert!(losses_of_sight(&script) > 0);
+}
+
 #[test]
 fn refused_list_dispatch_is_noted_and_does_not_change_the_verdict() {
     let script = MachineScript::new(explicit()).waiting().wait(30_101);

@@ -20,7 +20,7 @@ fn join(status: u16, message: &str) -> Failure {
     Failure::of_join(&error, &mut Evidence::default())
 }
 
-fn connect_errors() -> [ConnectError; 3] {
+fn connect_errors() -> [ConnectError; 4] {
     let host = || "lk.example".to_owned();
     [
         ConnectError::Dns {
@@ -34,6 +34,10 @@ fn connect_errors() -> [ConnectError; 3] {
         ConnectError::Tls {
             host: host(),
             error: "invalid peer certificate: UnknownIssuer".to_owned(),
+        },
+        ConnectError::Shortage {
+            host: host(),
+            error: "Too many open files (os error 24)".to_owned(),
         },
     ]
 }

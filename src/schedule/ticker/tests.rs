@@ -309,6 +309,19 @@ async fn finished_jobs_are_removed() {
     assert!(jobs.len() <= 3, "{jobs:?}");
 }
 
+/// A stopped process or a suspended machine: the clock went on, but nothing could run.
+#[test]
+fn gap_of_any_length_leaves_the_scheduler_another_try() {
+    let mut silence = Silence::default();
+    silence.add_try(Duration::from_hours(10));
+    assert!(silence.0 < SILENCE_TIMEOUT, "{silence:?}");
+    let tries = (1..100).find(|_| {
+        silence.add_try(JOB_TIMEOUT);
+        silence.0 >= SILENCE_TIMEOUT
+    });
+    assert!(tries >= Some(2), "{tries:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn scheduler_that_runs_no_job_counts_as_stopped_after_30_s() {
     let begun = Instant::now();
