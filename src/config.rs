@@ -2,6 +2,7 @@
 //!
 //! It knows no other module of this crate.
 
+mod credential;
 mod cron;
 mod problem;
 mod raw;

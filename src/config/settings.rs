@@ -133,7 +133,7 @@ impl Default for Alerts {
 pub struct Project {
     /// `ws`, `wss`, `http` or `https`; the signal socket and the server API share host and port.
     pub url: Url,
-    pub api_key: String,
+    pub api_key: SecretString,
     pub api_secret: SecretString,
     /// PEM certificates to trust in addition to the built-in public roots.
     pub ca_file: Option<PathBuf>,

@@ -1,7 +1,6 @@
 //! Validates every key and its range, and turns raw settings into a [`Config`].
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use url::Url;
 
+use super::credential::{self, CredentialMistake};
 use super::cron;
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
@@ -32,8 +32,6 @@ const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
 /// Rarer batches would detect nothing in useful time.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// The file of a secret holds one line of text; a larger file is the wrong one.
-const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
 
 /// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
@@ -277,7 +275,7 @@ fn project(
     section.finish();
     Some(Project {
         url: url?,
-        api_key: api_key?,
+        api_key: api_key?.into(),
         api_secret: api_secret?.into(),
         ca_file,
         cloud_project,
@@ -374,27 +372,31 @@ fn credential(
 ) -> Option<String> {
     match (section.text(key), section.text(file_key)) {
         (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
-        (Lookup::Found(inline), Lookup::Found(file)) => {
+        (Lookup::Found(text), Lookup::Found(file)) => {
             // An override by the environment wins over the settings file, whichever of the two keys it sets.
-            match (is_override(&inline), is_override(&file)) {
-                (true, false) => not_empty(section, key, inline),
+            match (is_override(&text), is_override(&file)) {
+                (true, false) => inline(section, key, text),
                 (false, true) => from_file(section, file_key, file),
                 _ => {
                     let message = format!("{file_key} is also set");
-                    section.problem(key, inline.place, message, "set only one of the two");
+                    section.problem(key, text.place, message, "set only one of the two");
                     None
                 }
             }
         }
-        (Lookup::Found(inline), Lookup::Missing) => not_empty(section, key, inline),
+        (Lookup::Found(text), Lookup::Missing) => inline(section, key, text),
         (Lookup::Missing, Lookup::Found(file)) => from_file(section, file_key, file),
-        (Lookup::Missing, Lookup::Missing) => {
-            if fallback.is_none() {
+        (Lookup::Missing, Lookup::Missing) => match fallback {
+            Some(value) => {
+                let (value, place) = (value.to_owned(), Some(from_variable(variable)));
+                inline(section, key, RawValue { value, place })
+            }
+            None => {
                 let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
+                None
             }
-            fallback.map(str::to_owned)
-        }
+        },
     }
 }
 
@@ -402,34 +404,27 @@ fn is_override(text: &RawValue) -> bool {
     text.place.as_deref().and_then(in_file).is_none()
 }
 
-fn not_empty(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
-    if !text.value.trim().is_empty() {
-        return Some(text.value);
-    }
-    let hint = "set a value, or remove the key to use the environment variable";
-    section.problem(key, text.place, "empty".to_owned(), hint);
+fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
+    let mistake = match credential::cleaned(&text.value) {
+        Ok(value) if !value.is_empty() => return Some(value),
+        Ok(_) => CredentialMistake {
+            message: "empty".to_owned(),
+            hint: "set a value, or remove the key to use the environment variable",
+        },
+        Err(mistake) => mistake,
+    };
+    section.problem(key, text.place, mistake.message, mistake.hint);
     None
 }
 
-/// Messages don't repeat the file's name either: it may be the secret itself, under the wrong key.
 fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
-    let path = text.path();
-    let mut content = String::new();
-    let read = std::fs::File::open(&path).and_then(|file| {
-        file.take(MAX_SECRET_FILE_BYTES)
-            .read_to_string(&mut content)
-    });
-    let mistake = match read {
-        Err(error) => format!("can't read this file: {error}"),
-        Ok(_) if content.trim().is_empty() => "this file is empty".to_owned(),
-        Ok(_) => {
-            let line = content.strip_suffix('\n').unwrap_or(&content);
-            return Some(line.strip_suffix('\r').unwrap_or(line).to_owned());
+    match credential::read(&text.path()) {
+        Ok(value) => Some(value),
+        Err(mistake) => {
+            section.problem(key, text.place, mistake.message, mistake.hint);
+            None
         }
-    };
-    let hint = "name a readable file that contains only this value";
-    section.problem(key, text.place, mistake, hint);
-    None
+    }
 }
 
 fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
@@ -479,11 +474,15 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
     let engine = engine(&mut section, limits);
     let agent_name = match section.text("agent_name") {
         Lookup::Found(text) => {
-            if text.value.trim().is_empty() {
-                let hint = "set the name that the agent registers under";
+            let value = text.value;
+            let hint = "set the name that the agent registers under";
+            if value.trim().is_empty() {
                 section.problem("agent_name", text.place, "empty".to_owned(), hint);
+            } else if value.trim() != value {
+                let message = "it has white space around it".to_owned();
+                section.problem("agent_name", text.place, message, hint);
             }
-            Some(text.value)
+            Some(value)
         }
         // Empty instead of absent, so that it isn't also reported as missing.
         Lookup::Invalid => Some(String::new()),

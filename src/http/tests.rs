@@ -802,7 +802,7 @@ async fn client_that_does_not_read_its_response_is_disconnected() {
     // The response must be larger than the buffers of the kernel.
     let project = config::Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
-        api_key: "some-key".to_owned(),
+        api_key: "some-key".into(),
         api_secret: "some-secret".to_owned().into(),
         ca_file: None,
         cloud_project: None,

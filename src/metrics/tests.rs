@@ -37,7 +37,7 @@ fn metrics() -> Metrics {
 fn project() -> Project {
     Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
-        api_key: "the-key".to_owned(),
+        api_key: "the-key".into(),
         api_secret: "the-secret".to_owned().into(),
         ca_file: None,
         cloud_project: None,

@@ -284,6 +284,39 @@ fn rejected_credentials_exit_2() {
     );
 }
 
+/// livekit-server repeats a key that it does not know. A key can be the secret, by a mistake of the user.
+#[test]
+fn key_that_the_server_repeats_is_not_printed() {
+    const REPEATED: &str = "HTTP/1.1 401 Unauthorized\r\ncontent-length: 33\r\nconnection: close\r\n\r\n\
+                            invalid API key: APIkeyOfThisTest";
+    let url = server_that_responds(REPEATED);
+    let variables = [
+        ("LIVEKIT_URL", url.as_str()),
+        ("LIVEKIT_API_KEY", "APIkeyOfThisTest"),
+        ("LIVEKIT_API_SECRET", SECRET),
+        ("RUST_LOG", "trace"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for args in [
+        &["check", "--connect"][..],
+        &["once", "--agent-name", "a", "--format", "json"],
+        &["once", "--dispatch", "automatic"],
+    ] {
+        let run = canary(folder.path(), args, &variables);
+        assert_eq!(run.code, Some(2), "{}", run.output());
+        assert!(
+            run.stdout.contains("invalid API key: [API key]"),
+            "{}",
+            run.stdout
+        );
+        assert!(
+            !run.output().contains("APIkeyOfThisTest"),
+            "{}",
+            run.output()
+        );
+    }
+}
+
 #[test]
 fn trace_logs_contain_no_secret() {
     let folder = tempfile::tempdir().unwrap();

@@ -380,7 +380,7 @@ fn target_that_was_removed_and_added_again_can_not_start_a_second_batch() -> any
 fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> anyhow::Result<()> {
     let mut fixture = Fixture::new(&[], &[])?;
     let secret = fixture.dir.path().join("secret");
-    std::fs::write(&secret, "the secret before").unwrap();
+    std::fs::write(&secret, "the-secret-before").unwrap();
     let daemon = fixture.dir.start()?;
     assert_eq!(run_batch(&daemon, "demo")?["result"], "failed");
     let rejected = &[("reason", "auth_rejected")];

@@ -83,7 +83,7 @@ fn context(url: &Url) -> Context {
     Context {
         project: Arc::new(Project {
             url: url.clone(),
-            api_key: key.to_owned(),
+            api_key: key.into(),
             api_secret: secret,
             ca_file: None,
             cloud_project: None,
