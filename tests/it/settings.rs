@@ -311,6 +311,8 @@ fn cron_expression_of_another_form_is_reported() {
         ("a_year", "0 0 9 * * * 2027"),
         ("nothing", ""),
         ("an_unknown_nickname", "@reboot"),
+        ("a_time_zone_in_it", "CRON_TZ=Europe/Berlin 0 9 * * *"),
+        ("an_interval", "@every 5m"),
         ("a_day_that_never_comes", "0 9 31 2,4 *"),
     ] {
         let error = error_of(&on_clock(expression, "UTC"));
