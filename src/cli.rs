@@ -39,6 +39,7 @@ mod progress;
 mod rules;
 mod run;
 mod sandbox;
+mod stop_signals;
 mod table;
 
 /// Production canary for LiveKit voice agents
@@ -67,7 +68,7 @@ enum Command {
 /// results on /metrics, as a page and as JSON.
 ///
 /// SIGHUP reloads the settings. SIGTERM lets the open rooms end, deletes them and
-/// stops. A second SIGTERM stops at once.
+/// stops. A second SIGTERM, at least a second later, stops at once.
 #[derive(Args, Clone)]
 #[command(after_help = RUN_EPILOGUE, verbatim_doc_comment)]
 struct RunArgs {

@@ -17,8 +17,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::once::StopSignals;
 use super::progress::{ProgressView, REFRESH_INTERVAL};
+use super::stop_signals::StopSignals;
 use super::{format, table};
 use crate::batch::{self, BatchEvent};
 use crate::config::{Config, Http, Problems, RawConfig};

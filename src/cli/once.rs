@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::progress::{ProgressView, REFRESH_INTERVAL};
+use super::stop_signals::StopSignals;
 use super::{Exit, OnceArgs, OutputFormat, error_text, junit, markdown, print, print_error, table};
 use crate::batch;
 use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
@@ -275,29 +275,6 @@ pub(super) fn verdict(report: &BatchReport) -> Exit {
 
 fn far_off() -> Instant {
     Instant::now() + Duration::from_hours(24)
-}
-
-/// SIGINT and SIGTERM, which have the same effect.
-pub(super) struct StopSignals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl StopSignals {
-    pub(super) fn new() -> anyhow::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-
-    /// Cancel-safe.
-    pub(super) async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
 }
 
 #[cfg(test)]

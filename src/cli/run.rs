@@ -7,6 +7,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::stop_signals::StopSignals;
 use super::{Exit, RunArgs};
 use crate::config::{Config, Engine, Problems, RawConfig};
 use crate::daemon::{self, DaemonCommand, DaemonOptions};
@@ -90,21 +91,19 @@ pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// Receives the commands that signals send: SIGHUP reloads, SIGTERM and Ctrl-C stop.
 fn commands_from_signals() -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
     let (sender, commands) = mpsc::channel(4);
-    for (kind, command) in [
-        (SignalKind::hangup(), DaemonCommand::Reload),
-        (SignalKind::terminate(), DaemonCommand::Stop),
-        (SignalKind::interrupt(), DaemonCommand::Stop),
-    ] {
-        let mut signals = signal(kind).context("cannot listen for signals")?;
-        let sender = sender.clone();
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                if sender.send(command.clone()).await.is_err() {
-                    return;
-                }
+    let mut hangups = signal(SignalKind::hangup()).context("cannot listen for signals")?;
+    let mut stops = StopSignals::new().context("cannot listen for signals")?;
+    tokio::spawn(async move {
+        loop {
+            let command = tokio::select! {
+                _ = hangups.recv() => DaemonCommand::Reload,
+                () = stops.next() => DaemonCommand::Stop,
+            };
+            if sender.send(command).await.is_err() {
+                return;
             }
-        });
-    }
+        }
+    });
     Ok(commands)
 }
 

@@ -227,11 +227,33 @@ fn second_signal_ends_the_daemon_at_once_and_its_rooms_are_deleted() -> anyhow::
     let daemon = fixture.dir.start()?;
     fixture.start_batch(&daemon)?;
     daemon.signal(Signal::TERM)?;
-    daemon.wait_for("the drain", || Ok(daemon.logged("stopping")?.pop()))?;
-    daemon.signal(Signal::TERM)?;
+    // Those within a second of the first belong to it; the next one does not.
+    daemon.wait_for("the second stop", || {
+        daemon.signal(Signal::TERM)?;
+        Ok(daemon.logged("stop requested again")?.pop())
+    })?;
     let log = daemon.finish()?.expect_code(1)?.log()?;
     fixture.expect_no_rooms();
     assert!(log.iter().all(|line| line["level"] != "ERROR"), "{log:?}");
+    Ok(())
+}
+
+/// GNU `timeout` and some supervisors send two.
+#[test]
+fn two_signals_at_once_are_one() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[("targets.demo.batch.hold", "1s")])?;
+    let daemon = fixture.dir.start()?;
+    fixture.start_batch(&daemon)?;
+    for signal in [Signal::TERM, Signal::TERM, Signal::INT] {
+        daemon.signal(signal)?;
+    }
+    let log = daemon.finish()?.expect_code(0)?.log()?;
+    let lines = |text: &str| {
+        let message = |line: &&Value| line["message"].as_str().is_some_and(|it| it.contains(text));
+        log.iter().filter(message).count()
+    };
+    assert_eq!((lines("stopping;"), lines("stop requested again")), (1, 0));
+    fixture.expect_no_rooms();
     Ok(())
 }
 
