@@ -16,7 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent};
-use crate::config::{self, Config, Problems};
+use crate::config::{self, Config, DaemonSettings, Problems};
 use crate::guard::{Guard, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
@@ -129,6 +129,8 @@ struct TargetRuntime {
 
 struct Daemon {
     config: Config,
+    /// The settings of the start: those of the HTTP server and the history stay in effect.
+    started_with: DaemonSettings,
     read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
     projects: BTreeMap<String, ProjectRuntime>,
     targets: BTreeMap<String, TargetRuntime>,
@@ -201,6 +203,7 @@ impl Daemon {
         ));
         let mut daemon = Self {
             config: options.config.clone(),
+            started_with: options.config.daemon.clone(),
             read_config: options.read_config,
             projects: BTreeMap::new(),
             targets: BTreeMap::new(),
@@ -567,6 +570,6 @@ fn record_skip(
 fn skip_cause(denial: &Denial) -> SkipCause {
     match denial {
         Denial::Backoff { .. } => SkipCause::Backoff,
-        Denial::Budget { .. } | Denial::LedgerLost => SkipCause::Budget,
+        Denial::Budget { .. } | Denial::LedgerLost | Denial::LedgerUnread => SkipCause::Budget,
     }
 }

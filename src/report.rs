@@ -166,15 +166,17 @@ pub enum Denial {
     Backoff {
         until: DateTime<Utc>,
     },
-    /// There is a budget, and it is unknown how much of it is used.
+    /// There is a budget, and the record of how much of it is used is lost.
     LedgerLost,
+    /// There is a budget, and the disk cannot be read, so it is unknown how much of it is used.
+    LedgerUnread,
 }
 
 impl Denial {
     /// The `cause` of a skipped batch.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::Budget { .. } | Self::LedgerLost => "budget",
+            Self::Budget { .. } | Self::LedgerLost | Self::LedgerUnread => "budget",
             Self::Backoff { .. } => "backoff",
         }
     }
@@ -184,7 +186,7 @@ impl Denial {
         match self {
             Self::Budget { resets_at, .. } => Some(*resets_at),
             Self::Backoff { until } => Some(*until),
-            Self::LedgerLost => None,
+            Self::LedgerLost | Self::LedgerUnread => None,
         }
     }
 }
@@ -215,6 +217,10 @@ impl fmt::Display for Denial {
             Self::LedgerLost => f.write_str(
                 "the record of used agent time is lost, and the project has a budget: read the log, then run with \
                  --accept-lost-ledger to count from zero",
+            ),
+            Self::LedgerUnread => f.write_str(
+                "the record of used agent time can't be read, and the project has a budget: the log names the fault of \
+                 history.dir; batches start again when the folder can be read and written",
             ),
         }
     }

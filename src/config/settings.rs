@@ -2,7 +2,7 @@
 //!
 //! A new setting is a field and its default here, one line in `validate.rs`, and a commented key in `config/canary.toml`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use chrono::{Datelike, Days, Months, NaiveDate};
 use chrono_tz::Tz;
 use croner::Cron;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 /// The complete settings. Projects and targets are keyed by the names that logs and metrics use.
@@ -219,6 +219,34 @@ impl Default for Backoff {
     }
 }
 
+impl PartialEq for Project {
+    fn eq(&self, other: &Self) -> bool {
+        // Without `..`, so that a new field cannot be forgotten. Secrets have no comparison of their own.
+        let Self {
+            url,
+            api_key,
+            api_secret,
+            ca_file,
+            cloud_project,
+            ice,
+            api_timeout,
+            max_rooms,
+            budget,
+            backoff,
+        } = self;
+        *url == other.url
+            && api_key.expose_secret() == other.api_key.expose_secret()
+            && api_secret.expose_secret() == other.api_secret.expose_secret()
+            && *ca_file == other.ca_file
+            && *cloud_project == other.cloud_project
+            && *ice == other.ice
+            && *api_timeout == other.api_timeout
+            && *max_rooms == other.max_rooms
+            && *budget == other.budget
+            && *backoff == other.backoff
+    }
+}
+
 impl Project {
     pub const DEFAULT_API_TIMEOUT: Duration = Duration::from_secs(10);
     pub const DEFAULT_MAX_ROOMS: usize = 5;
@@ -257,6 +285,48 @@ pub struct Target {
     pub transcript: bool,
     /// How long a deleted room is checked again if no agent was seen in it: an agent that joins late re-creates the room.
     pub late_agent_window: Duration,
+}
+
+impl Config {
+    /// What differs from `before`, such as `target "sales" added`, in the order of the settings; empty if nothing does.
+    pub fn changes_since(&self, before: &Self) -> Vec<String> {
+        let Self {
+            daemon,
+            alerts,
+            projects,
+            targets,
+        } = self;
+        let tables = [
+            ("[http]", daemon.http != before.daemon.http),
+            ("[history]", daemon.history != before.daemon.history),
+            ("[lifetime]", daemon.lifetime != before.daemon.lifetime),
+            ("[alerts]", *alerts != before.alerts),
+        ];
+        let tables = tables.into_iter().filter(|(_, changed)| *changed);
+        tables
+            .map(|(table, _)| format!("{table} changed"))
+            .chain(entry_changes("project", &before.projects, projects))
+            .chain(entry_changes("target", &before.targets, targets))
+            .collect()
+    }
+}
+
+fn entry_changes<T: PartialEq>(
+    kind: &str,
+    before: &BTreeMap<String, T>,
+    after: &BTreeMap<String, T>,
+) -> Vec<String> {
+    let names: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let changes = names.into_iter().filter_map(|name| {
+        let what = match (before.get(name), after.get(name)) {
+            (None, _) => "added",
+            (_, None) => "removed",
+            (before, after) if before != after => "changed",
+            _ => return None,
+        };
+        Some(format!("{kind} {name:?} {what}"))
+    });
+    changes.collect()
 }
 
 impl Default for Target {

@@ -13,19 +13,26 @@ use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::{self, api::Api};
 
 impl Daemon {
-    pub(super) async fn reload(&mut self) -> Result<(), ReloadRefused> {
+    /// Reads the settings again and applies all of them. Returns what has changed.
+    pub(super) async fn reload(&mut self) -> Result<Vec<String>, ReloadRefused> {
         supervisor::reloading();
         let config = (self.read_config)().map_err(|problems| problems.to_string());
-        let before = self.config.daemon.clone();
-        let applied = config.and_then(|config| self.apply(config));
+        let applied = config.and_then(|config| {
+            let changes = config.changes_since(&self.config);
+            self.apply(config).map(|()| changes)
+        });
         let at = Utc::now();
         match &applied {
-            Ok(()) => {
+            Ok(changes) => {
                 self.restore().await;
                 self.metrics.config_loaded(at);
-                tracing::info!("settings reloaded: {} targets", self.targets.len());
-                let now = &self.config.daemon;
-                if before.http != now.http || before.history != now.history {
+                let what = match &changes[..] {
+                    [] => "nothing has changed".to_owned(),
+                    changes => changes.join(", "),
+                };
+                tracing::info!("settings reloaded: {what}");
+                let (now, then) = (&self.config.daemon, &self.started_with);
+                if now.http != then.http || now.history != then.history {
                     tracing::warn!("changes of [http] and [history] take effect at the next start");
                 }
             }

@@ -39,8 +39,10 @@ pub(crate) struct AgentTimeUsed {
     pub day: Duration,
     /// In the current UTC calendar month.
     pub month: Duration,
-    /// Earlier use is unknown, and neither figure includes it.
+    /// Neither figure includes earlier use, because its record is lost.
     pub ledger_lost: bool,
+    /// Neither figure includes earlier use, because the disk could not be read so far.
+    pub ledger_unread: bool,
 }
 
 impl AgentTimeUsed {
@@ -77,6 +79,8 @@ pub(super) struct Ledger {
     /// Number of changes so far.
     change: u64,
     pub(super) lost: bool,
+    /// The disk could not be read so far, so what it holds is unknown.
+    pub(super) unread: bool,
 }
 
 impl Ledger {
@@ -93,6 +97,7 @@ impl Ledger {
             *self.day_of(&project, day) += seconds;
         }
         self.lost = loaded.lost;
+        self.unread = false;
     }
 
     pub(super) fn used(&self, project: &str, now: DateTime<Utc>) -> AgentTimeUsed {
@@ -107,6 +112,7 @@ impl Ledger {
             day: Duration::from_secs(day),
             month: Duration::from_secs(month),
             ledger_lost: self.lost,
+            ledger_unread: self.unread,
         }
     }
 

@@ -514,15 +514,23 @@ async fn page_escapes_every_text_that_it_shows() {
 #[tokio::test]
 async fn response_to_reload_has_its_result() {
     let mut server = HttpFixture::start().await;
-    let answer = |answer: Result<(), ReloadRefused>| {
+    let answer = |answer: Result<Vec<String>, ReloadRefused>| {
         |control| match control {
             Control::Reload { reply } => reply.send(answer).unwrap(),
             other => panic!("{other:?}"),
         }
     };
-    let reply = server.post_to_daemon("/-/reload", answer(Ok(()))).await;
+    let reply = server
+        .post_to_daemon(
+            "/-/reload",
+            answer(Ok(vec!["target \"sales\" added".to_owned()])),
+        )
+        .await;
     assert_eq!(reply.status, StatusCode::OK);
-    assert_eq!(reply.json(), json!({ "reloaded": true }));
+    assert_eq!(
+        reply.json(),
+        json!({ "reloaded": true, "changes": ["target \"sales\" added"] })
+    );
 
     let problems = "error: target \"a\": batch.rooms: 0 is too few\nhint: 1 or more".to_owned();
     let invalid = answer(Err(ReloadRefused::Invalid(problems.clone())));
@@ -653,7 +661,7 @@ fn changes() -> impl Iterator<Item = &'static str> {
 /// Accepts the next request as the daemon.
 async fn accept_next(control: &mut mpsc::Receiver<Control>) {
     match control.recv().await.unwrap() {
-        Control::Reload { reply } => reply.send(Ok(())).unwrap(),
+        Control::Reload { reply } => reply.send(Ok(Vec::new())).unwrap(),
         Control::RunBatch { reply, .. } => reply.send(Ok("some-batch".to_owned())).unwrap(),
         Control::SetPaused { reply, .. } => reply.send(Ok(())).unwrap(),
     }
@@ -866,7 +874,7 @@ async fn shutdown_finishes_a_response_and_closes_idle_connections_at_once() {
             let Control::Reload { reply } = control else {
                 panic!("{control:?}")
             };
-            reply.send(Ok(())).unwrap();
+            reply.send(Ok(Vec::new())).unwrap();
         })
         .await;
     assert_eq!(reply.status, StatusCode::OK);

@@ -414,9 +414,16 @@ fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> any
     std::fs::write(&secret, SECRET).unwrap();
     fixture.set("targets.demo.batch.rooms", "2")?;
     daemon.signal(Signal::HUP)?;
-    daemon.wait_for("the reload", || {
-        Ok(daemon.logged("settings reloaded")?.pop())
-    })?;
+    let changed = "settings reloaded: project \"main\" changed, target \"demo\" changed";
+    daemon.wait_for("the reload", || Ok(daemon.logged(changed)?.pop()))?;
+    let reload = daemon.http.post("/-/reload")?.json()?;
+    assert_eq!(reload["changes"], Value::Array(Vec::new()), "{reload}");
+    assert_eq!(
+        daemon
+            .logged("settings reloaded: nothing has changed")?
+            .len(),
+        1
+    );
     assert_eq!(run_batch(&daemon, "demo")?["summary"]["ok"], 2);
     let scrape = daemon.scrape()?;
     assert_eq!(count(&scrape, "probe_failures_total", rejected)?, 1);
