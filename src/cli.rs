@@ -126,6 +126,10 @@ struct OnceArgs {
     #[arg(long, value_name = "N")]
     rooms: Option<usize>,
 
+    /// Maximum number of rooms that are open at the same time [default: 5, or --rooms if the settings set none]
+    #[arg(long, value_name = "N")]
+    max_rooms: Option<usize>,
+
     /// When the next room opens: after the agent's join, at intervals, or all at once [default: after_join]
     #[arg(long, value_name = "RAMP", value_parser = value_names::<RampMode>())]
     ramp: Option<String>,
@@ -162,9 +166,21 @@ struct OnceArgs {
     #[arg(long, value_name = "ENGINE", value_parser = value_names::<Engine>())]
     engine: Option<String>,
 
+    /// Fail a room whose agent does not reply to the echo
+    #[arg(long)]
+    expect_reply: bool,
+
+    /// Add the agent's transcript, which may contain personal data; only with --format json
+    #[arg(long)]
+    transcript: bool,
+
     /// Output format of the result
     #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
     format: OutputFormat,
+
+    /// Write the result to FILE; the table still goes to stdout
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
 }
 
 const ONCE_EPILOGUE: &str = "\
@@ -177,7 +193,7 @@ Exit status: the first that applies to any room
     1  the agent failed (origin agent), or no agent answered (undetermined)
     3  a plan limit was reached (origin limit)
     4  inconclusive: other failures (origin livekit, network, external or canary),
-       or the result cannot be printed
+       or the result cannot be printed or written
     0  every room is ok";
 
 /// Check the settings and print what they mean and what the schedules cost
@@ -198,6 +214,10 @@ struct CheckArgs {
     /// Check only this target and its project
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
+
+    /// Name that the agent registers under: check what `once` with this flag would do
+    #[arg(long, value_name = "NAME")]
+    agent_name: Option<String>,
 
     /// Also test each project's credentials with a read-only request
     #[arg(long)]

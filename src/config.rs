@@ -10,6 +10,9 @@ mod section;
 mod settings;
 mod validate;
 
+/// The project of the environment's variables, if the settings have none.
+const DEFAULT_PROJECT: &str = "default";
+
 pub use problem::{Problem, Problems};
 pub use raw::RawConfig;
 pub use settings::*;

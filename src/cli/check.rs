@@ -6,7 +6,7 @@ use chrono::Utc;
 use humantime::format_duration;
 
 use super::forecast::Forecast;
-use super::{CheckArgs, Exit, print};
+use super::{CheckArgs, Exit, once, print};
 use crate::config::{
     Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
 };
@@ -18,12 +18,19 @@ use crate::telemetry;
 const WRONG_SETTINGS: [u16; 3] = [401, 403, 404];
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
-    let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
+    let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
+    let mut only = args.target.clone();
+    if let Some(agent_name) = &args.agent_name {
+        let name = once::choose_target(&draft, only.as_deref())?;
+        draft.ensure_target(&name);
+        draft.set_by_flag(&name, &["agent_name"], agent_name.clone(), "--agent-name");
+        only = Some(name);
+    }
     let all = draft.validate()?;
     // The targets of a project share its limits, so the forecast needs all of them, even if only one is printed.
     let forecast = Forecast::new(&all, Utc::now());
     let mut config = all.clone();
-    if let Some(name) = &args.target {
+    if let Some(name) = &only {
         narrow(&mut config, name)?;
     }
     telemetry::log_to(std::io::stderr, false, "warn");

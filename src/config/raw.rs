@@ -70,6 +70,37 @@ impl RawConfig {
         names
     }
 
+    /// The project that a target uses: the one that it names, or the only one. `None` if that is a mistake, which
+    /// [`Self::validate`] reports.
+    pub fn project_of(&self, target: &str) -> Option<String> {
+        let mut names: Vec<String> = match self.value(&["projects"]) {
+            Some(projects) => projects.into_table().ok()?.into_keys().collect(),
+            None => Vec::new(),
+        };
+        if names.is_empty() {
+            names.push(super::DEFAULT_PROJECT.to_owned());
+        }
+        match self.value(&["targets", target, "project"]) {
+            Some(name) => {
+                let name = name.into_string().ok()?;
+                names.contains(&name).then_some(name)
+            }
+            None => names.pop().filter(|_| names.is_empty()),
+        }
+    }
+
+    /// Whether the file, the environment or a flag sets this key.
+    pub fn is_set(&self, path: &[&str]) -> bool {
+        self.value(path).is_some()
+    }
+
+    fn value(&self, path: &[&str]) -> Option<Value> {
+        path.iter()
+            .try_fold(self.settings.cache.clone(), |value, key| {
+                value.into_table().ok()?.remove(*key)
+            })
+    }
+
     /// Adds a target that has only defaults, unless it exists.
     pub fn ensure_target(&mut self, name: &str) {
         self.overlay(&["targets", name], Map::<String, Value>::new().into());

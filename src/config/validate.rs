@@ -76,7 +76,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
     let alerts = alerts(root.table("alerts"));
     // If no project is configured, the environment describes the only one.
     if project_entries.is_empty() {
-        project_entries.push(("default".to_owned(), None, Table::new()));
+        project_entries.push((super::DEFAULT_PROJECT.to_owned(), None, Table::new()));
     }
     root.finish();
 
@@ -756,10 +756,17 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
             "{} rooms are open at the same time, but project {name:?} allows {}",
             batch.rooms, limits.max_rooms
         );
-        let hint = format!(
-            "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
-             stay = \"one_by_one\""
-        );
+        let by_flag = rooms_place
+            .as_deref()
+            .is_some_and(|place| place.starts_with("--rooms"));
+        let hint = if by_flag {
+            format!("lower --rooms, or add --max-rooms {}", batch.rooms)
+        } else {
+            format!(
+                "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
+                 stay = \"one_by_one\""
+            )
+        };
         section.problem("rooms", rooms_place, message, &hint);
     }
     if batch.stay == Stay::OneByOne && batch.ramp != RampMode::AfterJoin {
