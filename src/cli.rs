@@ -271,9 +271,9 @@ struct DemoArgs {
 #[derive(Args)]
 #[command(after_help = DRILL_EPILOGUE, verbatim_doc_comment)]
 struct DrillArgs {
-    /// Reason that the canary must find, or ok for no fault
+    /// Reason that the canary must find, or ok for no fault; without one, the command lists them
     #[arg(value_name = "REASON", value_parser = PossibleValuesParser::new(drill::reasons()))]
-    reason: String,
+    reason: Option<String>,
 
     /// Kind of limit; required with `plan_limit`
     #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(drill::limits()),

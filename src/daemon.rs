@@ -29,7 +29,7 @@ use crate::livekit::wire::api::Api;
 use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, ProbeFault};
-use crate::report::{BatchReport, Denial};
+use crate::report::{BatchReport, Denial, counted};
 use crate::schedule::{self, Tick, Ticker};
 
 mod drain;
@@ -308,14 +308,14 @@ impl Daemon {
         for (name, rooms) in rooms_of {
             let Some(project) = self.projects.get(&name) else {
                 tracing::warn!(
-                    "{} rooms of earlier runs are not deleted: project {name} is no longer configured",
-                    rooms.len()
+                    "left from earlier runs and not deleted: {}, because project {name} is no longer configured",
+                    counted(rooms.len() as u64, "room")
                 );
                 continue;
             };
             tracing::info!(
-                "deleting {} rooms that an earlier run left on project {name}",
-                rooms.len()
+                "deleting {} that an earlier run left on project {name}",
+                counted(rooms.len() as u64, "room")
             );
             let (api, janitor) = (project.api.clone(), self.janitor.clone());
             self.sweep

@@ -15,6 +15,16 @@ pub(crate) mod json;
 #[cfg(test)]
 pub(crate) mod sample;
 
+/// A number with its noun: `1 room`, `3 rooms`. The noun forms its plural with s or, after s and ch, with es.
+pub(crate) fn counted(number: u64, noun: &str) -> String {
+    let plural = match noun {
+        _ if number == 1 => "",
+        _ if noun.ends_with('s') || noun.ends_with("ch") => "es",
+        _ => "s",
+    };
+    format!("{number} {noun}{plural}")
+}
+
 /// The findings of one batch.
 #[derive(Debug, Clone)]
 pub struct BatchReport {

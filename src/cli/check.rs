@@ -12,6 +12,7 @@ use crate::config::{
 };
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
+use crate::report::counted;
 use crate::telemetry;
 
 /// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's.
@@ -132,7 +133,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         RampMode::AfterJoin | RampMode::Burst => batch.ramp.name().to_owned(),
         RampMode::Interval => format!("one every {}", format_duration(batch.interval)),
     };
-    let rooms = format!("{} rooms, {ramp}", batch.rooms);
+    let rooms = format!("{}, {ramp}", counted(batch.rooms as u64, "room"));
     entry(
         text,
         "batch",

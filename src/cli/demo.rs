@@ -17,7 +17,7 @@ use super::{DemoArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
 use crate::daemon::DaemonCommand;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
-use crate::report::BatchReport;
+use crate::report::{BatchReport, counted};
 use crate::sandbox::fault::{FaultRule, RoomSelector};
 use crate::sandbox::{Handle, Sandbox, SandboxSettings};
 use crate::telemetry;
@@ -276,10 +276,7 @@ async fn run_batches(
 }
 
 fn introduction(args: &DemoArgs, url: &str, page: &str) -> String {
-    let rooms = match args.rooms {
-        1 => "1 room".to_owned(),
-        rooms => format!("{rooms} rooms"),
-    };
+    let rooms = counted(args.rooms as u64, "room");
     let (often, then) = if args.once {
         (String::new(), String::new())
     } else {

@@ -165,6 +165,10 @@ impl LocalDaemon {
         setup: LocalSetup,
     ) -> anyhow::Result<Self> {
         let page = format!("http://{}/", setup.listener.local_addr()?);
+        let mut view = setup.view;
+        if let Some(target) = config.targets.values().next() {
+            view.set_limits(target, &config.projects[&target.project]);
+        }
         let handle = sandbox.handle();
         let stop_sandbox = CancellationToken::new();
         let rooms = config.targets.values().map(|target| target.batch.rooms);
@@ -188,7 +192,7 @@ impl LocalDaemon {
         Ok(Self {
             handle,
             page,
-            view: setup.view,
+            view,
             signals: StopSignals::new()?,
             events,
             order,

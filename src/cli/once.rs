@@ -38,7 +38,7 @@ pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
     let (target, project) = selected(&config, &name);
     let fault = ProbeFault::from_env()?;
     let output = ResultOutput::open(args.format, args.output.as_deref())?;
-    let view = ProgressView::new(target.batch.rooms);
+    let view = ProgressView::new(&target, &project);
     telemetry::log_to(view.log_writer(), ProgressView::colour(), "warn");
 
     let (endpoint, api) =

@@ -48,7 +48,7 @@ impl Recorder {
 
     fn record_event(&self, event: &BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
         match event {
-            BatchEvent::Started | BatchEvent::Probe { .. } => {}
+            BatchEvent::Started | BatchEvent::Probe { .. } | BatchEvent::HoldDecided { .. } => {}
             BatchEvent::RoomOpened { index, .. } => {
                 open.insert(*index, self.metrics.room_opened());
             }
