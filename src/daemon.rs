@@ -25,13 +25,12 @@ use crate::http::{
 };
 use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
-use crate::livekit::wire::api::Api;
-use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, Denial, counted};
 use crate::schedule::{self, Tick, Ticker};
 
+mod access;
 mod drain;
 mod recorder;
 mod settings;
@@ -40,6 +39,7 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 
+use access::ProjectAccess;
 use recorder::Recorder;
 use supervisor::Watchdog;
 
@@ -109,8 +109,7 @@ pub(crate) async fn run(
 
 struct ProjectRuntime {
     settings: Arc<config::Project>,
-    endpoint: Endpoint,
-    api: Api,
+    access: Arc<ProjectAccess>,
     guard: Guard,
     metrics: ProjectMetrics,
 }
@@ -317,9 +316,11 @@ impl Daemon {
                 "deleting {} that an earlier run left on project {name}",
                 counted(rooms.len() as u64, "room")
             );
-            let (api, janitor) = (project.api.clone(), self.janitor.clone());
-            self.sweep
-                .spawn(async move { janitor.sweep(&api, rooms).await });
+            let (access, janitor) = (Arc::clone(&project.access), self.janitor.clone());
+            self.sweep.spawn(async move {
+                let access = access.current().await;
+                janitor.sweep(&access.api, rooms).await
+            });
         }
     }
 
@@ -409,22 +410,27 @@ impl Daemon {
         let recorder = Recorder {
             target: name.to_owned(),
             settings: Arc::clone(&target.settings),
-            project: Arc::clone(&project.settings),
             metrics: target.metrics.clone(),
             history: self.history.clone(),
             observer: self.observer.clone(),
         };
-        let context = Context {
-            project: Arc::clone(&project.settings),
-            target: Arc::clone(&target.settings),
-            endpoint: project.endpoint.clone(),
-            api: project.api.clone(),
-            janitor: self.janitor.clone(),
-            agent_known: target.agent_known,
-            fault: self.fault,
+        let (access, guard) = (Arc::clone(&project.access), project.guard.clone());
+        let (settings, janitor) = (Arc::clone(&target.settings), self.janitor.clone());
+        let (agent_known, fault) = (target.agent_known, self.fault);
+        let (id, abort) = (batch_id.clone(), self.abort.clone());
+        let batch = async move {
+            let access = access.current().await;
+            let context = Context {
+                project: access.project,
+                target: settings,
+                endpoint: access.endpoint,
+                api: access.api,
+                janitor,
+                agent_known,
+                fault,
+            };
+            recorder.run(id, context, guard, abort).await
         };
-        let guard = project.guard.clone();
-        let batch = recorder.run(batch_id.clone(), context, guard, self.abort.clone());
         let task = self.batches.spawn(batch);
         let running = (name.to_owned(), batch_id.clone());
         self.running.insert(task.id(), running);

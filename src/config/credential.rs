@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
+use super::settings::Project;
+
 /// The file of a secret holds one line of text; a larger file is the wrong one.
 const MAX_FILE_BYTES: u64 = 64 * 1024;
 
@@ -59,6 +61,34 @@ pub(super) fn cleaned(text: &str) -> Result<String, CredentialMistake> {
         ));
     }
     Ok(text.to_owned())
+}
+
+impl Project {
+    /// The project with the key pair that its files hold now.
+    ///
+    /// Blocks on the disk.
+    ///
+    /// # Errors
+    /// A file cannot be used. The text names its key in the settings, and contains nothing of it.
+    pub fn with_current_credentials(&self) -> Result<Self, String> {
+        let mut project = self.clone();
+        let files = &self.credential_files;
+        for (key, file, value) in [
+            ("api_key_file", &files.api_key, &mut project.api_key),
+            (
+                "api_secret_file",
+                &files.api_secret,
+                &mut project.api_secret,
+            ),
+        ] {
+            if let Some(path) = file {
+                let content =
+                    read(path).map_err(|mistake| format!("{key}: {}", mistake.message))?;
+                *value = content.into();
+            }
+        }
+        Ok(project)
+    }
 }
 
 /// Whether quotation marks enclose the whole text.

@@ -135,6 +135,8 @@ pub struct Project {
     pub url: Url,
     pub api_key: SecretString,
     pub api_secret: SecretString,
+    /// The files that hold the key pair, if it comes from files.
+    pub credential_files: CredentialFiles,
     /// PEM certificates to trust in addition to the built-in public roots.
     pub ca_file: Option<PathBuf>,
     /// LiveKit Cloud's project id (`p_…`), used for links to a room's session.
@@ -146,6 +148,13 @@ pub struct Project {
     pub max_rooms: usize,
     pub budget: Budget,
     pub backoff: Backoff,
+}
+
+/// The files of a key pair. Their content may change while the canary runs.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CredentialFiles {
+    pub api_key: Option<PathBuf>,
+    pub api_secret: Option<PathBuf>,
 }
 
 /// Maximum agent time that all targets of a project may use together. LiveKit bills whole minutes per session.
@@ -226,6 +235,7 @@ impl PartialEq for Project {
             url,
             api_key,
             api_secret,
+            credential_files,
             ca_file,
             cloud_project,
             ice,
@@ -237,6 +247,7 @@ impl PartialEq for Project {
         *url == other.url
             && api_key.expose_secret() == other.api_key.expose_secret()
             && api_secret.expose_secret() == other.api_secret.expose_secret()
+            && *credential_files == other.credential_files
             && *ca_file == other.ca_file
             && *cloud_project == other.cloud_project
             && *ice == other.ice

@@ -16,9 +16,9 @@ use super::problem::{Problem, Problems, alternatives, from_variable, in_file, sh
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
-    Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch, DispatchMode,
-    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, RampMode,
-    Schedule, Speech, Stay, Target,
+    Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
+    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project,
+    RampMode, Schedule, Speech, Stay, Target,
 };
 
 /// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
@@ -275,8 +275,12 @@ fn project(
     section.finish();
     Some(Project {
         url: url?,
-        api_key: api_key?.into(),
-        api_secret: api_secret?.into(),
+        credential_files: CredentialFiles {
+            api_key: api_key.as_ref().and_then(|key| key.file.clone()),
+            api_secret: api_secret.as_ref().and_then(|secret| secret.file.clone()),
+        },
+        api_key: api_key?.value.into(),
+        api_secret: api_secret?.value.into(),
         ca_file,
         cloud_project,
         ice: limits.ice,
@@ -364,12 +368,18 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
     None
 }
 
+/// A key or a secret, and its file if it has one.
+struct CredentialText {
+    value: String,
+    file: Option<PathBuf>,
+}
+
 /// A key or a secret: set directly, in a file, or by the environment.
 fn credential(
     section: &mut Section<'_>,
     [key, file_key, variable]: [&'static str; 3],
     fallback: Option<&str>,
-) -> Option<String> {
+) -> Option<CredentialText> {
     match (section.text(key), section.text(file_key)) {
         (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
         (Lookup::Found(text), Lookup::Found(file)) => {
@@ -404,9 +414,9 @@ fn is_override(text: &RawValue) -> bool {
     text.place.as_deref().and_then(in_file).is_none()
 }
 
-fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
+fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<CredentialText> {
     let mistake = match credential::cleaned(&text.value) {
-        Ok(value) if !value.is_empty() => return Some(value),
+        Ok(value) if !value.is_empty() => return Some(CredentialText { value, file: None }),
         Ok(_) => CredentialMistake {
             message: "empty".to_owned(),
             hint: "set a value, or remove the key to use the environment variable",
@@ -417,9 +427,17 @@ fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Optio
     None
 }
 
-fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
-    match credential::read(&text.path()) {
-        Ok(value) => Some(value),
+fn from_file(
+    section: &mut Section<'_>,
+    key: &'static str,
+    text: RawValue,
+) -> Option<CredentialText> {
+    let path = text.path();
+    match credential::read(&path) {
+        Ok(value) => Some(CredentialText {
+            value,
+            file: Some(path),
+        }),
         Err(mistake) => {
             section.problem(key, text.place, mistake.message, mistake.hint);
             None

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use chrono::Utc;
 
+use super::access::ProjectAccess;
 use super::{Daemon, ProjectRuntime, TargetRuntime, supervisor};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
-use crate::livekit::wire::connect::Endpoint;
-use crate::livekit::wire::{self, api::Api};
 
 impl Daemon {
     /// Reads the settings again and applies all of them. Returns what has changed.
@@ -55,7 +54,7 @@ impl Daemon {
     pub(super) fn apply(&mut self, config: Config) -> Result<(), String> {
         let mut access = BTreeMap::new();
         for (name, project) in &config.projects {
-            let known = wire::access(project);
+            let known = ProjectAccess::new(name, project);
             let known = known.map_err(|error| format!("project {name:?}: {error:#}"))?;
             access.insert(name.clone(), known);
         }
@@ -74,13 +73,9 @@ impl Daemon {
             }
             stays
         });
-        for (name, (endpoint, api)) in access {
-            self.set_project(
-                &name,
-                Arc::new(config.projects[&name].clone()),
-                endpoint,
-                api,
-            );
+        for (name, access) in access {
+            let settings = Arc::new(config.projects[&name].clone());
+            self.set_project(&name, settings, Arc::new(access));
         }
         for (name, target) in &config.targets {
             self.set_target(name, target, &config);
@@ -93,8 +88,7 @@ impl Daemon {
         &mut self,
         name: &str,
         settings: Arc<config::Project>,
-        endpoint: Endpoint,
-        api: Api,
+        access: Arc<ProjectAccess>,
     ) {
         let metrics = self.metrics.project(name, &settings);
         let guard = match self.projects.get(name) {
@@ -106,8 +100,7 @@ impl Daemon {
         };
         let project = ProjectRuntime {
             settings,
-            endpoint,
-            api,
+            access,
             guard,
             metrics,
         };

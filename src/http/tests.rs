@@ -812,6 +812,7 @@ async fn client_that_does_not_read_its_response_is_disconnected() {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
         api_key: "some-key".into(),
         api_secret: "some-secret".to_owned().into(),
+        credential_files: config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: None,
         ice: config::Ice::All,

@@ -39,6 +39,7 @@ fn project() -> Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
         api_key: "the-key".into(),
         api_secret: "the-secret".to_owned().into(),
+        credential_files: crate::config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: None,
         ice: Ice::default(),

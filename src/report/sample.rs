@@ -24,6 +24,7 @@ pub(crate) fn project() -> Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
         api_key: "key".into(),
         api_secret: "secret".to_owned().into(),
+        credential_files: crate::config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: Some("p_acme".to_owned()),
         ice: Ice::default(),

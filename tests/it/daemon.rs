@@ -238,6 +238,29 @@ fn second_signal_ends_the_daemon_at_once_and_its_rooms_are_deleted() -> anyhow::
     Ok(())
 }
 
+#[test]
+fn rotated_secret_file_is_used_at_the_next_batch_without_a_reload() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[])?;
+    let secret = fixture.dir.path().join("secret");
+    std::fs::write(&secret, "a-secret-that-the-server-does-not-know")?;
+    let daemon = fixture.dir.start()?;
+    let result = || -> anyhow::Result<Value> { Ok(run_batch(&daemon, "demo")?["result"].clone()) };
+    assert_eq!(result()?, "failed");
+    std::fs::write(&secret, format!("{SECRET}\n"))?;
+    assert_eq!(result()?, "ok");
+    // A file that cannot be used changes nothing, and the log names its key.
+    std::fs::write(&secret, "two\nlines")?;
+    assert_eq!(result()?, "ok");
+    assert_eq!(
+        daemon
+            .logged("api_secret_file: this file can't be used")?
+            .len(),
+        1
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
 /// GNU `timeout` and some supervisors send two.
 #[test]
 fn two_signals_at_once_are_one() -> anyhow::Result<()> {

@@ -85,6 +85,7 @@ fn context(url: &Url) -> Context {
             url: url.clone(),
             api_key: key.into(),
             api_secret: secret,
+            credential_files: crate::config::CredentialFiles::default(),
             ca_file: None,
             cloud_project: None,
             ice: crate::config::Ice::default(),
