@@ -10,6 +10,7 @@ use super::{CheckArgs, Exit, once, print};
 use crate::config::{
     Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
 };
+use crate::http::WebConfig;
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
 use crate::report::counted;
@@ -28,6 +29,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
         only = Some(name);
     }
     let all = draft.validate()?;
+    let web = WebConfig::load(&all.daemon.http).map_err(anyhow::Error::msg)?;
     // The targets of a project share its limits, so the forecast needs all of them, even if only one is printed.
     let forecast = Forecast::new(&all, Utc::now());
     let mut config = all.clone();
@@ -42,6 +44,16 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     } else {
         Vec::new()
     };
+    if let (Some(file), Some(summary)) = (&all.daemon.http.web_config_file, web.summary()) {
+        let listen = all.daemon.http.listen;
+        writeln!(text, "http on {listen}").expect("writing to a string can't fail");
+        entry(
+            &mut text,
+            "web config",
+            &format!("{}: {summary}", file.display()),
+        );
+        text.push('\n');
+    }
     for (index, (name, project)) in config.projects.iter().enumerate() {
         describe_project(&mut text, name, project);
         if let Some(connection) = connections.get(index) {

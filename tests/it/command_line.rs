@@ -380,6 +380,41 @@ fn check_counts_the_agents_that_a_ramp_starts_at_the_same_time() {
 }
 
 #[test]
+fn check_reads_the_web_configuration_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write(
+        "canary.toml",
+        &format!("http.web_config_file = \"web.yml\"\n{TWO_TARGETS}"),
+    );
+    let check = || canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
+    let hash = "$2y$04$......................zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzu";
+    write("web.yml", &format!("basic_auth_users:\n  alice: {hash}\n"));
+    let run = check();
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    assert!(run.stdout.starts_with("http on "), "{}", run.stdout);
+    assert!(
+        run.stdout.contains("web.yml: plain HTTP, 1 user\n"),
+        "{}",
+        run.stdout
+    );
+    for (text, mistake) in [
+        ("basic_auth_users:\n  alice: hunter2\n", "not a bcrypt hash"),
+        (
+            "tls_server_config:\n  cert_file: nowhere.crt\n  key_file: a.key\n",
+            "cannot be read",
+        ),
+        ("http_server_config: {}\n", "is not supported"),
+    ] {
+        write("web.yml", text);
+        let run = check();
+        assert_eq!(run.code, Some(2), "{}", run.output());
+        let named = run.stderr.starts_with("error: web.yml: ") && run.stderr.contains(mistake);
+        assert!(named && !run.stderr.contains("hunter2"), "{}", run.stderr);
+    }
+}
+
+#[test]
 fn check_of_one_target_omits_the_others() {
     let run = with_two_targets(&["check", "--target", "sales"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
