@@ -76,7 +76,7 @@ struct RunArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Address that serves metrics, page and API [default: 0.0.0.0:9787]
+    /// Address that serves metrics, page and API [default: 127.0.0.1:9787]
     #[arg(long = "web.listen-address", value_name = "ADDRESS")]
     listen_address: Option<SocketAddr>,
 

@@ -72,8 +72,6 @@ pub(crate) type BatchObserver = Arc<dyn Fn(&BatchEvent) + Send + Sync>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DaemonCommand {
     Reload,
-    /// Starts a batch of this target now, in addition to its schedule.
-    RunBatch(String),
     /// The following batches simulate this fault, or none.
     SetFault(Option<ProbeFault>),
     /// The first shuts down in order, a second one immediately.
@@ -236,7 +234,27 @@ impl Daemon {
         daemon.start_sweep();
         daemon.stage = DaemonStage::Running;
         daemon.refresh();
+        daemon.log_schedules();
         Ok(daemon)
+    }
+
+    /// Logs when each target is probed, because the first batch can be far off.
+    fn log_schedules(&self) {
+        for (name, target) in &self.targets {
+            let next = self.ticker.next(name);
+            let first = next.map_or_else(
+                || "no batch is due".to_owned(),
+                |at| format!("first batch at {}", at.format("%Y-%m-%d %H:%M:%S UTC")),
+            );
+            tracing::info!(
+                target_name = name,
+                schedule = %target.settings.schedule,
+                next_batch_at = next.map(|at| at.to_rfc3339()),
+                "target {name} on project {}: {}, {first}",
+                target.settings.project,
+                target.settings.schedule
+            );
+        }
     }
 
     /// Handles events until [`DaemonCommand::Stop`].
@@ -247,7 +265,6 @@ impl Daemon {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(DaemonCommand::Reload) => drop(self.reload().await),
-                    Some(DaemonCommand::RunBatch(target)) => self.run_as_commanded(&target),
                     Some(DaemonCommand::SetFault(fault)) => self.fault = fault,
                     Some(DaemonCommand::Stop) | None => return Ok(()),
                 },
@@ -494,15 +511,6 @@ impl Daemon {
                     unreachable!("only a scheduled batch depends on the pause")
                 }
             })
-    }
-
-    fn run_as_commanded(&mut self, name: &str) {
-        if let Err(refused) = self.run_now(name) {
-            tracing::warn!(
-                target_name = name,
-                "target {name}: batch not started: {refused}"
-            );
-        }
     }
 
     fn set_paused(&mut self, name: &str, paused: bool) -> Result<(), NoSuchTarget> {

@@ -15,7 +15,6 @@ use super::once::verdict;
 use super::progress::ProgressView;
 use super::{DemoArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
-use crate::daemon::DaemonCommand;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
 use crate::report::{BatchReport, counted};
 use crate::sandbox::fault::{FaultRule, RoomSelector};
@@ -229,9 +228,7 @@ async fn run_batches(
     introduction: &str,
 ) -> anyhow::Result<Exit> {
     let mut exit = None;
-    if print_unless_closed(introduction)? {
-        daemon.send(DaemonCommand::RunBatch(TARGET.to_owned()));
-    } else {
+    if !print_unless_closed(introduction)? {
         daemon.stop();
     }
     let mut number = 0;

@@ -164,7 +164,7 @@ async fn run_drill(
     sandbox.handle().set_faults(switch.of_sandbox(at_once));
     let url = sandbox.url();
     let daemon = LocalDaemon::start(sandbox, switch.config(at_once), setup)?;
-    let mut drill = Drill::new(args, fault, switch, &target.target, daemon);
+    let mut drill = Drill::new(args, fault, switch, daemon);
     let exit = drill
         .run(&introduction(
             args,
@@ -258,7 +258,6 @@ enum DrillPhase {
 struct Drill {
     fault: Option<&'static CatalogueFault>,
     switch: FaultSwitch,
-    target: String,
     once: bool,
     daemon: LocalDaemon,
     phase: DrillPhase,
@@ -307,7 +306,6 @@ impl Drill {
         args: &DrillArgs,
         fault: Option<&'static CatalogueFault>,
         switch: FaultSwitch,
-        target: &str,
         daemon: LocalDaemon,
     ) -> Self {
         let now = Instant::now();
@@ -315,7 +313,6 @@ impl Drill {
         Self {
             fault,
             switch,
-            target: target.to_owned(),
             once: args.once,
             daemon,
             phase: if args.after.is_some() {
@@ -336,8 +333,6 @@ impl Drill {
 
     async fn run(&mut self, introduction: &str) -> anyhow::Result<Exit> {
         self.print(introduction)?;
-        self.daemon
-            .send(DaemonCommand::RunBatch(self.target.clone()));
         loop {
             tokio::select! {
                 // In order, so that a batch that started before the switch is recorded before it.

@@ -52,7 +52,7 @@ const PROJECT_SETTINGS: &[(&[&str], &str)] = &[
     (&["backoff", "longest"], "1s"),
 ];
 
-/// No Prometheus needs time for a last scrape.
+/// The first batch starts at once, and no Prometheus needs time for a last scrape.
 const DAEMON_SETTINGS: &[(&[&str], &str)] = &[
     (&["lifetime", "startup_delay"], "0s"),
     (&["lifetime", "drain_grace"], "0s"),

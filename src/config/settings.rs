@@ -33,6 +33,7 @@ pub struct DaemonSettings {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Http {
+    /// Loopback unless it is set: the page shows agents and transcripts to everyone who reaches it.
     pub listen: SocketAddr,
     /// TLS and users, in the file format of Prometheus' exporter-toolkit.
     pub web_config_file: Option<PathBuf>,
@@ -43,7 +44,7 @@ pub struct Http {
 impl Default for Http {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9787)),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 9787)),
             web_config_file: None,
             enable_lifecycle: false,
         }
@@ -78,7 +79,7 @@ impl Default for HistorySettings {
 /// How the daemon starts and stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lifetime {
-    /// Delay before a target's first batch. It lets Prometheus scrape the counters at zero first; otherwise `increase`
+    /// From the start to a target's first batch, which does not wait for the grid. It lets Prometheus scrape the counters at zero first; otherwise `increase`
     /// misses what the first batch adds.
     pub startup_delay: Duration,
     /// After SIGTERM, running probes may finish within this time; then they are aborted.

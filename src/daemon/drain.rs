@@ -130,9 +130,7 @@ async fn second_stop(commands: &mut mpsc::Receiver<DaemonCommand>) {
     loop {
         match commands.recv().await {
             Some(DaemonCommand::Stop) => return,
-            Some(
-                DaemonCommand::Reload | DaemonCommand::RunBatch(_) | DaemonCommand::SetFault(_),
-            ) => {}
+            Some(DaemonCommand::Reload | DaemonCommand::SetFault(_)) => {}
             // No further command can come.
             None => std::future::pending().await,
         }

@@ -111,10 +111,10 @@ impl Daemon {
         let project = &config.projects[&settings.project];
         let metrics = self.metrics.target(name, settings, project, self.drill);
         let settings = Arc::new(settings.clone());
-        let mut first = Utc::now();
         if let Some(known) = self.targets.get_mut(name) {
             known.agent_known &= known.settings.agent_name == settings.agent_name;
             known.settings = Arc::clone(&settings);
+            self.ticker.set(name, &settings.schedule, Utc::now());
         } else {
             let target = TargetRuntime {
                 settings: Arc::clone(&settings),
@@ -126,10 +126,10 @@ impl Daemon {
                 last_batch: None,
             };
             self.targets.insert(name.to_owned(), target);
-            first += config.daemon.lifetime.startup_delay;
+            let first = Utc::now() + config.daemon.lifetime.startup_delay;
+            self.ticker.start_target(name, &settings.schedule, first);
         }
         metrics.paused(self.targets[name].paused);
-        self.ticker.set(name, &settings.schedule, first);
         self.publish_next_batch(name);
     }
 

@@ -87,12 +87,26 @@ impl WebConfig {
         })
     }
 
+    pub(crate) fn has_tls(&self) -> bool {
+        self.latest().is_some_and(|security| security.tls.is_some())
+    }
+
+    pub(crate) fn has_users(&self) -> bool {
+        self.latest()
+            .is_some_and(|security| security.users.is_some())
+    }
+
+    /// The version that was read last. `None` if no file is set.
+    fn latest(&self) -> Option<Arc<WebSecurity>> {
+        match &self.source {
+            SecuritySource::None => None,
+            SecuritySource::File(file) => Some(Arc::clone(&file.current.borrow())),
+        }
+    }
+
     /// What the file requires of clients, in a few words for people. `None` if no file is set.
     pub(crate) fn summary(&self) -> Option<String> {
-        let SecuritySource::File(file) = &self.source else {
-            return None;
-        };
-        let security = Arc::clone(&file.current.borrow());
+        let security = self.latest()?;
         let mut parts = vec![if security.tls.is_some() {
             "TLS".to_owned()
         } else {
