@@ -389,24 +389,21 @@ impl Drill {
     }
 
     fn batch_ended(&mut self, report: &BatchReport) -> anyhow::Result<()> {
-        let comparison = match self.batch_phase.take() {
-            Some(phase) => {
-                let mismatches = mismatches(self.fault_in(phase), report);
-                // An aborted room shows neither.
-                let aborted = report.summary().aborted;
-                let rooms = report.probes.len() - aborted;
-                self.sum.batches += 1;
-                self.sum.rooms += rooms;
-                self.sum.as_expected += rooms - mismatches.len();
-                if !mismatches.is_empty() {
-                    self.exit = Exit::CanaryFailed;
-                }
-                comparison(&mismatches)
+        let comparison = if let Some(phase) = self.batch_phase.take() {
+            let mismatches = mismatches(self.fault_in(phase), report);
+            // An aborted room shows neither.
+            let aborted = report.summary().aborted;
+            let rooms = report.probes.len() - aborted;
+            self.sum.batches += 1;
+            self.sum.rooms += rooms;
+            self.sum.as_expected += rooms - mismatches.len();
+            if !mismatches.is_empty() {
+                self.exit = Exit::CanaryFailed;
             }
-            None => {
-                self.sum.not_compared += 1;
-                "  Not compared: the fault began or ended during this batch.\n".to_owned()
-            }
+            comparison(&mismatches)
+        } else {
+            self.sum.not_compared += 1;
+            "  Not compared: the fault began or ended during this batch.\n".to_owned()
         };
         self.print(&(batch_result(report) + &comparison))?;
         if self.once {

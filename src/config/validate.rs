@@ -396,17 +396,16 @@ fn credential(
         }
         (Lookup::Found(text), Lookup::Missing) => inline(section, key, text),
         (Lookup::Missing, Lookup::Found(file)) => from_file(section, file_key, file),
-        (Lookup::Missing, Lookup::Missing) => match fallback {
-            Some(value) => {
+        (Lookup::Missing, Lookup::Missing) => {
+            if let Some(value) = fallback {
                 let (value, place) = (value.to_owned(), Some(from_variable(variable)));
                 inline(section, key, RawValue { value, place })
-            }
-            None => {
+            } else {
                 let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
                 None
             }
-        },
+        }
     }
 }
 
