@@ -42,6 +42,11 @@ pub(crate) enum BatchEvent {
         index: usize,
         event: ProbeEvent,
     },
+    /// The room stays open until this time, and for as long after it as its call needs.
+    HoldDecided {
+        index: usize,
+        until: Instant,
+    },
     /// The probe has ended; no event of this room follows.
     RoomClosed {
         index: usize,
@@ -52,8 +57,8 @@ pub(crate) enum BatchEvent {
 
 /// The most events that a batch with this many rooms emits.
 pub(crate) fn max_events(rooms: usize) -> usize {
-    // The batch's start and end; each room's opening, progress and closing.
-    2 + rooms * (ProbeEvent::MAX_PER_PROBE + 2)
+    // The batch's start and end; each room's opening, progress, hold and closing.
+    2 + rooms * (ProbeEvent::MAX_PER_PROBE + 3)
 }
 
 /// Runs one batch to its end. A cancelled `abort` ends it early, with every probe `aborted` and every room deleted.
@@ -408,7 +413,7 @@ where
         }
     }
 
-    fn hold_together_once_over(&self) {
+    fn hold_together_once_over(&mut self) {
         if self.ramp.plan.stay == Stay::Together && self.ramp.is_over() {
             let until = Instant::now() + self.ramp.plan.hold;
             for index in 0..self.probes.len() {
@@ -418,12 +423,15 @@ where
     }
 
     /// The first end of a hold is final.
-    fn hold(&self, index: usize, until: Instant) {
-        self.probes[index].hold_until.send_if_modified(|held| {
+    fn hold(&mut self, index: usize, until: Instant) {
+        let decided = self.probes[index].hold_until.send_if_modified(|held| {
             let first = held.is_none();
             held.get_or_insert(until);
             first
         });
+        if decided {
+            (self.on_event)(&BatchEvent::HoldDecided { index, until });
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent};
-use crate::config::{self, Config, Problems};
+use crate::config::{self, Config, DaemonSettings, Problems};
 use crate::guard::{Guard, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
@@ -25,14 +25,13 @@ use crate::http::{
 };
 use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
-use crate::livekit::wire::api::Api;
-use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, ProbeFault};
-use crate::report::{BatchReport, Denial};
+use crate::report::{BatchReport, Denial, counted};
 use crate::schedule::{self, Tick, Ticker};
 use crate::stall::StallWatch;
 
+mod access;
 mod drain;
 mod recorder;
 mod settings;
@@ -41,6 +40,7 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 
+use access::ProjectAccess;
 use recorder::Recorder;
 use settings::PendingReload;
 use supervisor::Watchdog;
@@ -77,8 +77,6 @@ pub(crate) type BatchObserver = Arc<dyn Fn(&BatchEvent) + Send + Sync>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DaemonCommand {
     Reload,
-    /// Starts a batch of this target now, in addition to its schedule.
-    RunBatch(String),
     /// The following batches simulate this fault, or none.
     SetFault(Option<ProbeFault>),
     /// The first shuts down in order, a second one immediately.
@@ -114,8 +112,7 @@ pub(crate) async fn run(
 
 struct ProjectRuntime {
     settings: Arc<config::Project>,
-    endpoint: Endpoint,
-    api: Api,
+    access: Arc<ProjectAccess>,
     guard: Guard,
     metrics: ProjectMetrics,
 }
@@ -134,6 +131,8 @@ struct TargetRuntime {
 
 struct Daemon {
     config: Config,
+    /// The settings of the start: those of the HTTP server and the history stay in effect.
+    started_with: DaemonSettings,
     read_config: ReadConfig,
     /// A reload that still reads the settings.
     reload: Option<PendingReload>,
@@ -212,6 +211,7 @@ impl Daemon {
         ));
         let mut daemon = Self {
             config: options.config.clone(),
+            started_with: options.config.daemon.clone(),
             read_config: options.read_config,
             reload: None,
             projects: BTreeMap::new(),
@@ -249,7 +249,27 @@ impl Daemon {
         daemon.start_sweep();
         daemon.stage = DaemonStage::Running;
         daemon.refresh();
+        daemon.log_schedules();
         Ok(daemon)
+    }
+
+    /// Logs when each target is probed, because the first batch can be far off.
+    fn log_schedules(&self) {
+        for (name, target) in &self.targets {
+            let next = self.ticker.next(name);
+            let first = next.map_or_else(
+                || "no batch is due".to_owned(),
+                |at| format!("first batch at {}", at.format("%Y-%m-%d %H:%M:%S UTC")),
+            );
+            tracing::info!(
+                target_name = name,
+                schedule = %target.settings.schedule,
+                next_batch_at = next.map(|at| at.to_rfc3339()),
+                "target {name} on project {}: {}, {first}",
+                target.settings.project,
+                target.settings.schedule
+            );
+        }
     }
 
     /// Handles events until [`DaemonCommand::Stop`].
@@ -260,7 +280,6 @@ impl Daemon {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(DaemonCommand::Reload) => self.request_reload(None),
-                    Some(DaemonCommand::RunBatch(target)) => self.run_as_commanded(&target),
                     Some(DaemonCommand::SetFault(fault)) => self.fault = fault,
                     Some(DaemonCommand::Stop) | None => return Ok(()),
                 },
@@ -321,18 +340,20 @@ impl Daemon {
         for (name, rooms) in rooms_of {
             let Some(project) = self.projects.get(&name) else {
                 tracing::warn!(
-                    "{} rooms of earlier runs are not deleted: project {name} is no longer configured",
-                    rooms.len()
+                    "left from earlier runs and not deleted: {}, because project {name} is no longer configured",
+                    counted(rooms.len() as u64, "room")
                 );
                 continue;
             };
             tracing::info!(
-                "deleting {} rooms that an earlier run left on project {name}",
-                rooms.len()
+                "deleting {} that an earlier run left on project {name}",
+                counted(rooms.len() as u64, "room")
             );
-            let (api, janitor) = (project.api.clone(), self.janitor.clone());
-            self.sweep
-                .spawn(async move { janitor.sweep(&api, rooms).await });
+            let (access, janitor) = (Arc::clone(&project.access), self.janitor.clone());
+            self.sweep.spawn(async move {
+                let access = access.current().await;
+                janitor.sweep(&access.api, rooms).await
+            });
         }
     }
 
@@ -422,23 +443,29 @@ impl Daemon {
         let recorder = Recorder {
             target: name.to_owned(),
             settings: Arc::clone(&target.settings),
-            project: Arc::clone(&project.settings),
             metrics: target.metrics.clone(),
             history: self.history.clone(),
             observer: self.observer.clone(),
         };
-        let context = Context {
-            project: Arc::clone(&project.settings),
-            target: Arc::clone(&target.settings),
-            endpoint: project.endpoint.clone(),
-            api: project.api.clone(),
-            janitor: self.janitor.clone(),
-            stalls: self.stalls.clone(),
-            agent_known: target.agent_known,
-            fault: self.fault,
+        let (access, guard) = (Arc::clone(&project.access), project.guard.clone());
+        let (settings, janitor) = (Arc::clone(&target.settings), self.janitor.clone());
+        let (agent_known, fault) = (target.agent_known, self.fault);
+        let stalls = self.stalls.clone();
+        let (id, abort) = (batch_id.clone(), self.abort.clone());
+        let batch = async move {
+            let access = access.current().await;
+            let context = Context {
+                project: access.project,
+                target: settings,
+                endpoint: access.endpoint,
+                api: access.api,
+                janitor,
+                stalls,
+                agent_known,
+                fault,
+            };
+            recorder.run(id, context, guard, abort).await
         };
-        let guard = project.guard.clone();
-        let batch = recorder.run(batch_id.clone(), context, guard, self.abort.clone());
         let task = self.batches.spawn(batch);
         let running = (name.to_owned(), batch_id.clone());
         self.running.insert(task.id(), running);
@@ -502,15 +529,6 @@ impl Daemon {
                     unreachable!("only a scheduled batch depends on the pause")
                 }
             })
-    }
-
-    fn run_as_commanded(&mut self, name: &str) {
-        if let Err(refused) = self.run_now(name) {
-            tracing::warn!(
-                target_name = name,
-                "target {name}: batch not started: {refused}"
-            );
-        }
     }
 
     fn set_paused(&mut self, name: &str, paused: bool) -> Result<(), NoSuchTarget> {
@@ -584,6 +602,6 @@ fn record_skip(
 fn skip_cause(denial: &Denial) -> SkipCause {
     match denial {
         Denial::Backoff { .. } => SkipCause::Backoff,
-        Denial::Budget { .. } | Denial::LedgerLost => SkipCause::Budget,
+        Denial::Budget { .. } | Denial::LedgerLost | Denial::LedgerUnread => SkipCause::Budget,
     }
 }

@@ -208,6 +208,9 @@ impl Guard {
                 continue;
             };
             // Fail closed: the remaining budget is unknown, and an overrun costs money.
+            if used.ledger_unread {
+                return Err(Denial::LedgerUnread);
+            }
             if used.ledger_lost {
                 return Err(Denial::LedgerLost);
             }

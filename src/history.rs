@@ -181,7 +181,7 @@ impl History {
             Err(StoreOpenError::Refused(error)) => return Err(error),
             Err(StoreOpenError::Unavailable(why)) => {
                 // Earlier use can't be read, or not yet: a budget must not count from zero.
-                shared.lock().ledger.lost = true;
+                shared.lock().ledger.unread = true;
                 shared.set_ledger_down();
                 shared.set_unwritable(&why);
                 None
@@ -221,11 +221,12 @@ impl History {
         self.shared.faults.load(Ordering::Relaxed)
     }
 
-    /// Counts a lost ledger from zero, in this run and in later ones.
+    /// Counts from zero if the ledger is lost, in this run and in later ones, and while the disk cannot be read.
     pub(crate) fn accept_lost_ledger(&self) {
         let mut state = self.shared.lock();
         state.accepted = true;
         state.ledger.lost = false;
+        state.ledger.unread = false;
         self.shared.wake(&mut state);
     }
 

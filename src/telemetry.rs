@@ -64,8 +64,12 @@ pub(crate) fn dropped_lines() -> u64 {
 static DROPPED: OnceLock<Arc<AtomicU64>> = OnceLock::new();
 
 fn install<L: Layer<Registry> + Send + Sync>(layer: L, default_level: &str) {
-    let by_level =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_level));
+    // An empty variable is an unset one. As a filter it would hide everything but errors.
+    let wanted = std::env::var(EnvFilter::DEFAULT_ENV).unwrap_or_default();
+    let by_level = match EnvFilter::try_new(&wanted) {
+        Ok(filter) if !wanted.trim().is_empty() => filter,
+        _ => EnvFilter::new(default_level),
+    };
     let own = filter_fn(|metadata| metadata.target().starts_with(env!("CARGO_CRATE_NAME")));
     let layer = layer.with_filter(by_level).with_filter(own);
     // Not `init()`: it also receives what other crates log through `log`, one record per packet, only to drop it here.

@@ -705,6 +705,7 @@ async fn progress_comes_in_order_and_before_the_end() {
             ProbeEvent::JoinDecided { .. } => "join decided",
             ProbeEvent::OutcomeDecided { .. } => "outcome decided",
         },
+        BatchEvent::HoldDecided { .. } => "hold decided",
         BatchEvent::RoomClosed { .. } => "closed",
         BatchEvent::Started | BatchEvent::Ended(_) => unreachable!("of the whole batch"),
     });
@@ -714,6 +715,7 @@ async fn progress_comes_in_order_and_before_the_end() {
             "opened",
             "reached",
             "join decided",
+            "hold decided",
             "outcome decided",
             "closed"
         ]

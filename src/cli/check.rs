@@ -6,25 +6,35 @@ use chrono::Utc;
 use humantime::format_duration;
 
 use super::forecast::{self, Forecast};
-use super::{CheckArgs, Exit, print};
+use super::{CheckArgs, Exit, once, print};
 use crate::config::{
     Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
 };
+use crate::http::WebConfig;
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
+use crate::report::counted;
 use crate::telemetry;
 
 /// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's.
 const WRONG_SETTINGS: [u16; 3] = [401, 403, 404];
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
-    let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
+    let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
+    let mut only = args.target.clone();
+    if let Some(agent_name) = &args.agent_name {
+        let name = once::choose_target(&draft, only.as_deref())?;
+        draft.ensure_target(&name);
+        draft.set_by_flag(&name, &["agent_name"], agent_name.clone(), "--agent-name");
+        only = Some(name);
+    }
     let all = draft.validate()?;
     forecast::check_history_size(&all, Utc::now().date_naive())?;
+    let web = WebConfig::load(&all.daemon.http).map_err(anyhow::Error::msg)?;
     // The targets of a project share its limits, so the forecast needs all of them, even if only one is printed.
     let forecast = Forecast::new(&all, Utc::now());
     let mut config = all.clone();
-    if let Some(name) = &args.target {
+    if let Some(name) = &only {
         narrow(&mut config, name)?;
     }
     telemetry::log_to(std::io::stderr, false, "warn");
@@ -35,6 +45,16 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     } else {
         Vec::new()
     };
+    if let (Some(file), Some(summary)) = (&all.daemon.http.web_config_file, web.summary()) {
+        let listen = all.daemon.http.listen;
+        writeln!(text, "http on {listen}").expect("writing to a string can't fail");
+        entry(
+            &mut text,
+            "web config",
+            &format!("{}: {summary}", file.display()),
+        );
+        text.push('\n');
+    }
     for (index, (name, project)) in config.projects.iter().enumerate() {
         describe_project(&mut text, name, project);
         if let Some(connection) = connections.get(index) {
@@ -126,7 +146,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         RampMode::AfterJoin | RampMode::Burst => batch.ramp.name().to_owned(),
         RampMode::Interval => format!("one every {}", format_duration(batch.interval)),
     };
-    let rooms = format!("{} rooms, {ramp}", batch.rooms);
+    let rooms = format!("{}, {ramp}", counted(batch.rooms as u64, "room"));
     entry(
         text,
         "batch",

@@ -10,6 +10,7 @@ use humantime::format_duration;
 use crate::config::{Alerts, Config, Objectives, Period, Problems, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::probe::billable_minutes;
+use crate::report::counted;
 use crate::rules::max_watched_interval;
 use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
 
@@ -146,8 +147,8 @@ impl<'a> Forecast<'a> {
         entries.push((
             "worst case",
             format!(
-                "{} agent minutes and {} per batch",
-                cost.agent_minutes.end(),
+                "{} and {} per batch",
+                counted(*cost.agent_minutes.end(), "agent minute"),
                 in_days(cost.max_duration)
             ),
         ));
@@ -168,7 +169,8 @@ impl<'a> Forecast<'a> {
             entries.push((
                 key,
                 format!(
-                    "{batches} batches, {agent} agent minutes, {participant} participant minutes"
+                    "{}, {agent} agent minutes, {participant} participant minutes",
+                    counted(batches, "batch")
                 ),
             ));
         }
@@ -337,7 +339,7 @@ fn in_days(time: Duration) -> String {
 }
 
 fn in_minutes(time: Duration) -> String {
-    format!("{} agent minutes", time.as_secs() / 60)
+    counted(time.as_secs() / 60, "agent minute")
 }
 
 /// A warning if there are so few rooms that a single failure misses an objective.

@@ -1,6 +1,6 @@
 //! `run`: starts the daemon with the settings, and turns signals into its commands.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -9,8 +9,9 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::stop_signals::StopSignals;
 use super::{Exit, RunArgs, forecast};
-use crate::config::{Config, Engine, Problems, RawConfig};
+use crate::config::{Config, Engine, Http, Problems, RawConfig};
 use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -36,7 +37,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
     let ending = runtime.block_on(async {
         let listener = listen(config.daemon.http.listen).await?;
         let address = listener.local_addr()?;
-        tracing::info!(%address, "listening on {address}");
+        log_start(address, &config.daemon.http, &web);
         let again = args.clone();
         let options = DaemonOptions {
             config,
@@ -90,29 +91,62 @@ fn settings(args: &RunArgs) -> Result<Config, Problems> {
     Ok(config)
 }
 
+/// Logs the version of the canary and where its page is.
+fn log_start(address: SocketAddr, http: &Http, web: &WebConfig) {
+    let Build {
+        version, revision, ..
+    } = build();
+    let page = page_url(address, web.has_tls());
+    let protection = web
+        .summary()
+        .unwrap_or_else(|| "plain HTTP, no users".to_owned());
+    tracing::info!(
+        version,
+        revision,
+        %address,
+        page,
+        "livekit-canary {version} ({revision}) is listening on {address}; page: {page} ({protection})"
+    );
+    let open = !address.ip().to_canonical().is_loopback() && !web.has_users();
+    if open && http.enable_lifecycle {
+        tracing::warn!(
+            "everyone who reaches {address} can start batches and pause targets: enable_lifecycle is set, and there are no \
+             users. Set basic_auth_users in http.web_config_file, or remove enable_lifecycle"
+        );
+    }
+}
+
+/// The URL of the page on this machine.
+fn page_url(address: SocketAddr, tls: bool) -> String {
+    let ip = match address.ip() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let scheme = if tls { "https" } else { "http" };
+    format!("{scheme}://{}/", SocketAddr::new(ip, address.port()))
+}
+
 pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
     listener.with_context(|| format!("cannot listen on {address}"))
 }
 
 /// Receives the commands that signals send: SIGHUP reloads, SIGTERM and Ctrl-C stop.
-fn commands_from_signals(hangups: Signal) -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
+fn commands_from_signals(mut hangups: Signal) -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
     let (sender, commands) = mpsc::channel(4);
-    let listen = |kind| signal(kind).context("cannot listen for signals");
-    for (mut signals, command) in [
-        (hangups, DaemonCommand::Reload),
-        (listen(SignalKind::terminate())?, DaemonCommand::Stop),
-        (listen(SignalKind::interrupt())?, DaemonCommand::Stop),
-    ] {
-        let sender = sender.clone();
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                if sender.send(command.clone()).await.is_err() {
-                    return;
-                }
+    let mut stops = StopSignals::new().context("cannot listen for signals")?;
+    tokio::spawn(async move {
+        loop {
+            let command = tokio::select! {
+                _ = hangups.recv() => DaemonCommand::Reload,
+                () = stops.next() => DaemonCommand::Stop,
+            };
+            if sender.send(command).await.is_err() {
+                return;
             }
-        });
-    }
+        }
+    });
     Ok(commands)
 }
 
@@ -129,6 +163,18 @@ pub(super) fn build() -> Build {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn page_of_an_unspecified_address_is_on_loopback() {
+        for (address, tls, page) in [
+            ("127.0.0.1:9787", false, "http://127.0.0.1:9787/"),
+            ("0.0.0.0:9787", false, "http://127.0.0.1:9787/"),
+            ("[::]:9787", true, "https://[::1]:9787/"),
+            ("10.1.2.3:80", false, "http://10.1.2.3:80/"),
+        ] {
+            assert_eq!(page_url(address.parse().unwrap(), tls), page);
+        }
+    }
 
     #[test]
     fn build_names_every_engine_of_this_binary() {

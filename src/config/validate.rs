@@ -10,15 +10,16 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::{self, PemObject};
 use url::Url;
 
+use super::credential::{self, CredentialMistake};
 use super::cron;
 use super::file::{MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
-    Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch, DispatchMode,
-    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, RampMode,
-    Schedule, Speech, Stay, Target,
+    Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
+    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project,
+    RampMode, Schedule, Speech, Stay, Target,
 };
 
 /// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
@@ -76,7 +77,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
     let alerts = alerts(root.table("alerts"));
     // If no project is configured, the environment describes the only one.
     if project_entries.is_empty() {
-        project_entries.push(("default".to_owned(), None, Table::new()));
+        project_entries.push((super::DEFAULT_PROJECT.to_owned(), None, Table::new()));
     }
     root.finish();
 
@@ -275,8 +276,12 @@ fn project(
     section.finish();
     Some(Project {
         url: url?,
-        api_key: api_key?,
-        api_secret: api_secret?.into(),
+        credential_files: CredentialFiles {
+            api_key: api_key.as_ref().and_then(|key| key.file.clone()),
+            api_secret: api_secret.as_ref().and_then(|secret| secret.file.clone()),
+        },
+        api_key: api_key?.value.into(),
+        api_secret: api_secret?.value.into(),
         ca_file,
         cloud_project,
         ice: limits.ice,
@@ -364,34 +369,43 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
     None
 }
 
+/// A key or a secret, and its file if it has one.
+struct CredentialText {
+    value: String,
+    file: Option<PathBuf>,
+}
+
 /// A key or a secret: set directly, in a file, or by the environment.
 fn credential(
     section: &mut Section<'_>,
     [key, file_key, variable]: [&'static str; 3],
     fallback: Option<&str>,
-) -> Option<String> {
+) -> Option<CredentialText> {
     match (section.text(key), section.text(file_key)) {
         (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
-        (Lookup::Found(inline), Lookup::Found(file)) => {
+        (Lookup::Found(text), Lookup::Found(file)) => {
             // An override by the environment wins over the settings file, whichever of the two keys it sets.
-            match (is_override(&inline), is_override(&file)) {
-                (true, false) => not_empty(section, key, inline),
+            match (is_override(&text), is_override(&file)) {
+                (true, false) => inline(section, key, text),
                 (false, true) => from_file(section, file_key, file),
                 _ => {
                     let message = format!("{file_key} is also set");
-                    section.problem(key, inline.place, message, "set only one of the two");
+                    section.problem(key, text.place, message, "set only one of the two");
                     None
                 }
             }
         }
-        (Lookup::Found(inline), Lookup::Missing) => not_empty(section, key, inline),
+        (Lookup::Found(text), Lookup::Missing) => inline(section, key, text),
         (Lookup::Missing, Lookup::Found(file)) => from_file(section, file_key, file),
         (Lookup::Missing, Lookup::Missing) => {
-            if fallback.is_none() {
+            if let Some(value) = fallback {
+                let (value, place) = (value.to_owned(), Some(from_variable(variable)));
+                inline(section, key, RawValue { value, place })
+            } else {
                 let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
+                None
             }
-            fallback.map(str::to_owned)
         }
     }
 }
@@ -400,29 +414,35 @@ fn is_override(text: &RawValue) -> bool {
     text.place.as_deref().and_then(in_file).is_none()
 }
 
-fn not_empty(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
-    if !text.value.trim().is_empty() {
-        return Some(text.value);
-    }
-    let hint = "set a value, or remove the key to use the environment variable";
-    section.problem(key, text.place, "empty".to_owned(), hint);
+fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<CredentialText> {
+    let mistake = match credential::cleaned(&text.value) {
+        Ok(value) if !value.is_empty() => return Some(CredentialText { value, file: None }),
+        Ok(_) => CredentialMistake {
+            message: "empty".to_owned(),
+            hint: "set a value, or remove the key to use the environment variable",
+        },
+        Err(mistake) => mistake,
+    };
+    section.problem(key, text.place, mistake.message, mistake.hint);
     None
 }
 
-/// Messages don't repeat the file's name either: it may be the secret itself, under the wrong key.
-fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
+fn from_file(
+    section: &mut Section<'_>,
+    key: &'static str,
+    text: RawValue,
+) -> Option<CredentialText> {
     let path = text.path();
-    let mistake = match read_regular_text(&path, MAX_FILE_BYTES) {
-        Err(error) => format!("can't read this file: {error}"),
-        Ok(content) if content.trim().is_empty() => "this file is empty".to_owned(),
-        Ok(content) => {
-            let line = content.strip_suffix('\n').unwrap_or(&content);
-            return Some(line.strip_suffix('\r').unwrap_or(line).to_owned());
+    match credential::read(&path) {
+        Ok(value) => Some(CredentialText {
+            value,
+            file: Some(path),
+        }),
+        Err(mistake) => {
+            section.problem(key, text.place, mistake.message, mistake.hint);
+            None
         }
-    };
-    let hint = "name a readable file that contains only this value";
-    section.problem(key, text.place, mistake, hint);
-    None
+    }
 }
 
 fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
@@ -473,11 +493,15 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
     let engine = engine(&mut section, limits);
     let agent_name = match section.text("agent_name") {
         Lookup::Found(text) => {
-            if text.value.trim().is_empty() {
-                let hint = "set the name that the agent registers under";
+            let value = text.value;
+            let hint = "set the name that the agent registers under";
+            if value.trim().is_empty() {
                 section.problem("agent_name", text.place, "empty".to_owned(), hint);
+            } else if value.trim() != value {
+                let message = "it has white space around it".to_owned();
+                section.problem("agent_name", text.place, message, hint);
             }
-            Some(text.value)
+            Some(value)
         }
         // Empty instead of absent, so that it isn't also reported as missing.
         Lookup::Invalid => Some(String::new()),
@@ -751,10 +775,17 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
             "{} rooms are open at the same time, but project {name:?} allows {}",
             batch.rooms, limits.max_rooms
         );
-        let hint = format!(
-            "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
-             stay = \"one_by_one\""
-        );
+        let by_flag = rooms_place
+            .as_deref()
+            .is_some_and(|place| place.starts_with("--rooms"));
+        let hint = if by_flag {
+            format!("lower --rooms, or add --max-rooms {}", batch.rooms)
+        } else {
+            format!(
+                "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
+                 stay = \"one_by_one\""
+            )
+        };
         section.problem("rooms", rooms_place, message, &hint);
     }
     if batch.stay == Stay::OneByOne && batch.ramp != RampMode::AfterJoin {

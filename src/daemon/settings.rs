@@ -12,22 +12,20 @@ use tokio::sync::oneshot;
 use tokio::task::{self, JoinError, JoinHandle};
 use tokio::time::{Instant, sleep_until};
 
+use super::access::ProjectAccess;
 use super::{Daemon, ProjectRuntime, TargetRuntime, send_reply, supervisor};
 use crate::config::{self, Config};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
-use crate::livekit::wire::connect::Endpoint;
-use crate::livekit::wire::{self, api::Api};
 
 /// How long a reload waits for the files. After that it has failed.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The access to each project, whose CA file has been read.
-type ProjectAccess = BTreeMap<String, (Endpoint, Api)>;
+type AccessByProject = BTreeMap<String, ProjectAccess>;
 
-type ReadSettings = Result<(Config, ProjectAccess), String>;
+type ReadSettings = Result<(Config, AccessByProject), String>;
 
-type ReloadReply = oneshot::Sender<Result<(), ReloadRefused>>;
+type ReloadReply = oneshot::Sender<Result<Vec<String>, ReloadRefused>>;
 
 /// A reload whose settings a thread reads.
 pub(super) struct PendingReload {
@@ -72,9 +70,9 @@ pub(super) async fn next_read(reload: &mut Option<PendingReload>) -> SettingsRea
 }
 
 /// Blocks on the disk.
-pub(super) fn access(config: &Config) -> Result<ProjectAccess, String> {
+pub(super) fn access(config: &Config) -> Result<AccessByProject, String> {
     let access = config.projects.iter().map(|(name, project)| {
-        let known = wire::access(project);
+        let known = ProjectAccess::new(name, project);
         let known = known.map_err(|error| format!("project {name:?}: {error:#}"))?;
         Ok((name.clone(), known))
     });
@@ -151,17 +149,25 @@ impl Daemon {
         }
     }
 
-    async fn finish_reload(&mut self, read: ReadSettings) -> Result<(), String> {
-        let before = self.config.daemon.clone();
-        let applied = read.map(|(config, access)| self.apply(config, access));
+    /// Returns what has changed.
+    async fn finish_reload(&mut self, read: ReadSettings) -> Result<Vec<String>, String> {
+        let applied = read.map(|(config, access)| {
+            let changes = config.changes_since(&self.config);
+            self.apply(config, access);
+            changes
+        });
         let at = Utc::now();
         match &applied {
-            Ok(()) => {
+            Ok(changes) => {
                 self.restore().await;
                 self.metrics.config_loaded(at);
-                tracing::info!("settings reloaded: {} targets", self.targets.len());
-                let now = &self.config.daemon;
-                if before.http != now.http || before.history != now.history {
+                let what = match &changes[..] {
+                    [] => "nothing has changed".to_owned(),
+                    changes => changes.join(", "),
+                };
+                tracing::info!("settings reloaded: {what}");
+                let (now, then) = (&self.config.daemon, &self.started_with);
+                if now.http != then.http || now.history != then.history {
                     tracing::warn!("changes of [http] and [history] take effect at the next start");
                 }
             }
@@ -181,7 +187,7 @@ impl Daemon {
     }
 
     /// A running batch keeps the settings that it started with.
-    pub(super) fn apply(&mut self, config: Config, access: ProjectAccess) {
+    pub(super) fn apply(&mut self, config: Config, access: AccessByProject) {
         self.projects.retain(|name, _| {
             let stays = config.projects.contains_key(name);
             if !stays {
@@ -197,13 +203,9 @@ impl Daemon {
             }
             stays
         });
-        for (name, (endpoint, api)) in access {
-            self.set_project(
-                &name,
-                Arc::new(config.projects[&name].clone()),
-                endpoint,
-                api,
-            );
+        for (name, access) in access {
+            let settings = Arc::new(config.projects[&name].clone());
+            self.set_project(&name, settings, Arc::new(access));
         }
         for (name, target) in &config.targets {
             self.set_target(name, target, &config);
@@ -215,8 +217,7 @@ impl Daemon {
         &mut self,
         name: &str,
         settings: Arc<config::Project>,
-        endpoint: Endpoint,
-        api: Api,
+        access: Arc<ProjectAccess>,
     ) {
         let metrics = self.metrics.project(name, &settings);
         let guard = match self.projects.get(name) {
@@ -228,8 +229,7 @@ impl Daemon {
         };
         let project = ProjectRuntime {
             settings,
-            endpoint,
-            api,
+            access,
             guard,
             metrics,
         };
@@ -240,10 +240,10 @@ impl Daemon {
         let project = &config.projects[&settings.project];
         let metrics = self.metrics.target(name, settings, project);
         let settings = Arc::new(settings.clone());
-        let mut first = Utc::now();
         if let Some(known) = self.targets.get_mut(name) {
             known.agent_known &= known.settings.agent_name == settings.agent_name;
             known.settings = Arc::clone(&settings);
+            self.ticker.set(name, &settings.schedule, Utc::now());
         } else {
             let target = TargetRuntime {
                 settings: Arc::clone(&settings),
@@ -255,10 +255,10 @@ impl Daemon {
                 last_batch: None,
             };
             self.targets.insert(name.to_owned(), target);
-            first += config.daemon.lifetime.startup_delay;
+            let first = Utc::now() + config.daemon.lifetime.startup_delay;
+            self.ticker.start_target(name, &settings.schedule, first);
         }
         metrics.paused(self.targets[name].paused);
-        self.ticker.set(name, &settings.schedule, first);
         self.publish_next_batch(name);
     }
 

@@ -43,8 +43,10 @@ pub(crate) struct AgentTimeUsed {
     pub reserved_day: Duration,
     /// The part of `month` that open rooms of this run have reserved.
     pub reserved_month: Duration,
-    /// Earlier use is unknown, and neither figure includes it.
+    /// Neither figure includes earlier use, because its record is lost.
     pub ledger_lost: bool,
+    /// Neither figure includes earlier use, because the disk could not be read so far.
+    pub ledger_unread: bool,
 }
 
 impl AgentTimeUsed {
@@ -89,6 +91,8 @@ pub(super) struct Ledger {
     /// Number of changes so far.
     change: u64,
     pub(super) lost: bool,
+    /// The disk could not be read so far, so what it holds is unknown.
+    pub(super) unread: bool,
 }
 
 impl Ledger {
@@ -105,6 +109,7 @@ impl Ledger {
             *self.day_of(&project, day) += seconds;
         }
         self.lost = loaded.lost;
+        self.unread = false;
     }
 
     /// `boot` is this run. Rooms that an earlier run left unsettled stay at their worst case, so they are used.
@@ -133,6 +138,7 @@ impl Ledger {
             reserved_day: reserved(Period::Day),
             reserved_month: reserved(Period::Month),
             ledger_lost: self.lost,
+            ledger_unread: self.unread,
         }
     }
 

@@ -14,7 +14,8 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
 use strum::VariantArray;
 use tempfile::TempDir;
@@ -516,15 +517,23 @@ async fn page_escapes_every_text_that_it_shows() {
 #[tokio::test]
 async fn response_to_reload_has_its_result() {
     let mut server = HttpFixture::start().await;
-    let answer = |answer: Result<(), ReloadRefused>| {
+    let answer = |answer: Result<Vec<String>, ReloadRefused>| {
         |control| match control {
             Control::Reload { reply } => reply.send(answer).unwrap(),
             other => panic!("{other:?}"),
         }
     };
-    let reply = server.post_to_daemon("/-/reload", answer(Ok(()))).await;
+    let reply = server
+        .post_to_daemon(
+            "/-/reload",
+            answer(Ok(vec!["target \"sales\" added".to_owned()])),
+        )
+        .await;
     assert_eq!(reply.status, StatusCode::OK);
-    assert_eq!(reply.json(), json!({ "reloaded": true }));
+    assert_eq!(
+        reply.json(),
+        json!({ "reloaded": true, "changes": ["target \"sales\" added"] })
+    );
 
     let problems = "error: target \"a\": batch.rooms: 0 is too few\nhint: 1 or more".to_owned();
     let invalid = answer(Err(ReloadRefused::Invalid(problems.clone())));
@@ -655,7 +664,7 @@ fn changes() -> impl Iterator<Item = &'static str> {
 /// Accepts the next request as the daemon.
 async fn accept_next(control: &mut mpsc::Receiver<Control>) {
     match control.recv().await.unwrap() {
-        Control::Reload { reply } => reply.send(Ok(())).unwrap(),
+        Control::Reload { reply } => reply.send(Ok(Vec::new())).unwrap(),
         Control::RunBatch { reply, .. } => reply.send(Ok("some-batch".to_owned())).unwrap(),
         Control::SetPaused { reply, .. } => reply.send(Ok(())).unwrap(),
     }
@@ -850,8 +859,9 @@ async fn client_that_does_not_read_its_response_is_disconnected() {
     // The response must be larger than the buffers of the kernel.
     let project = config::Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
-        api_key: "some-key".to_owned(),
+        api_key: "some-key".into(),
         api_secret: "some-secret".to_owned().into(),
+        credential_files: config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: None,
         ice: config::Ice::All,
@@ -944,7 +954,7 @@ async fn shutdown_finishes_a_response_and_closes_idle_connections_at_once() {
             let Control::Reload { reply } = control else {
                 panic!("{control:?}")
             };
-            reply.send(Ok(())).unwrap();
+            reply.send(Ok(Vec::new())).unwrap();
         })
         .await;
     assert_eq!(reply.status, StatusCode::OK);
@@ -1112,6 +1122,7 @@ async fn pipe_in_place_of_the_web_configuration_delays_no_request() {
 struct TestAuthority {
     issuer: Issuer<'static, KeyPair>,
     root: CertificateDer<'static>,
+    pem: String,
 }
 
 impl TestAuthority {
@@ -1119,10 +1130,11 @@ impl TestAuthority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).unwrap().der().clone();
+        let root = params.self_signed(&key).unwrap();
         Self {
+            root: root.der().clone(),
+            pem: root.pem(),
             issuer: Issuer::new(params, key),
-            root,
         }
     }
 
@@ -1141,20 +1153,38 @@ impl TestAuthority {
         server: &HttpFixture,
         versions: &[&'static SupportedProtocolVersion],
     ) -> std::io::Result<TlsStream<TcpStream>> {
+        self.connect_as(server, versions, None).await
+    }
+
+    /// Connects with the certificate and the key of a client, if there is one.
+    async fn connect_as(
+        &self,
+        server: &HttpFixture,
+        versions: &[&'static SupportedProtocolVersion],
+        client: Option<&TestIdentity>,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
         roots.add(self.root.clone()).unwrap();
         let provider = Arc::new(crypto::aws_lc_rs::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+            .with_root_certificates(roots);
+        let config = match client {
+            Some((certificate, key)) => config
+                .with_client_auth_cert(vec![certificate.clone()], key.clone_key())
+                .unwrap(),
+            None => config.with_no_client_auth(),
+        };
         let name = ServerName::try_from("localhost").unwrap();
         TlsConnector::from(Arc::new(config))
             .connect(name, server.tcp().await)
             .await
     }
 }
+
+/// The certificate of a client and its key.
+type TestIdentity = (CertificateDer<'static>, PrivateKeyDer<'static>);
 
 const TLS: &str = "tls_server_config:\n  cert_file: server.crt\n  key_file: server.key\n";
 const BOTH: [&SupportedProtocolVersion; 2] = [&version::TLS13, &version::TLS12];
@@ -1202,6 +1232,106 @@ async fn tls_uses_the_certificate_of_the_file_and_users_are_still_required() {
     let (mut sender, _tasks) = client(server.tcp().await).await;
     let sent = sender.send_request(request(Method::GET, "/-/healthy"));
     assert!(timeout(TEST_TIMEOUT, sent).await.unwrap().is_err());
+}
+
+impl TestAuthority {
+    /// A client with this name in its certificate. A name that is an address becomes an IP name.
+    fn client(&self, name: &str) -> TestIdentity {
+        let folder = tempfile::tempdir().unwrap();
+        let (certificate, key) = (folder.path().join("c"), folder.path().join("k"));
+        let certificate = self.issue(name, &certificate, &key);
+        (certificate, PrivateKeyDer::from_pem_file(&key).unwrap())
+    }
+
+    /// Whether the server answers this client. TLS 1.3 reports a refusal only after the handshake.
+    async fn is_answered(
+        &self,
+        server: &HttpFixture,
+        version: &'static SupportedProtocolVersion,
+        client: Option<&TestIdentity>,
+    ) -> bool {
+        let Ok(mut stream) = self.connect_as(server, &[version], client).await else {
+            return false;
+        };
+        let request = "GET /-/healthy HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        let mut answer = Vec::new();
+        stream.write_all(request.as_bytes()).await.is_ok()
+            && stream.read_to_end(&mut answer).await.is_ok()
+            && answer.starts_with(b"HTTP/1.1 200")
+    }
+}
+
+#[tokio::test]
+async fn client_certificates_are_required_as_exporter_toolkit_does() {
+    let (web, authority, _) = tls_web(TLS, &[]);
+    std::fs::write(web.path("ca.crt"), &authority.pem).unwrap();
+    let other = TestAuthority::new();
+    let known = authority.client("prometheus.example");
+    let by_address = authority.client("10.1.2.3");
+    let stranger = other.client("prometheus.example");
+    let verify = "  client_ca_file: ca.crt\n  client_auth_type: ";
+    let sans = "\n  client_allowed_sans: [prometheus.example, 10.1.2.3]";
+    // Whether no certificate, one of the authority, and one of another authority are accepted.
+    for (settings, answered) in [
+        (
+            "  client_auth_type: NoClientCert".to_owned(),
+            [true, true, true],
+        ),
+        (
+            "  client_auth_type: RequestClientCert".to_owned(),
+            [true, true, true],
+        ),
+        (
+            "  client_auth_type: RequireClientCert".to_owned(),
+            [false, true, true],
+        ),
+        (
+            "  client_auth_type: RequireAnyClientCert".to_owned(),
+            [false, true, true],
+        ),
+        (
+            format!("{verify}VerifyClientCertIfGiven"),
+            [true, true, false],
+        ),
+        (
+            format!("{verify}RequireAndVerifyClientCert"),
+            [false, true, false],
+        ),
+        (
+            format!("{verify}RequireAndVerifyClientCert{sans}"),
+            [false, true, false],
+        ),
+    ] {
+        web.write(&format!("{TLS}{settings}\n"), &[]);
+        let server = HttpFixture::with_web(&web.http()).await;
+        for version in BOTH {
+            let clients = [None, Some(&known), Some(&stranger)];
+            for (client, expected) in clients.into_iter().zip(answered) {
+                let is = authority.is_answered(&server, version, client).await;
+                assert_eq!(is, expected, "{settings}, {version:?}");
+            }
+        }
+    }
+    web.write(
+        &format!("{TLS}{verify}RequireAndVerifyClientCert{sans}\n"),
+        &[],
+    );
+    let server = HttpFixture::with_web(&web.http()).await;
+    let of_another_name = authority.client("grafana.example");
+    for (client, expected) in [(&by_address, true), (&of_another_name, false)] {
+        let is = authority
+            .is_answered(&server, &version::TLS13, Some(client))
+            .await;
+        assert_eq!(is, expected);
+    }
+    // A version of the file without the requirement does not remove it.
+    web.write(TLS, &[]);
+    assert!(!authority.is_answered(&server, &version::TLS13, None).await);
+    assert!(
+        authority
+            .is_answered(&server, &version::TLS13, Some(&known))
+            .await
+    );
 }
 
 #[tokio::test]
@@ -1264,6 +1394,11 @@ fn web_configuration_with_a_mistake_is_an_error_that_names_the_key() {
     )
     .unwrap();
     let tls = |lines: &str| format!("tls_server_config: {{ {lines} }}");
+    let clients = |line: &str| {
+        tls(&format!(
+            "cert_file: server.crt, key_file: server.key, {line}"
+        ))
+    };
     let cases = [
         String::new(),
         "# nothing\n".to_owned(),
@@ -1291,8 +1426,16 @@ fn web_configuration_with_a_mistake_is_an_error_that_names_the_key() {
         tls("cert_file: empty.pem, key_file: server.key"),
         tls("cert_file: broken.pem, key_file: server.key"),
         tls("cert_file: server.crt, key_file: server.key, min_version: TLS11"),
-        tls("cert_file: server.crt, key_file: server.key, client_auth_type: RequireAnyClientCert"),
-        tls("cert_file: server.crt, key_file: server.key, client_ca_file: ca.crt"),
+        clients("client_auth_type: Whatever"),
+        clients("client_auth_type: 5"),
+        clients("client_auth_type: RequireAndVerifyClientCert"),
+        clients("client_auth_type: RequireAnyClientCert, client_ca_file: server.crt"),
+        clients("client_ca_file: server.crt"),
+        clients("client_allowed_sans: [a]"),
+        clients("client_auth_type: RequireAnyClientCert, client_allowed_sans: a"),
+        clients("client_auth_type: RequireAndVerifyClientCert, client_ca_file: nowhere.crt"),
+        clients("client_auth_type: RequireAndVerifyClientCert, client_ca_file: empty.pem"),
+        clients("client_auth_type: RequireAndVerifyClientCert, client_ca_file: broken.pem"),
         tls("cert_file: server.crt, key_file: server.key, cipher_suites: []"),
         tls("cert: inline, key: inline"),
         tls("certfile: server.crt"),

@@ -49,6 +49,10 @@ impl Users {
     pub(super) fn is_empty(&self) -> bool {
         self.hashes.is_empty()
     }
+
+    pub(super) fn count(&self) -> usize {
+        self.hashes.len()
+    }
 }
 
 /// The error for a wrong hash. It does not repeat the value, which is usually a password in plain text.

@@ -41,8 +41,9 @@ fn build() -> Build {
 fn project() -> Project {
     Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
-        api_key: "the-key".to_owned(),
+        api_key: "the-key".into(),
         api_secret: "the-secret".to_owned().into(),
+        credential_files: crate::config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: None,
         ice: Ice::default(),

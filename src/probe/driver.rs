@@ -75,7 +75,9 @@ impl ProbeFault {
     /// # Errors
     /// The value has another form: a test whose fault is not injected must not pass.
     pub fn from_env() -> anyhow::Result<Option<Self>> {
-        let Some(value) = std::env::var_os("LIVEKIT_CANARY_FAULT") else {
+        let Some(value) =
+            std::env::var_os("LIVEKIT_CANARY_FAULT").filter(|value| !value.is_empty())
+        else {
             return Ok(None);
         };
         let index = value

@@ -116,6 +116,15 @@ impl Ticker {
         self.changed.notify_one();
     }
 
+    /// Adds a target. With an interval, its first tick is at `first`, so that a long interval does not begin with a long
+    /// silence. The ticks of the grid follow, except for one within half an interval of the first. A cron expression names
+    /// the times that its author wants, so its first tick is the first one from `first` on.
+    pub(crate) fn start_target(&self, target: &str, schedule: &Schedule, first: DateTime<Utc>) {
+        let now = (self.clock)();
+        lock(&self.table).start_target(target, schedule, now, first);
+        self.changed.notify_one();
+    }
+
     /// Ends the ticks of `target`. A tick that was already sent may still be in the channel.
     pub(crate) fn remove(&self, target: &str) {
         lock(&self.table).entries.remove(target);
@@ -167,6 +176,8 @@ struct TickEntry {
     /// The tick that was delivered and is not handled yet.
     unhandled: Option<DateTime<Utc>>,
     dropped: u64,
+    /// The least time from a first tick that is not on the grid to the next one; zero after it.
+    gap_after_first: Duration,
 }
 
 impl TickTable {
@@ -198,10 +209,25 @@ impl TickTable {
                     planned_at: now,
                     unhandled: former.as_ref().and_then(|former| former.unhandled),
                     dropped: former.map_or(0, |former| former.dropped),
+                    gap_after_first: Duration::ZERO,
                 }
             }
         };
         self.entries.insert(target.to_owned(), entry);
+    }
+
+    fn start_target(
+        &mut self,
+        target: &str,
+        schedule: &Schedule,
+        now: DateTime<Utc>,
+        first: DateTime<Utc>,
+    ) {
+        self.set(target, schedule, now, first);
+        if let (Schedule::Every(every), Some(entry)) = (schedule, self.entries.get_mut(target)) {
+            entry.next = Some(first.max(now));
+            entry.gap_after_first = *every / 2;
+        }
     }
 
     /// Sends the tick of each target that is due. Several ticks that were missed since the last check become one.
@@ -244,7 +270,8 @@ impl TickTable {
 
 impl TickEntry {
     fn plan(&mut self, now: DateTime<Utc>) {
-        self.next = next_tick(&self.schedule, self.offset, now);
+        let gap = std::mem::take(&mut self.gap_after_first);
+        self.next = next_tick(&self.schedule, self.offset, now + gap);
         self.planned_at = now;
     }
 

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use chrono::{DateTime, TimeDelta, Utc};
 use livekit_canary::sandbox::SandboxSettings;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -19,7 +20,7 @@ use crate::sandbox::SandboxThread;
 /// The schedule starts no batch during a test, unless the test changes it.
 const SETTINGS: &[(&str, &str)] = &[
     ("http.listen", "127.0.0.1:0"),
-    ("lifetime.startup_delay", "0s"),
+    ("lifetime.startup_delay", "1h"),
     ("lifetime.drain_grace", "10m"),
     ("lifetime.shutdown_linger", "0s"),
     ("projects.main.api_key", "devkey"),
@@ -193,10 +194,53 @@ fn counters_of_scheduled_batches_equal_the_history_and_the_rooms_of_the_server()
     // The next tick is announced when the one before has been handled.
     let next = next_batch(&scrape)?;
     let skipped = count(&scrape, "batches_skipped_total", &[])?;
-    assert_eq!(whole((next - first) / 2.0)?, run + skipped);
+    // The first tick is not on the grid, and the second comes 1 to 3 s after it.
+    assert_eq!(whole(((next - first) / 2.0).round())?, run + skipped);
 
     daemon.finish()?.expect_code(0)?;
     fixture.expect_no_rooms();
+    Ok(())
+}
+
+#[test]
+fn start_logs_version_page_and_the_first_batch_which_does_not_wait_for_the_grid()
+-> anyhow::Result<()> {
+    let settings = [
+        ("lifetime.startup_delay", "3s"),
+        ("targets.nightly.agent_name", "demo"),
+        ("targets.nightly.schedule.cron", "0 3 1 1 *"),
+    ];
+    let fixture = Fixture::new(&[], &settings)?;
+    let started = Utc::now();
+    let daemon = fixture.dir.start()?;
+    let line = |text: &str| -> anyhow::Result<Value> {
+        daemon.logged(text)?.pop().context("it is not logged")
+    };
+    let start = line("is listening on")?;
+    assert_eq!(start["version"], env!("CARGO_PKG_VERSION"));
+    let page = format!(
+        "http://{}/",
+        start["address"].as_str().context("no address")?
+    );
+    assert_eq!(start["page"], page.as_str());
+    let next = |name: &str, schedule: &str| -> anyhow::Result<DateTime<Utc>> {
+        let line = line(&format!(
+            "target {name} on project main: {schedule}, first batch at "
+        ))?;
+        Ok(line["next_batch_at"].as_str().context("no time")?.parse()?)
+    };
+    assert!(next("nightly", "0 3 1 1 * (UTC)")? - started > TimeDelta::minutes(1));
+    // The interval is 30 days.
+    let first = next("demo", "every 30days")? - started;
+    assert!(
+        (TimeDelta::seconds(3)..TimeDelta::minutes(1)).contains(&first),
+        "{first}"
+    );
+    daemon.wait_for("the first batch", || {
+        let batches = count(&daemon.scrape()?, "batches_total", &[("result", "ok")])?;
+        Ok((batches == 1).then_some(()))
+    })?;
+    daemon.terminate()?;
     Ok(())
 }
 
@@ -227,11 +271,56 @@ fn second_signal_ends_the_daemon_at_once_and_its_rooms_are_deleted() -> anyhow::
     let daemon = fixture.dir.start()?;
     fixture.start_batch(&daemon)?;
     daemon.signal(Signal::TERM)?;
-    daemon.wait_for("the drain", || Ok(daemon.logged("stopping")?.pop()))?;
-    daemon.signal(Signal::TERM)?;
+    // Those within a second of the first belong to it; the next one does not.
+    daemon.wait_for("the second stop", || {
+        daemon.signal(Signal::TERM)?;
+        Ok(daemon.logged("stop requested again")?.pop())
+    })?;
     let log = daemon.finish()?.expect_code(1)?.log()?;
     fixture.expect_no_rooms();
     assert!(log.iter().all(|line| line["level"] != "ERROR"), "{log:?}");
+    Ok(())
+}
+
+#[test]
+fn rotated_secret_file_is_used_at_the_next_batch_without_a_reload() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[])?;
+    let secret = fixture.dir.path().join("secret");
+    std::fs::write(&secret, "a-secret-that-the-server-does-not-know")?;
+    let daemon = fixture.dir.start()?;
+    let result = || -> anyhow::Result<Value> { Ok(run_batch(&daemon, "demo")?["result"].clone()) };
+    assert_eq!(result()?, "failed");
+    std::fs::write(&secret, format!("{SECRET}\n"))?;
+    assert_eq!(result()?, "ok");
+    // A file that cannot be used changes nothing, and the log names its key.
+    std::fs::write(&secret, "two\nlines")?;
+    assert_eq!(result()?, "ok");
+    assert_eq!(
+        daemon
+            .logged("api_secret_file: this file can't be used")?
+            .len(),
+        1
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
+/// GNU `timeout` and some supervisors send two.
+#[test]
+fn two_signals_at_once_are_one() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[("targets.demo.batch.hold", "1s")])?;
+    let daemon = fixture.dir.start()?;
+    fixture.start_batch(&daemon)?;
+    for signal in [Signal::TERM, Signal::TERM, Signal::INT] {
+        daemon.signal(signal)?;
+    }
+    let log = daemon.finish()?.expect_code(0)?.log()?;
+    let lines = |text: &str| {
+        let message = |line: &&Value| line["message"].as_str().is_some_and(|it| it.contains(text));
+        log.iter().filter(message).count()
+    };
+    assert_eq!((lines("stopping;"), lines("stop requested again")), (1, 0));
+    fixture.expect_no_rooms();
     Ok(())
 }
 
@@ -380,7 +469,7 @@ fn target_that_was_removed_and_added_again_can_not_start_a_second_batch() -> any
 fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> anyhow::Result<()> {
     let mut fixture = Fixture::new(&[], &[])?;
     let secret = fixture.dir.path().join("secret");
-    std::fs::write(&secret, "the secret before").unwrap();
+    std::fs::write(&secret, "the-secret-before").unwrap();
     let daemon = fixture.dir.start()?;
     assert_eq!(run_batch(&daemon, "demo")?["result"], "failed");
     let rejected = &[("reason", "auth_rejected")];
@@ -392,9 +481,16 @@ fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> any
     std::fs::write(&secret, SECRET).unwrap();
     fixture.set("targets.demo.batch.rooms", "2")?;
     daemon.signal(Signal::HUP)?;
-    daemon.wait_for("the reload", || {
-        Ok(daemon.logged("settings reloaded")?.pop())
-    })?;
+    let changed = "settings reloaded: project \"main\" changed, target \"demo\" changed";
+    daemon.wait_for("the reload", || Ok(daemon.logged(changed)?.pop()))?;
+    let reload = daemon.http.post("/-/reload")?.json()?;
+    assert_eq!(reload["changes"], Value::Array(Vec::new()), "{reload}");
+    assert_eq!(
+        daemon
+            .logged("settings reloaded: nothing has changed")?
+            .len(),
+        1
+    );
     assert_eq!(run_batch(&daemon, "demo")?["summary"]["ok"], 2);
     let scrape = daemon.scrape()?;
     assert_eq!(count(&scrape, "probe_failures_total", rejected)?, 1);
@@ -428,6 +524,7 @@ fn batch_by_post_is_in_the_history_under_the_returned_id() -> anyhow::Result<()>
 #[test]
 fn skipped_tick_is_counted_under_its_cause() -> anyhow::Result<()> {
     let settings = [
+        ("lifetime.startup_delay", "0s"),
         ("targets.demo.schedule.every", "1s"),
         ("targets.demo.batch.hold", "3s"),
         ("projects.main.budget.agent_time_per_day", "1m"),
@@ -484,6 +581,7 @@ fn expect_backoff(fault: &str, limit: &str, retry_after: Option<f64>) -> anyhow:
     let settings = [
         ("projects.main.backoff.first", "10m"),
         ("targets.demo.batch.rooms", rooms),
+        ("lifetime.startup_delay", "0s"),
         ("targets.demo.schedule.every", "1s"),
     ];
     let fixture = Fixture::new(&[fault], &settings)?;

@@ -94,6 +94,41 @@ fn page(drill: &mut Running) -> anyhow::Result<HttpClient> {
 }
 
 #[test]
+fn drill_without_a_reason_lists_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = canary(folder.path(), ["drill"], &[]);
+    assert_eq!(
+        (run.code, run.stdout.as_str()),
+        (Some(2), ""),
+        "{}",
+        run.output()
+    );
+    let widest = run.stderr.lines().map(|line| line.chars().count()).max();
+    assert!(widest <= Some(80), "{}", run.stderr);
+    insta::assert_snapshot!(run.stderr);
+}
+
+#[test]
+fn drill_ends_with_the_sum_of_its_batches() -> anyhow::Result<()> {
+    let mut drill = start_drill(&["agent_silent"])?;
+    for _ in 0..2 {
+        drill.read_to(&["As expected."])?;
+    }
+    drill.signal(Signal::INT)?;
+    let run = drill.finish()?.expect_code(0)?;
+    let sum = run
+        .stdout
+        .trim_end()
+        .rsplit('\n')
+        .next()
+        .unwrap_or_default();
+    let compared = run.stdout.matches("As expected.").count();
+    let expected = format!("Sum: {compared} batches, {compared} of {compared} rooms as expected.");
+    assert_eq!(sum, expected, "{}", run.output());
+    Ok(())
+}
+
+#[test]
 fn series_of_a_drill_have_the_label_drill() -> anyhow::Result<()> {
     let mut drill = start_drill(&["plan_limit", "--limit", "api_rate"])?;
     let page = page(&mut drill)?;

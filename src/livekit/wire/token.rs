@@ -14,10 +14,10 @@ use crate::livekit::RoomName;
 /// that differ. The server allows one more minute.
 const TOKEN_TTL: Duration = Duration::from_mins(10);
 
-/// The key pair that signs tokens; `Debug` does not show the secret.
+/// The key pair that signs tokens; `Debug` shows neither of the two.
 #[derive(Clone)]
 pub struct Keys {
-    api_key: String,
+    api_key: SecretString,
     api_secret: SecretString,
 }
 
@@ -45,11 +45,11 @@ impl Keys {
     /// # Errors
     /// The key or the secret is empty.
     pub fn new(
-        api_key: impl Into<String>,
+        api_key: impl Into<SecretString>,
         api_secret: impl Into<SecretString>,
     ) -> Result<Self, TokenError> {
         let (api_key, api_secret) = (api_key.into(), api_secret.into());
-        if api_key.is_empty() {
+        if api_key.expose_secret().is_empty() {
             return Err(TokenError::EmptyKey);
         }
         if api_secret.expose_secret().is_empty() {
@@ -119,7 +119,8 @@ impl Keys {
     }
 
     fn token(&self, grants: VideoGrants) -> AccessToken {
-        AccessToken::with_api_key(&self.api_key, self.api_secret.expose_secret())
+        let (key, secret) = (&self.api_key, &self.api_secret);
+        AccessToken::with_api_key(key.expose_secret(), secret.expose_secret())
             .with_ttl(TOKEN_TTL)
             .with_grants(grants)
     }
@@ -133,9 +134,7 @@ fn sign(token: AccessToken) -> SecretString {
 
 impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keys")
-            .field("api_key", &self.api_key)
-            .finish_non_exhaustive()
+        f.debug_struct("Keys").finish_non_exhaustive()
     }
 }
 
@@ -217,9 +216,9 @@ mod tests {
     }
 
     #[test]
-    fn debug_shows_the_key_but_not_the_secret() {
+    fn debug_shows_neither_the_key_nor_the_secret() {
         let shown = format!("{:?}", keys());
-        assert!(shown.contains("some-key"));
+        assert!(!shown.contains("some-key"));
         assert!(!shown.contains(SECRET));
     }
 }

@@ -83,8 +83,9 @@ fn context(url: &Url) -> Context {
     Context {
         project: Arc::new(Project {
             url: url.clone(),
-            api_key: key.to_owned(),
+            api_key: key.into(),
             api_secret: secret,
+            credential_files: crate::config::CredentialFiles::default(),
             ca_file: None,
             cloud_project: None,
             ice: crate::config::Ice::default(),

@@ -172,6 +172,34 @@ fn clock_that_was_years_ahead_at_the_start_does_not_stop_the_ticks() {
 }
 
 #[test]
+fn started_target_ticks_once_off_the_grid_and_then_on_it() {
+    for (first, ticks) in [
+        // The tick of 12:15 would be too close to the first one.
+        ("2026-11-24T12:09:00Z", &["12:09", "12:30", "12:45"][..]),
+        (
+            "2026-11-24T12:07:00Z",
+            &["12:07", "12:15", "12:30", "12:45"],
+        ),
+        ("2026-11-24T12:15:00Z", &["12:15", "12:30", "12:45"]),
+    ] {
+        let mut run = Simulation::at("2026-11-24T12:06:00Z");
+        let (target, schedule) = quarters();
+        run.table
+            .start_target(&target, &schedule, run.now, at(first));
+        assert_eq!(run.run(Duration::from_mins(39)), ticks, "{first}");
+    }
+}
+
+#[test]
+fn started_target_with_a_cron_expression_waits_for_its_times() {
+    let mut run = Simulation::at("2026-11-24T02:30:00Z");
+    let first = run.now + Duration::from_mins(1);
+    run.table
+        .start_target("nightly", &nightly(), run.now, first);
+    assert_eq!(run.run(Duration::from_mins(60)), ["03:00"]);
+}
+
+#[test]
 fn first_tick_is_not_before_the_requested_time() {
     let mut simulation = Simulation::at("2026-11-24T10:14:30Z");
     let (target, schedule) = quarters();
