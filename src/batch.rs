@@ -156,6 +156,8 @@ struct Admission {
     /// Held until the batch has ended.
     permits: Option<RoomPermits>,
     target: String,
+    /// The beginning of each room's name.
+    name_prefix: String,
     worst_cases: Vec<Duration>,
 }
 
@@ -179,6 +181,7 @@ impl Admission {
             guard,
             permits,
             target: name.to_owned(),
+            name_prefix: target.room.name_prefix.clone(),
             worst_cases: worst_cases(target, project).collect(),
         }
     }

@@ -101,6 +101,7 @@ fn no_guard() -> Admission {
         guard: None,
         permits: None,
         target: "support".to_owned(),
+        name_prefix: "canary-".to_owned(),
         worst_cases: Vec::new(),
     }
 }

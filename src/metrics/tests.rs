@@ -1045,6 +1045,7 @@ fn docs_list_every_label_value() {
         "project",
         "url",
         "agent_name",
+        "deployment",
         "version",
         "revision",
         "rustc",

@@ -326,7 +326,8 @@ impl Failure {
             Some(D::RoomDeleted | D::RoomClosed) => Self::new(
                 Reason::Removed,
                 format!(
-                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project."
+                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project. \
+                     If the agent ends its calls this way, set expect.agent_may_leave."
                 ),
             ),
             Some(D::ParticipantRemoved) => Self::new(
@@ -685,6 +686,15 @@ impl Evidence {
         self.step = Some(step);
         self.deadline_seconds = Some(limit.as_secs_f64());
     }
+}
+
+/// Whether a `Leave` with this reason is how an agent can end the call of its caller.
+pub(super) fn ends_call(reason: &str) -> bool {
+    use DisconnectReason as D;
+    matches!(
+        DisconnectReason::from_str_name(reason),
+        Some(D::RoomDeleted | D::RoomClosed | D::ParticipantRemoved)
+    )
 }
 
 /// The name of the agent that counts; `None` if the dispatch names none, and any agent counts.

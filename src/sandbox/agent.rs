@@ -62,6 +62,8 @@ pub(crate) struct AgentScript {
     pub late: Option<Duration>,
     track: TrackBehaviour,
     leaves_after: Option<Duration>,
+    /// It leaves by deleting the room.
+    deletes_room: bool,
     /// `None`: never answers.
     reply_delay: Option<Duration>,
     max_replies: u32,
@@ -97,6 +99,7 @@ impl AgentScript {
             late: None,
             track: TrackBehaviour::Speaking,
             leaves_after: None,
+            deletes_room: false,
             reply_delay: Some(REPLY_DELAY),
             max_replies,
             error: None,
@@ -111,6 +114,10 @@ impl AgentScript {
                 InjectedFault::SilentTrack => script.track = TrackBehaviour::Silent,
                 InjectedFault::NoPackets => script.track = TrackBehaviour::WithoutPackets,
                 InjectedFault::LeavesEarly(after) => script.leaves_after = Some(*after),
+                InjectedFault::DeletesRoom(after) => {
+                    script.leaves_after = Some(*after);
+                    script.deletes_room = true;
+                }
                 InjectedFault::LateAfterDeletion(after) => script.late = Some(*after),
                 InjectedFault::SlowReply(delay) => script.reply_delay = Some(*delay),
                 InjectedFault::NoReply => script.reply_delay = None,
@@ -162,6 +169,8 @@ pub(crate) enum AgentAction {
     /// Reports an error on its session stream.
     Report(String),
     Leave,
+    /// Deletes the room with everyone in it.
+    DeleteRoom,
 }
 
 /// What an agent plays; each sound has its own track.
@@ -382,7 +391,11 @@ impl DemoAgent {
                 .is_some_and(|after| self.speech_sent >= after)
             {
                 self.next_frame = None;
-                acts.push(AgentAction::Leave);
+                acts.push(if self.script.deletes_room {
+                    AgentAction::DeleteRoom
+                } else {
+                    AgentAction::Leave
+                });
             }
         }
     }

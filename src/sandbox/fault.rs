@@ -40,6 +40,8 @@ pub enum InjectedFault {
     NoPackets,
     /// It leaves after this much of its greeting.
     LeavesEarly(Duration),
+    /// It deletes the room after this much speech, as an agent that ends the call does.
+    DeletesRoom(Duration),
     /// Its greeting never ends.
     NeverPauses,
     /// It speaks as soon as its track is published, before anyone has subscribed.
@@ -141,6 +143,7 @@ The agent:
   silent_track             its track carries silence only
   no_packets               its track carries no packet
   leaves_early=500ms       leaves this long after its greeting began
+  deletes_room=1s          ends the call after this much speech: deletes the room
   never_pauses             its greeting never ends
   speaks_at_once           speaks before anyone has subscribed
   background               plays sound on a second track all the time
@@ -231,6 +234,7 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
     match name {
         "join_delay" => Ok(InjectedFault::JoinDelay(duration()?)),
         "leaves_early" => Ok(InjectedFault::LeavesEarly(duration()?)),
+        "deletes_room" => Ok(InjectedFault::DeletesRoom(duration()?)),
         "late_after_deletion" => Ok(InjectedFault::LateAfterDeletion(duration()?)),
         "slow_reply" => Ok(InjectedFault::SlowReply(duration()?)),
         "never_accepts" => plain(InjectedFault::NeverAccepts),
@@ -343,6 +347,7 @@ impl fmt::Display for InjectedFault {
         match self {
             Self::JoinDelay(time) => timed(f, "join_delay", time),
             Self::LeavesEarly(time) => timed(f, "leaves_early", time),
+            Self::DeletesRoom(time) => timed(f, "deletes_room", time),
             Self::LateAfterDeletion(time) => timed(f, "late_after_deletion", time),
             Self::SlowReply(time) => timed(f, "slow_reply", time),
             Self::NeverAccepts => f.write_str("never_accepts"),
@@ -472,6 +477,7 @@ mod tests {
             "silent_track",
             "no_packets",
             "leaves_early=500ms",
+            "deletes_room=2s",
             "never_pauses",
             "speaks_at_once",
             "background",

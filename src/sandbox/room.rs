@@ -453,6 +453,10 @@ impl RoomActor {
             };
             let mut left = false;
             for act in acts {
+                if act == AgentAction::DeleteRoom {
+                    self.close(proto::DisconnectReason::RoomDeleted);
+                    return;
+                }
                 left |= self.act(at, act, now);
             }
             if left {
@@ -528,7 +532,8 @@ impl RoomActor {
                 let sender = seat.info.identity.clone();
                 self.send_stream(data_stream::error(&sender, &error), now);
             }
-            AgentAction::Leave => return true,
+            // The room itself performs a deletion: no agent is left to act for.
+            AgentAction::Leave | AgentAction::DeleteRoom => return true,
         }
         false
     }

@@ -24,6 +24,7 @@ from livekit.agents import (
     AgentStateChangedEvent,
     BackgroundAudioPlayer,
     JobContext,
+    RoomOptions,
 )
 
 from models import Llm, Stt, Tts
@@ -111,11 +112,13 @@ class Job:
                 asyncio.create_task(hear_echoes(self.room, track, self.heard))
             )
 
-    async def session(self, **models) -> AgentSession:
+    async def session(self, room_options: RoomOptions | None = None, **models) -> AgentSession:
         # vad=None: the bundled VAD costs CPU time, and no turn depends on it here.
         session = AgentSession(vad=None, **models)
         session.on("agent_state_changed", self.state_changed)
-        await session.start(agent=Agent(instructions=""), room=self.ctx.room, record=False)
+        options = {"room_options": room_options} if room_options else {}
+        agent = Agent(instructions="")
+        await session.start(agent=agent, room=self.ctx.room, record=False, **options)
         return session
 
     def state_changed(self, event: AgentStateChangedEvent) -> None:
@@ -220,6 +223,21 @@ async def reply_and_leave(job: Job) -> None:
     job.ctx.shutdown("hangs up")
 
 
+async def end_call(job: Job) -> None:
+    """Greets and deletes the room, as EndCallTool does."""
+    await job.connect()
+    await job.say(await job.session(), "greeted")
+    await job.ctx.delete_room()
+
+
+async def close_session(job: Job) -> None:
+    """Greets and closes the session, which deletes the room."""
+    await job.connect()
+    session = await job.session(room_options=RoomOptions(delete_room_on_close=True))
+    await job.say(session, "greeted")
+    await session.aclose()
+
+
 async def greet_over_background(job: Job) -> None:
     await job.connect()
     session = await job.session()
@@ -290,6 +308,8 @@ BEHAVIOURS = {
         fail,
         blurt,
         reply_and_leave,
+        end_call,
+        close_session,
         greet_over_background,
         background_alone,
         speak_by_avatar,

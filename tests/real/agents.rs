@@ -103,6 +103,42 @@ pub(crate) fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyh
     ))
 }
 
+/// The agent ends the call by deleting the room once it has spoken. That is ok if it may, and otherwise another program could
+/// have done it.
+fn expect_call_ended_by(fixture: &Fixture, behaviour: &Behaviour) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(behaviour)?;
+    let settings = settings.set("batch.hold", "20s");
+    let not_allowed = settings.run()?;
+    let not_allowed = expect(fixture, &not_allowed, 4, &["removed"])?;
+    expect_gone(stack, &not_allowed)?;
+    let probe = not_allowed.only_probe()?;
+    let hints = probe.detail().contains("set expect.agent_may_leave");
+    ensure!(hints, "{probe:?}");
+
+    let allowed = settings.set("expect.agent_may_leave", "after_speech");
+    let batch = expect_ok(fixture, stack, &allowed.run()?, 1)?;
+    let probe = batch.only_probe()?;
+    let open = probe.seconds("RoomDeleted")? - probe.seconds("AgentJoined")?;
+    ensure!(open < 15.0, "the room stayed open for {open} s");
+    probe.at("AgentSpoke")?;
+    let mut notes = probe.evidence.notes.iter();
+    let noted = notes.find(|note| note.contains("ROOM_DELETED"));
+    let noted = noted.with_context(|| format!("{probe:?}"))?;
+    Ok(format!("removed if it may not; else ok: {noted}"))
+}
+
+pub(crate) fn agent_that_may_leave_and_deletes_the_room_is_ok(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    expect_call_ended_by(fixture, &Behaviour::ends_the_call())
+}
+
+pub(crate) fn agent_that_may_leave_and_closes_its_session_is_ok(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    expect_call_ended_by(fixture, &Behaviour::closes_its_session())
+}
+
 pub(crate) fn agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {

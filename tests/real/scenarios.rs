@@ -20,8 +20,9 @@ use crate::agents::{
     agent_that_joins_before_the_dispatch_response_has_a_join_delay,
     agent_that_leaves_after_its_reply_is_ok,
     agent_that_leaves_before_its_reply_is_agent_left_early,
-    agent_that_restarts_its_track_is_still_heard, avatar_speaks_for_its_agent,
-    background_sound_is_not_speech_and_is_not_echoed,
+    agent_that_may_leave_and_closes_its_session_is_ok,
+    agent_that_may_leave_and_deletes_the_room_is_ok, agent_that_restarts_its_track_is_still_heard,
+    avatar_speaks_for_its_agent, background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
     identity_taken_by_another_client_is_removed,
     restarted_server_is_signal_lost_and_the_next_batch_is_ok,
@@ -150,6 +151,8 @@ scenarios! {
     agent_without_a_track_is_agent_no_track: "agent_no_track with a join delay, exit 1";
     agent_that_hangs_up_is_agent_left_early: "agent_left_early, exit 1";
     agent_that_may_leave_after_speech_is_ok: "ok, exit 0";
+    agent_that_may_leave_and_deletes_the_room_is_ok: "removed if it may not; else ok, noted";
+    agent_that_may_leave_and_closes_its_session_is_ok: "removed if it may not; else ok, noted";
     second_agent_is_agent_duplicate: "agent_duplicate, exit 1";
     pypi_client_hears_the_agent_and_is_heard: "greeting heard, 2 s of tone heard, reply heard";
     agent_that_replies_has_a_reply_delay: "ok with a reply delay, exit 0";

@@ -72,6 +72,16 @@ impl Behaviour {
         Self::new("reply_and_leave", &["leaves_early=3s500ms"])
     }
 
+    /// Greets, and then ends the call by deleting the room, as `EndCallTool` of livekit-agents does.
+    pub fn ends_the_call() -> Self {
+        Self::new("end_call", &["deletes_room=2500ms"])
+    }
+
+    /// Greets, and closes its session, which deletes the room (`delete_room_on_close`).
+    pub fn closes_its_session() -> Self {
+        Self::new("close_session", &["deletes_room=2500ms"])
+    }
+
     /// Greets, with background sound on a second track for the whole call.
     pub fn greets_over_background() -> Self {
         Self::new("greet_over_background", &["no_reply", "background"])

@@ -267,13 +267,12 @@ fn ping(frame: &[u8]) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use tokio_tungstenite::accept_async;
 
     use super::*;
     use crate::livekit::RoomName;
     use crate::livekit::test_server::{REJECTIONS, TestServer, keys};
+    use crate::livekit::wire::token::TokenParticipant;
 
     fn connector(
         server: &TestServer,

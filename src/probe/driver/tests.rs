@@ -271,22 +271,27 @@ async fn request_that_creates_the_room_names_the_agent_as_the_mode_requires() {
         let mut started = start(&url);
         let mut target = Target::clone(&started.driver.context.target);
         target.dispatch.mode = *mode;
+        target.dispatch.deployment = "staging".to_owned();
         target.dispatch.metadata = "vip".to_owned();
         started.driver.context.target = Arc::new(target);
         let driver = &started.driver;
 
         let agent = NamedAgent {
             name: "support".to_owned(),
+            deployment: "staging".to_owned(),
             metadata: "vip".to_owned(),
         };
         let expected = Vec::from_iter(in_room.then_some(agent));
-        assert_eq!(driver.new_room().agents, expected, "{mode:?}");
+        let target = &driver.context.target;
+        assert_eq!(new_room(target, &driver.room).agents, expected, "{mode:?}");
         let config = driver.join_request().room_config;
         assert_eq!(
             config.as_ref().map(|config| config
                 .agents
                 .iter()
-                .any(|agent| agent.agent_name == "support" && agent.metadata == "vip")),
+                .any(|agent| agent.agent_name == "support"
+                    && agent.deployment == "staging"
+                    && agent.metadata == "vip")),
             in_token,
             "{mode:?}"
         );

@@ -9,7 +9,7 @@ use crate::config::DispatchRequest;
 use crate::livekit::event::{
     Agent, AudioStats, EndReason, RoomEvent, RoomEventKind, TurnMetrics, to_microseconds,
 };
-use crate::probe::verdict::{DispatchListing, names_inference_limit, quote};
+use crate::probe::verdict::{DispatchListing, ends_call, names_inference_limit, quote};
 use crate::probe::{AgentTurn, Failure, Milestone, Reason};
 
 /// LiveKit's name for the kind of participant that agents are.
@@ -256,13 +256,32 @@ impl ProbeMachine {
 
     // The end of the canary's own participant.
 
+    /// Whether the canary was sent away after the agent was allowed to end the call. The probe is then ok: an agent ends a
+    /// call by deleting its room (`EndCallTool` and `delete_room_on_close` of livekit-agents), or by removing its caller.
+    fn agent_ended_call(&mut self, why: &EndReason, at: Instant) -> bool {
+        let EndReason::Removed { reason } = why else {
+            return false;
+        };
+        let in_call = self.phase == Phase::Watching && self.agent_may_have_left();
+        if !in_call || !ends_call(reason) {
+            return false;
+        }
+        self.add_note(format!(
+            "the call ended ({reason}) when the agent was allowed to end it"
+        ));
+        let reason = reason.clone();
+        self.disruption
+            .get_or_insert(Disruption::Left { at, reason });
+        true
+    }
+
     fn ended(&mut self, reason: EndReason, audio: AudioStats, at: Instant, now: Instant) {
         self.in_room = false;
         self.report.audio = audio;
         if matches!(reason, EndReason::Left) {
             self.mark(Milestone::Left, at);
         }
-        if self.outcome.is_some() {
+        if self.outcome.is_some() || self.agent_ended_call(&reason, at) {
             return;
         }
         let timeline = &self.report.timeline;

@@ -1553,7 +1553,7 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
             });
         }
         2 => {
-            return Input::Listed(Call {
+            let dispatches = Call {
                 sent_at: Some(stamp),
                 answered_at: stamp,
                 result: if call_ok {
@@ -1561,6 +1561,10 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
                 } else {
                     Err(error())
                 },
+            };
+            return Input::Listed(ListedRoom {
+                dispatches,
+                participants: None,
             });
         }
         3 => return Input::HoldUntil(random.bool().then_some(stamp)),
@@ -1645,4 +1649,73 @@ fn finish(script: &mut MachineScript, mut at: u64) -> u64 {
         }
     }
     at
+}
+
+// An agent that ends the call.
+
+#[test]
+fn call_that_the_agent_may_end_is_ok_however_it_ends() {
+    let spoke = || {
+        let script = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+        script.with_agent().speech(600, 2_600).hold(2_600, 60_000)
+    };
+    for reason in ["ROOM_DELETED", "ROOM_CLOSED", "PARTICIPANT_REMOVED"] {
+        let reason = reason.to_owned();
+        let script = spoke().ended(5_000, EndReason::Removed { reason });
+        let report = script.wait(5_000).report(5_010);
+        assert_eq!(report.outcome, Outcome::Ok);
+        let notes = report.evidence.notes.join("\n");
+        assert!(notes.contains("allowed to end it"), "{notes}");
+    }
+    let disconnects = [
+        "CLIENT_INITIATED",
+        "ROOM_DELETED",
+        "ROOM_CLOSED",
+        "PARTICIPANT_REMOVED",
+        "CONNECTION_TIMEOUT",
+        "UNKNOWN_REASON",
+    ];
+    for reason in disconnects {
+        let script = spoke().left(5_000, reason).wait(5_000);
+        assert_eq!(script.report(5_010).outcome, Outcome::Ok, "{reason}");
+    }
+}
+
+#[test]
+fn deleted_room_is_removed_before_the_agent_may_end_the_call() {
+    let deleted = || EndReason::Removed {
+        reason: "ROOM_DELETED".to_owned(),
+    };
+    let never = MachineScript::new(explicit()).with_agent();
+    let never = never.speech(600, 2_600).ended(5_000, deleted());
+    assert_eq!(never.reason(5_010), Reason::Removed);
+    let after_reply = MachineScript::new(expecting(true, AgentMayLeave::AfterReply));
+    let unanswered = after_reply.with_agent().speech(600, 2_600);
+    let unanswered = unanswered.echo(3_000, 5_000).ended(6_000, deleted());
+    assert_eq!(unanswered.reason(6_010), Reason::Removed);
+    let silent = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+    let silent = silent.with_agent().ended(5_000, deleted());
+    assert_eq!(silent.reason(5_010), Reason::Removed);
+    // A server that ends is no agent that ends the call.
+    let shut_down = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+    let shut_down = shut_down.with_agent().speech(600, 2_600);
+    let reason = "SERVER_SHUTDOWN".to_owned();
+    let shut_down = shut_down.ended(5_000, EndReason::Removed { reason });
+    assert_eq!(shut_down.reason(5_010), Reason::SignalLost);
+}
+
+#[test]
+fn call_that_ends_before_the_dispatch_response_waits_for_it() {
+    let script = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+    let script = script.way_in().joined(300).track(320).speech(400, 900);
+    let reason = "ROOM_DELETED".to_owned();
+    let script = script
+        .ended(1_000, EndReason::Removed { reason })
+        .wait(1_500);
+    assert!(!script.is_decided(), "the dispatch call is outstanding");
+    let report = script
+        .dispatched(101, 2_000, Ok(()))
+        .wait(2_000)
+        .report(2_100);
+    assert_eq!(report.outcome, Outcome::Ok);
 }

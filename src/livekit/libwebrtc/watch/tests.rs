@@ -242,3 +242,24 @@ async fn reconnect_is_a_ping_timeout_if_the_server_was_silent_and_a_media_failur
         "{late:?}"
     );
 }
+
+#[tokio::test]
+async fn nameless_agent_is_the_agent_once_it_is_adopted() {
+    let mut room = WatchedRoom::joined(Vec::new()).await;
+    let nameless = proto::ParticipantInfo {
+        attributes: HashMap::new(),
+        ..agent()
+    };
+    assert!(room.receive(5, update(nameless)).is_ok());
+    let at = room.at(20);
+    assert!(room.watch.adopt(at, "agent-1").is_ok());
+    assert!(matches!(
+        &room.events()[..],
+        [
+            (0, RoomEventKind::SignalConnected { .. }),
+            (5, RoomEventKind::OtherJoined { .. }),
+            (5, RoomEventKind::NamelessAgent { .. }),
+            (5, RoomEventKind::AgentJoined { .. }),
+        ]
+    ));
+}
