@@ -14,8 +14,9 @@ use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
 use crate::telemetry;
 
-/// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's.
-const WRONG_SETTINGS: [u16; 3] = [401, 403, 404];
+/// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's, 451 by a project
+/// that is pinned to another region.
+const WRONG_SETTINGS: [u16; 4] = [401, 403, 404, 451];
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     let draft = RawConfig::read(args.config.as_deref(), super::environment())?;

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::machine::{Action, Input, ProbeMachine};
-use super::verdict::expected_agent;
+use super::verdict::{REGION_PIN, expected_agent};
 use super::{Position, ProbeEvent, ProbeReport};
 use crate::config::{DispatchRequest, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
@@ -388,7 +388,7 @@ fn agents(target: &Target) -> Vec<NamedAgent> {
 
 /// Whether LiveKit refused the request before it did anything: no conflict, timeout or fault of the server.
 fn is_final(refusal: &HttpRejection) -> bool {
-    matches!(refusal.status, 400 | 401 | 403 | 404 | 429)
+    matches!(refusal.status, 400 | 401 | 403 | 404 | 429 | REGION_PIN)
 }
 
 /// The same settings for the token: the server applies them when the canary's join creates the room.

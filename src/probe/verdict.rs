@@ -19,6 +19,12 @@ use crate::livekit::wire::signal::SignalError;
 /// Characters of a server's text that a `detail` quotes at most; the evidence holds more.
 const MAX_QUOTE: usize = 200;
 
+/// What LiveKit Cloud answers to a call of the server API in a region that the project is not pinned to. Upstream's mock
+/// mirrors it (`regionPinStatus` in livekit-server's `cmd/test-server/config.go`).
+pub(super) const REGION_PIN: u16 = 451;
+/// What it answers to the signal connection there.
+const REGION_PIN_AT_JOIN: u16 = 403;
+
 /// A call of the server API whose failure ends the probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProbeCall {
@@ -188,6 +194,7 @@ impl Failure {
             return Self::limit(kind, &what, rejection);
         }
         match (rejection.status, rejection.twirp_code.as_deref()) {
+            (REGION_PIN, _) => Self::region_pinned(method, &answer),
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
                 Self::auth_rejected(method, &answer)
             }
@@ -265,7 +272,9 @@ impl Failure {
             return Self::limit(LimitKind::Node, &what, rejection);
         }
         match rejection.status {
-            401 | 403 => Self::auth_rejected("the signal connection", &answer),
+            401 => Self::auth_rejected("the signal connection", &answer),
+            // livekit-server answers a token that it does not accept with 401.
+            REGION_PIN_AT_JOIN => Self::region_pinned("the signal connection", &answer),
             404 if !rejection.message.contains("room does not exist") => Self::new(
                 Reason::ConfigRejected,
                 format!(
@@ -657,6 +666,18 @@ impl Failure {
             Reason::AuthRejected,
             format!(
                 "LiveKit refused {what}: {answer}. Check the project's api_key and api_secret, and that they belong to its url."
+            ),
+        )
+    }
+
+    /// LiveKit Cloud refuses a project that is pinned to another region.
+    fn region_pinned(what: &str, answer: &str) -> Self {
+        Self::new(
+            Reason::ConfigRejected,
+            format!(
+                "LiveKit refused {what}: {answer}. LiveKit Cloud answers so if the project is pinned to a region and this \
+                 machine reached another one. Run the canary in an allowed region, or check the project's region pinning. \
+                 A proxy in front of LiveKit can answer so, too."
             ),
         )
     }

@@ -23,6 +23,8 @@ struct FixedApi {
 const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 const LIMIT: &str =
     "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
+/// As upstream's mock of LiveKit Cloud answers in a region that the project is not pinned to.
+const PINNED: &str = "HTTP/1.1 451 Unavailable For Legal Reasons\r\ncontent-length: 35\r\n\r\nproject not allowed in this region.";
 
 impl FixedApi {
     async fn start(answer: &'static str) -> Self {
@@ -142,6 +144,17 @@ async fn refused_room_is_reported_with_evidence() {
     assert_eq!(reason(&report).label(), "plan_limit");
     assert_eq!(report.evidence.retry_after_seconds, Some(7.0));
     assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    assert_eq!(server.calls(), ["CreateRoom"]);
+}
+
+#[tokio::test]
+async fn room_that_a_pinned_region_refused_is_not_deleted() {
+    let server = FixedApi::start(PINNED).await;
+    let report = start(&server.url).driver.run_to_end().await;
+    assert_eq!(reason(&report), Reason::ConfigRejected);
+    assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    let notes = report.evidence.notes.join("\n");
+    assert!(!notes.contains("not deleted"), "{notes}");
     assert_eq!(server.calls(), ["CreateRoom"]);
 }
 

@@ -118,14 +118,28 @@ fn only_a_limit_that_the_service_names_is_a_plan_limit() {
 }
 
 #[test]
+fn region_that_the_project_is_not_pinned_to_is_a_config_failure() {
+    let answer = "project not allowed in this region.";
+    for failure in [
+        api(ProbeCall::CreateRoom, 451, None, answer),
+        api(ProbeCall::CreateDispatch, 451, None, answer),
+        join(403, answer),
+    ] {
+        assert_eq!(failure.reason, Reason::ConfigRejected);
+        assert!(failure.detail.contains("pinned to a region"), "{failure:?}");
+        assert!(!failure.detail.contains("api_key"), "{failure:?}");
+    }
+}
+
+#[test]
 fn rejections_that_a_setting_explains_are_config_failures() {
     for status in [401, 403] {
         assert_eq!(
             api(ProbeCall::CreateRoom, status, None, "no").reason,
             Reason::AuthRejected
         );
-        assert_eq!(join(status, "no").reason, Reason::AuthRejected);
     }
+    assert_eq!(join(401, "no").reason, Reason::AuthRejected);
     let not_found = Some("not_found");
     let table = [
         (
