@@ -18,7 +18,7 @@ use super::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reas
 use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
-use crate::livekit::event::RoomEvent;
+use crate::livekit::event::{RemoteTrackInfo, RoomEvent};
 use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
 
 mod deadlines;
@@ -96,8 +96,15 @@ enum DispatchCall {
 /// What an agent did that may end the probe once the canary's own way in is complete.
 #[derive(Debug, Clone)]
 enum Disruption {
-    Left { at: Instant, reason: String },
-    Duplicate { identity: String },
+    Left {
+        at: Instant,
+        reason: String,
+    },
+    Duplicate {
+        identity: String,
+    },
+    /// Its audio is end-to-end encrypted, by this method.
+    Encrypted(&'static str),
 }
 
 /// One room, from creation to deletion.
@@ -127,6 +134,8 @@ pub(super) struct ProbeMachine {
     has_duplicate: bool,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
+    /// The tracks of other participants, in the order in which they were seen.
+    tracks: Vec<RemoteTrackInfo>,
     /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
@@ -160,6 +169,7 @@ impl ProbeMachine {
             inference_limit: None,
             has_duplicate: false,
             strays: Vec::new(),
+            tracks: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
             transcript: Transcript::default(),
@@ -203,6 +213,7 @@ impl ProbeMachine {
 
     pub(super) fn into_report(mut self) -> ProbeReport {
         self.report.turns = self.turns.list().to_vec();
+        self.report.evidence.tracks = self.tracks.iter().map(track_line).collect();
         if self.target.transcript {
             let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
             self.report.transcript = Some(self.transcript.into_lines(agent));
@@ -374,6 +385,9 @@ impl ProbeMachine {
             Some(Disruption::Duplicate { identity }) => {
                 Failure::of_duplicate_agent(&identity, &mut self.report.evidence)
             }
+            Some(Disruption::Encrypted(method)) => {
+                Failure::of_encrypted_agent(method, &mut self.report.evidence)
+            }
             Some(Disruption::Left { at, reason }) if !self.agent_may_have_left() => {
                 let after = self.after(Milestone::AgentJoined, at);
                 let when = if !self.agent_spoke() {
@@ -515,6 +529,22 @@ fn push_new(list: &mut Vec<String>, line: String) {
     if list.len() < MAX_ENTRIES && !list.contains(&line) {
         list.push(line);
     }
+}
+
+fn track_line(track: &RemoteTrackInfo) -> String {
+    let name = match track.name.as_str() {
+        "" => String::new(),
+        name => format!(" \"{name}\""),
+    };
+    let muted = if track.muted { ", muted" } else { "" };
+    let encrypted = match track.encryption {
+        "NONE" => String::new(),
+        method => format!(", encrypted ({method})"),
+    };
+    format!(
+        "{}: {} from {}{name}{muted}{encrypted}",
+        track.identity, track.kind, track.source
+    )
 }
 
 fn dispatch_line(dispatch: &DispatchInfo) -> String {

@@ -611,6 +611,18 @@ impl Failure {
         }
     }
 
+    /// All audio of the agent is encrypted, by this method. To the canary it is noise, which could pass for speech.
+    pub(super) fn of_encrypted_agent(method: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent_track");
+        Self::new(
+            Reason::ConfigRejected,
+            format!(
+                "the agent's audio is end-to-end encrypted ({method}), and the canary has no key for it. Turn encryption off \
+                 in the canary's rooms: the agent can recognise them by the participant attribute canary=true."
+            ),
+        )
+    }
+
     pub(super) fn of_duplicate_agent(identity: &str, evidence: &mut Evidence) -> Self {
         evidence.step = Some("agent");
         Self::new(

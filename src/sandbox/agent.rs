@@ -127,6 +127,8 @@ impl AgentScript {
                 | InjectedFault::SpeaksAtOnce
                 | InjectedFault::Background
                 | InjectedFault::Avatar
+                | InjectedFault::UnknownSource
+                | InjectedFault::Encrypted
                 | InjectedFault::RestartsTrack
                 | InjectedFault::Duplicate
                 | InjectedFault::Stray

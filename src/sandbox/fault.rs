@@ -50,6 +50,10 @@ pub enum InjectedFault {
     Background,
     /// It publishes no voice: another participant speaks on its behalf.
     Avatar,
+    /// It publishes its voice without a source.
+    UnknownSource,
+    /// Its tracks are announced as end-to-end encrypted.
+    Encrypted,
     /// It greets on one track and answers on another.
     RestartsTrack,
     /// A second agent of its name joins.
@@ -148,6 +152,8 @@ The agent:
   speaks_at_once           speaks before anyone has subscribed
   background               plays sound on a second track all the time
   avatar                   another participant speaks on its behalf
+  unknown_source           publishes its voice without a source
+  encrypted                publishes end-to-end encrypted audio
   restarts_track           greets on one track and answers on another
   duplicate                a second agent joins
   stray                    an agent without a name joins too
@@ -246,6 +252,8 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "speaks_at_once" => plain(InjectedFault::SpeaksAtOnce),
         "background" => plain(InjectedFault::Background),
         "avatar" => plain(InjectedFault::Avatar),
+        "unknown_source" => plain(InjectedFault::UnknownSource),
+        "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
         "duplicate" => plain(InjectedFault::Duplicate),
         "stray" => plain(InjectedFault::Stray),
@@ -359,6 +367,8 @@ impl fmt::Display for InjectedFault {
             Self::SpeaksAtOnce => f.write_str("speaks_at_once"),
             Self::Background => f.write_str("background"),
             Self::Avatar => f.write_str("avatar"),
+            Self::UnknownSource => f.write_str("unknown_source"),
+            Self::Encrypted => f.write_str("encrypted"),
             Self::RestartsTrack => f.write_str("restarts_track"),
             Self::Duplicate => f.write_str("duplicate"),
             Self::Stray => f.write_str("stray"),
@@ -482,6 +492,8 @@ mod tests {
             "speaks_at_once",
             "background",
             "avatar",
+            "unknown_source",
+            "encrypted",
             "restarts_track",
             "duplicate",
             "stray",

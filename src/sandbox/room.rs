@@ -485,7 +485,7 @@ impl RoomActor {
                 self.agents_listen(now);
             }
             AgentAction::Publish(sound) => {
-                let track = agent_track(sound);
+                let track = agent_track(sound, &self.faults);
                 *seat.line(sound) = Some(AudioOut {
                     track_sid: track.sid.clone(),
                     seq: 0,

@@ -95,11 +95,11 @@ class Job:
         self.listening = []
         self.speaks_since = None
 
-    async def connect(self) -> None:
+    async def connect(self, encryption: rtc.E2EEOptions | None = None) -> None:
         await asyncio.sleep(self.order.get("connect_after", 0))
         self.ctx.room.on("track_subscribed", self.subscribed)
         report(self.room, "connecting")
-        await self.ctx.connect()
+        await self.ctx.connect(encryption=encryption)
         report(self.room, "connected", identity=self.ctx.room.local_participant.identity)
 
     def subscribed(self, track, publication, participant) -> None:
@@ -132,12 +132,17 @@ class Job:
         await handle.wait_for_playout()
         report(self.room, event, began=self.speaks_since, ended=time.time())
 
-    async def publish(self, queue_ms: int, room: rtc.Room | None = None) -> rtc.LocalTrackPublication:
+    async def publish(
+        self,
+        queue_ms: int,
+        room: rtc.Room | None = None,
+        track_source: rtc.TrackSource.ValueType = rtc.TrackSource.SOURCE_MICROPHONE,
+    ) -> rtc.LocalTrackPublication:
         """Publishes a voice that never speaks. With a queue it sends silence, without one it sends no packets."""
         self.source = rtc.AudioSource(SPEECH_RATE, 1, queue_size_ms=queue_ms)
         track = rtc.LocalAudioTrack.create_audio_track("voice", self.source)
         # With DTX almost no packets of silence would be sent.
-        options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
+        options = rtc.TrackPublishOptions(source=track_source, dtx=False)
         speaker = (room or self.ctx.room).local_participant
         return await speaker.publish_track(track, options)
 
@@ -269,6 +274,22 @@ async def speak_by_avatar(job: Job) -> None:
     await job.utter()
 
 
+async def speak_without_source(job: Job) -> None:
+    """Greets on a track without a source, as an agent without a session may."""
+    await job.connect()
+    source = rtc.TrackSource.SOURCE_UNKNOWN
+    publication = await job.publish(queue_ms=1000, track_source=source)
+    await publication.wait_for_subscription()
+    await job.utter()
+
+
+async def greet_encrypted(job: Job) -> None:
+    """Greets with end-to-end encryption."""
+    key = rtc.KeyProviderOptions(shared_key=b"a key that the canary does not have")
+    await job.connect(rtc.E2EEOptions(key_provider_options=key))
+    await job.say(await job.session(), "greeted")
+
+
 async def restart_track(job: Job) -> None:
     """Greets, and replies to the first echo on a track that replaces the first one."""
     await job.connect()
@@ -313,6 +334,8 @@ BEHAVIOURS = {
         greet_over_background,
         background_alone,
         speak_by_avatar,
+        speak_without_source,
+        greet_encrypted,
         restart_track,
         no_track,
         no_packets,

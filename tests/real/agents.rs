@@ -230,6 +230,41 @@ pub(crate) fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<S
     Ok(format!("ok, join {}, echo heard", join_delays(&batch)?))
 }
 
+pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::speaks_without_a_source())?;
+    let batch = expect_ok(fixture, stack, &settings.run()?, 1)?;
+    let probe = batch.only_probe()?;
+    let mut notes = probe.evidence.notes.iter();
+    let noted = notes.any(|note| note.contains("a track of source UNKNOWN"));
+    ensure!(noted, "{probe:?}");
+    let [track] = &probe.evidence.tracks[..] else {
+        anyhow::bail!("not one track: {probe:?}");
+    };
+    let listed = track.contains(": AUDIO from UNKNOWN \"voice\"");
+    ensure!(listed && !track.contains("encrypted"), "{track}");
+    expect_heard(stack, probe)?;
+    Ok(format!("ok, echo heard, noted, {track}"))
+}
+
+pub(crate) fn end_to_end_encrypted_agent_is_config_rejected(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::is_encrypted())?;
+    let batch = expect(fixture, &settings.run()?, 2, &["config_rejected"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    ensure!(probe.origin.as_deref() == Some("config"), "{probe:?}");
+    ensure!(probe.detail().contains("encrypted (GCM)"), "{probe:?}");
+    let mut tracks = probe.evidence.tracks.iter();
+    let listed = tracks.any(|track| {
+        track.contains(": AUDIO from MICROPHONE") && track.ends_with("encrypted (GCM)")
+    });
+    ensure!(listed, "{probe:?}");
+    // Ciphertext is no speech.
+    ensure!(probe.at("AgentSpoke").is_err(), "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
 pub(crate) fn agent_that_restarts_its_track_is_still_heard(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {

@@ -22,9 +22,10 @@ use crate::agents::{
     agent_that_leaves_before_its_reply_is_agent_left_early,
     agent_that_may_leave_and_closes_its_session_is_ok,
     agent_that_may_leave_and_deletes_the_room_is_ok, agent_that_restarts_its_track_is_still_heard,
-    avatar_speaks_for_its_agent, background_sound_is_not_speech_and_is_not_echoed,
+    agent_without_a_track_source_is_heard, avatar_speaks_for_its_agent,
+    background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
-    identity_taken_by_another_client_is_removed,
+    end_to_end_encrypted_agent_is_config_rejected, identity_taken_by_another_client_is_removed,
     restarted_server_is_signal_lost_and_the_next_batch_is_ok,
     revoked_publish_permission_is_removed, revoked_subscribe_permission_is_removed,
     server_without_auto_create_accepts_every_dispatch,
@@ -142,6 +143,8 @@ scenarios! {
     background_sound_is_not_speech_and_is_not_echoed: "ok, its greeting alone echoed, exit 0";
     background_sound_without_speech_is_agent_silent: "agent_silent, exit 1";
     avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0";
+    agent_without_a_track_source_is_heard: "ok, noted, exit 0";
+    end_to_end_encrypted_agent_is_config_rejected: "config_rejected, nothing heard, exit 2";
     agent_that_restarts_its_track_is_still_heard: "ok with a reply on the second track, exit 0";
     agent_that_joins_before_the_dispatch_response_has_a_join_delay: "ok with a join delay, exit 0";
     agent_that_leaves_before_its_reply_is_agent_left_early: "agent_left_early, exit 1";

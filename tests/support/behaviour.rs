@@ -97,6 +97,16 @@ impl Behaviour {
         Self::new("speak_by_avatar", &["no_reply", "avatar"])
     }
 
+    /// Greets on a track without a source.
+    pub fn speaks_without_a_source() -> Self {
+        Self::new("speak_without_source", &["no_reply", "unknown_source"])
+    }
+
+    /// Greets with end-to-end encrypted audio.
+    pub fn is_encrypted() -> Self {
+        Self::new("greet_encrypted", &["no_reply", "encrypted"])
+    }
+
     /// Greets, and replies to the first echo on a second track.
     pub fn restarts_its_track() -> Self {
         Self::new("restart_track", &["restarts_track"])

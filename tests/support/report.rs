@@ -48,6 +48,8 @@ pub struct AgentSeen {
 pub struct Evidence {
     /// One line for each participant except the canary.
     pub participants: Vec<String>,
+    /// One line for each track of other participants.
+    pub tracks: Vec<String>,
     pub notes: Vec<String>,
     pub agent_metrics: Vec<serde_json::Value>,
 }

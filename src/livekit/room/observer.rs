@@ -146,6 +146,12 @@ impl Observer {
             }
             self.events.forward(event)?;
         }
+        for kind in self.roster.track_changes() {
+            match kind {
+                RoomEventKind::AgentEncrypted(_) => self.events.send(at, kind)?,
+                _ => self.events.send_if_room(at, kind)?,
+            }
+        }
         Ok(())
     }
 
@@ -198,6 +204,10 @@ impl Observer {
         let Some(found) = selector.announce(&self.roster) else {
             return Ok(None.into_iter().flatten());
         };
+        if let Some(source) = self.roster.unusual_source(&found.track_sid) {
+            self.events
+                .send(found.since, RoomEventKind::AgentVoiceSource(source))?;
+        }
         self.events
             .send(found.since, RoomEventKind::AgentTrackSubscribed)?;
         Ok(Some(found.early).into_iter().flatten())

@@ -4,14 +4,23 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use livekit_protocol::encryption;
 use livekit_protocol::participant_info::{Kind, State};
 use livekit_protocol::{DisconnectReason, ParticipantInfo, TrackInfo, TrackSource, TrackType};
 use tokio::time::Instant;
 
-use crate::livekit::event::{Agent, RoomEvent, RoomEventKind};
+use crate::livekit::event::{Agent, RemoteTrackInfo, RoomEvent, RoomEventKind};
+use crate::livekit::wire::request::sanitize;
 
 /// Participants that are remembered; a probe's room has two.
 const MAX_PARTICIPANTS: usize = 64;
+
+/// Tracks whose changes are reported; a probe's room has two or three.
+const MAX_TRACKS: usize = 64;
+
+/// The name of the track on which livekit-agents plays background sound (`voice/background_audio.py`). It has no source, but it
+/// is no voice.
+const BACKGROUND_TRACK: &str = "background_audio";
 
 /// Set by the server in an agent's token.
 const NAME_BY_SERVER: &str = "lk.agent_name";
@@ -30,6 +39,11 @@ pub(crate) struct Roster {
     agent: Option<String>,
     agent_state: Option<String>,
     agent_connected: bool,
+    /// The agent has had a track with the source MICROPHONE. Audio of another source is then no voice of it.
+    has_microphone: bool,
+    encryption_reported: bool,
+    /// The tracks that were reported, as they were reported.
+    reported_tracks: Vec<RemoteTrackInfo>,
 }
 
 struct Member {
@@ -57,6 +71,9 @@ impl Roster {
             agent: None,
             agent_state: None,
             agent_connected: false,
+            has_microphone: false,
+            encryption_reported: false,
+            reported_tracks: Vec::new(),
         }
     }
 
@@ -87,6 +104,8 @@ impl Roster {
                 self.on_present(at, info, in_join_response, &mut events);
             }
         }
+        let has_microphone = self.knows_agent() && self.audio_tracks().any(is_microphone);
+        self.has_microphone |= has_microphone;
         events
     }
 
@@ -97,9 +116,62 @@ impl Roster {
 
     /// The tracks that carry the agent's voice: its own, and those of participants that publish on its behalf.
     ///
+    /// A session publishes its voice as a MICROPHONE. An agent that never does may speak on audio of any other source.
+    /// Encrypted audio is noise to the canary, and so no voice.
+    pub(crate) fn voice(&self) -> impl Iterator<Item = &str> {
+        let others = !self.has_microphone && !self.audio_tracks().any(is_microphone);
+        let tracks = self.audio_tracks();
+        tracks
+            .filter(move |track| is_microphone(track) || others && track.name != BACKGROUND_TRACK)
+            .filter(|track| track.encryption() == encryption::Type::None)
+            .map(|track| track.sid.as_str())
+    }
+
+    /// The source of this track, if it is another one than a voice has.
+    pub(crate) fn unusual_source(&self, sid: &str) -> Option<&'static str> {
+        let track = self.audio_tracks().find(|track| track.sid == sid)?;
+        (!is_microphone(track)).then(|| track.source().as_str_name())
+    }
+
+    /// The tracks of other participants that are new or have changed, and whether the agent can only be heard with a key.
+    pub(crate) fn track_changes(&mut self) -> Vec<RoomEventKind> {
+        let members = self.present.values();
+        let published = members.flat_map(|member| {
+            let tracks = member.info.tracks.iter();
+            tracks.map(|track| remote_track(&member.info.identity, track))
+        });
+        let mut events = Vec::new();
+        for track in published {
+            let reported = &mut self.reported_tracks;
+            match reported.iter().position(|known| known.sid == track.sid) {
+                Some(at) if reported[at] == track => continue,
+                Some(at) => reported[at] = track.clone(),
+                None if reported.len() == MAX_TRACKS => continue,
+                None => reported.push(track.clone()),
+            }
+            events.push(RoomEventKind::TrackChanged(track));
+        }
+        events.extend(self.encrypted_agent().map(RoomEventKind::AgentEncrypted));
+        events
+    }
+
+    /// The method of encryption if all audio of the agent is encrypted; once.
+    fn encrypted_agent(&mut self) -> Option<&'static str> {
+        if self.encryption_reported || !self.knows_agent() {
+            return None;
+        }
+        let tracks = self.audio_tracks();
+        let methods: Vec<_> = tracks.map(TrackInfo::encryption).collect();
+        let method = methods.first()?.as_str_name();
+        self.encryption_reported = !methods.contains(&encryption::Type::None);
+        self.encryption_reported.then_some(method)
+    }
+
+    /// The audio tracks of the agent, and of participants that publish on its behalf.
+    ///
     /// The server reports an agent that publishes nothing up to three seconds later than its avatar. Until the agent is
     /// known, any participant that publishes on behalf of another one may speak for it.
-    pub(crate) fn voice(&self) -> impl Iterator<Item = &str> {
+    fn audio_tracks(&self) -> impl Iterator<Item = &TrackInfo> {
         let agent = self.agent.as_ref().and_then(|sid| self.present.get(sid));
         let identity = agent.map(|agent| agent.info.identity.as_str());
         let speaks = move |member: &&Member| {
@@ -110,8 +182,7 @@ impl Roster {
         let tracks = self.present.values().filter(speaks);
         tracks
             .flat_map(|member| &member.info.tracks)
-            .filter(|track| is_voice(track))
-            .map(|track| track.sid.as_str())
+            .filter(|track| track.r#type() == TrackType::Audio)
     }
 
     fn on_present(
@@ -273,9 +344,20 @@ fn attribute<'a>(info: &'a ParticipantInfo, key: &str) -> Option<&'a str> {
     value.filter(|value| !value.is_empty())
 }
 
-/// Whether the track is a voice: agents publish background sound as a track with another source.
-fn is_voice(track: &TrackInfo) -> bool {
-    track.r#type() == TrackType::Audio && track.source() == TrackSource::Microphone
+fn is_microphone(track: &TrackInfo) -> bool {
+    track.source() == TrackSource::Microphone
+}
+
+fn remote_track(identity: &str, track: &TrackInfo) -> RemoteTrackInfo {
+    RemoteTrackInfo {
+        sid: track.sid.clone(),
+        identity: identity.to_owned(),
+        kind: track.r#type().as_str_name(),
+        source: track.source().as_str_name(),
+        name: sanitize(&track.name),
+        muted: track.muted,
+        encryption: track.encryption().as_str_name(),
+    }
 }
 
 fn other_joined(info: &ParticipantInfo) -> RoomEventKind {

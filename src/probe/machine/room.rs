@@ -7,7 +7,8 @@ use tokio::time::Instant;
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
 use crate::config::DispatchRequest;
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, RoomEvent, RoomEventKind, TurnMetrics, to_microseconds,
+    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, TurnMetrics,
+    to_microseconds,
 };
 use crate::probe::verdict::{DispatchListing, ends_call, names_inference_limit, quote};
 use crate::probe::{AgentTurn, Failure, Milestone, Reason};
@@ -32,6 +33,7 @@ impl ProbeMachine {
             RoomEventKind::Transcribed { speaker, segment } => {
                 self.transcript.record(speaker, segment);
             }
+            RoomEventKind::TrackChanged(track) => self.track_changed(track),
             kind if self.outcome.is_some() || matches!(self.phase, Phase::FinalCheck { .. }) => {
                 self.after_verdict(kind, at);
             }
@@ -89,6 +91,13 @@ impl ProbeMachine {
             RoomEventKind::AgentTrackSubscribed => {
                 self.mark(Milestone::AgentTrackSubscribed, at);
             }
+            RoomEventKind::AgentVoiceSource(source) => self.add_note(format!(
+                "the agent speaks on a track of source {source}: publish its voice as MICROPHONE, or clients may not treat it as \
+                 speech"
+            )),
+            RoomEventKind::AgentEncrypted(method) => {
+                self.disruption.get_or_insert(Disruption::Encrypted(method));
+            }
             RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
             RoomEventKind::SpeechStarted => {
                 self.mark(Milestone::AgentSpoke, at);
@@ -114,6 +123,7 @@ impl ProbeMachine {
             RoomEventKind::AgentError { .. }
             | RoomEventKind::AgentMetrics { .. }
             | RoomEventKind::Transcribed { .. }
+            | RoomEventKind::TrackChanged(_)
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
         }
     }
@@ -245,6 +255,14 @@ impl ProbeMachine {
                 format!("\"{name}\"")
             });
             push_new(&mut self.strays, stray);
+        }
+    }
+
+    fn track_changed(&mut self, track: RemoteTrackInfo) {
+        match self.tracks.iter().position(|it| it.sid == track.sid) {
+            Some(known) => self.tracks[known] = track,
+            None if self.tracks.len() < MAX_ENTRIES => self.tracks.push(track),
+            None => {}
         }
     }
 

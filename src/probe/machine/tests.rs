@@ -1719,3 +1719,56 @@ fn call_that_ends_before_the_dispatch_response_waits_for_it() {
         .report(2_100);
     assert_eq!(report.outcome, Outcome::Ok);
 }
+
+// Tracks.
+
+fn remote_track(sid: &str, muted: bool) -> RemoteTrackInfo {
+    RemoteTrackInfo {
+        sid: sid.to_owned(),
+        identity: "agent-1".to_owned(),
+        kind: "AUDIO",
+        source: "UNKNOWN",
+        name: "voice".to_owned(),
+        muted,
+        encryption: "GCM",
+    }
+}
+
+#[test]
+fn encrypted_agent_is_a_wrong_setting_and_no_failure_of_the_agent() {
+    let script = MachineScript::new(explicit()).waiting().joined(500);
+    let script = script.see(520, RoomEventKind::AgentEncrypted("GCM"));
+    let report = script.report(530);
+    assert_eq!(reason_of(&report), Reason::ConfigRejected);
+    let failure = report.outcome.failure().unwrap();
+    assert!(failure.detail.contains("encrypted (GCM)"), "{failure:?}");
+}
+
+#[test]
+fn tracks_are_evidence_as_they_were_at_last() {
+    let seen = |muted| RoomEventKind::TrackChanged(remote_track("TR_1", muted));
+    let script = MachineScript::new(explicit()).with_agent();
+    let script = script.see(540, seen(false)).see(550, seen(true));
+    let mut script = script.feed(600, Input::Abort);
+    for number in 2..100 {
+        let track = remote_track(&format!("TR_{number}"), false);
+        script = script.see(700, RoomEventKind::TrackChanged(track));
+    }
+    let tracks = script.report(800).evidence.tracks;
+    assert_eq!(tracks.len(), MAX_ENTRIES);
+    assert_eq!(
+        tracks[0],
+        "agent-1: AUDIO from UNKNOWN \"voice\", muted, encrypted (GCM)"
+    );
+}
+
+#[test]
+fn voice_of_an_unusual_source_is_noted() {
+    let script = MachineScript::new(explicit()).waiting().joined(500);
+    let script = script.see(510, RoomEventKind::AgentVoiceSource("UNKNOWN"));
+    let script = script.track(520).speech(600, 900).hold(900, 0).wait(900);
+    let report = script.report(910);
+    assert_eq!(report.outcome, Outcome::Ok);
+    let notes = report.evidence.notes.join("\n");
+    assert!(notes.contains("a track of source UNKNOWN"), "{notes}");
+}

@@ -282,6 +282,97 @@ fn voice_is_the_microphone_track_and_not_the_background_track() {
 }
 
 #[test]
+fn audio_of_another_source_is_the_voice_only_of_an_agent_without_a_microphone() {
+    let mut room = RosterRoom::new(None);
+    let mut info = agent("PA_1");
+    let background = TrackInfo {
+        name: BACKGROUND_TRACK.to_owned(),
+        ..track("TR_background", TrackSource::Unknown)
+    };
+    info.tracks = vec![background];
+    room.update(info.clone());
+    assert_eq!(room.voice(), [""; 0]);
+    info.tracks.push(track("TR_plain", TrackSource::Unknown));
+    room.update(info.clone());
+    assert_eq!(room.voice(), ["TR_plain"]);
+    assert_eq!(room.roster.unusual_source("TR_plain"), Some("UNKNOWN"));
+    info.tracks.push(track("TR_voice", TrackSource::Microphone));
+    room.update(info.clone());
+    assert_eq!(room.voice(), ["TR_voice"]);
+    assert_eq!(room.roster.unusual_source("TR_voice"), None);
+    // A session that restarts its voice leaves its other sounds alone.
+    info.tracks.pop();
+    room.update(info);
+    assert_eq!(room.voice(), [""; 0]);
+}
+
+#[test]
+fn encrypted_audio_is_no_voice_and_is_reported_once() {
+    let mut room = RosterRoom::new(Some("support"));
+    let encrypted = |sid| TrackInfo {
+        encryption: encryption::Type::Gcm.into(),
+        ..track(sid, TrackSource::Microphone)
+    };
+    let mut reported = |info: &ParticipantInfo| {
+        room.update(info.clone());
+        let changes = room.roster.track_changes().into_iter();
+        let methods = changes.filter_map(|kind| match kind {
+            RoomEventKind::AgentEncrypted(method) => Some(method),
+            _ => None,
+        });
+        (methods.collect::<Vec<_>>(), room.voice().len())
+    };
+    let mut other = participant("PA_0", Kind::Standard, &[]);
+    other.tracks = vec![encrypted("TR_0")];
+    assert_eq!(reported(&other), (vec![], 0));
+    let mut info = agent("PA_1");
+    info.tracks = vec![encrypted("TR_1")];
+    assert_eq!(reported(&info), (vec!["GCM"], 0));
+    assert_eq!(reported(&info), (vec![], 0));
+    // Audio that can be heard is heard.
+    info.tracks.push(track("TR_2", TrackSource::Microphone));
+    assert_eq!(reported(&info), (vec![], 1));
+}
+
+#[test]
+fn track_is_reported_when_it_is_new_and_when_it_changes() {
+    let mut room = RosterRoom::new(None);
+    let mut changes = |info: &ParticipantInfo| {
+        room.update(info.clone());
+        let changes = room.roster.track_changes();
+        let changes = changes.into_iter().map(|kind| match kind {
+            RoomEventKind::TrackChanged(track) => track,
+            other => panic!("{other:?}"),
+        });
+        changes.collect::<Vec<_>>()
+    };
+    let mut info = agent("PA_1");
+    info.tracks = vec![track("TR_1", TrackSource::Microphone)];
+    let expected = RemoteTrackInfo {
+        sid: "TR_1".to_owned(),
+        identity: "identity-PA_1".to_owned(),
+        kind: "AUDIO",
+        source: "MICROPHONE",
+        name: String::new(),
+        muted: false,
+        encryption: "NONE",
+    };
+    assert_eq!(changes(&info), [expected.clone()]);
+    assert_eq!(changes(&info), []);
+    info.tracks[0].muted = true;
+    let muted = RemoteTrackInfo {
+        muted: true,
+        ..expected
+    };
+    assert_eq!(changes(&info), [muted]);
+    let many = 0..1_000;
+    info.tracks = many
+        .map(|number| track(&format!("TR_{number}"), TrackSource::Unknown))
+        .collect();
+    assert!(changes(&info).len() <= MAX_TRACKS);
+}
+
+#[test]
 fn avatar_speaks_for_its_agent() {
     let mut room = RosterRoom::new(None);
     let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_1")]);
