@@ -5,10 +5,12 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use livekit_protocol::ParticipantUpdate;
 use rustix::process::Signal;
 use support::behaviour::Behaviour;
 use support::gate::{Gate, Hold};
 use support::settings::Settings;
+use support::signal_proxy::{SignalMessage, SignalProxy};
 use support::stack::{AGENT, Agent, Stack};
 use support::wait_for;
 
@@ -316,6 +318,39 @@ pub(crate) fn agent_that_joins_before_the_dispatch_response_has_a_join_delay(
         join_delays(&batch)?,
         accepted - probe.at("AgentJoined")?
     ))
+}
+
+/// The agent is in the room before the canary, and the server names it only in an update before the join response.
+pub(crate) fn agent_in_an_update_before_the_join_response_is_seen(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let tag = "comes-in-an-early-update";
+    let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
+    let proxy = SignalProxy::before(stack.address(), |message| match message {
+        SignalMessage::Join(mut join) => {
+            let participants = std::mem::take(&mut join.other_participants);
+            let update = SignalMessage::Update(ParticipantUpdate { participants });
+            vec![update, SignalMessage::Join(join)]
+        }
+        other => vec![other],
+    })?;
+    let gate = Gate::before(proxy.address, Hold::Signal)?;
+    let running = settings
+        .project("url", format!("ws://{}", gate.address))
+        .set("dispatch.mode", "room")
+        // The time at the gate counts.
+        .set("deadlines.signal", "30s")
+        .set("deadlines.join", "60s")
+        .once()?;
+    wait_for_job(stack, tag, "connected")?;
+    gate.open();
+    let batch = expect_ok(fixture, stack, &running.finish()?, 1)?;
+    let probe = batch.only_probe()?;
+    ensure!(probe.join_upper_bound, "{probe:?}");
+    let (joined, signal) = (probe.at("AgentJoined")?, probe.at("SignalConnected")?);
+    ensure!(joined >= signal, "{probe:?}");
+    expect_heard(stack, probe)?;
+    Ok(format!("ok, joined within {}", join_delays(&batch)?))
 }
 
 // --- what other clients do to the call ---

@@ -16,6 +16,7 @@ use support::{SECRET, wait_for};
 use tokio::time::Instant;
 
 use crate::agents::{
+    agent_in_an_update_before_the_join_response_is_seen,
     agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed,
     agent_that_joins_before_the_dispatch_response_has_a_join_delay,
     agent_that_leaves_after_its_reply_is_ok,
@@ -195,6 +196,7 @@ scenarios! {
     late_agent_of_create_room_leaves_no_room: "no agent; 15 s later no room, exit 1";
     late_agent_of_a_token_leaves_no_room: "no agent; 15 s later no room, exit 1";
     unknown_agent_name_in_a_room_or_token_is_dispatch_unanswered: "dispatch_unanswered, exit 1";
+    agent_in_an_update_before_the_join_response_is_seen: "ok, an upper bound, exit 0";
     agent_that_joins_before_the_canary_has_an_upper_bound_as_join_delay: "ok, an upper bound, exit 0";
 }
 

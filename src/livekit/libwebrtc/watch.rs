@@ -80,7 +80,8 @@ impl SignalWatch {
                 self.observer.on_join(at, &response)?;
                 (response.other_participants, true)
             }
-            Response::Update(update) => (update.participants, false),
+            // An update can come before the join response. What it shows was there before the canary.
+            Response::Update(update) => (update.participants, !self.joined),
             Response::Leave(leave) if !self.joined => {
                 let reason = leave_reason(&leave);
                 return Err(EndReason::Signal(SignalError::LeftBeforeJoin { reason }));

@@ -168,9 +168,9 @@ impl<'a> NativeSession<'a> {
         let Joined {
             signal,
             response,
+            early,
             at,
             local,
-            ..
         } = joined;
         // LiveKit matches `AddTrack.cid` with the track id of the offer's msid, so both must be equal.
         let cid = format!("echo-{:016x}", fastrand::u64(..));
@@ -213,6 +213,17 @@ impl<'a> NativeSession<'a> {
         });
         session.publish(cid, offer)?;
         session.on_participants(at, response.other_participants, true)?;
+        // The canary is in the room only since the join response, so the time of an earlier message says nothing.
+        for message in early {
+            match message {
+                Response::Update(update) => {
+                    session.on_participants(at, update.participants, true)?;
+                }
+                // There was nothing to negotiate before the join response.
+                Response::Answer(_) | Response::Offer(_) | Response::Trickle(_) => {}
+                other => session.observer.on_message(at, other)?,
+            }
+        }
         Ok(session)
     }
 

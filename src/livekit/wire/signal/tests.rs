@@ -610,3 +610,32 @@ async fn leaving_a_server_that_does_not_answer_ends_in_time() {
     tokio::time::pause();
     signal.leave(Duration::from_secs(2)).await;
 }
+
+#[tokio::test]
+async fn message_before_the_join_response_is_kept() {
+    let server = upgrading(|mut socket| async move {
+        for sid in ["TR_1", "TR_2"] {
+            send(&mut socket, update(sid)).await;
+        }
+        let join = proto::JoinResponse::default();
+        send(&mut socket, Incoming::Join(join)).await;
+        recv(&mut socket).await;
+    })
+    .await;
+    let joined = join(&server).await;
+    let early: Vec<_> = joined.early.iter().map(sid).collect();
+    assert_eq!(early, ["TR_1", "TR_2"]);
+}
+
+#[tokio::test]
+async fn endless_messages_before_the_join_response_break_the_protocol() {
+    let server = upgrading(|mut socket| async move {
+        for _ in 0..=MAX_EARLY_MESSAGES {
+            send(&mut socket, update("TR_1")).await;
+        }
+        recv(&mut socket).await;
+    })
+    .await;
+    let error = error_of(&server).await;
+    assert!(matches!(error, SignalError::Protocol(_)), "{error}");
+}
