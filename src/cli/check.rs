@@ -116,7 +116,15 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         .expect("writing to a string can't fail");
     let agent = target.agent_name.as_deref().unwrap_or("any");
     let dispatch = target.dispatch.mode.name();
-    entry(text, "agent", &format!("{agent}, {dispatch} dispatch"));
+    let deployment = match target.dispatch.deployment.as_str() {
+        "" => String::new(),
+        name => format!(", deployment {name}"),
+    };
+    entry(
+        text,
+        "agent",
+        &format!("{agent}{deployment}, {dispatch} dispatch"),
+    );
     let batch = &target.batch;
     let stay = match batch.stay {
         Stay::Together => "held together for",

@@ -360,6 +360,9 @@ impl Default for Objectives {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
+    /// The deployment of the agent, as its worker registers it (`LIVEKIT_AGENT_DEPLOYMENT`). Empty for workers without one,
+    /// and if the dispatch does not name the agent.
+    pub deployment: String,
     /// Handed to the agent's job; any text. Empty if the dispatch does not name the agent.
     pub metadata: String,
 }

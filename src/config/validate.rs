@@ -35,6 +35,9 @@ const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// The file of a secret holds one line of text; a larger file is the wrong one.
 const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
 
+/// The longest name of a deployment that LiveKit accepts (`MaxDeploymentLength` of its protocol).
+const MAX_DEPLOYMENT_BYTES: usize = 64;
+
 /// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
     "api_key",
@@ -585,23 +588,57 @@ fn project_of(
 
 fn dispatch(mut section: Section<'_>) -> Dispatch {
     let mode: DispatchMode = section.choice("mode", "a dispatch mode");
-    let metadata = match section.text("metadata") {
-        Lookup::Found(text) if !mode.facts().names_agent && !text.value.is_empty() => {
-            let message = format!("{} dispatch can't carry metadata", mode.name());
-            let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
-            let named: Vec<_> = modes
-                .filter(|mode| mode.facts().names_agent)
-                .map(|mode| mode.name())
-                .collect();
-            let hint = format!("remove it, or set mode to {}", alternatives(&named));
-            section.problem("metadata", text.place, message, &hint);
-            String::new()
+    let metadata = of_named_agent(&mut section, mode, "metadata", "metadata");
+    let deployment = of_named_agent(&mut section, mode, "deployment", "a deployment");
+    let deployment = deployment.filter(|text| {
+        let valid = is_deployment(&text.value);
+        if !valid {
+            let message = format!("{} is not the name of a deployment", shown(&text.value));
+            let hint = format!(
+                "write it without spaces and underscores, in at most {MAX_DEPLOYMENT_BYTES} bytes: it is the worker's \
+                 LIVEKIT_AGENT_DEPLOYMENT"
+            );
+            section.problem("deployment", text.place.clone(), message, &hint);
         }
-        Lookup::Found(text) => text.value,
-        Lookup::Missing | Lookup::Invalid => String::new(),
-    };
+        valid
+    });
+    let [deployment, metadata] = [deployment, metadata].map(|text| text.map(|text| text.value));
     section.finish();
-    Dispatch { mode, metadata }
+    Dispatch {
+        mode,
+        deployment: deployment.unwrap_or_default(),
+        metadata: metadata.unwrap_or_default(),
+    }
+}
+
+/// A text that only a request that names the agent can carry.
+fn of_named_agent(
+    section: &mut Section<'_>,
+    mode: DispatchMode,
+    key: &'static str,
+    what: &str,
+) -> Option<RawValue> {
+    let Lookup::Found(text) = section.text(key) else {
+        return None;
+    };
+    if mode.facts().names_agent || text.value.is_empty() {
+        return Some(text);
+    }
+    let message = format!("{} dispatch can't carry {what}", mode.name());
+    let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
+    let named: Vec<_> = modes
+        .filter(|mode| mode.facts().names_agent)
+        .map(|mode| mode.name())
+        .collect();
+    let hint = format!("remove it, or set mode to {}", alternatives(&named));
+    section.problem(key, text.place, message, &hint);
+    None
+}
+
+/// LiveKit's rule for the name of a deployment (`ValidateDeployment` of its protocol).
+fn is_deployment(name: &str) -> bool {
+    let reserved = |byte| byte == b'_' || byte <= b' ' || byte == 0x7f;
+    name.len() <= MAX_DEPLOYMENT_BYTES && !name.bytes().any(reserved)
 }
 
 fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {

@@ -789,6 +789,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
     };
     let labels = [
         ("agent_name", ""),
+        ("deployment", ""),
         ("dispatch", "automatic"),
         ("drill", "true"),
         ("project", "acme"),

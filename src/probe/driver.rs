@@ -327,14 +327,8 @@ impl Driver {
 
     fn dispatch(&mut self) {
         let (api, room) = (self.context.api.clone(), self.room.clone());
-        let target = Arc::clone(&self.context.target);
-        self.call(async move {
-            let agent = target.agent_name.as_deref().unwrap_or_default();
-            Input::Dispatched(
-                api.create_dispatch(&room, agent, &target.dispatch.metadata)
-                    .await,
-            )
-        });
+        let agent = named_agent(&self.context.target);
+        self.call(async move { Input::Dispatched(api.create_dispatch(&room, agent).await) });
     }
 
     fn join_request(&self) -> JoinRequest {
@@ -371,16 +365,21 @@ impl Driver {
     }
 }
 
+fn named_agent(target: &Target) -> NamedAgent {
+    NamedAgent {
+        name: target.agent_name.clone().unwrap_or_default(),
+        deployment: target.dispatch.deployment.clone(),
+        metadata: target.dispatch.metadata.clone(),
+    }
+}
+
 /// The agents that the request that creates the room dispatches.
 fn agents(target: &Target) -> Vec<NamedAgent> {
     let facts = target.dispatch.mode.facts();
     let named = match facts.request {
         DispatchRequest::CreateDispatch => None,
         DispatchRequest::CreateRoom | DispatchRequest::Join => {
-            facts.names_agent.then(|| NamedAgent {
-                name: target.agent_name.clone().unwrap_or_default(),
-                metadata: target.dispatch.metadata.clone(),
-            })
+            facts.names_agent.then(|| named_agent(target))
         }
     };
     Vec::from_iter(named)

@@ -561,8 +561,12 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         [] => "no job".to_owned(),
         jobs => jobs.join(", "),
     };
+    let deployment = match dispatch.deployment.as_str() {
+        "" => String::new(),
+        name => format!(", deployment \"{name}\""),
+    };
     format!(
-        "{} for agent \"{}\": {jobs}",
+        "{} for agent \"{}\"{deployment}: {jobs}",
         dispatch.id, dispatch.agent_name
     )
 }

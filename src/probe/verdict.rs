@@ -525,6 +525,12 @@ impl Failure {
                 "Check first that the worker of \"{name}\" is connected to this project and below its load limit. \
                  Then check its log for a job that failed before it connected, and that it still registers under this name."
             ),
+            Some(name) if !missed.target.dispatch.deployment.is_empty() => format!(
+                "Check first that a worker registered as exactly \"{name}\" with the deployment \"{}\" \
+                 (LIVEKIT_AGENT_DEPLOYMENT). Then check that it is connected to this project and below its load limit, and its \
+                 log for a job that failed before it connected.",
+                missed.target.dispatch.deployment
+            ),
             Some(name) => format!(
                 "Check first that a worker registered as exactly \"{name}\". Then check that it is connected to this \
                  project and below its load limit, and its log for a job that failed before it connected."

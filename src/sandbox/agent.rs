@@ -130,6 +130,7 @@ impl AgentScript {
                 | InjectedFault::UnknownSource
                 | InjectedFault::Encrypted
                 | InjectedFault::RestartsTrack
+                | InjectedFault::Deployment(_)
                 | InjectedFault::Duplicate
                 | InjectedFault::Stray
                 | InjectedFault::NoMedia

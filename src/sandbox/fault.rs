@@ -56,6 +56,8 @@ pub enum InjectedFault {
     Encrypted,
     /// It greets on one track and answers on another.
     RestartsTrack,
+    /// Its workers register as this deployment.
+    Deployment(String),
     /// A second agent of its name joins.
     Duplicate,
     /// An agent without a name joins the room too, as the agent of an unnamed worker does.
@@ -155,6 +157,7 @@ The agent:
   unknown_source           publishes its voice without a source
   encrypted                publishes end-to-end encrypted audio
   restarts_track           greets on one track and answers on another
+  deployment=NAME          its workers register as this deployment
   duplicate                a second agent joins
   stray                    an agent without a name joins too
   late_after_deletion=1s   connects this long after its room was deleted
@@ -255,6 +258,10 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "unknown_source" => plain(InjectedFault::UnknownSource),
         "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
+        "deployment" => match value {
+            Some(name) if !name.is_empty() => Ok(InjectedFault::Deployment(name.to_owned())),
+            _ => Err("needs a name, as in deployment=staging".to_owned()),
+        },
         "duplicate" => plain(InjectedFault::Duplicate),
         "stray" => plain(InjectedFault::Stray),
         "no_reply" => plain(InjectedFault::NoReply),
@@ -370,6 +377,7 @@ impl fmt::Display for InjectedFault {
             Self::UnknownSource => f.write_str("unknown_source"),
             Self::Encrypted => f.write_str("encrypted"),
             Self::RestartsTrack => f.write_str("restarts_track"),
+            Self::Deployment(name) => write!(f, "deployment={name}"),
             Self::Duplicate => f.write_str("duplicate"),
             Self::Stray => f.write_str("stray"),
             Self::NoReply => f.write_str("no_reply"),
@@ -453,6 +461,15 @@ impl Faults {
         self.0.contains(fault)
     }
 
+    /// The deployment as which the agent's workers register; empty if they have none.
+    pub(crate) fn deployment(&self) -> &str {
+        let named = self.iter().find_map(|fault| match fault {
+            InjectedFault::Deployment(name) => Some(name.as_str()),
+            _ => None,
+        });
+        named.unwrap_or_default()
+    }
+
     /// The response that replaces the normal one of request `step`, if any.
     pub(crate) fn answer(&self, step: HttpStep) -> Option<&FaultAnswer> {
         self.iter().find_map(|fault| match fault {
@@ -495,6 +512,7 @@ mod tests {
             "unknown_source",
             "encrypted",
             "restarts_track",
+            "deployment=staging",
             "duplicate",
             "stray",
             "late_after_deletion=1m",

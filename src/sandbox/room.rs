@@ -136,6 +136,7 @@ impl RoomActor {
                 id: guid("AD_"),
                 agent_name: agent.agent_name,
                 metadata: agent.metadata,
+                deployment: agent.deployment,
                 ..proto::AgentDispatch::default()
             });
         }
@@ -952,7 +953,9 @@ impl RoomActor {
             ..proto::AgentDispatchState::default()
         });
         let cancel = CancellationToken::new();
-        let is_target = info.agent_name == self.shared.settings.agent_name;
+        // As livekit-server routes: a worker without a deployment takes no job for one, and the other way round.
+        let is_target = info.agent_name == self.shared.settings.agent_name
+            && info.deployment == self.faults.deployment();
         let is_stray = info.agent_name.is_empty() && self.faults.has(&InjectedFault::Stray);
         if is_target || is_stray {
             // Faults concern only the target's agent.

@@ -353,6 +353,41 @@ pub(crate) fn agent_in_an_update_before_the_join_response_is_seen(
     Ok(format!("ok, joined within {}", join_delays(&batch)?))
 }
 
+/// The agent runs as the deployment `staging` only. Each mode that names the agent reaches it there, and no mode reaches it
+/// without the deployment.
+pub(crate) fn deployment_of_the_agent_is_dispatched_in_each_mode(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let staging = "staging";
+    let agents = [Agent::named(AGENT).deployed_as(staging)];
+    let behaviour = Behaviour::greets().fault(format!("deployment={staging}"));
+    let stack = fixture.own_stack(&agents, &behaviour)?;
+    let mut joins = Vec::new();
+    for mode in ["explicit", "room", "token"] {
+        let settings = || {
+            let settings = Settings::new(stack).behaviour(&behaviour);
+            settings.set("dispatch.mode", mode)
+        };
+        let elsewhere = settings().set("deadlines.join", "3s").run()?;
+        let elsewhere = expect(fixture, &elsewhere, 1, &["dispatch_unanswered"])?;
+        expect_gone(stack, &elsewhere)?;
+        let deployed = settings().set("dispatch.deployment", staging).run()?;
+        let batch = expect_ok(fixture, stack, &deployed, 1)?;
+        ensure!(batch.deployment.as_deref() == Some(staging), "{batch:?}");
+        joins.push(join_delays(&batch)?);
+    }
+    let wrong = Settings::new(stack)
+        .set("dispatch.deployment", "no-such-deployment")
+        .set("deadlines.join", "3s");
+    let wrong = expect(fixture, &wrong.run()?, 1, &["dispatch_unanswered"])?;
+    let probe = wrong.only_probe()?;
+    let named = probe
+        .detail()
+        .contains("\"no-such-deployment\" (LIVEKIT_AGENT_DEPLOYMENT)");
+    ensure!(named, "{probe:?}");
+    Ok(format!("3 ok, join {joins:?}; without it, no agent"))
+}
+
 // --- what other clients do to the call ---
 
 /// Another client joins `room` as `identity`, and leaves at once.

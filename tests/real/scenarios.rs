@@ -26,6 +26,7 @@ use crate::agents::{
     agent_without_a_track_source_is_heard, avatar_speaks_for_its_agent,
     background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
+    deployment_of_the_agent_is_dispatched_in_each_mode,
     end_to_end_encrypted_agent_is_config_rejected, identity_taken_by_another_client_is_removed,
     restarted_server_is_signal_lost_and_the_next_batch_is_ok,
     revoked_publish_permission_is_removed, revoked_subscribe_permission_is_removed,
@@ -119,6 +120,7 @@ scenarios! {
     killed_worker_is_agent_left_early: "agent_left_early, exit 1", real only: NO_PROCESS;
     frozen_server_is_signal_lost_and_its_rooms_are_listed: "signal_lost within 20 s, rooms named, exit 4", load: 2;
     late_agent_of_create_dispatch_changes_no_verdict_and_leaves_no_room: "no agent; 15 s later no room, exit 1";
+    deployment_of_the_agent_is_dispatched_in_each_mode: "3 ok with it, dispatch_unanswered without", load: 2;
     stray_agent_is_evidence_but_never_the_agent: "ok, agent_silent, dispatch_unanswered; the stray is named", load: 2;
     restarted_server_is_signal_lost_and_the_next_batch_is_ok: "2 signal_lost, exit 4; then 2 ok", real only: NO_RESTART, load: 2;
     calls_on_a_drained_server_end_normally: "2 ok, exit 0, then the server ends", real only: NO_RESTART, load: 2;

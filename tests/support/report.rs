@@ -9,6 +9,8 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize)]
 pub struct Batch {
     pub result: String,
+    /// The agent's deployment, if the target names one.
+    pub deployment: Option<String>,
     pub started_at: DateTime<Utc>,
     pub ended_at: DateTime<Utc>,
     pub probes: Vec<Probe>,

@@ -71,6 +71,8 @@ pub(crate) struct NewRoom {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NamedAgent {
     pub(crate) name: String,
+    /// Which of the agent's deployments; empty for workers without one.
+    pub(crate) deployment: String,
     /// Passed to the agent's job.
     pub(crate) metadata: String,
 }
@@ -84,6 +86,7 @@ pub(crate) struct RoomInfo {
 pub(crate) struct DispatchInfo {
     pub(crate) id: String,
     pub(crate) agent_name: String,
+    pub(crate) deployment: String,
     pub(crate) jobs: Vec<JobInfo>,
 }
 
@@ -172,16 +175,12 @@ impl Api {
     ///
     /// An accepted dispatch does not mean that an agent will join: the server also accepts a name that no worker has
     /// registered. It creates a missing room.
-    pub(crate) async fn create_dispatch(
-        &self,
-        room: &RoomName,
-        agent: &str,
-        metadata: &str,
-    ) -> Call<String> {
+    pub(crate) async fn create_dispatch(&self, room: &RoomName, agent: NamedAgent) -> Call<String> {
         let request = proto::CreateAgentDispatchRequest {
-            agent_name: agent.to_owned(),
+            agent_name: agent.name,
             room: room.0.clone(),
-            metadata: metadata.to_owned(),
+            metadata: agent.metadata,
+            deployment: agent.deployment,
             ..proto::CreateAgentDispatchRequest::default()
         };
         self.call(
@@ -321,6 +320,7 @@ impl From<NamedAgent> for proto::RoomAgentDispatch {
         Self {
             agent_name: agent.name,
             metadata: agent.metadata,
+            deployment: agent.deployment,
             ..Self::default()
         }
     }
@@ -355,6 +355,7 @@ impl From<proto::AgentDispatch> for DispatchInfo {
         Self {
             id: dispatch.id,
             agent_name: dispatch.agent_name,
+            deployment: dispatch.deployment,
             jobs: jobs.into_iter().map(JobInfo::from).collect(),
         }
     }

@@ -75,6 +75,7 @@ fn dispatches(agent_name: &str, job: Option<&str>) -> Vec<DispatchInfo> {
     vec![DispatchInfo {
         id: "AD_1".to_owned(),
         agent_name: agent_name.to_owned(),
+        deployment: String::new(),
         jobs: jobs.into_iter().collect(),
     }]
 }
