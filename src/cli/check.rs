@@ -8,7 +8,7 @@ use humantime::format_duration;
 use super::forecast::Forecast;
 use super::{CheckArgs, Exit, print};
 use crate::config::{
-    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
+    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay, Target,
 };
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::{RoomName, wire};
@@ -125,6 +125,19 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "agent",
         &format!("{agent}{deployment}, {dispatch} dispatch"),
     );
+    if target.room != RoomSettings::default() {
+        let room = &target.room;
+        let participants = match room.max_participants {
+            0 => "without a limit of participants".to_owned(),
+            1 => "for 1 participant".to_owned(),
+            limit => format!("for {limit} participants"),
+        };
+        entry(
+            text,
+            "room",
+            &format!("named {}…, {participants}", room.name_prefix),
+        );
+    }
     let batch = &target.batch;
     let stay = match batch.stay {
         Stay::Together => "held together for",

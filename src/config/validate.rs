@@ -17,8 +17,8 @@ use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch, DispatchMode,
-    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, RampMode,
-    Schedule, Speech, Stay, Target,
+    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, ParticipantSettings,
+    Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
 
 /// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
@@ -37,6 +37,9 @@ const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
 
 /// The longest name of a deployment that LiveKit accepts (`MaxDeploymentLength` of its protocol).
 const MAX_DEPLOYMENT_BYTES: usize = 64;
+
+/// The longest beginning of a room's name. LiveKit allows 256 characters for the whole name by default.
+const MAX_NAME_PREFIX: usize = 64;
 
 /// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
@@ -507,7 +510,8 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
         agent_name,
         engine,
         dispatch,
-        attributes: attributes(section.table("attributes")),
+        room: room(section.table("room")),
+        participant: participant(section.table("participant")),
         schedule: schedule(section.table("schedule")),
         objectives: objectives(section.table("objectives"), &deadlines),
         batch,
@@ -639,6 +643,54 @@ fn of_named_agent(
 fn is_deployment(name: &str) -> bool {
     let reserved = |byte| byte == b'_' || byte <= b' ' || byte == 0x7f;
     name.len() <= MAX_DEPLOYMENT_BYTES && !name.bytes().any(reserved)
+}
+
+fn room(mut section: Section<'_>) -> RoomSettings {
+    let default = RoomSettings::default();
+    let name_prefix = match section.text("name_prefix") {
+        Lookup::Found(text) if is_name_prefix(&text.value) => text.value,
+        Lookup::Found(text) => {
+            let message = format!("{} can't begin the name of a room", shown(&text.value));
+            let hint = format!(
+                "use 1 to {MAX_NAME_PREFIX} letters, digits and characters of - _ . ~ : + @"
+            );
+            section.problem("name_prefix", text.place, message, &hint);
+            default.name_prefix
+        }
+        Lookup::Missing | Lookup::Invalid => default.name_prefix,
+    };
+    let room = RoomSettings {
+        name_prefix,
+        metadata: text_or(&mut section, "metadata", default.metadata),
+        max_participants: section.number("max_participants", default.max_participants, 0..=1000),
+    };
+    section.finish();
+    room
+}
+
+/// Whether a room's name that begins so can be copied into a shell and into the path of a URL.
+fn is_name_prefix(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:+@".contains(&byte);
+    (1..=MAX_NAME_PREFIX).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+fn participant(mut section: Section<'_>) -> ParticipantSettings {
+    let default = ParticipantSettings::default();
+    let participant = ParticipantSettings {
+        name: text_or(&mut section, "name", default.name),
+        metadata: text_or(&mut section, "metadata", default.metadata),
+        attributes: attributes(section.table("attributes")),
+    };
+    section.finish();
+    participant
+}
+
+/// Any text.
+fn text_or(section: &mut Section<'_>, key: &'static str, default: String) -> String {
+    match section.text(key) {
+        Lookup::Found(text) => text.value,
+        Lookup::Missing | Lookup::Invalid => default,
+    }
 }
 
 fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {

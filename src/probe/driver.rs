@@ -28,12 +28,10 @@ use crate::livekit::wire::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
+use crate::livekit::wire::token::TokenParticipant;
 
 /// The participant's identity. There is one canary in each room, so it can be the same in all.
 const IDENTITY: &str = "canary-echo";
-
-/// The room's metadata, by which an agent or an operator recognises a probe.
-const METADATA: &str = r#"{"canary":true}"#;
 
 /// How much longer than the join an empty room lives. It bounds how long a room outlives a crash of the canary.
 const EMPTY_MARGIN: Duration = Duration::from_secs(30);
@@ -334,14 +332,19 @@ impl Driver {
     fn join_request(&self) -> JoinRequest {
         let target = &self.context.target;
         let creates = target.dispatch.mode.facts().request.joins_to_create();
-        let mut attributes = target.attributes.clone();
+        let participant = &target.participant;
+        let mut attributes = participant.attributes.clone();
         attributes.insert("canary".to_owned(), "true".to_owned());
         JoinRequest {
             endpoint: self.context.endpoint.clone(),
             keys: self.context.api.keys.clone(),
             room: self.room.clone(),
-            identity: IDENTITY.to_owned(),
-            attributes,
+            participant: TokenParticipant {
+                identity: IDENTITY.to_owned(),
+                name: participant.name.clone(),
+                metadata: participant.metadata.clone(),
+                attributes,
+            },
             agent_name: expected_agent(target).map(str::to_owned),
             room_config: creates.then(|| room_config(self.new_room())),
             echo: target.echo.clone(),
@@ -353,13 +356,14 @@ impl Driver {
     }
 
     fn new_room(&self) -> NewRoom {
+        let room = &self.context.target.room;
         NewRoom {
             name: self.room.clone(),
-            metadata: METADATA.to_owned(),
+            metadata: room.metadata.clone(),
             // It counts until the first participant has joined, so it must exceed the time for that.
             empty_timeout: self.context.target.deadlines.signal + EMPTY_MARGIN,
             departure_timeout: DEPARTURE_TIMEOUT,
-            max_participants: 1,
+            max_participants: room.max_participants,
             agents: agents(&self.context.target),
         }
     }

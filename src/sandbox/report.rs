@@ -36,6 +36,9 @@ pub(crate) enum ReportEvent {
     Caller {
         caller: String,
         attributes: HashMap<String, String>,
+        name: String,
+        metadata: String,
+        room_metadata: String,
     },
     Greeted(SpeechInterval),
     Heard {

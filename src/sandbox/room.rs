@@ -344,6 +344,9 @@ impl RoomActor {
                 let event = ReportEvent::Caller {
                     caller: caller.identity.clone(),
                     attributes: caller.attributes.clone(),
+                    name: caller.name.clone(),
+                    metadata: caller.metadata.clone(),
+                    room_metadata: self.info.metadata.clone(),
                 };
                 self.report(seat, &event);
             }

@@ -107,7 +107,15 @@ class Job:
         own = "lk.publish_on_behalf" in participant.attributes
         if publication.source == rtc.TrackSource.SOURCE_MICROPHONE and not own:
             caller, attributes = participant.identity, dict(participant.attributes)
-            report(self.room, "caller", caller=caller, attributes=attributes)
+            report(
+                self.room,
+                "caller",
+                caller=caller,
+                attributes=attributes,
+                name=participant.name,
+                metadata=participant.metadata,
+                room_metadata=self.ctx.room.metadata,
+            )
             self.listening.append(
                 asyncio.create_task(hear_echoes(self.room, track, self.heard))
             )

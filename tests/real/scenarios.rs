@@ -320,10 +320,17 @@ fn metadata_and_attributes_reach_the_agent(fixture: &Fixture) -> anyhow::Result<
     let tag = "metadata-arrives";
     let behaviour = Behaviour::greets().tag(tag);
     let (stack, settings) = fixture.call(&behaviour)?;
-    let finished = settings.set("attributes.team", "blue").run()?;
+    let finished = settings
+        .set("participant.attributes.team", "blue")
+        .set("participant.name", "Ada")
+        .set("participant.metadata", "a caller's metadata")
+        .set("room.name_prefix", "calls_")
+        .set("room.metadata", "a room's metadata")
+        .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
     let job = wait_for_job(stack, tag, "job")?;
     ensure!(job.room() == batch.probes[0].room);
+    ensure!(job.room().starts_with("calls_"), "{}", job.room());
     ensure!(job.text("metadata") == behaviour.metadata());
     let caller = wait_for_job(stack, tag, "caller")?;
     let attributes = caller.attributes();
@@ -331,7 +338,10 @@ fn metadata_and_attributes_reach_the_agent(fixture: &Fixture) -> anyhow::Result<
         attributes["canary"] == "true" && attributes["team"] == "blue",
         "{attributes}"
     );
-    Ok(format!("ok, the agent saw {attributes}"))
+    let seen = ["name", "metadata", "room_metadata"].map(|key| caller.text(key));
+    let expected = ["Ada", "a caller's metadata", "a room's metadata"];
+    ensure!(seen == expected, "{seen:?}");
+    Ok(format!("ok, the agent saw {seen:?} and {attributes}"))
 }
 
 fn unnamed_agent_joins_by_automatic_dispatch(fixture: &Fixture) -> anyhow::Result<String> {

@@ -278,7 +278,11 @@ mod tests {
         server: &TestServer,
     ) -> (SdkConnector, mpsc::Receiver<WireEvent>, CancellationToken) {
         let room = RoomName("canary-1".to_owned());
-        let token = keys().participant(&room, "echo", &BTreeMap::new(), None);
+        let participant = TokenParticipant {
+            identity: "echo".to_owned(),
+            ..TokenParticipant::default()
+        };
+        let token = keys().participant(&room, &participant, None);
         let hang_up = CancellationToken::new();
         let (connector, events) = SdkConnector::new(
             server.endpoint(),

@@ -81,7 +81,10 @@ impl Observer {
     pub(crate) fn new(request: &JoinRequest, events: EventSender, track_cid: String) -> Self {
         Self {
             events,
-            roster: Roster::new(request.identity.clone(), request.agent_name.clone()),
+            roster: Roster::new(
+                request.participant.identity.clone(),
+                request.agent_name.clone(),
+            ),
             addresses: Vec::new(),
             track_cid,
             track_sid: None,

@@ -309,7 +309,7 @@ async fn request_that_creates_the_room_names_the_agent_as_the_mode_requires() {
             "{mode:?}"
         );
         let metadata = config.map(|config| config.metadata);
-        assert_eq!(metadata, in_token.map(|_| METADATA.to_owned()));
+        assert_eq!(metadata, in_token.map(|_| r#"{"canary":true}"#.to_owned()));
     }
 }
 

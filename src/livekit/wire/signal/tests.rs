@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use crate::livekit::RoomName;
 use crate::livekit::test_server::{
     REJECTIONS, SECRET, TestCa, TestServer, endpoint, keys, read_request,
 };
+use crate::livekit::wire::token::TokenParticipant;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -21,9 +21,11 @@ type ServerSocket = WebSocketStream<TcpStream>;
 
 fn token() -> SecretString {
     let room = RoomName("canary-1".to_owned());
-    keys()
-        .participant(&room, "echo", &BTreeMap::new(), None)
-        .unwrap()
+    let participant = TokenParticipant {
+        identity: "echo".to_owned(),
+        ..TokenParticipant::default()
+    };
+    keys().participant(&room, &participant, None).unwrap()
 }
 
 async fn connect_within(
