@@ -468,13 +468,21 @@ impl Failure {
         report.evidence.record_deadline(missed.duty.step(), limit);
         match missed.duty {
             AgentDuty::Join => Self::of_absent_agent(missed),
-            AgentDuty::Track => Self::new(
-                Reason::AgentNoTrack,
-                format!(
-                    "the agent published no audio track within {limit:?} of joining. \
-                     Check that its session starts and that it has audio output."
-                ),
-            ),
+            AgentDuty::Track => {
+                let places = match missed.target.room.max_participants {
+                    1 => {
+                        " If an avatar speaks for it that is no agent, raise room.max_participants."
+                    }
+                    _ => "",
+                };
+                Self::new(
+                    Reason::AgentNoTrack,
+                    format!(
+                        "the agent published no audio track within {limit:?} of joining. \
+                         Check that its session starts and that it has audio output.{places}"
+                    ),
+                )
+            }
             AgentDuty::Speech => {
                 let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
                     Some(_) => "its track carried audio packets, but no speech in them",

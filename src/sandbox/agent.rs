@@ -127,6 +127,7 @@ impl AgentScript {
                 | InjectedFault::SpeaksAtOnce
                 | InjectedFault::Background
                 | InjectedFault::Avatar
+                | InjectedFault::StandardAvatar
                 | InjectedFault::UnknownSource
                 | InjectedFault::Encrypted
                 | InjectedFault::RestartsTrack
@@ -143,6 +144,11 @@ impl AgentScript {
 
     pub(crate) fn has(&self, fault: &InjectedFault) -> bool {
         self.faults.has(fault)
+    }
+
+    /// The participant that should speak for the agent is not in the room, so nothing is published.
+    pub(crate) fn speaks_by_missing_avatar(&mut self) {
+        self.track = TrackBehaviour::None;
     }
 }
 

@@ -54,6 +54,8 @@ pub enum InjectedFault {
     UnknownSource,
     /// Its tracks are announced as end-to-end encrypted.
     Encrypted,
+    /// Such a participant speaks on its behalf, but joins as an ordinary one. A full room turns it away.
+    StandardAvatar,
     /// It greets on one track and answers on another.
     RestartsTrack,
     /// Its workers register as this deployment.
@@ -154,6 +156,7 @@ The agent:
   speaks_at_once           speaks before anyone has subscribed
   background               plays sound on a second track all the time
   avatar                   another participant speaks on its behalf
+  standard_avatar          the same, but a full room turns that participant away
   unknown_source           publishes its voice without a source
   encrypted                publishes end-to-end encrypted audio
   restarts_track           greets on one track and answers on another
@@ -255,6 +258,7 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "speaks_at_once" => plain(InjectedFault::SpeaksAtOnce),
         "background" => plain(InjectedFault::Background),
         "avatar" => plain(InjectedFault::Avatar),
+        "standard_avatar" => plain(InjectedFault::StandardAvatar),
         "unknown_source" => plain(InjectedFault::UnknownSource),
         "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
@@ -374,6 +378,7 @@ impl fmt::Display for InjectedFault {
             Self::SpeaksAtOnce => f.write_str("speaks_at_once"),
             Self::Background => f.write_str("background"),
             Self::Avatar => f.write_str("avatar"),
+            Self::StandardAvatar => f.write_str("standard_avatar"),
             Self::UnknownSource => f.write_str("unknown_source"),
             Self::Encrypted => f.write_str("encrypted"),
             Self::RestartsTrack => f.write_str("restarts_track"),
@@ -509,6 +514,7 @@ mod tests {
             "speaks_at_once",
             "background",
             "avatar",
+            "standard_avatar",
             "unknown_source",
             "encrypted",
             "restarts_track",

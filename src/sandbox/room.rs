@@ -749,10 +749,7 @@ impl RoomActor {
         if let Some(twin) = twin {
             self.remove(twin, Some(proto::DisconnectReason::DuplicateIdentity), now);
         }
-        let limit = match self.info.max_participants {
-            0 => MAX_PARTICIPANTS,
-            limit => usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS),
-        };
+        let limit = self.max_people();
         let is_agent = newcomer.kind == proto::participant_info::Kind::Agent;
         if (!is_agent && self.people() >= limit) || self.participants.len() >= MAX_PARTICIPANTS {
             return Err(RoomFull);
@@ -1013,10 +1010,13 @@ impl RoomActor {
     /// Adds an agent whose media is not up yet: it does not hear, and the others do not see it.
     fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
         let info = agent_info(job);
+        let (avatar, turned_away) = self.avatar(&script, &info);
+        let mut script = script;
+        if turned_away {
+            script.speaks_by_missing_avatar();
+        }
         let seat = AgentSeat {
-            avatar: script
-                .has(&InjectedFault::Avatar)
-                .then(|| avatar_of(&info, &self.info.name)),
+            avatar,
             info,
             agent: DemoAgent::new(script, Arc::clone(&self.shared.voice), now),
             dispatch_id: job.dispatch_id.clone(),
@@ -1026,6 +1026,36 @@ impl RoomActor {
             background: None,
         };
         self.seats.push(seat);
+    }
+
+    /// The participant that speaks for an agent with this script, and whether the room turned it away.
+    fn avatar(
+        &self,
+        script: &AgentScript,
+        agent: &proto::ParticipantInfo,
+    ) -> (Option<proto::ParticipantInfo>, bool) {
+        let avatar = || avatar_of(agent, &self.info.name);
+        if script.has(&InjectedFault::Avatar) {
+            return (Some(avatar()), false);
+        }
+        if !script.has(&InjectedFault::StandardAvatar) {
+            return (None, false);
+        }
+        if self.people() >= self.max_people() {
+            return (None, true);
+        }
+        let standard = proto::ParticipantInfo {
+            kind: proto::participant_info::Kind::Standard.into(),
+            ..avatar()
+        };
+        (Some(standard), false)
+    }
+
+    fn max_people(&self) -> usize {
+        match self.info.max_participants {
+            0 => MAX_PARTICIPANTS,
+            limit => usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS),
+        }
     }
 
     fn close(&mut self, reason: proto::DisconnectReason) {

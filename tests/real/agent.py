@@ -271,12 +271,16 @@ async def speak_by_avatar(job: Job) -> None:
     token = (
         api.AccessToken()
         .with_identity(f"avatar-{job.room}")
-        .with_kind("agent")
+        .with_kind(job.order.get("kind", "agent"))
         .with_grants(api.VideoGrants(room_join=True, room=job.room))
         .with_attributes({"lk.publish_on_behalf": job.ctx.room.local_participant.identity})
     )
     job.avatar = rtc.Room()
-    await job.avatar.connect(os.environ["LIVEKIT_URL"], token.to_jwt())
+    try:
+        await job.avatar.connect(os.environ["LIVEKIT_URL"], token.to_jwt())
+    except rtc.ConnectError as error:
+        report(job.room, "turned_away", error=str(error))
+        return
     publication = await job.publish(queue_ms=1000, room=job.avatar)
     await publication.wait_for_subscription()
     await job.utter()

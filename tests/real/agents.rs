@@ -232,6 +232,27 @@ pub(crate) fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<S
     Ok(format!("ok, join {}, echo heard", join_delays(&batch)?))
 }
 
+pub(crate) fn avatar_that_is_no_agent_needs_a_place_in_the_room(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::speaks_by_standard_avatar())?;
+    let full = settings.run()?;
+    let full = expect(fixture, &full, 1, &["agent_no_track"])?;
+    expect_gone(stack, &full)?;
+    let probe = full.only_probe()?;
+    let hints = probe.detail().contains("room.max_participants");
+    ensure!(hints, "{probe:?}");
+
+    let batch = settings.set("room.max_participants", 2).run()?;
+    let batch = expect_ok(fixture, stack, &batch, 1)?;
+    let probe = batch.only_probe()?;
+    let mut others = probe.evidence.participants.iter();
+    let avatar = others.any(|line| line.starts_with("avatar-") && line.contains("(STANDARD"));
+    ensure!(avatar, "{probe:?}");
+    expect_heard(stack, probe)?;
+    Ok("agent_no_track with one place, ok with two".to_owned())
+}
+
 pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::speaks_without_a_source())?;
     let batch = expect_ok(fixture, stack, &settings.run()?, 1)?;

@@ -24,6 +24,7 @@ use crate::agents::{
     agent_that_may_leave_and_closes_its_session_is_ok,
     agent_that_may_leave_and_deletes_the_room_is_ok, agent_that_restarts_its_track_is_still_heard,
     agent_without_a_track_source_is_heard, avatar_speaks_for_its_agent,
+    avatar_that_is_no_agent_needs_a_place_in_the_room,
     background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
     deployment_of_the_agent_is_dispatched_in_each_mode,
@@ -145,6 +146,7 @@ scenarios! {
     speech_before_the_canary_joins_is_agent_silent: "agent_silent with this explanation, exit 1";
     background_sound_is_not_speech_and_is_not_echoed: "ok, its greeting alone echoed, exit 0";
     background_sound_without_speech_is_agent_silent: "agent_silent, exit 1";
+    avatar_that_is_no_agent_needs_a_place_in_the_room: "agent_no_track in a room for one; ok in a room for two";
     avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0";
     agent_without_a_track_source_is_heard: "ok, noted, exit 0";
     end_to_end_encrypted_agent_is_config_rejected: "config_rejected, nothing heard, exit 2";

@@ -97,6 +97,11 @@ impl Behaviour {
         Self::new("speak_by_avatar", &["no_reply", "avatar"])
     }
 
+    /// The same with an avatar that joins as an ordinary participant, as those of older plugins do.
+    pub fn speaks_by_standard_avatar() -> Self {
+        Self::new("speak_by_avatar", &["no_reply", "standard_avatar"]).with("kind", "standard")
+    }
+
     /// Greets on a track without a source.
     pub fn speaks_without_a_source() -> Self {
         Self::new("speak_without_source", &["no_reply", "unknown_source"])
