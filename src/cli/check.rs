@@ -11,7 +11,10 @@ use crate::config::{
     Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay, Target,
 };
 use crate::livekit::wire::api::ApiError;
+use crate::livekit::wire::token::Keys;
 use crate::livekit::{RoomName, wire};
+use crate::probe::USUAL_HEADER_BYTES;
+use crate::probe::driver::join_token_bytes;
 use crate::telemetry;
 
 /// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's, 451 by a project
@@ -54,6 +57,8 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
             entry(&mut text, key, &value);
         }
         warn(&mut text, &forecast.warnings_of_target(name));
+        let project = &config.projects[&target.project];
+        warn(&mut text, &warning_of_token(target, project)?);
         text.push('\n');
     }
     if config.targets.is_empty() {
@@ -170,6 +175,20 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "deadlines",
         &format!("join {join}, first speech {speech}"),
     );
+}
+
+/// The join token carries metadata and attributes, and is a header of the signal connection's request.
+fn warning_of_token(target: &Target, project: &Project) -> anyhow::Result<Vec<String>> {
+    let keys = Keys::new(&*project.api_key, project.api_secret.clone())?;
+    let random = "x".repeat(19);
+    let room = RoomName(format!("{}{random}", target.room.name_prefix));
+    let bytes = join_token_bytes(target, &keys, &room);
+    let warning = format!(
+        "the join token has {bytes} bytes. Many proxies accept only {USUAL_HEADER_BYTES} bytes of a header, and refuse the signal \
+         connection. Shorten the metadata and the attributes, or set dispatch.mode to \"explicit\" or \"room\""
+    );
+    let too_large = bytes > USUAL_HEADER_BYTES;
+    Ok(Vec::from_iter(too_large.then_some(warning)))
 }
 
 /// Lists a room that does not exist on each project: the request needs valid credentials and changes nothing.

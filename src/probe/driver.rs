@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use livekit_protocol::RoomConfiguration;
+use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -28,7 +29,7 @@ use crate::livekit::wire::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
-use crate::livekit::wire::token::TokenParticipant;
+use crate::livekit::wire::token::{Keys, TokenParticipant};
 
 /// The participant's identity. There is one canary in each room, so it can be the same in all.
 const IDENTITY: &str = "canary-echo";
@@ -165,6 +166,7 @@ impl Driver {
                 // `Input::Start` is handled next, without a wait in between.
                 Utc::now().trunc_subsecs(6),
                 context.agent_known,
+                join_token_bytes(target, &context.api.keys, &room),
             ),
             lease: Some(lease),
             participant: None,
@@ -277,7 +279,8 @@ impl Driver {
     fn carry_out(&mut self, action: Action) {
         match action {
             Action::CreateRoom => {
-                let (api, room) = (self.context.api.clone(), self.new_room());
+                let room = new_room(&self.context.target, &self.room);
+                let api = self.context.api.clone();
                 self.call(async move { Input::Created(api.create_room(&room).await) });
             }
             Action::Join => {
@@ -331,22 +334,13 @@ impl Driver {
 
     fn join_request(&self) -> JoinRequest {
         let target = &self.context.target;
-        let creates = target.dispatch.mode.facts().request.joins_to_create();
-        let participant = &target.participant;
-        let mut attributes = participant.attributes.clone();
-        attributes.insert("canary".to_owned(), "true".to_owned());
         JoinRequest {
             endpoint: self.context.endpoint.clone(),
             keys: self.context.api.keys.clone(),
             room: self.room.clone(),
-            participant: TokenParticipant {
-                identity: IDENTITY.to_owned(),
-                name: participant.name.clone(),
-                metadata: participant.metadata.clone(),
-                attributes,
-            },
+            participant: token_participant(target),
             agent_name: expected_agent(target).map(str::to_owned),
-            room_config: creates.then(|| room_config(self.new_room())),
+            room_config: room_of_token(target, &self.room),
             echo: target.echo.clone(),
             speech: target.speech.clone(),
             signal_timeout: target.deadlines.signal,
@@ -354,18 +348,43 @@ impl Driver {
             transcript: target.transcript,
         }
     }
+}
 
-    fn new_room(&self) -> NewRoom {
-        let room = &self.context.target.room;
-        NewRoom {
-            name: self.room.clone(),
-            metadata: room.metadata.clone(),
-            // It counts until the first participant has joined, so it must exceed the time for that.
-            empty_timeout: self.context.target.deadlines.signal + EMPTY_MARGIN,
-            departure_timeout: DEPARTURE_TIMEOUT,
-            max_participants: room.max_participants,
-            agents: agents(&self.context.target),
-        }
+/// The size of the token with which the canary joins this room, in bytes. The token is a header of the signal connection's
+/// request.
+pub fn join_token_bytes(target: &Target, keys: &Keys, room: &RoomName) -> usize {
+    let config = room_of_token(target, room);
+    let token = keys.participant(room, &token_participant(target), config.as_ref());
+    token.map_or(0, |token| token.expose_secret().len())
+}
+
+fn token_participant(target: &Target) -> TokenParticipant {
+    let participant = &target.participant;
+    let mut attributes = participant.attributes.clone();
+    attributes.insert("canary".to_owned(), "true".to_owned());
+    TokenParticipant {
+        identity: IDENTITY.to_owned(),
+        name: participant.name.clone(),
+        metadata: participant.metadata.clone(),
+        attributes,
+    }
+}
+
+/// The room's settings for the token, if joining creates the room.
+fn room_of_token(target: &Target, room: &RoomName) -> Option<RoomConfiguration> {
+    let creates = target.dispatch.mode.facts().request.joins_to_create();
+    creates.then(|| room_config(new_room(target, room)))
+}
+
+fn new_room(target: &Target, room: &RoomName) -> NewRoom {
+    NewRoom {
+        name: room.clone(),
+        metadata: target.room.metadata.clone(),
+        // It counts until the first participant has joined, so it must exceed the time for that.
+        empty_timeout: target.deadlines.signal + EMPTY_MARGIN,
+        departure_timeout: DEPARTURE_TIMEOUT,
+        max_participants: target.room.max_participants,
+        agents: agents(target),
     }
 }
 
@@ -391,7 +410,10 @@ fn agents(target: &Target) -> Vec<NamedAgent> {
 
 /// Whether LiveKit refused the request before it did anything: no conflict, timeout or fault of the server.
 fn is_final(refusal: &HttpRejection) -> bool {
-    matches!(refusal.status, 400 | 401 | 403 | 404 | 429 | REGION_PIN)
+    matches!(
+        refusal.status,
+        400 | 401 | 403 | 404 | 413 | 414 | 429 | 431 | REGION_PIN
+    )
 }
 
 /// The same settings for the token: the server applies them when the canary's join creates the room.

@@ -114,6 +114,8 @@ pub(super) struct ProbeMachine {
     target: Arc<Target>,
     /// See [`Context::agent_known`](super::driver::Context::agent_known).
     agent_known: bool,
+    /// The size of the token that the canary joins with.
+    token_bytes: usize,
     phase: Phase,
     /// Final once set; the report's own outcome is a placeholder until then.
     outcome: Option<Outcome>,
@@ -152,10 +154,12 @@ impl ProbeMachine {
         position: Position,
         started_at: DateTime<Utc>,
         agent_known: bool,
+        token_bytes: usize,
     ) -> Self {
         let outcome = Outcome::Failed(Failure::unfinished());
         Self {
             agent_known,
+            token_bytes,
             phase: Phase::Idle,
             outcome: None,
             creating: false,

@@ -19,6 +19,9 @@ use crate::livekit::wire::signal::SignalError;
 /// Characters of a server's text that a `detail` quotes at most; the evidence holds more.
 const MAX_QUOTE: usize = 200;
 
+/// What many proxies and load balancers accept of a request's headers by default, in bytes.
+pub const USUAL_HEADER_BYTES: usize = 8 * 1024;
+
 /// What LiveKit Cloud answers to a call of the server API in a region that the project is not pinned to. Upstream's mock
 /// mirrors it (`regionPinStatus` in livekit-server's `cmd/test-server/config.go`).
 pub(super) const REGION_PIN: u16 = 451;
@@ -288,6 +291,28 @@ impl Failure {
                 ),
             ),
         }
+    }
+
+    /// `self`, or the size of the join token that explains it: the token is a header of the request.
+    pub(super) fn or_large_token(self, bytes: usize, evidence: &Evidence) -> Self {
+        if self.reason != Reason::SignalFailed || bytes <= USUAL_HEADER_BYTES {
+            return self;
+        }
+        // 494 is nginx's own status for a header that is too large; it sends 400 instead. haproxy sends 400, too.
+        let refused = matches!(evidence.http_status, Some(400 | 413 | 414 | 431 | 494));
+        let reason = if refused {
+            Reason::ConfigRejected
+        } else {
+            self.reason
+        };
+        Self::new(
+            reason,
+            format!(
+                "{} The join token has {bytes} bytes, and many proxies accept only {USUAL_HEADER_BYTES} bytes of a header. Shorten \
+                 the metadata and the attributes that it carries, or set dispatch.mode to \"explicit\" or \"room\".",
+                self.detail
+            ),
+        )
     }
 
     fn of_leave_before_join(reason: &str, evidence: &mut Evidence) -> Self {

@@ -8,6 +8,7 @@ use anyhow::{Context as _, ensure};
 use livekit_protocol::ParticipantUpdate;
 use rustix::process::Signal;
 use support::behaviour::Behaviour;
+use support::canary::Canary;
 use support::gate::{Gate, Hold};
 use support::settings::Settings;
 use support::signal_proxy::{SignalMessage, SignalProxy};
@@ -18,6 +19,7 @@ use crate::fixture::{
     Fixture, expect, expect_faulty, expect_gone, expect_heard, expect_no_agent, expect_ok,
     join_delays, wait_for_job, wait_for_two_greetings,
 };
+use crate::proxy::Interceptor;
 
 /// How long the agent of this room heard its own tone, in seconds.
 fn heard(stack: &Stack, room: &str) -> anyhow::Result<f64> {
@@ -407,6 +409,28 @@ pub(crate) fn deployment_of_the_agent_is_dispatched_in_each_mode(
         .contains("\"no-such-deployment\" (LIVEKIT_AGENT_DEPLOYMENT)");
     ensure!(named, "{probe:?}");
     Ok(format!("3 ok, join {joins:?}; without it, no agent"))
+}
+
+/// haproxy accepts 15 KiB of headers by default, and livekit-server 1 MiB.
+pub(crate) fn join_token_that_a_proxy_refuses_is_named_by_its_size(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let filler = "x".repeat(20_000);
+    let (stack, settings) = fixture.call(&Behaviour::greets().with("filler", filler))?;
+    let settings = settings.set("dispatch.mode", "token");
+    let direct = settings.run()?;
+    expect_ok(fixture, stack, &direct, 1)?;
+    let proxy = Interceptor::start(stack, "")?;
+    let settings = settings.project("url", proxy.url.as_str());
+    let batch = expect(fixture, &settings.run()?, 2, &["config_rejected"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    ensure!(probe.detail().contains("The join token has 2"), "{probe:?}");
+
+    let checked = Canary::new(["check"]).config(&settings.text())?.run()?;
+    let warned = checked.stdout.contains("warning: the join token has 2");
+    ensure!(checked.code == Some(0) && warned, "{}", checked.output());
+    Ok(probe.detail().to_owned())
 }
 
 // --- what other clients do to the call ---

@@ -29,6 +29,7 @@ use crate::agents::{
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
     deployment_of_the_agent_is_dispatched_in_each_mode,
     end_to_end_encrypted_agent_is_config_rejected, identity_taken_by_another_client_is_removed,
+    join_token_that_a_proxy_refuses_is_named_by_its_size,
     restarted_server_is_signal_lost_and_the_next_batch_is_ok,
     revoked_publish_permission_is_removed, revoked_subscribe_permission_is_removed,
     server_without_auto_create_accepts_every_dispatch,
@@ -189,6 +190,7 @@ scenarios! {
     revoked_publish_permission_is_removed: "removed, exit 4", real only: NO_PERMISSIONS;
     server_without_auto_create_accepts_every_dispatch: "4 dispatch_unanswered, exit 1", real only: NO_SETTINGS;
     killed_server_is_signal_lost_at_once: "signal_lost within 3 s, exit 4", load: 2;
+    join_token_that_a_proxy_refuses_is_named_by_its_size: "ok without a proxy; config_rejected, size named, exit 2";
     wrong_secret_is_auth_rejected: "auth_rejected, exit 2";
     unknown_host_is_unreachable: "unreachable, exit 4";
     closed_port_is_unreachable: "unreachable, exit 4";

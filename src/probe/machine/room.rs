@@ -305,6 +305,11 @@ impl ProbeMachine {
         let timeline = &self.report.timeline;
         let joined = timeline.get(Milestone::SignalConnected).is_some();
         let failure = Failure::of_end(reason, joined, &mut self.report.evidence);
+        let failure = if joined {
+            failure
+        } else {
+            failure.or_large_token(self.token_bytes, &self.report.evidence)
+        };
         if let Phase::FinalCheck { duty, .. } = self.phase
             && !matches!(failure.reason, Reason::SignalLost | Reason::MediaFailed)
         {

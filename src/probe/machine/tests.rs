@@ -96,6 +96,7 @@ impl MachineScript {
             Position::First,
             Utc::now(),
             agent_known,
+            700,
         );
         let script = Self {
             machine,

@@ -282,3 +282,24 @@ fn details_state_what_happened_and_what_to_check() {
         .map(|failure| format!("{}: {}", failure.reason.label(), failure.detail));
     insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
 }
+
+#[test]
+fn large_token_explains_a_refused_join_by_its_size() {
+    let of = |status, bytes| {
+        let error = SignalError::Refused(rejection(status, None, "too large"));
+        let mut evidence = Evidence::default();
+        let failure = Failure::of_join(&error, &mut evidence);
+        failure.or_large_token(bytes, &evidence)
+    };
+    for status in [400, 413, 414, 431, 494] {
+        let failure = of(status, 27_000);
+        assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+        assert!(failure.detail.contains("27000 bytes"), "{failure:?}");
+        assert_eq!(of(status, 700).reason, Reason::SignalFailed, "{status}");
+    }
+    // A proxy may also hide its own refusal.
+    let hidden = of(502, 27_000);
+    assert_eq!(hidden.reason, Reason::SignalFailed);
+    assert!(hidden.detail.contains("27000 bytes"), "{hidden:?}");
+    assert_eq!(of(401, 27_000).reason, Reason::AuthRejected);
+}
