@@ -52,6 +52,11 @@ pub(crate) enum RoomEventKind {
     AgentEncrypted(&'static str),
     /// A participant other than the canary published a track, or changed it.
     TrackChanged(RemoteTrackInfo),
+    /// LiveKit could not subscribe the canary to this track.
+    SubscriptionFailed {
+        track_sid: String,
+        error: &'static str,
+    },
     /// The first RTP packet of the agent's audio.
     AgentFirstAudio,
     /// The agent began to speak; `at` is the arrival of the utterance's first frame.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{SubsecRound as _, Utc};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use livekit_protocol::RoomConfiguration;
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Action, Input, ProbeMachine};
+use super::machine::{Action, Input, ListedRoom, ProbeMachine};
 use super::verdict::{REGION_PIN, expected_agent};
 use super::{Position, ProbeEvent, ProbeReport};
 use crate::config::{DispatchRequest, Project, Target};
@@ -288,9 +288,17 @@ impl Driver {
                 self.participant = Some(engine::join(self.context.target.engine, request));
             }
             Action::Dispatch => self.dispatch(),
-            Action::ListDispatch => {
+            Action::ListRoom { participants } => {
                 let (api, room) = (self.context.api.clone(), self.room.clone());
-                self.call(async move { Input::Listed(api.list_dispatch(&room).await) });
+                self.call(async move {
+                    let asked = participants.then(|| api.list_participants(&room));
+                    let (dispatches, participants) =
+                        tokio::join!(api.list_dispatch(&room), OptionFuture::from(asked));
+                    Input::Listed(ListedRoom {
+                        dispatches,
+                        participants,
+                    })
+                });
             }
             Action::RecordDispatch(id) => {
                 if let Some(lease) = &mut self.lease {

@@ -19,7 +19,7 @@ use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
 use crate::livekit::event::{RemoteTrackInfo, RoomEvent};
-use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
+use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, ParticipantBrief, RoomInfo};
 
 mod deadlines;
 mod room;
@@ -36,7 +36,7 @@ pub(super) enum Input {
     Start,
     Created(Call<RoomInfo>),
     Dispatched(Call<String>),
-    Listed(Call<Vec<DispatchInfo>>),
+    Listed(ListedRoom),
     Room(RoomEvent),
     /// `None` keeps the room open.
     HoldUntil(Option<Instant>),
@@ -47,13 +47,24 @@ pub(super) enum Input {
     Deleted(Deletion),
 }
 
+/// What the server API shows of the room.
+#[derive(Debug)]
+pub(super) struct ListedRoom {
+    pub(super) dispatches: Call<Vec<DispatchInfo>>,
+    /// `None` if they were not asked for.
+    pub(super) participants: Option<Call<Vec<ParticipantBrief>>>,
+}
+
 /// What the driver carries out.
 #[derive(Debug)]
 pub(super) enum Action {
     CreateRoom,
     Join,
     Dispatch,
-    ListDispatch,
+    /// `ListDispatch`, and `ListParticipants` if no agent was seen.
+    ListRoom {
+        participants: bool,
+    },
     /// The id of the dispatch, for the clean-up of its jobs.
     RecordDispatch(String),
     /// Whether every agent seen in the room, in time or late, has its connection up.
@@ -138,6 +149,8 @@ pub(super) struct ProbeMachine {
     strays: Vec<String>,
     /// The tracks of other participants, in the order in which they were seen.
     tracks: Vec<RemoteTrackInfo>,
+    /// The ids of tracks to which LiveKit could not subscribe the canary, and its errors.
+    failed_subscriptions: Vec<(String, &'static str)>,
     /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
@@ -174,6 +187,7 @@ impl ProbeMachine {
             has_duplicate: false,
             strays: Vec::new(),
             tracks: Vec::new(),
+            failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
             transcript: Transcript::default(),
@@ -189,7 +203,7 @@ impl ProbeMachine {
             Input::Start => self.start(now),
             Input::Created(call) => self.created(call, now),
             Input::Dispatched(call) => self.dispatched(call, now),
-            Input::Listed(call) => self.listed(call, now),
+            Input::Listed(listed) => self.listed(listed, now),
             Input::Room(event) => {
                 // Expire deadlines that are earlier than this event's timestamp before applying it: a late read of either
                 // must not change the verdict.
@@ -328,14 +342,23 @@ impl ProbeMachine {
         }
     }
 
-    fn listed(&mut self, call: Call<Vec<DispatchInfo>>, now: Instant) {
+    fn listed(&mut self, listed: ListedRoom, now: Instant) {
         let Phase::FinalCheck { duty, .. } = self.phase else {
             return;
         };
-        match call.result {
+        let participants = listed.participants.and_then(|call| call.result.ok());
+        match listed.dispatches.result {
             Ok(dispatches) => {
                 let lines = dispatches.iter().take(MAX_ENTRIES).map(dispatch_line);
                 self.report.evidence.dispatches = Some(lines.collect());
+                let participants = participants.unwrap_or_default();
+                if let Some(identity) = self.hidden_agent(&participants, &dispatches) {
+                    // LiveKit bills its session like that of any other agent.
+                    self.report.other_agents += 1;
+                    self.record_participant(&identity, "AGENT, hidden", None);
+                    let failure = Failure::of_hidden_agent(&identity, &mut self.report.evidence);
+                    return self.fail(failure, now);
+                }
                 let listing = self.listing(&dispatches);
                 self.blame_agent(duty, &listing, now);
             }
@@ -353,13 +376,31 @@ impl ProbeMachine {
         }
     }
 
+    /// The identity of the target's agent, if it is in the room and LiveKit hides it from the canary.
+    fn hidden_agent(
+        &self,
+        participants: &[ParticipantBrief],
+        dispatches: &[DispatchInfo],
+    ) -> Option<String> {
+        let wanted = expected_agent(&self.target);
+        let names = ["lk.agent_name", "lk.agent.name"];
+        let is_ours = |one: &&ParticipantBrief| {
+            let mut own = own_dispatches(wanted, dispatches).flat_map(|dispatch| &dispatch.jobs);
+            let attributes = &one.attributes;
+            wanted.is_none_or(|wanted| {
+                let named = |key: &&str| attributes.get(*key).is_some_and(|name| name == wanted);
+                names.iter().any(named) || own.any(|job| job.identity == one.identity)
+            })
+        };
+        let mut hidden = participants
+            .iter()
+            .filter(|one| one.hidden && one.kind == "AGENT");
+        Some(hidden.find(is_ours)?.identity.clone())
+    }
+
     /// What these dispatches show of the target's agent.
     fn listing(&self, dispatches: &[DispatchInfo]) -> DispatchListing {
-        let wanted = expected_agent(&self.target);
-        let mut own = dispatches
-            .iter()
-            .filter(|dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
-            .peekable();
+        let mut own = own_dispatches(expected_agent(&self.target), dispatches).peekable();
         if own.peek().is_none() {
             return DispatchListing::NoDispatch;
         }
@@ -421,6 +462,17 @@ impl ProbeMachine {
         self.report.timeline.get(Milestone::AgentSpoke).is_some()
     }
 
+    /// Why LiveKit could not subscribe the canary to audio that the agent publishes.
+    fn failed_subscription(&self) -> Option<(String, &'static str)> {
+        let is_audio = |sid: &str| {
+            let mut tracks = self.tracks.iter();
+            tracks.any(|track| track.sid == sid && track.kind == "AUDIO")
+        };
+        let mut failed = self.failed_subscriptions.iter();
+        let (sid, error) = failed.find(|(sid, _)| is_audio(sid))?;
+        Some((sid.clone(), *error))
+    }
+
     /// The verdict on an agent that missed the deadline of this duty.
     fn blame_agent(&mut self, duty: AgentDuty, listing: &DispatchListing, now: Instant) {
         let missed = MissedDuty {
@@ -430,6 +482,7 @@ impl ProbeMachine {
             target: &self.target,
             agent_known: self.agent_known,
             strays: &self.strays,
+            subscription: self.failed_subscription(),
         };
         let failure = Failure::of_agent(&missed, &mut self.report);
         self.fail(failure, now);
@@ -516,6 +569,15 @@ impl ProbeMachine {
             None => String::new(),
         }
     }
+}
+
+/// The dispatches of the agent with this name; all of them if any agent counts.
+fn own_dispatches<'a>(
+    wanted: Option<&'a str>,
+    dispatches: &'a [DispatchInfo],
+) -> impl Iterator<Item = &'a DispatchInfo> {
+    let all = dispatches.iter();
+    all.filter(move |dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
 }
 
 /// Whether a failed call proves that the room's server is alive. A proxy answers 502 to 504, and so does a node that waits

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use livekit_protocol::DisconnectReason;
+use livekit_protocol::{DisconnectReason, SubscriptionError};
 
 use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
@@ -102,6 +102,8 @@ pub(super) struct MissedDuty<'a> {
     pub(super) agent_known: bool,
     /// Names of other agents that joined, quoted.
     pub(super) strays: &'a [String],
+    /// A track of the agent's audio to which LiveKit could not subscribe the canary, and its error.
+    pub(super) subscription: Option<(String, &'static str)>,
 }
 
 /// When in its call an agent left.
@@ -493,21 +495,7 @@ impl Failure {
         report.evidence.record_deadline(missed.duty.step(), limit);
         match missed.duty {
             AgentDuty::Join => Self::of_absent_agent(missed),
-            AgentDuty::Track => {
-                let places = match missed.target.room.max_participants {
-                    1 => {
-                        " If an avatar speaks for it that is no agent, raise room.max_participants."
-                    }
-                    _ => "",
-                };
-                Self::new(
-                    Reason::AgentNoTrack,
-                    format!(
-                        "the agent published no audio track within {limit:?} of joining. \
-                         Check that its session starts and that it has audio output.{places}"
-                    ),
-                )
-            }
+            AgentDuty::Track => Self::of_missing_track(missed),
             AgentDuty::Speech => {
                 let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
                     Some(_) => "its track carried audio packets, but no speech in them",
@@ -541,6 +529,56 @@ impl Failure {
                 ),
             ),
         }
+    }
+
+    fn of_missing_track(missed: &MissedDuty<'_>) -> Self {
+        let limit = missed.limit;
+        if let Some((track, error)) = &missed.subscription {
+            return Self::of_failed_subscription(track, error, limit);
+        }
+        let places = match missed.target.room.max_participants {
+            1 => " If an avatar speaks for it that is no agent, raise room.max_participants.",
+            _ => "",
+        };
+        Self::new(
+            Reason::AgentNoTrack,
+            format!(
+                "the agent published no audio track within {limit:?} of joining. \
+                 Check that its session starts and that it has audio output.{places}"
+            ),
+        )
+    }
+
+    /// The agent published audio, but LiveKit could not subscribe the canary to it.
+    fn of_failed_subscription(track: &str, error: &str, limit: Duration) -> Self {
+        let what = format!(
+            "the agent's audio did not arrive within {limit:?} of joining: LiveKit could not subscribe the canary to track {track} \
+             ({error})."
+        );
+        if error == SubscriptionError::SeCodecUnsupported.as_str_name() {
+            return Self::new(
+                Reason::ConfigRejected,
+                format!(
+                    "{what} The canary receives Opus. Have the agent publish Opus, and check the server's enabled_codecs."
+                ),
+            );
+        }
+        Self::new(
+            Reason::AgentNoTrack,
+            format!("{what} Check whether the agent withdrew the track, and LiveKit's log."),
+        )
+    }
+
+    /// The agent is in the room, but LiveKit shows it only to the server API.
+    pub(super) fn of_hidden_agent(identity: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent_join");
+        Self::new(
+            Reason::AgentNoTrack,
+            format!(
+                "the agent ({identity}) joined as a hidden participant, so no caller can see or hear it. Check the permissions \
+                 of its worker (hidden)."
+            ),
+        )
     }
 
     fn of_absent_agent(missed: &MissedDuty<'_>) -> Self {

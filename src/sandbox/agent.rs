@@ -128,6 +128,7 @@ impl AgentScript {
                 | InjectedFault::Background
                 | InjectedFault::Avatar
                 | InjectedFault::StandardAvatar
+                | InjectedFault::Hidden
                 | InjectedFault::UnknownSource
                 | InjectedFault::Encrypted
                 | InjectedFault::RestartsTrack

@@ -50,6 +50,8 @@ pub enum InjectedFault {
     Background,
     /// It publishes no voice: another participant speaks on its behalf.
     Avatar,
+    /// It is a hidden participant: only the server API shows it.
+    Hidden,
     /// It publishes its voice without a source.
     UnknownSource,
     /// Its tracks are announced as end-to-end encrypted.
@@ -157,6 +159,7 @@ The agent:
   background               plays sound on a second track all the time
   avatar                   another participant speaks on its behalf
   standard_avatar          the same, but a full room turns that participant away
+  hidden                   joins as a hidden participant
   unknown_source           publishes its voice without a source
   encrypted                publishes end-to-end encrypted audio
   restarts_track           greets on one track and answers on another
@@ -259,6 +262,7 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "background" => plain(InjectedFault::Background),
         "avatar" => plain(InjectedFault::Avatar),
         "standard_avatar" => plain(InjectedFault::StandardAvatar),
+        "hidden" => plain(InjectedFault::Hidden),
         "unknown_source" => plain(InjectedFault::UnknownSource),
         "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
@@ -379,6 +383,7 @@ impl fmt::Display for InjectedFault {
             Self::Background => f.write_str("background"),
             Self::Avatar => f.write_str("avatar"),
             Self::StandardAvatar => f.write_str("standard_avatar"),
+            Self::Hidden => f.write_str("hidden"),
             Self::UnknownSource => f.write_str("unknown_source"),
             Self::Encrypted => f.write_str("encrypted"),
             Self::RestartsTrack => f.write_str("restarts_track"),
@@ -515,6 +520,7 @@ mod tests {
             "background",
             "avatar",
             "standard_avatar",
+            "hidden",
             "unknown_source",
             "encrypted",
             "restarts_track",

@@ -476,7 +476,7 @@ impl RoomActor {
         let seat = &mut self.seats[at];
         match act {
             AgentAction::Appear => {
-                seat.visible = true;
+                seat.visible = !self.faults.has(&InjectedFault::Hidden);
                 for info in seat.people_mut() {
                     info.state = proto::participant_info::State::Active.into();
                 }
@@ -740,6 +740,12 @@ impl RoomActor {
             .collect()
     }
 
+    fn visible_participants(&self) -> Vec<proto::ParticipantInfo> {
+        let mut all = self.all_participants();
+        all.retain(|info| info.permission.as_ref().is_none_or(|it| !it.hidden));
+        all
+    }
+
     fn join(&mut self, newcomer: &Newcomer, now: Instant) -> Result<JoinedClient, RoomFull> {
         let twin = self
             .participants
@@ -793,7 +799,7 @@ impl RoomActor {
         proto::JoinResponse {
             room: Some(self.info()),
             participant: Some(info.clone()),
-            other_participants: self.all_participants(),
+            other_participants: self.visible_participants(),
             server_version: SERVER_VERSION.to_owned(),
             subscriber_primary: true,
             ping_timeout: 15,
@@ -1009,7 +1015,10 @@ impl RoomActor {
 
     /// Adds an agent whose media is not up yet: it does not hear, and the others do not see it.
     fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
-        let info = agent_info(job);
+        let mut info = agent_info(job);
+        if let Some(permission) = &mut info.permission {
+            permission.hidden = script.has(&InjectedFault::Hidden);
+        }
         let (avatar, turned_away) = self.avatar(&script, &info);
         let mut script = script;
         if turned_away {

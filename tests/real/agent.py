@@ -7,6 +7,8 @@ the settings of that behaviour. Each job writes its events to the file REPORT: o
   LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET   the server
   AGENT_NAME      the name to register; if it is empty, LiveKit sends the worker to every new room
   AGENT_LOAD      the load to report, 0 to 1 (a server sends no job to a worker above 0.7)
+  AGENT_HIDDEN    if it is set, jobs join as hidden participants
+  LIVEKIT_AGENT_DEPLOYMENT  the deployment to register
   REPORT          the path of the report
 """
 
@@ -24,8 +26,9 @@ from livekit.agents import (
     AgentStateChangedEvent,
     BackgroundAudioPlayer,
     JobContext,
-    RoomOptions,
+    WorkerPermissions,
 )
+from livekit.agents.voice.room_io import RoomOptions
 
 from models import Llm, Stt, Tts
 from tones import FRAME_MS, is_audible, is_tone, signal_of, silence_after, tone, tone_of
@@ -374,6 +377,7 @@ async def main() -> None:
         initialize_process_timeout=60,
         load_fnc=claimed_load,
         load_threshold=0.7,
+        permissions=WorkerPermissions(hidden=bool(os.environ.get("AGENT_HIDDEN"))),
         host="127.0.0.1",
         port=0,
         preload_modules=["numpy"],

@@ -5,7 +5,8 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use livekit_protocol::ParticipantUpdate;
+use livekit_protocol::participant_info::Kind;
+use livekit_protocol::{ParticipantUpdate, SubscriptionError, SubscriptionResponse};
 use rustix::process::Signal;
 use support::behaviour::Behaviour;
 use support::canary::Canary;
@@ -314,6 +315,72 @@ pub(crate) fn agent_that_restarts_its_track_is_still_heard(
     Ok(format!(
         "ok, reply after {reply:.3} s, echoes of {echoes:.2?} s"
     ))
+}
+
+/// LiveKit reports that it could not subscribe the canary to the agent's track, and sends no audio.
+fn expect_failed_subscription(
+    fixture: &Fixture,
+    error: SubscriptionError,
+    code: i32,
+    reason: &str,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::sends_no_packets())?;
+    let proxy = SignalProxy::before(stack.address(), move |message| {
+        let SignalMessage::Update(update) = &message else {
+            // An offer would name the track.
+            let is_offer =
+                matches!(&message, SignalMessage::Offer(offer) if offer.sdp.contains("m=audio"));
+            return if is_offer { Vec::new() } else { vec![message] };
+        };
+        let agents = update
+            .participants
+            .iter()
+            .filter(|one| one.kind() == Kind::Agent);
+        let tracks = agents.flat_map(|agent| &agent.tracks);
+        let failed = tracks.map(|track| {
+            SignalMessage::SubscriptionResponse(SubscriptionResponse {
+                track_sid: track.sid.clone(),
+                err: error.into(),
+            })
+        });
+        let failed: Vec<_> = failed.collect();
+        std::iter::once(message).chain(failed).collect()
+    })?;
+    let settings = settings.project("url", proxy.url());
+    let batch = expect(fixture, &settings.run()?, code, &[reason])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let named = probe.detail().contains(error.as_str_name());
+    ensure!(named, "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
+pub(crate) fn codec_that_the_canary_lacks_is_config_rejected(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let error = SubscriptionError::SeCodecUnsupported;
+    expect_failed_subscription(fixture, error, 2, "config_rejected")
+}
+
+pub(crate) fn track_that_livekit_does_not_find_is_named(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let error = SubscriptionError::SeTrackNotfound;
+    expect_failed_subscription(fixture, error, 1, "agent_no_track")
+}
+
+pub(crate) fn hidden_agent_is_named(fixture: &Fixture) -> anyhow::Result<String> {
+    let agents = [Agent::named(AGENT).hidden()];
+    let behaviour = Behaviour::greets().fault("hidden");
+    let stack = fixture.own_stack(&agents, &behaviour)?;
+    let settings = Settings::new(stack).behaviour(&behaviour);
+    let batch = settings.set("deadlines.join", "6s").run()?;
+    let batch = expect(fixture, &batch, 1, &["agent_no_track"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let says_so = probe.detail().contains("joined as a hidden participant");
+    ensure!(says_so && probe.join_delay_seconds.is_none(), "{probe:?}");
+    Ok(probe.detail().to_owned())
 }
 
 // --- how the agent joins ---

@@ -27,15 +27,17 @@ use crate::agents::{
     avatar_that_is_no_agent_needs_a_place_in_the_room,
     background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
+    codec_that_the_canary_lacks_is_config_rejected,
     deployment_of_the_agent_is_dispatched_in_each_mode,
-    end_to_end_encrypted_agent_is_config_rejected, identity_taken_by_another_client_is_removed,
+    end_to_end_encrypted_agent_is_config_rejected, hidden_agent_is_named,
+    identity_taken_by_another_client_is_removed,
     join_token_that_a_proxy_refuses_is_named_by_its_size,
     restarted_server_is_signal_lost_and_the_next_batch_is_ok,
     revoked_publish_permission_is_removed, revoked_subscribe_permission_is_removed,
     server_without_auto_create_accepts_every_dispatch,
     speech_before_the_canary_joins_is_agent_silent,
     speech_before_the_subscription_counts_from_its_first_audio,
-    stray_agent_is_evidence_but_never_the_agent,
+    stray_agent_is_evidence_but_never_the_agent, track_that_livekit_does_not_find_is_named,
 };
 use crate::daemon::{
     killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms,
@@ -162,6 +164,9 @@ scenarios! {
     agent_that_may_leave_after_speech_is_ok: "ok, exit 0";
     agent_that_may_leave_and_deletes_the_room_is_ok: "removed if it may not; else ok, noted";
     agent_that_may_leave_and_closes_its_session_is_ok: "removed if it may not; else ok, noted";
+    codec_that_the_canary_lacks_is_config_rejected: "config_rejected, the error named, exit 2";
+    track_that_livekit_does_not_find_is_named: "agent_no_track, the error named, exit 1";
+    hidden_agent_is_named: "agent_no_track, hidden, exit 1", load: 2;
     second_agent_is_agent_duplicate: "agent_duplicate, exit 1";
     pypi_client_hears_the_agent_and_is_heard: "greeting heard, 2 s of tone heard, reply heard";
     agent_that_replies_has_a_reply_delay: "ok with a reply delay, exit 0";

@@ -57,6 +57,8 @@ pub struct Agent {
     pub load: f32,
     /// The deployment as which it registers; empty if it has none.
     pub deployment: &'static str,
+    /// Its jobs join as hidden participants.
+    pub hidden: bool,
 }
 
 impl Agent {
@@ -65,6 +67,15 @@ impl Agent {
             name,
             load: 0.0,
             deployment: "",
+            hidden: false,
+        }
+    }
+
+    #[must_use]
+    pub const fn hidden(self) -> Self {
+        Self {
+            hidden: true,
+            ..self
         }
     }
 
@@ -259,6 +270,7 @@ impl Stack {
             .env("AGENT_NAME", agent.name)
             .env("AGENT_LOAD", agent.load.to_string())
             .env("LIVEKIT_AGENT_DEPLOYMENT", agent.deployment)
+            .env("AGENT_HIDDEN", if agent.hidden { "1" } else { "" })
             .env("REPORT", report(self.dir()));
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir())
     }

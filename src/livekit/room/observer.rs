@@ -18,6 +18,7 @@ use crate::livekit::event::{
     EndReason, MediaPermission, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
 };
 use crate::livekit::join::JoinRequest;
+use crate::livekit::wire::request::sanitize;
 use crate::livekit::wire::signal::{ServerClock, leave_reason};
 
 /// How long leaving may take. `Leave` frees the participant's place at once; the server also detects a closed socket.
@@ -190,6 +191,12 @@ impl Observer {
             {
                 // livekit-server unpublishes a client's track only if the permission to publish was revoked.
                 Err(EndReason::Revoked(MediaPermission::Publish))
+            }
+            Response::SubscriptionResponse(failed) => {
+                let error = failed.err().as_str_name();
+                let track_sid = sanitize(&failed.track_sid);
+                self.events
+                    .send_if_room(at, RoomEventKind::SubscriptionFailed { track_sid, error })
             }
             Response::RequestResponse(response) => refused(&response),
             Response::Leave(leave) => Err(EndReason::Removed {

@@ -97,12 +97,16 @@ pub(crate) struct JobInfo {
     /// `JS_PENDING`, `JS_RUNNING`, …
     pub(crate) status: String,
     pub(crate) error: String,
+    /// The identity under which the job's agent joins; empty if the server does not name it.
+    pub(crate) identity: String,
 }
 
 #[derive(Debug, Clone)]
 pub struct ParticipantBrief {
     pub identity: String,
     pub kind: String,
+    /// The other participants are not informed of it.
+    pub hidden: bool,
     pub attributes: std::collections::HashMap<String, String>,
     /// The join time on the server's clock, in Unix milliseconds.
     pub joined_at_ms: i64,
@@ -342,6 +346,7 @@ impl From<proto::ParticipantInfo> for ParticipantBrief {
     fn from(participant: proto::ParticipantInfo) -> Self {
         Self {
             kind: participant.kind().as_str_name().to_owned(),
+            hidden: participant.permission.is_some_and(|it| it.hidden),
             identity: participant.identity,
             attributes: participant.attributes,
             joined_at_ms: participant.joined_at_ms,
@@ -368,6 +373,7 @@ impl From<proto::Job> for JobInfo {
             id: job.id,
             status: state.status().as_str_name().to_owned(),
             error: sanitize(&state.error),
+            identity: state.participant_identity,
         }
     }
 }

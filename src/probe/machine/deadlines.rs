@@ -172,7 +172,8 @@ impl ProbeMachine {
                     self.decide_join(false);
                 }
                 self.phase = Phase::FinalCheck { duty, at };
-                self.actions.push(Action::ListDispatch);
+                let participants = duty == AgentDuty::Join;
+                self.actions.push(Action::ListRoom { participants });
             }
             Due::Echo => self.fail(Failure::of_missing_echo(), now),
             Due::Ok => self.decide(Outcome::Ok, now),

@@ -34,6 +34,9 @@ impl ProbeMachine {
                 self.transcript.record(speaker, segment);
             }
             RoomEventKind::TrackChanged(track) => self.track_changed(track),
+            RoomEventKind::SubscriptionFailed { track_sid, error } => {
+                self.subscription_failed(track_sid, error);
+            }
             kind if self.outcome.is_some() || matches!(self.phase, Phase::FinalCheck { .. }) => {
                 self.after_verdict(kind, at);
             }
@@ -124,6 +127,7 @@ impl ProbeMachine {
             | RoomEventKind::AgentMetrics { .. }
             | RoomEventKind::Transcribed { .. }
             | RoomEventKind::TrackChanged(_)
+            | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
         }
     }
@@ -266,7 +270,21 @@ impl ProbeMachine {
         }
     }
 
-    fn record_participant(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
+    fn subscription_failed(&mut self, track_sid: String, error: &'static str) {
+        self.add_note(format!(
+            "LiveKit could not subscribe the canary to track {track_sid} ({error})"
+        ));
+        if self.failed_subscriptions.len() < MAX_ENTRIES {
+            self.failed_subscriptions.push((track_sid, error));
+        }
+    }
+
+    pub(super) fn record_participant(
+        &mut self,
+        identity: &str,
+        kind: &str,
+        agent_name: Option<&str>,
+    ) {
         let name = agent_name.map(|name| format!(", agent name \"{name}\""));
         let line = format!("{identity} ({kind}{})", name.unwrap_or_default());
         push_new(&mut self.report.evidence.participants, line);

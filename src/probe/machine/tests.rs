@@ -71,6 +71,7 @@ fn dispatches(agent_name: &str, job: Option<&str>) -> Vec<DispatchInfo> {
         id: "AJ_1".to_owned(),
         status: status.to_owned(),
         error: String::new(),
+        identity: "agent-AJ_1".to_owned(),
     });
     vec![DispatchInfo {
         id: "AD_1".to_owned(),
@@ -158,12 +159,17 @@ impl MachineScript {
     }
 
     fn listed(self, at: u64, result: Result<Vec<DispatchInfo>, ApiError>) -> Self {
-        let call = Call {
+        let dispatches = Call {
             sent_at: Some(self.time(at)),
             answered_at: self.time(at),
             result,
         };
-        self.feed(at, Input::Listed(call))
+        let participants = None;
+        let listed = ListedRoom {
+            dispatches,
+            participants,
+        };
+        self.feed(at, Input::Listed(listed))
     }
 
     fn signal(self, at: u64) -> Self {
@@ -559,7 +565,7 @@ fn no_agent_and_no_job_is_dispatch_unanswered() {
     let script = MachineScript::new(explicit()).waiting().wait(30_101);
     assert_eq!(script.join_decisions(), [false]);
     assert_eq!(
-        script.count(|action| matches!(action, Action::ListDispatch)),
+        script.count(|action| matches!(action, Action::ListRoom { .. })),
         1
     );
     assert!(!script.is_decided());
@@ -1773,4 +1779,81 @@ fn voice_of_an_unusual_source_is_noted() {
     assert_eq!(report.outcome, Outcome::Ok);
     let notes = report.evidence.notes.join("\n");
     assert!(notes.contains("a track of source UNKNOWN"), "{notes}");
+}
+
+#[test]
+fn failed_subscription_reaches_the_verdict() {
+    let published = || {
+        let mut track = remote_track("TR_1", false);
+        track.encryption = "NONE";
+        let script = MachineScript::new(explicit()).waiting().joined(500);
+        script.see(510, RoomEventKind::TrackChanged(track))
+    };
+    for (error, reason) in [
+        ("SE_CODEC_UNSUPPORTED", Reason::ConfigRejected),
+        ("SE_TRACK_NOTFOUND", Reason::AgentNoTrack),
+    ] {
+        let failed = |sid: &str| RoomEventKind::SubscriptionFailed {
+            track_sid: sid.to_owned(),
+            error,
+        };
+        let script = published().see(520, failed("TR_1")).wait(10_500);
+        let report = script.listed(10_510, Ok(Vec::new())).report(10_520);
+        assert_eq!(reason_of(&report), reason);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains(&format!("TR_1 ({error})")), "{detail}");
+        // That of another track explains nothing.
+        let script = published().see(520, failed("TR_other")).wait(10_500);
+        let report = script.listed(10_510, Ok(Vec::new())).report(10_520);
+        assert_eq!(reason_of(&report), Reason::AgentNoTrack);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains("published no audio track"), "{detail}");
+        assert!(report.evidence.notes.join("").contains("TR_other"));
+    }
+}
+
+#[test]
+fn hidden_agent_is_no_missing_agent() {
+    let brief = |identity: &str, hidden, name: &str| ParticipantBrief {
+        identity: identity.to_owned(),
+        kind: "AGENT".to_owned(),
+        hidden,
+        attributes: [("lk.agent_name".to_owned(), name.to_owned())].into(),
+        joined_at_ms: 0,
+    };
+    let verdict = |present: ParticipantBrief| {
+        let script = MachineScript::new(explicit()).waiting().wait(30_101);
+        let at = script.time(30_110);
+        let (sent_at, answered_at) = (Some(at), at);
+        let listed = ListedRoom {
+            dispatches: Call {
+                sent_at,
+                answered_at,
+                result: Ok(dispatches("support", Some("JS_RUNNING"))),
+            },
+            participants: Some(Call {
+                sent_at,
+                answered_at,
+                result: Ok(vec![present]),
+            }),
+        };
+        script.feed(30_110, Input::Listed(listed)).report(30_120)
+    };
+    for present in [
+        brief("agent-x", true, "support"),
+        brief("agent-AJ_1", true, ""),
+    ] {
+        let report = verdict(present);
+        assert_eq!(reason_of(&report), Reason::AgentNoTrack);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains("hidden participant"), "{detail}");
+        assert_eq!(report.timeline.get(Milestone::AgentJoined), None);
+        assert_eq!(report.other_agents, 1);
+    }
+    for present in [
+        brief("agent-AJ_1", false, "support"),
+        brief("agent-y", true, "billing"),
+    ] {
+        assert_eq!(reason_of(&verdict(present)), Reason::AgentNoShow);
+    }
 }
