@@ -41,6 +41,10 @@ pub(crate) enum RoomEventKind {
         agent: Agent,
         in_join_response: bool,
     },
+    /// An agent without a name attribute. Its job shows whether it is the target's.
+    NamelessAgent {
+        identity: String,
+    },
     /// The agent's own connection is established. An agent that is removed before this joins again about 15 s later.
     AgentConnected,
     /// The agent's `lk.agent.state` attribute changed.

@@ -1,14 +1,37 @@
 //! The input of an engine: what a participant needs before it can join a room.
 
+use std::future::pending;
 use std::time::Duration;
 
 use secrecy::SecretString;
+use tokio::sync::watch;
 
 use super::RoomName;
 use super::event::EndReason;
 use super::wire::connect::Endpoint;
 use super::wire::token::{Keys, TokenParticipant};
 use crate::config::{Echo, Ice, Speech};
+
+/// The identity of an agent without a name that the probe has recognised as the target's.
+pub(crate) struct Adoption(watch::Receiver<Option<String>>);
+
+impl Adoption {
+    pub(crate) fn new(adopted: watch::Receiver<Option<String>>) -> Self {
+        Self(adopted)
+    }
+
+    /// Waits for the next one; for ever if none can come. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> String {
+        loop {
+            if self.0.changed().await.is_err() {
+                return pending().await;
+            }
+            if let Some(identity) = &*self.0.borrow() {
+                return identity.clone();
+            }
+        }
+    }
+}
 
 /// Everything that a participant needs before it starts.
 #[derive(Clone)]

@@ -305,6 +305,11 @@ impl Driver {
                     lease.dispatched(id);
                 }
             }
+            Action::Adopt(identity) => {
+                if let Some(participant) = &self.participant {
+                    participant.adopt(identity);
+                }
+            }
             Action::AgentsConnected(connected) => {
                 if let Some(lease) = &mut self.lease {
                     lease.agents_connected(connected);

@@ -24,6 +24,9 @@ use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, ParticipantBrief, 
 mod deadlines;
 mod room;
 
+use deadlines::ENGINE_GRACE;
+use room::NAMELESS;
+
 pub use deadlines::max_time_to_verdict;
 
 /// Entries of each list in the evidence: a crowded room must not grow a report without bound.
@@ -67,6 +70,8 @@ pub(super) enum Action {
     },
     /// The id of the dispatch, for the clean-up of its jobs.
     RecordDispatch(String),
+    /// This participant, an agent without a name attribute, is the target's agent.
+    Adopt(String),
     /// Whether every agent seen in the room, in time or late, has its connection up.
     AgentsConnected(bool),
     Leave,
@@ -118,6 +123,16 @@ enum Disruption {
     Encrypted(&'static str),
 }
 
+/// Agents without a name attribute. `ListDispatch` can show that one of them has our job.
+#[derive(Debug, Default)]
+struct NamelessAgents {
+    identities: Vec<String>,
+    /// When `ListDispatch` is called next for them.
+    list_at: Option<Instant>,
+    /// Until when the join of one that was recognised may be reported.
+    join_by: Option<Instant>,
+}
+
 /// One room, from creation to deletion.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is an independent fact")]
@@ -147,6 +162,7 @@ pub(super) struct ProbeMachine {
     has_duplicate: bool,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
+    nameless: NamelessAgents,
     /// The tracks of other participants, in the order in which they were seen.
     tracks: Vec<RemoteTrackInfo>,
     /// The ids of tracks to which LiveKit could not subscribe the canary, and its errors.
@@ -186,6 +202,7 @@ impl ProbeMachine {
             inference_limit: None,
             has_duplicate: false,
             strays: Vec::new(),
+            nameless: NamelessAgents::default(),
             tracks: Vec::new(),
             failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
@@ -343,6 +360,11 @@ impl ProbeMachine {
     }
 
     fn listed(&mut self, listed: ListedRoom, now: Instant) {
+        if let Ok(dispatches) = &listed.dispatches.result
+            && self.adopt_agent(dispatches, now)
+        {
+            return;
+        }
         let Phase::FinalCheck { duty, .. } = self.phase else {
             return;
         };
@@ -373,6 +395,57 @@ impl ProbeMachine {
                     self.blame_agent(duty, &DispatchListing::Unknown, now);
                 }
             }
+        }
+    }
+
+    /// Recognises the target's agent among the agents without a name; returns whether it is one of them.
+    fn adopt_agent(&mut self, dispatches: &[DispatchInfo], now: Instant) -> bool {
+        let waits = match self.phase {
+            Phase::Watching => true,
+            Phase::FinalCheck { duty, .. } => duty == AgentDuty::Join,
+            _ => false,
+        };
+        if !waits || self.agent_joined() {
+            return false;
+        }
+        let Some((identity, proof)) = self.own_nameless_agent(dispatches) else {
+            return false;
+        };
+        self.add_note(format!(
+            "the agent ({identity}) has no name attribute, and was recognised {proof}: LiveKit sets the attribute from \
+             version 1.9.2 on"
+        ));
+        self.nameless = NamelessAgents {
+            join_by: Some(now + ENGINE_GRACE),
+            ..NamelessAgents::default()
+        };
+        self.strays.retain(|stray| stray != NAMELESS);
+        self.phase = Phase::Watching;
+        self.actions.push(Action::Adopt(identity));
+        true
+    }
+
+    /// The agent without a name that has a job of our dispatch, or that is the only agent of a room with no other dispatch.
+    fn own_nameless_agent(&self, dispatches: &[DispatchInfo]) -> Option<(String, &'static str)> {
+        let wanted = expected_agent(&self.target)?;
+        let mut jobs = own_dispatches(Some(wanted), dispatches).flat_map(|one| &one.jobs);
+        let identities = &self.nameless.identities;
+        let by_job = jobs.find_map(|job| {
+            let holds = |identity: &&String| {
+                **identity == job.identity || !job.id.is_empty() && identity.contains(&job.id)
+            };
+            identities.iter().find(holds)
+        });
+        if let Some(identity) = by_job {
+            return Some((identity.clone(), "by its job"));
+        }
+        let only_ours = own_dispatches(Some(wanted), dispatches).count() == dispatches.len();
+        match (&identities[..], &self.strays[..]) {
+            ([identity], [_]) if only_ours && !dispatches.is_empty() => Some((
+                identity.clone(),
+                "as the only agent of a room with no other dispatch",
+            )),
+            _ => None,
         }
     }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use livekit_protocol::participant_info::Kind;
-use livekit_protocol::{ParticipantUpdate, SubscriptionError, SubscriptionResponse};
+use livekit_protocol::{
+    ParticipantInfo, ParticipantUpdate, SubscriptionError, SubscriptionResponse,
+};
 use rustix::process::Signal;
 use support::behaviour::Behaviour;
 use support::canary::Canary;
@@ -381,6 +383,56 @@ pub(crate) fn hidden_agent_is_named(fixture: &Fixture) -> anyhow::Result<String>
     let says_so = probe.detail().contains("joined as a hidden participant");
     ensure!(says_so && probe.join_delay_seconds.is_none(), "{probe:?}");
     Ok(probe.detail().to_owned())
+}
+
+/// As a server before 1.9.2 and a worker of that time: no attribute names the agent.
+fn without_agent_names(message: SignalMessage) -> Vec<SignalMessage> {
+    let unnamed = |participants: Vec<ParticipantInfo>| {
+        let unnamed = participants.into_iter().map(|mut one| {
+            one.attributes.remove("lk.agent_name");
+            one.attributes.remove("lk.agent.name");
+            one
+        });
+        unnamed.collect()
+    };
+    vec![match message {
+        SignalMessage::Join(mut join) => {
+            join.other_participants = unnamed(join.other_participants);
+            SignalMessage::Join(join)
+        }
+        SignalMessage::Update(update) => {
+            let participants = unnamed(update.participants);
+            SignalMessage::Update(ParticipantUpdate { participants })
+        }
+        other => other,
+    }]
+}
+
+pub(crate) fn agent_without_a_name_attribute_is_recognised(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::greets())?;
+    let proxy = SignalProxy::before(stack.address(), without_agent_names)?;
+    let settings = settings.project("url", proxy.url());
+    let mut seen = Vec::new();
+    let mut settings = Some(settings);
+    for mode in ["room", "token", "explicit"] {
+        let next = settings.take().context("set in each round")?;
+        let next = next.set("dispatch.mode", mode);
+        let batch = expect_ok(fixture, stack, &next.run()?, 1)?;
+        settings = Some(next);
+        let probe = batch.only_probe()?;
+        let mut notes = probe.evidence.notes.iter();
+        let note = notes.find(|note| note.contains("has no name attribute"));
+        let note = note.with_context(|| format!("{probe:?}"))?;
+        let how = note.split("recognised ").nth(1).unwrap_or_default();
+        let how = how.split(':').next().unwrap_or_default();
+        let agent = probe.agent.as_ref().context("no agent")?;
+        ensure!(agent.name.is_none(), "{agent:?}");
+        expect_heard(stack, probe)?;
+        seen.push(format!("{mode} {how}, join {}", join_delays(&batch)?));
+    }
+    Ok(seen.join("; "))
 }
 
 // --- how the agent joins ---

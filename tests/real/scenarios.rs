@@ -23,8 +23,8 @@ use crate::agents::{
     agent_that_leaves_before_its_reply_is_agent_left_early,
     agent_that_may_leave_and_closes_its_session_is_ok,
     agent_that_may_leave_and_deletes_the_room_is_ok, agent_that_restarts_its_track_is_still_heard,
-    agent_without_a_track_source_is_heard, avatar_speaks_for_its_agent,
-    avatar_that_is_no_agent_needs_a_place_in_the_room,
+    agent_without_a_name_attribute_is_recognised, agent_without_a_track_source_is_heard,
+    avatar_speaks_for_its_agent, avatar_that_is_no_agent_needs_a_place_in_the_room,
     background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
     codec_that_the_canary_lacks_is_config_rejected,
@@ -164,6 +164,7 @@ scenarios! {
     agent_that_may_leave_after_speech_is_ok: "ok, exit 0";
     agent_that_may_leave_and_deletes_the_room_is_ok: "removed if it may not; else ok, noted";
     agent_that_may_leave_and_closes_its_session_is_ok: "removed if it may not; else ok, noted";
+    agent_without_a_name_attribute_is_recognised: "ok in each mode, noted, exit 0";
     codec_that_the_canary_lacks_is_config_rejected: "config_rejected, the error named, exit 2";
     track_that_livekit_does_not_find_is_named: "agent_no_track, the error named, exit 1";
     hidden_agent_is_named: "agent_no_track, hidden, exit 1", load: 2;

@@ -70,6 +70,11 @@ impl SignalWatch {
         Ok(None)
     }
 
+    /// Treats this agent without a name as the target's.
+    pub(crate) fn adopt(&mut self, at: Instant, identity: &str) -> Result<(), EndReason> {
+        self.observer.adopt(at, identity, self.pings.clock())
+    }
+
     fn on_message(&mut self, at: Instant, message: Response) -> Result<Option<Instant>, EndReason> {
         self.last_received_at = at;
         self.observer.on_addresses(at, addresses(&message))?;

@@ -140,7 +140,28 @@ impl Observer {
         if let Some(right) = participants.iter().find(own).and_then(revoked) {
             return Err(EndReason::Revoked(right));
         }
-        for mut event in self.roster.update(at, participants, in_join_response) {
+        let events = self.roster.update(at, participants, in_join_response);
+        self.forward_participants(at, events, clock)
+    }
+
+    /// Treats this participant, an agent without a name attribute, as the target's agent.
+    pub(crate) fn adopt(
+        &mut self,
+        at: Instant,
+        identity: &str,
+        clock: Option<ServerClock>,
+    ) -> Result<(), EndReason> {
+        let events = self.roster.adopt(at, identity);
+        self.forward_participants(at, events, clock)
+    }
+
+    fn forward_participants(
+        &mut self,
+        at: Instant,
+        events: Vec<RoomEvent>,
+        clock: Option<ServerClock>,
+    ) -> Result<(), EndReason> {
+        for mut event in events {
             if let (RoomEventKind::AgentJoined { agent, .. }, Some(clock)) =
                 (&mut event.kind, clock)
             {
@@ -150,9 +171,11 @@ impl Observer {
             }
             self.events.forward(event)?;
         }
-        for kind in self.roster.track_changes() {
+        for kind in self.roster.changes() {
             match kind {
-                RoomEventKind::AgentEncrypted(_) => self.events.send(at, kind)?,
+                RoomEventKind::AgentEncrypted(_) | RoomEventKind::NamelessAgent { .. } => {
+                    self.events.send(at, kind)?
+                }
                 _ => self.events.send_if_room(at, kind)?,
             }
         }

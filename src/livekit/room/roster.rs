@@ -51,6 +51,7 @@ struct Member {
     in_join_response: bool,
     info: ParticipantInfo,
     role: Role,
+    reported_nameless: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,8 +134,9 @@ impl Roster {
         (!is_microphone(track)).then(|| track.source().as_str_name())
     }
 
-    /// The tracks of other participants that are new or have changed, and whether the agent can only be heard with a key.
-    pub(crate) fn track_changes(&mut self) -> Vec<RoomEventKind> {
+    /// The tracks of other participants that are new or have changed, agents that need a proof of who they are, and whether the
+    /// agent can only be heard with a key.
+    pub(crate) fn changes(&mut self) -> Vec<RoomEventKind> {
         let members = self.present.values();
         let published = members.flat_map(|member| {
             let tracks = member.info.tracks.iter();
@@ -152,6 +154,49 @@ impl Roster {
             events.push(RoomEventKind::TrackChanged(track));
         }
         events.extend(self.encrypted_agent().map(RoomEventKind::AgentEncrypted));
+        events.extend(self.nameless_agents());
+        events
+    }
+
+    /// Agents without a name, each once, while the target's agent is missing.
+    fn nameless_agents(&mut self) -> Vec<RoomEventKind> {
+        if self.knows_agent() || self.agent_name.is_none() {
+            return Vec::new();
+        }
+        let members = self.present.values_mut();
+        let nameless =
+            members.filter(|member| !member.reported_nameless && is_nameless_agent(&member.info));
+        let events = nameless.map(|member| {
+            member.reported_nameless = true;
+            let identity = member.info.identity.clone();
+            RoomEventKind::NamelessAgent { identity }
+        });
+        events.collect()
+    }
+
+    /// Treats this participant as the target's agent. Without effect if it has left, if it has a name, or if the agent is known.
+    pub(crate) fn adopt(&mut self, at: Instant, identity: &str) -> Vec<RoomEvent> {
+        let found = self.present.iter().find(|(_, member)| {
+            let is_open = member.role == Role::Other && is_nameless_agent(&member.info);
+            is_open && member.info.identity == identity
+        });
+        let Some((sid, member)) = found.filter(|_| !self.knows_agent()) else {
+            return Vec::new();
+        };
+        let (sid, first_seen) = (sid.clone(), member.first_seen);
+        let in_join_response = member.in_join_response;
+        let kind = self.assign(&sid, in_join_response);
+        let mut events: Vec<_> = kind
+            .map(|kind| RoomEvent {
+                at: first_seen,
+                kind,
+            })
+            .into_iter()
+            .collect();
+        let has_microphone = self.audio_tracks().any(is_microphone);
+        self.has_microphone |= has_microphone;
+        events.extend(self.connection(at, &sid));
+        events.extend(self.state_change(at, &sid));
         events
     }
 
@@ -170,14 +215,15 @@ impl Roster {
     /// The audio tracks of the agent, and of participants that publish on its behalf.
     ///
     /// The server reports an agent that publishes nothing up to three seconds later than its avatar. Until the agent is
-    /// known, any participant that publishes on behalf of another one may speak for it.
+    /// known, any participant that publishes on behalf of another one may speak for it, and any agent without a name may be it.
     fn audio_tracks(&self) -> impl Iterator<Item = &TrackInfo> {
         let agent = self.agent.as_ref().and_then(|sid| self.present.get(sid));
         let identity = agent.map(|agent| agent.info.identity.as_str());
         let speaks = move |member: &&Member| {
             let on_behalf = attribute(&member.info, ON_BEHALF);
             let for_agent = on_behalf == identity || !self.knows_agent();
-            member.role == Role::Agent || on_behalf.is_some() && for_agent
+            let may_be_agent = !self.knows_agent() && is_nameless_agent(&member.info);
+            member.role == Role::Agent || on_behalf.is_some() && for_agent || may_be_agent
         };
         let tracks = self.present.values().filter(speaks);
         tracks
@@ -210,6 +256,7 @@ impl Roster {
                     in_join_response,
                     info,
                     role: Role::Other,
+                    reported_nameless: false,
                 }),
                 true,
             ),
@@ -332,6 +379,12 @@ fn is_agent(info: &ParticipantInfo, wanted: Option<&str>) -> bool {
         names.iter().any(|key| attribute(info, key) == Some(wanted))
     });
     info.kind() == Kind::Agent && attribute(info, ON_BEHALF).is_none() && named
+}
+
+/// Servers before 1.9.2 set no name, and neither do workers of that time.
+fn is_nameless_agent(info: &ParticipantInfo) -> bool {
+    let is_agent = info.kind() == Kind::Agent && attribute(info, ON_BEHALF).is_none();
+    is_agent && agent_name(info).is_none()
 }
 
 fn agent_name(info: &ParticipantInfo) -> Option<&str> {

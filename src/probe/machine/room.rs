@@ -16,6 +16,9 @@ use crate::probe::{AgentTurn, Failure, Milestone, Reason};
 /// LiveKit's name for the kind of participant that agents are.
 const AGENT_KIND: &str = "AGENT";
 
+/// An agent without a name, in the words of a detail.
+pub(super) const NAMELESS: &str = "one without a name";
+
 /// A server that reports a join this late or later gets a note.
 const MIN_NOTED_LAG: Duration = Duration::from_millis(500);
 
@@ -85,6 +88,12 @@ impl ProbeMachine {
                 agent,
                 in_join_response,
             } => self.agent_joined_at(agent, in_join_response, at),
+            RoomEventKind::NamelessAgent { identity } => {
+                if self.nameless.identities.len() < MAX_ENTRIES {
+                    self.nameless.identities.push(identity);
+                }
+                self.nameless.list_at.get_or_insert(at);
+            }
             RoomEventKind::AgentConnected => self.report_connections(),
             RoomEventKind::AgentState(state) => {
                 if state == "listening" {
@@ -255,9 +264,7 @@ impl ProbeMachine {
     fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
         self.record_participant(identity, kind, agent_name);
         if kind == AGENT_KIND {
-            let stray = agent_name.map_or("one without a name".to_owned(), |name| {
-                format!("\"{name}\"")
-            });
+            let stray = agent_name.map_or(NAMELESS.to_owned(), |name| format!("\"{name}\""));
             push_new(&mut self.strays, stray);
         }
     }

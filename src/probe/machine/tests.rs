@@ -1857,3 +1857,112 @@ fn hidden_agent_is_no_missing_agent() {
         assert_eq!(reason_of(&verdict(present)), Reason::AgentNoShow);
     }
 }
+
+// Agents without a name.
+
+impl MachineScript {
+    /// `waiting`; an agent without a name attribute joined at 500.
+    fn with_nameless_agent(self) -> Self {
+        let joined = RoomEventKind::OtherJoined {
+            identity: "agent-AJ_1".to_owned(),
+            kind: "AGENT".to_owned(),
+            agent_name: None,
+        };
+        let identity = "agent-AJ_1".to_owned();
+        self.waiting()
+            .see(500, joined)
+            .see(500, RoomEventKind::NamelessAgent { identity })
+            .wait(500)
+    }
+
+    fn adopted(&self) -> usize {
+        self.count(|action| matches!(action, Action::Adopt(identity) if identity == "agent-AJ_1"))
+    }
+
+    fn lists(&self) -> usize {
+        self.count(|action| matches!(action, Action::ListRoom { .. }))
+    }
+}
+
+fn with_unnamed(mut all: Vec<DispatchInfo>) -> Vec<DispatchInfo> {
+    all.extend(dispatches("", None));
+    all
+}
+
+#[test]
+fn agent_without_a_name_is_recognised_by_its_job() {
+    let script = MachineScript::new(explicit()).with_nameless_agent();
+    assert_eq!(script.lists(), 1);
+    // LiveKit may list the job late. Its own dispatch of an unnamed agent could have sent this one.
+    let script = script.listed(510, Ok(with_unnamed(dispatches("support", None))));
+    assert_eq!(script.adopted(), 0);
+    let script = script.wait(2_500);
+    assert_eq!(script.lists(), 2);
+    let listed = with_unnamed(dispatches("support", Some("JS_RUNNING")));
+    let script = script.listed(2_510, Ok(listed));
+    assert_eq!(script.adopted(), 1);
+    let joined = RoomEventKind::AgentJoined {
+        agent: Agent {
+            name: None,
+            ..agent()
+        },
+        in_join_response: false,
+    };
+    let script = script.see(2_520, joined).track(2_520);
+    let script = script.speech(2_600, 3_000).hold(3_000, 0).wait(3_000);
+    let report = script.report(3_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    let notes = report.evidence.notes.join("\n");
+    assert!(notes.contains("recognised by its job"), "{notes}");
+}
+
+#[test]
+fn only_agent_of_the_only_dispatch_is_the_agent() {
+    let script = MachineScript::new(named(DispatchMode::Room)).way_in();
+    let joined = RoomEventKind::OtherJoined {
+        identity: "agent-AJ_1".to_owned(),
+        kind: "AGENT".to_owned(),
+        agent_name: None,
+    };
+    let identity = "agent-AJ_1".to_owned();
+    let script = script.see(500, joined);
+    let script = script.see(500, RoomEventKind::NamelessAgent { identity });
+    let script = script
+        .wait(500)
+        .listed(510, Ok(dispatches("support", None)));
+    assert_eq!(script.adopted(), 1);
+}
+
+#[test]
+fn job_of_another_dispatch_is_no_proof() {
+    let billing = dispatches("billing", Some("JS_RUNNING"));
+    let unnamed = dispatches("", Some("JS_RUNNING"));
+    for other in [billing, unnamed] {
+        let all: Vec<_> = dispatches("support", None)
+            .into_iter()
+            .chain(other)
+            .collect();
+        let script = MachineScript::new(explicit()).with_nameless_agent();
+        let script = script.listed(510, Ok(all.clone())).wait(30_101);
+        let script = script.listed(30_110, Ok(all));
+        assert_eq!(script.adopted(), 0);
+        let report = script.report(30_120);
+        assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains("one without a name"), "{detail}");
+    }
+}
+
+#[test]
+fn agent_without_a_name_that_is_recognised_at_the_deadline_still_counts() {
+    let script = MachineScript::new(explicit()).with_nameless_agent();
+    let script = script.wait(30_101);
+    let listed = with_unnamed(dispatches("support", Some("JS_RUNNING")));
+    let script = script.listed(30_110, Ok(listed));
+    assert_eq!(script.adopted(), 1);
+    assert!(!script.is_decided());
+    // The engine that does not find it any more reports nothing.
+    let script = script.wait(33_000);
+    let script = script.listed(33_010, Ok(dispatches("support", Some("JS_RUNNING"))));
+    assert_eq!(script.reason(33_020), Reason::AgentNoShow);
+}

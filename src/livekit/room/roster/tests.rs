@@ -315,7 +315,7 @@ fn encrypted_audio_is_no_voice_and_is_reported_once() {
     };
     let mut reported = |info: &ParticipantInfo| {
         room.update(info.clone());
-        let changes = room.roster.track_changes().into_iter();
+        let changes = room.roster.changes().into_iter();
         let methods = changes.filter_map(|kind| match kind {
             RoomEventKind::AgentEncrypted(method) => Some(method),
             _ => None,
@@ -339,7 +339,7 @@ fn track_is_reported_when_it_is_new_and_when_it_changes() {
     let mut room = RosterRoom::new(None);
     let mut changes = |info: &ParticipantInfo| {
         room.update(info.clone());
-        let changes = room.roster.track_changes();
+        let changes = room.roster.changes();
         let changes = changes.into_iter().map(|kind| match kind {
             RoomEventKind::TrackChanged(track) => track,
             other => panic!("{other:?}"),
@@ -404,4 +404,67 @@ fn number_of_remembered_participants_is_bounded() {
         room.update(participant(&format!("PA_{i}"), Kind::Standard, &[]));
     }
     assert_eq!(room.roster.present.len(), MAX_PARTICIPANTS);
+}
+
+#[test]
+fn agent_without_a_name_is_the_agent_once_it_is_adopted() {
+    let mut room = RosterRoom::new(Some("support"));
+    let mut info = participant("PA_1", Kind::Agent, &[(STATE, "listening")]);
+    info.tracks = vec![track("TR_1", TrackSource::Microphone)];
+    let other = event(1, "other identity-PA_1 AGENT None");
+    assert_eq!(room.update(info.clone()), other);
+    // It may be the agent, so its sound is kept.
+    assert_eq!(room.voice(), ["TR_1"]);
+    let nameless = |room: &mut RosterRoom| {
+        let changes = room.roster.changes().into_iter();
+        let named = changes.filter(|kind| matches!(kind, RoomEventKind::NamelessAgent { .. }));
+        named.count()
+    };
+    assert_eq!(nameless(&mut room), 1);
+    assert_eq!(nameless(&mut room), 0);
+    let at = room.start + Duration::from_secs(1);
+    assert!(room.roster.adopt(at, "identity-PA_9").is_empty());
+    let events = room.roster.adopt(at, "identity-PA_1");
+    assert!(
+        matches!(
+            &events[..],
+            [
+                RoomEvent {
+                    kind: RoomEventKind::AgentJoined { .. },
+                    ..
+                },
+                RoomEvent {
+                    kind: RoomEventKind::AgentState(_),
+                    ..
+                },
+            ]
+        ),
+        "{events:?}"
+    );
+    // It joined when it was first seen.
+    assert_eq!(events[0].at, room.start + Duration::from_millis(1));
+    assert_eq!(room.voice(), ["TR_1"]);
+    assert!(room.roster.adopt(at, "identity-PA_1").is_empty());
+    let gone = gone(info, DisconnectReason::ClientInitiated);
+    assert_eq!(room.update(gone), event(2, "left CLIENT_INITIATED"));
+}
+
+#[test]
+fn agent_with_another_name_or_a_helper_cannot_be_adopted() {
+    let mut room = RosterRoom::new(Some("support"));
+    room.update(participant(
+        "PA_1",
+        Kind::Agent,
+        &[(NAME_BY_SERVER, "sales")],
+    ));
+    room.update(participant(
+        "PA_2",
+        Kind::Agent,
+        &[(ON_BEHALF, "identity-PA_9")],
+    ));
+    room.update(participant("PA_3", Kind::Standard, &[]));
+    assert!(room.roster.changes().is_empty());
+    for identity in ["identity-PA_1", "identity-PA_2", "identity-PA_3"] {
+        assert!(room.roster.adopt(room.start, identity).is_empty());
+    }
 }
