@@ -119,6 +119,10 @@ impl ProbeMachine {
             RoomEventKind::EchoStarted => self.turns.echo_started(at),
             RoomEventKind::EchoEnded => self.turns.echo_ended(at),
             RoomEventKind::AgentLeft { reason } => {
+                // If a room closes, this can come before the canary's own `Leave`, and then ends the probe.
+                if self.agent_may_have_left() && ends_call(&reason) {
+                    self.note_end_of_call(&reason);
+                }
                 let left = Disruption::Left { at, reason };
                 self.disruption.get_or_insert(left);
             }
@@ -309,13 +313,17 @@ impl ProbeMachine {
         if !in_call || !ends_call(reason) {
             return false;
         }
-        self.add_note(format!(
-            "the call ended ({reason}) when the agent was allowed to end it"
-        ));
+        self.note_end_of_call(reason);
         let reason = reason.clone();
         self.disruption
             .get_or_insert(Disruption::Left { at, reason });
         true
+    }
+
+    fn note_end_of_call(&mut self, reason: &str) {
+        self.add_note(format!(
+            "the call ended ({reason}) when the agent was allowed to end it"
+        ));
     }
 
     fn ended(&mut self, reason: EndReason, audio: AudioStats, at: Instant, now: Instant) {

@@ -1684,8 +1684,11 @@ fn call_that_the_agent_may_end_is_ok_however_it_ends() {
         "UNKNOWN_REASON",
     ];
     for reason in disconnects {
-        let script = spoke().left(5_000, reason).wait(5_000);
-        assert_eq!(script.report(5_010).outcome, Outcome::Ok, "{reason}");
+        let report = spoke().left(5_000, reason).wait(5_000).report(5_010);
+        assert_eq!(report.outcome, Outcome::Ok, "{reason}");
+        let noted = report.evidence.notes.join("\n").contains(reason);
+        let by_the_room = ["ROOM_DELETED", "ROOM_CLOSED", "PARTICIPANT_REMOVED"];
+        assert_eq!(noted, by_the_room.contains(&reason), "{reason}");
     }
 }
 
