@@ -126,10 +126,10 @@ pub(crate) fn new_id() -> String {
 /// This process in the names that it gives, so that two canaries on one project differ.
 static INSTANCE: LazyLock<String> = LazyLock::new(|| base32(fastrand::u64(..), 5));
 
-/// A room name that is never used again: the instance and 64 random bits.
-fn new_room_name() -> RoomName {
+/// A room name that is never used again: the target's prefix, the instance and 64 random bits.
+fn new_room_name(prefix: &str) -> RoomName {
     RoomName(format!(
-        "canary-{}-{}",
+        "{prefix}{}-{}",
         *INSTANCE,
         base32(fastrand::u64(..), 13)
     ))
@@ -161,6 +161,8 @@ struct Admission {
     /// Held until the batch has ended.
     permits: Option<RoomPermits>,
     target: String,
+    /// The beginning of each room's name.
+    name_prefix: String,
     worst_cases: Vec<Duration>,
 }
 
@@ -184,6 +186,7 @@ impl Admission {
             guard,
             permits,
             target: name.to_owned(),
+            name_prefix: target.room.name_prefix.clone(),
             worst_cases: worst_cases(target, project).collect(),
         }
     }
@@ -191,7 +194,7 @@ impl Admission {
     fn reserve(&self, index: usize) -> BoxFuture<'static, Admitted> {
         let (guard, target) = (self.guard.clone(), self.target.clone());
         let worst_case = self.worst_cases.get(index).copied().unwrap_or_default();
-        let room = new_room_name();
+        let room = new_room_name(&self.name_prefix);
         Box::pin(async move {
             let reservation = match guard {
                 Some(guard) => guard.reserve(&room, &target, worst_case).await.map(Some),

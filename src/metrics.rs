@@ -427,6 +427,7 @@ impl TargetMetrics {
                 target.project.as_str(),
                 project.url.as_str(),
                 target.agent_name.as_deref().unwrap_or_default(),
+                target.dispatch.deployment.as_str(),
                 target.dispatch.mode.name(),
             ])
             .set(1.0);

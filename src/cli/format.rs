@@ -154,6 +154,9 @@ pub(super) fn evidence(evidence: &Evidence) -> Vec<String> {
     if !evidence.participants.is_empty() {
         lines.push(format!("in the room: {}", evidence.participants.join(", ")));
     }
+    if !evidence.tracks.is_empty() {
+        lines.push(format!("tracks: {}", evidence.tracks.join(", ")));
+    }
     lines.extend(evidence.notes.iter().map(|note| format!("note: {note}")));
     lines.into_iter().map(|line| one_line(&line)).collect()
 }

@@ -218,7 +218,7 @@ fn override_path(path: &str) -> Vec<String> {
                 1 => folded.replace('_', "-"),
                 _ => folded,
             };
-            *verbatim |= depth == 2 && segment == "attributes";
+            *verbatim |= depth == 3 && segment == "attributes";
             Some(segment)
         })
         .collect()

@@ -284,8 +284,8 @@ pub struct Target {
     pub agent_name: Option<String>,
     pub engine: Engine,
     pub dispatch: Dispatch,
-    /// Attributes of the echo participant, in addition to `canary=true`, which is always set.
-    pub attributes: BTreeMap<String, String>,
+    pub room: RoomSettings,
+    pub participant: ParticipantSettings,
     pub schedule: Schedule,
     pub objectives: Objectives,
     pub batch: Batch,
@@ -349,7 +349,8 @@ impl Default for Target {
             agent_name: None,
             engine: Engine::default(),
             dispatch: Dispatch::default(),
-            attributes: BTreeMap::new(),
+            room: RoomSettings::default(),
+            participant: ParticipantSettings::default(),
             schedule: Schedule::default(),
             objectives: Objectives::default(),
             batch: Batch::default(),
@@ -442,8 +443,44 @@ impl Default for Objectives {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
+    /// The deployment of the agent, as its worker registers it (`LIVEKIT_AGENT_DEPLOYMENT`). Empty for workers without one,
+    /// and if the dispatch does not name the agent.
+    pub deployment: String,
     /// Handed to the agent's job; any text. Empty if the dispatch does not name the agent.
     pub metadata: String,
+}
+
+/// The rooms of a target, as an agent or another program sees them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoomSettings {
+    /// The beginning of every room's name. The rest is random.
+    pub name_prefix: String,
+    /// Any text. An agent or an operator can recognise a probe by it.
+    pub metadata: String,
+    /// Participants that LiveKit admits to a room, the canary included; 0 sets no limit. LiveKit does not count agents and
+    /// recorders.
+    pub max_participants: u32,
+}
+
+impl Default for RoomSettings {
+    fn default() -> Self {
+        Self {
+            name_prefix: "canary-".to_owned(),
+            metadata: r#"{"canary":true}"#.to_owned(),
+            max_participants: 1,
+        }
+    }
+}
+
+/// The echo participant, as the agent sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ParticipantSettings {
+    /// The display name; may be empty.
+    pub name: String,
+    /// Any text.
+    pub metadata: String,
+    /// In addition to `canary=true`, which is always set.
+    pub attributes: BTreeMap<String, String>,
 }
 
 /// How the agent is dispatched.

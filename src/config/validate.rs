@@ -18,8 +18,8 @@ use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
-    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project,
-    RampMode, Schedule, Speech, Stay, Target,
+    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
+    ParticipantSettings, Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
 
 /// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
@@ -33,6 +33,12 @@ const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
 /// Rarer batches would detect nothing in useful time.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The longest name of a deployment that LiveKit accepts (`MaxDeploymentLength` of its protocol).
+const MAX_DEPLOYMENT_BYTES: usize = 64;
+
+/// The longest beginning of a room's name. LiveKit allows 256 characters for the whole name by default.
+const MAX_NAME_PREFIX: usize = 64;
 
 /// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
@@ -522,7 +528,8 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
         agent_name,
         engine,
         dispatch,
-        attributes: attributes(section.table("attributes")),
+        room: room(section.table("room")),
+        participant: participant(section.table("participant")),
         schedule: schedule(section.table("schedule")),
         objectives: objectives(section.table("objectives"), &deadlines),
         batch,
@@ -603,23 +610,105 @@ fn project_of(
 
 fn dispatch(mut section: Section<'_>) -> Dispatch {
     let mode: DispatchMode = section.choice("mode", "a dispatch mode");
-    let metadata = match section.text("metadata") {
-        Lookup::Found(text) if !mode.facts().names_agent && !text.value.is_empty() => {
-            let message = format!("{} dispatch can't carry metadata", mode.name());
-            let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
-            let named: Vec<_> = modes
-                .filter(|mode| mode.facts().names_agent)
-                .map(|mode| mode.name())
-                .collect();
-            let hint = format!("remove it, or set mode to {}", alternatives(&named));
-            section.problem("metadata", text.place, message, &hint);
-            String::new()
+    let metadata = of_named_agent(&mut section, mode, "metadata", "metadata");
+    let deployment = of_named_agent(&mut section, mode, "deployment", "a deployment");
+    let deployment = deployment.filter(|text| {
+        let valid = is_deployment(&text.value);
+        if !valid {
+            let message = format!("{} is not the name of a deployment", shown(&text.value));
+            let hint = format!(
+                "write it without spaces and underscores, in at most {MAX_DEPLOYMENT_BYTES} bytes: it is the worker's \
+                 LIVEKIT_AGENT_DEPLOYMENT"
+            );
+            section.problem("deployment", text.place.clone(), message, &hint);
         }
-        Lookup::Found(text) => text.value,
-        Lookup::Missing | Lookup::Invalid => String::new(),
+        valid
+    });
+    let [deployment, metadata] = [deployment, metadata].map(|text| text.map(|text| text.value));
+    section.finish();
+    Dispatch {
+        mode,
+        deployment: deployment.unwrap_or_default(),
+        metadata: metadata.unwrap_or_default(),
+    }
+}
+
+/// A text that only a request that names the agent can carry.
+fn of_named_agent(
+    section: &mut Section<'_>,
+    mode: DispatchMode,
+    key: &'static str,
+    what: &str,
+) -> Option<RawValue> {
+    let Lookup::Found(text) = section.text(key) else {
+        return None;
+    };
+    if mode.facts().names_agent || text.value.is_empty() {
+        return Some(text);
+    }
+    let message = format!("{} dispatch can't carry {what}", mode.name());
+    let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
+    let named: Vec<_> = modes
+        .filter(|mode| mode.facts().names_agent)
+        .map(|mode| mode.name())
+        .collect();
+    let hint = format!("remove it, or set mode to {}", alternatives(&named));
+    section.problem(key, text.place, message, &hint);
+    None
+}
+
+/// LiveKit's rule for the name of a deployment (`ValidateDeployment` of its protocol).
+fn is_deployment(name: &str) -> bool {
+    let reserved = |byte| byte == b'_' || byte <= b' ' || byte == 0x7f;
+    name.len() <= MAX_DEPLOYMENT_BYTES && !name.bytes().any(reserved)
+}
+
+fn room(mut section: Section<'_>) -> RoomSettings {
+    let default = RoomSettings::default();
+    let name_prefix = match section.text("name_prefix") {
+        Lookup::Found(text) if is_name_prefix(&text.value) => text.value,
+        Lookup::Found(text) => {
+            let message = format!("{} can't begin the name of a room", shown(&text.value));
+            let hint = format!(
+                "use 1 to {MAX_NAME_PREFIX} letters, digits and characters of - _ . ~ : + @"
+            );
+            section.problem("name_prefix", text.place, message, &hint);
+            default.name_prefix
+        }
+        Lookup::Missing | Lookup::Invalid => default.name_prefix,
+    };
+    let room = RoomSettings {
+        name_prefix,
+        metadata: text_or(&mut section, "metadata", default.metadata),
+        max_participants: section.number("max_participants", default.max_participants, 0..=1000),
     };
     section.finish();
-    Dispatch { mode, metadata }
+    room
+}
+
+/// Whether a room's name that begins so can be copied into a shell and into the path of a URL.
+fn is_name_prefix(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:+@".contains(&byte);
+    (1..=MAX_NAME_PREFIX).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+fn participant(mut section: Section<'_>) -> ParticipantSettings {
+    let default = ParticipantSettings::default();
+    let participant = ParticipantSettings {
+        name: text_or(&mut section, "name", default.name),
+        metadata: text_or(&mut section, "metadata", default.metadata),
+        attributes: attributes(section.table("attributes")),
+    };
+    section.finish();
+    participant
+}
+
+/// Any text.
+fn text_or(section: &mut Section<'_>, key: &'static str, default: String) -> String {
+    match section.text(key) {
+        Lookup::Found(text) => text.value,
+        Lookup::Missing | Lookup::Invalid => default,
+    }
 }
 
 fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {

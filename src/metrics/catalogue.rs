@@ -153,7 +153,7 @@ catalogue! {
     /// 1 while the target is paused, else 0.
     PAUSED: "target_paused" ["target"] MetricKind::Gauge;
     /// Settings of the target as labels. Always 1.
-    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "dispatch"] MetricKind::Gauge;
+    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "deployment" "dispatch"] MetricKind::Gauge;
 
     /// End of the back-off after a plan limit. NaN without a back-off.
     BACKOFF_UNTIL: "backoff_until_timestamp_seconds" ["project"] MetricKind::Gauge;

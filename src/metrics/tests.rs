@@ -796,6 +796,7 @@ fn changed_settings_of_a_target_keep_its_counters() {
     };
     let labels = [
         ("agent_name", ""),
+        ("deployment", ""),
         ("dispatch", "automatic"),
         ("project", "acme"),
         ("target", "support"),
@@ -1068,6 +1069,7 @@ fn docs_list_every_label_value() {
         "project",
         "url",
         "agent_name",
+        "deployment",
         "version",
         "revision",
         "rustc",

@@ -18,11 +18,14 @@ use super::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reas
 use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
-use crate::livekit::event::{AudioStats, RoomEvent};
-use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
+use crate::livekit::event::{AudioStats, RemoteTrackInfo, RoomEvent};
+use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, ParticipantBrief, RoomInfo};
 
 mod deadlines;
 mod room;
+
+use deadlines::ENGINE_GRACE;
+use room::NAMELESS;
 
 pub use deadlines::max_time_to_verdict;
 
@@ -36,7 +39,7 @@ pub(super) enum Input {
     Start,
     Created(Call<RoomInfo>),
     Dispatched(Call<String>),
-    Listed(Call<Vec<DispatchInfo>>),
+    Listed(ListedRoom),
     Room(RoomEvent),
     /// `None` keeps the room open.
     HoldUntil(Option<Instant>),
@@ -49,15 +52,28 @@ pub(super) enum Input {
     Deleted(Deletion),
 }
 
+/// What the server API shows of the room.
+#[derive(Debug)]
+pub(super) struct ListedRoom {
+    pub(super) dispatches: Call<Vec<DispatchInfo>>,
+    /// `None` if they were not asked for.
+    pub(super) participants: Option<Call<Vec<ParticipantBrief>>>,
+}
+
 /// What the driver carries out.
 #[derive(Debug)]
 pub(super) enum Action {
     CreateRoom,
     Join,
     Dispatch,
-    ListDispatch,
+    /// `ListDispatch`, and `ListParticipants` if no agent was seen.
+    ListRoom {
+        participants: bool,
+    },
     /// The id of the dispatch, for the clean-up of its jobs.
     RecordDispatch(String),
+    /// This participant, an agent without a name attribute, is the target's agent.
+    Adopt(String),
     /// Whether every agent seen in the room, in time or late, has its connection up.
     AgentsConnected(bool),
     /// An agent of the room may be cut off from the server, or may be in it unseen.
@@ -100,8 +116,25 @@ enum DispatchCall {
 /// What an agent did that may end the probe once the canary's own way in is complete.
 #[derive(Debug, Clone)]
 enum Disruption {
-    Left { at: Instant, reason: String },
-    Duplicate { identity: String },
+    Left {
+        at: Instant,
+        reason: String,
+    },
+    Duplicate {
+        identity: String,
+    },
+    /// Its audio is end-to-end encrypted, by this method.
+    Encrypted(&'static str),
+}
+
+/// Agents without a name attribute. `ListDispatch` can show that one of them has our job.
+#[derive(Debug, Default)]
+struct NamelessAgents {
+    identities: Vec<String>,
+    /// When `ListDispatch` is called next for them.
+    list_at: Option<Instant>,
+    /// Until when the join of one that was recognised may be reported.
+    join_by: Option<Instant>,
 }
 
 /// One room, from creation to deletion.
@@ -111,6 +144,8 @@ pub(super) struct ProbeMachine {
     target: Arc<Target>,
     /// See [`Context::agent_known`](super::driver::Context::agent_known).
     agent_known: bool,
+    /// The size of the token that the canary joins with.
+    token_bytes: usize,
     phase: Phase,
     /// Final once set; the report's own outcome is a placeholder until then.
     outcome: Option<Outcome>,
@@ -133,6 +168,11 @@ pub(super) struct ProbeMachine {
     stalled: bool,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
+    nameless: NamelessAgents,
+    /// The tracks of other participants, in the order in which they were seen.
+    tracks: Vec<RemoteTrackInfo>,
+    /// The ids of tracks to which LiveKit could not subscribe the canary, and its errors.
+    failed_subscriptions: Vec<(String, &'static str)>,
     /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
@@ -149,10 +189,12 @@ impl ProbeMachine {
         position: Position,
         started_at: DateTime<Utc>,
         agent_known: bool,
+        token_bytes: usize,
     ) -> Self {
         let outcome = Outcome::Failed(Failure::unfinished());
         Self {
             agent_known,
+            token_bytes,
             phase: Phase::Idle,
             outcome: None,
             creating: false,
@@ -167,6 +209,9 @@ impl ProbeMachine {
             has_duplicate: false,
             stalled: false,
             strays: Vec::new(),
+            nameless: NamelessAgents::default(),
+            tracks: Vec::new(),
+            failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
             transcript: Transcript::default(),
@@ -182,7 +227,7 @@ impl ProbeMachine {
             Input::Start => self.start(now),
             Input::Created(call) => self.created(call, now),
             Input::Dispatched(call) => self.dispatched(call, now),
-            Input::Listed(call) => self.listed(call, now),
+            Input::Listed(listed) => self.listed(listed, now),
             Input::Room(event) => {
                 // Expire deadlines that are earlier than this event's timestamp before applying it: a late read of either
                 // must not change the verdict.
@@ -216,6 +261,7 @@ impl ProbeMachine {
         } else {
             self.report.turns = self.turns.list().to_vec();
         }
+        self.report.evidence.tracks = self.tracks.iter().map(track_line).collect();
         if self.target.transcript {
             let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
             self.report.transcript = Some(self.transcript.into_lines(agent));
@@ -335,14 +381,28 @@ impl ProbeMachine {
         }
     }
 
-    fn listed(&mut self, call: Call<Vec<DispatchInfo>>, now: Instant) {
+    fn listed(&mut self, listed: ListedRoom, now: Instant) {
+        if let Ok(dispatches) = &listed.dispatches.result
+            && self.adopt_agent(dispatches, now)
+        {
+            return;
+        }
         let Phase::FinalCheck { duty, .. } = self.phase else {
             return;
         };
-        match call.result {
+        let participants = listed.participants.and_then(|call| call.result.ok());
+        match listed.dispatches.result {
             Ok(dispatches) => {
                 let lines = dispatches.iter().take(MAX_ENTRIES).map(dispatch_line);
                 self.report.evidence.dispatches = Some(lines.collect());
+                let participants = participants.unwrap_or_default();
+                if let Some(identity) = self.hidden_agent(&participants, &dispatches) {
+                    // LiveKit bills its session like that of any other agent.
+                    self.report.other_agents += 1;
+                    self.record_participant(&identity, "AGENT, hidden", None);
+                    let failure = Failure::of_hidden_agent(&identity, &mut self.report.evidence);
+                    return self.fail(failure, now);
+                }
                 let listing = self.listing(&dispatches);
                 self.blame_agent(duty, &listing, now);
             }
@@ -360,13 +420,82 @@ impl ProbeMachine {
         }
     }
 
+    /// Recognises the target's agent among the agents without a name; returns whether it is one of them.
+    fn adopt_agent(&mut self, dispatches: &[DispatchInfo], now: Instant) -> bool {
+        let waits = match self.phase {
+            Phase::Watching => true,
+            Phase::FinalCheck { duty, .. } => duty == AgentDuty::Join,
+            _ => false,
+        };
+        if !waits || self.agent_joined() {
+            return false;
+        }
+        let Some((identity, proof)) = self.own_nameless_agent(dispatches) else {
+            return false;
+        };
+        self.add_note(format!(
+            "the agent ({identity}) has no name attribute, and was recognised {proof}: LiveKit sets the attribute from \
+             version 1.9.2 on"
+        ));
+        self.nameless = NamelessAgents {
+            join_by: Some(now + ENGINE_GRACE),
+            ..NamelessAgents::default()
+        };
+        self.strays.retain(|stray| stray != NAMELESS);
+        self.phase = Phase::Watching;
+        self.actions.push(Action::Adopt(identity));
+        true
+    }
+
+    /// The agent without a name that has a job of our dispatch, or that is the only agent of a room with no other dispatch.
+    fn own_nameless_agent(&self, dispatches: &[DispatchInfo]) -> Option<(String, &'static str)> {
+        let wanted = expected_agent(&self.target)?;
+        let mut jobs = own_dispatches(Some(wanted), dispatches).flat_map(|one| &one.jobs);
+        let identities = &self.nameless.identities;
+        let by_job = jobs.find_map(|job| {
+            let holds = |identity: &&String| {
+                **identity == job.identity || !job.id.is_empty() && identity.contains(&job.id)
+            };
+            identities.iter().find(holds)
+        });
+        if let Some(identity) = by_job {
+            return Some((identity.clone(), "by its job"));
+        }
+        let only_ours = own_dispatches(Some(wanted), dispatches).count() == dispatches.len();
+        match (&identities[..], &self.strays[..]) {
+            ([identity], [_]) if only_ours && !dispatches.is_empty() => Some((
+                identity.clone(),
+                "as the only agent of a room with no other dispatch",
+            )),
+            _ => None,
+        }
+    }
+
+    /// The identity of the target's agent, if it is in the room and LiveKit hides it from the canary.
+    fn hidden_agent(
+        &self,
+        participants: &[ParticipantBrief],
+        dispatches: &[DispatchInfo],
+    ) -> Option<String> {
+        let wanted = expected_agent(&self.target);
+        let names = ["lk.agent_name", "lk.agent.name"];
+        let is_ours = |one: &&ParticipantBrief| {
+            let mut own = own_dispatches(wanted, dispatches).flat_map(|dispatch| &dispatch.jobs);
+            let attributes = &one.attributes;
+            wanted.is_none_or(|wanted| {
+                let named = |key: &&str| attributes.get(*key).is_some_and(|name| name == wanted);
+                names.iter().any(named) || own.any(|job| job.identity == one.identity)
+            })
+        };
+        let mut hidden = participants
+            .iter()
+            .filter(|one| one.hidden && one.kind == "AGENT");
+        Some(hidden.find(is_ours)?.identity.clone())
+    }
+
     /// What these dispatches show of the target's agent.
     fn listing(&self, dispatches: &[DispatchInfo]) -> DispatchListing {
-        let wanted = expected_agent(&self.target);
-        let mut own = dispatches
-            .iter()
-            .filter(|dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
-            .peekable();
+        let mut own = own_dispatches(expected_agent(&self.target), dispatches).peekable();
         if own.peek().is_none() {
             return DispatchListing::NoDispatch;
         }
@@ -395,6 +524,9 @@ impl ProbeMachine {
         let failure = match self.disruption.clone() {
             Some(Disruption::Duplicate { identity }) => {
                 Failure::of_duplicate_agent(&identity, &mut self.report.evidence)
+            }
+            Some(Disruption::Encrypted(method)) => {
+                Failure::of_encrypted_agent(method, &mut self.report.evidence)
             }
             Some(Disruption::Left { at, reason }) if !self.agent_may_have_left() => {
                 let after = self.after(Milestone::AgentJoined, at);
@@ -425,6 +557,17 @@ impl ProbeMachine {
         self.report.timeline.get(Milestone::AgentSpoke).is_some()
     }
 
+    /// Why LiveKit could not subscribe the canary to audio that the agent publishes.
+    fn failed_subscription(&self) -> Option<(String, &'static str)> {
+        let is_audio = |sid: &str| {
+            let mut tracks = self.tracks.iter();
+            tracks.any(|track| track.sid == sid && track.kind == "AUDIO")
+        };
+        let mut failed = self.failed_subscriptions.iter();
+        let (sid, error) = failed.find(|(sid, _)| is_audio(sid))?;
+        Some((sid.clone(), *error))
+    }
+
     /// The verdict on an agent that missed the deadline of this duty.
     fn blame_agent(&mut self, duty: AgentDuty, listing: &DispatchListing, now: Instant) {
         let missed = MissedDuty {
@@ -434,6 +577,7 @@ impl ProbeMachine {
             target: &self.target,
             agent_known: self.agent_known,
             strays: &self.strays,
+            subscription: self.failed_subscription(),
         };
         let failure = Failure::of_agent(&missed, &mut self.report);
         self.fail(failure, now);
@@ -526,6 +670,15 @@ impl ProbeMachine {
     }
 }
 
+/// The dispatches of the agent with this name; all of them if any agent counts.
+fn own_dispatches<'a>(
+    wanted: Option<&'a str>,
+    dispatches: &'a [DispatchInfo],
+) -> impl Iterator<Item = &'a DispatchInfo> {
+    let all = dispatches.iter();
+    all.filter(move |dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
+}
+
 /// Whether a failed call proves that the room's server is alive. A proxy answers 502 to 504, and so does a node that waits
 /// in vain for the one that holds the room.
 fn proves_server_alive(error: &ApiError) -> bool {
@@ -543,6 +696,22 @@ fn push_new(list: &mut Vec<String>, line: String) {
     }
 }
 
+fn track_line(track: &RemoteTrackInfo) -> String {
+    let name = match track.name.as_str() {
+        "" => String::new(),
+        name => format!(" \"{name}\""),
+    };
+    let muted = if track.muted { ", muted" } else { "" };
+    let encrypted = match track.encryption {
+        "NONE" => String::new(),
+        method => format!(", encrypted ({method})"),
+    };
+    format!(
+        "{}: {} from {}{name}{muted}{encrypted}",
+        track.identity, track.kind, track.source
+    )
+}
+
 fn dispatch_line(dispatch: &DispatchInfo) -> String {
     let jobs: Vec<_> = dispatch
         .jobs
@@ -557,8 +726,12 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         [] => "no job".to_owned(),
         jobs => jobs.join(", "),
     };
+    let deployment = match dispatch.deployment.as_str() {
+        "" => String::new(),
+        name => format!(", deployment \"{name}\""),
+    };
     format!(
-        "{} for agent \"{}\": {jobs}",
+        "{} for agent \"{}\"{deployment}: {jobs}",
         dispatch.id, dispatch.agent_name
     )
 }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use livekit_protocol::DisconnectReason;
+use livekit_protocol::{DisconnectReason, SubscriptionError};
 
 use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
@@ -18,6 +18,15 @@ use crate::livekit::wire::signal::SignalError;
 
 /// Characters of a server's text that a `detail` quotes at most; the evidence holds more.
 const MAX_QUOTE: usize = 200;
+
+/// What many proxies and load balancers accept of a request's headers by default, in bytes.
+pub const USUAL_HEADER_BYTES: usize = 8 * 1024;
+
+/// What LiveKit Cloud answers to a call of the server API in a region that the project is not pinned to. Upstream's mock
+/// mirrors it (`regionPinStatus` in livekit-server's `cmd/test-server/config.go`).
+pub(super) const REGION_PIN: u16 = 451;
+/// What it answers to the signal connection there.
+const REGION_PIN_AT_JOIN: u16 = 403;
 
 /// A call of the server API whose failure ends the probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +102,8 @@ pub(super) struct MissedDuty<'a> {
     pub(super) agent_known: bool,
     /// Names of other agents that joined, quoted.
     pub(super) strays: &'a [String],
+    /// A track of the agent's audio to which LiveKit could not subscribe the canary, and its error.
+    pub(super) subscription: Option<(String, &'static str)>,
 }
 
 /// When in its call an agent left.
@@ -200,6 +211,7 @@ impl Failure {
             return Self::limit(kind, &what, rejection);
         }
         match (rejection.status, rejection.twirp_code.as_deref()) {
+            (REGION_PIN, _) => Self::region_pinned(method, &answer),
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
                 Self::auth_rejected(method, &answer)
             }
@@ -277,7 +289,9 @@ impl Failure {
             return Self::limit(LimitKind::Node, &what, rejection);
         }
         match rejection.status {
-            401 | 403 => Self::auth_rejected("the signal connection", &answer),
+            401 => Self::auth_rejected("the signal connection", &answer),
+            // livekit-server answers a token that it does not accept with 401.
+            REGION_PIN_AT_JOIN => Self::region_pinned("the signal connection", &answer),
             404 if !rejection.message.contains("room does not exist") => Self::new(
                 Reason::ConfigRejected,
                 format!(
@@ -291,6 +305,28 @@ impl Failure {
                 ),
             ),
         }
+    }
+
+    /// `self`, or the size of the join token that explains it: the token is a header of the request.
+    pub(super) fn or_large_token(self, bytes: usize, evidence: &Evidence) -> Self {
+        if self.reason != Reason::SignalFailed || bytes <= USUAL_HEADER_BYTES {
+            return self;
+        }
+        // 494 is nginx's own status for a header that is too large; it sends 400 instead. haproxy sends 400, too.
+        let refused = matches!(evidence.http_status, Some(400 | 413 | 414 | 431 | 494));
+        let reason = if refused {
+            Reason::ConfigRejected
+        } else {
+            self.reason
+        };
+        Self::new(
+            reason,
+            format!(
+                "{} The join token has {bytes} bytes, and many proxies accept only {USUAL_HEADER_BYTES} bytes of a header. Shorten \
+                 the metadata and the attributes that it carries, or set dispatch.mode to \"explicit\" or \"room\".",
+                self.detail
+            ),
+        )
     }
 
     fn of_leave_before_join(reason: &str, evidence: &mut Evidence) -> Self {
@@ -338,7 +374,8 @@ impl Failure {
             Some(D::RoomDeleted | D::RoomClosed) => Self::new(
                 Reason::Removed,
                 format!(
-                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project."
+                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project. \
+                     If the agent ends its calls this way, set expect.agent_may_leave."
                 ),
             ),
             Some(D::ParticipantRemoved) => Self::new(
@@ -470,13 +507,7 @@ impl Failure {
         report.evidence.record_deadline(missed.duty.step(), limit);
         match missed.duty {
             AgentDuty::Join => Self::of_absent_agent(missed),
-            AgentDuty::Track => Self::new(
-                Reason::AgentNoTrack,
-                format!(
-                    "the agent published no audio track within {limit:?} of joining. \
-                     Check that its session starts and that it has audio output."
-                ),
-            ),
+            AgentDuty::Track => Self::of_missing_track(missed),
             AgentDuty::Speech => {
                 let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
                     Some(_) => "its track carried audio packets, but no speech in them",
@@ -512,6 +543,56 @@ impl Failure {
         }
     }
 
+    fn of_missing_track(missed: &MissedDuty<'_>) -> Self {
+        let limit = missed.limit;
+        if let Some((track, error)) = &missed.subscription {
+            return Self::of_failed_subscription(track, error, limit);
+        }
+        let places = match missed.target.room.max_participants {
+            1 => " If an avatar speaks for it that is no agent, raise room.max_participants.",
+            _ => "",
+        };
+        Self::new(
+            Reason::AgentNoTrack,
+            format!(
+                "the agent published no audio track within {limit:?} of joining. \
+                 Check that its session starts and that it has audio output.{places}"
+            ),
+        )
+    }
+
+    /// The agent published audio, but LiveKit could not subscribe the canary to it.
+    fn of_failed_subscription(track: &str, error: &str, limit: Duration) -> Self {
+        let what = format!(
+            "the agent's audio did not arrive within {limit:?} of joining: LiveKit could not subscribe the canary to track {track} \
+             ({error})."
+        );
+        if error == SubscriptionError::SeCodecUnsupported.as_str_name() {
+            return Self::new(
+                Reason::ConfigRejected,
+                format!(
+                    "{what} The canary receives Opus. Have the agent publish Opus, and check the server's enabled_codecs."
+                ),
+            );
+        }
+        Self::new(
+            Reason::AgentNoTrack,
+            format!("{what} Check whether the agent withdrew the track, and LiveKit's log."),
+        )
+    }
+
+    /// The agent is in the room, but LiveKit shows it only to the server API.
+    pub(super) fn of_hidden_agent(identity: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent_join");
+        Self::new(
+            Reason::AgentNoTrack,
+            format!(
+                "the agent ({identity}) joined as a hidden participant, so no caller can see or hear it. Check the permissions \
+                 of its worker (hidden)."
+            ),
+        )
+    }
+
     fn of_absent_agent(missed: &MissedDuty<'_>) -> Self {
         let limit = missed.limit;
         if let DispatchListing::Job(job) = missed.listing {
@@ -526,6 +607,12 @@ impl Failure {
             Some(name) if missed.agent_known => format!(
                 "Check first that the worker of \"{name}\" is connected to this project and below its load limit. \
                  Then check its log for a job that failed before it connected, and that it still registers under this name."
+            ),
+            Some(name) if !missed.target.dispatch.deployment.is_empty() => format!(
+                "Check first that a worker registered as exactly \"{name}\" with the deployment \"{}\" \
+                 (LIVEKIT_AGENT_DEPLOYMENT). Then check that it is connected to this project and below its load limit, and its \
+                 log for a job that failed before it connected.",
+                missed.target.dispatch.deployment
             ),
             Some(name) => format!(
                 "Check first that a worker registered as exactly \"{name}\". Then check that it is connected to this \
@@ -613,6 +700,18 @@ impl Failure {
         }
     }
 
+    /// All audio of the agent is encrypted, by this method. To the canary it is noise, which could pass for speech.
+    pub(super) fn of_encrypted_agent(method: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent_track");
+        Self::new(
+            Reason::ConfigRejected,
+            format!(
+                "the agent's audio is end-to-end encrypted ({method}), and the canary has no key for it. Turn encryption off \
+                 in the canary's rooms: the agent can recognise them by the participant attribute canary=true."
+            ),
+        )
+    }
+
     pub(super) fn of_duplicate_agent(identity: &str, evidence: &mut Evidence) -> Self {
         evidence.step = Some("agent");
         Self::new(
@@ -685,6 +784,18 @@ impl Failure {
         )
     }
 
+    /// LiveKit Cloud refuses a project that is pinned to another region.
+    fn region_pinned(what: &str, answer: &str) -> Self {
+        Self::new(
+            Reason::ConfigRejected,
+            format!(
+                "LiveKit refused {what}: {answer}. LiveKit Cloud answers so if the project is pinned to a region and this \
+                 machine reached another one. Run the canary in an allowed region, or check the project's region pinning. \
+                 A proxy in front of LiveKit can answer so, too."
+            ),
+        )
+    }
+
     fn limit(kind: LimitKind, what: &str, rejection: &HttpRejection) -> Self {
         let retry = match rejection.retry_after {
             Some(after) => format!("It asks to retry after {after:?}."),
@@ -710,6 +821,15 @@ impl Evidence {
         self.step = Some(step);
         self.deadline_seconds = Some(limit.as_secs_f64());
     }
+}
+
+/// Whether a `Leave` with this reason is how an agent can end the call of its caller.
+pub(super) fn ends_call(reason: &str) -> bool {
+    use DisconnectReason as D;
+    matches!(
+        DisconnectReason::from_str_name(reason),
+        Some(D::RoomDeleted | D::RoomClosed | D::ParticipantRemoved)
+    )
 }
 
 /// The name of the agent that counts; `None` if the dispatch names none, and any agent counts.

@@ -569,6 +569,7 @@ impl TwirpCall<'_> {
             id: guid("AD_"),
             agent_name: request.agent_name,
             metadata: request.metadata,
+            deployment: request.deployment,
             ..proto::AgentDispatch::default()
         });
         // The real server creates a missing room, too.

@@ -30,6 +30,7 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::wire::api::ApiError",
     "livekit::wire::api::Call",
     "livekit::wire::api::DispatchInfo",
+    "livekit::wire::api::ParticipantBrief",
     "livekit::wire::api::RoomInfo",
     "livekit::wire::connect::ConnectError",
     "livekit::wire::request::HttpRejection",

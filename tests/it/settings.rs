@@ -9,7 +9,7 @@ use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
     Alerts, Backoff, Budget, Config, DaemonSettings, DispatchMode, HistorySettings, Project,
-    RampMode, RawConfig, Schedule, Target,
+    RampMode, RawConfig, RoomSettings, Schedule, Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -524,17 +524,43 @@ fn more_rooms_than_the_project_allows_are_valid_one_by_one() {
 
 #[test]
 fn attribute_for_upstreams_test_server_is_not_reserved() {
-    let config = target_with("attributes = { \"lk.mock\" = \"no_pong\" }");
+    let config = target_with("participant.attributes = { \"lk.mock\" = \"no_pong\" }");
     let config = read(&config, &CREDENTIALS);
-    let attributes = &config.targets["support"].attributes;
+    let attributes = &config.targets["support"].participant.attributes;
     assert_eq!(attributes["lk.mock"], "no_pong");
 }
 
 #[test]
 fn reserved_attributes_are_reported() {
     assert_snapshot!(error_of(&target_with(
-        "attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
+        "participant.attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
     )));
+}
+
+#[test]
+fn mistakes_of_room_and_deployment_are_reported() {
+    assert_snapshot!(error_of(&target_with(
+        "room = { name_prefix = \"calls/\", max_participants = 1001 }\ndispatch.deployment = \"my_staging\""
+    )));
+    let automatic = "dispatch = { mode = \"automatic\", deployment = \"staging\" }";
+    assert_snapshot!(error_of(&target_with(automatic)));
+}
+
+#[test]
+fn room_participant_and_deployment_are_read() {
+    let settings = "room = { name_prefix = \"call-\", metadata = \"\", max_participants = 0 }\n\
+                    participant = { name = \"Ada\", metadata = \"vip\" }\ndispatch.deployment = \"staging\"";
+    let config = read(&target_with(settings), &CREDENTIALS);
+    let target = &config.targets["support"];
+    let room = RoomSettings {
+        name_prefix: "call-".to_owned(),
+        metadata: String::new(),
+        max_participants: 0,
+    };
+    assert_eq!(target.room, room);
+    let participant = (&*target.participant.name, &*target.participant.metadata);
+    assert_eq!(participant, ("Ada", "vip"));
+    assert_eq!(target.dispatch.deployment, "staging");
 }
 
 #[test]
@@ -584,7 +610,10 @@ fn environment_overrides_any_key_of_the_file() {
     variables.extend([
         ("LIVEKIT_CANARY__targets__support__batch__rooms", "5"),
         ("LIVEKIT_CANARY__TARGETS__SUPPORT__EXPECT__REPLY", "true"),
-        ("LIVEKIT_CANARY__targets__support__attributes__Tier", "gold"),
+        (
+            "LIVEKIT_CANARY__targets__support__participant__attributes__Tier",
+            "gold",
+        ),
         ("LIVEKIT_CANARY__projects__big_one__api_secret", "12345"),
     ]);
     let settings = "[projects.big-one]\napi_secret_file = \"missing\"\n";
@@ -596,7 +625,7 @@ fn environment_overrides_any_key_of_the_file() {
     assert_eq!(support.batch.rooms, 5);
     assert!(support.expect.reply);
     assert_eq!(
-        support.attributes,
+        support.participant.attributes,
         BTreeMap::from([("Tier".to_owned(), "gold".to_owned())])
     );
     assert_eq!(

@@ -285,6 +285,7 @@ fn shared_stack() -> anyhow::Result<Stack> {
     let busy = Agent {
         name: BUSY_AGENT,
         load: 1.0,
+        ..Agent::named("")
     };
     Stack::real(&[Agent::named(AGENT), busy])
 }

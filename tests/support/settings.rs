@@ -58,7 +58,10 @@ impl Settings {
     /// Sets an attribute of the echo participant. Its name may contain dots.
     #[must_use]
     pub fn attribute(mut self, name: &str, value: &str) -> Self {
-        let attributes = self.target.entry("attributes");
+        let participant = self.target.entry("participant");
+        let participant = participant.or_insert_with(|| Table::new().into());
+        let participant = participant.as_table_mut().expect("participant is a table");
+        let attributes = participant.entry("attributes");
         let attributes = attributes.or_insert_with(|| Table::new().into());
         let attributes = attributes.as_table_mut().expect("attributes are a table");
         attributes.insert(name.to_owned(), value.into());

@@ -28,7 +28,7 @@ use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
-use crate::livekit::join::JoinRequest;
+use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::candidate::candidate_line;
@@ -72,6 +72,7 @@ pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
+    mut adoption: Adoption,
     voice: &mut RtpReceiver,
 ) -> EndReason {
     let events = EventSender::new(events);
@@ -87,7 +88,7 @@ pub(crate) async fn run(
             Err(why) => return why,
         },
     };
-    let served = session.serve(&leave).await;
+    let served = session.serve(&leave, &mut adoption).await;
     let reported = session.observer.report_unfinished();
     let why = served
         .and_then(|why| reported.map(|()| why))
@@ -153,6 +154,8 @@ enum SessionStep {
     Left,
     Message(Result<(Instant, Box<Response>), SignalError>),
     Incoming(proto::SignalTarget, Incoming),
+    /// This agent without a name is the target's.
+    Adopted(String),
     Time,
 }
 
@@ -168,9 +171,9 @@ impl<'a> NativeSession<'a> {
         let Joined {
             signal,
             response,
+            early,
             at,
             local,
-            ..
         } = joined;
         // LiveKit matches `AddTrack.cid` with the track id of the offer's msid, so both must be equal.
         let cid = format!("echo-{:016x}", fastrand::u64(..));
@@ -213,6 +216,17 @@ impl<'a> NativeSession<'a> {
         });
         session.publish(cid, offer)?;
         session.on_participants(at, response.other_participants, true)?;
+        // The canary is in the room only since the join response, so the time of an earlier message says nothing.
+        for message in early {
+            match message {
+                Response::Update(update) => {
+                    session.on_participants(at, update.participants, true)?;
+                }
+                // There was nothing to negotiate before the join response.
+                Response::Answer(_) | Response::Offer(_) | Response::Trickle(_) => {}
+                other => session.observer.on_message(at, other)?,
+            }
+        }
         Ok(session)
     }
 
@@ -230,7 +244,11 @@ impl<'a> NativeSession<'a> {
         self.send(Request::Offer(description("offer", offer, OFFER_ID)))
     }
 
-    async fn serve(&mut self, leave: &CancellationToken) -> Result<EndReason, EndReason> {
+    async fn serve(
+        &mut self,
+        leave: &CancellationToken,
+        adoption: &mut Adoption,
+    ) -> Result<EndReason, EndReason> {
         let mut buffer = [0; MAX_DATAGRAM];
         let timer = sleep_until(Instant::now());
         let left = leave.cancelled();
@@ -243,7 +261,7 @@ impl<'a> NativeSession<'a> {
                 timer.as_mut().reset(deadline);
             }
             let step = self
-                .next_step(left.as_mut(), timer.as_mut(), &mut buffer)
+                .next_step(left.as_mut(), timer.as_mut(), adoption, &mut buffer)
                 .await;
             match step {
                 SessionStep::Left => return Ok(EndReason::Left),
@@ -255,6 +273,12 @@ impl<'a> NativeSession<'a> {
                 }
                 SessionStep::Incoming(target, incoming) => {
                     self.receive(target, &incoming, &buffer)?;
+                }
+                SessionStep::Adopted(identity) => {
+                    let now = Instant::now();
+                    let clock = self.signal.clock();
+                    self.observer.adopt(now, &identity, clock)?;
+                    self.select_voice(now)?;
                 }
                 SessionStep::Time => self.on_timer(&mut buffer)?,
             }
@@ -301,6 +325,7 @@ impl<'a> NativeSession<'a> {
         &mut self,
         left: impl Future<Output = ()>,
         timer: Pin<&mut Sleep>,
+        adoption: &mut Adoption,
         buffer: &mut [u8],
     ) -> SessionStep {
         tokio::select! {
@@ -312,6 +337,7 @@ impl<'a> NativeSession<'a> {
             (target, incoming) = incoming(&mut self.publisher, &mut self.subscriber, buffer) => {
                 SessionStep::Incoming(target, incoming)
             }
+            identity = adoption.next() => SessionStep::Adopted(identity),
             () = timer => SessionStep::Time,
         }
     }

@@ -71,6 +71,8 @@ pub(crate) struct NewRoom {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NamedAgent {
     pub(crate) name: String,
+    /// Which of the agent's deployments; empty for workers without one.
+    pub(crate) deployment: String,
     /// Passed to the agent's job.
     pub(crate) metadata: String,
 }
@@ -84,6 +86,7 @@ pub(crate) struct RoomInfo {
 pub(crate) struct DispatchInfo {
     pub(crate) id: String,
     pub(crate) agent_name: String,
+    pub(crate) deployment: String,
     pub(crate) jobs: Vec<JobInfo>,
 }
 
@@ -94,12 +97,16 @@ pub(crate) struct JobInfo {
     /// `JS_PENDING`, `JS_RUNNING`, …
     pub(crate) status: String,
     pub(crate) error: String,
+    /// The identity under which the job's agent joins; empty if the server does not name it.
+    pub(crate) identity: String,
 }
 
 #[derive(Debug, Clone)]
 pub struct ParticipantBrief {
     pub identity: String,
     pub kind: String,
+    /// The other participants are not informed of it.
+    pub hidden: bool,
     pub attributes: std::collections::HashMap<String, String>,
     /// The join time on the server's clock, in Unix milliseconds.
     pub joined_at_ms: i64,
@@ -172,16 +179,12 @@ impl Api {
     ///
     /// An accepted dispatch does not mean that an agent will join: the server also accepts a name that no worker has
     /// registered. It creates a missing room.
-    pub(crate) async fn create_dispatch(
-        &self,
-        room: &RoomName,
-        agent: &str,
-        metadata: &str,
-    ) -> Call<String> {
+    pub(crate) async fn create_dispatch(&self, room: &RoomName, agent: NamedAgent) -> Call<String> {
         let request = proto::CreateAgentDispatchRequest {
-            agent_name: agent.to_owned(),
+            agent_name: agent.name,
             room: room.0.clone(),
-            metadata: metadata.to_owned(),
+            metadata: agent.metadata,
+            deployment: agent.deployment,
             ..proto::CreateAgentDispatchRequest::default()
         };
         self.call(
@@ -321,6 +324,7 @@ impl From<NamedAgent> for proto::RoomAgentDispatch {
         Self {
             agent_name: agent.name,
             metadata: agent.metadata,
+            deployment: agent.deployment,
             ..Self::default()
         }
     }
@@ -342,6 +346,7 @@ impl From<proto::ParticipantInfo> for ParticipantBrief {
     fn from(participant: proto::ParticipantInfo) -> Self {
         Self {
             kind: participant.kind().as_str_name().to_owned(),
+            hidden: participant.permission.is_some_and(|it| it.hidden),
             identity: participant.identity,
             attributes: participant.attributes,
             joined_at_ms: participant.joined_at_ms,
@@ -355,6 +360,7 @@ impl From<proto::AgentDispatch> for DispatchInfo {
         Self {
             id: dispatch.id,
             agent_name: dispatch.agent_name,
+            deployment: dispatch.deployment,
             jobs: jobs.into_iter().map(JobInfo::from).collect(),
         }
     }
@@ -367,6 +373,7 @@ impl From<proto::Job> for JobInfo {
             id: job.id,
             status: state.status().as_str_name().to_owned(),
             error: sanitize(&state.error),
+            identity: state.participant_identity,
         }
     }
 }

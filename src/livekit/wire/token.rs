@@ -31,6 +31,15 @@ pub enum TokenError {
     MissingIdentity,
 }
 
+/// A participant, as its token describes it to the server and to the others in the room.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TokenParticipant {
+    pub(crate) identity: String,
+    pub(crate) name: String,
+    pub(crate) metadata: String,
+    pub(crate) attributes: BTreeMap<String, String>,
+}
+
 /// What one call of the server API is allowed to do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum ApiPermission<'a> {
@@ -71,11 +80,10 @@ impl Keys {
     pub(crate) fn participant(
         &self,
         room: &RoomName,
-        identity: &str,
-        attributes: &BTreeMap<String, String>,
+        participant: &TokenParticipant,
         room_config: Option<&proto::RoomConfiguration>,
     ) -> Result<SecretString, TokenError> {
-        if room.0.is_empty() || identity.is_empty() {
+        if room.0.is_empty() || participant.identity.is_empty() {
             return Err(TokenError::MissingIdentity);
         }
         let grants = VideoGrants {
@@ -91,8 +99,10 @@ impl Keys {
         };
         let mut token = self
             .token(grants)
-            .with_identity(identity)
-            .with_attributes(attributes.clone());
+            .with_identity(&participant.identity)
+            .with_name(&participant.name)
+            .with_metadata(&participant.metadata)
+            .with_attributes(participant.attributes.clone());
         if let Some(config) = room_config {
             token = token.with_room_config(config.clone());
         }
@@ -156,12 +166,13 @@ mod tests {
     }
 
     fn participant(config: Option<&proto::RoomConfiguration>) -> Claims {
-        let attributes = BTreeMap::from([("canary".to_owned(), "true".to_owned())]);
-        verified(
-            &keys()
-                .participant(&room(), "echo", &attributes, config)
-                .unwrap(),
-        )
+        let participant = TokenParticipant {
+            identity: "echo".to_owned(),
+            name: "Echo".to_owned(),
+            metadata: "a caller".to_owned(),
+            attributes: BTreeMap::from([("canary".to_owned(), "true".to_owned())]),
+        };
+        verified(&keys().participant(&room(), &participant, config).unwrap())
     }
 
     #[test]
@@ -181,6 +192,7 @@ mod tests {
         );
         assert_eq!(claims.sub, "echo");
         assert_eq!(claims.attributes["canary"], "true");
+        assert_eq!((&*claims.name, &*claims.metadata), ("Echo", "a caller"));
         // An empty kind means a standard participant.
         assert_eq!(claims.kind, "");
         assert_eq!(claims.room_config, None);
@@ -211,7 +223,7 @@ mod tests {
             Keys::new("some-key", "").err(),
             Some(TokenError::EmptySecret)
         );
-        let unnamed = keys().participant(&room(), "", &BTreeMap::new(), None);
+        let unnamed = keys().participant(&room(), &TokenParticipant::default(), None);
         assert_eq!(unnamed.err(), Some(TokenError::MissingIdentity));
     }
 

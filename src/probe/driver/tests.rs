@@ -23,6 +23,8 @@ struct FixedApi {
 const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 const LIMIT: &str =
     "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
+/// As upstream's mock of LiveKit Cloud answers in a region that the project is not pinned to.
+const PINNED: &str = "HTTP/1.1 451 Unavailable For Legal Reasons\r\ncontent-length: 35\r\n\r\nproject not allowed in this region.";
 
 impl FixedApi {
     async fn start(answer: &'static str) -> Self {
@@ -144,6 +146,17 @@ async fn refused_room_is_reported_with_evidence() {
     assert_eq!(reason(&report).label(), "plan_limit");
     assert_eq!(report.evidence.retry_after_seconds, Some(7.0));
     assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    assert_eq!(server.calls(), ["CreateRoom"]);
+}
+
+#[tokio::test]
+async fn room_that_a_pinned_region_refused_is_not_deleted() {
+    let server = FixedApi::start(PINNED).await;
+    let report = start(&server.url).driver.run_to_end().await;
+    assert_eq!(reason(&report), Reason::ConfigRejected);
+    assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+    let notes = report.evidence.notes.join("\n");
+    assert!(!notes.contains("not deleted"), "{notes}");
     assert_eq!(server.calls(), ["CreateRoom"]);
 }
 
@@ -273,27 +286,32 @@ async fn request_that_creates_the_room_names_the_agent_as_the_mode_requires() {
         let mut started = start(&url);
         let mut target = Target::clone(&started.driver.context.target);
         target.dispatch.mode = *mode;
+        target.dispatch.deployment = "staging".to_owned();
         target.dispatch.metadata = "vip".to_owned();
         started.driver.context.target = Arc::new(target);
         let driver = &started.driver;
 
         let agent = NamedAgent {
             name: "support".to_owned(),
+            deployment: "staging".to_owned(),
             metadata: "vip".to_owned(),
         };
         let expected = Vec::from_iter(in_room.then_some(agent));
-        assert_eq!(driver.new_room().agents, expected, "{mode:?}");
+        let target = &driver.context.target;
+        assert_eq!(new_room(target, &driver.room).agents, expected, "{mode:?}");
         let config = driver.join_request().room_config;
         assert_eq!(
             config.as_ref().map(|config| config
                 .agents
                 .iter()
-                .any(|agent| agent.agent_name == "support" && agent.metadata == "vip")),
+                .any(|agent| agent.agent_name == "support"
+                    && agent.deployment == "staging"
+                    && agent.metadata == "vip")),
             in_token,
             "{mode:?}"
         );
         let metadata = config.map(|config| config.metadata);
-        assert_eq!(metadata, in_token.map(|_| METADATA.to_owned()));
+        assert_eq!(metadata, in_token.map(|_| r#"{"canary":true}"#.to_owned()));
     }
 }
 

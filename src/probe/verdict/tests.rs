@@ -122,14 +122,28 @@ fn only_a_limit_that_the_service_names_is_a_plan_limit() {
 }
 
 #[test]
+fn region_that_the_project_is_not_pinned_to_is_a_config_failure() {
+    let answer = "project not allowed in this region.";
+    for failure in [
+        api(ProbeCall::CreateRoom, 451, None, answer),
+        api(ProbeCall::CreateDispatch, 451, None, answer),
+        join(403, answer),
+    ] {
+        assert_eq!(failure.reason, Reason::ConfigRejected);
+        assert!(failure.detail.contains("pinned to a region"), "{failure:?}");
+        assert!(!failure.detail.contains("api_key"), "{failure:?}");
+    }
+}
+
+#[test]
 fn rejections_that_a_setting_explains_are_config_failures() {
     for status in [401, 403] {
         assert_eq!(
             api(ProbeCall::CreateRoom, status, None, "no").reason,
             Reason::AuthRejected
         );
-        assert_eq!(join(status, "no").reason, Reason::AuthRejected);
     }
+    assert_eq!(join(401, "no").reason, Reason::AuthRejected);
     let not_found = Some("not_found");
     let table = [
         (
@@ -271,4 +285,25 @@ fn details_state_what_happened_and_what_to_check() {
         .iter()
         .map(|failure| format!("{}: {}", failure.reason.label(), failure.detail));
     insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn large_token_explains_a_refused_join_by_its_size() {
+    let of = |status, bytes| {
+        let error = SignalError::Refused(rejection(status, None, "too large"));
+        let mut evidence = Evidence::default();
+        let failure = Failure::of_join(&error, &mut evidence);
+        failure.or_large_token(bytes, &evidence)
+    };
+    for status in [400, 413, 414, 431, 494] {
+        let failure = of(status, 27_000);
+        assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+        assert!(failure.detail.contains("27000 bytes"), "{failure:?}");
+        assert_eq!(of(status, 700).reason, Reason::SignalFailed, "{status}");
+    }
+    // A proxy may also hide its own refusal.
+    let hidden = of(502, 27_000);
+    assert_eq!(hidden.reason, Reason::SignalFailed);
+    assert!(hidden.detail.contains("27000 bytes"), "{hidden:?}");
+    assert_eq!(of(401, 27_000).reason, Reason::AuthRejected);
 }

@@ -162,10 +162,12 @@ async fn requests() -> Vec<(String, VideoGrants)> {
         .unwrap();
     api.delete_room(&room).await.result.unwrap();
     api.list_participants(&room).await.result.unwrap();
-    api.create_dispatch(&room, "agent", "")
-        .await
-        .result
-        .unwrap();
+    let agent = NamedAgent {
+        name: "agent".to_owned(),
+        deployment: String::new(),
+        metadata: String::new(),
+    };
+    api.create_dispatch(&room, agent).await.result.unwrap();
     api.list_dispatch(&room).await.result.unwrap();
     api.delete_dispatch(&room, "id").await.result.unwrap();
     drop(server);
