@@ -200,7 +200,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
 
 /// The join token carries metadata and attributes, and is a header of the signal connection's request.
 fn warning_of_token(target: &Target, project: &Project) -> anyhow::Result<Vec<String>> {
-    let keys = Keys::new(&*project.api_key, project.api_secret.clone())?;
+    let keys = Keys::new(project.api_key.clone(), project.api_secret.clone())?;
     let random = "x".repeat(19);
     let room = RoomName(format!("{}{random}", target.room.name_prefix));
     let bytes = join_token_bytes(target, &keys, &room);

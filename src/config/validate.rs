@@ -12,7 +12,7 @@ use url::Url;
 
 use super::credential::{self, CredentialMistake};
 use super::cron;
-use super::file::{MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
+use super::file::{MAX_CA_BYTES, read_regular};
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};

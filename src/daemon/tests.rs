@@ -121,7 +121,7 @@ async fn reload_that_hangs_fails_and_neither_blocks_the_loop_nor_starts_a_second
     let answer = request(&mut daemon);
     let read = settings::next_read(&mut daemon.reload).await;
     daemon.settings_read(read).await;
-    assert_eq!(answer.await.unwrap(), Ok(()));
+    assert_eq!(answer.await.unwrap(), Ok(Vec::new()));
     assert_eq!(reads.load(Ordering::Relaxed), 2);
 }
 

@@ -698,7 +698,7 @@ fn agent_name_with_white_space_around_it_is_reported() {
 #[test]
 fn empty_variable_counts_as_unset() {
     let folder = folder_with(&target_with(
-        "batch.rooms = 2\nattributes = { tier = \"gold\" }",
+        "batch.rooms = 2\nparticipant.attributes = { tier = \"gold\" }",
     ));
     let file = folder.path().join("canary.toml");
     let mut variables = CREDENTIALS.to_vec();
@@ -706,7 +706,7 @@ fn empty_variable_counts_as_unset() {
         [
             "LIVEKIT_CANARY__targets__support__agent_name",
             "LIVEKIT_CANARY__targets__support__batch__rooms",
-            "LIVEKIT_CANARY__targets__support__attributes__tier",
+            "LIVEKIT_CANARY__targets__support__participant__attributes__tier",
             "LIVEKIT_CANARY__targets__support__dispatch__metadata",
             "LIVEKIT_CANARY__targets__other__agent_name",
             "LIVEKIT_CANARY__projects__other__api_key",
@@ -743,7 +743,7 @@ fn quotation_marks_around_a_variable_are_removed_if_they_cannot_belong_to_it() {
             "\"a JSON string\"",
         ),
         (
-            "LIVEKIT_CANARY__targets__support__attributes__tier",
+            "LIVEKIT_CANARY__targets__support__participant__attributes__tier",
             " gold ",
         ),
     ]);
@@ -752,7 +752,7 @@ fn quotation_marks_around_a_variable_are_removed_if_they_cannot_belong_to_it() {
     assert_eq!(support.agent_name.as_deref(), Some("other-agent"));
     assert_eq!(support.batch.hold, Duration::from_secs(20));
     assert_eq!(support.dispatch.metadata, "\"a JSON string\"");
-    assert_eq!(support.attributes["tier"], " gold ");
+    assert_eq!(support.participant.attributes["tier"], " gold ");
 }
 
 #[test]
