@@ -483,8 +483,9 @@ impl ProbeMachine {
             let mut own = own_dispatches(wanted, dispatches).flat_map(|dispatch| &dispatch.jobs);
             let attributes = &one.attributes;
             wanted.is_none_or(|wanted| {
-                let named = |key: &&str| attributes.get(*key).is_some_and(|name| name == wanted);
-                names.iter().any(named) || own.any(|job| job.identity == one.identity)
+                let has_name =
+                    |key: &&str| attributes.get(*key).is_some_and(|value| value == wanted);
+                names.iter().any(has_name) || own.any(|job| job.identity == one.identity)
             })
         };
         let mut hidden = participants

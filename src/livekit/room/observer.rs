@@ -174,7 +174,7 @@ impl Observer {
         for kind in self.roster.changes() {
             match kind {
                 RoomEventKind::AgentEncrypted(_) | RoomEventKind::NamelessAgent { .. } => {
-                    self.events.send(at, kind)?
+                    self.events.send(at, kind)?;
                 }
                 _ => self.events.send_if_room(at, kind)?,
             }

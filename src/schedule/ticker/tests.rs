@@ -196,7 +196,7 @@ fn started_target_with_a_cron_expression_waits_for_its_times() {
     let first = run.now + Duration::from_mins(1);
     run.table
         .start_target("nightly", &nightly(), run.now, first);
-    assert_eq!(run.run(Duration::from_mins(60)), ["03:00"]);
+    assert_eq!(run.run(Duration::from_hours(1)), ["03:00"]);
 }
 
 #[test]

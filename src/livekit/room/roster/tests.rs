@@ -357,7 +357,7 @@ fn track_is_reported_when_it_is_new_and_when_it_changes() {
         muted: false,
         encryption: "NONE",
     };
-    assert_eq!(changes(&info), [expected.clone()]);
+    assert_eq!(changes(&info), std::slice::from_ref(&expected));
     assert_eq!(changes(&info), []);
     info.tracks[0].muted = true;
     let muted = RemoteTrackInfo {
