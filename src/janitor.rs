@@ -15,8 +15,11 @@
 //! - An agent that was cut off: the server was killed and is back, or the network was down. LiveKit's SDKs try to connect
 //!   again for up to 50 s, with a token that creates a missing room. An agent of livekit-agents 1.8.9 then stays in it
 //!   alone for more than 6 minutes. A deletion that finds no room is a sign of it: the server has lost the room.
+//!   An agent that is connecting again at the moment of the deletion gives no sign, because the server keeps its
+//!   participant meanwhile. It re-creates the room 0.4 s later.
 //!
-//! So the janitor looks for a deleted room by its exact name while an agent may still come, at least every 5 s.
+//! So the janitor looks for a deleted room by its exact name while an agent may still come, at least every 5 s. It looks
+//! for every room that existed for 2 s at least.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,6 +38,9 @@ use crate::livekit::wire::api::{Api, ApiError, Call};
 /// Smallest `late_agent_window` that outlasts every late agent: a livekit-agents worker grants an ended job 15 s, and
 /// connecting takes about 2.5 s more at worst on two busy cores.
 pub(crate) const MIN_SAFE_WINDOW: Duration = Duration::from_secs(20);
+
+/// For how long a deleted room is re-checked although its agents were connected: one of them may have been connecting again.
+const RECONNECT_WINDOW: Duration = Duration::from_secs(2);
 
 /// Time for running deletions at exit, when nothing else is waited for.
 pub(crate) const FINAL_DELETION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -235,7 +241,7 @@ impl RoomLease {
     }
 
     /// Records whether every agent of the target's name is in the room with its connection up. The deletion disconnects
-    /// such agents, so none of them comes late.
+    /// such agents, so none of them comes late unless it was connecting again at that moment.
     ///
     /// Otherwise an agent may always come: LiveKit sends the project's unnamed agent to every room that is created.
     pub fn agents_connected(&mut self, connected: bool) {
@@ -420,7 +426,7 @@ impl RoomCleanup {
             // A call that creates a missing room may have been in flight.
             self.deletion_timeout
         } else {
-            Duration::ZERO
+            RECONNECT_WINDOW.min(self.late_agent_window)
         }
     }
 

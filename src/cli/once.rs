@@ -31,8 +31,8 @@ const ABORT_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long the process may run after the first signal, even if something hangs.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// A wait that takes longer than this is explained.
-const NOTICE_AFTER: Duration = Duration::from_secs(1);
+/// A wait that takes longer than this is explained. Longer than the short check that follows every call.
+const NOTICE_AFTER: Duration = Duration::from_secs(3);
 
 pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
     let (name, config) = settings(args)?;

@@ -295,7 +295,7 @@ pub struct Target {
     pub expect: Expect,
     /// Whether the agent's transcript is stored. It may contain personal data.
     pub transcript: bool,
-    /// How long a deleted room is checked again if no agent was seen in it: an agent that joins late re-creates the room.
+    /// How long a deleted room is checked again if an agent may still join it: that re-creates the room.
     pub late_agent_window: Duration,
 }
 
