@@ -651,7 +651,8 @@ pub(crate) fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let settings = Settings::new(stack)
         .set("batch.rooms", 2)
-        .set("batch.hold", "30s");
+        .set("batch.hold", "30s")
+        .without("late_agent_window");
     let running = settings.once()?;
     wait_for_two_greetings(stack)?;
     stack.server.signal(Signal::TERM)?;

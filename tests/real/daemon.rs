@@ -617,7 +617,8 @@ pub(crate) fn room_that_an_agent_re_creates_after_a_server_crash_is_deleted(
         .behaviour(&short_greeting())
         .set("schedule.every", "30d")
         .set("batch.rooms", 3)
-        .set("batch.hold", "40s");
+        .set("batch.hold", "40s")
+        .without("late_agent_window");
     dir.write(&settings.text())?;
     let daemon = dir.start()?;
     let batch_id = daemon.start_batch(TARGET)?;

@@ -275,7 +275,7 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 /// The maximum of cases that run at the same time. They mostly wait. With more of them, two cores would limit the result.
 fn max_threads(stack: StackKind) -> usize {
     match stack {
-        StackKind::Sandbox | StackKind::Mock => 12,
+        StackKind::Sandbox | StackKind::Mock => 16,
         // Each job of an agent is a Python process.
         StackKind::Real => 4,
     }

@@ -677,6 +677,7 @@ fn expect_late(fixture: &Fixture, dispatch: &str) -> anyhow::Result<String> {
     let running = settings
         .set("dispatch.mode", dispatch)
         .set("deadlines.join", "5s")
+        .without("late_agent_window")
         .once()?;
     let job = wait_for_job(stack, tag, "job")?;
     let wanted = reason_by_listed_jobs(stack, job.room())?;
