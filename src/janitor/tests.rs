@@ -179,7 +179,8 @@ async fn room_that_a_reconnecting_agent_re_created_is_deleted_again() {
     assert!(is_deleted(&lease.delete().await));
     assert_eq!(close(janitor, AMPLE).await, [""; 0]);
     let calls = server.calls().join(" ");
-    let expected = "DeleteDispatch DeleteRoom ListRooms ListDispatch DeleteRoom ListRooms ListRooms";
+    let expected =
+        "DeleteDispatch DeleteRoom ListRooms ListDispatch DeleteRoom ListRooms ListRooms";
     assert_eq!(calls, expected);
 }
 

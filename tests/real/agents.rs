@@ -129,9 +129,9 @@ fn expect_call_ended_by(fixture: &Fixture, behaviour: &Behaviour) -> anyhow::Res
     ensure!(open < 50.0, "the room stayed open for {open} s");
     probe.at("AgentSpoke")?;
     let mut notes = probe.evidence.notes.iter();
-    let noted = notes.find(|note| note.contains("ROOM_DELETED"));
-    let noted = noted.with_context(|| format!("{probe:?}"))?;
-    Ok(format!("removed if it may not; else ok: {noted}"))
+    let deleted = notes.find(|note| note.contains("ROOM_DELETED"));
+    let deleted = deleted.with_context(|| format!("{probe:?}"))?;
+    Ok(format!("removed if it may not; else ok: {deleted}"))
 }
 
 pub(crate) fn agent_that_may_leave_and_deletes_the_room_is_ok(
@@ -263,8 +263,8 @@ pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow
     let batch = expect_ok(fixture, stack, &settings.run()?, 1)?;
     let probe = batch.only_probe()?;
     let mut notes = probe.evidence.notes.iter();
-    let noted = notes.any(|note| note.contains("a track of source UNKNOWN"));
-    ensure!(noted, "{probe:?}");
+    let has_note = notes.any(|note| note.contains("a track of source UNKNOWN"));
+    ensure!(has_note, "{probe:?}");
     let [track] = &probe.evidence.tracks[..] else {
         anyhow::bail!("not one track: {probe:?}");
     };
