@@ -122,6 +122,10 @@ struct OnceArgs {
     #[arg(long, value_name = "NAME")]
     agent_name: Option<String>,
 
+    /// Deployment of the agent, such as staging [default: workers without one]
+    #[arg(long, value_name = "NAME")]
+    deployment: Option<String>,
+
     /// Number of rooms to open [default: 3]
     #[arg(long, value_name = "N")]
     rooms: Option<usize>,
@@ -218,6 +222,10 @@ struct CheckArgs {
     /// Name that the agent registers under: check what `once` with this flag would do
     #[arg(long, value_name = "NAME")]
     agent_name: Option<String>,
+
+    /// Deployment of the agent: check what `once` with this flag would do
+    #[arg(long, value_name = "NAME")]
+    deployment: Option<String>,
 
     /// Also test each project's credentials with a read-only request
     #[arg(long)]

@@ -26,11 +26,21 @@ const WRONG_SETTINGS: [u16; 4] = [401, 403, 404, 451];
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
     let mut only = args.target.clone();
-    if let Some(agent_name) = &args.agent_name {
-        let name = once::choose_target(&draft, only.as_deref())?;
-        draft.ensure_target(&name);
-        draft.set_by_flag(&name, &["agent_name"], agent_name.clone(), "--agent-name");
-        only = Some(name);
+    let flags: [(&str, &[&str], &Option<String>); 2] = [
+        ("--agent-name", &["agent_name"], &args.agent_name),
+        (
+            "--deployment",
+            &["dispatch", "deployment"],
+            &args.deployment,
+        ),
+    ];
+    for (flag, key, value) in flags {
+        if let Some(value) = value {
+            let name = once::choose_target(&draft, only.as_deref())?;
+            draft.ensure_target(&name);
+            draft.set_by_flag(&name, key, value.clone(), flag);
+            only = Some(name);
+        }
     }
     let all = draft.validate()?;
     forecast::check_history_size(&all, Utc::now().date_naive())?;

@@ -72,8 +72,13 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 13] = [
+    let flags: [(&str, &[&str], Option<String>); 14] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
+        (
+            "--deployment",
+            &["dispatch", "deployment"],
+            args.deployment.clone(),
+        ),
         (
             "--rooms",
             &["batch", "rooms"],

@@ -242,7 +242,14 @@ fn transcript_without_json_is_reported() {
 
 #[test]
 fn check_with_an_agent_name_shows_what_once_would_do() {
-    let run = run_with_url("ws://127.0.0.1:1", &["check", "--agent-name", "my-agent"]);
+    let flags = [
+        "check",
+        "--agent-name",
+        "my-agent",
+        "--deployment",
+        "staging",
+    ];
+    let run = run_with_url("ws://127.0.0.1:1", &flags);
     assert_eq!(run.code, Some(0), "{}", run.output());
     assert!(
         run.stdout.contains("target default on project default"),
@@ -250,7 +257,8 @@ fn check_with_an_agent_name_shows_what_once_would_do() {
         run.stdout
     );
     assert!(
-        run.stdout.contains("my-agent, explicit dispatch"),
+        run.stdout
+            .contains("my-agent, deployment staging, explicit dispatch"),
         "{}",
         run.stdout
     );
