@@ -533,6 +533,33 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn disk_that_does_not_respond_delays_no_request_for_longer_than_the_timeout() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.yml");
+        let users = |name: &str| {
+            let hash = bcrypt::hash("secret", 4).unwrap();
+            format!("basic_auth_users: {{ {name}: \"{hash}\" }}")
+        };
+        fs::write(&path, users("alice")).unwrap();
+        let file = WebConfigFile::load(&path).unwrap();
+        let alice = file.current().await;
+
+        fs::write(&path, users("bob")).unwrap();
+        let (disk, response) = tokio::sync::oneshot::channel::<()>();
+        file.last_read.lock().await.pending = Some(tokio::spawn(async {
+            response.await.ok();
+            Err("content that the file no longer has".to_owned())
+        }));
+        for _ in 0..2 {
+            let before = tokio::time::Instant::now();
+            assert!(Arc::ptr_eq(&alice, &file.current().await));
+            assert_eq!(before.elapsed(), READ_TIMEOUT);
+        }
+        drop(disk);
+        assert!(!Arc::ptr_eq(&alice, &file.current().await));
+    }
+
     proptest! {
         #![proptest_config(proptest::test_runner::Config {
             failure_persistence: None,

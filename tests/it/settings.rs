@@ -583,6 +583,15 @@ fn unusable_secret_files_are_reported() {
     assert_snapshot!(error_of(
         "[projects.acme]\napi_key_file = \"canary.toml.missing\"\napi_secret_file = \"/dev/null\"\n"
     ));
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let empty = empty.path().display();
+    let error = error_of(&format!(
+        "[projects.acme]\napi_key = \"key\"\napi_secret_file = \"{empty}\"\n"
+    ));
+    assert!(
+        error.contains("api_secret_file: this file is empty"),
+        "{error}"
+    );
 }
 
 #[test]
