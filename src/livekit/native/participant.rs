@@ -683,7 +683,7 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
 }
 
 fn media_failed(transport: &'static str, error: &PeerError) -> EndReason {
-    if let PeerError::Shortage(_) = error {
+    if let PeerError::Shortage { .. } = error {
         return EndReason::Internal(error.to_string());
     }
     EndReason::MediaFailed {

@@ -86,8 +86,11 @@ pub(crate) enum PeerError {
     #[error("no UDP socket could be opened on the local address that reaches the server")]
     NoRoute,
     /// The process has no descriptor or no memory left.
-    #[error("no UDP socket could be opened: {0}")]
-    Shortage(io::Error),
+    #[error("no {protocol} socket could be opened: {error}")]
+    Shortage {
+        protocol: &'static str,
+        error: String,
+    },
     #[error(transparent)]
     Stack(#[from] RtcError),
 }
@@ -149,7 +152,7 @@ pub(crate) enum Incoming {
     /// A TCP connection was opened from this local address.
     Opened(IpAddr),
     /// The TCP connection to this candidate failed or ended.
-    Closed(Candidate),
+    Closed(Candidate, io::Error),
 }
 
 impl PeerConnection {
@@ -194,7 +197,10 @@ impl PeerConnection {
         if ice == Ice::All {
             let socket = MediaSocket::bind(local).map_err(|error| {
                 if is_shortage(&error) {
-                    PeerError::Shortage(error)
+                    PeerError::Shortage {
+                        protocol: "UDP",
+                        error: error.to_string(),
+                    }
                 } else {
                     PeerError::NoRoute
                 }
@@ -392,7 +398,13 @@ impl PeerConnection {
                 self.wake(now);
                 Ok(())
             }
-            Incoming::Closed(remote) => {
+            Incoming::Closed(_, error) if !self.path && is_shortage(error) => {
+                Err(PeerError::Shortage {
+                    protocol: "TCP",
+                    error: error.to_string(),
+                })
+            }
+            Incoming::Closed(remote, _) => {
                 self.rtc.direct_api().invalidate_candidate(remote);
                 self.wake(now);
                 Ok(())
@@ -625,7 +637,7 @@ impl TcpFallback {
                         to: SocketAddr::new(to, DISCARD_PORT),
                         length,
                     },
-                    TcpEvent::Closed => Incoming::Closed(remote.clone()),
+                    TcpEvent::Closed(error) => Incoming::Closed(remote.clone(), error),
                 });
             }
         }
@@ -751,6 +763,8 @@ mod robustness;
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
 
     #[test]
@@ -801,6 +815,30 @@ mod tests {
         }
         assert_eq!(peer.candidates, MAX_CANDIDATES);
         assert_eq!(peer.sockets.len(), 1);
+    }
+
+    /// The network is not at fault if this process has no descriptor for the connection.
+    #[tokio::test]
+    async fn tcp_connection_without_a_descriptor_is_a_shortage_and_a_refused_one_is_not() {
+        for (code, is_shortage) in [(Errno::EMFILE, true), (Errno::ECONNREFUSED, false)] {
+            let mut peer = peer(SignalTarget::Publisher, Ice::Tcp);
+            let remote = Candidate::builder()
+                .tcp()
+                .host("127.0.0.1:1".parse().unwrap())
+                .tcptype(TcpType::Passive)
+                .build()
+                .unwrap();
+            let closed = Incoming::Closed(remote, code.into());
+            let result = peer.on_incoming(Instant::now(), &closed, &[]);
+            let shortage = matches!(
+                result,
+                Err(PeerError::Shortage {
+                    protocol: "TCP",
+                    ..
+                })
+            );
+            assert_eq!(shortage, is_shortage, "{code}: {result:?}");
+        }
     }
 
     const PASSIVE: &str = "candidate:1 1 tcp 1 127.0.0.1 1 typ host tcptype passive";
