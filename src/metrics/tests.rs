@@ -583,19 +583,6 @@ fn upper_bound_of_a_join_delay_is_not_observed() {
 }
 
 #[test]
-fn aborted_probe_counts_in_no_service_level() {
-    let (metrics, support) = with_a_target();
-    let report = ProbeReport {
-        outcome: Outcome::Aborted,
-        ..report()
-    };
-    support.probe(&report, &Objectives::default());
-    let scrape = scraped(&metrics);
-    assert_eq!(total(&scrape, "slo_eligible_total"), 0.0);
-    assert_eq!(total(&scrape, "slo_good_total"), 0.0);
-}
-
-#[test]
 fn batch_is_counted_by_its_result_and_an_aborted_one_does_not_become_the_last() {
     let (metrics, support) = with_a_target();
     let limited = || failed(Reason::PlanLimit(LimitKind::Quota));

@@ -969,22 +969,6 @@ fn state_that_is_removed_in_use_is_reported_and_the_next_start_opens_no_room_unk
 }
 
 #[test]
-fn second_daemon_is_refused_although_the_lock_file_was_deleted() -> anyhow::Result<()> {
-    let fixture = Fixture::new(&[], &[])?;
-    let daemon = fixture.dir.start()?;
-    std::fs::remove_file(fixture.dir.path().join("state/lock"))?;
-    let refused = fixture.dir.run_refused()?;
-    assert_ne!(refused.code, Some(0));
-    assert!(
-        refused.stderr.contains("uses the folder"),
-        "{}",
-        refused.stderr
-    );
-    daemon.terminate()?;
-    Ok(())
-}
-
-#[test]
 fn fifo_in_the_settings_is_refused_at_once_and_the_daemon_goes_on() -> anyhow::Result<()> {
     let mut fixture = Fixture::new(&[], &[])?;
     let daemon = fixture.dir.start()?;

@@ -204,33 +204,6 @@ fn report_lists_what_the_agent_did_heard_and_said() {
     assert!(said(heard, "seconds") > 2.0, "{report}");
 }
 
-#[test]
-fn milestones_have_the_order_of_the_real_server() {
-    let sandbox = SandboxThread::new("demo", &[]);
-    let (_, probes) = sandbox.once(&["--agent-name", "demo", "--rooms", "1"]);
-    let mut marks: Vec<(f64, &str)> = probes[0]["milestones"]
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(name, at)| (at.as_f64().unwrap(), name.as_str()))
-        .collect();
-    marks.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let position = |name: &str| marks.iter().position(|(_, mark)| *mark == name).unwrap();
-    let order = [
-        "RoomCreated",
-        "SignalConnected",
-        "MediaConnected",
-        "DispatchSent",
-        "AgentJoined",
-        "AgentTrackSubscribed",
-        "AgentFirstAudio",
-        "AgentSpoke",
-        "Left",
-    ];
-    let positions: Vec<usize> = order.iter().map(|name| position(name)).collect();
-    assert!(positions.is_sorted(), "{marks:?}");
-}
-
 /// The order of the milestones in each dispatch mode. With automatic dispatch there is no request that LiveKit could accept.
 const DISPATCHES: &[(&str, &str, &[&str])] = &[
     (
@@ -253,6 +226,10 @@ const DISPATCHES: &[(&str, &str, &[&str])] = &[
             "SignalConnected",
             "MediaConnected",
             "AgentJoined",
+            "AgentTrackSubscribed",
+            "AgentFirstAudio",
+            "AgentSpoke",
+            "Left",
         ],
     ),
     (
