@@ -23,9 +23,7 @@ mod catalogue;
 mod family;
 mod slo;
 
-pub use catalogue::{
-    CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX, SPAN_BUCKETS,
-};
+pub use catalogue::{CATALOGUE, Definition, MetricKind, PREFIX};
 pub use slo::{Sli, SliVerdict};
 
 use family::{CachedRegistry, CommonLabels, EncodedFamily, Families, ProcessMetrics, SeriesGuard};

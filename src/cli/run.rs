@@ -175,14 +175,4 @@ mod tests {
             assert_eq!(page_url(address.parse().unwrap(), tls), page);
         }
     }
-
-    #[test]
-    fn build_names_every_engine_of_this_binary() {
-        let expected = if cfg!(feature = "libwebrtc") {
-            "native,libwebrtc"
-        } else {
-            "native"
-        };
-        assert_eq!(build().engine, expected);
-    }
 }

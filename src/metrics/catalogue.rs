@@ -7,21 +7,21 @@ pub const PREFIX: &str = "livekit_canary";
 
 /// Bucket bounds of the delays that involve the agent, in seconds. All targets share them, because `sum by (le)` needs equal buckets. The default
 /// thresholds (5 s, 8 s) and deadlines are among them, so that the share within a threshold is exact.
-pub const DELAY_BUCKETS: &[f64] = &[
+const DELAY_BUCKETS: &[f64] = &[
     0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
     120.0, 300.0,
 ];
 
 /// Bucket bounds of the steps of a probe, in seconds. On the same host a step takes a millisecond, and at worst as long as
 /// its deadline.
-pub const SPAN_BUCKETS: &[f64] = &[
+const SPAN_BUCKETS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0,
     3.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0,
 ];
 
 /// Bucket bounds of jitter, in seconds. Normal jitter is a few milliseconds, and speech breaks up above about 30 ms, so the
 /// buckets of the delays would begin too high.
-pub const JITTER_BUCKETS: &[f64] = &[
+const JITTER_BUCKETS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0,
 ];
 

@@ -43,14 +43,13 @@ fn top(path: &str) -> &str {
 
 /// A production source file and every path into this crate that it names, such as `probe::driver::Context`.
 struct Imports {
-    source: Source,
+    source: &'static Source,
     paths: BTreeSet<String>,
 }
 
 impl Imports {
     fn all() -> Vec<Self> {
-        let sources = Source::all().into_iter();
-        let files = sources.map(|source| Self {
+        let files = Source::all().iter().map(|source| Self {
             paths: imports(&source.module, &source.words),
             source,
         });

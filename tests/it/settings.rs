@@ -766,10 +766,7 @@ fn quotation_marks_around_a_variable_are_removed_if_they_cannot_belong_to_it() {
 
 #[test]
 fn numbers_and_booleans_may_be_strings() {
-    let config = read(
-        &target_with("batch.rooms = \"0x4\"\n").replace("0x4", "4"),
-        &CREDENTIALS,
-    );
+    let config = read(&target_with("batch.rooms = \"4\""), &CREDENTIALS);
     assert_eq!(config.targets["support"].batch.rooms, 4);
     let config = read(
         &target_with("batch.rooms = 0x4\nexpect.reply = \"yes\""),

@@ -315,13 +315,6 @@ async fn request_that_creates_the_room_names_the_agent_as_the_mode_requires() {
     }
 }
 
-#[test]
-fn injected_fault_affects_only_the_room_with_its_index() {
-    let fault = ProbeFault::Panic { index: Some(2) };
-    assert_eq!(fault.of_room(2), Some(fault));
-    assert_eq!(fault.of_room(1), None);
-}
-
 /// The deadline passed and the answers came while the process was stopped: nothing of it is the server's fault.
 #[tokio::test]
 async fn probe_that_spans_a_stall_of_this_process_is_internal_whatever_its_next_input_is() {

@@ -1,5 +1,4 @@
 use super::*;
-use crate::probe::Origin;
 
 fn rejection(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
     HttpRejection {
@@ -40,34 +39,6 @@ fn connect_errors() -> [ConnectError; 4] {
             error: "Too many open files (os error 24)".to_owned(),
         },
     ]
-}
-
-fn distinct<const N: usize>(labels: [&'static str; N]) -> bool {
-    let mut labels = labels.to_vec();
-    assert!(labels.iter().all(|label| {
-        label
-            .chars()
-            .all(|char| char.is_ascii_lowercase() || char == '_')
-    }));
-    labels.sort_unstable();
-    labels.dedup();
-    labels.len() == N
-}
-
-#[test]
-fn labels_are_distinct_snake_case() {
-    assert!(distinct(Reason::ALL.map(Reason::label)));
-    assert!(distinct(Origin::ALL.map(Origin::label)));
-    assert!(distinct(LimitKind::ALL.map(LimitKind::label)));
-}
-
-#[test]
-fn every_reason_has_the_origin_that_the_design_gives() {
-    let table: Vec<_> = Reason::ALL
-        .iter()
-        .map(|reason| format!("{} {}", reason.label(), reason.origin().label()))
-        .collect();
-    insta::assert_snapshot!(table.join("\n"));
 }
 
 #[test]

@@ -327,7 +327,11 @@ async fn finished_jobs_are_removed() {
     scheduler.start().await.unwrap();
     let context = scheduler.context();
     let (ticker, mut ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
-    ticker.set("a", &Schedule::Every(Duration::from_secs(1)), Utc::now());
+    ticker.set(
+        "a",
+        &Schedule::Every(Duration::from_millis(200)),
+        Utc::now(),
+    );
     for _ in 0..4 {
         let tick = ticks.recv().await.unwrap();
         ticker.handled(&tick);
