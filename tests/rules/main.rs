@@ -655,6 +655,8 @@ fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
     let output = Command::new(promtool)
         .args(["test", "rules"])
         .arg(&tests)
+        // Half of the time would go to the garbage collector.
+        .envs([("GOGC", "off"), ("GOMEMLIMIT", "1GiB")])
         .output()
         .unwrap();
     Run {
