@@ -214,7 +214,7 @@ fn start_logs_version_page_and_the_first_batch_which_does_not_wait_for_the_grid(
     let started = Utc::now();
     let daemon = fixture.dir.start()?;
     let line = |text: &str| -> anyhow::Result<Value> {
-        daemon.logged(text)?.pop().context("it is not logged")
+        daemon.wait_for_log(text)?.pop().context("it is not logged")
     };
     let start = line("is listening on")?;
     assert_eq!(start["version"], env!("CARGO_PKG_VERSION"));
@@ -295,12 +295,8 @@ fn rotated_secret_file_is_used_at_the_next_batch_without_a_reload() -> anyhow::R
     // A file that cannot be used changes nothing, and the log names its key.
     std::fs::write(&secret, "two\nlines")?;
     assert_eq!(result()?, "ok");
-    assert_eq!(
-        daemon
-            .logged("api_secret_file: this file can't be used")?
-            .len(),
-        1
-    );
+    let unusable = daemon.wait_for_log("api_secret_file: this file can't be used")?;
+    assert_eq!(unusable.len(), 1);
     daemon.terminate()?;
     Ok(())
 }
@@ -482,12 +478,10 @@ fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> any
     fixture.set("targets.demo.batch.rooms", "2")?;
     daemon.signal(Signal::HUP)?;
     let changed = "settings reloaded: project \"main\" changed, target \"demo\" changed";
-    daemon.wait_for("the reload", || Ok(daemon.logged(changed)?.pop()))?;
+    daemon.wait_for_log(changed)?;
     let reload = daemon.http.post("/-/reload")?.json()?;
     assert_eq!(reload["changes"], Value::Array(Vec::new()), "{reload}");
-    // A thread of its own writes the log, so the response may come before the line.
-    let unchanged = "settings reloaded: nothing has changed";
-    daemon.wait_for("its log line", || Ok(daemon.logged(unchanged)?.pop()))?;
+    daemon.wait_for_log("settings reloaded: nothing has changed")?;
     assert_eq!(run_batch(&daemon, "demo")?["summary"]["ok"], 2);
     let scrape = daemon.scrape()?;
     assert_eq!(count(&scrape, "probe_failures_total", rejected)?, 1);
@@ -732,7 +726,7 @@ fn folder_that_cannot_be_written_degrades_the_history_and_batches_still_run() ->
     assert!(scrape.flag("history_degraded")?);
     let faults = scrape.count("internal_errors_total", &[("kind", "history")])?;
     assert_eq!(faults, 1, "one fault, however often the write is retried");
-    assert_eq!(daemon.logged("the history is degraded")?.len(), 1);
+    assert_eq!(daemon.wait_for_log("the history is degraded")?.len(), 1);
     assert_eq!(is_ready(&daemon)?, 200);
     daemon.terminate()?;
     Ok(())
@@ -752,7 +746,7 @@ fn corrupt_history_is_renamed_with_one_log_line_and_a_new_history_is_written() -
     std::fs::write(file.unwrap(), "no database at all").unwrap();
 
     let daemon = fixture.dir.start()?;
-    assert_eq!(daemon.logged("is corrupt")?.len(), 1);
+    assert_eq!(daemon.wait_for_log("is corrupt")?.len(), 1);
     assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
     assert!(!daemon.scrape()?.flag("history_degraded")?);
     daemon.terminate()?;
@@ -946,7 +940,7 @@ fn state_that_is_removed_in_use_is_reported_and_the_next_start_opens_no_room_unk
     std::fs::remove_dir_all(fixture.dir.path().join("state"))?;
     let batch = run_batch(&daemon, "demo")?;
     assert_eq!(batch["result"], "ok");
-    let logged = daemon.logged("was removed or replaced")?;
+    let logged = daemon.wait_for_log("was removed or replaced")?;
     let [line] = &logged[..] else {
         panic!("{logged:?}")
     };

@@ -218,6 +218,15 @@ impl Daemon {
         logged(&self.running, text)
     }
 
+    /// As [`logged`](Self::logged), once there is such a line. A thread of its own writes the log, so a response may come before
+    /// the line about it.
+    pub fn wait_for_log(&self, text: &str) -> anyhow::Result<Vec<Value>> {
+        self.wait_for(text, || {
+            let lines = self.logged(text)?;
+            Ok((!lines.is_empty()).then_some(lines))
+        })
+    }
+
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         self.running.signal(signal)
     }
