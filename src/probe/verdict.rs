@@ -10,7 +10,7 @@ use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
 use super::timeline::Milestone;
 use crate::config::{DispatchRequest, Target};
-use crate::livekit::event::{EndReason, MediaPermission};
+use crate::livekit::event::{EndReason, MediaPermission, NOT_PERMITTED};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::wire::connect::ConnectError;
 use crate::livekit::wire::request::HttpRejection;
@@ -575,10 +575,14 @@ impl Failure {
                 ),
             );
         }
-        Self::new(
-            Reason::AgentNoTrack,
-            format!("{what} Check whether the agent withdrew the track, and LiveKit's log."),
-        )
+        let check = match error {
+            NOT_PERMITTED => {
+                "The agent does not permit it: check its track subscription permissions \
+                 (set_track_subscription_permissions)."
+            }
+            _ => "Check whether the agent withdrew the track, and LiveKit's log.",
+        };
+        Self::new(Reason::AgentNoTrack, format!("{what} {check}"))
     }
 
     /// The agent is in the room, but LiveKit shows it only to the server API.

@@ -322,6 +322,16 @@ async def greet_with_video(job: Job) -> None:
     await job.say(session, "replied")
 
 
+async def deny_subscription(job: Job) -> None:
+    """Speaks on a track to which no participant may subscribe."""
+    await job.connect()
+    job.ctx.room.local_participant.set_track_subscription_permissions(
+        allow_all_participants=False
+    )
+    await job.publish(queue_ms=1000)
+    await job.utter()
+
+
 async def greet_encrypted(job: Job) -> None:
     """Greets with end-to-end encryption."""
     key = rtc.KeyProviderOptions(shared_key=b"a key that the canary does not have")
@@ -375,6 +385,7 @@ BEHAVIOURS = {
         speak_by_avatar,
         speak_without_source,
         greet_with_video,
+        deny_subscription,
         greet_encrypted,
         restart_track,
         no_track,

@@ -290,6 +290,18 @@ pub(crate) fn agent_with_video_is_heard(fixture: &Fixture) -> anyhow::Result<Str
     Ok(format!("ok, reply after {reply:.3} s"))
 }
 
+pub(crate) fn agent_that_denies_the_subscription_is_named(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::denies_subscription())?;
+    let batch = expect(fixture, &settings.run()?, 1, &["agent_no_track"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let named = probe.detail().contains("The agent does not permit it");
+    ensure!(named, "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
 pub(crate) fn end_to_end_encrypted_agent_is_config_rejected(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {

@@ -112,6 +112,11 @@ impl Behaviour {
         Self::new("greet_with_video", &[])
     }
 
+    /// Lets no participant subscribe to its track.
+    pub fn denies_subscription() -> Self {
+        Self::new("deny_subscription", &[])
+    }
+
     /// Greets with end-to-end encrypted audio.
     pub fn is_encrypted() -> Self {
         Self::new("greet_encrypted", &["no_reply", "encrypted"])

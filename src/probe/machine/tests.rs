@@ -3,7 +3,8 @@ use std::time::Duration;
 use super::*;
 use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, MediaPermission, RoomEventKind, Speaker, TurnMetrics,
+    Agent, AudioStats, EndReason, MediaPermission, NOT_PERMITTED, RoomEventKind, Speaker,
+    TurnMetrics,
 };
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
@@ -1836,6 +1837,7 @@ fn failed_subscription_reaches_the_verdict() {
     for (error, reason) in [
         ("SE_CODEC_UNSUPPORTED", Reason::ConfigRejected),
         ("SE_TRACK_NOTFOUND", Reason::AgentNoTrack),
+        (NOT_PERMITTED, Reason::AgentNoTrack),
     ] {
         let failed = |sid: &str| RoomEventKind::SubscriptionFailed {
             track_sid: sid.to_owned(),
