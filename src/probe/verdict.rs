@@ -543,6 +543,20 @@ impl Failure {
         }
     }
 
+    /// No agent joined, and the canary is in another room than the one that it created, although both have the same name.
+    /// `created` is the id of the latter.
+    pub(super) fn of_other_room(created: &str, report: &mut ProbeReport) -> Self {
+        report.evidence.step = Some("signal");
+        let joined = report.room_sid.as_deref().unwrap_or_default();
+        Self::new(
+            Reason::SignalFailed,
+            format!(
+                "LiveKit has two rooms of this name: CreateRoom returned {created}, and the canary joined {joined}. So no agent \
+                 could join it. Check whether all nodes behind the project's url use the same Redis, and LiveKit's status."
+            ),
+        )
+    }
+
     fn of_missing_track(missed: &MissedDuty<'_>) -> Self {
         let limit = missed.limit;
         if let Some((track, error)) = &missed.subscription {
