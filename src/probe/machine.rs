@@ -689,10 +689,10 @@ fn own_dispatches<'a>(
 }
 
 /// Whether a failed call proves that the room's server is alive. A proxy answers 502 to 504, and so does a node that waits
-/// in vain for the one that holds the room.
+/// in vain for the one that holds the room. What is no error is another server's answer.
 fn proves_server_alive(error: &ApiError) -> bool {
     match error {
-        ApiError::Refused(rejection) => !matches!(rejection.status, 502..=504),
+        ApiError::Refused(rejection) => !matches!(rejection.status, 200..=399 | 502..=504),
         ApiError::Protocol(_) => true,
         ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => false,
     }

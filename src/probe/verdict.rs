@@ -211,6 +211,7 @@ impl Failure {
             return Self::limit(kind, &what, rejection);
         }
         match (rejection.status, rejection.twirp_code.as_deref()) {
+            (200..=399, _) => Self::of_other_server(method, rejection),
             (REGION_PIN, _) => Self::region_pinned(method, &answer),
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
                 Self::auth_rejected(method, &answer)
@@ -289,13 +290,22 @@ impl Failure {
             return Self::limit(LimitKind::Node, &what, rejection);
         }
         match rejection.status {
+            200..=399 => Self::of_other_server("the signal connection", rejection),
             401 => Self::auth_rejected("the signal connection", &answer),
             // livekit-server answers a token that it does not accept with 401.
             REGION_PIN_AT_JOIN => Self::region_pinned("the signal connection", &answer),
             404 if !rejection.message.contains("room does not exist") => Self::new(
                 Reason::ConfigRejected,
                 format!(
-                    "the server has no signal endpoint: {answer}. Check the project's url, including its path."
+                    "the server has no signal endpoint: {answer}. Check the project's url, including its path, and that proxies \
+                     in front of LiveKit pass the headers Upgrade and Connection on: LiveKit answers 404 without them."
+                ),
+            ),
+            426 => Self::new(
+                Reason::ConfigRejected,
+                format!(
+                    "the signal connection did not become a WebSocket: {answer}. Check that proxies in front of LiveKit pass \
+                     the headers Upgrade and Connection on."
                 ),
             ),
             _ => Self::new(
@@ -799,6 +809,21 @@ impl Failure {
             format!(
                 "LiveKit refused {what}: {answer}. Check the project's api_key and api_secret, and that they belong to its url."
             ),
+        )
+    }
+
+    /// The answer is no error, but it is not LiveKit's either: a redirect, or a page of another server.
+    fn of_other_server(what: &str, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let check = match rejection.status {
+            300.. => {
+                "Set the project's url to the address that it leads to: the canary follows no redirect."
+            }
+            _ => "Check the project's url, including its path, and any proxy in front of LiveKit.",
+        };
+        Self::new(
+            Reason::ConfigRejected,
+            format!("another server than LiveKit answered {what}: {answer}. {check}"),
         )
     }
 

@@ -179,6 +179,30 @@ fn rejections_that_a_setting_explains_are_config_failures() {
 }
 
 #[test]
+fn answer_of_another_server_is_a_config_failure() {
+    for status in [200, 204, 301, 302, 307, 308] {
+        for failure in [
+            api(ProbeCall::CreateRoom, status, None, "<html>My site"),
+            api(ProbeCall::CreateDispatch, status, None, "<html>My site"),
+            join(status, "<html>My site"),
+        ] {
+            assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+            let redirect = failure.detail.contains("follows no redirect");
+            assert_eq!(redirect, status >= 300, "{failure:?}");
+        }
+    }
+}
+
+#[test]
+fn proxy_that_drops_the_upgrade_is_named() {
+    for status in [404, 426] {
+        let failure = join(status, "");
+        assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+        assert!(failure.detail.contains("headers Upgrade"), "{failure:?}");
+    }
+}
+
+#[test]
 fn rejection_is_recorded_as_evidence() {
     let mut evidence = Evidence::default();
     let error = ApiError::Refused(HttpRejection {
