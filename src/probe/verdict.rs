@@ -214,7 +214,7 @@ impl Failure {
             (200..=399, _) => Self::of_other_server(method, rejection),
             (REGION_PIN, _) => Self::region_pinned(method, &answer),
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
-                Self::auth_rejected(method, &answer)
+                Self::auth_rejected(method, rejection)
             }
             // CreateRoom has just succeeded, so no setting explains that the room is unknown.
             (_, Some("not_found")) if call == ProbeCall::CreateDispatch => Self::new(
@@ -291,7 +291,7 @@ impl Failure {
         }
         match rejection.status {
             200..=399 => Self::of_other_server("the signal connection", rejection),
-            401 => Self::auth_rejected("the signal connection", &answer),
+            401 => Self::auth_rejected("the signal connection", rejection),
             // livekit-server answers a token that it does not accept with 401.
             REGION_PIN_AT_JOIN => Self::region_pinned("the signal connection", &answer),
             404 if !rejection.message.contains("room does not exist") => Self::new(
@@ -803,12 +803,20 @@ impl Failure {
         Self::new(Reason::Unreachable, format!("{error}. {check}"))
     }
 
-    fn auth_rejected(what: &str, answer: &str) -> Self {
+    fn auth_rejected(what: &str, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let check = if names_time_of_token(rejection) {
+            "The key pair is right: compare the clock of this machine with LiveKit's. A token of the canary is valid for 10 minutes \
+             from its creation."
+        } else if is_page(rejection) || rejection.status == 403 && rejection.twirp_code.is_none() {
+            "The answer is not in LiveKit's form: check first whether a proxy or a firewall in front of it refuses this machine. \
+             Then check the project's api_key and api_secret."
+        } else {
+            "Check the project's api_key and api_secret, and that they belong to its url."
+        };
         Self::new(
             Reason::AuthRejected,
-            format!(
-                "LiveKit refused {what}: {answer}. Check the project's api_key and api_secret, and that they belong to its url."
-            ),
+            format!("LiveKit refused {what}: {answer}. {check}"),
         )
     }
 
@@ -923,6 +931,24 @@ fn names_node_limit(rejection: &HttpRejection) -> bool {
         "reached configured limit for node",
     ];
     phrases.iter().any(|phrase| text.contains(phrase))
+}
+
+/// Whether livekit-server refused a token because of its times. Its versions use two libraries for tokens: go-jose, and
+/// golang-jwt.
+fn names_time_of_token(rejection: &HttpRejection) -> bool {
+    let text = rejection.message.to_lowercase();
+    let phrases = [
+        "not valid yet",
+        "token is expired",
+        "issued in the future",
+        "used before issued",
+    ];
+    rejection.status == 401 && phrases.iter().any(|phrase| text.contains(phrase))
+}
+
+/// Whether the answer is HTML. LiveKit answers with JSON or plain text.
+fn is_page(rejection: &HttpRejection) -> bool {
+    rejection.message.starts_with('<')
 }
 
 /// A rejection in one line: `HTTP 404 (not_found): requested room does not exist`.

@@ -203,6 +203,38 @@ fn proxy_that_drops_the_upgrade_is_named() {
 }
 
 #[test]
+fn refused_token_leads_to_the_clock_the_proxy_or_the_key_pair() {
+    let times = [
+        "invalid token: [token], error: token has invalid claims: token is not valid yet",
+        "invalid token: [token], error: token has invalid claims: token is expired",
+        "error: go-jose/go-jose/jwt: validation failed, token not valid yet (nbf)",
+        "error: go-jose/go-jose/jwt: validation field, token issued in the future (iat)",
+    ];
+    let clocks = times.map(|answer| (401, answer, "compare the clock"));
+    let others = [
+        (401, "invalid API key: [API key]", "api_key and api_secret"),
+        (
+            401,
+            "<html>401 Authorization Required",
+            "a proxy or a firewall",
+        ),
+        (403, "Forbidden", "a proxy or a firewall"),
+    ];
+    for (status, answer, check) in clocks.into_iter().chain(others) {
+        let failure = api(ProbeCall::CreateRoom, status, None, answer);
+        assert_eq!(failure.reason, Reason::AuthRejected);
+        assert!(failure.detail.contains(check), "{failure:?}");
+    }
+    let denied = api(
+        ProbeCall::CreateRoom,
+        403,
+        Some("permission_denied"),
+        "permissions denied",
+    );
+    assert!(!denied.detail.contains("proxy"), "{denied:?}");
+}
+
+#[test]
 fn rejection_is_recorded_as_evidence() {
     let mut evidence = Evidence::default();
     let error = ApiError::Refused(HttpRejection {
