@@ -19,7 +19,7 @@ use crate::probe::driver::join_token_bytes;
 use crate::report::counted;
 use crate::telemetry;
 
-/// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's, 451 by a project
+/// HTTP errors that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's, 451 by a project
 /// that is pinned to another region.
 const WRONG_SETTINGS: [u16; 4] = [401, 403, 404, 451];
 
@@ -245,7 +245,10 @@ fn connection_result(result: &Result<(), ApiError>) -> (String, Exit) {
         Ok(()) => ("ok".to_owned(), Exit::Ok),
         Err(error) => {
             let exit = match error {
-                ApiError::Refused(refusal) if WRONG_SETTINGS.contains(&refusal.status) => {
+                // Below 400, another server than LiveKit answered: a redirect, or a page.
+                ApiError::Refused(refusal)
+                    if refusal.status < 400 || WRONG_SETTINGS.contains(&refusal.status) =>
+                {
                     Exit::Config
                 }
                 _ => Exit::Inconclusive,

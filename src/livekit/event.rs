@@ -10,6 +10,10 @@ use tokio::time::Instant;
 use super::wire::request::sanitize;
 use super::wire::signal::SignalError;
 
+/// The error of a [`RoomEventKind::SubscriptionFailed`] whose track's owner does not permit the canary to subscribe.
+/// The others are those of the protobufs' `SubscriptionError`.
+pub(crate) const NOT_PERMITTED: &str = "NOT_PERMITTED";
+
 /// Something that happened in the room.
 ///
 /// `at` is the time of the first receipt: the kernel's timestamp for media, and our code's for everything else.

@@ -451,11 +451,12 @@ fn agents(target: &Target) -> Vec<NamedAgent> {
     Vec::from_iter(named)
 }
 
-/// Whether LiveKit refused the request before it did anything: no conflict, timeout or fault of the server.
+/// Whether LiveKit refused the request before it did anything, or it never reached LiveKit: no conflict, timeout or fault of
+/// the server.
 fn is_final(refusal: &HttpRejection) -> bool {
     matches!(
         refusal.status,
-        400 | 401 | 403 | 404 | 413 | 414 | 429 | 431 | REGION_PIN
+        200..=399 | 400 | 401 | 403 | 404 | 413 | 414 | 426 | 429 | 431 | REGION_PIN
     )
 }
 

@@ -166,6 +166,8 @@ pub(super) struct ProbeMachine {
     has_duplicate: bool,
     /// This process did not run for some of the call.
     stalled: bool,
+    /// The id of the room that CreateRoom returned, if the canary joined another room of that name.
+    other_room: Option<String>,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
     nameless: NamelessAgents,
@@ -208,6 +210,7 @@ impl ProbeMachine {
             inference_limit: None,
             has_duplicate: false,
             stalled: false,
+            other_room: None,
             strays: Vec::new(),
             nameless: NamelessAgents::default(),
             tracks: Vec::new(),
@@ -580,7 +583,12 @@ impl ProbeMachine {
             strays: &self.strays,
             subscription: self.failed_subscription(),
         };
-        let failure = Failure::of_agent(&missed, &mut self.report);
+        let failure = match &self.other_room {
+            Some(created) if duty == AgentDuty::Join => {
+                Failure::of_other_room(created, &mut self.report)
+            }
+            _ => Failure::of_agent(&missed, &mut self.report),
+        };
         self.fail(failure, now);
     }
 
@@ -681,10 +689,10 @@ fn own_dispatches<'a>(
 }
 
 /// Whether a failed call proves that the room's server is alive. A proxy answers 502 to 504, and so does a node that waits
-/// in vain for the one that holds the room.
+/// in vain for the one that holds the room. What is no error is another server's answer.
 fn proves_server_alive(error: &ApiError) -> bool {
     match error {
-        ApiError::Refused(rejection) => !matches!(rejection.status, 502..=504),
+        ApiError::Refused(rejection) => !matches!(rejection.status, 200..=399 | 502..=504),
         ApiError::Protocol(_) => true,
         ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => false,
     }

@@ -10,7 +10,7 @@ use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
 use super::timeline::Milestone;
 use crate::config::{DispatchRequest, Target};
-use crate::livekit::event::{EndReason, MediaPermission};
+use crate::livekit::event::{EndReason, MediaPermission, NOT_PERMITTED};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::wire::connect::ConnectError;
 use crate::livekit::wire::request::HttpRejection;
@@ -211,9 +211,10 @@ impl Failure {
             return Self::limit(kind, &what, rejection);
         }
         match (rejection.status, rejection.twirp_code.as_deref()) {
+            (200..=399, _) => Self::of_other_server(method, rejection),
             (REGION_PIN, _) => Self::region_pinned(method, &answer),
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
-                Self::auth_rejected(method, &answer)
+                Self::auth_rejected(method, rejection)
             }
             // CreateRoom has just succeeded, so no setting explains that the room is unknown.
             (_, Some("not_found")) if call == ProbeCall::CreateDispatch => Self::new(
@@ -289,13 +290,22 @@ impl Failure {
             return Self::limit(LimitKind::Node, &what, rejection);
         }
         match rejection.status {
-            401 => Self::auth_rejected("the signal connection", &answer),
+            200..=399 => Self::of_other_server("the signal connection", rejection),
+            401 => Self::auth_rejected("the signal connection", rejection),
             // livekit-server answers a token that it does not accept with 401.
             REGION_PIN_AT_JOIN => Self::region_pinned("the signal connection", &answer),
             404 if !rejection.message.contains("room does not exist") => Self::new(
                 Reason::ConfigRejected,
                 format!(
-                    "the server has no signal endpoint: {answer}. Check the project's url, including its path."
+                    "the server has no signal endpoint: {answer}. Check the project's url, including its path, and that proxies \
+                     in front of LiveKit pass the headers Upgrade and Connection on: LiveKit answers 404 without them."
+                ),
+            ),
+            426 => Self::new(
+                Reason::ConfigRejected,
+                format!(
+                    "the signal connection did not become a WebSocket: {answer}. Check that proxies in front of LiveKit pass \
+                     the headers Upgrade and Connection on."
                 ),
             ),
             _ => Self::new(
@@ -543,6 +553,20 @@ impl Failure {
         }
     }
 
+    /// No agent joined, and the canary is in another room than the one that it created, although both have the same name.
+    /// `created` is the id of the latter.
+    pub(super) fn of_other_room(created: &str, report: &mut ProbeReport) -> Self {
+        report.evidence.step = Some("signal");
+        let joined = report.room_sid.as_deref().unwrap_or_default();
+        Self::new(
+            Reason::SignalFailed,
+            format!(
+                "LiveKit has two rooms of this name: CreateRoom returned {created}, and the canary joined {joined}. So no agent \
+                 could join it. Check whether all nodes behind the project's url use the same Redis, and LiveKit's status."
+            ),
+        )
+    }
+
     fn of_missing_track(missed: &MissedDuty<'_>) -> Self {
         let limit = missed.limit;
         if let Some((track, error)) = &missed.subscription {
@@ -575,10 +599,14 @@ impl Failure {
                 ),
             );
         }
-        Self::new(
-            Reason::AgentNoTrack,
-            format!("{what} Check whether the agent withdrew the track, and LiveKit's log."),
-        )
+        let check = match error {
+            NOT_PERMITTED => {
+                "The agent does not permit it: check its track subscription permissions \
+                 (set_track_subscription_permissions)."
+            }
+            _ => "Check whether the agent withdrew the track, and LiveKit's log.",
+        };
+        Self::new(Reason::AgentNoTrack, format!("{what} {check}"))
     }
 
     /// The agent is in the room, but LiveKit shows it only to the server API.
@@ -775,12 +803,35 @@ impl Failure {
         Self::new(Reason::Unreachable, format!("{error}. {check}"))
     }
 
-    fn auth_rejected(what: &str, answer: &str) -> Self {
+    fn auth_rejected(what: &str, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let check = if names_time_of_token(rejection) {
+            "The key pair is right: compare the clock of this machine with LiveKit's. A token of the canary is valid for 10 minutes \
+             from its creation."
+        } else if is_page(rejection) || rejection.status == 403 && rejection.twirp_code.is_none() {
+            "The answer is not in LiveKit's form: check first whether a proxy or a firewall in front of it refuses this machine. \
+             Then check the project's api_key and api_secret."
+        } else {
+            "Check the project's api_key and api_secret, and that they belong to its url."
+        };
         Self::new(
             Reason::AuthRejected,
-            format!(
-                "LiveKit refused {what}: {answer}. Check the project's api_key and api_secret, and that they belong to its url."
-            ),
+            format!("LiveKit refused {what}: {answer}. {check}"),
+        )
+    }
+
+    /// The answer is no error, but it is not LiveKit's either: a redirect, or a page of another server.
+    fn of_other_server(what: &str, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let check = match rejection.status {
+            300.. => {
+                "Set the project's url to the address that it leads to: the canary follows no redirect."
+            }
+            _ => "Check the project's url, including its path, and any proxy in front of LiveKit.",
+        };
+        Self::new(
+            Reason::ConfigRejected,
+            format!("another server than LiveKit answered {what}: {answer}. {check}"),
         )
     }
 
@@ -880,6 +931,24 @@ fn names_node_limit(rejection: &HttpRejection) -> bool {
         "reached configured limit for node",
     ];
     phrases.iter().any(|phrase| text.contains(phrase))
+}
+
+/// Whether livekit-server refused a token because of its times. Its versions use two libraries for tokens: go-jose, and
+/// golang-jwt.
+fn names_time_of_token(rejection: &HttpRejection) -> bool {
+    let text = rejection.message.to_lowercase();
+    let phrases = [
+        "not valid yet",
+        "token is expired",
+        "issued in the future",
+        "used before issued",
+    ];
+    rejection.status == 401 && phrases.iter().any(|phrase| text.contains(phrase))
+}
+
+/// Whether the answer is HTML. LiveKit answers with JSON or plain text.
+fn is_page(rejection: &HttpRejection) -> bool {
+    rejection.message.starts_with('<')
 }
 
 /// A rejection in one line: `HTTP 404 (not_found): requested room does not exist`.

@@ -53,6 +53,10 @@ const UNAUTHORIZED: &str = "HTTP/1.1 401 Unauthorized\r\ncontent-type: text/plai
                             content-length: 13\r\nconnection: close\r\n\r\ninvalid token";
 const TOO_MANY: &str = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: text/plain\r\nretry-after: 7\r\n\
                         content-length: 9\r\nconnection: close\r\n\r\nslow down";
+const MOVED: &str = "HTTP/1.1 308 Permanent Redirect\r\nlocation: https://livekit.invalid/\r\n\
+                     content-length: 0\r\nconnection: close\r\n\r\n";
+const PAGE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\n\
+                    content-length: 0\r\nconnection: close\r\n\r\n";
 const ROOMS: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\n\
                      content-length: 0\r\nconnection: close\r\n\r\n";
 
@@ -594,6 +598,16 @@ fn check_connects_and_prints_why_it_failed() {
             server_that_responds(TOO_MANY),
             4,
             "failed: refused with HTTP 429",
+        ),
+        (
+            server_that_responds(MOVED),
+            2,
+            "failed: refused with HTTP 308: redirected to https://livekit.invalid/",
+        ),
+        (
+            server_that_responds(PAGE),
+            2,
+            "failed: refused with HTTP 200",
         ),
         (closed_port(), 4, "failed: TCP connection"),
         (

@@ -38,6 +38,9 @@ LISTEN_RATE = 16_000
 # The frequency of the background sound in Hz. It is above the tone of every room.
 BACKGROUND = 2_500
 BACKGROUND_RATE = 48_000
+# The size of a picture.
+WIDTH = 320
+HEIGHT = 240
 # An echo begins after this many consecutive tone frames, and ends after this much silence.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
@@ -298,6 +301,37 @@ async def speak_without_source(job: Job) -> None:
     await job.utter()
 
 
+async def greet_with_video(job: Job) -> None:
+    """Publishes video, as an avatar does, then greets, and replies to the first echo."""
+    await job.connect()
+    source = rtc.VideoSource(WIDTH, HEIGHT)
+    track = rtc.LocalVideoTrack.create_video_track("avatar", source)
+    options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_CAMERA)
+    await job.ctx.room.local_participant.publish_track(track, options)
+
+    async def show() -> None:
+        picture = bytes(WIDTH * HEIGHT * 4)
+        while True:
+            source.capture_frame(rtc.VideoFrame(WIDTH, HEIGHT, rtc.VideoBufferType.RGBA, picture))
+            await asyncio.sleep(0.1)
+
+    job.showing = asyncio.create_task(show())
+    session = await job.session()
+    await job.say(session, "greeted")
+    await job.heard.get()
+    await job.say(session, "replied")
+
+
+async def deny_subscription(job: Job) -> None:
+    """Speaks on a track to which no participant may subscribe."""
+    await job.connect()
+    job.ctx.room.local_participant.set_track_subscription_permissions(
+        allow_all_participants=False
+    )
+    await job.publish(queue_ms=1000)
+    await job.utter()
+
+
 async def greet_encrypted(job: Job) -> None:
     """Greets with end-to-end encryption."""
     key = rtc.KeyProviderOptions(shared_key=b"a key that the canary does not have")
@@ -350,6 +384,8 @@ BEHAVIOURS = {
         background_alone,
         speak_by_avatar,
         speak_without_source,
+        greet_with_video,
+        deny_subscription,
         greet_encrypted,
         restart_track,
         no_track,

@@ -274,6 +274,34 @@ pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow
     Ok(format!("ok, echo heard, noted, {track}"))
 }
 
+pub(crate) fn agent_with_video_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::has_video())?;
+    let finished = settings.set("expect.reply", true).set("batch.hold", "8s");
+    let batch = expect_ok(fixture, stack, &finished.run()?, 1)?;
+    let probe = batch.only_probe()?;
+    let mut tracks = probe.evidence.tracks.iter();
+    let listed = tracks.any(|track| track.contains(": VIDEO from CAMERA \"avatar\""));
+    ensure!(listed, "{probe:?}");
+    // LiveKit reports a video codec that the canary did not accept.
+    let notes = probe.evidence.notes.join("\n");
+    ensure!(!notes.contains("could not subscribe"), "{probe:?}");
+    let reply = probe.reply_delay_seconds.context("no reply")?;
+    expect_heard(stack, probe)?;
+    Ok(format!("ok, reply after {reply:.3} s"))
+}
+
+pub(crate) fn agent_that_denies_the_subscription_is_named(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::denies_subscription())?;
+    let batch = expect(fixture, &settings.run()?, 1, &["agent_no_track"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let named = probe.detail().contains("The agent does not permit it");
+    ensure!(named, "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
 pub(crate) fn end_to_end_encrypted_agent_is_config_rejected(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {

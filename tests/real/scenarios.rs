@@ -17,14 +17,16 @@ use tokio::time::Instant;
 
 use crate::agents::{
     agent_in_an_update_before_the_join_response_is_seen,
+    agent_that_denies_the_subscription_is_named,
     agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed,
     agent_that_joins_before_the_dispatch_response_has_a_join_delay,
     agent_that_leaves_after_its_reply_is_ok,
     agent_that_leaves_before_its_reply_is_agent_left_early,
     agent_that_may_leave_and_closes_its_session_is_ok,
     agent_that_may_leave_and_deletes_the_room_is_ok, agent_that_restarts_its_track_is_still_heard,
-    agent_without_a_name_attribute_is_recognised, agent_without_a_track_source_is_heard,
-    avatar_speaks_for_its_agent, avatar_that_is_no_agent_needs_a_place_in_the_room,
+    agent_with_video_is_heard, agent_without_a_name_attribute_is_recognised,
+    agent_without_a_track_source_is_heard, avatar_speaks_for_its_agent,
+    avatar_that_is_no_agent_needs_a_place_in_the_room,
     background_sound_is_not_speech_and_is_not_echoed,
     background_sound_without_speech_is_agent_silent, calls_on_a_drained_server_end_normally,
     codec_that_the_canary_lacks_is_config_rejected,
@@ -92,6 +94,8 @@ impl Scenario {
 const NO_PROCESS: &str = "its agent is not a separate process";
 const NO_NETWORK: &str = "it listens on 127.0.0.1 only, so there is no network in between";
 const NO_MODELS: &str = "its agent has no models";
+const NO_VIDEO: &str = "its agent has no video";
+const NO_DENIAL: &str = "its agent permits every subscription";
 const NO_TCP: &str = "it supports media over UDP only";
 const SAME: &str = "a killed daemon leaves the same on both stacks";
 const OWN_SANDBOX: &str = "it starts its own sandbox on both stacks";
@@ -156,6 +160,8 @@ scenarios! {
     avatar_that_is_no_agent_needs_a_place_in_the_room: "agent_no_track in a room for one; ok in a room for two";
     avatar_speaks_for_its_agent: "ok, the agent's own join, exit 0";
     agent_without_a_track_source_is_heard: "ok, noted, exit 0";
+    agent_with_video_is_heard: "ok with a reply, exit 0", real only: NO_VIDEO;
+    agent_that_denies_the_subscription_is_named: "agent_no_track, the denial named, exit 1", real only: NO_DENIAL;
     end_to_end_encrypted_agent_is_config_rejected: "config_rejected, nothing heard, exit 2";
     agent_that_restarts_its_track_is_still_heard: "ok with a reply on the second track, exit 0";
     agent_that_joins_before_the_dispatch_response_has_a_join_delay: "ok with a join delay, exit 0";

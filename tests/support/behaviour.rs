@@ -107,6 +107,16 @@ impl Behaviour {
         Self::new("speak_without_source", &["no_reply", "unknown_source"])
     }
 
+    /// Publishes video, greets, and replies to the first echo.
+    pub fn has_video() -> Self {
+        Self::new("greet_with_video", &[])
+    }
+
+    /// Lets no participant subscribe to its track.
+    pub fn denies_subscription() -> Self {
+        Self::new("deny_subscription", &[])
+    }
+
     /// Greets with end-to-end encrypted audio.
     pub fn is_encrypted() -> Self {
         Self::new("greet_encrypted", &["no_reply", "encrypted"])

@@ -48,6 +48,9 @@ const MAX_DATAGRAM: usize = 2_048;
 /// Maximum number of SSRCs whose m-line is cached; a probe's room has one or two.
 const MAX_STREAMS: usize = 16;
 
+/// Maximum number of video tracks that are paused; an avatar has one.
+const MAX_VIDEO_TRACKS: usize = 64;
+
 /// Maximum number of packets that are buffered before the agent is known, 5 s of 20 ms. The server may report a
 /// participant three seconds after it joined.
 const MAX_EARLY_PACKETS: usize = 250;
@@ -131,6 +134,8 @@ struct NativeSession<'a> {
     voice_selector: VoiceSelector<Mid, ReceivedPacket>,
     /// The m-line of each received SSRC; cleared by each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
+    /// The sids of the video tracks that were paused.
+    paused: Vec<String>,
     media_reported: bool,
     /// The round in which the sockets are read next.
     read_at: Instant,
@@ -205,6 +210,7 @@ impl<'a> NativeSession<'a> {
             },
             voice_selector: VoiceSelector::new(MAX_EARLY_PACKETS),
             streams: Vec::new(),
+            paused: Vec::new(),
             media_reported: false,
             read_at: at,
             read_interval: if request.echo.delay < READ_INTERVAL {
@@ -515,9 +521,32 @@ impl<'a> NativeSession<'a> {
         in_join_response: bool,
     ) -> Result<(), EndReason> {
         let clock = self.signal.clock();
+        self.pause_video(&participants)?;
         self.observer
             .on_participants(at, participants, in_join_response, clock)?;
         self.select_voice(at)
+    }
+
+    /// Has the server send no packets of new video tracks. They would cost bandwidth, and the canary shows no video.
+    fn pause_video(&mut self, participants: &[proto::ParticipantInfo]) -> Result<(), EndReason> {
+        let tracks = participants.iter().flat_map(|one| &one.tracks);
+        let is_new = |track: &&proto::TrackInfo| {
+            track.r#type() == proto::TrackType::Video && !self.paused.contains(&track.sid)
+        };
+        let new: Vec<_> = tracks
+            .filter(is_new)
+            .map(|track| track.sid.clone())
+            .take(MAX_VIDEO_TRACKS - self.paused.len())
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        self.paused.extend(new.iter().cloned());
+        self.send(Request::TrackSetting(proto::UpdateTrackSettings {
+            track_sids: new,
+            disabled: true,
+            ..proto::UpdateTrackSettings::default()
+        }))
     }
 
     /// Selects the m-line that carries the agent's voice and processes the packets that were buffered until then.

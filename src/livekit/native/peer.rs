@@ -168,9 +168,16 @@ impl PeerConnection {
         let now = Instant::now();
         // Without RED: in RTP mode the stack does not unpack it, so the echo would send RED (RFC 2198) as Opus
         // and be inaudible.
+        // Video is accepted, although none is received (the participant pauses it): an answer that rejects an m-line breaks
+        // the server's next offer, and livekit-server then ends the session (`STATE_MISMATCH`).
         let mut config = Rtc::builder()
             .clear_codecs()
             .enable_opus(true, false)
+            .enable_vp8(true)
+            .enable_vp9(true)
+            .enable_h264(true)
+            .enable_h265(true)
+            .enable_av1(true)
             .set_extension_map(extensions)
             .set_rtp_mode(true);
         config.set_max_stun_rto(ICE_CHECK_INTERVAL);
@@ -787,6 +794,30 @@ mod tests {
 
     fn peer(target: SignalTarget, ice: Ice) -> PeerConnection {
         PeerConnection::new(target, Ipv4Addr::LOCALHOST.into(), ice).unwrap()
+    }
+
+    /// livekit-server can't make its next offer after an answer that rejects an m-line.
+    #[tokio::test]
+    async fn answer_accepts_the_video_of_every_codec() {
+        for codec in ["VP8", "VP9", "H264", "H265", "AV1"] {
+            let profile = match codec {
+                "H264" => {
+                    "a=fmtp:96 level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f\r\n"
+                }
+                _ => "",
+            };
+            let video = format!(
+                "m=video 9 UDP/TLS/RTP/SAVPF 96\r\nc=IN IP4 0.0.0.0\r\na=setup:actpass\r\na=mid:2\r\n\
+                 a=ice-ufrag:MvriBrWOAZxftQql\r\na=ice-pwd:gvAQsUDqWfKEWKjAiwThMYgNuFHsaRhk\r\na=rtcp-mux\r\n\
+                 a=rtpmap:96 {codec}/90000\r\n{profile}a=msid:PA_a|TR_video TR_video\r\na=sendrecv\r\n"
+            );
+            let offer = crate::livekit::arbitrary::sdp(crate::livekit::arbitrary::OFFER, &[]);
+            let offer = offer.replace("BUNDLE 0 1", "BUNDLE 0 1 2") + &video;
+            let mut peer = peer(SignalTarget::Subscriber, Ice::All);
+            let (answer, _) = peer.accept_offer(&offer).await.unwrap();
+            assert!(!answer.contains("m=video 0 "), "{codec}: {answer}");
+            assert!(answer.contains("BUNDLE 0 1 2"), "{codec}: {answer}");
+        }
     }
 
     #[tokio::test]

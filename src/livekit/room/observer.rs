@@ -15,7 +15,7 @@ use super::voice_selector::VoiceSelector;
 use crate::livekit::audio::echo::{EchoPlayer, Frame};
 use crate::livekit::audio::speech::SpeechEvent;
 use crate::livekit::event::{
-    EndReason, MediaPermission, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
+    EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
 };
 use crate::livekit::join::JoinRequest;
 use crate::livekit::wire::request::sanitize;
@@ -221,6 +221,13 @@ impl Observer {
                 self.events
                     .send_if_room(at, RoomEventKind::SubscriptionFailed { track_sid, error })
             }
+            Response::SubscriptionPermissionUpdate(update) if !update.allowed => {
+                let failed = RoomEventKind::SubscriptionFailed {
+                    track_sid: sanitize(&update.track_sid),
+                    error: NOT_PERMITTED,
+                };
+                self.events.send_if_room(at, failed)
+            }
             Response::RequestResponse(response) => refused(&response),
             Response::Leave(leave) => Err(EndReason::Removed {
                 reason: leave_reason(&leave),
@@ -345,6 +352,7 @@ fn revoked(own: &proto::ParticipantInfo) -> Option<MediaPermission> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::livekit::test_server::TestServer;
 
     #[test]
     fn full_queue_ends_the_participant_and_the_reserved_last_event_still_fits() {
@@ -383,6 +391,31 @@ mod tests {
         );
         let sent = std::iter::from_fn(|| reader.try_recv().ok());
         assert_eq!(sent.count(), 6);
+    }
+
+    #[tokio::test]
+    async fn track_that_the_canary_may_not_subscribe_to_is_reported() {
+        let (sender, mut events) = mpsc::channel(10);
+        let request = crate::livekit::join::request(TestServer::silent().await.endpoint());
+        let mut observer = Observer::new(&request, EventSender::new(sender), "echo-1".to_owned());
+        // livekit-server also sends one when a subscription begins.
+        for allowed in [true, false] {
+            let update = proto::SubscriptionPermissionUpdate {
+                participant_sid: "PA_agent".to_owned(),
+                track_sid: "TR_voice".to_owned(),
+                allowed,
+            };
+            let message = Response::SubscriptionPermissionUpdate(update);
+            assert!(observer.on_message(Instant::now(), message).is_ok());
+        }
+        let kind = events.try_recv().unwrap().kind;
+        let expected = matches!(
+            &kind,
+            RoomEventKind::SubscriptionFailed { track_sid, error }
+                if track_sid == "TR_voice" && *error == NOT_PERMITTED
+        );
+        assert!(expected, "{kind:?}");
+        assert!(events.try_recv().is_err());
     }
 
     #[test]

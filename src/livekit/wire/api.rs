@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
-use http::{Request, StatusCode};
+use http::{HeaderMap, Request, StatusCode};
 use http_body_util::Full;
 use livekit_protocol as proto;
 use tokio::time::Instant;
@@ -16,6 +16,9 @@ use super::request::{
 };
 use super::token::{ApiPermission, Keys};
 use crate::livekit::RoomName;
+
+/// Twirp's content type for protobufs, of a request and of its answer.
+const PROTOBUF: &str = "application/protobuf";
 
 /// A client of one project's server API. Cheap to clone.
 #[derive(Clone)]
@@ -40,6 +43,7 @@ pub enum ApiError {
     Unreachable(#[from] ConnectError),
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    /// Also HTTP 200 with an answer that is not LiveKit's, such as a page of another server.
     #[error("refused with HTTP {}: {}", .0.status, .0.message)]
     Refused(HttpRejection),
     #[error("the connection broke before the answer was complete: {0}")]
@@ -269,7 +273,7 @@ impl Api {
                 ExchangeError::Broken(text) => ApiError::Broken(text),
                 ExchangeError::Malformed(text) => ApiError::Protocol(text),
             })?;
-        if response.status != StatusCode::OK {
+        if response.status != StatusCode::OK || !is_protobuf(&response.headers) {
             return Err(ApiError::Refused(response.rejection()));
         }
         match response.body_end {
@@ -299,7 +303,7 @@ impl Api {
         Request::post(self.endpoint.target(&path))
             .header(HOST, self.endpoint.authority())
             .header(AUTHORIZATION, bearer(&self.keys.api(permission)))
-            .header(CONTENT_TYPE, "application/protobuf")
+            .header(CONTENT_TYPE, PROTOBUF)
             .header(
                 USER_AGENT,
                 concat!("livekit-canary/", env!("CARGO_PKG_VERSION")),
@@ -307,6 +311,15 @@ impl Api {
             .body(Full::from(body))
             .expect("the path of a URL, a host and fixed headers make a request")
     }
+}
+
+/// Whether an answer has Twirp's content type for protobufs. An empty page of another server would be a valid protobuf.
+fn is_protobuf(headers: &HeaderMap) -> bool {
+    let value = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let media_type = value.and_then(|value| value.split(';').next());
+    media_type.is_some_and(|it| it.trim().eq_ignore_ascii_case(PROTOBUF))
 }
 
 impl<T> Call<T> {

@@ -20,7 +20,11 @@ struct FixedApi {
     _task: JoinSet<()>,
 }
 
-const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+const EMPTY_OK: &str =
+    "HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\ncontent-length: 0\r\n\r\n";
+const EMPTY_PAGE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 0\r\n\r\n";
+const MOVED: &str =
+    "HTTP/1.1 301 Moved Permanently\r\nlocation: https://lk.example/\r\ncontent-length: 0\r\n\r\n";
 const LIMIT: &str =
     "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
 /// As upstream's mock of LiveKit Cloud answers in a region that the project is not pinned to.
@@ -150,14 +154,16 @@ async fn refused_room_is_reported_with_evidence() {
 }
 
 #[tokio::test]
-async fn room_that_a_pinned_region_refused_is_not_deleted() {
-    let server = FixedApi::start(PINNED).await;
-    let report = start(&server.url).driver.run_to_end().await;
-    assert_eq!(reason(&report), Reason::ConfigRejected);
-    assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
-    let notes = report.evidence.notes.join("\n");
-    assert!(!notes.contains("not deleted"), "{notes}");
-    assert_eq!(server.calls(), ["CreateRoom"]);
+async fn room_that_was_never_created_is_not_deleted() {
+    for answer in [PINNED, EMPTY_PAGE, MOVED] {
+        let server = FixedApi::start(answer).await;
+        let report = start(&server.url).driver.run_to_end().await;
+        assert_eq!(reason(&report), Reason::ConfigRejected, "{answer}");
+        assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+        let notes = report.evidence.notes.join("\n");
+        assert!(!notes.contains("not deleted"), "{notes}");
+        assert_eq!(server.calls(), ["CreateRoom"], "{answer}");
+    }
 }
 
 #[tokio::test]

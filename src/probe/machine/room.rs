@@ -67,7 +67,7 @@ impl ProbeMachine {
                 if facts.request == DispatchRequest::Join && facts.names_agent {
                     self.mark(Milestone::DispatchAccepted, at);
                 }
-                self.report.room_sid = Some(room_sid);
+                self.joined_room(room_sid);
                 let region = if region.is_empty() {
                     "unnamed"
                 } else {
@@ -179,6 +179,18 @@ impl ProbeMachine {
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
             _ => {}
         }
+    }
+
+    /// If the id is not the one that CreateRoom returned, LiveKit has two rooms of this name, and the agent goes to the other
+    /// one. LiveKit Cloud may send the id later; then the join response has none.
+    fn joined_room(&mut self, sid: String) {
+        if sid.is_empty() {
+            return;
+        }
+        let created = self.report.room_sid.replace(sid);
+        self.other_room = created.filter(|created| {
+            !created.is_empty() && self.report.room_sid.as_ref() != Some(created)
+        });
     }
 
     // Agents.

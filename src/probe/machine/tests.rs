@@ -3,7 +3,8 @@ use std::time::Duration;
 use super::*;
 use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, MediaPermission, RoomEventKind, Speaker, TurnMetrics,
+    Agent, AudioStats, EndReason, MediaPermission, NOT_PERMITTED, RoomEventKind, Speaker,
+    TurnMetrics,
 };
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
@@ -1836,6 +1837,7 @@ fn failed_subscription_reaches_the_verdict() {
     for (error, reason) in [
         ("SE_CODEC_UNSUPPORTED", Reason::ConfigRejected),
         ("SE_TRACK_NOTFOUND", Reason::AgentNoTrack),
+        (NOT_PERMITTED, Reason::AgentNoTrack),
     ] {
         let failed = |sid: &str| RoomEventKind::SubscriptionFailed {
             track_sid: sid.to_owned(),
@@ -1854,6 +1856,38 @@ fn failed_subscription_reaches_the_verdict() {
         assert!(detail.contains("published no audio track"), "{detail}");
         assert!(report.evidence.notes.join("").contains("TR_other"));
     }
+}
+
+#[test]
+fn second_room_of_the_same_name_is_not_the_agents_fault() {
+    let in_room = |sid: &str| {
+        let connected = RoomEventKind::SignalConnected {
+            room_sid: sid.to_owned(),
+            server_version: "1.13.5".to_owned(),
+            region: String::new(),
+            node: "ND_2".to_owned(),
+        };
+        let script = MachineScript::new(explicit()).created(10, Ok(()));
+        let script = script.see(40, connected).up(90);
+        script.dispatched(101, 110, Ok(()))
+    };
+    let absent = |script: MachineScript| {
+        let job = Ok(dispatches("support", Some("JS_RUNNING")));
+        script.wait(30_101).listed(30_110, job).report(30_120)
+    };
+    let report = absent(in_room("RM_2"));
+    assert_eq!(reason_of(&report), Reason::SignalFailed);
+    let detail = &report.outcome.failure().unwrap().detail;
+    let both = "CreateRoom returned RM_1, and the canary joined RM_2";
+    assert!(detail.contains(both), "{detail}");
+    // LiveKit Cloud may send the id after the join response.
+    for sid in ["RM_1", ""] {
+        assert_eq!(reason_of(&absent(in_room(sid))), Reason::AgentNoShow);
+    }
+    // An agent that joins shows that there is one room.
+    let silent = in_room("RM_2").joined(500).track(520).wait(20_500);
+    let report = silent.listed(20_510, Ok(Vec::new())).report(20_520);
+    assert_eq!(reason_of(&report), Reason::AgentSilent);
 }
 
 #[test]

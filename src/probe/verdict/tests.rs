@@ -150,6 +150,62 @@ fn rejections_that_a_setting_explains_are_config_failures() {
 }
 
 #[test]
+fn answer_of_another_server_is_a_config_failure() {
+    for status in [200, 204, 301, 302, 307, 308] {
+        for failure in [
+            api(ProbeCall::CreateRoom, status, None, "<html>My site"),
+            api(ProbeCall::CreateDispatch, status, None, "<html>My site"),
+            join(status, "<html>My site"),
+        ] {
+            assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+            let redirect = failure.detail.contains("follows no redirect");
+            assert_eq!(redirect, status >= 300, "{failure:?}");
+        }
+    }
+}
+
+#[test]
+fn proxy_that_drops_the_upgrade_is_named() {
+    for status in [404, 426] {
+        let failure = join(status, "");
+        assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+        assert!(failure.detail.contains("headers Upgrade"), "{failure:?}");
+    }
+}
+
+#[test]
+fn refused_token_leads_to_the_clock_the_proxy_or_the_key_pair() {
+    let times = [
+        "invalid token: [token], error: token has invalid claims: token is not valid yet",
+        "invalid token: [token], error: token has invalid claims: token is expired",
+        "error: go-jose/go-jose/jwt: validation failed, token not valid yet (nbf)",
+        "error: go-jose/go-jose/jwt: validation field, token issued in the future (iat)",
+    ];
+    let clocks = times.map(|answer| (401, answer, "compare the clock"));
+    let others = [
+        (401, "invalid API key: [API key]", "api_key and api_secret"),
+        (
+            401,
+            "<html>401 Authorization Required",
+            "a proxy or a firewall",
+        ),
+        (403, "Forbidden", "a proxy or a firewall"),
+    ];
+    for (status, answer, check) in clocks.into_iter().chain(others) {
+        let failure = api(ProbeCall::CreateRoom, status, None, answer);
+        assert_eq!(failure.reason, Reason::AuthRejected);
+        assert!(failure.detail.contains(check), "{failure:?}");
+    }
+    let denied = api(
+        ProbeCall::CreateRoom,
+        403,
+        Some("permission_denied"),
+        "permissions denied",
+    );
+    assert!(!denied.detail.contains("proxy"), "{denied:?}");
+}
+
+#[test]
 fn rejection_is_recorded_as_evidence() {
     let mut evidence = Evidence::default();
     let error = ApiError::Refused(HttpRejection {
