@@ -254,7 +254,7 @@ impl RoomLine {
                     format!("holding, {left} s left")
                 }
                 Some(_) => "finishing the turn".to_owned(),
-                None => "agent spoke, waiting for the other rooms".to_owned(),
+                None => "spoke, waiting for the other rooms".to_owned(),
             };
         };
         let since = step.since.unwrap_or(self.opened_at);
@@ -471,7 +471,7 @@ mod tests {
             "waiting for the agent, 14 of 30 s",
             "waiting for its audio, 13 of 10 s",
             "waiting for its speech, 13 of 20 s",
-            "agent spoke, waiting for the other rooms",
+            "spoke, waiting for the other rooms",
         ];
         for (count, state) in states.into_iter().enumerate() {
             assert_eq!(line(&marks[..count], base).state(&limits, now), state);
