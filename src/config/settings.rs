@@ -652,16 +652,27 @@ impl Default for Deadlines {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Echo {
     pub mode: EchoMode,
+    /// From the end of the agent's speech to the start of its echo.
     pub delay: Duration,
     /// Number of utterances to echo in mode `turn`. Each one costs the agent a turn of STT, LLM and TTS.
     pub max_turns: u32,
+}
+
+impl Echo {
+    /// How long after its speech an agent is waited for whose session does not report that it listens.
+    pub(crate) const MAX_BUSY_WAIT: Duration = Duration::from_secs(30);
+
+    /// The longest time from the end of the agent's speech to the start of its echo.
+    pub(crate) fn max_delay(&self) -> Duration {
+        self.delay.max(Self::MAX_BUSY_WAIT)
+    }
 }
 
 impl Default for Echo {
     fn default() -> Self {
         Self {
             mode: EchoMode::default(),
-            delay: Duration::from_secs(1),
+            delay: Duration::from_secs(2),
             max_turns: 1,
         }
     }

@@ -32,6 +32,13 @@ const MAX_DRIFT: Duration = Duration::from_millis(100);
 /// The speech detector decides within this time after the first frame of speech.
 const SPEECH_DECISION_TIME: Duration = Duration::from_millis(60);
 
+/// How much of a pause is kept after a frame with voice and before the next one. With the step between them a pause is at
+/// most 200 ms long: an agent takes a longer one for the end of the turn, and an echo for several turns.
+const PAUSE_MARGIN: Duration = Duration::from_millis(60);
+
+/// How often a busy agent is checked.
+const BUSY_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+
 /// A piece of audio in the form that an engine receives and sends: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
     /// One short frame of silence.
@@ -57,13 +64,24 @@ pub(crate) enum EchoOutput<F> {
     Ended,
 }
 
-/// One recorded frame.
+/// A frame of the agent's audio.
 #[derive(Debug)]
-struct RecordedFrame<F> {
-    arrived: Instant,
+pub(crate) struct AgentFrame<F> {
+    pub(crate) arrived: Instant,
     /// Position on the receiver's media clock, in ticks.
-    time: u64,
-    frame: F,
+    pub(crate) time: u64,
+    /// The detector hears voice in it.
+    pub(crate) voiced: bool,
+    pub(crate) frame: F,
+}
+
+/// What the agent does now, as far as it is known.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct AgentActivity {
+    /// It may have started to speak: the detector has not decided yet.
+    pub(crate) may_speak: bool,
+    /// Its session reports another state than listening, for example because it has not finished.
+    pub(crate) is_busy: bool,
 }
 
 /// What the track does at a later time.
@@ -89,7 +107,7 @@ enum PlayMode<F> {
 }
 
 struct TurnPlayer<F> {
-    recorded: VecDeque<RecordedFrame<F>>,
+    recorded: VecDeque<AgentFrame<F>>,
     phase: TurnPhase,
     played: u32,
 }
@@ -102,6 +120,8 @@ enum TurnPhase {
     /// The agent's utterance ended; the first `speech` frames of the recording reach to its last frame of speech.
     Waiting {
         until: Instant,
+        /// Until when a busy agent is waited for.
+        busy_until: Instant,
         speech: usize,
         postponed: bool,
     },
@@ -147,7 +167,7 @@ impl<F: Frame> EchoPlayer<F> {
 
     /// Takes a frame of the agent's audio. `time`: its position on the receiver's media clock.
     pub(crate) fn on_frame(&mut self, arrived: Instant, time: u64, frame: &F) {
-        let frame = RecordedFrame {
+        let frame = AgentFrame {
             arrived,
             time,
             frame: frame.clone(),
@@ -181,6 +201,7 @@ impl<F: Frame> EchoPlayer<F> {
             PlayMode::Turn(turn) if turn.phase == TurnPhase::Recording => {
                 turn.phase = TurnPhase::Waiting {
                     until: at + self.settings.delay,
+                    busy_until: at + EchoSettings::MAX_BUSY_WAIT,
                     speech: turn.recorded.partition_point(|it| it.arrived <= at),
                     postponed: false,
                 };
@@ -192,10 +213,8 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// Returns what to do at `now`. Call it until it returns `None`.
-    ///
-    /// `speech_pending`: the agent may have started to speak. An echo that has not started waits for the decision.
-    pub(crate) fn poll(&mut self, now: Instant, speech_pending: bool) -> Option<EchoOutput<F>> {
+    /// Returns what to do at `now`. Call it until it returns `None`. An echo that has not started waits for the agent.
+    pub(crate) fn poll(&mut self, now: Instant, agent: AgentActivity) -> Option<EchoOutput<F>> {
         if !self.open {
             return None;
         }
@@ -204,7 +223,7 @@ impl<F: Frame> EchoPlayer<F> {
         {
             return Some(mark.1);
         }
-        self.start_echo(now, speech_pending);
+        self.start_echo(now, agent);
         if self.queue.is_empty() && self.keep_alive_at().is_some_and(|due| due <= now) {
             return Some(self.send(now, self.silence.clone()));
         }
@@ -237,12 +256,13 @@ impl<F: Frame> EchoPlayer<F> {
         Some(self.last_sent? + KEEP_ALIVE_INTERVAL)
     }
 
-    fn start_echo(&mut self, now: Instant, speech_pending: bool) {
+    fn start_echo(&mut self, now: Instant, agent: AgentActivity) {
         let PlayMode::Turn(turn) = &mut self.mode else {
             return;
         };
         let TurnPhase::Waiting {
             until,
+            busy_until,
             speech,
             postponed,
         } = &mut turn.phase
@@ -252,8 +272,13 @@ impl<F: Frame> EchoPlayer<F> {
         if now < *until || !self.queue.is_empty() {
             return;
         }
+        // The silence may be a pause in the agent's turn. Our speech would interrupt it, and the rest would never be spoken.
+        if agent.is_busy && now < *busy_until {
+            *until = (now + BUSY_CHECK_INTERVAL).min(*busy_until);
+            return;
+        }
         // Once only: noise that never becomes speech must not hold the echo back.
-        if speech_pending && !*postponed {
+        if agent.may_speak && !*postponed {
             *until = now + SPEECH_DECISION_TIME;
             *postponed = true;
             return;
@@ -261,18 +286,16 @@ impl<F: Frame> EchoPlayer<F> {
         let speech = *speech;
         turn.phase = TurnPhase::Idle;
         turn.played += 1;
-        let Some(first) = turn.recorded.front().filter(|_| speech > 0) else {
+        if speech == 0 {
             return;
-        };
-        let first = first.time;
-        let mut end = now;
+        }
         self.queue
             .push_back((now, PlannedOutput::Mark(EchoOutput::Started)));
-        for recorded in turn.recorded.drain(..).take(speech) {
-            let due = now + rtp::span(recorded.time - first);
-            end = due + recorded.frame.duration();
-            self.queue
-                .push_back((due, PlannedOutput::Frame(recorded.frame)));
+        let mut end = now;
+        for (due, frame) in without_long_pauses(turn.recorded.drain(..).take(speech).collect()) {
+            let due = now + due;
+            end = due + frame.duration();
+            self.queue.push_back((due, PlannedOutput::Frame(frame)));
         }
         self.queue
             .push_back((end, PlannedOutput::Mark(EchoOutput::Ended)));
@@ -303,8 +326,42 @@ impl<F: Frame> EchoPlayer<F> {
     }
 }
 
+/// The frames of a recording, and when each is due after the start. Pauses are shortened: see [`PAUSE_MARGIN`].
+fn without_long_pauses<F: Frame>(
+    recorded: Vec<AgentFrame<F>>,
+) -> impl Iterator<Item = (Duration, F)> {
+    let margin = rtp::ticks(PAUSE_MARGIN);
+    let voiced: Vec<u64> = recorded
+        .iter()
+        .filter(|it| it.voiced)
+        .map(|it| it.time)
+        .collect();
+    // A recording without a voiced frame, or before the first and after the last one, stays as it is.
+    let in_pause = move |time: u64| {
+        let next = voiced.partition_point(|voice| *voice <= time);
+        let (earlier, later) = voiced.split_at(next);
+        match (earlier.last(), later.first()) {
+            (Some(before), Some(after)) => time > before + margin && time + margin < *after,
+            _ => false,
+        }
+    };
+    let mut due = Duration::ZERO;
+    let mut last: Option<(u64, Duration)> = None;
+    recorded
+        .into_iter()
+        .filter(move |it| !in_pause(it.time))
+        .map(move |it| {
+            if let Some((time, duration)) = last {
+                // Frames that were not sent or were lost leave a step, too.
+                due += rtp::span(it.time - time).min(PAUSE_MARGIN.max(duration));
+            }
+            last = Some((it.time, it.frame.duration()));
+            (due, it.frame)
+        })
+}
+
 impl<F> TurnPlayer<F> {
-    fn record(&mut self, frame: RecordedFrame<F>) {
+    fn record(&mut self, frame: AgentFrame<F>) {
         if self.phase == TurnPhase::Idle {
             let from = frame.time.saturating_sub(rtp::ticks(LEAD_IN));
             self.recorded.retain(|it| it.time >= from);
@@ -318,7 +375,7 @@ impl<F> TurnPlayer<F> {
 }
 
 impl<F> PassThrough<F> {
-    fn due(&mut self, delay: Duration, frame: &RecordedFrame<F>) -> Instant {
+    fn due(&mut self, delay: Duration, frame: &AgentFrame<F>) -> Instant {
         let by_arrival = frame.arrived + delay;
         if let Some((due, time)) = self.anchor {
             let by_pace = due + rtp::span(frame.time.saturating_sub(time));

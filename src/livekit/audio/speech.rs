@@ -39,6 +39,8 @@ pub(crate) struct Detector {
     run: Option<(u32, Instant)>,
     /// Arrival of the last window of speech; `Some` during an utterance.
     last_speech: Option<Instant>,
+    /// The last window was speech.
+    voiced: bool,
 }
 
 /// The window that is being collected.
@@ -61,6 +63,7 @@ impl Detector {
             window: EnergyWindow::default(),
             run: None,
             last_speech: None,
+            voiced: false,
         }
     }
 
@@ -120,7 +123,13 @@ impl Detector {
         self.last_speech.is_none() && self.run.is_some()
     }
 
+    /// Whether the last window was speech.
+    pub(crate) fn is_voiced(&self) -> bool {
+        self.voiced
+    }
+
     fn judge(&mut self, at: Instant, speech: bool) -> Option<SpeechEvent> {
+        self.voiced = speech;
         if !speech {
             self.run = None;
             return None;

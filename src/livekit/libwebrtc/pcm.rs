@@ -63,7 +63,7 @@ impl FrameClock {
 mod tests {
     use super::*;
     use crate::config::{self, EchoMode, Speech};
-    use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+    use crate::livekit::audio::echo::{AgentActivity, AgentFrame, EchoOutput, EchoPlayer};
     use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 
     const TEN: Duration = Duration::from_millis(10);
@@ -101,19 +101,29 @@ mod tests {
                 0.0
             });
             let position = clock.on_frame(now, pcm.len());
-            echo.on_frame(now, position.time, &pcm);
             let sound = PcmChunk {
                 follows: position.follows,
                 pcm: &pcm,
             };
-            for event in detector.on_sound(now, sound) {
+            let heard = detector.on_sound(now, sound);
+            echo.on_frame(AgentFrame {
+                arrived: now,
+                time: position.time,
+                voiced: detector.is_voiced(),
+                frame: Arc::clone(&pcm),
+            });
+            for event in heard {
                 events.push(event);
                 match event {
                     SpeechEvent::Started(at) => echo.on_speech_started(at),
                     SpeechEvent::Ended(at) => echo.on_speech_ended(at),
                 }
             }
-            while let Some(out) = echo.poll(now, detector.speech_pending()) {
+            let agent = AgentActivity {
+                may_speak: detector.speech_pending(),
+                ..AgentActivity::default()
+            };
+            while let Some(out) = echo.poll(now, agent) {
                 match out {
                     EchoOutput::Send { frame, .. } if frame.iter().any(|it| *it != 0) => {
                         loud.push(tick);

@@ -23,7 +23,7 @@ use super::peer::{
     ReceivedPacket,
 };
 use crate::config::Ice;
-use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
@@ -579,9 +579,15 @@ impl<'a> NativeSession<'a> {
         let Some(position) = self.voice.on_packet(at, packet.header) else {
             return Ok(());
         };
-        self.echo.on_frame(at, position.time, &packet.payload);
         let sound = self.decoder.decode(position, &packet.payload);
-        for event in self.speech.on_sound(at, sound) {
+        let events = self.speech.on_sound(at, sound);
+        self.echo.on_frame(AgentFrame {
+            arrived: at,
+            time: position.time,
+            voiced: self.speech.is_voiced(),
+            frame: packet.payload.clone(),
+        });
+        for event in events {
             self.observer.on_speech(&mut self.echo, event)?;
         }
         Ok(())
@@ -606,7 +612,8 @@ impl<'a> NativeSession<'a> {
     /// pace.
     fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let due = round_start(now);
-        while let Some(out) = self.echo.poll(due, self.speech.speech_pending()) {
+        let agent = self.observer.activity(&self.speech);
+        while let Some(out) = self.echo.poll(due, agent) {
             match out {
                 EchoOutput::Started => {
                     self.observer.events.send(now, RoomEventKind::EchoStarted)?;
