@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::rtp;
+use super::speech;
 use crate::config::{Echo as EchoSettings, EchoMode};
 
 /// The silence that ends an echo. Without it, the listener takes the end for packet loss.
@@ -17,7 +18,7 @@ const TAIL_SILENCE: Duration = Duration::from_millis(200);
 /// track that has not sent a packet, and a listener that subscribes late misses the start of the echo.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// How much audio before the detected start belongs to the recording: a soft onset is below the threshold.
+/// How much audio before the start of the speech belongs to the recording: its onset may be too soft to be detected.
 const LEAD_IN: Duration = Duration::from_millis(200);
 
 /// Maximum length of one recording.
@@ -29,8 +30,8 @@ const MAX_FRAMES: usize = 3_000;
 /// How far the recorded pace and the arrival times may drift apart before the pass-through resets its clock.
 const MAX_DRIFT: Duration = Duration::from_millis(100);
 
-/// The speech detector decides within this time after the first frame of speech.
-const SPEECH_DECISION_TIME: Duration = Duration::from_millis(60);
+/// How often an echo that is due checks whether what the agent plays is speech, until the detector has decided.
+const SPEECH_CHECK_INTERVAL: Duration = Duration::from_millis(60);
 
 /// A piece of audio in the form that an engine receives and sends: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
@@ -103,7 +104,8 @@ enum TurnPhase {
     Waiting {
         until: Instant,
         speech: usize,
-        postponed: bool,
+        /// How much later the echo starts because the agent may have begun to speak again.
+        postponed: Duration,
     },
 }
 
@@ -168,7 +170,10 @@ impl<F: Frame> EchoPlayer<F> {
     pub(crate) fn on_speech_started(&mut self, at: Instant) {
         match &mut self.mode {
             // After a pause within one greeting, the recording continues, and the wait restarts at its end.
-            PlayMode::Turn(turn) => turn.phase = TurnPhase::Recording,
+            PlayMode::Turn(turn) => {
+                turn.trim(at);
+                turn.phase = TurnPhase::Recording;
+            }
             PlayMode::Continuous(continuous) => {
                 continuous.mark(at + self.settings.delay, EchoOutput::Started);
             }
@@ -182,7 +187,7 @@ impl<F: Frame> EchoPlayer<F> {
                 turn.phase = TurnPhase::Waiting {
                     until: at + self.settings.delay,
                     speech: turn.recorded.partition_point(|it| it.arrived <= at),
-                    postponed: false,
+                    postponed: Duration::ZERO,
                 };
             }
             PlayMode::Turn(_) => {}
@@ -252,10 +257,10 @@ impl<F: Frame> EchoPlayer<F> {
         if now < *until || !self.queue.is_empty() {
             return;
         }
-        // Once only: noise that never becomes speech must not hold the echo back.
-        if speech_pending && !*postponed {
-            *until = now + SPEECH_DECISION_TIME;
-            *postponed = true;
+        // Not for longer: noise that never becomes speech must not hold the echo back.
+        if speech_pending && *postponed < speech::MAX_DECISION_TIME {
+            *until = now + SPEECH_CHECK_INTERVAL;
+            *postponed += SPEECH_CHECK_INTERVAL;
             return;
         }
         let speech = *speech;
@@ -304,9 +309,17 @@ impl<F: Frame> EchoPlayer<F> {
 }
 
 impl<F> TurnPlayer<F> {
+    /// Drops what was recorded before an utterance that started at `at`.
+    fn trim(&mut self, at: Instant) {
+        if self.phase == TurnPhase::Idle {
+            self.recorded.retain(|it| it.arrived + LEAD_IN >= at);
+        }
+    }
+
     fn record(&mut self, frame: RecordedFrame<F>) {
         if self.phase == TurnPhase::Idle {
-            let from = frame.time.saturating_sub(rtp::ticks(LEAD_IN));
+            let kept = LEAD_IN + speech::MAX_DECISION_TIME;
+            let from = frame.time.saturating_sub(rtp::ticks(kept));
             self.recorded.retain(|it| it.time >= from);
         }
         let first = self.recorded.front().map_or(frame.time, |it| it.time);
