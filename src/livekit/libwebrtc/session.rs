@@ -447,14 +447,18 @@ impl<'a> SdkSession<'a> {
             if let SpeechEvent::Started(at) = event {
                 self.watch.observer.first_audio(at)?;
             }
-            self.watch.observer.on_speech(&mut self.echo, event)?;
+            let observer = &self.watch.observer;
+            observer.on_speech(&mut self.echo, &self.speech, event)?;
         }
         Ok(())
     }
 
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         match self.speech.on_time(now) {
-            Some(event) => self.watch.observer.on_speech(&mut self.echo, event),
+            Some(event) => {
+                let observer = &self.watch.observer;
+                observer.on_speech(&mut self.echo, &self.speech, event)
+            }
             None => Ok(()),
         }
     }

@@ -383,7 +383,8 @@ impl<'a> NativeSession<'a> {
     /// Checks the timeouts. Call it only after the sockets have been read to the end.
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(event) = self.speech.on_time(now) {
-            self.observer.on_speech(&mut self.echo, event)?;
+            self.observer
+                .on_speech(&mut self.echo, &self.speech, event)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -553,7 +554,8 @@ impl<'a> NativeSession<'a> {
         self.echo.on_frame(at, position.time, &packet.payload);
         let sound = self.decoder.decode(position, &packet.payload);
         for event in self.speech.on_sound(at, sound) {
-            self.observer.on_speech(&mut self.echo, event)?;
+            self.observer
+                .on_speech(&mut self.echo, &self.speech, event)?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use super::agent_session::{self, AgentMessage};
 use super::roster::Roster;
 use super::voice_selector::VoiceSelector;
 use crate::livekit::audio::echo::{EchoPlayer, Frame};
-use crate::livekit::audio::speech::SpeechEvent;
+use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::event::{
     EndReason, MediaPermission, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
 };
@@ -256,17 +256,26 @@ impl Observer {
     pub(crate) fn on_speech<F: Frame>(
         &self,
         echo: &mut EchoPlayer<F>,
+        speech: &Detector,
         event: SpeechEvent,
     ) -> Result<(), EndReason> {
-        match event {
+        let at = match event {
             SpeechEvent::Started(at) => {
                 echo.on_speech_started(at);
-                self.events.send(at, RoomEventKind::SpeechStarted)
+                self.events.send(at, RoomEventKind::SpeechStarted)?;
+                at
             }
             SpeechEvent::Ended(at) => {
                 echo.on_speech_ended(at);
-                self.events.send(at, RoomEventKind::SpeechEnded)
+                self.events.send(at, RoomEventKind::SpeechEnded)?;
+                at
             }
+        };
+        match speech.level() {
+            Some(level) => self
+                .events
+                .send_if_room(at, RoomEventKind::SpeechLevel(level)),
+            None => Ok(()),
         }
     }
 
