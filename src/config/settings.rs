@@ -691,19 +691,20 @@ pub enum EchoMode {
 /// What counts as speech in the agent's audio.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Speech {
-    /// RMS level above which a 20 ms frame is speech, in dB relative to full scale.
+    /// RMS level below which a 16 ms frame is silence, in dB relative to full scale. Above it, a voice activity detector
+    /// decides.
     pub threshold_dbfs: f32,
-    /// Number of consecutive frames above the threshold that start an utterance.
+    /// Number of frames with a voice, within half a second, that start an utterance.
     pub min_frames: u32,
-    /// Duration without a speech frame that ends an utterance.
+    /// Duration without a voice that ends an utterance.
     pub end_silence: Duration,
 }
 
 impl Default for Speech {
     fn default() -> Self {
         Self {
-            threshold_dbfs: -45.0,
-            min_frames: 3,
+            threshold_dbfs: -60.0,
+            min_frames: 5,
             end_silence: Duration::from_millis(600),
         }
     }

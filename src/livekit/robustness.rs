@@ -384,7 +384,7 @@ proptest! {
                 echo.on_frame(AgentFrame {
                     arrived: now,
                     time: position.time,
-                    voiced: speech.is_voiced(),
+                    level: speech.last_level(),
                     frame: payload,
                 });
                 for event in heard {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::rtp;
+use super::speech;
 use crate::config::{Echo as EchoSettings, EchoMode};
 
 /// The silence that ends an echo. Without it, the listener takes the end for packet loss.
@@ -17,7 +18,7 @@ const TAIL_SILENCE: Duration = Duration::from_millis(200);
 /// track that has not sent a packet, and a listener that subscribes late misses the start of the echo.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// How much audio before the detected start belongs to the recording: a soft onset is below the threshold.
+/// How much audio before the start of the speech belongs to the recording: its onset may be too soft to be detected.
 const LEAD_IN: Duration = Duration::from_millis(200);
 
 /// Maximum length of one recording.
@@ -29,12 +30,15 @@ const MAX_FRAMES: usize = 3_000;
 /// How far the recorded pace and the arrival times may drift apart before the pass-through resets its clock.
 const MAX_DRIFT: Duration = Duration::from_millis(100);
 
-/// The speech detector decides within this time after the first frame of speech.
-const SPEECH_DECISION_TIME: Duration = Duration::from_millis(60);
+/// How often an echo that is due checks whether what the agent plays is speech, until the detector has decided.
+const SPEECH_CHECK_INTERVAL: Duration = Duration::from_millis(60);
 
-/// How much of a pause is kept after a frame with voice and before the next one. With the step between them a pause is at
+/// How much of a pause is kept after a loud frame and before the next one. With the step between them a pause is at
 /// most 200 ms long: an agent takes a longer one for the end of the turn, and an echo for several turns.
 const PAUSE_MARGIN: Duration = Duration::from_millis(60);
+
+/// A frame this many dB below the loudest one of the recording belongs to a pause.
+const PAUSE_BELOW_SPEECH: f32 = 25.0;
 
 /// How often a busy agent is checked.
 const BUSY_CHECK_INTERVAL: Duration = Duration::from_millis(100);
@@ -70,8 +74,8 @@ pub(crate) struct AgentFrame<F> {
     pub(crate) arrived: Instant,
     /// Position on the receiver's media clock, in ticks.
     pub(crate) time: u64,
-    /// The detector hears voice in it.
-    pub(crate) voiced: bool,
+    /// Its level in dBFS.
+    pub(crate) level: f32,
     pub(crate) frame: F,
 }
 
@@ -123,7 +127,8 @@ enum TurnPhase {
         /// Until when a busy agent is waited for.
         busy_until: Instant,
         speech: usize,
-        postponed: bool,
+        /// How much later the echo starts because the agent may have begun to speak again.
+        postponed: Duration,
     },
 }
 
@@ -188,7 +193,10 @@ impl<F: Frame> EchoPlayer<F> {
     pub(crate) fn on_speech_started(&mut self, at: Instant) {
         match &mut self.mode {
             // After a pause within one greeting, the recording continues, and the wait restarts at its end.
-            PlayMode::Turn(turn) => turn.phase = TurnPhase::Recording,
+            PlayMode::Turn(turn) => {
+                turn.trim(at);
+                turn.phase = TurnPhase::Recording;
+            }
             PlayMode::Continuous(continuous) => {
                 continuous.mark(at + self.settings.delay, EchoOutput::Started);
             }
@@ -203,7 +211,7 @@ impl<F: Frame> EchoPlayer<F> {
                     until: at + self.settings.delay,
                     busy_until: at + EchoSettings::MAX_BUSY_WAIT,
                     speech: turn.recorded.partition_point(|it| it.arrived <= at),
-                    postponed: false,
+                    postponed: Duration::ZERO,
                 };
             }
             PlayMode::Turn(_) => {}
@@ -277,10 +285,10 @@ impl<F: Frame> EchoPlayer<F> {
             *until = (now + BUSY_CHECK_INTERVAL).min(*busy_until);
             return;
         }
-        // Once only: noise that never becomes speech must not hold the echo back.
-        if agent.may_speak && !*postponed {
-            *until = now + SPEECH_DECISION_TIME;
-            *postponed = true;
+        // Not for longer: noise that never becomes speech must not hold the echo back.
+        if agent.may_speak && *postponed < speech::MAX_DECISION_TIME {
+            *until = now + SPEECH_CHECK_INTERVAL;
+            *postponed += SPEECH_CHECK_INTERVAL;
             return;
         }
         let speech = *speech;
@@ -331,15 +339,15 @@ fn without_long_pauses<F: Frame>(
     recorded: Vec<AgentFrame<F>>,
 ) -> impl Iterator<Item = (Duration, F)> {
     let margin = rtp::ticks(PAUSE_MARGIN);
-    let voiced: Vec<u64> = recorded
+    let levels = recorded.iter().map(|it| it.level);
+    let loudest = levels.fold(f32::NEG_INFINITY, f32::max);
+    let loud = recorded
         .iter()
-        .filter(|it| it.voiced)
-        .map(|it| it.time)
-        .collect();
-    // A recording without a voiced frame, or before the first and after the last one, stays as it is.
+        .filter(|it| it.level > loudest - PAUSE_BELOW_SPEECH);
+    let loud: Vec<u64> = loud.map(|it| it.time).collect();
     let in_pause = move |time: u64| {
-        let next = voiced.partition_point(|voice| *voice <= time);
-        let (earlier, later) = voiced.split_at(next);
+        let next = loud.partition_point(|loud| *loud <= time);
+        let (earlier, later) = loud.split_at(next);
         match (earlier.last(), later.first()) {
             (Some(before), Some(after)) => time > before + margin && time + margin < *after,
             _ => false,
@@ -361,9 +369,17 @@ fn without_long_pauses<F: Frame>(
 }
 
 impl<F> TurnPlayer<F> {
+    /// Drops what was recorded before an utterance that started at `at`.
+    fn trim(&mut self, at: Instant) {
+        if self.phase == TurnPhase::Idle {
+            self.recorded.retain(|it| it.arrived + LEAD_IN >= at);
+        }
+    }
+
     fn record(&mut self, frame: AgentFrame<F>) {
         if self.phase == TurnPhase::Idle {
-            let from = frame.time.saturating_sub(rtp::ticks(LEAD_IN));
+            let kept = LEAD_IN + speech::MAX_DECISION_TIME;
+            let from = frame.time.saturating_sub(rtp::ticks(kept));
             self.recorded.retain(|it| it.time >= from);
         }
         let first = self.recorded.front().map_or(frame.time, |it| it.time);

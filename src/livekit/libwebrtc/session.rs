@@ -445,7 +445,7 @@ impl<'a> SdkSession<'a> {
         self.echo.on_frame(AgentFrame {
             arrived: at,
             time: position.time,
-            voiced: self.speech.is_voiced(),
+            level: self.speech.last_level(),
             frame: Arc::clone(pcm),
         });
         for event in events {
@@ -453,14 +453,18 @@ impl<'a> SdkSession<'a> {
             if let SpeechEvent::Started(at) = event {
                 self.watch.observer.first_audio(at)?;
             }
-            self.watch.observer.on_speech(&mut self.echo, event)?;
+            let observer = &self.watch.observer;
+            observer.on_speech(&mut self.echo, &self.speech, event)?;
         }
         Ok(())
     }
 
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         match self.speech.on_time(now) {
-            Some(event) => self.watch.observer.on_speech(&mut self.echo, event),
+            Some(event) => {
+                let observer = &self.watch.observer;
+                observer.on_speech(&mut self.echo, &self.speech, event)
+            }
             None => Ok(()),
         }
     }

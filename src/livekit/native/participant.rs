@@ -389,7 +389,8 @@ impl<'a> NativeSession<'a> {
     /// Checks the timeouts. Call it only after the sockets have been read to the end.
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(event) = self.speech.on_time(now) {
-            self.observer.on_speech(&mut self.echo, event)?;
+            self.observer
+                .on_speech(&mut self.echo, &self.speech, event)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -584,11 +585,12 @@ impl<'a> NativeSession<'a> {
         self.echo.on_frame(AgentFrame {
             arrived: at,
             time: position.time,
-            voiced: self.speech.is_voiced(),
+            level: self.speech.last_level(),
             frame: packet.payload.clone(),
         });
         for event in events {
-            self.observer.on_speech(&mut self.echo, event)?;
+            self.observer
+                .on_speech(&mut self.echo, &self.speech, event)?;
         }
         Ok(())
     }

@@ -275,17 +275,26 @@ impl Observer {
     pub(crate) fn on_speech<F: Frame>(
         &self,
         echo: &mut EchoPlayer<F>,
+        speech: &Detector,
         event: SpeechEvent,
     ) -> Result<(), EndReason> {
-        match event {
+        let at = match event {
             SpeechEvent::Started(at) => {
                 echo.on_speech_started(at);
-                self.events.send(at, RoomEventKind::SpeechStarted)
+                self.events.send(at, RoomEventKind::SpeechStarted)?;
+                at
             }
             SpeechEvent::Ended(at) => {
                 echo.on_speech_ended(at);
-                self.events.send(at, RoomEventKind::SpeechEnded)
+                self.events.send(at, RoomEventKind::SpeechEnded)?;
+                at
             }
+        };
+        match speech.level() {
+            Some(level) => self
+                .events
+                .send_if_room(at, RoomEventKind::SpeechLevel(level)),
+            None => Ok(()),
         }
     }
 

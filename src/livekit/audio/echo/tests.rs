@@ -4,6 +4,9 @@ use super::super::opus::SILENCE;
 use super::*;
 
 const SPEECH: u8 = 0x78;
+/// Levels of a frame of speech and of one of a pause, in dBFS.
+const LOUD: f32 = -20.0;
+const QUIET: f32 = -80.0;
 
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -68,7 +71,7 @@ impl SimulatedCall {
     }
 
     /// Sends `count` packets from now on; leaves the clock at the arrival of the last.
-    fn packets(&mut self, count: u64, voiced: bool) {
+    fn packets(&mut self, count: u64, level: f32) {
         for i in 0..count {
             if i > 0 {
                 self.wait(20);
@@ -76,7 +79,7 @@ impl SimulatedCall {
             self.echo.on_frame(AgentFrame {
                 arrived: self.now,
                 time: rtp::ticks(self.now.duration_since(self.start)),
-                voiced,
+                level,
                 frame: Arc::from([SPEECH, self.number, 0, 0]),
             });
             self.number = self.number.wrapping_add(1);
@@ -86,13 +89,13 @@ impl SimulatedCall {
     /// Sends an utterance of `count` packets. Its end is detected 600 ms later, while packets of silence arrive.
     fn utterance(&mut self, count: u64) {
         let first = self.now;
-        self.packets(3, true);
+        self.packets(3, LOUD);
         self.echo.on_speech_started(first);
         self.wait(20);
-        self.packets(count - 3, true);
+        self.packets(count - 3, LOUD);
         let last = self.now;
         self.wait(20);
-        self.packets(30, false);
+        self.packets(30, QUIET);
         self.echo.on_speech_ended(last);
         self.run_to(self.now);
     }
@@ -146,13 +149,13 @@ fn turn_is_played_once_at_its_pace_and_silence_follows() {
 #[test]
 fn audio_shortly_before_the_detected_speech_is_played_too() {
     let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
-    call.packets(50, false);
+    call.packets(50, QUIET);
     call.wait(20);
     call.utterance(10);
     call.wait(5_000);
     let numbers: Vec<_> = call.echoed().iter().map(|(_, number)| *number).collect();
     let lead = u8::try_from(LEAD_IN.as_millis() / 20).unwrap();
-    assert_eq!(numbers.first(), Some(&(50 - lead + 2)));
+    assert_eq!(numbers.first(), Some(&(50 - lead)));
     assert_eq!(numbers.last(), Some(&59));
 }
 
@@ -185,11 +188,32 @@ fn echo_waits_while_speech_of_the_agent_is_pending() {
     let due = call.start + ms(180 + 1_000);
     call.run_to(due - ms(1));
     call.agent.may_speak = true;
+    let latest = due + speech::MAX_DECISION_TIME;
+    let mut now = due;
+    while now < latest {
+        while let Some(out) = call.echo.poll(now, call.agent) {
+            assert_ne!(out, EchoOutput::Started);
+        }
+        now += SPEECH_CHECK_INTERVAL;
+    }
+    // What is pending for longer is not speech.
+    let mut outputs = std::iter::from_fn(|| call.echo.poll(latest, call.agent));
+    assert!(outputs.any(|out| out == EchoOutput::Started));
+}
+
+#[test]
+fn echo_starts_soon_after_the_sound_turned_out_not_to_be_speech() {
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    call.utterance(10);
+    let due = call.start + ms(180 + 1_000);
+    call.run_to(due - ms(1));
+    call.agent.may_speak = true;
     while let Some(out) = call.echo.poll(due, call.agent) {
         assert_ne!(out, EchoOutput::Started);
     }
     let postponed = call.echo.next_deadline().unwrap();
-    assert_eq!(postponed, due + SPEECH_DECISION_TIME);
+    assert_eq!(postponed, due + SPEECH_CHECK_INTERVAL);
+    call.agent.may_speak = false;
     let started = call.echo.poll(postponed, call.agent);
     assert_eq!(started, Some(EchoOutput::Started));
 }
@@ -224,17 +248,17 @@ fn pause_in_the_echo_is_at_most_200_ms_long_and_all_speech_is_there() {
     for (pause, sends_packets) in [(300, true), (1_500, true), (1_500, false)] {
         let mut call = SimulatedCall::new(settings(EchoMode::Turn, 2_000));
         let first = call.now;
-        call.packets(50, true);
+        call.packets(50, LOUD);
         call.echo.on_speech_started(first);
         call.wait(20);
         if sends_packets {
-            call.packets(pause / 20 - 1, false);
+            call.packets(pause / 20 - 1, QUIET);
             call.wait(20);
         } else {
             call.wait(pause);
         }
         let second = call.number;
-        call.packets(50, true);
+        call.packets(50, LOUD);
         call.echo.on_speech_ended(call.now);
         call.wait(10_000);
         let echoed = call.echoed();
@@ -338,7 +362,7 @@ fn continuous_echo_keeps_the_agents_pace_under_jitter() {
         call.echo.on_frame(AgentFrame {
             arrived: call.now,
             time: 960 * i,
-            voiced: true,
+            level: LOUD,
             frame: Arc::from([SPEECH, 0, 0, 0]),
         });
     }
