@@ -37,7 +37,7 @@ use scenarios::{SCENARIOS, Scenario};
 use timeline::Timeline;
 
 /// The number of scenarios and faults that start a stack behind a veth pair.
-const STACKS_BEHIND_VETH: u8 = 8;
+const STACKS_BEHIND_VETH: usize = 8;
 
 /// The variable with the number of runs. After several runs, the figures of all runs are printed.
 const REPEAT: &str = "REPEAT";

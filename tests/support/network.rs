@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use anyhow::{Context as _, ensure};
@@ -79,15 +80,17 @@ pub struct Namespace {
     address: Ipv4Addr,
     /// The device of the end in the namespace.
     device: String,
+    /// The device of the end on the bridge.
+    outer: String,
     /// Is deleted with the last of its namespaces.
     _bridge: Arc<Bridge>,
 }
 
 impl Namespace {
     /// Creates `count` namespaces for stacks to use. They exist until the returned values are dropped.
-    pub fn prepare(count: u8) -> anyhow::Result<Vec<Arc<Self>>> {
+    pub fn prepare(count: usize) -> anyhow::Result<Vec<Arc<Self>>> {
         let bridge = Arc::new(Bridge::create()?);
-        let created = (0..count).map(|number| Ok(Arc::new(Self::create(&bridge, number)?)));
+        let created = (0..count).map(|_| Ok(Arc::new(Self::create(&bridge)?)));
         let created = created.collect::<anyhow::Result<Vec<_>>>()?;
         let mut free = FREE.lock().expect("no push panics");
         free.extend(created.iter().map(Arc::downgrade));
@@ -118,16 +121,20 @@ impl Namespace {
             .context("more stacks behind a veth pair than namespaces were prepared")
     }
 
-    fn create(bridge: &Arc<Bridge>, number: u8) -> anyhow::Result<Self> {
+    fn create(bridge: &Arc<Bridge>) -> anyhow::Result<Self> {
+        static CREATED: AtomicU8 = AtomicU8::new(0);
+        // A new name each time: the kernel deletes a namespace some time after its name.
+        let number = CREATED.fetch_add(1, Ordering::Relaxed) % 250;
         let id = format!("{}-{number}", std::process::id());
         let this = Self {
             name: format!("canary-{id}"),
             // The bridge has the address that ends in 1.
             address: Ipv4Addr::new(10, 231, bridge.net, number + 2),
             device: format!("cni{id}"),
+            outer: format!("cno{id}"),
             _bridge: Arc::clone(bridge),
         };
-        let (name, outer, inner) = (&this.name, format!("cno{id}"), &this.device);
+        let (name, outer, inner) = (&this.name, &this.outer, &this.device);
         ip(&format!("netns add {name}"))?;
         ip(&format!(
             "link add {outer} type veth peer name {inner} netns {name}"
@@ -166,7 +173,9 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        // Deletes the veth pair, too. Fails only if the namespace could not be created.
+        // The namespace, and a veth pair in it, live on until the last socket of the stack has timed out.
+        let _ = ip(&format!("link del {}", self.outer));
+        // Both fail only if the namespace could not be created.
         let _ = ip(&format!("netns del {}", self.name));
     }
 }
