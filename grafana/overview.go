@@ -37,9 +37,10 @@ func overallService(board *dashboard.DashboardBuilder) {
 	board.WithRow(dashboard.NewRowBuilder("Are callers affected?")).
 		WithPanel(rows(about{
 			"Service levels over the SLO window",
-			"Service level: the share of eligible rooms that were good over the SLO window. Error budget left: 100 % if no room " +
-				"failed, 0 if the objective is just met, negative if it is missed. Rooms: the number of eligible rooms; 100 rooms " +
-				"are too few to distinguish 99 % from 98 %. Bad batches: one is an incident, many show a lasting problem.",
+			"Service level: the share of eligible rooms that were good over the SLO window of the alert rules. Error budget left: " +
+				"100 % if no room failed, 0 if the objective is just met, negative if it is missed. It is empty below 100 rooms, " +
+				"and -100 % means that or less. Bad batches: one is an incident, many show a lasting problem. The recording rules " +
+				"in deploy/prometheus must be loaded.",
 			count, 15, 9,
 		}, []string{"target", "sli"}, levels()...)).
 		WithPanel(number(about{
@@ -51,6 +52,12 @@ func overallService(board *dashboard.DashboardBuilder) {
 			Decimals(0).
 			Thresholds(steps("red", 0.01, "orange", 1.0, "green"))).
 		WithPanel(batchesInWindow(4, 9, "{{target}}")).
+		WithPanel(states(about{
+			"Result of the last batch",
+			"The rooms of each target's last batch at each time: all ok, some ok (degraded), or none ok (failed). An aborted batch " +
+				"changes nothing.",
+			share, 24, 6,
+		}, query{known(latest("last_batch_success_ratio", "")), "{{target}}"})).
 		WithPanel(lines(about{
 			"Service level, last $window",
 			"The share of eligible rooms that were good in the window before each point. Dashed: the objective. A gap means " +
@@ -62,10 +69,11 @@ func overallService(board *dashboard.DashboardBuilder) {
 		).Max(1)).
 		WithPanel(lines(about{
 			"Error budget left over the SLO window",
-			"100 %: no room failed in the SLO window before each point. 0: the objective is just met. Negative: it is missed. " +
-				"A steep fall means that the budget burns now. A low, flat line means that it burnt earlier.",
+			"100 %: no room failed in the SLO window before each point. 0: the objective is just met. Negative: it is missed; " +
+				"-100 % means that or less. A steep fall means that the budget burns now. A low, flat line means that it burnt " +
+				"earlier. Empty below 100 rooms.",
 			share, 12, 8,
-		}, query{budgetLeft(`sli=~"$sli"`, "$slo_window"), "{{target}} {{sli}}"}).
+		}, query{budgetLeft(`sli=~"$sli"`), "{{target}} {{sli}}"}).
 			Min(-1).Max(1).
 			ThresholdsStyle(common.NewGraphThresholdsStyleConfigBuilder().Mode(common.GraphThresholdsStyleModeLine)).
 			Thresholds(steps("red", 0.0, "transparent")))
@@ -78,9 +86,10 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 			"Join delay of the rooms that an agent joined, last $window",
 			"Time from the dispatch to the agent's join, in rooms that an agent joined. Rooms without an agent are missing here, " +
 				"so an outage can look like an improvement; the next panel includes them. Dashed: the threshold of the join " +
-				"objective.",
+				"objective, and the p90 of the day before.",
 			units.Seconds, 12, 8,
 		}, append(quantiles(delay, "", "position"),
+			yesterday(delay, "position"),
 			query{latest("slo_threshold_seconds", `sli="join"`), "{{target}} threshold"})...)).
 		WithPanel(lines(about{
 			"Rooms joined within the threshold, last $window",
@@ -137,6 +146,7 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 
 func overallPlan(board *dashboard.DashboardBuilder) {
 	const used = prefix + `agent_budget_used_seconds{project=~"$project"}`
+	const reserved = prefix + `agent_budget_reserved_seconds{project=~"$project"}`
 	const most = prefix + `agent_budget_seconds{project=~"$project"}`
 	const rest = prefix + `backoff_until_timestamp_seconds{project=~"$project"}`
 	board.WithRow(dashboard.NewRowBuilder("Is it the plan?")).
@@ -154,11 +164,15 @@ func overallPlan(board *dashboard.DashboardBuilder) {
 			count, 8, 8,
 		}, batches(), skipped("{{target}} {{cause}}"))).
 		WithPanel(fill(about{
-			"Agent budget used",
-			"Agent time used in this UTC day and calendar month, as a share of the budget. Reservations of running rooms are " +
-				"included. At 100 % the canary skips batches; callers are not affected. Empty if no budget is set.",
+			"Agent budget used and reserved",
+			"Agent time of this UTC day and calendar month, as a share of the budget: what ended rooms used, and what open rooms " +
+				"have reserved. At 100 % together, the canary skips batches; callers are not affected. Empty if no budget is set.",
 			share, 5, 8,
-		}, query{aggregate("max", used, nil) + "\n/ " + aggregate("max", most, nil) + " >= 0", "{{project}} {{period}}"}).Decimals(0)).
+		},
+			query{aggregate("max", used, nil) + "\n/ " + aggregate("max", most, nil) + " >= 0", "{{project}} {{period}} used"},
+			query{aggregate("max", reserved, nil) + "\n/ " + aggregate("max", most, nil) + " >= 0",
+				"{{project}} {{period}} reserved"},
+		).Decimals(0)).
 		WithPanel(number(about{
 			"Pause after a plan limit",
 			"How long a project still opens no rooms because LiveKit reported a plan limit. Empty if there is no pause.",

@@ -10,6 +10,7 @@ import (
 	"github.com/grafana/grafana-foundation-sdk/go/dashboard"
 	"github.com/grafana/grafana-foundation-sdk/go/heatmap"
 	"github.com/grafana/grafana-foundation-sdk/go/stat"
+	"github.com/grafana/grafana-foundation-sdk/go/statetimeline"
 	"github.com/grafana/grafana-foundation-sdk/go/table"
 	"github.com/grafana/grafana-foundation-sdk/go/timeseries"
 	"github.com/grafana/grafana-foundation-sdk/go/units"
@@ -31,7 +32,7 @@ const (
 	count = units.Short
 )
 
-// Lines over time. Thresholds and objectives are dashed.
+// Lines over time. Thresholds, objectives and the day before are dashed.
 func lines(about about, queries ...query) *timeseries.PanelBuilder {
 	return timeseries.NewPanelBuilder().
 		Title(about.title).Description(about.description).Unit(about.unit).
@@ -50,7 +51,7 @@ func lines(about about, queries ...query) *timeseries.PanelBuilder {
 		Tooltip(common.NewVizTooltipOptionsBuilder().
 			Mode(common.TooltipDisplayModeMulti).
 			Sort(common.SortOrderDescending)).
-		OverrideByRegexp("/(threshold|objective)$/", []dashboard.DynamicConfigValue{
+		OverrideByRegexp("/(threshold|objective|yesterday)$/", []dashboard.DynamicConfigValue{
 			{Id: "custom.lineStyle", Value: map[string]any{"fill": "dash", "dash": []int{8, 8}}},
 			{Id: "custom.lineWidth", Value: 2},
 		})
@@ -91,6 +92,36 @@ func heatOf(about about, name string) *heatmap.PanelBuilder {
 		YAxis(heatmap.NewYAxisConfigBuilder().Unit(about.unit).AxisPlacement(common.AxisPlacementLeft)).
 		Tooltip(heatmap.NewHeatmapTooltipBuilder().Mode(common.TooltipDisplayModeSingle).YHistogram(true)).
 		ShowLegend()
+}
+
+// The result of the last batch of each target over time, in words.
+func states(about about, one query) *statetimeline.PanelBuilder {
+	failed, degraded, ok := "failed", "degraded", "ok"
+	mappings := dashboard.ValueMap{Type: dashboard.MappingTypeValueToText, Options: map[string]dashboard.ValueMappingResult{
+		"0": {Text: &failed, Color: cog.ToPtr("red")},
+		"1": {Text: &ok, Color: cog.ToPtr("green")},
+	}}
+	between := dashboard.RangeMap{Type: dashboard.MappingTypeRangeToText, Options: dashboard.DashboardRangeMapOptions{
+		From:   cog.ToPtr(0.0),
+		To:     cog.ToPtr(1.0),
+		Result: dashboard.ValueMappingResult{Text: &degraded, Color: cog.ToPtr("orange")},
+	}}
+	return statetimeline.NewPanelBuilder().
+		Title(about.title).Description(about.description).Unit(about.unit).
+		Span(about.width).Height(about.height).
+		Datasource(datasource()).
+		Targets(ranges([]query{one})).
+		MergeValues(true).
+		ShowValue(common.VisibilityModeNever).
+		RowHeight(0.9).
+		// The first mapping that fits decides.
+		Mappings([]dashboard.ValueMapping{{ValueMap: &mappings}, {RangeMap: &between}}).
+		Legend(common.NewVizLegendOptionsBuilder().
+			ShowLegend(true).
+			DisplayMode(common.LegendDisplayModeList).
+			Placement(common.LegendPlacementBottom)).
+		Tooltip(common.NewVizTooltipOptionsBuilder().Mode(common.TooltipDisplayModeSingle)).
+		Thresholds(steps("text"))
 }
 
 // The latest value of each series, as a big number.
@@ -192,13 +223,13 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 // The columns of service levels over the SLO window; `more` precede the counts of rooms and batches.
 func levels(more ...column) []column {
 	return slices.Concat([]column{
-		{query{serviceLevel("", "$slo_window"), "Service level"}, share, decimals(2)},
+		{query{recordedLevel(), "Service level"}, share, decimals(2)},
 		{query{latest("slo_objective_ratio", ""), "Objective"}, share, decimals(2)},
-		{query{budgetLeft("", "$slo_window"), "Error budget left"}, share,
+		{query{budgetLeft(""), "Error budget left"}, share,
 			append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
 	}, more, []column{
-		{query{sum(growth("slo_eligible_total", "", "$slo_window")), "Rooms"}, count, decimals(0)},
-		{query{sum(growth("slo_bad_batches_total", "", "$slo_window")), "Bad batches"}, count, decimals(0)},
+		{query{recorded("slo_eligible:slo_window", ""), "Rooms"}, count, decimals(0)},
+		{query{recorded("slo_bad_batches:slo_window", ""), "Bad batches"}, count, decimals(0)},
 	})
 }
 

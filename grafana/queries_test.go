@@ -17,6 +17,7 @@ import (
 type panelQuery struct {
 	panel, ref, expr string
 	instant          bool
+	annotation       bool
 	target           string
 }
 
@@ -47,6 +48,11 @@ var (
 func (one panelQuery) expected() expectation {
 	shows := strings.HasSuffix(one.expr, onlyProblems)
 	switch {
+	case one.annotation:
+		// Whether an alert fires depends on the length of the run.
+		return anything
+	case strings.Contains(one.expr, "offset 1d"):
+		return nothing
 	case shows && one.target == healthy:
 		return nothing
 	case shows && one.target == outage:
@@ -170,16 +176,24 @@ func (stack stack) queries(t *testing.T, text []byte) []panelQuery {
 		if chosen == nil {
 			continue
 		}
+		add := func(title string, query *prometheus.Dataquery) *panelQuery {
+			// No test runs for a hundred rooms.
+			expr := strings.ReplaceAll(query.Expr, enoughRooms, "> 0.5")
+			queries = append(queries, panelQuery{
+				panel:   title,
+				ref:     *query.RefId,
+				expr:    expand(t, expr, chosen),
+				instant: query.Instant != nil && *query.Instant,
+				target:  target,
+			})
+			return &queries[len(queries)-1]
+		}
+		for _, one := range decoded.Annotations.List {
+			add(one.Name, one.Target.(*prometheus.Dataquery)).annotation = true
+		}
 		for _, panel := range panelsOf(decoded) {
 			for _, one := range panel.Targets {
-				query := one.(*prometheus.Dataquery)
-				queries = append(queries, panelQuery{
-					panel:   *panel.Title,
-					ref:     *query.RefId,
-					expr:    expand(t, query.Expr, chosen),
-					instant: query.Instant != nil && *query.Instant,
-					target:  target,
-				})
+				add(*panel.Title, one.(*prometheus.Dataquery))
 			}
 		}
 	}

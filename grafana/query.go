@@ -50,6 +50,11 @@ func growth(name, matchers, window string) string {
 	return fmt.Sprintf("increase(%s%s%s[%s])", prefix, name, selector(matchers), window)
 }
 
+// The increase of a counter in the same window of the day before.
+func growthYesterday(name, window string) string {
+	return fmt.Sprintf("increase(%s%s%s[%s] offset 1d)", prefix, name, selector(""), window)
+}
+
 // The share of eligible probes that were good. It has no value if no probe was eligible: the level is unknown then.
 func serviceLevel(matchers, window string) string {
 	return fmt.Sprintf("%s\n/ (%s > 0)",
@@ -57,15 +62,38 @@ func serviceLevel(matchers, window string) string {
 		sum(growth("slo_eligible_total", matchers, window)))
 }
 
-// 1 if no eligible probe failed, 0 if the objective is just met, negative if it is missed.
-func budgetLeft(matchers, window string) string {
-	return fmt.Sprintf("1 - (1 - %s)\n/ (1 - %s)",
-		serviceLevel(matchers, window), latest("slo_objective_ratio", matchers))
+// A series that the recording rules hold. They count over the SLO window: a panel that did so itself would take seconds for
+// each target.
+func recorded(name, matchers string) string {
+	return "livekit_canary:" + name + selector(matchers)
+}
+
+// The share of eligible probes that were good over the SLO window.
+func recordedLevel() string {
+	return recorded("slo_good:slo_window", "") + "\n/ (" + recorded("slo_eligible:slo_window", "") + " > 0)"
+}
+
+// With fewer eligible probes in the SLO window, one failed room would look like a missed objective.
+const enoughRooms = "> 99.5"
+
+// 1 if no eligible probe failed, 0 if the objective is just met, negative if it is missed, and never below -1.
+func budgetLeft(matchers string) string {
+	return fmt.Sprintf("clamp_min(%s, -1)\nand %s %s",
+		recorded("slo_error_budget_left:ratio", matchers), recorded("slo_eligible:slo_window", matchers), enoughRooms)
 }
 
 // A quantile; no value instead of NaN if there are no observations.
 func quantile(share, name, matchers string, over ...string) string {
-	buckets := sum(growth(name+"_bucket", matchers, "$window"), over...)
+	return quantileOf(share, sum(growth(name+"_bucket", matchers, "$window"), over...))
+}
+
+// The p90 of the day before, at the same time of day.
+func yesterday(name string, over ...string) query {
+	buckets := sum(growthYesterday(name+"_bucket", "$window"), over...)
+	return query{quantileOf("0.9", buckets), "{{target}} p90 yesterday"}
+}
+
+func quantileOf(share, buckets string) string {
 	return fmt.Sprintf("histogram_quantile(%s, %s) >= 0", share, buckets)
 }
 

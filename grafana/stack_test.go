@@ -95,7 +95,14 @@ func programs(t *testing.T) map[string]string {
 func scrape(t *testing.T, program string, daemon int) string {
 	t.Helper()
 	prometheus, folder := free(t), t.TempDir()
-	write(t, filepath.Join(folder, "prometheus.yml"), fmt.Sprintf(`global: {scrape_interval: 1s, scrape_timeout: 1s}
+	rules, err := os.ReadFile("../deploy/prometheus/livekit-canary.rules.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The slow group would be evaluated once in the whole test.
+	write(t, filepath.Join(folder, "rules.yml"), strings.ReplaceAll(string(rules), "interval: 2m\n", "interval: 5s\n"))
+	write(t, filepath.Join(folder, "prometheus.yml"), fmt.Sprintf(`global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 5s}
+rule_files: [rules.yml]
 scrape_configs:
 - job_name: canary
   static_configs:

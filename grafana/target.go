@@ -54,6 +54,12 @@ func targetNow(board *dashboard.DashboardBuilder) {
 		WithPanel(number(about{
 			"Open rooms", "The number of open rooms.", count, 4, 4,
 		}, query{latest("rooms_in_flight", ""), "rooms"}).Decimals(0)).
+		WithPanel(states(about{
+			"Result of the last batch",
+			"The rooms of the last batch at each time: all ok, some ok (degraded), or none ok (failed). An aborted batch changes " +
+				"nothing.",
+			share, 24, 4,
+		}, query{known(latest("last_batch_success_ratio", "")), "{{target}}"})).
 		WithPanel(rows(about{
 			"Service levels over the SLO window",
 			"As in the overview. Within: the longest delay that counts as good. Rooms: the number of eligible rooms. Bad batches: " +
@@ -76,9 +82,10 @@ func targetJoin(board *dashboard.DashboardBuilder) {
 			"Join delay of the rooms that an agent joined, last $window",
 			"Time from the dispatch to the agent's join, in rooms that an agent joined. Rooms without an agent are missing here, " +
 				"so an outage can look like an improvement; the next panel includes them. slowest: the upper bound of the slowest " +
-				"room's bucket. Dashed: the threshold of the join objective.",
+				"room's bucket. Dashed: the threshold of the join objective, and the p90 of the day before.",
 			units.Seconds, 12, 8,
 		}, append(quantiles(delay, "", "position"),
+			yesterday(delay, "position"),
 			slowest(delay, "", "position"),
 			query{latest("slo_threshold_seconds", `sli="join"`), "threshold"})...)).
 		WithPanel(lines(about{
@@ -115,9 +122,10 @@ func targetSpeech(board *dashboard.DashboardBuilder) {
 		WithPanel(lines(about{
 			"First speech, last $window",
 			"Time from the dispatch to the agent's first speech, which is how long a caller waits in silence. Only rooms in which " +
-				"the agent spoke. Dashed: the threshold of the first_speech objective.",
+				"the agent spoke. Dashed: the threshold of the first_speech objective, and the p90 of the day before.",
 			units.Seconds, 8, 8,
 		}, append(quantiles("first_speech_delay_seconds", ""),
+			yesterday("first_speech_delay_seconds"),
 			slowest("first_speech_delay_seconds", ""),
 			query{latest("slo_threshold_seconds", `sli="first_speech"`), "threshold"})...)).
 		WithPanel(lines(about{

@@ -19,12 +19,29 @@ func begin(uid, title, description string) *dashboard.DashboardBuilder {
 		Time("now-24h", "now").
 		Refresh("1m").
 		Tooltip(dashboard.DashboardCursorSyncCrosshair).
+		Annotation(annotation("Alerts", "red", "{{alertname}} {{target}}",
+			`ALERTS{component="livekit-canary", alertstate="firing", severity="page", target=~"$target|"}`)).
+		Annotation(annotation("Reloads", "blue", "{{instance}} loaded its settings",
+			"changes("+prefix+"config_last_reload_success_timestamp_seconds[$__interval]) > 0")).
 		Link(dashboard.NewDashboardLinkBuilder("Status page").
 			Type(dashboard.DashboardLinkTypeLink).
 			Icon("external link").
 			Tooltip("What the canary is doing, and its latest batches with every room").
 			Url("${status_page:raw}/").
 			TargetBlank(true))
+}
+
+// Marks on every graph: the times at which the query has a value.
+func annotation(name, colour, text, expr string) cog.Builder[dashboard.AnnotationQuery] {
+	queries := ranges([]query{{expr, text}})
+	return dashboard.NewAnnotationQueryBuilder().
+		Name(name).
+		Datasource(datasource()).
+		Enable(true).
+		Hide(false).
+		IconColor(colour).
+		Target(queries[0]).
+		TitleFormat(text)
 }
 
 func datasourceVariable() cog.Builder[dashboard.VariableModel] {
@@ -64,8 +81,6 @@ func windowVariables() []cog.Builder[dashboard.VariableModel] {
 		interval("window", "Window", "1h", "10m,30m,1h,2h,6h,12h,1d,3d,7d",
 			"The period before each point of a graph that the point covers. It should contain at least four batches (1h for one "+
 				"every 15 min); otherwise a single room looks like a trend. The panel \"Batches in the window\" shows the number."),
-		interval("slo_window", "SLO window", "30d", "1d,7d,28d,30d,90d",
-			"The period over which objectives must be met. Prometheus must retain its data for as long (--storage.tsdb.retention.time)."),
 	}
 }
 
@@ -108,7 +123,7 @@ func filterVariable() cog.Builder[dashboard.VariableModel] {
 
 func targetUrl(target string) string {
 	return "/d/" + targetUid + "?var-target=" + target +
-		"&${datasource:queryparam}&${window:queryparam}&${slo_window:queryparam}&${status_page:queryparam}&${__url_time_range}"
+		"&${datasource:queryparam}&${window:queryparam}&${status_page:queryparam}&${__url_time_range}"
 }
 
 func text(value string) dashboard.StringOrMap {

@@ -42,6 +42,11 @@ pub(crate) enum BatchEvent {
         index: usize,
         event: ProbeEvent,
     },
+    /// The room stays open until this time, and for as long after it as its call needs.
+    HoldDecided {
+        index: usize,
+        until: Instant,
+    },
     /// The probe has ended; no event of this room follows.
     RoomClosed {
         index: usize,
@@ -52,8 +57,8 @@ pub(crate) enum BatchEvent {
 
 /// The most events that a batch with this many rooms emits.
 pub(crate) fn max_events(rooms: usize) -> usize {
-    // The batch's start and end; each room's opening, progress and closing.
-    2 + rooms * (ProbeEvent::MAX_PER_PROBE + 2)
+    // The batch's start and end; each room's opening, progress, hold and closing.
+    2 + rooms * (ProbeEvent::MAX_PER_PROBE + 3)
 }
 
 /// Runs one batch to its end. A cancelled `abort` ends it early, with every probe `aborted` and every room deleted.
@@ -121,10 +126,10 @@ pub(crate) fn new_id() -> String {
 /// This process in the names that it gives, so that two canaries on one project differ.
 static INSTANCE: LazyLock<String> = LazyLock::new(|| base32(fastrand::u64(..), 5));
 
-/// A room name that is never used again: the instance and 64 random bits.
-fn new_room_name() -> RoomName {
+/// A room name that is never used again: the target's prefix, the instance and 64 random bits.
+fn new_room_name(prefix: &str) -> RoomName {
     RoomName(format!(
-        "canary-{}-{}",
+        "{prefix}{}-{}",
         *INSTANCE,
         base32(fastrand::u64(..), 13)
     ))
@@ -156,6 +161,8 @@ struct Admission {
     /// Held until the batch has ended.
     permits: Option<RoomPermits>,
     target: String,
+    /// The beginning of each room's name.
+    name_prefix: String,
     worst_cases: Vec<Duration>,
 }
 
@@ -179,6 +186,7 @@ impl Admission {
             guard,
             permits,
             target: name.to_owned(),
+            name_prefix: target.room.name_prefix.clone(),
             worst_cases: worst_cases(target, project).collect(),
         }
     }
@@ -186,7 +194,7 @@ impl Admission {
     fn reserve(&self, index: usize) -> BoxFuture<'static, Admitted> {
         let (guard, target) = (self.guard.clone(), self.target.clone());
         let worst_case = self.worst_cases.get(index).copied().unwrap_or_default();
-        let room = new_room_name();
+        let room = new_room_name(&self.name_prefix);
         Box::pin(async move {
             let reservation = match guard {
                 Some(guard) => guard.reserve(&room, &target, worst_case).await.map(Some),
@@ -408,7 +416,7 @@ where
         }
     }
 
-    fn hold_together_once_over(&self) {
+    fn hold_together_once_over(&mut self) {
         if self.ramp.plan.stay == Stay::Together && self.ramp.is_over() {
             let until = Instant::now() + self.ramp.plan.hold;
             for index in 0..self.probes.len() {
@@ -418,12 +426,15 @@ where
     }
 
     /// The first end of a hold is final.
-    fn hold(&self, index: usize, until: Instant) {
-        self.probes[index].hold_until.send_if_modified(|held| {
+    fn hold(&mut self, index: usize, until: Instant) {
+        let decided = self.probes[index].hold_until.send_if_modified(|held| {
             let first = held.is_none();
             held.get_or_insert(until);
             first
         });
+        if decided {
+            (self.on_event)(&BatchEvent::HoldDecided { index, until });
+        }
     }
 }
 

@@ -7,13 +7,16 @@ fn main() {
     println!("cargo::rerun-if-env-changed=LIVEKIT_CANARY_REVISION");
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
     // An image is built without the Git repository, so its build sets this variable.
-    let revision = std::env::var("LIVEKIT_CANARY_REVISION").ok().or_else(|| {
-        first_word_of(
-            &mut Command::new("git"),
-            &["rev-parse", "--short=12", "HEAD"],
-            0,
-        )
-    });
+    let revision = std::env::var("LIVEKIT_CANARY_REVISION").ok();
+    let revision = revision
+        .filter(|revision| !revision.is_empty())
+        .or_else(|| {
+            first_word_of(
+                &mut Command::new("git"),
+                &["rev-parse", "--short=12", "HEAD"],
+                0,
+            )
+        });
     let rustc = first_word_of(&mut Command::new(rustc), &["--version"], 1);
     let unknown = || "unknown".to_owned();
     println!(

@@ -39,6 +39,7 @@ mod progress;
 mod rules;
 mod run;
 mod sandbox;
+mod stop_signals;
 mod table;
 
 /// Production canary for LiveKit voice agents
@@ -67,7 +68,7 @@ enum Command {
 /// results on /metrics, as a page and as JSON.
 ///
 /// SIGHUP reloads the settings. SIGTERM lets the open rooms end, deletes them and
-/// stops. A second SIGTERM stops at once.
+/// stops. A second SIGTERM, at least a second later, stops at once.
 #[derive(Args, Clone)]
 #[command(after_help = RUN_EPILOGUE, verbatim_doc_comment)]
 struct RunArgs {
@@ -75,7 +76,7 @@ struct RunArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Address that serves metrics, page and API [default: 0.0.0.0:9787]
+    /// Address that serves metrics, page and API [default: 127.0.0.1:9787]
     #[arg(long = "web.listen-address", value_name = "ADDRESS")]
     listen_address: Option<SocketAddr>,
 
@@ -121,9 +122,17 @@ struct OnceArgs {
     #[arg(long, value_name = "NAME")]
     agent_name: Option<String>,
 
+    /// Deployment of the agent, such as staging [default: workers without one]
+    #[arg(long, value_name = "NAME")]
+    deployment: Option<String>,
+
     /// Number of rooms to open [default: 3]
     #[arg(long, value_name = "N")]
     rooms: Option<usize>,
+
+    /// Maximum number of rooms that are open at the same time [default: 5, or --rooms if the settings set none]
+    #[arg(long, value_name = "N")]
+    max_rooms: Option<usize>,
 
     /// When the next room opens: after the agent's join, at intervals, or all at once [default: after_join]
     #[arg(long, value_name = "RAMP", value_parser = value_names::<RampMode>())]
@@ -161,9 +170,21 @@ struct OnceArgs {
     #[arg(long, value_name = "ENGINE", value_parser = value_names::<Engine>())]
     engine: Option<String>,
 
+    /// Fail a room whose agent does not reply to the echo
+    #[arg(long)]
+    expect_reply: bool,
+
+    /// Add the agent's transcript, which may contain personal data; only with --format json
+    #[arg(long)]
+    transcript: bool,
+
     /// Output format of the result
     #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
     format: OutputFormat,
+
+    /// Write the result to FILE; the table still goes to stdout
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
 }
 
 const ONCE_EPILOGUE: &str = "\
@@ -176,7 +197,7 @@ Exit status: the first that applies to any room
     1  the agent failed (origin agent), or no agent answered (undetermined)
     3  a plan limit was reached (origin limit)
     4  inconclusive: other failures (origin livekit, network, external or canary),
-       or the result cannot be printed
+       or the result cannot be printed or written
     0  every room is ok";
 
 /// Check the settings and print what they mean and what the schedules cost
@@ -197,6 +218,14 @@ struct CheckArgs {
     /// Check only this target and its project
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
+
+    /// Name that the agent registers under: check what `once` with this flag would do
+    #[arg(long, value_name = "NAME")]
+    agent_name: Option<String>,
+
+    /// Deployment of the agent: check what `once` with this flag would do
+    #[arg(long, value_name = "NAME")]
+    deployment: Option<String>,
 
     /// Also test each project's credentials with a read-only request
     #[arg(long)]
@@ -244,15 +273,15 @@ struct DemoArgs {
 ///
 /// Runs the daemon with its metrics, page and history against a LiveKit server
 /// with a demo agent on this machine, and injects the fault of one reason. The
-/// target is named after the reason (drill-agent-silent). Its series `target_info`
+/// target is named after the reason (drill-agent-silent). Every series of a drill
 /// has the label drill="true", so that a route can send its alerts elsewhere.
 /// The drill uses no settings and opens rooms only on 127.0.0.1.
 #[derive(Args)]
 #[command(after_help = DRILL_EPILOGUE, verbatim_doc_comment)]
 struct DrillArgs {
-    /// Reason that the canary must find, or ok for no fault
+    /// Reason that the canary must find, or ok for no fault; without one, the command lists them
     #[arg(value_name = "REASON", value_parser = PossibleValuesParser::new(drill::reasons()))]
-    reason: String,
+    reason: Option<String>,
 
     /// Kind of limit; required with `plan_limit`
     #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(drill::limits()),

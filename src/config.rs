@@ -2,12 +2,18 @@
 //!
 //! It knows no other module of this crate.
 
+mod credential;
 mod cron;
+mod file;
 mod problem;
 mod raw;
 mod section;
 mod settings;
 mod validate;
+
+pub(crate) use file::{MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
+/// The project of the environment's variables, if the settings have none.
+const DEFAULT_PROJECT: &str = "default";
 
 pub use problem::{Problem, Problems};
 pub use raw::RawConfig;

@@ -16,7 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent};
-use crate::config::{self, Config, Problems};
+use crate::config::{self, Config, DaemonSettings, Problems};
 use crate::guard::{Guard, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
@@ -25,13 +25,13 @@ use crate::http::{
 };
 use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
-use crate::livekit::wire::api::Api;
-use crate::livekit::wire::connect::Endpoint;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, ProbeFault};
-use crate::report::{BatchReport, Denial};
+use crate::report::{BatchReport, Denial, counted};
 use crate::schedule::{self, Tick, Ticker};
+use crate::stall::StallWatch;
 
+mod access;
 mod drain;
 mod recorder;
 mod settings;
@@ -40,7 +40,9 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 
+use access::ProjectAccess;
 use recorder::Recorder;
+use settings::PendingReload;
 use supervisor::Watchdog;
 
 /// How often the daemon polls what reports no changes: budgets, back-offs and the state of the history.
@@ -52,17 +54,20 @@ const MAX_SILENCE: Duration = Duration::from_secs(15);
 pub(crate) struct DaemonOptions {
     pub(crate) config: Config,
     /// Reads the settings again for a reload, including the secrets.
-    pub(crate) read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+    pub(crate) read_config: ReadConfig,
     pub(crate) listener: TcpListener,
     pub(crate) web: WebConfig,
     pub(crate) history: History,
     pub(crate) build: Build,
     pub(crate) fault: Option<ProbeFault>,
-    /// The faults are simulated, and the `drill` label of the series shows it.
+    /// The faults are simulated, and the label `drill` of every series shows it.
     pub(crate) drill: bool,
     /// For a command that shows the batches.
     pub(crate) observer: Option<BatchObserver>,
 }
+
+/// Blocks on the disk, for as long as a file system hangs.
+pub(crate) type ReadConfig = Arc<dyn Fn() -> Result<Config, Problems> + Send + Sync>;
 
 /// Receives each event of every batch, in the batch's own task, so it must not block. When it receives the end of a batch,
 /// metrics and history have the batch already.
@@ -72,8 +77,6 @@ pub(crate) type BatchObserver = Arc<dyn Fn(&BatchEvent) + Send + Sync>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DaemonCommand {
     Reload,
-    /// Starts a batch of this target now, in addition to its schedule.
-    RunBatch(String),
     /// The following batches simulate this fault, or none.
     SetFault(Option<ProbeFault>),
     /// The first shuts down in order, a second one immediately.
@@ -109,8 +112,7 @@ pub(crate) async fn run(
 
 struct ProjectRuntime {
     settings: Arc<config::Project>,
-    endpoint: Endpoint,
-    api: Api,
+    access: Arc<ProjectAccess>,
     guard: Guard,
     metrics: ProjectMetrics,
 }
@@ -129,7 +131,11 @@ struct TargetRuntime {
 
 struct Daemon {
     config: Config,
-    read_config: Box<dyn Fn() -> Result<Config, Problems> + Send + Sync>,
+    /// The settings of the start: those of the HTTP server and the history stay in effect.
+    started_with: DaemonSettings,
+    read_config: ReadConfig,
+    /// A reload that still reads the settings.
+    reload: Option<PendingReload>,
     projects: BTreeMap<String, ProjectRuntime>,
     targets: BTreeMap<String, TargetRuntime>,
     ticker: Ticker,
@@ -139,10 +145,14 @@ struct Daemon {
     counted_drops: u64,
     /// Faults of the history that the metrics have counted.
     counted_faults: u64,
+    /// Dropped lines of the log that the metrics have counted.
+    counted_lost_lines: u64,
     metrics: Metrics,
     janitor: Janitor,
+    stalls: StallWatch,
+    /// Stalls that the metrics have counted.
+    counted_stalls: u64,
     fault: Option<ProbeFault>,
-    drill: bool,
     observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,
     /// The target and the batch id of each running task.
@@ -169,7 +179,7 @@ enum BatchNotStarted {
 
 impl Daemon {
     async fn start(options: DaemonOptions) -> anyhow::Result<Self> {
-        let metrics = Metrics::new(&options.build);
+        let metrics = Metrics::new(&options.build, options.drill);
         let (ticker, ticks) = Ticker::start(Utc::now).await?;
         let started_at = Utc::now();
         let (status, status_receiver) = watch::channel(Arc::new(Status {
@@ -201,18 +211,22 @@ impl Daemon {
         ));
         let mut daemon = Self {
             config: options.config.clone(),
+            started_with: options.config.daemon.clone(),
             read_config: options.read_config,
+            reload: None,
             projects: BTreeMap::new(),
             targets: BTreeMap::new(),
             ticker,
             ticks,
             janitor: Janitor::start_with(on_cleanup(&options.history, &metrics)),
+            stalls: StallWatch::start(),
+            counted_stalls: 0,
             history: options.history,
             counted_drops: 0,
             counted_faults: 0,
+            counted_lost_lines: 0,
             metrics,
             fault: options.fault,
-            drill: options.drill,
             observer: options.observer,
             batches: JoinSet::new(),
             running: HashMap::new(),
@@ -228,13 +242,34 @@ impl Daemon {
             http_end,
             sweep: JoinSet::new(),
         };
-        daemon.apply(options.config).map_err(anyhow::Error::msg)?;
+        let access = settings::access(&options.config).map_err(anyhow::Error::msg)?;
+        daemon.apply(options.config, access);
         daemon.metrics.config_loaded(started_at);
         daemon.restore().await;
         daemon.start_sweep();
         daemon.stage = DaemonStage::Running;
         daemon.refresh();
+        daemon.log_schedules();
         Ok(daemon)
+    }
+
+    /// Logs when each target is probed, because the first batch can be far off.
+    fn log_schedules(&self) {
+        for (name, target) in &self.targets {
+            let next = self.ticker.next(name);
+            let first = next.map_or_else(
+                || "no batch is due".to_owned(),
+                |at| format!("first batch at {}", at.format("%Y-%m-%d %H:%M:%S UTC")),
+            );
+            tracing::info!(
+                target_name = name,
+                schedule = %target.settings.schedule,
+                next_batch_at = next.map(|at| at.to_rfc3339()),
+                "target {name} on project {}: {}, {first}",
+                target.settings.project,
+                target.settings.schedule
+            );
+        }
     }
 
     /// Handles events until [`DaemonCommand::Stop`].
@@ -244,15 +279,15 @@ impl Daemon {
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
-                    Some(DaemonCommand::Reload) => drop(self.reload().await),
-                    Some(DaemonCommand::RunBatch(target)) => self.run_as_commanded(&target),
+                    Some(DaemonCommand::Reload) => self.request_reload(None),
                     Some(DaemonCommand::SetFault(fault)) => self.fault = fault,
                     Some(DaemonCommand::Stop) | None => return Ok(()),
                 },
                 Some(ended) = self.batches.join_next_with_id() => self.batch_ended(ended),
                 Some(tick) = self.ticks.recv() => self.tick(&tick),
-                Some(control) = self.control.recv() => self.handle_control(control).await,
+                Some(control) = self.control.recv() => self.handle_control(control),
                 Some(swept) = self.sweep.join_next() => self.swept(swept),
+                read = settings::next_read(&mut self.reload) => self.settings_read(read).await,
                 ended = self.http.join_next() => {
                     self.metrics.internal_error(InternalError::Http);
                     anyhow::bail!("the HTTP server has ended: {ended:?}");
@@ -305,18 +340,20 @@ impl Daemon {
         for (name, rooms) in rooms_of {
             let Some(project) = self.projects.get(&name) else {
                 tracing::warn!(
-                    "{} rooms of earlier runs are not deleted: project {name} is no longer configured",
-                    rooms.len()
+                    "left from earlier runs and not deleted: {}, because project {name} is no longer configured",
+                    counted(rooms.len() as u64, "room")
                 );
                 continue;
             };
             tracing::info!(
-                "deleting {} rooms that an earlier run left on project {name}",
-                rooms.len()
+                "deleting {} that an earlier run left on project {name}",
+                counted(rooms.len() as u64, "room")
             );
-            let (api, janitor) = (project.api.clone(), self.janitor.clone());
-            self.sweep
-                .spawn(async move { janitor.sweep(&api, rooms).await });
+            let (access, janitor) = (Arc::clone(&project.access), self.janitor.clone());
+            self.sweep.spawn(async move {
+                let access = access.current().await;
+                janitor.sweep(&access.api, rooms).await
+            });
         }
     }
 
@@ -406,22 +443,29 @@ impl Daemon {
         let recorder = Recorder {
             target: name.to_owned(),
             settings: Arc::clone(&target.settings),
-            project: Arc::clone(&project.settings),
             metrics: target.metrics.clone(),
             history: self.history.clone(),
             observer: self.observer.clone(),
         };
-        let context = Context {
-            project: Arc::clone(&project.settings),
-            target: Arc::clone(&target.settings),
-            endpoint: project.endpoint.clone(),
-            api: project.api.clone(),
-            janitor: self.janitor.clone(),
-            agent_known: target.agent_known,
-            fault: self.fault,
+        let (access, guard) = (Arc::clone(&project.access), project.guard.clone());
+        let (settings, janitor) = (Arc::clone(&target.settings), self.janitor.clone());
+        let (agent_known, fault) = (target.agent_known, self.fault);
+        let stalls = self.stalls.clone();
+        let (id, abort) = (batch_id.clone(), self.abort.clone());
+        let batch = async move {
+            let access = access.current().await;
+            let context = Context {
+                project: access.project,
+                target: settings,
+                endpoint: access.endpoint,
+                api: access.api,
+                janitor,
+                stalls,
+                agent_known,
+                fault,
+            };
+            recorder.run(id, context, guard, abort).await
         };
-        let guard = project.guard.clone();
-        let batch = recorder.run(batch_id.clone(), context, guard, self.abort.clone());
         let task = self.batches.spawn(batch);
         let running = (name.to_owned(), batch_id.clone());
         self.running.insert(task.id(), running);
@@ -455,9 +499,9 @@ impl Daemon {
         self.refresh();
     }
 
-    async fn handle_control(&mut self, control: Control) {
+    fn handle_control(&mut self, control: Control) {
         match control {
-            Control::Reload { reply } => send_reply(reply, self.reload().await),
+            Control::Reload { reply } => self.request_reload(Some(reply)),
             Control::RunBatch { target, reply } => send_reply(reply, self.run_now(&target)),
             Control::SetPaused {
                 target,
@@ -485,15 +529,6 @@ impl Daemon {
                     unreachable!("only a scheduled batch depends on the pause")
                 }
             })
-    }
-
-    fn run_as_commanded(&mut self, name: &str) {
-        if let Err(refused) = self.run_now(name) {
-            tracing::warn!(
-                target_name = name,
-                "target {name}: batch not started: {refused}"
-            );
-        }
     }
 
     fn set_paused(&mut self, name: &str, paused: bool) -> Result<(), NoSuchTarget> {
@@ -567,6 +602,6 @@ fn record_skip(
 fn skip_cause(denial: &Denial) -> SkipCause {
     match denial {
         Denial::Backoff { .. } => SkipCause::Backoff,
-        Denial::Budget { .. } | Denial::LedgerLost => SkipCause::Budget,
+        Denial::Budget { .. } | Denial::LedgerLost | Denial::LedgerUnread => SkipCause::Budget,
     }
 }

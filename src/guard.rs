@@ -168,12 +168,11 @@ impl Guard {
         self.backoff_end(self.shared.history.now())
     }
 
-    /// Agent time used in the current period; open rooms count with their worst case.
-    pub(crate) fn used(&self, period: Period) -> Duration {
-        self.shared
-            .history
-            .used(&self.shared.project)
-            .in_period(period)
+    /// Agent time of the current period: what ended rooms have used, and what open rooms have reserved.
+    pub(crate) fn used_and_reserved(&self, period: Period) -> (Duration, Duration) {
+        let used = self.shared.history.used(&self.shared.project);
+        let reserved = used.reserved_in(period);
+        (used.in_period(period).saturating_sub(reserved), reserved)
     }
 
     /// Rooms that batches hold permits for.
@@ -209,6 +208,9 @@ impl Guard {
                 continue;
             };
             // Fail closed: the remaining budget is unknown, and an overrun costs money.
+            if used.ledger_unread {
+                return Err(Denial::LedgerUnread);
+            }
             if used.ledger_lost {
                 return Err(Denial::LedgerLost);
             }
@@ -367,6 +369,17 @@ fn exponential(backoff: &Backoff, earlier: u32) -> Duration {
     plain
         .mul_f64(1.0 + fastrand::f64() / 4.0)
         .min(backoff.longest)
+}
+
+#[cfg(test)]
+impl Guard {
+    /// Agent time used in the current period; open rooms count with their worst case.
+    pub(crate) fn used(&self, period: Period) -> Duration {
+        self.shared
+            .history
+            .used(&self.shared.project)
+            .in_period(period)
+    }
 }
 
 #[cfg(test)]

@@ -181,7 +181,7 @@ impl History {
             Err(StoreOpenError::Refused(error)) => return Err(error),
             Err(StoreOpenError::Unavailable(why)) => {
                 // Earlier use can't be read, or not yet: a budget must not count from zero.
-                shared.lock().ledger.lost = true;
+                shared.lock().ledger.unread = true;
                 shared.set_ledger_down();
                 shared.set_unwritable(&why);
                 None
@@ -221,11 +221,12 @@ impl History {
         self.shared.faults.load(Ordering::Relaxed)
     }
 
-    /// Counts a lost ledger from zero, in this run and in later ones.
+    /// Counts from zero if the ledger is lost, in this run and in later ones, and while the disk cannot be read.
     pub(crate) fn accept_lost_ledger(&self) {
         let mut state = self.shared.lock();
         state.accepted = true;
         state.ledger.lost = false;
+        state.ledger.unread = false;
         self.shared.wake(&mut state);
     }
 
@@ -235,7 +236,10 @@ impl History {
 
     pub(crate) fn used(&self, project: &str) -> AgentTimeUsed {
         let now = self.now();
-        self.shared.lock().ledger.used(project, now)
+        self.shared
+            .lock()
+            .ledger
+            .used(project, &self.shared.boot, now)
     }
 
     /// Reserves agent time and records the room in the journal, before the room can exist. When it returns, the row is
@@ -256,7 +260,7 @@ impl History {
         let now = self.now();
         let change = {
             let mut state = self.shared.lock();
-            admit(&state.ledger.used(project, now), now)?;
+            admit(&state.ledger.used(project, &self.shared.boot, now), now)?;
             let row = LedgerRow {
                 project: project.to_owned(),
                 target: target.to_owned(),

@@ -2,7 +2,7 @@
 //!
 //! It knows rooms and dispatches, and nothing about outcomes.
 //!
-//! A deletion is not the end of a room. Two things bring a room back; both were seen on livekit-server 1.13.5:
+//! A deletion is not the end of a room. Three things bring a room back; all were seen on livekit-server 1.13.5:
 //!
 //! - A request that was in flight when its probe was dropped: `CreateRoom`, `CreateDispatch` or a join. Each of them
 //!   creates a missing room.
@@ -12,8 +12,14 @@
 //!   after the agent has left. An agent that is connecting while the room is deleted does the same: it tries again 15 s
 //!   later. After a second deletion the room stays away, unless automatic dispatch sends another agent to it: see
 //!   [`RoomCleanup::drain`].
+//! - An agent that was cut off: the server was killed and is back, or the network was down. LiveKit's SDKs try to connect
+//!   again for up to 50 s, with a token that creates a missing room. An agent of livekit-agents 1.8.9 then stays in it
+//!   alone for more than 6 minutes. A deletion that finds no room is a sign of it: the server has lost the room.
+//!   An agent that is connecting again at the moment of the deletion gives no sign, because the server keeps its
+//!   participant meanwhile. It re-creates the room 0.4 s later.
 //!
-//! So the janitor looks for a deleted room by its exact name while an agent may still come, at least every 5 s.
+//! So the janitor looks for a deleted room by its exact name while an agent may still come, at least every 5 s. It looks
+//! for every room that existed for 2 s at least.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +38,9 @@ use crate::livekit::wire::api::{Api, ApiError, Call};
 /// Smallest `late_agent_window` that outlasts every late agent: a livekit-agents worker grants an ended job 15 s, and
 /// connecting takes about 2.5 s more at worst on two busy cores.
 pub(crate) const MIN_SAFE_WINDOW: Duration = Duration::from_secs(20);
+
+/// For how long a deleted room is re-checked although its agents were connected: one of them may have been connecting again.
+const RECONNECT_WINDOW: Duration = Duration::from_secs(2);
 
 /// Time for running deletions at exit, when nothing else is waited for.
 pub(crate) const FINAL_DELETION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -156,6 +165,7 @@ impl Janitor {
                 late_agent_window,
                 dispatches: Vec::new(),
                 agents_connected: false,
+                lost_sight: false,
                 not_created: false,
             }),
         }
@@ -231,11 +241,17 @@ impl RoomLease {
     }
 
     /// Records whether every agent of the target's name is in the room with its connection up. The deletion disconnects
-    /// such agents, so none of them comes late.
+    /// such agents, so none of them comes late unless it was connecting again at that moment.
     ///
     /// Otherwise an agent may always come: LiveKit sends the project's unnamed agent to every room that is created.
     pub fn agents_connected(&mut self, connected: bool) {
         self.cleanup().agents_connected = connected;
+    }
+
+    /// Records that an agent of the room may be cut off from the server, because the canary lost its own connection or the
+    /// call failed. The deletion does not reach such an agent, and it connects again.
+    pub fn lost_sight(&mut self) {
+        self.cleanup().lost_sight = true;
     }
 
     /// Deletes the dispatches and the room, and returns the result of the deletion. Re-checks continue in the
@@ -340,7 +356,16 @@ struct RoomCleanup {
     late_agent_window: Duration,
     dispatches: Vec<String>,
     agents_connected: bool,
+    lost_sight: bool,
     not_created: bool,
+}
+
+/// What a deletion found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DeletedRoom {
+    Existed,
+    /// The server knew no such room: it has restarted, or another program deleted the room.
+    Unknown,
 }
 
 impl RoomCleanup {
@@ -354,15 +379,16 @@ impl RoomCleanup {
 
     async fn run(self, deletion_tx: Option<oneshot::Sender<Deletion>>) {
         let dropped = deletion_tx.is_none();
-        let deleted = if self.not_created {
-            Ok(())
+        let found = if self.not_created {
+            Ok(DeletedRoom::Unknown)
         } else {
             // Only `CreateDispatch` returns an id. Other dispatches are found in the list, and so is one whose answer
             // was lost.
             let list = !self.agents_connected || self.dispatches.is_empty();
             self.delete(&self.dispatches, list).await
         };
-        let window = self.recheck_window(dropped, &deleted);
+        let window = self.recheck_window(dropped, &found);
+        let deleted = found.map(drop);
         if let Some(deletion_tx) = deletion_tx {
             let deletion = match &deleted {
                 _ if self.not_created => Deletion::NothingThere,
@@ -388,17 +414,19 @@ impl RoomCleanup {
     }
 
     /// For how long the room can come back.
-    fn recheck_window(&self, dropped: bool, deleted: &Result<(), String>) -> Duration {
+    fn recheck_window(&self, dropped: bool, found: &Result<DeletedRoom, String>) -> Duration {
+        // A failed deletion gets the same window, because the server may answer again.
+        let disconnected_all =
+            self.agents_connected && !self.lost_sight && found == &Ok(DeletedRoom::Existed);
         if self.not_created {
             Duration::ZERO
-        } else if !self.agents_connected || deleted.is_err() {
-            // A failed deletion gets the same window, because the server may answer again.
+        } else if !disconnected_all {
             self.late_agent_window.max(self.deletion_timeout)
         } else if dropped {
             // A call that creates a missing room may have been in flight.
             self.deletion_timeout
         } else {
-            Duration::ZERO
+            RECONNECT_WINDOW.min(self.late_agent_window)
         }
     }
 
@@ -408,19 +436,20 @@ impl RoomCleanup {
     ///
     /// The order matters. The server forgets the dispatches of a deleted room, and a job that was not ended re-creates
     /// the room.
-    async fn delete(&self, dispatches: &[String], list: bool) -> Result<(), String> {
+    async fn delete(&self, dispatches: &[String], list: bool) -> Result<DeletedRoom, String> {
         let now = Instant::now();
         self.end_dispatches(dispatches, list, now + self.deletion_timeout / 2)
             .await;
         let deadline = now + self.deletion_timeout;
         let deleted = retry_until(deadline, || self.api.delete_room(&self.room)).await;
         match deleted {
-            Err(error) if !error.is_not_found() => {
+            Ok(()) => Ok(DeletedRoom::Existed),
+            Err(error) if error.is_not_found() => Ok(DeletedRoom::Unknown),
+            Err(error) => {
                 let why = error.to_string();
                 tracing::warn!(room = %self.room, why, "could not delete the room");
                 Err(why)
             }
-            _ => Ok(()),
         }
     }
 
@@ -507,7 +536,7 @@ impl RoomCleanup {
         if returns > 1 {
             self.drain(window).await;
         }
-        self.delete(&[], true).await
+        self.delete(&[], true).await.map(drop)
     }
 
     /// Ends the jobs of a room that keeps coming back, and leaves the room open until they are over.

@@ -20,22 +20,24 @@
 //! schedule → config
 //! rules → config, schedule
 //! janitor → livekit
-//! probe → config, janitor, livekit
+//! stall → nothing
+//! telemetry → nothing
+//! probe → config, janitor, livekit, stall
 //! report → config, livekit, probe
 //! history → config, livekit, probe, report
 //! guard → config, history, livekit, probe, report
 //! batch → config, guard, history, livekit, probe, report
 //! metrics → config, probe, report
 //! http → config, history, metrics, report
-//! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule
+//! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule, stall, telemetry
 //! sandbox → nothing
-//! telemetry → nothing
-//! cli → batch, config, daemon, guard, history, http, janitor, livekit, metrics, probe, report, rules, sandbox, schedule, telemetry
+//! cli → batch, config, daemon, guard, history, http, janitor, livekit, metrics, probe, report, rules, sandbox, schedule, stall, telemetry
 //! ```
 //!
 //! - `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.
 //! - `livekit`: the client side of LiveKit. `janitor`: owns every room name and deletes every room.
 //! - `probe`: one call, from the room's creation to its deletion. `batch`: the rooms of one tick. `report`: what they found.
+//! - `stall`: when this process did not run, so that no probe blames others for it.
 //! - `guard`: what a project may use. `history`: the database of batches, used agent time and room names.
 //! - `daemon`: runs all of the above for `run`, `demo` and `drill`. `http`: its metrics, health, page and API.
 //! - `sandbox`: a LiveKit server on loopback for demos, drills and tests. It shares no code with the client side, so that a
@@ -57,4 +59,5 @@ mod report;
 pub mod rules;
 pub mod sandbox;
 mod schedule;
+mod stall;
 mod telemetry;

@@ -23,10 +23,10 @@ mod catalogue;
 mod family;
 mod slo;
 
-pub use catalogue::{CATALOGUE, DELAY_BUCKETS, Definition, JITTER_BUCKETS, MetricKind, PREFIX};
+pub use catalogue::{CATALOGUE, Definition, MetricKind, PREFIX};
 pub use slo::{Sli, SliVerdict};
 
-use family::{CachedRegistry, EncodedFamily, Families, ProcessMetrics, SeriesGuard};
+use family::{CachedRegistry, CommonLabels, EncodedFamily, Families, ProcessMetrics, SeriesGuard};
 
 /// The media type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -74,6 +74,8 @@ pub enum InternalError {
     Janitor,
     /// The history can't be written, or can't store a batch. The history counts these faults itself.
     History,
+    /// This process did not run for some seconds.
+    Stall,
     /// The HTTP server failed, or a handler panicked.
     Http,
 }
@@ -94,6 +96,7 @@ pub struct Metrics {
 }
 
 struct MetricsInner {
+    labels: CommonLabels,
     process_metrics: ProcessMetrics,
     process: Arc<CachedRegistry<ProcessSeries>>,
     live: Mutex<LiveSeries>,
@@ -109,6 +112,7 @@ struct LiveSeries {
 struct ProcessSeries {
     internal_errors: IntCounterVec,
     history_dropped: IntCounter,
+    log_dropped: IntCounter,
     history_degraded: Gauge,
     reload_successful: Gauge,
     reload_success_at: Gauge,
@@ -122,8 +126,10 @@ impl ProcessSeries {
 }
 
 impl Metrics {
-    pub fn new(build: &Build) -> Self {
-        let families = Families::for_process();
+    /// With `drill`, every series has the label `drill="true"`.
+    pub fn new(build: &Build, drill: bool) -> Self {
+        let labels = CommonLabels::new(drill);
+        let families = Families::for_process(&labels);
         let internal_errors = families.counters(
             &catalogue::INTERNAL_ERRORS,
             InternalError::ALL.iter().map(|kind| [kind.label()]),
@@ -142,14 +148,16 @@ impl Metrics {
         let process = ProcessSeries {
             internal_errors,
             history_dropped: families.counter(&catalogue::HISTORY_DROPPED),
+            log_dropped: families.counter(&catalogue::LOG_DROPPED),
             history_degraded,
             reload_successful: families.gauge(&catalogue::RELOAD_SUCCESSFUL),
             reload_success_at: families.gauge(&catalogue::RELOAD_SUCCESS_AT),
         };
         Self {
             inner: Arc::new(MetricsInner {
-                process_metrics: ProcessMetrics::new(),
+                process_metrics: ProcessMetrics::new(&labels),
                 process: Arc::new(families.cache(process)),
+                labels,
                 live: Mutex::default(),
             }),
         }
@@ -159,22 +167,17 @@ impl Metrics {
     ///
     /// An existing target keeps its counters and takes the changed settings. A target that was removed starts at zero
     /// again.
-    pub fn target(
-        &self,
-        name: &str,
-        target: &Target,
-        project: &Project,
-        drill: bool,
-    ) -> TargetMetrics {
+    pub fn target(&self, name: &str, target: &Target, project: &Project) -> TargetMetrics {
         let mut live = self.live();
         match live.targets.entry(name.to_owned()) {
             Entry::Occupied(existing) => {
-                existing.get().configure(target, project, drill);
+                existing.get().configure(target, project);
                 existing.get().clone()
             }
             Entry::Vacant(vacant) => {
-                let metrics = TargetMetrics::new(name, Arc::clone(&self.inner.process));
-                metrics.configure(target, project, drill);
+                let process = Arc::clone(&self.inner.process);
+                let metrics = TargetMetrics::new(name, &self.inner.labels, process);
+                metrics.configure(target, project);
                 vacant.insert(metrics).clone()
             }
         }
@@ -194,7 +197,7 @@ impl Metrics {
     pub fn project(&self, name: &str, project: &Project) -> ProjectMetrics {
         let mut live = self.live();
         let entry = live.projects.entry(name.to_owned());
-        let metrics = entry.or_insert_with(|| ProjectMetrics::new(name));
+        let metrics = entry.or_insert_with(|| ProjectMetrics::new(name, &self.inner.labels));
         metrics.configure(project);
         metrics.clone()
     }
@@ -210,6 +213,10 @@ impl Metrics {
 
     pub fn history_dropped(&self, records: u64) {
         self.inner.process.update().history_dropped.inc_by(records);
+    }
+
+    pub fn log_dropped(&self, lines: u64) {
+        self.inner.process.update().log_dropped.inc_by(lines);
     }
 
     pub fn history_degraded(&self, degraded: bool) {
@@ -328,8 +335,8 @@ fn other_spans() -> impl Iterator<Item = Span> {
 }
 
 impl TargetMetrics {
-    fn new(name: &str, process: Arc<CachedRegistry<ProcessSeries>>) -> Self {
-        let families = Families::with_label("target", name);
+    fn new(name: &str, labels: &CommonLabels, process: Arc<CachedRegistry<ProcessSeries>>) -> Self {
+        let families = Families::with_label("target", name, labels);
         let slis = || Sli::ALL.iter().map(|sli| [sli.label()]);
         let in_flight = families.gauge(&catalogue::IN_FLIGHT);
         in_flight.set(0.0);
@@ -396,7 +403,7 @@ impl TargetMetrics {
         self.0.series.update()
     }
 
-    fn configure(&self, target: &Target, project: &Project, drill: bool) {
+    fn configure(&self, target: &Target, project: &Project) {
         let series = self.update();
         for &sli in Sli::ALL {
             let label = [sli.label()];
@@ -418,8 +425,8 @@ impl TargetMetrics {
                 target.project.as_str(),
                 project.url.as_str(),
                 target.agent_name.as_deref().unwrap_or_default(),
+                target.dispatch.deployment.as_str(),
                 target.dispatch.mode.name(),
-                if drill { "true" } else { "false" },
             ])
             .set(1.0);
     }
@@ -584,20 +591,24 @@ struct ProjectSeries {
     backoff_until: Gauge,
     budget: GaugeVec,
     budget_used: GaugeVec,
+    budget_reserved: GaugeVec,
 }
 
 impl ProjectMetrics {
-    fn new(name: &str) -> Self {
-        let families = Families::with_label("project", name);
+    fn new(name: &str, labels: &CommonLabels) -> Self {
+        let families = Families::with_label("project", name, labels);
         let budget_used = families.gauges(&catalogue::BUDGET_USED);
+        let budget_reserved = families.gauges(&catalogue::BUDGET_RESERVED);
         for period in Period::ALL {
-            let gauge = budget_used.with_label_values(&[period.label()]);
-            gauge.set(f64::NAN);
+            for gauges in [&budget_used, &budget_reserved] {
+                gauges.with_label_values(&[period.label()]).set(f64::NAN);
+            }
         }
         let series = ProjectSeries {
             backoff_until: families.gauge(&catalogue::BACKOFF_UNTIL),
             budget: families.gauges(&catalogue::BUDGET),
             budget_used,
+            budget_reserved,
         };
         Self(Arc::new(families.cache(series)))
     }
@@ -612,11 +623,16 @@ impl ProjectMetrics {
         }
     }
 
-    /// Sets the agent time used or reserved in the current period.
-    pub fn budget_used(&self, period: Period, used: Duration) {
+    /// Sets the agent time of the current period: used by ended rooms, and reserved for open ones.
+    pub fn budget_used(&self, period: Period, used: Duration, reserved: Duration) {
         let series = self.0.update();
-        let gauge = series.budget_used.with_label_values(&[period.label()]);
-        gauge.set(used.as_secs_f64());
+        let period = [period.label()];
+        for (gauges, time) in [
+            (&series.budget_used, used),
+            (&series.budget_reserved, reserved),
+        ] {
+            gauges.with_label_values(&period).set(time.as_secs_f64());
+        }
     }
 
     /// `None` without a back-off.

@@ -24,6 +24,7 @@ pub use machine::max_time_to_verdict;
 pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
 pub use timeline::{Milestone, Span, Timeline, Turn};
 pub use transcript::TranscriptLine;
+pub use verdict::USUAL_HEADER_BYTES;
 
 /// Whether the room was the first of its batch, which is where the cold start of an agent shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]

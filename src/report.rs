@@ -15,6 +15,16 @@ pub(crate) mod json;
 #[cfg(test)]
 pub(crate) mod sample;
 
+/// A number with its noun: `1 room`, `3 rooms`. The noun forms its plural with s or, after s and ch, with es.
+pub(crate) fn counted(number: u64, noun: &str) -> String {
+    let plural = match noun {
+        _ if number == 1 => "",
+        _ if noun.ends_with('s') || noun.ends_with("ch") => "es",
+        _ => "s",
+    };
+    format!("{number} {noun}{plural}")
+}
+
 /// The findings of one batch.
 #[derive(Debug, Clone)]
 pub struct BatchReport {
@@ -166,15 +176,17 @@ pub enum Denial {
     Backoff {
         until: DateTime<Utc>,
     },
-    /// There is a budget, and it is unknown how much of it is used.
+    /// There is a budget, and the record of how much of it is used is lost.
     LedgerLost,
+    /// There is a budget, and the disk cannot be read, so it is unknown how much of it is used.
+    LedgerUnread,
 }
 
 impl Denial {
     /// The `cause` of a skipped batch.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::Budget { .. } | Self::LedgerLost => "budget",
+            Self::Budget { .. } | Self::LedgerLost | Self::LedgerUnread => "budget",
             Self::Backoff { .. } => "backoff",
         }
     }
@@ -184,7 +196,7 @@ impl Denial {
         match self {
             Self::Budget { resets_at, .. } => Some(*resets_at),
             Self::Backoff { until } => Some(*until),
-            Self::LedgerLost => None,
+            Self::LedgerLost | Self::LedgerUnread => None,
         }
     }
 }
@@ -200,7 +212,7 @@ impl fmt::Display for Denial {
                 resets_at,
             } => write!(
                 f,
-                "agent-time budget reached: {} of {} used this UTC {}, and one more room could use {}; the count restarts at {}",
+                "agent-time budget reached: {} of {} used or reserved this UTC {}, and one more room could use {}; the count restarts at {}",
                 format_duration(*used),
                 format_duration(*limit),
                 period.label(),
@@ -215,6 +227,10 @@ impl fmt::Display for Denial {
             Self::LedgerLost => f.write_str(
                 "the record of used agent time is lost, and the project has a budget: read the log, then run with \
                  --accept-lost-ledger to count from zero",
+            ),
+            Self::LedgerUnread => f.write_str(
+                "the record of used agent time can't be read, and the project has a budget: the log names the fault of \
+                 history.dir; batches start again when the folder can be read and written",
             ),
         }
     }

@@ -101,6 +101,7 @@ fn no_guard() -> Admission {
         guard: None,
         permits: None,
         target: "support".to_owned(),
+        name_prefix: "canary-".to_owned(),
         worst_cases: Vec::new(),
     }
 }
@@ -705,6 +706,7 @@ async fn progress_comes_in_order_and_before_the_end() {
             ProbeEvent::JoinDecided { .. } => "join decided",
             ProbeEvent::OutcomeDecided { .. } => "outcome decided",
         },
+        BatchEvent::HoldDecided { .. } => "hold decided",
         BatchEvent::RoomClosed { .. } => "closed",
         BatchEvent::Started | BatchEvent::Ended(_) => unreachable!("of the whole batch"),
     });
@@ -714,6 +716,7 @@ async fn progress_comes_in_order_and_before_the_end() {
             "opened",
             "reached",
             "join decided",
+            "hold decided",
             "outcome decided",
             "closed"
         ]
@@ -722,9 +725,10 @@ async fn progress_comes_in_order_and_before_the_end() {
 
 #[test]
 fn room_names_share_the_instance_and_nothing_else() {
-    let (one, other) = (new_room_name().0, new_room_name().0);
+    let new_room_name = || new_room_name("calls-").0;
+    let (one, other) = (new_room_name(), new_room_name());
     let parts: Vec<&str> = one.split('-').collect();
-    assert_eq!(parts[..2], ["canary", INSTANCE.as_str()]);
+    assert_eq!(parts[..2], ["calls", INSTANCE.as_str()]);
     assert_eq!((parts[1].len(), parts[2].len()), (5, 13));
     assert_ne!(one, other);
 }

@@ -5,25 +5,50 @@ use std::fmt::Write as _;
 use chrono::Utc;
 use humantime::format_duration;
 
-use super::forecast::Forecast;
-use super::{CheckArgs, Exit, print};
+use super::forecast::{self, Forecast};
+use super::{CheckArgs, Exit, once, print};
 use crate::config::{
-    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, Stay, Target,
+    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay, Target,
 };
+use crate::http::WebConfig;
 use crate::livekit::wire::api::ApiError;
+use crate::livekit::wire::token::Keys;
 use crate::livekit::{RoomName, wire};
+use crate::probe::USUAL_HEADER_BYTES;
+use crate::probe::driver::join_token_bytes;
+use crate::report::counted;
 use crate::telemetry;
 
-/// HTTP statuses that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's.
-const WRONG_SETTINGS: [u16; 3] = [401, 403, 404];
+/// HTTP errors that wrong settings cause: 401 and 403 by the key pair, 404 by a URL that is not LiveKit's, 451 by a project
+/// that is pinned to another region.
+const WRONG_SETTINGS: [u16; 4] = [401, 403, 404, 451];
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
-    let draft = RawConfig::read(args.config.as_deref(), super::environment())?;
+    let mut draft = RawConfig::read(args.config.as_deref(), super::environment())?;
+    let mut only = args.target.clone();
+    let flags: [(&str, &[&str], &Option<String>); 2] = [
+        ("--agent-name", &["agent_name"], &args.agent_name),
+        (
+            "--deployment",
+            &["dispatch", "deployment"],
+            &args.deployment,
+        ),
+    ];
+    for (flag, key, value) in flags {
+        if let Some(value) = value {
+            let name = once::choose_target(&draft, only.as_deref())?;
+            draft.ensure_target(&name);
+            draft.set_by_flag(&name, key, value.clone(), flag);
+            only = Some(name);
+        }
+    }
     let all = draft.validate()?;
+    forecast::check_history_size(&all, Utc::now().date_naive())?;
+    let web = WebConfig::load(&all.daemon.http).map_err(anyhow::Error::msg)?;
     // The targets of a project share its limits, so the forecast needs all of them, even if only one is printed.
     let forecast = Forecast::new(&all, Utc::now());
     let mut config = all.clone();
-    if let Some(name) = &args.target {
+    if let Some(name) = &only {
         narrow(&mut config, name)?;
     }
     telemetry::log_to(std::io::stderr, false, "warn");
@@ -34,6 +59,16 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     } else {
         Vec::new()
     };
+    if let (Some(file), Some(summary)) = (&all.daemon.http.web_config_file, web.summary()) {
+        let listen = all.daemon.http.listen;
+        writeln!(text, "http on {listen}").expect("writing to a string can't fail");
+        entry(
+            &mut text,
+            "web config",
+            &format!("{}: {summary}", file.display()),
+        );
+        text.push('\n');
+    }
     for (index, (name, project)) in config.projects.iter().enumerate() {
         describe_project(&mut text, name, project);
         if let Some(connection) = connections.get(index) {
@@ -53,6 +88,8 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
             entry(&mut text, key, &value);
         }
         warn(&mut text, &forecast.warnings_of_target(name));
+        let project = &config.projects[&target.project];
+        warn(&mut text, &warning_of_token(target, project)?);
         text.push('\n');
     }
     if config.targets.is_empty() {
@@ -115,7 +152,28 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         .expect("writing to a string can't fail");
     let agent = target.agent_name.as_deref().unwrap_or("any");
     let dispatch = target.dispatch.mode.name();
-    entry(text, "agent", &format!("{agent}, {dispatch} dispatch"));
+    let deployment = match target.dispatch.deployment.as_str() {
+        "" => String::new(),
+        name => format!(", deployment {name}"),
+    };
+    entry(
+        text,
+        "agent",
+        &format!("{agent}{deployment}, {dispatch} dispatch"),
+    );
+    if target.room != RoomSettings::default() {
+        let room = &target.room;
+        let participants = match room.max_participants {
+            0 => "without a limit of participants".to_owned(),
+            1 => "for 1 participant".to_owned(),
+            limit => format!("for {limit} participants"),
+        };
+        entry(
+            text,
+            "room",
+            &format!("named {}…, {participants}", room.name_prefix),
+        );
+    }
     let batch = &target.batch;
     let stay = match batch.stay {
         Stay::Together => "held together for",
@@ -125,7 +183,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         RampMode::AfterJoin | RampMode::Burst => batch.ramp.name().to_owned(),
         RampMode::Interval => format!("one every {}", format_duration(batch.interval)),
     };
-    let rooms = format!("{} rooms, {ramp}", batch.rooms);
+    let rooms = format!("{}, {ramp}", counted(batch.rooms as u64, "room"));
     entry(
         text,
         "batch",
@@ -148,6 +206,20 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "deadlines",
         &format!("join {join}, first speech {speech}"),
     );
+}
+
+/// The join token carries metadata and attributes, and is a header of the signal connection's request.
+fn warning_of_token(target: &Target, project: &Project) -> anyhow::Result<Vec<String>> {
+    let keys = Keys::new(project.api_key.clone(), project.api_secret.clone())?;
+    let random = "x".repeat(19);
+    let room = RoomName(format!("{}{random}", target.room.name_prefix));
+    let bytes = join_token_bytes(target, &keys, &room);
+    let warning = format!(
+        "the join token has {bytes} bytes. Many proxies accept only {USUAL_HEADER_BYTES} bytes of a header, and refuse the signal \
+         connection. Shorten the metadata and the attributes, or set dispatch.mode to \"explicit\" or \"room\""
+    );
+    let too_large = bytes > USUAL_HEADER_BYTES;
+    Ok(Vec::from_iter(too_large.then_some(warning)))
 }
 
 /// Lists a room that does not exist on each project: the request needs valid credentials and changes nothing.
@@ -173,7 +245,10 @@ fn connection_result(result: &Result<(), ApiError>) -> (String, Exit) {
         Ok(()) => ("ok".to_owned(), Exit::Ok),
         Err(error) => {
             let exit = match error {
-                ApiError::Refused(refusal) if WRONG_SETTINGS.contains(&refusal.status) => {
+                // Below 400, another server than LiveKit answered: a redirect, or a page.
+                ApiError::Refused(refusal)
+                    if refusal.status < 400 || WRONG_SETTINGS.contains(&refusal.status) =>
+                {
                     Exit::Config
                 }
                 _ => Exit::Inconclusive,

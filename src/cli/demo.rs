@@ -15,9 +15,8 @@ use super::once::verdict;
 use super::progress::ProgressView;
 use super::{DemoArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
-use crate::daemon::DaemonCommand;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
-use crate::report::BatchReport;
+use crate::report::{BatchReport, counted};
 use crate::sandbox::fault::{FaultRule, RoomSelector};
 use crate::sandbox::{Handle, Sandbox, SandboxSettings};
 use crate::telemetry;
@@ -229,9 +228,7 @@ async fn run_batches(
     introduction: &str,
 ) -> anyhow::Result<Exit> {
     let mut exit = None;
-    if print_unless_closed(introduction)? {
-        daemon.send(DaemonCommand::RunBatch(TARGET.to_owned()));
-    } else {
+    if !print_unless_closed(introduction)? {
         daemon.stop();
     }
     let mut number = 0;
@@ -276,10 +273,7 @@ async fn run_batches(
 }
 
 fn introduction(args: &DemoArgs, url: &str, page: &str) -> String {
-    let rooms = match args.rooms {
-        1 => "1 room".to_owned(),
-        rooms => format!("{rooms} rooms"),
-    };
+    let rooms = counted(args.rooms as u64, "room");
     let (often, then) = if args.once {
         (String::new(), String::new())
     } else {

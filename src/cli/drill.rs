@@ -1,5 +1,6 @@
 //! `drill`: injects a fault into what the daemon probes, so that a team sees its alerts arrive and resolve.
 
+use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
@@ -15,13 +16,13 @@ use super::local_daemon::{
     LocalDaemon, LocalEvent, LocalSetup, LocalTarget, batch_result, comparison, heading, listen,
 };
 use super::progress::ProgressView;
-use super::{DrillArgs, Exit, format, print_unless_closed};
+use super::{DrillArgs, Exit, format, print_error, print_unless_closed};
 use crate::batch::BatchEvent;
 use crate::config::{Config, Problems};
 use crate::daemon::DaemonCommand;
 use crate::probe::driver::ProbeFault;
 use crate::probe::{LimitKind, Outcome, Reason};
-use crate::report::BatchReport;
+use crate::report::{BatchReport, counted};
 use crate::sandbox::fault::FaultRule;
 use crate::sandbox::{Sandbox, SandboxSettings};
 use crate::telemetry;
@@ -46,7 +47,11 @@ pub(super) fn limits() -> Vec<&'static str> {
 }
 
 pub(super) fn run(args: &DrillArgs) -> anyhow::Result<Exit> {
-    let fault = selected(args)?;
+    let Some(reason) = args.reason.as_deref() else {
+        print_error(&format!("error: no reason is given\n\n{}", list()));
+        return Ok(Exit::Config);
+    };
+    let fault = selected(args, reason)?;
     let view = ProgressView::live_table(args.rooms);
     // Only errors: the drill prints the result of each batch itself.
     telemetry::log_to(view.log_writer(), ProgressView::colour(), "error");
@@ -56,18 +61,42 @@ pub(super) fn run(args: &DrillArgs) -> anyhow::Result<Exit> {
     exit
 }
 
+/// Returns every REASON with the fault that the drill injects, in 80 columns.
+fn list() -> String {
+    let mut text = "The reasons, and the fault that the drill injects for each:\n".to_owned();
+    let mut limits = "With plan_limit, --limit names the kind:\n".to_owned();
+    for CatalogueFault {
+        reason,
+        description,
+        ..
+    } in FAULTS
+    {
+        let (list, name) = match reason {
+            Reason::PlanLimit(kind) => (&mut limits, kind.label()),
+            reason => (&mut text, reason.label()),
+        };
+        writeln!(list, "  {name:<20} {description}").expect("writing to a string cannot fail");
+    }
+    let plan_limit = Reason::PlanLimit(LimitKind::Other).label();
+    format!(
+        "{text}  {plan_limit:<20} a plan limit is reached\n  {NO_FAULT:<20} no fault\n\n{limits}\n\
+         hint: livekit-canary drill {}",
+        Reason::AgentSilent.label()
+    )
+}
+
 /// Returns the fault that the flags select, and `None` for [`NO_FAULT`].
-fn selected(args: &DrillArgs) -> Result<Option<&'static CatalogueFault>, Problems> {
+fn selected(args: &DrillArgs, wanted: &str) -> Result<Option<&'static CatalogueFault>, Problems> {
     let found = FAULTS.iter().find(|fault| match fault.reason {
         Reason::PlanLimit(kind) => {
-            args.reason == fault.reason.label() && args.limit.as_deref() == Some(kind.label())
+            wanted == fault.reason.label() && args.limit.as_deref() == Some(kind.label())
         }
-        reason => args.reason == reason.label(),
+        reason => wanted == reason.label(),
     });
     let plan_limit = Reason::PlanLimit(LimitKind::Other).label();
-    if args.limit.is_some() && args.reason != plan_limit {
+    if args.limit.is_some() && wanted != plan_limit {
         return Err(Problems::single(
-            format!("--limit has no effect: the reason is {}", args.reason),
+            format!("--limit has no effect: the reason is {wanted}"),
             format!("use it only with {plan_limit}"),
         ));
     }
@@ -135,7 +164,7 @@ async fn run_drill(
     sandbox.handle().set_faults(switch.of_sandbox(at_once));
     let url = sandbox.url();
     let daemon = LocalDaemon::start(sandbox, switch.config(at_once), setup)?;
-    let mut drill = Drill::new(args, fault, switch, &target.target, daemon);
+    let mut drill = Drill::new(args, fault, switch, daemon);
     let exit = drill
         .run(&introduction(
             args,
@@ -229,7 +258,6 @@ enum DrillPhase {
 struct Drill {
     fault: Option<&'static CatalogueFault>,
     switch: FaultSwitch,
-    target: String,
     once: bool,
     daemon: LocalDaemon,
     phase: DrillPhase,
@@ -243,6 +271,34 @@ struct Drill {
     /// The phase that the running batch belongs to; `None` if the phase changed during it.
     batch_phase: Option<DrillPhase>,
     exit: Exit,
+    sum: DrillSum,
+}
+
+/// What the drill has compared so far.
+#[derive(Default)]
+struct DrillSum {
+    batches: usize,
+    rooms: usize,
+    as_expected: usize,
+    /// Batches during which the fault began or ended.
+    not_compared: usize,
+}
+
+impl DrillSum {
+    fn text(&self) -> String {
+        let batches = counted(self.batches as u64, "batch");
+        let rooms = counted(self.rooms as u64, "room");
+        let mut text = format!(
+            "Sum: {batches}, {} of {rooms} as expected",
+            self.as_expected
+        );
+        if self.not_compared > 0 {
+            let batches = counted(self.not_compared as u64, "batch");
+            write!(text, "; {batches} not compared").expect("writing to a string cannot fail");
+        }
+        text.push_str(".\n");
+        text
+    }
 }
 
 impl Drill {
@@ -250,7 +306,6 @@ impl Drill {
         args: &DrillArgs,
         fault: Option<&'static CatalogueFault>,
         switch: FaultSwitch,
-        target: &str,
         daemon: LocalDaemon,
     ) -> Self {
         let now = Instant::now();
@@ -258,7 +313,6 @@ impl Drill {
         Self {
             fault,
             switch,
-            target: target.to_owned(),
             once: args.once,
             daemon,
             phase: if args.after.is_some() {
@@ -273,13 +327,12 @@ impl Drill {
             batches: 0,
             batch_phase: None,
             exit: Exit::Ok,
+            sum: DrillSum::default(),
         }
     }
 
     async fn run(&mut self, introduction: &str) -> anyhow::Result<Exit> {
         self.print(introduction)?;
-        self.daemon
-            .send(DaemonCommand::RunBatch(self.target.clone()));
         loop {
             tokio::select! {
                 // In order, so that a batch that started before the switch is recorded before it.
@@ -300,6 +353,7 @@ impl Drill {
                 () = sleep_until_some(self.end_at) => self.stop(),
             }
         }
+        print_unless_closed(&format!("\n{}", self.sum.text()))?;
         Ok(self.exit)
     }
 
@@ -335,15 +389,21 @@ impl Drill {
     }
 
     fn batch_ended(&mut self, report: &BatchReport) -> anyhow::Result<()> {
-        let comparison = match self.batch_phase.take() {
-            Some(phase) => {
-                let mismatches = mismatches(self.fault_in(phase), report);
-                if !mismatches.is_empty() {
-                    self.exit = Exit::CanaryFailed;
-                }
-                comparison(&mismatches)
+        let comparison = if let Some(phase) = self.batch_phase.take() {
+            let mismatches = mismatches(self.fault_in(phase), report);
+            // An aborted room shows neither.
+            let aborted = report.summary().aborted;
+            let rooms = report.probes.len() - aborted;
+            self.sum.batches += 1;
+            self.sum.rooms += rooms;
+            self.sum.as_expected += rooms - mismatches.len();
+            if !mismatches.is_empty() {
+                self.exit = Exit::CanaryFailed;
             }
-            None => "  Not compared: the fault began or ended during this batch.\n".to_owned(),
+            comparison(&mismatches)
+        } else {
+            self.sum.not_compared += 1;
+            "  Not compared: the fault began or ended during this batch.\n".to_owned()
         };
         self.print(&(batch_result(report) + &comparison))?;
         if self.once {

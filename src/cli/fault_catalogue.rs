@@ -96,7 +96,7 @@ impl BadSetting {
             Self::Path => ("url", format!("{url}/nowhere")),
             Self::Secret => (
                 "api_secret",
-                "the secret before the last rotation".to_owned(),
+                "the-secret-before-the-last-rotation".to_owned(),
             ),
         };
         draft.set(&["projects", project, key], value, "drill");

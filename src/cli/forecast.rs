@@ -7,9 +7,10 @@ use std::time::Duration;
 use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{Alerts, Config, Objectives, Period, Project, Schedule, Target};
+use crate::config::{Alerts, Config, Objectives, Period, Problems, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::probe::billable_minutes;
+use crate::report::counted;
 use crate::rules::max_watched_interval;
 use crate::schedule::{AHEAD, Gaps, gaps, mean_interval, next_tick, offset, ticks_on};
 
@@ -60,6 +61,45 @@ impl BatchCost {
     }
 }
 
+/// What the history stores of a probe and of a batch, indices included. Measured with evidence of the usual length.
+const PROBE_BYTES: f64 = 4_000.0;
+const BATCH_BYTES: f64 = 2_000.0;
+
+/// The history must keep the failures of a night until the morning.
+const MIN_HISTORY: Duration = Duration::from_hours(8);
+/// No batch ends sooner, and batches of a target never overlap, however short the interval of its schedule is.
+const MIN_BATCH_DURATION: Duration = Duration::from_secs(5);
+
+/// Refuses a history that cannot hold the batches of eight hours: it would delete them before a person looks.
+///
+/// # Errors
+/// With the size that the schedules need.
+pub(super) fn check_history_size(config: &Config, today: NaiveDate) -> Result<(), Problems> {
+    let bytes_needed = |target: &Target| {
+        let interval = mean_interval(&target.schedule, today)?.max(MIN_BATCH_DURATION);
+        let probes = u32::try_from(target.batch.rooms).map_or(f64::INFINITY, f64::from);
+        Some(
+            MIN_HISTORY.as_secs_f64() / interval.as_secs_f64()
+                * (BATCH_BYTES + probes * PROBE_BYTES),
+        )
+    };
+    let bytes: f64 = config.targets.values().filter_map(bytes_needed).sum();
+    let needed = (bytes / 1e6).ceil();
+    let limit = config.daemon.history.max_megabytes;
+    #[expect(clippy::cast_precision_loss, reason = "the settings bound it")]
+    if needed <= limit as f64 {
+        return Ok(());
+    }
+    Err(Problems::single(
+        format!(
+            "history.max_megabytes: {limit} cannot hold the batches of eight hours, which take about {needed} MB"
+        ),
+        format!(
+            "set it to at least {needed}, and three times that per day that you want to keep; or run fewer batches"
+        ),
+    ))
+}
+
 impl<'a> Forecast<'a> {
     pub(super) fn new(config: &'a Config, now: DateTime<Utc>) -> Self {
         let today = now.date_naive();
@@ -107,8 +147,8 @@ impl<'a> Forecast<'a> {
         entries.push((
             "worst case",
             format!(
-                "{} agent minutes and {} per batch",
-                cost.agent_minutes.end(),
+                "{} and {} per batch",
+                counted(*cost.agent_minutes.end(), "agent minute"),
                 in_days(cost.max_duration)
             ),
         ));
@@ -129,7 +169,8 @@ impl<'a> Forecast<'a> {
             entries.push((
                 key,
                 format!(
-                    "{batches} batches, {agent} agent minutes, {participant} participant minutes"
+                    "{}, {agent} agent minutes, {participant} participant minutes",
+                    counted(batches, "batch")
                 ),
             ));
         }
@@ -298,7 +339,7 @@ fn in_days(time: Duration) -> String {
 }
 
 fn in_minutes(time: Duration) -> String {
-    format!("{} agent minutes", time.as_secs() / 60)
+    counted(time.as_secs() / 60, "agent minute")
 }
 
 /// A warning if there are so few rooms that a single failure misses an objective.

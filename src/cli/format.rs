@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::probe::{Evidence, Failure, Milestone, Outcome, ProbeReport, Reason, Span};
-use crate::report::BatchReport;
+use crate::probe::{Evidence, Failure, Milestone, Outcome, ProbeReport, Reason, Span, Turn};
+use crate::report::{BatchReport, counted};
 
 /// Returns the UTC time of day of a milestone, or `-`.
 ///
@@ -44,6 +44,24 @@ pub(super) fn track_delay(report: &ProbeReport) -> Option<Duration> {
     subscribed.checked_duration_since(sent)
 }
 
+/// Returns the first reply delay; without one, `overlap` if the agent spoke into the echo, and `none` if nothing followed
+/// the end of the echo. `-` means that no echo of an utterance was played to its end, so no reply was due.
+pub(super) fn reply(report: &ProbeReport) -> String {
+    let turns = &report.turns;
+    let measured = turns.iter().find_map(Turn::reply_delay);
+    if measured.is_some() {
+        return delay(measured);
+    }
+    let without = if turns.iter().any(|turn| turn.overlap) {
+        "overlap"
+    } else if turns.iter().any(|turn| turn.echo_ended.is_some()) {
+        "none"
+    } else {
+        "-"
+    };
+    without.to_owned()
+}
+
 /// Returns the label of the outcome: `ok`, `aborted` or the reason.
 pub(super) fn outcome(report: &ProbeReport) -> &'static str {
     let failure = report.outcome.failure();
@@ -53,7 +71,8 @@ pub(super) fn outcome(report: &ProbeReport) -> &'static str {
 /// Returns the counts and delays of a batch, and on a second line the rooms that did not open.
 pub(super) fn summary(batch: &BatchReport) -> String {
     let summary = batch.summary();
-    let mut text = format!("{} of {} rooms ok", summary.ok, batch.probes.len());
+    let rooms = counted(batch.probes.len() as u64, "room");
+    let mut text = format!("{} of {rooms} ok", summary.ok);
     for (count, what) in [(summary.failed, "failed"), (summary.aborted, "aborted")] {
         if count > 0 {
             write!(text, ", {count} {what}").expect("writing to a string can't fail");
@@ -65,11 +84,10 @@ pub(super) fn summary(batch: &BatchReport) -> String {
             .expect("writing to a string can't fail");
     }
     if let Some(rest) = &batch.not_opened {
-        let rooms = if rest.rooms == 1 { "room" } else { "rooms" };
         write!(
             text,
-            "\n{} {rooms} did not open: {}",
-            rest.rooms,
+            "\n{} did not open: {}",
+            counted(rest.rooms as u64, "room"),
             printable(&rest.why)
         )
         .expect("writing to a string can't fail");
@@ -135,6 +153,9 @@ pub(super) fn evidence(evidence: &Evidence) -> Vec<String> {
     }
     if !evidence.participants.is_empty() {
         lines.push(format!("in the room: {}", evidence.participants.join(", ")));
+    }
+    if !evidence.tracks.is_empty() {
+        lines.push(format!("tracks: {}", evidence.tracks.join(", ")));
     }
     lines.extend(evidence.notes.iter().map(|note| format!("note: {note}")));
     lines.into_iter().map(|line| one_line(&line)).collect()

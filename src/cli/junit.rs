@@ -51,6 +51,10 @@ fn properties(batch: &BatchReport, target: &Target) -> Vec<Property> {
     if let Some(name) = &target.agent_name {
         properties.push(Property::new("agent_name", name.as_str()));
     }
+    let deployment = target.dispatch.deployment.as_str();
+    if !deployment.is_empty() {
+        properties.push(Property::new("deployment", deployment));
+    }
     if let Some(delays) = batch.summary().join_delay {
         let quantiles = [
             ("p50", delays.p50),
@@ -169,6 +173,16 @@ mod tests {
             .push(probe(5, Outcome::Aborted, Evidence::default(), &WELL[..4]));
         batch.probes[0].join_upper_bound = true;
         assert_snapshot!(rendered(&batch));
+    }
+
+    #[test]
+    fn deployment_is_a_property_if_one_was_dispatched() {
+        let mut target = Target::default();
+        let has_deployment =
+            |target: &Target| render(&mixed(), target, &project()).contains("name=\"deployment\"");
+        assert!(!has_deployment(&target));
+        target.dispatch.deployment = "staging".to_owned();
+        assert!(has_deployment(&target));
     }
 
     #[test]

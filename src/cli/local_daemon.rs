@@ -17,8 +17,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::once::StopSignals;
 use super::progress::{ProgressView, REFRESH_INTERVAL};
+use super::stop_signals::StopSignals;
 use super::{format, table};
 use crate::batch::{self, BatchEvent};
 use crate::config::{Config, Http, Problems, RawConfig};
@@ -52,7 +52,7 @@ const PROJECT_SETTINGS: &[(&[&str], &str)] = &[
     (&["backoff", "longest"], "1s"),
 ];
 
-/// No Prometheus needs time for a last scrape.
+/// The first batch starts at once, and no Prometheus needs time for a last scrape.
 const DAEMON_SETTINGS: &[(&[&str], &str)] = &[
     (&["lifetime", "startup_delay"], "0s"),
     (&["lifetime", "drain_grace"], "0s"),
@@ -165,6 +165,10 @@ impl LocalDaemon {
         setup: LocalSetup,
     ) -> anyhow::Result<Self> {
         let page = format!("http://{}/", setup.listener.local_addr()?);
+        let mut view = setup.view;
+        if let Some(target) = config.targets.values().next() {
+            view.set_limits(target, &config.projects[&target.project]);
+        }
         let handle = sandbox.handle();
         let stop_sandbox = CancellationToken::new();
         let rooms = config.targets.values().map(|target| target.batch.rooms);
@@ -176,7 +180,7 @@ impl LocalDaemon {
             web: WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?,
             history: History::open(&config.daemon.history)?,
             config,
-            read_config: Box::new(move || Ok(again.borrow().clone())),
+            read_config: Arc::new(move || Ok(again.borrow().clone())),
             listener: setup.listener,
             build: super::run::build(),
             fault: setup.fault,
@@ -188,7 +192,7 @@ impl LocalDaemon {
         Ok(Self {
             handle,
             page,
-            view: setup.view,
+            view,
             signals: StopSignals::new()?,
             events,
             order,

@@ -6,11 +6,11 @@ use std::fmt::Write as _;
 use humantime::format_duration;
 
 use super::format::{
-    FailureGroup, delay, evidence, failures, join_delay, outcome, printable, reason, room_numbers,
-    summary, time, track_delay,
+    FailureGroup, delay, evidence, failures, join_delay, outcome, printable, reason, reply,
+    room_numbers, summary, time, track_delay,
 };
 use crate::config::{Project, Target};
-use crate::probe::{Milestone, ProbeReport, Span, Turn};
+use crate::probe::{Milestone, ProbeReport, Span};
 use crate::report::BatchReport;
 use crate::report::json::session_url;
 
@@ -60,7 +60,6 @@ fn settings(batch: &BatchReport, target: &Target) -> String {
 
 fn row(number: usize, probe: &ProbeReport, project: &Project) -> String {
     let report = probe;
-    let reply = report.turns.iter().find_map(Turn::reply_delay);
     let cells = [
         number.to_string(),
         room(report, project),
@@ -69,7 +68,7 @@ fn row(number: usize, probe: &ProbeReport, project: &Project) -> String {
         escaped(&join_delay(report)),
         escaped(&delay(track_delay(report))),
         escaped(&delay(report.timeline.span(Span::FirstSpeech))),
-        escaped(&delay(reply)),
+        escaped(&reply(report)),
         escaped(outcome(report)),
     ];
     format!("| {} |\n", cells.join(" | "))

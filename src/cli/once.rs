@@ -1,15 +1,18 @@
 //! `once`: runs one batch now, prints its result, and confirms that its rooms are gone.
 
 use std::cell::RefCell;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::progress::{ProgressView, REFRESH_INTERVAL};
+use super::stop_signals::StopSignals;
 use super::{Exit, OnceArgs, OutputFormat, error_text, junit, markdown, print, print_error, table};
 use crate::batch;
 use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
@@ -17,6 +20,7 @@ use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
 use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, json};
+use crate::stall::StallWatch;
 use crate::telemetry;
 
 /// The target of the flags and the environment if there is no settings file.
@@ -27,14 +31,15 @@ const ABORT_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long the process may run after the first signal, even if something hangs.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// A wait that takes longer than this is explained.
-const NOTICE_AFTER: Duration = Duration::from_secs(1);
+/// A wait that takes longer than this is explained. Longer than the short check that follows every call.
+const NOTICE_AFTER: Duration = Duration::from_secs(3);
 
 pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
     let (name, config) = settings(args)?;
     let (target, project) = selected(&config, &name);
     let fault = ProbeFault::from_env()?;
-    let view = ProgressView::new(target.batch.rooms);
+    let output = ResultOutput::open(args.format, args.output.as_deref())?;
+    let view = ProgressView::new(&target, &project);
     telemetry::log_to(view.log_writer(), ProgressView::colour(), "warn");
 
     let (endpoint, api) =
@@ -47,10 +52,11 @@ pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
             endpoint,
             api,
             janitor: Janitor::start(),
+            stalls: StallWatch::start(),
             agent_known: false,
             fault,
         };
-        probe_and_print(&name, context, view, args.format).await
+        probe_and_print(&name, context, view, output).await
     });
     // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
     // ended by now.
@@ -66,8 +72,13 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 11] = [
+    let flags: [(&str, &[&str], Option<String>); 14] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
+        (
+            "--deployment",
+            &["dispatch", "deployment"],
+            args.deployment.clone(),
+        ),
         (
             "--rooms",
             &["batch", "rooms"],
@@ -98,13 +109,30 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
         ),
         ("--dispatch", &["dispatch", "mode"], args.dispatch.clone()),
         ("--engine", &["engine"], args.engine.clone()),
+        (
+            "--expect-reply",
+            &["expect", "reply"],
+            args.expect_reply.then(|| "true".to_owned()),
+        ),
+        (
+            "--transcript",
+            &["transcript"],
+            args.transcript.then(|| "true".to_owned()),
+        ),
     ];
     for (flag, key, value) in flags {
         if let Some(value) = value {
             draft.set_by_flag(&name, key, value, flag);
         }
     }
+    set_max_rooms(&mut draft, &name, args);
     let config = draft.validate()?;
+    if args.transcript && args.format != OutputFormat::Json {
+        return Err(Problems::single(
+            "--transcript has no effect: only JSON contains the transcript",
+            "add --format json",
+        ));
+    }
     let ramp = config.targets[&name].batch.ramp;
     // A file may set the interval of a ramp that it does not use yet. A flag without effect is a mistake.
     if args.ramp_interval.is_some() && ramp != RampMode::Interval {
@@ -116,7 +144,24 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     Ok((name, config))
 }
 
-fn choose_target(draft: &RawConfig, wanted: Option<&str>) -> Result<String, Problems> {
+/// Sets the project's `max_rooms` by flag. `--rooms` alone raises the default, but not a limit of the settings.
+fn set_max_rooms(draft: &mut RawConfig, target: &str, args: &OnceArgs) {
+    let Some(project) = draft.project_of(target) else {
+        return;
+    };
+    let key = ["projects", project.as_str(), "max_rooms"];
+    if let Some(rooms) = args.max_rooms {
+        draft.set(&key, rooms.to_string(), "--max-rooms");
+    } else if let Some(rooms) = args.rooms
+        && rooms > Project::DEFAULT_MAX_ROOMS
+        && !draft.is_set(&key)
+    {
+        draft.set(&key, rooms.to_string(), "--rooms");
+    }
+}
+
+/// The target that the command probes: the one that is wanted, or the only one.
+pub(super) fn choose_target(draft: &RawConfig, wanted: Option<&str>) -> Result<String, Problems> {
     let names = draft.target_names();
     match (wanted, &names[..]) {
         (None, []) => Ok(IMPLIED_TARGET.to_owned()),
@@ -143,7 +188,7 @@ async fn probe_and_print(
     name: &str,
     context: Context,
     mut view: ProgressView,
-    format: OutputFormat,
+    mut output: ResultOutput,
 ) -> anyhow::Result<Exit> {
     let mut signals = StopSignals::new()?;
     let janitor = context.janitor.clone();
@@ -151,8 +196,8 @@ async fn probe_and_print(
     let (report, interrupted_at) = run_batch(name, context, &mut view, &mut signals).await;
 
     let printed = report.as_ref().map_or(Ok(()), |report| {
-        print(&match format {
-            OutputFormat::Table => table::render(report, &project, table::terminal_width()),
+        output.write(|format, width| match format {
+            OutputFormat::Table => table::render(report, &project, width),
             OutputFormat::Json => json::render(report, &target, &project),
             OutputFormat::Markdown => markdown::render(report, &target, &project),
             OutputFormat::Junit => junit::render(report, &target, &project),
@@ -177,6 +222,46 @@ async fn probe_and_print(
         Some(report) if interrupted_at.is_none() => verdict(&report),
         _ => Exit::Aborted,
     })
+}
+
+/// The destination of the result, and its format.
+struct ResultOutput {
+    format: OutputFormat,
+    /// `None` for stdout.
+    file: Option<(PathBuf, File)>,
+}
+
+impl ResultOutput {
+    /// Creates the file, before any room opens: a wrong name is a mistake of the user, and the result of an earlier run must
+    /// not stay there.
+    ///
+    /// # Errors
+    /// The file cannot be created.
+    fn open(format: OutputFormat, path: Option<&Path>) -> anyhow::Result<Self> {
+        let file = path.map(|path| {
+            let file = File::create(path);
+            let file = file.with_context(|| format!("cannot write to {}", path.display()))?;
+            anyhow::Ok((path.to_owned(), file))
+        });
+        Ok(Self {
+            format,
+            file: file.transpose()?,
+        })
+    }
+
+    /// Writes the result, which `render` returns in a format for a width of columns.
+    fn write(
+        &mut self,
+        render: impl Fn(OutputFormat, Option<u16>) -> String,
+    ) -> anyhow::Result<()> {
+        let width = table::terminal_width();
+        let Some((path, file)) = &mut self.file else {
+            return print(&render(self.format, width));
+        };
+        let written = file.write_all(render(self.format, None).as_bytes());
+        let written = written.with_context(|| format!("cannot write to {}", path.display()));
+        print(&render(OutputFormat::Table, width)).and(written)
+    }
 }
 
 /// Runs the batch and shows its progress. Returns its report and the time of the first signal.
@@ -275,29 +360,6 @@ pub(super) fn verdict(report: &BatchReport) -> Exit {
 
 fn far_off() -> Instant {
     Instant::now() + Duration::from_hours(24)
-}
-
-/// SIGINT and SIGTERM, which have the same effect.
-pub(super) struct StopSignals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl StopSignals {
-    pub(super) fn new() -> anyhow::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
-    }
-
-    /// Cancel-safe.
-    pub(super) async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,17 @@
 //! `run`: starts the daemon with the settings, and turns signals into its commands.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 
 use anyhow::Context as _;
+use chrono::Utc;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::{Exit, RunArgs};
-use crate::config::{Config, Engine, Problems, RawConfig};
+use super::stop_signals::StopSignals;
+use super::{Exit, RunArgs, forecast};
+use crate::config::{Config, Engine, Http, Problems, RawConfig};
 use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -17,23 +20,28 @@ use crate::probe::driver::ProbeFault;
 use crate::telemetry;
 
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
+    let runtime = super::runtime()?;
+    // Before the settings are read: by default, SIGHUP ends a process, and a reload may be sent as soon as it exists.
+    let hangups = {
+        let _context = runtime.enter();
+        signal(SignalKind::hangup()).context("cannot listen for signals")?
+    };
     let config = settings(args)?;
     let fault = ProbeFault::from_env()?;
     let web = WebConfig::load(&config.daemon.http).map_err(anyhow::Error::msg)?;
-    telemetry::log_daemon();
+    let _log = telemetry::log_daemon().context("cannot start a thread for the log")?;
     let history = History::open(&config.daemon.history)?;
     if args.accept_lost_ledger {
         history.accept_lost_ledger();
     }
-    let runtime = super::runtime()?;
     let ending = runtime.block_on(async {
         let listener = listen(config.daemon.http.listen).await?;
         let address = listener.local_addr()?;
-        tracing::info!(%address, "listening on {address}");
+        log_start(address, &config.daemon.http, &web);
         let again = args.clone();
         let options = DaemonOptions {
             config,
-            read_config: Box::new(move || settings(&again)),
+            read_config: Arc::new(move || settings(&again)),
             listener,
             web,
             history,
@@ -42,7 +50,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<Exit> {
             drill: false,
             observer: None,
         };
-        daemon::run(options, commands_from_signals()?).await
+        daemon::run(options, commands_from_signals(hangups)?).await
     });
     // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
     // ended by now.
@@ -79,7 +87,44 @@ fn settings(args: &RunArgs) -> Result<Config, Problems> {
             "add [targets.NAME] with agent_name; config/canary.toml shows every key",
         ));
     }
+    forecast::check_history_size(&config, Utc::now().date_naive())?;
     Ok(config)
+}
+
+/// Logs the version of the canary and where its page is.
+fn log_start(address: SocketAddr, http: &Http, web: &WebConfig) {
+    let Build {
+        version, revision, ..
+    } = build();
+    let page = page_url(address, web.has_tls());
+    let protection = web
+        .summary()
+        .unwrap_or_else(|| "plain HTTP, no users".to_owned());
+    tracing::info!(
+        version,
+        revision,
+        %address,
+        page,
+        "livekit-canary {version} ({revision}) is listening on {address}; page: {page} ({protection})"
+    );
+    let open = !address.ip().to_canonical().is_loopback() && !web.has_users();
+    if open && http.enable_lifecycle {
+        tracing::warn!(
+            "everyone who reaches {address} can start batches and pause targets: enable_lifecycle is set, and there are no \
+             users. Set basic_auth_users in http.web_config_file, or remove enable_lifecycle"
+        );
+    }
+}
+
+/// The URL of the page on this machine.
+fn page_url(address: SocketAddr, tls: bool) -> String {
+    let ip = match address.ip() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let scheme = if tls { "https" } else { "http" };
+    format!("{scheme}://{}/", SocketAddr::new(ip, address.port()))
 }
 
 pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -88,23 +133,20 @@ pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 /// Receives the commands that signals send: SIGHUP reloads, SIGTERM and Ctrl-C stop.
-fn commands_from_signals() -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
+fn commands_from_signals(mut hangups: Signal) -> anyhow::Result<mpsc::Receiver<DaemonCommand>> {
     let (sender, commands) = mpsc::channel(4);
-    for (kind, command) in [
-        (SignalKind::hangup(), DaemonCommand::Reload),
-        (SignalKind::terminate(), DaemonCommand::Stop),
-        (SignalKind::interrupt(), DaemonCommand::Stop),
-    ] {
-        let mut signals = signal(kind).context("cannot listen for signals")?;
-        let sender = sender.clone();
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                if sender.send(command.clone()).await.is_err() {
-                    return;
-                }
+    let mut stops = StopSignals::new().context("cannot listen for signals")?;
+    tokio::spawn(async move {
+        loop {
+            let command = tokio::select! {
+                _ = hangups.recv() => DaemonCommand::Reload,
+                () = stops.next() => DaemonCommand::Stop,
+            };
+            if sender.send(command).await.is_err() {
+                return;
             }
-        });
-    }
+        }
+    });
     Ok(commands)
 }
 
@@ -123,12 +165,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn build_names_every_engine_of_this_binary() {
-        let expected = if cfg!(feature = "libwebrtc") {
-            "native,libwebrtc"
-        } else {
-            "native"
-        };
-        assert_eq!(build().engine, expected);
+    fn page_of_an_unspecified_address_is_on_loopback() {
+        for (address, tls, page) in [
+            ("127.0.0.1:9787", false, "http://127.0.0.1:9787/"),
+            ("0.0.0.0:9787", false, "http://127.0.0.1:9787/"),
+            ("[::]:9787", true, "https://[::1]:9787/"),
+            ("10.1.2.3:80", false, "http://10.1.2.3:80/"),
+        ] {
+            assert_eq!(page_url(address.parse().unwrap(), tls), page);
+        }
     }
 }

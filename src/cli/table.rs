@@ -1,16 +1,14 @@
 //! The result of a batch as a table for a terminal: one row per room, then each kind of failure.
 
-use std::fmt::{Display, Write as _};
-use std::time::Duration;
-
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+use std::fmt::{Display, Write as _};
 
 use super::format::{
-    FailureGroup, delay, evidence, failures, join_delay, outcome, printable, reason, room_numbers,
-    summary, time, track_delay,
+    FailureGroup, delay, evidence, failures, join_delay, outcome, printable, reason, reply,
+    room_numbers, summary, time, track_delay,
 };
 use crate::config::Project;
-use crate::probe::{Failure, Milestone, Outcome, ProbeReport, Span, Timeline, Turn};
+use crate::probe::{Failure, Milestone, Outcome, ProbeReport, Span, Timeline};
 use crate::report::BatchReport;
 use crate::report::json::session_url;
 
@@ -56,7 +54,8 @@ struct Column {
     cell: fn(&ProbeReport) -> String,
 }
 
-/// A narrow table fits 80 columns: it omits what other columns imply, and breaks room names at their last hyphen.
+/// A narrow table fits 80 columns: it omits what other columns imply, and the time of the dispatch. A room's name stays
+/// whole, so that it can be copied and searched for.
 fn columns(narrow: bool) -> Vec<Column> {
     let text = |header, cell| Column {
         header,
@@ -68,30 +67,21 @@ fn columns(narrow: bool) -> Vec<Column> {
         alignment: CellAlignment::Right,
         cell,
     };
-    let dispatched = text("dispatched\nat (UTC)", |probe| {
-        time(probe, Milestone::DispatchSent)
-    });
+    let room = text("room", |probe| probe.room.to_string());
     let join = number("join\ndelay", join_delay);
     let speech = number("first\nspeech", |probe| {
         delay(probe.timeline.span(Span::FirstSpeech))
     });
-    let reply = number("reply", |probe| {
-        delay(probe.turns.iter().find_map(Turn::reply_delay))
-    });
+    let reply = number("reply", reply);
     let outcome = text("outcome", |probe| outcome(probe).to_owned());
     if narrow {
-        let room = text("room", |probe| {
-            let name = &probe.room.0;
-            match name.rsplit_once('-') {
-                Some((start, end)) => format!("{start}-\n{end}"),
-                None => name.clone(),
-            }
-        });
-        return vec![room, dispatched, join, speech, reply, outcome];
+        return vec![room, join, speech, reply, outcome];
     }
     vec![
-        text("room", |probe| probe.room.to_string()),
-        dispatched,
+        room,
+        text("dispatched\nat (UTC)", |probe| {
+            time(probe, Milestone::DispatchSent)
+        }),
         text("joined\nat (UTC)", |probe| {
             time(probe, Milestone::AgentJoined)
         }),
@@ -111,14 +101,10 @@ fn columns(narrow: bool) -> Vec<Column> {
 pub(super) const BRIEF_HEAD: &str = "join delay  first speech    reply  outcome";
 
 /// A room as a row of fixed columns, for `demo` and `drill`. The room may still be open.
-pub(super) fn brief_row(
-    timeline: &Timeline,
-    reply: Option<Duration>,
-    outcome: impl Display,
-) -> String {
+pub(super) fn brief_row(timeline: &Timeline, reply: &str, outcome: impl Display) -> String {
     let join = delay(timeline.span(Span::AgentJoin));
     let speech = delay(timeline.span(Span::FirstSpeech));
-    format!("{join:>10}  {speech:>12}  {:>7}  {outcome}", delay(reply))
+    format!("{join:>10}  {speech:>12}  {reply:>7}  {outcome}")
 }
 
 /// The row of a room that has ended. Its outcome has a colour if stdout takes colour.
@@ -129,8 +115,7 @@ pub(super) fn brief_row_of(report: &ProbeReport) -> String {
         Outcome::Aborted => outcome.yellow(),
         Outcome::Failed(_) => outcome.red(),
     };
-    let reply = report.turns.iter().find_map(Turn::reply_delay);
-    brief_row(&report.timeline, reply, outcome)
+    brief_row(&report.timeline, &reply(report), outcome)
 }
 
 fn rows(batch: &BatchReport, width: Option<u16>) -> String {
@@ -176,7 +161,10 @@ fn failure_block(
     let first = reports.clone().next();
     push_indented(
         &mut text,
-        first.map_or_else(Vec::new, |report| evidence(&report.evidence)),
+        first.map_or_else(Vec::new, |report| {
+            let lines = evidence(&report.evidence);
+            lines.iter().flat_map(|line| wrapped(line)).collect()
+        }),
     );
     let urls = reports.filter_map(|report| session_url(report, project));
     push_indented(&mut text, urls.map(|url| format!("session: {url}")));
@@ -224,8 +212,11 @@ mod tests {
     }
 
     #[test]
-    fn narrow_terminal_gets_a_table_of_80_columns() {
+    fn narrow_terminal_gets_a_table_of_80_columns_with_whole_room_names() {
         let text = render(&mixed(), &project(), Some(80));
+        for probe in &mixed().probes {
+            assert!(text.contains(&probe.room.0), "{text}");
+        }
         let rows = text.split("\n\n").next().unwrap();
         let widest = rows.lines().map(|line| line.chars().count()).max();
         assert!(widest <= Some(80), "{rows}");

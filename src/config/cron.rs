@@ -66,6 +66,9 @@ pub(super) struct CronMistake {
 
 pub(super) fn read(expression: &str) -> Result<Cron, CronMistake> {
     let texts: Vec<&str> = expression.split_whitespace().collect();
+    if let Some(mistake) = other_dialect(&texts) {
+        return Err(mistake);
+    }
     if let [nickname] = texts[..]
         && nickname.starts_with('@')
     {
@@ -107,6 +110,25 @@ pub(super) fn read(expression: &str) -> Result<Cron, CronMistake> {
             hint: "check the day of month and the month together".to_owned(),
         })
     }
+}
+
+/// What other programs write into the expression, and the canary has a setting for.
+fn other_dialect(texts: &[&str]) -> Option<CronMistake> {
+    let first = *texts.first()?;
+    if let Some((name @ ("CRON_TZ" | "TZ"), zone)) = first.split_once('=') {
+        return Some(CronMistake {
+            message: format!("it begins with {name}="),
+            hint: format!("remove it, and set time_zone = {zone:?} in addition to cron"),
+        });
+    }
+    if first.eq_ignore_ascii_case("@every") {
+        let interval = texts.get(1).copied().unwrap_or("15m");
+        return Some(CronMistake {
+            message: "@every is an interval".to_owned(),
+            hint: format!("remove cron, and set every = {interval:?}"),
+        });
+    }
+    None
 }
 
 impl CronField {

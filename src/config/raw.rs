@@ -11,6 +11,8 @@ use config::{Map, Source, Value, ValueKind};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::credential::is_quoted;
+use super::file::{MAX_FILE_BYTES, read_regular_text};
 use super::problem::{Problem, Problems, from_variable};
 
 const OVERRIDE_PREFIX: &str = "LIVEKIT_CANARY__";
@@ -69,6 +71,37 @@ impl RawConfig {
         names
     }
 
+    /// The project that a target uses: the one that it names, or the only one. `None` if that is a mistake, which
+    /// [`Self::validate`] reports.
+    pub fn project_of(&self, target: &str) -> Option<String> {
+        let mut names: Vec<String> = match self.value(&["projects"]) {
+            Some(projects) => projects.into_table().ok()?.into_keys().collect(),
+            None => Vec::new(),
+        };
+        if names.is_empty() {
+            names.push(super::DEFAULT_PROJECT.to_owned());
+        }
+        match self.value(&["targets", target, "project"]) {
+            Some(name) => {
+                let name = name.into_string().ok()?;
+                names.contains(&name).then_some(name)
+            }
+            None => names.pop().filter(|_| names.is_empty()),
+        }
+    }
+
+    /// Whether the file, the environment or a flag sets this key.
+    pub fn is_set(&self, path: &[&str]) -> bool {
+        self.value(path).is_some()
+    }
+
+    fn value(&self, path: &[&str]) -> Option<Value> {
+        path.iter()
+            .try_fold(self.settings.cache.clone(), |value, key| {
+                value.into_table().ok()?.remove(*key)
+            })
+    }
+
     /// Adds a target that has only defaults, unless it exists.
     pub fn ensure_target(&mut self, name: &str) {
         self.overlay(&["targets", name], Map::<String, Value>::new().into());
@@ -123,6 +156,10 @@ impl RawConfig {
         {
             return;
         }
+        // Compose and Helm pass an unset value on as an empty one.
+        if value.is_empty() {
+            return;
+        }
         let Ok(value) = value.into_string() else {
             self.problems.push(Problem {
                 place: Some(from_variable(name)),
@@ -135,15 +172,36 @@ impl RawConfig {
         if let Some(path) = path {
             let path = override_path(path);
             let path: Vec<&str> = path.iter().map(String::as_str).collect();
-            self.overlay(&path, Value::new(Some(&from_variable(name)), value));
-        } else if !value.is_empty() {
-            match name {
-                "LIVEKIT_URL" => self.fallback.url = Some(value),
-                "LIVEKIT_API_KEY" => self.fallback.api_key = Some(value),
-                _ => self.fallback.api_secret = Some(value),
+            if let Some(value) = unwrapped(&path, &value) {
+                self.overlay(&path, Value::new(Some(&from_variable(name)), value));
             }
+            return;
+        }
+        let key = name.trim_start_matches("LIVEKIT_").to_lowercase();
+        let value = unwrapped(&[&key], &value).map(str::to_owned);
+        match name {
+            "LIVEKIT_URL" => self.fallback.url = value,
+            "LIVEKIT_API_KEY" => self.fallback.api_key = value,
+            _ => self.fallback.api_secret = value,
         }
     }
+}
+
+/// The value of a variable without what tools add to it, and `None` if nothing is left: white space at both ends, and the
+/// quotation marks that an env file of Docker passes on.
+///
+/// In a key or a secret, quotation marks stay: they could belong to it, so the validation refuses them. Metadata and
+/// attributes are any text, so they stay as they are.
+fn unwrapped<'a>(path: &[&str], value: &'a str) -> Option<&'a str> {
+    let key = *path.last()?;
+    if key == "metadata" || path.contains(&"attributes") {
+        return Some(value);
+    }
+    let mut value = value.trim();
+    if is_quoted(value) && !matches!(key, "api_key" | "api_secret") {
+        value = value[1..value.len() - 1].trim();
+    }
+    (!value.is_empty()).then_some(value)
 }
 
 /// `targets__My_Agent__batch__rooms` → `targets`, `my-agent`, `batch`, `rooms`.
@@ -160,7 +218,7 @@ fn override_path(path: &str) -> Vec<String> {
                 1 => folded.replace('_', "-"),
                 _ => folded,
             };
-            *verbatim |= depth == 2 && segment == "attributes";
+            *verbatim |= depth == 3 && segment == "attributes";
             Some(segment)
         })
         .collect()
@@ -187,7 +245,7 @@ fn read_file(path: &Path) -> Result<Map<String, Value>, Problem> {
         message,
         hint: None,
     };
-    let text = std::fs::read_to_string(path)
+    let text = read_regular_text(path, MAX_FILE_BYTES)
         .map_err(|error| problem(None, format!("can't read {}: {error}", path.display())))?;
     let place = |offset| format!("{}:{}", path.display(), position(&text, offset).0);
     let document = DeTable::parse(&text).map_err(|error| {

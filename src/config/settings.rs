@@ -2,7 +2,7 @@
 //!
 //! A new setting is a field and its default here, one line in `validate.rs`, and a commented key in `config/canary.toml`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use chrono::{Datelike, Days, Months, NaiveDate};
 use chrono_tz::Tz;
 use croner::Cron;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 /// The complete settings. Projects and targets are keyed by the names that logs and metrics use.
@@ -33,6 +33,7 @@ pub struct DaemonSettings {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Http {
+    /// Loopback unless it is set: the page shows agents and transcripts to everyone who reaches it.
     pub listen: SocketAddr,
     /// TLS and users, in the file format of Prometheus' exporter-toolkit.
     pub web_config_file: Option<PathBuf>,
@@ -43,7 +44,7 @@ pub struct Http {
 impl Default for Http {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 9787)),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 9787)),
             web_config_file: None,
             enable_lifecycle: false,
         }
@@ -78,7 +79,7 @@ impl Default for HistorySettings {
 /// How the daemon starts and stops.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lifetime {
-    /// Delay before a target's first batch. It lets Prometheus scrape the counters at zero first; otherwise `increase`
+    /// From the start to a target's first batch, which does not wait for the grid. It lets Prometheus scrape the counters at zero first; otherwise `increase`
     /// misses what the first batch adds.
     pub startup_delay: Duration,
     /// After SIGTERM, running probes may finish within this time; then they are aborted.
@@ -133,8 +134,10 @@ impl Default for Alerts {
 pub struct Project {
     /// `ws`, `wss`, `http` or `https`; the signal socket and the server API share host and port.
     pub url: Url,
-    pub api_key: String,
+    pub api_key: SecretString,
     pub api_secret: SecretString,
+    /// The files that hold the key pair, if it comes from files.
+    pub credential_files: CredentialFiles,
     /// PEM certificates to trust in addition to the built-in public roots.
     pub ca_file: Option<PathBuf>,
     /// LiveKit Cloud's project id (`p_…`), used for links to a room's session.
@@ -146,6 +149,13 @@ pub struct Project {
     pub max_rooms: usize,
     pub budget: Budget,
     pub backoff: Backoff,
+}
+
+/// The files of a key pair. Their content may change while the canary runs.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CredentialFiles {
+    pub api_key: Option<PathBuf>,
+    pub api_secret: Option<PathBuf>,
 }
 
 /// Maximum agent time that all targets of a project may use together. LiveKit bills whole minutes per session.
@@ -219,6 +229,36 @@ impl Default for Backoff {
     }
 }
 
+impl PartialEq for Project {
+    fn eq(&self, other: &Self) -> bool {
+        // Without `..`, so that a new field cannot be forgotten. Secrets have no comparison of their own.
+        let Self {
+            url,
+            api_key,
+            api_secret,
+            credential_files,
+            ca_file,
+            cloud_project,
+            ice,
+            api_timeout,
+            max_rooms,
+            budget,
+            backoff,
+        } = self;
+        *url == other.url
+            && api_key.expose_secret() == other.api_key.expose_secret()
+            && api_secret.expose_secret() == other.api_secret.expose_secret()
+            && *credential_files == other.credential_files
+            && *ca_file == other.ca_file
+            && *cloud_project == other.cloud_project
+            && *ice == other.ice
+            && *api_timeout == other.api_timeout
+            && *max_rooms == other.max_rooms
+            && *budget == other.budget
+            && *backoff == other.backoff
+    }
+}
+
 impl Project {
     pub const DEFAULT_API_TIMEOUT: Duration = Duration::from_secs(10);
     pub const DEFAULT_MAX_ROOMS: usize = 5;
@@ -244,8 +284,8 @@ pub struct Target {
     pub agent_name: Option<String>,
     pub engine: Engine,
     pub dispatch: Dispatch,
-    /// Attributes of the echo participant, in addition to `canary=true`, which is always set.
-    pub attributes: BTreeMap<String, String>,
+    pub room: RoomSettings,
+    pub participant: ParticipantSettings,
     pub schedule: Schedule,
     pub objectives: Objectives,
     pub batch: Batch,
@@ -255,8 +295,50 @@ pub struct Target {
     pub expect: Expect,
     /// Whether the agent's transcript is stored. It may contain personal data.
     pub transcript: bool,
-    /// How long a deleted room is checked again if no agent was seen in it: an agent that joins late re-creates the room.
+    /// How long a deleted room is checked again if an agent may still join it: that re-creates the room.
     pub late_agent_window: Duration,
+}
+
+impl Config {
+    /// What differs from `before`, such as `target "sales" added`, in the order of the settings; empty if nothing does.
+    pub fn changes_since(&self, before: &Self) -> Vec<String> {
+        let Self {
+            daemon,
+            alerts,
+            projects,
+            targets,
+        } = self;
+        let tables = [
+            ("[http]", daemon.http != before.daemon.http),
+            ("[history]", daemon.history != before.daemon.history),
+            ("[lifetime]", daemon.lifetime != before.daemon.lifetime),
+            ("[alerts]", *alerts != before.alerts),
+        ];
+        let tables = tables.into_iter().filter(|(_, changed)| *changed);
+        tables
+            .map(|(table, _)| format!("{table} changed"))
+            .chain(entry_changes("project", &before.projects, projects))
+            .chain(entry_changes("target", &before.targets, targets))
+            .collect()
+    }
+}
+
+fn entry_changes<T: PartialEq>(
+    kind: &str,
+    before: &BTreeMap<String, T>,
+    after: &BTreeMap<String, T>,
+) -> Vec<String> {
+    let names: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let changes = names.into_iter().filter_map(|name| {
+        let what = match (before.get(name), after.get(name)) {
+            (None, _) => "added",
+            (_, None) => "removed",
+            (before, after) if before != after => "changed",
+            _ => return None,
+        };
+        Some(format!("{kind} {name:?} {what}"))
+    });
+    changes.collect()
 }
 
 impl Default for Target {
@@ -267,7 +349,8 @@ impl Default for Target {
             agent_name: None,
             engine: Engine::default(),
             dispatch: Dispatch::default(),
-            attributes: BTreeMap::new(),
+            room: RoomSettings::default(),
+            participant: ParticipantSettings::default(),
             schedule: Schedule::default(),
             objectives: Objectives::default(),
             batch: Batch::default(),
@@ -360,8 +443,44 @@ impl Default for Objectives {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dispatch {
     pub mode: DispatchMode,
+    /// The deployment of the agent, as its worker registers it (`LIVEKIT_AGENT_DEPLOYMENT`). Empty for workers without one,
+    /// and if the dispatch does not name the agent.
+    pub deployment: String,
     /// Handed to the agent's job; any text. Empty if the dispatch does not name the agent.
     pub metadata: String,
+}
+
+/// The rooms of a target, as an agent or another program sees them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoomSettings {
+    /// The beginning of every room's name. The rest is random.
+    pub name_prefix: String,
+    /// Any text. An agent or an operator can recognise a probe by it.
+    pub metadata: String,
+    /// Participants that LiveKit admits to a room, the canary included; 0 sets no limit. LiveKit does not count agents and
+    /// recorders.
+    pub max_participants: u32,
+}
+
+impl Default for RoomSettings {
+    fn default() -> Self {
+        Self {
+            name_prefix: "canary-".to_owned(),
+            metadata: r#"{"canary":true}"#.to_owned(),
+            max_participants: 1,
+        }
+    }
+}
+
+/// The echo participant, as the agent sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ParticipantSettings {
+    /// The display name; may be empty.
+    pub name: String,
+    /// Any text.
+    pub metadata: String,
+    /// In addition to `canary=true`, which is always set.
+    pub attributes: BTreeMap<String, String>,
 }
 
 /// How the agent is dispatched.

@@ -1,24 +1,25 @@
 //! Validates every key and its range, and turns raw settings into a [`Config`].
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono_tz::{TZ_VARIANTS, Tz};
 use humantime::format_duration;
 use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::pem::{self, PemObject};
 use url::Url;
 
+use super::credential::{self, CredentialMistake};
 use super::cron;
+use super::file::{MAX_CA_BYTES, read_regular};
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
-    Alerts, Backoff, Batch, Budget, Config, DaemonSettings, Deadlines, Dispatch, DispatchMode,
-    Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives, Project, RampMode,
-    Schedule, Speech, Stay, Target,
+    Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
+    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
+    ParticipantSettings, Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
 
 /// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
@@ -32,8 +33,12 @@ const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
 /// Rarer batches would detect nothing in useful time.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
 const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// The file of a secret holds one line of text; a larger file is the wrong one.
-const MAX_SECRET_FILE_BYTES: u64 = 64 * 1024;
+
+/// The longest name of a deployment that LiveKit accepts (`MaxDeploymentLength` of its protocol).
+const MAX_DEPLOYMENT_BYTES: usize = 64;
+
+/// The longest beginning of a room's name. LiveKit allows 256 characters for the whole name by default.
+const MAX_NAME_PREFIX: usize = 64;
 
 /// The keys of a project that only commands that connect need.
 const CREDENTIALS: [&str; 5] = [
@@ -78,7 +83,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
     let alerts = alerts(root.table("alerts"));
     // If no project is configured, the environment describes the only one.
     if project_entries.is_empty() {
-        project_entries.push(("default".to_owned(), None, Table::new()));
+        project_entries.push((super::DEFAULT_PROJECT.to_owned(), None, Table::new()));
     }
     root.finish();
 
@@ -277,8 +282,12 @@ fn project(
     section.finish();
     Some(Project {
         url: url?,
-        api_key: api_key?,
-        api_secret: api_secret?.into(),
+        credential_files: CredentialFiles {
+            api_key: api_key.as_ref().and_then(|key| key.file.clone()),
+            api_secret: api_secret.as_ref().and_then(|secret| secret.file.clone()),
+        },
+        api_key: api_key?.value.into(),
+        api_secret: api_secret?.value.into(),
         ca_file,
         cloud_project,
         ice: limits.ice,
@@ -366,34 +375,43 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
     None
 }
 
+/// A key or a secret, and its file if it has one.
+struct CredentialText {
+    value: String,
+    file: Option<PathBuf>,
+}
+
 /// A key or a secret: set directly, in a file, or by the environment.
 fn credential(
     section: &mut Section<'_>,
     [key, file_key, variable]: [&'static str; 3],
     fallback: Option<&str>,
-) -> Option<String> {
+) -> Option<CredentialText> {
     match (section.text(key), section.text(file_key)) {
         (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
-        (Lookup::Found(inline), Lookup::Found(file)) => {
+        (Lookup::Found(text), Lookup::Found(file)) => {
             // An override by the environment wins over the settings file, whichever of the two keys it sets.
-            match (is_override(&inline), is_override(&file)) {
-                (true, false) => not_empty(section, key, inline),
+            match (is_override(&text), is_override(&file)) {
+                (true, false) => inline(section, key, text),
                 (false, true) => from_file(section, file_key, file),
                 _ => {
                     let message = format!("{file_key} is also set");
-                    section.problem(key, inline.place, message, "set only one of the two");
+                    section.problem(key, text.place, message, "set only one of the two");
                     None
                 }
             }
         }
-        (Lookup::Found(inline), Lookup::Missing) => not_empty(section, key, inline),
+        (Lookup::Found(text), Lookup::Missing) => inline(section, key, text),
         (Lookup::Missing, Lookup::Found(file)) => from_file(section, file_key, file),
         (Lookup::Missing, Lookup::Missing) => {
-            if fallback.is_none() {
+            if let Some(value) = fallback {
+                let (value, place) = (value.to_owned(), Some(from_variable(variable)));
+                inline(section, key, RawValue { value, place })
+            } else {
                 let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
+                None
             }
-            fallback.map(str::to_owned)
         }
     }
 }
@@ -402,34 +420,35 @@ fn is_override(text: &RawValue) -> bool {
     text.place.as_deref().and_then(in_file).is_none()
 }
 
-fn not_empty(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
-    if !text.value.trim().is_empty() {
-        return Some(text.value);
-    }
-    let hint = "set a value, or remove the key to use the environment variable";
-    section.problem(key, text.place, "empty".to_owned(), hint);
+fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<CredentialText> {
+    let mistake = match credential::cleaned(&text.value) {
+        Ok(value) if !value.is_empty() => return Some(CredentialText { value, file: None }),
+        Ok(_) => CredentialMistake {
+            message: "empty".to_owned(),
+            hint: "set a value, or remove the key to use the environment variable",
+        },
+        Err(mistake) => mistake,
+    };
+    section.problem(key, text.place, mistake.message, mistake.hint);
     None
 }
 
-/// Messages don't repeat the file's name either: it may be the secret itself, under the wrong key.
-fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<String> {
+fn from_file(
+    section: &mut Section<'_>,
+    key: &'static str,
+    text: RawValue,
+) -> Option<CredentialText> {
     let path = text.path();
-    let mut content = String::new();
-    let read = std::fs::File::open(&path).and_then(|file| {
-        file.take(MAX_SECRET_FILE_BYTES)
-            .read_to_string(&mut content)
-    });
-    let mistake = match read {
-        Err(error) => format!("can't read this file: {error}"),
-        Ok(_) if content.trim().is_empty() => "this file is empty".to_owned(),
-        Ok(_) => {
-            let line = content.strip_suffix('\n').unwrap_or(&content);
-            return Some(line.strip_suffix('\r').unwrap_or(line).to_owned());
+    match credential::read(&path) {
+        Ok(value) => Some(CredentialText {
+            value,
+            file: Some(path),
+        }),
+        Err(mistake) => {
+            section.problem(key, text.place, mistake.message, mistake.hint);
+            None
         }
-    };
-    let hint = "name a readable file that contains only this value";
-    section.problem(key, text.place, mistake, hint);
-    None
+    }
 }
 
 fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
@@ -437,8 +456,9 @@ fn ca_file(section: &mut Section<'_>) -> Option<PathBuf> {
         return None;
     };
     let path = text.path();
-    let certificates =
-        CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let certificates = read_regular(&path, MAX_CA_BYTES)
+        .map_err(pem::Error::Io)
+        .and_then(|pem| CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>());
     let mistake = match certificates {
         Ok(certificates) if certificates.is_empty() => {
             "this file contains no certificate".to_owned()
@@ -479,11 +499,15 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
     let engine = engine(&mut section, limits);
     let agent_name = match section.text("agent_name") {
         Lookup::Found(text) => {
-            if text.value.trim().is_empty() {
-                let hint = "set the name that the agent registers under";
+            let value = text.value;
+            let hint = "set the name that the agent registers under";
+            if value.trim().is_empty() {
                 section.problem("agent_name", text.place, "empty".to_owned(), hint);
+            } else if value.trim() != value {
+                let message = "it has white space around it".to_owned();
+                section.problem("agent_name", text.place, message, hint);
             }
-            Some(text.value)
+            Some(value)
         }
         // Empty instead of absent, so that it isn't also reported as missing.
         Lookup::Invalid => Some(String::new()),
@@ -504,7 +528,8 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
         agent_name,
         engine,
         dispatch,
-        attributes: attributes(section.table("attributes")),
+        room: room(section.table("room")),
+        participant: participant(section.table("participant")),
         schedule: schedule(section.table("schedule")),
         objectives: objectives(section.table("objectives"), &deadlines),
         batch,
@@ -585,23 +610,105 @@ fn project_of(
 
 fn dispatch(mut section: Section<'_>) -> Dispatch {
     let mode: DispatchMode = section.choice("mode", "a dispatch mode");
-    let metadata = match section.text("metadata") {
-        Lookup::Found(text) if !mode.facts().names_agent && !text.value.is_empty() => {
-            let message = format!("{} dispatch can't carry metadata", mode.name());
-            let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
-            let named: Vec<_> = modes
-                .filter(|mode| mode.facts().names_agent)
-                .map(|mode| mode.name())
-                .collect();
-            let hint = format!("remove it, or set mode to {}", alternatives(&named));
-            section.problem("metadata", text.place, message, &hint);
-            String::new()
+    let metadata = of_named_agent(&mut section, mode, "metadata", "metadata");
+    let deployment = of_named_agent(&mut section, mode, "deployment", "a deployment");
+    let deployment = deployment.filter(|text| {
+        let valid = is_deployment(&text.value);
+        if !valid {
+            let message = format!("{} is not the name of a deployment", shown(&text.value));
+            let hint = format!(
+                "write it without spaces and underscores, in at most {MAX_DEPLOYMENT_BYTES} bytes: it is the worker's \
+                 LIVEKIT_AGENT_DEPLOYMENT"
+            );
+            section.problem("deployment", text.place.clone(), message, &hint);
         }
-        Lookup::Found(text) => text.value,
-        Lookup::Missing | Lookup::Invalid => String::new(),
+        valid
+    });
+    let [deployment, metadata] = [deployment, metadata].map(|text| text.map(|text| text.value));
+    section.finish();
+    Dispatch {
+        mode,
+        deployment: deployment.unwrap_or_default(),
+        metadata: metadata.unwrap_or_default(),
+    }
+}
+
+/// A text that only a request that names the agent can carry.
+fn of_named_agent(
+    section: &mut Section<'_>,
+    mode: DispatchMode,
+    key: &'static str,
+    what: &str,
+) -> Option<RawValue> {
+    let Lookup::Found(text) = section.text(key) else {
+        return None;
+    };
+    if mode.facts().names_agent || text.value.is_empty() {
+        return Some(text);
+    }
+    let message = format!("{} dispatch can't carry {what}", mode.name());
+    let modes = <DispatchMode as strum::VariantArray>::VARIANTS.iter();
+    let named: Vec<_> = modes
+        .filter(|mode| mode.facts().names_agent)
+        .map(|mode| mode.name())
+        .collect();
+    let hint = format!("remove it, or set mode to {}", alternatives(&named));
+    section.problem(key, text.place, message, &hint);
+    None
+}
+
+/// LiveKit's rule for the name of a deployment (`ValidateDeployment` of its protocol).
+fn is_deployment(name: &str) -> bool {
+    let reserved = |byte| byte == b'_' || byte <= b' ' || byte == 0x7f;
+    name.len() <= MAX_DEPLOYMENT_BYTES && !name.bytes().any(reserved)
+}
+
+fn room(mut section: Section<'_>) -> RoomSettings {
+    let default = RoomSettings::default();
+    let name_prefix = match section.text("name_prefix") {
+        Lookup::Found(text) if is_name_prefix(&text.value) => text.value,
+        Lookup::Found(text) => {
+            let message = format!("{} can't begin the name of a room", shown(&text.value));
+            let hint = format!(
+                "use 1 to {MAX_NAME_PREFIX} letters, digits and characters of - _ . ~ : + @"
+            );
+            section.problem("name_prefix", text.place, message, &hint);
+            default.name_prefix
+        }
+        Lookup::Missing | Lookup::Invalid => default.name_prefix,
+    };
+    let room = RoomSettings {
+        name_prefix,
+        metadata: text_or(&mut section, "metadata", default.metadata),
+        max_participants: section.number("max_participants", default.max_participants, 0..=1000),
     };
     section.finish();
-    Dispatch { mode, metadata }
+    room
+}
+
+/// Whether a room's name that begins so can be copied into a shell and into the path of a URL.
+fn is_name_prefix(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:+@".contains(&byte);
+    (1..=MAX_NAME_PREFIX).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+fn participant(mut section: Section<'_>) -> ParticipantSettings {
+    let default = ParticipantSettings::default();
+    let participant = ParticipantSettings {
+        name: text_or(&mut section, "name", default.name),
+        metadata: text_or(&mut section, "metadata", default.metadata),
+        attributes: attributes(section.table("attributes")),
+    };
+    section.finish();
+    participant
+}
+
+/// Any text.
+fn text_or(section: &mut Section<'_>, key: &'static str, default: String) -> String {
+    match section.text(key) {
+        Lookup::Found(text) => text.value,
+        Lookup::Missing | Lookup::Invalid => default,
+    }
 }
 
 fn attributes(mut section: Section<'_>) -> BTreeMap<String, String> {
@@ -757,10 +864,17 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
             "{} rooms are open at the same time, but project {name:?} allows {}",
             batch.rooms, limits.max_rooms
         );
-        let hint = format!(
-            "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
-             stay = \"one_by_one\""
-        );
+        let by_flag = rooms_place
+            .as_deref()
+            .is_some_and(|place| place.starts_with("--rooms"));
+        let hint = if by_flag {
+            format!("lower --rooms, or add --max-rooms {}", batch.rooms)
+        } else {
+            format!(
+                "lower rooms, raise max_rooms of the project (LIVEKIT_CANARY__projects__{name}__max_rooms), or set \
+                 stay = \"one_by_one\""
+            )
+        };
         section.problem("rooms", rooms_place, message, &hint);
     }
     if batch.stay == Stay::OneByOne && batch.ramp != RampMode::AfterJoin {

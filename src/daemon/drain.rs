@@ -9,6 +9,7 @@ use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 use super::{Daemon, DaemonCommand, REFRESH_INTERVAL, ShutdownKind, send_reply, supervisor};
 use crate::http::{BatchRefused, Control, DaemonStage, ReloadRefused};
 use crate::janitor::FINAL_DELETION_TIMEOUT;
+use crate::report::counted;
 
 /// How long an aborted batch may take in addition to the deletion of its rooms.
 const ABORT_TIMEOUT: Duration = Duration::from_millis(2500);
@@ -24,11 +25,15 @@ impl Daemon {
     ) -> ShutdownKind {
         supervisor::stopping();
         self.stage = DaemonStage::Draining;
+        if let Some(reload) = self.reload.take() {
+            reload.refuse(&ReloadRefused::ShuttingDown);
+        }
         for name in self.targets.keys() {
             self.ticker.remove(name);
         }
         self.refresh();
-        tracing::info!("stopping; {} batches are running", self.batches.len());
+        let running = counted(self.batches.len() as u64, "running batch");
+        tracing::info!("stopping; waiting for {running}");
         let kind = tokio::select! {
             () = self.shut_down(grace) => ShutdownKind::Drained,
             () = second_stop(commands) => ShutdownKind::Immediate,
@@ -52,8 +57,8 @@ impl Daemon {
         self.join_batches(Instant::now() + grace).await;
         if !self.batches.is_empty() {
             tracing::warn!(
-                "aborting {} batches that did not end within the grace period",
-                self.batches.len()
+                "aborting {} that did not end within the grace period",
+                counted(self.batches.len() as u64, "batch")
             );
             self.abort.cancel();
             let limit = ABORT_TIMEOUT + self.max_cleanup_deadline();
@@ -128,9 +133,7 @@ async fn second_stop(commands: &mut mpsc::Receiver<DaemonCommand>) {
     loop {
         match commands.recv().await {
             Some(DaemonCommand::Stop) => return,
-            Some(
-                DaemonCommand::Reload | DaemonCommand::RunBatch(_) | DaemonCommand::SetFault(_),
-            ) => {}
+            Some(DaemonCommand::Reload | DaemonCommand::SetFault(_)) => {}
             // No further command can come.
             None => std::future::pending().await,
         }

@@ -19,7 +19,6 @@ use crate::report::{BatchReport, NotOpened};
 pub(super) struct Recorder {
     pub(super) target: String,
     pub(super) settings: Arc<Target>,
-    pub(super) project: Arc<Project>,
     pub(super) metrics: TargetMetrics,
     pub(super) history: History,
     pub(super) observer: Option<BatchObserver>,
@@ -34,7 +33,8 @@ impl Recorder {
         abort: CancellationToken,
     ) -> Arc<BatchReport> {
         let mut open = HashMap::new();
-        let on_event = |event: &BatchEvent| self.record_event(event, &mut open);
+        let project = Arc::clone(&context.project);
+        let on_event = |event: &BatchEvent| self.record_event(event, &mut open, &project);
         batch::run(
             batch_id,
             &self.target,
@@ -46,9 +46,14 @@ impl Recorder {
         .await
     }
 
-    fn record_event(&self, event: &BatchEvent, open: &mut HashMap<usize, OpenRoom>) {
+    fn record_event(
+        &self,
+        event: &BatchEvent,
+        open: &mut HashMap<usize, OpenRoom>,
+        project: &Project,
+    ) {
         match event {
-            BatchEvent::Started | BatchEvent::Probe { .. } => {}
+            BatchEvent::Started | BatchEvent::Probe { .. } | BatchEvent::HoldDecided { .. } => {}
             BatchEvent::RoomOpened { index, .. } => {
                 open.insert(*index, self.metrics.room_opened());
             }
@@ -56,7 +61,7 @@ impl Recorder {
                 open.remove(index);
                 self.record_probe(report);
             }
-            BatchEvent::Ended(report) => self.record_batch(report),
+            BatchEvent::Ended(report) => self.record_batch(report, project),
         }
         if let Some(observer) = &self.observer {
             observer(event);
@@ -81,7 +86,7 @@ impl Recorder {
         );
     }
 
-    fn record_batch(&self, report: &BatchReport) {
+    fn record_batch(&self, report: &BatchReport, project: &Project) {
         if let Some(NotOpened {
             denial: Some(denial),
             ..
@@ -93,7 +98,7 @@ impl Recorder {
             return;
         }
         self.metrics.batch(report, &self.settings.objectives);
-        self.history.record(report, &self.settings, &self.project);
+        self.history.record(report, &self.settings, project);
         let summary = report.summary();
         let took = report.ended_at - report.started_at;
         let join = summary.join_delay.map_or_else(

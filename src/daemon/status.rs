@@ -6,6 +6,7 @@ use super::{Daemon, ProjectRuntime, TargetRuntime, first_worst_case};
 use crate::config::Period;
 use crate::http::{BudgetStatus, ProjectStatus, Status, TargetStatus};
 use crate::metrics::InternalError;
+use crate::telemetry;
 
 impl Daemon {
     /// Updates the polled gauges and the status, and gives the sign of life.
@@ -20,12 +21,20 @@ impl Daemon {
             self.metrics.internal_error(InternalError::History);
         }
         self.counted_faults = faults;
+        let lost_lines = telemetry::dropped_lines();
+        self.metrics
+            .log_dropped(lost_lines - self.counted_lost_lines);
+        self.counted_lost_lines = lost_lines;
+        let stalls = self.stalls.seen().count;
+        for _ in self.counted_stalls..stalls {
+            self.metrics.internal_error(InternalError::Stall);
+        }
+        self.counted_stalls = stalls;
         for project in self.projects.values() {
             project.metrics.backoff_until(project.guard.backoff_until());
             for period in Period::ALL {
-                project
-                    .metrics
-                    .budget_used(period, project.guard.used(period));
+                let (used, reserved) = project.guard.used_and_reserved(period);
+                project.metrics.budget_used(period, used, reserved);
             }
         }
         self.status.send_replace(Arc::new(self.status()));
@@ -78,10 +87,14 @@ impl Daemon {
 
 impl ProjectRuntime {
     fn status(&self, name: &str) -> ProjectStatus {
-        let budgets = Period::ALL.map(|period| BudgetStatus {
-            period: period.label(),
-            used_seconds: self.guard.used(period).as_secs(),
-            limit_seconds: self.guard.limit(period).map(|limit| limit.as_secs()),
+        let budgets = Period::ALL.map(|period| {
+            let (used, reserved) = self.guard.used_and_reserved(period);
+            BudgetStatus {
+                period: period.label(),
+                used_seconds: used.as_secs(),
+                reserved_seconds: reserved.as_secs(),
+                limit_seconds: self.guard.limit(period).map(|limit| limit.as_secs()),
+            }
         });
         ProjectStatus {
             name: name.to_owned(),

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
@@ -30,7 +32,7 @@ async fn daemon() -> (Daemon, TempDir) {
     let options = DaemonOptions {
         web: WebConfig::load(&config.daemon.http).unwrap(),
         history: History::open(&config.daemon.history).unwrap(),
-        read_config: Box::new({
+        read_config: Arc::new({
             let config = config.clone();
             move || Ok(config.clone())
         }),
@@ -72,6 +74,55 @@ impl Daemon {
             series,
         ]
     }
+}
+
+/// A hanging file system, such as an NFS server that is gone.
+#[tokio::test(start_paused = true)]
+async fn reload_that_hangs_fails_and_neither_blocks_the_loop_nor_starts_a_second_read() {
+    let (mut daemon, _folder) = daemon().await;
+    let (unblock, blocked) = std::sync::mpsc::channel::<()>();
+    let (blocked, reads) = (
+        std::sync::Mutex::new(blocked),
+        Arc::new(AtomicUsize::new(0)),
+    );
+    let counted = Arc::clone(&reads);
+    let config = daemon.config.clone();
+    daemon.read_config = Arc::new(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+        let _end = blocked.lock().unwrap().recv();
+        Ok(config.clone())
+    });
+    let request = |daemon: &mut Daemon| {
+        let (reply, answer) = oneshot::channel();
+        daemon.request_reload(Some(reply));
+        answer
+    };
+    let (first, second) = (request(&mut daemon), request(&mut daemon));
+    while reads.load(Ordering::Relaxed) == 0 {
+        std::thread::yield_now();
+    }
+    // A paused clock does not advance while a thread blocks, so the test moves it.
+    let read = settings::next_read(&mut daemon.reload);
+    let (read, ()) = tokio::join!(read, tokio::time::advance(Duration::from_secs(10)));
+    daemon.settings_read(read).await;
+    let third = request(&mut daemon);
+    for (answer, why) in [
+        (first, "within 10s: a file system hangs"),
+        (second, "an earlier reload still waits"),
+        (third, "an earlier reload still waits"),
+    ] {
+        let refused = answer.await.unwrap().unwrap_err().to_string();
+        assert!(refused.contains(why), "{refused}");
+    }
+    assert_eq!(reads.load(Ordering::Relaxed), 1);
+    drop(unblock);
+    let read = settings::next_read(&mut daemon.reload).await;
+    daemon.settings_read(read).await;
+    let answer = request(&mut daemon);
+    let read = settings::next_read(&mut daemon.reload).await;
+    daemon.settings_read(read).await;
+    assert_eq!(answer.await.unwrap(), Ok(Vec::new()));
+    assert_eq!(reads.load(Ordering::Relaxed), 2);
 }
 
 #[tokio::test]

@@ -1,10 +1,12 @@
 //! The guard rails of a project against the sandbox: the journal, the billed agent time, and the back-off after a plan limit.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::Utc;
+use futures_util::future::join_all;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -169,6 +171,7 @@ fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context
         endpoint,
         api,
         janitor,
+        stalls: crate::stall::tests::manual().0,
         agent_known: false,
         fault: None,
     }
@@ -221,7 +224,9 @@ async fn every_room_of_a_batch_is_in_the_journal_billed_and_confirmed_gone() {
 
 #[tokio::test]
 async fn room_without_an_agent_is_billed_nothing() {
-    let stage = GuardStage::new(&["never_accepts"]).await;
+    let mut stage = GuardStage::new(&["never_accepts"]).await;
+    let target = stage.config.targets.get_mut("demo").unwrap();
+    target.deadlines.join = Duration::from_millis(500);
     let report = stage.batch(1).await;
     assert_eq!(report.result().label(), "failed");
     assert_eq!(stage.used_minutes(), 0);
@@ -231,7 +236,7 @@ async fn room_without_an_agent_is_billed_nothing() {
 
 #[tokio::test]
 async fn each_plan_limit_that_livekit_names_stops_the_batch_and_starts_a_backoff() {
-    for (fault, named, backoff) in [
+    let cases = [
         ("create_room=429,retry_after=90s", "api_rate", 90..=90),
         ("create_room=429", "api_rate", 60..=75),
         ("upgrade=429,retry_after=90s", "connections", 90..=90),
@@ -242,27 +247,32 @@ async fn each_plan_limit_that_livekit_names_stops_the_batch_and_starts_a_backoff
             "agent_sessions",
             60..=75,
         ),
-    ] {
-        let stage = GuardStage::new(&[fault]).await;
-        let report = stage.batch(3).await;
-        assert_eq!(limit(&report), named, "{fault}");
-        assert_eq!(report.probes.len(), 1, "{fault}: no further room");
-        assert_eq!(report.not_opened.as_ref().unwrap().rooms, 2, "{fault}");
-        let ended = Utc::now();
-        let until = stage.guard.backoff_until().unwrap();
-        // The back-off began when the limit was known, a little before the end of the batch.
-        let left = (until - ended).num_seconds();
-        assert!(
-            left <= *backoff.end() && left >= backoff.start() - 15,
-            "{fault}: {left} s"
-        );
+    ];
+    let all = cases.map(|(fault, named, backoff)| expect_backoff(fault, named, backoff));
+    join_all(all).await;
+}
 
-        let next = stage.batch(3).await;
-        assert_eq!(next.probes.len(), 0, "{fault}");
-        let denial = next.not_opened.as_ref().unwrap().denial.as_ref().unwrap();
-        assert_eq!(denial.label(), "backoff", "{fault}");
-        stage.close().await;
-    }
+/// A batch with this fault meets the limit, and the next batch opens no room. `backoff` is in seconds.
+async fn expect_backoff(fault: &str, named: &str, backoff: RangeInclusive<i64>) {
+    let stage = GuardStage::new(&[fault]).await;
+    let report = stage.batch(3).await;
+    assert_eq!(limit(&report), named, "{fault}");
+    assert_eq!(report.probes.len(), 1, "{fault}: no further room");
+    assert_eq!(report.not_opened.as_ref().unwrap().rooms, 2, "{fault}");
+    let ended = Utc::now();
+    let until = stage.guard.backoff_until().unwrap();
+    // The back-off began when the limit was known, a little before the end of the batch.
+    let left = (until - ended).num_seconds();
+    assert!(
+        left <= *backoff.end() && left >= backoff.start() - 15,
+        "{fault}: {left} s"
+    );
+
+    let next = stage.batch(3).await;
+    assert_eq!(next.probes.len(), 0, "{fault}");
+    let denial = next.not_opened.as_ref().unwrap().denial.as_ref().unwrap();
+    assert_eq!(denial.label(), "backoff", "{fault}");
+    stage.close().await;
 }
 
 /// Names the state folder and the server of the child process.

@@ -115,8 +115,8 @@ async fn room_opens_only_if_its_worst_case_fits_into_the_daily_budget() {
     let denial = fixture.denied(3 * MINUTE).await;
     assert_eq!(
         denial.to_string(),
-        "agent-time budget reached: 8m of 10m used this UTC day, and one more room could use 3m; the count restarts at \
-         2026-03-11 00:00 UTC"
+        "agent-time budget reached: 8m of 10m used or reserved this UTC day, and one more room could use 3m; the count \
+         restarts at 2026-03-11 00:00 UTC"
     );
     assert_eq!(denial.label(), "budget");
     assert_eq!(denial.until(), Some(at("2026-03-11T00:00:00Z")));
@@ -165,7 +165,7 @@ async fn without_a_budget_nothing_is_denied_and_everything_is_counted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn lost_ledger_denies_every_room_of_a_project_with_a_budget_until_it_is_accepted() {
+async fn unread_ledger_denies_every_room_of_a_project_with_a_budget_and_does_not_count_as_lost() {
     let settings = crate::config::HistorySettings {
         dir: "Cargo.toml/is-no-folder".into(),
         ..crate::config::HistorySettings::default()
@@ -174,9 +174,30 @@ async fn lost_ledger_denies_every_room_of_a_project_with_a_budget_until_it_is_ac
     let with = Guard::new("acme", &project(5, None, Some(HOUR)), history.clone());
     let without = Guard::new("beta", &project(5, None, None), history.clone());
     let denial = with.denial(MINUTE).unwrap();
-    assert_eq!(denial, Denial::LedgerLost);
+    assert_eq!(denial, Denial::LedgerUnread);
     assert_eq!((denial.label(), denial.until()), ("budget", None));
+    assert!(!denial.to_string().contains("lost"), "{denial}");
     assert_eq!(without.denial(MINUTE), None);
+    history.accept_lost_ledger();
+    assert_eq!(with.denial(MINUTE), None);
+}
+
+#[tokio::test]
+async fn lost_ledger_denies_every_room_of_a_project_with_a_budget_until_it_is_accepted() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("history.sqlite3"), "no database").unwrap();
+    let settings = crate::config::HistorySettings {
+        dir: folder.path().to_owned(),
+        ..crate::config::HistorySettings::default()
+    };
+    let history = History::open(&settings).unwrap();
+    let with = Guard::new("acme", &project(5, None, Some(HOUR)), history.clone());
+    let denial = with.denial(MINUTE).unwrap();
+    assert_eq!(denial, Denial::LedgerLost);
+    assert!(
+        denial.to_string().contains("--accept-lost-ledger"),
+        "{denial}"
+    );
     history.accept_lost_ledger();
     assert_eq!(with.denial(MINUTE), None);
 }

@@ -39,8 +39,14 @@ pub(crate) struct AgentTimeUsed {
     pub day: Duration,
     /// In the current UTC calendar month.
     pub month: Duration,
-    /// Earlier use is unknown, and neither figure includes it.
+    /// The part of `day` that open rooms of this run have reserved.
+    pub reserved_day: Duration,
+    /// The part of `month` that open rooms of this run have reserved.
+    pub reserved_month: Duration,
+    /// Neither figure includes earlier use, because its record is lost.
     pub ledger_lost: bool,
+    /// Neither figure includes earlier use, because the disk could not be read so far.
+    pub ledger_unread: bool,
 }
 
 impl AgentTimeUsed {
@@ -48,6 +54,14 @@ impl AgentTimeUsed {
         match period {
             Period::Day => self.day,
             Period::Month => self.month,
+        }
+    }
+
+    /// The part of [`Self::in_period`] that open rooms have reserved. It ends with them: their use replaces it.
+    pub(crate) fn reserved_in(&self, period: Period) -> Duration {
+        match period {
+            Period::Day => self.reserved_day,
+            Period::Month => self.reserved_month,
         }
     }
 }
@@ -77,6 +91,8 @@ pub(super) struct Ledger {
     /// Number of changes so far.
     change: u64,
     pub(super) lost: bool,
+    /// The disk could not be read so far, so what it holds is unknown.
+    pub(super) unread: bool,
 }
 
 impl Ledger {
@@ -93,9 +109,11 @@ impl Ledger {
             *self.day_of(&project, day) += seconds;
         }
         self.lost = loaded.lost;
+        self.unread = false;
     }
 
-    pub(super) fn used(&self, project: &str, now: DateTime<Utc>) -> AgentTimeUsed {
+    /// `boot` is this run. Rooms that an earlier run left unsettled stay at their worst case, so they are used.
+    pub(super) fn used(&self, project: &str, boot: &str, now: DateTime<Utc>) -> AgentTimeUsed {
         let today = now.date_naive();
         let (first, next) = (Period::Month.first_day(today), Period::Month.next(today));
         let (mut day, mut month) = (0, 0);
@@ -103,18 +121,30 @@ impl Ledger {
             day = days.get(&today).copied().unwrap_or(0);
             month = days.range(first..next).map(|(_, seconds)| seconds).sum();
         }
+        let reserved = |period: Period| {
+            let days = period.first_day(today)..period.next(today);
+            let open = self.entries.values().map(|entry| &entry.row);
+            let open = open.filter(|row| {
+                row.project == project
+                    && row.boot == boot
+                    && row.settled.is_none()
+                    && days.contains(&row.opened_at.date_naive())
+            });
+            Duration::from_secs(open.map(|row| row.reserved).sum())
+        };
         AgentTimeUsed {
             day: Duration::from_secs(day),
             month: Duration::from_secs(month),
+            reserved_day: reserved(Period::Day),
+            reserved_month: reserved(Period::Month),
             ledger_lost: self.lost,
+            ledger_unread: self.unread,
         }
     }
 
     /// Adds a row and returns the number of the change.
     pub(super) fn open(&mut self, room: &RoomName, row: LedgerRow) -> u64 {
         let today = row.opened_at.date_naive();
-        // The month before is kept, because the clock may be set back.
-        self.remove_days_before(Period::Month.first_day(today) - Months::new(1));
         *self.day_of(&row.project, today) += row.seconds();
         let entry = LedgerEntry {
             row,
@@ -183,6 +213,14 @@ impl Ledger {
         });
     }
 
+    /// Another file takes the place of the one that had the rows: all must be written again.
+    pub(super) fn write_again(&mut self) {
+        self.change += 1;
+        for entry in self.entries.values_mut() {
+            entry.unwritten = Some(self.change);
+        }
+    }
+
     fn count_change(&mut self, room: &RoomName) -> u64 {
         self.change += 1;
         if let Some(entry) = self.entries.get_mut(room) {
@@ -200,7 +238,9 @@ impl Ledger {
         days.entry(day).or_default()
     }
 
-    fn remove_days_before(&mut self, first: NaiveDate) {
+    /// Forgets the days that no budget counts any more. The month before is kept, because the clock may be set back.
+    pub(super) fn forget(&mut self, now: DateTime<Utc>) {
+        let first = Period::Month.first_day(now.date_naive()) - Months::new(1);
         for days in self.days.values_mut() {
             *days = days.split_off(&first);
         }

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::store::{FILE, time};
+use super::store::{FILE, FileId, time};
 
 /// Bound for one query, including the wait for earlier ones.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
@@ -56,7 +56,7 @@ pub(crate) enum ReadError {
 pub(super) struct HistoryReader {
     path: PathBuf,
     /// Opened by the first query, and again after a query that failed.
-    connection: Arc<Mutex<Option<Connection>>>,
+    connection: Arc<Mutex<Option<(FileId, Connection)>>>,
     permit: Arc<Semaphore>,
 }
 
@@ -97,13 +97,15 @@ impl HistoryReader {
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let connection = match cached.take() {
-            Some(connection) => connection,
-            None => self.connect()?,
+        let file = FileId::of(&self.path).ok();
+        let (opened, connection) = match cached.take() {
+            Some((opened, connection)) if file == Some(opened) => (file, connection),
+            // The file was removed or replaced, or there is no connection.
+            _ => (file, self.connect()?),
         };
         // On an error the connection is dropped: a file that was replaced meanwhile needs a new one.
         let answer = query(&connection)?;
-        *cached = Some(connection);
+        *cached = opened.map(|opened| (opened, connection));
         Ok(answer)
     }
 

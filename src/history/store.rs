@@ -2,13 +2,15 @@
 //!
 //! A corrupt file is moved aside. Its ledger and its journal are copied to a new file as far as they can be read.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use chrono::{DateTime, Months, NaiveTime, Utc};
+use chrono::{DateTime, Months, NaiveTime, TimeDelta, Utc};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params};
 
 use super::OpenError;
@@ -20,6 +22,12 @@ use crate::livekit::RoomName;
 /// The database's name in its folder.
 pub(super) const FILE: &str = "history.sqlite3";
 const LOCK_FILE: &str = "lock";
+
+/// The permissions of every file: agents' transcripts and URLs are in them.
+const PRIVATE: u32 = 0o600;
+
+/// The `boot` of a row that is the sum of a target's closed rooms of one day.
+const SUMMED_UP: &str = "";
 
 /// The steps from an empty file to today's schema. A file's `user_version` is the number of steps that it has had.
 ///
@@ -136,8 +144,37 @@ impl From<io::Error> for StoreFault {
 
 pub(super) struct Store {
     pub(super) connection: Connection,
+    path: PathBuf,
+    /// The file that is open.
+    file: FileId,
     /// Held while the connection is open: fields drop in the order of their declaration.
-    _lock: File,
+    _locks: [Option<File>; 2],
+}
+
+/// Which file a path names, whatever its content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    pub(super) fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+/// What one step of the clean-up did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Expiry {
+    /// There may be more to delete.
+    pub(super) more: bool,
+    /// Batches were deleted only because the file is too large.
+    pub(super) for_size: bool,
 }
 
 impl fmt::Debug for Store {
@@ -164,29 +201,40 @@ impl Store {
             StoreOpenError::Unavailable(format!("{what} {}: {error}", dir.display()))
         };
         fs::create_dir_all(dir).map_err(|error| unavailable("can't create", error))?;
+        let in_use = || StoreOpenError::Refused(OpenError::Locked(dir.to_owned()));
         let lock = File::options()
             .create(true)
             .truncate(false)
             .write(true)
+            .mode(PRIVATE)
             .open(dir.join(LOCK_FILE))
             .map_err(|error| unavailable("can't write to", error))?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(StoreOpenError::Refused(OpenError::Locked(dir.to_owned())));
-            }
+            Err(TryLockError::WouldBlock) => return Err(in_use()),
             Err(TryLockError::Error(error)) => return Err(unavailable("can't lock", error)),
         }
+        // The folder as well, because the lock file can be deleted. Not all file systems can lock a folder (NFS can't).
+        let folder = File::open(dir).ok();
+        if let Some(folder) = &folder
+            && let Err(TryLockError::WouldBlock) = folder.try_lock()
+        {
+            return Err(in_use());
+        }
         let path = dir.join(FILE);
+        make_private(dir);
         let opened = open_file(&path, now, migrations).and_then(|connection| {
-            let loaded = load(&connection, now)?;
-            Ok((connection, loaded))
+            let loaded = load(&connection)?;
+            let file = FileId::of(&path)?;
+            Ok((connection, file, loaded))
         });
         match opened {
-            Ok((connection, loaded)) => Ok((
+            Ok((connection, file, loaded)) => Ok((
                 Self {
                     connection,
-                    _lock: lock,
+                    path,
+                    file,
+                    _locks: [Some(lock), folder],
                 },
                 loaded,
             )),
@@ -222,18 +270,39 @@ impl Store {
         transaction.commit()
     }
 
-    /// Deletes one step's worth of what is too old or too large. Returns whether there was anything to delete.
+    /// Whether the path still names the open file. Otherwise everything that is written goes to a file that the next start
+    /// won't find.
+    pub(super) fn is_in_place(&self) -> bool {
+        FileId::of(&self.path).is_ok_and(|found| found == self.file)
+    }
+
+    /// Records that the file lacks used agent time. Durable when it returns.
+    pub(super) fn mark_ledger_lost(&mut self) -> rusqlite::Result<()> {
+        let transaction = self.begin("FULL")?;
+        transaction.execute("UPDATE ledger SET lost = 1", [])?;
+        transaction.commit()
+    }
+
+    /// Deletes one step's worth of what is too old or too large, and sums up closed rows of the ledger. `now` is `None`
+    /// while the clock can't be trusted: then nothing is too old. `boot` is this run of the program.
     pub(super) fn delete_expired(
         &mut self,
         limits: &config::HistorySettings,
-        now: DateTime<Utc>,
-    ) -> rusqlite::Result<bool> {
+        now: Option<DateTime<Utc>>,
+        boot: &str,
+    ) -> rusqlite::Result<Expiry> {
         let transaction = self.begin("NORMAL")?;
-        let deleted = delete_old(&transaction, limits, now)?
-            || delete_to_size(&transaction, limits.max_megabytes)?;
+        let mut expiry = Expiry::default();
+        if let Some(now) = now {
+            expiry.more = delete_old(&transaction, limits, now)?;
+            expiry.more |= sum_up_ledger(&transaction, now, boot)?;
+        }
+        if !expiry.more {
+            expiry.for_size = delete_to_size(&transaction, limits.max_megabytes)?;
+        }
         transaction.commit()?;
-        let freed = self.free_pages()?;
-        Ok(deleted || freed)
+        expiry.more |= self.free_pages()? || expiry.for_size;
+        Ok(expiry)
     }
 
     fn free_pages(&self) -> rusqlite::Result<bool> {
@@ -278,7 +347,8 @@ fn open_file(
         // If only the rename was missing, this file holds what was saved of a corrupt one.
         let complete = new.try_exists()? && connect(&new, migrations).is_ok();
         if !complete {
-            create(&new, migrations, &[], false)?;
+            let lost = set_orphaned_log_aside(path, now)?;
+            create(&new, migrations, &[], lost)?;
         }
         put_in_place(&new, path)?;
     }
@@ -288,6 +358,41 @@ fn open_file(
             connect(path, migrations)
         }
         opened => opened,
+    }
+}
+
+/// A write-ahead log without its database: the database was deleted or moved, and the agent time in it is lost. Returns
+/// whether there is one.
+fn set_orphaned_log_aside(path: &Path, now: DateTime<Utc>) -> Result<bool, StoreFault> {
+    let log = with_suffix(path, "-wal");
+    if !log.try_exists()? {
+        return Ok(false);
+    }
+    let aside = with_suffix(&log, &format!(".orphaned-{}", now.format("%Y%m%dT%H%M%SZ")));
+    fs::rename(&log, &aside)?;
+    tracing::error!(
+        "{} is missing, but its log was there, and was moved to {}. The record of used agent time is lost: projects with a \
+         budget open no room until you accept that with `run --accept-lost-ledger`, or stop the canary and restore the file",
+        path.display(),
+        aside.display()
+    );
+    Ok(true)
+}
+
+/// Removes the permissions of others from the files of earlier versions. Best effort: another user may own them.
+fn make_private(dir: &Path) {
+    let database = dir.join(FILE);
+    let files = ["", "-wal", "-shm"].map(|suffix| with_suffix(&database, suffix));
+    for file in files.into_iter().chain([dir.join(LOCK_FILE)]) {
+        let open = |mode: u32| mode & 0o077 != 0;
+        if fs::metadata(&file).is_ok_and(|metadata| open(metadata.mode()))
+            && let Err(error) = fs::set_permissions(&file, Permissions::from_mode(PRIVATE))
+        {
+            tracing::warn!(
+                "{}: cannot remove the permissions of others: {error}",
+                file.display()
+            );
+        }
     }
 }
 
@@ -349,6 +454,12 @@ fn create(
     for suffix in ["", "-journal", "-wal", "-shm"] {
         remove(&with_suffix(path, suffix))?;
     }
+    // SQLite gives its log and its index the permissions of the file.
+    File::options()
+        .write(true)
+        .create_new(true)
+        .mode(PRIVATE)
+        .open(path)?;
     let mut connection = Connection::open(path)?;
     // SQLite ignores this after the first table.
     connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
@@ -474,18 +585,17 @@ fn salvage(path: &Path) -> Salvage {
     salvage
 }
 
-fn load(connection: &Connection, now: DateTime<Utc>) -> Result<LoadedLedger, StoreFault> {
+fn load(connection: &Connection) -> Result<LoadedLedger, StoreFault> {
     let sql = format!("SELECT {ROOM_COLUMNS} FROM rooms WHERE gone_at IS NULL");
     let mut statement = connection.prepare(&sql)?;
     let rows = statement.query_map([], read_row)?;
     let rows = rows.collect::<rusqlite::Result<_>>()?;
-    // One month more than the budgets count, because the clock may be set back.
-    let since = start_of_month(now, 1);
+    // All days, whatever the clock says now: it may be wrong, and be set later.
     let mut statement = connection.prepare(
         "SELECT project, opened_at / 86400000 * 86400000, sum(coalesce(settled, reserved))
-         FROM rooms WHERE opened_at >= ?1 GROUP BY 1, 2",
+         FROM rooms GROUP BY 1, 2",
     )?;
-    let days = statement.query_map([since], |row| {
+    let days = statement.query_map([], |row| {
         let seconds: i64 = row.get(2)?;
         let day = time(row.get(1)?).date_naive();
         Ok((row.get(0)?, day, seconds.unsigned_abs()))
@@ -550,7 +660,7 @@ fn delete_old(
         );
         transaction.execute(&sql, params![before, STEP_BATCHES])
     };
-    // The current month and the two before it: `load` reads one of them, and the other is a reserve.
+    // The current month and the two before it: one of them counts if the clock is set back, and the other is a reserve.
     let rooms = "DELETE FROM rooms WHERE room IN
                  (SELECT room FROM rooms WHERE opened_at < ?1 ORDER BY opened_at LIMIT ?2)";
     let deleted = batches("failed = 0", before(limits.keep))?
@@ -559,11 +669,60 @@ fn delete_old(
     Ok(deleted > 0)
 }
 
-/// Deletes the oldest batches while the file is too large: first those without a failure, then the others.
+/// Replaces closed rooms of past days by one row per target and day, which bounds the ledger: budgets need the sums only.
+/// Returns whether there was anything to sum up.
+///
+/// The rows of today and yesterday stay, for those who look up a room. A room of this run that is gone but not settled stays
+/// too: its settlement is still to come.
+fn sum_up_ledger(
+    transaction: &Transaction<'_>,
+    now: DateTime<Utc>,
+    boot: &str,
+) -> rusqlite::Result<bool> {
+    let yesterday = now.date_naive() - TimeDelta::days(1);
+    let before = millis(yesterday.and_time(NaiveTime::MIN).and_utc());
+    let mut closed = transaction.prepare(&format!(
+        "SELECT {ROOM_COLUMNS} FROM rooms
+         WHERE opened_at < ?1 AND gone_at IS NOT NULL AND boot <> ?2 AND (settled IS NOT NULL OR boot <> ?3)
+         ORDER BY opened_at LIMIT ?4"
+    ))?;
+    let closed = closed.query_map(params![before, SUMMED_UP, boot, STEP_ROOMS], read_row)?;
+    let closed: Vec<_> = closed.collect::<rusqlite::Result<_>>()?;
+    let mut sums: BTreeMap<_, u64> = BTreeMap::new();
+    let mut delete = transaction.prepare("DELETE FROM rooms WHERE room = ?1")?;
+    for (room, row) in &closed {
+        delete.execute([&room.0])?;
+        let day = row.opened_at.date_naive();
+        *sums.entry((day, &row.project, &row.target)).or_default() += row.seconds();
+    }
+    let mut add = transaction.prepare(&format!(
+        "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, ?5)
+         ON CONFLICT (room) DO UPDATE SET reserved = reserved + excluded.reserved, settled = settled + excluded.settled"
+    ))?;
+    for ((day, project, target), seconds) in sums {
+        // No room's name contains a space.
+        let name = format!("{day} {project} {target}");
+        let start = millis(day.and_time(NaiveTime::MIN).and_utc());
+        add.execute(params![
+            name,
+            project,
+            target,
+            SUMMED_UP,
+            start,
+            whole(seconds)
+        ])?;
+    }
+    Ok(!closed.is_empty())
+}
+
+/// Deletes the oldest batches while the file without the ledger is too large: first those without a failure, then the
+/// others. Deleting batches makes the ledger no smaller, and it has a bound of its own.
 fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::Result<bool> {
+    let limit = whole(max_megabytes.saturating_mul(1_000_000));
     let pages = pragma(transaction, "page_count")? - pragma(transaction, "freelist_count")?;
     let bytes = pages.saturating_mul(pragma(transaction, "page_size")?);
-    if bytes <= whole(max_megabytes.saturating_mul(1_000_000)) {
+    // The ledger's size costs a read of all its pages.
+    if bytes <= limit || bytes - ledger_bytes(transaction)? <= limit {
         return Ok(false);
     }
     for with in ["failed = 0", "failed > 0"] {
@@ -576,6 +735,15 @@ fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite
         }
     }
     Ok(false)
+}
+
+fn ledger_bytes(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
+    transaction.query_row(
+        "SELECT coalesce(sum(pgsize), 0) FROM dbstat WHERE aggregate = TRUE AND name IN
+         (SELECT name FROM sqlite_schema WHERE tbl_name = 'rooms')",
+        [],
+        |row| row.get(0),
+    )
 }
 
 /// The start of the UTC month that is this many months before the current one.

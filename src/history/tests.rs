@@ -4,13 +4,12 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use chrono::{Months, TimeDelta};
+use chrono::TimeDelta;
 use rusqlite::{Connection, params};
 use tempfile::TempDir;
 
 use super::store::{self, FILE};
 use super::*;
-use crate::config::Period;
 use crate::probe::{Evidence, Outcome, Reason};
 use crate::report::sample::{self, WELL, failed};
 
@@ -176,6 +175,10 @@ impl TestRun {
         self.history.used("acme").ledger_lost
     }
 
+    fn is_unread(&self) -> bool {
+        self.history.used("acme").ledger_unread
+    }
+
     fn orphan_rooms(&self) -> Vec<String> {
         let orphans = self.history.orphan_rooms().into_iter();
         orphans.map(|orphan| orphan.room.0).collect()
@@ -312,8 +315,11 @@ async fn open_room_counts_its_worst_case_and_a_settled_room_what_it_used() {
     let more = run.open("2", MINUTE).await;
     let none = run.open("3", 2 * MINUTE).await;
     assert_eq!(run.used(), (6, 6));
+    let reserved = |run: &TestRun| run.history.used("acme").reserved_day;
+    assert_eq!(reserved(&run), 6 * MINUTE);
     less.settle(MINUTE);
     assert_eq!(run.used(), (4, 4));
+    assert_eq!(reserved(&run), 3 * MINUTE);
     more.settle(4 * MINUTE);
     assert_eq!(
         run.used(),
@@ -336,6 +342,11 @@ async fn dropped_reservation_costs_nothing_without_a_room_and_the_worst_case_wit
     run.kill();
     let run = disk.start();
     assert_eq!(run.used(), (3, 3));
+    assert_eq!(
+        run.history.used("acme").reserved_day,
+        Duration::ZERO,
+        "no room of this run is open"
+    );
     assert_eq!(run.orphan_rooms(), ["canary-test-2"]);
 }
 
@@ -455,14 +466,14 @@ async fn ledger_in_memory_equals_the_one_on_disk_and_drops_closed_rows() {
         }
         if random.u8(0..40) == 0 {
             run.writer.run_once();
-            let used = run.history.used("acme");
+            let used = (run.used(), run.is_lost());
             let memory = run.history.shared.lock().ledger.len();
             assert_eq!(memory, open.len() + run.orphan_rooms().len());
             open.drain(..)
                 .for_each(|(_, reservation)| std::mem::forget(reservation));
             run.kill();
             run = disk.start();
-            assert_eq!(run.history.used("acme"), used);
+            assert_eq!((run.used(), run.is_lost()), used);
         }
     }
     assert!(run.used().1 > 0);
@@ -538,7 +549,8 @@ async fn folder_that_cannot_be_created_degrades_the_history_and_is_used_once_it_
     fs::write(&disk.settings.dir, "a file is in the way").unwrap();
     let mut run = disk.start();
     assert!(run.history.is_degraded());
-    assert!(run.is_lost(), "earlier use is unknown");
+    assert!(run.is_unread(), "earlier use is unknown");
+    assert!(!run.is_lost(), "the record may be there");
     assert!(run.history.batches(all()).await.is_err());
     let _open = run.open("1", MINUTE).await;
     assert_eq!(run.used(), (1, 1));
@@ -849,6 +861,102 @@ fn folder_in_use_is_refused_until_its_user_has_ended() {
     History::prepare(&disk.settings, disk.clock()).unwrap();
 }
 
+#[test]
+fn folder_in_use_is_refused_although_its_lock_file_was_deleted() {
+    let disk = Disk::new();
+    let _run = disk.start();
+    fs::remove_file(disk.settings.dir.join("lock")).unwrap();
+    let refused = History::prepare(&disk.settings, disk.clock());
+    let refused = refused.err().unwrap().to_string();
+    assert!(refused.contains("uses the folder"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn folder_that_was_removed_or_replaced_in_use_is_noticed_and_its_next_run_starts_lost() {
+    for replaced in [false, true] {
+        let disk = Disk::new();
+        let mut run = disk.start();
+        run.open("1", 3 * MINUTE).await.settle(2 * MINUTE);
+        let _open = run.open("2", MINUTE).await;
+        run.history.gone(&room("1"));
+        run.writer.run_once();
+        fs::rename(&disk.settings.dir, disk.dir.path().join("moved")).unwrap();
+        if replaced {
+            drop(disk.start());
+        }
+        assert_eq!(run.history.faults(), 0);
+        run.writer.run_once();
+        assert_eq!(run.history.faults(), 1, "replaced: {replaced}");
+        // This run knows what was used, and its open room is in the new journal.
+        assert_eq!((run.used(), run.is_lost()), ((3, 3), false));
+        record(
+            &run,
+            &batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
+        );
+        run.writer.run_once();
+        assert!(!run.history.is_degraded());
+        assert_eq!(ids(&run.history, all()).await, ["b1"]);
+        run.kill();
+        let run = disk.start();
+        assert!(run.is_lost(), "replaced: {replaced}");
+        assert_eq!(run.orphan_rooms(), ["canary-test-2"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn log_without_its_database_means_a_lost_ledger() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let _open = run.open("1", MINUTE).await;
+    run.kill();
+    fs::remove_file(disk.file()).unwrap();
+    let run = disk.start();
+    assert!(run.is_lost());
+    let names = fs::read_dir(&disk.settings.dir).unwrap();
+    let names: Vec<_> = names
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let aside = names.iter().filter(|name| name.contains("-wal.orphaned-"));
+    assert_eq!(aside.count(), 1, "{names:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn files_are_readable_by_their_owner_only() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let disk = Disk::new();
+    let modes = |disk: &Disk| {
+        let files = fs::read_dir(&disk.settings.dir).unwrap();
+        let modes = files.map(|file| {
+            let file = file.unwrap();
+            let mode = file.metadata().unwrap().permissions().mode() & 0o777;
+            (file.file_name().into_string().unwrap(), mode)
+        });
+        modes.collect::<BTreeMap<_, _>>()
+    };
+    let private = |names: &[&str]| {
+        let modes = names.iter().map(|name| ((*name).to_owned(), 0o600));
+        modes.collect::<BTreeMap<_, _>>()
+    };
+    let mut run = disk.start();
+    let _open = run.open("1", MINUTE).await;
+    let all = private(&[
+        "history.sqlite3",
+        "history.sqlite3-shm",
+        "history.sqlite3-wal",
+        "lock",
+    ]);
+    assert_eq!(modes(&disk), all);
+    run.kill();
+    // Files of an earlier version.
+    for name in ["history.sqlite3", "history.sqlite3-wal", "lock"] {
+        let file = disk.settings.dir.join(name);
+        fs::set_permissions(file, fs::Permissions::from_mode(0o644)).unwrap();
+    }
+    let mut run = disk.start();
+    let _open = run.open("2", MINUTE).await;
+    assert_eq!(modes(&disk), all);
+}
+
 // Batches.
 
 #[tokio::test(start_paused = true)]
@@ -1013,36 +1121,6 @@ async fn agent_counts_as_seen_under_its_configured_name_only() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn counts_cover_one_target_only() {
-    let disk = Disk::new();
-    let mut run = disk.start();
-    let silent = || failed(Reason::AgentSilent, "no speech");
-    record(
-        &run,
-        &batch("b1", "support", "2026-03-10T12:00:00Z", silent()),
-    );
-    record(
-        &run,
-        &batch("b2", "support", "2026-03-10T12:00:00Z", silent()),
-    );
-    record(
-        &run,
-        &batch("b3", "sales", "2026-03-10T12:00:00Z", Outcome::Ok),
-    );
-    run.open("1", 3 * MINUTE).await.settle(MINUTE);
-    let _open = run.open("2", 3 * MINUTE).await;
-    run.writer.run_once();
-    let counts = run.history.counts("support").await.unwrap();
-    let expected = HistoryCounts {
-        batches: [("degraded".to_owned(), 2)].into(),
-        probes: [("agent_silent".to_owned(), 2), ("ok".to_owned(), 2)].into(),
-        rooms: 2,
-        agent_time: 4 * MINUTE,
-    };
-    assert_eq!(counts, expected);
-}
-
-#[tokio::test(start_paused = true)]
 async fn batch_that_the_schema_rejects_is_dropped_as_one_fault_and_holds_up_no_other() {
     let disk = Disk::new();
     let mut run = disk.start();
@@ -1063,12 +1141,17 @@ async fn batch_that_the_schema_rejects_is_dropped_as_one_fault_and_holds_up_no_o
 
 /// Deletes everything that is due, and returns the number of steps.
 fn delete_expired(run: &mut TestRun, settings: &config::HistorySettings) -> usize {
-    let now = run.history.now();
+    let now = Some(run.history.now());
+    let boot = run.history.shared.boot.clone();
     let mut steps = 0;
-    while run.writer.store().delete_expired(settings, now).unwrap() {
+    loop {
+        let store = run.writer.store();
+        let expiry = store.delete_expired(settings, now, &boot).unwrap();
+        if !expiry.more {
+            return steps;
+        }
         steps += 1;
     }
-    steps
 }
 
 #[tokio::test(start_paused = true)]
@@ -1183,10 +1266,115 @@ async fn ledger_row_is_kept_for_two_months_after_its_own_month() {
         delete_expired(&mut run, &settings);
         assert_eq!(disk.rows(), rows, "{now}");
     }
-    assert_eq!(
-        Period::Month.first_day(at("2026-03-31T23:59:59Z").date_naive()) - Months::new(2),
-        at("2026-01-01T00:00:00Z").date_naive()
+}
+
+/// 200 days ahead for 75 s: a clock without a battery, or a wrong time server.
+#[tokio::test(start_paused = true)]
+async fn forward_clock_jump_erases_neither_the_history_nor_the_ledger() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    record(
+        &run,
+        &batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
     );
+    let room = run.open("1", 3 * MINUTE).await;
+    room.settle(2 * MINUTE);
+    run.history.gone(&self::room("1"));
+    let step = async |run: &mut TestRun, now: &str, passed: Duration| {
+        disk.set(now);
+        tokio::time::advance(passed).await;
+        run.writer.run_once();
+    };
+    step(&mut run, "2026-03-10T14:00:00Z", Duration::from_hours(2)).await;
+    step(&mut run, "2026-09-26T14:00:00Z", MINUTE).await;
+    let _ahead = run.open("2", MINUTE).await;
+    step(&mut run, "2026-09-26T14:01:15Z", Duration::from_secs(75)).await;
+    step(&mut run, "2026-03-10T14:02:15Z", MINUTE).await;
+    assert_eq!(run.used(), (2, 2));
+    assert_eq!(ids(&run.history, all()).await, ["b1"]);
+    // A start while the clock is wrong forgets nothing either.
+    run.kill();
+    disk.set("2026-09-26T14:03:00Z");
+    let mut run = disk.start();
+    run.writer.run_once();
+    disk.set("2026-03-10T14:04:00Z");
+    assert_eq!(run.used(), (2, 2));
+    assert_eq!(ids(&run.history, all()).await, ["b1"]);
+    // What is old by a clock that stays is forgotten after an hour.
+    step(&mut run, "2026-09-26T15:00:00Z", MINUTE).await;
+    step(&mut run, "2026-09-26T15:59:00Z", 59 * MINUTE).await;
+    assert_eq!(ids(&run.history, all()).await, ["b1"]);
+    step(&mut run, "2026-09-26T16:00:00Z", MINUTE).await;
+    assert_eq!(ids(&run.history, all()).await, [""; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn closed_rows_of_past_days_become_one_row_per_target_and_day_with_the_same_sum() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    disk.set("2026-03-07T10:00:00Z");
+    for name in 0..700 {
+        let name = name.to_string();
+        run.open(&name, 3 * MINUTE).await.settle(MINUTE);
+        run.history.gone(&room(&name));
+    }
+    disk.set("2026-03-08T10:00:00Z");
+    let unsettled = run.open("unsettled", 5 * MINUTE).await;
+    run.history.gone(&room("unsettled"));
+    run.open("not-gone", 3 * MINUTE).await.settle(2 * MINUTE);
+    disk.set("2026-03-09T10:00:00Z");
+    run.open("yesterday", 3 * MINUTE).await.settle(4 * MINUTE);
+    run.history.gone(&room("yesterday"));
+    disk.set("2026-03-10T10:00:00Z");
+    run.writer.run_once();
+    assert_eq!(disk.rows(), 703);
+    let steps = delete_expired(&mut run, &disk.settings.clone());
+    assert!(steps >= 2, "700 rows in {steps} steps");
+    assert_eq!(disk.rows(), 4);
+    // The settlement that was still to come counts.
+    unsettled.settle(MINUTE);
+    run.writer.run_once();
+    assert_eq!(run.used(), (0, 707));
+    run.kill();
+    let mut run = disk.start();
+    assert_eq!(run.used(), (0, 707));
+    assert_eq!(run.orphan_rooms(), ["canary-test-not-gone"]);
+    run.history.gone(&room("not-gone"));
+    run.writer.run_once();
+    delete_expired(&mut run, &disk.settings.clone());
+    // One row for each of the three days: yesterday's is a room.
+    assert_eq!(disk.rows(), 3);
+    assert_eq!(run.used(), (0, 707));
+}
+
+#[tokio::test(start_paused = true)]
+async fn large_ledger_deletes_no_batches() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    record(
+        &run,
+        &batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok),
+    );
+    run.writer.run_once();
+    run.writer
+        .store()
+        .connection
+        .execute_batch(
+            "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
+             INSERT INTO rooms SELECT printf('canary-abcde-%013d', i), 'acme', 'support', 'b', 1773144000000, 60, 60, NULL FROM n",
+        )
+        .unwrap();
+    let size = fs::metadata(disk.file()).unwrap().len();
+    let log = fs::metadata(disk.file().with_extension("sqlite3-wal"))
+        .unwrap()
+        .len();
+    assert!(size + log > 2_000_000, "{size} + {log}");
+    let settings = config::HistorySettings {
+        max_megabytes: 1,
+        ..disk.settings.clone()
+    };
+    delete_expired(&mut run, &settings);
+    assert_eq!(ids(&run.history, all()).await, ["b1"]);
 }
 
 // The thread.

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time::Instant;
 
 use super::HistoryShared;
@@ -17,12 +18,53 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the thread looks for what is too old or too large.
 const EXPIRY_INTERVAL: Duration = Duration::from_mins(1);
 
+/// How far the wall clock may move against the process's own clock between two looks at it.
+const MAX_CLOCK_CHANGE: TimeDelta = TimeDelta::minutes(5);
+
+/// A clock that was set, or that has just been seen for the first time, is trusted after this long. It may be wrong by months
+/// until the network has set it, and what is forgotten is lost.
+const CLOCK_TRIAL: Duration = Duration::from_hours(1);
+
+/// How often the log says that the file is too large.
+const SIZE_WARNING_INTERVAL: Duration = Duration::from_hours(24);
+
+/// Decides whether the wall clock may tell what is old.
+#[derive(Debug)]
+struct ClockTrust {
+    last_look: (DateTime<Utc>, Instant),
+    plausible_since: Instant,
+}
+
+impl ClockTrust {
+    fn new(wall: DateTime<Utc>, now: Instant) -> Self {
+        Self {
+            last_look: (wall, now),
+            plausible_since: now,
+        }
+    }
+
+    /// Looks at the clock, and returns whether it has been plausible for long enough.
+    fn trusts(&mut self, wall: DateTime<Utc>, now: Instant) -> bool {
+        let (before, then) = self.last_look;
+        let passed = TimeDelta::from_std(now - then).unwrap_or(TimeDelta::MAX);
+        if (wall - before - passed).abs() > MAX_CLOCK_CHANGE {
+            self.plausible_since = now;
+        }
+        self.last_look = (wall, now);
+        now - self.plausible_since >= CLOCK_TRIAL
+    }
+}
+
 pub(super) struct HistoryWriter {
     shared: Arc<HistoryShared>,
     settings: config::HistorySettings,
     /// `None` while it can't be opened.
     store: Option<Store>,
     delete_expired_at: Instant,
+    clock: ClockTrust,
+    size_warned_at: Option<Instant>,
+    /// The file was removed or replaced, and the one that takes its place lacks its rows.
+    displaced: bool,
     /// The store has been set to count a lost ledger from zero.
     accepted: bool,
 }
@@ -33,11 +75,15 @@ impl HistoryWriter {
         settings: config::HistorySettings,
         store: Option<Store>,
     ) -> Self {
+        let now = Instant::now();
         Self {
+            clock: ClockTrust::new((shared.clock)(), now),
             shared,
             settings,
             store,
-            delete_expired_at: Instant::now(),
+            delete_expired_at: now,
+            size_warned_at: None,
+            displaced: false,
             accepted: false,
         }
     }
@@ -73,6 +119,13 @@ impl HistoryWriter {
 
     /// Does all work that is due now.
     pub(super) fn run_once(&mut self) {
+        if self
+            .store
+            .as_ref()
+            .is_some_and(|store| !store.is_in_place())
+        {
+            self.displaced();
+        }
         if self.store.is_none() && !self.reopen() {
             return;
         }
@@ -82,8 +135,31 @@ impl HistoryWriter {
         }
     }
 
+    fn displaced(&mut self) {
+        self.store = None;
+        self.displaced = true;
+        self.shared.set_ledger_down();
+        self.shared.set_unwritable(&format!(
+            "{} was removed or replaced while the canary ran. This run knows the agent time that was used, but the next start \
+             does not: it opens no room of a project with a budget until you accept that with `run --accept-lost-ledger`, \
+             unless you put the folder back while the canary is stopped",
+            self.settings.dir.display()
+        ));
+    }
+
     fn reopen(&mut self) -> bool {
         match Store::open(&self.settings.dir, (self.shared.clock)()) {
+            Ok((mut store, _)) if self.displaced => {
+                if let Err(error) = store.mark_ledger_lost() {
+                    self.shared.set_unwritable(&format!("can't write: {error}"));
+                    return false;
+                }
+                // The memory is complete, whatever ledger the new folder has.
+                self.shared.lock().ledger.write_again();
+                self.displaced = false;
+                self.store = Some(store);
+                true
+            }
             Ok((store, loaded)) => {
                 self.shared.lock().load(loaded);
                 self.store = Some(store);
@@ -146,12 +222,32 @@ impl HistoryWriter {
     /// Runs one step. If there is more to delete, the next step follows at once.
     fn delete_expired(&mut self) -> rusqlite::Result<()> {
         let store = self.store.as_mut().expect("opened before this call");
-        let more = store.delete_expired(&self.settings, (self.shared.clock)())?;
+        let (wall, now) = ((self.shared.clock)(), Instant::now());
+        let trusted = self.clock.trusts(wall, now).then_some(wall);
+        let expiry = store.delete_expired(&self.settings, trusted, &self.shared.boot)?;
+        if let Some(wall) = trusted {
+            self.shared.lock().ledger.forget(wall);
+        }
+        if expiry.for_size {
+            self.warn_of_size(now);
+        }
         self.delete_expired_at = Instant::now();
-        if !more {
+        if !expiry.more {
             self.delete_expired_at += EXPIRY_INTERVAL;
         }
         Ok(())
+    }
+
+    fn warn_of_size(&mut self, now: Instant) {
+        let quiet = |warned_at| now - warned_at < SIZE_WARNING_INTERVAL;
+        if !self.size_warned_at.is_some_and(quiet) {
+            self.size_warned_at = Some(now);
+            tracing::warn!(
+                "the history is larger than history.max_megabytes = {}: the oldest batches are deleted before history.keep is \
+                 over. Raise max_megabytes, or shorten keep",
+                self.settings.max_megabytes
+            );
+        }
     }
 
     #[cfg(test)]

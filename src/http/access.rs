@@ -16,29 +16,59 @@ pub(super) struct ChangePermit {
     _private: (),
 }
 
-/// Checks that a request may change the daemon's state. If there are users, the caller has authenticated the request.
+/// What protects the daemon.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Protection {
+    /// The caller has authenticated the request.
+    pub(super) has_users: bool,
+    /// `http.enable_lifecycle` is set.
+    pub(super) enable_lifecycle: bool,
+    /// `http.listen` is a loopback address.
+    pub(super) on_loopback: bool,
+}
+
+/// Checks that a request reaches what it was sent to: if the loopback address is the only protection, a page whose name
+/// resolves to 127.0.0.1 must not get past it, and must not read anything either.
 ///
-/// `trusted`: there are users, or `http.enable_lifecycle` is set. `on_loopback`: `http.listen` is a loopback address.
+/// # Errors
+/// 403 with the header that would have to change.
+pub(super) fn check_host(headers: &HeaderMap, protection: Protection) -> Result<(), HttpError> {
+    if protection.has_users || !protection.on_loopback || is_for_loopback(headers) {
+        return Ok(());
+    }
+    Err(HttpError::new(
+        StatusCode::FORBIDDEN,
+        "this requires localhost, 127.0.0.1 or [::1] as Host: http.listen is a loopback address, and there are no users",
+    ))
+}
+
+/// Checks that a request may change the daemon's state.
+///
 ///
 /// # Errors
 /// 403 with the setting or the header that would have to change.
 pub(super) fn permit_change(
     headers: &HeaderMap,
-    trusted: bool,
-    on_loopback: bool,
+    protection: Protection,
 ) -> Result<ChangePermit, HttpError> {
     let forbidden = |text| Err(HttpError::new(StatusCode::FORBIDDEN, text));
-    if !trusted && !on_loopback {
+    let Protection {
+        has_users,
+        enable_lifecycle,
+        on_loopback,
+    } = protection;
+    if !has_users && !enable_lifecycle && !on_loopback {
         return forbidden(
             "POST is disabled: it requires users (basic_auth_users in http.web_config_file), a loopback address in \
              http.listen, or http.enable_lifecycle = true",
         );
     }
-    // If the loopback address is the only protection, a page whose name resolves to 127.0.0.1 must not get past it.
-    if !trusted && !is_for_loopback(headers) {
+    check_host(headers, protection)?;
+    // The network is trusted, but not a page whose name was rebound to an address in it. Every browser sends Origin with
+    // POST, and other clients don't.
+    if !has_users && headers.contains_key(ORIGIN) && !is_for_private_host(headers) {
         return forbidden(
-            "POST requires localhost, 127.0.0.1 or [::1] as Host: http.listen is a loopback address, and there are no \
-             users",
+            "POST from a web page requires an IP address or a name of the private network as Host: there are no users",
         );
     }
     if is_cross_origin(headers) {
@@ -79,6 +109,25 @@ fn is_for_loopback(headers: &HeaderMap) -> bool {
         (Some(host), None) => names_loopback(host),
         (Some(_), Some(_)) => false,
     }
+}
+
+/// Whether `Host` is an IP address, or a name that no public DNS server can resolve.
+fn is_for_private_host(headers: &HeaderMap) -> bool {
+    const SUFFIXES: [&str; 6] = [
+        ".localhost",
+        ".local",
+        ".internal",
+        ".home.arpa",
+        ".svc",
+        ".lan",
+    ];
+    let host = headers.get(HOST).map(HeaderValue::as_bytes);
+    let Some(Ok(authority)) = host.map(Authority::try_from) else {
+        return false;
+    };
+    let host = authority.host().trim_end_matches('.').to_ascii_lowercase();
+    let is_ip = host.starts_with('[') || host.parse::<Ipv4Addr>().is_ok();
+    is_ip || !host.contains('.') || SUFFIXES.iter().any(|suffix| host.ends_with(suffix))
 }
 
 fn names_loopback(host: &HeaderValue) -> bool {
@@ -154,6 +203,25 @@ mod tests {
             assert_eq!(is_cross_origin(&all), cross, "{others:?}");
         }
         assert!(is_cross_origin(&headers(&[("origin", "http://canary")])));
+    }
+
+    #[test]
+    fn only_addresses_and_names_of_a_private_network_count_as_private() {
+        for (host, private) in [
+            ("10.0.0.1:9787", true),
+            ("[2001:db8::1]:9787", true),
+            ("canary", true),
+            ("Canary.Monitoring.SVC:9787", true),
+            ("canary.local.", true),
+            ("canary.example", false),
+            ("canary.svc.evil.example:9787", false),
+            ("10.0.0.1.evil.example", false),
+            ("lo cal", false),
+        ] {
+            let headers = headers(&[("host", host)]);
+            assert_eq!(is_for_private_host(&headers), private, "{host}");
+        }
+        assert!(!is_for_private_host(&HeaderMap::new()));
     }
 
     #[test]

@@ -15,9 +15,9 @@ use crate::metrics::Metrics;
 /// error.
 #[derive(Debug)]
 pub(crate) enum Control {
-    /// Reads the settings again and applies all of them or none.
+    /// Reads the settings again and applies all of them or none. The reply lists what has changed.
     Reload {
-        reply: oneshot::Sender<Result<(), ReloadRefused>>,
+        reply: oneshot::Sender<Result<Vec<String>, ReloadRefused>>,
     },
     /// Starts a batch of `target` now, in addition to its schedule. The reply is the batch's id.
     RunBatch {
@@ -74,7 +74,8 @@ impl Controller {
     }
 
     pub(super) async fn reload(&self, permit: ChangePermit) -> Result<ServerResponse, HttpError> {
-        self.request(permit, |reply| Control::Reload { reply })
+        let changes = self
+            .request(permit, |reply| Control::Reload { reply })
             .await?
             .map_err(|refused| {
                 let status = match refused {
@@ -83,7 +84,10 @@ impl Controller {
                 };
                 HttpError::new(status, refused.to_string())
             })?;
-        Ok(json(StatusCode::OK, &json!({ "reloaded": true })))
+        Ok(json(
+            StatusCode::OK,
+            &json!({ "reloaded": true, "changes": changes }),
+        ))
     }
 
     pub(super) async fn run_batch(

@@ -108,16 +108,4 @@ mod tests {
         let expected = "scheduler: no sign of life for 20 s (limit 10 s)";
         assert_eq!(health.failing(), [expected]);
     }
-
-    #[tokio::test]
-    async fn task_that_panics_is_dead() {
-        let health = Health::default();
-        let pulse = health.watch("recorder", None);
-        let task = tokio::spawn(async move {
-            let _pulse = pulse;
-            panic!("on purpose");
-        });
-        assert!(task.await.is_err());
-        assert_eq!(health.failing(), ["recorder: the task has ended"]);
-    }
 }

@@ -135,11 +135,20 @@ fn write_project(page: &mut String, project: &ProjectStatus, now: DateTime<Utc>)
     }
     page.push_str("<td>");
     for budget in &project.budgets {
-        write!(page, "{}", budget.used_seconds.div_ceil(60))?;
-        if let Some(limit) = budget.limit_seconds {
-            write!(page, " of {}", limit / 60)?;
+        let (used, reserved) = (budget.used_seconds, budget.reserved_seconds);
+        write!(
+            page,
+            "this {}: {} min used",
+            Escaped(budget.period),
+            used.div_ceil(60)
+        )?;
+        if reserved > 0 {
+            write!(page, ", {} reserved", reserved.div_ceil(60))?;
         }
-        write!(page, " min in this {}<br>", Escaped(budget.period))?;
+        if let Some(limit) = budget.limit_seconds {
+            write!(page, ", limit {}", limit / 60)?;
+        }
+        page.push_str("<br>");
     }
     page.push('\n');
     Ok(())

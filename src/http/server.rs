@@ -1,9 +1,12 @@
 //! Connections: accepts them, serves their requests within timeouts, and drains them at shutdown.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::future::pending;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -12,8 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::select;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
@@ -25,12 +27,13 @@ use tracing::{debug, error, warn};
 use super::routes::{AppState, Sources};
 use super::web_config::WebConfig;
 
-/// Connections that are open at once. Further ones wait in the listener's queue.
+/// Connections that are open at once. A further client gets the place of the one that has been connected longest and whose
+/// request is not being handled: see [`Clients::make_room`].
 const MAX_CONNECTIONS: usize = 256;
-/// From accepting a connection to the end of its TLS handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// From the start of a connection, or from the previous response, to the end of a request's headers. Longer than 60 s, so
-/// that a scraper with an interval of one minute can reuse its connection.
+/// From accepting a connection to the end of its first request's headers, TLS handshake included.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// From the previous response to the end of a request's headers. Longer than 60 s, so that a scraper with an interval of one
+/// minute can reuse its connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(65);
 /// How long a client may leave a response unread.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,61 +53,125 @@ pub(crate) async fn serve(
         .local_addr()
         .is_ok_and(|address| address.ip().to_canonical().is_loopback());
     let state = Arc::new(AppState::new(on_loopback, web, sources));
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let mut connections = JoinSet::new();
-    while let Some((stream, slot)) = select! {
+    let mut clients = Clients::default();
+    while let Some(stream) = select! {
         () = shutdown.cancelled() => None,
-        accepted = accept(&listener, &slots) => Some(accepted),
+        accepted = accept(&listener, &state) => Some(accepted),
     } {
-        while let Some(ended) = connections.try_join_next() {
-            report_panic(&state, ended);
-        }
-        connections.spawn(serve_client(
-            stream,
-            Arc::clone(&state),
-            shutdown.clone(),
-            slot,
-        ));
+        clients.remove_ended(&state);
+        clients.make_room();
+        clients.add(stream, &state, &shutdown);
     }
     // Further clients are refused at once, instead of waiting for a server that will not accept them.
     drop(listener);
-    drain_connections(connections, &state).await;
+    drain_connections(clients.connections, &state).await;
 }
 
-/// Waits for a free slot first, and only then for a connection: the kernel's queue holds the others.
-async fn accept(
-    listener: &TcpListener,
-    slots: &Arc<Semaphore>,
-) -> (TcpStream, OwnedSemaphorePermit) {
-    let slot = Arc::clone(slots).acquire_owned().await;
-    let slot = slot.expect("the semaphore is never closed");
+async fn accept(listener: &TcpListener, state: &AppState) -> TcpStream {
+    let mut failed = false;
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, slot),
+            Ok((stream, _)) => return stream,
             Err(error) => {
-                warn!("HTTP: cannot accept a connection: {error}");
                 // The process is out of descriptors or memory. Without a pause this loop would use a whole core.
+                if !failed {
+                    warn!("HTTP: cannot accept a connection: {error}");
+                    state.count_internal_error();
+                }
+                failed = true;
                 sleep(Duration::from_millis(500)).await;
             }
         }
     }
 }
 
-/// Serves one client until it disconnects or `shutdown`, and frees its slot.
+/// The open connections.
+#[derive(Default)]
+struct Clients {
+    connections: JoinSet<()>,
+    /// The oldest first, without those that [`Clients::make_room`] closes.
+    open: VecDeque<(task::Id, Arc<ClientActivity>)>,
+}
+
+/// What a connection's client does.
+#[derive(Default)]
+struct ClientActivity {
+    has_requested: AtomicBool,
+    /// A handler works on its request.
+    is_served: AtomicBool,
+    evict: CancellationToken,
+}
+
+impl Clients {
+    fn add(&mut self, stream: TcpStream, state: &Arc<AppState>, shutdown: &CancellationToken) {
+        let activity = Arc::new(ClientActivity::default());
+        let client = serve_client(
+            stream,
+            Arc::clone(state),
+            shutdown.clone(),
+            Arc::clone(&activity),
+        );
+        let task = self.connections.spawn(client);
+        self.open.push_back((task.id(), activity));
+    }
+
+    fn remove_ended(&mut self, state: &AppState) {
+        while let Some(ended) = self.connections.try_join_next_with_id() {
+            let id = ended.as_ref().map_or_else(JoinError::id, |(id, ())| *id);
+            self.open.retain(|(open, _)| *open != id);
+            report_panic(state, ended.map(|_| ()));
+        }
+    }
+
+    /// Closes a connection if there are too many, so that clients that send nothing, or read nothing, can't keep an
+    /// orchestrator's health probe and a scraper out. Their requests are complete at once, and are handled at once.
+    fn make_room(&mut self) {
+        if self.open.len() < MAX_CONNECTIONS {
+            return;
+        }
+        let waits = |client: &(_, Arc<ClientActivity>)| !client.1.is_served.load(Ordering::Relaxed);
+        let oldest = self.open.iter().position(waits).unwrap_or(0);
+        if let Some((_, activity)) = self.open.remove(oldest) {
+            activity.evict.cancel();
+        }
+    }
+}
+
+impl ClientActivity {
+    /// Resolves if the first request is late.
+    async fn first_request_late(&self) {
+        sleep(FIRST_REQUEST_TIMEOUT).await;
+        if self.has_requested.load(Ordering::Relaxed) {
+            pending::<()>().await;
+        }
+    }
+}
+
+/// Serves one client until it disconnects, is too slow, has to make room, or `shutdown`.
 async fn serve_client(
     stream: TcpStream,
     state: Arc<AppState>,
     shutdown: CancellationToken,
-    _slot: OwnedSemaphorePermit,
+    activity: Arc<ClientActivity>,
 ) {
-    let opened = select! {
-        () = shutdown.cancelled() => return,
-        opened = timeout(HANDSHAKE_TIMEOUT, open(stream, state.web())) => opened,
+    let served = async {
+        let opened = select! {
+            () = shutdown.cancelled() => return,
+            opened = open(stream, state.web()) => opened,
+        };
+        match opened {
+            Ok(stream) => serve_connection(stream, Arc::clone(&state), &shutdown, &activity).await,
+            Err(error) => debug!("HTTP: TLS handshake failed: {error}"),
+        }
     };
-    match opened {
-        Ok(Ok(stream)) => serve_connection(stream, state, &shutdown).await,
-        Ok(Err(error)) => debug!("HTTP: TLS handshake failed: {error}"),
-        Err(_) => debug!("HTTP: no TLS handshake within {HANDSHAKE_TIMEOUT:?}"),
+    select! {
+        () = served => {}
+        () = activity.first_request_late() => {
+            debug!("HTTP: no request within {FIRST_REQUEST_TIMEOUT:?}");
+        }
+        () = activity.evict.cancelled() => {
+            debug!("HTTP: closed a connection to make room for another client");
+        }
     }
 }
 
@@ -132,10 +199,17 @@ async fn serve_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     state: Arc<AppState>,
     shutdown: &CancellationToken,
+    activity: &ClientActivity,
 ) {
     let service = service_fn(|request| {
         let state = Arc::clone(&state);
-        async move { Ok::<_, Infallible>(state.respond(request).await) }
+        activity.has_requested.store(true, Ordering::Relaxed);
+        activity.is_served.store(true, Ordering::Relaxed);
+        async move {
+            let response = state.respond(request).await;
+            activity.is_served.store(false, Ordering::Relaxed);
+            Ok::<_, Infallible>(response)
+        }
     });
     let mut connection = pin!(
         http1::Builder::new()

@@ -63,7 +63,10 @@ pub(crate) struct ProjectStatus {
 pub(crate) struct BudgetStatus {
     /// `day` or `month`, both in UTC.
     pub(crate) period: &'static str,
+    /// By rooms that have ended.
     pub(crate) used_seconds: u64,
+    /// The worst case of open rooms. Their use replaces it when they end.
+    pub(crate) reserved_seconds: u64,
     /// `None` if no limit is set.
     pub(crate) limit_seconds: Option<u64>,
 }

@@ -14,7 +14,8 @@ use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
 use strum::VariantArray;
 use tempfile::TempDir;
@@ -80,6 +81,7 @@ fn status() -> Status {
             budgets: vec![BudgetStatus {
                 period: "day",
                 used_seconds: 180,
+                reserved_seconds: 240,
                 limit_seconds: Some(3600),
             }],
         }],
@@ -114,12 +116,13 @@ impl HttpFixture {
         let (status, status_receiver) = watch::channel(Arc::new(status()));
         let (control_sender, control) = mpsc::channel(1);
         let health = Health::default();
-        let metrics = Metrics::new(&Build {
+        let build = Build {
             version: "1.2.3".to_owned(),
             revision: "0a1b2c3".to_owned(),
             rustc: "1.95.0".to_owned(),
             engine: "native".to_owned(),
-        });
+        };
+        let metrics = Metrics::new(&build, false);
         let state = tempfile::tempdir().unwrap();
         let history = History::open(&config::HistorySettings {
             dir: state.path().to_owned(),
@@ -380,19 +383,23 @@ async fn api_names_what_is_missing_and_what_is_wrong_in_a_query() {
 }
 
 #[tokio::test]
-async fn every_route_responds_to_get_unless_it_changes_state() {
+async fn every_route_that_changes_state_takes_only_post_and_every_other_only_get_and_head() {
     let mut server = HttpFixture::start().await;
-    for kind in ReadRouteKind::VARIANTS {
-        let reply = server.get(kind.example()).await;
-        assert_ne!(reply.status, StatusCode::METHOD_NOT_ALLOWED, "{kind:?}");
-        assert!(!reply.text().contains("no such path"), "{kind:?}");
+    let reads = ReadRouteKind::VARIANTS.iter().map(|kind| kind.example());
+    for path in reads.clone() {
+        let reply = server.get(path).await;
+        assert_ne!(reply.status, StatusCode::METHOD_NOT_ALLOWED, "{path}");
+        assert!(!reply.text().contains("no such path"), "{path}");
     }
-    for path in changes() {
-        for method in [Method::GET, Method::HEAD, Method::PUT, Method::DELETE] {
+    let reads = reads.map(|path| (path, vec![Method::POST], "GET, HEAD"));
+    let changes = changes().map(|path| (path, vec![Method::GET, Method::HEAD], "POST"));
+    let never = [Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
+    for (path, wrong, allowed) in reads.chain(changes) {
+        for method in wrong.iter().chain(&never) {
             let reply = server.send(request(method.clone(), path)).await;
             assert_eq!(
                 (reply.status.as_u16(), reply.header("allow")),
-                (405, "POST"),
+                (405, allowed),
                 "{method} {path}"
             );
         }
@@ -514,15 +521,23 @@ async fn page_escapes_every_text_that_it_shows() {
 #[tokio::test]
 async fn response_to_reload_has_its_result() {
     let mut server = HttpFixture::start().await;
-    let answer = |answer: Result<(), ReloadRefused>| {
+    let answer = |answer: Result<Vec<String>, ReloadRefused>| {
         |control| match control {
             Control::Reload { reply } => reply.send(answer).unwrap(),
             other => panic!("{other:?}"),
         }
     };
-    let reply = server.post_to_daemon("/-/reload", answer(Ok(()))).await;
+    let reply = server
+        .post_to_daemon(
+            "/-/reload",
+            answer(Ok(vec!["target \"sales\" added".to_owned()])),
+        )
+        .await;
     assert_eq!(reply.status, StatusCode::OK);
-    assert_eq!(reply.json(), json!({ "reloaded": true }));
+    assert_eq!(
+        reply.json(),
+        json!({ "reloaded": true, "changes": ["target \"sales\" added"] })
+    );
 
     let problems = "error: target \"a\": batch.rooms: 0 is too few\nhint: 1 or more".to_owned();
     let invalid = answer(Err(ReloadRefused::Invalid(problems.clone())));
@@ -653,7 +668,7 @@ fn changes() -> impl Iterator<Item = &'static str> {
 /// Accepts the next request as the daemon.
 async fn accept_next(control: &mut mpsc::Receiver<Control>) {
     match control.recv().await.unwrap() {
-        Control::Reload { reply } => reply.send(Ok(())).unwrap(),
+        Control::Reload { reply } => reply.send(Ok(Vec::new())).unwrap(),
         Control::RunBatch { reply, .. } => reply.send(Ok("some-batch".to_owned())).unwrap(),
         Control::SetPaused { reply, .. } => reply.send(Ok(())).unwrap(),
     }
@@ -726,6 +741,52 @@ async fn every_change_of_state_is_refused_for_another_origin_or_another_host() {
         let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
         assert_eq!(reply.status, StatusCode::ACCEPTED, "{name}: {value}");
     }
+}
+
+/// A page whose name was rebound to the canary's address is of the same origin for its browser.
+#[tokio::test]
+async fn page_with_a_rebound_name_reads_nothing_on_loopback_and_changes_nothing_in_the_network() {
+    let server = HttpFixture::start().await;
+    for kind in ReadRouteKind::VARIANTS {
+        let path = kind.example();
+        let sent = with(request(Method::GET, path), "host", "evil.example:9787");
+        let reply = server.send(sent).await;
+        match kind {
+            ReadRouteKind::Healthy | ReadRouteKind::Ready => {
+                assert_eq!(reply.status, StatusCode::OK, "{path}");
+            }
+            _ => {
+                let (status, error) = reply.error();
+                assert_eq!(status, 403, "{path}");
+                assert!(error.contains("localhost"), "{error}");
+            }
+        }
+    }
+    let folder = WebFolder::new(USERS, &[("alice", "secret")]);
+    let server = HttpFixture::with_web(&folder.http()).await;
+    let sent = with(
+        get_as("/metrics", "alice", "secret"),
+        "host",
+        "canary.example",
+    );
+    assert_eq!(server.send(sent).await.status, StatusCode::OK);
+
+    let enabled = config::Http {
+        enable_lifecycle: true,
+        ..config::Http::default()
+    };
+    let mut server = HttpFixture::with(&enabled, Ipv4Addr::UNSPECIFIED).await;
+    for path in changes() {
+        let sent = with(request(Method::POST, path), "host", "evil.example:9787");
+        let sent = with(sent, "origin", "http://evil.example:9787");
+        assert_eq!(server.send(sent).await.error().0, 403, "{path}");
+    }
+    assert!(server.control.try_recv().is_err());
+    let sent = with(request(Method::POST, "/-/reload"), "host", "10.0.0.7:9787");
+    let sent = with(sent, "origin", "http://10.0.0.7:9787");
+    let stream = server.tcp().await;
+    let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
+    assert_eq!(reply.status, StatusCode::OK);
 }
 
 #[tokio::test]
@@ -802,8 +863,9 @@ async fn client_that_does_not_read_its_response_is_disconnected() {
     // The response must be larger than the buffers of the kernel.
     let project = config::Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
-        api_key: "some-key".to_owned(),
+        api_key: "some-key".into(),
         api_secret: "some-secret".to_owned().into(),
+        credential_files: config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: None,
         ice: config::Ice::All,
@@ -834,8 +896,33 @@ async fn client_that_does_not_read_its_response_is_disconnected() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn client_beyond_the_slots_waits_for_a_free_slot() {
+async fn clients_that_never_finish_a_request_delay_no_other_client() {
     let server = HttpFixture::start().await;
+    let begun = Instant::now();
+    let mut slow = Vec::new();
+    for _ in 0..300 {
+        let mut stream = server.tcp().await;
+        stream.write_all(b"GET / HTTP/1.1\r\nX: ").await.unwrap();
+        slow.push(stream);
+    }
+    for path in ["/-/healthy", "/metrics", "/"] {
+        assert_eq!(server.get(path).await.status, StatusCode::OK, "{path}");
+    }
+    // On paused time: nothing waited for a timeout.
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    // The oldest made room for the others, and the others are disconnected when their time is over.
+    for mut stream in slow {
+        let mut rest = Vec::new();
+        let read = timeout(TEST_TIMEOUT, stream.read_to_end(&mut rest)).await;
+        assert!(read.unwrap().is_err() || rest.is_empty());
+    }
+    assert!(begun.elapsed() < Duration::from_secs(12), "{begun:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn idle_clients_make_room_for_a_new_one() {
+    let server = HttpFixture::start().await;
+    let begun = Instant::now();
     let mut idle = Vec::new();
     for _ in 0..256 {
         let mut stream = server.tcp().await;
@@ -844,12 +931,17 @@ async fn client_beyond_the_slots_waits_for_a_free_slot() {
         stream.read_u8().await.unwrap();
         idle.push(stream);
     }
-    let sent = server.get("/-/healthy");
-    tokio::pin!(sent);
-    // No response comes until the idle clients are disconnected.
-    let early = timeout(Duration::from_secs(30), sent.as_mut()).await;
-    assert!(early.is_err(), "a response in spite of 256 other clients");
-    assert_eq!(sent.await.status, StatusCode::OK);
+    assert_eq!(server.get("/-/healthy").await.status, StatusCode::OK);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    let mut rest = Vec::new();
+    let read = idle[0].read_to_end(&mut rest);
+    let closed = timeout(Duration::from_secs(1), read).await;
+    assert!(
+        closed.is_ok(),
+        "the client that waited longest is still connected"
+    );
+    let read = idle[255].read_to_end(&mut rest);
+    assert!(timeout(Duration::from_secs(1), read).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
@@ -866,7 +958,7 @@ async fn shutdown_finishes_a_response_and_closes_idle_connections_at_once() {
             let Control::Reload { reply } = control else {
                 panic!("{control:?}")
             };
-            reply.send(Ok(())).unwrap();
+            reply.send(Ok(Vec::new())).unwrap();
         })
         .await;
     assert_eq!(reply.status, StatusCode::OK);
@@ -1011,10 +1103,10 @@ async fn users_are_read_again_and_never_removed() {
 }
 
 #[tokio::test]
-async fn disk_that_does_not_respond_delays_no_request() {
+async fn pipe_in_place_of_the_web_configuration_delays_no_request() {
     let web = WebFolder::new(USERS, &[("alice", "old")]);
     let server = HttpFixture::with_web(&web.http()).await;
-    // To open a pipe for reading blocks until there is a writer.
+    // By default, to open a pipe for reading blocks until there is a writer.
     let (pipe, file, new) = (web.path("pipe"), web.path("web.yml"), web.path("new"));
     let made = std::process::Command::new("mkfifo").arg(&pipe).status();
     assert!(made.unwrap().success());
@@ -1026,9 +1118,6 @@ async fn disk_that_does_not_respond_delays_no_request() {
     }
     std::fs::remove_file(&file).unwrap();
     web.write(USERS, &[("alice", "new")]);
-    // The disk responds at last, with content that the file no longer has.
-    let writer = tokio::fs::OpenOptions::new().write(true).open(&pipe).await;
-    drop(writer.unwrap());
     let reply = server.send(get_as("/metrics", "alice", "new")).await;
     assert_eq!(reply.status, StatusCode::OK);
 }
@@ -1037,6 +1126,7 @@ async fn disk_that_does_not_respond_delays_no_request() {
 struct TestAuthority {
     issuer: Issuer<'static, KeyPair>,
     root: CertificateDer<'static>,
+    pem: String,
 }
 
 impl TestAuthority {
@@ -1044,10 +1134,11 @@ impl TestAuthority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).unwrap().der().clone();
+        let root = params.self_signed(&key).unwrap();
         Self {
+            root: root.der().clone(),
+            pem: root.pem(),
             issuer: Issuer::new(params, key),
-            root,
         }
     }
 
@@ -1066,20 +1157,38 @@ impl TestAuthority {
         server: &HttpFixture,
         versions: &[&'static SupportedProtocolVersion],
     ) -> std::io::Result<TlsStream<TcpStream>> {
+        self.connect_as(server, versions, None).await
+    }
+
+    /// Connects with the certificate and the key of a client, if there is one.
+    async fn connect_as(
+        &self,
+        server: &HttpFixture,
+        versions: &[&'static SupportedProtocolVersion],
+        client: Option<&TestIdentity>,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
         roots.add(self.root.clone()).unwrap();
         let provider = Arc::new(crypto::aws_lc_rs::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+            .with_root_certificates(roots);
+        let config = match client {
+            Some((certificate, key)) => config
+                .with_client_auth_cert(vec![certificate.clone()], key.clone_key())
+                .unwrap(),
+            None => config.with_no_client_auth(),
+        };
         let name = ServerName::try_from("localhost").unwrap();
         TlsConnector::from(Arc::new(config))
             .connect(name, server.tcp().await)
             .await
     }
 }
+
+/// The certificate of a client and its key.
+type TestIdentity = (CertificateDer<'static>, PrivateKeyDer<'static>);
 
 const TLS: &str = "tls_server_config:\n  cert_file: server.crt\n  key_file: server.key\n";
 const BOTH: [&SupportedProtocolVersion; 2] = [&version::TLS13, &version::TLS12];
@@ -1127,6 +1236,106 @@ async fn tls_uses_the_certificate_of_the_file_and_users_are_still_required() {
     let (mut sender, _tasks) = client(server.tcp().await).await;
     let sent = sender.send_request(request(Method::GET, "/-/healthy"));
     assert!(timeout(TEST_TIMEOUT, sent).await.unwrap().is_err());
+}
+
+impl TestAuthority {
+    /// A client with this name in its certificate. A name that is an address becomes an IP name.
+    fn client(&self, name: &str) -> TestIdentity {
+        let folder = tempfile::tempdir().unwrap();
+        let (certificate, key) = (folder.path().join("c"), folder.path().join("k"));
+        let certificate = self.issue(name, &certificate, &key);
+        (certificate, PrivateKeyDer::from_pem_file(&key).unwrap())
+    }
+
+    /// Whether the server answers this client. TLS 1.3 reports a refusal only after the handshake.
+    async fn is_answered(
+        &self,
+        server: &HttpFixture,
+        version: &'static SupportedProtocolVersion,
+        client: Option<&TestIdentity>,
+    ) -> bool {
+        let Ok(mut stream) = self.connect_as(server, &[version], client).await else {
+            return false;
+        };
+        let request = "GET /-/healthy HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        let mut answer = Vec::new();
+        stream.write_all(request.as_bytes()).await.is_ok()
+            && stream.read_to_end(&mut answer).await.is_ok()
+            && answer.starts_with(b"HTTP/1.1 200")
+    }
+}
+
+#[tokio::test]
+async fn client_certificates_are_required_as_exporter_toolkit_does() {
+    let (web, authority, _) = tls_web(TLS, &[]);
+    std::fs::write(web.path("ca.crt"), &authority.pem).unwrap();
+    let other = TestAuthority::new();
+    let known = authority.client("prometheus.example");
+    let by_address = authority.client("10.1.2.3");
+    let stranger = other.client("prometheus.example");
+    let verify = "  client_ca_file: ca.crt\n  client_auth_type: ";
+    let sans = "\n  client_allowed_sans: [prometheus.example, 10.1.2.3]";
+    // Whether no certificate, one of the authority, and one of another authority are accepted.
+    for (settings, answered) in [
+        (
+            "  client_auth_type: NoClientCert".to_owned(),
+            [true, true, true],
+        ),
+        (
+            "  client_auth_type: RequestClientCert".to_owned(),
+            [true, true, true],
+        ),
+        (
+            "  client_auth_type: RequireClientCert".to_owned(),
+            [false, true, true],
+        ),
+        (
+            "  client_auth_type: RequireAnyClientCert".to_owned(),
+            [false, true, true],
+        ),
+        (
+            format!("{verify}VerifyClientCertIfGiven"),
+            [true, true, false],
+        ),
+        (
+            format!("{verify}RequireAndVerifyClientCert"),
+            [false, true, false],
+        ),
+        (
+            format!("{verify}RequireAndVerifyClientCert{sans}"),
+            [false, true, false],
+        ),
+    ] {
+        web.write(&format!("{TLS}{settings}\n"), &[]);
+        let server = HttpFixture::with_web(&web.http()).await;
+        for version in BOTH {
+            let clients = [None, Some(&known), Some(&stranger)];
+            for (client, expected) in clients.into_iter().zip(answered) {
+                let is = authority.is_answered(&server, version, client).await;
+                assert_eq!(is, expected, "{settings}, {version:?}");
+            }
+        }
+    }
+    web.write(
+        &format!("{TLS}{verify}RequireAndVerifyClientCert{sans}\n"),
+        &[],
+    );
+    let server = HttpFixture::with_web(&web.http()).await;
+    let of_another_name = authority.client("grafana.example");
+    for (client, expected) in [(&by_address, true), (&of_another_name, false)] {
+        let is = authority
+            .is_answered(&server, &version::TLS13, Some(client))
+            .await;
+        assert_eq!(is, expected);
+    }
+    // A version of the file without the requirement does not remove it.
+    web.write(TLS, &[]);
+    assert!(!authority.is_answered(&server, &version::TLS13, None).await);
+    assert!(
+        authority
+            .is_answered(&server, &version::TLS13, Some(&known))
+            .await
+    );
 }
 
 #[tokio::test]
@@ -1189,6 +1398,11 @@ fn web_configuration_with_a_mistake_is_an_error_that_names_the_key() {
     )
     .unwrap();
     let tls = |lines: &str| format!("tls_server_config: {{ {lines} }}");
+    let clients = |line: &str| {
+        tls(&format!(
+            "cert_file: server.crt, key_file: server.key, {line}"
+        ))
+    };
     let cases = [
         String::new(),
         "# nothing\n".to_owned(),
@@ -1216,8 +1430,16 @@ fn web_configuration_with_a_mistake_is_an_error_that_names_the_key() {
         tls("cert_file: empty.pem, key_file: server.key"),
         tls("cert_file: broken.pem, key_file: server.key"),
         tls("cert_file: server.crt, key_file: server.key, min_version: TLS11"),
-        tls("cert_file: server.crt, key_file: server.key, client_auth_type: RequireAnyClientCert"),
-        tls("cert_file: server.crt, key_file: server.key, client_ca_file: ca.crt"),
+        clients("client_auth_type: Whatever"),
+        clients("client_auth_type: 5"),
+        clients("client_auth_type: RequireAndVerifyClientCert"),
+        clients("client_auth_type: RequireAnyClientCert, client_ca_file: server.crt"),
+        clients("client_ca_file: server.crt"),
+        clients("client_allowed_sans: [a]"),
+        clients("client_auth_type: RequireAnyClientCert, client_allowed_sans: a"),
+        clients("client_auth_type: RequireAndVerifyClientCert, client_ca_file: nowhere.crt"),
+        clients("client_auth_type: RequireAndVerifyClientCert, client_ca_file: empty.pem"),
+        clients("client_auth_type: RequireAndVerifyClientCert, client_ca_file: broken.pem"),
         tls("cert_file: server.crt, key_file: server.key, cipher_suites: []"),
         tls("cert: inline, key: inline"),
         tls("certfile: server.crt"),

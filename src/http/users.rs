@@ -49,6 +49,10 @@ impl Users {
     pub(super) fn is_empty(&self) -> bool {
         self.hashes.is_empty()
     }
+
+    pub(super) fn count(&self) -> usize {
+        self.hashes.len()
+    }
 }
 
 /// The error for a wrong hash. It does not repeat the value, which is usually a password in plain text.
@@ -96,7 +100,7 @@ impl Passwords {
         }
         let text = match authorization {
             None => "this path requires a user name and a password",
-            Some(_) => "wrong user name or password",
+            Some(_) => "wrong user name or password (bcrypt takes at most 71 bytes)",
         };
         let challenge =
             HeaderValue::from_static("Basic realm=\"livekit-canary\", charset=\"UTF-8\"");
@@ -127,7 +131,8 @@ impl Passwords {
         let checked = task::spawn_blocking(move || {
             // Held by the thread, because the check goes on if the client disconnects.
             let _permit = permit;
-            bcrypt::verify(password, &hash).is_ok_and(|correct| correct)
+            // bcrypt compares the first 72 bytes only: a longer password is refused, not cut.
+            bcrypt::non_truncating_verify(password, &hash).is_ok_and(|correct| correct)
         });
         checked.await.unwrap_or(false)
     }
@@ -203,6 +208,18 @@ mod tests {
             );
         }
         assert_eq!(passwords.verified.lock().unwrap().len(), 1);
+    }
+
+    /// bcrypt would cut it to 72 bytes, and accept every password with the same beginning.
+    #[tokio::test]
+    async fn password_that_is_too_long_for_bcrypt_is_refused() {
+        let long = "x".repeat(80);
+        let users = users(&[("prometheus", &long)]);
+        let other = format!("{}{}", "x".repeat(72), "y");
+        for password in [&long, &other] {
+            let header = header("prometheus", password);
+            assert!(!Passwords::new().accepts(&users, Some(&header)).await);
+        }
     }
 
     #[tokio::test]

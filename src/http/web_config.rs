@@ -4,7 +4,6 @@
 //! unsupported setting is an error, because the operator would believe that it protects something.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +13,7 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Map, Value};
 use serde_saphyr::UserMessageFormatter;
+use strum::VariantArray as _;
 use tokio::sync::{Mutex, watch};
 use tokio::task::{self, JoinHandle};
 use tokio::time::timeout;
@@ -22,8 +22,10 @@ use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{ServerConfig, SupportedProtocolVersion};
 use tracing::{debug, info, warn};
 
+use super::client_certificate::{ClientAuth, ClientRules};
 use super::users::{Users, not_a_hash};
-use crate::config;
+use crate::config::{self, MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
+use crate::report::counted;
 
 /// How the server is protected: TLS and users if a file sets them, and whether POST is allowed without either.
 pub(crate) struct WebConfig {
@@ -62,6 +64,7 @@ pub(super) struct WebSecurity {
     pub(super) tls: Option<Arc<ServerConfig>>,
     /// `None` if the file sets no users: every client may read.
     pub(super) users: Option<Users>,
+    client_auth: ClientAuth,
 }
 
 impl WebConfig {
@@ -81,6 +84,39 @@ impl WebConfig {
             enable_lifecycle: http.enable_lifecycle,
             source,
         })
+    }
+
+    pub(crate) fn has_tls(&self) -> bool {
+        self.latest().is_some_and(|security| security.tls.is_some())
+    }
+
+    pub(crate) fn has_users(&self) -> bool {
+        self.latest()
+            .is_some_and(|security| security.users.is_some())
+    }
+
+    /// The version that was read last. `None` if no file is set.
+    fn latest(&self) -> Option<Arc<WebSecurity>> {
+        match &self.source {
+            SecuritySource::None => None,
+            SecuritySource::File(file) => Some(Arc::clone(&file.current.borrow())),
+        }
+    }
+
+    /// What the file requires of clients, in a few words for people. `None` if no file is set.
+    pub(crate) fn summary(&self) -> Option<String> {
+        let security = self.latest()?;
+        let mut parts = vec![if security.tls.is_some() {
+            "TLS".to_owned()
+        } else {
+            "plain HTTP".to_owned()
+        }];
+        if security.client_auth != ClientAuth::default() {
+            parts.push(security.client_auth.name().to_owned());
+        }
+        let users = security.users.as_ref().map_or(0, Users::count);
+        parts.push(counted(users as u64, "user"));
+        Some(parts.join(", "))
     }
 
     /// The version that is in effect now. The files are read at each call: they are small, and a modification time can miss a
@@ -168,6 +204,10 @@ impl WebSecurity {
             "basic_auth_users cannot be removed"
         } else if self.tls.is_some() != new.tls.is_some() {
             "tls_server_config cannot be added or removed"
+        } else if self.client_auth != ClientAuth::default()
+            && new.client_auth == ClientAuth::default()
+        {
+            "client_auth_type cannot be removed"
         } else {
             return Ok(());
         };
@@ -190,6 +230,7 @@ struct RawTls {
     key: Vec<u8>,
     /// Whether TLS 1.2 is refused.
     only_tls13: bool,
+    clients: ClientRules,
 }
 
 /// Sections that exporter-toolkit has and the canary does not support.
@@ -198,10 +239,7 @@ const UNSUPPORTED: &[&str] = &["http_server_config", "rate_limit"];
 const UNSUPPORTED_TLS: &[&str] = &[
     "cert",
     "cipher_suites",
-    "client_allowed_sans",
-    "client_auth_type",
     "client_ca",
-    "client_ca_file",
     "curve_preferences",
     "key",
     "max_version",
@@ -210,7 +248,8 @@ const UNSUPPORTED_TLS: &[&str] = &[
 
 impl RawWebConfig {
     fn read(path: &Path) -> Result<Self, String> {
-        let yaml = fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+        let yaml = read_regular_text(path, MAX_FILE_BYTES)
+            .map_err(|error| format!("cannot be read: {error}"))?;
         let mut root = parse(&yaml)?;
         let tls = match root.remove("tls_server_config") {
             None | Some(Value::Null) => None,
@@ -238,7 +277,9 @@ impl RawWebConfig {
 
     fn into_security(self) -> Result<WebSecurity, String> {
         let users = Users::new(self.users)?;
+        let client_auth = self.tls.as_ref().map(|tls| tls.clients.auth);
         Ok(WebSecurity {
+            client_auth: client_auth.unwrap_or_default(),
             tls: self.tls.map(RawTls::into_server_config).transpose()?,
             users: (!users.is_empty()).then_some(users),
         })
@@ -269,6 +310,17 @@ fn users(section: Value) -> Result<BTreeMap<String, String>, String> {
         _ => Err(not_a_hash(&name)),
     });
     users.collect()
+}
+
+fn texts(list: Value) -> Option<Vec<String>> {
+    let Value::Array(list) = list else {
+        return None;
+    };
+    let texts = list.into_iter().map(|value| match value {
+        Value::String(text) => Some(text),
+        _ => None,
+    });
+    texts.collect()
 }
 
 /// An error for the first remaining key, because it would have no effect.
@@ -303,10 +355,19 @@ impl RawTls {
         let certificate = text("cert_file")?;
         let key = text("key_file")?;
         let min_version = text("min_version")?;
+        let client_auth = text("client_auth_type")?;
+        let client_authority = text("client_ca_file")?;
+        let allowed_sans = match section.remove("client_allowed_sans") {
+            None | Some(Value::Null) => None,
+            Some(names) => Some(
+                texts(names)
+                    .ok_or_else(|| format!("{PREFIX}client_allowed_sans: not a list of strings"))?,
+            ),
+        };
         expect_empty(
             &section,
             PREFIX,
-            "cert_file, key_file and min_version",
+            "cert_file, key_file, min_version, client_auth_type, client_ca_file and client_allowed_sans",
             UNSUPPORTED_TLS,
         )?;
         let only_tls13 = match min_version.as_deref() {
@@ -318,23 +379,43 @@ impl RawTls {
                 ));
             }
         };
+        let auth = match client_auth.as_deref() {
+            None | Some("") => ClientAuth::default(),
+            Some(name) => ClientAuth::parse(name).ok_or_else(|| {
+                let names = ClientAuth::VARIANTS.iter().map(|auth| auth.name());
+                let names: Vec<_> = names.collect();
+                format!(
+                    "{PREFIX}client_auth_type: {name:?} is none of {}",
+                    names.join(", ")
+                )
+            })?,
+        };
         // File names are relative to the folder of the web configuration file.
         let file = |key: &str, name: Option<String>| {
             let name = name.ok_or_else(|| format!("{PREFIX}{key} is missing"))?;
             let file = path.parent().unwrap_or(Path::new("")).join(name);
-            let content = fs::read(&file).map_err(|error| {
+            let content = read_regular(&file, MAX_CA_BYTES).map_err(|error| {
                 format!("{PREFIX}{key}: {} cannot be read: {error}", file.display())
             })?;
             Ok::<_, String>((file, content))
         };
         let (certificate_file, certificate) = file("cert_file", certificate)?;
         let (key_file, key) = file("key_file", key)?;
+        let authority = match client_authority {
+            None => None,
+            name => Some(file("client_ca_file", name)?.1),
+        };
         Ok(Self {
             certificate_file,
             certificate,
             key_file,
             key,
             only_tls13,
+            clients: ClientRules {
+                auth,
+                authority,
+                allowed_sans,
+            },
         })
     }
 
@@ -357,15 +438,19 @@ impl RawTls {
         } else {
             &VERSIONS
         };
-        let mut config =
-            ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-                .with_protocol_versions(versions)
-                .map_err(|error| error.to_string())?
-                .with_no_client_auth()
-                .with_single_cert(chain, key)
-                .map_err(|error| {
-                    format!("{certificate_file} and {key_file} cannot be used together: {error}")
-                })?;
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let clients = self.clients.verifier(&provider);
+        let clients = clients.map_err(|error| format!("tls_server_config.{error}"))?;
+        let builder = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)
+            .map_err(|error| error.to_string())?;
+        let builder = match clients {
+            Some(verifier) => builder.with_client_cert_verifier(verifier),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_single_cert(chain, key).map_err(|error| {
+            format!("{certificate_file} and {key_file} cannot be used together: {error}")
+        })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Arc::new(config))
     }
@@ -373,8 +458,8 @@ impl RawTls {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::sync::Mutex as Lock;
+    use std::{fs, io};
 
     use proptest::prelude::*;
     use tracing_subscriber::fmt::MakeWriter;
@@ -446,6 +531,33 @@ mod tests {
                 assert!(!line.contains(&hash[7..]), "{line}");
             }
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn disk_that_does_not_respond_delays_no_request_for_longer_than_the_timeout() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.yml");
+        let users = |name: &str| {
+            let hash = bcrypt::hash("secret", 4).unwrap();
+            format!("basic_auth_users: {{ {name}: \"{hash}\" }}")
+        };
+        fs::write(&path, users("alice")).unwrap();
+        let file = WebConfigFile::load(&path).unwrap();
+        let alice = file.current().await;
+
+        fs::write(&path, users("bob")).unwrap();
+        let (disk, response) = tokio::sync::oneshot::channel::<()>();
+        file.last_read.lock().await.pending = Some(tokio::spawn(async {
+            response.await.ok();
+            Err("content that the file no longer has".to_owned())
+        }));
+        for _ in 0..2 {
+            let before = tokio::time::Instant::now();
+            assert!(Arc::ptr_eq(&alice, &file.current().await));
+            assert_eq!(before.elapsed(), READ_TIMEOUT);
+        }
+        drop(disk);
+        assert!(!Arc::ptr_eq(&alice, &file.current().await));
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -14,7 +14,7 @@ use super::audio::rtp::RtpReceiver;
 #[cfg(not(feature = "libwebrtc"))]
 use super::event::AudioStats;
 use super::event::{EndReason, RoomEvent, RoomEventKind};
-use super::join::JoinRequest;
+use super::join::{Adoption, JoinRequest};
 #[cfg(feature = "libwebrtc")]
 use super::libwebrtc;
 use super::native::participant;
@@ -27,6 +27,7 @@ const MAX_QUEUED_EVENTS: usize = 256;
 pub(crate) struct Participant {
     pub(crate) events: mpsc::Receiver<RoomEvent>,
     leave: CancellationToken,
+    adopted: watch::Sender<Option<String>>,
     _actor: AbortOnDropHandle<()>,
 }
 
@@ -34,10 +35,14 @@ pub(crate) struct Participant {
 pub(crate) fn join(engine: Engine, request: JoinRequest) -> Participant {
     let (sender, events) = mpsc::channel(MAX_QUEUED_EVENTS);
     let leave = CancellationToken::new();
-    let actor = tokio::spawn(supervise(engine, request, sender, leave.clone()));
+    let (adopted, adoption) = watch::channel(None);
+    let adoption = Adoption::new(adoption);
+    let actor = supervise(engine, request, sender, leave.clone(), adoption);
+    let actor = tokio::spawn(actor);
     Participant {
         events,
         leave,
+        adopted,
         _actor: AbortOnDropHandle::new(actor),
     }
 }
@@ -47,6 +52,11 @@ impl Participant {
     pub(crate) fn leave(&self) {
         self.leave.cancel();
     }
+
+    /// Treats this participant, an agent without a name attribute, as the target's agent from now on.
+    pub(crate) fn adopt(&self, identity: String) {
+        self.adopted.send_replace(Some(identity));
+    }
 }
 
 /// Runs the actor and always sends its last event, even if the actor panics.
@@ -55,6 +65,7 @@ async fn supervise(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
+    adoption: Adoption,
 ) {
     // Reserved at the start: the last event must reach the reader even if the queue is full by then.
     let Ok(last) = events.clone().reserve_owned().await else {
@@ -63,13 +74,13 @@ async fn supervise(
     let (reason, audio) = match engine {
         Engine::Native => {
             let mut voice = RtpReceiver::default();
-            let actor = participant::run(request, events, leave, &mut voice);
+            let actor = participant::run(request, events, leave, adoption, &mut voice);
             (catch_panic(Box::pin(actor)).await, voice.stats())
         }
         #[cfg(feature = "libwebrtc")]
         Engine::Libwebrtc => {
             let mut voice = libwebrtc::InboundTotals::default();
-            let actor = libwebrtc::run(request, events, leave, &mut voice);
+            let actor = libwebrtc::run(request, events, leave, adoption, &mut voice);
             (catch_panic(Box::pin(actor)).await, voice.stats())
         }
         // The settings reject this engine before a probe starts.

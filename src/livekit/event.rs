@@ -10,6 +10,10 @@ use tokio::time::Instant;
 use super::wire::request::sanitize;
 use super::wire::signal::SignalError;
 
+/// The error of a [`RoomEventKind::SubscriptionFailed`] whose track's owner does not permit the canary to subscribe.
+/// The others are those of the protobufs' `SubscriptionError`.
+pub(crate) const NOT_PERMITTED: &str = "NOT_PERMITTED";
+
 /// Something that happened in the room.
 ///
 /// `at` is the time of the first receipt: the kernel's timestamp for media, and our code's for everything else.
@@ -41,11 +45,26 @@ pub(crate) enum RoomEventKind {
         agent: Agent,
         in_join_response: bool,
     },
+    /// An agent without a name attribute. Its job shows whether it is the target's.
+    NamelessAgent {
+        identity: String,
+    },
     /// The agent's own connection is established. An agent that is removed before this joins again about 15 s later.
     AgentConnected,
     /// The agent's `lk.agent.state` attribute changed.
     AgentState(String),
     AgentTrackSubscribed,
+    /// The agent's audio is on a track of another source than MICROPHONE: this one. It comes before the subscription.
+    AgentVoiceSource(&'static str),
+    /// All audio of the agent is end-to-end encrypted, by this method.
+    AgentEncrypted(&'static str),
+    /// A participant other than the canary published a track, or changed it.
+    TrackChanged(RemoteTrackInfo),
+    /// LiveKit could not subscribe the canary to this track.
+    SubscriptionFailed {
+        track_sid: String,
+        error: &'static str,
+    },
     /// The first RTP packet of the agent's audio.
     AgentFirstAudio,
     /// The agent began to speak; `at` is the arrival of the utterance's first frame.
@@ -103,6 +122,20 @@ pub struct Agent {
     /// The server reports a participant that neither publishes nor changes an attribute only every three seconds. The
     /// agent can therefore be seen up to three seconds after it joined.
     pub joined: Option<Instant>,
+}
+
+/// A track that a participant other than the canary publishes, in the words of the protobufs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RemoteTrackInfo {
+    pub(crate) sid: String,
+    pub(crate) identity: String,
+    /// `AUDIO`, `VIDEO` or `DATA`.
+    pub(crate) kind: &'static str,
+    pub(crate) source: &'static str,
+    pub(crate) name: String,
+    pub(crate) muted: bool,
+    /// `NONE`, or the method of end-to-end encryption.
+    pub(crate) encryption: &'static str,
 }
 
 /// Who spoke.

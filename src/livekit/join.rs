@@ -1,15 +1,37 @@
 //! The input of an engine: what a participant needs before it can join a room.
 
-use std::collections::BTreeMap;
+use std::future::pending;
 use std::time::Duration;
 
 use secrecy::SecretString;
+use tokio::sync::watch;
 
 use super::RoomName;
 use super::event::EndReason;
 use super::wire::connect::Endpoint;
-use super::wire::token::Keys;
+use super::wire::token::{Keys, TokenParticipant};
 use crate::config::{Echo, Ice, Speech};
+
+/// The identity of an agent without a name that the probe has recognised as the target's.
+pub(crate) struct Adoption(watch::Receiver<Option<String>>);
+
+impl Adoption {
+    pub(crate) fn new(adopted: watch::Receiver<Option<String>>) -> Self {
+        Self(adopted)
+    }
+
+    /// Waits for the next one; for ever if none can come. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> String {
+        loop {
+            if self.0.changed().await.is_err() {
+                return pending().await;
+            }
+            if let Some(identity) = &*self.0.borrow() {
+                return identity.clone();
+            }
+        }
+    }
+}
 
 /// Everything that a participant needs before it starts.
 #[derive(Clone)]
@@ -17,8 +39,7 @@ pub(crate) struct JoinRequest {
     pub(crate) endpoint: Endpoint,
     pub(crate) keys: Keys,
     pub(crate) room: RoomName,
-    pub(crate) identity: String,
-    pub(crate) attributes: BTreeMap<String, String>,
+    pub(crate) participant: TokenParticipant,
     /// The target's agent name; `None` accepts any agent.
     pub(crate) agent_name: Option<String>,
     /// Room settings for the token, if joining creates the room.
@@ -33,12 +54,9 @@ pub(crate) struct JoinRequest {
 
 impl JoinRequest {
     pub(crate) fn token(&self) -> Result<SecretString, EndReason> {
-        let token = self.keys.participant(
-            &self.room,
-            &self.identity,
-            &self.attributes,
-            self.room_config.as_ref(),
-        );
+        let token = self
+            .keys
+            .participant(&self.room, &self.participant, self.room_config.as_ref());
         token.map_err(|error| EndReason::Internal(error.to_string()))
     }
 }
@@ -50,8 +68,10 @@ pub(crate) fn request(endpoint: Endpoint) -> JoinRequest {
         endpoint,
         keys: crate::livekit::test_server::keys(),
         room: RoomName("room".to_owned()),
-        identity: "canary-echo".to_owned(),
-        attributes: BTreeMap::new(),
+        participant: TokenParticipant {
+            identity: "canary-echo".to_owned(),
+            ..TokenParticipant::default()
+        },
         agent_name: Some("support".to_owned()),
         room_config: None,
         echo: Echo::default(),

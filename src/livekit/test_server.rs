@@ -45,7 +45,7 @@ pub(crate) const REJECTIONS: [RejectionCase; 6] = [
         answer: "HTTP/1.1 401 Unauthorized\r\nContent-Length: 26\r\n\r\ninvalid API key: some-key\r\n",
         status: 401,
         twirp_code: None,
-        message: "invalid API key: some-key",
+        message: "invalid API key: [API key]",
         retry_after: None,
     },
     RejectionCase {

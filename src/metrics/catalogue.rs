@@ -5,16 +5,23 @@
 /// Prefix of every name, followed by an underscore.
 pub const PREFIX: &str = "livekit_canary";
 
-/// Bucket bounds of every delay, in seconds. All targets share them, because `sum by (le)` needs equal buckets. The default
+/// Bucket bounds of the delays that involve the agent, in seconds. All targets share them, because `sum by (le)` needs equal buckets. The default
 /// thresholds (5 s, 8 s) and deadlines are among them, so that the share within a threshold is exact.
-pub const DELAY_BUCKETS: &[f64] = &[
+const DELAY_BUCKETS: &[f64] = &[
     0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
     120.0, 300.0,
 ];
 
+/// Bucket bounds of the steps of a probe, in seconds. On the same host a step takes a millisecond, and at worst as long as
+/// its deadline.
+const SPAN_BUCKETS: &[f64] = &[
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0,
+    3.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0,
+];
+
 /// Bucket bounds of jitter, in seconds. Normal jitter is a few milliseconds, and speech breaks up above about 30 ms, so the
 /// buckets of the delays would begin too high.
-pub const JITTER_BUCKETS: &[f64] = &[
+const JITTER_BUCKETS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0,
 ];
 
@@ -106,6 +113,8 @@ catalogue! {
     INTERNAL_ERRORS: "internal_errors_total" ["kind"] MetricKind::Counter;
     /// Batches that could not be recorded in the history.
     HISTORY_DROPPED: "history_dropped_total" [] MetricKind::Counter;
+    /// Lines of the log that were dropped because the lines before them were not read.
+    LOG_DROPPED: "log_lines_dropped_total" [] MetricKind::Counter;
 
     /// Time from the dispatch to the agent's join, whatever the outcome. The label position separates the first room of
     /// a batch, which a cold start affects, from later rooms. Delays of which only an upper bound is known are
@@ -117,7 +126,7 @@ catalogue! {
     REPLY_DELAY: "reply_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
     /// Duration of the other steps of a probe, whatever the outcome: the canary's own connection, the dispatch call,
     /// the agent's start-up.
-    SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(DELAY_BUCKETS);
+    SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(SPAN_BUCKETS);
     /// Interarrival jitter of the agent's audio when the audio ends, once per probe.
     JITTER: "agent_audio_jitter_seconds" ["target"] MetricKind::Histogram(JITTER_BUCKETS);
 
@@ -144,14 +153,16 @@ catalogue! {
     /// 1 while the target is paused, else 0.
     PAUSED: "target_paused" ["target"] MetricKind::Gauge;
     /// Settings of the target as labels. Always 1.
-    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "dispatch" "drill"] MetricKind::Gauge;
+    TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "deployment" "dispatch"] MetricKind::Gauge;
 
     /// End of the back-off after a plan limit. NaN without a back-off.
     BACKOFF_UNTIL: "backoff_until_timestamp_seconds" ["project"] MetricKind::Gauge;
     /// Maximum agent time per UTC day or calendar month. NaN without a limit.
     BUDGET: "agent_budget_seconds" ["project" "period"] MetricKind::Gauge;
-    /// Agent time used in the current UTC day or calendar month, including what running probes have reserved.
+    /// Agent time that ended rooms used in the current UTC day or calendar month.
     BUDGET_USED: "agent_budget_used_seconds" ["project" "period"] MetricKind::Gauge;
+    /// Agent time that open rooms have reserved, which is their worst case. When a room ends, what it used replaces it.
+    BUDGET_RESERVED: "agent_budget_reserved_seconds" ["project" "period"] MetricKind::Gauge;
 
     /// Version of the canary as labels. Always 1.
     BUILD_INFO: "build_info" ["version" "revision" "rustc" "engine"] MetricKind::Gauge;

@@ -62,8 +62,8 @@ fn encode(registry: &Registry) -> Vec<EncodedFamily> {
 pub(super) struct ProcessMetrics(Registry);
 
 impl ProcessMetrics {
-    pub(super) fn new() -> Self {
-        let registry = Registry::new();
+    pub(super) fn new(labels: &CommonLabels) -> Self {
+        let registry = labels.registry(None);
         registry
             .register(Box::new(ProcessCollector::for_self()))
             .expect("the registry is empty");
@@ -122,6 +122,30 @@ impl<S> CachedRegistry<S> {
     }
 }
 
+/// The labels of every series of this process, its `process_*` series included.
+#[derive(Debug, Clone, Default)]
+pub(super) struct CommonLabels(HashMap<String, String>);
+
+impl CommonLabels {
+    /// A drill has a label on every series, so that no alert about it looks like one about a real canary. Other series lack
+    /// the label, which PromQL selects as `drill=""`.
+    pub(super) fn new(drill: bool) -> Self {
+        let label = drill.then(|| ("drill".to_owned(), "true".to_owned()));
+        Self(label.into_iter().collect())
+    }
+
+    fn registry(&self, prefix: Option<&str>) -> Registry {
+        let registry = Registry::new_custom(prefix.map(str::to_owned), Some(self.0.clone()));
+        registry.expect("the prefix is not empty")
+    }
+
+    fn with(&self, label: &str, value: &str) -> Self {
+        let mut labels = self.0.clone();
+        labels.insert(label.to_owned(), value.to_owned());
+        Self(labels)
+    }
+}
+
 /// Creates families from their definitions.
 pub(super) struct Families {
     registry: Registry,
@@ -129,18 +153,13 @@ pub(super) struct Families {
 
 impl Families {
     /// For one target or project: each series has this label.
-    pub(super) fn with_label(label: &str, name: &str) -> Self {
-        Self::new(HashMap::from([(label.to_owned(), name.to_owned())]))
+    pub(super) fn with_label(label: &str, name: &str, common: &CommonLabels) -> Self {
+        Self::for_process(&common.with(label, name))
     }
 
-    pub(super) fn for_process() -> Self {
-        Self::new(HashMap::new())
-    }
-
-    fn new(labels: HashMap<String, String>) -> Self {
-        let registry = Registry::new_custom(Some(PREFIX.to_owned()), Some(labels));
+    pub(super) fn for_process(labels: &CommonLabels) -> Self {
         Self {
-            registry: registry.expect("the prefix is not empty"),
+            registry: labels.registry(Some(PREFIX)),
         }
     }
 

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{SubsecRound as _, Utc};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use livekit_protocol::RoomConfiguration;
+use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Action, Input, ProbeMachine};
-use super::verdict::expected_agent;
+use super::machine::{Action, Input, ListedRoom, ProbeMachine};
+use super::verdict::{REGION_PIN, expected_agent};
 use super::{Position, ProbeEvent, ProbeReport};
 use crate::config::{DispatchRequest, Project, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
@@ -28,12 +29,11 @@ use crate::livekit::wire::api::{Api, ApiError, NamedAgent, NewRoom};
 use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
+use crate::livekit::wire::token::{Keys, TokenParticipant};
+use crate::stall::{StallWatch, Stalls};
 
 /// The participant's identity. There is one canary in each room, so it can be the same in all.
 const IDENTITY: &str = "canary-echo";
-
-/// The room's metadata, by which an agent or an operator recognises a probe.
-const METADATA: &str = r#"{"canary":true}"#;
 
 /// How much longer than the join an empty room lives. It bounds how long a room outlives a crash of the canary.
 const EMPTY_MARGIN: Duration = Duration::from_secs(30);
@@ -54,6 +54,7 @@ pub struct Context {
     pub endpoint: Endpoint,
     pub api: Api,
     pub janitor: Janitor,
+    pub stalls: StallWatch,
     /// An agent has joined under this target's name before. If none joins now, the name is not the first thing to check.
     pub agent_known: bool,
     /// A fault to inject, for drills and for tests of this program.
@@ -73,7 +74,9 @@ impl ProbeFault {
     /// # Errors
     /// The value has another form: a test whose fault is not injected must not pass.
     pub fn from_env() -> anyhow::Result<Option<Self>> {
-        let Some(value) = std::env::var_os("LIVEKIT_CANARY_FAULT") else {
+        let Some(value) =
+            std::env::var_os("LIVEKIT_CANARY_FAULT").filter(|value| !value.is_empty())
+        else {
             return Ok(None);
         };
         let index = value
@@ -129,6 +132,8 @@ struct Driver {
     machine: ProbeMachine,
     /// `None` once the deletion is requested.
     lease: Option<RoomLease>,
+    /// The stalls of this process before the probe's start.
+    stalls_before: Stalls,
     /// `None` before the join and after its last event.
     participant: Option<Participant>,
     /// Calls under way. Each ends with an input, within its own deadline.
@@ -167,8 +172,10 @@ impl Driver {
                 // `Input::Start` is handled next, without a wait in between.
                 Utc::now().trunc_subsecs(6),
                 context.agent_known,
+                join_token_bytes(target, &context.api.keys, &room),
             ),
             lease: Some(lease),
+            stalls_before: context.stalls.seen(),
             participant: None,
             calls: FuturesUnordered::new(),
             inputs: VecDeque::from([Input::Start, Input::HoldUntil(hold)]),
@@ -216,16 +223,34 @@ impl Driver {
                 Some(input) => input,
                 None => self.next_input().await,
             };
+            // Before the start, there is no call that a stall could spoil.
+            if !matches!(input, Input::Start) {
+                self.check_stalls();
+            }
             if self.creation_failed(&input)
                 && let Some(lease) = &mut self.lease
             {
                 lease.not_created();
             }
-            for action in self.machine.on(input, Instant::now()) {
-                self.carry_out(action);
-            }
+            self.feed(input);
             let fault = self.machine.agent_joined() && self.context.fault.take().is_some();
             assert!(!fault, "the injected fault");
+        }
+    }
+
+    fn feed(&mut self, input: Input) {
+        for action in self.machine.on(input, Instant::now()) {
+            self.carry_out(action);
+        }
+    }
+
+    /// Before any input is judged: after a stall, the input may be the stall's consequence.
+    fn check_stalls(&mut self) {
+        let seen = self.context.stalls.seen();
+        if seen.count > self.stalls_before.count {
+            let time = seen.total.saturating_sub(self.stalls_before.total);
+            self.stalls_before = seen;
+            self.feed(Input::Stalled(time));
         }
     }
 
@@ -279,7 +304,8 @@ impl Driver {
     fn carry_out(&mut self, action: Action) {
         match action {
             Action::CreateRoom => {
-                let (api, room) = (self.context.api.clone(), self.new_room());
+                let room = new_room(&self.context.target, &self.room);
+                let api = self.context.api.clone();
                 self.call(async move { Input::Created(api.create_room(&room).await) });
             }
             Action::Join => {
@@ -287,18 +313,36 @@ impl Driver {
                 self.participant = Some(engine::join(self.context.target.engine, request));
             }
             Action::Dispatch => self.dispatch(),
-            Action::ListDispatch => {
+            Action::ListRoom { participants } => {
                 let (api, room) = (self.context.api.clone(), self.room.clone());
-                self.call(async move { Input::Listed(api.list_dispatch(&room).await) });
+                self.call(async move {
+                    let asked = participants.then(|| api.list_participants(&room));
+                    let (dispatches, participants) =
+                        tokio::join!(api.list_dispatch(&room), OptionFuture::from(asked));
+                    Input::Listed(ListedRoom {
+                        dispatches,
+                        participants,
+                    })
+                });
             }
             Action::RecordDispatch(id) => {
                 if let Some(lease) = &mut self.lease {
                     lease.dispatched(id);
                 }
             }
+            Action::Adopt(identity) => {
+                if let Some(participant) = &self.participant {
+                    participant.adopt(identity);
+                }
+            }
             Action::AgentsConnected(connected) => {
                 if let Some(lease) = &mut self.lease {
                     lease.agents_connected(connected);
+                }
+            }
+            Action::LostSight => {
+                if let Some(lease) = &mut self.lease {
+                    lease.lost_sight();
                 }
             }
             Action::Leave => {
@@ -327,29 +371,19 @@ impl Driver {
 
     fn dispatch(&mut self) {
         let (api, room) = (self.context.api.clone(), self.room.clone());
-        let target = Arc::clone(&self.context.target);
-        self.call(async move {
-            let agent = target.agent_name.as_deref().unwrap_or_default();
-            Input::Dispatched(
-                api.create_dispatch(&room, agent, &target.dispatch.metadata)
-                    .await,
-            )
-        });
+        let agent = named_agent(&self.context.target);
+        self.call(async move { Input::Dispatched(api.create_dispatch(&room, agent).await) });
     }
 
     fn join_request(&self) -> JoinRequest {
         let target = &self.context.target;
-        let creates = target.dispatch.mode.facts().request.joins_to_create();
-        let mut attributes = target.attributes.clone();
-        attributes.insert("canary".to_owned(), "true".to_owned());
         JoinRequest {
             endpoint: self.context.endpoint.clone(),
             keys: self.context.api.keys.clone(),
             room: self.room.clone(),
-            identity: IDENTITY.to_owned(),
-            attributes,
+            participant: token_participant(target),
             agent_name: expected_agent(target).map(str::to_owned),
-            room_config: creates.then(|| room_config(self.new_room())),
+            room_config: room_of_token(target, &self.room),
             echo: target.echo.clone(),
             speech: target.speech.clone(),
             signal_timeout: target.deadlines.signal,
@@ -357,17 +391,51 @@ impl Driver {
             transcript: target.transcript,
         }
     }
+}
 
-    fn new_room(&self) -> NewRoom {
-        NewRoom {
-            name: self.room.clone(),
-            metadata: METADATA.to_owned(),
-            // It counts until the first participant has joined, so it must exceed the time for that.
-            empty_timeout: self.context.target.deadlines.signal + EMPTY_MARGIN,
-            departure_timeout: DEPARTURE_TIMEOUT,
-            max_participants: 1,
-            agents: agents(&self.context.target),
-        }
+/// The size of the token with which the canary joins this room, in bytes. The token is a header of the signal connection's
+/// request.
+pub fn join_token_bytes(target: &Target, keys: &Keys, room: &RoomName) -> usize {
+    let config = room_of_token(target, room);
+    let token = keys.participant(room, &token_participant(target), config.as_ref());
+    token.map_or(0, |token| token.expose_secret().len())
+}
+
+fn token_participant(target: &Target) -> TokenParticipant {
+    let participant = &target.participant;
+    let mut attributes = participant.attributes.clone();
+    attributes.insert("canary".to_owned(), "true".to_owned());
+    TokenParticipant {
+        identity: IDENTITY.to_owned(),
+        name: participant.name.clone(),
+        metadata: participant.metadata.clone(),
+        attributes,
+    }
+}
+
+/// The room's settings for the token, if joining creates the room.
+fn room_of_token(target: &Target, room: &RoomName) -> Option<RoomConfiguration> {
+    let creates = target.dispatch.mode.facts().request.joins_to_create();
+    creates.then(|| room_config(new_room(target, room)))
+}
+
+fn new_room(target: &Target, room: &RoomName) -> NewRoom {
+    NewRoom {
+        name: room.clone(),
+        metadata: target.room.metadata.clone(),
+        // It counts until the first participant has joined, so it must exceed the time for that.
+        empty_timeout: target.deadlines.signal + EMPTY_MARGIN,
+        departure_timeout: DEPARTURE_TIMEOUT,
+        max_participants: target.room.max_participants,
+        agents: agents(target),
+    }
+}
+
+fn named_agent(target: &Target) -> NamedAgent {
+    NamedAgent {
+        name: target.agent_name.clone().unwrap_or_default(),
+        deployment: target.dispatch.deployment.clone(),
+        metadata: target.dispatch.metadata.clone(),
     }
 }
 
@@ -377,18 +445,19 @@ fn agents(target: &Target) -> Vec<NamedAgent> {
     let named = match facts.request {
         DispatchRequest::CreateDispatch => None,
         DispatchRequest::CreateRoom | DispatchRequest::Join => {
-            facts.names_agent.then(|| NamedAgent {
-                name: target.agent_name.clone().unwrap_or_default(),
-                metadata: target.dispatch.metadata.clone(),
-            })
+            facts.names_agent.then(|| named_agent(target))
         }
     };
     Vec::from_iter(named)
 }
 
-/// Whether LiveKit refused the request before it did anything: no conflict, timeout or fault of the server.
+/// Whether LiveKit refused the request before it did anything, or it never reached LiveKit: no conflict, timeout or fault of
+/// the server.
 fn is_final(refusal: &HttpRejection) -> bool {
-    matches!(refusal.status, 400 | 401 | 403 | 404 | 429)
+    matches!(
+        refusal.status,
+        200..=399 | 400 | 401 | 403 | 404 | 413 | 414 | 426 | 429 | 431 | REGION_PIN
+    )
 }
 
 /// The same settings for the token: the server applies them when the canary's join creates the room.

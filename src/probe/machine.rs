@@ -18,11 +18,14 @@ use super::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reas
 use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
 use crate::janitor::Deletion;
 use crate::livekit::RoomName;
-use crate::livekit::event::RoomEvent;
-use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, RoomInfo};
+use crate::livekit::event::{AudioStats, RemoteTrackInfo, RoomEvent};
+use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, ParticipantBrief, RoomInfo};
 
 mod deadlines;
 mod room;
+
+use deadlines::ENGINE_GRACE;
+use room::NAMELESS;
 
 pub use deadlines::max_time_to_verdict;
 
@@ -36,7 +39,7 @@ pub(super) enum Input {
     Start,
     Created(Call<RoomInfo>),
     Dispatched(Call<String>),
-    Listed(Call<Vec<DispatchInfo>>),
+    Listed(ListedRoom),
     Room(RoomEvent),
     /// `None` keeps the room open.
     HoldUntil(Option<Instant>),
@@ -44,7 +47,17 @@ pub(super) enum Input {
     DeadlinePassed,
     Abort,
     Panicked(String),
+    /// This process did not run for this long, since the probe's start.
+    Stalled(Duration),
     Deleted(Deletion),
+}
+
+/// What the server API shows of the room.
+#[derive(Debug)]
+pub(super) struct ListedRoom {
+    pub(super) dispatches: Call<Vec<DispatchInfo>>,
+    /// `None` if they were not asked for.
+    pub(super) participants: Option<Call<Vec<ParticipantBrief>>>,
 }
 
 /// What the driver carries out.
@@ -53,11 +66,18 @@ pub(super) enum Action {
     CreateRoom,
     Join,
     Dispatch,
-    ListDispatch,
+    /// `ListDispatch`, and `ListParticipants` if no agent was seen.
+    ListRoom {
+        participants: bool,
+    },
     /// The id of the dispatch, for the clean-up of its jobs.
     RecordDispatch(String),
+    /// This participant, an agent without a name attribute, is the target's agent.
+    Adopt(String),
     /// Whether every agent seen in the room, in time or late, has its connection up.
     AgentsConnected(bool),
+    /// An agent of the room may be cut off from the server, or may be in it unseen.
+    LostSight,
     Leave,
     DeleteRoom,
     Emit(ProbeEvent),
@@ -96,8 +116,25 @@ enum DispatchCall {
 /// What an agent did that may end the probe once the canary's own way in is complete.
 #[derive(Debug, Clone)]
 enum Disruption {
-    Left { at: Instant, reason: String },
-    Duplicate { identity: String },
+    Left {
+        at: Instant,
+        reason: String,
+    },
+    Duplicate {
+        identity: String,
+    },
+    /// Its audio is end-to-end encrypted, by this method.
+    Encrypted(&'static str),
+}
+
+/// Agents without a name attribute. `ListDispatch` can show that one of them has our job.
+#[derive(Debug, Default)]
+struct NamelessAgents {
+    identities: Vec<String>,
+    /// When `ListDispatch` is called next for them.
+    list_at: Option<Instant>,
+    /// Until when the join of one that was recognised may be reported.
+    join_by: Option<Instant>,
 }
 
 /// One room, from creation to deletion.
@@ -107,6 +144,8 @@ pub(super) struct ProbeMachine {
     target: Arc<Target>,
     /// See [`Context::agent_known`](super::driver::Context::agent_known).
     agent_known: bool,
+    /// The size of the token that the canary joins with.
+    token_bytes: usize,
     phase: Phase,
     /// Final once set; the report's own outcome is a placeholder until then.
     outcome: Option<Outcome>,
@@ -125,8 +164,17 @@ pub(super) struct ProbeMachine {
     inference_limit: Option<String>,
     /// A second agent of the target's name joined. No event reports when its connection is up.
     has_duplicate: bool,
+    /// This process did not run for some of the call.
+    stalled: bool,
+    /// The id of the room that CreateRoom returned, if the canary joined another room of that name.
+    other_room: Option<String>,
     /// Agents that are not the target's, by their quoted names.
     strays: Vec<String>,
+    nameless: NamelessAgents,
+    /// The tracks of other participants, in the order in which they were seen.
+    tracks: Vec<RemoteTrackInfo>,
+    /// The ids of tracks to which LiveKit could not subscribe the canary, and its errors.
+    failed_subscriptions: Vec<(String, &'static str)>,
     /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
@@ -143,10 +191,12 @@ impl ProbeMachine {
         position: Position,
         started_at: DateTime<Utc>,
         agent_known: bool,
+        token_bytes: usize,
     ) -> Self {
         let outcome = Outcome::Failed(Failure::unfinished());
         Self {
             agent_known,
+            token_bytes,
             phase: Phase::Idle,
             outcome: None,
             creating: false,
@@ -159,7 +209,12 @@ impl ProbeMachine {
             join_decided: false,
             inference_limit: None,
             has_duplicate: false,
+            stalled: false,
+            other_room: None,
             strays: Vec::new(),
+            nameless: NamelessAgents::default(),
+            tracks: Vec::new(),
+            failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
             transcript: Transcript::default(),
@@ -175,7 +230,7 @@ impl ProbeMachine {
             Input::Start => self.start(now),
             Input::Created(call) => self.created(call, now),
             Input::Dispatched(call) => self.dispatched(call, now),
-            Input::Listed(call) => self.listed(call, now),
+            Input::Listed(listed) => self.listed(listed, now),
             Input::Room(event) => {
                 // Expire deadlines that are earlier than this event's timestamp before applying it: a late read of either
                 // must not change the verdict.
@@ -186,6 +241,7 @@ impl ProbeMachine {
             Input::DeadlinePassed => self.expire(now, |due| due <= now),
             Input::Abort => self.decide(Outcome::Aborted, now),
             Input::Panicked(message) => self.fail(Failure::of_own_fault(&message), now),
+            Input::Stalled(time) => self.stalled(time, now),
             Input::Deleted(deletion) => self.deleted(deletion),
         }
         self.proceed(now);
@@ -202,12 +258,27 @@ impl ProbeMachine {
     }
 
     pub(super) fn into_report(mut self) -> ProbeReport {
-        self.report.turns = self.turns.list().to_vec();
+        if self.stalled {
+            // Their delays and losses are not the agent's.
+            self.report.audio = AudioStats::default();
+        } else {
+            self.report.turns = self.turns.list().to_vec();
+        }
+        self.report.evidence.tracks = self.tracks.iter().map(track_line).collect();
         if self.target.transcript {
             let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
             self.report.transcript = Some(self.transcript.into_lines(agent));
         }
         self.report
+    }
+
+    /// What is missing or late now may have been in time: deadlines passed, and packets were lost, while the canary did not run.
+    fn stalled(&mut self, time: Duration, now: Instant) {
+        if self.outcome.is_none() {
+            self.stalled = true;
+            self.report.timeline.record_stall();
+            self.fail(Failure::of_stall(time), now);
+        }
     }
 
     fn facts(&self) -> DispatchFacts {
@@ -313,14 +384,28 @@ impl ProbeMachine {
         }
     }
 
-    fn listed(&mut self, call: Call<Vec<DispatchInfo>>, now: Instant) {
+    fn listed(&mut self, listed: ListedRoom, now: Instant) {
+        if let Ok(dispatches) = &listed.dispatches.result
+            && self.adopt_agent(dispatches, now)
+        {
+            return;
+        }
         let Phase::FinalCheck { duty, .. } = self.phase else {
             return;
         };
-        match call.result {
+        let participants = listed.participants.and_then(|call| call.result.ok());
+        match listed.dispatches.result {
             Ok(dispatches) => {
                 let lines = dispatches.iter().take(MAX_ENTRIES).map(dispatch_line);
                 self.report.evidence.dispatches = Some(lines.collect());
+                let participants = participants.unwrap_or_default();
+                if let Some(identity) = self.hidden_agent(&participants, &dispatches) {
+                    // LiveKit bills its session like that of any other agent.
+                    self.report.other_agents += 1;
+                    self.record_participant(&identity, "AGENT, hidden", None);
+                    let failure = Failure::of_hidden_agent(&identity, &mut self.report.evidence);
+                    return self.fail(failure, now);
+                }
                 let listing = self.listing(&dispatches);
                 self.blame_agent(duty, &listing, now);
             }
@@ -338,13 +423,83 @@ impl ProbeMachine {
         }
     }
 
+    /// Recognises the target's agent among the agents without a name; returns whether it is one of them.
+    fn adopt_agent(&mut self, dispatches: &[DispatchInfo], now: Instant) -> bool {
+        let waits = match self.phase {
+            Phase::Watching => true,
+            Phase::FinalCheck { duty, .. } => duty == AgentDuty::Join,
+            _ => false,
+        };
+        if !waits || self.agent_joined() {
+            return false;
+        }
+        let Some((identity, proof)) = self.own_nameless_agent(dispatches) else {
+            return false;
+        };
+        self.add_note(format!(
+            "the agent ({identity}) has no name attribute, and was recognised {proof}: LiveKit sets the attribute from \
+             version 1.9.2 on"
+        ));
+        self.nameless = NamelessAgents {
+            join_by: Some(now + ENGINE_GRACE),
+            ..NamelessAgents::default()
+        };
+        self.strays.retain(|stray| stray != NAMELESS);
+        self.phase = Phase::Watching;
+        self.actions.push(Action::Adopt(identity));
+        true
+    }
+
+    /// The agent without a name that has a job of our dispatch, or that is the only agent of a room with no other dispatch.
+    fn own_nameless_agent(&self, dispatches: &[DispatchInfo]) -> Option<(String, &'static str)> {
+        let wanted = expected_agent(&self.target)?;
+        let mut jobs = own_dispatches(Some(wanted), dispatches).flat_map(|one| &one.jobs);
+        let identities = &self.nameless.identities;
+        let by_job = jobs.find_map(|job| {
+            let holds = |identity: &&String| {
+                **identity == job.identity || !job.id.is_empty() && identity.contains(&job.id)
+            };
+            identities.iter().find(holds)
+        });
+        if let Some(identity) = by_job {
+            return Some((identity.clone(), "by its job"));
+        }
+        let only_ours = own_dispatches(Some(wanted), dispatches).count() == dispatches.len();
+        match (&identities[..], &self.strays[..]) {
+            ([identity], [_]) if only_ours && !dispatches.is_empty() => Some((
+                identity.clone(),
+                "as the only agent of a room with no other dispatch",
+            )),
+            _ => None,
+        }
+    }
+
+    /// The identity of the target's agent, if it is in the room and LiveKit hides it from the canary.
+    fn hidden_agent(
+        &self,
+        participants: &[ParticipantBrief],
+        dispatches: &[DispatchInfo],
+    ) -> Option<String> {
+        let wanted = expected_agent(&self.target);
+        let names = ["lk.agent_name", "lk.agent.name"];
+        let is_ours = |one: &&ParticipantBrief| {
+            let mut own = own_dispatches(wanted, dispatches).flat_map(|dispatch| &dispatch.jobs);
+            let attributes = &one.attributes;
+            wanted.is_none_or(|wanted| {
+                let has_name =
+                    |key: &&str| attributes.get(*key).is_some_and(|value| value == wanted);
+                names.iter().any(has_name) || own.any(|job| job.identity == one.identity)
+            })
+        };
+        let mut hidden = participants
+            .iter()
+            .filter(|one| one.hidden && one.kind == "AGENT");
+        Some(hidden.find(is_ours)?.identity.clone())
+    }
+
     /// What these dispatches show of the target's agent.
     fn listing(&self, dispatches: &[DispatchInfo]) -> DispatchListing {
-        let wanted = expected_agent(&self.target);
-        let mut own = dispatches
-            .iter()
-            .filter(|dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
-            .peekable();
+        let mut own = own_dispatches(expected_agent(&self.target), dispatches).peekable();
         if own.peek().is_none() {
             return DispatchListing::NoDispatch;
         }
@@ -373,6 +528,9 @@ impl ProbeMachine {
         let failure = match self.disruption.clone() {
             Some(Disruption::Duplicate { identity }) => {
                 Failure::of_duplicate_agent(&identity, &mut self.report.evidence)
+            }
+            Some(Disruption::Encrypted(method)) => {
+                Failure::of_encrypted_agent(method, &mut self.report.evidence)
             }
             Some(Disruption::Left { at, reason }) if !self.agent_may_have_left() => {
                 let after = self.after(Milestone::AgentJoined, at);
@@ -403,6 +561,17 @@ impl ProbeMachine {
         self.report.timeline.get(Milestone::AgentSpoke).is_some()
     }
 
+    /// Why LiveKit could not subscribe the canary to audio that the agent publishes.
+    fn failed_subscription(&self) -> Option<(String, &'static str)> {
+        let is_audio = |sid: &str| {
+            let mut tracks = self.tracks.iter();
+            tracks.any(|track| track.sid == sid && track.kind == "AUDIO")
+        };
+        let mut failed = self.failed_subscriptions.iter();
+        let (sid, error) = failed.find(|(sid, _)| is_audio(sid))?;
+        Some((sid.clone(), *error))
+    }
+
     /// The verdict on an agent that missed the deadline of this duty.
     fn blame_agent(&mut self, duty: AgentDuty, listing: &DispatchListing, now: Instant) {
         let missed = MissedDuty {
@@ -412,8 +581,14 @@ impl ProbeMachine {
             target: &self.target,
             agent_known: self.agent_known,
             strays: &self.strays,
+            subscription: self.failed_subscription(),
         };
-        let failure = Failure::of_agent(&missed, &mut self.report);
+        let failure = match &self.other_room {
+            Some(created) if duty == AgentDuty::Join => {
+                Failure::of_other_room(created, &mut self.report)
+            }
+            _ => Failure::of_agent(&missed, &mut self.report),
+        };
         self.fail(failure, now);
     }
 
@@ -442,6 +617,10 @@ impl ProbeMachine {
             return;
         }
         self.decide_join(false);
+        if outcome.failure().is_some() {
+            // An agent that is silent or leaves may be cut off, and so may the canary itself.
+            self.actions.push(Action::LostSight);
+        }
         self.report.outcome = outcome.clone();
         self.outcome = Some(outcome.clone());
         let retry_after = self.report.evidence.retry_after_seconds;
@@ -500,11 +679,20 @@ impl ProbeMachine {
     }
 }
 
+/// The dispatches of the agent with this name; all of them if any agent counts.
+fn own_dispatches<'a>(
+    wanted: Option<&'a str>,
+    dispatches: &'a [DispatchInfo],
+) -> impl Iterator<Item = &'a DispatchInfo> {
+    let all = dispatches.iter();
+    all.filter(move |dispatch| wanted.is_none_or(|name| dispatch.agent_name == name))
+}
+
 /// Whether a failed call proves that the room's server is alive. A proxy answers 502 to 504, and so does a node that waits
-/// in vain for the one that holds the room.
+/// in vain for the one that holds the room. What is no error is another server's answer.
 fn proves_server_alive(error: &ApiError) -> bool {
     match error {
-        ApiError::Refused(rejection) => !matches!(rejection.status, 502..=504),
+        ApiError::Refused(rejection) => !matches!(rejection.status, 200..=399 | 502..=504),
         ApiError::Protocol(_) => true,
         ApiError::Unreachable(_) | ApiError::Timeout(_) | ApiError::Broken(_) => false,
     }
@@ -515,6 +703,22 @@ fn push_new(list: &mut Vec<String>, line: String) {
     if list.len() < MAX_ENTRIES && !list.contains(&line) {
         list.push(line);
     }
+}
+
+fn track_line(track: &RemoteTrackInfo) -> String {
+    let name = match track.name.as_str() {
+        "" => String::new(),
+        name => format!(" \"{name}\""),
+    };
+    let muted = if track.muted { ", muted" } else { "" };
+    let encrypted = match track.encryption {
+        "NONE" => String::new(),
+        method => format!(", encrypted ({method})"),
+    };
+    format!(
+        "{}: {} from {}{name}{muted}{encrypted}",
+        track.identity, track.kind, track.source
+    )
 }
 
 fn dispatch_line(dispatch: &DispatchInfo) -> String {
@@ -531,8 +735,12 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         [] => "no job".to_owned(),
         jobs => jobs.join(", "),
     };
+    let deployment = match dispatch.deployment.as_str() {
+        "" => String::new(),
+        name => format!(", deployment \"{name}\""),
+    };
     format!(
-        "{} for agent \"{}\": {jobs}",
+        "{} for agent \"{}\"{deployment}: {jobs}",
         dispatch.id, dispatch.agent_name
     )
 }

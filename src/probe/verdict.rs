@@ -4,13 +4,13 @@
 
 use std::time::Duration;
 
-use livekit_protocol::DisconnectReason;
+use livekit_protocol::{DisconnectReason, SubscriptionError};
 
 use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
 use super::timeline::Milestone;
 use crate::config::{DispatchRequest, Target};
-use crate::livekit::event::{EndReason, MediaPermission};
+use crate::livekit::event::{EndReason, MediaPermission, NOT_PERMITTED};
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::wire::connect::ConnectError;
 use crate::livekit::wire::request::HttpRejection;
@@ -18,6 +18,15 @@ use crate::livekit::wire::signal::SignalError;
 
 /// Characters of a server's text that a `detail` quotes at most; the evidence holds more.
 const MAX_QUOTE: usize = 200;
+
+/// What many proxies and load balancers accept of a request's headers by default, in bytes.
+pub const USUAL_HEADER_BYTES: usize = 8 * 1024;
+
+/// What LiveKit Cloud answers to a call of the server API in a region that the project is not pinned to. Upstream's mock
+/// mirrors it (`regionPinStatus` in livekit-server's `cmd/test-server/config.go`).
+pub(super) const REGION_PIN: u16 = 451;
+/// What it answers to the signal connection there.
+const REGION_PIN_AT_JOIN: u16 = 403;
 
 /// A call of the server API whose failure ends the probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +102,8 @@ pub(super) struct MissedDuty<'a> {
     pub(super) agent_known: bool,
     /// Names of other agents that joined, quoted.
     pub(super) strays: &'a [String],
+    /// A track of the agent's audio to which LiveKit could not subscribe the canary, and its error.
+    pub(super) subscription: Option<(String, &'static str)>,
 }
 
 /// When in its call an agent left.
@@ -142,6 +153,18 @@ impl Failure {
         )
     }
 
+    /// This process did not run for this long.
+    pub(super) fn of_stall(time: Duration) -> Self {
+        Self::new(
+            Reason::Internal,
+            format!(
+                "the canary itself did not run for {:.1} s of this call, so the call shows nothing about the agent. Check \
+                 whether this process was stopped, its machine was suspended or stalled, or it got too little CPU.",
+                time.as_secs_f64()
+            ),
+        )
+    }
+
     pub(super) fn of_missing_echo() -> Self {
         Self::new(
             Reason::Internal,
@@ -188,8 +211,10 @@ impl Failure {
             return Self::limit(kind, &what, rejection);
         }
         match (rejection.status, rejection.twirp_code.as_deref()) {
+            (200..=399, _) => Self::of_other_server(method, rejection),
+            (REGION_PIN, _) => Self::region_pinned(method, &answer),
             (401 | 403, _) | (_, Some("unauthenticated" | "permission_denied")) => {
-                Self::auth_rejected(method, &answer)
+                Self::auth_rejected(method, rejection)
             }
             // CreateRoom has just succeeded, so no setting explains that the room is unknown.
             (_, Some("not_found")) if call == ProbeCall::CreateDispatch => Self::new(
@@ -265,11 +290,22 @@ impl Failure {
             return Self::limit(LimitKind::Node, &what, rejection);
         }
         match rejection.status {
-            401 | 403 => Self::auth_rejected("the signal connection", &answer),
+            200..=399 => Self::of_other_server("the signal connection", rejection),
+            401 => Self::auth_rejected("the signal connection", rejection),
+            // livekit-server answers a token that it does not accept with 401.
+            REGION_PIN_AT_JOIN => Self::region_pinned("the signal connection", &answer),
             404 if !rejection.message.contains("room does not exist") => Self::new(
                 Reason::ConfigRejected,
                 format!(
-                    "the server has no signal endpoint: {answer}. Check the project's url, including its path."
+                    "the server has no signal endpoint: {answer}. Check the project's url, including its path, and that proxies \
+                     in front of LiveKit pass the headers Upgrade and Connection on: LiveKit answers 404 without them."
+                ),
+            ),
+            426 => Self::new(
+                Reason::ConfigRejected,
+                format!(
+                    "the signal connection did not become a WebSocket: {answer}. Check that proxies in front of LiveKit pass \
+                     the headers Upgrade and Connection on."
                 ),
             ),
             _ => Self::new(
@@ -279,6 +315,28 @@ impl Failure {
                 ),
             ),
         }
+    }
+
+    /// `self`, or the size of the join token that explains it: the token is a header of the request.
+    pub(super) fn or_large_token(self, bytes: usize, evidence: &Evidence) -> Self {
+        if self.reason != Reason::SignalFailed || bytes <= USUAL_HEADER_BYTES {
+            return self;
+        }
+        // 494 is nginx's own status for a header that is too large; it sends 400 instead. haproxy sends 400, too.
+        let refused = matches!(evidence.http_status, Some(400 | 413 | 414 | 431 | 494));
+        let reason = if refused {
+            Reason::ConfigRejected
+        } else {
+            self.reason
+        };
+        Self::new(
+            reason,
+            format!(
+                "{} The join token has {bytes} bytes, and many proxies accept only {USUAL_HEADER_BYTES} bytes of a header. Shorten \
+                 the metadata and the attributes that it carries, or set dispatch.mode to \"explicit\" or \"room\".",
+                self.detail
+            ),
+        )
     }
 
     fn of_leave_before_join(reason: &str, evidence: &mut Evidence) -> Self {
@@ -326,7 +384,8 @@ impl Failure {
             Some(D::RoomDeleted | D::RoomClosed) => Self::new(
                 Reason::Removed,
                 format!(
-                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project."
+                    "the room was closed during the probe ({reason}). Check who deletes rooms of this project. \
+                     If the agent ends its calls this way, set expect.agent_may_leave."
                 ),
             ),
             Some(D::ParticipantRemoved) => Self::new(
@@ -458,13 +517,7 @@ impl Failure {
         report.evidence.record_deadline(missed.duty.step(), limit);
         match missed.duty {
             AgentDuty::Join => Self::of_absent_agent(missed),
-            AgentDuty::Track => Self::new(
-                Reason::AgentNoTrack,
-                format!(
-                    "the agent published no audio track within {limit:?} of joining. \
-                     Check that its session starts and that it has audio output."
-                ),
-            ),
+            AgentDuty::Track => Self::of_missing_track(missed),
             AgentDuty::Speech => {
                 let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
                     Some(_) => "its track carried audio packets, but no speech in them",
@@ -500,6 +553,74 @@ impl Failure {
         }
     }
 
+    /// No agent joined, and the canary is in another room than the one that it created, although both have the same name.
+    /// `created` is the id of the latter.
+    pub(super) fn of_other_room(created: &str, report: &mut ProbeReport) -> Self {
+        report.evidence.step = Some("signal");
+        let joined = report.room_sid.as_deref().unwrap_or_default();
+        Self::new(
+            Reason::SignalFailed,
+            format!(
+                "LiveKit has two rooms of this name: CreateRoom returned {created}, and the canary joined {joined}. So no agent \
+                 could join it. Check whether all nodes behind the project's url use the same Redis, and LiveKit's status."
+            ),
+        )
+    }
+
+    fn of_missing_track(missed: &MissedDuty<'_>) -> Self {
+        let limit = missed.limit;
+        if let Some((track, error)) = &missed.subscription {
+            return Self::of_failed_subscription(track, error, limit);
+        }
+        let places = match missed.target.room.max_participants {
+            1 => " If an avatar speaks for it that is no agent, raise room.max_participants.",
+            _ => "",
+        };
+        Self::new(
+            Reason::AgentNoTrack,
+            format!(
+                "the agent published no audio track within {limit:?} of joining. \
+                 Check that its session starts and that it has audio output.{places}"
+            ),
+        )
+    }
+
+    /// The agent published audio, but LiveKit could not subscribe the canary to it.
+    fn of_failed_subscription(track: &str, error: &str, limit: Duration) -> Self {
+        let what = format!(
+            "the agent's audio did not arrive within {limit:?} of joining: LiveKit could not subscribe the canary to track {track} \
+             ({error})."
+        );
+        if error == SubscriptionError::SeCodecUnsupported.as_str_name() {
+            return Self::new(
+                Reason::ConfigRejected,
+                format!(
+                    "{what} The canary receives Opus. Have the agent publish Opus, and check the server's enabled_codecs."
+                ),
+            );
+        }
+        let check = match error {
+            NOT_PERMITTED => {
+                "The agent does not permit it: check its track subscription permissions \
+                 (set_track_subscription_permissions)."
+            }
+            _ => "Check whether the agent withdrew the track, and LiveKit's log.",
+        };
+        Self::new(Reason::AgentNoTrack, format!("{what} {check}"))
+    }
+
+    /// The agent is in the room, but LiveKit shows it only to the server API.
+    pub(super) fn of_hidden_agent(identity: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent_join");
+        Self::new(
+            Reason::AgentNoTrack,
+            format!(
+                "the agent ({identity}) joined as a hidden participant, so no caller can see or hear it. Check the permissions \
+                 of its worker (hidden)."
+            ),
+        )
+    }
+
     fn of_absent_agent(missed: &MissedDuty<'_>) -> Self {
         let limit = missed.limit;
         if let DispatchListing::Job(job) = missed.listing {
@@ -514,6 +635,12 @@ impl Failure {
             Some(name) if missed.agent_known => format!(
                 "Check first that the worker of \"{name}\" is connected to this project and below its load limit. \
                  Then check its log for a job that failed before it connected, and that it still registers under this name."
+            ),
+            Some(name) if !missed.target.dispatch.deployment.is_empty() => format!(
+                "Check first that a worker registered as exactly \"{name}\" with the deployment \"{}\" \
+                 (LIVEKIT_AGENT_DEPLOYMENT). Then check that it is connected to this project and below its load limit, and its \
+                 log for a job that failed before it connected.",
+                missed.target.dispatch.deployment
             ),
             Some(name) => format!(
                 "Check first that a worker registered as exactly \"{name}\". Then check that it is connected to this \
@@ -601,6 +728,18 @@ impl Failure {
         }
     }
 
+    /// All audio of the agent is encrypted, by this method. To the canary it is noise, which could pass for speech.
+    pub(super) fn of_encrypted_agent(method: &str, evidence: &mut Evidence) -> Self {
+        evidence.step = Some("agent_track");
+        Self::new(
+            Reason::ConfigRejected,
+            format!(
+                "the agent's audio is end-to-end encrypted ({method}), and the canary has no key for it. Turn encryption off \
+                 in the canary's rooms: the agent can recognise them by the participant attribute canary=true."
+            ),
+        )
+    }
+
     pub(super) fn of_duplicate_agent(identity: &str, evidence: &mut Evidence) -> Self {
         evidence.step = Some("agent");
         Self::new(
@@ -637,6 +776,18 @@ impl Failure {
 // Parts of several.
 
 impl Failure {
+    /// The process or its machine has no descriptor or no memory left.
+    fn of_shortage(error: &str) -> Self {
+        let error = quote(error);
+        Self::new(
+            Reason::Internal,
+            format!(
+                "the canary itself failed: {error}. Raise the limits of this process (LimitNOFILE, ulimit -n, memory), or \
+                 lower max_rooms."
+            ),
+        )
+    }
+
     fn unreachable(error: &ConnectError) -> Self {
         let check = match error {
             ConnectError::Dns { .. } => {
@@ -646,16 +797,52 @@ impl Failure {
             ConnectError::Tls { .. } => {
                 "Check the certificate and its host name. If a private CA signed it, set ca_file."
             }
+            ConnectError::Shortage { .. } => return Self::of_shortage(&error.to_string()),
         };
         let error = quote(&error.to_string());
         Self::new(Reason::Unreachable, format!("{error}. {check}"))
     }
 
-    fn auth_rejected(what: &str, answer: &str) -> Self {
+    fn auth_rejected(what: &str, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let check = if names_time_of_token(rejection) {
+            "The key pair is right: compare the clock of this machine with LiveKit's. A token of the canary is valid for 10 minutes \
+             from its creation."
+        } else if is_page(rejection) || rejection.status == 403 && rejection.twirp_code.is_none() {
+            "The answer is not in LiveKit's form: check first whether a proxy or a firewall in front of it refuses this machine. \
+             Then check the project's api_key and api_secret."
+        } else {
+            "Check the project's api_key and api_secret, and that they belong to its url."
+        };
         Self::new(
             Reason::AuthRejected,
+            format!("LiveKit refused {what}: {answer}. {check}"),
+        )
+    }
+
+    /// The answer is no error, but it is not LiveKit's either: a redirect, or a page of another server.
+    fn of_other_server(what: &str, rejection: &HttpRejection) -> Self {
+        let answer = summary(rejection);
+        let check = match rejection.status {
+            300.. => {
+                "Set the project's url to the address that it leads to: the canary follows no redirect."
+            }
+            _ => "Check the project's url, including its path, and any proxy in front of LiveKit.",
+        };
+        Self::new(
+            Reason::ConfigRejected,
+            format!("another server than LiveKit answered {what}: {answer}. {check}"),
+        )
+    }
+
+    /// LiveKit Cloud refuses a project that is pinned to another region.
+    fn region_pinned(what: &str, answer: &str) -> Self {
+        Self::new(
+            Reason::ConfigRejected,
             format!(
-                "LiveKit refused {what}: {answer}. Check the project's api_key and api_secret, and that they belong to its url."
+                "LiveKit refused {what}: {answer}. LiveKit Cloud answers so if the project is pinned to a region and this \
+                 machine reached another one. Run the canary in an allowed region, or check the project's region pinning. \
+                 A proxy in front of LiveKit can answer so, too."
             ),
         )
     }
@@ -685,6 +872,15 @@ impl Evidence {
         self.step = Some(step);
         self.deadline_seconds = Some(limit.as_secs_f64());
     }
+}
+
+/// Whether a `Leave` with this reason is how an agent can end the call of its caller.
+pub(super) fn ends_call(reason: &str) -> bool {
+    use DisconnectReason as D;
+    matches!(
+        DisconnectReason::from_str_name(reason),
+        Some(D::RoomDeleted | D::RoomClosed | D::ParticipantRemoved)
+    )
 }
 
 /// The name of the agent that counts; `None` if the dispatch names none, and any agent counts.
@@ -735,6 +931,24 @@ fn names_node_limit(rejection: &HttpRejection) -> bool {
         "reached configured limit for node",
     ];
     phrases.iter().any(|phrase| text.contains(phrase))
+}
+
+/// Whether livekit-server refused a token because of its times. Its versions use two libraries for tokens: go-jose, and
+/// golang-jwt.
+fn names_time_of_token(rejection: &HttpRejection) -> bool {
+    let text = rejection.message.to_lowercase();
+    let phrases = [
+        "not valid yet",
+        "token is expired",
+        "issued in the future",
+        "used before issued",
+    ];
+    rejection.status == 401 && phrases.iter().any(|phrase| text.contains(phrase))
+}
+
+/// Whether the answer is HTML. LiveKit answers with JSON or plain text.
+fn is_page(rejection: &HttpRejection) -> bool {
+    rejection.message.starts_with('<')
 }
 
 /// A rejection in one line: `HTTP 404 (not_found): requested room does not exist`.

@@ -19,6 +19,7 @@ struct BatchJson<'a> {
     started_at: String,
     ended_at: String,
     result: &'static str,
+    deployment: Option<&'a str>,
     ramp: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     probes: Option<Vec<ProbeJson<'a>>>,
@@ -155,6 +156,7 @@ fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> BatchJson<'
         started_at: wall_clock(batch.started_at),
         ended_at: wall_clock(batch.ended_at),
         result: batch.result().label(),
+        deployment: Some(target.dispatch.deployment.as_str()).filter(|name| !name.is_empty()),
         ramp: target.batch.ramp.name(),
         probes: None,
         not_opened: batch.not_opened.as_ref().map(|rest| NotOpenedJson {

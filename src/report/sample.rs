@@ -22,8 +22,9 @@ fn start_of_day() -> DateTime<Utc> {
 pub(crate) fn project() -> Project {
     Project {
         url: "wss://acme.livekit.cloud".parse().unwrap(),
-        api_key: "key".to_owned(),
+        api_key: "key".into(),
         api_secret: "secret".to_owned().into(),
+        credential_files: crate::config::CredentialFiles::default(),
         ca_file: None,
         cloud_project: Some("p_acme".to_owned()),
         ice: Ice::default(),

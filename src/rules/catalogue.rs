@@ -338,6 +338,7 @@ unless max without (instance, pod) (livekit_canary_target_paused) == 1",
 and ignoring (cause) sum without (result) (livekit_canary:batches:fast) < 0.5",
         ),
     },
+    // The end of a drill leaves no canary behind, so the next three alerts select what is no drill.
     Alert {
         name: "CanaryAbsent",
         severity: Severity::Page,
@@ -347,11 +348,12 @@ and ignoring (cause) sum without (result) (livekit_canary:batches:fast) < 0.5",
         remedy: "Check whether the canary is deployed, and whether Prometheus still finds it.",
         condition: Condition::Plain(
             "(
-  group without (instance, pod, version, revision, rustc, engine) (last_over_time(livekit_canary_build_info[1d]))
+  group without (instance, pod, version, revision, rustc, engine)
+    (last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))
   unless group without (instance, pod, version, revision, rustc, engine) (livekit_canary_build_info)
   unless on (job) up == 0
 )
-or absent(last_over_time(livekit_canary_build_info[1d]))",
+or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         ),
     },
     Alert {
@@ -363,7 +365,9 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
         remedy: "Check whether the canary runs, and read its log. Then check the network and the credentials between the canary and \
                  Prometheus.",
         condition: Condition::Plain(
-            "max without (instance, pod) (up == 0 and on (job, instance) last_over_time(livekit_canary_build_info[1d]))",
+            "max without (instance, pod) (
+  up == 0 and on (job, instance) last_over_time(livekit_canary_build_info{drill=\"\"}[1d])
+)",
         ),
     },
     Alert {
@@ -376,7 +380,7 @@ or absent(last_over_time(livekit_canary_build_info[1d]))",
                  history's disk, and memory.",
         condition: Condition::Plain(
             "max without (instance, pod) (
-  changes(process_start_time_seconds[30m]) and on (job, instance) last_over_time(livekit_canary_build_info[30m])
+  changes(process_start_time_seconds[30m]) and on (job, instance) last_over_time(livekit_canary_build_info{drill=\"\"}[30m])
 ) > 2.5",
         ),
     },

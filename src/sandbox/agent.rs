@@ -62,6 +62,8 @@ pub(crate) struct AgentScript {
     pub late: Option<Duration>,
     track: TrackBehaviour,
     leaves_after: Option<Duration>,
+    /// It leaves by deleting the room.
+    deletes_room: bool,
     /// `None`: never answers.
     reply_delay: Option<Duration>,
     max_replies: u32,
@@ -97,6 +99,7 @@ impl AgentScript {
             late: None,
             track: TrackBehaviour::Speaking,
             leaves_after: None,
+            deletes_room: false,
             reply_delay: Some(REPLY_DELAY),
             max_replies,
             error: None,
@@ -111,6 +114,10 @@ impl AgentScript {
                 InjectedFault::SilentTrack => script.track = TrackBehaviour::Silent,
                 InjectedFault::NoPackets => script.track = TrackBehaviour::WithoutPackets,
                 InjectedFault::LeavesEarly(after) => script.leaves_after = Some(*after),
+                InjectedFault::DeletesRoom(after) => {
+                    script.leaves_after = Some(*after);
+                    script.deletes_room = true;
+                }
                 InjectedFault::LateAfterDeletion(after) => script.late = Some(*after),
                 InjectedFault::SlowReply(delay) => script.reply_delay = Some(*delay),
                 InjectedFault::NoReply => script.reply_delay = None,
@@ -120,7 +127,12 @@ impl AgentScript {
                 | InjectedFault::SpeaksAtOnce
                 | InjectedFault::Background
                 | InjectedFault::Avatar
+                | InjectedFault::StandardAvatar
+                | InjectedFault::Hidden
+                | InjectedFault::UnknownSource
+                | InjectedFault::Encrypted
                 | InjectedFault::RestartsTrack
+                | InjectedFault::Deployment(_)
                 | InjectedFault::Duplicate
                 | InjectedFault::Stray
                 | InjectedFault::NoMedia
@@ -133,6 +145,11 @@ impl AgentScript {
 
     pub(crate) fn has(&self, fault: &InjectedFault) -> bool {
         self.faults.has(fault)
+    }
+
+    /// The participant that should speak for the agent is not in the room, so nothing is published.
+    pub(crate) fn speaks_by_missing_avatar(&mut self) {
+        self.track = TrackBehaviour::None;
     }
 }
 
@@ -162,6 +179,8 @@ pub(crate) enum AgentAction {
     /// Reports an error on its session stream.
     Report(String),
     Leave,
+    /// Deletes the room with everyone in it.
+    DeleteRoom,
 }
 
 /// What an agent plays; each sound has its own track.
@@ -382,7 +401,11 @@ impl DemoAgent {
                 .is_some_and(|after| self.speech_sent >= after)
             {
                 self.next_frame = None;
-                acts.push(AgentAction::Leave);
+                acts.push(if self.script.deletes_room {
+                    AgentAction::DeleteRoom
+                } else {
+                    AgentAction::Leave
+                });
             }
         }
     }

@@ -40,6 +40,8 @@ pub enum InjectedFault {
     NoPackets,
     /// It leaves after this much of its greeting.
     LeavesEarly(Duration),
+    /// It deletes the room after this much speech, as an agent that ends the call does.
+    DeletesRoom(Duration),
     /// Its greeting never ends.
     NeverPauses,
     /// It speaks as soon as its track is published, before anyone has subscribed.
@@ -48,8 +50,18 @@ pub enum InjectedFault {
     Background,
     /// It publishes no voice: another participant speaks on its behalf.
     Avatar,
+    /// It is a hidden participant: only the server API shows it.
+    Hidden,
+    /// It publishes its voice without a source.
+    UnknownSource,
+    /// Its tracks are announced as end-to-end encrypted.
+    Encrypted,
+    /// Such a participant speaks on its behalf, but joins as an ordinary one. A full room turns it away.
+    StandardAvatar,
     /// It greets on one track and answers on another.
     RestartsTrack,
+    /// Its workers register as this deployment.
+    Deployment(String),
     /// A second agent of its name joins.
     Duplicate,
     /// An agent without a name joins the room too, as the agent of an unnamed worker does.
@@ -141,11 +153,17 @@ The agent:
   silent_track             its track carries silence only
   no_packets               its track carries no packet
   leaves_early=500ms       leaves this long after its greeting began
+  deletes_room=1s          ends the call after this much speech: deletes the room
   never_pauses             its greeting never ends
   speaks_at_once           speaks before anyone has subscribed
   background               plays sound on a second track all the time
   avatar                   another participant speaks on its behalf
+  standard_avatar          the same, but a full room turns that participant away
+  hidden                   joins as a hidden participant
+  unknown_source           publishes its voice without a source
+  encrypted                publishes end-to-end encrypted audio
   restarts_track           greets on one track and answers on another
+  deployment=NAME          its workers register as this deployment
   duplicate                a second agent joins
   stray                    an agent without a name joins too
   late_after_deletion=1s   connects this long after its room was deleted
@@ -231,6 +249,7 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
     match name {
         "join_delay" => Ok(InjectedFault::JoinDelay(duration()?)),
         "leaves_early" => Ok(InjectedFault::LeavesEarly(duration()?)),
+        "deletes_room" => Ok(InjectedFault::DeletesRoom(duration()?)),
         "late_after_deletion" => Ok(InjectedFault::LateAfterDeletion(duration()?)),
         "slow_reply" => Ok(InjectedFault::SlowReply(duration()?)),
         "never_accepts" => plain(InjectedFault::NeverAccepts),
@@ -242,7 +261,15 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "speaks_at_once" => plain(InjectedFault::SpeaksAtOnce),
         "background" => plain(InjectedFault::Background),
         "avatar" => plain(InjectedFault::Avatar),
+        "standard_avatar" => plain(InjectedFault::StandardAvatar),
+        "hidden" => plain(InjectedFault::Hidden),
+        "unknown_source" => plain(InjectedFault::UnknownSource),
+        "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
+        "deployment" => match value {
+            Some(name) if !name.is_empty() => Ok(InjectedFault::Deployment(name.to_owned())),
+            _ => Err("needs a name, as in deployment=staging".to_owned()),
+        },
         "duplicate" => plain(InjectedFault::Duplicate),
         "stray" => plain(InjectedFault::Stray),
         "no_reply" => plain(InjectedFault::NoReply),
@@ -343,6 +370,7 @@ impl fmt::Display for InjectedFault {
         match self {
             Self::JoinDelay(time) => timed(f, "join_delay", time),
             Self::LeavesEarly(time) => timed(f, "leaves_early", time),
+            Self::DeletesRoom(time) => timed(f, "deletes_room", time),
             Self::LateAfterDeletion(time) => timed(f, "late_after_deletion", time),
             Self::SlowReply(time) => timed(f, "slow_reply", time),
             Self::NeverAccepts => f.write_str("never_accepts"),
@@ -354,7 +382,12 @@ impl fmt::Display for InjectedFault {
             Self::SpeaksAtOnce => f.write_str("speaks_at_once"),
             Self::Background => f.write_str("background"),
             Self::Avatar => f.write_str("avatar"),
+            Self::StandardAvatar => f.write_str("standard_avatar"),
+            Self::Hidden => f.write_str("hidden"),
+            Self::UnknownSource => f.write_str("unknown_source"),
+            Self::Encrypted => f.write_str("encrypted"),
             Self::RestartsTrack => f.write_str("restarts_track"),
+            Self::Deployment(name) => write!(f, "deployment={name}"),
             Self::Duplicate => f.write_str("duplicate"),
             Self::Stray => f.write_str("stray"),
             Self::NoReply => f.write_str("no_reply"),
@@ -438,6 +471,15 @@ impl Faults {
         self.0.contains(fault)
     }
 
+    /// The deployment as which the agent's workers register; empty if they have none.
+    pub(crate) fn deployment(&self) -> &str {
+        let named = self.iter().find_map(|fault| match fault {
+            InjectedFault::Deployment(name) => Some(name.as_str()),
+            _ => None,
+        });
+        named.unwrap_or_default()
+    }
+
     /// The response that replaces the normal one of request `step`, if any.
     pub(crate) fn answer(&self, step: HttpStep) -> Option<&FaultAnswer> {
         self.iter().find_map(|fault| match fault {
@@ -472,11 +514,17 @@ mod tests {
             "silent_track",
             "no_packets",
             "leaves_early=500ms",
+            "deletes_room=2s",
             "never_pauses",
             "speaks_at_once",
             "background",
             "avatar",
+            "standard_avatar",
+            "hidden",
+            "unknown_source",
+            "encrypted",
             "restarts_track",
+            "deployment=staging",
             "duplicate",
             "stray",
             "late_after_deletion=1m",

@@ -19,7 +19,7 @@ pub const SYNTAX: &str = "\
 A line of the report has room, agent (its identity), event and at; times are Unix seconds. Events:
   job          a worker took the job: metadata
   connecting, connected, left
-  caller       a caller's microphone track is there: caller, attributes
+  caller       a caller's microphone track is there: caller, attributes, name, metadata, room_metadata
   greeted      began, ended
   heard        the caller spoke: began, ended, seconds (of speech), over_agent (it began while the agent spoke)
   replied      began, ended";
@@ -36,6 +36,9 @@ pub(crate) enum ReportEvent {
     Caller {
         caller: String,
         attributes: HashMap<String, String>,
+        name: String,
+        metadata: String,
+        room_metadata: String,
     },
     Greeted(SpeechInterval),
     Heard {

@@ -136,6 +136,7 @@ impl RoomActor {
                 id: guid("AD_"),
                 agent_name: agent.agent_name,
                 metadata: agent.metadata,
+                deployment: agent.deployment,
                 ..proto::AgentDispatch::default()
             });
         }
@@ -343,6 +344,9 @@ impl RoomActor {
                 let event = ReportEvent::Caller {
                     caller: caller.identity.clone(),
                     attributes: caller.attributes.clone(),
+                    name: caller.name.clone(),
+                    metadata: caller.metadata.clone(),
+                    room_metadata: self.info.metadata.clone(),
                 };
                 self.report(seat, &event);
             }
@@ -453,6 +457,10 @@ impl RoomActor {
             };
             let mut left = false;
             for act in acts {
+                if act == AgentAction::DeleteRoom {
+                    self.close(proto::DisconnectReason::RoomDeleted);
+                    return;
+                }
                 left |= self.act(at, act, now);
             }
             if left {
@@ -468,7 +476,7 @@ impl RoomActor {
         let seat = &mut self.seats[at];
         match act {
             AgentAction::Appear => {
-                seat.visible = true;
+                seat.visible = !self.faults.has(&InjectedFault::Hidden);
                 for info in seat.people_mut() {
                     info.state = proto::participant_info::State::Active.into();
                 }
@@ -481,7 +489,7 @@ impl RoomActor {
                 self.agents_listen(now);
             }
             AgentAction::Publish(sound) => {
-                let track = agent_track(sound);
+                let track = agent_track(sound, &self.faults);
                 *seat.line(sound) = Some(AudioOut {
                     track_sid: track.sid.clone(),
                     seq: 0,
@@ -528,7 +536,8 @@ impl RoomActor {
                 let sender = seat.info.identity.clone();
                 self.send_stream(data_stream::error(&sender, &error), now);
             }
-            AgentAction::Leave => return true,
+            // The room itself performs a deletion: no agent is left to act for.
+            AgentAction::Leave | AgentAction::DeleteRoom => return true,
         }
         false
     }
@@ -731,6 +740,12 @@ impl RoomActor {
             .collect()
     }
 
+    fn visible_participants(&self) -> Vec<proto::ParticipantInfo> {
+        let mut all = self.all_participants();
+        all.retain(|info| info.permission.as_ref().is_none_or(|it| !it.hidden));
+        all
+    }
+
     fn join(&mut self, newcomer: &Newcomer, now: Instant) -> Result<JoinedClient, RoomFull> {
         let twin = self
             .participants
@@ -740,10 +755,7 @@ impl RoomActor {
         if let Some(twin) = twin {
             self.remove(twin, Some(proto::DisconnectReason::DuplicateIdentity), now);
         }
-        let limit = match self.info.max_participants {
-            0 => MAX_PARTICIPANTS,
-            limit => usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS),
-        };
+        let limit = self.max_people();
         let is_agent = newcomer.kind == proto::participant_info::Kind::Agent;
         if (!is_agent && self.people() >= limit) || self.participants.len() >= MAX_PARTICIPANTS {
             return Err(RoomFull);
@@ -787,7 +799,7 @@ impl RoomActor {
         proto::JoinResponse {
             room: Some(self.info()),
             participant: Some(info.clone()),
-            other_participants: self.all_participants(),
+            other_participants: self.visible_participants(),
             server_version: SERVER_VERSION.to_owned(),
             subscriber_primary: true,
             ping_timeout: 15,
@@ -947,7 +959,9 @@ impl RoomActor {
             ..proto::AgentDispatchState::default()
         });
         let cancel = CancellationToken::new();
-        let is_target = info.agent_name == self.shared.settings.agent_name;
+        // As livekit-server routes: a worker without a deployment takes no job for one, and the other way round.
+        let is_target = info.agent_name == self.shared.settings.agent_name
+            && info.deployment == self.faults.deployment();
         let is_stray = info.agent_name.is_empty() && self.faults.has(&InjectedFault::Stray);
         if is_target || is_stray {
             // Faults concern only the target's agent.
@@ -1001,11 +1015,17 @@ impl RoomActor {
 
     /// Adds an agent whose media is not up yet: it does not hear, and the others do not see it.
     fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
-        let info = agent_info(job);
+        let mut info = agent_info(job);
+        if let Some(permission) = &mut info.permission {
+            permission.hidden = script.has(&InjectedFault::Hidden);
+        }
+        let (avatar, turned_away) = self.avatar(&script, &info);
+        let mut script = script;
+        if turned_away {
+            script.speaks_by_missing_avatar();
+        }
         let seat = AgentSeat {
-            avatar: script
-                .has(&InjectedFault::Avatar)
-                .then(|| avatar_of(&info, &self.info.name)),
+            avatar,
             info,
             agent: DemoAgent::new(script, Arc::clone(&self.shared.voice), now),
             dispatch_id: job.dispatch_id.clone(),
@@ -1015,6 +1035,36 @@ impl RoomActor {
             background: None,
         };
         self.seats.push(seat);
+    }
+
+    /// The participant that speaks for an agent with this script, and whether the room turned it away.
+    fn avatar(
+        &self,
+        script: &AgentScript,
+        agent: &proto::ParticipantInfo,
+    ) -> (Option<proto::ParticipantInfo>, bool) {
+        let avatar = || avatar_of(agent, &self.info.name);
+        if script.has(&InjectedFault::Avatar) {
+            return (Some(avatar()), false);
+        }
+        if !script.has(&InjectedFault::StandardAvatar) {
+            return (None, false);
+        }
+        if self.people() >= self.max_people() {
+            return (None, true);
+        }
+        let standard = proto::ParticipantInfo {
+            kind: proto::participant_info::Kind::Standard.into(),
+            ..avatar()
+        };
+        (Some(standard), false)
+    }
+
+    fn max_people(&self) -> usize {
+        match self.info.max_participants {
+            0 => MAX_PARTICIPANTS,
+            limit => usize::try_from(limit).unwrap_or(MAX_PARTICIPANTS),
+        }
     }
 
     fn close(&mut self, reason: proto::DisconnectReason) {

@@ -375,8 +375,10 @@ fn flood() -> Response<Body> {
     let chunks = std::iter::repeat_n(chunk, 4096).map(|chunk| Ok(Frame::data(chunk)));
     let body = StreamBody::new(futures_util::stream::iter(chunks));
     let mut response = Response::new(BodyExt::boxed(body));
-    let json = HeaderValue::from_static("application/json");
-    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    let protobuf = HeaderValue::from_static("application/protobuf");
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, protobuf);
     response
 }
 
@@ -569,6 +571,7 @@ impl TwirpCall<'_> {
             id: guid("AD_"),
             agent_name: request.agent_name,
             metadata: request.metadata,
+            deployment: request.deployment,
             ..proto::AgentDispatch::default()
         });
         // The real server creates a missing room, too.

@@ -16,6 +16,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::calendar::{next_tick, offset};
@@ -25,8 +26,12 @@ use crate::config::Schedule;
 const MAX_BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// A job that has not run after this time is replaced by a new one.
 const JOB_TIMEOUT: Duration = Duration::from_secs(3);
-/// After this time without a beat the scheduler counts as stopped.
+/// After this time of waiting for a beat in vain, the scheduler counts as stopped. Only time in which this process ran
+/// counts.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The most that one try counts as silence: a job that can't be added, and then doesn't run. A try that took longer was
+/// interrupted: the process was stopped, or its machine was suspended. So each gap leaves the scheduler another try.
+const MAX_TRY: Duration = JOB_TIMEOUT.saturating_mul(2);
 /// A target has at most one tick in the channel, so only more targets than this can fill it.
 const CHANNEL_CAPACITY: usize = 1024;
 
@@ -54,7 +59,8 @@ pub(crate) struct Ticker {
     table: Arc<Mutex<TickTable>>,
     /// Wakes the heartbeat: a changed schedule may be due before the current job.
     changed: Arc<Notify>,
-    beats: watch::Receiver<Instant>,
+    /// Cancelled when the heartbeat has ended.
+    ended: CancellationToken,
     clock: TimeSource,
     _heartbeat: AbortOnDropHandle<()>,
 }
@@ -81,7 +87,7 @@ impl Ticker {
 
     fn on(scheduler: JobScheduler, clock: TimeSource) -> (Self, mpsc::Receiver<Tick>) {
         let (ticks, receiver) = mpsc::channel(CHANNEL_CAPACITY);
-        let (beat, beats) = watch::channel(Instant::now());
+        let ended = CancellationToken::new();
         let table = Arc::new(Mutex::new(TickTable::new(clock(), ticks)));
         let changed = Arc::new(Notify::new());
         let heartbeat = Heartbeat {
@@ -89,12 +95,12 @@ impl Ticker {
             clock: Arc::clone(&clock),
             table: Arc::clone(&table),
             changed: Arc::clone(&changed),
-            beat,
+            _ended: ended.clone().drop_guard(),
         };
         let ticker = Self {
             table,
             changed,
-            beats,
+            ended,
             clock,
             _heartbeat: AbortOnDropHandle::new(tokio::spawn(heartbeat.run())),
         };
@@ -107,6 +113,15 @@ impl Ticker {
     pub(crate) fn set(&self, target: &str, schedule: &Schedule, first_not_before: DateTime<Utc>) {
         let now = (self.clock)();
         lock(&self.table).set(target, schedule, now, first_not_before);
+        self.changed.notify_one();
+    }
+
+    /// Adds a target. With an interval, its first tick is at `first`, so that a long interval does not begin with a long
+    /// silence. The ticks of the grid follow, except for one within half an interval of the first. A cron expression names
+    /// the times that its author wants, so its first tick is the first one from `first` on.
+    pub(crate) fn start_target(&self, target: &str, schedule: &Schedule, first: DateTime<Utc>) {
+        let now = (self.clock)();
+        lock(&self.table).start_target(target, schedule, now, first);
         self.changed.notify_one();
     }
 
@@ -131,10 +146,9 @@ impl Ticker {
         }
     }
 
-    /// Resolves when the scheduler has run no job for 30 s. After that, no tick is delivered.
+    /// Resolves when the scheduler has run no job for 30 s in which this process ran. After that, no tick is delivered.
     pub(crate) async fn stopped(&self) {
-        let mut beats = self.beats.clone();
-        while beats.changed().await.is_ok() {}
+        self.ended.cancelled().await;
     }
 }
 
@@ -162,6 +176,8 @@ struct TickEntry {
     /// The tick that was delivered and is not handled yet.
     unhandled: Option<DateTime<Utc>>,
     dropped: u64,
+    /// The least time from a first tick that is not on the grid to the next one; zero after it.
+    gap_after_first: Duration,
 }
 
 impl TickTable {
@@ -193,10 +209,25 @@ impl TickTable {
                     planned_at: now,
                     unhandled: former.as_ref().and_then(|former| former.unhandled),
                     dropped: former.map_or(0, |former| former.dropped),
+                    gap_after_first: Duration::ZERO,
                 }
             }
         };
         self.entries.insert(target.to_owned(), entry);
+    }
+
+    fn start_target(
+        &mut self,
+        target: &str,
+        schedule: &Schedule,
+        now: DateTime<Utc>,
+        first: DateTime<Utc>,
+    ) {
+        self.set(target, schedule, now, first);
+        if let (Schedule::Every(every), Some(entry)) = (schedule, self.entries.get_mut(target)) {
+            entry.next = Some(first.max(now));
+            entry.gap_after_first = *every / 2;
+        }
     }
 
     /// Sends the tick of each target that is due. Several ticks that were missed since the last check become one.
@@ -239,7 +270,8 @@ impl TickTable {
 
 impl TickEntry {
     fn plan(&mut self, now: DateTime<Utc>) {
-        self.next = next_tick(&self.schedule, self.offset, now);
+        let gap = std::mem::take(&mut self.gap_after_first);
+        self.next = next_tick(&self.schedule, self.offset, now + gap);
         self.planned_at = now;
     }
 
@@ -257,13 +289,23 @@ impl TickEntry {
     }
 }
 
+/// For how long the scheduler has shown no sign of life.
+#[derive(Debug, Default)]
+struct Silence(Duration);
+
+impl Silence {
+    fn add_try(&mut self, took: Duration) {
+        self.0 += took.min(MAX_TRY);
+    }
+}
+
 /// Keeps one job scheduled, and sends the ticks that are due whenever it runs.
 struct Heartbeat {
     scheduler: JobScheduler,
     clock: TimeSource,
     table: Arc<Mutex<TickTable>>,
     changed: Arc<Notify>,
-    beat: watch::Sender<Instant>,
+    _ended: DropGuard,
 }
 
 impl Heartbeat {
@@ -271,7 +313,9 @@ impl Heartbeat {
     async fn run(self) {
         let (fired, mut firing) = watch::channel(0_u64);
         let mut serial = 0;
-        while self.beat.borrow().elapsed() < SILENCE_TIMEOUT {
+        let mut silence = Silence::default();
+        while silence.0 < SILENCE_TIMEOUT {
+            let tried_at = Instant::now();
             let wait = {
                 let mut table = lock(&self.table);
                 let now = (self.clock)();
@@ -287,11 +331,13 @@ impl Heartbeat {
             tokio::select! {
                 beat = timeout(JOB_TIMEOUT, firing.wait_for(|latest| *latest == serial)) => {
                     if let Ok(Ok(_)) = beat {
-                        self.beat.send_replace(Instant::now());
+                        silence = Silence::default();
+                        continue;
                     }
                 }
                 () = self.changed.notified() => {}
             }
+            silence.add_try(tried_at.elapsed());
         }
         tracing::error!("the scheduler has stopped: no further batches start");
     }

@@ -30,6 +30,7 @@ const TYPES_FOR_THE_PROBE: &[&str] = &[
     "livekit::wire::api::ApiError",
     "livekit::wire::api::Call",
     "livekit::wire::api::DispatchInfo",
+    "livekit::wire::api::ParticipantBrief",
     "livekit::wire::api::RoomInfo",
     "livekit::wire::connect::ConnectError",
     "livekit::wire::request::HttpRejection",
@@ -42,14 +43,13 @@ fn top(path: &str) -> &str {
 
 /// A production source file and every path into this crate that it names, such as `probe::driver::Context`.
 struct Imports {
-    source: Source,
+    source: &'static Source,
     paths: BTreeSet<String>,
 }
 
 impl Imports {
     fn all() -> Vec<Self> {
-        let sources = Source::all().into_iter();
-        let files = sources.map(|source| Self {
+        let files = Source::all().iter().map(|source| Self {
             paths: imports(&source.module, &source.words),
             source,
         });

@@ -53,6 +53,10 @@ const UNAUTHORIZED: &str = "HTTP/1.1 401 Unauthorized\r\ncontent-type: text/plai
                             content-length: 13\r\nconnection: close\r\n\r\ninvalid token";
 const TOO_MANY: &str = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: text/plain\r\nretry-after: 7\r\n\
                         content-length: 9\r\nconnection: close\r\n\r\nslow down";
+const MOVED: &str = "HTTP/1.1 308 Permanent Redirect\r\nlocation: https://livekit.invalid/\r\n\
+                     content-length: 0\r\nconnection: close\r\n\r\n";
+const PAGE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\n\
+                    content-length: 0\r\nconnection: close\r\n\r\n";
 const ROOMS: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\n\
                      content-length: 0\r\nconnection: close\r\n\r\n";
 
@@ -119,12 +123,164 @@ fn mistake_in_a_flag_names_the_flag() {
             "a",
             "--rooms",
             "6",
+            "--max-rooms",
+            "5",
             "--join-timeout",
             "0s",
         ],
     );
     assert_eq!(run.code, Some(2));
     assert_snapshot!(run.stderr);
+}
+
+/// The limit of five rooms protects a project from its schedule. A number on the command line is a decision.
+#[test]
+fn rooms_of_the_command_line_raise_the_default_limit_but_not_one_that_is_set() {
+    let rooms = [
+        "once",
+        "--agent-name",
+        "a",
+        "--rooms",
+        "7",
+        "--ramp",
+        "burst",
+    ];
+    let opened = |run: &Finished| run.stderr.matches(" opens\n").count();
+    let run = run_with_url(&closed_port(), &rooms);
+    assert_eq!((run.code, opened(&run)), (Some(4), 7), "{}", run.output());
+
+    let run = run_with_url(
+        &closed_port(),
+        &[&rooms[..], &["--max-rooms", "6"]].concat(),
+    );
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert!(run.stderr.contains("add --max-rooms 7"), "{}", run.stderr);
+
+    let folder = tempfile::tempdir().unwrap();
+    let url = closed_port();
+    let variables = [
+        ("LIVEKIT_URL", url.as_str()),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", SECRET),
+        ("LIVEKIT_CANARY__projects__default__max_rooms", "6"),
+    ];
+    let run = canary(folder.path(), rooms, &variables);
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    let run = canary(
+        folder.path(),
+        [&rooms[..], &["--max-rooms", "7"]].concat(),
+        &variables,
+    );
+    assert_eq!((run.code, opened(&run)), (Some(4), 7), "{}", run.output());
+}
+
+#[test]
+fn result_goes_to_the_file_of_the_flag_and_the_table_to_stdout() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = closed_port();
+    let variables = [
+        ("LIVEKIT_URL", url.as_str()),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", SECRET),
+    ];
+    let once = ["once", "--agent-name", "a", "--format", "junit", "--output"];
+    let path = folder.path().join("result.xml");
+    std::fs::write(&path, "of an earlier run").unwrap();
+    let run = canary(
+        folder.path(),
+        [&once[..], &["result.xml"]].concat(),
+        &variables,
+    );
+    assert_eq!(run.code, Some(4), "{}", run.output());
+    let written = std::fs::read_to_string(&path).unwrap();
+    assert!(
+        written.starts_with("<?xml") && written.contains("unreachable"),
+        "{written}"
+    );
+    assert!(
+        run.stdout.contains("unreachable (origin: network)"),
+        "{}",
+        run.stdout
+    );
+    assert!(!run.stdout.contains("<?xml"), "{}", run.stdout);
+
+    // No room opens for a result that cannot be written.
+    let run = canary(
+        folder.path(),
+        [&once[..], &["nowhere/result.xml"]].concat(),
+        &variables,
+    );
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert!(
+        run.stderr
+            .starts_with("error: cannot write to nowhere/result.xml"),
+        "{}",
+        run.stderr
+    );
+    if std::path::Path::new("/dev/full").exists() {
+        let run = canary(
+            folder.path(),
+            [&once[..], &["/dev/full"]].concat(),
+            &variables,
+        );
+        assert_eq!(run.code, Some(4), "{}", run.output());
+        assert!(
+            run.stderr.contains("cannot write to /dev/full"),
+            "{}",
+            run.stderr
+        );
+    }
+}
+
+#[test]
+fn transcript_without_json_is_reported() {
+    let flags = ["once", "--agent-name", "a", "--transcript"];
+    let run = run_with_url("ws://127.0.0.1:1", &flags);
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert!(
+        run.stderr.contains("--transcript has no effect"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+fn check_with_an_agent_name_shows_what_once_would_do() {
+    let flags = [
+        "check",
+        "--agent-name",
+        "my-agent",
+        "--deployment",
+        "staging",
+    ];
+    let run = run_with_url("ws://127.0.0.1:1", &flags);
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    assert!(
+        run.stdout.contains("target default on project default"),
+        "{}",
+        run.stdout
+    );
+    assert!(
+        run.stdout
+            .contains("my-agent, deployment staging, explicit dispatch"),
+        "{}",
+        run.stdout
+    );
+
+    let run = with_two_targets(&["check", "--agent-name", "other"]);
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert!(
+        run.stderr.contains("the settings have several targets"),
+        "{}",
+        run.stderr
+    );
+    let run = with_two_targets(&["check", "--agent-name", "other", "--target", "support"]);
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    assert!(
+        run.stdout.contains("other, explicit dispatch"),
+        "{}",
+        run.stdout
+    );
 }
 
 #[test]
@@ -236,6 +392,41 @@ fn check_counts_the_agents_that_a_ramp_starts_at_the_same_time() {
 }
 
 #[test]
+fn check_reads_the_web_configuration_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write(
+        "canary.toml",
+        &format!("http.web_config_file = \"web.yml\"\n{TWO_TARGETS}"),
+    );
+    let check = || canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
+    let hash = "$2y$04$......................zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzu";
+    write("web.yml", &format!("basic_auth_users:\n  alice: {hash}\n"));
+    let run = check();
+    assert_eq!(run.code, Some(0), "{}", run.output());
+    assert!(run.stdout.starts_with("http on "), "{}", run.stdout);
+    assert!(
+        run.stdout.contains("web.yml: plain HTTP, 1 user\n"),
+        "{}",
+        run.stdout
+    );
+    for (text, mistake) in [
+        ("basic_auth_users:\n  alice: hunter2\n", "not a bcrypt hash"),
+        (
+            "tls_server_config:\n  cert_file: nowhere.crt\n  key_file: a.key\n",
+            "cannot be read",
+        ),
+        ("http_server_config: {}\n", "is not supported"),
+    ] {
+        write("web.yml", text);
+        let run = check();
+        assert_eq!(run.code, Some(2), "{}", run.output());
+        let named = run.stderr.starts_with("error: web.yml: ") && run.stderr.contains(mistake);
+        assert!(named && !run.stderr.contains("hunter2"), "{}", run.stderr);
+    }
+}
+
+#[test]
 fn check_of_one_target_omits_the_others() {
     let run = with_two_targets(&["check", "--target", "sales"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
@@ -282,6 +473,39 @@ fn rejected_credentials_exit_2() {
         "{}",
         run.stdout
     );
+}
+
+/// livekit-server repeats a key that it does not know. A key can be the secret, by a mistake of the user.
+#[test]
+fn key_that_the_server_repeats_is_not_printed() {
+    const REPEATED: &str = "HTTP/1.1 401 Unauthorized\r\ncontent-length: 33\r\nconnection: close\r\n\r\n\
+                            invalid API key: APIkeyOfThisTest";
+    let url = server_that_responds(REPEATED);
+    let variables = [
+        ("LIVEKIT_URL", url.as_str()),
+        ("LIVEKIT_API_KEY", "APIkeyOfThisTest"),
+        ("LIVEKIT_API_SECRET", SECRET),
+        ("RUST_LOG", "trace"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for args in [
+        &["check", "--connect"][..],
+        &["once", "--agent-name", "a", "--format", "json"],
+        &["once", "--dispatch", "automatic"],
+    ] {
+        let run = canary(folder.path(), args, &variables);
+        assert_eq!(run.code, Some(2), "{}", run.output());
+        assert!(
+            run.stdout.contains("invalid API key: [API key]"),
+            "{}",
+            run.stdout
+        );
+        assert!(
+            !run.output().contains("APIkeyOfThisTest"),
+            "{}",
+            run.output()
+        );
+    }
 }
 
 #[test]
@@ -375,6 +599,16 @@ fn check_connects_and_prints_why_it_failed() {
             4,
             "failed: refused with HTTP 429",
         ),
+        (
+            server_that_responds(MOVED),
+            2,
+            "failed: refused with HTTP 308: redirected to https://livekit.invalid/",
+        ),
+        (
+            server_that_responds(PAGE),
+            2,
+            "failed: refused with HTTP 200",
+        ),
         (closed_port(), 4, "failed: TCP connection"),
         (
             "wss://nonexistent.invalid".to_owned(),
@@ -417,8 +651,12 @@ fn signal_ends_a_hanging_batch(signal: Signal) {
         .unwrap();
     let opens = || Ok(running.stderr()?.contains("opens\n").then_some(()));
     wait_for("the first room", SHORT_TIMEOUT, opens).unwrap();
+    // Two at once are one: the second does not cut the batch short, so there is a result.
     running.signal(signal).unwrap();
-    let stderr = running.finish().unwrap().expect_code(130).unwrap().stderr;
+    running.signal(signal).unwrap();
+    let run = running.finish().unwrap().expect_code(130).unwrap();
+    assert!(run.stdout.contains("aborted"), "{}", run.output());
+    let stderr = run.stderr;
     let (_, rest) = stderr.split_once("opens\n").unwrap();
     assert!(rest.starts_with("stopping: deleting the rooms"), "{rest}");
     assert!(

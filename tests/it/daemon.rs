@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use chrono::{DateTime, TimeDelta, Utc};
 use livekit_canary::sandbox::SandboxSettings;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -13,13 +14,13 @@ use support::SECRET;
 use support::daemon::{Daemon, DaemonDir};
 use support::scrape::{Scrape, whole};
 
-use crate::canary;
 use crate::sandbox::SandboxThread;
+use crate::{canary, in_parallel};
 
 /// The schedule starts no batch during a test, unless the test changes it.
 const SETTINGS: &[(&str, &str)] = &[
     ("http.listen", "127.0.0.1:0"),
-    ("lifetime.startup_delay", "0s"),
+    ("lifetime.startup_delay", "1h"),
     ("lifetime.drain_grace", "10m"),
     ("lifetime.shutdown_linger", "0s"),
     ("projects.main.api_key", "devkey"),
@@ -33,7 +34,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("targets.demo.deadlines.signal", "5s"),
     ("targets.demo.deadlines.media", "8s"),
     ("targets.demo.deadlines.join", "8s"),
-    ("targets.demo.deadlines.track", "4s"),
+    ("targets.demo.deadlines.track", "2s"),
     ("targets.demo.deadlines.speech", "8s"),
     ("targets.demo.deadlines.cleanup", "3s"),
 ];
@@ -193,10 +194,53 @@ fn counters_of_scheduled_batches_equal_the_history_and_the_rooms_of_the_server()
     // The next tick is announced when the one before has been handled.
     let next = next_batch(&scrape)?;
     let skipped = count(&scrape, "batches_skipped_total", &[])?;
-    assert_eq!(whole((next - first) / 2.0)?, run + skipped);
+    // The first tick is not on the grid, and the second comes 1 to 3 s after it.
+    assert_eq!(whole(((next - first) / 2.0).round())?, run + skipped);
 
     daemon.finish()?.expect_code(0)?;
     fixture.expect_no_rooms();
+    Ok(())
+}
+
+#[test]
+fn start_logs_version_page_and_the_first_batch_which_does_not_wait_for_the_grid()
+-> anyhow::Result<()> {
+    let settings = [
+        ("lifetime.startup_delay", "3s"),
+        ("targets.nightly.agent_name", "demo"),
+        ("targets.nightly.schedule.cron", "0 3 1 1 *"),
+    ];
+    let fixture = Fixture::new(&[], &settings)?;
+    let started = Utc::now();
+    let daemon = fixture.dir.start()?;
+    let line = |text: &str| -> anyhow::Result<Value> {
+        daemon.wait_for_log(text)?.pop().context("it is not logged")
+    };
+    let start = line("is listening on")?;
+    assert_eq!(start["version"], env!("CARGO_PKG_VERSION"));
+    let page = format!(
+        "http://{}/",
+        start["address"].as_str().context("no address")?
+    );
+    assert_eq!(start["page"], page.as_str());
+    let next = |name: &str, schedule: &str| -> anyhow::Result<DateTime<Utc>> {
+        let line = line(&format!(
+            "target {name} on project main: {schedule}, first batch at "
+        ))?;
+        Ok(line["next_batch_at"].as_str().context("no time")?.parse()?)
+    };
+    assert!(next("nightly", "0 3 1 1 * (UTC)")? - started > TimeDelta::minutes(1));
+    // The interval is 30 days.
+    let first = next("demo", "every 30days")? - started;
+    assert!(
+        (TimeDelta::seconds(3)..TimeDelta::minutes(1)).contains(&first),
+        "{first}"
+    );
+    daemon.wait_for("the first batch", || {
+        let batches = count(&daemon.scrape()?, "batches_total", &[("result", "ok")])?;
+        Ok((batches == 1).then_some(()))
+    })?;
+    daemon.terminate()?;
     Ok(())
 }
 
@@ -227,11 +271,52 @@ fn second_signal_ends_the_daemon_at_once_and_its_rooms_are_deleted() -> anyhow::
     let daemon = fixture.dir.start()?;
     fixture.start_batch(&daemon)?;
     daemon.signal(Signal::TERM)?;
-    daemon.wait_for("the drain", || Ok(daemon.logged("stopping")?.pop()))?;
-    daemon.signal(Signal::TERM)?;
+    // Those within a second of the first belong to it; the next one does not.
+    daemon.wait_for("the second stop", || {
+        daemon.signal(Signal::TERM)?;
+        Ok(daemon.logged("stop requested again")?.pop())
+    })?;
     let log = daemon.finish()?.expect_code(1)?.log()?;
     fixture.expect_no_rooms();
     assert!(log.iter().all(|line| line["level"] != "ERROR"), "{log:?}");
+    Ok(())
+}
+
+#[test]
+fn rotated_secret_file_is_used_at_the_next_batch_without_a_reload() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[])?;
+    let secret = fixture.dir.path().join("secret");
+    std::fs::write(&secret, "a-secret-that-the-server-does-not-know")?;
+    let daemon = fixture.dir.start()?;
+    let result = || -> anyhow::Result<Value> { Ok(run_batch(&daemon, "demo")?["result"].clone()) };
+    assert_eq!(result()?, "failed");
+    std::fs::write(&secret, format!("{SECRET}\n"))?;
+    assert_eq!(result()?, "ok");
+    // A file that cannot be used changes nothing, and the log names its key.
+    std::fs::write(&secret, "two\nlines")?;
+    assert_eq!(result()?, "ok");
+    let unusable = daemon.wait_for_log("api_secret_file: this file can't be used")?;
+    assert_eq!(unusable.len(), 1);
+    daemon.terminate()?;
+    Ok(())
+}
+
+/// GNU `timeout` and some supervisors send two.
+#[test]
+fn two_signals_at_once_are_one() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[("targets.demo.batch.hold", "1s")])?;
+    let daemon = fixture.dir.start()?;
+    fixture.start_batch(&daemon)?;
+    for signal in [Signal::TERM, Signal::TERM, Signal::INT] {
+        daemon.signal(signal)?;
+    }
+    let log = daemon.finish()?.expect_code(0)?.log()?;
+    let lines = |text: &str| {
+        let message = |line: &&Value| line["message"].as_str().is_some_and(|it| it.contains(text));
+        log.iter().filter(message).count()
+    };
+    assert_eq!((lines("stopping;"), lines("stop requested again")), (1, 0));
+    fixture.expect_no_rooms();
     Ok(())
 }
 
@@ -380,7 +465,7 @@ fn target_that_was_removed_and_added_again_can_not_start_a_second_batch() -> any
 fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> anyhow::Result<()> {
     let mut fixture = Fixture::new(&[], &[])?;
     let secret = fixture.dir.path().join("secret");
-    std::fs::write(&secret, "the secret before").unwrap();
+    std::fs::write(&secret, "the-secret-before").unwrap();
     let daemon = fixture.dir.start()?;
     assert_eq!(run_batch(&daemon, "demo")?["result"], "failed");
     let rejected = &[("reason", "auth_rejected")];
@@ -392,9 +477,11 @@ fn changed_target_keeps_its_counters_and_a_rotated_secret_is_read_again() -> any
     std::fs::write(&secret, SECRET).unwrap();
     fixture.set("targets.demo.batch.rooms", "2")?;
     daemon.signal(Signal::HUP)?;
-    daemon.wait_for("the reload", || {
-        Ok(daemon.logged("settings reloaded")?.pop())
-    })?;
+    let changed = "settings reloaded: project \"main\" changed, target \"demo\" changed";
+    daemon.wait_for_log(changed)?;
+    let reload = daemon.http.post("/-/reload")?.json()?;
+    assert_eq!(reload["changes"], Value::Array(Vec::new()), "{reload}");
+    daemon.wait_for_log("settings reloaded: nothing has changed")?;
     assert_eq!(run_batch(&daemon, "demo")?["summary"]["ok"], 2);
     let scrape = daemon.scrape()?;
     assert_eq!(count(&scrape, "probe_failures_total", rejected)?, 1);
@@ -428,6 +515,7 @@ fn batch_by_post_is_in_the_history_under_the_returned_id() -> anyhow::Result<()>
 #[test]
 fn skipped_tick_is_counted_under_its_cause() -> anyhow::Result<()> {
     let settings = [
+        ("lifetime.startup_delay", "0s"),
         ("targets.demo.schedule.every", "1s"),
         ("targets.demo.batch.hold", "3s"),
         ("projects.main.budget.agent_time_per_day", "1m"),
@@ -460,19 +548,18 @@ fn skipped_tick_is_counted_under_its_cause() -> anyhow::Result<()> {
 #[test]
 fn plan_limit_is_counted_under_its_kind_and_the_project_backs_off_as_requested() {
     let retry_after = Some(3000.0);
-    thread::scope(|scope| {
-        for (fault, limit, rest) in [
-            ("upgrade=429,retry_after=50m", "connections", retry_after),
-            ("upgrade=429", "connections", None),
-            ("upgrade=503", "node", None),
-            ("create_room=429,retry_after=50m", "api_rate", retry_after),
-            ("create_room=429,html", "api_rate", None),
-            ("create_dispatch=resource_exhausted", "agent_sessions", None),
-            ("before_join=leave", "room", None),
-            ("inference_error", "inference", None),
-        ] {
-            scope.spawn(move || expect_backoff(fault, limit, rest).unwrap());
-        }
+    let cases = [
+        ("upgrade=429,retry_after=50m", "connections", retry_after),
+        ("upgrade=429", "connections", None),
+        ("upgrade=503", "node", None),
+        ("create_room=429,retry_after=50m", "api_rate", retry_after),
+        ("create_room=429,html", "api_rate", None),
+        ("create_dispatch=resource_exhausted", "agent_sessions", None),
+        ("before_join=leave", "room", None),
+        ("inference_error", "inference", None),
+    ];
+    in_parallel(&cases, |(fault, limit, rest)| {
+        expect_backoff(fault, limit, *rest).unwrap();
     });
 }
 
@@ -484,6 +571,8 @@ fn expect_backoff(fault: &str, limit: &str, retry_after: Option<f64>) -> anyhow:
     let settings = [
         ("projects.main.backoff.first", "10m"),
         ("targets.demo.batch.rooms", rooms),
+        ("targets.demo.deadlines.speech", "5s"),
+        ("lifetime.startup_delay", "0s"),
         ("targets.demo.schedule.every", "1s"),
     ];
     let fixture = Fixture::new(&[fault], &settings)?;
@@ -637,7 +726,7 @@ fn folder_that_cannot_be_written_degrades_the_history_and_batches_still_run() ->
     assert!(scrape.flag("history_degraded")?);
     let faults = scrape.count("internal_errors_total", &[("kind", "history")])?;
     assert_eq!(faults, 1, "one fault, however often the write is retried");
-    assert_eq!(daemon.logged("the history is degraded")?.len(), 1);
+    assert_eq!(daemon.wait_for_log("the history is degraded")?.len(), 1);
     assert_eq!(is_ready(&daemon)?, 200);
     daemon.terminate()?;
     Ok(())
@@ -657,7 +746,7 @@ fn corrupt_history_is_renamed_with_one_log_line_and_a_new_history_is_written() -
     std::fs::write(file.unwrap(), "no database at all").unwrap();
 
     let daemon = fixture.dir.start()?;
-    assert_eq!(daemon.logged("is corrupt")?.len(), 1);
+    assert_eq!(daemon.wait_for_log("is corrupt")?.len(), 1);
     assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
     assert!(!daemon.scrape()?.flag("history_degraded")?);
     daemon.terminate()?;
@@ -747,4 +836,219 @@ fn health_command_exits_0_only_if_the_daemon_is_healthy() -> anyhow::Result<()> 
     assert!(gone.stderr.contains("refused"), "{}", gone.output());
     assert_eq!(ask("https://127.0.0.1:1/").code, Some(2));
     Ok(())
+}
+
+/// SIGSTOP does to the process what `docker pause` and a stalled machine do.
+#[test]
+fn frozen_canary_blames_itself_and_its_next_batch_is_ok() -> anyhow::Result<()> {
+    let settings = [
+        ("targets.demo.batch.hold", "3s"),
+        ("targets.demo.deadlines.signal", "2s"),
+        ("targets.demo.deadlines.media", "4s"),
+        ("targets.demo.deadlines.join", "4s"),
+    ];
+    let fixture = Fixture::new(&[], &settings)?;
+    let daemon = fixture.dir.start()?;
+    let batch_id = fixture.start_batch(&daemon)?;
+    daemon.signal(Signal::STOP)?;
+    // Longer than the deadline of any step in which the probe can be now.
+    thread::sleep(Duration::from_secs(5));
+    daemon.signal(Signal::CONT)?;
+    let batch = daemon.wait_for_batch(&batch_id)?;
+    let probe = &batch["probes"][0];
+    assert_eq!(probe["reason"], "internal", "{probe}");
+    assert_eq!(probe["origin"], "canary", "{probe}");
+    let detail = probe["detail"].as_str().unwrap_or_default();
+    assert!(
+        detail.starts_with("the canary itself did not run for"),
+        "{detail}"
+    );
+    assert!(probe["join_delay_seconds"].is_null(), "{probe}");
+    let scrape = daemon.scrape()?;
+    let errors = |kind| scrape.count("internal_errors_total", &[("kind", kind)]);
+    assert!(errors("stall")? >= 1);
+    assert_eq!(errors("probe")?, 1);
+    assert_eq!(count(&scrape, "slo_eligible_total", &[])?, 0);
+    assert_eq!(
+        count(&scrape, "agent_join_delay_seconds_count", &[])?,
+        0,
+        "a delay that nobody measured"
+    );
+    assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
+    daemon.terminate()?;
+    fixture.expect_no_rooms();
+    Ok(())
+}
+
+/// Both streams are one full pipe, as under a supervisor that has stopped to read.
+#[test]
+fn log_that_is_not_read_stops_neither_the_probes_nor_the_shutdown() -> anyhow::Result<()> {
+    use std::io::Write as _;
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
+
+    let mut fixture = Fixture::new(&[], &[])?;
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    fixture.set("http.listen", &address.to_string())?;
+    let (unread, mut full) = std::io::pipe()?;
+    // The capacity of a pipe on Linux.
+    full.write_all(&vec![b'x'; 65_536])?;
+    let mut child = Command::new(support::canary::binary())
+        .args(["run", "--config", "canary.toml"])
+        .current_dir(fixture.dir.path())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(full.try_clone()?)
+        .stderr(full)
+        .spawn()?;
+    let limit = Duration::from_mins(1);
+    let http = support::http::HttpClient::new(address);
+    let started = support::wait_for("the batch's id", limit, || {
+        let Ok(response) = http.post("/api/v1/targets/demo/batches") else {
+            return Ok(None);
+        };
+        (response.status == 202)
+            .then(|| response.json())
+            .transpose()
+    });
+    let ended = started.and_then(|started| {
+        let id = started["batch_id"].as_str().context("no id")?.to_owned();
+        let batch = support::wait_for("the batch", limit, || {
+            let response = http.get(&format!("/api/v1/batches/{id}"))?;
+            (response.status == 200)
+                .then(|| response.json())
+                .transpose()
+        })?;
+        assert_eq!(batch["result"], "ok", "{batch}");
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM)?;
+        support::wait_for("the end", limit, || Ok(child.try_wait()?))
+    });
+    child.kill().ok();
+    child.wait()?;
+    assert_eq!(ended?.code(), Some(0));
+    drop(unread);
+    Ok(())
+}
+
+#[test]
+fn state_that_is_removed_in_use_is_reported_and_the_next_start_opens_no_room_unknowingly()
+-> anyhow::Result<()> {
+    let budget = [("projects.main.budget.agent_time_per_day", "10h")];
+    let fixture = Fixture::new(&[], &budget)?;
+    let daemon = fixture.dir.start()?;
+    run_batch(&daemon, "demo")?;
+    std::fs::remove_dir_all(fixture.dir.path().join("state"))?;
+    let batch = run_batch(&daemon, "demo")?;
+    assert_eq!(batch["result"], "ok");
+    let logged = daemon.wait_for_log("was removed or replaced")?;
+    let [line] = &logged[..] else {
+        panic!("{logged:?}")
+    };
+    assert_eq!(line["level"], "ERROR");
+    let scrape = daemon.scrape()?;
+    let faults = scrape.count("internal_errors_total", &[("kind", "history")])?;
+    assert_eq!(faults, 1);
+    daemon.terminate()?;
+
+    let daemon = fixture.dir.start()?;
+    let refused = daemon.http.post("/api/v1/targets/demo/batches")?;
+    assert_eq!(refused.status, 429, "{refused:?}");
+    let error = &refused.json()?["error"];
+    assert!(
+        error.as_str().is_some_and(|text| text.contains("lost")),
+        "{error}"
+    );
+    daemon.terminate()?;
+    Ok(())
+}
+
+#[test]
+fn fifo_in_the_settings_is_refused_at_once_and_the_daemon_goes_on() -> anyhow::Result<()> {
+    let mut fixture = Fixture::new(&[], &[])?;
+    let daemon = fixture.dir.start()?;
+    let fifo = fixture.dir.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status()?;
+    assert!(made.success());
+    fixture.set("projects.main.api_secret_file", "fifo")?;
+    let reply = daemon.http.post("/-/reload")?;
+    assert_eq!(reply.status, 422, "{reply:?}");
+    assert!(reply.body.contains("not a regular file"), "{reply:?}");
+    assert_eq!(run_batch(&daemon, "demo")?["result"], "ok");
+    daemon.terminate()?;
+    Ok(())
+}
+
+/// A reload may be sent as soon as the process exists. By default, SIGHUP would end it.
+#[test]
+fn sighup_is_handled_before_the_settings_are_read() -> anyhow::Result<()> {
+    use std::process::{Command, Stdio};
+
+    let fixture = Fixture::new(&[], &[])?;
+    let state = fixture.dir.path().join("state");
+    // The test looks at a process that is starting, so it may look too late.
+    for _ in 0..50 {
+        if state.exists() {
+            std::fs::remove_dir_all(&state)?;
+        }
+        let mut child = Command::new(support::canary::binary())
+            .args(["run", "--config", "canary.toml"])
+            .current_dir(fixture.dir.path())
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut seen = false;
+        while !seen && !state.exists() && child.try_wait()?.is_none() {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            let caught = u64::from_str_radix(caught.context("no SigCgt")?.trim(), 16)?;
+            // SIGHUP is signal 1, the lowest bit. The state folder is created after the settings have been read.
+            seen = caught & 1 == 1 && !state.exists();
+        }
+        child.kill()?;
+        child.wait()?;
+        if seen {
+            return Ok(());
+        }
+    }
+    panic!("in 50 starts, SIGHUP was handled only after the settings had been read");
+}
+
+/// If any call lacks a descriptor, neither the network nor LiveKit nor the agent is at fault.
+#[test]
+fn canary_without_descriptors_blames_itself() -> anyhow::Result<()> {
+    let fixture = Fixture::new(&[], &[("targets.demo.deadlines.cleanup", "300ms")])?;
+    let cases: Vec<u32> = (8..26).collect();
+    let results = in_parallel(&cases, |descriptors| -> anyhow::Result<bool> {
+        let finished = canary_with_descriptors(&fixture, *descriptors)?;
+        // With too few descriptors the process cannot start, and says so.
+        let Ok(batch) = finished.batch() else {
+            assert!(
+                finished.stderr.contains("os error 24") || finished.stderr.contains("open files"),
+                "{descriptors}: {}",
+                finished.output()
+            );
+            return Ok(false);
+        };
+        let probe = batch.only_probe()?;
+        assert!(
+            ["ok", "internal"].contains(&probe.verdict()),
+            "{descriptors}: {probe:?}"
+        );
+        Ok(probe.detail().contains("os error 24"))
+    });
+    let own_faults: Vec<bool> = results.into_iter().collect::<Result<_, _>>()?;
+    let own_faults = own_faults.into_iter().filter(|own| *own).count();
+    assert!(own_faults >= 2, "{own_faults} probes lacked descriptors");
+    Ok(())
+}
+
+fn canary_with_descriptors(
+    fixture: &Fixture,
+    descriptors: u32,
+) -> anyhow::Result<support::canary::Finished> {
+    let arguments = ["once", "--config", "canary.toml", "--format", "json"];
+    let canary = support::canary::Canary::with_descriptors(descriptors, &arguments);
+    canary.current_dir(fixture.dir.path()).run()
 }

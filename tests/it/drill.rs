@@ -1,8 +1,5 @@
 //! The fire drill: the canary reports each reason that a drill causes, its series have the label `drill`, and it ends on time.
 
-use std::sync::Mutex;
-use std::thread;
-
 use anyhow::Context as _;
 use livekit_canary::probe::{LimitKind, Reason};
 use rustix::process::Signal;
@@ -10,10 +7,7 @@ use support::canary::{Canary, Running};
 use support::http::HttpClient;
 use support::scrape::Scrape;
 
-use crate::canary;
-
-/// Drills that run at the same time.
-const MAX_DRILLS: usize = 8;
+use crate::{canary, in_parallel};
 
 /// The arguments of every drill.
 fn drills() -> Vec<Vec<&'static str>> {
@@ -32,23 +26,11 @@ fn drills() -> Vec<Vec<&'static str>> {
 
 #[test]
 fn every_reason_is_caused_and_reported() {
-    let queue = Mutex::new(drills());
-    let wrong: Mutex<Vec<String>> = Mutex::default();
-    thread::scope(|scope| {
-        for _ in 0..MAX_DRILLS {
-            scope.spawn(|| {
-                loop {
-                    let Some(drill) = queue.lock().unwrap().pop() else {
-                        return;
-                    };
-                    if let Err(output) = run_drill(&drill) {
-                        wrong.lock().unwrap().push(format!("{drill:?}: {output}"));
-                    }
-                }
-            });
-        }
+    let results = in_parallel(&drills(), |drill| {
+        let result = run_drill(drill);
+        result.err().map(|output| format!("{drill:?}: {output}"))
     });
-    let wrong = wrong.into_inner().unwrap();
+    let wrong: Vec<_> = results.into_iter().flatten().collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -73,8 +55,13 @@ fn run_drill(drill: &[&str]) -> Result<(), String> {
     Err(run.output())
 }
 
+/// Starts a drill with a batch every second.
 fn start_drill(args: &[&str]) -> anyhow::Result<Running> {
-    let fixed = ["drill", "--rooms", "1", "--every", "1s"];
+    start_drill_every("1s", args)
+}
+
+fn start_drill_every(interval: &str, args: &[&str]) -> anyhow::Result<Running> {
+    let fixed = ["drill", "--rooms", "1", "--every", interval];
     let page = ["--web.listen-address", "127.0.0.1:0"];
     Canary::new([&fixed[..], &page, args].concat()).start()
 }
@@ -91,6 +78,41 @@ fn page(drill: &mut Running) -> anyhow::Result<HttpClient> {
     let (_, rest) = line.split_once(" at http://").context("no address")?;
     let (address, _) = rest.split_once('/').context("no end of the address")?;
     Ok(HttpClient::new(address.parse()?))
+}
+
+#[test]
+fn drill_without_a_reason_lists_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = canary(folder.path(), ["drill"], &[]);
+    assert_eq!(
+        (run.code, run.stdout.as_str()),
+        (Some(2), ""),
+        "{}",
+        run.output()
+    );
+    let widest = run.stderr.lines().map(|line| line.chars().count()).max();
+    assert!(widest <= Some(80), "{}", run.stderr);
+    insta::assert_snapshot!(run.stderr);
+}
+
+#[test]
+fn drill_ends_with_the_sum_of_its_batches() -> anyhow::Result<()> {
+    let mut drill = start_drill(&["room_create_failed"])?;
+    for _ in 0..2 {
+        drill.read_to(&["As expected."])?;
+    }
+    drill.signal(Signal::INT)?;
+    let run = drill.finish()?.expect_code(0)?;
+    let sum = run
+        .stdout
+        .trim_end()
+        .rsplit('\n')
+        .next()
+        .unwrap_or_default();
+    let compared = run.stdout.matches("As expected.").count();
+    let expected = format!("Sum: {compared} batches, {compared} of {compared} rooms as expected.");
+    assert_eq!(sum, expected, "{}", run.output());
+    Ok(())
 }
 
 #[test]
@@ -113,17 +135,14 @@ fn series_of_a_drill_have_the_label_drill() -> anyhow::Result<()> {
 #[test]
 fn good_batches_follow_the_end_of_a_fault_and_the_counters_continue() -> anyhow::Result<()> {
     // One reason of each kind: caused by the sandbox, by the settings, and by the probes.
-    thread::scope(|scope| {
-        let recovers =
-            |reason: &'static str| scope.spawn(move || expect_recovery(reason).context(reason));
-        let drills = ["room_create_failed", "unreachable", "internal"].map(recovers);
-        let mut results = drills.into_iter().map(|drill| drill.join().unwrap());
-        results.try_for_each(|result| result)
-    })
+    let reasons = ["room_create_failed", "unreachable", "internal"];
+    let results = in_parallel(&reasons, |reason| expect_recovery(reason).context(*reason));
+    results.into_iter().collect()
 }
 
 fn expect_recovery(reason: &str) -> anyhow::Result<()> {
-    let mut drill = start_drill(&[reason, "--recover-after", "5s"])?;
+    // A batch that starts within a second of the fault's end is not compared.
+    let mut drill = start_drill_every("4s", &[reason, "--recover-after", "1500ms"])?;
     let page = page(&mut drill)?;
     drill.read_to(&["the fault ends"])?;
     drill.read_to(&["no fault"])?;

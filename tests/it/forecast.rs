@@ -267,3 +267,22 @@ fn schedule_with_rare_batches_gives_warnings_about_alerts_and_objectives() {
     );
     assert!(missed.ends_with("or open rooms more often"), "{missed}");
 }
+
+#[test]
+fn history_that_cannot_hold_the_batches_of_a_night_is_refused() {
+    let settings = "schedule.every = \"10s\"\nbatch.rooms = 3\n";
+    let checked = |megabytes: u32| {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = format!(
+            "[projects.acme]\n{PROJECT}\n[targets.support]\nagent_name = \"a\"\n{settings}\n[history]\nmax_megabytes = {megabytes}\n"
+        );
+        std::fs::write(folder.path().join("canary.toml"), settings).unwrap();
+        let args = ["check", "--config", "canary.toml"];
+        canary(folder.path(), args.to_vec(), &[])
+    };
+    let refused = checked(8);
+    assert_eq!(refused.code, Some(2), "{}", refused.output());
+    let text = "error: history.max_megabytes: 8 cannot hold the batches of eight hours, which take about 41 MB\n";
+    assert!(refused.stderr.contains(text), "{}", refused.output());
+    assert_eq!(checked(512).code, Some(0));
+}

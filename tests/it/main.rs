@@ -19,6 +19,8 @@ mod sources;
 
 use std::ffi::OsStr;
 use std::path::Path;
+use std::sync::Mutex;
+use std::thread;
 
 use support::canary::{Canary, Finished};
 
@@ -42,4 +44,27 @@ fn canary<A: AsRef<OsStr>>(
     }
     let canary = Canary::new(args).current_dir(folder).envs(variables);
     canary.run().unwrap()
+}
+
+/// How many cases of a test run at the same time. They mostly wait.
+const MAX_PARALLEL: usize = 12;
+
+/// Runs all cases, some at the same time, and returns their results in any order.
+fn in_parallel<T: Sync, R: Send>(cases: &[T], case: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = Mutex::new(cases.iter());
+    let results = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..MAX_PARALLEL.min(cases.len()) {
+            scope.spawn(|| {
+                loop {
+                    let Some(one) = next.lock().unwrap().next() else {
+                        return;
+                    };
+                    let result = case(one);
+                    results.lock().unwrap().push(result);
+                }
+            });
+        }
+    });
+    results.into_inner().unwrap()
 }

@@ -9,7 +9,7 @@ use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
     Alerts, Backoff, Budget, Config, DaemonSettings, DispatchMode, HistorySettings, Project,
-    RampMode, RawConfig, Schedule, Target,
+    RampMode, RawConfig, RoomSettings, Schedule, Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -311,6 +311,8 @@ fn cron_expression_of_another_form_is_reported() {
         ("a_year", "0 0 9 * * * 2027"),
         ("nothing", ""),
         ("an_unknown_nickname", "@reboot"),
+        ("a_time_zone_in_it", "CRON_TZ=Europe/Berlin 0 9 * * *"),
+        ("an_interval", "@every 5m"),
         ("a_day_that_never_comes", "0 9 31 2,4 *"),
     ] {
         let error = error_of(&on_clock(expression, "UTC"));
@@ -522,17 +524,43 @@ fn more_rooms_than_the_project_allows_are_valid_one_by_one() {
 
 #[test]
 fn attribute_for_upstreams_test_server_is_not_reserved() {
-    let config = target_with("attributes = { \"lk.mock\" = \"no_pong\" }");
+    let config = target_with("participant.attributes = { \"lk.mock\" = \"no_pong\" }");
     let config = read(&config, &CREDENTIALS);
-    let attributes = &config.targets["support"].attributes;
+    let attributes = &config.targets["support"].participant.attributes;
     assert_eq!(attributes["lk.mock"], "no_pong");
 }
 
 #[test]
 fn reserved_attributes_are_reported() {
     assert_snapshot!(error_of(&target_with(
-        "attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
+        "participant.attributes = { canary = \"no\", \"lk.simulator\" = \"1\", tier = 3 }"
     )));
+}
+
+#[test]
+fn mistakes_of_room_and_deployment_are_reported() {
+    assert_snapshot!(error_of(&target_with(
+        "room = { name_prefix = \"calls/\", max_participants = 1001 }\ndispatch.deployment = \"my_staging\""
+    )));
+    let automatic = "dispatch = { mode = \"automatic\", deployment = \"staging\" }";
+    assert_snapshot!(error_of(&target_with(automatic)));
+}
+
+#[test]
+fn room_participant_and_deployment_are_read() {
+    let settings = "room = { name_prefix = \"call-\", metadata = \"\", max_participants = 0 }\n\
+                    participant = { name = \"Ada\", metadata = \"vip\" }\ndispatch.deployment = \"staging\"";
+    let config = read(&target_with(settings), &CREDENTIALS);
+    let target = &config.targets["support"];
+    let room = RoomSettings {
+        name_prefix: "call-".to_owned(),
+        metadata: String::new(),
+        max_participants: 0,
+    };
+    assert_eq!(target.room, room);
+    let participant = (&*target.participant.name, &*target.participant.metadata);
+    assert_eq!(participant, ("Ada", "vip"));
+    assert_eq!(target.dispatch.deployment, "staging");
 }
 
 #[test]
@@ -555,6 +583,15 @@ fn unusable_secret_files_are_reported() {
     assert_snapshot!(error_of(
         "[projects.acme]\napi_key_file = \"canary.toml.missing\"\napi_secret_file = \"/dev/null\"\n"
     ));
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let empty = empty.path().display();
+    let error = error_of(&format!(
+        "[projects.acme]\napi_key = \"key\"\napi_secret_file = \"{empty}\"\n"
+    ));
+    assert!(
+        error.contains("api_secret_file: this file is empty"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -582,7 +619,10 @@ fn environment_overrides_any_key_of_the_file() {
     variables.extend([
         ("LIVEKIT_CANARY__targets__support__batch__rooms", "5"),
         ("LIVEKIT_CANARY__TARGETS__SUPPORT__EXPECT__REPLY", "true"),
-        ("LIVEKIT_CANARY__targets__support__attributes__Tier", "gold"),
+        (
+            "LIVEKIT_CANARY__targets__support__participant__attributes__Tier",
+            "gold",
+        ),
         ("LIVEKIT_CANARY__projects__big_one__api_secret", "12345"),
     ]);
     let settings = "[projects.big-one]\napi_secret_file = \"missing\"\n";
@@ -594,7 +634,7 @@ fn environment_overrides_any_key_of_the_file() {
     assert_eq!(support.batch.rooms, 5);
     assert!(support.expect.reply);
     assert_eq!(
-        support.attributes,
+        support.participant.attributes,
         BTreeMap::from([("Tier".to_owned(), "gold".to_owned())])
     );
     assert_eq!(
@@ -611,27 +651,122 @@ fn plain_variables_are_used_only_if_the_file_sets_no_value() {
     );
     let acme = &config.projects["acme"];
     assert_eq!(acme.url.as_str(), "ws://here:7880/");
-    assert_eq!(acme.api_key, "5");
+    assert_eq!(acme.api_key.expose_secret(), "5");
     assert_eq!(acme.api_secret.expose_secret(), SECRET);
 }
 
 #[test]
-fn only_the_newline_is_removed_from_a_secret_file() {
+fn white_space_around_a_credential_is_removed() {
     let folder = folder_with("[projects.acme]\napi_secret_file = \"secret\"\n");
-    std::fs::write(folder.path().join("secret"), " with spaces \r\n").unwrap();
-    let config = read_file(&folder.path().join("canary.toml"), &CREDENTIALS);
-    assert_eq!(
-        config.projects["acme"].api_secret.expose_secret(),
-        " with spaces "
+    std::fs::write(folder.path().join("secret"), format!("\n {SECRET} \r\n\n")).unwrap();
+    let key = format!(" {KEY}\n");
+    let variables = [
+        ("LIVEKIT_URL", " \"wss://canary.example\" \n"),
+        ("LIVEKIT_API_KEY", key.as_str()),
+    ];
+    let config = read_file(&folder.path().join("canary.toml"), &variables);
+    let acme = &config.projects["acme"];
+    assert_eq!(acme.url.as_str(), "wss://canary.example/");
+    assert_eq!(acme.api_key.expose_secret(), KEY);
+    assert_eq!(acme.api_secret.expose_secret(), SECRET);
+}
+
+#[test]
+fn text_that_is_no_credential_is_refused_by_its_name_and_not_printed() {
+    let folder = folder_with(
+        "[projects.acme]\nurl = \"wss://a.example\"\napi_key_file = \"pair\"\napi_secret_file = \"quoted\"\n",
+    );
+    let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+    write("pair", format!("{KEY}\n{SECRET}\n"));
+    write("quoted", format!("\"{SECRET}\"\n"));
+    let run = canary(folder.path(), ["check", "--config", "canary.toml"], &[]);
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert_snapshot!(run.stderr);
+    let (key, secret) = (format!("{KEY}: {SECRET}"), format!("'{SECRET}'"));
+    let variables = [
+        ("LIVEKIT_URL", "wss://a.example"),
+        ("LIVEKIT_API_KEY", key.as_str()),
+        ("LIVEKIT_API_SECRET", secret.as_str()),
+    ];
+    assert_snapshot!(
+        "credentials_of_the_environment_are_refused",
+        error_with(&target_with(""), &variables)
     );
 }
 
 #[test]
-fn numbers_and_booleans_may_be_strings() {
-    let config = read(
-        &target_with("batch.rooms = \"0x4\"\n").replace("0x4", "4"),
-        &CREDENTIALS,
+fn agent_name_with_white_space_around_it_is_reported() {
+    let error = error_of("[targets.support]\nagent_name = \"my-agent \"\n");
+    assert!(
+        error.contains("agent_name: it has white space around it"),
+        "{error}"
     );
+}
+
+/// Compose and Helm pass a value that is not set on as an empty one.
+#[test]
+fn empty_variable_counts_as_unset() {
+    let folder = folder_with(&target_with(
+        "batch.rooms = 2\nparticipant.attributes = { tier = \"gold\" }",
+    ));
+    let file = folder.path().join("canary.toml");
+    let mut variables = CREDENTIALS.to_vec();
+    variables.extend(
+        [
+            "LIVEKIT_CANARY__targets__support__agent_name",
+            "LIVEKIT_CANARY__targets__support__batch__rooms",
+            "LIVEKIT_CANARY__targets__support__participant__attributes__tier",
+            "LIVEKIT_CANARY__targets__support__dispatch__metadata",
+            "LIVEKIT_CANARY__targets__other__agent_name",
+            "LIVEKIT_CANARY__projects__other__api_key",
+            "LIVEKIT_CANARY__http__listen",
+            "LIVEKIT_CANARY__history__dir",
+        ]
+        .map(|name| (name, "")),
+    );
+    let config = read_file(&file, &variables);
+    assert_eq!(config.targets.len(), 1);
+    assert_eq!(config.projects.len(), 1);
+    let unset = read_file(&file, &CREDENTIALS);
+    assert_eq!(config.targets["support"], unset.targets["support"]);
+    assert_eq!(config.daemon, unset.daemon);
+    // White space alone is nothing either.
+    variables.push(("LIVEKIT_CANARY__targets__support__batch__rooms", " \n"));
+    assert_eq!(
+        read_file(&file, &variables).targets["support"].batch.rooms,
+        2
+    );
+}
+
+#[test]
+fn quotation_marks_around_a_variable_are_removed_if_they_cannot_belong_to_it() {
+    let mut variables = CREDENTIALS.to_vec();
+    variables.extend([
+        (
+            "LIVEKIT_CANARY__targets__support__agent_name",
+            "\"other-agent\"",
+        ),
+        ("LIVEKIT_CANARY__targets__support__batch__hold", "'20s' "),
+        (
+            "LIVEKIT_CANARY__targets__support__dispatch__metadata",
+            "\"a JSON string\"",
+        ),
+        (
+            "LIVEKIT_CANARY__targets__support__participant__attributes__tier",
+            " gold ",
+        ),
+    ]);
+    let config = read(&target_with(""), &variables);
+    let support = &config.targets["support"];
+    assert_eq!(support.agent_name.as_deref(), Some("other-agent"));
+    assert_eq!(support.batch.hold, Duration::from_secs(20));
+    assert_eq!(support.dispatch.metadata, "\"a JSON string\"");
+    assert_eq!(support.participant.attributes["tier"], " gold ");
+}
+
+#[test]
+fn numbers_and_booleans_may_be_strings() {
+    let config = read(&target_with("batch.rooms = \"4\""), &CREDENTIALS);
     assert_eq!(config.targets["support"].batch.rooms, 4);
     let config = read(
         &target_with("batch.rooms = 0x4\nexpect.reply = \"yes\""),
@@ -644,7 +779,8 @@ fn numbers_and_booleans_may_be_strings() {
 #[test]
 fn debug_output_of_the_settings_hides_the_secret() {
     let config = read(&target_with(""), &CREDENTIALS);
-    assert!(!format!("{config:?}").contains(SECRET));
+    let shown = format!("{config:?}");
+    assert!(!shown.contains(SECRET) && !shown.contains(KEY), "{shown}");
 }
 
 fn sample() -> PathBuf {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
@@ -15,8 +16,13 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Every file of `src/`, excluding the modules for tests.
-    pub(crate) fn all() -> Vec<Self> {
+    /// Every file of `src/`, excluding the modules for tests. They are parsed once, because that takes a second.
+    pub(crate) fn all() -> &'static [Self] {
+        static ALL: LazyLock<Vec<Source>> = LazyLock::new(Source::parse_all);
+        &ALL
+    }
+
+    fn parse_all() -> Vec<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let mut files = Vec::new();
         collect(&root, &mut files);

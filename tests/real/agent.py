@@ -7,6 +7,8 @@ the settings of that behaviour. Each job writes its events to the file REPORT: o
   LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET   the server
   AGENT_NAME      the name to register; if it is empty, LiveKit sends the worker to every new room
   AGENT_LOAD      the load to report, 0 to 1 (a server sends no job to a worker above 0.7)
+  AGENT_HIDDEN    if it is set, jobs join as hidden participants
+  LIVEKIT_AGENT_DEPLOYMENT  the deployment to register
   REPORT          the path of the report
 """
 
@@ -24,7 +26,9 @@ from livekit.agents import (
     AgentStateChangedEvent,
     BackgroundAudioPlayer,
     JobContext,
+    WorkerPermissions,
 )
+from livekit.agents.voice.room_io import RoomOptions
 
 from models import Llm, Stt, Tts
 from tones import FRAME_MS, is_audible, is_tone, signal_of, silence_after, tone, tone_of
@@ -34,6 +38,9 @@ LISTEN_RATE = 16_000
 # The frequency of the background sound in Hz. It is above the tone of every room.
 BACKGROUND = 2_500
 BACKGROUND_RATE = 48_000
+# The size of a picture.
+WIDTH = 320
+HEIGHT = 240
 # An echo begins after this many consecutive tone frames, and ends after this much silence.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
@@ -94,11 +101,11 @@ class Job:
         self.listening = []
         self.speaks_since = None
 
-    async def connect(self) -> None:
+    async def connect(self, encryption: rtc.E2EEOptions | None = None) -> None:
         await asyncio.sleep(self.order.get("connect_after", 0))
         self.ctx.room.on("track_subscribed", self.subscribed)
         report(self.room, "connecting")
-        await self.ctx.connect()
+        await self.ctx.connect(encryption=encryption)
         report(self.room, "connected", identity=self.ctx.room.local_participant.identity)
 
     def subscribed(self, track, publication, participant) -> None:
@@ -106,16 +113,26 @@ class Job:
         own = "lk.publish_on_behalf" in participant.attributes
         if publication.source == rtc.TrackSource.SOURCE_MICROPHONE and not own:
             caller, attributes = participant.identity, dict(participant.attributes)
-            report(self.room, "caller", caller=caller, attributes=attributes)
+            report(
+                self.room,
+                "caller",
+                caller=caller,
+                attributes=attributes,
+                name=participant.name,
+                metadata=participant.metadata,
+                room_metadata=self.ctx.room.metadata,
+            )
             self.listening.append(
                 asyncio.create_task(hear_echoes(self.room, track, self.heard))
             )
 
-    async def session(self, **models) -> AgentSession:
+    async def session(self, room_options: RoomOptions | None = None, **models) -> AgentSession:
         # vad=None: the bundled VAD costs CPU time, and no turn depends on it here.
         session = AgentSession(vad=None, **models)
         session.on("agent_state_changed", self.state_changed)
-        await session.start(agent=Agent(instructions=""), room=self.ctx.room, record=False)
+        options = {"room_options": room_options} if room_options else {}
+        agent = Agent(instructions="")
+        await session.start(agent=agent, room=self.ctx.room, record=False, **options)
         return session
 
     def state_changed(self, event: AgentStateChangedEvent) -> None:
@@ -129,12 +146,17 @@ class Job:
         await handle.wait_for_playout()
         report(self.room, event, began=self.speaks_since, ended=time.time())
 
-    async def publish(self, queue_ms: int, room: rtc.Room | None = None) -> rtc.LocalTrackPublication:
+    async def publish(
+        self,
+        queue_ms: int,
+        room: rtc.Room | None = None,
+        track_source: rtc.TrackSource.ValueType = rtc.TrackSource.SOURCE_MICROPHONE,
+    ) -> rtc.LocalTrackPublication:
         """Publishes a voice that never speaks. With a queue it sends silence, without one it sends no packets."""
         self.source = rtc.AudioSource(SPEECH_RATE, 1, queue_size_ms=queue_ms)
         track = rtc.LocalAudioTrack.create_audio_track("voice", self.source)
         # With DTX almost no packets of silence would be sent.
-        options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE, dtx=False)
+        options = rtc.TrackPublishOptions(source=track_source, dtx=False)
         speaker = (room or self.ctx.room).local_participant
         return await speaker.publish_track(track, options)
 
@@ -220,6 +242,21 @@ async def reply_and_leave(job: Job) -> None:
     job.ctx.shutdown("hangs up")
 
 
+async def end_call(job: Job) -> None:
+    """Greets and deletes the room, as EndCallTool does."""
+    await job.connect()
+    await job.say(await job.session(), "greeted")
+    await job.ctx.delete_room()
+
+
+async def close_session(job: Job) -> None:
+    """Greets and closes the session, which deletes the room."""
+    await job.connect()
+    session = await job.session(room_options=RoomOptions(delete_room_on_close=True))
+    await job.say(session, "greeted")
+    await session.aclose()
+
+
 async def greet_over_background(job: Job) -> None:
     await job.connect()
     session = await job.session()
@@ -240,15 +277,66 @@ async def speak_by_avatar(job: Job) -> None:
     token = (
         api.AccessToken()
         .with_identity(f"avatar-{job.room}")
-        .with_kind("agent")
+        .with_kind(job.order.get("kind", "agent"))
         .with_grants(api.VideoGrants(room_join=True, room=job.room))
         .with_attributes({"lk.publish_on_behalf": job.ctx.room.local_participant.identity})
     )
     job.avatar = rtc.Room()
-    await job.avatar.connect(os.environ["LIVEKIT_URL"], token.to_jwt())
+    try:
+        await job.avatar.connect(os.environ["LIVEKIT_URL"], token.to_jwt())
+    except rtc.ConnectError as error:
+        report(job.room, "turned_away", error=str(error))
+        return
     publication = await job.publish(queue_ms=1000, room=job.avatar)
     await publication.wait_for_subscription()
     await job.utter()
+
+
+async def speak_without_source(job: Job) -> None:
+    """Greets on a track without a source, as an agent without a session may."""
+    await job.connect()
+    source = rtc.TrackSource.SOURCE_UNKNOWN
+    publication = await job.publish(queue_ms=1000, track_source=source)
+    await publication.wait_for_subscription()
+    await job.utter()
+
+
+async def greet_with_video(job: Job) -> None:
+    """Publishes video, as an avatar does, then greets, and replies to the first echo."""
+    await job.connect()
+    source = rtc.VideoSource(WIDTH, HEIGHT)
+    track = rtc.LocalVideoTrack.create_video_track("avatar", source)
+    options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_CAMERA)
+    await job.ctx.room.local_participant.publish_track(track, options)
+
+    async def show() -> None:
+        picture = bytes(WIDTH * HEIGHT * 4)
+        while True:
+            source.capture_frame(rtc.VideoFrame(WIDTH, HEIGHT, rtc.VideoBufferType.RGBA, picture))
+            await asyncio.sleep(0.1)
+
+    job.showing = asyncio.create_task(show())
+    session = await job.session()
+    await job.say(session, "greeted")
+    await job.heard.get()
+    await job.say(session, "replied")
+
+
+async def deny_subscription(job: Job) -> None:
+    """Speaks on a track to which no participant may subscribe."""
+    await job.connect()
+    job.ctx.room.local_participant.set_track_subscription_permissions(
+        allow_all_participants=False
+    )
+    await job.publish(queue_ms=1000)
+    await job.utter()
+
+
+async def greet_encrypted(job: Job) -> None:
+    """Greets with end-to-end encryption."""
+    key = rtc.KeyProviderOptions(shared_key=b"a key that the canary does not have")
+    await job.connect(rtc.E2EEOptions(key_provider_options=key))
+    await job.say(await job.session(), "greeted")
 
 
 async def restart_track(job: Job) -> None:
@@ -290,9 +378,15 @@ BEHAVIOURS = {
         fail,
         blurt,
         reply_and_leave,
+        end_call,
+        close_session,
         greet_over_background,
         background_alone,
         speak_by_avatar,
+        speak_without_source,
+        greet_with_video,
+        deny_subscription,
+        greet_encrypted,
         restart_track,
         no_track,
         no_packets,
@@ -319,6 +413,7 @@ async def main() -> None:
         initialize_process_timeout=60,
         load_fnc=claimed_load,
         load_threshold=0.7,
+        permissions=WorkerPermissions(hidden=bool(os.environ.get("AGENT_HIDDEN"))),
         host="127.0.0.1",
         port=0,
         preload_modules=["numpy"],

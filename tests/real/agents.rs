@@ -5,10 +5,16 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use livekit_protocol::participant_info::Kind;
+use livekit_protocol::{
+    ParticipantInfo, ParticipantUpdate, SubscriptionError, SubscriptionResponse,
+};
 use rustix::process::Signal;
 use support::behaviour::Behaviour;
+use support::canary::Canary;
 use support::gate::{Gate, Hold};
 use support::settings::Settings;
+use support::signal_proxy::{SignalMessage, SignalProxy};
 use support::stack::{AGENT, Agent, Stack};
 use support::wait_for;
 
@@ -16,6 +22,7 @@ use crate::fixture::{
     Fixture, expect, expect_faulty, expect_gone, expect_heard, expect_no_agent, expect_ok,
     join_delays, wait_for_job, wait_for_two_greetings,
 };
+use crate::proxy::Interceptor;
 
 /// How long the agent of this room heard its own tone, in seconds.
 fn heard(stack: &Stack, room: &str) -> anyhow::Result<f64> {
@@ -101,6 +108,42 @@ pub(crate) fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyh
     Ok(format!(
         "ok, reply after {reply:.3} s, left {open:.1} s after the join"
     ))
+}
+
+/// The agent ends the call by deleting the room once it has spoken. That is ok if it may, and otherwise another program could
+/// have done it.
+fn expect_call_ended_by(fixture: &Fixture, behaviour: &Behaviour) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(behaviour)?;
+    let settings = settings.set("batch.hold", "60s");
+    let not_allowed = settings.run()?;
+    let not_allowed = expect(fixture, &not_allowed, 4, &["removed"])?;
+    expect_gone(stack, &not_allowed)?;
+    let probe = not_allowed.only_probe()?;
+    let hints = probe.detail().contains("set expect.agent_may_leave");
+    ensure!(hints, "{probe:?}");
+
+    let allowed = settings.set("expect.agent_may_leave", "after_speech");
+    let batch = expect_ok(fixture, stack, &allowed.run()?, 1)?;
+    let probe = batch.only_probe()?;
+    let open = probe.seconds("RoomDeleted")? - probe.seconds("AgentJoined")?;
+    ensure!(open < 50.0, "the room stayed open for {open} s");
+    probe.at("AgentSpoke")?;
+    let mut notes = probe.evidence.notes.iter();
+    let deleted = notes.find(|note| note.contains("ROOM_DELETED"));
+    let deleted = deleted.with_context(|| format!("{probe:?}"))?;
+    Ok(format!("removed if it may not; else ok: {deleted}"))
+}
+
+pub(crate) fn agent_that_may_leave_and_deletes_the_room_is_ok(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    expect_call_ended_by(fixture, &Behaviour::ends_the_call())
+}
+
+pub(crate) fn agent_that_may_leave_and_closes_its_session_is_ok(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    expect_call_ended_by(fixture, &Behaviour::closes_its_session())
 }
 
 pub(crate) fn agent_that_fails_before_it_connects_is_agent_no_show_if_its_job_is_listed(
@@ -194,6 +237,90 @@ pub(crate) fn avatar_speaks_for_its_agent(fixture: &Fixture) -> anyhow::Result<S
     Ok(format!("ok, join {}, echo heard", join_delays(&batch)?))
 }
 
+pub(crate) fn avatar_that_is_no_agent_needs_a_place_in_the_room(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::speaks_by_standard_avatar())?;
+    let full = settings.run()?;
+    let full = expect(fixture, &full, 1, &["agent_no_track"])?;
+    expect_gone(stack, &full)?;
+    let probe = full.only_probe()?;
+    let hints = probe.detail().contains("room.max_participants");
+    ensure!(hints, "{probe:?}");
+
+    let batch = settings.set("room.max_participants", 2).run()?;
+    let batch = expect_ok(fixture, stack, &batch, 1)?;
+    let probe = batch.only_probe()?;
+    let mut others = probe.evidence.participants.iter();
+    let avatar = others.any(|line| line.starts_with("avatar-") && line.contains("(STANDARD"));
+    ensure!(avatar, "{probe:?}");
+    expect_heard(stack, probe)?;
+    Ok("agent_no_track with one place, ok with two".to_owned())
+}
+
+pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::speaks_without_a_source())?;
+    let batch = expect_ok(fixture, stack, &settings.run()?, 1)?;
+    let probe = batch.only_probe()?;
+    let mut notes = probe.evidence.notes.iter();
+    let has_note = notes.any(|note| note.contains("a track of source UNKNOWN"));
+    ensure!(has_note, "{probe:?}");
+    let [track] = &probe.evidence.tracks[..] else {
+        anyhow::bail!("not one track: {probe:?}");
+    };
+    let listed = track.contains(": AUDIO from UNKNOWN \"voice\"");
+    ensure!(listed && !track.contains("encrypted"), "{track}");
+    expect_heard(stack, probe)?;
+    Ok(format!("ok, echo heard, noted, {track}"))
+}
+
+pub(crate) fn agent_with_video_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::has_video())?;
+    let finished = settings.set("expect.reply", true).set("batch.hold", "8s");
+    let batch = expect_ok(fixture, stack, &finished.run()?, 1)?;
+    let probe = batch.only_probe()?;
+    let mut tracks = probe.evidence.tracks.iter();
+    let listed = tracks.any(|track| track.contains(": VIDEO from CAMERA \"avatar\""));
+    ensure!(listed, "{probe:?}");
+    // LiveKit reports a video codec that the canary did not accept.
+    let notes = probe.evidence.notes.join("\n");
+    ensure!(!notes.contains("could not subscribe"), "{probe:?}");
+    let reply = probe.reply_delay_seconds.context("no reply")?;
+    expect_heard(stack, probe)?;
+    Ok(format!("ok, reply after {reply:.3} s"))
+}
+
+pub(crate) fn agent_that_denies_the_subscription_is_named(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::denies_subscription())?;
+    let batch = expect(fixture, &settings.run()?, 1, &["agent_no_track"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let named = probe.detail().contains("The agent does not permit it");
+    ensure!(named, "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
+pub(crate) fn end_to_end_encrypted_agent_is_config_rejected(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::is_encrypted())?;
+    let batch = expect(fixture, &settings.run()?, 2, &["config_rejected"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    ensure!(probe.origin.as_deref() == Some("config"), "{probe:?}");
+    ensure!(probe.detail().contains("encrypted (GCM)"), "{probe:?}");
+    let mut tracks = probe.evidence.tracks.iter();
+    let listed = tracks.any(|track| {
+        track.contains(": AUDIO from MICROPHONE") && track.ends_with("encrypted (GCM)")
+    });
+    ensure!(listed, "{probe:?}");
+    // Ciphertext is no speech.
+    ensure!(probe.at("AgentSpoke").is_err(), "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
 pub(crate) fn agent_that_restarts_its_track_is_still_heard(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
@@ -218,6 +345,122 @@ pub(crate) fn agent_that_restarts_its_track_is_still_heard(
     Ok(format!(
         "ok, reply after {reply:.3} s, echoes of {echoes:.2?} s"
     ))
+}
+
+/// LiveKit reports that it could not subscribe the canary to the agent's track, and sends no audio.
+fn expect_failed_subscription(
+    fixture: &Fixture,
+    error: SubscriptionError,
+    code: i32,
+    reason: &str,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::sends_no_packets())?;
+    let proxy = SignalProxy::before(stack.address(), move |message| {
+        let SignalMessage::Update(update) = &message else {
+            // An offer would name the track.
+            let is_offer =
+                matches!(&message, SignalMessage::Offer(offer) if offer.sdp.contains("m=audio"));
+            return if is_offer { Vec::new() } else { vec![message] };
+        };
+        let agents = update
+            .participants
+            .iter()
+            .filter(|one| one.kind() == Kind::Agent);
+        let tracks = agents.flat_map(|agent| &agent.tracks);
+        let failed = tracks.map(|track| {
+            SignalMessage::SubscriptionResponse(SubscriptionResponse {
+                track_sid: track.sid.clone(),
+                err: error.into(),
+            })
+        });
+        let failed: Vec<_> = failed.collect();
+        std::iter::once(message).chain(failed).collect()
+    })?;
+    let settings = settings.project("url", proxy.url());
+    let batch = expect(fixture, &settings.run()?, code, &[reason])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let named = probe.detail().contains(error.as_str_name());
+    ensure!(named, "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
+pub(crate) fn codec_that_the_canary_lacks_is_config_rejected(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let error = SubscriptionError::SeCodecUnsupported;
+    expect_failed_subscription(fixture, error, 2, "config_rejected")
+}
+
+pub(crate) fn track_that_livekit_does_not_find_is_named(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let error = SubscriptionError::SeTrackNotfound;
+    expect_failed_subscription(fixture, error, 1, "agent_no_track")
+}
+
+pub(crate) fn hidden_agent_is_named(fixture: &Fixture) -> anyhow::Result<String> {
+    let agents = [Agent::named(AGENT).hidden()];
+    let behaviour = Behaviour::greets().fault("hidden");
+    let stack = fixture.own_stack(&agents, &behaviour)?;
+    let settings = Settings::new(stack).behaviour(&behaviour);
+    let batch = settings.set("deadlines.join", "6s").run()?;
+    let batch = expect(fixture, &batch, 1, &["agent_no_track"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    let says_so = probe.detail().contains("joined as a hidden participant");
+    ensure!(says_so && probe.join_delay_seconds.is_none(), "{probe:?}");
+    Ok(probe.detail().to_owned())
+}
+
+/// As a server before 1.9.2 and a worker of that time: no attribute names the agent.
+fn without_agent_names(message: SignalMessage) -> Vec<SignalMessage> {
+    let unnamed = |participants: Vec<ParticipantInfo>| {
+        let unnamed = participants.into_iter().map(|mut one| {
+            one.attributes.remove("lk.agent_name");
+            one.attributes.remove("lk.agent.name");
+            one
+        });
+        unnamed.collect()
+    };
+    vec![match message {
+        SignalMessage::Join(mut join) => {
+            join.other_participants = unnamed(join.other_participants);
+            SignalMessage::Join(join)
+        }
+        SignalMessage::Update(update) => {
+            let participants = unnamed(update.participants);
+            SignalMessage::Update(ParticipantUpdate { participants })
+        }
+        other => other,
+    }]
+}
+
+pub(crate) fn agent_without_a_name_attribute_is_recognised(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let (stack, settings) = fixture.call(&Behaviour::greets())?;
+    let proxy = SignalProxy::before(stack.address(), without_agent_names)?;
+    let settings = settings.project("url", proxy.url());
+    let mut seen = Vec::new();
+    let mut settings = Some(settings);
+    for mode in ["room", "token", "explicit"] {
+        let next = settings.take().context("set in each round")?;
+        let next = next.set("dispatch.mode", mode);
+        let batch = expect_ok(fixture, stack, &next.run()?, 1)?;
+        settings = Some(next);
+        let probe = batch.only_probe()?;
+        let mut notes = probe.evidence.notes.iter();
+        let note = notes.find(|note| note.contains("has no name attribute"));
+        let note = note.with_context(|| format!("{probe:?}"))?;
+        let how = note.split("recognised ").nth(1).unwrap_or_default();
+        let how = how.split(':').next().unwrap_or_default();
+        let agent = probe.agent.as_ref().context("no agent")?;
+        ensure!(agent.name.is_none(), "{agent:?}");
+        expect_heard(stack, probe)?;
+        seen.push(format!("{mode} {how}, join {}", join_delays(&batch)?));
+    }
+    Ok(seen.join("; "))
 }
 
 // --- how the agent joins ---
@@ -245,6 +488,96 @@ pub(crate) fn agent_that_joins_before_the_dispatch_response_has_a_join_delay(
         join_delays(&batch)?,
         accepted - probe.at("AgentJoined")?
     ))
+}
+
+/// The agent is in the room before the canary, and the server names it only in an update before the join response.
+pub(crate) fn agent_in_an_update_before_the_join_response_is_seen(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let tag = "comes-in-an-early-update";
+    let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
+    let proxy = SignalProxy::before(stack.address(), |message| match message {
+        SignalMessage::Join(mut join) => {
+            let participants = std::mem::take(&mut join.other_participants);
+            let update = SignalMessage::Update(ParticipantUpdate { participants });
+            vec![update, SignalMessage::Join(join)]
+        }
+        other => vec![other],
+    })?;
+    let gate = Gate::before(proxy.address, Hold::Signal)?;
+    let running = settings
+        .project("url", format!("ws://{}", gate.address))
+        .set("dispatch.mode", "room")
+        // The time at the gate counts.
+        .set("deadlines.signal", "30s")
+        .set("deadlines.join", "60s")
+        .once()?;
+    wait_for_job(stack, tag, "connected")?;
+    gate.open();
+    let batch = expect_ok(fixture, stack, &running.finish()?, 1)?;
+    let probe = batch.only_probe()?;
+    ensure!(probe.join_upper_bound, "{probe:?}");
+    let (joined, signal) = (probe.at("AgentJoined")?, probe.at("SignalConnected")?);
+    ensure!(joined >= signal, "{probe:?}");
+    expect_heard(stack, probe)?;
+    Ok(format!("ok, joined within {}", join_delays(&batch)?))
+}
+
+/// The agent runs as the deployment `staging` only. Each mode that names the agent reaches it there, and no mode reaches it
+/// without the deployment.
+pub(crate) fn deployment_of_the_agent_is_dispatched_in_each_mode(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let staging = "staging";
+    let agents = [Agent::named(AGENT).deployed_as(staging)];
+    let behaviour = Behaviour::greets().fault(format!("deployment={staging}"));
+    let stack = fixture.own_stack(&agents, &behaviour)?;
+    let mut joins = Vec::new();
+    for mode in ["explicit", "room", "token"] {
+        let settings = || {
+            let settings = Settings::new(stack).behaviour(&behaviour);
+            settings.set("dispatch.mode", mode)
+        };
+        let elsewhere = settings().set("deadlines.join", "3s").run()?;
+        let elsewhere = expect(fixture, &elsewhere, 1, &["dispatch_unanswered"])?;
+        expect_gone(stack, &elsewhere)?;
+        let deployed = settings().set("dispatch.deployment", staging).run()?;
+        let batch = expect_ok(fixture, stack, &deployed, 1)?;
+        ensure!(batch.deployment.as_deref() == Some(staging), "{batch:?}");
+        joins.push(join_delays(&batch)?);
+    }
+    let wrong = Settings::new(stack)
+        .set("dispatch.deployment", "no-such-deployment")
+        .set("deadlines.join", "3s");
+    let wrong = expect(fixture, &wrong.run()?, 1, &["dispatch_unanswered"])?;
+    let probe = wrong.only_probe()?;
+    let named = probe
+        .detail()
+        .contains("\"no-such-deployment\" (LIVEKIT_AGENT_DEPLOYMENT)");
+    ensure!(named, "{probe:?}");
+    Ok(format!("3 ok, join {joins:?}; without it, no agent"))
+}
+
+/// haproxy accepts 15 KiB of headers by default, and livekit-server 1 MiB.
+pub(crate) fn join_token_that_a_proxy_refuses_is_named_by_its_size(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let filler = "x".repeat(20_000);
+    let (stack, settings) = fixture.call(&Behaviour::greets().with("filler", filler))?;
+    let settings = settings.set("dispatch.mode", "token");
+    let direct = settings.run()?;
+    expect_ok(fixture, stack, &direct, 1)?;
+    let proxy = Interceptor::start(stack, "")?;
+    let settings = settings.project("url", proxy.url.as_str());
+    let batch = expect(fixture, &settings.run()?, 2, &["config_rejected"])?;
+    expect_gone(stack, &batch)?;
+    let probe = batch.only_probe()?;
+    ensure!(probe.detail().contains("The join token has 2"), "{probe:?}");
+
+    let checked = Canary::new(["check"]).config(&settings.text())?.run()?;
+    let warned = checked.stdout.contains("warning: the join token has 2");
+    ensure!(checked.code == Some(0) && warned, "{}", checked.output());
+    Ok(probe.detail().to_owned())
 }
 
 // --- what other clients do to the call ---
@@ -346,7 +679,8 @@ pub(crate) fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let settings = Settings::new(stack)
         .set("batch.rooms", 2)
-        .set("batch.hold", "30s");
+        .set("batch.hold", "30s")
+        .without("late_agent_window");
     let running = settings.once()?;
     wait_for_two_greetings(stack)?;
     stack.server.signal(Signal::TERM)?;

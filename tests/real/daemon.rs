@@ -355,13 +355,19 @@ fn expect_restored(daemon: &Daemon, database: &Database) -> anyhow::Result<()> {
         "{batches} batches of {}",
         database.batches
     );
-    let used = metrics.sum("agent_budget_used_seconds", &[("period", "day")])?;
+    let used = counted(&metrics)?;
     ensure!(
         used >= seconds(database.counted()),
         "{used} s counted after a restart, {} s before",
         database.counted()
     );
     Ok(())
+}
+
+/// The agent time of today, in seconds: used and reserved.
+fn counted(metrics: &Scrape) -> anyhow::Result<f64> {
+    let today = |name| metrics.sum(name, &[("period", "day")]);
+    Ok(today("agent_budget_used_seconds")? + today("agent_budget_reserved_seconds")?)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "at most the seconds of a day")]
@@ -385,7 +391,7 @@ fn kill_within_a_batch(
     let mut reported = 0.0_f64;
     while begun.elapsed() < moment {
         let metrics = daemon.scrape()?;
-        reported = metrics.sum("agent_budget_used_seconds", &[("period", "day")])?;
+        reported = counted(&metrics)?;
         thread::sleep(Duration::from_millis(20));
     }
     daemon.signal(Signal::KILL)?;
@@ -551,5 +557,101 @@ pub(crate) fn prometheus_has_the_same_counts_as_the_history(_: &Fixture) -> anyh
     daemon.terminate()?;
     Ok(format!(
         "{probes} probes of {TARGETS} targets, promtool found nothing"
+    ))
+}
+
+// --- a frozen canary ---
+
+/// Longer than every deadline, and than the scheduler may be silent.
+const FREEZE: Duration = Duration::from_secs(33);
+
+pub(crate) fn frozen_daemon_blames_itself_and_goes_on(fixture: &Fixture) -> anyhow::Result<String> {
+    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let dir = DaemonDir::new()?;
+    let settings = Settings::new(stack)
+        .behaviour(&short_greeting())
+        .set("schedule.every", "30d")
+        .set("batch.hold", "8s")
+        .set("late_agent_window", "20s");
+    dir.write(&settings.text())?;
+    let daemon = dir.start()?;
+    let batch_id = daemon.start_batch(TARGET)?;
+    daemon.wait_for("the room", || Ok(stack.api.rooms()?.pop()))?;
+    daemon.signal(Signal::STOP)?;
+    thread::sleep(FREEZE);
+    daemon.signal(Signal::CONT)?;
+    let batch = daemon.wait_for_batch(&batch_id)?;
+    let probe = &batch["probes"][0];
+    let (reason, detail) = (&probe["reason"], &probe["detail"]);
+    ensure!(reason == "internal", "{probe}");
+    let detail = detail.as_str().unwrap_or_default();
+    ensure!(detail.contains("did not run for 3"), "{detail}");
+    ensure!(probe["join_delay_seconds"].is_null(), "{probe}");
+    let metrics = daemon.scrape()?;
+    let eligible = metrics.count("slo_eligible_total", &[("target", TARGET)])?;
+    ensure!(eligible == 0, "{eligible} probes count");
+    // The scheduler lives: a schedule of a few seconds starts the next batch.
+    let settings = settings.set("schedule.every", "3s");
+    dir.write(&settings.text())?;
+    daemon.http.post("/-/reload")?.success()?;
+    wait_for_batches(&daemon, 2.0, Duration::from_mins(2))?;
+    daemon.pause()?;
+    let next = daemon.all_batches(TARGET)?.pop().context("no batch")?;
+    ensure!(next.result == "ok", "{next:?}");
+    wait_for("the rooms to be gone", Duration::from_mins(1), || {
+        Ok(stack.api.rooms()?.is_empty().then_some(()))
+    })?;
+    daemon.terminate()?;
+    Ok(format!("{detail}; then ok"))
+}
+
+// --- a server that crashes ---
+
+/// The agent's SDK connects again to a server that is back within seconds, with a token that creates the missing room.
+pub(crate) fn room_that_an_agent_re_creates_after_a_server_crash_is_deleted(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let dir = DaemonDir::new()?;
+    let settings = Settings::new(stack)
+        .behaviour(&short_greeting())
+        .set("schedule.every", "30d")
+        .set("batch.rooms", 3)
+        .set("batch.hold", "40s")
+        .without("late_agent_window");
+    dir.write(&settings.text())?;
+    let daemon = dir.start()?;
+    let batch_id = daemon.start_batch(TARGET)?;
+    let greeted = |count: usize| {
+        wait_for("the greetings", SHORT_TIMEOUT, || {
+            let events = stack.events()?;
+            let greeted = events.iter().filter(|event| event.name() == "greeted");
+            Ok((greeted.count() >= count).then_some(()))
+        })
+    };
+    greeted(3)?;
+    stack.server.signal(Signal::KILL)?;
+    let _server = stack.restarted_server()?;
+    let batch = daemon.wait_for_batch(&batch_id)?;
+    let probes = batch["probes"].as_array().context("no probes")?;
+    let lost = probes.iter().all(|probe| probe["reason"] == "signal_lost");
+    ensure!(lost, "{batch}");
+    // As long as LiveKit's SDK tries to connect again, and some more.
+    let end = Instant::now() + Duration::from_secs(75);
+    let mut returned = BTreeSet::new();
+    while Instant::now() < end {
+        returned.extend(stack.api.rooms()?);
+        thread::sleep(Duration::from_millis(250));
+    }
+    let left = stack.api.rooms()?;
+    ensure!(left.is_empty(), "{left:?} of {returned:?} are left");
+    let leaked = daemon
+        .scrape()?
+        .sum("rooms_leaked_total", &[("target", TARGET)])?;
+    ensure!(leaked < 0.5, "{leaked} rooms leaked");
+    daemon.terminate()?;
+    Ok(format!(
+        "3 signal_lost, {} rooms came back, none is left",
+        returned.len()
     ))
 }

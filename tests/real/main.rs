@@ -275,7 +275,7 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 /// The maximum of cases that run at the same time. They mostly wait. With more of them, two cores would limit the result.
 fn max_threads(stack: StackKind) -> usize {
     match stack {
-        StackKind::Sandbox | StackKind::Mock => 12,
+        StackKind::Sandbox | StackKind::Mock => 16,
         // Each job of an agent is a Python process.
         StackKind::Real => 4,
     }
@@ -285,6 +285,7 @@ fn shared_stack() -> anyhow::Result<Stack> {
     let busy = Agent {
         name: BUSY_AGENT,
         load: 1.0,
+        ..Agent::named("")
     };
     Stack::real(&[Agent::named(AGENT), busy])
 }

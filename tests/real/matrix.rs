@@ -343,6 +343,14 @@ fn rooms_left(stack: &Stack, seen: &Observation) -> anyhow::Result<Vec<String>> 
 }
 
 impl Observation {
+    /// The daemon reports no room that may be left behind.
+    fn expect_no_leak(&self) -> anyhow::Result<()> {
+        let leaked = self.scrape.count("rooms_leaked_total", &[])?;
+        let warned = self.record.contains("not deleted");
+        ensure!(leaked == 0 && !warned, "{leaked} leaked: {}", self.record);
+        Ok(())
+    }
+
     /// The same with the reason that the server's list of jobs calls for.
     #[must_use]
     pub(crate) fn with_reason_by_jobs(mut self, reason: &'static str) -> Self {

@@ -127,6 +127,20 @@ fn canary_that_is_down_pages() {
 }
 
 #[test]
+fn drill_that_ends_or_crashes_pages_no_one() {
+    let events = [SHORT_START, (8, Good)];
+    for drill in [
+        // Still scraped, no longer scraped, and started again and again.
+        [(2, Good), (6, Down)],
+        [(2, Good), (6, Gone)],
+        [(2, Good), (6, CrashLoop)],
+    ] {
+        let story = Story::new(QUARTER, &events).beside_drill(&drill);
+        expect_alerts(&[(story, &[])]);
+    }
+}
+
+#[test]
 fn crash_loop_pages() {
     let events = [SHORT_START, (4, CrashLoop), (4, Good)];
     expect_alerts(&[(
@@ -641,6 +655,8 @@ fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
     let output = Command::new(promtool)
         .args(["test", "rules"])
         .arg(&tests)
+        // Half of the time would go to the garbage collector.
+        .envs([("GOGC", "off"), ("GOMEMLIMIT", "1GiB")])
         .output()
         .unwrap();
     Run {

@@ -68,16 +68,22 @@ pub(crate) enum Event {
 pub(crate) struct Story {
     pub reference: Reference,
     pub events: Vec<Event>,
+    /// What happens meanwhile to a drill on another host, from minute 0 on.
+    drill: Vec<Event>,
 }
 
 impl Story {
     pub(crate) fn new(reference: Reference, events: &[(usize, Event)]) -> Self {
-        let events = events.iter();
-        let events = events.flat_map(|(count, event)| std::iter::repeat_n(*event, *count));
         Self {
             reference,
-            events: events.collect(),
+            events: repeated(events),
+            drill: Vec::new(),
         }
+    }
+
+    pub(crate) fn beside_drill(mut self, events: &[(usize, Event)]) -> Self {
+        self.drill = repeated(events);
+        self
     }
 
     pub(crate) fn minutes(&self) -> usize {
@@ -86,15 +92,44 @@ impl Story {
 
     /// All series of the story with their values.
     pub(crate) fn series(&self) -> Vec<(String, String)> {
+        let drill = self.series_of(&self.drill).into_iter();
+        let drill = drill.map(|(series, values)| (as_drill(&series), values));
+        self.series_of(&self.events)
+            .into_iter()
+            .chain(drill)
+            .collect()
+    }
+
+    fn series_of(&self, events: &[Event]) -> Vec<(String, String)> {
         let mut canary = Canary::new(self);
-        for (tick, event) in self.events.iter().enumerate() {
-            let later = self.events[tick + 1..].iter();
+        for (tick, event) in events.iter().enumerate() {
+            let later = events[tick + 1..].iter();
             let nights = later.take_while(|event| **event == Event::Night).count();
             let next = (tick + 1 + nights) * self.reference.every * 60;
             canary.interval(*event, next);
         }
         canary.history.finish()
     }
+}
+
+fn repeated(events: &[(usize, Event)]) -> Vec<Event> {
+    let events = events.iter();
+    events
+        .flat_map(|(count, event)| std::iter::repeat_n(*event, *count))
+        .collect()
+}
+
+/// The same series of a drill. `up` comes from Prometheus, so it lacks the label of the canary.
+fn as_drill(series: &str) -> String {
+    let label = if series.starts_with("up{") {
+        "{"
+    } else {
+        "{drill=\"true\","
+    };
+    series
+        .replacen('{', label, 1)
+        .replace("target=\"support\"", "target=\"drill-agent-silent\"")
+        .replace("instance=\"10.0.0.", "instance=\"10.0.9.")
 }
 
 /// The values of the next scrape, and the earlier scrapes.

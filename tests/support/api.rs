@@ -91,7 +91,23 @@ impl LivekitApi {
     }
 
     pub fn dispatch(&self, room: &str, agent: &str, metadata: &str) -> anyhow::Result<()> {
-        let request = json!({"room": room, "agent_name": agent, "metadata": metadata});
+        self.dispatch_to(room, agent, "", metadata)
+    }
+
+    /// The same to a deployment of the agent.
+    pub fn dispatch_to(
+        &self,
+        room: &str,
+        agent: &str,
+        deployment: &str,
+        metadata: &str,
+    ) -> anyhow::Result<()> {
+        let request = json!({
+            "room": room,
+            "agent_name": agent,
+            "deployment": deployment,
+            "metadata": metadata,
+        });
         self.call("AgentDispatchService/CreateDispatch", room, &request)
             .map(drop)
     }

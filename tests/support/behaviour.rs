@@ -72,6 +72,16 @@ impl Behaviour {
         Self::new("reply_and_leave", &["leaves_early=3s500ms"])
     }
 
+    /// Greets, and then ends the call by deleting the room, as `EndCallTool` of livekit-agents does.
+    pub fn ends_the_call() -> Self {
+        Self::new("end_call", &["deletes_room=2500ms"])
+    }
+
+    /// Greets, and closes its session, which deletes the room (`delete_room_on_close`).
+    pub fn closes_its_session() -> Self {
+        Self::new("close_session", &["deletes_room=2500ms"])
+    }
+
     /// Greets, with background sound on a second track for the whole call.
     pub fn greets_over_background() -> Self {
         Self::new("greet_over_background", &["no_reply", "background"])
@@ -85,6 +95,31 @@ impl Behaviour {
     /// Publishes nothing. An avatar, which is another participant, speaks for it.
     pub fn speaks_by_avatar() -> Self {
         Self::new("speak_by_avatar", &["no_reply", "avatar"])
+    }
+
+    /// The same with an avatar that joins as an ordinary participant, as those of older plugins do.
+    pub fn speaks_by_standard_avatar() -> Self {
+        Self::new("speak_by_avatar", &["no_reply", "standard_avatar"]).with("kind", "standard")
+    }
+
+    /// Greets on a track without a source.
+    pub fn speaks_without_a_source() -> Self {
+        Self::new("speak_without_source", &["no_reply", "unknown_source"])
+    }
+
+    /// Publishes video, greets, and replies to the first echo.
+    pub fn has_video() -> Self {
+        Self::new("greet_with_video", &[])
+    }
+
+    /// Lets no participant subscribe to its track.
+    pub fn denies_subscription() -> Self {
+        Self::new("deny_subscription", &[])
+    }
+
+    /// Greets with end-to-end encrypted audio.
+    pub fn is_encrypted() -> Self {
+        Self::new("greet_encrypted", &["no_reply", "encrypted"])
     }
 
     /// Greets, and replies to the first echo on a second track.

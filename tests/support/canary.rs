@@ -49,6 +49,17 @@ impl Canary {
         }
     }
 
+    /// A command line with a limit on its open files.
+    pub fn with_descriptors(descriptors: u32, arguments: &[&str]) -> Self {
+        let mut canary = Self::new([""; 0]);
+        let limit = format!("ulimit -n {descriptors}; exec \"$0\" \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &limit]).arg(binary()).args(arguments);
+        command.env_clear().stdin(Stdio::null());
+        canary.command = command;
+        canary
+    }
+
     /// `once` with JSON as its output.
     pub fn once() -> Self {
         Self::new(["once", "--format", "json", "--engine", engine()])

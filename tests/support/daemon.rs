@@ -44,12 +44,18 @@ impl DaemonDir {
         self.write_with(NO_LINGER, targets)
     }
 
-    /// Writes settings of these targets. `lifetime` are the settings of the shutdown.
+    /// Writes settings of these targets. `lifetime` are the settings of the shutdown. No batch starts by itself unless a
+    /// target has a schedule.
     pub fn write_with(&self, lifetime: &str, targets: &str) -> anyhow::Result<()> {
+        let startup_delay = if targets.contains("schedule") {
+            "2s"
+        } else {
+            "1h"
+        };
         self.write_file(&format!(
             "http.listen = \"127.0.0.1:0\"
 history.dir = \"state\"
-lifetime.startup_delay = \"2s\"
+lifetime.startup_delay = \"{startup_delay}\"
 {lifetime}
 {targets}"
         ))
@@ -210,6 +216,15 @@ impl Daemon {
     /// The lines of the log whose message contains this text.
     pub fn logged(&self, text: &str) -> anyhow::Result<Vec<Value>> {
         logged(&self.running, text)
+    }
+
+    /// As [`logged`](Self::logged), once there is such a line. A thread of its own writes the log, so a response may come before
+    /// the line about it.
+    pub fn wait_for_log(&self, text: &str) -> anyhow::Result<Vec<Value>> {
+        self.wait_for(text, || {
+            let lines = self.logged(text)?;
+            Ok((!lines.is_empty()).then_some(lines))
+        })
     }
 
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {

@@ -20,6 +20,7 @@ pub mod process;
 pub mod report;
 pub mod scrape;
 pub mod settings;
+pub mod signal_proxy;
 pub mod stack;
 
 use std::thread;

@@ -9,6 +9,8 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize)]
 pub struct Batch {
     pub result: String,
+    /// The agent's deployment, if the target names one.
+    pub deployment: Option<String>,
     pub started_at: DateTime<Utc>,
     pub ended_at: DateTime<Utc>,
     pub probes: Vec<Probe>,
@@ -48,6 +50,8 @@ pub struct AgentSeen {
 pub struct Evidence {
     /// One line for each participant except the canary.
     pub participants: Vec<String>,
+    /// One line for each track of other participants.
+    pub tracks: Vec<String>,
     pub notes: Vec<String>,
     pub agent_metrics: Vec<serde_json::Value>,
 }

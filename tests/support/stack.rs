@@ -55,11 +55,33 @@ pub struct Agent {
     pub name: &'static str,
     /// The load that it reports, 0 to 1.
     pub load: f32,
+    /// The deployment as which it registers; empty if it has none.
+    pub deployment: &'static str,
+    /// Its jobs join as hidden participants.
+    pub hidden: bool,
 }
 
 impl Agent {
     pub const fn named(name: &'static str) -> Self {
-        Self { name, load: 0.0 }
+        Self {
+            name,
+            load: 0.0,
+            deployment: "",
+            hidden: false,
+        }
+    }
+
+    #[must_use]
+    pub const fn hidden(self) -> Self {
+        Self {
+            hidden: true,
+            ..self
+        }
+    }
+
+    #[must_use]
+    pub const fn deployed_as(self, deployment: &'static str) -> Self {
+        Self { deployment, ..self }
     }
 }
 
@@ -223,8 +245,9 @@ impl Stack {
             if agent.name.is_empty() {
                 self.api.create_room(&room)?;
             } else {
+                let nothing = r#"{"behaviour": "nothing"}"#;
                 self.api
-                    .dispatch(&room, agent.name, r#"{"behaviour": "nothing"}"#)?;
+                    .dispatch_to(&room, agent.name, agent.deployment, nothing)?;
             }
             let arrived = self.wait_for_event("a job", Duration::from_secs(2), |event| {
                 event.room() == room
@@ -246,6 +269,8 @@ impl Stack {
             .env("LIVEKIT_API_SECRET", &self.secret)
             .env("AGENT_NAME", agent.name)
             .env("AGENT_LOAD", agent.load.to_string())
+            .env("LIVEKIT_AGENT_DEPLOYMENT", agent.deployment)
+            .env("AGENT_HIDDEN", if agent.hidden { "1" } else { "" })
             .env("REPORT", report(self.dir()));
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir())
     }

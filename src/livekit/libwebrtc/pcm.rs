@@ -156,9 +156,4 @@ mod tests {
             assert_eq!(clock.on_frame(at, 480), MediaPosition { time, follows });
         }
     }
-
-    #[test]
-    fn frame_of_silence_lasts_10_ms() {
-        assert_eq!(Arc::<[i16]>::silence().duration(), TEN);
-    }
 }

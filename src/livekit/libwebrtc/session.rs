@@ -40,7 +40,7 @@ use super::watch::SignalWatch;
 use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
-use crate::livekit::join::JoinRequest;
+use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::signal::SignalError;
@@ -78,6 +78,7 @@ pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
+    mut adoption: Adoption,
     audio: &mut InboundTotals,
 ) -> EndReason {
     let token = match request.token() {
@@ -106,7 +107,7 @@ pub(crate) async fn run(
     };
     let mut joined_room = LeaveOnDrop(Some(Arc::new(room)));
     let served = match &joined_room.0 {
-        Some(room) => session.serve(room, events, &leave).await,
+        Some(room) => session.serve(room, events, &leave, &mut adoption).await,
         None => Ok(EndReason::Left),
     };
     let reported = session.watch.observer.report_unfinished();
@@ -262,6 +263,7 @@ impl<'a> SdkSession<'a> {
         room: &Arc<Room>,
         mut events: SdkEvents,
         leave: &CancellationToken,
+        adoption: &mut Adoption,
     ) -> Result<EndReason, EndReason> {
         let mut publishing = Some(self.publish(room));
         let mut sampling = interval(STATS_INTERVAL);
@@ -289,6 +291,11 @@ impl<'a> SdkSession<'a> {
                 Some(measured) = OptionFuture::from(self.measuring.as_mut()) => {
                     self.measuring = None;
                     self.on_measured(measured)?;
+                }
+                identity = adoption.next() => {
+                    let now = Instant::now();
+                    self.watch.adopt(now, &identity)?;
+                    self.select_voice(now)?;
                 }
                 _ = sampling.tick() => self.measure(room),
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {

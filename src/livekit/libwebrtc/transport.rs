@@ -267,19 +267,22 @@ fn ping(frame: &[u8]) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use tokio_tungstenite::accept_async;
 
     use super::*;
     use crate::livekit::RoomName;
     use crate::livekit::test_server::{REJECTIONS, TestServer, keys};
+    use crate::livekit::wire::token::TokenParticipant;
 
     fn connector(
         server: &TestServer,
     ) -> (SdkConnector, mpsc::Receiver<WireEvent>, CancellationToken) {
         let room = RoomName("canary-1".to_owned());
-        let token = keys().participant(&room, "echo", &BTreeMap::new(), None);
+        let participant = TokenParticipant {
+            identity: "echo".to_owned(),
+            ..TokenParticipant::default()
+        };
+        let token = keys().participant(&room, &participant, None);
         let hang_up = CancellationToken::new();
         let (connector, events) = SdkConnector::new(
             server.endpoint(),

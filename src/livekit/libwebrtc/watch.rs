@@ -70,6 +70,11 @@ impl SignalWatch {
         Ok(None)
     }
 
+    /// Treats this agent without a name as the target's.
+    pub(crate) fn adopt(&mut self, at: Instant, identity: &str) -> Result<(), EndReason> {
+        self.observer.adopt(at, identity, self.pings.clock())
+    }
+
     fn on_message(&mut self, at: Instant, message: Response) -> Result<Option<Instant>, EndReason> {
         self.last_received_at = at;
         self.observer.on_addresses(at, addresses(&message))?;
@@ -80,7 +85,8 @@ impl SignalWatch {
                 self.observer.on_join(at, &response)?;
                 (response.other_participants, true)
             }
-            Response::Update(update) => (update.participants, false),
+            // An update can come before the join response. What it shows was there before the canary.
+            Response::Update(update) => (update.participants, !self.joined),
             Response::Leave(leave) if !self.joined => {
                 let reason = leave_reason(&leave);
                 return Err(EndReason::Signal(SignalError::LeftBeforeJoin { reason }));

@@ -45,7 +45,7 @@ pub(crate) enum TcpEvent {
     /// A datagram to this local address is in the buffer.
     Datagram { to: IpAddr, length: usize },
     /// The connection failed or ended. No event follows.
-    Closed,
+    Closed(io::Error),
 }
 
 impl IceTcpConnection {
@@ -102,7 +102,7 @@ impl IceTcpConnection {
         Poll::Ready(event.unwrap_or_else(|error| {
             tracing::debug!(remote = %self.remote, %error, "the TCP connection for media failed or ended");
             self.state = TcpState::Closed;
-            TcpEvent::Closed
+            TcpEvent::Closed(error)
         }))
     }
 }
@@ -171,7 +171,7 @@ mod tests {
         match event {
             TcpEvent::Opened(local) => OwnedTcpEvent::Opened(local),
             TcpEvent::Datagram { length, .. } => OwnedTcpEvent::Datagram(buffer[..length].to_vec()),
-            TcpEvent::Closed => OwnedTcpEvent::Closed,
+            TcpEvent::Closed(_) => OwnedTcpEvent::Closed,
         }
     }
 

@@ -28,7 +28,7 @@ use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
-use crate::livekit::join::JoinRequest;
+use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::candidate::candidate_line;
@@ -47,6 +47,9 @@ const MAX_DATAGRAM: usize = 2_048;
 
 /// Maximum number of SSRCs whose m-line is cached; a probe's room has one or two.
 const MAX_STREAMS: usize = 16;
+
+/// Maximum number of video tracks that are paused; an avatar has one.
+const MAX_VIDEO_TRACKS: usize = 64;
 
 /// Maximum number of packets that are buffered before the agent is known, 5 s of 20 ms. The server may report a
 /// participant three seconds after it joined.
@@ -72,6 +75,7 @@ pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
     leave: CancellationToken,
+    mut adoption: Adoption,
     voice: &mut RtpReceiver,
 ) -> EndReason {
     let events = EventSender::new(events);
@@ -87,7 +91,7 @@ pub(crate) async fn run(
             Err(why) => return why,
         },
     };
-    let served = session.serve(&leave).await;
+    let served = session.serve(&leave, &mut adoption).await;
     let reported = session.observer.report_unfinished();
     let why = served
         .and_then(|why| reported.map(|()| why))
@@ -130,6 +134,8 @@ struct NativeSession<'a> {
     voice_selector: VoiceSelector<Mid, ReceivedPacket>,
     /// The m-line of each received SSRC; cleared by each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
+    /// The sids of the video tracks that were paused.
+    paused: Vec<String>,
     media_reported: bool,
     /// The round in which the sockets are read next.
     read_at: Instant,
@@ -153,6 +159,8 @@ enum SessionStep {
     Left,
     Message(Result<(Instant, Box<Response>), SignalError>),
     Incoming(proto::SignalTarget, Incoming),
+    /// This agent without a name is the target's.
+    Adopted(String),
     Time,
 }
 
@@ -168,9 +176,9 @@ impl<'a> NativeSession<'a> {
         let Joined {
             signal,
             response,
+            early,
             at,
             local,
-            ..
         } = joined;
         // LiveKit matches `AddTrack.cid` with the track id of the offer's msid, so both must be equal.
         let cid = format!("echo-{:016x}", fastrand::u64(..));
@@ -202,6 +210,7 @@ impl<'a> NativeSession<'a> {
             },
             voice_selector: VoiceSelector::new(MAX_EARLY_PACKETS),
             streams: Vec::new(),
+            paused: Vec::new(),
             media_reported: false,
             read_at: at,
             read_interval: if request.echo.delay < READ_INTERVAL {
@@ -213,6 +222,17 @@ impl<'a> NativeSession<'a> {
         });
         session.publish(cid, offer)?;
         session.on_participants(at, response.other_participants, true)?;
+        // The canary is in the room only since the join response, so the time of an earlier message says nothing.
+        for message in early {
+            match message {
+                Response::Update(update) => {
+                    session.on_participants(at, update.participants, true)?;
+                }
+                // There was nothing to negotiate before the join response.
+                Response::Answer(_) | Response::Offer(_) | Response::Trickle(_) => {}
+                other => session.observer.on_message(at, other)?,
+            }
+        }
         Ok(session)
     }
 
@@ -230,7 +250,11 @@ impl<'a> NativeSession<'a> {
         self.send(Request::Offer(description("offer", offer, OFFER_ID)))
     }
 
-    async fn serve(&mut self, leave: &CancellationToken) -> Result<EndReason, EndReason> {
+    async fn serve(
+        &mut self,
+        leave: &CancellationToken,
+        adoption: &mut Adoption,
+    ) -> Result<EndReason, EndReason> {
         let mut buffer = [0; MAX_DATAGRAM];
         let timer = sleep_until(Instant::now());
         let left = leave.cancelled();
@@ -243,7 +267,7 @@ impl<'a> NativeSession<'a> {
                 timer.as_mut().reset(deadline);
             }
             let step = self
-                .next_step(left.as_mut(), timer.as_mut(), &mut buffer)
+                .next_step(left.as_mut(), timer.as_mut(), adoption, &mut buffer)
                 .await;
             match step {
                 SessionStep::Left => return Ok(EndReason::Left),
@@ -255,6 +279,12 @@ impl<'a> NativeSession<'a> {
                 }
                 SessionStep::Incoming(target, incoming) => {
                     self.receive(target, &incoming, &buffer)?;
+                }
+                SessionStep::Adopted(identity) => {
+                    let now = Instant::now();
+                    let clock = self.signal.clock();
+                    self.observer.adopt(now, &identity, clock)?;
+                    self.select_voice(now)?;
                 }
                 SessionStep::Time => self.on_timer(&mut buffer)?,
             }
@@ -301,6 +331,7 @@ impl<'a> NativeSession<'a> {
         &mut self,
         left: impl Future<Output = ()>,
         timer: Pin<&mut Sleep>,
+        adoption: &mut Adoption,
         buffer: &mut [u8],
     ) -> SessionStep {
         tokio::select! {
@@ -312,6 +343,7 @@ impl<'a> NativeSession<'a> {
             (target, incoming) = incoming(&mut self.publisher, &mut self.subscriber, buffer) => {
                 SessionStep::Incoming(target, incoming)
             }
+            identity = adoption.next() => SessionStep::Adopted(identity),
             () = timer => SessionStep::Time,
         }
     }
@@ -489,9 +521,32 @@ impl<'a> NativeSession<'a> {
         in_join_response: bool,
     ) -> Result<(), EndReason> {
         let clock = self.signal.clock();
+        self.pause_video(&participants)?;
         self.observer
             .on_participants(at, participants, in_join_response, clock)?;
         self.select_voice(at)
+    }
+
+    /// Has the server send no packets of new video tracks. They would cost bandwidth, and the canary shows no video.
+    fn pause_video(&mut self, participants: &[proto::ParticipantInfo]) -> Result<(), EndReason> {
+        let tracks = participants.iter().flat_map(|one| &one.tracks);
+        let is_new = |track: &&proto::TrackInfo| {
+            track.r#type() == proto::TrackType::Video && !self.paused.contains(&track.sid)
+        };
+        let new: Vec<_> = tracks
+            .filter(is_new)
+            .map(|track| track.sid.clone())
+            .take(MAX_VIDEO_TRACKS - self.paused.len())
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        self.paused.extend(new.iter().cloned());
+        self.send(Request::TrackSetting(proto::UpdateTrackSettings {
+            track_sids: new,
+            disabled: true,
+            ..proto::UpdateTrackSettings::default()
+        }))
     }
 
     /// Selects the m-line that carries the agent's voice and processes the packets that were buffered until then.
@@ -657,6 +712,9 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
 }
 
 fn media_failed(transport: &'static str, error: &PeerError) -> EndReason {
+    if let PeerError::Shortage { .. } = error {
+        return EndReason::Internal(error.to_string());
+    }
     EndReason::MediaFailed {
         transport,
         detail: error.to_string(),

@@ -6,6 +6,7 @@
 //! candidate only at the next `Input::Timeout`, which [`PeerConnection::wake`] requests.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,6 +26,7 @@ use super::udp::{Datagram, MediaSocket};
 use crate::config::Ice;
 use crate::livekit::audio::rtp::RtpHeader;
 use crate::livekit::wire::candidate::media_address;
+use crate::livekit::wire::connect::is_shortage;
 
 /// Maximum number of local addresses per peer connection: one per route, and few hosts have more routes to one server.
 const MAX_SOCKETS: usize = 4;
@@ -83,6 +85,12 @@ pub(crate) enum PeerError {
     Unexpected(&'static str),
     #[error("no UDP socket could be opened on the local address that reaches the server")]
     NoRoute,
+    /// The process has no descriptor or no memory left.
+    #[error("no {protocol} socket could be opened: {error}")]
+    Shortage {
+        protocol: &'static str,
+        error: String,
+    },
     #[error(transparent)]
     Stack(#[from] RtcError),
 }
@@ -144,7 +152,7 @@ pub(crate) enum Incoming {
     /// A TCP connection was opened from this local address.
     Opened(IpAddr),
     /// The TCP connection to this candidate failed or ended.
-    Closed(Candidate),
+    Closed(Candidate, io::Error),
 }
 
 impl PeerConnection {
@@ -152,7 +160,7 @@ impl PeerConnection {
     /// [`Ice::Tcp`], it has no candidate yet.
     ///
     /// # Errors
-    /// [`PeerError::NoRoute`] if no UDP socket can be bound to `local`.
+    /// [`PeerError::NoRoute`] or [`PeerError::Shortage`] if no UDP socket can be bound to `local`.
     pub(crate) fn new(target: SignalTarget, local: IpAddr, ice: Ice) -> Result<Self, PeerError> {
         let mut extensions = ExtensionMap::empty();
         extensions.set(1, Extension::AudioLevel);
@@ -160,9 +168,16 @@ impl PeerConnection {
         let now = Instant::now();
         // Without RED: in RTP mode the stack does not unpack it, so the echo would send RED (RFC 2198) as Opus
         // and be inaudible.
+        // Video is accepted, although none is received (the participant pauses it): an answer that rejects an m-line breaks
+        // the server's next offer, and livekit-server then ends the session (`STATE_MISMATCH`).
         let mut config = Rtc::builder()
             .clear_codecs()
             .enable_opus(true, false)
+            .enable_vp8(true)
+            .enable_vp9(true)
+            .enable_h264(true)
+            .enable_h265(true)
+            .enable_av1(true)
             .set_extension_map(extensions)
             .set_rtp_mode(true);
         config.set_max_stun_rto(ICE_CHECK_INTERVAL);
@@ -187,7 +202,17 @@ impl PeerConnection {
             tracks: HashMap::new(),
         };
         if ice == Ice::All {
-            peer.listen(local).ok_or(PeerError::NoRoute)?;
+            let socket = MediaSocket::bind(local).map_err(|error| {
+                if is_shortage(&error) {
+                    PeerError::Shortage {
+                        protocol: "UDP",
+                        error: error.to_string(),
+                    }
+                } else {
+                    PeerError::NoRoute
+                }
+            })?;
+            peer.listen(socket).ok_or(PeerError::NoRoute)?;
         }
         Ok(peer)
     }
@@ -380,7 +405,13 @@ impl PeerConnection {
                 self.wake(now);
                 Ok(())
             }
-            Incoming::Closed(remote) => {
+            Incoming::Closed(_, error) if !self.path && is_shortage(error) => {
+                Err(PeerError::Shortage {
+                    protocol: "TCP",
+                    error: error.to_string(),
+                })
+            }
+            Incoming::Closed(remote, _) => {
                 self.rtc.direct_api().invalidate_candidate(remote);
                 self.wake(now);
                 Ok(())
@@ -565,12 +596,11 @@ impl PeerConnection {
         if known || self.sockets.len() >= MAX_SOCKETS {
             return None;
         }
-        self.listen(local)
+        self.listen(MediaSocket::bind(local).ok()?)
     }
 
-    /// Binds a socket to `local` and offers it as a host candidate.
-    fn listen(&mut self, local: IpAddr) -> Option<String> {
-        let socket = MediaSocket::bind(local).ok()?;
+    /// Offers a socket as a host candidate.
+    fn listen(&mut self, socket: MediaSocket) -> Option<String> {
         let local = socket.local();
         let candidate = Candidate::host(local, Protocol::Udp).ok()?;
         let line = candidate.to_sdp_string();
@@ -614,7 +644,7 @@ impl TcpFallback {
                         to: SocketAddr::new(to, DISCARD_PORT),
                         length,
                     },
-                    TcpEvent::Closed => Incoming::Closed(remote.clone()),
+                    TcpEvent::Closed(error) => Incoming::Closed(remote.clone(), error),
                 });
             }
         }
@@ -740,6 +770,8 @@ mod robustness;
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
 
     #[test]
@@ -762,6 +794,30 @@ mod tests {
 
     fn peer(target: SignalTarget, ice: Ice) -> PeerConnection {
         PeerConnection::new(target, Ipv4Addr::LOCALHOST.into(), ice).unwrap()
+    }
+
+    /// livekit-server can't make its next offer after an answer that rejects an m-line.
+    #[tokio::test]
+    async fn answer_accepts_the_video_of_every_codec() {
+        for codec in ["VP8", "VP9", "H264", "H265", "AV1"] {
+            let profile = match codec {
+                "H264" => {
+                    "a=fmtp:96 level-asymmetry-allowed=1;packetization-mode=1;profile-level-id=42e01f\r\n"
+                }
+                _ => "",
+            };
+            let video = format!(
+                "m=video 9 UDP/TLS/RTP/SAVPF 96\r\nc=IN IP4 0.0.0.0\r\na=setup:actpass\r\na=mid:2\r\n\
+                 a=ice-ufrag:MvriBrWOAZxftQql\r\na=ice-pwd:gvAQsUDqWfKEWKjAiwThMYgNuFHsaRhk\r\na=rtcp-mux\r\n\
+                 a=rtpmap:96 {codec}/90000\r\n{profile}a=msid:PA_a|TR_video TR_video\r\na=sendrecv\r\n"
+            );
+            let offer = crate::livekit::arbitrary::sdp(crate::livekit::arbitrary::OFFER, &[]);
+            let offer = offer.replace("BUNDLE 0 1", "BUNDLE 0 1 2") + &video;
+            let mut peer = peer(SignalTarget::Subscriber, Ice::All);
+            let (answer, _) = peer.accept_offer(&offer).await.unwrap();
+            assert!(!answer.contains("m=video 0 "), "{codec}: {answer}");
+            assert!(answer.contains("BUNDLE 0 1 2"), "{codec}: {answer}");
+        }
     }
 
     #[tokio::test]
@@ -790,6 +846,30 @@ mod tests {
         }
         assert_eq!(peer.candidates, MAX_CANDIDATES);
         assert_eq!(peer.sockets.len(), 1);
+    }
+
+    /// The network is not at fault if this process has no descriptor for the connection.
+    #[tokio::test]
+    async fn tcp_connection_without_a_descriptor_is_a_shortage_and_a_refused_one_is_not() {
+        for (code, is_shortage) in [(Errno::EMFILE, true), (Errno::ECONNREFUSED, false)] {
+            let mut peer = peer(SignalTarget::Publisher, Ice::Tcp);
+            let remote = Candidate::builder()
+                .tcp()
+                .host("127.0.0.1:1".parse().unwrap())
+                .tcptype(TcpType::Passive)
+                .build()
+                .unwrap();
+            let closed = Incoming::Closed(remote, code.into());
+            let result = peer.on_incoming(Instant::now(), &closed, &[]);
+            let shortage = matches!(
+                result,
+                Err(PeerError::Shortage {
+                    protocol: "TCP",
+                    ..
+                })
+            );
+            assert_eq!(shortage, is_shortage, "{code}: {result:?}");
+        }
     }
 
     const PASSIVE: &str = "candidate:1 1 tcp 1 127.0.0.1 1 typ host tcptype passive";

@@ -15,9 +15,10 @@ use super::voice_selector::VoiceSelector;
 use crate::livekit::audio::echo::{EchoPlayer, Frame};
 use crate::livekit::audio::speech::SpeechEvent;
 use crate::livekit::event::{
-    EndReason, MediaPermission, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
+    EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
 };
 use crate::livekit::join::JoinRequest;
+use crate::livekit::wire::request::sanitize;
 use crate::livekit::wire::signal::{ServerClock, leave_reason};
 
 /// How long leaving may take. `Leave` frees the participant's place at once; the server also detects a closed socket.
@@ -81,7 +82,10 @@ impl Observer {
     pub(crate) fn new(request: &JoinRequest, events: EventSender, track_cid: String) -> Self {
         Self {
             events,
-            roster: Roster::new(request.identity.clone(), request.agent_name.clone()),
+            roster: Roster::new(
+                request.participant.identity.clone(),
+                request.agent_name.clone(),
+            ),
             addresses: Vec::new(),
             track_cid,
             track_sid: None,
@@ -136,7 +140,28 @@ impl Observer {
         if let Some(right) = participants.iter().find(own).and_then(revoked) {
             return Err(EndReason::Revoked(right));
         }
-        for mut event in self.roster.update(at, participants, in_join_response) {
+        let events = self.roster.update(at, participants, in_join_response);
+        self.forward_participants(at, events, clock)
+    }
+
+    /// Treats this participant, an agent without a name attribute, as the target's agent.
+    pub(crate) fn adopt(
+        &mut self,
+        at: Instant,
+        identity: &str,
+        clock: Option<ServerClock>,
+    ) -> Result<(), EndReason> {
+        let events = self.roster.adopt(at, identity);
+        self.forward_participants(at, events, clock)
+    }
+
+    fn forward_participants(
+        &mut self,
+        at: Instant,
+        events: Vec<RoomEvent>,
+        clock: Option<ServerClock>,
+    ) -> Result<(), EndReason> {
+        for mut event in events {
             if let (RoomEventKind::AgentJoined { agent, .. }, Some(clock)) =
                 (&mut event.kind, clock)
             {
@@ -145,6 +170,14 @@ impl Observer {
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
             self.events.forward(event)?;
+        }
+        for kind in self.roster.changes() {
+            match kind {
+                RoomEventKind::AgentEncrypted(_) | RoomEventKind::NamelessAgent { .. } => {
+                    self.events.send(at, kind)?;
+                }
+                _ => self.events.send_if_room(at, kind)?,
+            }
         }
         Ok(())
     }
@@ -182,6 +215,19 @@ impl Observer {
                 // livekit-server unpublishes a client's track only if the permission to publish was revoked.
                 Err(EndReason::Revoked(MediaPermission::Publish))
             }
+            Response::SubscriptionResponse(failed) => {
+                let error = failed.err().as_str_name();
+                let track_sid = sanitize(&failed.track_sid);
+                self.events
+                    .send_if_room(at, RoomEventKind::SubscriptionFailed { track_sid, error })
+            }
+            Response::SubscriptionPermissionUpdate(update) if !update.allowed => {
+                let failed = RoomEventKind::SubscriptionFailed {
+                    track_sid: sanitize(&update.track_sid),
+                    error: NOT_PERMITTED,
+                };
+                self.events.send_if_room(at, failed)
+            }
             Response::RequestResponse(response) => refused(&response),
             Response::Leave(leave) => Err(EndReason::Removed {
                 reason: leave_reason(&leave),
@@ -198,6 +244,10 @@ impl Observer {
         let Some(found) = selector.announce(&self.roster) else {
             return Ok(None.into_iter().flatten());
         };
+        if let Some(source) = self.roster.unusual_source(&found.track_sid) {
+            self.events
+                .send(found.since, RoomEventKind::AgentVoiceSource(source))?;
+        }
         self.events
             .send(found.since, RoomEventKind::AgentTrackSubscribed)?;
         Ok(Some(found.early).into_iter().flatten())
@@ -302,6 +352,7 @@ fn revoked(own: &proto::ParticipantInfo) -> Option<MediaPermission> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::livekit::test_server::TestServer;
 
     #[test]
     fn full_queue_ends_the_participant_and_the_reserved_last_event_still_fits() {
@@ -340,6 +391,31 @@ mod tests {
         );
         let sent = std::iter::from_fn(|| reader.try_recv().ok());
         assert_eq!(sent.count(), 6);
+    }
+
+    #[tokio::test]
+    async fn track_that_the_canary_may_not_subscribe_to_is_reported() {
+        let (sender, mut events) = mpsc::channel(10);
+        let request = crate::livekit::join::request(TestServer::silent().await.endpoint());
+        let mut observer = Observer::new(&request, EventSender::new(sender), "echo-1".to_owned());
+        // livekit-server also sends one when a subscription begins.
+        for allowed in [true, false] {
+            let update = proto::SubscriptionPermissionUpdate {
+                participant_sid: "PA_agent".to_owned(),
+                track_sid: "TR_voice".to_owned(),
+                allowed,
+            };
+            let message = Response::SubscriptionPermissionUpdate(update);
+            assert!(observer.on_message(Instant::now(), message).is_ok());
+        }
+        let kind = events.try_recv().unwrap().kind;
+        let expected = matches!(
+            &kind,
+            RoomEventKind::SubscriptionFailed { track_sid, error }
+                if track_sid == "TR_voice" && *error == NOT_PERMITTED
+        );
+        assert!(expected, "{kind:?}");
+        assert!(events.try_recv().is_err());
     }
 
     #[test]

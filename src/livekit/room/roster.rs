@@ -4,14 +4,23 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use livekit_protocol::encryption;
 use livekit_protocol::participant_info::{Kind, State};
 use livekit_protocol::{DisconnectReason, ParticipantInfo, TrackInfo, TrackSource, TrackType};
 use tokio::time::Instant;
 
-use crate::livekit::event::{Agent, RoomEvent, RoomEventKind};
+use crate::livekit::event::{Agent, RemoteTrackInfo, RoomEvent, RoomEventKind};
+use crate::livekit::wire::request::sanitize;
 
 /// Participants that are remembered; a probe's room has two.
 const MAX_PARTICIPANTS: usize = 64;
+
+/// Tracks whose changes are reported; a probe's room has two or three.
+const MAX_TRACKS: usize = 64;
+
+/// The name of the track on which livekit-agents plays background sound (`voice/background_audio.py`). It has no source, but it
+/// is no voice.
+const BACKGROUND_TRACK: &str = "background_audio";
 
 /// Set by the server in an agent's token.
 const NAME_BY_SERVER: &str = "lk.agent_name";
@@ -30,6 +39,11 @@ pub(crate) struct Roster {
     agent: Option<String>,
     agent_state: Option<String>,
     agent_connected: bool,
+    /// The agent has had a track with the source MICROPHONE. Audio of another source is then no voice of it.
+    has_microphone: bool,
+    encryption_reported: bool,
+    /// The tracks that were reported, as they were reported.
+    reported_tracks: Vec<RemoteTrackInfo>,
 }
 
 struct Member {
@@ -37,6 +51,7 @@ struct Member {
     in_join_response: bool,
     info: ParticipantInfo,
     role: Role,
+    reported_nameless: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +72,9 @@ impl Roster {
             agent: None,
             agent_state: None,
             agent_connected: false,
+            has_microphone: false,
+            encryption_reported: false,
+            reported_tracks: Vec::new(),
         }
     }
 
@@ -87,6 +105,8 @@ impl Roster {
                 self.on_present(at, info, in_join_response, &mut events);
             }
         }
+        let has_microphone = self.knows_agent() && self.audio_tracks().any(is_microphone);
+        self.has_microphone |= has_microphone;
         events
     }
 
@@ -97,21 +117,118 @@ impl Roster {
 
     /// The tracks that carry the agent's voice: its own, and those of participants that publish on its behalf.
     ///
-    /// The server reports an agent that publishes nothing up to three seconds later than its avatar. Until the agent is
-    /// known, any participant that publishes on behalf of another one may speak for it.
+    /// A session publishes its voice as a MICROPHONE. An agent that never does may speak on audio of any other source.
+    /// Encrypted audio is noise to the canary, and so no voice.
     pub(crate) fn voice(&self) -> impl Iterator<Item = &str> {
+        let others = !self.has_microphone && !self.audio_tracks().any(is_microphone);
+        let tracks = self.audio_tracks();
+        tracks
+            .filter(move |track| is_microphone(track) || others && track.name != BACKGROUND_TRACK)
+            .filter(|track| track.encryption() == encryption::Type::None)
+            .map(|track| track.sid.as_str())
+    }
+
+    /// The source of this track, if it is another one than a voice has.
+    pub(crate) fn unusual_source(&self, sid: &str) -> Option<&'static str> {
+        let track = self.audio_tracks().find(|track| track.sid == sid)?;
+        (!is_microphone(track)).then(|| track.source().as_str_name())
+    }
+
+    /// The tracks of other participants that are new or have changed, agents that need a proof of who they are, and whether the
+    /// agent can only be heard with a key.
+    pub(crate) fn changes(&mut self) -> Vec<RoomEventKind> {
+        let members = self.present.values();
+        let published = members.flat_map(|member| {
+            let tracks = member.info.tracks.iter();
+            tracks.map(|track| remote_track(&member.info.identity, track))
+        });
+        let mut events = Vec::new();
+        for track in published {
+            let reported = &mut self.reported_tracks;
+            match reported.iter().position(|known| known.sid == track.sid) {
+                Some(at) if reported[at] == track => continue,
+                Some(at) => reported[at] = track.clone(),
+                None if reported.len() == MAX_TRACKS => continue,
+                None => reported.push(track.clone()),
+            }
+            events.push(RoomEventKind::TrackChanged(track));
+        }
+        events.extend(self.encrypted_agent().map(RoomEventKind::AgentEncrypted));
+        events.extend(self.nameless_agents());
+        events
+    }
+
+    /// Agents without a name, each once, while the target's agent is missing.
+    fn nameless_agents(&mut self) -> Vec<RoomEventKind> {
+        if self.knows_agent() || self.agent_name.is_none() {
+            return Vec::new();
+        }
+        let members = self.present.values_mut();
+        let nameless =
+            members.filter(|member| !member.reported_nameless && is_nameless_agent(&member.info));
+        let events = nameless.map(|member| {
+            member.reported_nameless = true;
+            let identity = member.info.identity.clone();
+            RoomEventKind::NamelessAgent { identity }
+        });
+        events.collect()
+    }
+
+    /// Treats this participant as the target's agent. Without effect if it has left, if it has a name, or if the agent is known.
+    pub(crate) fn adopt(&mut self, at: Instant, identity: &str) -> Vec<RoomEvent> {
+        let found = self.present.iter().find(|(_, member)| {
+            let is_open = member.role == Role::Other && is_nameless_agent(&member.info);
+            is_open && member.info.identity == identity
+        });
+        let Some((sid, member)) = found.filter(|_| !self.knows_agent()) else {
+            return Vec::new();
+        };
+        let (sid, first_seen) = (sid.clone(), member.first_seen);
+        let in_join_response = member.in_join_response;
+        let kind = self.assign(&sid, in_join_response);
+        let mut events: Vec<_> = kind
+            .map(|kind| RoomEvent {
+                at: first_seen,
+                kind,
+            })
+            .into_iter()
+            .collect();
+        let has_microphone = self.audio_tracks().any(is_microphone);
+        self.has_microphone |= has_microphone;
+        events.extend(self.connection(at, &sid));
+        events.extend(self.state_change(at, &sid));
+        events
+    }
+
+    /// The method of encryption if all audio of the agent is encrypted; once.
+    fn encrypted_agent(&mut self) -> Option<&'static str> {
+        if self.encryption_reported || !self.knows_agent() {
+            return None;
+        }
+        let tracks = self.audio_tracks();
+        let methods: Vec<_> = tracks.map(TrackInfo::encryption).collect();
+        let method = methods.first()?.as_str_name();
+        self.encryption_reported = !methods.contains(&encryption::Type::None);
+        self.encryption_reported.then_some(method)
+    }
+
+    /// The audio tracks of the agent, and of participants that publish on its behalf.
+    ///
+    /// The server reports an agent that publishes nothing up to three seconds later than its avatar. Until the agent is
+    /// known, any participant that publishes on behalf of another one may speak for it, and any agent without a name may be it.
+    fn audio_tracks(&self) -> impl Iterator<Item = &TrackInfo> {
         let agent = self.agent.as_ref().and_then(|sid| self.present.get(sid));
         let identity = agent.map(|agent| agent.info.identity.as_str());
         let speaks = move |member: &&Member| {
             let on_behalf = attribute(&member.info, ON_BEHALF);
             let for_agent = on_behalf == identity || !self.knows_agent();
-            member.role == Role::Agent || on_behalf.is_some() && for_agent
+            let may_be_agent = !self.knows_agent() && is_nameless_agent(&member.info);
+            member.role == Role::Agent || on_behalf.is_some() && for_agent || may_be_agent
         };
         let tracks = self.present.values().filter(speaks);
         tracks
             .flat_map(|member| &member.info.tracks)
-            .filter(|track| is_voice(track))
-            .map(|track| track.sid.as_str())
+            .filter(|track| track.r#type() == TrackType::Audio)
     }
 
     fn on_present(
@@ -139,6 +256,7 @@ impl Roster {
                     in_join_response,
                     info,
                     role: Role::Other,
+                    reported_nameless: false,
                 }),
                 true,
             ),
@@ -263,6 +381,12 @@ fn is_agent(info: &ParticipantInfo, wanted: Option<&str>) -> bool {
     info.kind() == Kind::Agent && attribute(info, ON_BEHALF).is_none() && named
 }
 
+/// Servers before 1.9.2 set no name, and neither do workers of that time.
+fn is_nameless_agent(info: &ParticipantInfo) -> bool {
+    let is_agent = info.kind() == Kind::Agent && attribute(info, ON_BEHALF).is_none();
+    is_agent && agent_name(info).is_none()
+}
+
 fn agent_name(info: &ParticipantInfo) -> Option<&str> {
     attribute(info, NAME_BY_SERVER).or_else(|| attribute(info, NAME_BY_WORKER))
 }
@@ -273,9 +397,20 @@ fn attribute<'a>(info: &'a ParticipantInfo, key: &str) -> Option<&'a str> {
     value.filter(|value| !value.is_empty())
 }
 
-/// Whether the track is a voice: agents publish background sound as a track with another source.
-fn is_voice(track: &TrackInfo) -> bool {
-    track.r#type() == TrackType::Audio && track.source() == TrackSource::Microphone
+fn is_microphone(track: &TrackInfo) -> bool {
+    track.source() == TrackSource::Microphone
+}
+
+fn remote_track(identity: &str, track: &TrackInfo) -> RemoteTrackInfo {
+    RemoteTrackInfo {
+        sid: track.sid.clone(),
+        identity: identity.to_owned(),
+        kind: track.r#type().as_str_name(),
+        source: track.source().as_str_name(),
+        name: sanitize(&track.name),
+        muted: track.muted,
+        encryption: track.encryption().as_str_name(),
+    }
 }
 
 fn other_joined(info: &ParticipantInfo) -> RoomEventKind {

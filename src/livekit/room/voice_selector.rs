@@ -26,6 +26,7 @@ struct VoiceTrack<K> {
 
 /// The agent's voice, when it is reported for the first time.
 pub(crate) struct SelectedVoice<S> {
+    pub(crate) track_sid: String,
     pub(crate) since: Instant,
     pub(crate) early: VecDeque<S>,
 }
@@ -78,6 +79,7 @@ impl<K, S> VoiceSelector<K, S> {
         }
         voice.announced = true;
         Some(SelectedVoice {
+            track_sid: voice.track_sid.clone(),
             since: voice.since,
             early: std::mem::take(&mut self.early),
         })

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
-use http::{Request, StatusCode};
+use http::{HeaderMap, Request, StatusCode};
 use http_body_util::Full;
 use livekit_protocol as proto;
 use tokio::time::Instant;
@@ -16,6 +16,9 @@ use super::request::{
 };
 use super::token::{ApiPermission, Keys};
 use crate::livekit::RoomName;
+
+/// Twirp's content type for protobufs, of a request and of its answer.
+const PROTOBUF: &str = "application/protobuf";
 
 /// A client of one project's server API. Cheap to clone.
 #[derive(Clone)]
@@ -40,6 +43,7 @@ pub enum ApiError {
     Unreachable(#[from] ConnectError),
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    /// Also HTTP 200 with an answer that is not LiveKit's, such as a page of another server.
     #[error("refused with HTTP {}: {}", .0.status, .0.message)]
     Refused(HttpRejection),
     #[error("the connection broke before the answer was complete: {0}")]
@@ -71,6 +75,8 @@ pub(crate) struct NewRoom {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NamedAgent {
     pub(crate) name: String,
+    /// Which of the agent's deployments; empty for workers without one.
+    pub(crate) deployment: String,
     /// Passed to the agent's job.
     pub(crate) metadata: String,
 }
@@ -84,6 +90,7 @@ pub(crate) struct RoomInfo {
 pub(crate) struct DispatchInfo {
     pub(crate) id: String,
     pub(crate) agent_name: String,
+    pub(crate) deployment: String,
     pub(crate) jobs: Vec<JobInfo>,
 }
 
@@ -94,12 +101,16 @@ pub(crate) struct JobInfo {
     /// `JS_PENDING`, `JS_RUNNING`, …
     pub(crate) status: String,
     pub(crate) error: String,
+    /// The identity under which the job's agent joins; empty if the server does not name it.
+    pub(crate) identity: String,
 }
 
 #[derive(Debug, Clone)]
 pub struct ParticipantBrief {
     pub identity: String,
     pub kind: String,
+    /// The other participants are not informed of it.
+    pub hidden: bool,
     pub attributes: std::collections::HashMap<String, String>,
     /// The join time on the server's clock, in Unix milliseconds.
     pub joined_at_ms: i64,
@@ -172,16 +183,12 @@ impl Api {
     ///
     /// An accepted dispatch does not mean that an agent will join: the server also accepts a name that no worker has
     /// registered. It creates a missing room.
-    pub(crate) async fn create_dispatch(
-        &self,
-        room: &RoomName,
-        agent: &str,
-        metadata: &str,
-    ) -> Call<String> {
+    pub(crate) async fn create_dispatch(&self, room: &RoomName, agent: NamedAgent) -> Call<String> {
         let request = proto::CreateAgentDispatchRequest {
-            agent_name: agent.to_owned(),
+            agent_name: agent.name,
             room: room.0.clone(),
-            metadata: metadata.to_owned(),
+            metadata: agent.metadata,
+            deployment: agent.deployment,
             ..proto::CreateAgentDispatchRequest::default()
         };
         self.call(
@@ -266,7 +273,7 @@ impl Api {
                 ExchangeError::Broken(text) => ApiError::Broken(text),
                 ExchangeError::Malformed(text) => ApiError::Protocol(text),
             })?;
-        if response.status != StatusCode::OK {
+        if response.status != StatusCode::OK || !is_protobuf(&response.headers) {
             return Err(ApiError::Refused(response.rejection()));
         }
         match response.body_end {
@@ -296,7 +303,7 @@ impl Api {
         Request::post(self.endpoint.target(&path))
             .header(HOST, self.endpoint.authority())
             .header(AUTHORIZATION, bearer(&self.keys.api(permission)))
-            .header(CONTENT_TYPE, "application/protobuf")
+            .header(CONTENT_TYPE, PROTOBUF)
             .header(
                 USER_AGENT,
                 concat!("livekit-canary/", env!("CARGO_PKG_VERSION")),
@@ -304,6 +311,15 @@ impl Api {
             .body(Full::from(body))
             .expect("the path of a URL, a host and fixed headers make a request")
     }
+}
+
+/// Whether an answer has Twirp's content type for protobufs. An empty page of another server would be a valid protobuf.
+fn is_protobuf(headers: &HeaderMap) -> bool {
+    let value = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let media_type = value.and_then(|value| value.split(';').next());
+    media_type.is_some_and(|it| it.trim().eq_ignore_ascii_case(PROTOBUF))
 }
 
 impl<T> Call<T> {
@@ -321,6 +337,7 @@ impl From<NamedAgent> for proto::RoomAgentDispatch {
         Self {
             agent_name: agent.name,
             metadata: agent.metadata,
+            deployment: agent.deployment,
             ..Self::default()
         }
     }
@@ -342,6 +359,7 @@ impl From<proto::ParticipantInfo> for ParticipantBrief {
     fn from(participant: proto::ParticipantInfo) -> Self {
         Self {
             kind: participant.kind().as_str_name().to_owned(),
+            hidden: participant.permission.is_some_and(|it| it.hidden),
             identity: participant.identity,
             attributes: participant.attributes,
             joined_at_ms: participant.joined_at_ms,
@@ -355,6 +373,7 @@ impl From<proto::AgentDispatch> for DispatchInfo {
         Self {
             id: dispatch.id,
             agent_name: dispatch.agent_name,
+            deployment: dispatch.deployment,
             jobs: jobs.into_iter().map(JobInfo::from).collect(),
         }
     }
@@ -367,6 +386,7 @@ impl From<proto::Job> for JobInfo {
             id: job.id,
             status: state.status().as_str_name().to_owned(),
             error: sanitize(&state.error),
+            identity: state.participant_identity,
         }
     }
 }

@@ -21,6 +21,8 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsConnector, rustls};
 use url::{Host, Url};
 
+use crate::config::{MAX_CA_BYTES, read_regular};
+
 /// A LiveKit host and the certificates that it may present. Cheap to clone.
 #[derive(Clone)]
 pub struct Endpoint {
@@ -37,6 +39,9 @@ pub enum ConnectError {
     Tcp { address: String, error: String },
     #[error("TLS handshake with {host} failed: {error}")]
     Tls { host: String, error: String },
+    /// Nothing is known about the network: the process or its machine has no descriptor or no memory left.
+    #[error("cannot open a connection to {host}: {error}")]
+    Shortage { host: String, error: String },
 }
 
 impl Endpoint {
@@ -122,7 +127,10 @@ impl Endpoint {
         let addresses: Vec<_> = timeout_at(deadline, lookup_host((domain, port)))
             .await
             .map_err(|_| failed(timed_out(started)))?
-            .map_err(|error| failed(error.to_string()))?
+            .map_err(|error| match own_shortage(&error) {
+                Some(shortage) => self.shortage(&shortage),
+                None => failed(error.to_string()),
+            })?
             .collect();
         if addresses.is_empty() {
             return Err(failed("the name has no address".to_owned()));
@@ -144,11 +152,19 @@ impl Endpoint {
             let share = deadline.saturating_duration_since(started) / remaining;
             match timeout_at(started + share, TcpStream::connect(address)).await {
                 Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) if is_shortage(&error) => return Err(self.shortage(&error)),
                 Ok(Err(error)) => errors.push((address, error.to_string())),
                 Err(_) => errors.push((address, timed_out(started))),
             }
         }
         Err(tcp_error(self.authority(), errors))
+    }
+
+    fn shortage(&self, error: &io::Error) -> ConnectError {
+        ConnectError::Shortage {
+            host: self.host().to_owned(),
+            error: error.to_string(),
+        }
     }
 
     async fn secure(
@@ -174,6 +190,23 @@ impl Endpoint {
             .map_err(|_| failed(timed_out(started)))?
             .map_err(|error| failed(tls_error(&error)))
     }
+}
+
+/// Whether the process or its machine has no descriptor, no memory or no buffers left.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let shortages = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS];
+    let code = error.raw_os_error();
+    code.is_some_and(|code| shortages.contains(&Errno::from_raw(code)))
+}
+
+/// The shortage that explains a failed DNS lookup. The resolver opens files and sockets, and reports its own error if it
+/// can't.
+fn own_shortage(error: &io::Error) -> Option<io::Error> {
+    if let Some(code) = error.raw_os_error().filter(|_| is_shortage(error)) {
+        return Some(io::Error::from_raw_os_error(code));
+    }
+    std::fs::File::open("/dev/null").err().filter(is_shortage)
 }
 
 fn tcp_error(authority: String, mut errors: Vec<(&SocketAddr, String)>) -> ConnectError {
@@ -214,7 +247,8 @@ fn roots(ca_file: Option<&Path>) -> anyhow::Result<rustls::RootCertStore> {
         return Ok(roots);
     };
     let before = roots.len();
-    let pem = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let pem = read_regular(file, MAX_CA_BYTES)
+        .with_context(|| format!("cannot read {}", file.display()))?;
     for certificate in CertificateDer::pem_slice_iter(&pem) {
         let certificate =
             certificate.with_context(|| format!("{} is not valid PEM", file.display()))?;

@@ -7,9 +7,11 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
-use http::header::{LOCATION, RETRY_AFTER};
+use http::header::{AUTHORIZATION, LOCATION, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -34,7 +36,7 @@ pub struct HttpRejection {
     pub status: u16,
     /// Twirp's `code`, if the body is Twirp JSON.
     pub twirp_code: Option<String>,
-    /// Twirp's `msg`, or the first KiB of the body as text. Tokens are removed.
+    /// Twirp's `msg`, or the first KiB of the body as text. Tokens and the API key are removed.
     pub message: String,
     /// The time that `Retry-After` asks to wait, counted from receipt.
     pub retry_after: Option<Duration>,
@@ -47,6 +49,8 @@ pub(crate) struct HttpResponse {
     pub body_end: BodyEnd,
     /// After status 101: the connection, and the bytes of the new protocol that were already read.
     pub upgraded: Option<(Stream, Bytes)>,
+    /// The API key of the request's token. livekit-server repeats it when it does not know it.
+    pub api_key: Option<String>,
 }
 
 /// How the reading of a body ended.
@@ -79,6 +83,18 @@ pub(crate) fn bearer(token: &SecretString) -> HeaderValue {
     value
 }
 
+/// The issuer of the token in an `Authorization` header, which is the API key.
+fn issuer(header: &HeaderValue) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Claims {
+        iss: String,
+    }
+    let claims = header.to_str().ok()?.split('.').nth(1)?;
+    let claims = BASE64_URL_SAFE_NO_PAD.decode(claims).ok()?;
+    let claims: Claims = serde_json::from_slice(&claims).ok()?;
+    Some(claims.iss)
+}
+
 /// Sends `request` and reads the response.
 ///
 /// Only the head must arrive before `deadline`: a rejection whose body is late or incomplete is still a rejection.
@@ -87,6 +103,7 @@ pub(crate) async fn exchange(
     request: Request<Full<Bytes>>,
     deadline: Instant,
 ) -> Result<HttpResponse, ExchangeError> {
+    let api_key = request.headers().get(AUTHORIZATION).and_then(issuer);
     let (mut sender, connection) = http1::Builder::new()
         .max_header_size(MAX_HEADER_BYTES)
         .handshake(TokioIo::new(stream))
@@ -109,6 +126,7 @@ pub(crate) async fn exchange(
             body,
             body_end,
             upgraded: None,
+            api_key,
         })
     };
     let mut exchange = pin!(exchange);
@@ -188,7 +206,7 @@ impl HttpResponse {
             Some(error) => (Some(sanitize(&error.code)), error.msg),
             None => (None, String::from_utf8_lossy(&self.body).into_owned()),
         };
-        let mut message = sanitize(&text);
+        let mut message = sanitize(&self.without_key(text));
         if message.is_empty() {
             message = self.fallback_message();
         }
@@ -200,6 +218,14 @@ impl HttpResponse {
                 .headers
                 .get(RETRY_AFTER)
                 .and_then(|value| retry_after(value.to_str().ok()?, Utc::now())),
+        }
+    }
+
+    /// A message must not show the API key: it is half of a credential, and a file of two lines makes the secret part of it.
+    fn without_key(&self, text: String) -> String {
+        match self.api_key.as_deref() {
+            Some(key) if !key.is_empty() => text.replace(key, "[API key]"),
+            _ => text,
         }
     }
 
@@ -325,6 +351,7 @@ mod tests {
             body: Bytes::new(),
             body_end: BodyEnd::Whole,
             upgraded: None,
+            api_key: None,
         };
         assert_eq!(
             response.rejection().message,

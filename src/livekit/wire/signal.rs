@@ -45,6 +45,9 @@ const MAX_BACKLOG_BYTES: usize = 1 << 20;
 /// Messages that are accepted in one second. A room with three participants sends some tens while it is joined.
 const MAX_MESSAGES_PER_SECOND: u32 = 1000;
 
+/// Messages that are kept until the join response has arrived.
+const MAX_EARLY_MESSAGES: usize = 64;
+
 /// An open signal connection, after the join response.
 pub(crate) struct Signal {
     socket: WebSocketStream<Stream>,
@@ -134,6 +137,8 @@ impl ServerClock {
 pub(crate) struct Joined {
     pub(crate) signal: Signal,
     pub(crate) response: Box<proto::JoinResponse>,
+    /// What arrived before the join response, in order. LiveKit's node can send an update of the participants first.
+    pub(crate) early: Vec<Incoming>,
     /// When the join response was read.
     pub(crate) at: Instant,
     /// Our end of the TCP connection, which is the local address that routes to the server.
@@ -183,29 +188,42 @@ impl Signal {
         let opened = open_websocket(endpoint, &target, token, timeout, on_request).await?;
         let local = opened.local;
         let mut signal = Self::new(opened.socket);
-        let (at, first) = timeout_at(deadline, signal.next_message())
+        let joining = timeout_at(deadline, signal.join_response());
+        let (at, response, early) = joining
             .await
             .map_err(|_| SignalError::JoinTimeout(timeout))??;
-        let response = match first {
-            Incoming::Join(response) => Box::new(response),
-            Incoming::Leave(leave) => {
-                return Err(SignalError::LeftBeforeJoin {
-                    reason: leave_reason(&leave),
-                });
-            }
-            _ => {
-                let text = "the first message is not a join response".to_owned();
-                return Err(SignalError::Protocol(text));
-            }
-        };
         signal.received_at = at;
         signal.set_keep_alive(&response);
         Ok(Joined {
             signal,
             response,
+            early,
             at,
             local,
         })
+    }
+
+    /// Waits for the join response, and keeps the messages that arrive before it.
+    async fn join_response(
+        &mut self,
+    ) -> Result<(Instant, Box<proto::JoinResponse>, Vec<Incoming>), SignalError> {
+        let mut early = Vec::new();
+        loop {
+            match self.next_message().await? {
+                (at, Incoming::Join(response)) => return Ok((at, Box::new(response), early)),
+                (_, Incoming::Leave(leave)) => {
+                    return Err(SignalError::LeftBeforeJoin {
+                        reason: leave_reason(&leave),
+                    });
+                }
+                (_, message) if early.len() < MAX_EARLY_MESSAGES => early.push(message),
+                _ => {
+                    return Err(SignalError::Protocol(format!(
+                        "{MAX_EARLY_MESSAGES} messages before the join response"
+                    )));
+                }
+            }
+        }
     }
 
     fn new(socket: WebSocketStream<Stream>) -> Self {

@@ -14,10 +14,10 @@ use crate::livekit::RoomName;
 /// that differ. The server allows one more minute.
 const TOKEN_TTL: Duration = Duration::from_mins(10);
 
-/// The key pair that signs tokens; `Debug` does not show the secret.
+/// The key pair that signs tokens; `Debug` shows neither of the two.
 #[derive(Clone)]
 pub struct Keys {
-    api_key: String,
+    api_key: SecretString,
     api_secret: SecretString,
 }
 
@@ -29,6 +29,15 @@ pub enum TokenError {
     EmptySecret,
     #[error("a participant's token needs a room and an identity")]
     MissingIdentity,
+}
+
+/// A participant, as its token describes it to the server and to the others in the room.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TokenParticipant {
+    pub(crate) identity: String,
+    pub(crate) name: String,
+    pub(crate) metadata: String,
+    pub(crate) attributes: BTreeMap<String, String>,
 }
 
 /// What one call of the server API is allowed to do.
@@ -45,11 +54,11 @@ impl Keys {
     /// # Errors
     /// The key or the secret is empty.
     pub fn new(
-        api_key: impl Into<String>,
+        api_key: impl Into<SecretString>,
         api_secret: impl Into<SecretString>,
     ) -> Result<Self, TokenError> {
         let (api_key, api_secret) = (api_key.into(), api_secret.into());
-        if api_key.is_empty() {
+        if api_key.expose_secret().is_empty() {
             return Err(TokenError::EmptyKey);
         }
         if api_secret.expose_secret().is_empty() {
@@ -71,11 +80,10 @@ impl Keys {
     pub(crate) fn participant(
         &self,
         room: &RoomName,
-        identity: &str,
-        attributes: &BTreeMap<String, String>,
+        participant: &TokenParticipant,
         room_config: Option<&proto::RoomConfiguration>,
     ) -> Result<SecretString, TokenError> {
-        if room.0.is_empty() || identity.is_empty() {
+        if room.0.is_empty() || participant.identity.is_empty() {
             return Err(TokenError::MissingIdentity);
         }
         let grants = VideoGrants {
@@ -91,8 +99,10 @@ impl Keys {
         };
         let mut token = self
             .token(grants)
-            .with_identity(identity)
-            .with_attributes(attributes.clone());
+            .with_identity(&participant.identity)
+            .with_name(&participant.name)
+            .with_metadata(&participant.metadata)
+            .with_attributes(participant.attributes.clone());
         if let Some(config) = room_config {
             token = token.with_room_config(config.clone());
         }
@@ -119,7 +129,8 @@ impl Keys {
     }
 
     fn token(&self, grants: VideoGrants) -> AccessToken {
-        AccessToken::with_api_key(&self.api_key, self.api_secret.expose_secret())
+        let (key, secret) = (&self.api_key, &self.api_secret);
+        AccessToken::with_api_key(key.expose_secret(), secret.expose_secret())
             .with_ttl(TOKEN_TTL)
             .with_grants(grants)
     }
@@ -133,9 +144,7 @@ fn sign(token: AccessToken) -> SecretString {
 
 impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keys")
-            .field("api_key", &self.api_key)
-            .finish_non_exhaustive()
+        f.debug_struct("Keys").finish_non_exhaustive()
     }
 }
 
@@ -157,12 +166,13 @@ mod tests {
     }
 
     fn participant(config: Option<&proto::RoomConfiguration>) -> Claims {
-        let attributes = BTreeMap::from([("canary".to_owned(), "true".to_owned())]);
-        verified(
-            &keys()
-                .participant(&room(), "echo", &attributes, config)
-                .unwrap(),
-        )
+        let participant = TokenParticipant {
+            identity: "echo".to_owned(),
+            name: "Echo".to_owned(),
+            metadata: "a caller".to_owned(),
+            attributes: BTreeMap::from([("canary".to_owned(), "true".to_owned())]),
+        };
+        verified(&keys().participant(&room(), &participant, config).unwrap())
     }
 
     #[test]
@@ -182,6 +192,7 @@ mod tests {
         );
         assert_eq!(claims.sub, "echo");
         assert_eq!(claims.attributes["canary"], "true");
+        assert_eq!((&*claims.name, &*claims.metadata), ("Echo", "a caller"));
         // An empty kind means a standard participant.
         assert_eq!(claims.kind, "");
         assert_eq!(claims.room_config, None);
@@ -212,14 +223,14 @@ mod tests {
             Keys::new("some-key", "").err(),
             Some(TokenError::EmptySecret)
         );
-        let unnamed = keys().participant(&room(), "", &BTreeMap::new(), None);
+        let unnamed = keys().participant(&room(), &TokenParticipant::default(), None);
         assert_eq!(unnamed.err(), Some(TokenError::MissingIdentity));
     }
 
     #[test]
-    fn debug_shows_the_key_but_not_the_secret() {
+    fn debug_shows_neither_the_key_nor_the_secret() {
         let shown = format!("{:?}", keys());
-        assert!(shown.contains("some-key"));
+        assert!(!shown.contains("some-key"));
         assert!(!shown.contains(SECRET));
     }
 }

@@ -20,9 +20,15 @@ struct FixedApi {
     _task: JoinSet<()>,
 }
 
-const EMPTY_OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+const EMPTY_OK: &str =
+    "HTTP/1.1 200 OK\r\ncontent-type: application/protobuf\r\ncontent-length: 0\r\n\r\n";
+const EMPTY_PAGE: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 0\r\n\r\n";
+const MOVED: &str =
+    "HTTP/1.1 301 Moved Permanently\r\nlocation: https://lk.example/\r\ncontent-length: 0\r\n\r\n";
 const LIMIT: &str =
     "HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 9\r\n\r\nslow down";
+/// As upstream's mock of LiveKit Cloud answers in a region that the project is not pinned to.
+const PINNED: &str = "HTTP/1.1 451 Unavailable For Legal Reasons\r\ncontent-length: 35\r\n\r\nproject not allowed in this region.";
 
 impl FixedApi {
     async fn start(answer: &'static str) -> Self {
@@ -83,8 +89,9 @@ fn context(url: &Url) -> Context {
     Context {
         project: Arc::new(Project {
             url: url.clone(),
-            api_key: key.to_owned(),
+            api_key: key.into(),
             api_secret: secret,
+            credential_files: crate::config::CredentialFiles::default(),
             ca_file: None,
             cloud_project: None,
             ice: crate::config::Ice::default(),
@@ -97,6 +104,7 @@ fn context(url: &Url) -> Context {
         api: Api::new(endpoint.clone(), keys, Duration::from_secs(5)),
         endpoint,
         janitor: Janitor::start(),
+        stalls: crate::stall::tests::manual().0,
         agent_known: false,
         fault: None,
     }
@@ -143,6 +151,19 @@ async fn refused_room_is_reported_with_evidence() {
     assert_eq!(report.evidence.retry_after_seconds, Some(7.0));
     assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
     assert_eq!(server.calls(), ["CreateRoom"]);
+}
+
+#[tokio::test]
+async fn room_that_was_never_created_is_not_deleted() {
+    for answer in [PINNED, EMPTY_PAGE, MOVED] {
+        let server = FixedApi::start(answer).await;
+        let report = start(&server.url).driver.run_to_end().await;
+        assert_eq!(reason(&report), Reason::ConfigRejected, "{answer}");
+        assert_eq!(report.timeline.get(Milestone::RoomDeleted), None);
+        let notes = report.evidence.notes.join("\n");
+        assert!(!notes.contains("not deleted"), "{notes}");
+        assert_eq!(server.calls(), ["CreateRoom"], "{answer}");
+    }
 }
 
 #[tokio::test]
@@ -271,33 +292,69 @@ async fn request_that_creates_the_room_names_the_agent_as_the_mode_requires() {
         let mut started = start(&url);
         let mut target = Target::clone(&started.driver.context.target);
         target.dispatch.mode = *mode;
+        target.dispatch.deployment = "staging".to_owned();
         target.dispatch.metadata = "vip".to_owned();
         started.driver.context.target = Arc::new(target);
         let driver = &started.driver;
 
         let agent = NamedAgent {
             name: "support".to_owned(),
+            deployment: "staging".to_owned(),
             metadata: "vip".to_owned(),
         };
         let expected = Vec::from_iter(in_room.then_some(agent));
-        assert_eq!(driver.new_room().agents, expected, "{mode:?}");
+        let target = &driver.context.target;
+        assert_eq!(new_room(target, &driver.room).agents, expected, "{mode:?}");
         let config = driver.join_request().room_config;
         assert_eq!(
             config.as_ref().map(|config| config
                 .agents
                 .iter()
-                .any(|agent| agent.agent_name == "support" && agent.metadata == "vip")),
+                .any(|agent| agent.agent_name == "support"
+                    && agent.deployment == "staging"
+                    && agent.metadata == "vip")),
             in_token,
             "{mode:?}"
         );
         let metadata = config.map(|config| config.metadata);
-        assert_eq!(metadata, in_token.map(|_| METADATA.to_owned()));
+        assert_eq!(metadata, in_token.map(|_| r#"{"canary":true}"#.to_owned()));
     }
 }
 
-#[test]
-fn injected_fault_affects_only_the_room_with_its_index() {
-    let fault = ProbeFault::Panic { index: Some(2) };
-    assert_eq!(fault.of_room(2), Some(fault));
-    assert_eq!(fault.of_room(1), None);
+/// The deadline passed and the answers came while the process was stopped: nothing of it is the server's fault.
+#[tokio::test]
+async fn probe_that_spans_a_stall_of_this_process_is_internal_whatever_its_next_input_is() {
+    let api = FixedApi::start(LIMIT).await;
+    let (stalls, clock) = crate::stall::tests::manual();
+    let context = Context {
+        stalls,
+        ..context(&api.url)
+    };
+    let probe = start_with(context);
+    clock.store(12_000, std::sync::atomic::Ordering::Relaxed);
+    let report = probe.driver.run_to_end().await;
+    let failure = report.outcome.failure().unwrap();
+    assert_eq!(failure.reason, Reason::Internal);
+    assert_eq!(
+        failure.detail,
+        "the canary itself did not run for 12.0 s of this call, so the call shows nothing about the agent. Check whether \
+         this process was stopped, its machine was suspended or stalled, or it got too little CPU."
+    );
+    for span in crate::probe::Span::ALL {
+        assert_eq!(report.timeline.span(span), None, "{span:?}");
+    }
+}
+
+#[tokio::test]
+async fn stall_before_the_start_of_a_probe_does_not_concern_it() {
+    let api = FixedApi::start(LIMIT).await;
+    let (stalls, clock) = crate::stall::tests::manual();
+    clock.store(12_000, std::sync::atomic::Ordering::Relaxed);
+    let context = Context {
+        stalls,
+        ..context(&api.url)
+    };
+    let report = start_with(context).driver.run_to_end().await;
+    let reason = report.outcome.failure().unwrap().reason;
+    assert!(matches!(reason, Reason::PlanLimit(_)), "{reason:?}");
 }

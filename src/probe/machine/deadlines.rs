@@ -10,7 +10,7 @@ use crate::probe::verdict::{AgentDuty, DispatchListing, MediaState};
 use crate::probe::{Failure, Milestone, Outcome};
 
 /// The engine's own deadline for the signal connection comes first, because it knows more; ours comes this much later.
-const ENGINE_GRACE: Duration = Duration::from_secs(2);
+pub(super) const ENGINE_GRACE: Duration = Duration::from_secs(2);
 
 /// A server that froze is known to be after this long: one ping interval and the ping timeout.
 const MAX_SIGNAL_SILENCE: Duration = Duration::from_secs(20);
@@ -34,12 +34,17 @@ pub fn max_time_to_verdict(target: &Target) -> Duration {
     deadlines.speech + reply + MAX_SIGNAL_SILENCE
 }
 
+/// How often the jobs are listed while an agent without a name may be the target's. LiveKit can list a job late.
+const LIST_INTERVAL: Duration = Duration::from_secs(2);
+
 /// What a deadline is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     Signal,
     Media,
     Agent(AgentDuty),
+    /// A list of the jobs, to recognise an agent without a name.
+    Recognise,
     /// The end of the agent's echo.
     Echo,
     /// The end of a room in which everything expected has happened.
@@ -98,7 +103,7 @@ impl ProbeMachine {
         let limit = |duty| self.limit_of(duty);
         let due = |from: Instant, duty| Some((from + limit(duty), Due::Agent(duty)));
         let Some(joined) = timeline.get(Milestone::AgentJoined) else {
-            return due(self.dispatch_base()?, AgentDuty::Join);
+            return self.due_of_join();
         };
         // The agent's track and speech can't arrive before the canary's own transports are up.
         let start = joined.max(self.ready?);
@@ -131,6 +136,19 @@ impl ProbeMachine {
             Some(Disruption::Left { at, .. }) => Some((*at, Due::Ok)),
             _ => self.hold_until.map(|until| (until, Due::Ok)),
         }
+    }
+
+    fn due_of_join(&self) -> Option<(Instant, Due)> {
+        let limit = self.limit_of(AgentDuty::Join);
+        let mut join = self.dispatch_base()? + limit;
+        if let Some(by) = self.nameless.join_by {
+            join = join.max(by);
+        }
+        let list = self.nameless.list_at.filter(|_| !self.call_under_way());
+        Some(match list {
+            Some(at) if at < join => (at, Due::Recognise),
+            _ => (join, Due::Agent(AgentDuty::Join)),
+        })
     }
 
     /// From when the agent's join counts.
@@ -172,7 +190,13 @@ impl ProbeMachine {
                     self.decide_join(false);
                 }
                 self.phase = Phase::FinalCheck { duty, at };
-                self.actions.push(Action::ListDispatch);
+                let participants = duty == AgentDuty::Join;
+                self.actions.push(Action::ListRoom { participants });
+            }
+            Due::Recognise => {
+                self.nameless.list_at = Some(now + LIST_INTERVAL);
+                let participants = false;
+                self.actions.push(Action::ListRoom { participants });
             }
             Due::Echo => self.fail(Failure::of_missing_echo(), now),
             Due::Ok => self.decide(Outcome::Ok, now),

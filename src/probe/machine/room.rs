@@ -2,18 +2,23 @@
 
 use std::time::Duration;
 
+use livekit_protocol::DisconnectReason;
 use tokio::time::Instant;
 
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
 use crate::config::DispatchRequest;
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, RoomEvent, RoomEventKind, TurnMetrics, to_microseconds,
+    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, TurnMetrics,
+    to_microseconds,
 };
-use crate::probe::verdict::{DispatchListing, names_inference_limit, quote};
+use crate::probe::verdict::{DispatchListing, ends_call, names_inference_limit, quote};
 use crate::probe::{AgentTurn, Failure, Milestone, Reason};
 
 /// LiveKit's name for the kind of participant that agents are.
 const AGENT_KIND: &str = "AGENT";
+
+/// An agent without a name, in the words of a detail.
+pub(super) const NAMELESS: &str = "one without a name";
 
 /// A server that reports a join this late or later gets a note.
 const MIN_NOTED_LAG: Duration = Duration::from_millis(500);
@@ -31,6 +36,10 @@ impl ProbeMachine {
             }
             RoomEventKind::Transcribed { speaker, segment } => {
                 self.transcript.record(speaker, segment);
+            }
+            RoomEventKind::TrackChanged(track) => self.track_changed(track),
+            RoomEventKind::SubscriptionFailed { track_sid, error } => {
+                self.subscription_failed(track_sid, error);
             }
             kind if self.outcome.is_some() || matches!(self.phase, Phase::FinalCheck { .. }) => {
                 self.after_verdict(kind, at);
@@ -58,7 +67,7 @@ impl ProbeMachine {
                 if facts.request == DispatchRequest::Join && facts.names_agent {
                     self.mark(Milestone::DispatchAccepted, at);
                 }
-                self.report.room_sid = Some(room_sid);
+                self.joined_room(room_sid);
                 let region = if region.is_empty() {
                     "unnamed"
                 } else {
@@ -80,6 +89,12 @@ impl ProbeMachine {
                 agent,
                 in_join_response,
             } => self.agent_joined_at(agent, in_join_response, at),
+            RoomEventKind::NamelessAgent { identity } => {
+                if self.nameless.identities.len() < MAX_ENTRIES {
+                    self.nameless.identities.push(identity);
+                }
+                self.nameless.list_at.get_or_insert(at);
+            }
             RoomEventKind::AgentConnected => self.report_connections(),
             RoomEventKind::AgentState(state) => {
                 if state == "listening" {
@@ -88,6 +103,13 @@ impl ProbeMachine {
             }
             RoomEventKind::AgentTrackSubscribed => {
                 self.mark(Milestone::AgentTrackSubscribed, at);
+            }
+            RoomEventKind::AgentVoiceSource(source) => self.add_note(format!(
+                "the agent speaks on a track of source {source}: publish its voice as MICROPHONE, or clients may not treat it as \
+                 speech"
+            )),
+            RoomEventKind::AgentEncrypted(method) => {
+                self.disruption.get_or_insert(Disruption::Encrypted(method));
             }
             RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
             RoomEventKind::SpeechStarted => {
@@ -98,6 +120,11 @@ impl ProbeMachine {
             RoomEventKind::EchoStarted => self.turns.echo_started(at),
             RoomEventKind::EchoEnded => self.turns.echo_ended(at),
             RoomEventKind::AgentLeft { reason } => {
+                self.note_departure(&reason);
+                // If a room closes, this can come before the canary's own `Leave`, and then ends the probe.
+                if self.agent_may_have_left() && ends_call(&reason) {
+                    self.note_end_of_call(&reason);
+                }
                 let left = Disruption::Left { at, reason };
                 self.disruption.get_or_insert(left);
             }
@@ -114,6 +141,8 @@ impl ProbeMachine {
             RoomEventKind::AgentError { .. }
             | RoomEventKind::AgentMetrics { .. }
             | RoomEventKind::Transcribed { .. }
+            | RoomEventKind::TrackChanged(_)
+            | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
         }
     }
@@ -123,6 +152,7 @@ impl ProbeMachine {
         match kind {
             RoomEventKind::AgentDuplicate { .. } => self.duplicate_joined(),
             RoomEventKind::AgentConnected => self.report_connections(),
+            RoomEventKind::AgentLeft { reason } => self.note_departure(&reason),
             RoomEventKind::AgentJoined { agent, .. } => {
                 self.report.other_agents += 1;
                 self.record_participant(&agent.identity, AGENT_KIND, agent.name.as_deref());
@@ -149,6 +179,18 @@ impl ProbeMachine {
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
             _ => {}
         }
+    }
+
+    /// If the id is not the one that CreateRoom returned, LiveKit has two rooms of this name, and the agent goes to the other
+    /// one. LiveKit Cloud may send the id later; then the join response has none.
+    fn joined_room(&mut self, sid: String) {
+        if sid.is_empty() {
+            return;
+        }
+        let created = self.report.room_sid.replace(sid);
+        self.other_room = created.filter(|created| {
+            !created.is_empty() && self.report.room_sid.as_ref() != Some(created)
+        });
     }
 
     // Agents.
@@ -193,6 +235,15 @@ impl ProbeMachine {
             ));
         }
         joined
+    }
+
+    /// An agent that did not leave by itself was cut off, and comes back to the room even if it is deleted meanwhile.
+    fn note_departure(&mut self, reason: &str) {
+        let by_itself = DisconnectReason::from_str_name(reason)
+            .is_some_and(|reason| reason == DisconnectReason::ClientInitiated);
+        if !by_itself {
+            self.actions.push(Action::LostSight);
+        }
     }
 
     fn duplicate_joined(&mut self) {
@@ -241,14 +292,34 @@ impl ProbeMachine {
     fn other_joined(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
         self.record_participant(identity, kind, agent_name);
         if kind == AGENT_KIND {
-            let stray = agent_name.map_or("one without a name".to_owned(), |name| {
-                format!("\"{name}\"")
-            });
+            let stray = agent_name.map_or(NAMELESS.to_owned(), |name| format!("\"{name}\""));
             push_new(&mut self.strays, stray);
         }
     }
 
-    fn record_participant(&mut self, identity: &str, kind: &str, agent_name: Option<&str>) {
+    fn track_changed(&mut self, track: RemoteTrackInfo) {
+        match self.tracks.iter().position(|it| it.sid == track.sid) {
+            Some(known) => self.tracks[known] = track,
+            None if self.tracks.len() < MAX_ENTRIES => self.tracks.push(track),
+            None => {}
+        }
+    }
+
+    fn subscription_failed(&mut self, track_sid: String, error: &'static str) {
+        self.add_note(format!(
+            "LiveKit could not subscribe the canary to track {track_sid} ({error})"
+        ));
+        if self.failed_subscriptions.len() < MAX_ENTRIES {
+            self.failed_subscriptions.push((track_sid, error));
+        }
+    }
+
+    pub(super) fn record_participant(
+        &mut self,
+        identity: &str,
+        kind: &str,
+        agent_name: Option<&str>,
+    ) {
         let name = agent_name.map(|name| format!(", agent name \"{name}\""));
         let line = format!("{identity} ({kind}{})", name.unwrap_or_default());
         push_new(&mut self.report.evidence.participants, line);
@@ -256,18 +327,49 @@ impl ProbeMachine {
 
     // The end of the canary's own participant.
 
+    /// Whether the canary was sent away after the agent was allowed to end the call. The probe is then ok: an agent ends a
+    /// call by deleting its room (`EndCallTool` and `delete_room_on_close` of livekit-agents), or by removing its caller.
+    fn agent_ended_call(&mut self, why: &EndReason, at: Instant) -> bool {
+        let EndReason::Removed { reason } = why else {
+            return false;
+        };
+        let in_call = self.phase == Phase::Watching && self.agent_may_have_left();
+        if !in_call || !ends_call(reason) {
+            return false;
+        }
+        self.note_end_of_call(reason);
+        let reason = reason.clone();
+        self.disruption
+            .get_or_insert(Disruption::Left { at, reason });
+        true
+    }
+
+    fn note_end_of_call(&mut self, reason: &str) {
+        self.add_note(format!(
+            "the call ended ({reason}) when the agent was allowed to end it"
+        ));
+    }
+
     fn ended(&mut self, reason: EndReason, audio: AudioStats, at: Instant, now: Instant) {
         self.in_room = false;
         self.report.audio = audio;
         if matches!(reason, EndReason::Left) {
             self.mark(Milestone::Left, at);
+        } else {
+            // Also after the verdict: what happens in the room from now on is unknown.
+            self.actions.push(Action::LostSight);
         }
-        if self.outcome.is_some() {
+        if self.outcome.is_some() || self.agent_ended_call(&reason, at) {
             return;
         }
         let timeline = &self.report.timeline;
         let joined = timeline.get(Milestone::SignalConnected).is_some();
         let failure = Failure::of_end(reason, joined, &mut self.report.evidence);
+        let failure = if joined {
+            failure
+        } else {
+            failure.or_large_token(self.token_bytes, &self.report.evidence)
+        };
         if let Phase::FinalCheck { duty, .. } = self.phase
             && !matches!(failure.reason, Reason::SignalLost | Reason::MediaFailed)
         {

@@ -3,7 +3,8 @@ use std::time::Duration;
 use super::*;
 use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, MediaPermission, RoomEventKind, Speaker, TurnMetrics,
+    Agent, AudioStats, EndReason, MediaPermission, NOT_PERMITTED, RoomEventKind, Speaker,
+    TurnMetrics,
 };
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
@@ -71,10 +72,12 @@ fn dispatches(agent_name: &str, job: Option<&str>) -> Vec<DispatchInfo> {
         id: "AJ_1".to_owned(),
         status: status.to_owned(),
         error: String::new(),
+        identity: "agent-AJ_1".to_owned(),
     });
     vec![DispatchInfo {
         id: "AD_1".to_owned(),
         agent_name: agent_name.to_owned(),
+        deployment: String::new(),
         jobs: jobs.into_iter().collect(),
     }]
 }
@@ -95,6 +98,7 @@ impl MachineScript {
             Position::First,
             Utc::now(),
             agent_known,
+            700,
         );
         let script = Self {
             machine,
@@ -156,12 +160,17 @@ impl MachineScript {
     }
 
     fn listed(self, at: u64, result: Result<Vec<DispatchInfo>, ApiError>) -> Self {
-        let call = Call {
+        let dispatches = Call {
             sent_at: Some(self.time(at)),
             answered_at: self.time(at),
             result,
         };
-        self.feed(at, Input::Listed(call))
+        let participants = None;
+        let listed = ListedRoom {
+            dispatches,
+            participants,
+        };
+        self.feed(at, Input::Listed(listed))
     }
 
     fn signal(self, at: u64) -> Self {
@@ -557,7 +566,7 @@ fn no_agent_and_no_job_is_dispatch_unanswered() {
     let script = MachineScript::new(explicit()).waiting().wait(30_101);
     assert_eq!(script.join_decisions(), [false]);
     assert_eq!(
-        script.count(|action| matches!(action, Action::ListDispatch)),
+        script.count(|action| matches!(action, Action::ListRoom { .. })),
         1
     );
     assert!(!script.is_decided());
@@ -707,6 +716,47 @@ fn late_agent_changes_no_verdict_but_is_evidence() {
         notes.contains("joined 30.004 s after the dispatch, too late"),
         "{notes}"
     );
+}
+
+fn losses_of_sight(script: &MachineScript) -> usize {
+    script.count(|action| matches!(action, Action::LostSight))
+}
+
+#[test]
+fn room_is_watched_after_its_deletion_if_its_agent_was_cut_off_or_the_canary_was() {
+    let ok = || {
+        MachineScript::new(explicit())
+            .waiting()
+            .joined(400)
+            .see(500, RoomEventKind::AgentConnected)
+    };
+    let end = |reason: EndReason| RoomEventKind::Ended {
+        reason,
+        audio: AudioStats::default(),
+    };
+    let removed = |reason: &str| {
+        end(EndReason::Removed {
+            reason: reason.to_owned(),
+        })
+    };
+    let left = |reason: &str| RoomEventKind::AgentLeft {
+        reason: reason.to_owned(),
+    };
+    assert_eq!(losses_of_sight(&ok()), 0);
+    for cut_off in [
+        end(EndReason::Signal(SignalError::Closed("reset".to_owned()))),
+        removed("DUPLICATE_IDENTITY"),
+        removed("ROOM_DELETED"),
+        left("CONNECTION_TIMEOUT"),
+        left(""),
+    ] {
+        let script = ok().see(600, cut_off);
+        assert!(losses_of_sight(&script) > 0);
+    }
+    // A silent agent may be cut off.
+    let script = MachineScript::new(explicit()).waiting().joined(400);
+    let script = script.wait(60_000).listed(60_010, Ok(Vec::new()));
+    assert!(losses_of_sight(&script) > 0);
 }
 
 #[test]
@@ -1553,7 +1603,7 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
             });
         }
         2 => {
-            return Input::Listed(Call {
+            let dispatches = Call {
                 sent_at: Some(stamp),
                 answered_at: stamp,
                 result: if call_ok {
@@ -1561,6 +1611,10 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
                 } else {
                     Err(error())
                 },
+            };
+            return Input::Listed(ListedRoom {
+                dispatches,
+                participants: None,
             });
         }
         3 => return Input::HoldUntil(random.bool().then_some(stamp)),
@@ -1645,4 +1699,348 @@ fn finish(script: &mut MachineScript, mut at: u64) -> u64 {
         }
     }
     at
+}
+
+// An agent that ends the call.
+
+#[test]
+fn call_that_the_agent_may_end_is_ok_however_it_ends() {
+    let spoke = || {
+        let script = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+        script.with_agent().speech(600, 2_600).hold(2_600, 60_000)
+    };
+    for reason in ["ROOM_DELETED", "ROOM_CLOSED", "PARTICIPANT_REMOVED"] {
+        let reason = reason.to_owned();
+        let script = spoke().ended(5_000, EndReason::Removed { reason });
+        let report = script.wait(5_000).report(5_010);
+        assert_eq!(report.outcome, Outcome::Ok);
+        let notes = report.evidence.notes.join("\n");
+        assert!(notes.contains("allowed to end it"), "{notes}");
+    }
+    let disconnects = [
+        "CLIENT_INITIATED",
+        "ROOM_DELETED",
+        "ROOM_CLOSED",
+        "PARTICIPANT_REMOVED",
+        "CONNECTION_TIMEOUT",
+        "UNKNOWN_REASON",
+    ];
+    for reason in disconnects {
+        let report = spoke().left(5_000, reason).wait(5_000).report(5_010);
+        assert_eq!(report.outcome, Outcome::Ok, "{reason}");
+        let noted = report.evidence.notes.join("\n").contains(reason);
+        let by_the_room = ["ROOM_DELETED", "ROOM_CLOSED", "PARTICIPANT_REMOVED"];
+        assert_eq!(noted, by_the_room.contains(&reason), "{reason}");
+    }
+}
+
+#[test]
+fn deleted_room_is_removed_before_the_agent_may_end_the_call() {
+    let deleted = || EndReason::Removed {
+        reason: "ROOM_DELETED".to_owned(),
+    };
+    let never = MachineScript::new(explicit()).with_agent();
+    let never = never.speech(600, 2_600).ended(5_000, deleted());
+    assert_eq!(never.reason(5_010), Reason::Removed);
+    let after_reply = MachineScript::new(expecting(true, AgentMayLeave::AfterReply));
+    let unanswered = after_reply.with_agent().speech(600, 2_600);
+    let unanswered = unanswered.echo(3_000, 5_000).ended(6_000, deleted());
+    assert_eq!(unanswered.reason(6_010), Reason::Removed);
+    let silent = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+    let silent = silent.with_agent().ended(5_000, deleted());
+    assert_eq!(silent.reason(5_010), Reason::Removed);
+    // A server that ends is no agent that ends the call.
+    let shut_down = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+    let shut_down = shut_down.with_agent().speech(600, 2_600);
+    let reason = "SERVER_SHUTDOWN".to_owned();
+    let shut_down = shut_down.ended(5_000, EndReason::Removed { reason });
+    assert_eq!(shut_down.reason(5_010), Reason::SignalLost);
+}
+
+#[test]
+fn call_that_ends_before_the_dispatch_response_waits_for_it() {
+    let script = MachineScript::new(expecting(false, AgentMayLeave::AfterSpeech));
+    let script = script.way_in().joined(300).track(320).speech(400, 900);
+    let reason = "ROOM_DELETED".to_owned();
+    let script = script
+        .ended(1_000, EndReason::Removed { reason })
+        .wait(1_500);
+    assert!(!script.is_decided(), "the dispatch call is outstanding");
+    let report = script
+        .dispatched(101, 2_000, Ok(()))
+        .wait(2_000)
+        .report(2_100);
+    assert_eq!(report.outcome, Outcome::Ok);
+}
+
+// Tracks.
+
+fn remote_track(sid: &str, muted: bool) -> RemoteTrackInfo {
+    RemoteTrackInfo {
+        sid: sid.to_owned(),
+        identity: "agent-1".to_owned(),
+        kind: "AUDIO",
+        source: "UNKNOWN",
+        name: "voice".to_owned(),
+        muted,
+        encryption: "GCM",
+    }
+}
+
+#[test]
+fn encrypted_agent_is_a_wrong_setting_and_no_failure_of_the_agent() {
+    let script = MachineScript::new(explicit()).waiting().joined(500);
+    let script = script.see(520, RoomEventKind::AgentEncrypted("GCM"));
+    let report = script.report(530);
+    assert_eq!(reason_of(&report), Reason::ConfigRejected);
+    let failure = report.outcome.failure().unwrap();
+    assert!(failure.detail.contains("encrypted (GCM)"), "{failure:?}");
+}
+
+#[test]
+fn tracks_are_evidence_as_they_were_at_last() {
+    let seen = |muted| RoomEventKind::TrackChanged(remote_track("TR_1", muted));
+    let script = MachineScript::new(explicit()).with_agent();
+    let script = script.see(540, seen(false)).see(550, seen(true));
+    let mut script = script.feed(600, Input::Abort);
+    for number in 2..100 {
+        let track = remote_track(&format!("TR_{number}"), false);
+        script = script.see(700, RoomEventKind::TrackChanged(track));
+    }
+    let tracks = script.report(800).evidence.tracks;
+    assert_eq!(tracks.len(), MAX_ENTRIES);
+    assert_eq!(
+        tracks[0],
+        "agent-1: AUDIO from UNKNOWN \"voice\", muted, encrypted (GCM)"
+    );
+}
+
+#[test]
+fn voice_of_an_unusual_source_is_noted() {
+    let script = MachineScript::new(explicit()).waiting().joined(500);
+    let script = script.see(510, RoomEventKind::AgentVoiceSource("UNKNOWN"));
+    let script = script.track(520).speech(600, 900).hold(900, 0).wait(900);
+    let report = script.report(910);
+    assert_eq!(report.outcome, Outcome::Ok);
+    let notes = report.evidence.notes.join("\n");
+    assert!(notes.contains("a track of source UNKNOWN"), "{notes}");
+}
+
+#[test]
+fn failed_subscription_reaches_the_verdict() {
+    let published = || {
+        let mut track = remote_track("TR_1", false);
+        track.encryption = "NONE";
+        let script = MachineScript::new(explicit()).waiting().joined(500);
+        script.see(510, RoomEventKind::TrackChanged(track))
+    };
+    for (error, reason) in [
+        ("SE_CODEC_UNSUPPORTED", Reason::ConfigRejected),
+        ("SE_TRACK_NOTFOUND", Reason::AgentNoTrack),
+        (NOT_PERMITTED, Reason::AgentNoTrack),
+    ] {
+        let failed = |sid: &str| RoomEventKind::SubscriptionFailed {
+            track_sid: sid.to_owned(),
+            error,
+        };
+        let script = published().see(520, failed("TR_1")).wait(10_500);
+        let report = script.listed(10_510, Ok(Vec::new())).report(10_520);
+        assert_eq!(reason_of(&report), reason);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains(&format!("TR_1 ({error})")), "{detail}");
+        // That of another track explains nothing.
+        let script = published().see(520, failed("TR_other")).wait(10_500);
+        let report = script.listed(10_510, Ok(Vec::new())).report(10_520);
+        assert_eq!(reason_of(&report), Reason::AgentNoTrack);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains("published no audio track"), "{detail}");
+        assert!(report.evidence.notes.join("").contains("TR_other"));
+    }
+}
+
+#[test]
+fn second_room_of_the_same_name_is_not_the_agents_fault() {
+    let in_room = |sid: &str| {
+        let connected = RoomEventKind::SignalConnected {
+            room_sid: sid.to_owned(),
+            server_version: "1.13.5".to_owned(),
+            region: String::new(),
+            node: "ND_2".to_owned(),
+        };
+        let script = MachineScript::new(explicit()).created(10, Ok(()));
+        let script = script.see(40, connected).up(90);
+        script.dispatched(101, 110, Ok(()))
+    };
+    let absent = |script: MachineScript| {
+        let job = Ok(dispatches("support", Some("JS_RUNNING")));
+        script.wait(30_101).listed(30_110, job).report(30_120)
+    };
+    let report = absent(in_room("RM_2"));
+    assert_eq!(reason_of(&report), Reason::SignalFailed);
+    let detail = &report.outcome.failure().unwrap().detail;
+    let both = "CreateRoom returned RM_1, and the canary joined RM_2";
+    assert!(detail.contains(both), "{detail}");
+    // LiveKit Cloud may send the id after the join response.
+    for sid in ["RM_1", ""] {
+        assert_eq!(reason_of(&absent(in_room(sid))), Reason::AgentNoShow);
+    }
+    // An agent that joins shows that there is one room.
+    let silent = in_room("RM_2").joined(500).track(520).wait(20_500);
+    let report = silent.listed(20_510, Ok(Vec::new())).report(20_520);
+    assert_eq!(reason_of(&report), Reason::AgentSilent);
+}
+
+#[test]
+fn hidden_agent_is_no_missing_agent() {
+    let brief = |identity: &str, hidden, name: &str| ParticipantBrief {
+        identity: identity.to_owned(),
+        kind: "AGENT".to_owned(),
+        hidden,
+        attributes: [("lk.agent_name".to_owned(), name.to_owned())].into(),
+        joined_at_ms: 0,
+    };
+    let verdict = |present: ParticipantBrief| {
+        let script = MachineScript::new(explicit()).waiting().wait(30_101);
+        let at = script.time(30_110);
+        let (sent_at, answered_at) = (Some(at), at);
+        let listed = ListedRoom {
+            dispatches: Call {
+                sent_at,
+                answered_at,
+                result: Ok(dispatches("support", Some("JS_RUNNING"))),
+            },
+            participants: Some(Call {
+                sent_at,
+                answered_at,
+                result: Ok(vec![present]),
+            }),
+        };
+        script.feed(30_110, Input::Listed(listed)).report(30_120)
+    };
+    for present in [
+        brief("agent-x", true, "support"),
+        brief("agent-AJ_1", true, ""),
+    ] {
+        let report = verdict(present);
+        assert_eq!(reason_of(&report), Reason::AgentNoTrack);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains("hidden participant"), "{detail}");
+        assert_eq!(report.timeline.get(Milestone::AgentJoined), None);
+        assert_eq!(report.other_agents, 1);
+    }
+    for present in [
+        brief("agent-AJ_1", false, "support"),
+        brief("agent-y", true, "billing"),
+    ] {
+        assert_eq!(reason_of(&verdict(present)), Reason::AgentNoShow);
+    }
+}
+
+// Agents without a name.
+
+impl MachineScript {
+    /// `waiting`; an agent without a name attribute joined at 500.
+    fn with_nameless_agent(self) -> Self {
+        let joined = RoomEventKind::OtherJoined {
+            identity: "agent-AJ_1".to_owned(),
+            kind: "AGENT".to_owned(),
+            agent_name: None,
+        };
+        let identity = "agent-AJ_1".to_owned();
+        self.waiting()
+            .see(500, joined)
+            .see(500, RoomEventKind::NamelessAgent { identity })
+            .wait(500)
+    }
+
+    fn adopted(&self) -> usize {
+        self.count(|action| matches!(action, Action::Adopt(identity) if identity == "agent-AJ_1"))
+    }
+
+    fn lists(&self) -> usize {
+        self.count(|action| matches!(action, Action::ListRoom { .. }))
+    }
+}
+
+fn with_unnamed(mut all: Vec<DispatchInfo>) -> Vec<DispatchInfo> {
+    all.extend(dispatches("", None));
+    all
+}
+
+#[test]
+fn agent_without_a_name_is_recognised_by_its_job() {
+    let script = MachineScript::new(explicit()).with_nameless_agent();
+    assert_eq!(script.lists(), 1);
+    // LiveKit may list the job late. Its own dispatch of an unnamed agent could have sent this one.
+    let script = script.listed(510, Ok(with_unnamed(dispatches("support", None))));
+    assert_eq!(script.adopted(), 0);
+    let script = script.wait(2_500);
+    assert_eq!(script.lists(), 2);
+    let listed = with_unnamed(dispatches("support", Some("JS_RUNNING")));
+    let script = script.listed(2_510, Ok(listed));
+    assert_eq!(script.adopted(), 1);
+    let joined = RoomEventKind::AgentJoined {
+        agent: Agent {
+            name: None,
+            ..agent()
+        },
+        in_join_response: false,
+    };
+    let script = script.see(2_520, joined).track(2_520);
+    let script = script.speech(2_600, 3_000).hold(3_000, 0).wait(3_000);
+    let report = script.report(3_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    let notes = report.evidence.notes.join("\n");
+    assert!(notes.contains("recognised by its job"), "{notes}");
+}
+
+#[test]
+fn only_agent_of_the_only_dispatch_is_the_agent() {
+    let script = MachineScript::new(named(DispatchMode::Room)).way_in();
+    let joined = RoomEventKind::OtherJoined {
+        identity: "agent-AJ_1".to_owned(),
+        kind: "AGENT".to_owned(),
+        agent_name: None,
+    };
+    let identity = "agent-AJ_1".to_owned();
+    let script = script.see(500, joined);
+    let script = script.see(500, RoomEventKind::NamelessAgent { identity });
+    let script = script
+        .wait(500)
+        .listed(510, Ok(dispatches("support", None)));
+    assert_eq!(script.adopted(), 1);
+}
+
+#[test]
+fn job_of_another_dispatch_is_no_proof() {
+    let billing = dispatches("billing", Some("JS_RUNNING"));
+    let unnamed = dispatches("", Some("JS_RUNNING"));
+    for other in [billing, unnamed] {
+        let all: Vec<_> = dispatches("support", None)
+            .into_iter()
+            .chain(other)
+            .collect();
+        let script = MachineScript::new(explicit()).with_nameless_agent();
+        let script = script.listed(510, Ok(all.clone())).wait(30_101);
+        let script = script.listed(30_110, Ok(all));
+        assert_eq!(script.adopted(), 0);
+        let report = script.report(30_120);
+        assert_eq!(reason_of(&report), Reason::DispatchUnanswered);
+        let detail = &report.outcome.failure().unwrap().detail;
+        assert!(detail.contains("one without a name"), "{detail}");
+    }
+}
+
+#[test]
+fn agent_without_a_name_that_is_recognised_at_the_deadline_still_counts() {
+    let script = MachineScript::new(explicit()).with_nameless_agent();
+    let script = script.wait(30_101);
+    let listed = with_unnamed(dispatches("support", Some("JS_RUNNING")));
+    let script = script.listed(30_110, Ok(listed));
+    assert_eq!(script.adopted(), 1);
+    assert!(!script.is_decided());
+    // The engine that does not find it any more reports nothing.
+    let script = script.wait(33_000);
+    let script = script.listed(33_010, Ok(dispatches("support", Some("JS_RUNNING"))));
+    assert_eq!(script.reason(33_020), Reason::AgentNoShow);
 }

@@ -1,5 +1,4 @@
 use super::*;
-use crate::probe::Origin;
 
 fn rejection(status: u16, code: Option<&str>, message: &str) -> HttpRejection {
     HttpRejection {
@@ -20,7 +19,7 @@ fn join(status: u16, message: &str) -> Failure {
     Failure::of_join(&error, &mut Evidence::default())
 }
 
-fn connect_errors() -> [ConnectError; 3] {
+fn connect_errors() -> [ConnectError; 4] {
     let host = || "lk.example".to_owned();
     [
         ConnectError::Dns {
@@ -35,35 +34,11 @@ fn connect_errors() -> [ConnectError; 3] {
             host: host(),
             error: "invalid peer certificate: UnknownIssuer".to_owned(),
         },
+        ConnectError::Shortage {
+            host: host(),
+            error: "Too many open files (os error 24)".to_owned(),
+        },
     ]
-}
-
-fn distinct<const N: usize>(labels: [&'static str; N]) -> bool {
-    let mut labels = labels.to_vec();
-    assert!(labels.iter().all(|label| {
-        label
-            .chars()
-            .all(|char| char.is_ascii_lowercase() || char == '_')
-    }));
-    labels.sort_unstable();
-    labels.dedup();
-    labels.len() == N
-}
-
-#[test]
-fn labels_are_distinct_snake_case() {
-    assert!(distinct(Reason::ALL.map(Reason::label)));
-    assert!(distinct(Origin::ALL.map(Origin::label)));
-    assert!(distinct(LimitKind::ALL.map(LimitKind::label)));
-}
-
-#[test]
-fn every_reason_has_the_origin_that_the_design_gives() {
-    let table: Vec<_> = Reason::ALL
-        .iter()
-        .map(|reason| format!("{} {}", reason.label(), reason.origin().label()))
-        .collect();
-    insta::assert_snapshot!(table.join("\n"));
 }
 
 #[test]
@@ -118,14 +93,28 @@ fn only_a_limit_that_the_service_names_is_a_plan_limit() {
 }
 
 #[test]
+fn region_that_the_project_is_not_pinned_to_is_a_config_failure() {
+    let answer = "project not allowed in this region.";
+    for failure in [
+        api(ProbeCall::CreateRoom, 451, None, answer),
+        api(ProbeCall::CreateDispatch, 451, None, answer),
+        join(403, answer),
+    ] {
+        assert_eq!(failure.reason, Reason::ConfigRejected);
+        assert!(failure.detail.contains("pinned to a region"), "{failure:?}");
+        assert!(!failure.detail.contains("api_key"), "{failure:?}");
+    }
+}
+
+#[test]
 fn rejections_that_a_setting_explains_are_config_failures() {
     for status in [401, 403] {
         assert_eq!(
             api(ProbeCall::CreateRoom, status, None, "no").reason,
             Reason::AuthRejected
         );
-        assert_eq!(join(status, "no").reason, Reason::AuthRejected);
     }
+    assert_eq!(join(401, "no").reason, Reason::AuthRejected);
     let not_found = Some("not_found");
     let table = [
         (
@@ -158,6 +147,62 @@ fn rejections_that_a_setting_explains_are_config_failures() {
     for (failure, reason) in table {
         assert_eq!(failure.reason, reason, "{}", failure.detail);
     }
+}
+
+#[test]
+fn answer_of_another_server_is_a_config_failure() {
+    for status in [200, 204, 301, 302, 307, 308] {
+        for failure in [
+            api(ProbeCall::CreateRoom, status, None, "<html>My site"),
+            api(ProbeCall::CreateDispatch, status, None, "<html>My site"),
+            join(status, "<html>My site"),
+        ] {
+            assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+            let redirect = failure.detail.contains("follows no redirect");
+            assert_eq!(redirect, status >= 300, "{failure:?}");
+        }
+    }
+}
+
+#[test]
+fn proxy_that_drops_the_upgrade_is_named() {
+    for status in [404, 426] {
+        let failure = join(status, "");
+        assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+        assert!(failure.detail.contains("headers Upgrade"), "{failure:?}");
+    }
+}
+
+#[test]
+fn refused_token_leads_to_the_clock_the_proxy_or_the_key_pair() {
+    let times = [
+        "invalid token: [token], error: token has invalid claims: token is not valid yet",
+        "invalid token: [token], error: token has invalid claims: token is expired",
+        "error: go-jose/go-jose/jwt: validation failed, token not valid yet (nbf)",
+        "error: go-jose/go-jose/jwt: validation field, token issued in the future (iat)",
+    ];
+    let clocks = times.map(|answer| (401, answer, "compare the clock"));
+    let others = [
+        (401, "invalid API key: [API key]", "api_key and api_secret"),
+        (
+            401,
+            "<html>401 Authorization Required",
+            "a proxy or a firewall",
+        ),
+        (403, "Forbidden", "a proxy or a firewall"),
+    ];
+    for (status, answer, check) in clocks.into_iter().chain(others) {
+        let failure = api(ProbeCall::CreateRoom, status, None, answer);
+        assert_eq!(failure.reason, Reason::AuthRejected);
+        assert!(failure.detail.contains(check), "{failure:?}");
+    }
+    let denied = api(
+        ProbeCall::CreateRoom,
+        403,
+        Some("permission_denied"),
+        "permissions denied",
+    );
+    assert!(!denied.detail.contains("proxy"), "{denied:?}");
 }
 
 #[test]
@@ -267,4 +312,25 @@ fn details_state_what_happened_and_what_to_check() {
         .iter()
         .map(|failure| format!("{}: {}", failure.reason.label(), failure.detail));
     insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn large_token_explains_a_refused_join_by_its_size() {
+    let of = |status, bytes| {
+        let error = SignalError::Refused(rejection(status, None, "too large"));
+        let mut evidence = Evidence::default();
+        let failure = Failure::of_join(&error, &mut evidence);
+        failure.or_large_token(bytes, &evidence)
+    };
+    for status in [400, 413, 414, 431, 494] {
+        let failure = of(status, 27_000);
+        assert_eq!(failure.reason, Reason::ConfigRejected, "{status}");
+        assert!(failure.detail.contains("27000 bytes"), "{failure:?}");
+        assert_eq!(of(status, 700).reason, Reason::SignalFailed, "{status}");
+    }
+    // A proxy may also hide its own refusal.
+    let hidden = of(502, 27_000);
+    assert_eq!(hidden.reason, Reason::SignalFailed);
+    assert!(hidden.detail.contains("27000 bytes"), "{hidden:?}");
+    assert_eq!(of(401, 27_000).reason, Reason::AuthRejected);
 }

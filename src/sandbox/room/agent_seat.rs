@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use livekit_protocol as proto;
 
 use crate::sandbox::agent::{AgentSound, DemoAgent};
+use crate::sandbox::fault::{Faults, InjectedFault};
 use crate::sandbox::ids::{guid, unix_millis};
 
 /// An agent in the room.
@@ -94,8 +95,11 @@ pub(super) fn avatar_of(agent: &proto::ParticipantInfo, room: &str) -> proto::Pa
 }
 
 /// A track as livekit-agents publishes it: its names, and no source for background sound.
-pub(super) fn agent_track(sound: AgentSound) -> proto::TrackInfo {
+pub(super) fn agent_track(sound: AgentSound, faults: &Faults) -> proto::TrackInfo {
     let (name, source, mid) = match sound {
+        AgentSound::Voice if faults.has(&InjectedFault::UnknownSource) => {
+            ("voice", proto::TrackSource::Unknown, "0")
+        }
         AgentSound::Voice => ("roomio_audio", proto::TrackSource::Microphone, "0"),
         AgentSound::Background => ("background_audio", proto::TrackSource::Unknown, "1"),
     };
@@ -105,6 +109,11 @@ pub(super) fn agent_track(sound: AgentSound) -> proto::TrackInfo {
         source: source.into(),
         mime_type: "audio/opus".to_owned(),
         mid: mid.to_owned(),
+        encryption: if faults.has(&InjectedFault::Encrypted) {
+            proto::encryption::Type::Gcm.into()
+        } else {
+            proto::encryption::Type::None.into()
+        },
         stream: "camera".to_owned(),
         ..proto::TrackInfo::default()
     }

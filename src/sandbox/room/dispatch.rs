@@ -79,6 +79,7 @@ pub(super) fn new_job(dispatch: &proto::AgentDispatch, room: &proto::Room) -> pr
         room: Some(room.clone()),
         metadata: dispatch.metadata.clone(),
         agent_name: dispatch.agent_name.clone(),
+        deployment: dispatch.deployment.clone(),
         state: Some(proto::JobState {
             status: proto::JobStatus::JsRunning.into(),
             started_at: unix_millis() * 1_000_000,

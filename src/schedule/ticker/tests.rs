@@ -172,6 +172,34 @@ fn clock_that_was_years_ahead_at_the_start_does_not_stop_the_ticks() {
 }
 
 #[test]
+fn started_target_ticks_once_off_the_grid_and_then_on_it() {
+    for (first, ticks) in [
+        // The tick of 12:15 would be too close to the first one.
+        ("2026-11-24T12:09:00Z", &["12:09", "12:30", "12:45"][..]),
+        (
+            "2026-11-24T12:07:00Z",
+            &["12:07", "12:15", "12:30", "12:45"],
+        ),
+        ("2026-11-24T12:15:00Z", &["12:15", "12:30", "12:45"]),
+    ] {
+        let mut run = Simulation::at("2026-11-24T12:06:00Z");
+        let (target, schedule) = quarters();
+        run.table
+            .start_target(&target, &schedule, run.now, at(first));
+        assert_eq!(run.run(Duration::from_mins(39)), ticks, "{first}");
+    }
+}
+
+#[test]
+fn started_target_with_a_cron_expression_waits_for_its_times() {
+    let mut run = Simulation::at("2026-11-24T02:30:00Z");
+    let first = run.now + Duration::from_mins(1);
+    run.table
+        .start_target("nightly", &nightly(), run.now, first);
+    assert_eq!(run.run(Duration::from_hours(1)), ["03:00"]);
+}
+
+#[test]
 fn first_tick_is_not_before_the_requested_time() {
     let mut simulation = Simulation::at("2026-11-24T10:14:30Z");
     let (target, schedule) = quarters();
@@ -299,7 +327,11 @@ async fn finished_jobs_are_removed() {
     scheduler.start().await.unwrap();
     let context = scheduler.context();
     let (ticker, mut ticks) = Ticker::on(scheduler, Arc::new(Utc::now));
-    ticker.set("a", &Schedule::Every(Duration::from_secs(1)), Utc::now());
+    ticker.set(
+        "a",
+        &Schedule::Every(Duration::from_millis(200)),
+        Utc::now(),
+    );
     for _ in 0..4 {
         let tick = ticks.recv().await.unwrap();
         ticker.handled(&tick);
@@ -307,6 +339,19 @@ async fn finished_jobs_are_removed() {
     let jobs = context.metadata_storage.write().await.list_next_ticks();
     let jobs = jobs.await.unwrap();
     assert!(jobs.len() <= 3, "{jobs:?}");
+}
+
+/// A stopped process or a suspended machine: the clock went on, but nothing could run.
+#[test]
+fn gap_of_any_length_leaves_the_scheduler_another_try() {
+    let mut silence = Silence::default();
+    silence.add_try(Duration::from_hours(10));
+    assert!(silence.0 < SILENCE_TIMEOUT, "{silence:?}");
+    let tries = (1..100).find(|_| {
+        silence.add_try(JOB_TIMEOUT);
+        silence.0 >= SILENCE_TIMEOUT
+    });
+    assert!(tries >= Some(2), "{tries:?}");
 }
 
 #[tokio::test(start_paused = true)]

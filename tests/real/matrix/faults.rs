@@ -286,6 +286,13 @@ faults! {
         [r#""step":"signal""#, r#""http_status":404"#, "the server has no signal endpoint"],
         sandbox Cannot("it always has one"), real Cannot("it always has one"),
         mock |fixture| mocked(fixture, "validate_service_not_found");
+    region_pinned_for_the_api: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
+        [r#""step":"create_room""#, r#""http_status":451"#, "project not allowed in this region", "pinned to a region"],
+        sandbox Can(|fixture| pinned(fixture, PINNED_API)), real Can(|fixture| pinned(fixture, PINNED_API)),
+        mock |fixture| pinned(fixture, PINNED_MOCK);
+    region_pinned_for_signalling: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
+        [r#""step":"signal""#, r#""http_status":403"#, "pinned to a region"],
+        sandbox Can(|fixture| pinned(fixture, PINNED_SIGNAL)), real Can(|fixture| pinned(fixture, PINNED_SIGNAL));
 
     // The canary fails.
     probe_panics: failed(Reason::Internal), Some(Origin::Canary), "....", within 40,
@@ -296,6 +303,15 @@ faults! {
 /// What a provider might respond. LiveKit Cloud's own responses are not published.
 const SPENT: &str = "http-request return status 429 content-type application/json \
     string '{\"code\":\"resource_exhausted\",\"msg\":\"the minutes of the plan are used up\"}' if { path_end /CreateRoom }";
+
+/// LiveKit Cloud's answers in a region that the project is not pinned to, as upstream's mock mirrors them.
+const PINNED_API: &str = "http-request return status 451 content-type text/plain \
+    string \"project not allowed in this region.\" if { path_beg /twirp }";
+const PINNED_SIGNAL: &str = "http-request return status 403 content-type text/plain \
+    string \"project not allowed in this region.\" if { path_beg /rtc }";
+/// Has upstream's mock itself refuse the region.
+const PINNED_MOCK: &str =
+    r#"http-request set-header X-Lk-Mock "{\"pinnedRegions\":[\"elsewhere\"]}""#;
 
 // --- settings ---
 
@@ -354,6 +370,13 @@ fn intercepted(fixture: &Fixture, rules: &str) -> anyhow::Result<Observation> {
     let proxy = Interceptor::start(stack, rules)?;
     let settings = with_short_deadlines(settings).project("url", proxy.url.as_str());
     DaemonBatch::start(&settings)?.finish(stack)
+}
+
+/// A project that is pinned to another region. No room is left, and no warning names one that was refused.
+fn pinned(fixture: &Fixture, rules: &str) -> anyhow::Result<Observation> {
+    let seen = intercepted(fixture, rules)?;
+    seen.expect_no_leak()?;
+    Ok(seen)
 }
 
 /// Upstream's mock, which `signal` tells what to do.

@@ -242,3 +242,45 @@ async fn reconnect_is_a_ping_timeout_if_the_server_was_silent_and_a_media_failur
         "{late:?}"
     );
 }
+
+#[tokio::test]
+async fn agent_in_an_update_before_the_join_response_was_there_before_the_canary() {
+    let mut room = WatchedRoom::new().await;
+    assert!(room.receive(0, update(agent())).is_ok());
+    let response = proto::JoinResponse::default();
+    assert!(room.receive(5, Response::Join(response)).is_ok());
+    assert!(matches!(
+        &room.events()[..],
+        [
+            (
+                0,
+                RoomEventKind::AgentJoined {
+                    in_join_response: true,
+                    ..
+                }
+            ),
+            (5, RoomEventKind::SignalConnected { .. }),
+        ]
+    ));
+}
+
+#[tokio::test]
+async fn nameless_agent_is_the_agent_once_it_is_adopted() {
+    let mut room = WatchedRoom::joined(Vec::new()).await;
+    let nameless = proto::ParticipantInfo {
+        attributes: HashMap::new(),
+        ..agent()
+    };
+    assert!(room.receive(5, update(nameless)).is_ok());
+    let at = room.at(20);
+    assert!(room.watch.adopt(at, "agent-1").is_ok());
+    assert!(matches!(
+        &room.events()[..],
+        [
+            (0, RoomEventKind::SignalConnected { .. }),
+            (5, RoomEventKind::OtherJoined { .. }),
+            (5, RoomEventKind::NamelessAgent { .. }),
+            (5, RoomEventKind::AgentJoined { .. }),
+        ]
+    ));
+}

@@ -282,6 +282,97 @@ fn voice_is_the_microphone_track_and_not_the_background_track() {
 }
 
 #[test]
+fn audio_of_another_source_is_the_voice_only_of_an_agent_without_a_microphone() {
+    let mut room = RosterRoom::new(None);
+    let mut info = agent("PA_1");
+    let background = TrackInfo {
+        name: BACKGROUND_TRACK.to_owned(),
+        ..track("TR_background", TrackSource::Unknown)
+    };
+    info.tracks = vec![background];
+    room.update(info.clone());
+    assert_eq!(room.voice(), [""; 0]);
+    info.tracks.push(track("TR_plain", TrackSource::Unknown));
+    room.update(info.clone());
+    assert_eq!(room.voice(), ["TR_plain"]);
+    assert_eq!(room.roster.unusual_source("TR_plain"), Some("UNKNOWN"));
+    info.tracks.push(track("TR_voice", TrackSource::Microphone));
+    room.update(info.clone());
+    assert_eq!(room.voice(), ["TR_voice"]);
+    assert_eq!(room.roster.unusual_source("TR_voice"), None);
+    // A session that restarts its voice leaves its other sounds alone.
+    info.tracks.pop();
+    room.update(info);
+    assert_eq!(room.voice(), [""; 0]);
+}
+
+#[test]
+fn encrypted_audio_is_no_voice_and_is_reported_once() {
+    let mut room = RosterRoom::new(Some("support"));
+    let encrypted = |sid| TrackInfo {
+        encryption: encryption::Type::Gcm.into(),
+        ..track(sid, TrackSource::Microphone)
+    };
+    let mut reported = |info: &ParticipantInfo| {
+        room.update(info.clone());
+        let changes = room.roster.changes().into_iter();
+        let methods = changes.filter_map(|kind| match kind {
+            RoomEventKind::AgentEncrypted(method) => Some(method),
+            _ => None,
+        });
+        (methods.collect::<Vec<_>>(), room.voice().len())
+    };
+    let mut other = participant("PA_0", Kind::Standard, &[]);
+    other.tracks = vec![encrypted("TR_0")];
+    assert_eq!(reported(&other), (vec![], 0));
+    let mut info = agent("PA_1");
+    info.tracks = vec![encrypted("TR_1")];
+    assert_eq!(reported(&info), (vec!["GCM"], 0));
+    assert_eq!(reported(&info), (vec![], 0));
+    // Audio that can be heard is heard.
+    info.tracks.push(track("TR_2", TrackSource::Microphone));
+    assert_eq!(reported(&info), (vec![], 1));
+}
+
+#[test]
+fn track_is_reported_when_it_is_new_and_when_it_changes() {
+    let mut room = RosterRoom::new(None);
+    let mut changes = |info: &ParticipantInfo| {
+        room.update(info.clone());
+        let changes = room.roster.changes();
+        let changes = changes.into_iter().map(|kind| match kind {
+            RoomEventKind::TrackChanged(track) => track,
+            other => panic!("{other:?}"),
+        });
+        changes.collect::<Vec<_>>()
+    };
+    let mut info = agent("PA_1");
+    info.tracks = vec![track("TR_1", TrackSource::Microphone)];
+    let expected = RemoteTrackInfo {
+        sid: "TR_1".to_owned(),
+        identity: "identity-PA_1".to_owned(),
+        kind: "AUDIO",
+        source: "MICROPHONE",
+        name: String::new(),
+        muted: false,
+        encryption: "NONE",
+    };
+    assert_eq!(changes(&info), std::slice::from_ref(&expected));
+    assert_eq!(changes(&info), []);
+    info.tracks[0].muted = true;
+    let muted = RemoteTrackInfo {
+        muted: true,
+        ..expected
+    };
+    assert_eq!(changes(&info), [muted]);
+    let many = 0..1_000;
+    info.tracks = many
+        .map(|number| track(&format!("TR_{number}"), TrackSource::Unknown))
+        .collect();
+    assert!(changes(&info).len() <= MAX_TRACKS);
+}
+
+#[test]
 fn avatar_speaks_for_its_agent() {
     let mut room = RosterRoom::new(None);
     let mut avatar = participant("PA_2", Kind::Agent, &[(ON_BEHALF, "identity-PA_1")]);
@@ -313,4 +404,67 @@ fn number_of_remembered_participants_is_bounded() {
         room.update(participant(&format!("PA_{i}"), Kind::Standard, &[]));
     }
     assert_eq!(room.roster.present.len(), MAX_PARTICIPANTS);
+}
+
+#[test]
+fn agent_without_a_name_is_the_agent_once_it_is_adopted() {
+    let mut room = RosterRoom::new(Some("support"));
+    let mut info = participant("PA_1", Kind::Agent, &[(STATE, "listening")]);
+    info.tracks = vec![track("TR_1", TrackSource::Microphone)];
+    let other = event(1, "other identity-PA_1 AGENT None");
+    assert_eq!(room.update(info.clone()), other);
+    // It may be the agent, so its sound is kept.
+    assert_eq!(room.voice(), ["TR_1"]);
+    let nameless = |room: &mut RosterRoom| {
+        let changes = room.roster.changes().into_iter();
+        let named = changes.filter(|kind| matches!(kind, RoomEventKind::NamelessAgent { .. }));
+        named.count()
+    };
+    assert_eq!(nameless(&mut room), 1);
+    assert_eq!(nameless(&mut room), 0);
+    let at = room.start + Duration::from_secs(1);
+    assert!(room.roster.adopt(at, "identity-PA_9").is_empty());
+    let events = room.roster.adopt(at, "identity-PA_1");
+    assert!(
+        matches!(
+            &events[..],
+            [
+                RoomEvent {
+                    kind: RoomEventKind::AgentJoined { .. },
+                    ..
+                },
+                RoomEvent {
+                    kind: RoomEventKind::AgentState(_),
+                    ..
+                },
+            ]
+        ),
+        "{events:?}"
+    );
+    // It joined when it was first seen.
+    assert_eq!(events[0].at, room.start + Duration::from_millis(1));
+    assert_eq!(room.voice(), ["TR_1"]);
+    assert!(room.roster.adopt(at, "identity-PA_1").is_empty());
+    let gone = gone(info, DisconnectReason::ClientInitiated);
+    assert_eq!(room.update(gone), event(2, "left CLIENT_INITIATED"));
+}
+
+#[test]
+fn agent_with_another_name_or_a_helper_cannot_be_adopted() {
+    let mut room = RosterRoom::new(Some("support"));
+    room.update(participant(
+        "PA_1",
+        Kind::Agent,
+        &[(NAME_BY_SERVER, "sales")],
+    ));
+    room.update(participant(
+        "PA_2",
+        Kind::Agent,
+        &[(ON_BEHALF, "identity-PA_9")],
+    ));
+    room.update(participant("PA_3", Kind::Standard, &[]));
+    assert!(room.roster.changes().is_empty());
+    for identity in ["identity-PA_1", "identity-PA_2", "identity-PA_3"] {
+        assert!(room.roster.adopt(room.start, identity).is_empty());
+    }
 }

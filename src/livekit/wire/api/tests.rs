@@ -51,9 +51,9 @@ async fn token_that_the_server_quotes_does_not_appear_in_the_error() {
 }
 
 #[tokio::test]
-async fn http_200_that_is_not_from_livekit_is_a_protocol_error() {
+async fn bytes_that_cannot_be_decoded_are_a_protocol_error() {
     for answer in [
-        "HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n<html>Welcome!",
+        "HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\nContent-Length: 14\r\n\r\n<html>Welcome!",
         "SSH-2.0-OpenSSH_9.2\r\n\r\n",
     ] {
         let error = error_of(answer).await;
@@ -61,9 +61,31 @@ async fn http_200_that_is_not_from_livekit_is_a_protocol_error() {
     }
 }
 
+/// An empty body is a valid message, such as an empty list of rooms.
+#[tokio::test]
+async fn http_200_without_twirps_content_type_is_refused() {
+    for (answer, message) in [
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n<html>Welcome!",
+            "<html>Welcome!",
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 0\r\n\r\n",
+            "OK",
+        ),
+    ] {
+        match error_of(answer).await {
+            ApiError::Refused(rejection) => {
+                assert_eq!((rejection.status, &*rejection.message), (200, message));
+            }
+            other => panic!("{other}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn connection_that_breaks_before_the_response_is_complete_is_broken() {
-    let during_the_body = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nthe beginning";
+    let during_the_body = "HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\nContent-Length: 100\r\n\r\nthe beginning";
     let error = error_of(during_the_body).await;
     assert!(matches!(error, ApiError::Broken(_)), "{error}");
     let before_the_head = TestServer::start(|mut stream| async move {
@@ -79,7 +101,7 @@ async fn connection_that_breaks_before_the_response_is_complete_is_broken() {
 async fn endless_body_is_cut_at_the_limit() {
     let server = TestServer::start(|mut stream| async move {
         read_request(&mut stream).await;
-        let head = b"HTTP/1.1 200 OK\r\n\r\n";
+        let head = b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\n\r\n";
         stream.write_all(head).await.unwrap();
         while stream.write_all(&[0; 4096]).await.is_ok() {}
     })
@@ -141,7 +163,9 @@ async fn requests() -> Vec<(String, VideoGrants)> {
         async move {
             heads.send(read_request(&mut stream).await).await.unwrap();
             // An empty body decodes as the default of every protobuf message.
-            respond(&mut stream, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await;
+            let answer =
+                "HTTP/1.1 200 OK\r\nContent-Type: Application/Protobuf;v=1\r\nContent-Length: 0\r\n\r\n";
+            respond(&mut stream, answer).await;
         }
     })
     .await;
@@ -162,10 +186,12 @@ async fn requests() -> Vec<(String, VideoGrants)> {
         .unwrap();
     api.delete_room(&room).await.result.unwrap();
     api.list_participants(&room).await.result.unwrap();
-    api.create_dispatch(&room, "agent", "")
-        .await
-        .result
-        .unwrap();
+    let agent = NamedAgent {
+        name: "agent".to_owned(),
+        deployment: String::new(),
+        metadata: String::new(),
+    };
+    api.create_dispatch(&room, agent).await.result.unwrap();
     api.list_dispatch(&room).await.result.unwrap();
     api.delete_dispatch(&room, "id").await.result.unwrap();
     drop(server);

@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use crate::livekit::RoomName;
 use crate::livekit::test_server::{
     REJECTIONS, SECRET, TestCa, TestServer, endpoint, keys, read_request,
 };
+use crate::livekit::wire::token::TokenParticipant;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -21,9 +21,11 @@ type ServerSocket = WebSocketStream<TcpStream>;
 
 fn token() -> SecretString {
     let room = RoomName("canary-1".to_owned());
-    keys()
-        .participant(&room, "echo", &BTreeMap::new(), None)
-        .unwrap()
+    let participant = TokenParticipant {
+        identity: "echo".to_owned(),
+        ..TokenParticipant::default()
+    };
+    keys().participant(&room, &participant, None).unwrap()
 }
 
 async fn connect_within(
@@ -609,4 +611,33 @@ async fn leaving_a_server_that_does_not_answer_ends_in_time() {
     let signal = join(&server).await.signal;
     tokio::time::pause();
     signal.leave(Duration::from_secs(2)).await;
+}
+
+#[tokio::test]
+async fn message_before_the_join_response_is_kept() {
+    let server = upgrading(|mut socket| async move {
+        for sid in ["TR_1", "TR_2"] {
+            send(&mut socket, update(sid)).await;
+        }
+        let join = proto::JoinResponse::default();
+        send(&mut socket, Incoming::Join(join)).await;
+        recv(&mut socket).await;
+    })
+    .await;
+    let joined = join(&server).await;
+    let early: Vec<_> = joined.early.iter().map(sid).collect();
+    assert_eq!(early, ["TR_1", "TR_2"]);
+}
+
+#[tokio::test]
+async fn endless_messages_before_the_join_response_break_the_protocol() {
+    let server = upgrading(|mut socket| async move {
+        for _ in 0..=MAX_EARLY_MESSAGES {
+            send(&mut socket, update("TR_1")).await;
+        }
+        recv(&mut socket).await;
+    })
+    .await;
+    let error = error_of(&server).await;
+    assert!(matches!(error, SignalError::Protocol(_)), "{error}");
 }
