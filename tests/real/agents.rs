@@ -614,7 +614,7 @@ fn expect_removed(
     harm: impl Fn(&Stack, &str, &str) -> anyhow::Result<()>,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
-    let running = settings.set("batch.hold", "30s").once()?;
+    let running = settings.set("batch.hold", "60s").once()?;
     let caller = wait_for_job(stack, tag, "caller")?;
     wait_for_job(stack, tag, "greeted")?;
     harm(stack, caller.room(), caller.text("caller"))?;
@@ -679,7 +679,7 @@ pub(crate) fn restarted_server_is_signal_lost_and_the_next_batch_is_ok(
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
     let settings = Settings::new(stack)
         .set("batch.rooms", 2)
-        .set("batch.hold", "30s")
+        .set("batch.hold", "60s")
         .without("late_agent_window");
     let running = settings.once()?;
     wait_for_two_greetings(stack)?;

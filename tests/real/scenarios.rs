@@ -520,7 +520,7 @@ fn reset_media_connection_is_media_failed(fixture: &Fixture) -> anyhow::Result<S
     let running = Settings::new(stack)
         .behaviour(&Behaviour::greets().tag(tag))
         .project("ice", "tcp")
-        .set("batch.hold", "30s")
+        .set("batch.hold", "60s")
         .once()?;
     wait_for_job(stack, tag, "greeted")?;
     stack.reset_media_over_tcp()?;
@@ -745,7 +745,7 @@ fn second_agent_is_agent_duplicate(fixture: &Fixture) -> anyhow::Result<String> 
 fn killed_job_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
     let tag = "is-killed";
     let (stack, settings) = fixture.call(&Behaviour::greets().tag(tag))?;
-    let running = settings.set("batch.hold", "30s").once()?;
+    let running = settings.set("batch.hold", "60s").once()?;
     let job = wait_for_job(stack, tag, "job")?;
     wait_for_job(stack, tag, "greeted")?;
     kill(job.number("pid")?)?;
@@ -760,7 +760,7 @@ fn killed_job_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
 
 fn killed_worker_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
-    let running = Settings::new(stack).set("batch.hold", "30s").once()?;
+    let running = Settings::new(stack).set("batch.hold", "60s").once()?;
     let limit = Duration::from_secs(30);
     stack.wait_for_event("greeted", limit, |event| event.name() == "greeted")?;
     stack.workers[0].signal(Signal::KILL)?;
