@@ -170,13 +170,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// Takes a frame of the agent's audio. `time`: its position on the receiver's media clock.
-    pub(crate) fn on_frame(&mut self, arrived: Instant, time: u64, frame: &F) {
-        let frame = AgentFrame {
-            arrived,
-            time,
-            frame: frame.clone(),
-        };
+    pub(crate) fn on_frame(&mut self, frame: AgentFrame<F>) {
         match &mut self.mode {
             PlayMode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(frame),
             PlayMode::Turn(_) => {}
