@@ -1094,9 +1094,10 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
 #[test]
 fn echo_that_is_never_sent_is_internal() {
     let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
-    let script = script.speech(700, 2_000).wait(42_999);
+    // 30 s for a busy agent, and 40 s for the echo.
+    let script = script.speech(700, 2_000).wait(71_999);
     assert!(!script.is_decided());
-    assert_eq!(script.wait(43_000).reason(43_010), Reason::Internal);
+    assert_eq!(script.wait(72_000).reason(72_010), Reason::Internal);
 }
 
 #[test]
