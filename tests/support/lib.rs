@@ -33,7 +33,7 @@ use tokio::time::Instant;
 pub const SECRET: &str = "scenario-secret-that-no-output-may-ever-hold";
 
 /// The limit of a wait for something that takes well under a second on an idle machine.
-pub const SHORT_TIMEOUT: Duration = Duration::from_secs(60);
+pub const SHORT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Calls `ask` every 20 ms until it returns a value.
 ///
