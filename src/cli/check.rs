@@ -152,10 +152,8 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         .expect("writing to a string can't fail");
     let agent = target.agent_name.as_deref().unwrap_or("any");
     let dispatch = target.dispatch.mode.name();
-    let deployment = match target.dispatch.deployment.as_str() {
-        "" => String::new(),
-        name => format!(", deployment {name}"),
-    };
+    let deployment = target.dispatch.named_deployment();
+    let deployment = deployment.map_or(String::new(), |name| format!(", deployment {name}"));
     entry(
         text,
         "agent",

@@ -51,8 +51,7 @@ fn properties(batch: &BatchReport, target: &Target) -> Vec<Property> {
     if let Some(name) = &target.agent_name {
         properties.push(Property::new("agent_name", name.as_str()));
     }
-    let deployment = target.dispatch.deployment.as_str();
-    if !deployment.is_empty() {
+    if let Some(deployment) = target.dispatch.named_deployment() {
         properties.push(Property::new("deployment", deployment));
     }
     if let Some(delays) = batch.summary().join_delay {

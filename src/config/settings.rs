@@ -450,6 +450,13 @@ pub struct Dispatch {
     pub metadata: String,
 }
 
+impl Dispatch {
+    /// The deployment, if one is named.
+    pub(crate) fn named_deployment(&self) -> Option<&str> {
+        Some(self.deployment.as_str()).filter(|name| !name.is_empty())
+    }
+}
+
 /// The rooms of a target, as an agent or another program sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RoomSettings {

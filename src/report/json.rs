@@ -156,7 +156,7 @@ fn without_probes<'a>(batch: &'a BatchReport, target: &'a Target) -> BatchJson<'
         started_at: wall_clock(batch.started_at),
         ended_at: wall_clock(batch.ended_at),
         result: batch.result().label(),
-        deployment: Some(target.dispatch.deployment.as_str()).filter(|name| !name.is_empty()),
+        deployment: target.dispatch.named_deployment(),
         ramp: target.batch.ramp.name(),
         probes: None,
         not_opened: batch.not_opened.as_ref().map(|rest| NotOpenedJson {

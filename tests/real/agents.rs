@@ -19,8 +19,8 @@ use support::stack::{AGENT, Agent, Stack};
 use support::wait_for;
 
 use crate::fixture::{
-    Fixture, expect, expect_faulty, expect_gone, expect_heard, expect_no_agent, expect_ok,
-    join_delays, wait_for_job, wait_for_two_greetings,
+    Fixture, expect, expect_agent_fault, expect_faulty, expect_gone, expect_heard, expect_no_agent,
+    expect_ok, join_delays, wait_for_job, wait_for_two_greetings,
 };
 use crate::proxy::Interceptor;
 
@@ -294,8 +294,7 @@ pub(crate) fn agent_that_denies_the_subscription_is_named(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::denies_subscription())?;
-    let batch = expect(fixture, &settings.run()?, 1, &["agent_no_track"])?;
-    expect_gone(stack, &batch)?;
+    let (batch, _) = expect_agent_fault(fixture, stack, &settings, "agent_no_track")?;
     let probe = batch.only_probe()?;
     let named = probe.detail().contains("The agent does not permit it");
     ensure!(named, "{probe:?}");
