@@ -146,7 +146,7 @@ struct OnceArgs {
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     hold: Option<Duration>,
 
-    /// Delay between the agent's speech and its echo [default: 1s]
+    /// Silence of the agent after which its speech is echoed [default: 2s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     echo_delay: Option<Duration>,
 

@@ -659,16 +659,27 @@ impl Default for Deadlines {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Echo {
     pub mode: EchoMode,
+    /// From the end of the agent's speech to the start of its echo.
     pub delay: Duration,
     /// Number of utterances to echo in mode `turn`. Each one costs the agent a turn of STT, LLM and TTS.
     pub max_turns: u32,
+}
+
+impl Echo {
+    /// How long after its speech an agent is waited for whose session does not report that it listens.
+    pub(crate) const MAX_BUSY_WAIT: Duration = Duration::from_secs(30);
+
+    /// The longest time from the end of the agent's speech to the start of its echo.
+    pub(crate) fn max_delay(&self) -> Duration {
+        self.delay.max(Self::MAX_BUSY_WAIT)
+    }
 }
 
 impl Default for Echo {
     fn default() -> Self {
         Self {
             mode: EchoMode::default(),
-            delay: Duration::from_secs(1),
+            delay: Duration::from_secs(2),
             max_turns: 1,
         }
     }
@@ -687,19 +698,20 @@ pub enum EchoMode {
 /// What counts as speech in the agent's audio.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Speech {
-    /// RMS level above which a 20 ms frame is speech, in dB relative to full scale.
+    /// RMS level below which a 16 ms frame is silence, in dB relative to full scale. Above it, a voice activity detector
+    /// decides.
     pub threshold_dbfs: f32,
-    /// Number of consecutive frames above the threshold that start an utterance.
+    /// Number of frames with a voice, within half a second, that start an utterance.
     pub min_frames: u32,
-    /// Duration without a speech frame that ends an utterance.
+    /// Duration without a voice that ends an utterance.
     pub end_silence: Duration,
 }
 
 impl Default for Speech {
     fn default() -> Self {
         Self {
-            threshold_dbfs: -45.0,
-            min_frames: 3,
+            threshold_dbfs: -60.0,
+            min_frames: 5,
             end_silence: Duration::from_millis(600),
         }
     }

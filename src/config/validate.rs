@@ -919,7 +919,7 @@ fn speech(mut section: Section<'_>) -> Speech {
     let default = Speech::default();
     let speech = Speech {
         threshold_dbfs: section.number("threshold_dbfs", default.threshold_dbfs, -90.0..=-1.0),
-        min_frames: section.number("min_frames", default.min_frames, 1..=50),
+        min_frames: section.number("min_frames", default.min_frames, 1..=25),
         end_silence: section.duration("end_silence", default.end_silence, MIN_WAIT..=MAX_WAIT),
     };
     section.finish();

@@ -67,10 +67,12 @@ pub(crate) enum RoomEventKind {
     },
     /// The first RTP packet of the agent's audio.
     AgentFirstAudio,
-    /// The agent began to speak; `at` is the arrival of the utterance's first frame.
+    /// The agent began to speak; `at` is the time of the utterance's first sound. It is reported up to 1.2 s later.
     SpeechStarted,
     /// The agent stopped speaking; `at` is the arrival of the utterance's last frame with speech.
     SpeechEnded,
+    /// The level of the agent's speech so far in dBFS; sent with each start and end of an utterance.
+    SpeechLevel(f32),
     EchoStarted,
     EchoEnded,
     AgentLeft {

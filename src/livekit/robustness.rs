@@ -22,7 +22,7 @@ use crate::livekit::RoomName;
 use crate::livekit::arbitrary::{
     ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
 };
-use crate::livekit::audio::echo::EchoPlayer;
+use crate::livekit::audio::echo::{AgentActivity, AgentFrame, EchoPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{RtpHeader, RtpReceiver};
 use crate::livekit::audio::speech::{Detector, SpeechEvent};
@@ -380,8 +380,14 @@ proptest! {
             if let Some(position) = receiver.on_packet(now, head) {
                 prop_assert!(last < Some(position.time), "the media clock went back");
                 last = Some(position.time);
-                echo.on_frame(now, position.time, &payload);
-                for event in speech.on_sound(now, decoder.decode(position, &payload)) {
+                let heard = speech.on_sound(now, decoder.decode(position, &payload));
+                echo.on_frame(AgentFrame {
+                    arrived: now,
+                    time: position.time,
+                    level: speech.last_level(),
+                    frame: payload,
+                });
+                for event in heard {
                     match event {
                         SpeechEvent::Started(at) => echo.on_speech_started(at),
                         SpeechEvent::Ended(at) => echo.on_speech_ended(at),
@@ -390,7 +396,11 @@ proptest! {
             }
             // A queue that returns more than this never becomes empty.
             let mut sent = 0;
-            while echo.poll(now, speech.speech_pending()).is_some() {
+            let agent = AgentActivity {
+                may_speak: speech.speech_pending(),
+                ..AgentActivity::default()
+            };
+            while echo.poll(now, agent).is_some() {
                 sent += 1;
                 prop_assert!(sent < 10_000, "the echo never ends");
             }

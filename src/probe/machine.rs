@@ -25,7 +25,7 @@ mod deadlines;
 mod room;
 
 use deadlines::ENGINE_GRACE;
-use room::NAMELESS;
+use room::{NAMELESS, SpeechClaim};
 
 pub use deadlines::max_time_to_verdict;
 
@@ -178,6 +178,7 @@ pub(super) struct ProbeMachine {
     /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
+    claim: SpeechClaim,
     transcript: Transcript,
     report: ProbeReport,
     /// Those of the input that is being handled.
@@ -217,6 +218,7 @@ impl ProbeMachine {
             failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
             turns: Turns::new(&target.echo),
+            claim: SpeechClaim::default(),
             transcript: Transcript::default(),
             report: ProbeReport::new(room, position, started_at, outcome),
             actions: Vec::new(),
@@ -617,6 +619,7 @@ impl ProbeMachine {
             return;
         }
         self.decide_join(false);
+        self.note_contradiction(now);
         if outcome.failure().is_some() {
             // An agent that is silent or leaves may be cut off, and so may the canary itself.
             self.actions.push(Action::LostSight);

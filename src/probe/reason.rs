@@ -189,6 +189,8 @@ pub struct Evidence {
     pub tracks: Vec<String>,
     /// What the agent's own session measured, per turn.
     pub agent_metrics: Vec<AgentTurn>,
+    /// The mean level of the agent's speech in dB relative to full scale, to a tenth.
+    pub speech_level_dbfs: Option<f64>,
     /// Other observations, one sentence each.
     pub notes: Vec<String>,
 }

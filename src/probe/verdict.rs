@@ -540,7 +540,7 @@ impl Failure {
                 Reason::AgentNoReply,
                 format!(
                     "the agent talked for {limit:?} without a pause for the echo that it has to answer. \
-                     Check its greeting. If it plays background sound, raise speech.threshold_dbfs."
+                     Check its greeting. If music plays on the track of its voice, play it on another track."
                 ),
             ),
             AgentDuty::Reply => Self::new(

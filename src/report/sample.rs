@@ -172,6 +172,7 @@ pub(crate) fn mixed() -> BatchReport {
                             e2e_latency_seconds: None,
                         },
                     }],
+                    speech_level_dbfs: Some(-21.4),
                     ..Evidence::default()
                 },
                 WELL,

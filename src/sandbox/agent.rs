@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::fault::{Faults, InjectedFault};
+use super::fault::{Faults, InjectedFault, VoicelessSound};
 
 /// An Opus frame is 20 ms of audio.
 pub(crate) const FRAME: Duration = Duration::from_millis(20);
@@ -23,10 +23,13 @@ const REPLY_DELAY: Duration = Duration::from_millis(500);
 /// A real agent needs some 100 ms from `listening` to its first word.
 const BEFORE_SPEAKING: Duration = Duration::from_millis(100);
 
-/// The agent's voice: 20 ms Opus frames, encoded once.
+/// What the agent plays: 20 ms Opus frames, encoded once.
 pub(crate) struct VoiceClips {
     greeting: Vec<Arc<[u8]>>,
     reply: Vec<Arc<[u8]>>,
+    clicks: Vec<Arc<[u8]>>,
+    music: Vec<Arc<[u8]>>,
+    noise: Vec<Arc<[u8]>>,
     silence: Arc<[u8]>,
 }
 
@@ -35,8 +38,21 @@ impl VoiceClips {
         Self {
             greeting: frames(include_bytes!("greeting.opusframes")),
             reply: frames(include_bytes!("reply.opusframes")),
+            clicks: frames(include_bytes!("clicks.opusframes")),
+            music: frames(include_bytes!("music.opusframes")),
+            noise: frames(include_bytes!("noise.opusframes")),
             // A mono 20 ms CELT frame without energy: what a decoder hears as silence.
             silence: Arc::from([0xf8, 0xff, 0xfe].as_slice()),
+        }
+    }
+}
+
+impl VoiceClips {
+    fn sound(&self, sound: VoicelessSound) -> &[Arc<[u8]>] {
+        match sound {
+            VoicelessSound::Clicks => &self.clicks,
+            VoicelessSound::Music => &self.music,
+            VoicelessSound::Noise => &self.noise,
         }
     }
 }
@@ -87,6 +103,8 @@ enum TrackBehaviour {
     None,
     WithoutPackets,
     Silent,
+    /// It carries this sound and no voice.
+    Playing(VoicelessSound),
     Speaking,
 }
 
@@ -112,6 +130,7 @@ impl AgentScript {
                 InjectedFault::NeverJoins => script.job = JobBehaviour::Taken,
                 InjectedFault::NoTrack => script.track = TrackBehaviour::None,
                 InjectedFault::SilentTrack => script.track = TrackBehaviour::Silent,
+                InjectedFault::Plays(sound) => script.track = TrackBehaviour::Playing(*sound),
                 InjectedFault::NoPackets => script.track = TrackBehaviour::WithoutPackets,
                 InjectedFault::LeavesEarly(after) => script.leaves_after = Some(*after),
                 InjectedFault::DeletesRoom(after) => {
@@ -213,6 +232,8 @@ pub(crate) struct DemoAgent {
     next_frame: Option<Instant>,
     background: Background,
     speech_sent: Duration,
+    /// Frames of sound without a voice.
+    played: usize,
     ear: CallerEar,
     replies: u32,
 }
@@ -254,6 +275,7 @@ impl DemoAgent {
             next_frame: None,
             background: Background::default(),
             speech_sent: Duration::ZERO,
+            played: 0,
             ear: CallerEar::default(),
             replies: 0,
         }
@@ -276,7 +298,7 @@ impl DemoAgent {
         self.subscribed = true;
         if matches!(
             self.script.track,
-            TrackBehaviour::Silent | TrackBehaviour::Speaking
+            TrackBehaviour::Silent | TrackBehaviour::Playing(_) | TrackBehaviour::Speaking
         ) {
             self.next_frame.get_or_insert(now);
         }
@@ -412,7 +434,13 @@ impl DemoAgent {
 
     fn next_audio(&mut self, now: Instant, acts: &mut Vec<AgentAction>) -> (Arc<[u8]>, bool) {
         let AgentPhase::Speaking { clip, began, frame } = self.phase else {
-            return (Arc::clone(&self.voice.silence), false);
+            let TrackBehaviour::Playing(sound) = self.script.track else {
+                return (Arc::clone(&self.voice.silence), false);
+            };
+            let frames = self.voice.sound(sound);
+            let frame = Arc::clone(&frames[self.played % frames.len()]);
+            self.played += 1;
+            return (frame, false);
         };
         let frames = match clip {
             Clip::Greeting => &self.voice.greeting,

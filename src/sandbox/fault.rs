@@ -36,6 +36,8 @@ pub enum InjectedFault {
     NoTrack,
     /// Its track carries nothing but silence.
     SilentTrack,
+    /// Its track carries this sound and no voice.
+    Plays(VoicelessSound),
     /// Its track never carries a packet.
     NoPackets,
     /// It leaves after this much of its greeting.
@@ -84,6 +86,16 @@ pub enum InjectedFault {
         step: SignalStep,
         action: FaultAction,
     },
+}
+
+/// A sound that is no speech.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VoicelessSound {
+    /// Typing, and short tones.
+    Clicks,
+    Music,
+    /// White noise of -38 dBFS.
+    Noise,
 }
 
 /// An HTTP request that can go wrong.
@@ -151,6 +163,7 @@ The agent:
   never_joins              a worker takes the job and never joins
   no_track                 joins without an audio track
   silent_track             its track carries silence only
+  plays=SOUND              its track carries a sound without a voice: clicks, music, noise
   no_packets               its track carries no packet
   leaves_early=500ms       leaves this long after its greeting began
   deletes_room=1s          ends the call after this much speech: deletes the room
@@ -256,6 +269,13 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "never_joins" => plain(InjectedFault::NeverJoins),
         "no_track" => plain(InjectedFault::NoTrack),
         "silent_track" => plain(InjectedFault::SilentTrack),
+        "plays" => {
+            let sound = VOICELESS_SOUNDS
+                .iter()
+                .find(|(_, text)| Some(*text) == value);
+            let (sound, _) = sound.ok_or("needs clicks, music or noise, as in plays=noise")?;
+            Ok(InjectedFault::Plays(*sound))
+        }
         "no_packets" => plain(InjectedFault::NoPackets),
         "never_pauses" => plain(InjectedFault::NeverPauses),
         "speaks_at_once" => plain(InjectedFault::SpeaksAtOnce),
@@ -353,6 +373,12 @@ const HTTP_STEPS: [(HttpStep, &str); 7] = [
     (HttpStep::Upgrade, "upgrade"),
 ];
 
+const VOICELESS_SOUNDS: [(VoicelessSound, &str); 3] = [
+    (VoicelessSound::Clicks, "clicks"),
+    (VoicelessSound::Music, "music"),
+    (VoicelessSound::Noise, "noise"),
+];
+
 impl fmt::Display for FaultRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let RoomSelector::Nth(number) = self.rooms {
@@ -377,6 +403,10 @@ impl fmt::Display for InjectedFault {
             Self::NeverJoins => f.write_str("never_joins"),
             Self::NoTrack => f.write_str("no_track"),
             Self::SilentTrack => f.write_str("silent_track"),
+            Self::Plays(sound) => {
+                let name = VOICELESS_SOUNDS.iter().find(|(known, _)| known == sound);
+                write!(f, "plays={}", name.map_or("noise", |(_, name)| name))
+            }
             Self::NoPackets => f.write_str("no_packets"),
             Self::NeverPauses => f.write_str("never_pauses"),
             Self::SpeaksAtOnce => f.write_str("speaks_at_once"),
@@ -512,6 +542,9 @@ mod tests {
             "never_accepts",
             "never_joins",
             "silent_track",
+            "plays=clicks",
+            "plays=music",
+            "plays=noise",
             "no_packets",
             "leaves_early=500ms",
             "deletes_room=2s",

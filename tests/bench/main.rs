@@ -11,7 +11,6 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
 use livekit_canary::livekit::audio::opus::{Codec, MAX_PACKET_SAMPLES};
-use ropus::{Application, Channels, Encoder};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::behaviour::Behaviour;
@@ -41,8 +40,6 @@ const START_TIMEOUT: (Duration, Duration) = (Duration::from_secs(30), Duration::
 const JOINS: u32 = 50;
 /// The number of rooms whose reply is compared with the log of the agent.
 const REPLIES: u32 = 10;
-/// Scrape a second of the speech that is encoded.
-const RATE: u16 = 48_000;
 /// Opus packets per minute in one room.
 const PACKETS_PER_MINUTE: u32 = 50 * 60;
 
@@ -210,24 +207,19 @@ fn print_json(found: &Findings, ratios: &[Ratio]) {
     }
 }
 
-/// One second of a sound like voiced speech: mono Opus packets of 20 ms.
+/// The greeting of the sandbox's agent: mono Opus packets of 20 ms. In the file, each is preceded by its length.
 fn speech() -> anyhow::Result<Vec<Vec<u8>>> {
-    let mut encoder =
-        Encoder::builder(u32::from(RATE), Channels::Mono, Application::Voip).build()?;
-    (0..50_u16)
-        .map(|frame| {
-            let samples = (frame * 960..(frame + 1) * 960)
-                .map(|index| {
-                    let at = f32::from(index) / f32::from(RATE) * std::f32::consts::TAU;
-                    0.3 * (at * 180.0).sin() + 0.2 * (at * 1270.0).sin()
-                })
-                .collect::<Vec<_>>();
-            let mut packet = vec![0; 1500];
-            let length = encoder.encode_float(&samples, &mut packet)?;
-            packet.truncate(length);
-            Ok(packet)
-        })
-        .collect()
+    let mut rest = &include_bytes!("../../src/sandbox/greeting.opusframes")[..];
+    let mut packets = Vec::new();
+    while let [high, low, after @ ..] = rest {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        let (packet, after) = after
+            .split_at_checked(length)
+            .context("a packet is cut off")?;
+        packets.push(packet.to_vec());
+        rest = after;
+    }
+    Ok(packets)
 }
 
 /// CPU seconds to decode one minute of speech, with one packet directly after the other.

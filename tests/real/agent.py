@@ -31,17 +31,18 @@ from livekit.agents import (
 from livekit.agents.voice.room_io import RoomOptions
 
 from models import Llm, Stt, Tts
-from tones import FRAME_MS, is_audible, is_tone, signal_of, silence_after, tone, tone_of
+from tones import FRAME_MS, is_audible, is_tone, marked_speech, signal_of, silence_after, tone_of
 
 SPEECH_RATE = 24_000
 LISTEN_RATE = 16_000
-# The frequency of the background sound in Hz. It is above the tone of every room.
+# The frequency in the background sound in Hz. It is above the tone of every room. The sound contains a voice, too, so that a
+# client that mistakes it for the agent hears speech.
 BACKGROUND = 2_500
 BACKGROUND_RATE = 48_000
 # The size of a picture.
 WIDTH = 320
 HEIGHT = 240
-# An echo begins after this many consecutive tone frames, and ends after this much silence.
+# An echo begins after this many frames with the tone, and ends after this much silence.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
 
@@ -57,8 +58,8 @@ def report(room: str, event: str, **details: object) -> None:
 
 
 async def speech(frequency: int, seconds: float):
-    """A tone, as fast as the consumer reads it."""
-    for frame in tone(frequency, seconds, SPEECH_RATE):
+    """Speech, as fast as the consumer reads it."""
+    for frame in marked_speech(frequency, seconds, SPEECH_RATE):
         yield frame
 
 
@@ -142,7 +143,7 @@ class Job:
 
     async def say(self, session: AgentSession, event: str) -> None:
         seconds = self.order.get("seconds", 2)
-        handle = session.say("(tone)", audio=speech(tone_of(self.room), seconds))
+        handle = session.say("(speech)", audio=speech(tone_of(self.room), seconds))
         await handle.wait_for_playout()
         report(self.room, event, began=self.speaks_since, ended=time.time())
 
@@ -163,7 +164,7 @@ class Job:
     async def utter(self) -> None:
         """Speaks for `seconds` on the published voice, even if no participant has subscribed."""
         began = time.time()
-        for frame in tone(tone_of(self.room), self.order.get("seconds", 2), SPEECH_RATE):
+        for frame in marked_speech(tone_of(self.room), self.order.get("seconds", 2), SPEECH_RATE):
             await self.source.capture_frame(frame)
         await self.source.wait_for_playout()
         report(self.room, "greeted", began=began, ended=time.time())
@@ -173,7 +174,7 @@ class Job:
 
         async def endless():
             while True:
-                for frame in tone(BACKGROUND, 1, BACKGROUND_RATE):
+                for frame in marked_speech(BACKGROUND, 1, BACKGROUND_RATE):
                     yield frame
 
         self.background = BackgroundAudioPlayer(ambient_sound=endless())

@@ -13,7 +13,7 @@ import numpy as np
 
 from livekit import rtc
 
-from tones import FRAME_MS, is_audible, signal_of, tone, tone_of
+from tones import FRAME_MS, is_audible, marked_speech, signal_of, tone_of
 
 SPEECH_RATE = 48_000
 LISTEN_RATE = 16_000
@@ -74,7 +74,7 @@ async def call() -> None:
     await room.local_participant.publish_track(track, options)
 
     tell("greeting", await asyncio.wait_for(heard.get(), PATIENCE))
-    for frame in tone(tone_of(os.environ["ROOM"]), SPEECH_SECONDS, SPEECH_RATE):
+    for frame in marked_speech(tone_of(os.environ["ROOM"]), SPEECH_SECONDS, SPEECH_RATE):
         speech.put_nowait(frame)
     tell("said", SPEECH_SECONDS)
     tell("reply", await asyncio.wait_for(heard.get(), PATIENCE))

@@ -8,7 +8,7 @@ import asyncio
 
 from livekit.agents import APIConnectionError, APIError, APIStatusError, llm, stt, tts
 
-from tones import FRAME_MS, is_tone, signal_of, tone
+from tones import FRAME_MS, is_tone, marked_speech, signal_of
 
 RATE = 24_000
 # An utterance begins after this many consecutive frames with the tone, and ends after this many without it.
@@ -51,7 +51,7 @@ class LlmStream(llm.LLMStream):
 
 
 class Tts(tts.TTS):
-    """Speaks every text as a tone of `seconds`, or raises `error` if it is set."""
+    """Speaks every text as speech of `seconds` with a tone, or raises `error` if it is set."""
 
     def __init__(self, frequency: int, seconds: float, error: str | None = None):
         capabilities = tts.TTSCapabilities(streaming=False)
@@ -69,7 +69,7 @@ class TtsStream(tts.ChunkedStream):
         output_emitter.initialize(
             request_id="speech", sample_rate=RATE, num_channels=1, mime_type="audio/pcm"
         )
-        for frame in tone(self._tts.frequency, self._tts.seconds, RATE):
+        for frame in marked_speech(self._tts.frequency, self._tts.seconds, RATE):
             output_emitter.push(bytes(frame.data))
         output_emitter.flush()
 

@@ -1,5 +1,10 @@
-"""The tones that the agent and the caller of the scenarios play, and how each recognises the other."""
+"""The speech that the agent and the caller of the scenarios play, and how each recognises the other: by a tone in it.
 
+The canary needs real speech: a voice activity detector decides what it hears.
+"""
+
+import pathlib
+import wave
 import zlib
 
 import numpy as np
@@ -7,10 +12,15 @@ import numpy as np
 from livekit import rtc
 
 FRAME_MS = 20
-# A frame with a lower RMS is silence. Full scale is 1.0, and the tone has 0.35.
+# A frame with a lower RMS is silence. Full scale is 1.0, and the speech has 0.12.
 AUDIBLE = 0.01
-# The share of a frame's energy that must be at a frequency, so that the frame is that tone.
-PURITY = 0.5
+# The share of a frame's energy that must be at a frequency, so that the frame has that tone. It is above 0.4 in frames of
+# `marked_speech`, and below 0.2 at the frequencies of other rooms.
+PURITY = 0.3
+# The level of the tone over that of the speech. The tone follows the level of the speech, so that it has its rhythm.
+TONE_LEVEL = 1.5
+# Half a second that begins and ends within a vowel, spoken by espeak-ng.
+SPEECH = pathlib.Path(__file__).with_name("speech.wav")
 
 
 def tone_of(room: str) -> int:
@@ -18,12 +28,27 @@ def tone_of(room: str) -> int:
     return 400 + 50 * (zlib.crc32(room.encode()) % 20)
 
 
-def tone(frequency: int, seconds: float, rate: int):
-    """A tone in frames of 20 ms."""
+def clip(rate: int) -> np.ndarray:
+    """The samples of SPEECH at this rate, with full scale 1.0."""
+    with wave.open(str(SPEECH)) as file:
+        recorded = file.getframerate()
+        signal = np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16) / 32768
+    times = np.arange(len(signal) * rate // recorded) * recorded / rate
+    return np.interp(times, np.arange(len(signal)), signal)
+
+
+def marked_speech(frequency: int, seconds: float, rate: int):
+    """Speech with a tone in it, in frames of 20 ms. It begins and ends without silence."""
     samples = rate * FRAME_MS // 1000
+    speech = clip(rate)
+    # The level of the speech around each sample. The clip repeats without a gap.
+    power = np.convolve(np.tile(speech, 3) ** 2, np.ones(samples) / samples, "same")
+    level = np.sqrt(power[len(speech) : 2 * len(speech)])
     for start in range(0, int(rate * seconds), samples):
-        phase = np.arange(start, start + samples) * (2 * np.pi * frequency / rate)
-        pcm = (np.sin(phase) * 0.5 * 32767).astype(np.int16)
+        index = np.arange(start, start + samples)
+        tone = np.sin(index * (2 * np.pi * frequency / rate)) * np.sqrt(2) * TONE_LEVEL
+        place = index % len(speech)
+        pcm = ((speech[place] + tone * level[place]) * 32767).astype(np.int16)
         yield rtc.AudioFrame(pcm.tobytes(), rate, 1, samples)
 
 

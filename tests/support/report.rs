@@ -54,6 +54,7 @@ pub struct Evidence {
     pub tracks: Vec<String>,
     pub notes: Vec<String>,
     pub agent_metrics: Vec<serde_json::Value>,
+    pub speech_level_dbfs: Option<f64>,
 }
 
 /// A part of the transcript.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::rtp;
+use super::speech;
 use crate::config::{Echo as EchoSettings, EchoMode};
 
 /// The silence that ends an echo. Without it, the listener takes the end for packet loss.
@@ -17,7 +18,7 @@ const TAIL_SILENCE: Duration = Duration::from_millis(200);
 /// track that has not sent a packet, and a listener that subscribes late misses the start of the echo.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// How much audio before the detected start belongs to the recording: a soft onset is below the threshold.
+/// How much audio before the start of the speech belongs to the recording: its onset may be too soft to be detected.
 const LEAD_IN: Duration = Duration::from_millis(200);
 
 /// Maximum length of one recording.
@@ -29,8 +30,18 @@ const MAX_FRAMES: usize = 3_000;
 /// How far the recorded pace and the arrival times may drift apart before the pass-through resets its clock.
 const MAX_DRIFT: Duration = Duration::from_millis(100);
 
-/// The speech detector decides within this time after the first frame of speech.
-const SPEECH_DECISION_TIME: Duration = Duration::from_millis(60);
+/// How often an echo that is due checks whether what the agent plays is speech, until the detector has decided.
+const SPEECH_CHECK_INTERVAL: Duration = Duration::from_millis(60);
+
+/// How much of a pause is kept after a loud frame and before the next one. With the step between them a pause is at
+/// most 200 ms long: an agent takes a longer one for the end of the turn, and an echo for several turns.
+const PAUSE_MARGIN: Duration = Duration::from_millis(60);
+
+/// A frame this many dB below the loudest one of the recording belongs to a pause.
+const PAUSE_BELOW_SPEECH: f32 = 25.0;
+
+/// How often a busy agent is checked.
+const BUSY_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A piece of audio in the form that an engine receives and sends: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
@@ -57,13 +68,24 @@ pub(crate) enum EchoOutput<F> {
     Ended,
 }
 
-/// One recorded frame.
+/// A frame of the agent's audio.
 #[derive(Debug)]
-struct RecordedFrame<F> {
-    arrived: Instant,
+pub(crate) struct AgentFrame<F> {
+    pub(crate) arrived: Instant,
     /// Position on the receiver's media clock, in ticks.
-    time: u64,
-    frame: F,
+    pub(crate) time: u64,
+    /// Its level in dBFS.
+    pub(crate) level: f32,
+    pub(crate) frame: F,
+}
+
+/// What the agent does now, as far as it is known.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct AgentActivity {
+    /// It may have started to speak: the detector has not decided yet.
+    pub(crate) may_speak: bool,
+    /// Its session reports another state than listening, for example because it has not finished.
+    pub(crate) is_busy: bool,
 }
 
 /// What the track does at a later time.
@@ -89,7 +111,7 @@ enum PlayMode<F> {
 }
 
 struct TurnPlayer<F> {
-    recorded: VecDeque<RecordedFrame<F>>,
+    recorded: VecDeque<AgentFrame<F>>,
     phase: TurnPhase,
     played: u32,
 }
@@ -102,8 +124,11 @@ enum TurnPhase {
     /// The agent's utterance ended; the first `speech` frames of the recording reach to its last frame of speech.
     Waiting {
         until: Instant,
+        /// Until when a busy agent is waited for.
+        busy_until: Instant,
         speech: usize,
-        postponed: bool,
+        /// How much later the echo starts because the agent may have begun to speak again.
+        postponed: Duration,
     },
 }
 
@@ -145,13 +170,7 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// Takes a frame of the agent's audio. `time`: its position on the receiver's media clock.
-    pub(crate) fn on_frame(&mut self, arrived: Instant, time: u64, frame: &F) {
-        let frame = RecordedFrame {
-            arrived,
-            time,
-            frame: frame.clone(),
-        };
+    pub(crate) fn on_frame(&mut self, frame: AgentFrame<F>) {
         match &mut self.mode {
             PlayMode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(frame),
             PlayMode::Turn(_) => {}
@@ -168,7 +187,10 @@ impl<F: Frame> EchoPlayer<F> {
     pub(crate) fn on_speech_started(&mut self, at: Instant) {
         match &mut self.mode {
             // After a pause within one greeting, the recording continues, and the wait restarts at its end.
-            PlayMode::Turn(turn) => turn.phase = TurnPhase::Recording,
+            PlayMode::Turn(turn) => {
+                turn.trim(at);
+                turn.phase = TurnPhase::Recording;
+            }
             PlayMode::Continuous(continuous) => {
                 continuous.mark(at + self.settings.delay, EchoOutput::Started);
             }
@@ -181,8 +203,9 @@ impl<F: Frame> EchoPlayer<F> {
             PlayMode::Turn(turn) if turn.phase == TurnPhase::Recording => {
                 turn.phase = TurnPhase::Waiting {
                     until: at + self.settings.delay,
+                    busy_until: at + EchoSettings::MAX_BUSY_WAIT,
                     speech: turn.recorded.partition_point(|it| it.arrived <= at),
-                    postponed: false,
+                    postponed: Duration::ZERO,
                 };
             }
             PlayMode::Turn(_) => {}
@@ -192,10 +215,8 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    /// Returns what to do at `now`. Call it until it returns `None`.
-    ///
-    /// `speech_pending`: the agent may have started to speak. An echo that has not started waits for the decision.
-    pub(crate) fn poll(&mut self, now: Instant, speech_pending: bool) -> Option<EchoOutput<F>> {
+    /// Returns what to do at `now`. Call it until it returns `None`. An echo that has not started waits for the agent.
+    pub(crate) fn poll(&mut self, now: Instant, agent: AgentActivity) -> Option<EchoOutput<F>> {
         if !self.open {
             return None;
         }
@@ -204,7 +225,7 @@ impl<F: Frame> EchoPlayer<F> {
         {
             return Some(mark.1);
         }
-        self.start_echo(now, speech_pending);
+        self.start_echo(now, agent);
         if self.queue.is_empty() && self.keep_alive_at().is_some_and(|due| due <= now) {
             return Some(self.send(now, self.silence.clone()));
         }
@@ -237,12 +258,13 @@ impl<F: Frame> EchoPlayer<F> {
         Some(self.last_sent? + KEEP_ALIVE_INTERVAL)
     }
 
-    fn start_echo(&mut self, now: Instant, speech_pending: bool) {
+    fn start_echo(&mut self, now: Instant, agent: AgentActivity) {
         let PlayMode::Turn(turn) = &mut self.mode else {
             return;
         };
         let TurnPhase::Waiting {
             until,
+            busy_until,
             speech,
             postponed,
         } = &mut turn.phase
@@ -252,27 +274,30 @@ impl<F: Frame> EchoPlayer<F> {
         if now < *until || !self.queue.is_empty() {
             return;
         }
-        // Once only: noise that never becomes speech must not hold the echo back.
-        if speech_pending && !*postponed {
-            *until = now + SPEECH_DECISION_TIME;
-            *postponed = true;
+        // The silence may be a pause in the agent's turn. Our speech would interrupt it, and the rest would never be spoken.
+        if agent.is_busy && now < *busy_until {
+            *until = (now + BUSY_CHECK_INTERVAL).min(*busy_until);
+            return;
+        }
+        // Not for longer: noise that never becomes speech must not hold the echo back.
+        if agent.may_speak && *postponed < speech::MAX_DECISION_TIME {
+            *until = now + SPEECH_CHECK_INTERVAL;
+            *postponed += SPEECH_CHECK_INTERVAL;
             return;
         }
         let speech = *speech;
         turn.phase = TurnPhase::Idle;
         turn.played += 1;
-        let Some(first) = turn.recorded.front().filter(|_| speech > 0) else {
+        if speech == 0 {
             return;
-        };
-        let first = first.time;
-        let mut end = now;
+        }
         self.queue
             .push_back((now, PlannedOutput::Mark(EchoOutput::Started)));
-        for recorded in turn.recorded.drain(..).take(speech) {
-            let due = now + rtp::span(recorded.time - first);
-            end = due + recorded.frame.duration();
-            self.queue
-                .push_back((due, PlannedOutput::Frame(recorded.frame)));
+        let mut end = now;
+        for (due, frame) in without_long_pauses(turn.recorded.drain(..).take(speech).collect()) {
+            let due = now + due;
+            end = due + frame.duration();
+            self.queue.push_back((due, PlannedOutput::Frame(frame)));
         }
         self.queue
             .push_back((end, PlannedOutput::Mark(EchoOutput::Ended)));
@@ -303,10 +328,52 @@ impl<F: Frame> EchoPlayer<F> {
     }
 }
 
+/// The frames of a recording, and when each is due after the start. Pauses are shortened: see [`PAUSE_MARGIN`].
+fn without_long_pauses<F: Frame>(
+    recorded: Vec<AgentFrame<F>>,
+) -> impl Iterator<Item = (Duration, F)> {
+    let margin = rtp::ticks(PAUSE_MARGIN);
+    let levels = recorded.iter().map(|it| it.level);
+    let loudest = levels.fold(f32::NEG_INFINITY, f32::max);
+    let loud = recorded
+        .iter()
+        .filter(|it| it.level > loudest - PAUSE_BELOW_SPEECH);
+    let loud: Vec<u64> = loud.map(|it| it.time).collect();
+    let in_pause = move |time: u64| {
+        let next = loud.partition_point(|loud| *loud <= time);
+        let (earlier, later) = loud.split_at(next);
+        match (earlier.last(), later.first()) {
+            (Some(before), Some(after)) => time > before + margin && time + margin < *after,
+            _ => false,
+        }
+    };
+    let mut due = Duration::ZERO;
+    let mut last: Option<(u64, Duration)> = None;
+    recorded
+        .into_iter()
+        .filter(move |it| !in_pause(it.time))
+        .map(move |it| {
+            if let Some((time, duration)) = last {
+                // Frames that were not sent or were lost leave a step, too.
+                due += rtp::span(it.time - time).min(PAUSE_MARGIN.max(duration));
+            }
+            last = Some((it.time, it.frame.duration()));
+            (due, it.frame)
+        })
+}
+
 impl<F> TurnPlayer<F> {
-    fn record(&mut self, frame: RecordedFrame<F>) {
+    /// Drops what was recorded before an utterance that started at `at`.
+    fn trim(&mut self, at: Instant) {
         if self.phase == TurnPhase::Idle {
-            let from = frame.time.saturating_sub(rtp::ticks(LEAD_IN));
+            self.recorded.retain(|it| it.arrived + LEAD_IN >= at);
+        }
+    }
+
+    fn record(&mut self, frame: AgentFrame<F>) {
+        if self.phase == TurnPhase::Idle {
+            let kept = LEAD_IN + speech::MAX_DECISION_TIME;
+            let from = frame.time.saturating_sub(rtp::ticks(kept));
             self.recorded.retain(|it| it.time >= from);
         }
         let first = self.recorded.front().map_or(frame.time, |it| it.time);
@@ -318,7 +385,7 @@ impl<F> TurnPlayer<F> {
 }
 
 impl<F> PassThrough<F> {
-    fn due(&mut self, delay: Duration, frame: &RecordedFrame<F>) -> Instant {
+    fn due(&mut self, delay: Duration, frame: &AgentFrame<F>) -> Instant {
         let by_arrival = frame.arrived + delay;
         if let Some((due, time)) = self.anchor {
             let by_pace = due + rtp::span(frame.time.saturating_sub(time));

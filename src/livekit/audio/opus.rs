@@ -13,7 +13,7 @@ use ropus::{Channels, DecodeMode};
 
 use super::echo::Frame;
 use super::rtp::{self, MediaPosition};
-use super::speech::{self, PcmChunk};
+use super::speech::PcmChunk;
 
 /// Sampling rate of the decoded mono audio in Hz. The energy of speech lies below 8 kHz, and a higher rate costs more
 /// time.
@@ -25,9 +25,8 @@ const HERTZ: i32 = RATE as i32;
 /// RTP ticks per sample.
 const TICKS: u64 = (rtp::CLOCK_RATE / RATE) as u64;
 
-/// The longest gap in media time between two packets that follow each other, in RTP ticks: half a window of the
-/// detector.
-const MAX_GAP: u64 = (rtp::CLOCK_RATE / speech::WINDOWS_PER_SECOND / 2) as u64;
+/// The longest gap in media time between two packets that follow each other, in RTP ticks: 10 ms, half a usual packet.
+const MAX_GAP: u64 = (rtp::CLOCK_RATE / 100) as u64;
 
 /// Samples of the longest packet, 120 ms (RFC 6716, section 3.2.5).
 pub const MAX_PACKET_SAMPLES: usize = (RATE * 120 / 1000) as usize;

@@ -63,59 +63,67 @@ impl FrameClock {
 mod tests {
     use super::*;
     use crate::config::{self, EchoMode, Speech};
-    use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+    use crate::livekit::audio::echo::{AgentActivity, AgentFrame, EchoOutput, EchoPlayer};
+    use crate::livekit::audio::speech::tests::greeting;
     use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 
     const TEN: Duration = Duration::from_millis(10);
 
-    /// 10 ms of a tone, or of silence.
-    fn frame(amplitude: f64) -> Arc<[i16]> {
-        let sample = |i: u32| {
-            let cycle = f64::from(i % 120) / 120.0;
-            let sample = (cycle * std::f64::consts::TAU).sin() * amplitude;
-            #[expect(clippy::cast_possible_truncation, reason = "amplitudes here fit")]
-            let sample = sample as i16;
-            sample
-        };
-        (0..480).map(sample).collect()
-    }
+    /// The length of the agent's greeting in ticks of 10 ms.
+    const GREETING: u64 = 252;
 
-    /// Runs an agent that speaks during the third second. Returns the ticks of 10 ms in which the echo was loud, the
-    /// ticks in which it started and ended, and the speech events.
-    fn echo_of_a_second(mode: EchoMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<SpeechEvent>) {
+    /// Runs an agent that greets after two seconds. Returns the ticks of 10 ms in which the echo was loud, the ticks in
+    /// which it started and ended, and the speech events with their ticks.
+    fn echo_of_a_greeting(mode: EchoMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<u64>) {
         let start = Instant::now();
         let settings = config::Echo {
             mode,
+            delay: TEN * 100,
             ..config::Echo::default()
         };
         let mut echo = EchoPlayer::<Arc<[i16]>>::new(settings);
         let mut detector = Detector::new(Speech::default(), RATE);
         let mut clock = FrameClock::default();
         echo.open(start);
+        let greeting = greeting();
+        let mut frames = greeting.chunks(FRAME);
         let (mut loud, mut marks, mut events) = (Vec::new(), Vec::new(), Vec::new());
-        for tick in 0..800_u64 {
+        for tick in 0..1_200_u64 {
             let now = start + TEN * u32::try_from(tick).unwrap();
-            let pcm = frame(if (200..300).contains(&tick) {
-                8_000.0
-            } else {
-                0.0
-            });
+            let spoken = if tick < 200 { None } else { frames.next() };
+            let pcm: Arc<[i16]> = spoken.unwrap_or(&[0; FRAME]).into();
             let position = clock.on_frame(now, pcm.len());
-            echo.on_frame(now, position.time, &pcm);
             let sound = PcmChunk {
                 follows: position.follows,
                 pcm: &pcm,
             };
-            for event in detector.on_sound(now, sound) {
-                events.push(event);
-                match event {
-                    SpeechEvent::Started(at) => echo.on_speech_started(at),
-                    SpeechEvent::Ended(at) => echo.on_speech_ended(at),
-                }
+            let heard = detector.on_sound(now, sound);
+            echo.on_frame(AgentFrame {
+                arrived: now,
+                time: position.time,
+                level: detector.last_level(),
+                frame: Arc::clone(&pcm),
+            });
+            for event in heard {
+                let at = match event {
+                    SpeechEvent::Started(at) => {
+                        echo.on_speech_started(at);
+                        at
+                    }
+                    SpeechEvent::Ended(at) => {
+                        echo.on_speech_ended(at);
+                        at
+                    }
+                };
+                events.push(u64::try_from((at - start).as_millis() / 10).unwrap());
             }
-            while let Some(out) = echo.poll(now, detector.speech_pending()) {
+            let agent = AgentActivity {
+                may_speak: detector.speech_pending(),
+                ..AgentActivity::default()
+            };
+            while let Some(out) = echo.poll(now, agent) {
                 match out {
-                    EchoOutput::Send { frame, .. } if frame.iter().any(|it| *it != 0) => {
+                    EchoOutput::Send { frame, .. } if frame.iter().any(|it| it.abs() > 200) => {
                         loud.push(tick);
                     }
                     EchoOutput::Send { .. } => {}
@@ -129,20 +137,43 @@ mod tests {
 
     #[test]
     fn utterance_is_detected_and_played_once_at_its_pace() {
-        let (loud, marks, events) = echo_of_a_second(EchoMode::Turn);
-        assert_eq!(events.len(), 2, "{events:?}");
-        // Its last window starts at tick 298, and the echo starts a second later. Its detection at tick 205 minus 200
-        // ms is the first frame that is played.
-        let first = 398 + (200 - 185);
-        assert_eq!(loud, (first..first + 99).collect::<Vec<_>>());
-        assert_eq!(marks, [(398, "started"), (first + 99, "ended")]);
+        let (loud, marks, events) = echo_of_a_greeting(EchoMode::Turn);
+        let [started, ended] = events[..] else {
+            panic!("{events:?}");
+        };
+        assert!(
+            (200..202).contains(&started) && (200 + GREETING - 20..200 + GREETING).contains(&ended)
+        );
+        let [(echo, "started"), (over, "ended")] = marks[..] else {
+            panic!("{marks:?}");
+        };
+        // The echo starts a second after the last speech, with the audio from 200 ms before the first.
+        assert!((ended + 100..=ended + 101).contains(&echo), "{marks:?}");
+        let shift = echo - (started - 20);
+        // The pause between its sentences is shortened.
+        assert!(
+            (ended + shift - 60..=ended + shift + 2).contains(&over),
+            "{over}"
+        );
+        // Both are rounded down to ticks.
+        assert!(loud[0] + 1 >= started + shift, "{loud:?}");
+        assert!(loud[loud.len() - 1] <= over, "{loud:?} {over}");
+        assert!(loud.len() > 150, "{loud:?}");
     }
 
     #[test]
     fn pass_through_plays_every_frame_after_the_delay() {
-        let (loud, marks, _) = echo_of_a_second(EchoMode::Continuous);
-        assert_eq!(loud, (300..400).collect::<Vec<_>>());
-        assert_eq!(marks, [(300, "started"), (398, "ended")]);
+        let (loud, marks, events) = echo_of_a_greeting(EchoMode::Continuous);
+        assert!(loud[0] >= 300 && loud[loud.len() - 1] < 300 + GREETING);
+        assert!(loud.len() > 150, "{loud:?}");
+        // The start is certain only after the delay of a mark may have begun.
+        let expected = [(events[0] + 100, "started"), (events[1] + 100, "ended")];
+        for (mark, expected) in marks.iter().zip(expected) {
+            assert!(
+                mark.0.abs_diff(expected.0) <= 1 && mark.1 == expected.1,
+                "{marks:?}"
+            );
+        }
     }
 
     #[test]

@@ -37,7 +37,7 @@ use super::stats::{InboundStats, InboundTotals};
 use super::streams::{self, OpenedStream};
 use super::transport::{SdkConnector, WireEvent};
 use super::watch::SignalWatch;
-use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::{Adoption, JoinRequest};
@@ -437,31 +437,42 @@ impl<'a> SdkSession<'a> {
 
     fn on_voice(&mut self, at: Instant, pcm: &Arc<[i16]>) -> Result<(), EndReason> {
         let position = self.clock.on_frame(at, pcm.len());
-        self.echo.on_frame(at, position.time, pcm);
         let sound = PcmChunk {
             follows: position.follows,
             pcm,
         };
-        for event in self.speech.on_sound(at, sound) {
+        let events = self.speech.on_sound(at, sound);
+        self.echo.on_frame(AgentFrame {
+            arrived: at,
+            time: position.time,
+            level: self.speech.last_level(),
+            frame: Arc::clone(pcm),
+        });
+        for event in events {
             // Speech proves audio before the next query of the statistics does.
             if let SpeechEvent::Started(at) = event {
                 self.watch.observer.first_audio(at)?;
             }
-            self.watch.observer.on_speech(&mut self.echo, event)?;
+            let observer = &self.watch.observer;
+            observer.on_speech(&mut self.echo, &self.speech, event)?;
         }
         Ok(())
     }
 
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         match self.speech.on_time(now) {
-            Some(event) => self.watch.observer.on_speech(&mut self.echo, event),
+            Some(event) => {
+                let observer = &self.watch.observer;
+                observer.on_speech(&mut self.echo, &self.speech, event)
+            }
             None => Ok(()),
         }
     }
 
     /// Passes the echo's due frames to the SDK, which fills gaps with silence.
     async fn play(&mut self, now: Instant) -> Result<(), EndReason> {
-        while let Some(out) = self.echo.poll(now, self.speech.speech_pending()) {
+        let agent = self.watch.observer.activity(&self.speech);
+        while let Some(out) = self.echo.poll(now, agent) {
             match out {
                 EchoOutput::Started => self
                     .watch

@@ -23,7 +23,7 @@ use super::peer::{
     ReceivedPacket,
 };
 use crate::config::Ice;
-use crate::livekit::audio::echo::{EchoOutput, EchoPlayer};
+use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
@@ -389,7 +389,8 @@ impl<'a> NativeSession<'a> {
     /// Checks the timeouts. Call it only after the sockets have been read to the end.
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(event) = self.speech.on_time(now) {
-            self.observer.on_speech(&mut self.echo, event)?;
+            self.observer
+                .on_speech(&mut self.echo, &self.speech, event)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -579,10 +580,17 @@ impl<'a> NativeSession<'a> {
         let Some(position) = self.voice.on_packet(at, packet.header) else {
             return Ok(());
         };
-        self.echo.on_frame(at, position.time, &packet.payload);
         let sound = self.decoder.decode(position, &packet.payload);
-        for event in self.speech.on_sound(at, sound) {
-            self.observer.on_speech(&mut self.echo, event)?;
+        let events = self.speech.on_sound(at, sound);
+        self.echo.on_frame(AgentFrame {
+            arrived: at,
+            time: position.time,
+            level: self.speech.last_level(),
+            frame: packet.payload.clone(),
+        });
+        for event in events {
+            self.observer
+                .on_speech(&mut self.echo, &self.speech, event)?;
         }
         Ok(())
     }
@@ -606,7 +614,8 @@ impl<'a> NativeSession<'a> {
     /// pace.
     fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let due = round_start(now);
-        while let Some(out) = self.echo.poll(due, self.speech.speech_pending()) {
+        let agent = self.observer.activity(&self.speech);
+        while let Some(out) = self.echo.poll(due, agent) {
             match out {
                 EchoOutput::Started => {
                     self.observer.events.send(now, RoomEventKind::EchoStarted)?;

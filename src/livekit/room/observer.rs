@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use super::agent_session::{self, AgentMessage};
 use super::roster::Roster;
 use super::voice_selector::VoiceSelector;
-use crate::livekit::audio::echo::{EchoPlayer, Frame};
-use crate::livekit::audio::speech::SpeechEvent;
+use crate::livekit::audio::echo::{AgentActivity, EchoPlayer, Frame};
+use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::event::{
     EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
 };
@@ -26,6 +26,9 @@ pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Media addresses that are reported; a server offers a few.
 const MAX_MEDIA_ADDRESSES: usize = 128;
+
+/// The state of an `AgentSession` that waits for the caller (`AgentState` in livekit-agents' `voice/events.py`).
+const LISTENING: &str = "listening";
 
 /// Sends events to the reader of the participant.
 pub(crate) struct EventSender {
@@ -260,20 +263,38 @@ impl Observer {
         self.events.send(at, RoomEventKind::AgentFirstAudio)
     }
 
+    /// What the agent does now, as its voice and its session show it.
+    pub(crate) fn activity(&self, speech: &Detector) -> AgentActivity {
+        let state = self.roster.agent_state();
+        AgentActivity {
+            may_speak: speech.speech_pending(),
+            is_busy: state.is_some_and(|state| state != LISTENING),
+        }
+    }
+
     pub(crate) fn on_speech<F: Frame>(
         &self,
         echo: &mut EchoPlayer<F>,
+        speech: &Detector,
         event: SpeechEvent,
     ) -> Result<(), EndReason> {
-        match event {
+        let at = match event {
             SpeechEvent::Started(at) => {
                 echo.on_speech_started(at);
-                self.events.send(at, RoomEventKind::SpeechStarted)
+                self.events.send(at, RoomEventKind::SpeechStarted)?;
+                at
             }
             SpeechEvent::Ended(at) => {
                 echo.on_speech_ended(at);
-                self.events.send(at, RoomEventKind::SpeechEnded)
+                self.events.send(at, RoomEventKind::SpeechEnded)?;
+                at
             }
+        };
+        match speech.level() {
+            Some(level) => self
+                .events
+                .send_if_room(at, RoomEventKind::SpeechLevel(level)),
+            None => Ok(()),
         }
     }
 

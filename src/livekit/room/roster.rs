@@ -340,6 +340,11 @@ impl Roster {
         })
     }
 
+    /// The last state that the agent's session reported.
+    pub(crate) fn agent_state(&self) -> Option<&str> {
+        self.agent_state.as_deref()
+    }
+
     fn state_change(&mut self, at: Instant, sid: &str) -> Option<RoomEvent> {
         let member = self.present.get(sid)?;
         let state = attribute(&member.info, STATE)?;

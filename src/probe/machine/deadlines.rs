@@ -27,7 +27,7 @@ const MAX_TALK: Duration = Duration::from_mins(2);
 pub fn max_time_to_verdict(target: &Target) -> Duration {
     let deadlines = &target.deadlines;
     let reply = if target.expect.reply {
-        MAX_TALK + target.echo.delay + MAX_ECHO + deadlines.reply
+        MAX_TALK + target.echo.max_delay() + MAX_ECHO + deadlines.reply
     } else {
         Duration::ZERO
     };
@@ -123,7 +123,9 @@ impl ProbeMachine {
             }
             if !self.turns.answered() {
                 return match self.turns.echo_since() {
-                    Some(since) => Some((since + self.target.echo.delay + MAX_ECHO, Due::Echo)),
+                    Some(since) => {
+                        Some((since + self.target.echo.max_delay() + MAX_ECHO, Due::Echo))
+                    }
                     None => due(spoke, AgentDuty::Pause),
                 };
             }

@@ -23,6 +23,42 @@ pub(super) const NAMELESS: &str = "one without a name";
 /// A server that reports a join this late or later gets a note.
 const MIN_NOTED_LAG: Duration = Duration::from_millis(500);
 
+/// An agent that reports speech for this long must have been heard.
+const MIN_NOTED_CLAIM: Duration = Duration::from_secs(1);
+
+/// What the agent's session reports about its speech, by the attribute `lk.agent.state`.
+#[derive(Debug, Default)]
+pub(super) struct SpeechClaim {
+    reports_states: bool,
+    since: Option<Instant>,
+    /// The time that it spoke before `since`.
+    before: Duration,
+}
+
+impl SpeechClaim {
+    fn on_state(&mut self, state: &str, at: Instant) {
+        self.reports_states = true;
+        if state == "speaking" {
+            self.since.get_or_insert(at);
+        } else if let Some(since) = self.since.take() {
+            // Never zero, which stands for an agent that did not speak.
+            self.before += at
+                .saturating_duration_since(since)
+                .max(Duration::from_nanos(1));
+        }
+    }
+
+    /// How long it reported to speak until `now`; `None` if it reports no states.
+    fn spoke_for(&self, now: Instant) -> Option<Duration> {
+        let current = |since| {
+            now.saturating_duration_since(since)
+                .max(Duration::from_nanos(1))
+        };
+        let current = self.since.map(current).unwrap_or_default();
+        self.reports_states.then_some(self.before + current)
+    }
+}
+
 impl ProbeMachine {
     pub(super) fn room_event(&mut self, event: RoomEvent, now: Instant) {
         let at = event.at;
@@ -100,6 +136,7 @@ impl ProbeMachine {
                 if state == "listening" {
                     self.mark(Milestone::AgentListening, at);
                 }
+                self.claim.on_state(&state, at);
             }
             RoomEventKind::AgentTrackSubscribed => {
                 self.mark(Milestone::AgentTrackSubscribed, at);
@@ -117,6 +154,10 @@ impl ProbeMachine {
                 self.turns.speech_started(at);
             }
             RoomEventKind::SpeechEnded => self.turns.speech_ended(at),
+            RoomEventKind::SpeechLevel(level) => {
+                let tenths = (f64::from(level) * 10.0).round();
+                self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
+            }
             RoomEventKind::EchoStarted => self.turns.echo_started(at),
             RoomEventKind::EchoEnded => self.turns.echo_ended(at),
             RoomEventKind::AgentLeft { reason } => {
@@ -285,6 +326,25 @@ impl ProbeMachine {
             let at = to_microseconds(since_started.as_secs_f64());
             entries.push(AgentTurn { at, metrics });
         }
+    }
+
+    /// Notes where the agent's session contradicts what the canary heard. Call it before the verdict.
+    pub(super) fn note_contradiction(&mut self, now: Instant) {
+        let note = match (self.agent_spoke(), self.claim.spoke_for(now)) {
+            (true, Some(Duration::ZERO)) => {
+                "the canary heard a voice, but the agent's session never reported that it speaks: \
+                 what was heard may be another sound on its track, such as music"
+                    .to_owned()
+            }
+            (false, Some(claimed)) if claimed >= MIN_NOTED_CLAIM => format!(
+                "the agent's session reported that it spoke for {:.1} s, but the canary heard no voice: check its TTS and its \
+                 audio output. If its voice is quiet, lower speech.threshold_dbfs ({})",
+                claimed.as_secs_f64(),
+                self.target.speech.threshold_dbfs
+            ),
+            _ => return,
+        };
+        self.add_note(note);
     }
 
     // Other participants.

@@ -1094,9 +1094,10 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
 #[test]
 fn echo_that_is_never_sent_is_internal() {
     let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
-    let script = script.speech(700, 2_000).wait(42_999);
+    // 30 s for a busy agent, and 40 s for the echo.
+    let script = script.speech(700, 2_000).wait(71_999);
     assert!(!script.is_decided());
-    assert_eq!(script.wait(43_000).reason(43_010), Reason::Internal);
+    assert_eq!(script.wait(72_000).reason(72_010), Reason::Internal);
 }
 
 #[test]
@@ -1248,6 +1249,53 @@ fn hold_that_is_over_before_the_agent_spoke_waits_for_speech_or_its_deadline() {
         script.listed(20_510, Ok(Vec::new())).reason(20_520),
         Reason::AgentSilent
     );
+}
+
+#[test]
+fn voice_that_the_agents_state_contradicts_is_noted() {
+    let notes = |script: MachineScript| script.report(60_000).evidence.notes.join("; ");
+    let state = |script: MachineScript, at, state: &str| {
+        script.see(at, RoomEventKind::AgentState(state.to_owned()))
+    };
+    let heard = || {
+        let script = MachineScript::new(explicit()).with_agent();
+        script.speech(900, 2_000).hold(2_100, 5_000)
+    };
+    let contradiction = "never reported that it speaks";
+
+    // It reports no states at all.
+    assert!(!notes(heard().wait(5_000)).contains("voice"));
+    let listening = state(heard(), 2_200, "listening");
+    assert!(notes(listening.wait(5_000)).contains(contradiction));
+    let speaking = state(state(heard(), 2_200, "speaking"), 2_200, "listening");
+    assert!(!notes(speaking.wait(5_000)).contains("voice"));
+}
+
+#[test]
+fn speech_that_only_the_agents_state_shows_is_noted() {
+    let claims = |until: u64| {
+        let script = MachineScript::new(explicit()).with_agent();
+        let script = script.see(1_000, RoomEventKind::AgentState("speaking".to_owned()));
+        let script = script.see(until, RoomEventKind::AgentState("listening".to_owned()));
+        let report = script
+            .wait(30_000)
+            .listed(30_010, Ok(Vec::new()))
+            .report(30_020);
+        assert_eq!(reason_of(&report), Reason::AgentSilent);
+        report.evidence.notes.join("; ")
+    };
+    assert!(claims(3_500).contains("spoke for 2.5 s, but the canary heard no voice"));
+    assert!(!claims(1_900).contains("heard no voice"));
+}
+
+#[test]
+fn level_of_the_speech_is_evidence() {
+    let script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(900, 2_000);
+    let script = script.see(2_000, RoomEventKind::SpeechLevel(-21.3512));
+    let report = script.hold(2_100, 5_000).wait(5_000).report(5_000);
+    assert_eq!(report.evidence.speech_level_dbfs, Some(-21.4));
 }
 
 #[test]

@@ -4,6 +4,9 @@ use super::super::opus::SILENCE;
 use super::*;
 
 const SPEECH: u8 = 0x78;
+/// Levels of a frame of speech and of one of a pause, in dBFS.
+const LOUD: f32 = -20.0;
+const QUIET: f32 = -80.0;
 
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -23,6 +26,7 @@ struct SimulatedCall {
     start: Instant,
     now: Instant,
     number: u8,
+    agent: AgentActivity,
     out: Vec<(u64, EchoOutput<Arc<[u8]>>)>,
 }
 
@@ -36,6 +40,7 @@ impl SimulatedCall {
             start,
             now: start,
             number: 0,
+            agent: AgentActivity::default(),
             out: Vec::new(),
         }
     }
@@ -43,7 +48,7 @@ impl SimulatedCall {
     /// Advances the clock to `until` and stops at each deadline of the echo.
     fn run_to(&mut self, until: Instant) {
         loop {
-            while let Some(out) = self.echo.poll(self.now, false) {
+            while let Some(out) = self.echo.poll(self.now, self.agent) {
                 let at = self.now.duration_since(self.start).as_millis();
                 self.out.push((u64::try_from(at).unwrap(), out));
             }
@@ -66,14 +71,17 @@ impl SimulatedCall {
     }
 
     /// Sends `count` packets from now on; leaves the clock at the arrival of the last.
-    fn packets(&mut self, count: u64) {
+    fn packets(&mut self, count: u64, level: f32) {
         for i in 0..count {
             if i > 0 {
                 self.wait(20);
             }
-            let time = rtp::ticks(self.now.duration_since(self.start));
-            self.echo
-                .on_frame(self.now, time, &Arc::from([SPEECH, self.number, 0, 0]));
+            self.echo.on_frame(AgentFrame {
+                arrived: self.now,
+                time: rtp::ticks(self.now.duration_since(self.start)),
+                level,
+                frame: Arc::from([SPEECH, self.number, 0, 0]),
+            });
             self.number = self.number.wrapping_add(1);
         }
     }
@@ -81,13 +89,13 @@ impl SimulatedCall {
     /// Sends an utterance of `count` packets. Its end is detected 600 ms later, while packets of silence arrive.
     fn utterance(&mut self, count: u64) {
         let first = self.now;
-        self.packets(3);
+        self.packets(3, LOUD);
         self.echo.on_speech_started(first);
         self.wait(20);
-        self.packets(count - 3);
+        self.packets(count - 3, LOUD);
         let last = self.now;
         self.wait(20);
-        self.packets(30);
+        self.packets(30, QUIET);
         self.echo.on_speech_ended(last);
         self.run_to(self.now);
     }
@@ -141,13 +149,13 @@ fn turn_is_played_once_at_its_pace_and_silence_follows() {
 #[test]
 fn audio_shortly_before_the_detected_speech_is_played_too() {
     let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
-    call.packets(50);
+    call.packets(50, QUIET);
     call.wait(20);
     call.utterance(10);
     call.wait(5_000);
     let numbers: Vec<_> = call.echoed().iter().map(|(_, number)| *number).collect();
     let lead = u8::try_from(LEAD_IN.as_millis() / 20).unwrap();
-    assert_eq!(numbers.first(), Some(&(50 - lead + 2)));
+    assert_eq!(numbers.first(), Some(&(50 - lead)));
     assert_eq!(numbers.last(), Some(&59));
 }
 
@@ -162,11 +170,8 @@ fn second_sentence_before_the_echo_joins_the_first() {
     assert_eq!(call.marks(), [], "the echo started while the agent spoke");
     call.wait(10_000);
     let echoed = call.echoed();
-    assert_eq!(
-        echoed.len(),
-        50 + 30 + 50,
-        "the echo lacks a sentence or the pause between them"
-    );
+    // Three frames of the pause are left. No frame came directly before the second sentence.
+    assert_eq!(echoed.len(), 50 + 3 + 50);
     let started = call.marks()[0].0;
     assert!(u128::from(started) > spoken_until.duration_since(call.start).as_millis());
     assert!(u128::from(started) > second.duration_since(call.start).as_millis());
@@ -179,12 +184,92 @@ fn echo_waits_while_speech_of_the_agent_is_pending() {
     call.utterance(10);
     let due = call.start + ms(180 + 1_000);
     call.run_to(due - ms(1));
-    while let Some(out) = call.echo.poll(due, true) {
+    call.agent.may_speak = true;
+    let latest = due + speech::MAX_DECISION_TIME;
+    let mut now = due;
+    while now < latest {
+        while let Some(out) = call.echo.poll(now, call.agent) {
+            assert_ne!(out, EchoOutput::Started);
+        }
+        now += SPEECH_CHECK_INTERVAL;
+    }
+    // What is pending for longer is not speech.
+    let mut outputs = std::iter::from_fn(|| call.echo.poll(latest, call.agent));
+    assert!(outputs.any(|out| out == EchoOutput::Started));
+}
+
+#[test]
+fn echo_starts_soon_after_the_sound_turned_out_not_to_be_speech() {
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    call.utterance(10);
+    let due = call.start + ms(180 + 1_000);
+    call.run_to(due - ms(1));
+    call.agent.may_speak = true;
+    while let Some(out) = call.echo.poll(due, call.agent) {
         assert_ne!(out, EchoOutput::Started);
     }
     let postponed = call.echo.next_deadline().unwrap();
-    assert_eq!(postponed, due + SPEECH_DECISION_TIME);
-    assert_eq!(call.echo.poll(postponed, true), Some(EchoOutput::Started));
+    assert_eq!(postponed, due + SPEECH_CHECK_INTERVAL);
+    call.agent.may_speak = false;
+    let started = call.echo.poll(postponed, call.agent);
+    assert_eq!(started, Some(EchoOutput::Started));
+}
+
+#[test]
+fn echo_waits_until_the_agents_session_listens() {
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    call.agent.is_busy = true;
+    call.utterance(10);
+    call.wait(5_000);
+    assert_eq!(call.marks(), []);
+    call.agent.is_busy = false;
+    call.wait(1_000);
+    // The end of the speech, 600 ms of silence, and 5 s.
+    let listens = 180 + 600 + 5_000;
+    let started = call.marks()[0].0;
+    assert!((listens..=listens + 100).contains(&started), "{started}");
+}
+
+#[test]
+fn session_that_never_reports_that_it_listens_delays_the_echo_for_at_most_30_s() {
+    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    call.agent.is_busy = true;
+    call.utterance(10);
+    call.wait(60_000);
+    assert_eq!(call.marks()[0], (180 + 30_000, EchoOutput::Started));
+}
+
+/// The endpointing of livekit-agents takes 500 ms of silence for the end of the caller's turn.
+#[test]
+fn pause_in_the_echo_is_at_most_200_ms_long_and_all_speech_is_there() {
+    for (pause, sends_packets) in [(300, true), (1_500, true), (1_500, false)] {
+        let mut call = SimulatedCall::new(settings(EchoMode::Turn, 2_000));
+        let first = call.now;
+        call.packets(50, LOUD);
+        call.echo.on_speech_started(first);
+        call.wait(20);
+        if sends_packets {
+            call.packets(pause / 20 - 1, QUIET);
+            call.wait(20);
+        } else {
+            call.wait(pause);
+        }
+        let second = call.number;
+        call.packets(50, LOUD);
+        call.echo.on_speech_ended(call.now);
+        call.wait(10_000);
+        let echoed = call.echoed();
+        let speech = echoed
+            .iter()
+            .filter(|(_, number)| *number < 50 || *number >= second);
+        assert_eq!(speech.count(), 100);
+        let at = |wanted: u8| {
+            let mut echoed = echoed.iter();
+            echoed.find(|(_, number)| *number == wanted).unwrap().0
+        };
+        let silence = at(second) - at(49) - 20;
+        assert!((40..=200).contains(&silence), "{pause}: {silence} ms");
+    }
 }
 
 #[test]
@@ -231,10 +316,10 @@ fn echo_sends_nothing_before_the_track_is_open() {
     let mut echo = EchoPlayer::<Arc<[u8]>>::new(EchoSettings::default());
     let now = Instant::now();
     assert_eq!(echo.next_deadline(), None);
-    assert_eq!(echo.poll(now, false), None);
+    assert_eq!(echo.poll(now, AgentActivity::default()), None);
     echo.open(now);
     assert!(matches!(
-        echo.poll(now, false),
+        echo.poll(now, AgentActivity::default()),
         Some(EchoOutput::Send { resumes: true, .. })
     ));
 }
@@ -271,8 +356,12 @@ fn continuous_echo_keeps_the_agents_pace_under_jitter() {
     for i in 0..20_u64 {
         let late = if i % 2 == 1 { 15 } else { 0 };
         call.run_to(call.start + ms(20 * i + late));
-        let payload = Arc::from([SPEECH, 0, 0, 0]);
-        call.echo.on_frame(call.now, 960 * i, &payload);
+        call.echo.on_frame(AgentFrame {
+            arrived: call.now,
+            time: 960 * i,
+            level: LOUD,
+            frame: Arc::from([SPEECH, 0, 0, 0]),
+        });
     }
     call.wait(5_000);
     let times: Vec<_> = call.echoed().iter().map(|(at, _)| *at).collect();
