@@ -1427,7 +1427,7 @@ fn participant_that_ends_has_the_reason_of_its_end() {
         detail: "ICE disconnected".to_owned(),
     };
     let panicked = Input::Panicked("a panic".to_owned());
-    assert_reasons([
+    assert_reasons(vec![
         (ended(ping_timeout()), Reason::SignalLost, Some("signal")),
         (
             lost(SignalError::Closed("reset".to_owned())),
