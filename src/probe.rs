@@ -22,7 +22,7 @@ mod verdict;
 
 pub use machine::max_time_to_verdict;
 pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
-pub use timeline::{Milestone, Span, Timeline, Turn};
+pub use timeline::{AgentStage, Milestone, Span, Timeline, Turn, TurnResult, TurnStages};
 pub use transcript::TranscriptLine;
 pub use verdict::USUAL_HEADER_BYTES;
 

@@ -8,7 +8,8 @@ use humantime::format_duration;
 use super::forecast::{self, Forecast};
 use super::{CheckArgs, Exit, once, print};
 use crate::config::{
-    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay, Target,
+    Caller, CallerMode, Config, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay,
+    Target,
 };
 use crate::http::WebConfig;
 use crate::livekit::wire::api::ApiError;
@@ -187,16 +188,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "batch",
         &format!("{rooms}, {stay} {}", format_duration(batch.hold)),
     );
-    let echo = &target.echo;
-    let delay = format_duration(echo.delay);
-    entry(
-        text,
-        "echo",
-        &match echo.mode {
-            EchoMode::Turn => format!("turns: at most {}, each after {delay}", echo.max_turns),
-            EchoMode::Continuous => format!("continuous, after {delay}"),
-        },
-    );
+    entry(text, "caller", &caller_line(&target.caller));
     let deadlines = &target.deadlines;
     let [join, speech] = [deadlines.join, deadlines.speech].map(format_duration);
     entry(
@@ -204,6 +196,16 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "deadlines",
         &format!("join {join}, first speech {speech}"),
     );
+}
+
+fn caller_line(caller: &Caller) -> String {
+    let silence = format_duration(caller.silence);
+    let turns = counted(caller.turns.into(), "turn");
+    match caller.mode {
+        CallerMode::Echo => format!("echo, {turns}, each after {silence} of silence"),
+        CallerMode::Script => format!("script, {turns}, each after {silence} of silence"),
+        CallerMode::PassThrough => format!("pass_through, {silence} later"),
+    }
 }
 
 /// The join token carries metadata and attributes, and is a header of the signal connection's request.

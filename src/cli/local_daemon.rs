@@ -41,7 +41,7 @@ const TARGET_SETTINGS: &[(&[&str], &str)] = &[
     (&["deadlines", "speech"], "4s"),
     (&["deadlines", "reply"], "4s"),
     (&["deadlines", "cleanup"], "2s"),
-    (&["echo", "delay"], "500ms"),
+    (&["caller", "silence"], "500ms"),
     (&["expect", "reply"], "true"),
     (&["late_agent_window"], "1s"),
 ];

@@ -91,12 +91,8 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
             duration(args.ramp_interval),
         ),
         ("--hold", &["batch", "hold"], duration(args.hold)),
-        (
-            "--echo-delay",
-            &["echo", "delay"],
-            duration(args.echo_delay),
-        ),
-        ("--echo-mode", &["echo", "mode"], args.echo_mode.clone()),
+        ("--silence", &["caller", "silence"], duration(args.silence)),
+        ("--caller", &["caller", "mode"], args.caller.clone()),
         (
             "--join-timeout",
             &["deadlines", "join"],
@@ -112,7 +108,7 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
         (
             "--expect-reply",
             &["expect", "reply"],
-            args.expect_reply.then(|| "true".to_owned()),
+            args.expect_reply.map(|expected| expected.to_string()),
         ),
         (
             "--transcript",

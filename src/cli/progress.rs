@@ -324,7 +324,7 @@ impl StepLimits {
                 )
             };
         }
-        if at(Milestone::MediaConnected).is_none() || at(Milestone::EchoPublished).is_none() {
+        if at(Milestone::MediaConnected).is_none() || at(Milestone::CallerPublished).is_none() {
             return step(
                 "connecting media",
                 at(Milestone::SignalConnected),
@@ -444,7 +444,7 @@ mod tests {
     #[test]
     fn line_names_what_the_room_waits_for_and_for_how_long() {
         use Milestone::{
-            AgentJoined, AgentSpoke, AgentTrackSubscribed, DispatchSent, EchoPublished,
+            AgentJoined, AgentSpoke, AgentTrackSubscribed, CallerPublished, DispatchSent,
             MediaConnected, RoomCreated, SignalConnected, Started,
         };
         let limits = StepLimits::of(&Target::default(), &project());
@@ -455,7 +455,7 @@ mod tests {
             (RoomCreated, 2),
             (SignalConnected, 3),
             (MediaConnected, 4),
-            (EchoPublished, 5),
+            (CallerPublished, 5),
             (DispatchSent, 6),
             (AgentJoined, 7),
             (AgentTrackSubscribed, 8),

@@ -17,8 +17,8 @@ use super::problem::{Problem, Problems, alternatives, from_variable, in_file, sh
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, RawValue, Section, Table};
 use super::settings::{
-    Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
-    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
+    Alerts, Backoff, Batch, Budget, Caller, Config, CredentialFiles, DaemonSettings, Deadlines,
+    Dispatch, DispatchMode, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
     ParticipantSettings, Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
 
@@ -534,7 +534,7 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
         objectives: objectives(section.table("objectives"), &deadlines),
         batch,
         deadlines,
-        echo: echo(section.table("echo")),
+        caller: caller(section.table("caller")),
         speech: speech(section.table("speech")),
         expect: expect(section.table("expect")),
         transcript: section.boolean("transcript", default.transcript),
@@ -827,6 +827,7 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
         default.first_speech_within,
         deadlines.join + deadlines.speech,
     );
+    let reply_within = within("reply_within", default.reply_within, deadlines.reply);
     // An objective of 1 has no error budget, so no alert can measure how fast the budget burns.
     let mut share = |key, default| section.number(key, default, 0.01..=0.9999);
     let objectives = Objectives {
@@ -835,6 +836,8 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
         join_within,
         first_speech: share("first_speech", default.first_speech),
         first_speech_within,
+        reply: share("reply", default.reply),
+        reply_within,
         service: share("service", default.service),
     };
     section.finish();
@@ -898,21 +901,26 @@ fn deadlines(mut section: Section<'_>) -> Deadlines {
         track: duration("track", default.track),
         speech: duration("speech", default.speech),
         reply: duration("reply", default.reply),
+        agent_turn: duration("agent_turn", default.agent_turn),
         cleanup: duration("cleanup", default.cleanup),
     };
     section.finish();
     deadlines
 }
 
-fn echo(mut section: Section<'_>) -> Echo {
-    let default = Echo::default();
-    let echo = Echo {
-        mode: section.choice("mode", "an echo mode"),
-        delay: section.duration("delay", default.delay, Duration::ZERO..=MAX_WAIT),
-        max_turns: section.number("max_turns", default.max_turns, 1..=1000),
+fn caller(mut section: Section<'_>) -> Caller {
+    let default = Caller::default();
+    let caller = Caller {
+        mode: section.choice("mode", "a mode of the caller"),
+        silence: section.duration("silence", default.silence, Duration::ZERO..=MAX_WAIT),
+        turns: section.number("turns", default.turns, 1..=1000),
+        pause: section.duration("pause", default.pause, Duration::ZERO..=MAX_WAIT),
+        speaks_first: section.boolean("speaks_first", default.speaks_first),
+        interrupt: section.boolean("interrupt", default.interrupt),
+        lines: Vec::new(),
     };
     section.finish();
-    echo
+    caller
 }
 
 fn speech(mut section: Section<'_>) -> Speech {
@@ -929,6 +937,8 @@ fn speech(mut section: Section<'_>) -> Speech {
 fn expect(mut section: Section<'_>) -> Expect {
     let expect = Expect {
         reply: section.boolean("reply", Expect::default().reply),
+        yield_within: None,
+        word_error_below: None,
         agent_may_leave: section.choice("agent_may_leave", "a point in the conversation"),
     };
     section.finish();

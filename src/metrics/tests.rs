@@ -80,7 +80,7 @@ fn report() -> ProbeReport {
         (Milestone::RoomCreated, 50),
         (Milestone::SignalConnected, 150),
         (Milestone::MediaConnected, 400),
-        (Milestone::EchoPublished, 350),
+        (Milestone::CallerPublished, 350),
         (Milestone::DispatchSent, 400),
         (Milestone::DispatchAccepted, 425),
         (Milestone::AgentJoined, 1_150),
@@ -92,8 +92,8 @@ fn report() -> ProbeReport {
     ] {
         timeline.mark(milestone, at(millis));
     }
-    let turn = |echo_ended, replied| Turn {
-        echo_ended: Some(at(echo_ended)),
+    let turn = |caller_ended, replied| Turn {
+        caller_ended: Some(at(caller_ended)),
         replied: Some(at(replied)),
         ..Turn::default()
     };

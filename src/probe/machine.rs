@@ -217,7 +217,7 @@ impl ProbeMachine {
             tracks: Vec::new(),
             failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
-            turns: Turns::new(&target.echo),
+            turns: Turns::new(&target.caller),
             claim: SpeechClaim::default(),
             transcript: Transcript::default(),
             report: ProbeReport::new(room, position, started_at, outcome),
@@ -315,7 +315,7 @@ impl ProbeMachine {
         }
         if self.phase == Phase::Connecting
             && let Some(media) = reached(Milestone::MediaConnected)
-            && let Some(publish) = reached(Milestone::EchoPublished)
+            && let Some(publish) = reached(Milestone::CallerPublished)
         {
             self.phase = Phase::Watching;
             self.ready = Some(media.max(publish));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Turn;
-use crate::config::{Echo, EchoMode};
+use crate::config::{Caller, CallerMode};
 
 /// What was heard and echoed so far.
 ///
@@ -13,7 +13,7 @@ use crate::config::{Echo, EchoMode};
 /// is whether the agent spoke again once the echo of its first utterance was over.
 #[derive(Debug)]
 pub(super) struct Turns {
-    mode: EchoMode,
+    mode: CallerMode,
     delay: Duration,
     most: usize,
     list: Vec<Turn>,
@@ -27,11 +27,11 @@ pub(super) struct Turns {
 }
 
 impl Turns {
-    pub(super) fn new(echo: &Echo) -> Self {
+    pub(super) fn new(caller: &Caller) -> Self {
         Self {
-            mode: echo.mode,
-            delay: echo.delay,
-            most: usize::try_from(echo.max_turns).unwrap_or(usize::MAX),
+            mode: caller.mode,
+            delay: caller.silence,
+            most: usize::try_from(caller.turns).unwrap_or(usize::MAX),
             list: Vec::new(),
             speaking: None,
             spoke_until: None,
@@ -51,9 +51,9 @@ impl Turns {
     }
 
     /// Since when an echo has been owed or playing; `None` while the agent still talks before it.
-    pub(super) fn echo_since(&self) -> Option<Instant> {
+    pub(super) fn caller_turn_since(&self) -> Option<Instant> {
         let turn = self.list.last();
-        match turn.and_then(|turn| turn.echo_started) {
+        match turn.and_then(|turn| turn.caller_started) {
             Some(started) => Some(started),
             None if self.speaking.is_some() => None,
             None => self.spoke_until,
@@ -66,7 +66,7 @@ impl Turns {
 
     pub(super) fn speech_started(&mut self, at: Instant) {
         self.speaking = Some(at);
-        if self.mode == EchoMode::Continuous {
+        if self.mode == CallerMode::PassThrough {
             if self.unanswered.is_some_and(|over| at >= over) {
                 self.answer();
             }
@@ -75,8 +75,8 @@ impl Turns {
         match self.list.last_mut() {
             None => self.open(at),
             // The agent goes on after a pause: still what it says before the echo.
-            Some(turn) if turn.echo_started.is_none() => turn.agent_ended = None,
-            Some(turn) => match turn.echo_ended {
+            Some(turn) if turn.caller_started.is_none() => turn.agent_ended = None,
+            Some(turn) => match turn.caller_ended {
                 Some(over) if at >= over => {
                     turn.replied.get_or_insert(at);
                     self.answer();
@@ -90,50 +90,50 @@ impl Turns {
     pub(super) fn speech_ended(&mut self, at: Instant) {
         self.speaking = None;
         self.spoke_until = Some(at);
-        if self.mode == EchoMode::Continuous {
+        if self.mode == CallerMode::PassThrough {
             if !self.answered {
                 self.unanswered.get_or_insert(at + self.delay);
             }
             return;
         }
         if let Some(turn) = self.list.last_mut()
-            && turn.echo_started.is_none_or(|echo| at <= echo)
+            && turn.caller_started.is_none_or(|echo| at <= echo)
         {
             turn.agent_ended.get_or_insert(at);
         }
     }
 
-    pub(super) fn echo_started(&mut self, at: Instant) {
-        if self.mode == EchoMode::Continuous {
+    pub(super) fn caller_started(&mut self, at: Instant) {
+        if self.mode == CallerMode::PassThrough {
             return;
         }
         let next = self
             .list
             .last()
-            .is_none_or(|turn| turn.echo_started.is_some());
+            .is_none_or(|turn| turn.caller_started.is_some());
         if next {
             self.list.push(Turn::default());
         }
         if let Some(turn) = self.list.last_mut() {
-            turn.echo_started = Some(at);
+            turn.caller_started = Some(at);
             turn.overlap = self.speaking.is_some();
         }
     }
 
-    pub(super) fn echo_ended(&mut self, at: Instant) {
-        if self.mode == EchoMode::Continuous {
+    pub(super) fn caller_ended(&mut self, at: Instant) {
+        if self.mode == CallerMode::PassThrough {
             return;
         }
         let Some(turn) = self.list.last_mut() else {
             return;
         };
-        turn.echo_ended.get_or_insert(at);
-        let echo_started = turn.echo_started;
+        turn.caller_ended.get_or_insert(at);
+        let caller_started = turn.caller_started;
         self.unanswered = Some(at);
         // An utterance that began during the echo and outlasts it answers it, though it has no delay. One that was
         // going on before is what the agent had to say anyway.
         if let Some(speech) = self.speaking
-            && echo_started.is_some_and(|echo| speech > echo)
+            && caller_started.is_some_and(|echo| speech > echo)
         {
             self.answer();
             self.open(speech);
@@ -166,8 +166,8 @@ mod tests {
     }
 
     impl TurnsScript {
-        fn new(mode: EchoMode, max_turns: u32) -> Self {
-            let echo = Echo {
+        fn new(mode: CallerMode, max_turns: u32) -> Self {
+            let echo = Caller {
                 mode,
                 delay: Duration::from_secs(1),
                 max_turns,
@@ -190,8 +190,8 @@ mod tests {
                 match step {
                     'S' => self.turns.speech_started(at),
                     's' => self.turns.speech_ended(at),
-                    'E' => self.turns.echo_started(at),
-                    'e' => self.turns.echo_ended(at),
+                    'E' => self.turns.caller_started(at),
+                    'e' => self.turns.caller_ended(at),
                     _ => second += 1,
                 }
             }
@@ -201,12 +201,12 @@ mod tests {
 
     #[test]
     fn plain_turn_has_every_mark_and_a_delay() {
-        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.e..S.s");
+        let script = TurnsScript::new(CallerMode::Echo, 1).play("S.s.E.e..S.s");
         let expected = Turn {
             agent_started: Some(script.at(0)),
             agent_ended: Some(script.at(1)),
-            echo_started: Some(script.at(2)),
-            echo_ended: Some(script.at(3)),
+            caller_started: Some(script.at(2)),
+            caller_ended: Some(script.at(3)),
             replied: Some(script.at(5)),
             overlap: false,
         };
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn speech_that_began_before_the_echo_is_overlap_and_no_answer() {
-        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.S.E.e");
+        let script = TurnsScript::new(CallerMode::Echo, 1).play("S.s.S.E.e");
         assert!(script.turns.list()[0].overlap);
         assert!(!script.turns.answered());
         assert_eq!(script.turns.unanswered_since(), Some(script.at(4)));
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn speech_that_outlasts_the_echo_is_an_answer_without_delay() {
-        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.S.e");
+        let script = TurnsScript::new(CallerMode::Echo, 1).play("S.s.E.S.e");
         assert!(script.turns.list()[0].overlap);
         assert_eq!(script.turns.list()[0].reply_delay(), None);
         assert!(script.turns.answered());
@@ -233,14 +233,14 @@ mod tests {
 
     #[test]
     fn speech_within_the_echo_is_no_answer() {
-        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.S.s.e");
+        let script = TurnsScript::new(CallerMode::Echo, 1).play("S.s.E.S.s.e");
         assert!(script.turns.list()[0].overlap);
         assert!(!script.turns.answered());
     }
 
     #[test]
     fn reply_after_overlap_is_an_answer_without_delay() {
-        let script = TurnsScript::new(EchoMode::Turn, 1).play("S.s.E.S.s.e.S");
+        let script = TurnsScript::new(CallerMode::Echo, 1).play("S.s.E.S.s.e.S");
         let turn = &script.turns.list()[0];
         assert_eq!(turn.replied, Some(script.at(6)));
         assert_eq!(turn.reply_delay(), None);
@@ -249,14 +249,14 @@ mod tests {
 
     #[test]
     fn pause_before_the_echo_stays_in_one_turn() {
-        let script = TurnsScript::new(EchoMode::Turn, 2).play("S.s.S.s.E.e");
+        let script = TurnsScript::new(CallerMode::Echo, 2).play("S.s.S.s.E.e");
         assert_eq!(script.turns.list().len(), 1);
         assert_eq!(script.turns.list()[0].agent_ended, Some(script.at(3)));
     }
 
     #[test]
     fn reply_opens_the_next_turn_up_to_the_most() {
-        let script = TurnsScript::new(EchoMode::Turn, 2).play("S.s.E.e.S.s.E.e.S.s");
+        let script = TurnsScript::new(CallerMode::Echo, 2).play("S.s.E.e.S.s.E.e.S.s");
         let delays: Vec<_> = script.turns.list().iter().map(Turn::reply_delay).collect();
         assert_eq!(delays, [Some(Duration::from_secs(1)); 2]);
         assert_eq!(script.turns.unanswered_since(), None);
@@ -264,13 +264,13 @@ mod tests {
 
     #[test]
     fn continuous_echo_has_no_turns() {
-        let script = TurnsScript::new(EchoMode::Continuous, 1).play("SE.s.S.e");
+        let script = TurnsScript::new(CallerMode::PassThrough, 1).play("SE.s.S.e");
         assert!(script.turns.list().is_empty());
     }
 
     #[test]
     fn in_continuous_mode_speech_after_the_first_echo_is_an_answer() {
-        let script = TurnsScript::new(EchoMode::Continuous, 1).play("SE..s");
+        let script = TurnsScript::new(CallerMode::PassThrough, 1).play("SE..s");
         assert_eq!(script.turns.unanswered_since(), Some(script.at(3)));
         let over = script.at(3);
         let mut turns = script.turns;

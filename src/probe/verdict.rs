@@ -165,7 +165,7 @@ impl Failure {
         )
     }
 
-    pub(super) fn of_missing_echo() -> Self {
+    pub(super) fn of_missing_caller_turn() -> Self {
         Self::new(
             Reason::Internal,
             "the agent spoke, but the canary did not send the echo: a fault of the canary",

@@ -72,8 +72,8 @@ impl Serialize for OrderedObject {
 struct TurnJson {
     agent_started: Option<f64>,
     agent_ended: Option<f64>,
-    echo_started: Option<f64>,
-    echo_ended: Option<f64>,
+    caller_started: Option<f64>,
+    caller_ended: Option<f64>,
     replied: Option<f64>,
     overlap: bool,
 }
@@ -239,8 +239,8 @@ fn marks(report: &ProbeReport, turn: &Turn) -> TurnJson {
     TurnJson {
         agent_started: since(turn.agent_started),
         agent_ended: since(turn.agent_ended),
-        echo_started: since(turn.echo_started),
-        echo_ended: since(turn.echo_ended),
+        caller_started: since(turn.caller_started),
+        caller_ended: since(turn.caller_ended),
         replied: since(turn.replied),
         overlap: turn.overlap,
     }

@@ -60,8 +60,8 @@ pub(crate) fn probe(
     let turn = Turn {
         agent_started: Some(at(1000)),
         agent_ended: Some(at(3000)),
-        echo_started: Some(at(4000)),
-        echo_ended: Some(at(6000)),
+        caller_started: Some(at(4000)),
+        caller_ended: Some(at(6000)),
         replied: Some(at(7250)),
         overlap: false,
     };
@@ -119,7 +119,7 @@ pub(crate) const WELL: &[(Milestone, u64)] = &[
     (Milestone::RoomCreated, 12),
     (Milestone::SignalConnected, 40),
     (Milestone::MediaConnected, 180),
-    (Milestone::EchoPublished, 150),
+    (Milestone::CallerPublished, 150),
     (Milestone::DispatchSent, 181),
     (Milestone::DispatchAccepted, 190),
     (Milestone::AgentJoined, 693),

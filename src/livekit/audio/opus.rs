@@ -11,7 +11,7 @@ use ropus::opus::decoder::{MAX_FRAMES, opus_packet_get_samples_per_frame, opus_p
 use ropus::silk::decoder::{SilkDecControl, SilkDecoder, silk_decode};
 use ropus::{Channels, DecodeMode};
 
-use super::echo::Frame;
+use super::caller::Frame;
 use super::rtp::{self, MediaPosition};
 use super::speech::PcmChunk;
 

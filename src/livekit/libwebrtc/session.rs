@@ -37,7 +37,7 @@ use super::stats::{InboundStats, InboundTotals};
 use super::streams::{self, OpenedStream};
 use super::transport::{SdkConnector, WireEvent};
 use super::watch::SignalWatch;
-use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
+use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::{Adoption, JoinRequest};
@@ -166,7 +166,7 @@ struct SdkSession<'a> {
     watch: SignalWatch,
     audio: &'a mut InboundTotals,
     speech: Detector,
-    echo: EchoPlayer<Arc<[i16]>>,
+    echo: CallerPlayer<Arc<[i16]>>,
     source: NativeAudioSource,
     track: LocalAudioTrack,
     /// The subscribed audio tracks: a key that is unique in this session, the track sid and the track.
@@ -216,7 +216,7 @@ impl<'a> SdkSession<'a> {
             watch: SignalWatch::new(Instant::now(), Observer::new(request, events, cid)),
             audio,
             speech: Detector::new(request.speech.clone(), pcm::RATE),
-            echo: EchoPlayer::new(request.echo.clone()),
+            echo: CallerPlayer::new(request.caller.clone(), request.agent_turn),
             source,
             track,
             tracks: Vec::new(),
@@ -474,17 +474,17 @@ impl<'a> SdkSession<'a> {
         let agent = self.watch.observer.activity(&self.speech);
         while let Some(out) = self.echo.poll(now, agent) {
             match out {
-                EchoOutput::Started => self
+                CallerOutput::Started => self
                     .watch
                     .observer
                     .events
-                    .send(now, RoomEventKind::EchoStarted)?,
-                EchoOutput::Ended => self
+                    .send(now, RoomEventKind::CallerStarted)?,
+                CallerOutput::Ended => self
                     .watch
                     .observer
                     .events
-                    .send(now, RoomEventKind::EchoEnded)?,
-                EchoOutput::Send { frame, .. } => send(&self.source, &frame).await?,
+                    .send(now, RoomEventKind::CallerEnded)?,
+                CallerOutput::Send { frame, .. } => send(&self.source, &frame).await?,
             }
         }
         Ok(())

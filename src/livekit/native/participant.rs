@@ -23,11 +23,11 @@ use super::peer::{
     ReceivedPacket,
 };
 use crate::config::Ice;
-use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
+use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
-use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
+use crate::livekit::event::{CallerTurn, EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
@@ -129,8 +129,8 @@ struct NativeSession<'a> {
     voice: &'a mut RtpReceiver,
     decoder: Decoder,
     speech: Detector,
-    echo: EchoPlayer<Arc<[u8]>>,
-    track: EchoTrack,
+    echo: CallerPlayer<Arc<[u8]>>,
+    track: CallerTrack,
     voice_selector: VoiceSelector<Mid, ReceivedPacket>,
     /// The m-line of each received SSRC; cleared by each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
@@ -145,7 +145,7 @@ struct NativeSession<'a> {
 }
 
 /// The state of the echo track.
-struct EchoTrack {
+struct CallerTrack {
     mid: Mid,
     sequence: u64,
     /// A time and the matching RTP timestamp.
@@ -199,8 +199,8 @@ impl<'a> NativeSession<'a> {
             voice,
             decoder: Decoder::default(),
             speech: Detector::new(request.speech.clone(), opus::RATE),
-            echo: EchoPlayer::new(request.echo.clone()),
-            track: EchoTrack {
+            echo: CallerPlayer::new(request.caller.clone(), request.agent_turn),
+            track: CallerTrack {
                 mid,
                 // Below 2^16: the stack derives the rollover counter of SRTP from the higher bits, and the server
                 // assumes 0 (RFC 3711, section 3.3.1).
@@ -213,7 +213,7 @@ impl<'a> NativeSession<'a> {
             paused: Vec::new(),
             media_reported: false,
             read_at: at,
-            read_interval: if request.echo.delay < READ_INTERVAL {
+            read_interval: if request.caller.silence < READ_INTERVAL {
                 ROUND_INTERVAL
             } else {
                 READ_INTERVAL
@@ -617,11 +617,16 @@ impl<'a> NativeSession<'a> {
         let agent = self.observer.activity(&self.speech);
         while let Some(out) = self.echo.poll(due, agent) {
             match out {
-                EchoOutput::Started => {
-                    self.observer.events.send(now, RoomEventKind::EchoStarted)?;
+                CallerOutput::Started => {
+                    self.observer
+                        .events
+                        .send(now, RoomEventKind::CallerStarted(CallerTurn::default()))?;
                 }
-                EchoOutput::Ended => self.observer.events.send(now, RoomEventKind::EchoEnded)?,
-                EchoOutput::Send {
+                CallerOutput::Ended => self
+                    .observer
+                    .events
+                    .send(now, RoomEventKind::CallerEnded { sent: 0 })?,
+                CallerOutput::Send {
                     due,
                     frame,
                     resumes,
@@ -654,7 +659,7 @@ impl<'a> NativeSession<'a> {
     }
 }
 
-impl EchoTrack {
+impl CallerTrack {
     /// Returns the sequence number and RTP timestamp of the packet that is due at `due`.
     ///
     /// Both belong to the echo track, not to the agent's stream, whose SSRC may change. Timestamps follow the clock, so
@@ -737,7 +742,7 @@ mod tests {
     #[test]
     fn timestamps_follow_the_clock_and_always_increase() {
         let epoch = Instant::now();
-        let mut track = EchoTrack {
+        let mut track = CallerTrack {
             mid: Mid::from("0"),
             sequence: 7,
             origin: (epoch, u32::MAX - 959),

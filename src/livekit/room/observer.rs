@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::agent_session::{self, AgentMessage};
 use super::roster::Roster;
 use super::voice_selector::VoiceSelector;
-use crate::livekit::audio::echo::{AgentActivity, EchoPlayer, Frame};
+use crate::livekit::audio::caller::{AgentActivity, CallerPlayer, Frame};
 use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::event::{
     EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
@@ -208,7 +208,7 @@ impl Observer {
                 let first = self.track_sid.is_none();
                 self.track_sid = Some(published.track.unwrap_or_default().sid);
                 if first {
-                    self.events.send(at, RoomEventKind::EchoPublished)?;
+                    self.events.send(at, RoomEventKind::CallerPublished)?;
                 }
                 Ok(())
             }
@@ -274,7 +274,7 @@ impl Observer {
 
     pub(crate) fn on_speech<F: Frame>(
         &self,
-        echo: &mut EchoPlayer<F>,
+        echo: &mut CallerPlayer<F>,
         speech: &Detector,
         event: SpeechEvent,
     ) -> Result<(), EndReason> {
@@ -313,11 +313,8 @@ impl Observer {
     ) -> Result<(), EndReason> {
         for message in self.streams.on_packet(at, packet) {
             let kind = match message {
-                AgentMessage::Error { identity, message } => {
-                    RoomEventKind::AgentError { identity, message }
-                }
-                AgentMessage::Turn { identity, metrics } => {
-                    RoomEventKind::AgentMetrics { identity, metrics }
+                AgentMessage::Session { identity, event } => {
+                    RoomEventKind::Session { identity, event }
                 }
                 AgentMessage::Transcript(segment) => self.transcribed(segment),
             };
@@ -381,8 +378,8 @@ mod tests {
         let last = events.clone().try_reserve_owned().unwrap();
         let sender = EventSender::new(events);
         let now = Instant::now();
-        assert!(sender.send(now, RoomEventKind::EchoStarted).is_ok());
-        assert!(sender.send(now, RoomEventKind::EchoEnded).is_ok());
+        assert!(sender.send(now, RoomEventKind::CallerStarted).is_ok());
+        assert!(sender.send(now, RoomEventKind::CallerEnded).is_ok());
         let full = sender.send(now, RoomEventKind::MediaConnected);
         assert!(matches!(full, Err(EndReason::Internal(_))));
         last.send(RoomEvent {
@@ -407,7 +404,7 @@ mod tests {
         }
         assert!(
             sender
-                .send(Instant::now(), RoomEventKind::EchoStarted)
+                .send(Instant::now(), RoomEventKind::CallerStarted)
                 .is_ok()
         );
         let sent = std::iter::from_fn(|| reader.try_recv().ok());

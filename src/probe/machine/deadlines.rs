@@ -17,7 +17,7 @@ const MAX_SIGNAL_SILENCE: Duration = Duration::from_secs(20);
 
 /// From the end of the agent's speech to the end of its echo, excluding the delay; also how long an echo that has begun may
 /// play, because 30 s are recorded. An echo that takes longer is a fault of the canary.
-const MAX_ECHO: Duration = Duration::from_secs(40);
+const MAX_CALLER_TURN: Duration = Duration::from_secs(40);
 
 /// If an answer to the echo is expected, the agent may talk for this long without a pause that lets the echo begin.
 const MAX_TALK: Duration = Duration::from_mins(2);
@@ -27,7 +27,10 @@ const MAX_TALK: Duration = Duration::from_mins(2);
 pub fn max_time_to_verdict(target: &Target) -> Duration {
     let deadlines = &target.deadlines;
     let reply = if target.expect.reply {
-        MAX_TALK + target.echo.max_delay() + MAX_ECHO + deadlines.reply
+        MAX_TALK
+            + target.caller.silence.max(target.deadlines.agent_turn)
+            + MAX_CALLER_TURN
+            + deadlines.reply
     } else {
         Duration::ZERO
     };
@@ -46,7 +49,7 @@ enum Due {
     /// A list of the jobs, to recognise an agent without a name.
     Recognise,
     /// The end of the agent's echo.
-    Echo,
+    CallerTurn,
     /// The end of a room in which everything expected has happened.
     Ok,
     FinalCheck,
@@ -118,14 +121,21 @@ impl ProbeMachine {
             return due(start, duty);
         };
         if self.target.expect.reply {
-            if let Some(echo_ended) = self.turns.unanswered_since() {
-                return due(echo_ended, AgentDuty::Reply);
+            if let Some(caller_ended) = self.turns.unanswered_since() {
+                return due(caller_ended, AgentDuty::Reply);
             }
             if !self.turns.answered() {
-                return match self.turns.echo_since() {
-                    Some(since) => {
-                        Some((since + self.target.echo.max_delay() + MAX_ECHO, Due::Echo))
-                    }
+                return match self.turns.caller_turn_since() {
+                    Some(since) => Some((
+                        since
+                            + self
+                                .target
+                                .caller
+                                .silence
+                                .max(self.target.deadlines.agent_turn)
+                            + MAX_CALLER_TURN,
+                        Due::CallerTurn,
+                    )),
                     None => due(spoke, AgentDuty::Pause),
                 };
             }
@@ -171,7 +181,7 @@ impl ProbeMachine {
             }
             Due::Media => {
                 let reached = |milestone| self.report.timeline.get(milestone).is_some();
-                let state = if reached(Milestone::EchoPublished) {
+                let state = if reached(Milestone::CallerPublished) {
                     MediaState::Published
                 } else if reached(Milestone::MediaConnected) {
                     MediaState::ConnectedOnly
@@ -200,7 +210,7 @@ impl ProbeMachine {
                 let participants = false;
                 self.actions.push(Action::ListRoom { participants });
             }
-            Due::Echo => self.fail(Failure::of_missing_echo(), now),
+            Due::CallerTurn => self.fail(Failure::of_missing_caller_turn(), now),
             Due::Ok => self.decide(Outcome::Ok, now),
             Due::FinalCheck => {
                 if let Phase::FinalCheck { duty, .. } = self.phase {

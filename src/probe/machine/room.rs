@@ -8,8 +8,8 @@ use tokio::time::Instant;
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
 use crate::config::DispatchRequest;
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, TurnMetrics,
-    to_microseconds,
+    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, SessionEvent,
+    TurnMetrics, to_microseconds,
 };
 use crate::probe::verdict::{DispatchListing, ends_call, names_inference_limit, quote};
 use crate::probe::{AgentTurn, Failure, Milestone, Reason};
@@ -64,12 +64,7 @@ impl ProbeMachine {
         let at = event.at;
         match event.kind {
             RoomEventKind::Ended { reason, audio } => self.ended(reason, audio, at, now),
-            RoomEventKind::AgentError { identity, message } => {
-                self.agent_error(&identity, &message);
-            }
-            RoomEventKind::AgentMetrics { identity, metrics } => {
-                self.agent_metrics(&identity, metrics, at);
-            }
+            RoomEventKind::Session { identity, event } => self.session_event(&identity, event, at),
             RoomEventKind::Transcribed { speaker, segment } => {
                 self.transcript.record(speaker, segment);
             }
@@ -120,7 +115,7 @@ impl ProbeMachine {
                  LiveKit's media ports"
                     .to_owned(),
             ),
-            RoomEventKind::EchoPublished => self.mark(Milestone::EchoPublished, at),
+            RoomEventKind::CallerPublished => self.mark(Milestone::CallerPublished, at),
             RoomEventKind::AgentJoined {
                 agent,
                 in_join_response,
@@ -158,8 +153,9 @@ impl ProbeMachine {
                 let tenths = (f64::from(level) * 10.0).round();
                 self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
             }
-            RoomEventKind::EchoStarted => self.turns.echo_started(at),
-            RoomEventKind::EchoEnded => self.turns.echo_ended(at),
+            RoomEventKind::CallerStarted(_) => self.turns.caller_started(at),
+            RoomEventKind::CallerEnded { .. } => self.turns.caller_ended(at),
+            RoomEventKind::UplinkReported(_) => {}
             RoomEventKind::AgentLeft { reason } => {
                 self.note_departure(&reason);
                 // If a room closes, this can come before the canary's own `Leave`, and then ends the probe.
@@ -179,8 +175,7 @@ impl ProbeMachine {
                 kind,
                 agent_name,
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
-            RoomEventKind::AgentError { .. }
-            | RoomEventKind::AgentMetrics { .. }
+            RoomEventKind::Session { .. }
             | RoomEventKind::Transcribed { .. }
             | RoomEventKind::TrackChanged(_)
             | RoomEventKind::SubscriptionFailed { .. }
@@ -301,6 +296,18 @@ impl ProbeMachine {
     fn is_agent(&self, identity: &str) -> bool {
         let agent = self.report.agent.as_ref();
         agent.is_some_and(|agent| agent.identity == identity)
+    }
+
+    fn session_event(&mut self, identity: &str, event: SessionEvent, at: Instant) {
+        match event {
+            SessionEvent::Error(message) => self.agent_error(identity, &message),
+            SessionEvent::Message(message) => {
+                if let Some(metrics) = message.metrics {
+                    self.agent_metrics(identity, metrics, at);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// The agent may recover from an error, so an error alone is only evidence.

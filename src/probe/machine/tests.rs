@@ -188,7 +188,7 @@ impl MachineScript {
     /// Media up and the echo track published.
     fn up(self, at: u64) -> Self {
         self.see(at, RoomEventKind::MediaConnected)
-            .see(at, RoomEventKind::EchoPublished)
+            .see(at, RoomEventKind::CallerPublished)
     }
 
     fn joined(self, at: u64) -> Self {
@@ -228,8 +228,8 @@ impl MachineScript {
     }
 
     fn echo(self, start: u64, end: u64) -> Self {
-        self.see(start, RoomEventKind::EchoStarted)
-            .see(end, RoomEventKind::EchoEnded)
+        self.see(start, RoomEventKind::CallerStarted)
+            .see(end, RoomEventKind::CallerEnded)
     }
 
     fn hold(self, at: u64, until: u64) -> Self {
@@ -353,7 +353,7 @@ fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
     let script = MachineScript::new(explicit())
         .created(10, Ok(()))
         .signal(40);
-    let script = script.see(60, RoomEventKind::EchoPublished);
+    let script = script.see(60, RoomEventKind::CallerPublished);
     assert_eq!(dispatches(&script), 0);
     let script = script.see(90, RoomEventKind::MediaConnected);
     assert_eq!(dispatches(&script), 1);
@@ -1013,7 +1013,7 @@ fn agent_is_not_judged_before_the_canarys_media_is_up() {
     let script = MachineScript::new(target)
         .see(10, RoomEventKind::SignalRequested)
         .signal(40)
-        .see(50, RoomEventKind::EchoPublished)
+        .see(50, RoomEventKind::CallerPublished)
         .wait(15_040);
     assert_eq!(script.reason(15_050), Reason::MediaFailed);
 }
@@ -1028,13 +1028,15 @@ fn media_failure_notes_the_addresses_that_the_server_named() {
     };
     let addressed = way_in()
         .see(50, address("UDP 192.0.2.1:7882"))
-        .see(50, RoomEventKind::EchoPublished)
+        .see(50, RoomEventKind::CallerPublished)
         .see(60, address("TCP 192.0.2.1:7881"))
         .wait(15_040);
     let report = addressed.report(15_050);
     let expected = "LiveKit expects media at UDP 192.0.2.1:7882, TCP 192.0.2.1:7881".to_owned();
     assert!(report.evidence.notes.contains(&expected), "{report:?}");
-    let unaddressed = way_in().see(50, RoomEventKind::EchoPublished).wait(15_040);
+    let unaddressed = way_in()
+        .see(50, RoomEventKind::CallerPublished)
+        .wait(15_040);
     let report = unaddressed.report(15_050);
     let none = "LiveKit named no address for media".to_owned();
     assert!(report.evidence.notes.contains(&none), "{report:?}");
@@ -1081,9 +1083,9 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
     let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script.hold(600, 1_000).speech(700, 2_000);
     let script = script
-        .see(3_000, RoomEventKind::EchoStarted)
+        .see(3_000, RoomEventKind::CallerStarted)
         .speech(3_500, 3_900)
-        .see(4_300, RoomEventKind::EchoEnded);
+        .see(4_300, RoomEventKind::CallerEnded);
     let script = script.see(6_000, RoomEventKind::SpeechStarted).wait(6_000);
     let report = script.report(6_010);
     assert_eq!(report.outcome, Outcome::Ok);
@@ -1204,7 +1206,7 @@ fn agent_that_leaves_before_the_canarys_media_is_up_is_judged_afterwards() {
         MachineScript::new(automatic())
             .see(10, RoomEventKind::SignalRequested)
             .signal(40)
-            .see(50, RoomEventKind::EchoPublished)
+            .see(50, RoomEventKind::CallerPublished)
             .joined(60)
             .left(80, "AGENT_ERROR")
     };
@@ -1386,7 +1388,7 @@ fn slow_step_of_the_canary_has_its_reason() {
         (
             created()
                 .signal(40)
-                .see(60, RoomEventKind::EchoPublished)
+                .see(60, RoomEventKind::CallerPublished)
                 .wait(15_040),
             Reason::MediaFailed,
             Some("media"),
@@ -1596,7 +1598,7 @@ fn any_order_of_events_ends_in_one_outcome() {
             _ => explicit(),
         };
         if random.u8(..4) == 0 {
-            target.echo.mode = crate::config::EchoMode::Continuous;
+            target.echo.mode = crate::config::CallerMode::PassThrough;
         }
         let mut script = MachineScript::new(target);
         let mut at = 0;
@@ -1688,7 +1690,7 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
             node: String::new(),
         },
         10 | 11 => RoomEventKind::MediaConnected,
-        12 | 13 => RoomEventKind::EchoPublished,
+        12 | 13 => RoomEventKind::CallerPublished,
         14 => RoomEventKind::AgentJoined {
             agent: agent(),
             in_join_response: random.bool(),
@@ -1699,8 +1701,8 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
         17 => RoomEventKind::AgentFirstAudio,
         18 => RoomEventKind::SpeechStarted,
         19 => RoomEventKind::SpeechEnded,
-        20 => RoomEventKind::EchoStarted,
-        21 => RoomEventKind::EchoEnded,
+        20 => RoomEventKind::CallerStarted,
+        21 => RoomEventKind::CallerEnded,
         22 if random.bool() => RoomEventKind::AgentLeft {
             reason: String::new(),
         },

@@ -12,8 +12,8 @@ fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn settings(mode: EchoMode, delay: u64) -> EchoSettings {
-    EchoSettings {
+fn settings(mode: CallerMode, delay: u64) -> CallerSettings {
+    CallerSettings {
         mode,
         delay: ms(delay),
         max_turns: 1,
@@ -22,18 +22,18 @@ fn settings(mode: EchoMode, delay: u64) -> EchoSettings {
 
 /// A call on a simulated clock: an agent that sends a packet every 20 ms, with a number in its payload.
 struct SimulatedCall {
-    echo: EchoPlayer<Arc<[u8]>>,
+    echo: CallerPlayer<Arc<[u8]>>,
     start: Instant,
     now: Instant,
     number: u8,
     agent: AgentActivity,
-    out: Vec<(u64, EchoOutput<Arc<[u8]>>)>,
+    out: Vec<(u64, CallerOutput<Arc<[u8]>>)>,
 }
 
 impl SimulatedCall {
-    fn new(settings: EchoSettings) -> Self {
+    fn new(settings: CallerSettings) -> Self {
         let start = Instant::now();
-        let mut echo = EchoPlayer::new(settings);
+        let mut echo = CallerPlayer::new(settings);
         echo.open(start);
         Self {
             echo,
@@ -104,7 +104,7 @@ impl SimulatedCall {
     fn echoed(&self) -> Vec<(u64, u8)> {
         let mut echoed = Vec::new();
         for (at, out) in &self.out {
-            if let EchoOutput::Send { frame, .. } = out
+            if let CallerOutput::Send { frame, .. } = out
                 && frame[0] == SPEECH
             {
                 echoed.push((*at, frame[1]));
@@ -113,10 +113,10 @@ impl SimulatedCall {
         echoed
     }
 
-    fn marks(&self) -> Vec<(u64, EchoOutput<Arc<[u8]>>)> {
+    fn marks(&self) -> Vec<(u64, CallerOutput<Arc<[u8]>>)> {
         let marks = self.out.iter();
         marks
-            .filter(|(_, out)| !matches!(out, EchoOutput::Send { .. }))
+            .filter(|(_, out)| !matches!(out, CallerOutput::Send { .. }))
             .cloned()
             .collect()
     }
@@ -124,7 +124,7 @@ impl SimulatedCall {
 
 #[test]
 fn turn_is_played_once_at_its_pace_and_silence_follows() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.wait(1_000);
     call.utterance(50);
     call.wait(10_000);
@@ -133,22 +133,22 @@ fn turn_is_played_once_at_its_pace_and_silence_follows() {
     assert_eq!(call.echoed(), expected);
     assert_eq!(
         call.marks(),
-        [(2_980, EchoOutput::Started), (3_980, EchoOutput::Ended)]
+        [(2_980, CallerOutput::Started), (3_980, CallerOutput::Ended)]
     );
-    let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, EchoOutput::Send { .. });
+    let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, CallerOutput::Send { .. });
     let after: Vec<_> = call.out.iter().filter(sent).collect();
     let times: Vec<_> = after.iter().map(|(at, _)| *at).collect();
     let tail: Vec<_> = (0..10).map(|i| 3_980 + 20 * i).collect();
     assert_eq!(times[..10], tail);
     assert_eq!(times[10] - times[9], 400);
     for (_, out) in after {
-        assert!(matches!(out, EchoOutput::Send { frame, .. } if **frame == SILENCE));
+        assert!(matches!(out, CallerOutput::Send { frame, .. } if **frame == SILENCE));
     }
 }
 
 #[test]
 fn audio_shortly_before_the_detected_speech_is_played_too() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.packets(50, QUIET);
     call.wait(20);
     call.utterance(10);
@@ -161,7 +161,7 @@ fn audio_shortly_before_the_detected_speech_is_played_too() {
 
 #[test]
 fn second_sentence_before_the_echo_joins_the_first() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.utterance(50);
     call.wait(200);
     let second = call.now;
@@ -180,7 +180,7 @@ fn second_sentence_before_the_echo_joins_the_first() {
 
 #[test]
 fn echo_waits_while_speech_of_the_agent_is_pending() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.utterance(10);
     let due = call.start + ms(180 + 1_000);
     call.run_to(due - ms(1));
@@ -189,35 +189,35 @@ fn echo_waits_while_speech_of_the_agent_is_pending() {
     let mut now = due;
     while now < latest {
         while let Some(out) = call.echo.poll(now, call.agent) {
-            assert_ne!(out, EchoOutput::Started);
+            assert_ne!(out, CallerOutput::Started);
         }
         now += SPEECH_CHECK_INTERVAL;
     }
     // What is pending for longer is not speech.
     let mut outputs = std::iter::from_fn(|| call.echo.poll(latest, call.agent));
-    assert!(outputs.any(|out| out == EchoOutput::Started));
+    assert!(outputs.any(|out| out == CallerOutput::Started));
 }
 
 #[test]
 fn echo_starts_soon_after_the_sound_turned_out_not_to_be_speech() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.utterance(10);
     let due = call.start + ms(180 + 1_000);
     call.run_to(due - ms(1));
     call.agent.may_speak = true;
     while let Some(out) = call.echo.poll(due, call.agent) {
-        assert_ne!(out, EchoOutput::Started);
+        assert_ne!(out, CallerOutput::Started);
     }
     let postponed = call.echo.next_deadline().unwrap();
     assert_eq!(postponed, due + SPEECH_CHECK_INTERVAL);
     call.agent.may_speak = false;
     let started = call.echo.poll(postponed, call.agent);
-    assert_eq!(started, Some(EchoOutput::Started));
+    assert_eq!(started, Some(CallerOutput::Started));
 }
 
 #[test]
 fn echo_waits_until_the_agents_session_listens() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.agent.is_busy = true;
     call.utterance(10);
     call.wait(5_000);
@@ -232,18 +232,18 @@ fn echo_waits_until_the_agents_session_listens() {
 
 #[test]
 fn session_that_never_reports_that_it_listens_delays_the_echo_for_at_most_30_s() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.agent.is_busy = true;
     call.utterance(10);
     call.wait(60_000);
-    assert_eq!(call.marks()[0], (180 + 30_000, EchoOutput::Started));
+    assert_eq!(call.marks()[0], (180 + 30_000, CallerOutput::Started));
 }
 
 /// The endpointing of livekit-agents takes 500 ms of silence for the end of the caller's turn.
 #[test]
 fn pause_in_the_echo_is_at_most_200_ms_long_and_all_speech_is_there() {
     for (pause, sends_packets) in [(300, true), (1_500, true), (1_500, false)] {
-        let mut call = SimulatedCall::new(settings(EchoMode::Turn, 2_000));
+        let mut call = SimulatedCall::new(settings(CallerMode::Echo, 2_000));
         let first = call.now;
         call.packets(50, LOUD);
         call.echo.on_speech_started(first);
@@ -274,9 +274,9 @@ fn pause_in_the_echo_is_at_most_200_ms_long_and_all_speech_is_there() {
 
 #[test]
 fn echo_plays_no_more_turns_than_the_setting() {
-    let mut call = SimulatedCall::new(EchoSettings {
+    let mut call = SimulatedCall::new(CallerSettings {
         max_turns: 2,
-        ..settings(EchoMode::Turn, 700)
+        ..settings(CallerMode::Echo, 700)
     });
     for _ in 0..4 {
         call.utterance(10);
@@ -288,9 +288,9 @@ fn echo_plays_no_more_turns_than_the_setting() {
 
 #[test]
 fn utterance_during_playback_is_played_as_the_next_turn() {
-    let mut call = SimulatedCall::new(EchoSettings {
+    let mut call = SimulatedCall::new(CallerSettings {
         max_turns: 2,
-        ..settings(EchoMode::Turn, 700)
+        ..settings(CallerMode::Echo, 700)
     });
     call.utterance(50);
     call.wait(200);
@@ -304,7 +304,7 @@ fn utterance_during_playback_is_played_as_the_next_turn() {
 
 #[test]
 fn recording_ends_after_thirty_seconds() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.utterance(2_000);
     call.wait(60_000);
     assert_eq!(call.echoed().len(), 1_500);
@@ -313,32 +313,32 @@ fn recording_ends_after_thirty_seconds() {
 
 #[test]
 fn echo_sends_nothing_before_the_track_is_open() {
-    let mut echo = EchoPlayer::<Arc<[u8]>>::new(EchoSettings::default());
+    let mut echo = CallerPlayer::<Arc<[u8]>>::new(CallerSettings::default());
     let now = Instant::now();
     assert_eq!(echo.next_deadline(), None);
     assert_eq!(echo.poll(now, AgentActivity::default()), None);
     echo.open(now);
     assert!(matches!(
         echo.poll(now, AgentActivity::default()),
-        Some(EchoOutput::Send { resumes: true, .. })
+        Some(CallerOutput::Send { resumes: true, .. })
     ));
 }
 
 #[test]
 fn idle_track_sends_a_frame_of_silence_every_400_ms() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Turn, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::Echo, 1_000));
     call.wait(180);
     call.out.clear();
     call.wait(4_000);
     assert_eq!(call.out.len(), 10);
     for (_, out) in &call.out {
-        assert!(matches!(out, EchoOutput::Send { resumes: true, .. }));
+        assert!(matches!(out, CallerOutput::Send { resumes: true, .. }));
     }
 }
 
 #[test]
 fn continuous_echo_plays_every_packet_after_the_delay() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Continuous, 2_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::PassThrough, 2_000));
     call.wait(1_000);
     call.utterance(50);
     call.wait(10_000);
@@ -346,13 +346,13 @@ fn continuous_echo_plays_every_packet_after_the_delay() {
     assert_eq!(call.echoed(), expected);
     assert_eq!(
         call.marks(),
-        [(3_000, EchoOutput::Started), (3_980, EchoOutput::Ended)]
+        [(3_000, CallerOutput::Started), (3_980, CallerOutput::Ended)]
     );
 }
 
 #[test]
 fn continuous_echo_keeps_the_agents_pace_under_jitter() {
-    let mut call = SimulatedCall::new(settings(EchoMode::Continuous, 1_000));
+    let mut call = SimulatedCall::new(settings(CallerMode::PassThrough, 1_000));
     for i in 0..20_u64 {
         let late = if i % 2 == 1 { 15 } else { 0 };
         call.run_to(call.start + ms(20 * i + late));

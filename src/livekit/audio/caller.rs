@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::rtp;
 use super::speech;
-use crate::config::{Echo as EchoSettings, EchoMode};
+use crate::config::{Caller as CallerSettings, CallerMode};
 
 /// The silence that ends an echo. Without it, the listener takes the end for packet loss.
 const TAIL_SILENCE: Duration = Duration::from_millis(200);
@@ -51,9 +51,9 @@ pub(crate) trait Frame: Clone {
     fn duration(&self) -> Duration;
 }
 
-/// What the caller of [`EchoPlayer::poll`] has to do now.
+/// What the caller of [`CallerPlayer::poll`] has to do now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum EchoOutput<F> {
+pub(crate) enum CallerOutput<F> {
     /// A frame for the track.
     Send {
         /// When the frame is due; the RTP timestamp follows from it.
@@ -92,12 +92,14 @@ pub(crate) struct AgentActivity {
 #[derive(Debug)]
 enum PlannedOutput<F> {
     Frame(F),
-    Mark(EchoOutput<F>),
+    Mark(CallerOutput<F>),
 }
 
 /// The echo of one agent.
-pub(crate) struct EchoPlayer<F> {
-    settings: EchoSettings,
+pub(crate) struct CallerPlayer<F> {
+    settings: CallerSettings,
+    /// How long a busy agent is waited for.
+    agent_turn: Duration,
     silence: F,
     queue: VecDeque<(Instant, PlannedOutput<F>)>,
     last_sent: Option<Instant>,
@@ -136,24 +138,25 @@ struct PassThrough<F> {
     /// A due time and the matching media time.
     anchor: Option<(Instant, u64)>,
     /// When the echo of an utterance starts or ends.
-    marks: VecDeque<(Instant, EchoOutput<F>)>,
+    marks: VecDeque<(Instant, CallerOutput<F>)>,
 }
 
-impl<F: Frame> EchoPlayer<F> {
-    pub(crate) fn new(settings: EchoSettings) -> Self {
+impl<F: Frame> CallerPlayer<F> {
+    pub(crate) fn new(settings: CallerSettings, agent_turn: Duration) -> Self {
         let mode = match settings.mode {
-            EchoMode::Turn => PlayMode::Turn(TurnPlayer {
+            CallerMode::Echo | CallerMode::Script => PlayMode::Turn(TurnPlayer {
                 recorded: VecDeque::new(),
                 phase: TurnPhase::default(),
                 played: 0,
             }),
-            EchoMode::Continuous => PlayMode::Continuous(PassThrough {
+            CallerMode::PassThrough => PlayMode::Continuous(PassThrough {
                 anchor: None,
                 marks: VecDeque::new(),
             }),
         };
         Self {
             settings,
+            agent_turn,
             silence: F::silence(),
             queue: VecDeque::new(),
             last_sent: None,
@@ -172,10 +175,10 @@ impl<F: Frame> EchoPlayer<F> {
 
     pub(crate) fn on_frame(&mut self, frame: AgentFrame<F>) {
         match &mut self.mode {
-            PlayMode::Turn(turn) if turn.played < self.settings.max_turns => turn.record(frame),
+            PlayMode::Turn(turn) if turn.played < self.settings.turns => turn.record(frame),
             PlayMode::Turn(_) => {}
             PlayMode::Continuous(continuous) => {
-                let due = continuous.due(self.settings.delay, &frame);
+                let due = continuous.due(self.settings.silence, &frame);
                 if self.queue.len() < MAX_FRAMES {
                     self.queue
                         .push_back((due, PlannedOutput::Frame(frame.frame)));
@@ -192,7 +195,7 @@ impl<F: Frame> EchoPlayer<F> {
                 turn.phase = TurnPhase::Recording;
             }
             PlayMode::Continuous(continuous) => {
-                continuous.mark(at + self.settings.delay, EchoOutput::Started);
+                continuous.mark(at + self.settings.silence, CallerOutput::Started);
             }
         }
     }
@@ -202,21 +205,21 @@ impl<F: Frame> EchoPlayer<F> {
         match &mut self.mode {
             PlayMode::Turn(turn) if turn.phase == TurnPhase::Recording => {
                 turn.phase = TurnPhase::Waiting {
-                    until: at + self.settings.delay,
-                    busy_until: at + EchoSettings::MAX_BUSY_WAIT,
+                    until: at + self.settings.silence,
+                    busy_until: at + self.agent_turn,
                     speech: turn.recorded.partition_point(|it| it.arrived <= at),
                     postponed: Duration::ZERO,
                 };
             }
             PlayMode::Turn(_) => {}
             PlayMode::Continuous(continuous) => {
-                continuous.mark(at + self.settings.delay, EchoOutput::Ended);
+                continuous.mark(at + self.settings.silence, CallerOutput::Ended);
             }
         }
     }
 
     /// Returns what to do at `now`. Call it until it returns `None`. An echo that has not started waits for the agent.
-    pub(crate) fn poll(&mut self, now: Instant, agent: AgentActivity) -> Option<EchoOutput<F>> {
+    pub(crate) fn poll(&mut self, now: Instant, agent: AgentActivity) -> Option<CallerOutput<F>> {
         if !self.open {
             return None;
         }
@@ -292,7 +295,7 @@ impl<F: Frame> EchoPlayer<F> {
             return;
         }
         self.queue
-            .push_back((now, PlannedOutput::Mark(EchoOutput::Started)));
+            .push_back((now, PlannedOutput::Mark(CallerOutput::Started)));
         let mut end = now;
         for (due, frame) in without_long_pauses(turn.recorded.drain(..).take(speech).collect()) {
             let due = now + due;
@@ -300,7 +303,7 @@ impl<F: Frame> EchoPlayer<F> {
             self.queue.push_back((due, PlannedOutput::Frame(frame)));
         }
         self.queue
-            .push_back((end, PlannedOutput::Mark(EchoOutput::Ended)));
+            .push_back((end, PlannedOutput::Mark(CallerOutput::Ended)));
         // An echo is rare and its buffer is large: return the memory.
         turn.recorded.shrink_to(0);
         self.silence_from(end);
@@ -315,12 +318,12 @@ impl<F: Frame> EchoPlayer<F> {
         }
     }
 
-    fn send(&mut self, due: Instant, frame: F) -> EchoOutput<F> {
+    fn send(&mut self, due: Instant, frame: F) -> CallerOutput<F> {
         let resumes = self
             .last_sent
             .is_none_or(|last| due.saturating_duration_since(last) >= KEEP_ALIVE_INTERVAL / 2);
         self.last_sent = Some(due);
-        EchoOutput::Send {
+        CallerOutput::Send {
             due,
             frame,
             resumes,
@@ -403,7 +406,7 @@ impl<F> PassThrough<F> {
 
     /// Drops a mark beyond [`MAX_FRAMES`], as frames are. Only a delay of hours gets there: utterances are further
     /// apart than their end silence, so few marks wait at a time.
-    fn mark(&mut self, due: Instant, out: EchoOutput<F>) {
+    fn mark(&mut self, due: Instant, out: CallerOutput<F>) {
         if self.marks.len() < MAX_FRAMES {
             self.marks.push_back((due, out));
         }
