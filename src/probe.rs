@@ -19,9 +19,10 @@ mod timeline;
 mod transcript;
 mod turns;
 mod verdict;
+mod words;
 
 pub use machine::max_time_to_verdict;
-pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
+pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason, SessionEntry};
 pub use timeline::{AgentStage, Milestone, Span, Timeline, Turn, TurnResult, TurnStages};
 pub use transcript::TranscriptLine;
 pub use verdict::USUAL_HEADER_BYTES;
