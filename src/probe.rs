@@ -59,6 +59,8 @@ pub struct ProbeReport {
     pub evidence: Evidence,
     pub timeline: Timeline,
     pub turns: Vec<Turn>,
+    /// Whether every turn of the caller must be answered.
+    pub expects_reply: bool,
     /// The call as the agent transcribed it; `None` unless the target keeps transcripts.
     pub transcript: Option<Vec<TranscriptLine>>,
     pub agent: Option<Agent>,
@@ -86,6 +88,7 @@ impl ProbeReport {
             evidence: Evidence::default(),
             timeline: Timeline::default(),
             turns: Vec::new(),
+            expects_reply: false,
             transcript: None,
             agent: None,
             other_agents: 0,

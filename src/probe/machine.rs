@@ -237,7 +237,10 @@ impl ProbeMachine {
             claim: SpeechClaim::default(),
             messages: Messages::default(),
             transcript: Transcript::default(),
-            report: ProbeReport::new(room, position, started_at, outcome),
+            report: ProbeReport {
+                expects_reply: target.expect.reply,
+                ..ProbeReport::new(room, position, started_at, outcome)
+            },
             actions: Vec::new(),
             target,
         }

@@ -107,6 +107,11 @@ impl Timeline {
         self.caller_speaks_first = true;
     }
 
+    /// Whether the caller speaks before the agent does.
+    pub fn caller_speaks_first(&self) -> bool {
+        self.caller_speaks_first
+    }
+
     /// From now on no span has a value: the canary did not see when things happened.
     pub(super) fn record_stall(&mut self) {
         self.stalled = true;

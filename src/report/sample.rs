@@ -86,6 +86,7 @@ pub(crate) fn probe(
         outcome,
         evidence,
         turns: if spoke { vec![turn] } else { Vec::new() },
+        expects_reply: true,
         transcript: spoke.then(|| {
             vec![TranscriptLine {
                 at: at(1100),
