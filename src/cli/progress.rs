@@ -237,7 +237,7 @@ impl RoomLine {
                     Outcome::Aborted | Outcome::Ok => outcome.label(),
                 });
             }
-            ProbeEvent::JoinDecided { .. } => {}
+            ProbeEvent::JoinDecided { .. } | ProbeEvent::TurnStarted { .. } => {}
         }
     }
 

@@ -30,7 +30,7 @@ use conversation::Messages;
 use deadlines::{ENGINE_GRACE, MAX_ECHO};
 use room::{NAMELESS, SpeechClaim};
 
-pub use deadlines::max_time_to_verdict;
+pub use deadlines::{max_overrun, max_time_to_verdict};
 
 /// Entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MAX_ENTRIES: usize = 20;
