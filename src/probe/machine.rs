@@ -800,10 +800,12 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         "" => String::new(),
         name => format!(", deployment \"{name}\""),
     };
-    format!(
-        "{} for agent \"{}\"{deployment}: {jobs}",
-        dispatch.id, dispatch.agent_name
-    )
+    let agent = match dispatch.agent_name.as_str() {
+        // livekit-server adds it to every room, whether or not such an agent exists.
+        "" => "LiveKit's own for unnamed agents".to_owned(),
+        name => format!("for agent \"{name}\""),
+    };
+    format!("{} {agent}{deployment}: {jobs}", dispatch.id)
 }
 
 #[cfg(test)]
