@@ -147,7 +147,7 @@ fn agent_that_joined_before_the_dispatch_was_in_time() {
         Evidence::default(),
         IN_TIME,
     );
-    assert_eq!(verdicts(&undispatched), "-++.-");
+    assert_eq!(verdicts(&undispatched), "-+++-");
 }
 
 #[test]

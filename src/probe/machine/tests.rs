@@ -1303,8 +1303,22 @@ fn speech_that_only_the_agents_state_shows_is_noted() {
         assert_eq!(reason_of(&report), Reason::AgentSilent);
         report.evidence.notes.join("; ")
     };
-    assert!(claims(3_500).contains("spoke for 2.5 s, but the canary heard no voice"));
-    assert!(!claims(1_900).contains("heard no voice"));
+    assert!(claims(3_500).contains("spoke for 2.5 s, but the canary heard 0.0 s of speech"));
+    assert!(!claims(1_900).contains("0.0 s of speech"));
+    // Half of what it says is too quiet.
+    let state = |state: &str| RoomEventKind::AgentState(state.to_owned());
+    let quiet = MachineScript::new(explicit())
+        .with_agent()
+        .see(700, state("speaking"))
+        .speech(2_000, 3_000)
+        .see(5_000, state("listening"))
+        .hold(5_100, 5_200)
+        .wait(5_200);
+    let notes = quiet.report(5_210).evidence.notes.join("\n");
+    assert!(
+        notes.contains("spoke for 4.3 s, but the canary heard 1.0 s of speech"),
+        "{notes}"
+    );
 }
 
 #[test]
