@@ -7,7 +7,7 @@ use std::time::Duration;
 use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{Alerts, Config, Period, Problems, Project, Schedule, Target};
+use crate::config::{Alerts, CallerMode, Config, Period, Problems, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::metrics::Sli;
 use crate::probe::billable_minutes;
@@ -153,8 +153,9 @@ impl<'a> Forecast<'a> {
                 in_days(cost.max_duration)
             ),
         ));
+        let per_day = forecast.ticks.iter().copied().max().unwrap_or(0);
         for (key, batches) in [
-            ("per day", forecast.ticks.iter().copied().max().unwrap_or(0)),
+            ("per day", per_day),
             ("per 30 days", forecast.ticks_in_30_days()),
         ] {
             let times = |minutes: &RangeInclusive<u64>| {
@@ -172,6 +173,15 @@ impl<'a> Forecast<'a> {
                 format!(
                     "{}, {agent} agent minutes, {participant} participant minutes",
                     counted(batches, "batch")
+                ),
+            ));
+        }
+        if let Some(turns) = turns_per_batch(forecast.target) {
+            entries.push((
+                "turns",
+                format!(
+                    "{turns} per batch, {} per day: each costs the agent STT, LLM and TTS",
+                    turns * per_day
                 ),
             ));
         }
@@ -285,6 +295,13 @@ impl TargetForecast<'_> {
         let windows = self.ticks.windows(30).map(|days| days.iter().sum());
         windows.max().unwrap_or(0)
     }
+}
+
+/// How many times the callers of a batch speak, if each agent replies. `None` if that depends on the agent alone.
+fn turns_per_batch(target: &Target) -> Option<u64> {
+    let caller = &target.caller;
+    let per_room = u64::from(caller.turns) + u64::from(caller.interrupt);
+    (caller.mode != CallerMode::PassThrough).then(|| per_room * target.batch.rooms as u64)
 }
 
 fn beyond_budget(

@@ -8,7 +8,7 @@ use super::{Action, DispatchCall, Disruption, Phase, ProbeMachine};
 use crate::config::{Caller, Target};
 use crate::probe::turns::{Awaited, EVIDENCE_WAIT, YIELD_SILENCE};
 use crate::probe::verdict::{AgentDuty, DispatchListing, MediaState};
-use crate::probe::{Failure, Milestone, Outcome};
+use crate::probe::{Failure, Milestone};
 
 /// The engine's own deadline for the signal connection comes first, because it knows more; ours comes this much later.
 pub(super) const ENGINE_GRACE: Duration = Duration::from_secs(2);
@@ -28,20 +28,33 @@ const UPLINK_WAIT: Duration = Duration::from_secs(5);
 /// The longest that a room stays open for a verdict after the agent's join, whatever the hold, excluding clean-up. The worst
 /// case that is reserved for a room rests on it.
 pub fn max_time_to_verdict(target: &Target) -> Duration {
+    target.deadlines.speech + max_conversation(target, target.caller.turns) + MAX_SIGNAL_SILENCE
+}
+
+/// How much longer than its hold a room stays open to finish a turn that need not be answered.
+pub fn max_overrun(target: &Target) -> Duration {
+    if target.expect.reply {
+        // Every turn is waited for, so none begins after the last one.
+        return Duration::ZERO;
+    }
     let deadlines = &target.deadlines;
-    let caller = &target.caller;
-    let turn = deadlines.agent_turn + max_caller_wait(target) + max_caller_speech(caller);
-    let conversation = if target.expect.reply {
-        (turn + deadlines.reply) * caller.turns + deadlines.agent_turn + EVIDENCE_WAIT
+    max_caller_speech(&target.caller) + deadlines.reply + deadlines.agent_turn + EVIDENCE_WAIT
+}
+
+/// How long the conversation takes at most, if a reply is expected to each turn and this many of them are left.
+fn max_conversation(target: &Target, turns: u32) -> Duration {
+    if !target.expect.reply {
+        return Duration::ZERO;
+    }
+    let deadlines = &target.deadlines;
+    let before = deadlines.agent_turn + max_caller_wait(target);
+    let turn = before + max_caller_speech(&target.caller) + deadlines.reply;
+    let interruption = if target.caller.interrupt {
+        max_caller_speech(&target.caller) + deadlines.reply
     } else {
         Duration::ZERO
     };
-    let interruption = if target.expect.reply && caller.interrupt {
-        max_caller_speech(caller) + deadlines.reply + deadlines.agent_turn
-    } else {
-        Duration::ZERO
-    };
-    deadlines.speech + conversation + interruption + MAX_SIGNAL_SILENCE
+    turn * turns + interruption + deadlines.agent_turn + EVIDENCE_WAIT
 }
 
 /// From the end of the agent's speech until the caller speaks, at the longest.
@@ -105,6 +118,15 @@ impl ProbeMachine {
         }
     }
 
+    /// The longest time from the agent's join to the verdict, now that the caller speaks.
+    pub(super) fn time_to_verdict(&self, now: Instant) -> Duration {
+        let joined = self.report.timeline.get(Milestone::AgentJoined);
+        let passed = joined.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let taken = u32::try_from(self.turns.taken()).unwrap_or(u32::MAX);
+        let left = (self.target.caller.turns + 1).saturating_sub(taken);
+        passed + max_conversation(&self.target, left) + MAX_SIGNAL_SILENCE
+    }
+
     /// The next deadline and what it is for.
     fn due(&self) -> Option<(Instant, Due)> {
         let deadlines = &self.target.deadlines;
@@ -159,6 +181,10 @@ impl ProbeMachine {
 
     /// What is due once someone has spoken.
     fn due_of_conversation(&self) -> Option<(Instant, Due)> {
+        // Nothing more can come from an agent that has left.
+        if let Some(Disruption::Left { at, .. }) = &self.disruption {
+            return (!self.call_under_way()).then_some((*at, Due::Ok));
+        }
         let turn = [
             self.due_of_turn(),
             self.yield_due().map(|at| (at, Due::Yield)),
@@ -168,13 +194,10 @@ impl ProbeMachine {
             return turn;
         }
         // The agent can join before CreateDispatch has returned. The probe waits for that answer.
-        if matches!(self.dispatch, DispatchCall::UnderWay { .. }) {
+        if self.call_under_way() {
             return None;
         }
-        match &self.disruption {
-            Some(Disruption::Left { at, .. }) => Some((*at, Due::Ok)),
-            _ => self.hold_until.map(|until| (until, Due::Ok)),
-        }
+        self.hold_until.map(|until| (until, Due::Ok))
     }
 
     /// The next deadline of a turn. A turn that has begun is finished, even if no reply is expected.
@@ -297,7 +320,7 @@ impl ProbeMachine {
                     self.final_check(AgentDuty::Yield, now);
                 }
             }
-            Due::Ok => self.decide(Outcome::Ok, now),
+            Due::Ok => self.conclude(now),
             Due::FinalCheck => {
                 if let Phase::FinalCheck { duty, .. } = self.phase {
                     let listing = self.final_listing.take();
