@@ -154,7 +154,7 @@ func turns() query {
 }
 
 func turnsByResult(name string) query {
-	return query{sum(growth("caller_turns_total", "", "$window")) + " > 0", name}
+	return query{sum(growth("caller_turns_total", "", "$window")), name}
 }
 
 // The objective of a service level, unless the settings rule it out.
