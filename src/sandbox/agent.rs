@@ -229,7 +229,7 @@ impl DemoAgent {
 
     /// Whether it may speak the second part of its greeting now.
     fn may_go_on(&self) -> bool {
-        self.phase == AgentPhase::Listening && !self.ear.hears_voice()
+        self.phase == AgentPhase::Listening && !self.ear.hears_turn()
     }
 
     /// Does what is due at `now`.
@@ -352,6 +352,8 @@ impl DemoAgent {
             let least = usize::try_from(least).unwrap_or(usize::MAX);
             let repetitions = least.div_ceil(length).max(1);
             (length * repetitions, self.script.network_delay)
+        } else if clip == Clip::Greeting && self.script.greeting_pause.is_some() {
+            (self.voice.of(clip).len() / 2, 0)
         } else {
             (self.voice.of(clip).len(), 0)
         };

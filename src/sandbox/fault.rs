@@ -99,7 +99,7 @@ pub enum InjectedFault {
     SlowStage(AgentStage, Duration),
     /// Each reply arrives this much later than it was sent.
     SlowNetwork(Duration),
-    /// Its LLM fails on every turn of its caller.
+    /// Its LLM fails on every turn of its caller. It greets in two parts, which are fixed texts.
     DeadLlm,
     /// It is no `AgentSession`: it reports no state, no event and no transcript.
     SilentSession,
@@ -229,13 +229,13 @@ The agent:
   never_yields             speaks on when the caller interrupts
   waits_for_caller         does not greet
   two_part_greeting=2s     pauses in the middle of its greeting
-  long_reply=8s            its replies are at least this long
+  long_reply[=12s]         its replies are at least this long
   wrong_words              its replies have other words than its greeting
   tool=NAME                runs this tool before each reply
   tool_error=NAME          the same, and the tool fails
   slow_stage=STAGE:2s      this stage takes longer: transcription, end_of_turn, llm, tts
   slow_network=1s          its replies arrive late; its own figures do not show it
-  dead_llm                 its LLM fails: reports an error and never answers
+  dead_llm                 greets in two parts, reports an error on every turn and never answers
   silent_session           reports no state, no event and no transcript
   inference_error[=TEXT]   reports an inference error (429) and falls silent
 The service:
@@ -245,6 +245,9 @@ The service:
                            upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, quota, unnamed, 503,
                            500, drop, hang, flood
   STEP=ACTION              STEP: before_join, after_join; ACTION: leave, remove, drop, hang, flood";
+
+/// Long enough for an interruption.
+const LONG_REPLY: Duration = Duration::from_secs(12);
 
 const INFERENCE_ERROR: &str =
     "message='inference_quota_exceeded', status_code=429, retryable=False, body=None";
@@ -357,7 +360,10 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "never_yields" => plain(InjectedFault::NeverYields),
         "waits_for_caller" => plain(InjectedFault::WaitsForCaller),
         "two_part_greeting" => Ok(InjectedFault::TwoPartGreeting(duration()?)),
-        "long_reply" => Ok(InjectedFault::LongReply(duration()?)),
+        "long_reply" => {
+            let length = value.map(parse_duration).transpose()?;
+            Ok(InjectedFault::LongReply(length.unwrap_or(LONG_REPLY)))
+        }
         "wrong_words" => plain(InjectedFault::WrongWords),
         "tool" | "tool_error" => Ok(InjectedFault::Tool {
             name: text("lookup")?,

@@ -129,6 +129,11 @@ impl CallerEar {
         self.turn.as_ref().is_some_and(|turn| turn.voice.is_some())
     }
 
+    /// Whether a turn of the caller is under way, or not yet over.
+    pub(super) fn hears_turn(&self) -> bool {
+        self.turn.is_some()
+    }
+
     /// How long the caller has been speaking without a pause.
     pub(super) fn voice_duration(&self) -> Duration {
         let turn = self.turn.as_ref();

@@ -13,6 +13,10 @@ const END_OF_TURN: Duration = Duration::from_millis(600);
 const LLM: Duration = Duration::from_millis(350);
 const TTS: Duration = Duration::from_millis(150);
 
+/// The pause in the greeting of an agent whose LLM is dead. A client that takes any speech for an answer then counts the
+/// second part of the greeting as one.
+const DEAD_LLM_PAUSE: Duration = Duration::from_secs(3);
+
 /// What the agent says in its greeting and in each reply.
 const WORDS: &str = "Good day to you.";
 const WRONG_WORDS: &str = "Please hold the line.";
@@ -113,6 +117,9 @@ impl AgentScript {
         };
         for fault in faults.iter() {
             script.apply(fault);
+        }
+        if script.answer == AnswerBehaviour::Error {
+            script.greeting_pause.get_or_insert(DEAD_LLM_PAUSE);
         }
         script
     }

@@ -16,8 +16,8 @@ pub(super) fn understood(spoken: &[Spoken], frames: usize) -> String {
         let parts = &spoken[first..];
         let length: usize = parts.iter().map(|part| part.frames).sum();
         let texts = || parts.iter().map(|part| &*part.text);
-        // Neither side counts every frame: silence is cut, and packets get lost.
-        (length.abs_diff(frames) <= length / 5).then(|| texts().collect::<Vec<_>>().join(" "))
+        // An echo lacks the soft start and end, and packets get lost.
+        (length.abs_diff(frames) <= 15 + length / 10).then(|| texts().collect::<Vec<_>>().join(" "))
     });
     echoed.unwrap_or_else(|| UNKNOWN_SPEECH.to_owned())
 }
