@@ -105,8 +105,9 @@ Exit status:
 
 /// Open one batch of rooms now and report what happened in each
 ///
-/// In each room, the agent joins and speaks, the canary answers as a caller, and the
-/// agent replies. Then the canary deletes the rooms. Progress goes to stderr, the result to stdout.
+/// In each room, the agent joins and speaks, the canary answers as a caller, and
+/// the agent replies. Then the canary deletes the rooms. Progress goes to stderr,
+/// the result to stdout.
 #[derive(Args)]
 #[command(after_help = ONCE_EPILOGUE, verbatim_doc_comment)]
 struct OnceArgs {

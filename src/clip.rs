@@ -80,6 +80,8 @@ struct Recording {
     pcm: Vec<i16>,
 }
 
+type ReadRecording = fn(&[u8]) -> Result<Recording, ClipError>;
+
 impl SpeechClip {
     /// The length of one packet.
     pub const PACKET: Duration = Duration::from_millis(20);
@@ -90,7 +92,7 @@ impl SpeechClip {
     /// # Errors
     /// The file has another format, is malformed or does not fit these limits.
     pub fn read(file: &[u8]) -> Result<Self, ClipError> {
-        let (format, reader): (_, fn(&[u8]) -> Result<Recording, ClipError>) = match file {
+        let (format, reader): (_, ReadRecording) = match file {
             [b'R', b'I', b'F', b'F', ..] => ("WAV", wav::read),
             [b'O', b'g', b'g', b'S', ..] => ("Ogg Opus", ogg_opus::read),
             _ => return Err(ClipError::UnknownFormat),
@@ -105,6 +107,7 @@ impl SpeechClip {
     }
 
     /// The question [`BUILTIN_HELLO`].
+    #[expect(clippy::missing_panics_doc, reason = "a test reads this file")]
     pub fn hello() -> Arc<Self> {
         static CLIP: OnceLock<Arc<SpeechClip>> = OnceLock::new();
         let clip = || Arc::new(Self::read(HELLO).expect("a test reads this file"));
@@ -134,7 +137,7 @@ impl SpeechClip {
         };
         let packet_samples = samples(recording.rate, Self::PACKET);
         let mut packet = [0; MAX_PACKET_BYTES];
-        let mut decoded = vec![0; samples(RATE, Self::PACKET)];
+        let mut buffer = vec![0; samples(RATE, Self::PACKET)];
         for chunk in recording.speech().chunks(packet_samples) {
             let mut chunk = chunk.to_vec();
             chunk.resize(packet_samples, 0);
@@ -142,10 +145,10 @@ impl SpeechClip {
             let length = length.map_err(|error| failed(error.to_string()))?;
             let packet = &packet[..length];
             decoder
-                .decode(packet, &mut decoded, DecodeMode::Normal)
+                .decode(packet, &mut buffer, DecodeMode::Normal)
                 .map_err(|error| failed(error.to_string()))?;
             clip.packets.push(packet.into());
-            clip.pcm.extend_from_slice(&decoded);
+            clip.pcm.extend_from_slice(&buffer);
         }
         Ok(clip)
     }

@@ -210,7 +210,8 @@ fn caller_line(caller: &Caller) -> String {
             .expect("writing to a string can't fail");
     }
     let turns = counted(caller.turns.into(), "turn");
-    write!(line, ", {turns}, each after {silence} of silence")
+    let each = if caller.turns > 1 { "each " } else { "" };
+    write!(line, ", {turns}, {each}after {silence} of silence")
         .expect("writing to a string can't fail");
     if caller.turns > 1 && caller.pause > caller.silence {
         let pause = format_duration(caller.pause);

@@ -1,5 +1,6 @@
 //! Ogg Opus files (RFC 7845), decoded at 48 kHz.
 
+use std::fmt::Display;
 use std::io::Cursor;
 
 use ogg::PacketReader;
@@ -30,14 +31,14 @@ pub(super) fn read(file: &[u8]) -> Result<Recording, ClipError> {
     let mut decoder = Decoder::new(RATE, Channels::Mono).map_err(invalid)?;
     decoder.set_gain(head.gain.into()).map_err(invalid)?;
     let mut pcm = Vec::new();
-    let mut decoded = vec![0; MAX_PACKET_SAMPLES];
+    let mut buffer = vec![0; MAX_PACKET_SAMPLES];
     while let Some(packet) = next()? {
         // An empty packet would ask the decoder to conceal a loss.
         if packet.data.is_empty() {
             return Err(invalid("it has an empty packet"));
         }
-        let count = decoder.decode(&packet.data, &mut decoded, DecodeMode::Normal);
-        pcm.extend_from_slice(&decoded[..count.map_err(invalid)?]);
+        let count = decoder.decode(&packet.data, &mut buffer, DecodeMode::Normal);
+        pcm.extend_from_slice(&buffer[..count.map_err(invalid)?]);
         if packet.last_in_stream() {
             // The position of the last page cuts off what fills its last packet (RFC 7845, section 4.4).
             let end = usize::try_from(packet.absgp_page()).unwrap_or(usize::MAX);
@@ -90,9 +91,9 @@ impl Head {
     }
 }
 
-fn invalid(error: impl ToString) -> ClipError {
+fn invalid(error: impl Display) -> ClipError {
     ClipError::Invalid {
         format: "Ogg Opus",
-        reason: error.to_string(),
+        reason: format!("{error}"),
     }
 }

@@ -19,7 +19,7 @@ fn wav(spec: WavSpec, millis: u32) -> Vec<u8> {
     let mut file = Cursor::new(Vec::new());
     let mut writer = WavWriter::new(&mut file, spec).unwrap();
     for index in 0..spec.sample_rate * millis / 1_000 {
-        let loud = index * 800 / spec.sample_rate % 2 == 0;
+        let loud = (index * 800 / spec.sample_rate).is_multiple_of(2);
         for _ in 0..spec.channels {
             match spec.sample_format {
                 SampleFormat::Int => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::file::read_regular;
-use super::problem::shown;
+use super::problem::{in_file, shown};
 use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section};
 use super::settings::{Caller, CallerLine, CallerMode, Expect};
 use crate::clip::{self, ClipError, SpeechClip};
@@ -17,54 +17,79 @@ const MAX_TURNS: u32 = 1000;
 /// `reads_audio`: whether the files of the lines are read; otherwise the lines have no sound.
 pub(super) fn read(mut section: Section<'_>, reads_audio: bool) -> Caller {
     let default = Caller::default();
-    let [first_place, interrupt_place, lines_place] =
-        ["speaks_first", "interrupt", "lines"].map(|key| section.place_of(key));
-    let mode_place = section.place_of("mode");
+    let places = Places {
+        mode: section.place_of("mode"),
+        lines: section.place_of("lines"),
+        speaks_first: section.place_of("speaks_first"),
+        interrupt: section.place_of("interrupt"),
+    };
     let mode = section.choice("mode", "a mode of the caller");
     let lines = section.each_table("lines", |line| read_line(line, reads_audio));
-    let number_of_lines = u32::try_from(lines.len()).unwrap_or(u32::MAX);
-    let turns = number_of_lines.clamp(default.turns, MAX_TURNS);
+    check_lines(&mut section, mode, lines.as_ref().map(Vec::len), &places);
+    let lines = lines.filter(|_| mode == CallerMode::Script);
+    let lines = lines.unwrap_or_default();
+    let turns = u32::try_from(lines.len()).unwrap_or(u32::MAX);
     let caller = Caller {
         mode,
         silence: section.duration("silence", default.silence, Duration::ZERO..=MAX_WAIT),
-        turns: section.number("turns", turns, 1..=MAX_TURNS),
+        turns: section.number("turns", turns.clamp(1, MAX_TURNS), 1..=MAX_TURNS),
         pause: section.duration("pause", default.pause, Duration::ZERO..=MAX_WAIT),
         speaks_first: section.boolean("speaks_first", default.speaks_first),
         interrupt: section.boolean("interrupt", default.interrupt),
         lines,
     };
-    let is_script = mode == CallerMode::Script;
     let name = mode.name();
-    if !is_script && lines_place.is_some() {
-        let message = format!("mode {name:?} plays no lines");
-        let hint = "set mode to \"script\", or remove the lines";
-        section.problem("lines", lines_place.clone(), message, hint);
+    if caller.speaks_first && mode != CallerMode::Script {
+        let message = format!("mode {name:?} has nothing to say before the agent speaks");
+        let hint = "set mode to \"script\", or remove speaks_first";
+        section.problem("speaks_first", places.speaks_first, message, hint);
     }
-    if is_script && lines_place.is_none() {
+    if caller.interrupt && mode == CallerMode::PassThrough {
+        let message = format!("mode {name:?} can't interrupt the agent on purpose");
+        let hint = "set mode to \"echo\" or \"script\", or remove interrupt";
+        section.problem("interrupt", places.interrupt, message, hint);
+    }
+    if caller.interrupt && reads_audio {
+        // Encoding the question takes about 50 ms, which must not delay the media of a call.
+        SpeechClip::hello();
+    }
+    section.finish();
+    caller
+}
+
+/// The places of the mode and of the keys that must agree with it.
+struct Places {
+    mode: Option<String>,
+    lines: Option<String>,
+    speaks_first: Option<String>,
+    interrupt: Option<String>,
+}
+
+/// `count`: the number of lines; `None` if it is unknown because of a mistake that is already reported.
+fn check_lines(section: &mut Section<'_>, mode: CallerMode, count: Option<usize>, places: &Places) {
+    // A flag or a variable may set another mode for a target with a script.
+    let is_overridden = places
+        .mode
+        .as_deref()
+        .is_some_and(|place| in_file(place).is_none());
+    if mode != CallerMode::Script && places.lines.is_some() && !is_overridden {
+        let message = format!("mode {:?} plays no lines", mode.name());
+        let hint = "set mode to \"script\", or remove the lines";
+        section.problem("lines", places.lines.clone(), message, hint);
+    }
+    if mode == CallerMode::Script && count == Some(0) {
         let message = "a script needs at least one line".to_owned();
         let hint = format!(
             "add [[targets.NAME.caller.lines]] with audio = \"{}\" or a file",
             clip::BUILTIN_HELLO
         );
-        section.problem("mode", mode_place, message, &hint);
+        section.problem("mode", places.mode.clone(), message, &hint);
     }
-    if caller.lines.len() > MAX_LINES {
-        let message = format!("{} lines are too many", caller.lines.len());
+    if let Some(count) = count.filter(|count| *count > MAX_LINES) {
+        let message = format!("{count} lines are too many");
         let hint = format!("write at most {MAX_LINES}: they repeat from the first one");
-        section.problem("lines", lines_place, message, &hint);
+        section.problem("lines", places.lines.clone(), message, &hint);
     }
-    if caller.speaks_first && !is_script {
-        let message = format!("mode {name:?} has nothing to say before the agent speaks");
-        let hint = "set mode to \"script\", or remove speaks_first";
-        section.problem("speaks_first", first_place, message, hint);
-    }
-    if caller.interrupt && mode == CallerMode::PassThrough {
-        let message = format!("mode {name:?} can't interrupt the agent on purpose");
-        let hint = "set mode to \"echo\" or \"script\", or remove interrupt";
-        section.problem("interrupt", interrupt_place, message, hint);
-    }
-    section.finish();
-    caller
 }
 
 fn read_line(mut section: Section<'_>, reads_audio: bool) -> CallerLine {

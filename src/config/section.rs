@@ -150,42 +150,44 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// Reads each table of the list under `key`, which is empty if the key is missing. Messages number the tables from 0,
-    /// as the results do.
+    /// Reads each table of the list under `key`, which is empty if the key is missing; `None` if it is no list of tables.
+    /// Messages number the tables from 0, as the results do.
     pub(super) fn each_table<T>(
         &mut self,
         key: &'static str,
         mut read: impl FnMut(Section<'_>) -> T,
-    ) -> Vec<T> {
-        let mut values = Vec::new();
+    ) -> Option<Vec<T>> {
         let hint = format!(
             "start each of them with [[targets.NAME.{}{key}]]",
             self.path
         );
-        for (number, item) in self.list(key, &hint).into_iter().enumerate() {
+        let items = self.list(key, &hint)?.into_iter().enumerate();
+        let values = items.map(|(number, item)| {
             let place = place_of(&item);
             let name = format!("{key}[{number}]");
             let Some(table) = table_of(item) else {
                 self.problem(&name, place, "expected a table".to_owned(), &hint);
-                continue;
+                return None;
             };
-            values.push(read(Section {
+            Some(read(Section {
                 owner: self.owner.clone(),
                 path: format!("{}{name}.", self.path),
                 place,
                 table,
                 known: Vec::new(),
                 problems: self.problems,
-            }));
-        }
-        values
+            }))
+        });
+        // All of them, so that every problem is reported.
+        let values: Vec<Option<T>> = values.collect();
+        values.into_iter().collect()
     }
 
     /// Each text of the list under `key`, which is empty if the key is missing.
     pub(super) fn texts(&mut self, key: &'static str) -> Vec<RawValue> {
         let hint = format!("write {key} = [\"…\", \"…\"]");
         let mut texts = Vec::new();
-        for item in self.list(key, &hint) {
+        for item in self.list(key, &hint).unwrap_or_default() {
             let place = place_of(&item);
             match item.into_string() {
                 Ok(value) => texts.push(RawValue { value, place }),
@@ -197,16 +199,18 @@ impl<'a> Section<'a> {
         texts
     }
 
-    fn list(&mut self, key: &'static str, hint: &str) -> Vec<Value> {
+    /// The list under `key`, which is empty if the key is missing; `None` if the value is no list, which is reported.
+    fn list(&mut self, key: &'static str, hint: &str) -> Option<Vec<Value>> {
         self.known.push(key.to_owned());
         let Some(value) = self.table.remove(key) else {
-            return Vec::new();
+            return Some(Vec::new());
         };
         let place = place_of(&value);
-        value.into_array().unwrap_or_else(|_| {
+        let list = value.into_array().ok();
+        if list.is_none() {
             self.problem(key, place, "expected a list".to_owned(), hint);
-            Vec::new()
-        })
+        }
+        list
     }
 
     /// The value under `key`, as text.

@@ -487,7 +487,7 @@ impl Default for RoomSettings {
     }
 }
 
-/// The echo participant, as the agent sees it.
+/// The canary's participant, as the agent sees it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ParticipantSettings {
     /// The display name; may be empty.
@@ -636,7 +636,7 @@ pub enum Stay {
 pub struct Deadlines {
     /// From the connection attempt to the join response.
     pub signal: Duration,
-    /// From the join response to both transports up and the echo track published.
+    /// From the join response to both transports up and the caller's track published.
     pub media: Duration,
     /// From the dispatch request to the agent's join.
     pub join: Duration,

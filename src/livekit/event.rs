@@ -164,7 +164,7 @@ pub(crate) struct CallerTurn {
 pub(crate) struct UplinkReport {
     /// The report covers this many packets, counted from the first one that was sent.
     pub(crate) covered: u64,
-    /// Of these, so many were lost.
+    /// How many of these were lost.
     pub(crate) lost: u64,
 }
 

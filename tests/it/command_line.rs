@@ -324,7 +324,7 @@ agent_name = "support-agent"
 [targets.sales]
 dispatch.mode = "automatic"
 batch = { rooms = 7, stay = "one_by_one", hold = "1m" }
-echo.mode = "continuous"
+caller.mode = "pass_through"
 "#;
 
 fn with_two_targets(args: &[&str]) -> Finished {

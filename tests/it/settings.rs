@@ -580,7 +580,7 @@ fn wav(path: &Path, rate: u32, millis: u32) {
     };
     let mut writer = hound::WavWriter::create(path, spec).unwrap();
     for index in 0..rate * millis / 1_000 {
-        let loud = index * 800 / rate % 2 == 0;
+        let loud = (index * 800 / rate).is_multiple_of(2);
         writer
             .write_sample(if loud { 8_000 } else { -8_000_i16 })
             .unwrap();
@@ -664,9 +664,26 @@ fn pass_through_expects_no_reply_unless_it_is_set() {
 #[test]
 fn script_without_lines_and_lines_without_script_are_reported() {
     assert_snapshot!(error_of(&target_with("caller.mode = \"script\"")));
+    let empty = error_of(&target_with("caller = { mode = \"script\", lines = [] }"));
+    assert!(
+        empty.contains("a script needs at least one line"),
+        "{empty}"
+    );
     assert_snapshot!(error_of(&target_with(
         "[[targets.support.caller.lines]]\naudio = \"builtin:hello\""
     )));
+}
+
+#[test]
+fn mode_in_the_environment_replaces_the_script_of_the_file() {
+    let mut variables = CREDENTIALS.to_vec();
+    variables.push(("LIVEKIT_CANARY__targets__support__caller__mode", "echo"));
+    let script = "caller.mode = \"script\"\n\
+                  [[targets.support.caller.lines]]\naudio = \"builtin:hello\"\n\
+                  [[targets.support.caller.lines]]\naudio = \"builtin:hello\"";
+    let config = read(&target_with(script), &variables);
+    let caller = &config.targets["support"].caller;
+    assert_eq!((caller.turns, caller.lines.len()), (1, 0));
 }
 
 #[test]
@@ -754,7 +771,7 @@ fn objective_for_replies_is_read() {
         &CREDENTIALS,
     );
     let objectives = &config.targets["support"].objectives;
-    assert_eq!(objectives.reply, 0.9);
+    assert!((objectives.reply - 0.9).abs() < 1e-9);
     assert_eq!(objectives.reply_within, Duration::from_secs(3));
 }
 

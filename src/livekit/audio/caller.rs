@@ -18,7 +18,7 @@ use crate::livekit::event::CallerTurn;
 const TAIL_SILENCE: Duration = Duration::from_millis(200);
 
 /// Between turns, a frame of silence is sent at this interval, as an Opus encoder with DTX does. LiveKit announces no
-/// track that has not sent a packet, and a listener that subscribes late misses the start of the echo.
+/// track that has not sent a packet, and a listener that subscribes late misses the start of a turn.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// How much audio before the start of the speech belongs to the recording: its onset may be too soft to be detected.

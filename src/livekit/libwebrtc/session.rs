@@ -1,5 +1,5 @@
 //! One participant on the SDK: a loop that passes the server's messages, the SDK's events and the agent's audio to the
-//! same state machines as in the native engine, and plays their echo through the SDK.
+//! same state machines as in the native engine, and plays what their caller says through the SDK.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -76,7 +76,7 @@ const MAX_STREAM_BYTES: usize = 64 * 1024;
 
 type SdkEvents = mpsc::UnboundedReceiver<SdkEvent>;
 
-/// Runs a participant: joins, detects speech and echoes until it leaves or fails. The caller sends the last event.
+/// Runs a participant: joins, detects speech and speaks as the caller until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
@@ -476,7 +476,7 @@ impl<'a> SdkSession<'a> {
         }
     }
 
-    /// Passes the echo's due frames to the SDK, which fills gaps with silence.
+    /// Passes the caller's due frames to the SDK, which fills gaps with silence.
     async fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let agent = self.watch.observer.activity(&self.speech);
         while let Some(out) = self.caller.poll(now, agent) {

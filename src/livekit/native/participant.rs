@@ -70,7 +70,7 @@ const MAX_DATAGRAMS_IN_A_ROW: usize = 64;
 /// The id of the canary's only offer; the server's answer repeats it.
 const OFFER_ID: u32 = 1;
 
-/// Runs a participant: joins, detects speech and echoes until it leaves or fails. The caller sends the last event.
+/// Runs a participant: joins, detects speech and speaks as the caller until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,

@@ -182,7 +182,7 @@ impl PeerConnection {
         extensions.set(1, Extension::AudioLevel);
         extensions.set(4, Extension::RtpMid);
         let now = Instant::now();
-        // Without RED: in RTP mode the stack does not unpack it, so the echo would send RED (RFC 2198) as Opus
+        // Without RED: in RTP mode the stack does not unpack it, so an echo would send RED (RFC 2198) as Opus
         // and be inaudible.
         // Video is accepted, although none is received (the participant pauses it): an answer that rejects an m-line breaks
         // the server's next offer, and livekit-server then ends the session (`STATE_MISMATCH`).
@@ -346,7 +346,7 @@ impl PeerConnection {
         self.rtc.media(mid)?.remote_pts().first().copied()
     }
 
-    /// Queues a packet of the echo track; [`poll`](Self::poll) sends it.
+    /// Queues a packet of the caller's track; [`poll`](Self::poll) sends it.
     pub(crate) fn write(&mut self, mid: Mid, packet: OutgoingPacket) {
         let mut api = self.rtc.direct_api();
         let Some(stream) = api.stream_tx_by_mid(mid, None) else {
@@ -733,7 +733,7 @@ pub(crate) fn name(target: SignalTarget) -> &'static str {
     }
 }
 
-/// A packet of the echo track.
+/// A packet of the caller's track.
 pub(crate) struct OutgoingPacket {
     pub(crate) payload_type: Pt,
     pub(crate) sequence: u64,

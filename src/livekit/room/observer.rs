@@ -75,7 +75,7 @@ pub(crate) struct Observer {
     /// The media addresses that were already reported.
     addresses: Vec<String>,
     track_cid: String,
-    /// The server's id of the echo track, once it has acknowledged the track.
+    /// The server's id of the caller's track, once it has acknowledged the track.
     track_sid: Option<String>,
     streams: agent_session::StreamReader,
     first_audio_sent: bool,
@@ -88,7 +88,7 @@ pub(crate) struct Observer {
 }
 
 impl Observer {
-    /// `track_cid` is the client's id of the echo track.
+    /// `track_cid` is the client's id of the caller's track.
     pub(crate) fn new(request: &JoinRequest, events: EventSender, track_cid: String) -> Self {
         Self {
             events,
