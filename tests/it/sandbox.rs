@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{canary, in_parallel};
 
-/// Short deadlines, because a failure on loopback is not temporary. A call ends once the agent has spoken.
+/// Short deadlines, because a failure on loopback is not temporary. A call ends once the agent has spoken: most tests need
+/// no conversation.
 const CONFIG: &str = r#"
 [projects.sandbox]
 api_timeout = "2s"
@@ -32,8 +33,10 @@ track = "2s"
 speech = "4s"
 reply = "5s"
 cleanup = "3s"
-[targets.demo.echo]
-delay = "500ms"
+[targets.demo.caller]
+silence = "500ms"
+[targets.demo.expect]
+reply = false
 "#;
 
 /// With this variable, a call ends once the agent has replied to the echo of its greeting.
@@ -197,7 +200,7 @@ fn report_lists_what_the_agent_did_heard_and_said() {
         "caller",
         "greeted",
         "heard",
-        // It leaves during its reply.
+        "replied",
         "left",
     ];
     assert_eq!(names, expected, "{report}");
@@ -362,6 +365,17 @@ fn started_at(probe: &Value) -> DateTime<Utc> {
 const FAULTS_AFTER_SPEECH: &[(&str, &str)] = &[
     ("no_reply", "agent_no_reply"),
     ("slow_reply=20s", "agent_no_reply"),
+    ("deaf", "agent_no_reply"),
+    ("dead_llm", "agent_no_reply"),
+    ("slow_stage=transcription:20s", "agent_no_reply"),
+    ("waits_for_caller", "agent_silent"),
+    ("uplink_lost", "media_failed"),
+    ("two_part_greeting=300ms", "ok"),
+    ("silent_session", "ok"),
+    ("tool_error=lookup", "ok"),
+    ("wrong_words", "ok"),
+    ("hears=hello", "ok"),
+    ("long_reply=4s", "ok"),
     ("background", "ok"),
     ("avatar", "ok"),
     ("restarts_track", "ok"),

@@ -35,7 +35,7 @@ impl Behaviour {
 
     /// Greets, and replies to the first echo, both with models.
     pub fn converses() -> Self {
-        Self::new("converse", &[])
+        Self::new("converse", &["hears=hello there"])
     }
 
     /// Speaks with models. The provider of one of them (`llm` or `tts`) responds with this error.
