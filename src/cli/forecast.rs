@@ -7,10 +7,9 @@ use std::time::Duration;
 use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{
-    Alerts, CallerMode, Config, Objectives, Period, Problems, Project, Schedule, Target,
-};
+use crate::config::{Alerts, CallerMode, Config, Period, Problems, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
+use crate::metrics::Sli;
 use crate::probe::billable_minutes;
 use crate::report::counted;
 use crate::rules::max_watched_interval;
@@ -207,7 +206,7 @@ impl<'a> Forecast<'a> {
         #[expect(clippy::cast_precision_loss, reason = "a share is shown, not a count")]
         let rooms_in_30_days = (forecast.ticks_in_30_days() * target.batch.rooms as u64) as f64;
         let rooms = rooms_in_30_days * window.div_duration_f64(Duration::from_hours(30 * 24));
-        warnings.extend(single_failure_misses(&target.objectives, window, rooms));
+        warnings.extend(single_failure_misses(target, window, rooms));
         warnings
     }
 
@@ -362,22 +361,15 @@ fn in_minutes(time: Duration) -> String {
 }
 
 /// A warning if there are so few rooms that a single failure misses an objective.
-fn single_failure_misses(objectives: &Objectives, window: Duration, rooms: f64) -> Option<String> {
+fn single_failure_misses(target: &Target, window: Duration, rooms: f64) -> Option<String> {
     if rooms < 1.0 {
         return None;
     }
-    let objectives = [
-        ("availability", objectives.availability),
-        ("join", objectives.join),
-        ("first_speech", objectives.first_speech),
-        ("reply", objectives.reply),
-        ("service", objectives.service),
-    ];
+    let applicable = Sli::ALL.iter().filter(|sli| sli.applies_to(target));
+    let objectives = applicable.map(|sli| (sli.label(), sli.objective(&target.objectives)));
     let allowed = |objective: f64| rooms * (1.0 - objective);
-    let missed = objectives
-        .iter()
-        .filter(|(_, objective)| allowed(*objective) < 1.0);
-    let (names, shares): (Vec<&str>, Vec<f64>) = missed.copied().unzip();
+    let missed = objectives.filter(|(_, objective)| allowed(*objective) < 1.0);
+    let (names, shares): (Vec<&str>, Vec<f64>) = missed.unzip();
     let strictest = shares.into_iter().reduce(f64::max)?;
     let advice = match 1.0 - 1.0 / rooms {
         max if max >= 0.01 => {

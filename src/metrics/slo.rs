@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::config::Objectives;
+use crate::config::{CallerMode, Objectives, Target};
 use crate::probe::{Milestone, Origin, Outcome, ProbeReport, TurnResult};
 
 /// A service level indicator.
@@ -55,6 +55,16 @@ impl Sli {
             Self::FirstSpeech => Some(objectives.first_speech_within),
             Self::Reply => Some(objectives.reply_within),
             Self::Availability | Self::Service => None,
+        }
+    }
+
+    /// Whether probes of this target can count. If not, the service level has neither an objective nor a threshold.
+    pub fn applies_to(self, target: &Target) -> bool {
+        match self {
+            Self::Reply => target.expect.reply && target.caller.mode != CallerMode::PassThrough,
+            // The agent's first speech is a reply if the caller speaks before it.
+            Self::FirstSpeech => !target.caller.speaks_first,
+            Self::Availability | Self::Join | Self::Service => true,
         }
     }
 

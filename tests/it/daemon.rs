@@ -605,6 +605,7 @@ fn expect_backoff(fault: &str, limit: &str, retry_after: Option<f64>) -> anyhow:
         ("slo_eligible_total", &[("sli", "availability")], 0),
         ("slo_eligible_total", &[("sli", "join")], 0),
         ("slo_eligible_total", &[("sli", "first_speech")], 0),
+        ("slo_eligible_total", &[("sli", "reply")], 0),
         ("slo_eligible_total", &[("sli", "service")], 1),
         ("slo_good_total", &[("sli", "service")], 0),
     ] {

@@ -255,6 +255,15 @@ fn objective_that_a_single_failed_room_misses_gives_a_warning() {
 }
 
 #[test]
+fn objective_of_the_reply_gives_a_warning_only_if_a_reply_is_expected() {
+    let objective = "objectives.reply = 0.9999";
+    let output = check_support(objective);
+    assert_only_warning(&output, &["one failed room", "(objectives: reply)"]);
+    let output = check_support(&format!("{objective}\nexpect.reply = false"));
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+}
+
+#[test]
 fn schedule_with_rare_batches_gives_warnings_about_alerts_and_objectives() {
     let output = check_support("schedule.cron = \"0 9 * * mon\"");
     let warnings = warnings(&output);

@@ -263,6 +263,28 @@ fn silent_agents_page_for_everything_except_the_join() {
 }
 
 #[test]
+fn deaf_agents_page_for_the_reply_until_they_reply() {
+    let events = [LONG_START, (3, DeafAgents), (4, Good)];
+    expect_alerts(&[(Story::new(QUARTER, &events), &[])]);
+}
+
+#[test]
+fn slow_replies_page_only_for_the_reply() {
+    let events = [LONG_START, (3, SlowReplies), (4, Good)];
+    expect_alerts(&[
+        (Story::new(QUARTER, &events), &[]),
+        (Story::new(HOUR, &events), &[]),
+    ]);
+}
+
+/// Otherwise it would never end: no room counts towards the reply any more.
+#[test]
+fn alert_ends_when_the_settings_no_longer_expect_a_reply() {
+    let events = [SHORT_START, (2, DeafAgents), (4, ReplyOptional)];
+    expect_alerts(&[(Story::new(QUARTER, &events), &[])]);
+}
+
+#[test]
 fn one_fifth_of_failed_calls_pages_by_the_burn_rate() {
     let now_and_then = [(1, OneRoom), (1, Good), (2, OneRoom), (1, Good)];
     let quarter = [
