@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::stack::{AGENT, BUSY_AGENT};
+use crate::stack::{AGENT, BUSY_AGENT, CONVERSATION_AGENT};
 
 pub struct Behaviour {
     /// The name of the agent.
@@ -36,6 +36,15 @@ impl Behaviour {
     /// Greets, and replies to the first echo, both with models.
     pub fn converses() -> Self {
         Self::new("converse", &[])
+    }
+
+    /// Converses with a real `AgentSession`. Its settings are those of `pipeline.py`.
+    pub fn pipeline() -> Self {
+        Self {
+            agent: CONVERSATION_AGENT,
+            metadata: Map::new(),
+            faults: Vec::new(),
+        }
     }
 
     /// Speaks with models. The provider of one of them (`llm` or `tts`) responds with this error.

@@ -25,6 +25,8 @@ pub const KEY: &str = "scenario-key";
 pub const AGENT: &str = "echo-tester";
 /// The name of a worker that reports full load.
 pub const BUSY_AGENT: &str = "busy-tester";
+/// The name of the worker of `pipeline.py`.
+pub const CONVERSATION_AGENT: &str = "conversation-tester";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum StackKind {
@@ -59,6 +61,8 @@ pub struct Agent {
     pub deployment: &'static str,
     /// Its jobs join as hidden participants.
     pub hidden: bool,
+    /// The Python program of the worker, in `tests/real`.
+    pub program: &'static str,
 }
 
 impl Agent {
@@ -68,6 +72,15 @@ impl Agent {
             load: 0.0,
             deployment: "",
             hidden: false,
+            program: "agent.py",
+        }
+    }
+
+    /// The agent that converses with a real `AgentSession`.
+    pub const fn conversation() -> Self {
+        Self {
+            program: "pipeline.py",
+            ..Self::named(CONVERSATION_AGENT)
         }
     }
 
@@ -263,7 +276,7 @@ impl Stack {
     fn spawn_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
         let mut command = command_in(self.namespace.as_deref(), &program("PYTHON")?);
         command
-            .arg(source("agent.py"))
+            .arg(source(agent.program))
             .env("LIVEKIT_URL", &self.url)
             .env("LIVEKIT_API_KEY", &self.key)
             .env("LIVEKIT_API_SECRET", &self.secret)
