@@ -55,8 +55,8 @@ import voice
 from agent import claimed_load, report
 from pipeline_models import Llm, Stt, Tts
 
-GREETING = ["Hello, this is the test line. How can I help you today?"]
-REPLIES = ["Thank you, I have noted that. Is there anything else?"]
+GREETING = ["How can I help you today?"]
+REPLIES = ["Thank you, I have noted that."]
 INTERRUPTION = "Wait a moment please"
 
 
@@ -279,7 +279,8 @@ class Receptionist(Agent):
     @function_tool
     async def transfer(self):
         """Hands the call over."""
-        return Colleague(), "transferred"
+        # Without a result, so that the LLM says nothing about it.
+        return Colleague()
 
 
 class Colleague(Agent):
@@ -302,14 +303,14 @@ async def entrypoint(ctx: JobContext) -> None:
 
 async def main() -> None:
     server = AgentServer(
-        num_idle_processes=1,
+        num_idle_processes=2,
         # On a loaded machine the start of an interpreter takes several seconds. The default timeout of 10 s is too short.
         initialize_process_timeout=60,
         load_fnc=claimed_load,
         load_threshold=0.7,
         host="127.0.0.1",
         port=0,
-        preload_modules=["numpy"],
+        preload_modules=["numpy", "numpy.random"],
     )
     server.rtc_session(entrypoint, agent_name=os.environ.get("AGENT_NAME", ""))
     await server.run()
