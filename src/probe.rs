@@ -19,9 +19,10 @@ mod timeline;
 mod transcript;
 mod turns;
 mod verdict;
+mod words;
 
 pub use machine::max_time_to_verdict;
-pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
+pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason, SessionEntry};
 pub use timeline::{AgentStage, Milestone, Span, Timeline, Turn, TurnResult, TurnStages};
 pub use transcript::TranscriptLine;
 pub use verdict::USUAL_HEADER_BYTES;
@@ -58,6 +59,8 @@ pub struct ProbeReport {
     pub evidence: Evidence,
     pub timeline: Timeline,
     pub turns: Vec<Turn>,
+    /// Whether every turn of the caller must be answered.
+    pub expects_reply: bool,
     /// The call as the agent transcribed it; `None` unless the target keeps transcripts.
     pub transcript: Option<Vec<TranscriptLine>>,
     pub agent: Option<Agent>,
@@ -85,6 +88,7 @@ impl ProbeReport {
             evidence: Evidence::default(),
             timeline: Timeline::default(),
             turns: Vec::new(),
+            expects_reply: false,
             transcript: None,
             agent: None,
             other_agents: 0,

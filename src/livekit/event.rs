@@ -173,6 +173,8 @@ pub(crate) struct UplinkReport {
 pub(crate) enum SessionEvent {
     /// An error; the agent may recover from it.
     Error(String),
+    /// `lk.agent.state`, or the state as the session reports it.
+    AgentState(String),
     /// The session noticed that the caller speaks, or that it stopped.
     CallerSpeaks(bool),
     /// What it understood of the caller so far.

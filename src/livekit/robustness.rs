@@ -370,7 +370,7 @@ proptest! {
         let mut receiver = RtpReceiver::default();
         let mut decoder = Decoder::default();
         let mut speech = Detector::new(Speech::default(), opus::RATE);
-        let mut echo = CallerPlayer::new(echo_settings);
+        let mut echo = CallerPlayer::new(echo_settings, Duration::from_secs(30));
         echo.open(now);
         let mut last = None;
         for (wait, ssrc, sequence, timestamp, payload) in packets {

@@ -104,6 +104,7 @@ fn report() -> ProbeReport {
         outcome: Outcome::Ok,
         evidence: Evidence::default(),
         timeline,
+        expects_reply: true,
         turns: vec![turn(10_000, 11_250), turn(20_000, 22_500)],
         transcript: None,
         agent: None,

@@ -86,6 +86,7 @@ pub struct Timeline {
     marks: [Option<Instant>; Milestone::ALL.len()],
     /// This process did not run for some of the time. So a mark may be much later than what it marks.
     stalled: bool,
+    caller_speaks_first: bool,
 }
 
 impl Timeline {
@@ -99,6 +100,16 @@ impl Timeline {
 
     pub fn get(&self, milestone: Milestone) -> Option<Instant> {
         self.marks[milestone as usize]
+    }
+
+    /// The caller speaks first, so the agent's first speech is a reply, and no span of the call's start.
+    pub(super) fn exclude_first_speech(&mut self) {
+        self.caller_speaks_first = true;
+    }
+
+    /// Whether the caller speaks before the agent does.
+    pub fn caller_speaks_first(&self) -> bool {
+        self.caller_speaks_first
     }
 
     /// From now on no span has a value: the canary did not see when things happened.
@@ -133,6 +144,7 @@ impl Timeline {
             Span::AgentJoin => (M::DispatchSent, M::AgentJoined),
             Span::AgentTrack => (M::AgentJoined, M::AgentTrackSubscribed),
             Span::FirstAudio => (M::DispatchSent, M::AgentFirstAudio),
+            Span::FirstSpeech if self.caller_speaks_first => return None,
             Span::FirstSpeech => (M::DispatchSent, M::AgentSpoke),
             Span::Reply => return None,
         };
@@ -183,17 +195,7 @@ pub struct Turn {
 }
 
 /// What became of a turn.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    Default,
-    PartialEq,
-    Eq,
-    strum::EnumCount,
-    strum::IntoStaticStr,
-    strum::VariantArray,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum TurnResult {
     /// The caller had not said its line to the end when the call ended.
@@ -208,6 +210,11 @@ pub enum TurnResult {
 }
 
 impl TurnResult {
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
+
     /// The label value in metrics, and the value in JSON.
     pub fn label(self) -> &'static str {
         self.into()
@@ -225,9 +232,7 @@ pub struct TurnStages {
 }
 
 /// A stage of [`TurnStages`].
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, strum::EnumCount, strum::IntoStaticStr, strum::VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum AgentStage {
     /// From the end of the caller's speech to its transcript.
@@ -243,6 +248,11 @@ pub enum AgentStage {
 }
 
 impl AgentStage {
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
+
     /// The label value in metrics.
     pub fn label(self) -> &'static str {
         self.into()

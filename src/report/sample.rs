@@ -11,7 +11,7 @@ use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    Timeline, TranscriptLine, Turn,
+    Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, NotOpened};
 
@@ -63,7 +63,16 @@ pub(crate) fn probe(
         caller_started: Some(at(4000)),
         caller_ended: Some(at(6000)),
         replied: Some(at(7250)),
-        overlap: false,
+        reply_ended: Some(at(9000)),
+        result: TurnResult::Answered,
+        confirmed: Some(true),
+        stages: TurnStages {
+            end_of_turn: Some(Duration::from_millis(600)),
+            end_to_end: Some(Duration::from_millis(1100)),
+            ..TurnStages::default()
+        },
+        word_error: Some(0.0),
+        ..Turn::default()
     };
     ProbeReport {
         started_at: start_of_day() + Duration::from_secs(u64::from(number)),
@@ -77,6 +86,7 @@ pub(crate) fn probe(
         outcome,
         evidence,
         turns: if spoke { vec![turn] } else { Vec::new() },
+        expects_reply: true,
         transcript: spoke.then(|| {
             vec![TranscriptLine {
                 at: at(1100),

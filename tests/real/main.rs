@@ -282,8 +282,8 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 fn max_threads(stack: StackKind) -> usize {
     match stack {
         StackKind::Sandbox | StackKind::Mock => 16,
-        // Each job of an agent is a Python process.
-        StackKind::Real => 4,
+        // Each job of an agent is a Python process. Four cases leave half of two cores idle.
+        StackKind::Real => 6,
     }
 }
 

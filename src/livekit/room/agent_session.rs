@@ -10,8 +10,8 @@
 use std::collections::VecDeque;
 
 use livekit_protocol::agent::{
-    AgentSessionMessage, ChatMessage, ChatRole, FunctionCall, FunctionCallOutput, MetricsReport,
-    UserState, agent_session_event::Event, agent_session_message::Message,
+    AgentSessionMessage, AgentState, ChatMessage, ChatRole, FunctionCall, FunctionCallOutput,
+    MetricsReport, UserState, agent_session_event::Event, agent_session_message::Message,
     chat_context::chat_item::Item, chat_message::chat_content::Payload,
 };
 use livekit_protocol::data_packet::Value;
@@ -176,6 +176,16 @@ fn session_events(content: &[u8]) -> Vec<SessionEvent> {
     };
     match event.event {
         Some(Event::Error(error)) => vec![SessionEvent::Error(sanitize(&error.message))],
+        Some(Event::AgentStateChanged(change)) => {
+            let state = match change.new_state() {
+                AgentState::AsInitializing => "initializing",
+                AgentState::AsIdle => "idle",
+                AgentState::AsListening => "listening",
+                AgentState::AsThinking => "thinking",
+                AgentState::AsSpeaking => "speaking",
+            };
+            vec![SessionEvent::AgentState(state.to_owned())]
+        }
         Some(Event::UserStateChanged(change)) => {
             vec![SessionEvent::CallerSpeaks(
                 change.new_state() == UserState::UsSpeaking,

@@ -370,6 +370,7 @@ fn revoked(own: &proto::ParticipantInfo) -> Option<MediaPermission> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::livekit::event::{CallerTurn, SessionEvent};
     use crate::livekit::test_server::TestServer;
 
     #[test]
@@ -378,8 +379,16 @@ mod tests {
         let last = events.clone().try_reserve_owned().unwrap();
         let sender = EventSender::new(events);
         let now = Instant::now();
-        assert!(sender.send(now, RoomEventKind::CallerStarted).is_ok());
-        assert!(sender.send(now, RoomEventKind::CallerEnded).is_ok());
+        assert!(
+            sender
+                .send(now, RoomEventKind::CallerStarted(CallerTurn::default()))
+                .is_ok()
+        );
+        assert!(
+            sender
+                .send(now, RoomEventKind::CallerEnded { sent: 0 })
+                .is_ok()
+        );
         let full = sender.send(now, RoomEventKind::MediaConnected);
         assert!(matches!(full, Err(EndReason::Internal(_))));
         last.send(RoomEvent {
@@ -395,16 +404,19 @@ mod tests {
     fn events_that_no_verdict_needs_leave_half_of_the_queue_free() {
         let (events, mut reader) = mpsc::channel(10);
         let sender = EventSender::new(events);
-        let error = || RoomEventKind::AgentError {
+        let error = || RoomEventKind::Session {
             identity: String::new(),
-            message: String::new(),
+            event: SessionEvent::Error(String::new()),
         };
         for _ in 0..100 {
             assert!(sender.send_if_room(Instant::now(), error()).is_ok());
         }
         assert!(
             sender
-                .send(Instant::now(), RoomEventKind::CallerStarted)
+                .send(
+                    Instant::now(),
+                    RoomEventKind::CallerStarted(CallerTurn::default())
+                )
                 .is_ok()
         );
         let sent = std::iter::from_fn(|| reader.try_recv().ok());

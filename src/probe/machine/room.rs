@@ -8,11 +8,10 @@ use tokio::time::Instant;
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
 use crate::config::DispatchRequest;
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, SessionEvent,
-    TurnMetrics, to_microseconds,
+    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, SessionEvent, Speaker,
 };
-use crate::probe::verdict::{DispatchListing, ends_call, names_inference_limit, quote};
-use crate::probe::{AgentTurn, Failure, Milestone, Reason};
+use crate::probe::verdict::{DispatchListing, ends_call};
+use crate::probe::{Failure, Milestone, Reason};
 
 /// LiveKit's name for the kind of participant that agents are.
 const AGENT_KIND: &str = "AGENT";
@@ -29,7 +28,7 @@ const MIN_NOTED_CLAIM: Duration = Duration::from_secs(1);
 /// What the agent's session reports about its speech, by the attribute `lk.agent.state`.
 #[derive(Debug, Default)]
 pub(super) struct SpeechClaim {
-    reports_states: bool,
+    state: Option<String>,
     since: Option<Instant>,
     /// The time that it spoke before `since`.
     before: Duration,
@@ -37,7 +36,7 @@ pub(super) struct SpeechClaim {
 
 impl SpeechClaim {
     fn on_state(&mut self, state: &str, at: Instant) {
-        self.reports_states = true;
+        self.state = Some(state.to_owned());
         if state == "speaking" {
             self.since.get_or_insert(at);
         } else if let Some(since) = self.since.take() {
@@ -48,6 +47,11 @@ impl SpeechClaim {
         }
     }
 
+    /// Whether its last report allows that it has finished.
+    pub(super) fn listens(&self) -> bool {
+        self.state.as_ref().is_none_or(|state| state == "listening")
+    }
+
     /// How long it reported to speak until `now`; `None` if it reports no states.
     fn spoke_for(&self, now: Instant) -> Option<Duration> {
         let current = |since| {
@@ -55,7 +59,7 @@ impl SpeechClaim {
                 .max(Duration::from_nanos(1))
         };
         let current = self.since.map(current).unwrap_or_default();
-        self.reports_states.then_some(self.before + current)
+        self.state.as_ref().map(|_| self.before + current)
     }
 }
 
@@ -64,8 +68,17 @@ impl ProbeMachine {
         let at = event.at;
         match event.kind {
             RoomEventKind::Ended { reason, audio } => self.ended(reason, audio, at, now),
-            RoomEventKind::Session { identity, event } => self.session_event(&identity, event, at),
+            RoomEventKind::Session { identity, event } => {
+                self.session_event(&identity, event, at);
+            }
+            RoomEventKind::UplinkReported(report) => {
+                self.turns.uplink_reported(report);
+                self.judge_final_check(now);
+            }
             RoomEventKind::Transcribed { speaker, segment } => {
+                if speaker == Speaker::Caller && self.outcome.is_none() {
+                    self.turns.caller_transcribed();
+                }
                 self.transcript.record(speaker, segment);
             }
             RoomEventKind::TrackChanged(track) => self.track_changed(track),
@@ -75,11 +88,11 @@ impl ProbeMachine {
             kind if self.outcome.is_some() || matches!(self.phase, Phase::FinalCheck { .. }) => {
                 self.after_verdict(kind, at);
             }
-            kind => self.before_verdict(kind, at),
+            kind => self.before_verdict(kind, at, now),
         }
     }
 
-    fn before_verdict(&mut self, kind: RoomEventKind, at: Instant) {
+    fn before_verdict(&mut self, kind: RoomEventKind, at: Instant, now: Instant) {
         match kind {
             RoomEventKind::SignalRequested => {
                 if self.facts().request == DispatchRequest::Join {
@@ -132,6 +145,7 @@ impl ProbeMachine {
                     self.mark(Milestone::AgentListening, at);
                 }
                 self.claim.on_state(&state, at);
+                self.record_session(&SessionEvent::AgentState(state), at);
             }
             RoomEventKind::AgentTrackSubscribed => {
                 self.mark(Milestone::AgentTrackSubscribed, at);
@@ -153,9 +167,8 @@ impl ProbeMachine {
                 let tenths = (f64::from(level) * 10.0).round();
                 self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
             }
-            RoomEventKind::CallerStarted(_) => self.turns.caller_started(at),
-            RoomEventKind::CallerEnded { .. } => self.turns.caller_ended(at),
-            RoomEventKind::UplinkReported(_) => {}
+            RoomEventKind::CallerStarted(what) => self.caller_started(what, at, now),
+            RoomEventKind::CallerEnded { sent } => self.turns.caller_ended(sent, at),
             RoomEventKind::AgentLeft { reason } => {
                 self.note_departure(&reason);
                 // If a room closes, this can come before the canary's own `Leave`, and then ends the probe.
@@ -177,6 +190,7 @@ impl ProbeMachine {
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
             RoomEventKind::Session { .. }
             | RoomEventKind::Transcribed { .. }
+            | RoomEventKind::UplinkReported(_)
             | RoomEventKind::TrackChanged(_)
             | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
@@ -291,48 +305,6 @@ impl ProbeMachine {
     fn report_connections(&mut self) {
         let all_connected = !self.has_duplicate;
         self.actions.push(Action::AgentsConnected(all_connected));
-    }
-
-    fn is_agent(&self, identity: &str) -> bool {
-        let agent = self.report.agent.as_ref();
-        agent.is_some_and(|agent| agent.identity == identity)
-    }
-
-    fn session_event(&mut self, identity: &str, event: SessionEvent, at: Instant) {
-        match event {
-            SessionEvent::Error(message) => self.agent_error(identity, &message),
-            SessionEvent::Message(message) => {
-                if let Some(metrics) = message.metrics {
-                    self.agent_metrics(identity, metrics, at);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// The agent may recover from an error, so an error alone is only evidence.
-    fn agent_error(&mut self, identity: &str, message: &str) {
-        if !self.is_agent(identity) {
-            return;
-        }
-        self.add_note(format!("the agent reported an error: {}", quote(message)));
-        if self.outcome.is_none() && names_inference_limit(message) {
-            self.inference_limit.get_or_insert(message.to_owned());
-        }
-    }
-
-    fn agent_metrics(&mut self, identity: &str, metrics: TurnMetrics, at: Instant) {
-        let own = self.is_agent(identity);
-        let started = self.report.timeline.get(Milestone::Started);
-        let entries = &mut self.report.evidence.agent_metrics;
-        if own
-            && entries.len() < MAX_ENTRIES
-            && let Some(started) = started
-        {
-            let since_started = at.saturating_duration_since(started);
-            let at = to_microseconds(since_started.as_secs_f64());
-            entries.push(AgentTurn { at, metrics });
-        }
     }
 
     /// Notes where the agent's session contradicts what the canary heard. Call it before the verdict.
