@@ -11,6 +11,7 @@ The dispatch metadata is a JSON object that sets what a job does. Every key is o
   hears          what the caller says: a text for each utterance. Otherwise the STT expects an echo of the agent's last words.
   interruption   what the caller says while the agent speaks
   planted_errors the STT gets this many words of every utterance wrong
+  sentences      the STT is PocketSphinx, and recognises which of these sentences it hears
   failing, error the model (`llm`, `tts` or `stt`) that fails, and how: a key of `models.provider_error`, or `hang`
   calls          the tools that the LLM calls: from the number of the caller's message, as text, to `book_table`, `transfer` or
                  `end_call`
@@ -98,6 +99,7 @@ class Conversation:
                 self.expect,
                 order.get("stt_delay", 0.3),
                 order.get("planted_errors", 0),
+                order.get("sentences", []),
                 error_of.get("stt"),
                 self.report,
             ),

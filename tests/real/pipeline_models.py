@@ -4,6 +4,7 @@ STT that is told what was said and only has to notice when. Each takes the time 
 
 import asyncio
 import collections
+import re
 import time
 from collections.abc import Callable
 
@@ -125,7 +126,8 @@ class Stt(stt.STT):
     """Notices when the caller speaks, and gets the text from `expect`, which returns what a new utterance says and how many
     seconds of it are speech.
 
-    An utterance that pauses is transcribed in several parts. Each is final `delay` seconds after its end.
+    An utterance that pauses is transcribed in several parts. Each is final `delay` seconds after its end. With `sentences`, the
+    STT really recognises which of them it hears.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Stt(stt.STT):
         expect: Callable[[], tuple[str, float]],
         delay: float,
         planted_errors: int,
+        sentences: list[str],
         error: str | None,
         report: Report,
     ):
@@ -140,6 +143,7 @@ class Stt(stt.STT):
         super().__init__(capabilities=capabilities)
         self.expect, self.delay, self.error = expect, delay, error
         self.planted_errors = planted_errors
+        self.recogniser = Recogniser(sentences) if sentences else None
         self.report = report
 
     async def _recognize_impl(self, buffer, *, language, conn_options) -> stt.SpeechEvent:
@@ -147,6 +151,27 @@ class Stt(stt.STT):
 
     def stream(self, *, language=None, conn_options) -> stt.RecognizeStream:
         return SttStream(stt=self, conn_options=conn_options, sample_rate=LISTEN_RATE)
+
+
+class Recogniser:
+    """Speech recognition by PocketSphinx, whose package contains its model of English. It knows only `sentences`."""
+
+    def __init__(self, sentences: list[str]):
+        # It is imported late, because few jobs need it.
+        from pocketsphinx import Decoder
+
+        known = " | ".join(re.sub("[^a-z ]", "", sentence.lower()) for sentence in sentences)
+        self.decoder = Decoder(samprate=LISTEN_RATE, lm=None, loglevel="FATAL")
+        grammar = f"#JSGF V1.0; grammar known; public <speech> = ({known})+;"
+        self.decoder.add_jsgf_string("known", grammar)
+        self.decoder.activate_search("known")
+
+    def recognise(self, signal: np.ndarray) -> str:
+        self.decoder.start_utt()
+        self.decoder.process_raw(signal.astype(np.int16).tobytes(), full_utt=True)
+        self.decoder.end_utt()
+        found = self.decoder.hyp()
+        return found.hypstr if found else ""
 
 
 class SttStream(stt.RecognizeStream):
@@ -210,6 +235,8 @@ class SttStream(stt.RecognizeStream):
         left = 0 if share >= WHOLE else self.total - round(share * self.total)
         count = max(len(self.words) - left, 0)
         text, self.words = " ".join(self.words[:count]), self.words[count:]
+        if recogniser := self._stt.recogniser:
+            text = recogniser.recognise(signal)
         first, last = voice.edges(signal, LISTEN_RATE)
         start = now - len(signal) / LISTEN_RATE
         self._stt.report("heard", began=start + first, ended=start + last, text=text, share=share)

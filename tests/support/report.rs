@@ -51,6 +51,8 @@ pub struct Turn {
     pub yield_delay_seconds: Option<f64>,
     pub agent_claim_seconds: Option<f64>,
     pub unexplained_seconds: Option<f64>,
+    /// What the agent's session claims of each stage, in seconds.
+    pub stages: BTreeMap<String, Option<f64>>,
     pub word_error: Option<f64>,
     pub said: Option<String>,
     pub heard: Option<String>,
