@@ -11,7 +11,7 @@ use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
+    SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, NotOpened};
 
@@ -167,6 +167,12 @@ pub(crate) fn mixed() -> BatchReport {
                 1,
                 Outcome::Ok,
                 Evidence {
+                    session: vec![SessionEntry {
+                        at: 1.25,
+                        event: "agent_state",
+                        name: Some("listening".to_owned()),
+                        is_error: None,
+                    }],
                     agent_metrics: vec![AgentTurn {
                         at: 3.012_346,
                         metrics: TurnMetrics {

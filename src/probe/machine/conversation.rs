@@ -9,7 +9,7 @@ use crate::livekit::event::{
 };
 use crate::probe::verdict::{AgentDuty, names_inference_limit, quote};
 use crate::probe::words::{contains_any, word_error};
-use crate::probe::{AgentTurn, Milestone, SessionEntry, Turn, TurnResult, TurnStages};
+use crate::probe::{AgentTurn, Milestone, Outcome, SessionEntry, Turn, TurnResult, TurnStages};
 
 /// Entries of the evidence on the agent's session; a conversation of many turns has more than other lists.
 const MAX_SESSION_ENTRIES: usize = 100;
@@ -72,6 +72,14 @@ impl ProbeMachine {
         }
         if let Some(fault) = self.reply_fault() {
             self.blame_reply(fault, now);
+        }
+    }
+
+    /// Everything that is expected has happened, unless the last reply was not the expected one.
+    pub(super) fn conclude(&mut self, now: Instant) {
+        match self.reply_fault() {
+            Some(fault) => self.blame_reply(fault, now),
+            None => self.decide(Outcome::Ok, now),
         }
     }
 

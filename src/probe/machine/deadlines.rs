@@ -8,7 +8,7 @@ use super::{Action, DispatchCall, Disruption, Phase, ProbeMachine};
 use crate::config::{Caller, Target};
 use crate::probe::turns::{Awaited, EVIDENCE_WAIT, YIELD_SILENCE};
 use crate::probe::verdict::{AgentDuty, DispatchListing, MediaState};
-use crate::probe::{Failure, Milestone, Outcome};
+use crate::probe::{Failure, Milestone};
 
 /// The engine's own deadline for the signal connection comes first, because it knows more; ours comes this much later.
 pub(super) const ENGINE_GRACE: Duration = Duration::from_secs(2);
@@ -159,6 +159,10 @@ impl ProbeMachine {
 
     /// What is due once someone has spoken.
     fn due_of_conversation(&self) -> Option<(Instant, Due)> {
+        // Nothing more can come from an agent that has left.
+        if let Some(Disruption::Left { at, .. }) = &self.disruption {
+            return (!self.call_under_way()).then_some((*at, Due::Ok));
+        }
         let turn = [
             self.due_of_turn(),
             self.yield_due().map(|at| (at, Due::Yield)),
@@ -168,13 +172,10 @@ impl ProbeMachine {
             return turn;
         }
         // The agent can join before CreateDispatch has returned. The probe waits for that answer.
-        if matches!(self.dispatch, DispatchCall::UnderWay { .. }) {
+        if self.call_under_way() {
             return None;
         }
-        match &self.disruption {
-            Some(Disruption::Left { at, .. }) => Some((*at, Due::Ok)),
-            _ => self.hold_until.map(|until| (until, Due::Ok)),
-        }
+        self.hold_until.map(|until| (until, Due::Ok))
     }
 
     /// The next deadline of a turn. A turn that has begun is finished, even if no reply is expected.
@@ -297,7 +298,7 @@ impl ProbeMachine {
                     self.final_check(AgentDuty::Yield, now);
                 }
             }
-            Due::Ok => self.decide(Outcome::Ok, now),
+            Due::Ok => self.conclude(now),
             Due::FinalCheck => {
                 if let Phase::FinalCheck { duty, .. } = self.phase {
                     let listing = self.final_listing.take();

@@ -171,6 +171,7 @@ impl ProbeMachine {
             RoomEventKind::CallerEnded { sent } => self.turns.caller_ended(sent, at),
             RoomEventKind::AgentLeft { reason } => {
                 self.note_departure(&reason);
+                self.turns.close();
                 // If a room closes, this can come before the canary's own `Leave`, and then ends the probe.
                 if self.agent_may_have_left() && ends_call(&reason) {
                     self.note_end_of_call(&reason);
@@ -398,7 +399,11 @@ impl ProbeMachine {
             // Also after the verdict: what happens in the room from now on is unknown.
             self.actions.push(Action::LostSight);
         }
-        if self.outcome.is_some() || self.agent_ended_call(&reason, at) {
+        if self.outcome.is_some() {
+            return;
+        }
+        self.turns.close();
+        if self.agent_ended_call(&reason, at) {
             return;
         }
         let timeline = &self.report.timeline;

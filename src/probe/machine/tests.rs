@@ -232,16 +232,16 @@ impl MachineScript {
             .see(end, RoomEventKind::SpeechEnded)
     }
 
+    /// The caller speaks from `start` to `end`, and LiveKit receives every packet.
     fn echo(self, start: u64, end: u64) -> Self {
+        let sent = end / 20;
+        let received = UplinkReport {
+            covered: sent,
+            lost: 0,
+        };
         self.see(start, RoomEventKind::CallerStarted(CallerTurn::default()))
-            .see(end, RoomEventKind::CallerEnded { sent: 100 })
-            .see(
-                end,
-                RoomEventKind::UplinkReported(UplinkReport {
-                    covered: 100,
-                    lost: 0,
-                }),
-            )
+            .see(end, RoomEventKind::CallerEnded { sent })
+            .see(end, RoomEventKind::UplinkReported(received))
     }
 
     fn hold(self, at: u64, until: u64) -> Self {
@@ -2114,3 +2114,5 @@ fn agent_without_a_name_that_is_recognised_at_the_deadline_still_counts() {
     let script = script.listed(33_010, Ok(dispatches("support", Some("JS_RUNNING"))));
     assert_eq!(script.reason(33_020), Reason::AgentNoShow);
 }
+
+mod conversation;
