@@ -11,7 +11,7 @@ use support::behaviour::Behaviour;
 use support::report::{Probe, Turn, unix_seconds};
 use support::settings::Settings;
 use support::stack::{Agent, AgentEvent, Stack};
-use toml::Value;
+use toml::Table;
 
 use crate::fixture::{Fixture, expect, expect_gone};
 use crate::network_path::start_relay;
@@ -19,16 +19,13 @@ use crate::relay::Path;
 use crate::scenarios::{Scenario, scenarios};
 
 /// Why these run only on the real stack.
-const NO_SESSION: &str = "its agent has no session";
+const NO_SESSION: &str = "its agent is no AgentSession";
 const NO_NETWORK: &str = "it listens on 127.0.0.1 only, so there is no network in between";
 
 scenarios! { CONVERSATIONS:
     every_turn_of_a_conversation_matches_the_agents_log: "ok, 10 turns; reply delay and onsets match the log", real only: NO_SESSION, load: 4;
     long_answer_is_interrupted: "ok, yield delay as in the log", real only: NO_SESSION;
-    agent_that_never_yields_is_agent_not_yielding: "agent_not_yielding, exit 1", real only: NO_SESSION;
-    agent_that_goes_deaf_after_two_turns_is_agent_no_reply: "agent_no_reply of turn 3, exit 1", real only: NO_SESSION;
     network_delay_is_the_unexplained_part_of_a_reply: "ok, twice 150 ms are unexplained", real only: NO_NETWORK;
-    lost_uplink_is_media_failed: "media_failed, exit 4", real only: NO_NETWORK;
     quiet_agent_is_heard: "ok at -51 dBFS, its whole greeting echoed", real only: NO_SESSION;
     reply_in_progress_is_finished: "ok, the reply played to its end", real only: NO_SESSION;
     two_parts_of_a_greeting_are_spoken_whole: "ok, not interrupted, both parts echoed", real only: NO_SESSION;
@@ -36,40 +33,17 @@ scenarios! { CONVERSATIONS:
     planted_delay_of_each_stage_is_reported: "ok, four stages as planted", real only: NO_SESSION, load: 2;
     recognised_speech_has_no_word_error: "ok, as PocketSphinx heard it", real only: NO_SESSION;
     planted_word_errors_are_the_word_error: "ok, a word error of 2/6", real only: NO_SESSION;
+    tool_that_runs_is_ok: "ok with expect.tool and expect.words", real only: NO_SESSION;
     pauses_in_an_echo_are_one_turn: "ok, one LLM request", real only: NO_SESSION;
     hold_music_is_no_reply: "ok, the reply after the tool", real only: NO_SESSION;
     thinking_sound_is_no_reply: "ok, the reply after the LLM", real only: NO_SESSION;
     colleague_answers_after_a_handoff: "ok, the reply of the second agent", real only: NO_SESSION;
     reply_of_a_slow_llm_is_waited_for: "ok, 4 s more", real only: NO_SESSION;
     agent_that_ends_the_call_after_its_reply_is_ok: "ok, the agent deleted the room", real only: NO_SESSION;
-    rest_of_the_greeting_is_no_answer: "agent_no_reply with the LLM's error, exit 1", real only: NO_SESSION;
-    deaf_agent_is_agent_no_reply: "agent_no_reply, exit 1", real only: NO_SESSION;
-    agent_that_waits_for_the_caller_is_ok_with_a_script: "ok, reply to the caller's first line", real only: NO_SESSION;
-    agent_that_waits_for_the_caller_fails_with_an_echo: "agent_silent with the advice speaks_first, exit 1", real only: NO_SESSION;
-    tool_that_runs_is_ok: "ok with expect.tool, exit 0", real only: NO_SESSION;
-    tool_that_does_not_run_is_agent_wrong_reply: "agent_wrong_reply that names the tool, exit 1", real only: NO_SESSION;
-    wrong_words_are_agent_wrong_reply: "agent_wrong_reply that names the words, exit 1", real only: NO_SESSION;
-    noise_is_no_speech: "agent_silent at -38 dBFS of noise, exit 1", real only: NO_SESSION;
 }
 
 /// The scenarios that need what the canary does not do yet. With the variable `AWAITED`, they run too.
-const AWAITED: &[&str] = &[
-    "every_turn_of_a_conversation_matches_the_agents_log",
-    "long_answer_is_interrupted",
-    "agent_that_never_yields_is_agent_not_yielding",
-    "agent_that_goes_deaf_after_two_turns_is_agent_no_reply",
-    "network_delay_is_the_unexplained_part_of_a_reply",
-    "lost_uplink_is_media_failed",
-    "reply_in_progress_is_finished",
-    "planted_word_errors_are_the_word_error",
-    "recognised_speech_has_no_word_error",
-    "rest_of_the_greeting_is_no_answer",
-    "agent_that_waits_for_the_caller_is_ok_with_a_script",
-    "agent_that_waits_for_the_caller_fails_with_an_echo",
-    "tool_that_runs_is_ok",
-    "tool_that_does_not_run_is_agent_wrong_reply",
-    "wrong_words_are_agent_wrong_reply",
-];
+const AWAITED: &[&str] = &["long_answer_is_interrupted", "tool_that_runs_is_ok"];
 
 pub(crate) fn can_run(scenario: &Scenario) -> bool {
     !AWAITED.contains(&scenario.name) || std::env::var_os("AWAITED").is_some()
@@ -78,11 +52,6 @@ pub(crate) fn can_run(scenario: &Scenario) -> bool {
 pub(crate) fn contains(scenario: &Scenario) -> bool {
     CONVERSATIONS.iter().any(|it| it.name == scenario.name)
 }
-
-/// About 20 s of speech.
-const LONG_ANSWER: &str = "Of course. Our opening hours are from nine in the morning until six in the evening, from Monday to \
-    Friday. On Saturday we are open from ten to four, and on Sunday we are closed. If you come by car, please use the entrance \
-    at the back of the house, because the front door is under repair until the end of the month. You can also call us again.";
 
 /// The tolerances of delays against the log of the agent, in seconds: of the median and of nine in ten.
 const REPLY_TOLERANCE: (f64, f64) = (0.06, 0.12);
@@ -188,10 +157,6 @@ fn ok() -> (i32, &'static str) {
     (0, "ok")
 }
 
-fn failed(reason: &str) -> (i32, &str) {
-    (1, reason)
-}
-
 /// A figure below which this share of the figures is.
 #[expect(
     clippy::cast_possible_truncation,
@@ -210,26 +175,6 @@ fn quantile(figures: &[f64], share: f64) -> f64 {
 fn differences(one: &[f64], other: &[f64]) -> Vec<f64> {
     let pairs = one.iter().zip(other);
     pairs.map(|(one, other)| (one - other).abs()).collect()
-}
-
-/// A line of the caller's script.
-fn line(audio: &str, expected: &[(&str, Value)]) -> Value {
-    let mut line = toml::Table::new();
-    line.insert("audio".to_owned(), audio.into());
-    if !expected.is_empty() {
-        let expected = expected.iter().cloned();
-        let expected: toml::Table = expected.map(|(key, it)| (key.to_owned(), it)).collect();
-        line.insert("expect".to_owned(), expected.into());
-    }
-    Value::Table(line)
-}
-
-/// A caller that speaks first, and says these lines.
-fn script(settings: Settings, lines: Vec<Value>) -> Settings {
-    settings
-        .set("caller.mode", "script")
-        .set("caller.speaks_first", true)
-        .set("caller.lines", lines)
 }
 
 /// Speech by espeak-ng as a WAV file in the folder of the stack.
@@ -371,57 +316,7 @@ fn reply_in_progress_is_finished(fixture: &Fixture) -> anyhow::Result<String> {
     ))
 }
 
-fn agent_that_goes_deaf_after_two_turns_is_agent_no_reply(
-    fixture: &Fixture,
-) -> anyhow::Result<String> {
-    let behaviour = Behaviour::pipeline().with("deaf_after", 2);
-    let call = Call::run(fixture, &behaviour, failed("agent_no_reply"), |settings| {
-        settings
-            .set("caller.turns", 4)
-            .set("caller.silence", "1s")
-            .set("deadlines.reply", "5s")
-    })?;
-    call.expect_detail("turn 3")
-}
-
-fn deaf_agent_is_agent_no_reply(fixture: &Fixture) -> anyhow::Result<String> {
-    let behaviour = Behaviour::pipeline().with("deaf_after", 0);
-    let call = Call::run(fixture, &behaviour, failed("agent_no_reply"), |settings| {
-        settings.set("deadlines.reply", "4s")
-    })?;
-    ensure!(call.llm_requests() == 0);
-    call.expect_detail("")
-}
-
 // --- what is no reply ---
-
-fn rest_of_the_greeting_is_no_answer(fixture: &Fixture) -> anyhow::Result<String> {
-    let behaviour = Behaviour::pipeline()
-        .with("greeting", json!(["Hi.", 2.0, "How can I help you today?"]))
-        .with("failing", "llm")
-        .with("error", "500");
-    // The caller says "Hi." within the pause.
-    let call = Call::run(fixture, &behaviour, failed("agent_no_reply"), |settings| {
-        settings
-            .set("caller.silence", "1s")
-            .set("deadlines.reply", "5s")
-    })?;
-    ensure!(call.events("spoke").count() == 2, "{:?}", call.probe);
-    call.expect_detail("status_code=500")
-}
-
-fn noise_is_no_speech(fixture: &Fixture) -> anyhow::Result<String> {
-    let behaviour = Behaviour::pipeline()
-        .with("noise", -38)
-        .with("failing", "tts")
-        .with("error", "hang");
-    let call = Call::run(fixture, &behaviour, failed("agent_silent"), |settings| {
-        settings.set("deadlines.speech", "5s")
-    })?;
-    let packets = call.probe.audio.packets;
-    ensure!(packets > 100, "only {packets} packets");
-    Ok(format!("agent_silent, {packets} packets of noise"))
-}
 
 fn thinking_sound_is_no_reply(fixture: &Fixture) -> anyhow::Result<String> {
     let behaviour = Behaviour::pipeline()
@@ -515,8 +410,7 @@ fn agent_that_ends_the_call_after_its_reply_is_ok(fixture: &Fixture) -> anyhow::
 // --- interruptions ---
 
 fn long_answer_is_interrupted(fixture: &Fixture) -> anyhow::Result<String> {
-    let replies = json!([LONG_ANSWER, "All right."]);
-    let behaviour = Behaviour::pipeline().with("replies", replies);
+    let behaviour = Behaviour::gives_a_long_answer();
     let call = Call::run(fixture, &behaviour, ok(), |settings| {
         settings
             .set("caller.interrupt", true)
@@ -540,90 +434,28 @@ fn long_answer_is_interrupted(fixture: &Fixture) -> anyhow::Result<String> {
     Ok(seen)
 }
 
-fn agent_that_never_yields_is_agent_not_yielding(fixture: &Fixture) -> anyhow::Result<String> {
-    let behaviour = Behaviour::pipeline()
-        .with("replies", json!([LONG_ANSWER]))
-        .with("uninterruptible", true);
-    let call = Call::run(
-        fixture,
-        &behaviour,
-        failed("agent_not_yielding"),
-        |settings| {
-            settings
-                .set("caller.interrupt", true)
-                .set("expect.yield_within", "2s")
-        },
-    )?;
-    call.expect_detail("")
-}
-
 // --- who speaks first, and what is said ---
-
-fn agent_that_waits_for_the_caller_is_ok_with_a_script(
-    fixture: &Fixture,
-) -> anyhow::Result<String> {
-    let behaviour = waits().with("hears", json!(["Hello, can you hear me?"]));
-    let call = Call::run(fixture, &behaviour, ok(), |settings| {
-        script(settings, vec![line("builtin:hello", &[])])
-    })?;
-    call.expect_reply_as_played()?;
-    Ok(format!("ok, reply {:.3} s", call.reply_delay()?))
-}
-
-fn waits() -> Behaviour {
-    Behaviour::pipeline().with("greeting", json!([]))
-}
-
-fn agent_that_waits_for_the_caller_fails_with_an_echo(fixture: &Fixture) -> anyhow::Result<String> {
-    let call = Call::run(fixture, &waits(), failed("agent_silent"), |settings| {
-        settings.set("deadlines.speech", "4s")
-    })?;
-    call.expect_detail("speaks_first")
-}
 
 const QUESTION: &str = "Please book a table for two.";
 
-/// A call in which the caller asks for a table. Its line has this expectation.
-fn ask_for_a_table(
-    fixture: &Fixture,
-    (behaviour, name): (Behaviour, &str),
-    expected: (i32, &str),
-    expectation: (&str, Value),
-) -> anyhow::Result<Call> {
-    let behaviour = behaviour.with("hears", json!([QUESTION]));
-    let stack = fixture.stack(&behaviour)?;
-    let question = speech_file(stack, &format!("{name}.wav"), QUESTION)?;
-    let question = question.to_str().context("a path in UTF-8")?;
-    Call::on(fixture, stack, &behaviour, expected, |settings| {
-        script(settings, vec![line(question, &[expectation])])
-    })
-}
-
 fn tool_that_runs_is_ok(fixture: &Fixture) -> anyhow::Result<String> {
-    let behaviour = waits().with("calls", json!({"1": "book_table"}));
-    let tool = ("tool", "book_table".into());
-    let call = ask_for_a_table(fixture, (behaviour, "tool_runs"), ok(), tool)?;
+    let behaviour = Behaviour::waits_for_the_caller()
+        .with("calls", json!({"1": "book_table"}))
+        .with("hears", json!([QUESTION]));
+    let stack = fixture.stack(&behaviour)?;
+    let question = speech_file(stack, "question.wav", QUESTION)?;
+    let question = question.to_str().context("a path in UTF-8")?;
+    let expected = Table::from_iter([
+        ("tool".to_owned(), "book_table".into()),
+        ("words".to_owned(), vec!["thank you|thanks", "noted"].into()),
+    ]);
+    let call = Call::on(fixture, stack, &behaviour, ok(), |settings| {
+        settings
+            .set("caller.speaks_first", true)
+            .line(question, expected)
+    })?;
     ensure!(call.events("tool").count() == 1, "no tool");
     Ok(format!("ok, reply {:.3} s", call.reply_delay()?))
-}
-
-fn tool_that_does_not_run_is_agent_wrong_reply(fixture: &Fixture) -> anyhow::Result<String> {
-    let tool = ("tool", "book_table".into());
-    let expected = failed("agent_wrong_reply");
-    let call = ask_for_a_table(fixture, (waits(), "tool_missing"), expected, tool)?;
-    call.expect_detail("book_table")
-}
-
-fn wrong_words_are_agent_wrong_reply(fixture: &Fixture) -> anyhow::Result<String> {
-    let words = Value::from(vec!["noted", "table|seat"]);
-    let expected = failed("agent_wrong_reply");
-    let call = ask_for_a_table(
-        fixture,
-        (waits(), "wrong_words"),
-        expected,
-        ("words", words),
-    )?;
-    call.expect_detail("table")
 }
 
 // --- figures ---
@@ -707,22 +539,4 @@ fn network_delay_is_the_unexplained_part_of_a_reply(fixture: &Fixture) -> anyhow
         "{seen}"
     );
     Ok(seen)
-}
-
-fn lost_uplink_is_media_failed(fixture: &Fixture) -> anyhow::Result<String> {
-    let stack = fixture.stack_behind_veth(&[Agent::conversation()])?;
-    stack.drop_caller_audio()?;
-    let behaviour = Behaviour::pipeline();
-    let call = Call::on(
-        fixture,
-        stack,
-        &behaviour,
-        (4, "media_failed"),
-        |settings| settings.set("deadlines.reply", "4s"),
-    )?;
-    ensure!(
-        call.events("heard").next().is_none(),
-        "the agent heard the caller"
-    );
-    call.expect_detail("")
 }

@@ -15,6 +15,7 @@ use support::stack::{Stack, StackKind};
 
 use crate::fixture::Fixture;
 
+mod conversation;
 mod faults;
 
 pub(crate) use faults::FAULTS;
