@@ -2,12 +2,13 @@
 //! contains. The agent writes its own log of what it played, heard and requested, and the canary's figures must match it.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::json;
+use support::SHORT_TIMEOUT;
 use support::behaviour::Behaviour;
+use support::process::{Process, command, program, source};
 use support::report::{Probe, Turn, unix_seconds};
 use support::settings::Settings;
 use support::stack::{Agent, AgentEvent, Stack};
@@ -180,13 +181,10 @@ fn differences(one: &[f64], other: &[f64]) -> Vec<f64> {
 /// Speech by espeak-ng as a WAV file in the folder of the stack.
 fn speech_file(stack: &Stack, name: &str, text: &str) -> anyhow::Result<PathBuf> {
     let path = stack.dir().join(name);
-    let status = Command::new("espeak-ng")
-        .args(["-v", "en-us", "-s", "165", "-w"])
-        .arg(&path)
-        .arg(text)
-        .status()
-        .context("espeak-ng")?;
-    ensure!(status.success(), "espeak-ng: {status}");
+    let mut voice = command(&program("PYTHON")?);
+    voice.arg(source("voice.py")).arg(text).arg(&path);
+    let status = Process::spawn("voice", voice, stack.dir())?.finish(SHORT_TIMEOUT)?;
+    ensure!(status.success(), "voice.py: {status}");
     Ok(path)
 }
 

@@ -1,8 +1,13 @@
-"""Speech by espeak-ng, as the agent of a conversation speaks it."""
+"""Speech by espeak-ng, as the agent of a conversation speaks it.
+
+As a program, `voice.py TEXT FILE` writes a WAV file.
+"""
 
 import functools
 import re
 import subprocess
+import sys
+import wave
 
 import numpy as np
 
@@ -83,3 +88,11 @@ def edges(signal: np.ndarray, rate: int) -> tuple[float, float]:
     """Where the speech in a signal begins and ends, in seconds from its start."""
     loud = loud_pieces(signal, rate, 10, share=EDGE)
     return (float(loud[0]) * 0.01, float(loud[-1] + 1) * 0.01) if len(loud) else (0.0, 0.0)
+
+
+if __name__ == "__main__":
+    with wave.open(sys.argv[2], "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(pcm(speech(sys.argv[1])))
