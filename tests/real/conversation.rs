@@ -43,13 +43,6 @@ scenarios! { CONVERSATIONS:
     agent_that_ends_the_call_after_its_reply_is_ok: "ok, the agent deleted the room", real only: NO_SESSION;
 }
 
-/// The scenarios that need what the canary does not do yet. With the variable `AWAITED`, they run too.
-const AWAITED: &[&str] = &["long_answer_is_interrupted", "tool_that_runs_is_ok"];
-
-pub(crate) fn can_run(scenario: &Scenario) -> bool {
-    !AWAITED.contains(&scenario.name) || std::env::var_os("AWAITED").is_some()
-}
-
 pub(crate) fn contains(scenario: &Scenario) -> bool {
     CONVERSATIONS.iter().any(|it| it.name == scenario.name)
 }

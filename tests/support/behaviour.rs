@@ -68,7 +68,7 @@ impl Behaviour {
     pub fn gives_a_long_answer() -> Self {
         Self::pipeline()
             .with("replies", vec![LONG_ANSWER, "All right."])
-            .fault("long_reply")
+            .fault("long_reply=20s")
     }
 
     /// Goes on with a long answer when the caller interrupts.
@@ -85,6 +85,7 @@ impl Behaviour {
             .with("greeting", greeting)
             .with("failing", "llm")
             .with("error", "500")
+            .fault("two_part_greeting=3s")
             .fault("dead_llm")
     }
 

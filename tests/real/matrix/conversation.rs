@@ -71,7 +71,7 @@ pub(super) fn waits_for_the_caller(fixture: &Fixture) -> anyhow::Result<Observat
 }
 
 pub(super) fn wrong_words(fixture: &Fixture) -> anyhow::Result<Observation> {
-    let words = Value::from(vec!["noted", "table|seat"]);
+    let words = Value::from(vec!["table|seat"]);
     expect_of_first_reply(fixture, Table::from_iter([("words".to_owned(), words)]))
 }
 
