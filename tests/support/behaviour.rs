@@ -85,7 +85,7 @@ impl Behaviour {
             .with("greeting", greeting)
             .with("failing", "llm")
             .with("error", "500")
-            .fault("two_part_greeting=3s")
+            .fault("two_part_greeting=6s")
             .fault("dead_llm")
     }
 
