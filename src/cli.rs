@@ -105,8 +105,8 @@ Exit status:
 
 /// Open one batch of rooms now and report what happened in each
 ///
-/// In each room, the agent joins and speaks, and the canary plays its speech back.
-/// Then the canary deletes the rooms. Progress goes to stderr, the result to stdout.
+/// In each room, the agent joins and speaks, the canary answers as a caller, and the
+/// agent replies. Then the canary deletes the rooms. Progress goes to stderr, the result to stdout.
 #[derive(Args)]
 #[command(after_help = ONCE_EPILOGUE, verbatim_doc_comment)]
 struct OnceArgs {
@@ -151,6 +151,10 @@ struct OnceArgs {
     #[arg(long, value_name = "MODE", value_parser = value_names::<CallerMode>())]
     caller: Option<String>,
 
+    /// How many times the caller speaks [default: 1, or once per line of a script]
+    #[arg(long, value_name = "N")]
+    turns: Option<u32>,
+
     /// Silence of the agent after which the caller speaks [default: 2s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     silence: Option<Duration>,
@@ -171,7 +175,7 @@ struct OnceArgs {
     #[arg(long, value_name = "ENGINE", value_parser = value_names::<Engine>())]
     engine: Option<String>,
 
-    /// Whether a room fails if its agent does not reply to the caller [default: true]
+    /// Whether a room fails if its agent does not reply to the caller [default: true, with pass_through: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     expect_reply: Option<bool>,
 

@@ -17,7 +17,7 @@
 //! ```text
 //! clip → nothing
 //! config → clip
-//! livekit → config
+//! livekit → clip, config
 //! schedule → config
 //! rules → config, schedule
 //! janitor → livekit

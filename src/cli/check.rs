@@ -89,6 +89,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
             entry(&mut text, key, &value);
         }
         warn(&mut text, &forecast.warnings_of_target(name));
+        warn(&mut text, &Vec::from_iter(warning_of_caller(target)));
         let project = &config.projects[&target.project];
         warn(&mut text, &warning_of_token(target, project)?);
         text.push('\n');
@@ -200,12 +201,37 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
 
 fn caller_line(caller: &Caller) -> String {
     let silence = format_duration(caller.silence);
-    let turns = counted(caller.turns.into(), "turn");
-    match caller.mode {
-        CallerMode::Echo => format!("echo, {turns}, each after {silence} of silence"),
-        CallerMode::Script => format!("script, {turns}, each after {silence} of silence"),
-        CallerMode::PassThrough => format!("pass_through, {silence} later"),
+    if caller.mode == CallerMode::PassThrough {
+        return format!("pass_through, {silence} later");
     }
+    let mut line = caller.mode.name().to_owned();
+    if caller.mode == CallerMode::Script {
+        write!(line, " of {}", counted(caller.lines.len() as u64, "line"))
+            .expect("writing to a string can't fail");
+    }
+    let turns = counted(caller.turns.into(), "turn");
+    write!(line, ", {turns}, each after {silence} of silence")
+        .expect("writing to a string can't fail");
+    if caller.turns > 1 && caller.pause > caller.silence {
+        let pause = format_duration(caller.pause);
+        write!(line, ", further ones after {pause}").expect("writing to a string can't fail");
+    }
+    if caller.speaks_first {
+        line.push_str(", speaks first");
+    }
+    if caller.interrupt {
+        line.push_str(", interrupts once");
+    }
+    line
+}
+
+fn warning_of_caller(target: &Target) -> Option<String> {
+    let passes_through = target.caller.mode == CallerMode::PassThrough;
+    passes_through.then(|| {
+        "the caller's mode \"pass_through\" shows only the media path, not that the agent answers. Set caller.mode to \"echo\" or \
+         \"script\" for that"
+            .to_owned()
+    })
 }
 
 /// The join token carries metadata and attributes, and is a header of the signal connection's request.

@@ -7,7 +7,9 @@ use std::time::Duration;
 use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{Alerts, Config, Objectives, Period, Problems, Project, Schedule, Target};
+use crate::config::{
+    Alerts, CallerMode, Config, Objectives, Period, Problems, Project, Schedule, Target,
+};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::probe::billable_minutes;
 use crate::report::counted;
@@ -152,8 +154,9 @@ impl<'a> Forecast<'a> {
                 in_days(cost.max_duration)
             ),
         ));
+        let per_day = forecast.ticks.iter().copied().max().unwrap_or(0);
         for (key, batches) in [
-            ("per day", forecast.ticks.iter().copied().max().unwrap_or(0)),
+            ("per day", per_day),
             ("per 30 days", forecast.ticks_in_30_days()),
         ] {
             let times = |minutes: &RangeInclusive<u64>| {
@@ -171,6 +174,15 @@ impl<'a> Forecast<'a> {
                 format!(
                     "{}, {agent} agent minutes, {participant} participant minutes",
                     counted(batches, "batch")
+                ),
+            ));
+        }
+        if let Some(turns) = turns_per_batch(forecast.target) {
+            entries.push((
+                "turns",
+                format!(
+                    "{turns} per batch, {} per day: each costs the agent STT, LLM and TTS",
+                    turns * per_day
                 ),
             ));
         }
@@ -286,6 +298,13 @@ impl TargetForecast<'_> {
     }
 }
 
+/// How many times the callers of a batch speak, if each agent replies. `None` if that depends on the agent alone.
+fn turns_per_batch(target: &Target) -> Option<u64> {
+    let caller = &target.caller;
+    let per_room = u64::from(caller.turns) + u64::from(caller.interrupt);
+    (caller.mode != CallerMode::PassThrough).then(|| per_room * target.batch.rooms as u64)
+}
+
 fn beyond_budget(
     period: Period,
     limit: Duration,
@@ -351,6 +370,7 @@ fn single_failure_misses(objectives: &Objectives, window: Duration, rooms: f64) 
         ("availability", objectives.availability),
         ("join", objectives.join),
         ("first_speech", objectives.first_speech),
+        ("reply", objectives.reply),
         ("service", objectives.service),
     ];
     let allowed = |objective: f64| rooms * (1.0 - objective);

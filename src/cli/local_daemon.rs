@@ -171,8 +171,11 @@ impl LocalDaemon {
         }
         let handle = sandbox.handle();
         let stop_sandbox = CancellationToken::new();
-        let rooms = config.targets.values().map(|target| target.batch.rooms);
-        let max_events = batch::max_events(rooms.max().unwrap_or_default());
+        let events = config
+            .targets
+            .values()
+            .map(|target| batch::max_events(target.batch.rooms, target.caller.turns));
+        let max_events = events.max().unwrap_or_default();
         let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * max_events);
         let (order, orders) = mpsc::channel(4);
         let (settings, again) = watch::channel(config.clone());

@@ -72,7 +72,7 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 14] = [
+    let flags: [(&str, &[&str], Option<String>); 15] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
         (
             "--deployment",
@@ -93,6 +93,11 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
         ("--hold", &["batch", "hold"], duration(args.hold)),
         ("--silence", &["caller", "silence"], duration(args.silence)),
         ("--caller", &["caller", "mode"], args.caller.clone()),
+        (
+            "--turns",
+            &["caller", "turns"],
+            args.turns.map(|turns| turns.to_string()),
+        ),
         (
             "--join-timeout",
             &["deadlines", "join"],

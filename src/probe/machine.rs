@@ -30,7 +30,7 @@ use conversation::Messages;
 use deadlines::{ENGINE_GRACE, MAX_ECHO};
 use room::{NAMELESS, SpeechClaim};
 
-pub use deadlines::max_time_to_verdict;
+pub use deadlines::{max_overrun, max_time_to_verdict};
 
 /// Entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MAX_ENTRIES: usize = 20;
@@ -800,10 +800,12 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         "" => String::new(),
         name => format!(", deployment \"{name}\""),
     };
-    format!(
-        "{} for agent \"{}\"{deployment}: {jobs}",
-        dispatch.id, dispatch.agent_name
-    )
+    let agent = match dispatch.agent_name.as_str() {
+        // livekit-server adds it to every room, whether or not such an agent exists.
+        "" => "LiveKit's own for unnamed agents".to_owned(),
+        name => format!("for agent \"{name}\""),
+    };
+    format!("{} {agent}{deployment}: {jobs}", dispatch.id)
 }
 
 #[cfg(test)]

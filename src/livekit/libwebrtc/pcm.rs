@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::clip::SpeechClip;
 use crate::livekit::audio::caller::Frame;
 use crate::livekit::audio::rtp::{self, MediaPosition};
 
@@ -22,6 +23,10 @@ const MAX_GAP: Duration = Duration::from_millis(100);
 impl Frame for Arc<[i16]> {
     fn silence() -> Self {
         Self::from([0; FRAME])
+    }
+
+    fn of_clip(clip: &SpeechClip) -> Vec<Self> {
+        clip.pcm.chunks(FRAME).map(Self::from).collect()
     }
 
     fn duration(&self) -> Duration {
@@ -78,10 +83,10 @@ mod tests {
         let start = Instant::now();
         let settings = config::Caller {
             mode,
-            delay: TEN * 100,
+            silence: TEN * 100,
             ..config::Caller::default()
         };
-        let mut echo = CallerPlayer::<Arc<[i16]>>::new(settings);
+        let mut echo = CallerPlayer::<Arc<[i16]>>::new(settings, Duration::from_secs(30));
         let mut detector = Detector::new(Speech::default(), RATE);
         let mut clock = FrameClock::default();
         echo.open(start);
@@ -127,7 +132,7 @@ mod tests {
                         loud.push(tick);
                     }
                     CallerOutput::Send { .. } => {}
-                    CallerOutput::Started => marks.push((tick, "started")),
+                    CallerOutput::Started(_) => marks.push((tick, "started")),
                     CallerOutput::Ended => marks.push((tick, "ended")),
                 }
             }

@@ -15,7 +15,8 @@ use super::voice_selector::VoiceSelector;
 use crate::livekit::audio::caller::{AgentActivity, CallerPlayer, Frame};
 use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::event::{
-    EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
+    EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker,
+    TranscriptSegment, UplinkReport,
 };
 use crate::livekit::join::JoinRequest;
 use crate::livekit::wire::request::sanitize;
@@ -78,6 +79,12 @@ pub(crate) struct Observer {
     track_sid: Option<String>,
     streams: agent_session::StreamReader,
     first_audio_sent: bool,
+    /// Since when the agent's session reports that it listens.
+    listening_since: Option<Instant>,
+    /// Since when the agent's audio track is received.
+    subscribed_since: Option<Instant>,
+    /// The latest report that was passed on.
+    uplink: UplinkReport,
 }
 
 impl Observer {
@@ -94,6 +101,9 @@ impl Observer {
             track_sid: None,
             streams: agent_session::StreamReader::new(request.transcript),
             first_audio_sent: false,
+            listening_since: None,
+            subscribed_since: None,
+            uplink: UplinkReport::default(),
         }
     }
 
@@ -172,6 +182,7 @@ impl Observer {
                 let joined = clock.to_local(agent.joined_at_ms);
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
+            self.follow_agent(&event);
             self.events.forward(event)?;
         }
         for kind in self.roster.changes() {
@@ -183,6 +194,19 @@ impl Observer {
             }
         }
         Ok(())
+    }
+
+    fn follow_agent(&mut self, event: &RoomEvent) {
+        match &event.kind {
+            RoomEventKind::AgentState(state) => {
+                self.listening_since = (state == LISTENING).then_some(event.at);
+            }
+            RoomEventKind::AgentLeft { .. } => {
+                self.listening_since = None;
+                self.subscribed_since = None;
+            }
+            _ => {}
+        }
     }
 
     /// Reports the addresses at which the server receives media, each once.
@@ -241,7 +265,7 @@ impl Observer {
 
     /// Reports the agent's track as soon as the agent is known; returns the audio that was buffered until then.
     pub(crate) fn report_voice<K, S>(
-        &self,
+        &mut self,
         selector: &mut VoiceSelector<K, S>,
     ) -> Result<impl IntoIterator<Item = S> + use<K, S>, EndReason> {
         let Some(found) = selector.announce(&self.roster) else {
@@ -251,6 +275,7 @@ impl Observer {
             self.events
                 .send(found.since, RoomEventKind::AgentVoiceSource(source))?;
         }
+        self.subscribed_since = Some(found.since);
         self.events
             .send(found.since, RoomEventKind::AgentTrackSubscribed)?;
         Ok(Some(found.early).into_iter().flatten())
@@ -263,29 +288,41 @@ impl Observer {
         self.events.send(at, RoomEventKind::AgentFirstAudio)
     }
 
+    /// Reports what LiveKit received of the caller's track, if that changed.
+    pub(crate) fn on_uplink(&mut self, at: Instant, report: UplinkReport) -> Result<(), EndReason> {
+        if report == self.uplink {
+            return Ok(());
+        }
+        self.uplink = report;
+        self.events.send(at, RoomEventKind::UplinkReported(report))
+    }
+
     /// What the agent does now, as its voice and its session show it.
     pub(crate) fn activity(&self, speech: &Detector) -> AgentActivity {
         let state = self.roster.agent_state();
         AgentActivity {
             may_speak: speech.speech_pending(),
             is_busy: state.is_some_and(|state| state != LISTENING),
+            listening_since: self.listening_since,
+            subscribed_since: self.subscribed_since,
+            last_speech: speech.last_speech(),
         }
     }
 
     pub(crate) fn on_speech<F: Frame>(
         &self,
-        echo: &mut CallerPlayer<F>,
+        caller: &mut CallerPlayer<F>,
         speech: &Detector,
         event: SpeechEvent,
     ) -> Result<(), EndReason> {
         let at = match event {
             SpeechEvent::Started(at) => {
-                echo.on_speech_started(at);
+                caller.on_speech_started(at);
                 self.events.send(at, RoomEventKind::SpeechStarted)?;
                 at
             }
             SpeechEvent::Ended(at) => {
-                echo.on_speech_ended(at);
+                caller.on_speech_ended(at);
                 self.events.send(at, RoomEventKind::SpeechEnded)?;
                 at
             }

@@ -140,14 +140,14 @@ fn agent_that_joined_before_the_dispatch_was_in_time() {
         (Milestone::DispatchSent, 300),
     ];
     let early = sample::probe(1, Outcome::Ok, Evidence::default(), &marks);
-    assert_eq!(verdicts(&early), "+++.+");
+    assert_eq!(verdicts(&early), "+++++");
     let undispatched = sample::probe(
         1,
         failed(Reason::AgentLeftEarly),
         Evidence::default(),
         IN_TIME,
     );
-    assert_eq!(verdicts(&undispatched), "-++.-");
+    assert_eq!(verdicts(&undispatched), "-+++-");
 }
 
 #[test]

@@ -9,7 +9,9 @@ use crate::livekit::event::{
 };
 use crate::probe::verdict::{AgentDuty, names_inference_limit, quote};
 use crate::probe::words::{contains_any, word_error};
-use crate::probe::{AgentTurn, Milestone, Outcome, SessionEntry, Turn, TurnResult, TurnStages};
+use crate::probe::{
+    AgentTurn, Milestone, Outcome, ProbeEvent, SessionEntry, Turn, TurnResult, TurnStages,
+};
 
 /// Entries of the evidence on the agent's session; a conversation of many turns has more than other lists.
 const MAX_SESSION_ENTRIES: usize = 100;
@@ -60,6 +62,10 @@ impl ProbeMachine {
             return;
         }
         self.turns.caller_started(what, at);
+        let to_verdict = self.time_to_verdict(now);
+        if self.turns.list().len() <= self.target.caller.turns as usize + 1 {
+            self.emit(ProbeEvent::TurnStarted { to_verdict });
+        }
     }
 
     /// The turn's time is over: a voice after it is its reply, unless the agent's session contradicts that.

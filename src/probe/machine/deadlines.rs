@@ -28,20 +28,33 @@ const UPLINK_WAIT: Duration = Duration::from_secs(5);
 /// The longest that a room stays open for a verdict after the agent's join, whatever the hold, excluding clean-up. The worst
 /// case that is reserved for a room rests on it.
 pub fn max_time_to_verdict(target: &Target) -> Duration {
+    target.deadlines.speech + max_conversation(target, target.caller.turns) + MAX_SIGNAL_SILENCE
+}
+
+/// How much longer than its hold a room stays open to finish a turn that need not be answered.
+pub fn max_overrun(target: &Target) -> Duration {
+    if target.expect.reply {
+        // Every turn is waited for, so none begins after the last one.
+        return Duration::ZERO;
+    }
     let deadlines = &target.deadlines;
-    let caller = &target.caller;
-    let turn = deadlines.agent_turn + max_caller_wait(target) + max_caller_speech(caller);
-    let conversation = if target.expect.reply {
-        (turn + deadlines.reply) * caller.turns + deadlines.agent_turn + EVIDENCE_WAIT
+    max_caller_speech(&target.caller) + deadlines.reply + deadlines.agent_turn + EVIDENCE_WAIT
+}
+
+/// How long the conversation takes at most, if a reply is expected to each turn and this many of them are left.
+fn max_conversation(target: &Target, turns: u32) -> Duration {
+    if !target.expect.reply {
+        return Duration::ZERO;
+    }
+    let deadlines = &target.deadlines;
+    let before = deadlines.agent_turn + max_caller_wait(target);
+    let turn = before + max_caller_speech(&target.caller) + deadlines.reply;
+    let interruption = if target.caller.interrupt {
+        max_caller_speech(&target.caller) + deadlines.reply
     } else {
         Duration::ZERO
     };
-    let interruption = if target.expect.reply && caller.interrupt {
-        max_caller_speech(caller) + deadlines.reply + deadlines.agent_turn
-    } else {
-        Duration::ZERO
-    };
-    deadlines.speech + conversation + interruption + MAX_SIGNAL_SILENCE
+    turn * turns + interruption + deadlines.agent_turn + EVIDENCE_WAIT
 }
 
 /// From the end of the agent's speech until the caller speaks, at the longest.
@@ -103,6 +116,15 @@ impl ProbeMachine {
             AgentDuty::Reply | AgentDuty::Words => deadlines.reply,
             AgentDuty::Yield => self.target.expect.yield_within.unwrap_or_default(),
         }
+    }
+
+    /// The longest time from the agent's join to the verdict, now that the caller speaks.
+    pub(super) fn time_to_verdict(&self, now: Instant) -> Duration {
+        let joined = self.report.timeline.get(Milestone::AgentJoined);
+        let passed = joined.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let taken = u32::try_from(self.turns.taken()).unwrap_or(u32::MAX);
+        let left = (self.target.caller.turns + 1).saturating_sub(taken);
+        passed + max_conversation(&self.target, left) + MAX_SIGNAL_SILENCE
     }
 
     /// The next deadline and what it is for.

@@ -25,26 +25,18 @@ const MIN_NOTED_LAG: Duration = Duration::from_millis(500);
 /// An agent that reports speech for this long must have been heard.
 const MIN_NOTED_CLAIM: Duration = Duration::from_secs(1);
 
-/// What the agent's session reports about its speech, by the attribute `lk.agent.state`.
+/// What the agent's session reports about its speech, by the attribute `lk.agent.state`, and what was heard of it.
 #[derive(Debug, Default)]
 pub(super) struct SpeechClaim {
     state: Option<String>,
-    since: Option<Instant>,
-    /// The time that it spoke before `since`.
-    before: Duration,
+    claimed: Stopwatch,
+    heard: Stopwatch,
 }
 
 impl SpeechClaim {
     fn on_state(&mut self, state: &str, at: Instant) {
         self.state = Some(state.to_owned());
-        if state == "speaking" {
-            self.since.get_or_insert(at);
-        } else if let Some(since) = self.since.take() {
-            // Never zero, which stands for an agent that did not speak.
-            self.before += at
-                .saturating_duration_since(since)
-                .max(Duration::from_nanos(1));
-        }
+        self.claimed.set(state == "speaking", at);
     }
 
     /// Whether its last report allows that it has finished.
@@ -54,12 +46,34 @@ impl SpeechClaim {
 
     /// How long it reported to speak until `now`; `None` if it reports no states.
     fn spoke_for(&self, now: Instant) -> Option<Duration> {
+        self.state.as_ref().map(|_| self.claimed.total(now))
+    }
+}
+
+/// The sum of several stretches of time.
+#[derive(Debug, Default)]
+struct Stopwatch {
+    since: Option<Instant>,
+    before: Duration,
+}
+
+impl Stopwatch {
+    fn set(&mut self, runs: bool, at: Instant) {
+        if runs {
+            self.since.get_or_insert(at);
+        } else {
+            self.before = self.total(at);
+            self.since = None;
+        }
+    }
+
+    /// Zero only if it never ran.
+    fn total(&self, now: Instant) -> Duration {
         let current = |since| {
-            now.saturating_duration_since(since)
-                .max(Duration::from_nanos(1))
+            let passed = now.saturating_duration_since(since);
+            passed.max(Duration::from_nanos(1))
         };
-        let current = self.since.map(current).unwrap_or_default();
-        self.state.as_ref().map(|_| self.before + current)
+        self.before + self.since.map(current).unwrap_or_default()
     }
 }
 
@@ -160,9 +174,13 @@ impl ProbeMachine {
             RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
             RoomEventKind::SpeechStarted => {
                 self.mark(Milestone::AgentSpoke, at);
+                self.claim.heard.set(true, at);
                 self.turns.speech_started(at);
             }
-            RoomEventKind::SpeechEnded => self.turns.speech_ended(at),
+            RoomEventKind::SpeechEnded => {
+                self.claim.heard.set(false, at);
+                self.turns.speech_ended(at);
+            }
             RoomEventKind::SpeechLevel(level) => {
                 let tenths = (f64::from(level) * 10.0).round();
                 self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
@@ -310,21 +328,25 @@ impl ProbeMachine {
 
     /// Notes where the agent's session contradicts what the canary heard. Call it before the verdict.
     pub(super) fn note_contradiction(&mut self, now: Instant) {
-        let note = match (self.agent_spoke(), self.claim.spoke_for(now)) {
-            (true, Some(Duration::ZERO)) => {
-                "the canary heard a voice, but the agent's session never reported that it speaks: \
-                 what was heard may be another sound on its track, such as music"
-                    .to_owned()
-            }
-            (false, Some(claimed)) if claimed >= MIN_NOTED_CLAIM => format!(
-                "the agent's session reported that it spoke for {:.1} s, but the canary heard no voice: check its TTS and its \
-                 audio output. If its voice is quiet, lower speech.threshold_dbfs ({})",
-                claimed.as_secs_f64(),
-                self.target.speech.threshold_dbfs
-            ),
-            _ => return,
+        let Some(claimed) = self.claim.spoke_for(now) else {
+            return;
         };
-        self.add_note(note);
+        let heard = self.claim.heard.total(now);
+        if self.agent_spoke() && claimed.is_zero() {
+            self.add_note(
+                "the canary heard a voice, but the agent's session never reported that it speaks: what was heard may be \
+                 another sound on its track, such as music"
+                    .to_owned(),
+            );
+        } else if claimed > heard * 2 + MIN_NOTED_CLAIM {
+            self.add_note(format!(
+                "the agent's session reported that it spoke for {:.1} s, but the canary heard {:.1} s of speech: check its TTS \
+                 and its audio output. If its voice is quiet, lower speech.threshold_dbfs ({})",
+                claimed.as_secs_f64(),
+                heard.as_secs_f64(),
+                self.target.speech.threshold_dbfs
+            ));
+        }
     }
 
     // Other participants.

@@ -2,8 +2,10 @@ use std::sync::Arc;
 
 use super::super::opus::SILENCE;
 use super::*;
+use crate::config::CallerLine;
 
 const SPEECH: u8 = 0x78;
+const AGENT_TURN: Duration = Duration::from_secs(30);
 /// Levels of a frame of speech and of one of a pause, in dBFS.
 const LOUD: f32 = -20.0;
 const QUIET: f32 = -80.0;
@@ -12,13 +14,49 @@ fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn settings(mode: CallerMode, delay: u64) -> CallerSettings {
+fn settings(mode: CallerMode, silence: u64) -> CallerSettings {
     CallerSettings {
         mode,
-        delay: ms(delay),
-        max_turns: 1,
+        silence: ms(silence),
+        ..CallerSettings::default()
     }
 }
+
+/// A script of lines with 20, 40, … packets of 20 ms; the payload names the line.
+fn script(lines: u8, silence: u64) -> CallerSettings {
+    let line = |number: u8| CallerLine {
+        name: format!("line {number}"),
+        audio: Arc::new(SpeechClip {
+            packets: vec![Arc::from([SPEECH, 100 + number, 0, 0]); 20 * usize::from(number + 1)],
+            pcm: Vec::new(),
+        }),
+        text: None,
+        expected_words: Vec::new(),
+        expected_tool: None,
+    };
+    CallerSettings {
+        turns: lines.into(),
+        lines: (0..lines).map(line).collect(),
+        ..settings(CallerMode::Script, silence)
+    }
+}
+
+const STARTED: CallerOutput<Arc<[u8]>> = CallerOutput::Started(CallerTurn {
+    line: None,
+    interrupts: false,
+});
+
+fn started(line: usize) -> CallerOutput<Arc<[u8]>> {
+    CallerOutput::Started(CallerTurn {
+        line: Some(line),
+        interrupts: false,
+    })
+}
+
+const INTERRUPTS: CallerOutput<Arc<[u8]>> = CallerOutput::Started(CallerTurn {
+    line: None,
+    interrupts: true,
+});
 
 /// A call on a simulated clock: an agent that sends a packet every 20 ms, with a number in its payload.
 struct SimulatedCall {
@@ -33,7 +71,7 @@ struct SimulatedCall {
 impl SimulatedCall {
     fn new(settings: CallerSettings) -> Self {
         let start = Instant::now();
-        let mut echo = CallerPlayer::new(settings);
+        let mut echo = CallerPlayer::new(settings, AGENT_TURN);
         echo.open(start);
         Self {
             echo,
@@ -83,6 +121,9 @@ impl SimulatedCall {
                 frame: Arc::from([SPEECH, self.number, 0, 0]),
             });
             self.number = self.number.wrapping_add(1);
+            if level == LOUD && self.agent.last_speech.is_some() {
+                self.agent.last_speech = Some(self.now);
+            }
         }
     }
 
@@ -91,13 +132,21 @@ impl SimulatedCall {
         let first = self.now;
         self.packets(3, LOUD);
         self.echo.on_speech_started(first);
+        self.agent.last_speech = Some(self.now);
         self.wait(20);
         self.packets(count - 3, LOUD);
         let last = self.now;
         self.wait(20);
         self.packets(30, QUIET);
+        self.agent.last_speech = None;
         self.echo.on_speech_ended(last);
         self.run_to(self.now);
+    }
+
+    /// The times in milliseconds at which the caller began to speak and ended.
+    fn turns(&self) -> Vec<(u64, u64)> {
+        let marks = self.marks();
+        marks.chunks(2).map(|pair| (pair[0].0, pair[1].0)).collect()
     }
 
     /// The time in milliseconds and the number of each echoed packet.
@@ -133,7 +182,7 @@ fn turn_is_played_once_at_its_pace_and_silence_follows() {
     assert_eq!(call.echoed(), expected);
     assert_eq!(
         call.marks(),
-        [(2_980, CallerOutput::Started), (3_980, CallerOutput::Ended)]
+        [(2_980, STARTED), (3_980, CallerOutput::Ended)]
     );
     let sent = |(at, out): &&(u64, _)| *at > 3_960 && matches!(out, CallerOutput::Send { .. });
     let after: Vec<_> = call.out.iter().filter(sent).collect();
@@ -189,13 +238,13 @@ fn echo_waits_while_speech_of_the_agent_is_pending() {
     let mut now = due;
     while now < latest {
         while let Some(out) = call.echo.poll(now, call.agent) {
-            assert_ne!(out, CallerOutput::Started);
+            assert_ne!(out, STARTED);
         }
         now += SPEECH_CHECK_INTERVAL;
     }
     // What is pending for longer is not speech.
     let mut outputs = std::iter::from_fn(|| call.echo.poll(latest, call.agent));
-    assert!(outputs.any(|out| out == CallerOutput::Started));
+    assert!(outputs.any(|out| out == STARTED));
 }
 
 #[test]
@@ -206,13 +255,13 @@ fn echo_starts_soon_after_the_sound_turned_out_not_to_be_speech() {
     call.run_to(due - ms(1));
     call.agent.may_speak = true;
     while let Some(out) = call.echo.poll(due, call.agent) {
-        assert_ne!(out, CallerOutput::Started);
+        assert_ne!(out, STARTED);
     }
     let postponed = call.echo.next_deadline().unwrap();
     assert_eq!(postponed, due + SPEECH_CHECK_INTERVAL);
     call.agent.may_speak = false;
     let started = call.echo.poll(postponed, call.agent);
-    assert_eq!(started, Some(CallerOutput::Started));
+    assert_eq!(started, Some(STARTED));
 }
 
 #[test]
@@ -236,7 +285,7 @@ fn session_that_never_reports_that_it_listens_delays_the_echo_for_at_most_30_s()
     call.agent.is_busy = true;
     call.utterance(10);
     call.wait(60_000);
-    assert_eq!(call.marks()[0], (180 + 30_000, CallerOutput::Started));
+    assert_eq!(call.marks()[0], (180 + 30_000, STARTED));
 }
 
 /// The endpointing of livekit-agents takes 500 ms of silence for the end of the caller's turn.
@@ -275,7 +324,7 @@ fn pause_in_the_echo_is_at_most_200_ms_long_and_all_speech_is_there() {
 #[test]
 fn echo_plays_no_more_turns_than_the_setting() {
     let mut call = SimulatedCall::new(CallerSettings {
-        max_turns: 2,
+        turns: 2,
         ..settings(CallerMode::Echo, 700)
     });
     for _ in 0..4 {
@@ -289,7 +338,7 @@ fn echo_plays_no_more_turns_than_the_setting() {
 #[test]
 fn utterance_during_playback_is_played_as_the_next_turn() {
     let mut call = SimulatedCall::new(CallerSettings {
-        max_turns: 2,
+        turns: 2,
         ..settings(CallerMode::Echo, 700)
     });
     call.utterance(50);
@@ -313,7 +362,7 @@ fn recording_ends_after_thirty_seconds() {
 
 #[test]
 fn echo_sends_nothing_before_the_track_is_open() {
-    let mut echo = CallerPlayer::<Arc<[u8]>>::new(CallerSettings::default());
+    let mut echo = CallerPlayer::<Arc<[u8]>>::new(CallerSettings::default(), AGENT_TURN);
     let now = Instant::now();
     assert_eq!(echo.next_deadline(), None);
     assert_eq!(echo.poll(now, AgentActivity::default()), None);
@@ -346,7 +395,7 @@ fn continuous_echo_plays_every_packet_after_the_delay() {
     assert_eq!(call.echoed(), expected);
     assert_eq!(
         call.marks(),
-        [(3_000, CallerOutput::Started), (3_980, CallerOutput::Ended)]
+        [(3_000, STARTED), (3_980, CallerOutput::Ended)]
     );
 }
 
@@ -369,4 +418,266 @@ fn continuous_echo_keeps_the_agents_pace_under_jitter() {
         times.windows(2).all(|pair| pair[1] - pair[0] == 20),
         "{times:?}"
     );
+}
+
+#[test]
+fn script_says_one_line_after_each_speech_of_the_agent_and_repeats_from_the_first() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        turns: 3,
+        ..script(2, 1_000)
+    });
+    for _ in 0..5 {
+        call.utterance(50);
+        call.wait(4_000);
+    }
+    let marks = call.marks();
+    let expected = [
+        // The agent's last packet arrives 980 ms after the start of its utterance, which takes 1580 ms.
+        (1_980, started(0)),
+        (2_380, CallerOutput::Ended),
+        (7_560, started(1)),
+        (8_360, CallerOutput::Ended),
+        (13_140, started(0)),
+        (13_540, CallerOutput::Ended),
+    ];
+    assert_eq!(marks, expected);
+    let said: Vec<u8> = call.echoed().iter().map(|(_, line)| *line).collect();
+    let expected = [[100].repeat(20), [101].repeat(40), [100].repeat(20)].concat();
+    assert_eq!(said, expected, "the agent's own speech is not played");
+}
+
+#[test]
+fn agent_that_does_not_reply_gets_no_further_turn() {
+    for settings in [
+        script(3, 1_000),
+        CallerSettings {
+            turns: 3,
+            ..settings(CallerMode::Echo, 1_000)
+        },
+    ] {
+        let mut call = SimulatedCall::new(settings);
+        call.utterance(50);
+        call.wait(120_000);
+        assert_eq!(call.marks().len(), 2);
+    }
+}
+
+#[test]
+fn turn_never_comes_before_the_end_of_the_agents_first_speech() {
+    let mut call = SimulatedCall::new(script(1, 1_000));
+    call.agent.subscribed_since = Some(call.start);
+    call.agent.listening_since = Some(call.start);
+    call.wait(60_000);
+    assert_eq!(call.marks(), []);
+    call.echo.on_speech_started(call.now);
+    call.wait(60_000);
+    assert_eq!(call.marks(), []);
+}
+
+#[test]
+fn pause_counts_from_the_end_of_the_agents_last_speech_and_not_before_the_first_turn() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        pause: ms(20_000),
+        ..script(2, 1_000)
+    });
+    call.utterance(50);
+    call.wait(4_000);
+    let reply = u64::try_from(call.now.duration_since(call.start).as_millis()).unwrap();
+    call.utterance(50);
+    let silent_from = call.out.len();
+    call.wait(30_000);
+    assert_eq!(
+        call.turns(),
+        [(1_980, 2_380), (reply + 980 + 20_000, reply + 980 + 20_800)]
+    );
+    let sent = call.out[silent_from..].iter();
+    let sent: Vec<u64> = sent.map(|(at, _)| *at).collect();
+    let gaps = sent.windows(2).map(|pair| pair[1] - pair[0]);
+    assert!(gaps.max() <= Some(400), "the track is kept alive");
+}
+
+/// The agent may not have finished, so what it says after the pause comes first.
+#[test]
+fn agent_that_speaks_again_in_the_pause_restarts_it() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        pause: ms(5_000),
+        ..script(2, 1_000)
+    });
+    call.utterance(50);
+    call.wait(4_000);
+    call.utterance(50);
+    call.wait(3_000);
+    call.utterance(50);
+    let spoken_until = call.now - ms(600);
+    call.wait(10_000);
+    let second = call.turns()[1].0;
+    let expected = (spoken_until - call.start + ms(5_000)).as_millis();
+    assert_eq!(u128::from(second), expected);
+}
+
+#[test]
+fn caller_that_speaks_first_begins_1_s_after_the_session_listens() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        speaks_first: true,
+        ..script(2, 3_000)
+    });
+    call.wait(1_000);
+    call.agent.subscribed_since = Some(call.now);
+    call.agent.is_busy = true;
+    call.wait(6_000);
+    assert_eq!(call.marks(), []);
+    call.agent.is_busy = false;
+    call.agent.listening_since = Some(call.now);
+    call.wait(2_000);
+    assert_eq!(call.turns(), [(8_000, 8_400)]);
+    // The second line waits for the agent's speech, as ever.
+    call.wait(30_000);
+    assert_eq!(call.turns().len(), 1);
+    call.utterance(50);
+    call.wait(10_000);
+    assert_eq!(call.marks()[2].1, started(1));
+}
+
+#[test]
+fn caller_that_speaks_first_waits_for_the_silence_of_an_agent_without_states() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        speaks_first: true,
+        ..script(1, 3_000)
+    });
+    call.wait(10_000);
+    assert_eq!(call.marks(), [], "no agent is there");
+    call.agent.subscribed_since = Some(call.now);
+    call.wait(10_000);
+    assert_eq!(call.turns(), [(13_000, 13_400)]);
+}
+
+#[test]
+fn caller_that_speaks_first_waits_for_a_busy_agent_at_most_one_turn_of_it() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        speaks_first: true,
+        ..script(1, 3_000)
+    });
+    call.agent.subscribed_since = Some(call.now);
+    call.agent.is_busy = true;
+    call.wait(60_000);
+    assert_eq!(call.turns(), [(30_000, 30_400)]);
+}
+
+#[test]
+fn agent_that_speaks_before_the_caller_that_would_speak_first_is_heard_out() {
+    let mut call = SimulatedCall::new(CallerSettings {
+        speaks_first: true,
+        ..script(1, 3_000)
+    });
+    call.agent.subscribed_since = Some(call.now);
+    call.wait(2_000);
+    call.utterance(100);
+    call.wait(10_000);
+    // Its last packet arrives at 3980 ms.
+    assert_eq!(call.turns(), [(6_980, 7_380)]);
+}
+
+fn interrupting(settings: CallerSettings) -> CallerSettings {
+    CallerSettings {
+        interrupt: true,
+        ..settings
+    }
+}
+
+/// The length of the built-in question in milliseconds.
+fn question() -> u64 {
+    u64::try_from(SpeechClip::hello().duration().as_millis()).unwrap()
+}
+
+#[test]
+fn first_reply_is_interrupted_once_after_1_s() {
+    for settings in [settings(CallerMode::Echo, 1_000), script(1, 1_000)] {
+        let mut call = SimulatedCall::new(interrupting(settings));
+        call.utterance(150);
+        call.wait(5_000);
+        let reply = u64::try_from(call.now.duration_since(call.start).as_millis()).unwrap();
+        call.utterance(150);
+        call.wait(5_000);
+        call.utterance(150);
+        call.wait(10_000);
+        let marks = call.marks();
+        assert_eq!(marks.len(), 4, "{marks:?}");
+        assert_eq!(marks[2], (reply + 1_000, INTERRUPTS));
+        assert_eq!(marks[3], (reply + 1_000 + question(), CallerOutput::Ended));
+    }
+}
+
+#[test]
+fn reply_in_the_warm_up_of_the_session_is_interrupted_after_it() {
+    let mut call = SimulatedCall::new(interrupting(CallerSettings {
+        speaks_first: true,
+        ..script(1, 1_000)
+    }));
+    call.agent.subscribed_since = Some(call.now);
+    call.wait(2_000);
+    // The agent's first speech is its reply.
+    call.utterance(250);
+    call.wait(10_000);
+    let marks = call.marks();
+    assert_eq!(marks[2], (2_000 + 3_500, INTERRUPTS));
+}
+
+#[test]
+fn reply_of_less_than_1_s_is_not_interrupted_and_the_next_one_is() {
+    let mut call = SimulatedCall::new(interrupting(script(2, 1_000)));
+    call.utterance(150);
+    call.wait(5_000);
+    // The end of this reply is not certain yet when a second has passed.
+    call.utterance(40);
+    call.wait(5_000);
+    assert_eq!(call.marks().len(), 4);
+    let reply = u64::try_from(call.now.duration_since(call.start).as_millis()).unwrap();
+    call.utterance(150);
+    call.wait(10_000);
+    assert_eq!(call.marks()[4], (reply + 1_000, INTERRUPTS));
+}
+
+#[test]
+fn greeting_is_not_interrupted() {
+    let mut call = SimulatedCall::new(interrupting(script(1, 1_000)));
+    call.utterance(500);
+    call.wait(10_000);
+    assert_eq!(call.marks().len(), 2);
+    assert_eq!(call.marks()[0].1, started(0));
+}
+
+#[test]
+fn turn_after_an_interruption_waits_for_what_the_agent_says_then() {
+    let mut call = SimulatedCall::new(interrupting(script(2, 1_000)));
+    call.utterance(150);
+    call.wait(5_000);
+    // It is interrupted and stops half a second later.
+    call.utterance(75);
+    call.wait(20_000);
+    assert_eq!(call.marks().len(), 4);
+    assert_eq!(call.marks()[2].1, INTERRUPTS);
+    call.utterance(100);
+    call.wait(10_000);
+    assert_eq!(call.marks()[4].1, started(1));
+    assert_eq!(call.marks().len(), 6);
+}
+
+#[test]
+fn echo_after_an_interruption_plays_only_what_the_agent_said_after_it() {
+    let mut call = SimulatedCall::new(interrupting(CallerSettings {
+        turns: 2,
+        ..settings(CallerMode::Echo, 1_000)
+    }));
+    call.utterance(150);
+    call.wait(5_000);
+    call.utterance(75);
+    call.wait(5_000);
+    let first = call.number;
+    let before = call.out.len();
+    call.utterance(100);
+    call.wait(10_000);
+    call.out.drain(..before);
+    let echoed: Vec<u8> = call.echoed().iter().map(|(_, number)| *number).collect();
+    let expected: Vec<u8> = (0..100).map(|number| first.wrapping_add(number)).collect();
+    assert_eq!(echoed, expected);
 }
