@@ -29,6 +29,7 @@ scenarios! { CONVERSATIONS:
     network_delay_is_the_unexplained_part_of_a_reply: "ok, twice 150 ms are unexplained", real only: NO_NETWORK;
     quiet_agent_is_heard: "ok at -51 dBFS, its whole greeting echoed", real only: NO_SESSION;
     reply_in_progress_is_finished: "ok, the reply played to its end", real only: NO_SESSION;
+    caller_that_cuts_in_is_noted: "ok, noted, no reply delay", real only: NO_SESSION;
     two_parts_of_a_greeting_are_spoken_whole: "ok, not interrupted, both parts echoed", real only: NO_SESSION;
     pause_within_a_greeting_is_waited_for: "ok, not interrupted, both parts echoed", real only: NO_SESSION;
     planted_delay_of_each_stage_is_reported: "ok, four stages as planted", real only: NO_SESSION, load: 2;
@@ -279,6 +280,26 @@ fn expect_whole_greeting(fixture: &Fixture, as_one: bool) -> anyhow::Result<Stri
         "ok, both parts echoed, reply {:.3} s",
         call.reply_delay()?
     ))
+}
+
+/// The agent pauses for longer than the caller's silence, and its session reports in the pause that it listens.
+fn caller_that_cuts_in_is_noted(fixture: &Fixture) -> anyhow::Result<String> {
+    let greeting = [
+        "Welcome to the test line.",
+        "This call is recorded. How can I help you today?",
+    ];
+    let behaviour = Behaviour::pipeline().with("greeting", json!([greeting[0], 2.4, greeting[1]]));
+    let call = Call::run(fixture, &behaviour, ok(), |settings| {
+        settings.set("batch.hold", "16s")
+    })?;
+    let cut = call.events("spoke").filter(|it| it.flag("interrupted"));
+    ensure!(cut.count() == 1, "nothing was interrupted");
+    let notes = &call.probe.evidence.notes;
+    let note = notes.iter().find(|it| it.starts_with("the caller cut in"));
+    let note = note.with_context(|| format!("no note in {notes:?}"))?;
+    let delay = call.probe.reply_delay_seconds;
+    ensure!(delay.is_none(), "a reply delay of {delay:?} s");
+    Ok(note.chars().take(40).collect())
 }
 
 fn reply_in_progress_is_finished(fixture: &Fixture) -> anyhow::Result<String> {
