@@ -386,9 +386,10 @@ impl Turns {
                 if turn.interrupts && turn.replied.is_none() {
                     turn.yielded = None;
                 }
-                // A text that the agent was only asked to speak has no metrics, and shows no recovery.
-                if message.metrics.is_some() {
-                    self.last.failed = false;
+                // A text that the agent was only asked to speak has at most those of its TTS, and shows no recovery.
+                if let Some(metrics) = &message.metrics {
+                    let answers = metrics.llm_ttft_seconds.or(metrics.e2e_latency_seconds);
+                    self.last.failed &= answers.is_none();
                     self.last.reported |= turn.replied.is_some();
                 }
             }

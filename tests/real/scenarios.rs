@@ -74,7 +74,7 @@ pub(crate) struct Scenario {
     /// would change.
     pub load: u32,
     /// Runs the scenario with its checks, and returns a summary.
-    run: Run,
+    pub run: Run,
 }
 
 pub(crate) type Run = fn(&Fixture) -> anyhow::Result<String>;
@@ -103,10 +103,10 @@ const NO_PERMISSIONS: &str = "it can't revoke a permission";
 const NO_SETTINGS: &str = "it always creates a room for a token";
 const NO_RESTART: &str = "it ends at once, and listens on another port after a restart";
 
+/// A table of scenarios. The longest come first, so that no long one runs alone at the end.
 macro_rules! scenarios {
-    ($($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
-        /// The longest first, so that no long one runs alone at the end.
-        pub(crate) const SCENARIOS: &[Scenario] = &[
+    ($table:ident: $($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
+        pub(crate) const $table: &[Scenario] = &[
             $(Scenario {
                 name: stringify!($name),
                 expected: $expected,
@@ -122,7 +122,9 @@ macro_rules! scenarios {
     (@load $load:literal) => { $load };
 }
 
-scenarios! {
+pub(crate) use scenarios;
+
+scenarios! { SCENARIOS:
     room_that_an_agent_re_creates_after_a_server_crash_is_deleted: "3 signal_lost; 75 s later no room", real only: NO_RESTART, load: 3;
     frozen_daemon_blames_itself_and_goes_on: "internal, nothing counts; then ok";
     outage_fails_only_the_batches_within_it: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;

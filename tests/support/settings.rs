@@ -70,6 +70,32 @@ impl Settings {
         self
     }
 
+    /// Adds a line to the script of the caller, with the keys of its `expect`.
+    #[must_use]
+    pub fn line(mut self, audio: &str, expected: Table) -> Self {
+        let mut line = Table::new();
+        line.insert("audio".to_owned(), audio.into());
+        if !expected.is_empty() {
+            line.insert("expect".to_owned(), expected.into());
+        }
+        self = self.set("caller.mode", "script");
+        let caller = self.target["caller"].as_table_mut();
+        let lines = caller.expect("set above").entry("lines");
+        let lines = lines.or_insert_with(|| Value::Array(Vec::new()));
+        lines
+            .as_array_mut()
+            .expect("no test sets the lines in another way")
+            .push(line.into());
+        self
+    }
+
+    /// The caller says `builtin:hello` before the agent speaks, and its reply must be as `expected` has it.
+    #[must_use]
+    pub fn speaks_first(self, expected: Table) -> Self {
+        self.set("caller.speaks_first", true)
+            .line("builtin:hello", expected)
+    }
+
     /// Calls the agent of this behaviour, and tells it the behaviour in the dispatch metadata.
     #[must_use]
     pub fn behaviour(self, behaviour: &Behaviour) -> Self {

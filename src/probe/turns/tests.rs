@@ -22,6 +22,16 @@ fn metrics() -> TurnMetrics {
     }
 }
 
+/// Those of a text that the session was only asked to speak.
+fn metrics_of_say() -> TurnMetrics {
+    TurnMetrics {
+        llm_ttft_seconds: None,
+        tts_ttfb_seconds: Some(0.1),
+        e2e_latency_seconds: None,
+        ..metrics()
+    }
+}
+
 fn message(interrupted: bool, metrics: Option<TurnMetrics>) -> SessionEvent {
     SessionEvent::Message(SessionMessage {
         speaker: Speaker::Agent,
@@ -52,7 +62,7 @@ impl TurnsScript {
     }
 
     /// The agent's `S`peech starts and `s` ends, the `C`aller starts and `c` ends, `I` is an interruption; the session
-    /// reports that it `h`eard the caller, an `x` error, a `m`essage with metrics, a `t`ext without, a message that was
+    /// reports that it `h`eard the caller, an `x` error, a `m`essage of its LLM, a `t`ext without one, a message that was
     /// `i`nterrupted; the turn `e`nds; `.` lets a second pass.
     fn play(mut self, script: &str) -> Self {
         for step in script.chars() {
@@ -73,7 +83,7 @@ impl TurnsScript {
                 'h' => turns.session_event(&SessionEvent::CallerSpeaks(true)),
                 'x' => turns.session_event(&SessionEvent::Error("LLM".to_owned())),
                 'm' => turns.session_event(&message(false, Some(metrics()))),
-                't' => turns.session_event(&message(false, None)),
+                't' => turns.session_event(&message(false, Some(metrics_of_say()))),
                 'i' => turns.session_event(&message(true, None)),
                 'e' => turns.close(),
                 '.' => self.second += 1,

@@ -12,7 +12,7 @@ use support::stack::{AGENT, Agent, AgentEvent, Stack};
 use support::{SECRET, SHORT_TIMEOUT, wait_for};
 
 use super::OnStack::{Can, Cannot};
-use super::{DaemonBatch, Expected, Fault, Observation};
+use super::{DaemonBatch, Expected, Fault, Observation, conversation};
 use crate::agents::take_identity;
 use crate::fixture::{Fixture, reason_by_listed_jobs, wait_for_job};
 use crate::proxy::{Interceptor, TlsProxy};
@@ -121,6 +121,38 @@ faults! {
     two_dispatches: failed(Reason::AgentDuplicate), Some(Origin::Agent), "-++-", within 30,
         [r#""step":"agent""#, "a second agent of that name joined (agent-"],
         sandbox Can(two_dispatches), real Can(two_dispatches);
+
+    // The conversation fails.
+    deaf_agent: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++-", within 50,
+        [r#""step":"agent_reply""#, r#""deadline_seconds":4.0"#, "LiveKit received the caller's speech", r#""confirmed":false"#],
+        sandbox Can(conversation::deaf), real Can(conversation::deaf);
+    agent_that_goes_deaf_in_turn_3: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++-", within 80,
+        [r#""step":"agent_reply""#, "in turn 3 of 4", r#""result":"answered""#],
+        sandbox Can(conversation::deaf_later), real Can(conversation::deaf_later);
+    agent_with_a_dead_llm: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++-", within 50,
+        [r#""step":"agent_reply""#, "It spoke, but that was no answer", "Its session reported an error"],
+        sandbox Can(conversation::dead_llm), real Can(conversation::dead_llm);
+    agent_that_never_yields: failed(Reason::AgentNotYielding), Some(Origin::Agent), "-++-", within 60,
+        [r#""step":"agent_yield""#, "Check whether it allows interruptions", r#""interrupts":true"#],
+        sandbox Can(conversation::never_yields), real Can(conversation::never_yields);
+    reply_with_wrong_words: failed(Reason::AgentWrongReply), Some(Origin::Agent), "-+.-", within 50,
+        [r#""step":"agent_reply""#, "Check its transcript", "table|seat"],
+        sandbox Can(conversation::wrong_words), real Can(conversation::wrong_words);
+    tool_that_does_not_run: failed(Reason::AgentWrongReply), Some(Origin::Agent), "-+.-", within 50,
+        [r#""step":"agent_reply""#, "its tools", "book_table"],
+        sandbox Can(conversation::no_tool), real Can(conversation::no_tool);
+    noise_instead_of_a_voice: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--", within 30,
+        [r#""step":"agent_speech""#, "audio packets, but no speech in them"],
+        sandbox Can(conversation::noise), real Can(conversation::noise);
+    agent_that_waits_for_an_echo: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--", within 30,
+        [r#""step":"agent_speech""#, "caller.speaks_first"],
+        sandbox Can(conversation::waits_for_an_echo), real Can(conversation::waits_for_an_echo);
+    agent_that_waits_for_the_caller: Expected::Ok, None, "++.+", within 50,
+        [r#""step":null"#, r#""result":"answered""#],
+        sandbox Can(conversation::waits_for_the_caller), real Can(conversation::waits_for_the_caller);
+    lost_uplink: failed(Reason::MediaFailed), Some(Origin::Network), "...-", within 50,
+        [r#""step":"media""#, "the caller's speech did not reach LiveKit"],
+        sandbox Can(conversation::lost_uplink_of_the_sandbox), real Can(conversation::lost_uplink);
 
     // LiveKit fails.
     create_room_is_refused: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
@@ -316,7 +348,7 @@ const PINNED_MOCK: &str =
 // --- settings ---
 
 /// A target whose schedule starts no batch during the test. The test starts the batch.
-fn on_demand(settings: Settings) -> Settings {
+pub(super) fn on_demand(settings: Settings) -> Settings {
     settings
         .set("schedule.cron", "0 0 1 1 *")
         .set("batch.hold", "2s")
