@@ -56,7 +56,7 @@ pub(super) enum Contradiction {
 pub(super) enum UplinkProof {
     /// Its receiver reports cover the turn, and less than half of the packets was lost.
     Received,
-    /// They cover the turn, and so many of its packets were lost.
+    /// They cover the turn: of `of` packets, `lost` were lost.
     Lost { lost: u64, of: u64 },
     /// No report covers the turn.
     Unreported,
