@@ -329,7 +329,7 @@ fn beyond_budget(
     let needed = if least > available {
         format!("at least {least}")
     } else if worst > available {
-        format!("up to {worst} if agents join late")
+        format!("up to {worst} if agents join or reply late")
     } else {
         return warnings;
     };

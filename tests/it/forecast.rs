@@ -75,9 +75,10 @@ fn three_rooms_every_quarter_of_an_hour_are_at_least_8640_minutes_in_30_days() {
 
 #[test]
 fn hold_is_billed_for_every_minute_that_begins() {
-    let output = check_support("batch = { rooms = 1, hold = \"61s\" }");
+    // Longer than a conversation can take, so the best case is the worst.
+    let output = check_support("batch = { rooms = 1, hold = \"301s\" }");
     assert!(
-        entry(&output, "per day").starts_with("96 batches, 192 agent minutes,"),
+        entry(&output, "per day").starts_with("96 batches, 576 agent minutes,"),
         "{output}"
     );
 }
@@ -158,7 +159,7 @@ fn budget_below_the_worst_case_of_the_schedule_gives_its_own_warning() {
     let worst = 96 * worst_case(&output);
     assert_only_warning(
         &output,
-        &[&format!("need up to {worst} if agents join late")],
+        &[&format!("need up to {worst} if agents join or reply late")],
     );
     assert_eq!(warnings(&with_minutes(worst)), [] as [&str; 0]);
 }
@@ -205,17 +206,17 @@ fn batch_that_can_outlast_its_interval_gives_a_warning() {
 
 #[test]
 fn duration_of_a_batch_depends_on_its_ramp_and_its_stay() {
-    // A join may take 65 s, and a room is held for 50 s, then cleaned up for 20 s.
+    // A join may take 65 s. A room is held for 240 s, in which a conversation ends, and then cleaned up for 20 s.
     let deadlines =
         "deadlines = { signal = \"10s\", media = \"10s\", join = \"20s\", cleanup = \"10s\" }";
     for (ramp, takes) in [
-        ("ramp = \"burst\"", "2m 15s"),
-        ("ramp = \"interval\", interval = \"1m\"", "4m 15s"),
-        ("ramp = \"after_join\"", "4m 25s"),
-        ("stay = \"one_by_one\"", "6m 45s"),
+        ("ramp = \"burst\"", "5m 25s"),
+        ("ramp = \"interval\", interval = \"1m\"", "7m 25s"),
+        ("ramp = \"after_join\"", "7m 35s"),
+        ("stay = \"one_by_one\"", "16m 15s"),
     ] {
         let output = check_support(&format!(
-            "{deadlines}\nbatch = {{ hold = \"50s\", {ramp} }}"
+            "{deadlines}\nbatch = {{ hold = \"4m\", {ramp} }}"
         ));
         let expected = format!("and {takes} per batch");
         assert!(

@@ -32,6 +32,8 @@ pub(crate) enum Event {
     SilentAgents,
     /// Agents speak first, and don't reply.
     DeafAgents,
+    /// Only the agent of the first room does not reply.
+    OneDeafRoom,
     /// Agents reply later than the objective.
     SlowReplies,
     /// As `Good`, with settings that expect no reply.
@@ -407,6 +409,12 @@ impl Canary {
                 self.judge("join", rooms, 0);
                 self.fail(("agent_silent", "agent"), rooms);
                 self.batch(0, rooms);
+            }
+            Event::OneDeafRoom => {
+                all(self, &["availability", "reply", "service"], rooms - 1, 1);
+                all(self, &["join", "first_speech"], rooms, 0);
+                self.fail(("agent_no_reply", "agent"), 1);
+                self.batch(rooms - 1, 1);
             }
             Event::LiveKitDown => {
                 self.judge("service", 0, 1);
