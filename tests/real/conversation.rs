@@ -24,7 +24,7 @@ const NO_SESSION: &str = "its agent is no AgentSession";
 const NO_NETWORK: &str = "it listens on 127.0.0.1 only, so there is no network in between";
 
 scenarios! { CONVERSATIONS:
-    every_turn_of_a_conversation_matches_the_agents_log: "ok, 10 turns; reply delay and onsets match the log", real only: NO_SESSION, load: 4;
+    every_turn_of_a_conversation_matches_the_agents_log: "ok, 10 turns; reply delay and onsets match the log", real only: NO_SESSION, load: 6;
     long_answer_is_interrupted: "ok, yield delay as in the log", real only: NO_SESSION;
     network_delay_is_the_unexplained_part_of_a_reply: "ok, twice 150 ms are unexplained", real only: NO_NETWORK;
     quiet_agent_is_heard: "ok at -51 dBFS, its whole greeting echoed", real only: NO_SESSION;
@@ -48,8 +48,9 @@ pub(crate) fn contains(scenario: &Scenario) -> bool {
     CONVERSATIONS.iter().any(|it| it.name == scenario.name)
 }
 
-/// The tolerances of delays against the log of the agent, in seconds: of the median and of nine in ten.
-const REPLY_TOLERANCE: (f64, f64) = (0.06, 0.12);
+/// The tolerances of delays against the log of the agent, in seconds: of the median and of nine in ten. The log begins a delay
+/// when the agent's jitter buffer has released the end of the caller's speech. On an idle machine, the median is 40 ms.
+const REPLY_TOLERANCE: (f64, f64) = (0.08, 0.12);
 /// The same of nine in ten onsets. A packet of 20 ms and the look-ahead of Opus pass before a sound can arrive, and on a busy
 /// machine timers are late.
 const ONSET_TOLERANCE: f64 = 0.045;
