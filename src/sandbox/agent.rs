@@ -290,7 +290,6 @@ impl DemoAgent {
                 acts.push(AgentAction::Session(SessionEvent::Error(
                     LLM_ERROR.to_owned(),
                 )));
-                self.answers = None;
                 self.phase = AgentPhase::Listening;
                 self.enter(AgentState::Listening, acts);
             }
@@ -558,13 +557,17 @@ impl DemoAgent {
             tts_node_ttfb: Some(self.script.tts.as_secs_f64()),
             ..TurnClaims::default()
         };
-        if speech.clip == Clip::Reply
+        if speech.clip != Clip::Greeting
             && let Some(turn) = self.answers.take()
         {
-            let thought = speech.began - turn.over;
-            let tts = self.script.tts.min(thought);
-            metrics.tts_node_ttfb = Some(tts.as_secs_f64());
-            metrics.llm_node_ttft = Some((thought - tts).as_secs_f64());
+            // A fixed text has no LLM, but counts as the answer to a turn that nothing else has answered (`say` in
+            // `agent_activity.py`).
+            if speech.clip == Clip::Reply {
+                let thought = speech.began - turn.over;
+                let tts = self.script.tts.min(thought);
+                metrics.tts_node_ttfb = Some(tts.as_secs_f64());
+                metrics.llm_node_ttft = Some((thought - tts).as_secs_f64());
+            }
             metrics.e2e_latency = Some((speech.began - turn.ended).as_secs_f64());
         }
         if text.is_empty() {

@@ -537,6 +537,11 @@ fn second_part_of_a_greeting_comes_also_if_the_caller_spoke_and_the_llm_is_dead(
         _ => None,
     });
     assert!(error.unwrap().contains("recoverable=False"));
+    let rest = call.messages(MessageSpeaker::Agent)[1].metrics;
+    assert_eq!(
+        (rest.llm_node_ttft, rest.e2e_latency.is_some()),
+        (None, true)
+    );
 }
 
 #[test]
