@@ -215,9 +215,7 @@ fn duration_of_a_batch_depends_on_its_ramp_and_its_stay() {
         ("ramp = \"after_join\"", "7m 35s"),
         ("stay = \"one_by_one\"", "16m 15s"),
     ] {
-        let output = check_support(&format!(
-            "{deadlines}\nbatch = {{ hold = \"4m\", {ramp} }}"
-        ));
+        let output = check_support(&format!("{deadlines}\nbatch = {{ hold = \"4m\", {ramp} }}"));
         let expected = format!("and {takes} per batch");
         assert!(
             entry(&output, "worst case").ends_with(&expected),
