@@ -78,7 +78,7 @@ pub enum InjectedFault {
     DeafAfter(u32),
     /// It understands this text in every turn of its caller.
     Hears(String),
-    /// So many words of each transcript of its caller are wrong.
+    /// This number of words of each transcript of its caller is wrong.
     WordErrors(usize),
     /// It speaks on when its caller interrupts.
     NeverYields,
