@@ -46,7 +46,8 @@ impl BatchCost {
     fn of(target: &Target, project: &Project) -> Self {
         let minutes = |time: Duration| time.as_secs() / 60;
         let rooms = target.batch.rooms as u64;
-        let least = minutes(billable_minutes(target.batch.hold)) * rooms;
+        let held = target.batch.hold.max(min_conversation(target));
+        let least = minutes(billable_minutes(held)) * rooms;
         let worst: Vec<Duration> = worst_cases(target, project).collect();
         let agent_minutes: u64 = worst.iter().map(|room| minutes(*room)).sum();
         // The canary joins before the agent: its participant is billed while its media connects, while the dispatch is
@@ -302,6 +303,25 @@ fn turns_per_batch(target: &Target) -> Option<u64> {
     let caller = &target.caller;
     let per_room = u64::from(caller.turns) + u64::from(caller.interrupt);
     (caller.mode != CallerMode::PassThrough).then(|| per_room * target.batch.rooms as u64)
+}
+
+/// How long a conversation takes at least: the caller's waits and its lines. The room stays open for it, whatever the hold,
+/// if every turn must be answered.
+fn min_conversation(target: &Target) -> Duration {
+    let caller = &target.caller;
+    if !target.expect.reply || caller.mode == CallerMode::PassThrough {
+        return Duration::ZERO;
+    }
+    let first_wait = if caller.speaks_first {
+        Duration::ZERO
+    } else {
+        caller.silence
+    };
+    let later_waits = caller.silence.max(caller.pause) * caller.turns.saturating_sub(1);
+    let turns = usize::try_from(caller.turns).unwrap_or(usize::MAX);
+    let lines = caller.lines.iter().cycle().take(turns);
+    let speech: Duration = lines.map(|line| line.audio.duration()).sum();
+    first_wait + later_waits + speech
 }
 
 fn beyond_budget(

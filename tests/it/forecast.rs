@@ -84,6 +84,17 @@ fn hold_is_billed_for_every_minute_that_begins() {
 }
 
 #[test]
+fn pauses_between_turns_are_billed_beyond_the_hold_if_every_turn_must_be_answered() {
+    let caller = "batch.rooms = 1\ncaller = { turns = 5, pause = \"1m\" }";
+    // Four pauses, and the silence before the first turn.
+    for (reply, least) in [("true", 5), ("false", 1)] {
+        let output = check_support(&format!("{caller}\nexpect.reply = {reply}"));
+        let expected = format!("96 batches, {} to ", 96 * least);
+        assert!(entry(&output, "per day").starts_with(&expected), "{output}");
+    }
+}
+
+#[test]
 fn next_ticks_are_in_the_future_and_one_interval_apart() {
     let begun = Utc::now();
     let output = check_support("schedule.every = \"20m\"");
