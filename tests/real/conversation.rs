@@ -27,7 +27,7 @@ scenarios! { CONVERSATIONS:
     every_turn_of_a_conversation_matches_the_agents_log: "ok, 10 turns; reply delay and onsets match the log", real only: NO_SESSION, load: 6;
     long_answer_is_interrupted: "ok, yield delay as in the log", real only: NO_SESSION;
     network_delay_is_the_unexplained_part_of_a_reply: "ok, twice 150 ms are unexplained", real only: NO_NETWORK;
-    quiet_agent_is_heard: "ok at -51 dBFS, its whole greeting echoed", real only: NO_SESSION;
+    quiet_agent_is_heard: "ok at -51 dBFS, its whole greeting echoed", real only: NO_SESSION, load: 2;
     reply_in_progress_is_finished: "ok, the reply played to its end", real only: NO_SESSION;
     caller_that_cuts_in_is_noted: "ok, noted, no reply delay", real only: NO_SESSION, load: 2;
     two_parts_of_a_greeting_are_spoken_whole: "ok, not interrupted, both parts echoed", real only: NO_SESSION;
@@ -374,7 +374,7 @@ fn quiet_agent_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let began = began.first().context("no speech")?;
     let late = spoke - began;
     ensure!(
-        late.abs() < 0.15,
+        late.abs() < 0.2,
         "first speech {late} s after its playout began"
     );
     ensure!(call.heard() == greeting, "heard {:?}", call.heard());
@@ -429,7 +429,7 @@ fn long_answer_is_interrupted(fixture: &Fixture) -> anyhow::Result<String> {
     let call = Call::run(fixture, &behaviour, ok(), |settings| {
         settings
             .set("caller.interrupt", true)
-            .set("expect.yield_within", "2s")
+            .set("expect.yield_within", "4s")
     })?;
     let mut turns = call.probe.turns.iter();
     let turn = turns
