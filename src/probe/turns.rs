@@ -56,7 +56,7 @@ pub(super) enum Contradiction {
 pub(super) enum UplinkProof {
     /// Its receiver reports cover the turn, and less than half of the packets was lost.
     Received,
-    /// They cover the turn, and so many of its packets were lost.
+    /// They cover the turn: of `of` packets, `lost` were lost.
     Lost { lost: u64, of: u64 },
     /// No report covers the turn.
     Unreported,
@@ -386,10 +386,12 @@ impl Turns {
                 if turn.interrupts && turn.replied.is_none() {
                     turn.yielded = None;
                 }
-                // A text that the agent was only asked to speak has at most those of its TTS, and shows no recovery.
+                // A text that the agent was only asked to speak has no metrics, or those of its TTS alone (`_tts_task_impl` of
+                // livekit-agents 1.8.9). It shows no recovery. A realtime model has neither an LLM's nor a TTS's.
                 if let Some(metrics) = &message.metrics {
-                    let answers = metrics.llm_ttft_seconds.or(metrics.e2e_latency_seconds);
-                    self.last.failed &= answers.is_none();
+                    let is_fixed_text =
+                        metrics.llm_ttft_seconds.is_none() && metrics.tts_ttfb_seconds.is_some();
+                    self.last.failed &= is_fixed_text;
                     self.last.reported |= turn.replied.is_some();
                 }
             }

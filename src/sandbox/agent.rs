@@ -101,6 +101,8 @@ pub(crate) struct DemoAgent {
     spoken: Vec<Spoken>,
     /// Its message that was interrupted. The session adds it once it is certain that the caller spoke.
     interrupted: Option<Message>,
+    /// The next reply answers an interruption: it has the usual length.
+    answers_interruption: bool,
     /// Frames of sound without a voice.
     played: usize,
     ear: CallerEar,
@@ -175,6 +177,7 @@ impl DemoAgent {
             greeting_rest: None,
             spoken: Vec::new(),
             interrupted: None,
+            answers_interruption: false,
             played: 0,
             ear: CallerEar::default(),
             caller_spoke: None,
@@ -290,7 +293,6 @@ impl DemoAgent {
                 acts.push(AgentAction::Session(SessionEvent::Error(
                     LLM_ERROR.to_owned(),
                 )));
-                self.answers = None;
                 self.phase = AgentPhase::Listening;
                 self.enter(AgentState::Listening, acts);
             }
@@ -348,8 +350,8 @@ impl DemoAgent {
             (usize::MAX, 0)
         } else if clip == Clip::Reply {
             let length = self.voice.of(clip).len();
-            let least = self.script.reply_length.as_millis() / FRAME.as_millis();
-            let least = usize::try_from(least).unwrap_or(usize::MAX);
+            let is_long = !std::mem::take(&mut self.answers_interruption);
+            let least = if is_long { self.script.reply_frames } else { 0 };
             let repetitions = least.div_ceil(length).max(1);
             (length * repetitions, self.script.network_delay)
         } else if clip == Clip::Greeting && self.script.greeting_pause.is_some() {
@@ -406,6 +408,7 @@ impl DemoAgent {
         };
         if self.can_be_interrupted(now) {
             self.interrupted = self.end_speech(speech, true, now, acts);
+            self.answers_interruption = true;
             self.enter(AgentState::Listening, acts);
         }
     }
@@ -558,13 +561,17 @@ impl DemoAgent {
             tts_node_ttfb: Some(self.script.tts.as_secs_f64()),
             ..TurnClaims::default()
         };
-        if speech.clip == Clip::Reply
+        if speech.clip != Clip::Greeting
             && let Some(turn) = self.answers.take()
         {
-            let thought = speech.began - turn.over;
-            let tts = self.script.tts.min(thought);
-            metrics.tts_node_ttfb = Some(tts.as_secs_f64());
-            metrics.llm_node_ttft = Some((thought - tts).as_secs_f64());
+            // A fixed text has no LLM, but counts as the answer to a turn that nothing else has answered (`say` in
+            // `agent_activity.py`).
+            if speech.clip == Clip::Reply {
+                let thought = speech.began - turn.over;
+                let tts = self.script.tts.min(thought);
+                metrics.tts_node_ttfb = Some(tts.as_secs_f64());
+                metrics.llm_node_ttft = Some((thought - tts).as_secs_f64());
+            }
             metrics.e2e_latency = Some((speech.began - turn.ended).as_secs_f64());
         }
         if text.is_empty() {

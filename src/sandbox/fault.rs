@@ -78,7 +78,7 @@ pub enum InjectedFault {
     DeafAfter(u32),
     /// It understands this text in every turn of its caller.
     Hears(String),
-    /// So many words of each transcript of its caller are wrong.
+    /// This number of words of each transcript of its caller is wrong.
     WordErrors(usize),
     /// It speaks on when its caller interrupts.
     NeverYields,
@@ -229,7 +229,7 @@ The agent:
   never_yields             speaks on when the caller interrupts
   waits_for_caller         does not greet
   two_part_greeting=2s     pauses in the middle of its greeting
-  long_reply[=12s]         its replies are at least this long
+  long_reply[=12s]         its replies are at least this long, unless it was interrupted
   wrong_words              its replies have other words than its greeting
   tool=NAME                runs this tool before each reply
   tool_error=NAME          the same, and the tool fails

@@ -518,7 +518,7 @@ fn skipped_tick_is_counted_under_its_cause() -> anyhow::Result<()> {
         ("lifetime.startup_delay", "0s"),
         ("targets.demo.schedule.every", "1s"),
         ("targets.demo.batch.hold", "3s"),
-        ("projects.main.budget.agent_time_per_day", "1m"),
+        ("projects.main.budget.agent_time_per_day", "4m"),
     ];
     let fixture = Fixture::new(&[], &settings)?;
     let daemon = fixture.dir.start()?;

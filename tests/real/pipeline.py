@@ -24,8 +24,9 @@ The dispatch metadata is a JSON object that sets what a job does. Every key is o
   session_host   false: the session reports nothing to the room
   behaviour      `nothing` ends the job at once
 
-Each job reports to the file REPORT, as `agent.py` does: `spoke` for each playout of the voice, `heard` for each utterance of the
-caller, `llm` for each request, `message` for each message of the conversation with its metrics, and events of the session.
+Each job reports to the file REPORT, as `agent.py` does: `spoke` for each playout of the voice, `dropped` for a speech that was
+interrupted before it began, `heard` for each utterance of the caller, `llm` for each request, `message` for each message of the
+conversation with its metrics, and events of the session.
 The variables are those of `agent.py`.
 """
 
@@ -119,17 +120,15 @@ class Conversation:
             self.go_deaf()
         await self.greet()
 
-    def expect(self) -> tuple[str, float]:
-        """What the utterance that begins now says, and how many seconds of it are speech; 0 if that is not known."""
+    def expect(self) -> tuple[str, float] | None:
+        """What the utterance that begins now says, and how many seconds of it are speech; 0 if that is not known. None if the
+        agent has said nothing that it could echo."""
         if self.session.agent_state == "speaking":
             return self.order.get("interruption", INTERRUPTION), 0.0
         if "hears" in self.order:
-            return (self.utterances.pop(0) if self.utterances else "Hello?"), 0.0
-        text = " ".join(self.last_words)
-        self.last_words = []
-        if not text:
-            return "Hello?", 0.0
-        return text, voice.voiced_seconds(voice.speech(text), voice.RATE)
+            return (self.utterances.pop(0), 0.0) if self.utterances else None
+        text, self.last_words = " ".join(self.last_words), []
+        return (text, voice.voiced_seconds(voice.speech(text), voice.RATE)) if text else None
 
     def listen_to_session(self) -> None:
         session = self.session
@@ -184,9 +183,13 @@ class Conversation:
             self.began = event.created_at
 
         def finished(event) -> None:
+            began, self.began = self.began, None
+            if began is None:
+                self.report("dropped")
+                return
             self.report(
                 "spoke",
-                began=self.began,
+                began=began,
                 seconds=event.playback_position,
                 interrupted=event.interrupted,
             )

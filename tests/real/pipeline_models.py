@@ -123,8 +123,8 @@ class TtsStream(tts.SynthesizeStream):
 
 
 class Stt(stt.STT):
-    """Notices when the caller speaks, and gets the text from `expect`, which returns what a new utterance says and how many
-    seconds of it are speech.
+    """Notices when the caller speaks, and gets the text from `expect`: what a new utterance says and how many seconds of it are
+    speech, or None if the last utterance goes on after a pause.
 
     An utterance that pauses is transcribed in several parts. Each is final `delay` seconds after its end. With `sentences`, the
     STT really recognises which of them it hears.
@@ -132,7 +132,7 @@ class Stt(stt.STT):
 
     def __init__(
         self,
-        expect: Callable[[], tuple[str, float]],
+        expect: Callable[[], tuple[str, float] | None],
         delay: float,
         planted_errors: int,
         sentences: list[str],
@@ -211,17 +211,19 @@ class SttStream(stt.RecognizeStream):
             self.begin()
         if part.speech == INTERIM_WINDOWS and speaks:
             self.send(stt.SpeechEventType.INTERIM_TRANSCRIPT, " ".join(self.words[:2]))
-        if part.silent * WINDOW_SECONDS >= self._stt.delay:
+        if part.silent and part.silent * WINDOW_SECONDS >= self._stt.delay:
             self.end(now)
             self.part = Part()
 
     def begin(self) -> None:
-        if not self.words:
-            text, self.expected_seconds = self._stt.expect()
+        expected = self._stt.expect()
+        if not expected and not self.words:
+            expected = ("Hello?", 0.0)
+        if expected:
+            text, self.expected_seconds = expected
             self.words = text.split()
-            self.words[: self._stt.planted_errors] = ["wrong"] * min(
-                self._stt.planted_errors, len(self.words)
-            )
+            wrong = min(self._stt.planted_errors, len(self.words))
+            self.words[:wrong] = ["wrong"] * wrong
             self.total = len(self.words)
             self.heard_seconds = 0.0
         self.send(stt.SpeechEventType.START_OF_SPEECH)

@@ -43,7 +43,7 @@ pub(super) enum EarEvent {
     VoiceBegan(Instant),
     /// The caller has been silent since this time.
     VoiceEnded(Instant),
-    /// The transcript of so many frames of speech is there, this long after their end.
+    /// The transcript of this number of frames is there, this long after their end.
     Transcribed {
         frames: u32,
         delay: Duration,

@@ -43,8 +43,8 @@ pub(crate) struct AgentScript {
     pub(super) llm: Duration,
     pub(super) tts: Duration,
     pub(super) answer: AnswerBehaviour,
-    /// The least length of a reply.
-    pub(super) reply_length: Duration,
+    /// The least length of a reply, unless it answers an interruption.
+    pub(super) reply_frames: usize,
     /// Frames by which a reply arrives later than it was sent.
     pub(super) network_delay: usize,
     pub(super) reply_words: &'static str,
@@ -107,7 +107,7 @@ impl AgentScript {
             llm: LLM,
             tts: TTS,
             answer: AnswerBehaviour::Speaks,
-            reply_length: Duration::ZERO,
+            reply_frames: 0,
             network_delay: 0,
             reply_words: WORDS,
             hears: None,
@@ -144,7 +144,7 @@ impl AgentScript {
             InjectedFault::Hears(text) => self.hears = Some(text.clone()),
             InjectedFault::WordErrors(number) => self.word_errors = *number,
             InjectedFault::WrongWords => self.reply_words = WRONG_WORDS,
-            InjectedFault::LongReply(length) => self.reply_length = *length,
+            InjectedFault::LongReply(length) => self.reply_frames = frames(*length),
             InjectedFault::Tool { name, is_error } => {
                 let (name, is_error) = (name.clone(), *is_error);
                 self.tool = Some(Tool { name, is_error });
@@ -160,10 +160,7 @@ impl AgentScript {
                 AgentStage::Llm => self.llm += *delay,
                 AgentStage::Tts => self.tts += *delay,
             },
-            InjectedFault::SlowNetwork(delay) => {
-                let frames = delay.as_millis() / FRAME.as_millis();
-                self.network_delay = usize::try_from(frames).unwrap_or(usize::MAX);
-            }
+            InjectedFault::SlowNetwork(delay) => self.network_delay = frames(*delay),
             InjectedFault::NoReply => self.answer = AnswerBehaviour::Nothing,
             InjectedFault::DeadLlm => self.answer = AnswerBehaviour::Error,
             InjectedFault::InferenceError(text) => self.error = Some(text.clone()),
@@ -198,4 +195,10 @@ impl AgentScript {
     pub(crate) fn speaks_by_missing_avatar(&mut self) {
         self.track = TrackBehaviour::None;
     }
+}
+
+/// The number of frames in this time. An hour is the most: no call lasts longer.
+fn frames(time: Duration) -> usize {
+    let time = time.min(Duration::from_hours(1));
+    usize::try_from(time.as_millis() / FRAME.as_millis()).unwrap_or(usize::MAX)
 }

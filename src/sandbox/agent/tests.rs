@@ -446,7 +446,7 @@ fn caller_interrupts_a_reply_and_gets_an_answer() {
         "silent until it answers"
     );
     // It listens before it is certain that this is an interruption.
-    assert_eq!(call.reports(), "LSaL+-tcTS+L-ticTS");
+    assert_eq!(call.reports(), "LSaL+-tcTS+L-ticTSaL");
     let message = call.messages(MessageSpeaker::Agent)[1];
     let whole = "Good day to you. Good day to you.";
     assert!(message.text.len() < whole.len(), "{}", message.text);
@@ -461,7 +461,11 @@ fn short_sound_over_a_reply_interrupts_only_with_a_transcript() {
     call.say(Duration::from_millis(300));
     let (_, ended, interrupted) = call.said()[1];
     assert!(interrupted && ended > began + Duration::from_millis(600));
-    assert!(call.reports().ends_with("S+-LticTS"), "{}", call.reports());
+    assert!(
+        call.reports().ends_with("S+-LticTSaL"),
+        "{}",
+        call.reports()
+    );
 }
 
 #[test]
@@ -537,6 +541,11 @@ fn second_part_of_a_greeting_comes_also_if_the_caller_spoke_and_the_llm_is_dead(
         _ => None,
     });
     assert!(error.unwrap().contains("recoverable=False"));
+    let rest = call.messages(MessageSpeaker::Agent)[1].metrics;
+    assert_eq!(
+        (rest.llm_node_ttft, rest.e2e_latency.is_some()),
+        (None, true)
+    );
 }
 
 #[test]
