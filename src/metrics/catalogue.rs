@@ -35,7 +35,7 @@ const STAGE_BUCKETS: &[f64] = &[
 /// the expected value. A quantile in the lowest bucket is the bound of that bucket, so it is never too low.
 const DIFFERENCE_BUCKETS: &[f64] = &[
     -5.0, -2.0, -1.0, -0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
-    1.0, 2.0, 5.0, 10.0,
+    1.0, 1.5, 2.0, 3.0, 5.0, 10.0,
 ];
 
 /// Bucket bounds of a share of words. The first one counts the turns without any error. A share above 1 is possible,

@@ -364,7 +364,7 @@ fn bounds_of_the_buckets_are_unchanged_and_include_the_default_thresholds() {
     const JITTER: &str = "0.001 0.002 0.005 0.01 0.02 0.03 0.05 0.1 0.2 0.5 1 +Inf";
     const STAGES: &str = "0.01 0.02 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 1.5 2 3 5 10 20 30 +Inf";
     const DIFFERENCES: &str =
-        "-5 -2 -1 -0.5 -0.3 -0.2 -0.1 -0.05 0 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 2 5 10 +Inf";
+        "-5 -2 -1 -0.5 -0.3 -0.2 -0.1 -0.05 0 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 1.5 2 3 5 10 +Inf";
     const WORD_ERRORS: &str = "0 0.02 0.05 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2 +Inf";
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
