@@ -71,7 +71,7 @@ fn has_negative_values(name: &str) -> bool {
 }
 
 /// Removes the series `_sum` of a histogram. With negative values a sum can fall, and Prometheus' `rate` takes each fall for a
-/// restart. OpenMetrics forbids such a sum. The buckets, and so every quantile, are exact without it.
+/// restart. `OpenMetrics` forbids such a sum. The buckets, and so every quantile, are exact without it.
 fn without_sums(text: &str, name: &str) -> String {
     let sum = format!("{name}_sum{{");
     let lines = text.split_inclusive('\n');

@@ -633,7 +633,7 @@ fn what_is_known_of_a_turn_is_observed_and_what_is_unknown_is_not() {
         replied: Some(at(400)),
         result: TurnResult::Answered,
         stages: TurnStages {
-            end_to_end: Some(Duration::from_millis(1_000)),
+            end_to_end: Some(Duration::from_secs(1)),
             ..TurnStages::default()
         },
         ..Turn::default()

@@ -286,6 +286,7 @@ impl ProbeMachine {
         } else {
             self.turns.close();
             self.describe_turns();
+            self.note_unconfirmed();
             self.report.turns = self.turns.list().to_vec();
         }
         self.report.evidence.tracks = self.tracks.iter().map(track_line).collect();
