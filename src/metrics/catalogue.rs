@@ -153,8 +153,8 @@ catalogue! {
     /// Duration of the stages of a reply, as the agent's session reports them. The stages overlap, so their sum means
     /// nothing.
     AGENT_STAGE: "agent_stage_seconds" ["target" "stage"] MetricKind::Histogram(STAGE_BUCKETS);
-    /// The reply delay minus the agent's own claim of the same turn: what the agent does not explain. It is negative if
-    /// the agent reports more than was measured, so the histogram has no sum.
+    /// The reply delay minus the end-to-end stage that the agent reports for the same turn: what the agent does not explain.
+    /// Negative if the agent reports more than was measured, so the histogram has no sum.
     REPLY_UNEXPLAINED: "reply_unexplained_seconds" ["target"] MetricKind::Histogram(DIFFERENCE_BUCKETS);
     /// Time from the start of the caller's interruption until the agent was silent. An agent that goes on speaking has none.
     YIELD_DELAY: "yield_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);

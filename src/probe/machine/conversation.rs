@@ -39,6 +39,14 @@ struct Message {
     interrupted: bool,
 }
 
+/// A reply that is not the expected one.
+#[derive(Debug, Clone)]
+pub(super) struct ReplyFault {
+    /// The number of its turn, from 1.
+    pub(super) turn: usize,
+    pub(super) what: String,
+}
+
 /// The texts of one turn.
 #[derive(Debug, Default)]
 struct TurnTexts {
@@ -62,7 +70,13 @@ impl ProbeMachine {
             self.final_check(AgentDuty::Reply, now);
             return;
         }
-        if let Some(fault) = self.reply_fault() {
+        // The text of a reply that is interrupted comes later.
+        let fault = if what.interrupts {
+            None
+        } else {
+            self.reply_fault()
+        };
+        if let Some(fault) = fault {
             self.blame_reply(fault, now);
             return;
         }
@@ -94,7 +108,7 @@ impl ProbeMachine {
         }
     }
 
-    fn blame_reply(&mut self, fault: String, now: Instant) {
+    fn blame_reply(&mut self, fault: ReplyFault, now: Instant) {
         self.wrong_reply = Some(fault);
         self.final_check(AgentDuty::Words, now);
     }
@@ -213,13 +227,21 @@ impl ProbeMachine {
 
     // What is expected of a reply.
 
-    /// What is wrong with the reply to the last turn, if it was answered.
-    fn reply_fault(&self) -> Option<String> {
-        let turn = self
-            .turns
-            .last_said()
-            .filter(|turn| turn.replied.is_some())?;
-        let texts = self.texts(self.turns.list().len() - 1);
+    /// The first turn whose reply is not the expected one.
+    fn reply_fault(&self) -> Option<ReplyFault> {
+        let turns = self.turns.list().iter();
+        let mut number = 0;
+        turns.enumerate().find_map(|(index, turn)| {
+            number += usize::from(!turn.interrupts);
+            let what = turn.replied.and_then(|_| self.fault_of(index))?;
+            Some(ReplyFault { turn: number, what })
+        })
+    }
+
+    /// What is wrong with the reply to the turn with this index.
+    fn fault_of(&self, index: usize) -> Option<String> {
+        let turn = &self.turns.list()[index];
+        let texts = self.texts(index);
         if let Some(line) = self.line_of(turn) {
             let reply = texts.reply.as_deref();
             let fault = missing_words(line, reply).or_else(|| self.missing_tool(line, turn));
