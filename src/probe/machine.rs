@@ -26,7 +26,7 @@ mod conversation;
 mod deadlines;
 mod room;
 
-use conversation::Messages;
+use conversation::{Messages, ReplyFault};
 use deadlines::{ENGINE_GRACE, MAX_ECHO};
 use room::{NAMELESS, SpeechClaim};
 
@@ -184,7 +184,7 @@ pub(super) struct ProbeMachine {
     /// Whether the agent yielded to the interruption has been decided.
     yield_judged: bool,
     /// What was missing in a reply.
-    wrong_reply: Option<String>,
+    wrong_reply: Option<ReplyFault>,
     /// The last error that the agent's session reported.
     agent_error: Option<String>,
     /// What `ListDispatch` showed in the final check.
@@ -286,6 +286,7 @@ impl ProbeMachine {
         } else {
             self.turns.close();
             self.describe_turns();
+            self.note_unconfirmed();
             self.report.turns = self.turns.list().to_vec();
         }
         self.report.evidence.tracks = self.tracks.iter().map(track_line).collect();
@@ -635,14 +636,15 @@ impl ProbeMachine {
     /// What is known of the caller's last turn.
     fn conversation(&self) -> Conversation {
         let last = self.turns.last_said();
+        let wrong = self.wrong_reply.as_ref();
         Conversation {
-            turn: self.turns.taken(),
+            turn: wrong.map_or(self.turns.taken(), |fault| fault.turn),
             interrupts: last.is_some_and(|turn| turn.interrupts),
             overlap: last.is_some_and(|turn| turn.overlap),
             confirmed: self.turns.confirmed(),
             rejected: self.turns.rejected(),
             uplink: self.turns.uplink_proof(),
-            wrong: self.wrong_reply.clone(),
+            wrong: wrong.map(|fault| fault.what.clone()),
             listens: self
                 .report
                 .timeline

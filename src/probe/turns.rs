@@ -89,6 +89,7 @@ struct AgentVoice {
 
 /// What is known of the caller's last turn in addition to its marks.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an independent fact")]
 struct LastTurn {
     /// The agent's session reported something of the caller.
     heard: bool,

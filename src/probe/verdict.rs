@@ -892,7 +892,8 @@ impl Failure {
                 | Reason::AgentLeftEarly
         );
         if let Some(error) = reported.filter(|_| explains) {
-            self.detail += &format!(" Its session reported an error: {}.", quote(error));
+            let error = quote(error);
+            self.detail = format!("{} Its session reported an error: {error}.", self.detail);
         }
         self
     }

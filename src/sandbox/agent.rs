@@ -113,8 +113,8 @@ pub(crate) struct DemoAgent {
     turns_heard: u32,
     /// The turn of the caller that it answers.
     answers: Option<CallerTurn>,
-    /// It has greeted, or answered a turn of its caller.
-    has_answered: bool,
+    /// What it says next: its greeting only once.
+    next_clip: Clip,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +184,7 @@ impl DemoAgent {
             transcript: None,
             turns_heard: 0,
             answers: None,
-            has_answered: false,
+            next_clip: Clip::Greeting,
         }
     }
 
@@ -308,11 +308,7 @@ impl DemoAgent {
                 ]);
             }
             AgentPhase::BeforeSpeaking | AgentPhase::Thinking => {
-                let clip = match self.has_answered {
-                    true => Clip::Reply,
-                    false => Clip::Greeting,
-                };
-                self.has_answered = true;
+                let clip = std::mem::replace(&mut self.next_clip, Clip::Reply);
                 self.speak(clip, now, acts);
             }
             AgentPhase::Waiting | AgentPhase::Speaking(_) | AgentPhase::Listening => {}
@@ -325,13 +321,16 @@ impl DemoAgent {
             acts.push(AgentAction::Session(SessionEvent::Error(error)));
             self.script.track = TrackBehaviour::Silent;
         }
-        let waits = self.script.has(&InjectedFault::WaitsForCaller) && !self.has_answered;
+        let greets = self.next_clip == Clip::Greeting;
+        let waits = greets && self.script.has(&InjectedFault::WaitsForCaller);
         if self.script.track == TrackBehaviour::Speaking && !waits {
             self.next_frame.get_or_insert(now);
             self.phase = AgentPhase::BeforeSpeaking;
             self.until = Some(now + BEFORE_SPEAKING);
         } else {
-            self.has_answered |= waits;
+            if waits {
+                self.next_clip = Clip::Reply;
+            }
             self.phase = AgentPhase::Listening;
         }
     }
@@ -570,7 +569,7 @@ impl DemoAgent {
                 let thought = speech.began - turn.over;
                 let tts = self.script.tts.min(thought);
                 metrics.tts_node_ttfb = Some(tts.as_secs_f64());
-                metrics.llm_node_ttft = Some((thought - tts).as_secs_f64());
+                metrics.llm_node_ttft = Some(thought.saturating_sub(tts).as_secs_f64());
             }
             metrics.e2e_latency = Some((speech.began - turn.ended).as_secs_f64());
         }

@@ -142,12 +142,6 @@ impl Call {
         let texts: Vec<_> = self.events("heard").map(|it| it.text("text")).collect();
         texts.join(" ")
     }
-
-    fn expect_detail(&self, text: &str) -> anyhow::Result<String> {
-        let detail = self.probe.detail();
-        ensure!(detail.contains(text), "no {text:?} in {:?}", self.probe);
-        Ok(detail.to_owned())
-    }
 }
 
 fn ok() -> (i32, &'static str) {

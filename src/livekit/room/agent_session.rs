@@ -11,8 +11,11 @@ use std::collections::VecDeque;
 
 use livekit_protocol::agent::{
     AgentSessionMessage, AgentState, ChatMessage, ChatRole, FunctionCall, FunctionCallOutput,
-    MetricsReport, UserState, agent_session_event::Event, agent_session_message::Message,
-    chat_context::chat_item::Item, chat_message::chat_content::Payload,
+    MetricsReport, UserState,
+    agent_session_event::{Event, ToolExecutionUpdated, tool_execution_updated::Update},
+    agent_session_message::Message,
+    chat_context::chat_item::Item,
+    chat_message::chat_content::Payload,
 };
 use livekit_protocol::data_packet::Value;
 use livekit_protocol::{DataPacket, data_stream};
@@ -204,6 +207,14 @@ fn session_events(content: &[u8]) -> Vec<SessionEvent> {
             let started = |call: &FunctionCall| SessionEvent::ToolStarted(name_of(&call.name));
             calls.map(started).collect()
         }
+        // livekit-agents 1.8.9 sends this one; its end names no tool.
+        Some(Event::ToolExecutionUpdated(ToolExecutionUpdated {
+            update: Some(Update::Started(started)),
+        })) => {
+            let call = started.function_call.iter();
+            call.map(|call| SessionEvent::ToolStarted(name_of(&call.name)))
+                .collect()
+        }
         Some(Event::FunctionToolsExecuted(executed)) => {
             let outputs = executed.function_call_outputs.iter().take(MAX_TOOLS);
             let executed = |output: &FunctionCallOutput| SessionEvent::ToolExecuted {
@@ -244,9 +255,9 @@ fn conversation_item(item: Item) -> Option<SessionEvent> {
 /// The text of a message, whose parts are joined by spaces.
 fn text_of(message: &ChatMessage) -> String {
     let parts = message.content.iter();
-    let parts = parts.filter_map(|part| match &part.payload {
-        Some(Payload::Text(text)) => Some(text.as_str()),
-        None => None,
+    let parts = parts.filter_map(|part| {
+        let Payload::Text(text) = part.payload.as_ref()?;
+        Some(text.as_str())
     });
     parts.collect::<Vec<_>>().join(" ")
 }

@@ -1,5 +1,7 @@
 //! The conversation: what the caller says, what the agent's session reports, and whether a reply is the one that is expected.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
 use super::{MAX_ENTRIES, ProbeMachine};
@@ -19,6 +21,9 @@ const MAX_SESSION_ENTRIES: usize = 100;
 /// Messages of the conversation whose texts are compared.
 const MAX_MESSAGES: usize = 300;
 
+/// The least difference of two times.
+const TICK: Duration = Duration::from_nanos(1);
+
 /// A longer text was cut when it was received, and can't be compared.
 const MAX_COMPARED_BYTES: usize = 1_000;
 
@@ -32,6 +37,14 @@ struct Message {
     speaker: Speaker,
     text: TranscriptText,
     interrupted: bool,
+}
+
+/// A reply that is not the expected one.
+#[derive(Debug, Clone)]
+pub(super) struct ReplyFault {
+    /// The number of its turn, from 1.
+    pub(super) turn: usize,
+    pub(super) what: String,
 }
 
 /// The texts of one turn.
@@ -57,7 +70,13 @@ impl ProbeMachine {
             self.final_check(AgentDuty::Reply, now);
             return;
         }
-        if let Some(fault) = self.reply_fault() {
+        // The text of a reply that is interrupted comes later.
+        let fault = if what.interrupts {
+            None
+        } else {
+            self.reply_fault()
+        };
+        if let Some(fault) = fault {
             self.blame_reply(fault, now);
             return;
         }
@@ -89,7 +108,7 @@ impl ProbeMachine {
         }
     }
 
-    fn blame_reply(&mut self, fault: String, now: Instant) {
+    fn blame_reply(&mut self, fault: ReplyFault, now: Instant) {
         self.wrong_reply = Some(fault);
         self.final_check(AgentDuty::Words, now);
     }
@@ -147,7 +166,7 @@ impl ProbeMachine {
         }
         if self.messages.0.len() < MAX_MESSAGES {
             self.messages.0.push(Message {
-                at,
+                at: self.time_of(&message, at),
                 speaker: message.speaker,
                 text: message.text,
                 interrupted: message.interrupted,
@@ -157,6 +176,14 @@ impl ProbeMachine {
             self.claim_stages(&metrics);
             self.record_metrics(metrics, at);
         }
+    }
+
+    /// When a message that arrived at `at` was said. An interrupted one was said before the caller spoke.
+    fn time_of(&self, message: &SessionMessage, at: Instant) -> Instant {
+        let last = self.turns.last_said().filter(|_| message.interrupted);
+        let unanswered = last.filter(|turn| turn.replied.is_none());
+        let before = unanswered.and_then(|turn| turn.caller_started?.checked_sub(TICK));
+        before.map_or(at, |before| before.min(at))
     }
 
     /// The metrics of a message follow its playout. Those of the agent belong to the last turn that it answered.
@@ -200,13 +227,21 @@ impl ProbeMachine {
 
     // What is expected of a reply.
 
-    /// What is wrong with the reply to the last turn, if it was answered.
-    fn reply_fault(&self) -> Option<String> {
-        let turn = self
-            .turns
-            .last_said()
-            .filter(|turn| turn.replied.is_some())?;
-        let texts = self.texts(self.turns.list().len() - 1);
+    /// The first turn whose reply is not the expected one.
+    fn reply_fault(&self) -> Option<ReplyFault> {
+        let turns = self.turns.list().iter();
+        let mut number = 0;
+        turns.enumerate().find_map(|(index, turn)| {
+            number += usize::from(!turn.interrupts);
+            let what = turn.replied.and_then(|_| self.fault_of(index))?;
+            Some(ReplyFault { turn: number, what })
+        })
+    }
+
+    /// What is wrong with the reply to the turn with this index.
+    fn fault_of(&self, index: usize) -> Option<String> {
+        let turn = &self.turns.list()[index];
+        let texts = self.texts(index);
         if let Some(line) = self.line_of(turn) {
             let reply = texts.reply.as_deref();
             let fault = missing_words(line, reply).or_else(|| self.missing_tool(line, turn));
@@ -248,6 +283,17 @@ impl ProbeMachine {
     }
 
     // Texts.
+
+    /// Notes that a reply rests on the canary's ear alone.
+    pub(super) fn note_unconfirmed(&mut self) {
+        let mut turns = self.turns.list().iter();
+        if turns.any(|turn| turn.result == TurnResult::Answered && turn.confirmed.is_none()) {
+            self.add_note(
+                "the agent's session reports nothing to the canary, so nothing confirms that its reply answers the caller"
+                    .to_owned(),
+            );
+        }
+    }
 
     /// Adds to each turn what was said and understood. The texts themselves are only kept where transcripts are.
     pub(super) fn describe_turns(&mut self) {
@@ -357,7 +403,6 @@ fn missing_words(line: &CallerLine, reply: Option<&str>) -> Option<String> {
 
 impl TurnStages {
     fn claim(&mut self, metrics: &TurnMetrics) {
-        use std::time::Duration;
         let set = |stage: &mut Option<Duration>, seconds: Option<f64>| {
             let claimed = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
             *stage = stage.or(claimed);

@@ -172,21 +172,11 @@ impl ProbeMachine {
                 self.disruption.get_or_insert(Disruption::Encrypted(method));
             }
             RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
-            RoomEventKind::SpeechStarted => {
-                self.mark(Milestone::AgentSpoke, at);
-                self.claim.heard.set(true, at);
-                self.turns.speech_started(at);
-            }
-            RoomEventKind::SpeechEnded => {
-                self.claim.heard.set(false, at);
-                self.turns.speech_ended(at);
-            }
-            RoomEventKind::SpeechLevel(level) => {
-                let tenths = (f64::from(level) * 10.0).round();
-                self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
-            }
-            RoomEventKind::CallerStarted(what) => self.caller_started(what, at, now),
-            RoomEventKind::CallerEnded { sent } => self.turns.caller_ended(sent, at),
+            RoomEventKind::SpeechStarted
+            | RoomEventKind::SpeechEnded
+            | RoomEventKind::SpeechLevel(_)
+            | RoomEventKind::CallerStarted(_)
+            | RoomEventKind::CallerEnded { .. } => self.spoken(&kind, at, now),
             RoomEventKind::AgentLeft { reason } => {
                 self.note_departure(&reason);
                 self.turns.close();
@@ -213,6 +203,28 @@ impl ProbeMachine {
             | RoomEventKind::TrackChanged(_)
             | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
+        }
+    }
+
+    /// What the agent and the caller say.
+    fn spoken(&mut self, kind: &RoomEventKind, at: Instant, now: Instant) {
+        match kind {
+            RoomEventKind::SpeechStarted => {
+                self.mark(Milestone::AgentSpoke, at);
+                self.claim.heard.set(true, at);
+                self.turns.speech_started(at);
+            }
+            RoomEventKind::SpeechEnded => {
+                self.claim.heard.set(false, at);
+                self.turns.speech_ended(at);
+            }
+            RoomEventKind::SpeechLevel(level) => {
+                let tenths = (f64::from(*level) * 10.0).round();
+                self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
+            }
+            RoomEventKind::CallerStarted(what) => self.caller_started(*what, at, now),
+            RoomEventKind::CallerEnded { sent } => self.turns.caller_ended(*sent, at),
+            _ => unreachable!("before_verdict passes on nothing else"),
         }
     }
 

@@ -145,9 +145,12 @@ impl CallerEar {
     pub(super) fn deadline(&self, delays: HearingDelays) -> Option<Instant> {
         let turn = self.turn.as_ref()?;
         let ended = turn.last + FRAME;
-        let voice = turn.voice.as_ref().map(|voice| match voice.reported {
-            true => ended + VOICE_END,
-            false => voice.since,
+        let voice = turn.voice.as_ref().map(|voice| {
+            if voice.reported {
+                ended + VOICE_END
+            } else {
+                voice.since
+            }
         });
         let transcript = turn
             .awaits_transcript()

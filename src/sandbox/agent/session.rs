@@ -143,9 +143,10 @@ impl SessionEvent {
                     id: call.id.clone(),
                     call_id: call.id.clone(),
                     message: Some(call.output().to_owned()),
-                    status: match call.tool.is_error {
-                        true => proto::ToolCallStatus::TcError.into(),
-                        false => proto::ToolCallStatus::TcDone.into(),
+                    status: if call.tool.is_error {
+                        proto::ToolCallStatus::TcError.into()
+                    } else {
+                        proto::ToolCallStatus::TcDone.into()
                     },
                 })),
             }),
@@ -185,9 +186,10 @@ impl ToolCall {
 
     /// What the session reports for a tool that raised an exception, unless it is a `ToolError` with a text of its own.
     fn output(&self) -> &'static str {
-        match self.tool.is_error {
-            true => "An internal error occurred",
-            false => "done",
+        if self.tool.is_error {
+            "An internal error occurred"
+        } else {
+            "done"
         }
     }
 }

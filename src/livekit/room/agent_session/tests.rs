@@ -144,7 +144,7 @@ fn transcripts(messages: Vec<AgentMessage>) -> Vec<(String, String, bool)> {
             segment.text.as_str().to_owned(),
             segment.is_final,
         ),
-        other => panic!("{other:?}"),
+        AgentMessage::Session { event, .. } => panic!("{event:?}"),
     });
     segments.collect()
 }

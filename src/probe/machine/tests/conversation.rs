@@ -298,6 +298,8 @@ fn room_stays_open_until_every_turn_was_taken() {
     assert_eq!(report.outcome, Outcome::Ok);
     let delays = report.turns.iter().map(|turn| millis(turn.reply_delay()));
     assert_eq!(delays.collect::<Vec<_>>(), [Some(1_000), Some(1_000)]);
+    let notes = report.evidence.notes.join("\n");
+    assert!(notes.contains("nothing confirms"), "{notes}");
 }
 
 #[test]
@@ -336,6 +338,42 @@ fn agent_that_speaks_on_after_an_interruption_is_not_yielding() {
         detail.contains("for more than 1s after the caller interrupted it"),
         "{detail}"
     );
+}
+
+#[test]
+fn text_of_an_interrupted_reply_belongs_to_the_turn_that_it_answers() {
+    let mut target = scripted(&["shipped"], None);
+    target.transcript = true;
+    target.caller.interrupt = true;
+    let interruption = CallerTurn {
+        line: None,
+        interrupts: true,
+    };
+    let cut = SessionEvent::Message(SessionMessage {
+        speaker: Speaker::Agent,
+        text: TranscriptText::new("It has been shipped to"),
+        interrupted: true,
+        metrics: None,
+    });
+    let script = MachineScript::greeted(target)
+        .says(0, 4_000, 5_000)
+        .reports(5_100, SessionEvent::CallerSpeaks(true))
+        .see(6_000, RoomEventKind::SpeechStarted)
+        .see(7_000, RoomEventKind::CallerStarted(interruption))
+        .reports(7_300, SessionEvent::CallerSpeaks(true))
+        .see(7_500, RoomEventKind::SpeechEnded)
+        .reports(7_600, cut)
+        .see(9_000, RoomEventKind::CallerEnded { sent: 450 })
+        .speech(10_000, 11_000)
+        .reports(11_100, message(Speaker::Agent, "Yes?", true))
+        .wait(13_000);
+    let report = script.report(13_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    let replies = report.turns.iter().map(|turn| turn.reply_text.as_ref());
+    let replies: Vec<_> = replies
+        .map(|text| text.map_or("", TranscriptText::as_str))
+        .collect();
+    assert_eq!(replies, ["It has been shipped to", "Yes?"]);
 }
 
 #[test]
@@ -389,6 +427,7 @@ fn caller_that_cuts_in_is_noted_and_the_turn_has_no_delay() {
     assert_eq!(report.turns[0].reply_delay(), None);
     let notes = report.evidence.notes.join("\n");
     assert!(notes.contains("the caller cut in"), "{notes}");
+    assert!(!notes.contains("nothing confirms"), "{notes}");
     assert!(
         report
             .evidence
