@@ -60,6 +60,9 @@ const WARM_UP: Duration = Duration::from_millis(3_500);
 /// sentence soon follows a pause.
 const MAX_SPEECH_AGE: Duration = Duration::from_millis(120);
 
+/// An agent that speaks on for longer than this after the end of an interruption has not yielded.
+const MAX_YIELD_AFTER: Duration = Duration::from_secs(1);
+
 /// A piece of audio in the form that an engine receives and sends: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
     /// One short frame of silence.
@@ -147,6 +150,8 @@ struct TurnPlayer<F> {
     /// When the caller's speech ended last, or will end.
     spoke_until: Option<Instant>,
     interruption: Option<Interruption>,
+    /// The caller interrupted what the agent said last.
+    interrupted: bool,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -206,6 +211,7 @@ impl<F: Frame> CallerPlayer<F> {
                 taken: 0,
                 spoke_until: None,
                 interruption: settings.interrupt.then(Interruption::default),
+                interrupted: false,
             }),
             CallerMode::PassThrough => PlayMode::Continuous(PassThrough {
                 anchor: None,
@@ -514,6 +520,7 @@ impl<F> TurnPlayer<F> {
         // After a pause within one greeting, the recording continues, and the wait restarts at its end.
         self.trim(at);
         self.phase = TurnPhase::Recording;
+        self.interrupted = false;
         let is_reply = self.spoke_until.is_some_and(|ended| at >= ended);
         if let Some(interruption) = &mut self.interruption {
             interruption.on_speech_started(at, is_reply);
@@ -524,8 +531,10 @@ impl<F> TurnPlayer<F> {
         if let Some(interruption) = &mut self.interruption {
             interruption.check_at = None;
         }
-        // After an interruption, the agent's reply to it comes first.
-        if self.phase != TurnPhase::Recording {
+        // After an interruption, the agent's reply to it comes first. An agent that did not yield gives none.
+        let spoke_on = |ended: Instant| at > ended + MAX_YIELD_AFTER;
+        let finished = self.interrupted && self.spoke_until.is_some_and(spoke_on);
+        if self.phase != TurnPhase::Recording && !finished {
             return;
         }
         if self.taken >= settings.turns {
@@ -568,6 +577,7 @@ impl<F> TurnPlayer<F> {
             && interruption.begins(now, agent)
         {
             self.interruption = None;
+            self.interrupted = true;
             self.phase = TurnPhase::Idle;
             return Some(Speech::Interruption);
         }

@@ -663,6 +663,20 @@ fn turn_after_an_interruption_waits_for_what_the_agent_says_then() {
 }
 
 #[test]
+fn next_turn_follows_an_agent_that_does_not_yield() {
+    let mut call = SimulatedCall::new(interrupting(script(2, 1_000)));
+    call.utterance(150);
+    call.wait(5_000);
+    // It speaks on for ten seconds, whatever the caller says meanwhile.
+    call.utterance(500);
+    call.wait(5_000);
+    let marks = call.marks();
+    assert_eq!(marks[2].1, INTERRUPTS);
+    assert_eq!(marks[4].1, started(1));
+    assert_eq!(marks.len(), 6);
+}
+
+#[test]
 fn echo_after_an_interruption_plays_only_what_the_agent_said_after_it() {
     let mut call = SimulatedCall::new(interrupting(CallerSettings {
         turns: 2,
