@@ -88,7 +88,7 @@ pub(crate) fn agent_that_leaves_before_its_reply_is_agent_left_early(
     let batch = expect(fixture, &finished, 1, &["agent_left_early"])?;
     expect_gone(stack, &batch)?;
     let probe = batch.only_probe()?;
-    let says_so = probe.detail().contains("before it answered the echo");
+    let says_so = probe.detail().contains("before it answered the caller");
     ensure!(says_so, "{probe:?}");
     Ok(probe.detail().to_owned())
 }
@@ -325,7 +325,7 @@ pub(crate) fn agent_that_restarts_its_track_is_still_heard(
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::restarts_its_track())?;
     let finished = settings
-        .set("echo.max_turns", 2)
+        .set("caller.turns", 2)
         .set("batch.hold", "16s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;

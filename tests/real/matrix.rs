@@ -26,7 +26,7 @@ pub(crate) struct Fault {
     expected: Expected,
     /// The origin of the failure; `None` if there is none. It decides in which service levels the probe may count.
     origin: Option<Origin>,
-    /// What availability, join, first speech and service count: `+` good, `-` bad, `.` nothing.
+    /// What availability, join, first speech, service and reply count: `+` good, `-` bad, `.` nothing.
     slis: &'static str,
     /// The limit from the start of the batch to its end, in seconds.
     within: u32,
@@ -54,7 +54,7 @@ enum Expected {
     Failed(Reason),
 }
 
-const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
+const SLIS: [&str; 5] = ["availability", "join", "first_speech", "service", "reply"];
 
 /// A verdict that is as expected.
 pub(crate) struct FaultVerdict {

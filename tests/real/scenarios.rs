@@ -314,8 +314,8 @@ fn agent_that_replies_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<Str
 fn continuous_echo_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets())?;
     let finished = settings
-        .set("echo.mode", "continuous")
-        .set("echo.delay", "3s")
+        .set("caller.mode", "pass_through")
+        .set("caller.silence", "3s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
     let after = expect_heard(stack, &batch.probes[0])?;
@@ -945,7 +945,7 @@ colour = "blue"
 [targets.support.batch]
 rooms = 0
 hold = "soon"
-[targets.support.echo]
+[targets.support.caller]
 mode = "loud"
 "#;
     let finished = Canary::once().config(config)?.run()?;

@@ -85,7 +85,6 @@ impl Behaviour {
             .with("greeting", greeting)
             .with("failing", "llm")
             .with("error", "500")
-            .fault("two_part_greeting=6s")
             .fault("dead_llm")
     }
 

@@ -15,8 +15,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// One room with the stack's ordinary agent, open just long enough for a greeting and its echo. A room whose call failed is
-    /// re-checked for 3 s only: a test with an agent that comes later removes `late_agent_window`.
+    /// One room with the stack's ordinary agent, which does not reply, open just long enough for a greeting and its echo. A room
+    /// whose call failed is re-checked for 3 s only: a test with an agent that comes later removes `late_agent_window`.
     pub fn new(stack: &Stack) -> Self {
         let settings = Self {
             project: Table::new(),
@@ -30,6 +30,7 @@ impl Settings {
             .set("engine", engine())
             .set("batch.rooms", 1)
             .set("batch.hold", stack.hold)
+            .set("expect.reply", false)
             .set("deadlines.join", "15s")
             .set("late_agent_window", "3s")
     }
