@@ -97,7 +97,7 @@ pub(crate) fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyh
     let (stack, settings) = fixture.call(&Behaviour::replies_and_leaves())?;
     let finished = settings
         .set("expect.agent_may_leave", "after_reply")
-        .set("expect.reply", true)
+        .expects_reply()
         .set("batch.hold", "20s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
@@ -276,7 +276,7 @@ pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow
 
 pub(crate) fn agent_with_video_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::has_video())?;
-    let finished = settings.set("expect.reply", true).set("batch.hold", "8s");
+    let finished = settings.expects_reply().set("batch.hold", "8s");
     let batch = expect_ok(fixture, stack, &finished.run()?, 1)?;
     let probe = batch.only_probe()?;
     let mut tracks = probe.evidence.tracks.iter();

@@ -233,6 +233,7 @@ fn five_rooms_open_in_order_and_the_agent_hears_every_echo(
     let stack = fixture.stack(&Behaviour::greets())?;
     let finished = Canary::once()
         .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", stack.hold])
+        .args(&["--expect-reply=false"])
         .on(stack)
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 5)?;
@@ -300,10 +301,7 @@ fn pypi_client_hears_the_agent_and_is_heard(fixture: &Fixture) -> anyhow::Result
 
 fn agent_that_replies_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::replies())?;
-    let finished = settings
-        .set("expect.reply", true)
-        .set("batch.hold", "12s")
-        .run()?;
+    let finished = settings.expects_reply().set("batch.hold", "12s").run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
     Ok(format!(
         "ok, reply after {}",
@@ -328,6 +326,8 @@ fn one_by_one_holds_each_room_from_its_own_join(fixture: &Fixture) -> anyhow::Re
         .set("batch.rooms", 3)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "6s")
+        // A turn would have to be finished.
+        .set("caller.silence", "20s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 3)?;
     let open =
@@ -843,6 +843,7 @@ fn panic_in_one_probe_does_not_affect_the_others(fixture: &Fixture) -> anyhow::R
     let stack = fixture.stack(&Behaviour::greets())?;
     let finished = Canary::once()
         .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", stack.hold])
+        .args(&["--expect-reply=false"])
         .on(stack)
         .envs(&[("LIVEKIT_CANARY_FAULT", "panic:2")])
         .run()?;

@@ -31,8 +31,16 @@ impl Settings {
             .set("batch.rooms", 1)
             .set("batch.hold", stack.hold)
             .set("expect.reply", false)
+            // Even so, a turn that has begun is finished.
+            .set("deadlines.reply", "2s")
             .set("deadlines.join", "15s")
             .set("late_agent_window", "3s")
+    }
+
+    /// Every turn must be answered.
+    #[must_use]
+    pub fn expects_reply(self) -> Self {
+        self.set("expect.reply", true).set("deadlines.reply", "20s")
     }
 
     #[must_use]
