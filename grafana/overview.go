@@ -65,7 +65,7 @@ func overallService(board *dashboard.DashboardBuilder) {
 			share, 12, 8,
 		},
 			query{serviceLevel(`sli=~"$sli"`, "$window"), "{{target}} {{sli}}"},
-			query{latest("slo_objective_ratio", `sli=~"$sli"`), "{{target}} {{sli}} objective"},
+			query{objective(`sli=~"$sli"`), "{{target}} {{sli}} objective"},
 		).Max(1)).
 		WithPanel(lines(about{
 			"Error budget left over the SLO window",
@@ -90,7 +90,7 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 			units.Seconds, 12, 8,
 		}, append(quantiles(delay, "", "position"),
 			yesterday(delay, "position"),
-			query{latest("slo_threshold_seconds", `sli="join"`), "{{target}} threshold"})...)).
+			query{threshold(`sli="join"`), "{{target}} threshold"})...)).
 		WithPanel(lines(about{
 			"Rooms joined within the threshold, last $window",
 			"The join service level: the share of eligible rooms whose agent joined in time. Rooms that no agent joined are " +
@@ -98,7 +98,7 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 			share, 12, 8,
 		},
 			query{serviceLevel(`sli="join"`, "$window"), "{{target}}"},
-			query{latest("slo_objective_ratio", `sli="join"`), "{{target}} objective"},
+			query{objective(`sli="join"`), "{{target}} objective"},
 		).Max(1)).
 		WithPanel(heatOf(about{
 			"Join delays, last $window",
@@ -111,6 +111,22 @@ func overallAgent(board *dashboard.DashboardBuilder) {
 				"scaled to zero. Only rooms that an agent joined.",
 			units.Seconds, 12, 8,
 		}, query{quantile("0.5", delay, ""), "{{target}} {{position}}"})).
+		WithPanel(lines(about{
+			"Reply delay, last $window",
+			"Time from the end of the caller's speech to the agent's reply. Turns without a reply are missing here; the next panel " +
+				"includes them. Dashed: the threshold of the reply objective.",
+			units.Seconds, 12, 8,
+		}, append(quantiles("reply_delay_seconds", ""),
+			query{threshold(`sli="reply"`), "{{target}} threshold"})...)).
+		WithPanel(lines(about{
+			"Rooms answered within the threshold, last $window",
+			"The reply service level: the share of eligible rooms whose agent answered every turn in time. Turns without a reply " +
+				"are included; rooms in which no reply was due are not. Dashed: the objective.",
+			share, 12, 8,
+		},
+			query{serviceLevel(`sli="reply"`, "$window"), "{{target}}"},
+			query{objective(`sli="reply"`), "{{target}} objective"},
+		).Max(1)).
 		WithPanel(counts(about{
 			"Rooms that the agent failed, last $window",
 			"Failed rooms by reason, with origin agent or undetermined (LiveKit accepted the dispatch, but no agent joined). " +
@@ -129,7 +145,7 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 		}, probes(), failures("", "{{target}} {{origin}}", "reason"))).
 		WithPanel(lines(about{
 			"Steps before the agent, p90, last $window",
-			"The canary's own steps: it creates the room, connects signal and media, publishes the echo track, and calls the " +
+			"The canary's own steps: it creates the room, connects signal and media, publishes the caller's track, and calls the " +
 				"dispatch. Slow steps are slow for callers too, and the agent is not the cause.",
 			units.Seconds, 12, 8,
 		}, query{quantile("0.9", "span_duration_seconds", stepsBeforeAgent), "{{target}} {{span}}"})).

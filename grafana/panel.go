@@ -34,12 +34,16 @@ const (
 
 // Lines over time. Thresholds, objectives and the day before are dashed.
 func lines(about about, queries ...query) *timeseries.PanelBuilder {
+	return signedLines(about, queries...).Min(0)
+}
+
+// Lines whose values can be negative.
+func signedLines(about about, queries ...query) *timeseries.PanelBuilder {
 	return timeseries.NewPanelBuilder().
 		Title(about.title).Description(about.description).Unit(about.unit).
 		Span(about.width).Height(about.height).
 		Datasource(datasource()).
 		Targets(ranges(queries)).
-		Min(0).
 		LineWidth(1).
 		// A single value between two gaps is shown as a point.
 		ShowPoints(common.VisibilityModeAuto).
@@ -142,6 +146,14 @@ func number(about about, queries ...query) *stat.PanelBuilder {
 
 // A bar from 0 to 1.
 func fill(about about, queries ...query) *bargauge.PanelBuilder {
+	return bars(about, queries...).
+		ShowUnfilled(true).
+		Max(1).
+		Thresholds(steps("green", 0.8, "orange", 1.0, "red"))
+}
+
+// A bar from 0 for each series. That of a negative value is empty.
+func bars(about about, queries ...query) *bargauge.PanelBuilder {
 	return bargauge.NewPanelBuilder().
 		Title(about.title).Description(about.description).Unit(about.unit).
 		Span(about.width).Height(about.height).
@@ -151,9 +163,8 @@ func fill(about about, queries ...query) *bargauge.PanelBuilder {
 		Orientation(common.VizOrientationHorizontal).
 		DisplayMode(common.BarGaugeDisplayModeBasic).
 		ValueMode(common.BarGaugeValueModeColor).
-		ShowUnfilled(true).
-		Min(0).Max(1).
-		Thresholds(steps("green", 0.8, "orange", 1.0, "red"))
+		Min(0).
+		Thresholds(steps("blue"))
 }
 
 func lastOfEach() cog.Builder[common.ReduceDataOptions] {
@@ -224,7 +235,7 @@ func rows(about about, labels []string, columns_ ...column) *table.PanelBuilder 
 func levels(more ...column) []column {
 	return slices.Concat([]column{
 		{query{recordedLevel(), "Service level"}, share, decimals(2)},
-		{query{latest("slo_objective_ratio", ""), "Objective"}, share, decimals(2)},
+		{query{objective(""), "Objective"}, share, decimals(2)},
 		{query{budgetLeft(""), "Error budget left"}, share,
 			append(coloured("color-text", "red", 0.0, "orange", 0.25, "green"), decimals(0)...)},
 	}, more, []column{

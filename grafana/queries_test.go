@@ -42,7 +42,11 @@ const onlyProblems = "> 0"
 
 var (
 	// Queries that cover only rooms with an agent.
-	ofAgent = regexp.MustCompile(`(?s)histogram_quantile.*(agent_|first_speech|reply)|audio_packets`)
+	ofAgent = regexp.MustCompile(`(?s)histogram_quantile.*(agent_|first_speech|reply|word_error|yield)|audio_packets|word_error`)
+	// Queries about replies, which are due only if there is an agent.
+	ofReply = regexp.MustCompile(`slo_good_total.*sli="reply"`)
+	// Queries about interruptions, which only the caller of the healthy target makes.
+	ofInterruption = regexp.MustCompile(`yield_delay`)
 )
 
 func (one panelQuery) expected() expectation {
@@ -58,7 +62,9 @@ func (one panelQuery) expected() expectation {
 	case shows && one.target == outage:
 		// The outage causes only some kinds of failures.
 		return anything
-	case one.target == outage && ofAgent.MatchString(one.expr):
+	case one.target == outage && (ofAgent.MatchString(one.expr) || ofReply.MatchString(one.expr)):
+		return nothing
+	case one.target == failing && ofInterruption.MatchString(one.expr):
 		return nothing
 	default:
 		return values
@@ -95,6 +101,8 @@ func (stack stack) finds(t *testing.T) {
 		{"agent_join_delay_seconds_bucket", "agent_joined_delay_seconds_bucket"},
 		{"batches_total", "batches_run_total"},
 		{`sli=\"join\"`, `sli=\"joined\"`},
+		{`sli=\"reply\"`, `sli=\"replied\"`},
+		{"reply_delay_seconds_bucket", "replied_delay_seconds_bucket"},
 	} {
 		text := strings.ReplaceAll(string(read(t, "dashboards/overview.json")), renamed[0], renamed[1])
 		if len(stack.unmet(t, stack.queries(t, []byte(text)), 0)) == 0 {

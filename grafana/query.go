@@ -112,6 +112,19 @@ func until(name string) string {
 	return known(latest(name, "") + " - time()")
 }
 
+// A quantile of a histogram whose values can be negative; no value instead of NaN if there are no observations.
+func signedQuantile(share, name string) string {
+	return known(fmt.Sprintf("histogram_quantile(%s, %s)", share, sum(growth(name+"_bucket", "", "$window"))))
+}
+
+// The share of observations above zero. Prometheus 3 writes the bound 0 of a bucket as 0.0.
+func aboveZero(name string) string {
+	bucket := func(le string) string {
+		return sum(growth(name+"_bucket", le, "$window"), "le")
+	}
+	return fmt.Sprintf("1 - %s\n/ (%s > 0)", bucket(`le=~"0|0.0"`), bucket(`le="+Inf"`))
+}
+
 // Only quantiles that are meaningful for few samples: the p99 of a dozen samples is just the slowest one.
 func quantiles(name, matchers string, over ...string) []query {
 	return []query{
@@ -133,6 +146,25 @@ func probes() query {
 // Only reasons that occurred: every target has a series for each of about twenty reasons.
 func failures(matchers, name string, over ...string) query {
 	return query{sum(growth("probe_failures_total", matchers, "$window"), over...) + " > 0", name}
+}
+
+// All turns of the caller, as the total for their results.
+func turns() query {
+	return query{sum(growth("caller_turns_total", "", "$window"), "result"), "{{target}} all"}
+}
+
+func turnsByResult(name string) query {
+	return query{sum(growth("caller_turns_total", "", "$window")), name}
+}
+
+// The objective of a service level, unless the settings rule it out.
+func objective(matchers string) string {
+	return known(latest("slo_objective_ratio", matchers))
+}
+
+// The longest delay that counts as good, unless the settings rule the service level out.
+func threshold(matchers string) string {
+	return known(latest("slo_threshold_seconds", matchers))
 }
 
 func rejections(name string) query {

@@ -44,6 +44,16 @@ var deadlines = map[string]string{
 	outage:  `deadlines.join = "3s"`,
 }
 
+// How often batches start, and what the callers do. The one of the healthy target interrupts, which makes its rooms longer. Its first
+// batch must end before the next one is due, which is after half an interval at the earliest.
+var callers = map[string]string{
+	healthy: `schedule.every = "40s"
+caller = {silence = "300ms", interrupt = true}`,
+	failing: `schedule.every = "12s"
+caller.silence = "300ms"`,
+	outage: `schedule.every = "12s"`,
+}
+
 // A Prometheus that scrapes a daemon.
 type stack struct {
 	prometheus string
@@ -139,12 +149,11 @@ budget.agent_time_per_day = "20h"
 [targets.%[1]s]
 project = %[1]q
 agent_name = "demo"
-schedule.every = "12s"
 batch = {rooms = 2, hold = "7s", ramp = "interval", interval = "100ms"}
-echo.delay = "100ms"
 late_agent_window = "1s"
 %[5]s
-`, name, keys["LIVEKIT_URL"], keys["LIVEKIT_API_KEY"], keys["LIVEKIT_API_SECRET"], deadlines[name])
+%[6]s
+`, name, keys["LIVEKIT_URL"], keys["LIVEKIT_API_KEY"], keys["LIVEKIT_API_SECRET"], deadlines[name], callers[name])
 }
 
 func binary(t *testing.T) string {

@@ -7,7 +7,7 @@ import (
 
 // The details of one target.
 func target() (dashboard.Dashboard, error) {
-	board := begin(targetUid, "LiveKit canary: one target", "How long each step at the start of a call takes, and what fails.").
+	board := begin(targetUid, "LiveKit canary: one target", "How long each step of a call takes, and what fails.").
 		Link(dashboard.NewDashboardLinkBuilder("All targets").
 			Type(dashboard.DashboardLinkTypeLink).
 			Icon("dashboard").
@@ -26,6 +26,7 @@ func target() (dashboard.Dashboard, error) {
 	targetNow(board)
 	targetJoin(board)
 	targetSpeech(board)
+	targetReply(board)
 	targetSteps(board)
 	targetPlan(board)
 	targetBatches(board)
@@ -66,7 +67,7 @@ func targetNow(board *dashboard.DashboardBuilder) {
 				"the number of batches with a bad room.",
 			count, 14, 7,
 		}, []string{"sli"},
-			levels(column{query{latest("slo_threshold_seconds", ""), "Within"}, units.Seconds, nil})...)).
+			levels(column{query{threshold(""), "Within"}, units.Seconds, nil})...)).
 		WithPanel(rows(about{
 			"Settings",
 			"The project, the agent and how it is dispatched. If drill is true, this is a fire drill and says nothing about callers.",
@@ -87,14 +88,14 @@ func targetJoin(board *dashboard.DashboardBuilder) {
 		}, append(quantiles(delay, "", "position"),
 			yesterday(delay, "position"),
 			slowest(delay, "", "position"),
-			query{latest("slo_threshold_seconds", `sli="join"`), "threshold"})...)).
+			query{threshold(`sli="join"`), "threshold"})...)).
 		WithPanel(lines(about{
 			"Service levels, last $window",
 			"The share of eligible rooms that were good. Rooms without an agent are included. Dashed: the objective of the join.",
 			share, 12, 8,
 		},
 			query{serviceLevel("", "$window"), "{{sli}}"},
-			query{latest("slo_objective_ratio", `sli="join"`), "join objective"},
+			query{objective(`sli="join"`), "join objective"},
 		).Max(1)).
 		WithPanel(heatOf(about{
 			"Join delays, last $window",
@@ -123,33 +124,93 @@ func targetSpeech(board *dashboard.DashboardBuilder) {
 			"First speech, last $window",
 			"Time from the dispatch to the agent's first speech, which is how long a caller waits in silence. Only rooms in which " +
 				"the agent spoke. Dashed: the threshold of the first_speech objective, and the p90 of the day before.",
-			units.Seconds, 8, 8,
+			units.Seconds, 12, 8,
 		}, append(quantiles("first_speech_delay_seconds", ""),
 			yesterday("first_speech_delay_seconds"),
 			slowest("first_speech_delay_seconds", ""),
-			query{latest("slo_threshold_seconds", `sli="first_speech"`), "threshold"})...)).
-		WithPanel(lines(about{
-			"Reply, last $window",
-			"Time from the end of the echo to the agent's reply: one turn of STT, LLM and TTS. Only turns with a reply. Empty if " +
-				"the canary echoes nothing.",
-			units.Seconds, 8, 8,
-		}, append(quantiles("reply_delay_seconds", ""), slowest("reply_delay_seconds", ""))...)).
+			query{threshold(`sli="first_speech"`), "threshold"})...)).
 		WithPanel(lines(about{
 			"The agent's start-up, p50 and p90, last $window",
 			"agent_track: from the agent's join to its audio track. first_audio: from the dispatch to the agent's first audio " +
 				"packet. If the join is fast and these are slow, the agent's session starts slowly.",
-			units.Seconds, 8, 8,
+			units.Seconds, 12, 8,
 		},
 			query{quantile("0.5", "span_duration_seconds", `span=~"agent_track|first_audio"`), "{{span}} p50"},
 			query{quantile("0.9", "span_duration_seconds", `span=~"agent_track|first_audio"`), "{{span}} p90"},
 		))
 }
 
+func targetReply(board *dashboard.DashboardBuilder) {
+	const delay, unexplained = "reply_delay_seconds", "reply_unexplained_seconds"
+	stage := func(name string) query {
+		return query{quantile("0.5", "agent_stage_seconds", `stage="`+name+`"`, "stage"), "the agent's " + name}
+	}
+	board.WithRow(dashboard.NewRowBuilder("Is it the agent? Its replies")).
+		WithPanel(lines(about{
+			"Reply delay, last $window",
+			"Time from the end of the caller's speech to the agent's reply. Only turns with a reply. Dashed: the threshold of the " +
+				"reply objective, and the p90 of the day before.",
+			units.Seconds, 8, 8,
+		}, append(quantiles(delay, ""), yesterday(delay), slowest(delay, ""),
+			query{threshold(`sli="reply"`), "threshold"})...)).
+		WithPanel(lines(about{
+			"Rooms answered within the threshold, last $window",
+			"The reply service level: the share of eligible rooms whose agent answered every turn in time. Turns without a reply " +
+				"are included; rooms in which no reply was due are not. Dashed: the objective. Empty if the settings expect no reply.",
+			share, 8, 8,
+		},
+			query{serviceLevel(`sli="reply"`, "$window"), "reply"},
+			query{objective(`sli="reply"`), "objective"},
+		).Max(1)).
+		WithPanel(counts(about{
+			"Turns of the caller, last $window",
+			"answered. unanswered: no reply, or the agent's session contradicts it. overlapped: both spoke at once, so the delay is " +
+				"unknown. not_sent: the call ended before the caller had spoken. Dotted: all turns.",
+			count, 8, 8,
+		}, turns(), turnsByResult("{{result}}"))).
+		WithPanel(bars(about{
+			"Where a reply spends its time, p50 of the last $window",
+			"First what the caller hears, then what the agent's session reports of the same replies. Its stages overlap, so they do " +
+				"not add up: end_of_turn contains transcription. Unexplained: the reply delay minus the agent's end_to_end, which is " +
+				"the network, buffers, and what the agent does not measure. Its bar is empty if it is negative. Only the reply delay " +
+				"is known of an agent without a LiveKit session.",
+			units.Seconds, 12, 9,
+		},
+			query{quantile("0.5", delay, ""), "reply delay, measured"},
+			stage("transcription"), stage("end_of_turn"), stage("llm"), stage("tts"), stage("end_to_end"),
+			query{signedQuantile("0.5", unexplained), "unexplained"},
+		)).
+		WithPanel(signedLines(about{
+			"Stages of a reply, p50, last $window",
+			"The same over time. A stage that rises with the reply delay is its cause. If only unexplained rises, look at the " +
+				"network and at the agent's machine. Negative: the agent reports more than the caller waited for.",
+			units.Seconds, 12, 9,
+		},
+			query{quantile("0.5", delay, ""), "reply delay"},
+			query{quantile("0.5", "agent_stage_seconds", ""), "{{stage}}"},
+			query{signedQuantile("0.5", unexplained), "unexplained"},
+		).AxisSoftMin(0)).
+		WithPanel(lines(about{
+			"Words that the agent heard wrongly, last $window",
+			"The share of the caller's words that the agent's session transcribed wrongly, and the share of turns with at least one " +
+				"such word. It rises with a worse STT, and with packets that are lost on their way to the agent. Empty if the agent " +
+				"transcribes nothing.",
+			share, 12, 8,
+		}, append(quantiles("heard_word_error_ratio", ""),
+			query{aboveZero("heard_word_error_ratio"), "turns with a wrong word"})...)).
+		WithPanel(lines(about{
+			"Yield delay, last $window",
+			"Time from the start of the caller's interruption until the agent was silent. Only agents that yielded. Empty if the caller " +
+				"does not interrupt.",
+			units.Seconds, 12, 8,
+		}, append(quantiles("yield_delay_seconds", ""), slowest("yield_delay_seconds", ""))...))
+}
+
 func targetSteps(board *dashboard.DashboardBuilder) {
 	board.WithRow(dashboard.NewRowBuilder("Is it LiveKit or the network?")).
 		WithPanel(lines(about{
 			"Steps before the agent, p50, last $window",
-			"The canary creates the room, connects signal and media (including DNS, ICE and DTLS), publishes the echo track, and " +
+			"The canary creates the room, connects signal and media (including DNS, ICE and DTLS), publishes the caller's track, and " +
 				"calls the dispatch. Slow steps are slow for callers too, and the agent is not the cause.",
 			units.Seconds, 12, 8,
 		}, query{quantile("0.5", "span_duration_seconds", stepsBeforeAgent), "{{span}}"})).

@@ -99,7 +99,7 @@ func sliVariable() cog.Builder[dashboard.VariableModel] {
 		Label("Service level").
 		Description("The service levels to show over time. availability: the share of ok rooms, excluding failures of LiveKit, " +
 			"the network and the plan. service: the share of ok rooms, including them.").
-		Values(text("availability,join,first_speech,service")).
+		Values(text("availability,join,first_speech,reply,service")).
 		Multi(true).
 		IncludeAll(true).
 		Current(options("availability"))

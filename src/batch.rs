@@ -17,12 +17,14 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Project, Stay, Target};
-use crate::guard::{Guard, RoomPermits, worst_cases};
+use crate::guard::{Guard, RoomPermits, RoomTime, room_times};
 use crate::history::Reservation;
 use crate::livekit::RoomName;
 use crate::livekit::engine::panic_message;
 use crate::probe::driver::{self, Context, Emit, HoldUntil};
-use crate::probe::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason};
+use crate::probe::{
+    Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason, max_time_to_verdict,
+};
 use crate::report::{BatchReport, Denial, NotOpened};
 
 mod ramp;
@@ -55,10 +57,10 @@ pub(crate) enum BatchEvent {
     Ended(Arc<BatchReport>),
 }
 
-/// The most events that a batch with this many rooms emits.
-pub(crate) fn max_events(rooms: usize) -> usize {
+/// The most events that a batch with this many rooms emits, and this many turns per room.
+pub(crate) fn max_events(rooms: usize, turns: u32) -> usize {
     // The batch's start and end; each room's opening, progress, hold and closing.
-    2 + rooms * (ProbeEvent::MAX_PER_PROBE + 3)
+    2 + rooms * (ProbeEvent::max_per_probe(turns) + 3)
 }
 
 /// Runs one batch to its end. A cancelled `abort` ends it early, with every probe `aborted` and every room deleted.
@@ -82,6 +84,7 @@ pub(crate) async fn run(
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
         rooms: context.target.batch.rooms,
+        turns: context.target.caller.turns,
         max_rooms: max_rooms.unwrap_or(context.project.max_rooms),
         ramp: context.target.batch.ramp,
         interval: context.target.batch.interval,
@@ -163,7 +166,8 @@ struct Admission {
     target: String,
     /// The beginning of each room's name.
     name_prefix: String,
-    worst_cases: Vec<Duration>,
+    room_times: Vec<RoomTime>,
+    max_time_to_verdict: Duration,
 }
 
 impl Admission {
@@ -187,13 +191,14 @@ impl Admission {
             permits,
             target: name.to_owned(),
             name_prefix: target.room.name_prefix.clone(),
-            worst_cases: worst_cases(target, project).collect(),
+            room_times: room_times(target, project).collect(),
+            max_time_to_verdict: max_time_to_verdict(target),
         }
     }
 
     fn reserve(&self, index: usize) -> BoxFuture<'static, Admitted> {
         let (guard, target) = (self.guard.clone(), self.target.clone());
-        let worst_case = self.worst_cases.get(index).copied().unwrap_or_default();
+        let worst_case = self.worst_case(index, self.max_time_to_verdict);
         let room = new_room_name(&self.name_prefix);
         Box::pin(async move {
             let reservation = match guard {
@@ -206,6 +211,12 @@ impl Admission {
                 reservation,
             }
         })
+    }
+
+    /// The worst case of the room with this index, if its verdict takes at most this long after the agent's join.
+    fn worst_case(&self, index: usize, to_verdict: Duration) -> Duration {
+        let time = self.room_times.get(index).copied().unwrap_or_default();
+        time.worst_case(to_verdict)
     }
 
     fn rejected(&self, outcome: &Outcome, retry_after: Option<Duration>) {
@@ -265,7 +276,7 @@ where
         on_event: E,
     ) -> Self {
         // Capacity for everything that the probes can emit, so that none of them waits and nothing is lost.
-        let (events_tx, events) = mpsc::channel(max_events(plan.rooms));
+        let (events_tx, events) = mpsc::channel(max_events(plan.rooms, plan.turns));
         Self {
             ramp: Ramp::new(plan),
             admission,
@@ -374,6 +385,12 @@ where
                 at,
             } if self.ramp.plan.stay == Stay::OneByOne => {
                 self.hold(index, *at + self.ramp.plan.hold);
+            }
+            ProbeEvent::TurnStarted { to_verdict } => {
+                let worst_case = self.admission.worst_case(index, *to_verdict);
+                if let Some(reservation) = &mut self.probes[index].reservation {
+                    reservation.shrink(worst_case);
+                }
             }
             ProbeEvent::JoinDecided { joined: false } | ProbeEvent::Reached { .. } => {}
         }

@@ -19,7 +19,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use strum::VariantArray;
 use tokio::runtime::Runtime;
 
-use crate::config::{DispatchMode, EchoMode, Engine, Problems, RampMode};
+use crate::config::{CallerMode, DispatchMode, Engine, Problems, RampMode};
 use crate::probe::{Origin, Outcome};
 use crate::sandbox::fault::{self, FaultRule};
 use crate::sandbox::report;
@@ -105,8 +105,9 @@ Exit status:
 
 /// Open one batch of rooms now and report what happened in each
 ///
-/// In each room, the agent joins and speaks, and the canary plays its speech back.
-/// Then the canary deletes the rooms. Progress goes to stderr, the result to stdout.
+/// In each room, the agent joins and speaks, the canary answers as a caller, and
+/// the agent replies. Then the canary deletes the rooms. Progress goes to stderr,
+/// the result to stdout.
 #[derive(Args)]
 #[command(after_help = ONCE_EPILOGUE, verbatim_doc_comment)]
 struct OnceArgs {
@@ -146,13 +147,18 @@ struct OnceArgs {
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     hold: Option<Duration>,
 
-    /// Silence of the agent after which its speech is echoed [default: 2s]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    echo_delay: Option<Duration>,
+    /// What the caller says: the agent's own words (echo), all of its audio (pass_through), or the lines of the settings
+    /// (script) [default: echo]
+    #[arg(long, value_name = "MODE", value_parser = value_names::<CallerMode>())]
+    caller: Option<String>,
 
-    /// What the canary plays back: whole utterances, each once, or all of the agent's audio [default: turn]
-    #[arg(long, value_name = "MODE", value_parser = value_names::<EchoMode>())]
-    echo_mode: Option<String>,
+    /// How many times the caller speaks [default: 1, or once per line of a script]
+    #[arg(long, value_name = "N")]
+    turns: Option<u32>,
+
+    /// Silence of the agent after which the caller speaks [default: 2s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    silence: Option<Duration>,
 
     /// Maximum wait for the agent's join [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
@@ -170,9 +176,9 @@ struct OnceArgs {
     #[arg(long, value_name = "ENGINE", value_parser = value_names::<Engine>())]
     engine: Option<String>,
 
-    /// Fail a room whose agent does not reply to the echo
-    #[arg(long)]
-    expect_reply: bool,
+    /// Whether a room fails if its agent does not reply to the caller [default: true, with pass_through: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    expect_reply: Option<bool>,
 
     /// Add the agent's transcript, which may contain personal data; only with --format json
     #[arg(long)]

@@ -1,7 +1,8 @@
 //! Settings: read from a file, the environment and flags, validated once, and offered as plain types to every module.
 //!
-//! It knows no other module of this crate.
+//! It knows no other module of this crate, except the audio files that the settings name.
 
+mod caller;
 mod credential;
 mod cron;
 mod file;

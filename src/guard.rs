@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::config::{Backoff, Budget, Period, Project, RampMode, Stay, Target};
 use crate::history::{AgentTimeUsed, History, RESERVE_TIMEOUT, Reservation};
 use crate::livekit::RoomName;
-use crate::probe::{LimitKind, billable_minutes, max_time_to_verdict};
+use crate::probe::{LimitKind, billable_minutes, max_overrun, max_time_to_verdict};
 use crate::report::Denial;
 
 /// The guard rails of one project. Cheap to clone.
@@ -309,10 +309,32 @@ pub(crate) fn max_rooms_at_once(target: &Target) -> usize {
     }
 }
 
-/// Maximum agent time that LiveKit can bill for each room of a batch, in the order in which the rooms open.
+/// How long one room of a batch is held, and what that can cost at most.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct RoomTime {
+    /// For its hold, counted from the agent's join.
+    held: Duration,
+    /// For leaving and deleting it.
+    cleanup: Duration,
+}
+
+impl RoomTime {
+    #[cfg(test)]
+    pub(crate) fn of(held: Duration) -> Self {
+        let cleanup = Duration::ZERO;
+        Self { held, cleanup }
+    }
+
+    /// Maximum agent time that LiveKit can bill, if the verdict takes at most this long after the agent's join.
+    pub(crate) fn worst_case(&self, to_verdict: Duration) -> Duration {
+        billable_minutes(self.held.max(to_verdict) + self.cleanup)
+    }
+}
+
+/// The times of each room of a batch, in the order in which the rooms open.
 ///
-/// The worst case of a room: its own agent joins at once, and the agents of all later rooms join as late as allowed.
-pub(crate) fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
+/// In the worst case of a room its own agent joins at once, and the agents of all later rooms join as late as allowed.
+pub(crate) fn room_times(target: &Target, project: &Project) -> impl Iterator<Item = RoomTime> {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
     let ramp_after = move |index: u32| {
@@ -327,18 +349,25 @@ pub(crate) fn worst_cases(target: &Target, project: &Project) -> impl Iterator<I
             (Stay::OneByOne, _) => Duration::ZERO,
         }
     };
-    (0..rooms).map(move |index| {
-        let held = (ramp_after(index) + target.batch.hold).max(max_time_to_verdict(target));
+    (0..rooms).map(move |index| RoomTime {
+        held: ramp_after(index) + target.batch.hold + max_overrun(target),
         // Leaving and deleting may each take the whole clean-up deadline.
-        billable_minutes(held + target.deadlines.cleanup * 2)
+        cleanup: target.deadlines.cleanup * 2,
     })
+}
+
+/// Maximum agent time that LiveKit can bill for each room of a batch, in the order in which the rooms open.
+pub(crate) fn worst_cases(target: &Target, project: &Project) -> impl Iterator<Item = Duration> {
+    let to_verdict = max_time_to_verdict(target);
+    room_times(target, project).map(move |time| time.worst_case(to_verdict))
 }
 
 /// Maximum duration of a batch, from its permits to the deletion of its last room.
 pub(crate) fn max_batch_duration(target: &Target, project: &Project) -> Duration {
     let one_join = max_join_duration(target, project);
     let rooms = u32::try_from(target.batch.rooms).unwrap_or(u32::MAX);
-    let held = target.batch.hold.max(max_time_to_verdict(target)) + target.deadlines.cleanup * 2;
+    let held = (target.batch.hold + max_overrun(target)).max(max_time_to_verdict(target));
+    let held = held + target.deadlines.cleanup * 2;
     match (target.batch.stay, target.batch.ramp) {
         (Stay::Together, RampMode::AfterJoin) => one_join.saturating_mul(rooms) + held,
         (Stay::Together, RampMode::Interval) => {

@@ -378,6 +378,16 @@ impl Reservation {
         self.worst_case
     }
 
+    /// Lowers the worst case. A higher one changes nothing.
+    pub(crate) fn shrink(&mut self, worst_case: Duration) {
+        if worst_case < self.worst_case {
+            self.worst_case = worst_case;
+            let mut state = self.shared.lock();
+            state.ledger.reserve(&self.room, whole_seconds(worst_case));
+            self.shared.wake(&mut state);
+        }
+    }
+
     /// Records that the room may exist from now on.
     pub(crate) fn opened(&mut self) {
         self.opened = true;

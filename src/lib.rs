@@ -15,8 +15,9 @@
 //! (`tests/it/architecture.rs` checks each line against the code):
 //!
 //! ```text
-//! config → nothing
-//! livekit → config
+//! clip → nothing
+//! config → clip
+//! livekit → clip, config
 //! schedule → config
 //! rules → config, schedule
 //! janitor → livekit
@@ -34,7 +35,7 @@
 //! cli → batch, config, daemon, guard, history, http, janitor, livekit, metrics, probe, report, rules, sandbox, schedule, stall, telemetry
 //! ```
 //!
-//! - `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.
+//! - `clip`: recorded speech. `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.
 //! - `livekit`: the client side of LiveKit. `janitor`: owns every room name and deletes every room.
 //! - `probe`: one call, from the room's creation to its deletion. `batch`: the rooms of one tick. `report`: what they found.
 //! - `stall`: when this process did not run, so that no probe blames others for it.
@@ -46,6 +47,7 @@
 
 mod batch;
 pub mod cli;
+pub mod clip;
 pub mod config;
 mod daemon;
 mod guard;

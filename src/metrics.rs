@@ -16,7 +16,9 @@ use chrono::{DateTime, Utc};
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec};
 
 use crate::config::{Objectives, Period, Project, Target};
-use crate::probe::{LimitKind, Outcome, Position, ProbeReport, Reason, Span};
+use crate::probe::{
+    AgentStage, LimitKind, Outcome, Position, ProbeReport, Reason, Span, Turn, TurnResult,
+};
 use crate::report::{BatchReport, BatchResult};
 
 mod catalogue;
@@ -304,6 +306,11 @@ struct TargetSeries {
     join_delay: HistogramVec,
     first_speech_delay: Histogram,
     reply_delay: Histogram,
+    turns: IntCounterVec,
+    agent_stage: HistogramVec,
+    reply_unexplained: Histogram,
+    yield_delay: Histogram,
+    word_error: Histogram,
     span_duration: HistogramVec,
     jitter: Histogram,
     in_flight: Gauge,
@@ -375,6 +382,17 @@ impl TargetMetrics {
             ),
             first_speech_delay: families.histogram(&catalogue::FIRST_SPEECH_DELAY),
             reply_delay: families.histogram(&catalogue::REPLY_DELAY),
+            turns: families.counters(
+                &catalogue::CALLER_TURNS,
+                TurnResult::ALL.map(|result| [result.label()]),
+            ),
+            agent_stage: families.histograms(
+                &catalogue::AGENT_STAGE,
+                AgentStage::ALL.map(|stage| [stage.label()]),
+            ),
+            reply_unexplained: families.histogram(&catalogue::REPLY_UNEXPLAINED),
+            yield_delay: families.histogram(&catalogue::YIELD_DELAY),
+            word_error: families.histogram(&catalogue::WORD_ERROR),
             span_duration: families.histograms(
                 &catalogue::SPAN_DURATION,
                 other_spans().map(|span| [span.label()]),
@@ -407,14 +425,20 @@ impl TargetMetrics {
         let series = self.update();
         for &sli in Sli::ALL {
             let label = [sli.label()];
-            let objective = sli.objective(&target.objectives);
-            series
-                .slo_objective
-                .with_label_values(&label)
-                .set(objective);
+            // Without an objective no alert rule holds, so an alert ends when the settings no longer expect what it is about.
+            let applicable = |value: f64| {
+                if sli.applies_to(target) {
+                    value
+                } else {
+                    f64::NAN
+                }
+            };
+            let objective = applicable(sli.objective(&target.objectives));
+            let gauge = series.slo_objective.with_label_values(&label);
+            gauge.set(objective);
             if let Some(threshold) = sli.threshold(&target.objectives) {
                 let gauge = series.slo_threshold.with_label_values(&label);
-                gauge.set(threshold.as_secs_f64());
+                gauge.set(applicable(threshold.as_secs_f64()));
             }
         }
         // The labels are the settings, so changed settings are a new series: the old one must go.
@@ -455,6 +479,14 @@ impl TargetMetrics {
             series.eligible.with_label_values(&label).inc();
         }
         series.observe_delays(report);
+        for turn in &report.turns {
+            // A turn that the canary cut off when it stopped is not an unanswered one.
+            if report.outcome != Outcome::Aborted {
+                let turns = series.turns.with_label_values(&[turn.result.label()]);
+                turns.inc();
+            }
+            series.observe_turn(turn);
+        }
         if let Some(billed) = report.billed() {
             series.billed.inc_by(billed.as_secs());
         }
@@ -559,16 +591,33 @@ impl TargetSeries {
         if let Some(delay) = span(Span::FirstSpeech) {
             self.first_speech_delay.observe(delay.as_secs_f64());
         }
-        for turn in &report.turns {
-            if let Some(delay) = turn.reply_delay() {
-                self.reply_delay.observe(delay.as_secs_f64());
-            }
-        }
         for other in other_spans() {
             if let Some(duration) = span(other) {
                 let histogram = self.span_duration.with_label_values(&[other.label()]);
                 histogram.observe(duration.as_secs_f64());
             }
+        }
+    }
+
+    /// Observes what is known of a turn, whatever its result.
+    fn observe_turn(&self, turn: &Turn) {
+        if let Some(delay) = turn.reply_delay() {
+            self.reply_delay.observe(delay.as_secs_f64());
+        }
+        for stage in AgentStage::ALL {
+            if let Some(duration) = turn.stages.get(stage) {
+                let histogram = self.agent_stage.with_label_values(&[stage.label()]);
+                histogram.observe(duration.as_secs_f64());
+            }
+        }
+        if let Some(seconds) = turn.unexplained_seconds() {
+            self.reply_unexplained.observe(seconds);
+        }
+        if let Some(delay) = turn.yield_delay() {
+            self.yield_delay.observe(delay.as_secs_f64());
+        }
+        if let Some(share) = turn.word_error {
+            self.word_error.observe(share);
         }
     }
 }

@@ -19,10 +19,11 @@ mod timeline;
 mod transcript;
 mod turns;
 mod verdict;
+mod words;
 
-pub use machine::max_time_to_verdict;
-pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason};
-pub use timeline::{Milestone, Span, Timeline, Turn};
+pub use machine::{max_overrun, max_time_to_verdict};
+pub use reason::{AgentTurn, Evidence, Failure, LimitKind, Origin, Outcome, Reason, SessionEntry};
+pub use timeline::{AgentStage, Milestone, Span, Timeline, Turn, TurnResult, TurnStages};
 pub use transcript::TranscriptLine;
 pub use verdict::USUAL_HEADER_BYTES;
 
@@ -58,6 +59,8 @@ pub struct ProbeReport {
     pub evidence: Evidence,
     pub timeline: Timeline,
     pub turns: Vec<Turn>,
+    /// Whether every turn of the caller must be answered.
+    pub expects_reply: bool,
     /// The call as the agent transcribed it; `None` unless the target keeps transcripts.
     pub transcript: Option<Vec<TranscriptLine>>,
     pub agent: Option<Agent>,
@@ -85,6 +88,7 @@ impl ProbeReport {
             evidence: Evidence::default(),
             timeline: Timeline::default(),
             turns: Vec::new(),
+            expects_reply: false,
             transcript: None,
             agent: None,
             other_agents: 0,
@@ -134,6 +138,10 @@ pub enum ProbeEvent {
         milestone: Milestone,
         at: Instant,
     },
+    /// The caller began to speak. From the agent's join to the verdict it takes at most this long now.
+    TurnStarted {
+        to_verdict: Duration,
+    },
     /// The agent joined, or its deadline passed, or the probe ended before.
     JoinDecided {
         joined: bool,
@@ -147,8 +155,11 @@ pub enum ProbeEvent {
 }
 
 impl ProbeEvent {
-    /// The most that one probe emits: each milestone once, the join, the outcome.
-    pub const MAX_PER_PROBE: usize = Milestone::ALL.len() + 2;
+    /// The most that one probe emits: each milestone once, each turn and an interruption, the join, the outcome.
+    pub fn max_per_probe(turns: u32) -> usize {
+        let turns = usize::try_from(turns).unwrap_or(usize::MAX);
+        Milestone::ALL.len().saturating_add(turns).saturating_add(3)
+    }
 }
 
 #[cfg(test)]

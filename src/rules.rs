@@ -84,8 +84,9 @@ fn interval_of_target(pace: Pace) -> String {
     )
 }
 
+/// Without the service levels that the settings rule out, whose objective is NaN.
 const OBJECTIVE: &str =
-    "max without (instance, pod) (last_over_time(livekit_canary_slo_objective_ratio[1h]))";
+    "max without (instance, pod) (last_over_time(livekit_canary_slo_objective_ratio[1h])) > 0";
 
 const BUDGET_LEFT: &str = "\
 1 - (1 - livekit_canary:slo_good:slo_window / (livekit_canary:slo_eligible:slo_window > 0.5))

@@ -12,6 +12,8 @@ use crate::report::{Denial, NotOpened};
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) rooms: usize,
+    /// Turns of the caller in each room.
+    pub(super) turns: u32,
     pub(super) max_rooms: usize,
     pub(super) ramp: config::RampMode,
     pub(super) interval: Duration,

@@ -18,6 +18,7 @@ const MINUTE: Duration = Duration::from_mins(1);
 fn plan(rooms: usize, stay: Stay) -> Plan {
     Plan {
         rooms,
+        turns: 1,
         max_rooms: 10,
         ramp: config::RampMode::AfterJoin,
         interval: SECOND,
@@ -102,7 +103,8 @@ fn no_guard() -> Admission {
         permits: None,
         target: "support".to_owned(),
         name_prefix: "canary-".to_owned(),
-        worst_cases: Vec::new(),
+        room_times: Vec::new(),
+        max_time_to_verdict: Duration::ZERO,
     }
 }
 
@@ -429,7 +431,7 @@ async fn admission(guard: &Guard) -> Admission {
     Admission {
         permits: Some(guard.acquire(&target(2)).await),
         guard: Some(guard.clone()),
-        worst_cases: vec![3 * MINUTE; 10],
+        room_times: vec![RoomTime::of(3 * MINUTE); 10],
         ..no_guard()
     }
 }
@@ -653,6 +655,11 @@ async fn probe_emits_all_of_its_events_without_a_wait_for_the_batch() {
             (start.emit)(ProbeEvent::Reached { milestone, at });
         }
         (start.emit)(ProbeEvent::JoinDecided { joined: true });
+        // Its turn, and an interruption.
+        for _ in 0..2 {
+            let to_verdict = MINUTE;
+            (start.emit)(ProbeEvent::TurnStarted { to_verdict });
+        }
         (start.emit)(settled(Outcome::Ok));
         let report = report(&start, Outcome::Ok);
         Box::pin(async move { report }) as ScriptedProbe
@@ -666,8 +673,12 @@ async fn probe_emits_all_of_its_events_without_a_wait_for_the_batch() {
     assert_eq!(ran.outcomes, vec![Outcome::Ok; 10]);
     let kept = ran.events.iter();
     let kept = kept.filter(|event| matches!(event, BatchEvent::Probe { .. }));
-    assert_eq!(kept.count(), 10 * ProbeEvent::MAX_PER_PROBE);
-    assert_eq!(2 + ran.events.len(), max_events(10), "with start and end");
+    assert_eq!(kept.count(), 10 * ProbeEvent::max_per_probe(1));
+    assert_eq!(
+        2 + ran.events.len(),
+        max_events(10, 1),
+        "with start and end"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -704,6 +715,7 @@ async fn progress_comes_in_order_and_before_the_end() {
         BatchEvent::Probe { event, .. } => match event {
             ProbeEvent::Reached { .. } => "reached",
             ProbeEvent::JoinDecided { .. } => "join decided",
+            ProbeEvent::TurnStarted { .. } => "turn started",
             ProbeEvent::OutcomeDecided { .. } => "outcome decided",
         },
         BatchEvent::HoldDecided { .. } => "hold decided",

@@ -8,7 +8,8 @@ use humantime::format_duration;
 use super::forecast::{self, Forecast};
 use super::{CheckArgs, Exit, once, print};
 use crate::config::{
-    Config, EchoMode, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay, Target,
+    Caller, CallerMode, Config, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay,
+    Target,
 };
 use crate::http::WebConfig;
 use crate::livekit::wire::api::ApiError;
@@ -88,6 +89,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
             entry(&mut text, key, &value);
         }
         warn(&mut text, &forecast.warnings_of_target(name));
+        warn(&mut text, &Vec::from_iter(warning_of_caller(target)));
         let project = &config.projects[&target.project];
         warn(&mut text, &warning_of_token(target, project)?);
         text.push('\n');
@@ -187,16 +189,7 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "batch",
         &format!("{rooms}, {stay} {}", format_duration(batch.hold)),
     );
-    let echo = &target.echo;
-    let delay = format_duration(echo.delay);
-    entry(
-        text,
-        "echo",
-        &match echo.mode {
-            EchoMode::Turn => format!("turns: at most {}, each after {delay}", echo.max_turns),
-            EchoMode::Continuous => format!("continuous, after {delay}"),
-        },
-    );
+    entry(text, "caller", &caller_line(&target.caller));
     let deadlines = &target.deadlines;
     let [join, speech] = [deadlines.join, deadlines.speech].map(format_duration);
     entry(
@@ -204,6 +197,42 @@ fn describe_target(text: &mut String, name: &str, target: &Target) {
         "deadlines",
         &format!("join {join}, first speech {speech}"),
     );
+}
+
+fn caller_line(caller: &Caller) -> String {
+    let silence = format_duration(caller.silence);
+    if caller.mode == CallerMode::PassThrough {
+        return format!("pass_through, {silence} later");
+    }
+    let mut line = caller.mode.name().to_owned();
+    if caller.mode == CallerMode::Script {
+        write!(line, " of {}", counted(caller.lines.len() as u64, "line"))
+            .expect("writing to a string can't fail");
+    }
+    let turns = counted(caller.turns.into(), "turn");
+    let each = if caller.turns > 1 { "each " } else { "" };
+    write!(line, ", {turns}, {each}after {silence} of silence")
+        .expect("writing to a string can't fail");
+    if caller.turns > 1 && caller.pause > caller.silence {
+        let pause = format_duration(caller.pause);
+        write!(line, ", further ones after {pause}").expect("writing to a string can't fail");
+    }
+    if caller.speaks_first {
+        line.push_str(", speaks first");
+    }
+    if caller.interrupt {
+        line.push_str(", interrupts once");
+    }
+    line
+}
+
+fn warning_of_caller(target: &Target) -> Option<String> {
+    let passes_through = target.caller.mode == CallerMode::PassThrough;
+    passes_through.then(|| {
+        "the caller's mode \"pass_through\" shows only the media path, not that the agent answers. Set caller.mode to \"echo\" or \
+         \"script\" for that"
+            .to_owned()
+    })
 }
 
 /// The join token carries metadata and attributes, and is a header of the signal connection's request.

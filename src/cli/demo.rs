@@ -36,7 +36,14 @@ struct ScheduledFault {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum DemoFault {
     LateJoin,
+    /// The fault of the catalogue.
     Failure(Reason),
+    /// Another agent with the same failure as one of the catalogue.
+    Agent {
+        description: &'static str,
+        rule: &'static str,
+        reason: Reason,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,6 +93,22 @@ const SCHEDULE: &[ScheduledFault] = &[
     in_all(Reason::AgentNoShow),
     in_one(Reason::AgentNoReply),
     in_all(Reason::PlanLimit(LimitKind::AgentSessions)),
+    ScheduledFault {
+        fault: DemoFault::Agent {
+            description: "the agent waits for the caller",
+            rule: "waits_for_caller",
+            reason: Reason::AgentSilent,
+        },
+        rooms: AffectedRooms::One,
+    },
+    ScheduledFault {
+        fault: DemoFault::Agent {
+            description: "the LLM of the agent fails",
+            rule: "dead_llm",
+            reason: Reason::AgentNoReply,
+        },
+        rooms: AffectedRooms::One,
+    },
 ];
 
 impl DemoFault {
@@ -102,13 +125,16 @@ impl DemoFault {
                 };
                 (fault.description, rule)
             }
+            Self::Agent {
+                description, rule, ..
+            } => (description, rule),
         }
     }
 
     fn expected(self) -> ExpectedOutcome {
         match self {
             Self::LateJoin => ExpectedOutcome::OkLate(Duration::from_secs(3)),
-            Self::Failure(reason) => ExpectedOutcome::Failed(reason),
+            Self::Failure(reason) | Self::Agent { reason, .. } => ExpectedOutcome::Failed(reason),
         }
     }
 }

@@ -139,10 +139,18 @@ async fn run_drill(
         every: args.every,
         history_dir: (args.history_dir.clone()).unwrap_or_else(|| temporary.path().to_owned()),
     };
-    let good = target.draft(&sandbox)?.validate()?;
+    let scene = fault.map(|fault| &fault.scene);
+    let draft = || {
+        let mut draft = target.draft(&sandbox)?;
+        for (key, value) in scene.map(|scene| scene.settings).unwrap_or_default() {
+            draft.set_by_flag(&target.target, key, (*value).to_owned(), "drill");
+        }
+        Ok::<_, Problems>(draft)
+    };
+    let good = draft()?.validate()?;
     let bad = match fault.map(|fault| &fault.injection) {
         Some(Injection::Setting(setting)) => {
-            let mut draft = target.draft(&sandbox)?;
+            let mut draft = draft()?;
             setting.apply(&mut draft, PROJECT, &sandbox.url(), closed.number());
             draft.validate()?
         }
@@ -150,6 +158,7 @@ async fn run_drill(
     };
     let switch = FaultSwitch {
         injection: fault.map(|fault| &fault.injection),
+        agent: scene.and_then(|scene| scene.agent),
         good,
         bad,
     };
@@ -213,6 +222,8 @@ impl ClosedPort {
 /// Turns the fault on and off.
 struct FaultSwitch {
     injection: Option<&'static Injection>,
+    /// What the sandbox's agent does in every batch.
+    agent: Option<&'static str>,
     good: Config,
     /// [`FaultSwitch::good`] with the bad setting, if the fault is one.
     bad: Config,
@@ -220,12 +231,13 @@ struct FaultSwitch {
 
 impl FaultSwitch {
     fn of_sandbox(&self, on: bool) -> Vec<FaultRule> {
-        match self.injection {
-            Some(Injection::Sandbox(rule)) if on => {
-                vec![rule.parse().expect("a test parses every rule")]
-            }
-            _ => Vec::new(),
-        }
+        let injected = match self.injection {
+            Some(Injection::Sandbox(rule)) if on => Some(*rule),
+            _ => None,
+        };
+        let rules = self.agent.into_iter().chain(injected);
+        let parse = |rule: &str| rule.parse().expect("a test parses every rule");
+        rules.map(parse).collect()
     }
 
     fn of_probes(&self, on: bool) -> Option<ProbeFault> {

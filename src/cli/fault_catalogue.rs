@@ -10,6 +10,39 @@ pub(super) struct CatalogueFault {
     /// Printed after "fault:" or "fault in room 2:".
     pub(super) description: &'static str,
     pub(super) injection: Injection,
+    /// What shows the fault, in batches with and without it.
+    pub(super) scene: Scene,
+}
+
+/// The settings and the agent of batches that can show a fault.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Scene {
+    /// Keys of the target, and their values.
+    pub(super) settings: &'static [(&'static [&'static str], &'static str)],
+    /// What the sandbox's agent does, in the syntax of its `--fault`.
+    pub(super) agent: Option<&'static str>,
+}
+
+impl Scene {
+    const PLAIN: Self = Self {
+        settings: &[],
+        agent: None,
+    };
+
+    /// The agent understands its caller, or not.
+    const UNDERSTANDING: Self = Self {
+        settings: &[(&["expect", "word_error_below"], "0.5")],
+        agent: None,
+    };
+
+    /// The caller interrupts a reply that is long enough for that.
+    const INTERRUPTION: Self = Self {
+        settings: &[
+            (&["caller", "interrupt"], "true"),
+            (&["expect", "yield_within"], "2s"),
+        ],
+        agent: Some("long_reply"),
+    };
 }
 
 /// How a fault is injected.
@@ -37,6 +70,21 @@ const fn sandbox(reason: Reason, description: &'static str, fault: &'static str)
         reason,
         description,
         injection: Injection::Sandbox(fault),
+        scene: Scene::PLAIN,
+    }
+}
+
+const fn staged(
+    reason: Reason,
+    description: &'static str,
+    fault: &'static str,
+    scene: Scene,
+) -> CatalogueFault {
+    CatalogueFault {
+        reason,
+        description,
+        injection: Injection::Sandbox(fault),
+        scene,
     }
 }
 
@@ -49,6 +97,7 @@ const fn setting(reason: Reason, description: &'static str, setting: BadSetting)
         reason,
         description,
         injection: Injection::Setting(setting),
+        scene: Scene::PLAIN,
     }
 }
 
@@ -59,7 +108,9 @@ pub(super) const FAULTS: &[CatalogueFault] = &[
     sandbox(Reason::DispatchUnanswered, "no worker accepts the job", "never_accepts"),
     sandbox(Reason::AgentNoTrack, "the agent joins without an audio track", "no_track"),
     sandbox(Reason::AgentSilent, "the agent joins and stays silent", "silent_track"),
-    sandbox(Reason::AgentNoReply, "the agent never replies", "no_reply"),
+    sandbox(Reason::AgentNoReply, "the agent greets and hears nothing", "deaf"),
+    staged(Reason::AgentWrongReply, "the agent misunderstands the caller", "word_errors=4", Scene::UNDERSTANDING),
+    staged(Reason::AgentNotYielding, "the agent speaks on when it is interrupted", "never_yields", Scene::INTERRUPTION),
     sandbox(Reason::AgentLeftEarly, "the agent leaves while it greets", "leaves_early=800ms"),
     sandbox(Reason::AgentDuplicate, "a second agent joins", "duplicate"),
     sandbox(Reason::RoomCreateFailed, "CreateRoom gets HTTP 500", "create_room=500"),
@@ -80,7 +131,7 @@ pub(super) const FAULTS: &[CatalogueFault] = &[
     limit(LimitKind::Other, "CreateRoom reports an unknown limit", "create_room=unnamed"),
     setting(Reason::AuthRejected, "the server no longer accepts the API secret", BadSetting::Secret),
     setting(Reason::ConfigRejected, "the path of the project's URL is wrong", BadSetting::Path),
-    CatalogueFault { reason: Reason::Internal, description: "the canary's probes panic", injection: Injection::Panic },
+    CatalogueFault { reason: Reason::Internal, description: "the canary's probes panic", injection: Injection::Panic, scene: Scene::PLAIN },
 ];
 
 pub(super) fn for_reason(reason: Reason) -> &'static CatalogueFault {
@@ -124,6 +175,10 @@ mod tests {
         for fault in FAULTS {
             if let Injection::Sandbox(rule) = fault.injection {
                 let parsed: Result<FaultRule, _> = rule.parse();
+                assert!(parsed.is_ok(), "{parsed:?}");
+            }
+            if let Some(agent) = fault.scene.agent {
+                let parsed: Result<FaultRule, _> = agent.parse();
                 assert!(parsed.is_ok(), "{parsed:?}");
             }
         }

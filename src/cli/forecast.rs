@@ -7,8 +7,9 @@ use std::time::Duration;
 use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::config::{Alerts, Config, Objectives, Period, Problems, Project, Schedule, Target};
+use crate::config::{Alerts, CallerMode, Config, Period, Problems, Project, Schedule, Target};
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
+use crate::metrics::Sli;
 use crate::probe::billable_minutes;
 use crate::report::counted;
 use crate::rules::max_watched_interval;
@@ -45,7 +46,8 @@ impl BatchCost {
     fn of(target: &Target, project: &Project) -> Self {
         let minutes = |time: Duration| time.as_secs() / 60;
         let rooms = target.batch.rooms as u64;
-        let least = minutes(billable_minutes(target.batch.hold)) * rooms;
+        let held = target.batch.hold.max(min_conversation(target));
+        let least = minutes(billable_minutes(held)) * rooms;
         let worst: Vec<Duration> = worst_cases(target, project).collect();
         let agent_minutes: u64 = worst.iter().map(|room| minutes(*room)).sum();
         // The canary joins before the agent: its participant is billed while its media connects, while the dispatch is
@@ -152,8 +154,9 @@ impl<'a> Forecast<'a> {
                 in_days(cost.max_duration)
             ),
         ));
+        let per_day = forecast.ticks.iter().copied().max().unwrap_or(0);
         for (key, batches) in [
-            ("per day", forecast.ticks.iter().copied().max().unwrap_or(0)),
+            ("per day", per_day),
             ("per 30 days", forecast.ticks_in_30_days()),
         ] {
             let times = |minutes: &RangeInclusive<u64>| {
@@ -171,6 +174,15 @@ impl<'a> Forecast<'a> {
                 format!(
                     "{}, {agent} agent minutes, {participant} participant minutes",
                     counted(batches, "batch")
+                ),
+            ));
+        }
+        if let Some(turns) = turns_per_batch(forecast.target) {
+            entries.push((
+                "turns",
+                format!(
+                    "{turns} per batch, {} per day: each costs the agent STT, LLM and TTS",
+                    turns * per_day
                 ),
             ));
         }
@@ -195,7 +207,7 @@ impl<'a> Forecast<'a> {
         #[expect(clippy::cast_precision_loss, reason = "a share is shown, not a count")]
         let rooms_in_30_days = (forecast.ticks_in_30_days() * target.batch.rooms as u64) as f64;
         let rooms = rooms_in_30_days * window.div_duration_f64(Duration::from_hours(30 * 24));
-        warnings.extend(single_failure_misses(&target.objectives, window, rooms));
+        warnings.extend(single_failure_misses(target, window, rooms));
         warnings
     }
 
@@ -286,6 +298,32 @@ impl TargetForecast<'_> {
     }
 }
 
+/// How many times the callers of a batch speak, if each agent replies. `None` if that depends on the agent alone.
+fn turns_per_batch(target: &Target) -> Option<u64> {
+    let caller = &target.caller;
+    let per_room = u64::from(caller.turns) + u64::from(caller.interrupt);
+    (caller.mode != CallerMode::PassThrough).then(|| per_room * target.batch.rooms as u64)
+}
+
+/// How long a conversation takes at least: the caller's waits and its lines. The room stays open for it, whatever the hold,
+/// if every turn must be answered.
+fn min_conversation(target: &Target) -> Duration {
+    let caller = &target.caller;
+    if !target.expect.reply || caller.mode == CallerMode::PassThrough {
+        return Duration::ZERO;
+    }
+    let first_wait = if caller.speaks_first {
+        Duration::ZERO
+    } else {
+        caller.silence
+    };
+    let later_waits = caller.silence.max(caller.pause) * caller.turns.saturating_sub(1);
+    let turns = usize::try_from(caller.turns).unwrap_or(usize::MAX);
+    let lines = caller.lines.iter().cycle().take(turns);
+    let speech: Duration = lines.map(|line| line.audio.duration()).sum();
+    first_wait + later_waits + speech
+}
+
 fn beyond_budget(
     period: Period,
     limit: Duration,
@@ -311,7 +349,7 @@ fn beyond_budget(
     let needed = if least > available {
         format!("at least {least}")
     } else if worst > available {
-        format!("up to {worst} if agents join late")
+        format!("up to {worst} if agents join or reply late")
     } else {
         return warnings;
     };
@@ -343,21 +381,15 @@ fn in_minutes(time: Duration) -> String {
 }
 
 /// A warning if there are so few rooms that a single failure misses an objective.
-fn single_failure_misses(objectives: &Objectives, window: Duration, rooms: f64) -> Option<String> {
+fn single_failure_misses(target: &Target, window: Duration, rooms: f64) -> Option<String> {
     if rooms < 1.0 {
         return None;
     }
-    let objectives = [
-        ("availability", objectives.availability),
-        ("join", objectives.join),
-        ("first_speech", objectives.first_speech),
-        ("service", objectives.service),
-    ];
+    let applicable = Sli::ALL.iter().filter(|sli| sli.applies_to(target));
+    let objectives = applicable.map(|sli| (sli.label(), sli.objective(&target.objectives)));
     let allowed = |objective: f64| rooms * (1.0 - objective);
-    let missed = objectives
-        .iter()
-        .filter(|(_, objective)| allowed(*objective) < 1.0);
-    let (names, shares): (Vec<&str>, Vec<f64>) = missed.copied().unzip();
+    let missed = objectives.filter(|(_, objective)| allowed(*objective) < 1.0);
+    let (names, shares): (Vec<&str>, Vec<f64>) = missed.unzip();
     let strictest = shares.into_iter().reduce(f64::max)?;
     let advice = match 1.0 - 1.0 / rooms {
         max if max >= 0.01 => {

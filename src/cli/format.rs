@@ -54,7 +54,7 @@ pub(super) fn reply(report: &ProbeReport) -> String {
     }
     let without = if turns.iter().any(|turn| turn.overlap) {
         "overlap"
-    } else if turns.iter().any(|turn| turn.echo_ended.is_some()) {
+    } else if turns.iter().any(|turn| turn.caller_ended.is_some()) {
         "none"
     } else {
         "-"

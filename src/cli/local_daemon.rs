@@ -41,7 +41,7 @@ const TARGET_SETTINGS: &[(&[&str], &str)] = &[
     (&["deadlines", "speech"], "4s"),
     (&["deadlines", "reply"], "4s"),
     (&["deadlines", "cleanup"], "2s"),
-    (&["echo", "delay"], "500ms"),
+    (&["caller", "silence"], "500ms"),
     (&["expect", "reply"], "true"),
     (&["late_agent_window"], "1s"),
 ];
@@ -171,8 +171,11 @@ impl LocalDaemon {
         }
         let handle = sandbox.handle();
         let stop_sandbox = CancellationToken::new();
-        let rooms = config.targets.values().map(|target| target.batch.rooms);
-        let max_events = batch::max_events(rooms.max().unwrap_or_default());
+        let events = config
+            .targets
+            .values()
+            .map(|target| batch::max_events(target.batch.rooms, target.caller.turns));
+        let max_events = events.max().unwrap_or_default();
         let (events_tx, events) = mpsc::channel(MAX_WAITING_BATCHES * max_events);
         let (order, orders) = mpsc::channel(4);
         let (settings, again) = watch::channel(config.clone());

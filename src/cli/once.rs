@@ -72,7 +72,7 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 14] = [
+    let flags: [(&str, &[&str], Option<String>); 15] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
         (
             "--deployment",
@@ -91,12 +91,13 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
             duration(args.ramp_interval),
         ),
         ("--hold", &["batch", "hold"], duration(args.hold)),
+        ("--silence", &["caller", "silence"], duration(args.silence)),
+        ("--caller", &["caller", "mode"], args.caller.clone()),
         (
-            "--echo-delay",
-            &["echo", "delay"],
-            duration(args.echo_delay),
+            "--turns",
+            &["caller", "turns"],
+            args.turns.map(|turns| turns.to_string()),
         ),
-        ("--echo-mode", &["echo", "mode"], args.echo_mode.clone()),
         (
             "--join-timeout",
             &["deadlines", "join"],
@@ -112,7 +113,7 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
         (
             "--expect-reply",
             &["expect", "reply"],
-            args.expect_reply.then(|| "true".to_owned()),
+            args.expect_reply.map(|expected| expected.to_string()),
         ),
         (
             "--transcript",

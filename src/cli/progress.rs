@@ -43,6 +43,8 @@ struct RoomLine {
     opened_at: Instant,
     timeline: Timeline,
     hold_until: Option<Instant>,
+    /// The number of the caller's turn, from 1; 0 before the first.
+    turn: u32,
     /// What the outcome is, once it is final.
     outcome: Option<&'static str>,
     ended: bool,
@@ -154,6 +156,7 @@ impl ProgressView {
             opened_at: Instant::now(),
             timeline: Timeline::default(),
             hold_until: None,
+            turn: 0,
             outcome: None,
             ended: false,
         });
@@ -237,6 +240,7 @@ impl RoomLine {
                     Outcome::Aborted | Outcome::Ok => outcome.label(),
                 });
             }
+            ProbeEvent::TurnStarted { .. } => self.turn += 1,
             ProbeEvent::JoinDecided { .. } => {}
         }
     }
@@ -247,14 +251,18 @@ impl RoomLine {
             return format!("{outcome}, cleaning up");
         }
         let Some(step) = limits.step_after(&self.timeline) else {
-            return match self.hold_until {
+            let state = match self.hold_until {
                 Some(until) if until > now => {
                     // Rounded up, so that the last second is not shown as zero.
                     let left = (until - now).as_millis().div_ceil(1000);
                     format!("holding, {left} s left")
                 }
-                Some(_) => "finishing the turn".to_owned(),
+                Some(_) => "finishing the call".to_owned(),
                 None => "spoke, waiting for the other rooms".to_owned(),
+            };
+            return match self.turn {
+                0 => state,
+                turn => format!("{state}, turn {turn}"),
             };
         };
         let since = step.since.unwrap_or(self.opened_at);
@@ -324,7 +332,7 @@ impl StepLimits {
                 )
             };
         }
-        if at(Milestone::MediaConnected).is_none() || at(Milestone::EchoPublished).is_none() {
+        if at(Milestone::MediaConnected).is_none() || at(Milestone::CallerPublished).is_none() {
             return step(
                 "connecting media",
                 at(Milestone::SignalConnected),
@@ -436,6 +444,7 @@ mod tests {
             opened_at: base,
             timeline,
             hold_until: None,
+            turn: 0,
             outcome: None,
             ended: false,
         }
@@ -444,7 +453,7 @@ mod tests {
     #[test]
     fn line_names_what_the_room_waits_for_and_for_how_long() {
         use Milestone::{
-            AgentJoined, AgentSpoke, AgentTrackSubscribed, DispatchSent, EchoPublished,
+            AgentJoined, AgentSpoke, AgentTrackSubscribed, CallerPublished, DispatchSent,
             MediaConnected, RoomCreated, SignalConnected, Started,
         };
         let limits = StepLimits::of(&Target::default(), &project());
@@ -455,7 +464,7 @@ mod tests {
             (RoomCreated, 2),
             (SignalConnected, 3),
             (MediaConnected, 4),
-            (EchoPublished, 5),
+            (CallerPublished, 5),
             (DispatchSent, 6),
             (AgentJoined, 7),
             (AgentTrackSubscribed, 8),
@@ -480,7 +489,11 @@ mod tests {
         held.hold_until = Some(now + Duration::from_millis(8200));
         assert_eq!(held.state(&limits, now), "holding, 9 s left");
         held.hold_until = Some(now);
-        assert_eq!(held.state(&limits, now), "finishing the turn");
+        assert_eq!(held.state(&limits, now), "finishing the call");
+        held.advance(&ProbeEvent::TurnStarted {
+            to_verdict: Duration::ZERO,
+        });
+        assert_eq!(held.state(&limits, now), "finishing the call, turn 1");
         held.outcome = Some("agent_silent");
         assert_eq!(held.state(&limits, now), "agent_silent, cleaning up");
     }

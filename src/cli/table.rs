@@ -88,7 +88,7 @@ fn columns(narrow: bool) -> Vec<Column> {
         join,
         number("track sub-\nscribed", |probe| delay(track_delay(probe))),
         text("echo pub-\nlished", |probe| {
-            let published = probe.timeline.get(Milestone::EchoPublished);
+            let published = probe.timeline.get(Milestone::CallerPublished);
             if published.is_some() { "yes" } else { "-" }.to_owned()
         }),
         speech,

@@ -31,7 +31,7 @@ pub struct RawConfig {
     pub(super) folder: PathBuf,
     pub(super) settings: config::Config,
     pub(super) fallback: EnvCredentials,
-    /// Whether credentials and certificates are read.
+    /// Whether credentials, certificates and audio files are read.
     pub(super) signs_in: bool,
     pub(super) problems: Vec<Problem>,
 }
@@ -120,7 +120,7 @@ impl RawConfig {
         self.overlay(path, Value::new(Some(&origin), value));
     }
 
-    /// For commands that never connect: neither credentials nor certificates are read from any source.
+    /// For commands that never connect: credentials, certificates and audio files are not read from any source.
     #[must_use]
     pub fn without_credentials(mut self) -> Self {
         self.signs_in = false;
@@ -281,8 +281,13 @@ fn convert_value(value: Spanned<DeValue<'_>>, place: &impl Fn(usize) -> String) 
         DeValue::Float(float) => float.as_str().into(),
         DeValue::Datetime(datetime) => datetime.to_string().into(),
         DeValue::Table(table) => convert(table, place).into(),
-        // No key takes a list.
-        DeValue::Array(_) => ValueKind::Array(Vec::new()),
+        DeValue::Array(items) => {
+            let items = items.into_iter().map(|item| {
+                let origin = place(item.span().start);
+                Value::new(Some(&origin), convert_value(item, place))
+            });
+            ValueKind::Array(items.collect())
+        }
     }
 }
 

@@ -15,6 +15,10 @@ use strum::VariantArray;
 
 use super::problem::{Problem, alternatives, in_file, shown, similar};
 
+/// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
+pub(super) const MAX_WAIT: Duration = Duration::from_hours(1);
+pub(super) const MIN_WAIT: Duration = Duration::from_millis(1);
+
 /// Sorted by key, unlike the maps of `config`, so that messages always have the same order.
 pub(super) type Table = BTreeMap<String, Value>;
 
@@ -144,6 +148,69 @@ impl<'a> Section<'a> {
             known: Vec::new(),
             problems: self.problems,
         }
+    }
+
+    /// Reads each table of the list under `key`, which is empty if the key is missing; `None` if it is no list of tables.
+    /// Messages number the tables from 0, as the results do.
+    pub(super) fn each_table<T>(
+        &mut self,
+        key: &'static str,
+        mut read: impl FnMut(Section<'_>) -> T,
+    ) -> Option<Vec<T>> {
+        let hint = format!(
+            "start each of them with [[targets.NAME.{}{key}]]",
+            self.path
+        );
+        let items = self.list(key, &hint)?.into_iter().enumerate();
+        let values = items.map(|(number, item)| {
+            let place = place_of(&item);
+            let name = format!("{key}[{number}]");
+            let Some(table) = table_of(item) else {
+                self.problem(&name, place, "expected a table".to_owned(), &hint);
+                return None;
+            };
+            Some(read(Section {
+                owner: self.owner.clone(),
+                path: format!("{}{name}.", self.path),
+                place,
+                table,
+                known: Vec::new(),
+                problems: self.problems,
+            }))
+        });
+        // All of them, so that every problem is reported.
+        let values: Vec<Option<T>> = values.collect();
+        values.into_iter().collect()
+    }
+
+    /// Each text of the list under `key`, which is empty if the key is missing.
+    pub(super) fn texts(&mut self, key: &'static str) -> Vec<RawValue> {
+        let hint = format!("write {key} = [\"…\", \"…\"]");
+        let mut texts = Vec::new();
+        for item in self.list(key, &hint).unwrap_or_default() {
+            let place = place_of(&item);
+            match item.into_string() {
+                Ok(value) => texts.push(RawValue { value, place }),
+                Err(_) => {
+                    self.problem(key, place, "expected a list of texts".to_owned(), &hint);
+                }
+            }
+        }
+        texts
+    }
+
+    /// The list under `key`, which is empty if the key is missing; `None` if the value is no list, which is reported.
+    fn list(&mut self, key: &'static str, hint: &str) -> Option<Vec<Value>> {
+        self.known.push(key.to_owned());
+        let Some(value) = self.table.remove(key) else {
+            return Some(Vec::new());
+        };
+        let place = place_of(&value);
+        let list = value.into_array().ok();
+        if list.is_none() {
+            self.problem(key, place, "expected a list".to_owned(), hint);
+        }
+        list
     }
 
     /// The value under `key`, as text.

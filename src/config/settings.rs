@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{Datelike, Days, Months, NaiveDate};
@@ -13,6 +14,8 @@ use chrono_tz::Tz;
 use croner::Cron;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
+
+use crate::clip::SpeechClip;
 
 /// The complete settings. Projects and targets are keyed by the names that logs and metrics use.
 #[derive(Debug, Clone)]
@@ -290,7 +293,7 @@ pub struct Target {
     pub objectives: Objectives,
     pub batch: Batch,
     pub deadlines: Deadlines,
-    pub echo: Echo,
+    pub caller: Caller,
     pub speech: Speech,
     pub expect: Expect,
     /// Whether the agent's transcript is stored. It may contain personal data.
@@ -355,7 +358,7 @@ impl Default for Target {
             objectives: Objectives::default(),
             batch: Batch::default(),
             deadlines: Deadlines::default(),
-            echo: Echo::default(),
+            caller: Caller::default(),
             speech: Speech::default(),
             expect: Expect::default(),
             transcript: false,
@@ -423,6 +426,9 @@ pub struct Objectives {
     /// Share of probes whose agent must speak within `first_speech_within`.
     pub first_speech: f64,
     pub first_speech_within: Duration,
+    /// Share of probes whose agent must reply to every turn of the caller within `reply_within`.
+    pub reply: f64,
+    pub reply_within: Duration,
     /// Share of probes that must be ok. Failures of LiveKit, the network and the plan are included.
     pub service: f64,
 }
@@ -435,6 +441,8 @@ impl Default for Objectives {
             join_within: Duration::from_secs(5),
             first_speech: 0.99,
             first_speech_within: Duration::from_secs(8),
+            reply: 0.95,
+            reply_within: Duration::from_secs(5),
             service: 0.99,
         }
     }
@@ -479,7 +487,7 @@ impl Default for RoomSettings {
     }
 }
 
-/// The echo participant, as the agent sees it.
+/// The canary's participant, as the agent sees it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ParticipantSettings {
     /// The display name; may be empty.
@@ -628,7 +636,7 @@ pub enum Stay {
 pub struct Deadlines {
     /// From the connection attempt to the join response.
     pub signal: Duration,
-    /// From the join response to both transports up and the echo track published.
+    /// From the join response to both transports up and the caller's track published.
     pub media: Duration,
     /// From the dispatch request to the agent's join.
     pub join: Duration,
@@ -636,8 +644,10 @@ pub struct Deadlines {
     pub track: Duration,
     /// From the agent's join to its first speech.
     pub speech: Duration,
-    /// From the end of the echo to the agent's reply.
+    /// From the end of the caller's speech to the agent's reply.
     pub reply: Duration,
+    /// How long one turn of the agent may take: until the caller can speak, and until its reply has ended.
+    pub agent_turn: Duration,
     /// For leaving and deleting one room.
     pub cleanup: Duration,
 }
@@ -651,48 +661,76 @@ impl Default for Deadlines {
             track: Duration::from_secs(10),
             speech: Duration::from_secs(20),
             reply: Duration::from_secs(20),
+            agent_turn: Duration::from_secs(30),
             cleanup: Duration::from_secs(10),
         }
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Echo {
-    pub mode: EchoMode,
-    /// From the end of the agent's speech to the start of its echo.
-    pub delay: Duration,
-    /// Number of utterances to echo in mode `turn`. Each one costs the agent a turn of STT, LLM and TTS.
-    pub max_turns: u32,
+/// What the caller says, and when.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Caller {
+    pub mode: CallerMode,
+    /// Silence of the agent after which the caller speaks. In mode `pass_through`, the delay of the agent's audio.
+    pub silence: Duration,
+    /// How many times the caller speaks. Each time costs the agent a turn of STT, LLM and TTS. Unused in mode
+    /// `pass_through`.
+    pub turns: u32,
+    /// Before each turn after the first: at least this long from the end of the agent's last speech.
+    pub pause: Duration,
+    /// The caller speaks before the agent does; only in mode `script`.
+    pub speaks_first: bool,
+    /// Once, the caller speaks into a reply of the agent.
+    pub interrupt: bool,
+    /// What the caller says in mode `script`, from the first line again after the last one; otherwise empty.
+    pub lines: Vec<CallerLine>,
 }
 
-impl Echo {
-    /// How long after its speech an agent is waited for whose session does not report that it listens.
-    pub(crate) const MAX_BUSY_WAIT: Duration = Duration::from_secs(30);
-
-    /// The longest time from the end of the agent's speech to the start of its echo.
-    pub(crate) fn max_delay(&self) -> Duration {
-        self.delay.max(Self::MAX_BUSY_WAIT)
-    }
-}
-
-impl Default for Echo {
+impl Default for Caller {
     fn default() -> Self {
         Self {
-            mode: EchoMode::default(),
-            delay: Duration::from_secs(2),
-            max_turns: 1,
+            mode: CallerMode::default(),
+            silence: Duration::from_secs(2),
+            turns: 1,
+            pause: Duration::ZERO,
+            speaks_first: false,
+            interrupt: false,
+            lines: Vec::new(),
         }
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
-pub enum EchoMode {
-    /// Plays a complete utterance back once, `delay` after its end.
+pub enum CallerMode {
+    /// Says what the agent said.
     #[default]
-    Turn,
-    /// Sends all of the agent's audio back, `delay` later.
-    Continuous,
+    Echo,
+    /// Sends all of the agent's audio back, `silence` later.
+    PassThrough,
+    /// Says the lines of the settings.
+    Script,
+}
+
+impl CallerMode {
+    /// The name that the config and the results use.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// One line of the caller's script, and the reply that it needs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CallerLine {
+    /// The value of `audio`, as it is written in the settings.
+    pub name: String,
+    pub audio: Arc<SpeechClip>,
+    /// What the audio says. The word error is measured against it.
+    pub text: Option<String>,
+    /// Each must occur in the agent's reply; each is a list of alternatives.
+    pub expected_words: Vec<Vec<String>>,
+    /// The agent's session must report that this tool ran without an error.
+    pub expected_tool: Option<String>,
 }
 
 /// What counts as speech in the agent's audio.
@@ -717,11 +755,26 @@ impl Default for Speech {
     }
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Expect {
-    /// Whether a missing reply to the echo is a failure.
+    /// Whether a missing reply to the caller is a failure.
     pub reply: bool,
+    /// The agent must stop speaking within this time when the caller interrupts it.
+    pub yield_within: Option<Duration>,
+    /// The word error of each turn must be below this, from 0 to 1.
+    pub word_error_below: Option<f64>,
     pub agent_may_leave: AgentMayLeave,
+}
+
+impl Default for Expect {
+    fn default() -> Self {
+        Self {
+            reply: true,
+            yield_within: None,
+            word_error_below: None,
+            agent_may_leave: AgentMayLeave::default(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]

@@ -10,21 +10,19 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::{self, PemObject};
 use url::Url;
 
+use super::caller;
 use super::credential::{self, CredentialMistake};
 use super::cron;
 use super::file::{MAX_CA_BYTES, read_regular};
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
-use super::section::{Lookup, RawValue, Section, Table};
+use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table};
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
-    DispatchMode, Echo, Engine, Expect, HistorySettings, Http, Ice, Lifetime, Objectives,
-    ParticipantSettings, Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
+    DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives, ParticipantSettings,
+    Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
 
-/// Upper bound of every wait of a probe. Sums of several waits stay far below the range of a clock.
-const MAX_WAIT: Duration = Duration::from_hours(1);
-const MIN_WAIT: Duration = Duration::from_millis(1);
 const MAX_ROOMS: usize = 10_000;
 const DAY: Duration = Duration::from_hours(24);
 const YEAR: Duration = Duration::from_hours(8766);
@@ -107,7 +105,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
         .into_iter()
         .map(|(name, place, table)| {
             let section = Section::of("target", &name, place, table, problems);
-            (name, target(section, &limits))
+            (name, target(section, &limits, raw.signs_in))
         })
         .collect();
     Config {
@@ -490,7 +488,12 @@ fn cloud_project(section: &mut Section<'_>) -> Option<String> {
     None
 }
 
-fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) -> Target {
+/// `reads_audio`: whether the caller's audio files are read.
+fn target(
+    mut section: Section<'_>,
+    projects: &BTreeMap<String, ProjectLimits>,
+    reads_audio: bool,
+) -> Target {
     let default = Target::default();
     let project = project_of(&mut section, projects);
     let limits = project
@@ -523,6 +526,8 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
     }
     let batch = batch(section.table("batch"), limits);
     let deadlines = deadlines(section.table("deadlines"));
+    let caller = caller::read(section.table("caller"), reads_audio);
+    let expect = caller::expect(section.table("expect"), &caller);
     let target = Target {
         project: project.unwrap_or_default(),
         agent_name,
@@ -534,9 +539,9 @@ fn target(mut section: Section<'_>, projects: &BTreeMap<String, ProjectLimits>) 
         objectives: objectives(section.table("objectives"), &deadlines),
         batch,
         deadlines,
-        echo: echo(section.table("echo")),
+        caller,
         speech: speech(section.table("speech")),
-        expect: expect(section.table("expect")),
+        expect,
         transcript: section.boolean("transcript", default.transcript),
         late_agent_window: section.duration(
             "late_agent_window",
@@ -827,6 +832,7 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
         default.first_speech_within,
         deadlines.join + deadlines.speech,
     );
+    let reply_within = within("reply_within", default.reply_within, deadlines.reply);
     // An objective of 1 has no error budget, so no alert can measure how fast the budget burns.
     let mut share = |key, default| section.number(key, default, 0.01..=0.9999);
     let objectives = Objectives {
@@ -835,6 +841,8 @@ fn objectives(mut section: Section<'_>, deadlines: &Deadlines) -> Objectives {
         join_within,
         first_speech: share("first_speech", default.first_speech),
         first_speech_within,
+        reply: share("reply", default.reply),
+        reply_within,
         service: share("service", default.service),
     };
     section.finish();
@@ -898,21 +906,11 @@ fn deadlines(mut section: Section<'_>) -> Deadlines {
         track: duration("track", default.track),
         speech: duration("speech", default.speech),
         reply: duration("reply", default.reply),
+        agent_turn: duration("agent_turn", default.agent_turn),
         cleanup: duration("cleanup", default.cleanup),
     };
     section.finish();
     deadlines
-}
-
-fn echo(mut section: Section<'_>) -> Echo {
-    let default = Echo::default();
-    let echo = Echo {
-        mode: section.choice("mode", "an echo mode"),
-        delay: section.duration("delay", default.delay, Duration::ZERO..=MAX_WAIT),
-        max_turns: section.number("max_turns", default.max_turns, 1..=1000),
-    };
-    section.finish();
-    echo
 }
 
 fn speech(mut section: Section<'_>) -> Speech {
@@ -924,13 +922,4 @@ fn speech(mut section: Section<'_>) -> Speech {
     };
     section.finish();
     speech
-}
-
-fn expect(mut section: Section<'_>) -> Expect {
-    let expect = Expect {
-        reply: section.boolean("reply", Expect::default().reply),
-        agent_may_leave: section.choice("agent_may_leave", "a point in the conversation"),
-    };
-    section.finish();
-    expect
 }

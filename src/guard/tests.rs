@@ -367,17 +367,23 @@ fn worst_case_of_a_room_grows_with_the_number_of_later_rooms() {
         let cases = worst_cases(target, &project);
         cases.map(|case| case.as_secs() / 60).collect()
     };
-    // A join is decided after at most 80 s. The last room is held for 15 s, but its verdict may take longer. Leaving and
-    // deleting take 20 s.
-    assert_eq!(minutes(&together(3)), [4, 2, 1]);
-    assert_eq!(minutes(&together(1)), [1]);
-    assert_eq!(minutes(&target(3, Stay::OneByOne)), [1, 1, 1]);
+    // A join is decided after at most 80 s. The last room is held for 15 s, but its verdict may take 192 s, because a reply
+    // is expected. Leaving and deleting take 20 s.
+    assert_eq!(minutes(&together(3)), [4, 4, 4]);
+    assert_eq!(minutes(&together(6)), [8, 6, 5, 4, 4, 4]);
+    assert_eq!(minutes(&together(1)), [4]);
+    assert_eq!(minutes(&target(3, Stay::OneByOne)), [4, 4, 4]);
+    // Without that, a turn under way may still take 92 s after the hold.
+    let mut unanswered = together(1);
+    unanswered.expect.reply = false;
+    assert_eq!(minutes(&unanswered), [3]);
     let ramp = |ramp| {
         let mut target = together(3);
         target.batch.ramp = ramp;
         target.batch.interval = 30 * SECOND;
+        target.batch.hold = 120 * SECOND;
         target
     };
-    assert_eq!(minutes(&ramp(RampMode::Interval)), [3, 3, 2]);
-    assert_eq!(minutes(&ramp(RampMode::Burst)), [2, 2, 2]);
+    assert_eq!(minutes(&ramp(RampMode::Interval)), [5, 5, 4]);
+    assert_eq!(minutes(&ramp(RampMode::Burst)), [4, 4, 4]);
 }

@@ -154,6 +154,21 @@ impl Ledger {
         self.count_change(room)
     }
 
+    /// Sets the worst case of a room that is not settled.
+    pub(super) fn reserve(&mut self, room: &RoomName, seconds: u64) {
+        let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room) else {
+            return;
+        };
+        if row.settled.is_some() {
+            return;
+        }
+        let (project, day) = (row.project.clone(), row.opened_at.date_naive());
+        let counted = std::mem::replace(&mut row.reserved, seconds);
+        let used = self.day_of(&project, day);
+        *used = (*used + seconds).saturating_sub(counted);
+        self.count_change(room);
+    }
+
     /// Sets the room's final agent time; a second settlement is ignored.
     pub(super) fn settle(&mut self, room: &RoomName, seconds: u64) {
         let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room) else {

@@ -629,7 +629,7 @@ fn insert_rows(
 ) -> rusqlite::Result<()> {
     let sql = format!(
         "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
-         ON CONFLICT (room) DO UPDATE SET settled = excluded.settled, gone_at = excluded.gone_at"
+         ON CONFLICT (room) DO UPDATE SET reserved = excluded.reserved, settled = excluded.settled, gone_at = excluded.gone_at"
     );
     let mut statement = transaction.prepare(&sql)?;
     for (room, row) in rows {

@@ -331,6 +331,21 @@ async fn open_room_counts_its_worst_case_and_a_settled_room_what_it_used() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn reservation_can_only_shrink_and_counts_its_last_worst_case() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let mut room = run.open("1", 9 * MINUTE).await;
+    room.shrink(5 * MINUTE);
+    room.shrink(7 * MINUTE);
+    assert_eq!(run.used(), (5, 5));
+    assert_eq!(room.worst_case(), 5 * MINUTE);
+    run.writer.run_once();
+    run.kill();
+    drop(room);
+    assert_eq!(disk.start().used(), (5, 5), "the disk has it, too");
+}
+
+#[tokio::test(start_paused = true)]
 async fn dropped_reservation_costs_nothing_without_a_room_and_the_worst_case_with_one() {
     let disk = Disk::new();
     let mut run = disk.start();

@@ -2,7 +2,7 @@
 //!
 //! This layer knows no room and no socket.
 
-pub(crate) mod echo;
+pub(crate) mod caller;
 pub mod opus;
 pub(crate) mod rtp;
 pub(crate) mod speech;

@@ -1,4 +1,4 @@
-//! Starts and supervises the chosen engine: one actor per participant, which joins the room, publishes the echo track,
+//! Starts and supervises the chosen engine: one actor per participant, which joins the room, publishes the caller's track,
 //! listens to the agent and reports events. A failed join is an event, too, and a panic ends only its own participant.
 
 use std::any::Any;

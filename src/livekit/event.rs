@@ -40,7 +40,7 @@ pub(crate) enum RoomEventKind {
     /// Media runs over TCP, although UDP was tried first.
     UdpBlocked,
     /// The server acknowledged the echo track.
-    EchoPublished,
+    CallerPublished,
     AgentJoined {
         agent: Agent,
         in_join_response: bool,
@@ -73,20 +73,21 @@ pub(crate) enum RoomEventKind {
     SpeechEnded,
     /// The level of the agent's speech so far in dBFS; sent with each start and end of an utterance.
     SpeechLevel(f32),
-    EchoStarted,
-    EchoEnded,
+    /// The first packet of what the caller says was sent.
+    CallerStarted(CallerTurn),
+    /// The last packet of it was sent; `sent` counts the packets of the caller's track so far.
+    CallerEnded {
+        sent: u64,
+    },
+    /// LiveKit's receiver reports for the caller's track.
+    UplinkReported(UplinkReport),
     AgentLeft {
         reason: String,
     },
-    /// A participant's `AgentSession` reported an error; `message` is its text.
-    AgentError {
+    /// A participant's `AgentSession` reported this.
+    Session {
         identity: String,
-        message: String,
-    },
-    /// A participant's `AgentSession` measured a turn.
-    AgentMetrics {
-        identity: String,
-        metrics: TurnMetrics,
+        event: SessionEvent,
     },
     /// Part of a transcript. `speaker` is the canary if the transcribed track is ours, whichever participant the sender
     /// names.
@@ -147,6 +148,65 @@ pub enum Speaker {
     Agent,
     /// The canary.
     Caller,
+}
+
+/// What the caller says now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct CallerTurn {
+    /// The line of the script, from 0.
+    pub(crate) line: Option<usize>,
+    /// It speaks into a reply of the agent on purpose.
+    pub(crate) interrupts: bool,
+}
+
+/// What LiveKit received of the caller's track, by its RTCP receiver reports (RFC 3550, section 6.4.2).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct UplinkReport {
+    /// The report covers this many packets, counted from the first one that was sent.
+    pub(crate) covered: u64,
+    /// How many of these were lost.
+    pub(crate) lost: u64,
+}
+
+/// What an `AgentSession` reports to every participant (`livekit_agent_session.proto`).
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum SessionEvent {
+    /// An error; the agent may recover from it.
+    Error(String),
+    /// `lk.agent.state`, or the state as the session reports it.
+    AgentState(String),
+    /// The session noticed that the caller speaks, or that it stopped.
+    CallerSpeaks(bool),
+    /// What it understood of the caller so far.
+    CallerTranscribed {
+        text: TranscriptText,
+        is_final: bool,
+    },
+    /// A message was added to the conversation, after it was spoken.
+    Message(SessionMessage),
+    /// It called this tool.
+    ToolStarted(String),
+    ToolExecuted {
+        name: String,
+        is_error: bool,
+    },
+    /// Another agent of the session took over; the id of its class.
+    Handoff(String),
+    /// It paused its speech for something that was no interruption.
+    FalseInterruption {
+        resumed: bool,
+    },
+}
+
+/// A message of the conversation, as the session adds it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct SessionMessage {
+    pub(crate) speaker: Speaker,
+    pub(crate) text: TranscriptText,
+    /// The agent was interrupted.
+    pub(crate) interrupted: bool,
+    /// `None` if nothing was measured, as for a fixed text that the agent was asked to speak.
+    pub(crate) metrics: Option<TurnMetrics>,
 }
 
 /// What an `AgentSession` measured in one turn (`MetricsReport` in livekit-agents' `llm/chat_context.py`). A turn of the

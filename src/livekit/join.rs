@@ -10,7 +10,7 @@ use super::RoomName;
 use super::event::EndReason;
 use super::wire::connect::Endpoint;
 use super::wire::token::{Keys, TokenParticipant};
-use crate::config::{Echo, Ice, Speech};
+use crate::config::{Caller, Ice, Speech};
 
 /// The identity of an agent without a name that the probe has recognised as the target's.
 pub(crate) struct Adoption(watch::Receiver<Option<String>>);
@@ -44,7 +44,9 @@ pub(crate) struct JoinRequest {
     pub(crate) agent_name: Option<String>,
     /// Room settings for the token, if joining creates the room.
     pub(crate) room_config: Option<livekit_protocol::RoomConfiguration>,
-    pub(crate) echo: Echo,
+    pub(crate) caller: Caller,
+    /// How long the caller waits for an agent whose session does not report that it listens.
+    pub(crate) agent_turn: Duration,
     pub(crate) speech: Speech,
     pub(crate) signal_timeout: Duration,
     pub(crate) ice: Ice,
@@ -74,7 +76,8 @@ pub(crate) fn request(endpoint: Endpoint) -> JoinRequest {
         },
         agent_name: Some("support".to_owned()),
         room_config: None,
-        echo: Echo::default(),
+        caller: Caller::default(),
+        agent_turn: Duration::from_secs(30),
         speech: Speech::default(),
         signal_timeout: Duration::from_secs(10),
         ice: Ice::default(),

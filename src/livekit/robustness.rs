@@ -17,12 +17,12 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, accept_async};
 
-use crate::config::{self as settings, EchoMode, Engine, Speech};
+use crate::config::{self as settings, CallerMode, Engine, Speech};
 use crate::livekit::RoomName;
 use crate::livekit::arbitrary::{
     ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
 };
-use crate::livekit::audio::echo::{AgentActivity, AgentFrame, EchoPlayer};
+use crate::livekit::audio::caller::{AgentActivity, AgentFrame, CallerPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{RtpHeader, RtpReceiver};
 use crate::livekit::audio::speech::{Detector, SpeechEvent};
@@ -362,15 +362,15 @@ proptest! {
         packets in packets(),
         continuous in any::<bool>(),
     ) {
-        let echo_settings = settings::Echo {
-            mode: if continuous { EchoMode::Continuous } else { EchoMode::Turn },
-            ..settings::Echo::default()
+        let echo_settings = settings::Caller {
+            mode: if continuous { CallerMode::PassThrough } else { CallerMode::Echo },
+            ..settings::Caller::default()
         };
         let mut now = Instant::now();
         let mut receiver = RtpReceiver::default();
         let mut decoder = Decoder::default();
         let mut speech = Detector::new(Speech::default(), opus::RATE);
-        let mut echo = EchoPlayer::new(echo_settings);
+        let mut echo = CallerPlayer::new(echo_settings, Duration::from_secs(30));
         echo.open(now);
         let mut last = None;
         for (wait, ssrc, sequence, timestamp, payload) in packets {

@@ -25,6 +25,25 @@ const JITTER_BUCKETS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0,
 ];
 
+/// Bucket bounds of the stages that an agent reports of a reply, in seconds. A transcript can be ready within a hundredth of a
+/// second, and an LLM can take half a minute.
+const STAGE_BUCKETS: &[f64] = &[
+    0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0,
+];
+
+/// Bucket bounds of a difference of two times, in seconds, which can be negative. They are finest around zero, which is
+/// the expected value. A quantile in the lowest bucket is the bound of that bucket, so it is never too low.
+const DIFFERENCE_BUCKETS: &[f64] = &[
+    -5.0, -2.0, -1.0, -0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
+    1.0, 1.5, 2.0, 3.0, 5.0, 10.0,
+];
+
+/// Bucket bounds of a share of words. The first one counts the turns without any error. A share above 1 is possible,
+/// because an agent can hear more words than were said.
+const WORD_ERROR_BUCKETS: &[f64] = &[
+    0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.0,
+];
+
 /// One metric family.
 #[derive(Debug, Clone, Copy)]
 pub struct Definition {
@@ -40,7 +59,7 @@ pub struct Definition {
 pub enum MetricKind {
     Counter,
     Gauge,
-    /// With the upper bounds of its buckets, in seconds.
+    /// With the upper bounds of its buckets, in the unit of the metric.
     Histogram(&'static [f64]),
 }
 
@@ -52,6 +71,11 @@ impl MetricKind {
 }
 
 impl Definition {
+    /// Whether a value can be below zero.
+    pub(super) fn has_negative_values(&self) -> bool {
+        matches!(self.kind, MetricKind::Histogram([lowest, ..]) if *lowest < 0.0)
+    }
+
     /// The labels without `target` or `project`, which the registry adds.
     pub(super) fn labels_within(&self) -> &'static [&'static str] {
         match self.labels {
@@ -98,6 +122,8 @@ catalogue! {
     BATCHES: "batches_total" ["target" "result"] MetricKind::Counter;
     /// Ticks of the schedule that started no batch, by cause.
     SKIPPED: "batches_skipped_total" ["target" "cause"] MetricKind::Counter;
+    /// Turns of the caller, by result, excluding those of aborted probes.
+    CALLER_TURNS: "caller_turns_total" ["target" "result"] MetricKind::Counter;
     /// Agent time as LiveKit bills it: from the agent's join to the room's end, rounded up to whole minutes per
     /// session.
     BILLED: "agent_billed_seconds_total" ["target"] MetricKind::Counter;
@@ -122,8 +148,19 @@ catalogue! {
     JOIN_DELAY: "agent_join_delay_seconds" ["target" "position"] MetricKind::Histogram(DELAY_BUCKETS);
     /// Time from the dispatch to the agent's first speech.
     FIRST_SPEECH_DELAY: "first_speech_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
-    /// Time from the end of an echo to the agent's reply, once per turn.
+    /// Time from the end of the caller's speech to the agent's reply, once per turn with a reply.
     REPLY_DELAY: "reply_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
+    /// Duration of the stages of a reply, as the agent's session reports them. The stages overlap, so their sum means
+    /// nothing.
+    AGENT_STAGE: "agent_stage_seconds" ["target" "stage"] MetricKind::Histogram(STAGE_BUCKETS);
+    /// The reply delay minus the end-to-end stage that the agent reports for the same turn: what the agent does not explain.
+    /// Negative if the agent reports more than was measured, so the histogram has no sum.
+    REPLY_UNEXPLAINED: "reply_unexplained_seconds" ["target"] MetricKind::Histogram(DIFFERENCE_BUCKETS);
+    /// Time from the start of the caller's interruption until the agent was silent. An agent that goes on speaking has none.
+    YIELD_DELAY: "yield_delay_seconds" ["target"] MetricKind::Histogram(DELAY_BUCKETS);
+    /// Share of the caller's words that the agent transcribed wrongly, once per turn. Above 1 if it heard more words
+    /// than were said.
+    WORD_ERROR: "heard_word_error_ratio" ["target"] MetricKind::Histogram(WORD_ERROR_BUCKETS);
     /// Duration of the other steps of a probe, whatever the outcome: the canary's own connection, the dispatch call,
     /// the agent's start-up.
     SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(SPAN_BUCKETS);
@@ -146,9 +183,10 @@ catalogue! {
     MIN_INTERVAL: "batch_interval_shortest_seconds" ["target"] MetricKind::Gauge;
     /// Mean interval between batches over the next seven days.
     MEAN_INTERVAL: "batch_interval_mean_seconds" ["target"] MetricKind::Gauge;
-    /// Longest delay after the dispatch that counts as good, for the join and for the first speech.
+    /// Longest delay that counts as good: after the dispatch for the join and the first speech, after the end of the
+    /// caller's speech for the reply. NaN if the settings rule the service level out.
     SLO_THRESHOLD: "slo_threshold_seconds" ["target" "sli"] MetricKind::Gauge;
-    /// Share of eligible probes that must be good.
+    /// Share of eligible probes that must be good. NaN if the settings rule the service level out.
     SLO_OBJECTIVE: "slo_objective_ratio" ["target" "sli"] MetricKind::Gauge;
     /// 1 while the target is paused, else 0.
     PAUSED: "target_paused" ["target"] MetricKind::Gauge;

@@ -12,7 +12,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use super::catalogue::{Definition, MetricKind, PREFIX};
+use super::catalogue::{CATALOGUE, Definition, MetricKind, PREFIX};
 
 /// One family in Prometheus' text format.
 pub(super) struct EncodedFamily {
@@ -46,6 +46,9 @@ fn encode(registry: &Registry) -> Vec<EncodedFamily> {
             encoder
                 .encode_utf8(slice::from_ref(&family), &mut text)
                 .expect("every family that is gathered has a name and a series");
+            if has_negative_values(family.name()) {
+                text = without_sums(&text, family.name());
+            }
             let mut ends = text.match_indices('\n').map(|(at, _)| at + 1);
             // HELP and TYPE are one line each: line breaks in a HELP text are escaped.
             let series_start = ends.nth(1).expect("each family has a HELP and a TYPE");
@@ -56,6 +59,23 @@ fn encode(registry: &Registry) -> Vec<EncodedFamily> {
             }
         })
         .collect()
+}
+
+/// Whether the values of the family with this name, prefix included, can be below zero.
+fn has_negative_values(name: &str) -> bool {
+    let name = name
+        .strip_prefix(PREFIX)
+        .and_then(|rest| rest.strip_prefix('_'));
+    let definition = CATALOGUE.iter().find(|one| Some(one.name) == name);
+    definition.is_some_and(Definition::has_negative_values)
+}
+
+/// Removes the series `_sum` of a histogram. With negative values a sum can fall, and Prometheus' `rate` takes each fall for a
+/// restart. `OpenMetrics` forbids such a sum. The buckets, and so every quantile, are exact without it.
+fn without_sums(text: &str, name: &str) -> String {
+    let sum = format!("{name}_sum{{");
+    let lines = text.split_inclusive('\n');
+    lines.filter(|line| !line.starts_with(&sum)).collect()
 }
 
 /// The usual `process_*` series: CPU time, memory, threads, file descriptors and start time of this process.

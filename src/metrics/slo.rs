@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::config::Objectives;
-use crate::probe::{Milestone, Origin, Outcome, ProbeReport};
+use crate::config::{CallerMode, Objectives, Target};
+use crate::probe::{Milestone, Origin, Outcome, ProbeReport, TurnResult};
 
 /// A service level indicator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::VariantArray, strum::IntoStaticStr)]
@@ -15,6 +15,8 @@ pub enum Sli {
     Join,
     /// The agent speaks within its threshold, whatever happens later.
     FirstSpeech,
+    /// The agent answers every turn of the caller within its threshold. Only probes that expect replies count.
+    Reply,
     /// A caller would have been served. Failures of LiveKit, of the network and of plan limits count too.
     Service,
 }
@@ -41,16 +43,28 @@ impl Sli {
             Self::Availability => objectives.availability,
             Self::Join => objectives.join,
             Self::FirstSpeech => objectives.first_speech,
+            Self::Reply => objectives.reply,
             Self::Service => objectives.service,
         }
     }
 
-    /// The longest good delay after the dispatch. `None` if only the outcome matters.
+    /// The longest good delay: after the dispatch, or after the end of the caller's speech. `None` if only the outcome matters.
     pub fn threshold(self, objectives: &Objectives) -> Option<Duration> {
         match self {
             Self::Join => Some(objectives.join_within),
             Self::FirstSpeech => Some(objectives.first_speech_within),
+            Self::Reply => Some(objectives.reply_within),
             Self::Availability | Self::Service => None,
+        }
+    }
+
+    /// Whether probes of this target can count. If not, the service level has neither an objective nor a threshold.
+    pub fn applies_to(self, target: &Target) -> bool {
+        match self {
+            Self::Reply => target.expect.reply && target.caller.mode != CallerMode::PassThrough,
+            // The agent's first speech is a reply if the caller speaks before it.
+            Self::FirstSpeech => !target.caller.speaks_first,
+            Self::Availability | Self::Join | Self::Service => true,
         }
     }
 
@@ -77,6 +91,9 @@ impl Sli {
                     verdict
                 }
             }
+            Self::Reply => judge_replies(report, objectives.reply_within),
+            // The agent's first speech is a reply then.
+            Self::FirstSpeech if report.timeline.caller_speaks_first() => SliVerdict::NotEligible,
             Self::FirstSpeech => judge_delay(
                 report,
                 Milestone::AgentSpoke,
@@ -106,6 +123,20 @@ fn judge_delay(report: &ProbeReport, milestone: Milestone, within: Duration) -> 
         SliVerdict::Good
     } else {
         SliVerdict::Bad
+    }
+}
+
+/// A probe counts if a reply was due, and its delay was measured or it did not come.
+fn judge_replies(report: &ProbeReport, within: Duration) -> SliVerdict {
+    let turns = report.turns.iter().filter(|_| report.expects_reply);
+    let judged = turns.filter_map(|turn| match turn.result {
+        TurnResult::Unanswered => Some(false),
+        _ => Some(turn.reply_delay()? <= within),
+    });
+    match judged.reduce(|all, good| all && good) {
+        None => SliVerdict::NotEligible,
+        Some(true) => SliVerdict::Good,
+        Some(false) => SliVerdict::Bad,
     }
 }
 

@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::config::{Backoff, Budget, DispatchMode, Ice, Objectives, Period, Project, Target};
+use crate::config::{
+    Backoff, Budget, CallerMode, DispatchMode, Ice, Objectives, Period, Project, Target,
+};
 use crate::livekit::RoomName;
 use crate::livekit::event::AudioStats;
 use crate::metrics::{
@@ -18,7 +20,8 @@ use crate::metrics::{
     SliVerdict, TargetMetrics,
 };
 use crate::probe::{
-    Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason, Timeline, Turn,
+    AgentStage, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
+    Timeline, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, BatchResult};
 use chrono::{DateTime, TimeDelta, Utc};
@@ -80,7 +83,7 @@ fn report() -> ProbeReport {
         (Milestone::RoomCreated, 50),
         (Milestone::SignalConnected, 150),
         (Milestone::MediaConnected, 400),
-        (Milestone::EchoPublished, 350),
+        (Milestone::CallerPublished, 350),
         (Milestone::DispatchSent, 400),
         (Milestone::DispatchAccepted, 425),
         (Milestone::AgentJoined, 1_150),
@@ -92,9 +95,10 @@ fn report() -> ProbeReport {
     ] {
         timeline.mark(milestone, at(millis));
     }
-    let turn = |echo_ended, replied| Turn {
-        echo_ended: Some(at(echo_ended)),
+    let turn = |caller_ended, replied| Turn {
+        caller_ended: Some(at(caller_ended)),
         replied: Some(at(replied)),
+        result: TurnResult::Answered,
         ..Turn::default()
     };
     ProbeReport {
@@ -104,6 +108,7 @@ fn report() -> ProbeReport {
         outcome: Outcome::Ok,
         evidence: Evidence::default(),
         timeline,
+        expects_reply: true,
         turns: vec![turn(10_000, 11_250), turn(20_000, 22_500)],
         transcript: None,
         agent: None,
@@ -292,7 +297,18 @@ fn every_label_value_exists_at_zero_before_the_first_event() {
                 .map(|kind| vec![kind.label()])
                 .collect(),
         ),
-        ("slo_threshold_seconds", one(&["join", "first_speech"])),
+        (
+            "caller_turns_total",
+            one(&["not_sent", "answered", "unanswered", "overlapped"]),
+        ),
+        (
+            "agent_stage_seconds",
+            one(&["transcription", "end_of_turn", "llm", "tts", "end_to_end"]),
+        ),
+        (
+            "slo_threshold_seconds",
+            one(&["join", "first_speech", "reply"]),
+        ),
         ("slo_objective_ratio", sli_labels()),
         ("agent_budget_seconds", one(&["day", "month"])),
         ("agent_budget_used_seconds", one(&["day", "month"])),
@@ -346,6 +362,10 @@ fn bounds_of_the_buckets_are_unchanged_and_include_the_default_thresholds() {
     const SPANS: &str = "0.001 0.002 0.005 0.01 0.02 0.03 0.05 0.075 0.1 0.15 0.2 0.3 0.5 0.75 1 2 3 5 10 15 30 60 120 \
                          300 +Inf";
     const JITTER: &str = "0.001 0.002 0.005 0.01 0.02 0.03 0.05 0.1 0.2 0.5 1 +Inf";
+    const STAGES: &str = "0.01 0.02 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 1.5 2 3 5 10 20 30 +Inf";
+    const DIFFERENCES: &str =
+        "-5 -2 -1 -0.5 -0.3 -0.2 -0.1 -0.05 0 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 1.5 2 3 5 10 +Inf";
+    const WORD_ERRORS: &str = "0 0.02 0.05 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2 +Inf";
     let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
     let mut ladders: BTreeMap<(&str, Vec<&str>), Vec<&str>> = BTreeMap::new();
@@ -367,19 +387,24 @@ fn bounds_of_the_buckets_are_unchanged_and_include_the_default_thresholds() {
     let expected = [
         ("_agent_audio_jitter_seconds_bucket", JITTER),
         ("_agent_join_delay_seconds_bucket", DELAYS),
+        ("_agent_stage_seconds_bucket", STAGES),
         ("_first_speech_delay_seconds_bucket", DELAYS),
+        ("_heard_word_error_ratio_bucket", WORD_ERRORS),
         ("_reply_delay_seconds_bucket", DELAYS),
+        ("_reply_unexplained_seconds_bucket", DIFFERENCES),
         ("_span_duration_seconds_bucket", SPANS),
+        ("_yield_delay_seconds_bucket", DELAYS),
     ];
     let expected = expected.map(|(name, bounds)| (name, BTreeSet::from([bounds.to_owned()])));
     assert_eq!(seen, BTreeMap::from(expected));
     let Objectives {
         join_within,
         first_speech_within,
+        reply_within,
         ..
     } = Objectives::default();
     // Otherwise the share below a threshold would be interpolated.
-    for threshold in [join_within, first_speech_within] {
+    for threshold in [join_within, first_speech_within, reply_within] {
         let bound = threshold.as_secs_f64().to_string();
         assert!(DELAYS.split(' ').any(|le| le == bound), "{threshold:?}");
     }
@@ -401,7 +426,8 @@ fn names_follow_the_rules_of_prometheus() {
             kind.label()
         );
         if matches!(kind, MetricKind::Histogram(_)) {
-            assert!(name.ends_with("_seconds"), "{name}");
+            let unit = ["_seconds", "_ratio"];
+            assert!(unit.iter().any(|unit| name.ends_with(unit)), "{name}");
         }
         // Units that promtool rejects, and the suffixes that Prometheus reserves for the series of a histogram.
         for word in [
@@ -468,6 +494,9 @@ fn good_probe_is_counted_in_every_series_that_it_affects() {
     );
     assert_eq!(value_of(&scrape, "reply_delay_seconds_count", &[]), 2.0);
     assert_eq!(value_of(&scrape, "reply_delay_seconds_sum", &[]), 3.75);
+    let answered = [("result", "answered")];
+    assert_eq!(value_of(&scrape, "caller_turns_total", &answered), 2.0);
+    assert_eq!(total(&scrape, "caller_turns_total"), 2.0);
     let spans = [
         ("room_create", 0.05),
         ("signal", 0.1),
@@ -567,6 +596,181 @@ fn delays_are_observed_for_every_outcome() {
     assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 360.0);
     assert_eq!(value_of(&scrape, "probes_total", &[]), 2.0);
     assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 1.0);
+}
+
+#[test]
+fn what_is_known_of_a_turn_is_observed_and_what_is_unknown_is_not() {
+    let (metrics, support) = with_a_target();
+    let base = Instant::now();
+    let at = |millis| base + Duration::from_millis(millis);
+    let claimed = |stage| {
+        let millis = match stage {
+            AgentStage::Transcription => 125,
+            AgentStage::EndOfTurn => 250,
+            AgentStage::Llm => 500,
+            AgentStage::Tts => 62,
+            AgentStage::EndToEnd => 1_000,
+        };
+        Some(Duration::from_millis(millis))
+    };
+    let answered = Turn {
+        caller_ended: Some(at(0)),
+        replied: Some(at(1_125)),
+        result: TurnResult::Answered,
+        word_error: Some(0.25),
+        stages: TurnStages {
+            transcription: claimed(AgentStage::Transcription),
+            end_of_turn: claimed(AgentStage::EndOfTurn),
+            llm: claimed(AgentStage::Llm),
+            tts: claimed(AgentStage::Tts),
+            end_to_end: claimed(AgentStage::EndToEnd),
+        },
+        ..Turn::default()
+    };
+    // The agent says that it took longer than the canary waited.
+    let early = Turn {
+        caller_ended: Some(at(0)),
+        replied: Some(at(400)),
+        result: TurnResult::Answered,
+        stages: TurnStages {
+            end_to_end: Some(Duration::from_secs(1)),
+            ..TurnStages::default()
+        },
+        ..Turn::default()
+    };
+    let yielded = Turn {
+        interrupts: true,
+        caller_started: Some(at(0)),
+        caller_ended: Some(at(1_500)),
+        yielded: Some(at(750)),
+        replied: Some(at(2_500)),
+        result: TurnResult::Answered,
+        ..Turn::default()
+    };
+    let unanswered = Turn {
+        caller_ended: Some(at(0)),
+        result: TurnResult::Unanswered,
+        ..Turn::default()
+    };
+    let report = ProbeReport {
+        outcome: failed(Reason::AgentNoReply),
+        turns: vec![answered, early, yielded, unanswered, Turn::default()],
+        ..report()
+    };
+    support.probe(&report, &Objectives::default());
+    let scrape = scraped(&metrics);
+    for (result, turns) in [
+        ("answered", 3.0),
+        ("unanswered", 1.0),
+        ("overlapped", 0.0),
+        ("not_sent", 1.0),
+    ] {
+        let result = [("result", result)];
+        assert_eq!(value_of(&scrape, "caller_turns_total", &result), turns);
+    }
+    for stage in AgentStage::ALL {
+        let labels = [("stage", stage.label())];
+        let count = value_of(&scrape, "agent_stage_seconds_count", &labels);
+        let sum = value_of(&scrape, "agent_stage_seconds_sum", &labels);
+        let claimed = claimed(stage).unwrap().as_secs_f64();
+        let expected = match stage {
+            AgentStage::EndToEnd => (2.0, 2.0 * claimed),
+            _ => (1.0, claimed),
+        };
+        assert_eq!((count, sum), expected, "{stage:?}");
+    }
+    // 0.125 s and -0.6 s.
+    let unexplained = |le| value_of(&scrape, "reply_unexplained_seconds_bucket", &[("le", le)]);
+    let buckets = ["-1", "-0.5", "0.1", "0.15", "+Inf"];
+    assert_eq!(buckets.map(unexplained), [0.0, 1.0, 1.0, 2.0, 2.0]);
+    assert_eq!(value_of(&scrape, "yield_delay_seconds_count", &[]), 1.0);
+    assert_eq!(value_of(&scrape, "yield_delay_seconds_sum", &[]), 0.75);
+    assert_eq!(value_of(&scrape, "heard_word_error_ratio_count", &[]), 1.0);
+    assert_eq!(value_of(&scrape, "heard_word_error_ratio_sum", &[]), 0.25);
+    // A reply to an interruption has no reply delay.
+    assert_eq!(value_of(&scrape, "reply_delay_seconds_count", &[]), 2.0);
+}
+
+#[test]
+fn turn_without_a_wrong_word_is_in_the_lowest_bucket() {
+    let (metrics, support) = with_a_target();
+    let right = Turn {
+        word_error: Some(0.0),
+        ..Turn::default()
+    };
+    let report = ProbeReport {
+        turns: vec![right],
+        ..report()
+    };
+    support.probe(&report, &Objectives::default());
+    let bucket = |le| {
+        value_of(
+            &scraped(&metrics),
+            "heard_word_error_ratio_bucket",
+            &[("le", le)],
+        )
+    };
+    assert_eq!(bucket("0"), 1.0);
+}
+
+/// Prometheus would take a fall of the sum for a restart.
+#[test]
+fn histogram_whose_values_can_be_negative_has_no_sum() {
+    let (metrics, _support) = with_a_target();
+    let scrape = scraped(&metrics);
+    for family in CATALOGUE {
+        let MetricKind::Histogram(bounds) = family.kind else {
+            continue;
+        };
+        let name = format!("{PREFIX}_{}_sum", family.name);
+        let has_sum = scrape.samples.iter().any(|sample| sample.name == name);
+        assert_eq!(has_sum, bounds[0] >= 0.0, "{name}");
+    }
+}
+
+#[test]
+fn turn_that_the_canary_cut_off_is_not_counted() {
+    let (metrics, support) = with_a_target();
+    let cut_off = Turn {
+        result: TurnResult::Unanswered,
+        ..Turn::default()
+    };
+    let report = ProbeReport {
+        outcome: Outcome::Aborted,
+        turns: vec![cut_off],
+        ..report()
+    };
+    support.probe(&report, &Objectives::default());
+    assert_eq!(total(&scraped(&metrics), "caller_turns_total"), 0.0);
+}
+
+#[test]
+fn service_level_that_the_settings_rule_out_has_no_objective_and_no_threshold() {
+    let mut deaf = target();
+    deaf.expect.reply = false;
+    let mut passive = target();
+    passive.caller.mode = CallerMode::PassThrough;
+    let mut forward = target();
+    forward.caller.speaks_first = true;
+    for (target, without) in [
+        (deaf, Sli::Reply),
+        (passive, Sli::Reply),
+        (forward, Sli::FirstSpeech),
+    ] {
+        let (metrics, _support) = with_a_target();
+        // As after a reload.
+        metrics.target("support", &target, &project());
+        let scrape = scraped(&metrics);
+        for &sli in Sli::ALL {
+            let labels = [("sli", sli.label())];
+            let objective = value_of(&scrape, "slo_objective_ratio", &labels);
+            assert_eq!(objective.is_nan(), sli == without, "{sli:?}");
+            if sli.threshold(&target.objectives).is_some() {
+                let threshold = value_of(&scrape, "slo_threshold_seconds", &labels);
+                assert_eq!(threshold.is_nan(), sli == without, "{sli:?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -1056,7 +1260,14 @@ fn docs_list_the_origins_that_count_in_each_service_level() {
     let objectives = Objectives::default();
     let expected = Sli::ALL.iter().map(|sli| {
         let counts = |reason: &Reason| {
-            let report = failed_at_once(*reason);
+            let unanswered = Turn {
+                result: TurnResult::Unanswered,
+                ..Turn::default()
+            };
+            let report = ProbeReport {
+                turns: vec![unanswered],
+                ..failed_at_once(*reason)
+            };
             sli.judge(&report, &objectives) != SliVerdict::NotEligible
         };
         let reasons = Reason::ALL.into_iter().filter(counts);

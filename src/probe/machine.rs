@@ -10,9 +10,10 @@ use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use super::transcript::Transcript;
-use super::turns::Turns;
+use super::turns::{Turns, UplinkProof};
 use super::verdict::{
-    AgentDuty, DispatchListing, LeftWhen, MissedDuty, ProbeCall, expected_agent, quote,
+    AgentDuty, Conversation, DispatchListing, LeftWhen, MissedDuty, ProbeCall, expected_agent,
+    quote,
 };
 use super::{Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason};
 use crate::config::{AgentMayLeave, DispatchFacts, DispatchRequest, Target};
@@ -21,13 +22,15 @@ use crate::livekit::RoomName;
 use crate::livekit::event::{AudioStats, RemoteTrackInfo, RoomEvent};
 use crate::livekit::wire::api::{ApiError, Call, DispatchInfo, ParticipantBrief, RoomInfo};
 
+mod conversation;
 mod deadlines;
 mod room;
 
-use deadlines::ENGINE_GRACE;
+use conversation::{Messages, ReplyFault};
+use deadlines::{ENGINE_GRACE, MAX_ECHO};
 use room::{NAMELESS, SpeechClaim};
 
-pub use deadlines::max_time_to_verdict;
+pub use deadlines::{max_overrun, max_time_to_verdict};
 
 /// Entries of each list in the evidence: a crowded room must not grow a report without bound.
 const MAX_ENTRIES: usize = 20;
@@ -178,7 +181,16 @@ pub(super) struct ProbeMachine {
     /// The addresses at which the server expects media.
     media_addresses: Vec<String>,
     turns: Turns,
+    /// Whether the agent yielded to the interruption has been decided.
+    yield_judged: bool,
+    /// What was missing in a reply.
+    wrong_reply: Option<ReplyFault>,
+    /// The last error that the agent's session reported.
+    agent_error: Option<String>,
+    /// What `ListDispatch` showed in the final check.
+    final_listing: Option<DispatchListing>,
     claim: SpeechClaim,
+    messages: Messages,
     transcript: Transcript,
     report: ProbeReport,
     /// Those of the input that is being handled.
@@ -217,10 +229,18 @@ impl ProbeMachine {
             tracks: Vec::new(),
             failed_subscriptions: Vec::new(),
             media_addresses: Vec::new(),
-            turns: Turns::new(&target.echo),
+            turns: Turns::new(&target.caller),
+            yield_judged: false,
+            wrong_reply: None,
+            agent_error: None,
+            final_listing: None,
             claim: SpeechClaim::default(),
+            messages: Messages::default(),
             transcript: Transcript::default(),
-            report: ProbeReport::new(room, position, started_at, outcome),
+            report: ProbeReport {
+                expects_reply: target.expect.reply,
+                ..ProbeReport::new(room, position, started_at, outcome)
+            },
             actions: Vec::new(),
             target,
         }
@@ -264,6 +284,9 @@ impl ProbeMachine {
             // Their delays and losses are not the agent's.
             self.report.audio = AudioStats::default();
         } else {
+            self.turns.close();
+            self.describe_turns();
+            self.note_unconfirmed();
             self.report.turns = self.turns.list().to_vec();
         }
         self.report.evidence.tracks = self.tracks.iter().map(track_line).collect();
@@ -291,6 +314,9 @@ impl ProbeMachine {
 
     fn start(&mut self, now: Instant) {
         self.mark(Milestone::Started, now);
+        if self.target.caller.speaks_first {
+            self.report.timeline.exclude_first_speech();
+        }
         if self.facts().request.joins_to_create() {
             self.join(now);
         } else {
@@ -315,7 +341,7 @@ impl ProbeMachine {
         }
         if self.phase == Phase::Connecting
             && let Some(media) = reached(Milestone::MediaConnected)
-            && let Some(publish) = reached(Milestone::EchoPublished)
+            && let Some(publish) = reached(Milestone::CallerPublished)
         {
             self.phase = Phase::Watching;
             self.ready = Some(media.max(publish));
@@ -392,7 +418,7 @@ impl ProbeMachine {
         {
             return;
         }
-        let Phase::FinalCheck { duty, .. } = self.phase else {
+        let Phase::FinalCheck { .. } = self.phase else {
             return;
         };
         let participants = listed.participants.and_then(|call| call.result.ok());
@@ -408,8 +434,8 @@ impl ProbeMachine {
                     let failure = Failure::of_hidden_agent(&identity, &mut self.report.evidence);
                     return self.fail(failure, now);
                 }
-                let listing = self.listing(&dispatches);
-                self.blame_agent(duty, &listing, now);
+                self.final_listing = Some(self.listing(&dispatches));
+                self.judge_final_check(now);
             }
             Err(error) => {
                 self.add_note(format!(
@@ -419,9 +445,21 @@ impl ProbeMachine {
                 // If the room's server may be silent, wait for the signal connection: its ping timeout shows whether LiveKit
                 // or the agent is at fault.
                 if proves_server_alive(&error) {
-                    self.blame_agent(duty, &DispatchListing::Unknown, now);
+                    self.final_listing = Some(DispatchListing::Unknown);
+                    self.judge_final_check(now);
                 }
             }
+        }
+    }
+
+    /// Blames the agent, unless LiveKit may still report that the caller's speech did not arrive.
+    fn judge_final_check(&mut self, now: Instant) {
+        let Phase::FinalCheck { duty, .. } = self.phase else {
+            return;
+        };
+        let unproven = duty.needs_uplink() && self.turns.uplink_proof() == UplinkProof::Unreported;
+        if !unproven && let Some(listing) = self.final_listing.take() {
+            self.blame_agent(duty, &listing, now);
         }
     }
 
@@ -584,6 +622,7 @@ impl ProbeMachine {
             agent_known: self.agent_known,
             strays: &self.strays,
             subscription: self.failed_subscription(),
+            conversation: self.conversation(),
         };
         let failure = match &self.other_room {
             Some(created) if duty == AgentDuty::Join => {
@@ -594,7 +633,28 @@ impl ProbeMachine {
         self.fail(failure, now);
     }
 
+    /// What is known of the caller's last turn.
+    fn conversation(&self) -> Conversation {
+        let last = self.turns.last_said();
+        let wrong = self.wrong_reply.as_ref();
+        Conversation {
+            turn: wrong.map_or(self.turns.taken(), |fault| fault.turn),
+            interrupts: last.is_some_and(|turn| turn.interrupts),
+            overlap: last.is_some_and(|turn| turn.overlap),
+            confirmed: self.turns.confirmed(),
+            rejected: self.turns.rejected(),
+            uplink: self.turns.uplink_proof(),
+            wrong: wrong.map(|fault| fault.what.clone()),
+            listens: self
+                .report
+                .timeline
+                .get(Milestone::AgentListening)
+                .is_some(),
+        }
+    }
+
     fn fail(&mut self, failure: Failure, now: Instant) {
+        let failure = failure.with_agent_error(self.agent_error.as_deref());
         let failure = match &self.inference_limit {
             Some(reported) => failure.or_inference_limit(reported, &mut self.report.evidence),
             None => failure,
@@ -742,10 +802,12 @@ fn dispatch_line(dispatch: &DispatchInfo) -> String {
         "" => String::new(),
         name => format!(", deployment \"{name}\""),
     };
-    format!(
-        "{} for agent \"{}\"{deployment}: {jobs}",
-        dispatch.id, dispatch.agent_name
-    )
+    let agent = match dispatch.agent_name.as_str() {
+        // livekit-server adds it to every room, whether or not such an agent exists.
+        "" => "LiveKit's own for unnamed agents".to_owned(),
+        name => format!("for agent \"{name}\""),
+    };
+    format!("{} {agent}{deployment}: {jobs}", dispatch.id)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use strum::{EnumCount, VariantArray};
 
-use crate::livekit::event::TurnMetrics;
+use crate::livekit::event::{SessionEvent, TurnMetrics};
 
 #[derive(Debug, Clone, PartialEq, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
@@ -49,6 +49,8 @@ pub enum Reason {
     AgentNoTrack,
     AgentSilent,
     AgentNoReply,
+    AgentWrongReply,
+    AgentNotYielding,
     AgentLeftEarly,
     AgentDuplicate,
     RoomCreateFailed,
@@ -73,6 +75,8 @@ impl Reason {
         Self::AgentNoTrack,
         Self::AgentSilent,
         Self::AgentNoReply,
+        Self::AgentWrongReply,
+        Self::AgentNotYielding,
         Self::AgentLeftEarly,
         Self::AgentDuplicate,
         Self::RoomCreateFailed,
@@ -100,6 +104,8 @@ impl Reason {
             | Self::AgentNoTrack
             | Self::AgentSilent
             | Self::AgentNoReply
+            | Self::AgentWrongReply
+            | Self::AgentNotYielding
             | Self::AgentLeftEarly
             | Self::AgentDuplicate => Origin::Agent,
             Self::DispatchUnanswered => Origin::Undetermined,
@@ -189,6 +195,8 @@ pub struct Evidence {
     pub tracks: Vec<String>,
     /// What the agent's own session measured, per turn.
     pub agent_metrics: Vec<AgentTurn>,
+    /// What the agent's session reported: states, tools, handoffs, false interruptions.
+    pub session: Vec<SessionEntry>,
     /// The mean level of the agent's speech in dB relative to full scale, to a tenth.
     pub speech_level_dbfs: Option<f64>,
     /// Other observations, one sentence each.
@@ -202,4 +210,52 @@ pub struct AgentTurn {
     pub at: f64,
     #[serde(flatten)]
     pub metrics: TurnMetrics,
+}
+
+/// Something that the agent's session reported, without any text of the conversation.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct SessionEntry {
+    /// When it arrived, in seconds since the probe's start.
+    pub at: f64,
+    /// `agent_state`, `caller_state`, `tool_started`, `tool_executed`, `handoff`, `false_interruption`, `interrupted`.
+    pub event: &'static str,
+    /// The state, the tool or the agent.
+    pub name: Option<String>,
+    /// Whether the tool failed.
+    pub is_error: Option<bool>,
+}
+
+impl SessionEntry {
+    pub(super) const TOOL_EXECUTED: &'static str = "tool_executed";
+
+    /// The entry of an event, without its time; `None` for what is recorded elsewhere.
+    pub(super) fn of(event: &SessionEvent) -> Option<Self> {
+        let entry = |event, name: &str| Self {
+            event,
+            name: Some(name.to_owned()),
+            ..Self::default()
+        };
+        Some(match event {
+            SessionEvent::AgentState(state) => entry("agent_state", state),
+            SessionEvent::CallerSpeaks(true) => entry("caller_state", "speaking"),
+            SessionEvent::CallerSpeaks(false) => entry("caller_state", "silent"),
+            SessionEvent::ToolStarted(name) => entry("tool_started", name),
+            SessionEvent::ToolExecuted { name, is_error } => Self {
+                is_error: Some(*is_error),
+                ..entry(Self::TOOL_EXECUTED, name)
+            },
+            SessionEvent::Handoff(agent) => entry("handoff", agent),
+            SessionEvent::FalseInterruption { resumed } => entry(
+                "false_interruption",
+                if *resumed { "resumed" } else { "stopped" },
+            ),
+            SessionEvent::Message(message) if message.interrupted => Self {
+                event: "interrupted",
+                ..Self::default()
+            },
+            SessionEvent::Error(_)
+            | SessionEvent::Message(_)
+            | SessionEvent::CallerTranscribed { .. } => return None,
+        })
+    }
 }

@@ -64,6 +64,34 @@ impl Transcript {
         }
     }
 
+    /// The agent was interrupted: its last words were cut off, although their segment ended as usual.
+    pub(super) fn cut_off(&mut self) {
+        let mut segments = self.segments.iter_mut();
+        if let Some(segment) = segments.rfind(|it| it.line.speaker == Speaker::Agent) {
+            segment.line.is_final = false;
+        }
+    }
+
+    /// The text of the segments of a speaker that began within a time; guesses count only if nothing is final.
+    pub(super) fn text(
+        &self,
+        speaker: Speaker,
+        agent: Option<&str>,
+        within: impl Fn(Instant) -> bool,
+    ) -> Option<String> {
+        let is_agent = |it: &Segment| Some(it.identity.as_str()) == agent;
+        let wanted = |it: &&Segment| {
+            it.line.speaker == speaker
+                && within(it.line.at)
+                && (speaker == Speaker::Caller || is_agent(it))
+        };
+        let segments = || self.segments.iter().filter(wanted);
+        let any_final = segments().any(|it| it.line.is_final);
+        let counted = segments().filter(|it| it.line.is_final || !any_final);
+        let texts: Vec<&str> = counted.map(|it| it.line.text.as_str()).collect();
+        (!texts.is_empty()).then(|| texts.join(" "))
+    }
+
     /// Returns the lines of the caller and of the agent with this identity, in order of time. Lines of other agents are
     /// dropped.
     pub(super) fn into_lines(self, agent: Option<&str>) -> Vec<TranscriptLine> {

@@ -9,6 +9,7 @@ use livekit_protocol::{DisconnectReason, SubscriptionError};
 use super::ProbeReport;
 use super::reason::{Evidence, Failure, LimitKind, Reason};
 use super::timeline::Milestone;
+use super::turns::{Contradiction, UplinkProof};
 use crate::config::{DispatchRequest, Target};
 use crate::livekit::event::{EndReason, MediaPermission, NOT_PERMITTED};
 use crate::livekit::wire::api::ApiError;
@@ -64,9 +65,13 @@ pub(super) enum AgentDuty {
     Join,
     Track,
     Speech,
-    /// A pause that lets the echo begin.
+    /// A pause that lets the caller speak.
     Pause,
     Reply,
+    /// The reply that is expected.
+    Words,
+    /// Silence after an interruption.
+    Yield,
 }
 
 impl AgentDuty {
@@ -75,7 +80,16 @@ impl AgentDuty {
             Self::Join => "agent_join",
             Self::Track => "agent_track",
             Self::Speech => "agent_speech",
-            Self::Pause | Self::Reply => "agent_reply",
+            Self::Pause | Self::Reply | Self::Words => "agent_reply",
+            Self::Yield => "agent_yield",
+        }
+    }
+
+    /// The agent can only do this if it heard the caller.
+    pub(super) fn needs_uplink(self) -> bool {
+        match self {
+            Self::Join | Self::Track | Self::Speech | Self::Pause => false,
+            Self::Reply | Self::Words | Self::Yield => true,
         }
     }
 }
@@ -104,6 +118,37 @@ pub(super) struct MissedDuty<'a> {
     pub(super) strays: &'a [String],
     /// A track of the agent's audio to which LiveKit could not subscribe the canary, and its error.
     pub(super) subscription: Option<(String, &'static str)>,
+    pub(super) conversation: Conversation,
+}
+
+/// What is known of the caller's last turn.
+#[derive(Debug)]
+pub(super) struct Conversation {
+    /// The number of the turn, from 1.
+    pub(super) turn: usize,
+    /// The caller spoke into a reply.
+    pub(super) interrupts: bool,
+    /// The agent and the caller spoke at the same time.
+    pub(super) overlap: bool,
+    /// Whether the agent's session reported that it heard the caller; `None` if it reports nothing.
+    pub(super) confirmed: Option<bool>,
+    /// Why what the agent said after the caller was no reply.
+    pub(super) rejected: Option<Contradiction>,
+    pub(super) uplink: UplinkProof,
+    /// What is wrong with the reply.
+    pub(super) wrong: Option<String>,
+    /// The agent's session reported that it listens.
+    pub(super) listens: bool,
+}
+
+impl MissedDuty<'_> {
+    /// ` in turn 2 of 3`, or nothing if there is only one.
+    fn of_turn(&self) -> String {
+        match self.target.caller.turns {
+            0 | 1 => String::new(),
+            turns => format!(" in turn {} of {turns}", self.conversation.turn),
+        }
+    }
 }
 
 /// When in its call an agent left.
@@ -165,10 +210,10 @@ impl Failure {
         )
     }
 
-    pub(super) fn of_missing_echo() -> Self {
+    pub(super) fn of_missing_caller_turn() -> Self {
         Self::new(
             Reason::Internal,
-            "the agent spoke, but the canary did not send the echo: a fault of the canary",
+            "the canary's caller did not speak when it was its turn: a fault of the canary",
         )
     }
 }
@@ -513,44 +558,130 @@ impl Failure {
 impl Failure {
     /// The verdict on an agent that missed a deadline.
     pub(super) fn of_agent(missed: &MissedDuty<'_>, report: &mut ProbeReport) -> Self {
+        if missed.duty.needs_uplink()
+            && let Some(failure) = Self::of_uplink(missed, &mut report.evidence)
+        {
+            return failure;
+        }
         let limit = missed.limit;
         report.evidence.record_deadline(missed.duty.step(), limit);
         match missed.duty {
             AgentDuty::Join => Self::of_absent_agent(missed),
             AgentDuty::Track => Self::of_missing_track(missed),
-            AgentDuty::Speech => {
-                let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
-                    Some(_) => "its track carried audio packets, but no speech in them",
-                    None => "no audio packet arrived on its track",
-                };
-                let before = if report.join_upper_bound {
-                    " It joined before the canary, and may have spoken before the canary could hear it."
-                } else {
-                    ""
-                };
-                Self::new(
-                    Reason::AgentSilent,
-                    format!(
-                        "the agent did not speak within {limit:?} of joining: {packets}.{before} \
-                         Check its greeting and its TTS."
-                    ),
-                )
-            }
+            AgentDuty::Speech => Self::of_silent_agent(missed, report),
             AgentDuty::Pause => Self::new(
                 Reason::AgentNoReply,
                 format!(
-                    "the agent talked for {limit:?} without a pause for the echo that it has to answer. \
-                     Check its greeting. If music plays on the track of its voice, play it on another track."
+                    "the agent talked for {limit:?} without a pause in which the caller could speak. Check its greeting. If it \
+                     needs longer, raise deadlines.agent_turn. If music plays on the track of its voice, play it on another track."
                 ),
             ),
-            AgentDuty::Reply => Self::new(
-                Reason::AgentNoReply,
+            AgentDuty::Reply => Self::of_missing_reply(missed),
+            AgentDuty::Words => Self::new(
+                Reason::AgentWrongReply,
                 format!(
-                    "the agent did not answer within {limit:?} of the end of the echo. \
-                     Check its STT, LLM and turn detection."
+                    "{}{}. Check its transcript (transcript = true), its LLM and its tools.",
+                    missed
+                        .conversation
+                        .wrong
+                        .as_deref()
+                        .unwrap_or("the agent's reply was not as expected"),
+                    missed.of_turn(),
+                ),
+            ),
+            AgentDuty::Yield => Self::new(
+                Reason::AgentNotYielding,
+                format!(
+                    "the agent spoke on for more than {limit:?} after the caller interrupted it. Check whether it allows \
+                     interruptions, its voice activity detection and its turn detection."
                 ),
             ),
         }
+    }
+
+    fn of_silent_agent(missed: &MissedDuty<'_>, report: &ProbeReport) -> Self {
+        let limit = missed.limit;
+        let packets = match report.timeline.get(Milestone::AgentFirstAudio) {
+            Some(_) => "its track carried audio packets, but no speech in them",
+            None => "no audio packet arrived on its track",
+        };
+        let before = if report.join_upper_bound {
+            " It joined before the canary, and may have spoken before the canary could hear it."
+        } else {
+            ""
+        };
+        let waits = if missed.conversation.listens {
+            " If it waits for the caller to speak first, set caller.mode to \"script\" and caller.speaks_first to true."
+        } else {
+            ""
+        };
+        Self::new(
+            Reason::AgentSilent,
+            format!(
+                "the agent did not speak within {limit:?} of joining: {packets}.{before} Check its greeting and its TTS.{waits}"
+            ),
+        )
+    }
+
+    fn of_missing_reply(missed: &MissedDuty<'_>) -> Self {
+        let limit = missed.limit;
+        let conversation = &missed.conversation;
+        let what = if conversation.interrupts {
+            "the caller's interruption".to_owned()
+        } else {
+            format!("the caller{}", missed.of_turn())
+        };
+        let voice = match conversation.rejected {
+            Some(Contradiction::NotHeard) => {
+                " It spoke, but that was no answer: its session reported nothing of the caller."
+            }
+            Some(Contradiction::Error) => {
+                " It spoke, but that was no answer: its session reported an error, and did not recover."
+            }
+            Some(Contradiction::Unconfirmed) => {
+                " It spoke, but it had begun while the caller was still speaking, and nothing shows that it heard the caller."
+            }
+            None if conversation.overlap => " It spoke at the same time as the caller.",
+            None => "",
+        };
+        let (heard, check) = match conversation.confirmed {
+            Some(true) => (
+                "Its session reported that it heard the caller.",
+                "Check its turn detection, LLM and TTS.",
+            ),
+            Some(false) => (
+                "LiveKit received the caller's speech, but the agent's session reported nothing of it.",
+                "Check its audio input, voice activity detection and STT.",
+            ),
+            None => (
+                "LiveKit received the caller's speech.",
+                "Check its STT, turn detection, LLM and TTS.",
+            ),
+        };
+        Self::new(
+            Reason::AgentNoReply,
+            format!("the agent did not answer {what} within {limit:?}.{voice} {heard} {check}"),
+        )
+    }
+
+    /// The caller's speech did not reach LiveKit, or nothing shows that it did. Then the agent is not at fault.
+    fn of_uplink(missed: &MissedDuty<'_>, evidence: &mut Evidence) -> Option<Self> {
+        let what = match missed.conversation.uplink {
+            // The agent heard the caller, whatever the reports say.
+            _ if missed.conversation.confirmed == Some(true) => return None,
+            UplinkProof::Received => return None,
+            UplinkProof::Lost { lost, of } => format!("{lost} of {of} packets were lost"),
+            UplinkProof::Unreported => "no receiver report of LiveKit covers it".to_owned(),
+        };
+        evidence.step = Some("media");
+        Some(Self::new(
+            Reason::MediaFailed,
+            format!(
+                "the caller's speech{} did not reach LiveKit: {what}. So the agent could not answer. Check UDP and TCP from this \
+                 machine to LiveKit's media ports.",
+                missed.of_turn()
+            ),
+        ))
     }
 
     /// No agent joined, and the canary is in another room than the one that it created, although both have the same name.
@@ -715,7 +846,7 @@ impl Failure {
                 };
                 let when = match when {
                     LeftWhen::BeforeSpeech => "before it spoke",
-                    LeftWhen::BeforeReply => "before it answered the echo",
+                    LeftWhen::BeforeReply => "before it answered the caller",
                     LeftWhen::BeforeRoomEnd => "while the room was still open",
                 };
                 Self::new(
@@ -749,6 +880,22 @@ impl Failure {
                  explicit, or by another program."
             ),
         )
+    }
+
+    /// Adds the error that the agent's session reported, if it can explain the failure.
+    pub(super) fn with_agent_error(mut self, reported: Option<&str>) -> Self {
+        let explains = matches!(
+            self.reason,
+            Reason::AgentSilent
+                | Reason::AgentNoReply
+                | Reason::AgentWrongReply
+                | Reason::AgentLeftEarly
+        );
+        if let Some(error) = reported.filter(|_| explains) {
+            let error = quote(error);
+            self.detail = format!("{} Its session reported an error: {error}.", self.detail);
+        }
+        self
     }
 
     /// `failure`, or the inference limit that explains it. `reported` is the error that the agent's session reported.

@@ -8,8 +8,9 @@ use tokio::time::Instant;
 
 use super::BatchReport;
 use crate::config::{Project, Target};
+use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Speaker, to_microseconds};
-use crate::probe::{Evidence, Milestone, ProbeReport, Reason, Span, Turn};
+use crate::probe::{AgentStage, Evidence, Milestone, ProbeReport, Reason, Span, Turn};
 
 #[derive(Serialize)]
 struct BatchJson<'a> {
@@ -51,7 +52,7 @@ struct ProbeJson<'a> {
     reply_delay_seconds: Option<f64>,
     spans: OrderedObject,
     milestones: OrderedObject,
-    turns: Vec<TurnJson>,
+    turns: Vec<TurnJson<'a>>,
     transcript: Option<Vec<TranscriptLineJson<'a>>>,
     agent: Option<AgentJson<'a>>,
     audio: AudioJson,
@@ -67,15 +68,31 @@ impl Serialize for OrderedObject {
     }
 }
 
-/// Seconds since the probe's start.
+/// Times are seconds since the probe's start.
 #[derive(Serialize)]
-struct TurnJson {
+struct TurnJson<'a> {
     agent_started: Option<f64>,
     agent_ended: Option<f64>,
-    echo_started: Option<f64>,
-    echo_ended: Option<f64>,
+    caller_started: Option<f64>,
+    caller_ended: Option<f64>,
     replied: Option<f64>,
+    reply_ended: Option<f64>,
+    result: &'static str,
+    /// The number of the script's line, from 1.
+    line: Option<usize>,
+    interrupts: bool,
     overlap: bool,
+    confirmed: Option<bool>,
+    reply_delay_seconds: Option<f64>,
+    agent_claim_seconds: Option<f64>,
+    unexplained_seconds: Option<f64>,
+    yield_delay_seconds: Option<f64>,
+    /// What the agent's session claims of each stage.
+    stages: OrderedObject,
+    word_error: Option<f64>,
+    said: Option<&'a str>,
+    heard: Option<&'a str>,
+    reply_text: Option<&'a str>,
 }
 
 /// Seconds since the probe's start.
@@ -209,7 +226,7 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
         turns: report
             .turns
             .iter()
-            .map(|turn| marks(report, turn))
+            .map(|turn| turn_json(report, turn))
             .collect(),
         transcript: report.transcript.as_ref().map(|lines| {
             let lines = lines.iter().map(|it| TranscriptLineJson {
@@ -234,15 +251,31 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
     }
 }
 
-fn marks(report: &ProbeReport, turn: &Turn) -> TurnJson {
+fn turn_json<'a>(report: &ProbeReport, turn: &'a Turn) -> TurnJson<'a> {
     let since = |at| since_started(report, at);
+    let text = |text: &'a Option<TranscriptText>| text.as_ref().map(TranscriptText::as_str);
+    let stage = |stage: AgentStage| (stage.label(), turn.stages.get(stage).map(seconds));
     TurnJson {
         agent_started: since(turn.agent_started),
         agent_ended: since(turn.agent_ended),
-        echo_started: since(turn.echo_started),
-        echo_ended: since(turn.echo_ended),
+        caller_started: since(turn.caller_started),
+        caller_ended: since(turn.caller_ended),
         replied: since(turn.replied),
+        reply_ended: since(turn.reply_ended),
+        result: turn.result.label(),
+        line: turn.line.map(|line| line + 1),
+        interrupts: turn.interrupts,
         overlap: turn.overlap,
+        confirmed: turn.confirmed,
+        reply_delay_seconds: turn.reply_delay().map(seconds),
+        agent_claim_seconds: turn.stages.end_to_end.map(seconds),
+        unexplained_seconds: turn.unexplained_seconds().map(to_microseconds),
+        yield_delay_seconds: turn.yield_delay().map(seconds),
+        stages: OrderedObject(AgentStage::ALL.into_iter().map(stage).collect()),
+        word_error: turn.word_error.map(to_microseconds),
+        said: text(&turn.said),
+        heard: text(&turn.heard),
+        reply_text: text(&turn.reply_text),
     }
 }
 

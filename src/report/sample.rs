@@ -11,7 +11,7 @@ use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    Timeline, TranscriptLine, Turn,
+    SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, NotOpened};
 
@@ -60,10 +60,19 @@ pub(crate) fn probe(
     let turn = Turn {
         agent_started: Some(at(1000)),
         agent_ended: Some(at(3000)),
-        echo_started: Some(at(4000)),
-        echo_ended: Some(at(6000)),
+        caller_started: Some(at(4000)),
+        caller_ended: Some(at(6000)),
         replied: Some(at(7250)),
-        overlap: false,
+        reply_ended: Some(at(9000)),
+        result: TurnResult::Answered,
+        confirmed: Some(true),
+        stages: TurnStages {
+            end_of_turn: Some(Duration::from_millis(600)),
+            end_to_end: Some(Duration::from_millis(1100)),
+            ..TurnStages::default()
+        },
+        word_error: Some(0.0),
+        ..Turn::default()
     };
     ProbeReport {
         started_at: start_of_day() + Duration::from_secs(u64::from(number)),
@@ -77,6 +86,7 @@ pub(crate) fn probe(
         outcome,
         evidence,
         turns: if spoke { vec![turn] } else { Vec::new() },
+        expects_reply: true,
         transcript: spoke.then(|| {
             vec![TranscriptLine {
                 at: at(1100),
@@ -119,7 +129,7 @@ pub(crate) const WELL: &[(Milestone, u64)] = &[
     (Milestone::RoomCreated, 12),
     (Milestone::SignalConnected, 40),
     (Milestone::MediaConnected, 180),
-    (Milestone::EchoPublished, 150),
+    (Milestone::CallerPublished, 150),
     (Milestone::DispatchSent, 181),
     (Milestone::DispatchAccepted, 190),
     (Milestone::AgentJoined, 693),
@@ -157,6 +167,12 @@ pub(crate) fn mixed() -> BatchReport {
                 1,
                 Outcome::Ok,
                 Evidence {
+                    session: vec![SessionEntry {
+                        at: 1.25,
+                        event: "agent_state",
+                        name: Some("listening".to_owned()),
+                        is_error: None,
+                    }],
                     agent_metrics: vec![AgentTurn {
                         at: 3.012_346,
                         metrics: TurnMetrics {

@@ -113,6 +113,9 @@ impl Alert {
 
     /// Keeps the alert firing until probes show that the condition is over: a lack of probes is not a recovery. The series
     /// `ALERTS` holds what was firing at the previous evaluation.
+    ///
+    /// Without an objective no probe will ever count, so the alert would stay for good: the settings no longer expect what
+    /// it is about.
     fn latched(&self, condition: &str, over: &str) -> String {
         format!(
             "(
@@ -125,6 +128,7 @@ or (
 {}
   )
   and ignoring (sli) livekit_canary:batch_interval:shortest
+  and livekit_canary:slo_objective:ratio
 )",
             indented(condition),
             self.name,
@@ -196,7 +200,8 @@ pub const ALERTS: &[Alert] = &[
         slow: false,
         summary: "{{ $labels.target }}: the agent fails most calls ({{ $labels.sli }})",
         remedy: "The status page and probe_failures_total show the reasons of the failed rooms. Look them up in \
-                 docs/reasons.md, and read the agent's log for these rooms.",
+                 docs/reasons.md, and read the agent's log for these rooms. If only join, first_speech or reply fails, it comes \
+                 too late.",
         condition: Condition::Outage {
             slis: "sli!=\"service\"",
             own: false,

@@ -4,30 +4,23 @@ use std::collections::HashMap;
 
 use livekit_protocol as proto;
 use prost::Message as _;
-use proto::agent::{
-    AgentSessionEvent, AgentSessionMessage, agent_session_event, agent_session_message,
-};
+use proto::agent::{AgentSessionEvent, AgentSessionMessage, agent_session_message};
 use proto::data_packet::Value;
 use proto::data_stream::{self, header::ContentHeader};
 
 use super::ids::{guid, unix_millis};
 
-/// An error as an `AgentSession` reports it: an `AgentSessionMessage` in a byte stream.
-pub(crate) fn error(sender: &str, error: &str) -> Vec<proto::DataPacket> {
+/// A report of an `AgentSession`: an `AgentSessionMessage` in a byte stream.
+pub(crate) fn session(sender: &str, event: AgentSessionEvent) -> Vec<proto::DataPacket> {
     let message = AgentSessionMessage {
-        message: Some(agent_session_message::Message::Event(AgentSessionEvent {
-            event: Some(agent_session_event::Event::Error(
-                agent_session_event::Error {
-                    message: error.to_owned(),
-                },
-            )),
-            ..AgentSessionEvent::default()
-        })),
+        message: Some(agent_session_message::Message::Event(event)),
     };
     let header = data_stream::Header {
         topic: "lk.agent.session".to_owned(),
         mime_type: "application/octet-stream".to_owned(),
-        content_header: Some(ContentHeader::ByteHeader(data_stream::ByteHeader::default())),
+        content_header: Some(ContentHeader::ByteHeader(data_stream::ByteHeader {
+            name: guid("AS_"),
+        })),
         ..data_stream::Header::default()
     };
     stream(sender, header, message.encode_to_vec())

@@ -74,10 +74,41 @@ pub enum InjectedFault {
     SlowReply(Duration),
     /// It hears its caller and never answers.
     NoReply,
+    /// It hears this many turns of its caller, and then nothing.
+    DeafAfter(u32),
+    /// It understands this text in every turn of its caller.
+    Hears(String),
+    /// This number of words of each transcript of its caller is wrong.
+    WordErrors(usize),
+    /// It speaks on when its caller interrupts.
+    NeverYields,
+    /// It does not greet.
+    WaitsForCaller,
+    /// It greets in two parts, with this pause between them.
+    TwoPartGreeting(Duration),
+    /// Its replies are at least this long.
+    LongReply(Duration),
+    /// Its replies have other words than its greeting.
+    WrongWords,
+    /// It runs this tool before each reply.
+    Tool {
+        name: String,
+        is_error: bool,
+    },
+    /// A stage of each reply takes this much longer.
+    SlowStage(AgentStage, Duration),
+    /// Each reply arrives this much later than it was sent.
+    SlowNetwork(Duration),
+    /// Its LLM fails on every turn of its caller. It greets in two parts, which are fixed texts.
+    DeadLlm,
+    /// It is no `AgentSession`: it reports no state, no event and no transcript.
+    SilentSession,
     /// It reports this error on its session stream and never speaks.
     InferenceError(String),
     /// No datagram is answered: ICE never comes up.
     NoMedia,
+    /// Once a caller's track is there, its media gets lost on the way to the server.
+    UplinkLost,
     Http {
         step: HttpStep,
         answer: FaultAnswer,
@@ -96,6 +127,15 @@ pub enum VoicelessSound {
     Music,
     /// White noise of -38 dBFS.
     Noise,
+}
+
+/// A stage of the agent's answer that its session measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AgentStage {
+    Transcription,
+    EndOfTurn,
+    Llm,
+    Tts,
 }
 
 /// An HTTP request that can go wrong.
@@ -182,13 +222,32 @@ The agent:
   late_after_deletion=1s   connects this long after its room was deleted
   slow_reply=5s            answers late
   no_reply                 never answers
+  deaf                     hears nothing
+  deaf_after=2             hears this many turns, and then nothing
+  hears=TEXT               understands this in every turn
+  word_errors=2            this many words of each transcript of the caller are wrong
+  never_yields             speaks on when the caller interrupts
+  waits_for_caller         does not greet
+  two_part_greeting=2s     pauses in the middle of its greeting
+  long_reply[=12s]         its replies are at least this long, unless it was interrupted
+  wrong_words              its replies have other words than its greeting
+  tool=NAME                runs this tool before each reply
+  tool_error=NAME          the same, and the tool fails
+  slow_stage=STAGE:2s      this stage takes longer: transcription, end_of_turn, llm, tts
+  slow_network=1s          its replies arrive late; its own figures do not show it
+  dead_llm                 greets in two parts, reports an error on every turn and never answers
+  silent_session           reports no state, no event and no transcript
   inference_error[=TEXT]   reports an inference error (429) and falls silent
 The service:
   no_media                 ICE never comes up
+  uplink_lost              the caller's media gets lost once its track is there
   STEP=ANSWER              STEP: api, create_room, delete_room, create_dispatch, list_dispatch, delete_dispatch,
                            upgrade; ANSWER: 429[,retry_after=5s][,html], resource_exhausted, quota, unnamed, 503,
                            500, drop, hang, flood
   STEP=ACTION              STEP: before_join, after_join; ACTION: leave, remove, drop, hang, flood";
+
+/// Long enough for an interruption.
+const LONG_REPLY: Duration = Duration::from_secs(12);
 
 const INFERENCE_ERROR: &str =
     "message='inference_quota_exceeded', status_code=429, retryable=False, body=None";
@@ -259,6 +318,10 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         None => Ok(fault),
         Some(_) => Err(format!("{name} takes no value")),
     };
+    let text = |example: &str| match value {
+        Some(text) if !text.is_empty() => Ok(text.to_owned()),
+        _ => Err(format!("needs a text, as in {name}={example}")),
+    };
     match name {
         "join_delay" => Ok(InjectedFault::JoinDelay(duration()?)),
         "leaves_early" => Ok(InjectedFault::LeavesEarly(duration()?)),
@@ -286,19 +349,52 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "unknown_source" => plain(InjectedFault::UnknownSource),
         "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
-        "deployment" => match value {
-            Some(name) if !name.is_empty() => Ok(InjectedFault::Deployment(name.to_owned())),
-            _ => Err("needs a name, as in deployment=staging".to_owned()),
-        },
+        "deployment" => Ok(InjectedFault::Deployment(text("staging")?)),
         "duplicate" => plain(InjectedFault::Duplicate),
         "stray" => plain(InjectedFault::Stray),
         "no_reply" => plain(InjectedFault::NoReply),
+        "deaf" => plain(InjectedFault::DeafAfter(0)),
+        "deaf_after" => Ok(InjectedFault::DeafAfter(number(name, value)?)),
+        "hears" => Ok(InjectedFault::Hears(text("hello there")?)),
+        "word_errors" => Ok(InjectedFault::WordErrors(number(name, value)?)),
+        "never_yields" => plain(InjectedFault::NeverYields),
+        "waits_for_caller" => plain(InjectedFault::WaitsForCaller),
+        "two_part_greeting" => Ok(InjectedFault::TwoPartGreeting(duration()?)),
+        "long_reply" => {
+            let length = value.map(parse_duration).transpose()?;
+            Ok(InjectedFault::LongReply(length.unwrap_or(LONG_REPLY)))
+        }
+        "wrong_words" => plain(InjectedFault::WrongWords),
+        "tool" | "tool_error" => Ok(InjectedFault::Tool {
+            name: text("lookup")?,
+            is_error: name == "tool_error",
+        }),
+        "slow_stage" => {
+            let slow = value.and_then(|value| value.split_once(':'));
+            let stage = slow.and_then(|(stage, delay)| {
+                let known = STAGES.iter().find(|(_, text)| *text == stage);
+                Some((known?.0, delay))
+            });
+            let (stage, delay) = stage.ok_or(
+                "needs transcription, end_of_turn, llm or tts, and a duration, as in slow_stage=llm:2s",
+            )?;
+            Ok(InjectedFault::SlowStage(stage, parse_duration(delay)?))
+        }
+        "slow_network" => Ok(InjectedFault::SlowNetwork(duration()?)),
+        "dead_llm" => plain(InjectedFault::DeadLlm),
+        "silent_session" => plain(InjectedFault::SilentSession),
         "no_media" => plain(InjectedFault::NoMedia),
+        "uplink_lost" => plain(InjectedFault::UplinkLost),
         "inference_error" => Ok(InjectedFault::InferenceError(
             value.unwrap_or(INFERENCE_ERROR).to_owned(),
         )),
         _ => parse_step(name, value),
     }
+}
+
+fn number<N: FromStr>(name: &str, value: Option<&str>) -> Result<N, String> {
+    let number = value.and_then(|value| value.parse().ok());
+    number.ok_or_else(|| format!("needs a number, as in {name}=2"))
 }
 
 fn parse_step(name: &str, value: Option<&str>) -> Result<InjectedFault, String> {
@@ -379,6 +475,13 @@ const VOICELESS_SOUNDS: [(VoicelessSound, &str); 3] = [
     (VoicelessSound::Noise, "noise"),
 ];
 
+const STAGES: [(AgentStage, &str); 4] = [
+    (AgentStage::Transcription, "transcription"),
+    (AgentStage::EndOfTurn, "end_of_turn"),
+    (AgentStage::Llm, "llm"),
+    (AgentStage::Tts, "tts"),
+];
+
 impl fmt::Display for FaultRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let RoomSelector::Nth(number) = self.rooms {
@@ -421,7 +524,29 @@ impl fmt::Display for InjectedFault {
             Self::Duplicate => f.write_str("duplicate"),
             Self::Stray => f.write_str("stray"),
             Self::NoReply => f.write_str("no_reply"),
+            Self::DeafAfter(0) => f.write_str("deaf"),
+            Self::DeafAfter(turns) => write!(f, "deaf_after={turns}"),
+            Self::Hears(text) => write!(f, "hears={text}"),
+            Self::WordErrors(number) => write!(f, "word_errors={number}"),
+            Self::NeverYields => f.write_str("never_yields"),
+            Self::WaitsForCaller => f.write_str("waits_for_caller"),
+            Self::TwoPartGreeting(pause) => timed(f, "two_part_greeting", pause),
+            Self::LongReply(length) => timed(f, "long_reply", length),
+            Self::WrongWords => f.write_str("wrong_words"),
+            Self::Tool { name, is_error } => {
+                let fault = if *is_error { "tool_error" } else { "tool" };
+                write!(f, "{fault}={name}")
+            }
+            Self::SlowStage(stage, delay) => {
+                let name = STAGES.iter().find(|(known, _)| known == stage);
+                let name = name.map_or("llm", |(_, name)| name);
+                write!(f, "slow_stage={name}:{}", compact(*delay))
+            }
+            Self::SlowNetwork(delay) => timed(f, "slow_network", delay),
+            Self::DeadLlm => f.write_str("dead_llm"),
+            Self::SilentSession => f.write_str("silent_session"),
             Self::NoMedia => f.write_str("no_media"),
+            Self::UplinkLost => f.write_str("uplink_lost"),
             Self::InferenceError(text) => write!(f, "inference_error={text}"),
             Self::Http { step, answer } => {
                 let name = HTTP_STEPS.iter().find(|(known, _)| known == step);
@@ -563,7 +688,26 @@ mod tests {
             "late_after_deletion=1m",
             "slow_reply=5s",
             "no_reply",
+            "deaf",
+            "deaf_after=2",
+            "hears=good day",
+            "word_errors=2",
+            "never_yields",
+            "waits_for_caller",
+            "two_part_greeting=2s",
+            "long_reply=8s",
+            "wrong_words",
+            "tool=lookup",
+            "tool_error=lookup",
+            "slow_stage=transcription:2s",
+            "slow_stage=end_of_turn:2s",
+            "slow_stage=llm:2s",
+            "room3:slow_stage=tts:2s",
+            "slow_network=1s",
+            "dead_llm",
+            "silent_session",
             "no_media",
+            "uplink_lost",
             "inference_error=quota",
             "api=429,retry_after=5s,html",
             "create_room=429",
@@ -597,6 +741,10 @@ mod tests {
         assert!(problem("join_delay=soon").contains("not a duration"));
         assert!(problem("room0:no_track").contains("count from 1"));
         assert!(problem("no_track=1").contains("takes no value"));
+        assert!(problem("deaf_after").contains("deaf_after=2"));
+        assert!(problem("tool=").contains("tool=lookup"));
+        assert!(problem("slow_stage=asr:2s").contains("slow_stage=llm:2s"));
+        assert!(problem("slow_stage=llm:soon").contains("not a duration"));
         assert!(problem("api=418").contains("none of 429"));
         assert!(problem("api=503,html").contains("takes no options"));
         assert!(problem("before_join=429").contains("none of leave"));

@@ -19,6 +19,9 @@ use tokio::time::Instant;
 
 use super::demux::{Demux, PeerId, PeerRegistration, RoutedDatagram, Side};
 
+/// How often the server reports what it received of a track, as livekit-server does.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Candidates kept until the client's description arrives.
 const MAX_EARLY_CANDIDATES: usize = 32;
 /// Interval between connectivity checks. The first one often arrives before the client knows this side's credentials.
@@ -99,6 +102,7 @@ impl ClientPeer {
             .clear_codecs()
             .enable_opus(true, false)
             .set_extension_map(extensions)
+            .set_rtcp_report_interval_audio(REPORT_INTERVAL)
             .build(now.into_std());
         let ufrag = rtc.direct_api().local_ice_credentials().ufrag;
         match Candidate::host(net.address, "udp") {

@@ -22,7 +22,8 @@ A line of the report has room, agent (its identity), event and at; times are Uni
   caller       a caller's microphone track is there: caller, attributes, name, metadata, room_metadata
   greeted      began, ended
   heard        the caller spoke: began, ended, seconds (of speech), over_agent (it began while the agent spoke)
-  replied      began, ended";
+  replied      began, ended
+  interrupted  began, ended (of a reply that the caller interrupted)";
 
 /// What an agent reports.
 #[derive(Debug, Serialize)]
@@ -49,6 +50,8 @@ pub(crate) enum ReportEvent {
         over_agent: bool,
     },
     Replied(SpeechInterval),
+    /// A reply that the caller interrupted.
+    Interrupted(SpeechInterval),
     Left,
 }
 

@@ -42,9 +42,6 @@ pub(crate) const DEFAULT_DEPARTURE_TIMEOUT: u32 = 20;
 const SIGNAL_GRACE: Duration = Duration::from_secs(20);
 /// Signal messages that may wait for a client; a client that falls further behind is dropped.
 const SIGNAL_QUEUE: usize = 256;
-/// The agent's transcription of its own speech, and of any speech of its caller.
-const AGENT_WORDS: &str = "Good day to you.";
-const CALLER_WORDS: &str = "hello there";
 /// Two seconds of a few participants' audio.
 const DATAGRAM_QUEUE: usize = 512;
 const MAX_PARTICIPANTS: usize = 64;
@@ -221,11 +218,17 @@ impl RoomActor {
             return;
         }
         let PeerId { participant, side } = datagram.peer;
+        let uplink_lost = self.faults.has(&InjectedFault::UplinkLost);
         if let Some(participant) = self
             .participants
             .iter_mut()
             .find(|p| p.number == participant)
         {
+            // An agent starts with a caller whose track is there: media gets lost only from then on.
+            let is_live = participant.tracks.iter().any(|track| track.live);
+            if uplink_lost && side == Side::Publisher && is_live && is_media(&datagram.data) {
+                return;
+            }
             participant.peer(side).on_datagram(datagram);
         }
     }
@@ -511,7 +514,7 @@ impl RoomActor {
             }
             AgentAction::State(state) => {
                 let attributes = &mut seat.info.attributes;
-                attributes.insert("lk.agent.state".to_owned(), state.to_owned());
+                attributes.insert("lk.agent.state".to_owned(), state.name().to_owned());
                 self.announce_of(at, |seat| &mut seat.info);
             }
             AgentAction::Send {
@@ -519,22 +522,30 @@ impl RoomActor {
                 frame,
                 first,
             } => self.send_agent_frame(at, sound, frame, first, now),
-            AgentAction::Heard(utterance) => self.on_heard(at, utterance, now),
-            AgentAction::Said { clip, began, ended } => {
+            AgentAction::Heard(utterance) => self.on_heard(at, utterance),
+            AgentAction::Said {
+                clip,
+                began,
+                ended,
+                interrupted,
+            } => {
                 let stretch = SpeechInterval::of(began, ended);
                 let event = match clip {
-                    Clip::Greeting => ReportEvent::Greeted(stretch),
+                    Clip::Greeting | Clip::GreetingRest => ReportEvent::Greeted(stretch),
+                    Clip::Reply if interrupted => ReportEvent::Interrupted(stretch),
                     Clip::Reply => ReportEvent::Replied(stretch),
                 };
-                let seat = &self.seats[at];
-                self.report(seat, &event);
+                self.report(&self.seats[at], &event);
+            }
+            AgentAction::TranscribeSelf(text) => {
                 let track = seat.voice.as_ref().map(|line| &*line.track_sid);
-                let stream = data_stream::transcript(&seat.info.identity, track, AGENT_WORDS);
+                let stream = data_stream::transcript(&seat.info.identity, track, &text);
                 self.send_stream(stream, now);
             }
-            AgentAction::Report(error) => {
-                let sender = seat.info.identity.clone();
-                self.send_stream(data_stream::error(&sender, &error), now);
+            AgentAction::TranscribeCaller(text) => self.send_caller_transcript(&text, now),
+            AgentAction::Session(event) => {
+                let stream = data_stream::session(&seat.info.identity, event.encode());
+                self.send_stream(stream, now);
             }
             // The room itself performs a deletion: no agent is left to act for.
             AgentAction::Leave | AgentAction::DeleteRoom => return true,
@@ -542,7 +553,7 @@ impl RoomActor {
         false
     }
 
-    fn on_heard(&mut self, at: usize, utterance: Utterance, now: Instant) {
+    fn on_heard(&self, at: usize, utterance: Utterance) {
         let seat = &self.seats[at];
         let heard = ReportEvent::Heard {
             stretch: SpeechInterval::of(utterance.began, utterance.ended),
@@ -557,6 +568,10 @@ impl RoomActor {
             duration: utterance.ended - utterance.began,
             over_agent: utterance.over_agent,
         });
+    }
+
+    /// The transcript is that of a caller's microphone track.
+    fn send_caller_transcript(&mut self, text: &str, now: Instant) {
         let stream = self.participants.iter().find_map(|participant| {
             let identity = &participant.info.identity;
             let mut tracks = participant.tracks.iter();
@@ -564,7 +579,7 @@ impl RoomActor {
             Some(data_stream::transcript(
                 identity,
                 Some(&track.info.sid),
-                CALLER_WORDS,
+                text,
             ))
         });
         if let Some(stream) = stream {
@@ -967,7 +982,7 @@ impl RoomActor {
             // Faults concern only the target's agent.
             let none = Faults::default();
             let faults = if is_target { &self.faults } else { &none };
-            let script = AgentScript::new(faults, self.shared.settings.max_replies);
+            let script = AgentScript::new(faults);
             let launch = |script: AgentScript| {
                 let job = Box::new(new_job(&info, &self.info));
                 let (shared, cancel) = (Arc::clone(&self.shared), cancel.clone());
@@ -1091,6 +1106,11 @@ async fn bring_agent(errand: AgentJob, shared: Arc<Registry>) {
         let script = Box::new(errand.script);
         room.send(RoomCommand::AgentJoin(errand.job, script)).await;
     }
+}
+
+/// Whether a datagram is RTP or RTCP, and not STUN or DTLS (RFC 7983, section 7).
+fn is_media(datagram: &[u8]) -> bool {
+    matches!(datagram.first(), Some(128..=191))
 }
 
 fn codec(mime: &str) -> proto::Codec {

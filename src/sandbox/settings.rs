@@ -15,8 +15,6 @@ pub struct SandboxSettings {
     pub api_secret: SecretString,
     /// The name under which the demo agent registers. With an empty name it is dispatched to every new room automatically.
     pub agent_name: String,
-    /// Utterances that the agent answers per room.
-    pub max_replies: u32,
     pub faults: Vec<FaultRule>,
     /// The file to which the agents' report is appended: see [`report::SYNTAX`](super::report::SYNTAX).
     pub report: Option<PathBuf>,
@@ -30,7 +28,6 @@ impl Default for SandboxSettings {
             api_key: "devkey".to_owned(),
             api_secret: SecretString::from("secret"),
             agent_name: "demo".to_owned(),
-            max_replies: 3,
             faults: Vec::new(),
             report: None,
         }

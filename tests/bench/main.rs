@@ -599,7 +599,7 @@ impl Program<'_> {
                     .set("batch.hold", "5m")
                     // The canary hears no speech in packets that can't be decoded.
                     .set("deadlines.speech", "5m")
-                    .set("echo.mode", "continuous");
+                    .set("caller.mode", "pass_through");
                 Ok(RunningProgram::Canary(settings.once()?))
             }
             Self::Peer(line) => {

@@ -324,7 +324,7 @@ agent_name = "support-agent"
 [targets.sales]
 dispatch.mode = "automatic"
 batch = { rooms = 7, stay = "one_by_one", hold = "1m" }
-echo.mode = "continuous"
+caller.mode = "pass_through"
 "#;
 
 fn with_two_targets(args: &[&str]) -> Finished {
@@ -369,18 +369,18 @@ fn check_counts_the_agents_that_a_ramp_starts_at_the_same_time() {
             "[projects.acme]\nurl = \"ws://a.example\"\napi_key = \"k\"\napi_secret = \"s\"\napi_timeout = \"10s\"\n\
              [targets.support]\nagent_name = \"a\"\n\
              deadlines = {{ signal = \"10s\", media = \"10s\", join = \"15s\", cleanup = \"10s\" }}\n\
-             batch = {{ rooms = 3, hold = \"40s\", {ramp} }}\n"
+             batch = {{ rooms = 3, hold = \"220s\", {ramp} }}\n"
         )
     };
     for (ramp, shown, minutes) in [
-        // Held for one minute, leaving and deletion included, and as long as the joins of the rooms after take.
-        ("ramp = \"after_join\"", "3 rooms, after_join", 1 + 2 + 3),
+        // Held for four minutes, leaving and deletion included, and as long as the joins of the rooms after take.
+        ("ramp = \"after_join\"", "3 rooms, after_join", 4 + 5 + 6),
         (
             "ramp = \"interval\", interval = \"1m\"",
             "3 rooms, one every 1m",
-            2 + 3 + 4,
+            5 + 6 + 7,
         ),
-        ("ramp = \"burst\"", "3 rooms, burst", 2 + 2 + 2),
+        ("ramp = \"burst\"", "3 rooms, burst", 5 + 5 + 5),
     ] {
         std::fs::write(folder.path().join("canary.toml"), settings(ramp)).unwrap();
         let run = canary(folder.path(), ["check", "--config", "canary.toml"], &[]);

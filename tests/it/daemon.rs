@@ -518,7 +518,7 @@ fn skipped_tick_is_counted_under_its_cause() -> anyhow::Result<()> {
         ("lifetime.startup_delay", "0s"),
         ("targets.demo.schedule.every", "1s"),
         ("targets.demo.batch.hold", "3s"),
-        ("projects.main.budget.agent_time_per_day", "1m"),
+        ("projects.main.budget.agent_time_per_day", "4m"),
     ];
     let fixture = Fixture::new(&[], &settings)?;
     let daemon = fixture.dir.start()?;
@@ -605,6 +605,7 @@ fn expect_backoff(fault: &str, limit: &str, retry_after: Option<f64>) -> anyhow:
         ("slo_eligible_total", &[("sli", "availability")], 0),
         ("slo_eligible_total", &[("sli", "join")], 0),
         ("slo_eligible_total", &[("sli", "first_speech")], 0),
+        ("slo_eligible_total", &[("sli", "reply")], 0),
         ("slo_eligible_total", &[("sli", "service")], 1),
         ("slo_good_total", &[("sli", "service")], 0),
     ] {

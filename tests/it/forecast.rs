@@ -75,11 +75,23 @@ fn three_rooms_every_quarter_of_an_hour_are_at_least_8640_minutes_in_30_days() {
 
 #[test]
 fn hold_is_billed_for_every_minute_that_begins() {
-    let output = check_support("batch = { rooms = 1, hold = \"61s\" }");
+    // Longer than a conversation can take, so the best case is the worst.
+    let output = check_support("batch = { rooms = 1, hold = \"301s\" }");
     assert!(
-        entry(&output, "per day").starts_with("96 batches, 192 agent minutes,"),
+        entry(&output, "per day").starts_with("96 batches, 576 agent minutes,"),
         "{output}"
     );
+}
+
+#[test]
+fn pauses_between_turns_are_billed_beyond_the_hold_if_every_turn_must_be_answered() {
+    let caller = "batch.rooms = 1\ncaller = { turns = 5, pause = \"1m\" }";
+    // Four pauses, and the silence before the first turn.
+    for (reply, least) in [("true", 5), ("false", 1)] {
+        let output = check_support(&format!("{caller}\nexpect.reply = {reply}"));
+        let expected = format!("96 batches, {} to ", 96 * least);
+        assert!(entry(&output, "per day").starts_with(&expected), "{output}");
+    }
 }
 
 #[test]
@@ -158,7 +170,7 @@ fn budget_below_the_worst_case_of_the_schedule_gives_its_own_warning() {
     let worst = 96 * worst_case(&output);
     assert_only_warning(
         &output,
-        &[&format!("need up to {worst} if agents join late")],
+        &[&format!("need up to {worst} if agents join or reply late")],
     );
     assert_eq!(warnings(&with_minutes(worst)), [] as [&str; 0]);
 }
@@ -205,18 +217,16 @@ fn batch_that_can_outlast_its_interval_gives_a_warning() {
 
 #[test]
 fn duration_of_a_batch_depends_on_its_ramp_and_its_stay() {
-    // A join may take 65 s, and a room is held for 50 s, then cleaned up for 20 s.
+    // A join may take 65 s. A room is held for 240 s, in which a conversation ends, and then cleaned up for 20 s.
     let deadlines =
         "deadlines = { signal = \"10s\", media = \"10s\", join = \"20s\", cleanup = \"10s\" }";
     for (ramp, takes) in [
-        ("ramp = \"burst\"", "2m 15s"),
-        ("ramp = \"interval\", interval = \"1m\"", "4m 15s"),
-        ("ramp = \"after_join\"", "4m 25s"),
-        ("stay = \"one_by_one\"", "6m 45s"),
+        ("ramp = \"burst\"", "5m 25s"),
+        ("ramp = \"interval\", interval = \"1m\"", "7m 25s"),
+        ("ramp = \"after_join\"", "7m 35s"),
+        ("stay = \"one_by_one\"", "16m 15s"),
     ] {
-        let output = check_support(&format!(
-            "{deadlines}\nbatch = {{ hold = \"50s\", {ramp} }}"
-        ));
+        let output = check_support(&format!("{deadlines}\nbatch = {{ hold = \"4m\", {ramp} }}"));
         let expected = format!("and {takes} per batch");
         assert!(
             entry(&output, "worst case").ends_with(&expected),
@@ -251,6 +261,15 @@ fn objective_that_a_single_failed_room_misses_gives_a_warning() {
     ];
     assert_only_warning(&output, &parts);
     let output = check_support("objectives = { availability = 0.9998, service = 0.9998 }");
+    assert_eq!(warnings(&output), [] as [&str; 0]);
+}
+
+#[test]
+fn objective_of_the_reply_gives_a_warning_only_if_a_reply_is_expected() {
+    let objective = "objectives.reply = 0.9999";
+    let output = check_support(objective);
+    assert_only_warning(&output, &["one failed room", "(objectives: reply)"]);
+    let output = check_support(&format!("{objective}\nexpect.reply = false"));
     assert_eq!(warnings(&output), [] as [&str; 0]);
 }
 

@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{canary, in_parallel};
 
-/// Short deadlines, because a failure on loopback is not temporary. A call ends once the agent has spoken.
+/// Short deadlines, because a failure on loopback is not temporary. A call ends once the agent has spoken: most tests need
+/// no conversation.
 const CONFIG: &str = r#"
 [projects.sandbox]
 api_timeout = "2s"
@@ -32,8 +33,10 @@ track = "2s"
 speech = "4s"
 reply = "5s"
 cleanup = "3s"
-[targets.demo.echo]
-delay = "500ms"
+[targets.demo.caller]
+silence = "500ms"
+[targets.demo.expect]
+reply = false
 "#;
 
 /// With this variable, a call ends once the agent has replied to the echo of its greeting.
@@ -80,7 +83,7 @@ impl SandboxThread {
     }
 
     fn once_with(&self, flags: &[&str], variables: &[(&str, &str)]) -> (Option<i32>, Vec<Value>) {
-        let (code, report) = once(&self.url, flags, variables);
+        let (code, report) = once(&self.url, CONFIG, flags, variables);
         (code, report["probes"].as_array().unwrap().clone())
     }
 
@@ -109,10 +112,15 @@ impl SandboxThread {
     }
 }
 
-/// Runs `once` with the server at `url`. Returns the exit status and the report.
-fn once(url: &str, flags: &[&str], variables: &[(&str, &str)]) -> (Option<i32>, Value) {
+/// Runs `once` with the server at `url` and these settings. Returns the exit status and the report.
+fn once(
+    url: &str,
+    config: &str,
+    flags: &[&str],
+    variables: &[(&str, &str)],
+) -> (Option<i32>, Value) {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("canary.toml"), CONFIG).unwrap();
+    std::fs::write(folder.path().join("canary.toml"), config).unwrap();
     let mut args = vec!["once", "--config", "canary.toml", "--format", "json"];
     args.extend(flags);
     let credentials = [
@@ -197,7 +205,7 @@ fn report_lists_what_the_agent_did_heard_and_said() {
         "caller",
         "greeted",
         "heard",
-        // It leaves during its reply.
+        "replied",
         "left",
     ];
     assert_eq!(names, expected, "{report}");
@@ -293,7 +301,7 @@ fn agent_that_joins_before_the_canary_has_an_upper_bound_as_join_delay() {
     let (code, report) = thread::scope(|scope| {
         let flags = ["--agent-name", "demo", "--rooms", "1", "--dispatch", "room"];
         let url = format!("ws://{}", gate.address);
-        let running = scope.spawn(move || once(&url, &flags, &[]));
+        let running = scope.spawn(move || once(&url, CONFIG, &flags, &[]));
         sandbox.wait_for_agent();
         gate.open();
         running.join().unwrap()
@@ -362,6 +370,17 @@ fn started_at(probe: &Value) -> DateTime<Utc> {
 const FAULTS_AFTER_SPEECH: &[(&str, &str)] = &[
     ("no_reply", "agent_no_reply"),
     ("slow_reply=20s", "agent_no_reply"),
+    ("deaf", "agent_no_reply"),
+    ("dead_llm", "agent_no_reply"),
+    ("slow_stage=transcription:20s", "agent_no_reply"),
+    ("waits_for_caller", "agent_silent"),
+    ("uplink_lost", "media_failed"),
+    ("two_part_greeting=300ms", "ok"),
+    ("silent_session", "ok"),
+    ("tool_error=lookup", "ok"),
+    ("wrong_words", "ok"),
+    ("hears=hello", "ok"),
+    ("long_reply=4s", "ok"),
     ("background", "ok"),
     ("avatar", "ok"),
     ("restarts_track", "ok"),
@@ -470,6 +489,99 @@ fn differs(faults: &str, expected: &str, reply: bool) -> Option<String> {
         .iter()
         .any(|note| note.as_str().unwrap().contains("was not deleted"));
     (stays != fails || (stays && !told)).then(|| format!("{faults}: left {stays}: {probe:#}"))
+}
+
+/// A call of which the conversation is judged.
+struct Conversation {
+    faults: &'static [&'static str],
+    /// TOML of the caller and of what is expected.
+    settings: &'static str,
+    verdict: &'static str,
+    /// A part of the detail.
+    detail: &'static str,
+}
+
+const INTERRUPTION: &str = "[targets.talk.caller]
+silence = '500ms'
+interrupt = true
+[targets.talk.expect]
+yield_within = '2s'";
+
+const QUESTION_WITH_TOOL: &str = "[targets.talk.caller]
+silence = '500ms'
+mode = 'script'
+speaks_first = true
+[[targets.talk.caller.lines]]
+audio = 'builtin:hello'
+expect.words = ['good']
+expect.tool = 'lookup'";
+
+const UNDERSTANDING: &str = "[targets.talk.caller]
+silence = '500ms'
+[targets.talk.expect]
+word_error_below = 0.3";
+
+const THREE_TURNS: &str = "[targets.talk.caller]
+silence = '500ms'
+turns = 3";
+
+#[rustfmt::skip]
+const CONVERSATIONS: &[Conversation] = &[
+    Conversation { faults: &[], settings: THREE_TURNS, verdict: "ok", detail: "" },
+    Conversation { faults: &["deaf_after=2"], settings: THREE_TURNS, verdict: "agent_no_reply", detail: "in turn 3 of 3" },
+    Conversation { faults: &["long_reply"], settings: INTERRUPTION, verdict: "ok", detail: "" },
+    Conversation { faults: &["long_reply", "never_yields"], settings: INTERRUPTION, verdict: "agent_not_yielding", detail: "" },
+    Conversation { faults: &["waits_for_caller", "tool=lookup"], settings: QUESTION_WITH_TOOL, verdict: "ok", detail: "" },
+    Conversation { faults: &["waits_for_caller"], settings: QUESTION_WITH_TOOL, verdict: "agent_wrong_reply", detail: "lookup" },
+    Conversation { faults: &["waits_for_caller", "tool_error=lookup"], settings: QUESTION_WITH_TOOL, verdict: "agent_wrong_reply", detail: "lookup" },
+    Conversation { faults: &["waits_for_caller", "tool=lookup", "wrong_words"], settings: QUESTION_WITH_TOOL, verdict: "agent_wrong_reply", detail: "good" },
+    Conversation { faults: &["word_errors=1"], settings: UNDERSTANDING, verdict: "ok", detail: "" },
+    Conversation { faults: &["word_errors=2"], settings: UNDERSTANDING, verdict: "agent_wrong_reply", detail: "50 %" },
+];
+
+#[test]
+fn every_fault_of_a_conversation_has_its_reason() {
+    let results = in_parallel(CONVERSATIONS, |call| {
+        let sandbox = SandboxThread::new("demo", call.faults);
+        let probe = converse(&sandbox, call.settings);
+        let detail = probe["detail"].as_str().unwrap_or_default();
+        let right = verdict(&probe) == call.verdict && detail.contains(call.detail);
+        (!right).then(|| format!("{:?}: {}: {detail}", call.faults, verdict(&probe)))
+    });
+    let wrong: Vec<_> = results.into_iter().flatten().collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Runs one room of target `talk`, whose replies are judged.
+fn converse(sandbox: &SandboxThread, settings: &str) -> Value {
+    let target = "[targets.talk]\ntranscript = true\nlate_agent_window = '1s'\n[targets.talk.batch]\nhold = '100ms'\n\
+                  [targets.talk.deadlines]\nreply = '5s'\n";
+    let config = format!("[projects.sandbox]\n{target}{settings}\n");
+    let flags = ["--agent-name", "demo", "--rooms", "1"];
+    let (_, report) = once(&sandbox.url, &config, &flags, &[]);
+    report["probes"][0].clone()
+}
+
+/// A fault that delays each reply by a second, and where the delay must show: a key of the turn, or of its stages.
+const SLOW: &[(&str, &str)] = &[
+    ("slow_stage=transcription:1s", "transcription"),
+    ("slow_stage=end_of_turn:1s", "end_of_turn"),
+    ("slow_stage=llm:1s", "llm"),
+    ("slow_stage=tts:1s", "tts"),
+    ("slow_network=1s", "unexplained_seconds"),
+];
+
+#[test]
+fn delay_shows_where_it_arose() {
+    in_parallel(SLOW, |(fault, key)| {
+        let sandbox = SandboxThread::new("demo", &[fault]);
+        let probe = converse(&sandbox, "");
+        let turn = &probe["turns"][0];
+        let seconds = turn["stages"][key].as_f64().or(turn[key].as_f64());
+        assert!(seconds > Some(0.9), "{fault}: {turn:#}");
+        let delay = turn["reply_delay_seconds"].as_f64();
+        assert!(delay > Some(1.9), "{fault}: {turn:#}");
+    });
 }
 
 #[test]

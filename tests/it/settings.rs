@@ -8,8 +8,8 @@ use std::time::Duration;
 use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
-    Alerts, Backoff, Budget, Config, DaemonSettings, DispatchMode, HistorySettings, Project,
-    RampMode, RawConfig, RoomSettings, Schedule, Target,
+    Alerts, Backoff, Budget, CallerMode, Config, DaemonSettings, DispatchMode, HistorySettings,
+    Project, RampMode, RawConfig, RoomSettings, Schedule, Target,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -195,6 +195,13 @@ fn secret_under_a_wrong_key_is_not_printed() {
         "schedule.cron",
         "objectives.availability",
         "objectives.join_within",
+        "objectives.reply",
+        "caller",
+        "caller.mode",
+        "caller.turns",
+        "caller.lines",
+        "expect.yield_within",
+        "expect.word_error_below",
     ] {
         error_of(&target_with(&format!("{key} = \"{SECRET}\"")));
     }
@@ -221,21 +228,21 @@ fn invalid_names_are_reported() {
 #[test]
 fn numbers_out_of_range_are_reported() {
     assert_snapshot!(error_of(&target_with(
-        "batch.rooms = 0\necho.max_turns = 0\nspeech.threshold_dbfs = 3\nspeech.min_frames = \"many\""
+        "batch.rooms = 0\ncaller.turns = 0\nspeech.threshold_dbfs = 3\nspeech.min_frames = \"many\""
     )));
 }
 
 #[test]
 fn durations_out_of_range_or_without_unit_are_reported() {
     assert_snapshot!(error_of(&target_with(
-        "deadlines.join = \"0s\"\ndeadlines.speech = 20\necho.delay = \"10 parsecs\"\nbatch.hold = \"3 days\""
+        "deadlines.join = \"0s\"\ndeadlines.speech = 20\ncaller.silence = \"10 parsecs\"\nbatch.hold = \"3 days\""
     )));
 }
 
 #[test]
 fn unknown_choices_are_reported() {
     assert_snapshot!(error_of(&target_with(
-        "dispatch.mode = \"auto\"\necho.mode = \"turns\"\nbatch.stay = \"for_ever\"\nexpect.agent_may_leave = \"whenever\"\nexpect.reply = \"perhaps\""
+        "dispatch.mode = \"auto\"\ncaller.mode = \"turns\"\nbatch.stay = \"for_ever\"\nexpect.agent_may_leave = \"whenever\"\nexpect.reply = \"perhaps\""
     )));
 }
 
@@ -377,7 +384,7 @@ fn thresholds_out_of_range_are_reported() {
 #[test]
 fn threshold_above_its_deadlines_is_reported() {
     assert_snapshot!(error_of(&target_with(
-        "objectives = { join_within = \"31s\", first_speech_within = \"51s\" }"
+        "objectives = { join_within = \"31s\", first_speech_within = \"51s\", reply_within = \"21s\" }"
     )));
 }
 
@@ -458,7 +465,7 @@ fn lifetime_out_of_range_is_reported() {
 #[test]
 fn unknown_keys_of_the_daemon_are_reported() {
     assert_snapshot!(error_of(&target_with(
-        "schedule.evry = \"5m\"\nobjectives.reply = 0.9\n\
+        "schedule.evry = \"5m\"\nobjectives.replies = 0.9\n\
          [http]\nport = 9787\n[history]\nmax_mb = 8\n[lifetime]\ngrace = \"5s\"\n\
          [projects.acme.budget]\nagent_time = \"5h\"\n[projects.acme.backoff]\nmax = \"1h\""
     )));
@@ -561,6 +568,211 @@ fn room_participant_and_deployment_are_read() {
     let participant = (&*target.participant.name, &*target.participant.metadata);
     assert_eq!(participant, ("Ada", "vip"));
     assert_eq!(target.dispatch.deployment, "staging");
+}
+
+/// A WAV file with a tone of `millis` at `rate`.
+fn wav(path: &Path, rate: u32, millis: u32) {
+    let spec = hound::WavSpec {
+        channels: 1,
+        sample_rate: rate,
+        bits_per_sample: 16,
+        sample_format: hound::SampleFormat::Int,
+    };
+    let mut writer = hound::WavWriter::create(path, spec).unwrap();
+    for index in 0..rate * millis / 1_000 {
+        let loud = (index * 800 / rate).is_multiple_of(2);
+        writer
+            .write_sample(if loud { 8_000 } else { -8_000_i16 })
+            .unwrap();
+    }
+    writer.finalize().unwrap();
+}
+
+#[test]
+fn script_is_read_with_its_files_and_expectations() {
+    let folder = folder_with(&target_with(
+        r#"caller.mode = "script"
+caller.pause = "1m"
+caller.speaks_first = true
+caller.interrupt = true
+expect = { yield_within = "2s", word_error_below = 0.3 }
+[[targets.support.caller.lines]]
+audio = "builtin:hello"
+text = "Hello, can you tell me what you can do for me?"
+[[targets.support.caller.lines]]
+audio = "order.wav"
+text = "Where is my order?"
+expect = { words = ["order|delivery", "tomorrow"], tool = "lookup_order" }"#,
+    ));
+    wav(&folder.path().join("order.wav"), 16_000, 700);
+    let config = read_file(&folder.path().join("canary.toml"), &CREDENTIALS);
+    let support = &config.targets["support"];
+    let caller = &support.caller;
+    assert_eq!(caller.mode, CallerMode::Script);
+    assert_eq!((caller.turns, caller.pause), (2, Duration::from_mins(1)));
+    assert!(caller.speaks_first && caller.interrupt);
+    let [hello, order] = &caller.lines[..] else {
+        panic!("{caller:?}")
+    };
+    assert!(hello.audio.duration() > Duration::from_secs(2));
+    assert_eq!(hello.name, "builtin:hello");
+    assert!(hello.expected_words.is_empty() && hello.expected_tool.is_none());
+    assert_eq!(order.audio.duration(), Duration::from_millis(700));
+    assert_eq!(order.text.as_deref(), Some("Where is my order?"));
+    assert_eq!(
+        order.expected_words,
+        [vec!["order", "delivery"], vec!["tomorrow"]]
+    );
+    assert_eq!(order.expected_tool.as_deref(), Some("lookup_order"));
+    let expect = &support.expect;
+    assert!(expect.reply);
+    assert_eq!(expect.yield_within, Some(Duration::from_secs(2)));
+    assert_eq!(expect.word_error_below, Some(0.3));
+}
+
+#[test]
+fn number_of_turns_may_differ_from_the_number_of_lines() {
+    let line = "[[targets.support.caller.lines]]\naudio = \"builtin:hello\"\n";
+    for (turns, expected) in [
+        ("", 3),
+        ("caller.turns = 2\n", 2),
+        ("caller.turns = 7\n", 7),
+    ] {
+        let settings = format!("caller.mode = \"script\"\n{turns}{}", line.repeat(3));
+        let config = read(&target_with(&settings), &CREDENTIALS);
+        assert_eq!(config.targets["support"].caller.turns, expected);
+    }
+}
+
+#[test]
+fn pass_through_expects_no_reply_unless_it_is_set() {
+    let expect = |settings: &str| {
+        read(&target_with(settings), &CREDENTIALS).targets["support"]
+            .expect
+            .reply
+    };
+    assert!(expect(""));
+    assert!(!expect("caller.mode = \"pass_through\""));
+    assert!(!expect(
+        "caller.mode = \"pass_through\"\nexpect.reply = false"
+    ));
+    assert_snapshot!(error_of(&target_with(
+        "caller.mode = \"pass_through\"\nexpect.reply = true"
+    )));
+}
+
+#[test]
+fn script_without_lines_and_lines_without_script_are_reported() {
+    assert_snapshot!(error_of(&target_with("caller.mode = \"script\"")));
+    let empty = error_of(&target_with("caller = { mode = \"script\", lines = [] }"));
+    assert!(
+        empty.contains("a script needs at least one line"),
+        "{empty}"
+    );
+    assert_snapshot!(error_of(&target_with(
+        "[[targets.support.caller.lines]]\naudio = \"builtin:hello\""
+    )));
+}
+
+#[test]
+fn mode_in_the_environment_replaces_the_script_of_the_file() {
+    let mut variables = CREDENTIALS.to_vec();
+    variables.push(("LIVEKIT_CANARY__targets__support__caller__mode", "echo"));
+    let script = "caller.mode = \"script\"\n\
+                  [[targets.support.caller.lines]]\naudio = \"builtin:hello\"\n\
+                  [[targets.support.caller.lines]]\naudio = \"builtin:hello\"";
+    let config = read(&target_with(script), &variables);
+    let caller = &config.targets["support"].caller;
+    assert_eq!((caller.turns, caller.lines.len()), (1, 0));
+}
+
+#[test]
+fn settings_of_the_caller_that_contradict_its_mode_are_reported() {
+    assert_snapshot!(error_of(&target_with(
+        "caller = { mode = \"pass_through\", speaks_first = true, interrupt = true }\nexpect.word_error_below = 0.5"
+    )));
+    assert_snapshot!(error_of(&target_with(
+        "caller.speaks_first = true\nexpect = { yield_within = \"1s\", word_error_below = 0 }"
+    )));
+}
+
+#[test]
+fn expectations_that_contradict_each_other_are_reported() {
+    let script = "caller.mode = \"script\"\nexpect = { reply = false, word_error_below = 0.2 }\n\
+                  [[targets.support.caller.lines]]\naudio = \"builtin:hello\"\nexpect.words = [\"help\"]";
+    assert_snapshot!(error_of(&target_with(script)));
+}
+
+#[test]
+fn mistakes_in_the_lines_of_a_script_are_reported() {
+    assert_snapshot!(error_of(&target_with(
+        r#"caller.mode = "script"
+[[targets.support.caller.lines]]
+text = "?!"
+expect.words = ["help|", 3, ["a"]]
+expect.tool = " "
+[[targets.support.caller.lines]]
+audio = "builtin:goodbye"
+expect.words = "help"
+expect.word = ["help"]
+[[targets.support.caller.lines]]
+audio = ["a.wav"]
+expect = "help"
+"#
+    )));
+    assert_snapshot!(error_of(&target_with(
+        "caller = { mode = \"script\", lines = \"a.wav\" }"
+    )));
+    assert_snapshot!(error_of(&target_with(
+        "caller = { mode = \"script\", lines = [\"a.wav\"] }"
+    )));
+    let many = "[[targets.support.caller.lines]]\naudio = \"builtin:hello\"\n".repeat(21);
+    assert_snapshot!(error_of(&target_with(&format!(
+        "caller.mode = \"script\"\n{many}"
+    ))));
+}
+
+#[test]
+fn audio_files_that_cannot_be_used_are_reported_with_the_reason() {
+    let files = [
+        "missing.wav",
+        "",
+        "canary.toml",
+        "cd.wav",
+        "short.wav",
+        "/dev/zero",
+    ];
+    let lines: Vec<String> = files
+        .iter()
+        .map(|file| format!("[[targets.support.caller.lines]]\naudio = \"{file}\""))
+        .collect();
+    let folder = folder_with(&target_with(&format!(
+        "caller.mode = \"script\"\n{}",
+        lines.join("\n")
+    )));
+    wav(&folder.path().join("cd.wav"), 44_100, 500);
+    wav(&folder.path().join("short.wav"), 8_000, 50);
+    let run = canary(
+        folder.path(),
+        ["check", "--config", "canary.toml"],
+        &CREDENTIALS,
+    );
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    assert_snapshot!(run.stderr);
+    // Commands that never connect play nothing.
+    let rules = canary(folder.path(), ["rules", "--config", "canary.toml"], &[]);
+    assert!(!rules.stderr.contains("missing.wav"), "{}", rules.output());
+}
+
+#[test]
+fn objective_for_replies_is_read() {
+    let config = read(
+        &target_with("objectives = { reply = 0.9, reply_within = \"3s\" }"),
+        &CREDENTIALS,
+    );
+    let objectives = &config.targets["support"].objectives;
+    assert!((objectives.reply - 0.9).abs() < 1e-9);
+    assert_eq!(objectives.reply_within, Duration::from_secs(3));
 }
 
 #[test]
@@ -861,8 +1073,44 @@ fn sample_file_shows_every_key() {
             let shown = own.lines().any(|line| {
                 line.trim_start_matches('#')
                     .starts_with(&format!("{key} ="))
-            }) || tables.contains(&format!("{table}.{key}").as_str());
+            }) || tables.contains(&format!("{table}.{key}").as_str())
+                || sample.contains(&format!("#[[{table}.{key}]]\n"));
             assert!(shown, "{table}.{key} is not in the sample");
+        }
+    }
+}
+
+/// The sample has no line of a script, because the default mode needs none. Its example shows every key of one.
+#[test]
+fn sample_of_a_scripted_line_shows_every_key() {
+    let sample = std::fs::read_to_string(sample()).unwrap();
+    let (_, example) = sample
+        .split_once("#[[targets.support.caller.lines]]\n")
+        .unwrap();
+    let (example, _) = example.split_once("\n[").unwrap();
+    let keys = example.lines().filter_map(|line| line.strip_prefix('#'));
+    let keys = keys.filter(|line| !line.starts_with(' '));
+    let line = keys.collect::<Vec<_>>().join("\n");
+    let script = |line: &str| {
+        target_with(&format!(
+            "caller.mode = \"script\"\n[[targets.support.caller.lines]]\n{line}"
+        ))
+    };
+    let config = read(&script(&line), &CREDENTIALS);
+    let caller = &config.targets["support"].caller;
+    assert_eq!(caller.lines[0].expected_words[1], ["order", "delivery"]);
+    assert_eq!(
+        caller.lines[0].expected_tool.as_deref(),
+        Some("lookup_order")
+    );
+    for table in ["", "expect."] {
+        let error = error_of(&script(&format!(
+            "audio = \"builtin:hello\"\n{table}qqqqqq = 1"
+        )));
+        let (_, known) = error.split_once("known keys: ").unwrap();
+        for key in known.lines().next().unwrap().split(", ") {
+            let shown = line.contains(&format!("{key} =")) || line.contains(&format!(".{key}]"));
+            assert!(shown, "{table}{key}");
         }
     }
 }

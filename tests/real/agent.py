@@ -133,7 +133,10 @@ class Job:
         session.on("agent_state_changed", self.state_changed)
         options = {"room_options": room_options} if room_options else {}
         agent = Agent(instructions="")
-        await session.start(agent=agent, room=self.ctx.room, record=False, **options)
+        # Without models the session can't notice its caller, and what it reported would contradict its replies.
+        await session.start(
+            agent=agent, room=self.ctx.room, record=False, session_host=bool(models), **options
+        )
         return session
 
     def state_changed(self, event: AgentStateChangedEvent) -> None:

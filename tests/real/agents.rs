@@ -88,7 +88,7 @@ pub(crate) fn agent_that_leaves_before_its_reply_is_agent_left_early(
     let batch = expect(fixture, &finished, 1, &["agent_left_early"])?;
     expect_gone(stack, &batch)?;
     let probe = batch.only_probe()?;
-    let says_so = probe.detail().contains("before it answered the echo");
+    let says_so = probe.detail().contains("before it answered the caller");
     ensure!(says_so, "{probe:?}");
     Ok(probe.detail().to_owned())
 }
@@ -97,7 +97,7 @@ pub(crate) fn agent_that_leaves_after_its_reply_is_ok(fixture: &Fixture) -> anyh
     let (stack, settings) = fixture.call(&Behaviour::replies_and_leaves())?;
     let finished = settings
         .set("expect.agent_may_leave", "after_reply")
-        .set("expect.reply", true)
+        .expects_reply()
         .set("batch.hold", "20s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
@@ -276,7 +276,7 @@ pub(crate) fn agent_without_a_track_source_is_heard(fixture: &Fixture) -> anyhow
 
 pub(crate) fn agent_with_video_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::has_video())?;
-    let finished = settings.set("expect.reply", true).set("batch.hold", "8s");
+    let finished = settings.expects_reply().set("batch.hold", "8s");
     let batch = expect_ok(fixture, stack, &finished.run()?, 1)?;
     let probe = batch.only_probe()?;
     let mut tracks = probe.evidence.tracks.iter();
@@ -325,7 +325,7 @@ pub(crate) fn agent_that_restarts_its_track_is_still_heard(
 ) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::restarts_its_track())?;
     let finished = settings
-        .set("echo.max_turns", 2)
+        .set("caller.turns", 2)
         .set("batch.hold", "16s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;

@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 mod agents;
+mod conversation;
 mod daemon;
 mod fixture;
 mod matrix;
@@ -31,13 +32,14 @@ mod reports;
 mod scenarios;
 mod timeline;
 
+use conversation::CONVERSATIONS;
 use fixture::Fixture;
 use matrix::{FAULTS, Fault};
 use scenarios::{SCENARIOS, Scenario};
 use timeline::Timeline;
 
 /// The number of scenarios and faults that start a stack behind a veth pair.
-const STACKS_BEHIND_VETH: usize = 8;
+const STACKS_BEHIND_VETH: usize = 10;
 
 /// The variable with the number of runs. After several runs, the figures of all runs are printed.
 const REPEAT: &str = "REPEAT";
@@ -71,7 +73,7 @@ impl Test {
 
 impl Case {
     fn all() -> Vec<Self> {
-        let scenarios = SCENARIOS.iter().map(Test::Scenario);
+        let scenarios = SCENARIOS.iter().chain(CONVERSATIONS).map(Test::Scenario);
         let tests = scenarios.chain(FAULTS.iter().map(Test::Fault));
         let cases = tests.flat_map(|test| StackKind::ALL.map(|stack| Self::new(test, stack)));
         cases.flatten().collect()
@@ -93,6 +95,9 @@ impl Case {
     fn name(&self) -> String {
         let (stack, name) = (self.stack.label(), self.test.name());
         match self.test {
+            Test::Scenario(scenario) if conversation::contains(scenario) => {
+                format!("{stack}::conversation::{name}")
+            }
             Test::Scenario(_) => format!("{stack}::{name}"),
             Test::Fault(_) => format!("matrix::{stack}::{name}"),
         }
@@ -276,8 +281,8 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 fn max_threads(stack: StackKind) -> usize {
     match stack {
         StackKind::Sandbox | StackKind::Mock => 16,
-        // Each job of an agent is a Python process.
-        StackKind::Real => 4,
+        // Each job of an agent is a Python process. Four cases leave half of two cores idle.
+        StackKind::Real => 6,
     }
 }
 
@@ -287,7 +292,7 @@ fn shared_stack() -> anyhow::Result<Stack> {
         load: 1.0,
         ..Agent::named("")
     };
-    Stack::real(&[Agent::named(AGENT), busy])
+    Stack::real(&[Agent::named(AGENT), busy, Agent::conversation()])
 }
 
 fn trial(index: usize, case: &Case, shared: Option<&Stack>, rows: &Rows) -> Result<(), Failed> {

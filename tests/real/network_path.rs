@@ -33,7 +33,7 @@ fn expect_call(fixture: &Fixture, stack: &Stack, finished: &Finished) -> anyhow:
 }
 
 /// Starts a relay in front of the stack. The agents of the stack don't use it. A later relay replaces it.
-fn start_relay(stack: &Stack, path: Path) -> anyhow::Result<Relay> {
+pub(crate) fn start_relay(stack: &Stack, path: Path) -> anyhow::Result<Relay> {
     let address = |port| SocketAddr::from((stack.host, port));
     let server = Server {
         api: address(stack.port),

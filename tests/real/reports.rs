@@ -24,7 +24,7 @@ fn call_failing(
 fn converse(fixture: &Fixture, transcript: bool) -> anyhow::Result<(Batch, Finished)> {
     let (_, settings) = fixture.call(&Behaviour::converses())?;
     let finished = settings
-        .set("expect.reply", true)
+        .expects_reply()
         .set("transcript", transcript)
         .set("batch.hold", "14s")
         .run()?;

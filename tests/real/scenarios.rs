@@ -74,7 +74,7 @@ pub(crate) struct Scenario {
     /// would change.
     pub load: u32,
     /// Runs the scenario with its checks, and returns a summary.
-    run: Run,
+    pub run: Run,
 }
 
 pub(crate) type Run = fn(&Fixture) -> anyhow::Result<String>;
@@ -103,10 +103,10 @@ const NO_PERMISSIONS: &str = "it can't revoke a permission";
 const NO_SETTINGS: &str = "it always creates a room for a token";
 const NO_RESTART: &str = "it ends at once, and listens on another port after a restart";
 
+/// A table of scenarios. The longest come first, so that no long one runs alone at the end.
 macro_rules! scenarios {
-    ($($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
-        /// The longest first, so that no long one runs alone at the end.
-        pub(crate) const SCENARIOS: &[Scenario] = &[
+    ($table:ident: $($name:ident: $expected:literal $(, real only: $why:ident)? $(, load: $load:literal)?;)*) => {
+        pub(crate) const $table: &[Scenario] = &[
             $(Scenario {
                 name: stringify!($name),
                 expected: $expected,
@@ -122,7 +122,9 @@ macro_rules! scenarios {
     (@load $load:literal) => { $load };
 }
 
-scenarios! {
+pub(crate) use scenarios;
+
+scenarios! { SCENARIOS:
     room_that_an_agent_re_creates_after_a_server_crash_is_deleted: "3 signal_lost; 75 s later no room", real only: NO_RESTART, load: 3;
     frozen_daemon_blames_itself_and_goes_on: "internal, nothing counts; then ok";
     outage_fails_only_the_batches_within_it: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;
@@ -231,6 +233,7 @@ fn five_rooms_open_in_order_and_the_agent_hears_every_echo(
     let stack = fixture.stack(&Behaviour::greets())?;
     let finished = Canary::once()
         .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", stack.hold])
+        .args(&["--expect-reply=false"])
         .on(stack)
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 5)?;
@@ -298,10 +301,7 @@ fn pypi_client_hears_the_agent_and_is_heard(fixture: &Fixture) -> anyhow::Result
 
 fn agent_that_replies_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::replies())?;
-    let finished = settings
-        .set("expect.reply", true)
-        .set("batch.hold", "12s")
-        .run()?;
+    let finished = settings.expects_reply().set("batch.hold", "12s").run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
     Ok(format!(
         "ok, reply after {}",
@@ -312,8 +312,8 @@ fn agent_that_replies_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<Str
 fn continuous_echo_is_heard(fixture: &Fixture) -> anyhow::Result<String> {
     let (stack, settings) = fixture.call(&Behaviour::greets())?;
     let finished = settings
-        .set("echo.mode", "continuous")
-        .set("echo.delay", "3s")
+        .set("caller.mode", "pass_through")
+        .set("caller.silence", "3s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 1)?;
     let after = expect_heard(stack, &batch.probes[0])?;
@@ -326,6 +326,8 @@ fn one_by_one_holds_each_room_from_its_own_join(fixture: &Fixture) -> anyhow::Re
         .set("batch.rooms", 3)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "6s")
+        // A turn would have to be finished.
+        .set("caller.silence", "20s")
         .run()?;
     let batch = expect_ok(fixture, stack, &finished, 3)?;
     let open =
@@ -841,6 +843,7 @@ fn panic_in_one_probe_does_not_affect_the_others(fixture: &Fixture) -> anyhow::R
     let stack = fixture.stack(&Behaviour::greets())?;
     let finished = Canary::once()
         .args(&["--agent-name", AGENT, "--rooms", "5", "--hold", stack.hold])
+        .args(&["--expect-reply=false"])
         .on(stack)
         .envs(&[("LIVEKIT_CANARY_FAULT", "panic:2")])
         .run()?;
@@ -943,7 +946,7 @@ colour = "blue"
 [targets.support.batch]
 rooms = 0
 hold = "soon"
-[targets.support.echo]
+[targets.support.caller]
 mode = "loud"
 "#;
     let finished = Canary::once().config(config)?.run()?;

@@ -18,6 +18,7 @@ flock 9
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
 source ../packages.sh
+need espeak-ng espeak-ng
 need haproxy haproxy
 need ip iproute2
 need iptables iptables

@@ -8,7 +8,7 @@ use support::report::Probe;
 /// With explicit dispatch, `DispatchSent` is after the canary's own milestones and before the agent's. That order is checked.
 const FREE: &[(&str, &[&str])] = &[
     // The signal connection acknowledges the track, independently of ICE and DTLS.
-    ("EchoPublished", &["MediaConnected"]),
+    ("CallerPublished", &["MediaConnected"]),
     // An agent can join before the response to its dispatch arrives.
     (
         "DispatchAccepted",
@@ -39,7 +39,7 @@ const FREE: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "EchoPublished",
+        "CallerPublished",
         &[
             "AgentJoined",
             "AgentListening",

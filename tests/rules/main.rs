@@ -263,6 +263,75 @@ fn silent_agents_page_for_everything_except_the_join() {
 }
 
 #[test]
+fn deaf_agents_page_for_the_reply_until_they_reply() {
+    let events = [LONG_START, (3, DeafAgents), (4, Good)];
+    expect_alerts(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 137, Some(174)),
+            ("AgentFailing page sli=reply", 137, Some(174)),
+            ("ErrorBudgetBurnsSlowly ticket sli=availability", 152, None),
+            ("ErrorBudgetBurnsSlowly ticket sli=reply", 152, None),
+        ],
+    )]);
+}
+
+#[test]
+fn slow_replies_page_only_for_the_reply() {
+    let events = [LONG_START, (3, SlowReplies), (4, Good)];
+    expect_alerts(&[
+        (
+            Story::new(QUARTER, &events),
+            &[
+                ("AgentFailing page sli=reply", 136, Some(174)),
+                ("ErrorBudgetBurnsSlowly ticket sli=reply", 151, None),
+            ],
+        ),
+        (
+            Story::new(HOUR, &events),
+            &[
+                ("AgentFailing page sli=reply", 543, Some(693)),
+                ("ErrorBudgetBurnsSlowly ticket sli=reply", 603, None),
+            ],
+        ),
+    ]);
+}
+
+#[test]
+fn one_fifth_of_deaf_agents_pages_by_the_burn_rate_of_the_reply() {
+    let events = [SHORT_START, (6, OneDeafRoom), (90, Good)];
+    expect_alerts(&[(
+        Story::new(FIVE, &events),
+        &[
+            (
+                "ErrorBudgetBurnsSlowly ticket sli=availability",
+                33,
+                Some(408),
+            ),
+            ("ErrorBudgetBurnsSlowly ticket sli=reply", 33, Some(408)),
+            ("ErrorBudgetBurnsFast page sli=availability", 36, Some(138)),
+            ("ErrorBudgetBurnsFast page sli=reply", 36, Some(138)),
+            ("ErrorBudgetSpent ticket sli=availability", 96, None),
+            ("ErrorBudgetSpent ticket sli=reply", 96, None),
+            ("ErrorBudgetSpent ticket sli=service", 96, None),
+        ],
+    )]);
+}
+
+/// No room counts towards the reply any more, so no room could end the alert.
+#[test]
+fn alert_ends_when_the_settings_no_longer_expect_a_reply() {
+    let events = [SHORT_START, (2, DeafAgents), (4, ReplyOptional)];
+    expect_alerts(&[(
+        Story::new(QUARTER, &events),
+        &[
+            ("AgentFailing page sli=availability", 77, Some(99)),
+            ("AgentFailing page sli=reply", 77, Some(90)),
+        ],
+    )]);
+}
+
+#[test]
 fn one_fifth_of_failed_calls_pages_by_the_burn_rate() {
     let now_and_then = [(1, OneRoom), (1, Good), (2, OneRoom), (1, Good)];
     let quarter = [

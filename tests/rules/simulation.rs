@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 /// Seconds between two scrapes. With 20 s, no window of the rules begins at a scrape: Prometheus 2 would count that scrape,
 /// Prometheus 3 would not.
 pub(crate) const SCRAPE_INTERVAL: usize = 20;
-const SLIS: [&str; 4] = ["availability", "join", "first_speech", "service"];
+const SLIS: [&str; 5] = ["availability", "join", "first_speech", "reply", "service"];
 
 /// The settings of a canary.
 #[derive(Debug, Clone, Copy)]
@@ -28,8 +28,16 @@ pub(crate) enum Event {
     Outage,
     /// Agents join later than the objective.
     SlowJoins,
-    /// Agents join and don't speak.
+    /// Agents join and don't speak. No reply is due.
     SilentAgents,
+    /// Agents speak first, and don't reply.
+    DeafAgents,
+    /// Only the agent of the first room does not reply.
+    OneDeafRoom,
+    /// Agents reply later than the objective.
+    SlowReplies,
+    /// As `Good`, with settings that expect no reply.
+    ReplyOptional,
     /// The server can't be reached. After the first room the others don't open.
     LiveKitDown,
     /// The key pair is no longer valid. After the first room the others don't open.
@@ -204,6 +212,7 @@ impl Canary {
         for reason in [
             ("dispatch_unanswered", "undetermined"),
             ("agent_silent", "agent"),
+            ("agent_no_reply", "agent"),
             ("unreachable", "network"),
             ("auth_rejected", "config"),
             ("plan_limit", "limit"),
@@ -276,6 +285,13 @@ impl Canary {
         ] {
             self.gauges.insert(series, f64::from(u8::from(holds)));
         }
+        // Settings that rule out a service level leave it without an objective.
+        let objective = match event {
+            Event::ReplyOptional => f64::NAN,
+            _ => self.reference.objective,
+        };
+        let reply = series("livekit_canary_slo_objective_ratio", &[("sli", "reply")]);
+        self.gauges.insert(reply, objective);
         if handled {
             let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
             self.gauges.insert(next_batch, next as f64);
@@ -283,7 +299,7 @@ impl Canary {
         let end = self.now + self.reference.every * 60;
         // A good batch takes one minute. A batch that waits for agents takes half a minute more.
         let ends = match event {
-            Event::Outage | Event::SilentAgents => self.now + 90,
+            Event::Outage | Event::SilentAgents | Event::DeafAgents => self.now + 90,
             Event::LiveKitDown | Event::RotatedKey | Event::Limit(_) => self.now + 30,
             _ => self.now + 60,
         };
@@ -333,6 +349,11 @@ impl Canary {
                 canary.judge(sli, good, bad);
             }
         };
+        let except = |sli| {
+            SLIS.into_iter()
+                .filter(move |it| *it != sli)
+                .collect::<Vec<_>>()
+        };
         match event {
             Event::Good | Event::Rollout | Event::BadSettings | Event::FullDisk => {
                 all(self, &SLIS, rooms, 0);
@@ -343,6 +364,10 @@ impl Canary {
                 self.batch(rooms, 0);
                 self.count("rooms_leaked_total", &[], 1);
             }
+            Event::ReplyOptional => {
+                all(self, &except("reply"), rooms, 0);
+                self.batch(rooms, 0);
+            }
             // The failed room counts in no service level.
             Event::OwnFault => {
                 all(self, &SLIS, rooms - 1, 0);
@@ -351,26 +376,45 @@ impl Canary {
                 self.batch(rooms - 1, 1);
             }
             Event::OneRoom => {
-                all(self, &SLIS, rooms - 1, 1);
+                // Without an agent no reply is due.
+                all(self, &except("reply"), rooms - 1, 1);
+                self.judge("reply", rooms - 1, 0);
                 self.fail(("dispatch_unanswered", "undetermined"), 1);
                 self.batch(rooms - 1, 1);
             }
             Event::Outage => {
                 let opened = rooms.min(2);
-                all(self, &SLIS, 0, opened);
+                all(self, &except("reply"), 0, opened);
                 self.fail(("dispatch_unanswered", "undetermined"), opened);
                 self.batch(0, opened);
             }
             Event::SlowJoins => {
-                all(self, &["availability", "first_speech", "service"], rooms, 0);
+                all(self, &except("join"), rooms, 0);
                 self.judge("join", 0, rooms);
                 self.batch(rooms, 0);
+            }
+            Event::SlowReplies => {
+                all(self, &except("reply"), rooms, 0);
+                self.judge("reply", 0, rooms);
+                self.batch(rooms, 0);
+            }
+            Event::DeafAgents => {
+                all(self, &["availability", "reply", "service"], 0, rooms);
+                all(self, &["join", "first_speech"], rooms, 0);
+                self.fail(("agent_no_reply", "agent"), rooms);
+                self.batch(0, rooms);
             }
             Event::SilentAgents => {
                 all(self, &["availability", "first_speech", "service"], 0, rooms);
                 self.judge("join", rooms, 0);
                 self.fail(("agent_silent", "agent"), rooms);
                 self.batch(0, rooms);
+            }
+            Event::OneDeafRoom => {
+                all(self, &["availability", "reply", "service"], rooms - 1, 1);
+                all(self, &["join", "first_speech"], rooms, 0);
+                self.fail(("agent_no_reply", "agent"), 1);
+                self.batch(rooms - 1, 1);
             }
             Event::LiveKitDown => {
                 self.judge("service", 0, 1);

@@ -3,7 +3,12 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::stack::{AGENT, BUSY_AGENT};
+use crate::stack::{AGENT, BUSY_AGENT, CONVERSATION_AGENT};
+
+/// About 20 s of speech.
+const LONG_ANSWER: &str = "Of course. Our opening hours are from nine in the morning until six in the evening, from \
+    Monday to Friday. On Saturday we are open from ten to four, and on Sunday we are closed. If you come by car, please use the \
+    entrance at the back of the house, because the front door is under repair until the end of the month.";
 
 pub struct Behaviour {
     /// The name of the agent.
@@ -35,7 +40,68 @@ impl Behaviour {
 
     /// Greets, and replies to the first echo, both with models.
     pub fn converses() -> Self {
-        Self::new("converse", &[])
+        Self::new("converse", &["hears=hello there"])
+    }
+
+    /// Converses with a real `AgentSession`. Its settings are those of `pipeline.py`.
+    pub fn pipeline() -> Self {
+        Self {
+            agent: CONVERSATION_AGENT,
+            metadata: Map::new(),
+            faults: Vec::new(),
+        }
+    }
+
+    /// Never hears the caller.
+    pub fn is_deaf() -> Self {
+        Self::pipeline().with("deaf_after", 0).fault("deaf")
+    }
+
+    /// Replies to this many turns of the caller, and hears nothing after that.
+    pub fn goes_deaf_after(turns: u32) -> Self {
+        Self::pipeline()
+            .with("deaf_after", turns)
+            .fault(format!("deaf_after={turns}"))
+    }
+
+    /// Gives an answer of about 20 s, and then a short one.
+    pub fn gives_a_long_answer() -> Self {
+        Self::pipeline()
+            .with("replies", vec![LONG_ANSWER, "All right."])
+            .fault("long_reply=20s")
+    }
+
+    /// Goes on with a long answer when the caller interrupts.
+    pub fn never_yields() -> Self {
+        Self::gives_a_long_answer()
+            .with("uninterruptible", true)
+            .fault("never_yields")
+    }
+
+    /// Greets in two parts, and its LLM fails.
+    pub fn has_a_dead_llm() -> Self {
+        let greeting = json!(["Hi.", 3, "How can I help you today?"]);
+        Self::pipeline()
+            .with("greeting", greeting)
+            .with("failing", "llm")
+            .with("error", "500")
+            .fault("dead_llm")
+    }
+
+    /// Has a dead TTS, and noise on the track of its voice.
+    pub fn plays_noise() -> Self {
+        Self::pipeline()
+            .with("noise", -38)
+            .with("failing", "tts")
+            .with("error", "hang")
+            .fault("plays=noise")
+    }
+
+    /// Does not greet, and answers the caller.
+    pub fn waits_for_the_caller() -> Self {
+        Self::pipeline()
+            .with("greeting", json!([]))
+            .fault("waits_for_caller")
     }
 
     /// Speaks with models. The provider of one of them (`llm` or `tts`) responds with this error.

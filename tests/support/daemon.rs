@@ -280,7 +280,8 @@ engine = \"{}\"
 schedule.every = \"{every}\"
 batch.rooms = 1
 batch.hold = \"100ms\"
-echo.delay = \"100ms\"
+caller.silence = \"100ms\"
+expect.reply = false
 ",
             engine()
         )

@@ -34,8 +34,30 @@ pub struct Probe {
     pub agent: Option<AgentSeen>,
     /// Seconds since the start of the probe; null if the probe did not reach the milestone.
     pub milestones: BTreeMap<String, Option<f64>>,
+    pub turns: Vec<Turn>,
     pub audio: Audio,
     pub transcript: Option<Vec<Segment>>,
+}
+
+/// What the agent said, what the caller said then, and the reply. Times are in seconds since the start of the probe.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Turn {
+    pub caller_started: Option<f64>,
+    pub caller_ended: Option<f64>,
+    pub replied: Option<f64>,
+    pub result: String,
+    pub reply_delay_seconds: Option<f64>,
+    pub yield_delay_seconds: Option<f64>,
+    pub agent_claim_seconds: Option<f64>,
+    pub unexplained_seconds: Option<f64>,
+    /// What the agent's session claims of each stage, in seconds.
+    pub stages: BTreeMap<String, Option<f64>>,
+    pub word_error: Option<f64>,
+    pub said: Option<String>,
+    pub heard: Option<String>,
+    pub reply_text: Option<String>,
+    pub confirmed: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]

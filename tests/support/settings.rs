@@ -15,8 +15,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// One room with the stack's ordinary agent, open just long enough for a greeting and its echo. A room whose call failed is
-    /// re-checked for 3 s only: a test with an agent that comes later removes `late_agent_window`.
+    /// One room with the stack's ordinary agent, which does not reply, open just long enough for a greeting and its echo. A room
+    /// whose call failed is re-checked for 3 s only: a test with an agent that comes later removes `late_agent_window`.
     pub fn new(stack: &Stack) -> Self {
         let settings = Self {
             project: Table::new(),
@@ -30,8 +30,17 @@ impl Settings {
             .set("engine", engine())
             .set("batch.rooms", 1)
             .set("batch.hold", stack.hold)
+            .set("expect.reply", false)
+            // Even so, a turn that has begun is finished.
+            .set("deadlines.reply", "2s")
             .set("deadlines.join", "15s")
             .set("late_agent_window", "3s")
+    }
+
+    /// Every turn must be answered.
+    #[must_use]
+    pub fn expects_reply(self) -> Self {
+        self.set("expect.reply", true).set("deadlines.reply", "20s")
     }
 
     #[must_use]
@@ -68,6 +77,32 @@ impl Settings {
         let attributes = attributes.as_table_mut().expect("attributes are a table");
         attributes.insert(name.to_owned(), value.into());
         self
+    }
+
+    /// Adds a line to the script of the caller, with the keys of its `expect`.
+    #[must_use]
+    pub fn line(mut self, audio: &str, expected: Table) -> Self {
+        let mut line = Table::new();
+        line.insert("audio".to_owned(), audio.into());
+        if !expected.is_empty() {
+            line.insert("expect".to_owned(), expected.into());
+        }
+        self = self.set("caller.mode", "script");
+        let caller = self.target["caller"].as_table_mut();
+        let lines = caller.expect("set above").entry("lines");
+        let lines = lines.or_insert_with(|| Value::Array(Vec::new()));
+        lines
+            .as_array_mut()
+            .expect("no test sets the lines in another way")
+            .push(line.into());
+        self
+    }
+
+    /// The caller says `builtin:hello` before the agent speaks, and its reply must be as `expected` has it.
+    #[must_use]
+    pub fn speaks_first(self, expected: Table) -> Self {
+        self.set("caller.speaks_first", true)
+            .line("builtin:hello", expected)
     }
 
     /// Calls the agent of this behaviour, and tells it the behaviour in the dispatch metadata.

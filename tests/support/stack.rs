@@ -25,6 +25,11 @@ pub const KEY: &str = "scenario-key";
 pub const AGENT: &str = "echo-tester";
 /// The name of a worker that reports full load.
 pub const BUSY_AGENT: &str = "busy-tester";
+/// The name of the worker of `pipeline.py`.
+pub const CONVERSATION_AGENT: &str = "conversation-tester";
+
+/// The payload type of Opus that WebRTC stacks use.
+const OPUS: u8 = 111;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum StackKind {
@@ -59,6 +64,8 @@ pub struct Agent {
     pub deployment: &'static str,
     /// Its jobs join as hidden participants.
     pub hidden: bool,
+    /// The Python program of the worker, in `tests/real`.
+    pub program: &'static str,
 }
 
 impl Agent {
@@ -68,6 +75,15 @@ impl Agent {
             load: 0.0,
             deployment: "",
             hidden: false,
+            program: "agent.py",
+        }
+    }
+
+    /// The agent that converses with a real `AgentSession`.
+    pub const fn conversation() -> Self {
+        Self {
+            program: "pipeline.py",
+            ..Self::named(CONVERSATION_AGENT)
         }
     }
 
@@ -263,7 +279,7 @@ impl Stack {
     fn spawn_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
         let mut command = command_in(self.namespace.as_deref(), &program("PYTHON")?);
         command
-            .arg(source("agent.py"))
+            .arg(source(agent.program))
             .env("LIVEKIT_URL", &self.url)
             .env("LIVEKIT_API_KEY", &self.key)
             .env("LIVEKIT_API_SECRET", &self.secret)
@@ -280,7 +296,17 @@ impl Stack {
         self.filter("-p udp -j DROP")
     }
 
-    /// Drops media over TCP in the same way.
+    /// Drops what callers say on its way to a stack behind a veth pair: packets of RTP with the payload type of Opus. All else
+    /// gets through: ICE, DTLS, RTCP, and the audio of agents.
+    pub fn drop_caller_audio(&self) -> anyhow::Result<()> {
+        // The payload of UDP begins 8 bytes after the IP header, whose length in words is in its first byte. RTP and RTCP have the
+        // version 2 in the first two bits. The type of an RTCP packet, taken as a payload type, is 72 to 79.
+        let rtp = "0>>22&0x3C@8>>30=2";
+        let opus = format!("0>>22&0x3C@8>>16&0x7F={OPUS}");
+        self.filter(&format!("-p udp -m u32 --u32 {rtp}&&{opus} -j DROP"))
+    }
+
+    /// Drops media over TCP without a response.
     pub fn block_media_over_tcp(&self) -> anyhow::Result<()> {
         self.filter(&format!("-p tcp --dport {} -j DROP", self.port + 1))
     }
@@ -417,6 +443,11 @@ impl AgentEvent {
         self.0[key]
             .as_f64()
             .with_context(|| format!("no {key} in {}", self.0))
+    }
+
+    /// A boolean; false if the event has none.
+    pub fn flag(&self, key: &str) -> bool {
+        self.0[key].as_bool().unwrap_or_default()
     }
 
     pub fn attributes(&self) -> &Value {

@@ -11,9 +11,10 @@ use ropus::opus::decoder::{MAX_FRAMES, opus_packet_get_samples_per_frame, opus_p
 use ropus::silk::decoder::{SilkDecControl, SilkDecoder, silk_decode};
 use ropus::{Channels, DecodeMode};
 
-use super::echo::Frame;
+use super::caller::Frame;
 use super::rtp::{self, MediaPosition};
 use super::speech::PcmChunk;
+use crate::clip::SpeechClip;
 
 /// Sampling rate of the decoded mono audio in Hz. The energy of speech lies below 8 kHz, and a higher rate costs more
 /// time.
@@ -233,6 +234,10 @@ fn frames(packet: &[u8]) -> Option<impl Iterator<Item = &[u8]>> {
 impl Frame for Arc<[u8]> {
     fn silence() -> Self {
         Self::from(SILENCE)
+    }
+
+    fn of_clip(clip: &SpeechClip) -> Vec<Self> {
+        clip.packets.clone()
     }
 
     fn duration(&self) -> Duration {

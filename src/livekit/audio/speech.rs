@@ -192,6 +192,11 @@ impl Detector {
         earlier.into_iter().chain([started]).flatten()
     }
 
+    /// The time of the last frame of speech so far, during an utterance.
+    pub(crate) fn last_speech(&self) -> Option<Instant> {
+        self.utterance.as_ref().map(|utterance| utterance.last)
+    }
+
     /// Returns the start of an utterance after which the audio stopped, or the end of an utterance after the end silence.
     ///
     /// Packets alone cannot show them: a muted track and a killed agent send none.

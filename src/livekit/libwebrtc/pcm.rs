@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::livekit::audio::echo::Frame;
+use crate::clip::SpeechClip;
+use crate::livekit::audio::caller::Frame;
 use crate::livekit::audio::rtp::{self, MediaPosition};
 
 /// Sampling rate in Hz; also the rate of the media clock.
@@ -22,6 +23,10 @@ const MAX_GAP: Duration = Duration::from_millis(100);
 impl Frame for Arc<[i16]> {
     fn silence() -> Self {
         Self::from([0; FRAME])
+    }
+
+    fn of_clip(clip: &SpeechClip) -> Vec<Self> {
+        clip.pcm.chunks(FRAME).map(Self::from).collect()
     }
 
     fn duration(&self) -> Duration {
@@ -62,8 +67,8 @@ impl FrameClock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{self, EchoMode, Speech};
-    use crate::livekit::audio::echo::{AgentActivity, AgentFrame, EchoOutput, EchoPlayer};
+    use crate::config::{self, CallerMode, Speech};
+    use crate::livekit::audio::caller::{AgentActivity, AgentFrame, CallerOutput, CallerPlayer};
     use crate::livekit::audio::speech::tests::greeting;
     use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 
@@ -74,14 +79,14 @@ mod tests {
 
     /// Runs an agent that greets after two seconds. Returns the ticks of 10 ms in which the echo was loud, the ticks in
     /// which it started and ended, and the speech events with their ticks.
-    fn echo_of_a_greeting(mode: EchoMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<u64>) {
+    fn echo_of_a_greeting(mode: CallerMode) -> (Vec<u64>, Vec<(u64, &'static str)>, Vec<u64>) {
         let start = Instant::now();
-        let settings = config::Echo {
+        let settings = config::Caller {
             mode,
-            delay: TEN * 100,
-            ..config::Echo::default()
+            silence: TEN * 100,
+            ..config::Caller::default()
         };
-        let mut echo = EchoPlayer::<Arc<[i16]>>::new(settings);
+        let mut echo = CallerPlayer::<Arc<[i16]>>::new(settings, Duration::from_secs(30));
         let mut detector = Detector::new(Speech::default(), RATE);
         let mut clock = FrameClock::default();
         echo.open(start);
@@ -123,12 +128,12 @@ mod tests {
             };
             while let Some(out) = echo.poll(now, agent) {
                 match out {
-                    EchoOutput::Send { frame, .. } if frame.iter().any(|it| it.abs() > 200) => {
+                    CallerOutput::Send { frame, .. } if frame.iter().any(|it| it.abs() > 200) => {
                         loud.push(tick);
                     }
-                    EchoOutput::Send { .. } => {}
-                    EchoOutput::Started => marks.push((tick, "started")),
-                    EchoOutput::Ended => marks.push((tick, "ended")),
+                    CallerOutput::Send { .. } => {}
+                    CallerOutput::Started(_) => marks.push((tick, "started")),
+                    CallerOutput::Ended => marks.push((tick, "ended")),
                 }
             }
         }
@@ -137,7 +142,7 @@ mod tests {
 
     #[test]
     fn utterance_is_detected_and_played_once_at_its_pace() {
-        let (loud, marks, events) = echo_of_a_greeting(EchoMode::Turn);
+        let (loud, marks, events) = echo_of_a_greeting(CallerMode::Echo);
         let [started, ended] = events[..] else {
             panic!("{events:?}");
         };
@@ -163,7 +168,7 @@ mod tests {
 
     #[test]
     fn pass_through_plays_every_frame_after_the_delay() {
-        let (loud, marks, events) = echo_of_a_greeting(EchoMode::Continuous);
+        let (loud, marks, events) = echo_of_a_greeting(CallerMode::PassThrough);
         assert!(loud[0] >= 300 && loud[loud.len() - 1] < 300 + GREETING);
         assert!(loud.len() > 150, "{loud:?}");
         // The start is certain only after the delay of a mark may have begun.

@@ -1,5 +1,5 @@
 //! One participant on the SDK: a loop that passes the server's messages, the SDK's events and the agent's audio to the
-//! same state machines as in the native engine, and plays their echo through the SDK.
+//! same state machines as in the native engine, and plays what their caller says through the SDK.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -33,11 +33,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::pcm::{self, FrameClock};
-use super::stats::{InboundStats, InboundTotals};
+use super::stats::{InboundStats, InboundTotals, OutboundStats, UplinkTotals};
 use super::streams::{self, OpenedStream};
 use super::transport::{SdkConnector, WireEvent};
 use super::watch::SignalWatch;
-use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
+use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
 use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::{Adoption, JoinRequest};
@@ -62,6 +62,9 @@ const STATS_INTERVAL: Duration = Duration::from_millis(50);
 /// Once the agent's audio arrives, its statistics are queried only every this many intervals.
 const FLOWING_STATS_EVERY: u32 = 20;
 
+/// The statistics of the caller's track are queried every this many intervals.
+const UPLINK_STATS_EVERY: u32 = 10;
+
 /// How long the last query of the statistics may take before the participant leaves.
 const LAST_STATS_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -73,7 +76,7 @@ const MAX_STREAM_BYTES: usize = 64 * 1024;
 
 type SdkEvents = mpsc::UnboundedReceiver<SdkEvent>;
 
-/// Runs a participant: joins, detects speech and echoes until it leaves or fails. The caller sends the last event.
+/// Runs a participant: joins, detects speech and speaks as the caller until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
@@ -166,7 +169,8 @@ struct SdkSession<'a> {
     watch: SignalWatch,
     audio: &'a mut InboundTotals,
     speech: Detector,
-    echo: EchoPlayer<Arc<[i16]>>,
+    caller: CallerPlayer<Arc<[i16]>>,
+    uplink: UplinkTotals,
     source: NativeAudioSource,
     track: LocalAudioTrack,
     /// The subscribed audio tracks: a key that is unique in this session, the track sid and the track.
@@ -197,6 +201,8 @@ enum MeasuredStats {
     Transports(Vec<RtcStats>),
     /// The statistics of the track with this key.
     Voice(u32, Vec<RtcStats>),
+    /// The statistics of the caller's track.
+    Uplink(Option<Vec<RtcStats>>),
 }
 
 impl<'a> SdkSession<'a> {
@@ -216,7 +222,8 @@ impl<'a> SdkSession<'a> {
             watch: SignalWatch::new(Instant::now(), Observer::new(request, events, cid)),
             audio,
             speech: Detector::new(request.speech.clone(), pcm::RATE),
-            echo: EchoPlayer::new(request.echo.clone()),
+            caller: CallerPlayer::new(request.caller.clone(), request.agent_turn),
+            uplink: UplinkTotals::default(),
             source,
             track,
             tracks: Vec::new(),
@@ -270,7 +277,7 @@ impl<'a> SdkSession<'a> {
         sampling.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.play(Instant::now()).await?;
-            let deadlines = [self.speech.next_deadline(), self.echo.next_deadline()];
+            let deadlines = [self.speech.next_deadline(), self.caller.next_deadline()];
             let deadline = deadlines.into_iter().flatten().min();
             // The server's messages come before the SDK's events that follow from them, and received data before the
             // timers.
@@ -442,7 +449,7 @@ impl<'a> SdkSession<'a> {
             pcm,
         };
         let events = self.speech.on_sound(at, sound);
-        self.echo.on_frame(AgentFrame {
+        self.caller.on_frame(AgentFrame {
             arrived: at,
             time: position.time,
             level: self.speech.last_level(),
@@ -454,7 +461,7 @@ impl<'a> SdkSession<'a> {
                 self.watch.observer.first_audio(at)?;
             }
             let observer = &self.watch.observer;
-            observer.on_speech(&mut self.echo, &self.speech, event)?;
+            observer.on_speech(&mut self.caller, &self.speech, event)?;
         }
         Ok(())
     }
@@ -463,28 +470,30 @@ impl<'a> SdkSession<'a> {
         match self.speech.on_time(now) {
             Some(event) => {
                 let observer = &self.watch.observer;
-                observer.on_speech(&mut self.echo, &self.speech, event)
+                observer.on_speech(&mut self.caller, &self.speech, event)
             }
             None => Ok(()),
         }
     }
 
-    /// Passes the echo's due frames to the SDK, which fills gaps with silence.
+    /// Passes the caller's due frames to the SDK, which fills gaps with silence.
     async fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let agent = self.watch.observer.activity(&self.speech);
-        while let Some(out) = self.echo.poll(now, agent) {
+        while let Some(out) = self.caller.poll(now, agent) {
             match out {
-                EchoOutput::Started => self
+                CallerOutput::Started(turn) => self
                     .watch
                     .observer
                     .events
-                    .send(now, RoomEventKind::EchoStarted)?,
-                EchoOutput::Ended => self
-                    .watch
-                    .observer
-                    .events
-                    .send(now, RoomEventKind::EchoEnded)?,
-                EchoOutput::Send { frame, .. } => send(&self.source, &frame).await?,
+                    .send(now, RoomEventKind::CallerStarted(turn))?,
+                CallerOutput::Ended => {
+                    let sent = self.uplink.sent(now);
+                    self.watch
+                        .observer
+                        .events
+                        .send(now, RoomEventKind::CallerEnded { sent })?;
+                }
+                CallerOutput::Send { frame, .. } => send(&self.source, &frame).await?,
             }
         }
         Ok(())
@@ -504,8 +513,12 @@ impl<'a> SdkSession<'a> {
                 MeasuredStats::Transports(stats.unwrap_or_default())
             };
             self.measuring = Some(asked.boxed());
+        } else if self.media_reported && self.samples.is_multiple_of(UPLINK_STATS_EVERY) {
+            let track = self.track.clone();
+            let asked = async move { MeasuredStats::Uplink(track.get_stats().await.ok()) };
+            self.measuring = Some(asked.boxed());
         } else if let Some(voice) = &self.voice
-            && (!voice.flows || self.samples.is_multiple_of(FLOWING_STATS_EVERY))
+            && (!voice.flows || self.samples % FLOWING_STATS_EVERY == FLOWING_STATS_EVERY / 4)
         {
             let (key, track) = (voice.key, voice.track.clone());
             let asked = async move {
@@ -521,7 +534,7 @@ impl<'a> SdkSession<'a> {
         match measured {
             MeasuredStats::Transports(stats) if are_up(&stats) => {
                 self.media_reported = true;
-                self.echo.open(now);
+                self.caller.open(now);
                 self.watch
                     .observer
                     .events
@@ -534,7 +547,13 @@ impl<'a> SdkSession<'a> {
                 }
                 Ok(())
             }
-            MeasuredStats::Transports(_) => Ok(()),
+            MeasuredStats::Transports(_) | MeasuredStats::Uplink(None) => Ok(()),
+            MeasuredStats::Uplink(Some(stats)) => {
+                match self.uplink.on_stats(now, outbound(&stats)) {
+                    Some(report) => self.watch.observer.on_uplink(now, report),
+                    None => Ok(()),
+                }
+            }
             MeasuredStats::Voice(key, stats) => {
                 let Some(inbound) = inbound(&stats).filter(|it| it.packets > 0) else {
                     return Ok(());
@@ -647,6 +666,20 @@ fn over_tcp(stats: &[RtcStats]) -> bool {
         })
     });
     protocols.any(|protocol| protocol == "tcp")
+}
+
+fn outbound(stats: &[RtcStats]) -> OutboundStats {
+    let mut outbound = OutboundStats::default();
+    for stats in stats {
+        match stats {
+            RtcStats::OutboundRtp(it) => outbound.packets = it.sent.packets_sent,
+            RtcStats::RemoteInboundRtp(it) => {
+                outbound.report = Some((it.rtc.timestamp, it.received.packets_lost));
+            }
+            _ => {}
+        }
+    }
+    outbound
 }
 
 fn inbound(stats: &[RtcStats]) -> Option<InboundStats> {

@@ -1,8 +1,13 @@
-//! Totals of the agent's audio from the SDK's statistics, over all streams of the agent.
+//! Totals from the SDK's statistics: of the agent's audio over all its streams, and of what the server received of the caller's.
 
 use std::time::Duration;
 
-use crate::livekit::event::AudioStats;
+use tokio::time::Instant;
+
+use crate::livekit::event::{AudioStats, UplinkReport};
+
+/// How long a packet of the SDK's encoder plays.
+const PACKET: Duration = Duration::from_millis(20);
 
 /// The `inbound-rtp` statistics of one stream (W3C WebRTC Statistics, `RTCInboundRtpStreamStats`).
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -48,9 +53,72 @@ fn sum(before: AudioStats, inbound: InboundStats) -> AudioStats {
     }
 }
 
+/// The statistics of the sent track (`RTCOutboundRtpStreamStats` and `RTCRemoteInboundRtpStreamStats`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct OutboundStats {
+    pub(crate) packets: u64,
+    /// The server's latest receiver report: when it arrived, by any clock, and how many packets it counts as lost.
+    pub(crate) report: Option<(i64, i64)>,
+}
+
+/// What was sent, and what the server has reported of it.
+#[derive(Debug, Default)]
+pub(crate) struct UplinkTotals {
+    /// The time of the latest statistics and the packets sent by then.
+    latest: Option<(Instant, u64)>,
+    /// The packets sent by the statistics before the latest.
+    before: u64,
+    reported_at: Option<i64>,
+}
+
+impl UplinkTotals {
+    /// Records new statistics; returns the receiver report if it is a new one.
+    ///
+    /// The SDK does not say up to which packet a report goes. It arrived after the previous statistics, and what was sent
+    /// by those before it takes less than their interval to arrive: that much is certain.
+    pub(crate) fn on_stats(&mut self, at: Instant, stats: OutboundStats) -> Option<UplinkReport> {
+        let covered = self.before;
+        self.before = self.latest.map_or(0, |(_, packets)| packets);
+        self.latest = Some((at, stats.packets));
+        let (arrived, lost) = stats.report?;
+        (self.reported_at.replace(arrived) != Some(arrived)).then_some(UplinkReport {
+            covered,
+            lost: u64::try_from(lost).unwrap_or(0),
+        })
+    }
+
+    /// The packets sent by `now`: those of the latest statistics, and at most as many as play since.
+    pub(crate) fn sent(&self, now: Instant) -> u64 {
+        let Some((at, packets)) = self.latest else {
+            return 0;
+        };
+        let since = now.saturating_duration_since(at).as_millis() / PACKET.as_millis();
+        packets + u64::try_from(since).unwrap_or(0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn new_report_covers_what_was_sent_before_the_previous_statistics() {
+        let start = Instant::now();
+        let mut uplink = UplinkTotals::default();
+        assert_eq!(uplink.sent(start), 0);
+        let mut on_stats = |half_seconds: u32, packets, report| {
+            let at = start + Duration::from_millis(500) * half_seconds;
+            uplink.on_stats(at, OutboundStats { packets, report })
+        };
+        assert_eq!(on_stats(0, 10, None), None);
+        assert_eq!(on_stats(1, 35, None), None);
+        let covered = |covered, lost| Some(UplinkReport { covered, lost });
+        assert_eq!(on_stats(2, 60, Some((7, 1))), covered(10, 1));
+        assert_eq!(on_stats(3, 85, Some((7, 1))), None);
+        assert_eq!(on_stats(4, 110, Some((8, -2))), covered(60, 0));
+        let now = start + Duration::from_millis(2_310);
+        assert_eq!(uplink.sent(now), 110 + 15);
+    }
 
     fn inbound(ssrc: u32, packets: u64, lost: i64, jitter_seconds: f64) -> InboundStats {
         InboundStats {

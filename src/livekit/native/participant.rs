@@ -1,5 +1,5 @@
 //! The native participant: one task that owns the signal connection, two peer connections, the speech detector and the
-//! echo. It reports everything as a room event with the time at which it was received.
+//! caller. It reports everything as a room event with the time at which it was received.
 //!
 //! It uses two peer connections (`/rtc`), one per direction. In a trial with a single one, up to 15 of 50 rooms lost
 //! their audio, because that path needs a queue of negotiations.
@@ -20,14 +20,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::peer::{
     self, BrokenTransport, Incoming, OutgoingPacket, PeerConnection, PeerError, PeerEvent,
-    ReceivedPacket,
+    ReceivedPacket, ReceiverReport,
 };
 use crate::config::Ice;
-use crate::livekit::audio::echo::{AgentFrame, EchoOutput, EchoPlayer};
+use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
-use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
+use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind, UplinkReport};
 use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
@@ -70,7 +70,7 @@ const MAX_DATAGRAMS_IN_A_ROW: usize = 64;
 /// The id of the canary's only offer; the server's answer repeats it.
 const OFFER_ID: u32 = 1;
 
-/// Runs a participant: joins, detects speech and echoes until it leaves or fails. The caller sends the last event.
+/// Runs a participant: joins, detects speech and speaks as the caller until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
@@ -129,8 +129,8 @@ struct NativeSession<'a> {
     voice: &'a mut RtpReceiver,
     decoder: Decoder,
     speech: Detector,
-    echo: EchoPlayer<Arc<[u8]>>,
-    track: EchoTrack,
+    caller: CallerPlayer<Arc<[u8]>>,
+    track: CallerTrack,
     voice_selector: VoiceSelector<Mid, ReceivedPacket>,
     /// The m-line of each received SSRC; cleared by each negotiation.
     streams: Vec<(u32, Option<Mid>)>,
@@ -144,10 +144,13 @@ struct NativeSession<'a> {
     udp_tried: bool,
 }
 
-/// The state of the echo track.
-struct EchoTrack {
+/// The state of the caller's track.
+struct CallerTrack {
     mid: Mid,
+    /// The sequence number of the last packet; it does not wrap at 2^16.
     sequence: u64,
+    /// The number before that of the first packet.
+    before_first: u64,
     /// A time and the matching RTP timestamp.
     origin: (Instant, u32),
     /// Ticks since the origin, of the last packet.
@@ -191,6 +194,7 @@ impl<'a> NativeSession<'a> {
         let mut publisher = peer(proto::SignalTarget::Publisher)?;
         let subscriber = peer(proto::SignalTarget::Subscriber)?;
         let (mid, offer) = publisher.offer_track("echo", &cid, OFFER_ID);
+        let before_first = fastrand::u64(1..1 << 15);
         let mut session = Box::new(Self {
             observer,
             signal,
@@ -199,12 +203,13 @@ impl<'a> NativeSession<'a> {
             voice,
             decoder: Decoder::default(),
             speech: Detector::new(request.speech.clone(), opus::RATE),
-            echo: EchoPlayer::new(request.echo.clone()),
-            track: EchoTrack {
+            caller: CallerPlayer::new(request.caller.clone(), request.agent_turn),
+            track: CallerTrack {
                 mid,
                 // Below 2^16: the stack derives the rollover counter of SRTP from the higher bits, and the server
                 // assumes 0 (RFC 3711, section 3.3.1).
-                sequence: fastrand::u64(1..1 << 15),
+                sequence: before_first,
+                before_first,
                 origin: (Instant::now(), fastrand::u32(..)),
                 last: None,
             },
@@ -213,7 +218,7 @@ impl<'a> NativeSession<'a> {
             paused: Vec::new(),
             media_reported: false,
             read_at: at,
-            read_interval: if request.echo.delay < READ_INTERVAL {
+            read_interval: if request.caller.silence < READ_INTERVAL {
                 ROUND_INTERVAL
             } else {
                 READ_INTERVAL
@@ -373,14 +378,24 @@ impl<'a> NativeSession<'a> {
                 PeerEvent::Connected => self.on_connected(now)?,
                 PeerEvent::Packet(packet) => self.on_packet(packet)?,
                 PeerEvent::Data(at, data) => self.observer.on_data(at, &data)?,
+                // It sends no track.
+                PeerEvent::Report(_) => {}
             }
         }
         // Polling the publisher sends the packets, so they are queued before. Otherwise each would wait for a round.
         self.play(now)?;
         while let Some(event) = poll(&mut self.publisher, now)? {
-            if let PeerEvent::Connected = event {
-                self.echo.open(round_start(now));
-                self.on_connected(now)?;
+            match event {
+                PeerEvent::Connected => {
+                    self.caller.open(round_start(now));
+                    self.on_connected(now)?;
+                }
+                PeerEvent::Report(report) => {
+                    let report = self.track.uplink(report);
+                    self.observer.on_uplink(now, report)?;
+                }
+                // It receives neither.
+                PeerEvent::Packet(_) | PeerEvent::Data(..) => {}
             }
         }
         Ok(())
@@ -390,7 +405,7 @@ impl<'a> NativeSession<'a> {
     fn on_time(&mut self, now: Instant) -> Result<(), EndReason> {
         if let Some(event) = self.speech.on_time(now) {
             self.observer
-                .on_speech(&mut self.echo, &self.speech, event)?;
+                .on_speech(&mut self.caller, &self.speech, event)?;
         }
         for peer in [&self.publisher, &self.subscriber] {
             if let Some(broken) = peer.broken(now)
@@ -410,7 +425,7 @@ impl<'a> NativeSession<'a> {
         let peers = [&self.publisher, &self.subscriber];
         let deadlines = peers.map(|peer| {
             if peer.connected() {
-                next_round(now, self.read_at, self.echo.next_deadline())
+                next_round(now, self.read_at, self.caller.next_deadline())
             } else {
                 peer.next_deadline()
             }
@@ -582,7 +597,7 @@ impl<'a> NativeSession<'a> {
         };
         let sound = self.decoder.decode(position, &packet.payload);
         let events = self.speech.on_sound(at, sound);
-        self.echo.on_frame(AgentFrame {
+        self.caller.on_frame(AgentFrame {
             arrived: at,
             time: position.time,
             level: self.speech.last_level(),
@@ -590,7 +605,7 @@ impl<'a> NativeSession<'a> {
         });
         for event in events {
             self.observer
-                .on_speech(&mut self.echo, &self.speech, event)?;
+                .on_speech(&mut self.caller, &self.speech, event)?;
         }
         Ok(())
     }
@@ -610,18 +625,24 @@ impl<'a> NativeSession<'a> {
         mid == Some(wanted)
     }
 
-    /// Sends the echo's packets that are due at the start of this round, so that a late round does not change their
+    /// Sends the caller's packets that are due at the start of this round, so that a late round does not change their
     /// pace.
     fn play(&mut self, now: Instant) -> Result<(), EndReason> {
         let due = round_start(now);
         let agent = self.observer.activity(&self.speech);
-        while let Some(out) = self.echo.poll(due, agent) {
+        while let Some(out) = self.caller.poll(due, agent) {
             match out {
-                EchoOutput::Started => {
-                    self.observer.events.send(now, RoomEventKind::EchoStarted)?;
+                CallerOutput::Started(turn) => self
+                    .observer
+                    .events
+                    .send(now, RoomEventKind::CallerStarted(turn))?,
+                CallerOutput::Ended => {
+                    let sent = self.track.sent();
+                    self.observer
+                        .events
+                        .send(now, RoomEventKind::CallerEnded { sent })?;
                 }
-                EchoOutput::Ended => self.observer.events.send(now, RoomEventKind::EchoEnded)?,
-                EchoOutput::Send {
+                CallerOutput::Send {
                     due,
                     frame,
                     resumes,
@@ -654,10 +675,26 @@ impl<'a> NativeSession<'a> {
     }
 }
 
-impl EchoTrack {
+impl CallerTrack {
+    /// How many packets were sent.
+    fn sent(&self) -> u64 {
+        self.sequence - self.before_first
+    }
+
+    fn uplink(&self, report: ReceiverReport) -> UplinkReport {
+        UplinkReport {
+            // No report covers more than was sent, whatever it claims.
+            covered: report
+                .highest
+                .saturating_sub(self.before_first)
+                .min(self.sent()),
+            lost: report.lost,
+        }
+    }
+
     /// Returns the sequence number and RTP timestamp of the packet that is due at `due`.
     ///
-    /// Both belong to the echo track, not to the agent's stream, whose SSRC may change. Timestamps follow the clock, so
+    /// Both belong to the caller's track, not to the agent's stream, whose SSRC may change. Timestamps follow the clock, so
     /// that a pause remains a pause, and always increase.
     fn next(&mut self, due: Instant) -> (u64, u32) {
         let (epoch, base) = self.origin;
@@ -737,9 +774,10 @@ mod tests {
     #[test]
     fn timestamps_follow_the_clock_and_always_increase() {
         let epoch = Instant::now();
-        let mut track = EchoTrack {
+        let mut track = CallerTrack {
             mid: Mid::from("0"),
             sequence: 7,
+            before_first: 7,
             origin: (epoch, u32::MAX - 959),
             last: None,
         };
@@ -747,6 +785,29 @@ mod tests {
         assert_eq!(track.next(epoch + Duration::from_millis(20)), (9, 0));
         assert_eq!(track.next(epoch), (10, 1));
         assert_eq!(track.next(epoch + Duration::from_secs(1)), (11, 47_040));
+    }
+
+    #[test]
+    fn report_covers_the_packets_from_the_first_one_on_across_the_wrap() {
+        let mut track = CallerTrack {
+            mid: Mid::from("0"),
+            sequence: 32_000,
+            before_first: 32_000,
+            origin: (Instant::now(), 0),
+            last: None,
+        };
+        let uplink =
+            |track: &CallerTrack, highest| track.uplink(ReceiverReport { highest, lost: 3 });
+        for _ in 0..90_000 {
+            track.next(Instant::now());
+        }
+        assert_eq!(track.sent(), 90_000);
+        let covered = |covered| UplinkReport { covered, lost: 3 };
+        assert_eq!(uplink(&track, 32_001), covered(1));
+        assert_eq!(uplink(&track, 122_000), covered(90_000));
+        // What no packet had.
+        assert_eq!(uplink(&track, 31_000), covered(0));
+        assert_eq!(uplink(&track, 200_000), covered(90_000));
     }
 
     #[test]

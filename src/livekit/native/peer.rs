@@ -55,6 +55,12 @@ const MAX_POLL_ROUNDS: usize = 32;
 const ICE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_ICE_CHECKS: usize = 8;
 
+/// How often the receiver reports for the sent track are passed on. The server sends one about every second.
+const REPORT_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A cumulative count of lost packets is a signed number of 24 bits (RFC 3550, section 6.4.1); duplicates make it negative.
+const MAX_LOST: u64 = (1 << 23) - 1;
+
 /// A connected transport that receives nothing for this long is down: the server answers an ICE check every second.
 const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -66,6 +72,16 @@ pub(crate) enum PeerEvent {
     Packet(ReceivedPacket),
     /// A message of a data channel and the time at which it was received.
     Data(Instant, Vec<u8>),
+    /// The server's latest receiver report for the sent track; emitted every [`REPORT_INTERVAL`].
+    Report(ReceiverReport),
+}
+
+/// What the server received of a track, by its RTCP receiver report (RFC 3550, section 6.4.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ReceiverReport {
+    /// The highest sequence number, extended by the number of wraps.
+    pub(crate) highest: u64,
+    pub(crate) lost: u64,
 }
 
 /// A received RTP packet.
@@ -166,7 +182,7 @@ impl PeerConnection {
         extensions.set(1, Extension::AudioLevel);
         extensions.set(4, Extension::RtpMid);
         let now = Instant::now();
-        // Without RED: in RTP mode the stack does not unpack it, so the echo would send RED (RFC 2198) as Opus
+        // Without RED: in RTP mode the stack does not unpack it, so an echo would send RED (RFC 2198) as Opus
         // and be inaudible.
         // Video is accepted, although none is received (the participant pauses it): an answer that rejects an m-line breaks
         // the server's next offer, and livekit-server then ends the session (`STATE_MISMATCH`).
@@ -182,6 +198,9 @@ impl PeerConnection {
             .set_rtp_mode(true);
         config.set_max_stun_rto(ICE_CHECK_INTERVAL);
         config.set_max_stun_retransmits(MAX_ICE_CHECKS);
+        if target == SignalTarget::Publisher {
+            config = config.set_stats_interval(Some(REPORT_INTERVAL));
+        }
         let rtc = config.build(now.into_std());
         let mut peer = Self {
             rtc: Box::new(rtc),
@@ -327,7 +346,7 @@ impl PeerConnection {
         self.rtc.media(mid)?.remote_pts().first().copied()
     }
 
-    /// Queues a packet of the echo track; [`poll`](Self::poll) sends it.
+    /// Queues a packet of the caller's track; [`poll`](Self::poll) sends it.
     pub(crate) fn write(&mut self, mid: Mid, packet: OutgoingPacket) {
         let mut api = self.rtc.direct_api();
         let Some(stream) = api.stream_tx_by_mid(mid, None) else {
@@ -500,6 +519,16 @@ impl PeerConnection {
                 packet,
             ))),
             Event::ChannelData(data) => Some(PeerEvent::Data(self.last_received_at, data.data)),
+            Event::MediaEgressStats(stats) => stats.remote.map(|remote| {
+                PeerEvent::Report(ReceiverReport {
+                    highest: *remote.maximum_sequence_number,
+                    lost: if remote.packets_lost > MAX_LOST {
+                        0
+                    } else {
+                        remote.packets_lost
+                    },
+                })
+            }),
             Event::IceConnectionStateChange(state) => {
                 self.path |= state.is_connected();
                 let lost = self.connected && state == IceConnectionState::Disconnected;
@@ -704,7 +733,7 @@ pub(crate) fn name(target: SignalTarget) -> &'static str {
     }
 }
 
-/// A packet of the echo track.
+/// A packet of the caller's track.
 pub(crate) struct OutgoingPacket {
     pub(crate) payload_type: Pt,
     pub(crate) sequence: u64,

@@ -1,6 +1,6 @@
 //! Messages that an agent sends over data channels. Each byte stream with the topic `lk.agent.session` carries one
-//! `AgentSessionMessage` (livekit-agents 1.5 and later); errors and the metrics of turns are read. If requested, text
-//! streams with the transcript are read, too.
+//! `AgentSessionMessage` (livekit-agents 1.5 and later): errors, states, messages with the metrics of their turns, tools and
+//! handoffs are read. Text streams with the transcript are read, too.
 //!
 //! A job's first session in a room sends these messages to all participants without being asked, unless its developer
 //! started it with `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).
@@ -10,8 +10,12 @@
 use std::collections::VecDeque;
 
 use livekit_protocol::agent::{
-    AgentSessionMessage, ChatMessage, ChatRole, MetricsReport, agent_session_event::Event,
-    agent_session_message::Message, chat_context::chat_item::Item,
+    AgentSessionMessage, AgentState, ChatMessage, ChatRole, FunctionCall, FunctionCallOutput,
+    MetricsReport, UserState,
+    agent_session_event::{Event, ToolExecutionUpdated, tool_execution_updated::Update},
+    agent_session_message::Message,
+    chat_context::chat_item::Item,
+    chat_message::chat_content::Payload,
 };
 use livekit_protocol::data_packet::Value;
 use livekit_protocol::{DataPacket, data_stream};
@@ -19,7 +23,10 @@ use prost::Message as _;
 use tokio::time::Instant;
 
 use super::transcript::{self, TranscriptHeader};
-use crate::livekit::event::{Speaker, TranscriptSegment, TurnMetrics, to_microseconds};
+use crate::livekit::event::{
+    SessionEvent, SessionMessage, Speaker, TranscriptSegment, TranscriptText, TurnMetrics,
+    to_microseconds,
+};
 use crate::livekit::wire::request::sanitize;
 
 const TOPIC: &str = "lk.agent.session";
@@ -30,20 +37,22 @@ const MAX_STREAMS: usize = 8;
 /// Bytes of one stream. An error has a few lines; a turn with its text has some KiB.
 const MAX_STREAM_BYTES: usize = 64 * 1024;
 
+/// Calls of tools that are read from one message.
+const MAX_TOOLS: usize = 16;
+
+/// Characters of the name of a tool or an agent.
+const MAX_NAME_LENGTH: usize = 64;
+
 /// Bytes of a stream's id, which is a UUID.
 const MAX_STREAM_ID_LENGTH: usize = 128;
 
 /// A message from a participant. The server sets the identity, so the sender cannot forge it.
 #[derive(Debug, PartialEq)]
 pub(crate) enum AgentMessage {
-    /// An error that the participant's session reported.
-    Error {
+    /// What the participant's session reported.
+    Session {
         identity: String,
-        message: String,
-    },
-    Turn {
-        identity: String,
-        metrics: TurnMetrics,
+        event: SessionEvent,
     },
     Transcript(TranscriptSegment),
 }
@@ -81,7 +90,7 @@ impl StreamReader {
             Some(Value::StreamHeader(header)) => self.begin(at, &identity, header),
             Some(Value::StreamChunk(chunk)) => self.append(&chunk),
             Some(Value::StreamTrailer(trailer)) => {
-                return self.end(identity, &trailer).into_iter().collect();
+                return self.end(&identity, &trailer);
             }
             Some(Value::Transcription(packet)) if self.transcript => {
                 let segments = transcript::from_packet(at, packet);
@@ -137,48 +146,129 @@ impl StreamReader {
         }
     }
 
-    fn end(&mut self, identity: String, trailer: &data_stream::Trailer) -> Option<AgentMessage> {
+    fn end(&mut self, identity: &str, trailer: &data_stream::Trailer) -> Vec<AgentMessage> {
         let mut streams = self.streams.iter();
-        let ended = streams.position(|it| it.id == trailer.stream_id)?;
-        let stream = self.streams.remove(ended)?;
+        let Some(stream) = streams
+            .position(|it| it.id == trailer.stream_id)
+            .and_then(|ended| self.streams.remove(ended))
+        else {
+            return Vec::new();
+        };
         match stream.kind {
-            StreamKind::Session => session_message(identity, &stream.content),
-            StreamKind::Transcript(header) => header
-                .into_segment(&stream.content, Some(trailer))
-                .map(AgentMessage::Transcript),
+            StreamKind::Session => {
+                let events = session_events(&stream.content).into_iter();
+                let message = |event| AgentMessage::Session {
+                    identity: identity.to_owned(),
+                    event,
+                };
+                events.map(message).collect()
+            }
+            StreamKind::Transcript(header) => {
+                let segment = header.into_segment(&stream.content, Some(trailer));
+                segment.map(AgentMessage::Transcript).into_iter().collect()
+            }
         }
     }
 }
 
-fn session_message(identity: String, content: &[u8]) -> Option<AgentMessage> {
-    let message = AgentSessionMessage::decode(content).ok()?.message?;
-    let Message::Event(event) = message else {
-        return None;
+/// What one message of a session reports; empty if it is of no use here.
+fn session_events(content: &[u8]) -> Vec<SessionEvent> {
+    let message = AgentSessionMessage::decode(content);
+    let Some(Message::Event(event)) = message.ok().and_then(|message| message.message) else {
+        return Vec::new();
     };
-    match event.event? {
-        Event::Error(error) => Some(AgentMessage::Error {
-            identity,
-            message: sanitize(&error.message),
-        }),
-        // The session adds a message to the conversation after it was spoken.
-        Event::ConversationItemAdded(added) => match added.item?.item? {
-            Item::Message(message) => {
-                let metrics = metrics_of(&message)?;
-                Some(AgentMessage::Turn { identity, metrics })
-            }
-            _ => None,
-        },
+    match event.event {
+        Some(Event::Error(error)) => vec![SessionEvent::Error(sanitize(&error.message))],
+        Some(Event::AgentStateChanged(change)) => {
+            let state = match change.new_state() {
+                AgentState::AsInitializing => "initializing",
+                AgentState::AsIdle => "idle",
+                AgentState::AsListening => "listening",
+                AgentState::AsThinking => "thinking",
+                AgentState::AsSpeaking => "speaking",
+            };
+            vec![SessionEvent::AgentState(state.to_owned())]
+        }
+        Some(Event::UserStateChanged(change)) => {
+            vec![SessionEvent::CallerSpeaks(
+                change.new_state() == UserState::UsSpeaking,
+            )]
+        }
+        Some(Event::UserInputTranscribed(input)) => vec![SessionEvent::CallerTranscribed {
+            text: TranscriptText::new(&input.transcript),
+            is_final: input.is_final,
+        }],
+        Some(Event::ConversationItemAdded(added)) => {
+            let item = added.item.and_then(|added| added.item);
+            item.and_then(conversation_item).into_iter().collect()
+        }
+        Some(Event::FunctionToolsStarted(started)) => {
+            let calls = started.function_calls.iter().take(MAX_TOOLS);
+            let started = |call: &FunctionCall| SessionEvent::ToolStarted(name_of(&call.name));
+            calls.map(started).collect()
+        }
+        // livekit-agents 1.8.9 sends this one; its end names no tool.
+        Some(Event::ToolExecutionUpdated(ToolExecutionUpdated {
+            update: Some(Update::Started(started)),
+        })) => {
+            let call = started.function_call.iter();
+            call.map(|call| SessionEvent::ToolStarted(name_of(&call.name)))
+                .collect()
+        }
+        Some(Event::FunctionToolsExecuted(executed)) => {
+            let outputs = executed.function_call_outputs.iter().take(MAX_TOOLS);
+            let executed = |output: &FunctionCallOutput| SessionEvent::ToolExecuted {
+                name: name_of(&output.name),
+                is_error: output.is_error,
+            };
+            outputs.map(executed).collect()
+        }
+        Some(Event::AgentFalseInterruption(interruption)) => {
+            let resumed = interruption.resumed;
+            vec![SessionEvent::FalseInterruption { resumed }]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// The session adds an item to the conversation after it was spoken.
+fn conversation_item(item: Item) -> Option<SessionEvent> {
+    match item {
+        Item::Message(message) => {
+            let speaker = match message.role() {
+                ChatRole::Assistant => Speaker::Agent,
+                ChatRole::User => Speaker::Caller,
+                ChatRole::Developer | ChatRole::System => return None,
+            };
+            Some(SessionEvent::Message(SessionMessage {
+                speaker,
+                text: TranscriptText::new(&text_of(&message)),
+                interrupted: message.interrupted,
+                metrics: metrics_of(speaker, &message),
+            }))
+        }
+        Item::AgentHandoff(handoff) => Some(SessionEvent::Handoff(name_of(&handoff.new_agent_id))),
         _ => None,
     }
 }
 
+/// The text of a message, whose parts are joined by spaces.
+fn text_of(message: &ChatMessage) -> String {
+    let parts = message.content.iter();
+    let parts = parts.filter_map(|part| {
+        let Payload::Text(text) = part.payload.as_ref()?;
+        Some(text.as_str())
+    });
+    parts.collect::<Vec<_>>().join(" ")
+}
+
+/// The name of a tool or of an agent: one line of at most [`MAX_NAME_LENGTH`] characters.
+fn name_of(text: &str) -> String {
+    sanitize(text).chars().take(MAX_NAME_LENGTH).collect()
+}
+
 /// `None` if nothing was measured, as for a fixed text that the agent was asked to speak.
-fn metrics_of(message: &ChatMessage) -> Option<TurnMetrics> {
-    let speaker = match message.role() {
-        ChatRole::Assistant => Speaker::Agent,
-        ChatRole::User => Speaker::Caller,
-        ChatRole::Developer | ChatRole::System => return None,
-    };
+fn metrics_of(speaker: Speaker, message: &ChatMessage) -> Option<TurnMetrics> {
     let report = message.metrics.as_ref()?;
     let metrics = figures(speaker, message.interrupted, report);
     let nothing = figures(speaker, message.interrupted, &MetricsReport::default());

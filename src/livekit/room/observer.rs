@@ -12,10 +12,11 @@ use tokio::time::Instant;
 use super::agent_session::{self, AgentMessage};
 use super::roster::Roster;
 use super::voice_selector::VoiceSelector;
-use crate::livekit::audio::echo::{AgentActivity, EchoPlayer, Frame};
+use crate::livekit::audio::caller::{AgentActivity, CallerPlayer, Frame};
 use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::event::{
-    EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker, TranscriptSegment,
+    EndReason, MediaPermission, NOT_PERMITTED, RoomEvent, RoomEventKind, Speaker,
+    TranscriptSegment, UplinkReport,
 };
 use crate::livekit::join::JoinRequest;
 use crate::livekit::wire::request::sanitize;
@@ -74,14 +75,20 @@ pub(crate) struct Observer {
     /// The media addresses that were already reported.
     addresses: Vec<String>,
     track_cid: String,
-    /// The server's id of the echo track, once it has acknowledged the track.
+    /// The server's id of the caller's track, once it has acknowledged the track.
     track_sid: Option<String>,
     streams: agent_session::StreamReader,
     first_audio_sent: bool,
+    /// Since when the agent's session reports that it listens.
+    listening_since: Option<Instant>,
+    /// Since when the agent's audio track is received.
+    subscribed_since: Option<Instant>,
+    /// The latest report that was passed on.
+    uplink: UplinkReport,
 }
 
 impl Observer {
-    /// `track_cid` is the client's id of the echo track.
+    /// `track_cid` is the client's id of the caller's track.
     pub(crate) fn new(request: &JoinRequest, events: EventSender, track_cid: String) -> Self {
         Self {
             events,
@@ -94,6 +101,9 @@ impl Observer {
             track_sid: None,
             streams: agent_session::StreamReader::new(request.transcript),
             first_audio_sent: false,
+            listening_since: None,
+            subscribed_since: None,
+            uplink: UplinkReport::default(),
         }
     }
 
@@ -172,6 +182,7 @@ impl Observer {
                 let joined = clock.to_local(agent.joined_at_ms);
                 agent.joined = joined.map(|joined| joined.min(event.at));
             }
+            self.follow_agent(&event);
             self.events.forward(event)?;
         }
         for kind in self.roster.changes() {
@@ -183,6 +194,19 @@ impl Observer {
             }
         }
         Ok(())
+    }
+
+    fn follow_agent(&mut self, event: &RoomEvent) {
+        match &event.kind {
+            RoomEventKind::AgentState(state) => {
+                self.listening_since = (state == LISTENING).then_some(event.at);
+            }
+            RoomEventKind::AgentLeft { .. } => {
+                self.listening_since = None;
+                self.subscribed_since = None;
+            }
+            _ => {}
+        }
     }
 
     /// Reports the addresses at which the server receives media, each once.
@@ -208,7 +232,7 @@ impl Observer {
                 let first = self.track_sid.is_none();
                 self.track_sid = Some(published.track.unwrap_or_default().sid);
                 if first {
-                    self.events.send(at, RoomEventKind::EchoPublished)?;
+                    self.events.send(at, RoomEventKind::CallerPublished)?;
                 }
                 Ok(())
             }
@@ -241,7 +265,7 @@ impl Observer {
 
     /// Reports the agent's track as soon as the agent is known; returns the audio that was buffered until then.
     pub(crate) fn report_voice<K, S>(
-        &self,
+        &mut self,
         selector: &mut VoiceSelector<K, S>,
     ) -> Result<impl IntoIterator<Item = S> + use<K, S>, EndReason> {
         let Some(found) = selector.announce(&self.roster) else {
@@ -251,6 +275,7 @@ impl Observer {
             self.events
                 .send(found.since, RoomEventKind::AgentVoiceSource(source))?;
         }
+        self.subscribed_since = Some(found.since);
         self.events
             .send(found.since, RoomEventKind::AgentTrackSubscribed)?;
         Ok(Some(found.early).into_iter().flatten())
@@ -263,29 +288,41 @@ impl Observer {
         self.events.send(at, RoomEventKind::AgentFirstAudio)
     }
 
+    /// Reports what LiveKit received of the caller's track, if that changed.
+    pub(crate) fn on_uplink(&mut self, at: Instant, report: UplinkReport) -> Result<(), EndReason> {
+        if report == self.uplink {
+            return Ok(());
+        }
+        self.uplink = report;
+        self.events.send(at, RoomEventKind::UplinkReported(report))
+    }
+
     /// What the agent does now, as its voice and its session show it.
     pub(crate) fn activity(&self, speech: &Detector) -> AgentActivity {
         let state = self.roster.agent_state();
         AgentActivity {
             may_speak: speech.speech_pending(),
             is_busy: state.is_some_and(|state| state != LISTENING),
+            listening_since: self.listening_since,
+            subscribed_since: self.subscribed_since,
+            last_speech: speech.last_speech(),
         }
     }
 
     pub(crate) fn on_speech<F: Frame>(
         &self,
-        echo: &mut EchoPlayer<F>,
+        caller: &mut CallerPlayer<F>,
         speech: &Detector,
         event: SpeechEvent,
     ) -> Result<(), EndReason> {
         let at = match event {
             SpeechEvent::Started(at) => {
-                echo.on_speech_started(at);
+                caller.on_speech_started(at);
                 self.events.send(at, RoomEventKind::SpeechStarted)?;
                 at
             }
             SpeechEvent::Ended(at) => {
-                echo.on_speech_ended(at);
+                caller.on_speech_ended(at);
                 self.events.send(at, RoomEventKind::SpeechEnded)?;
                 at
             }
@@ -313,11 +350,8 @@ impl Observer {
     ) -> Result<(), EndReason> {
         for message in self.streams.on_packet(at, packet) {
             let kind = match message {
-                AgentMessage::Error { identity, message } => {
-                    RoomEventKind::AgentError { identity, message }
-                }
-                AgentMessage::Turn { identity, metrics } => {
-                    RoomEventKind::AgentMetrics { identity, metrics }
+                AgentMessage::Session { identity, event } => {
+                    RoomEventKind::Session { identity, event }
                 }
                 AgentMessage::Transcript(segment) => self.transcribed(segment),
             };
@@ -373,6 +407,7 @@ fn revoked(own: &proto::ParticipantInfo) -> Option<MediaPermission> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::livekit::event::{CallerTurn, SessionEvent};
     use crate::livekit::test_server::TestServer;
 
     #[test]
@@ -381,8 +416,16 @@ mod tests {
         let last = events.clone().try_reserve_owned().unwrap();
         let sender = EventSender::new(events);
         let now = Instant::now();
-        assert!(sender.send(now, RoomEventKind::EchoStarted).is_ok());
-        assert!(sender.send(now, RoomEventKind::EchoEnded).is_ok());
+        assert!(
+            sender
+                .send(now, RoomEventKind::CallerStarted(CallerTurn::default()))
+                .is_ok()
+        );
+        assert!(
+            sender
+                .send(now, RoomEventKind::CallerEnded { sent: 0 })
+                .is_ok()
+        );
         let full = sender.send(now, RoomEventKind::MediaConnected);
         assert!(matches!(full, Err(EndReason::Internal(_))));
         last.send(RoomEvent {
@@ -398,16 +441,19 @@ mod tests {
     fn events_that_no_verdict_needs_leave_half_of_the_queue_free() {
         let (events, mut reader) = mpsc::channel(10);
         let sender = EventSender::new(events);
-        let error = || RoomEventKind::AgentError {
+        let error = || RoomEventKind::Session {
             identity: String::new(),
-            message: String::new(),
+            event: SessionEvent::Error(String::new()),
         };
         for _ in 0..100 {
             assert!(sender.send_if_room(Instant::now(), error()).is_ok());
         }
         assert!(
             sender
-                .send(Instant::now(), RoomEventKind::EchoStarted)
+                .send(
+                    Instant::now(),
+                    RoomEventKind::CallerStarted(CallerTurn::default())
+                )
                 .is_ok()
         );
         let sent = std::iter::from_fn(|| reader.try_recv().ok());

@@ -177,7 +177,7 @@ async fn unreachable_server_decides_join_and_outcome_once() {
     let mut events = Vec::new();
     started
         .events
-        .recv_many(&mut events, ProbeEvent::MAX_PER_PROBE)
+        .recv_many(&mut events, ProbeEvent::max_per_probe(1))
         .await;
     assert!(
         matches!(

@@ -5,9 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Action, DispatchCall, Disruption, Phase, ProbeMachine};
-use crate::config::Target;
+use crate::config::{Caller, Target};
+use crate::probe::turns::{Awaited, EVIDENCE_WAIT, YIELD_SILENCE};
 use crate::probe::verdict::{AgentDuty, DispatchListing, MediaState};
-use crate::probe::{Failure, Milestone, Outcome};
+use crate::probe::{Failure, Milestone};
 
 /// The engine's own deadline for the signal connection comes first, because it knows more; ours comes this much later.
 pub(super) const ENGINE_GRACE: Duration = Duration::from_secs(2);
@@ -15,23 +16,57 @@ pub(super) const ENGINE_GRACE: Duration = Duration::from_secs(2);
 /// A server that froze is known to be after this long: one ping interval and the ping timeout.
 const MAX_SIGNAL_SILENCE: Duration = Duration::from_secs(20);
 
-/// From the end of the agent's speech to the end of its echo, excluding the delay; also how long an echo that has begun may
-/// play, because 30 s are recorded. An echo that takes longer is a fault of the canary.
-const MAX_ECHO: Duration = Duration::from_secs(40);
+/// How much longer than its speech the caller's turn may take. A turn that takes longer is a fault of the canary.
+const CALLER_GRACE: Duration = Duration::from_secs(10);
 
-/// If an answer to the echo is expected, the agent may talk for this long without a pause that lets the echo begin.
-const MAX_TALK: Duration = Duration::from_mins(2);
+/// The longest echo: longer speech of the agent is not recorded.
+pub(super) const MAX_ECHO: Duration = Duration::from_secs(30);
+
+/// LiveKit reports what it received about once per second. After a missed reply, its report is waited for.
+const UPLINK_WAIT: Duration = Duration::from_secs(5);
 
 /// The longest that a room stays open for a verdict after the agent's join, whatever the hold, excluding clean-up. The worst
 /// case that is reserved for a room rests on it.
 pub fn max_time_to_verdict(target: &Target) -> Duration {
+    target.deadlines.speech + max_conversation(target, target.caller.turns) + MAX_SIGNAL_SILENCE
+}
+
+/// How much longer than its hold a room stays open to finish a turn that need not be answered.
+pub fn max_overrun(target: &Target) -> Duration {
+    if target.expect.reply {
+        // Every turn is waited for, so none begins after the last one.
+        return Duration::ZERO;
+    }
     let deadlines = &target.deadlines;
-    let reply = if target.expect.reply {
-        MAX_TALK + target.echo.max_delay() + MAX_ECHO + deadlines.reply
+    max_caller_speech(&target.caller) + deadlines.reply + deadlines.agent_turn + EVIDENCE_WAIT
+}
+
+/// How long the conversation takes at most, if a reply is expected to each turn and this many of them are left.
+fn max_conversation(target: &Target, turns: u32) -> Duration {
+    if !target.expect.reply {
+        return Duration::ZERO;
+    }
+    let deadlines = &target.deadlines;
+    let before = deadlines.agent_turn + max_caller_wait(target);
+    let turn = before + max_caller_speech(&target.caller) + deadlines.reply;
+    let interruption = if target.caller.interrupt {
+        max_caller_speech(&target.caller) + deadlines.reply
     } else {
         Duration::ZERO
     };
-    deadlines.speech + reply + MAX_SIGNAL_SILENCE
+    turn * turns + interruption + deadlines.agent_turn + EVIDENCE_WAIT
+}
+
+/// From the end of the agent's speech until the caller speaks, at the longest.
+fn max_caller_wait(target: &Target) -> Duration {
+    let Caller { silence, pause, .. } = &target.caller;
+    target.deadlines.agent_turn.max(*silence).max(*pause)
+}
+
+/// How long the caller may speak.
+fn max_caller_speech(caller: &Caller) -> Duration {
+    let lines = caller.lines.iter().map(|line| line.audio.duration());
+    lines.max().unwrap_or(MAX_ECHO).max(MAX_ECHO) + CALLER_GRACE
 }
 
 /// How often the jobs are listed while an agent without a name may be the target's. LiveKit can list a job late.
@@ -45,8 +80,12 @@ enum Due {
     Agent(AgentDuty),
     /// A list of the jobs, to recognise an agent without a name.
     Recognise,
-    /// The end of the agent's echo.
-    Echo,
+    /// The end of what the caller says.
+    CallerSpeech,
+    /// The end of a turn that has a voice after it, or that was not answered and need not be.
+    TurnEnd,
+    /// The agent must have stopped speaking.
+    Yield,
     /// The end of a room in which everything expected has happened.
     Ok,
     FinalCheck,
@@ -73,9 +112,19 @@ impl ProbeMachine {
             AgentDuty::Join => deadlines.join,
             AgentDuty::Track => deadlines.track.min(deadlines.speech),
             AgentDuty::Speech => deadlines.speech,
-            AgentDuty::Pause => MAX_TALK,
-            AgentDuty::Reply => deadlines.reply,
+            AgentDuty::Pause => deadlines.agent_turn,
+            AgentDuty::Reply | AgentDuty::Words => deadlines.reply,
+            AgentDuty::Yield => self.target.expect.yield_within.unwrap_or_default(),
         }
+    }
+
+    /// The longest time from the agent's join to the verdict, now that the caller speaks.
+    pub(super) fn time_to_verdict(&self, now: Instant) -> Duration {
+        let joined = self.report.timeline.get(Milestone::AgentJoined);
+        let passed = joined.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let taken = u32::try_from(self.turns.taken()).unwrap_or(u32::MAX);
+        let left = (self.target.caller.turns + 1).saturating_sub(taken);
+        passed + max_conversation(&self.target, left) + MAX_SIGNAL_SILENCE
     }
 
     /// The next deadline and what it is for.
@@ -93,7 +142,14 @@ impl ProbeMachine {
                 Some((joined + deadlines.media, Due::Media))
             }
             Phase::Watching => self.due_of_agent(),
-            Phase::FinalCheck { at, .. } => Some((at + MAX_SIGNAL_SILENCE, Due::FinalCheck)),
+            Phase::FinalCheck { at, .. } => {
+                let wait = if self.final_listing.is_some() {
+                    UPLINK_WAIT
+                } else {
+                    MAX_SIGNAL_SILENCE
+                };
+                Some((at + wait, Due::FinalCheck))
+            }
             Phase::Leaving { until } => Some((until, Due::Leave)),
         }
     }
@@ -107,36 +163,86 @@ impl ProbeMachine {
         };
         // The agent's track and speech can't arrive before the canary's own transports are up.
         let start = joined.max(self.ready?);
-        let Some(spoke) = timeline.get(Milestone::AgentSpoke) else {
+        let spoke = timeline.get(Milestone::AgentSpoke).is_some();
+        if !spoke && self.turns.last_said().is_none() {
             let audio = [Milestone::AgentTrackSubscribed, Milestone::AgentFirstAudio];
-            let has_track = audio.iter().any(|mark| timeline.get(*mark).is_some());
-            let duty = if has_track {
-                AgentDuty::Speech
-            } else {
-                AgentDuty::Track
+            let track = audio.iter().find_map(|mark| timeline.get(*mark));
+            return match track {
+                None => due(start, AgentDuty::Track),
+                Some(_) if !self.target.caller.speaks_first => due(start, AgentDuty::Speech),
+                Some(track) => Some((
+                    track + max_caller_wait(&self.target) + CALLER_GRACE,
+                    Due::CallerSpeech,
+                )),
             };
-            return due(start, duty);
-        };
-        if self.target.expect.reply {
-            if let Some(echo_ended) = self.turns.unanswered_since() {
-                return due(echo_ended, AgentDuty::Reply);
-            }
-            if !self.turns.answered() {
-                return match self.turns.echo_since() {
-                    Some(since) => {
-                        Some((since + self.target.echo.max_delay() + MAX_ECHO, Due::Echo))
-                    }
-                    None => due(spoke, AgentDuty::Pause),
-                };
-            }
+        }
+        self.due_of_conversation()
+    }
+
+    /// What is due once someone has spoken.
+    fn due_of_conversation(&self) -> Option<(Instant, Due)> {
+        // Nothing more can come from an agent that has left.
+        if let Some(Disruption::Left { at, .. }) = &self.disruption {
+            return (!self.call_under_way()).then_some((*at, Due::Ok));
+        }
+        let turn = [
+            self.due_of_turn(),
+            self.yield_due().map(|at| (at, Due::Yield)),
+        ];
+        let turn = turn.into_iter().flatten().min_by_key(|(at, _)| *at);
+        if turn.is_some() {
+            return turn;
         }
         // The agent can join before CreateDispatch has returned. The probe waits for that answer.
-        if matches!(self.dispatch, DispatchCall::UnderWay { .. }) {
+        if self.call_under_way() {
             return None;
         }
-        match &self.disruption {
-            Some(Disruption::Left { at, .. }) => Some((*at, Due::Ok)),
-            _ => self.hold_until.map(|until| (until, Due::Ok)),
+        self.hold_until.map(|until| (until, Due::Ok))
+    }
+
+    /// The next deadline of a turn. A turn that has begun is finished, even if no reply is expected.
+    fn due_of_turn(&self) -> Option<(Instant, Due)> {
+        let expected = self.target.expect.reply;
+        let deadlines = &self.target.deadlines;
+        let due = |from: Instant, duty| Some((from + self.limit_of(duty), Due::Agent(duty)));
+        match self.turns.awaited() {
+            Awaited::AgentPause { since } if expected => due(since, AgentDuty::Pause),
+            Awaited::CallerTurn { since } if expected => {
+                let until = since + max_caller_wait(&self.target) + CALLER_GRACE;
+                Some((until, Due::CallerSpeech))
+            }
+            Awaited::CallerSpeech { since } => {
+                let until = since + max_caller_speech(&self.target.caller);
+                Some((until, Due::CallerSpeech))
+            }
+            Awaited::Reply { since } if expected => due(since, AgentDuty::Reply),
+            Awaited::Reply { since } => Some((since + deadlines.reply, Due::TurnEnd)),
+            Awaited::ReplyEnd { since } => Some((since + deadlines.agent_turn, Due::TurnEnd)),
+            Awaited::Evidence { until } => Some((until, Due::TurnEnd)),
+            Awaited::AgentPause { .. } | Awaited::CallerTurn { .. } | Awaited::Nothing => None,
+        }
+    }
+
+    /// When an agent that was interrupted must be known to be silent.
+    fn yield_due(&self) -> Option<Instant> {
+        let within = self.target.expect.yield_within?;
+        let turn = self.turns.last_said().filter(|turn| turn.interrupts)?;
+        // Its silence is known when an utterance has ended.
+        let known = self.target.speech.end_silence.max(YIELD_SILENCE);
+        let at = turn.caller_started? + within + known;
+        (!self.yield_judged).then_some(at)
+    }
+
+    /// Whether an agent that was interrupted spoke on for too long. One that had finished by itself did not.
+    fn is_late_to_yield(&self) -> bool {
+        let Some(turn) = self.turns.last_said() else {
+            return false;
+        };
+        let within = self.target.expect.yield_within.unwrap_or_default();
+        match (turn.yield_delay(), turn.caller_started) {
+            (Some(delay), _) => delay > within,
+            (None, Some(started)) => self.turns.speaks_since(started),
+            (None, None) => false,
         }
     }
 
@@ -162,6 +268,14 @@ impl ProbeMachine {
         })
     }
 
+    /// The agent missed this duty. Before it is blamed, LiveKit has to show that it still answers.
+    pub(super) fn final_check(&mut self, duty: AgentDuty, at: Instant) {
+        self.phase = Phase::FinalCheck { duty, at };
+        self.final_listing = None;
+        let participants = duty == AgentDuty::Join;
+        self.actions.push(Action::ListRoom { participants });
+    }
+
     fn miss(&mut self, due: Due, at: Instant, now: Instant) {
         match due {
             Due::Signal => {
@@ -171,7 +285,7 @@ impl ProbeMachine {
             }
             Due::Media => {
                 let reached = |milestone| self.report.timeline.get(milestone).is_some();
-                let state = if reached(Milestone::EchoPublished) {
+                let state = if reached(Milestone::CallerPublished) {
                     MediaState::Published
                 } else if reached(Milestone::MediaConnected) {
                     MediaState::ConnectedOnly
@@ -191,20 +305,26 @@ impl ProbeMachine {
                 if duty == AgentDuty::Join {
                     self.decide_join(false);
                 }
-                self.phase = Phase::FinalCheck { duty, at };
-                let participants = duty == AgentDuty::Join;
-                self.actions.push(Action::ListRoom { participants });
+                self.final_check(duty, at);
             }
             Due::Recognise => {
                 self.nameless.list_at = Some(now + LIST_INTERVAL);
                 let participants = false;
                 self.actions.push(Action::ListRoom { participants });
             }
-            Due::Echo => self.fail(Failure::of_missing_echo(), now),
-            Due::Ok => self.decide(Outcome::Ok, now),
+            Due::CallerSpeech => self.fail(Failure::of_missing_caller_turn(), now),
+            Due::TurnEnd => self.end_turn(now),
+            Due::Yield => {
+                self.yield_judged = true;
+                if self.is_late_to_yield() {
+                    self.final_check(AgentDuty::Yield, now);
+                }
+            }
+            Due::Ok => self.conclude(now),
             Due::FinalCheck => {
                 if let Phase::FinalCheck { duty, .. } = self.phase {
-                    self.blame_agent(duty, &DispatchListing::Unknown, now);
+                    let listing = self.final_listing.take();
+                    self.blame_agent(duty, &listing.unwrap_or(DispatchListing::Unknown), now);
                 }
             }
             Due::Leave => {

@@ -8,11 +8,10 @@ use tokio::time::Instant;
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
 use crate::config::DispatchRequest;
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, TurnMetrics,
-    to_microseconds,
+    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, SessionEvent, Speaker,
 };
-use crate::probe::verdict::{DispatchListing, ends_call, names_inference_limit, quote};
-use crate::probe::{AgentTurn, Failure, Milestone, Reason};
+use crate::probe::verdict::{DispatchListing, ends_call};
+use crate::probe::{Failure, Milestone, Reason};
 
 /// LiveKit's name for the kind of participant that agents are.
 const AGENT_KIND: &str = "AGENT";
@@ -26,36 +25,55 @@ const MIN_NOTED_LAG: Duration = Duration::from_millis(500);
 /// An agent that reports speech for this long must have been heard.
 const MIN_NOTED_CLAIM: Duration = Duration::from_secs(1);
 
-/// What the agent's session reports about its speech, by the attribute `lk.agent.state`.
+/// What the agent's session reports about its speech, by the attribute `lk.agent.state`, and what was heard of it.
 #[derive(Debug, Default)]
 pub(super) struct SpeechClaim {
-    reports_states: bool,
-    since: Option<Instant>,
-    /// The time that it spoke before `since`.
-    before: Duration,
+    state: Option<String>,
+    claimed: Stopwatch,
+    heard: Stopwatch,
 }
 
 impl SpeechClaim {
     fn on_state(&mut self, state: &str, at: Instant) {
-        self.reports_states = true;
-        if state == "speaking" {
-            self.since.get_or_insert(at);
-        } else if let Some(since) = self.since.take() {
-            // Never zero, which stands for an agent that did not speak.
-            self.before += at
-                .saturating_duration_since(since)
-                .max(Duration::from_nanos(1));
-        }
+        self.state = Some(state.to_owned());
+        self.claimed.set(state == "speaking", at);
+    }
+
+    /// Whether its last report allows that it has finished.
+    pub(super) fn listens(&self) -> bool {
+        self.state.as_ref().is_none_or(|state| state == "listening")
     }
 
     /// How long it reported to speak until `now`; `None` if it reports no states.
     fn spoke_for(&self, now: Instant) -> Option<Duration> {
+        self.state.as_ref().map(|_| self.claimed.total(now))
+    }
+}
+
+/// The sum of several stretches of time.
+#[derive(Debug, Default)]
+struct Stopwatch {
+    since: Option<Instant>,
+    before: Duration,
+}
+
+impl Stopwatch {
+    fn set(&mut self, runs: bool, at: Instant) {
+        if runs {
+            self.since.get_or_insert(at);
+        } else {
+            self.before = self.total(at);
+            self.since = None;
+        }
+    }
+
+    /// Zero only if it never ran.
+    fn total(&self, now: Instant) -> Duration {
         let current = |since| {
-            now.saturating_duration_since(since)
-                .max(Duration::from_nanos(1))
+            let passed = now.saturating_duration_since(since);
+            passed.max(Duration::from_nanos(1))
         };
-        let current = self.since.map(current).unwrap_or_default();
-        self.reports_states.then_some(self.before + current)
+        self.before + self.since.map(current).unwrap_or_default()
     }
 }
 
@@ -64,13 +82,17 @@ impl ProbeMachine {
         let at = event.at;
         match event.kind {
             RoomEventKind::Ended { reason, audio } => self.ended(reason, audio, at, now),
-            RoomEventKind::AgentError { identity, message } => {
-                self.agent_error(&identity, &message);
+            RoomEventKind::Session { identity, event } => {
+                self.session_event(&identity, event, at);
             }
-            RoomEventKind::AgentMetrics { identity, metrics } => {
-                self.agent_metrics(&identity, metrics, at);
+            RoomEventKind::UplinkReported(report) => {
+                self.turns.uplink_reported(report);
+                self.judge_final_check(now);
             }
             RoomEventKind::Transcribed { speaker, segment } => {
+                if speaker == Speaker::Caller && self.outcome.is_none() {
+                    self.turns.caller_transcribed();
+                }
                 self.transcript.record(speaker, segment);
             }
             RoomEventKind::TrackChanged(track) => self.track_changed(track),
@@ -80,11 +102,11 @@ impl ProbeMachine {
             kind if self.outcome.is_some() || matches!(self.phase, Phase::FinalCheck { .. }) => {
                 self.after_verdict(kind, at);
             }
-            kind => self.before_verdict(kind, at),
+            kind => self.before_verdict(kind, at, now),
         }
     }
 
-    fn before_verdict(&mut self, kind: RoomEventKind, at: Instant) {
+    fn before_verdict(&mut self, kind: RoomEventKind, at: Instant, now: Instant) {
         match kind {
             RoomEventKind::SignalRequested => {
                 if self.facts().request == DispatchRequest::Join {
@@ -120,7 +142,7 @@ impl ProbeMachine {
                  LiveKit's media ports"
                     .to_owned(),
             ),
-            RoomEventKind::EchoPublished => self.mark(Milestone::EchoPublished, at),
+            RoomEventKind::CallerPublished => self.mark(Milestone::CallerPublished, at),
             RoomEventKind::AgentJoined {
                 agent,
                 in_join_response,
@@ -137,6 +159,7 @@ impl ProbeMachine {
                     self.mark(Milestone::AgentListening, at);
                 }
                 self.claim.on_state(&state, at);
+                self.record_session(&SessionEvent::AgentState(state), at);
             }
             RoomEventKind::AgentTrackSubscribed => {
                 self.mark(Milestone::AgentTrackSubscribed, at);
@@ -149,19 +172,14 @@ impl ProbeMachine {
                 self.disruption.get_or_insert(Disruption::Encrypted(method));
             }
             RoomEventKind::AgentFirstAudio => self.mark(Milestone::AgentFirstAudio, at),
-            RoomEventKind::SpeechStarted => {
-                self.mark(Milestone::AgentSpoke, at);
-                self.turns.speech_started(at);
-            }
-            RoomEventKind::SpeechEnded => self.turns.speech_ended(at),
-            RoomEventKind::SpeechLevel(level) => {
-                let tenths = (f64::from(level) * 10.0).round();
-                self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
-            }
-            RoomEventKind::EchoStarted => self.turns.echo_started(at),
-            RoomEventKind::EchoEnded => self.turns.echo_ended(at),
+            RoomEventKind::SpeechStarted
+            | RoomEventKind::SpeechEnded
+            | RoomEventKind::SpeechLevel(_)
+            | RoomEventKind::CallerStarted(_)
+            | RoomEventKind::CallerEnded { .. } => self.spoken(&kind, at, now),
             RoomEventKind::AgentLeft { reason } => {
                 self.note_departure(&reason);
+                self.turns.close();
                 // If a room closes, this can come before the canary's own `Leave`, and then ends the probe.
                 if self.agent_may_have_left() && ends_call(&reason) {
                     self.note_end_of_call(&reason);
@@ -179,12 +197,34 @@ impl ProbeMachine {
                 kind,
                 agent_name,
             } => self.other_joined(&identity, &kind, agent_name.as_deref()),
-            RoomEventKind::AgentError { .. }
-            | RoomEventKind::AgentMetrics { .. }
+            RoomEventKind::Session { .. }
             | RoomEventKind::Transcribed { .. }
+            | RoomEventKind::UplinkReported(_)
             | RoomEventKind::TrackChanged(_)
             | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
+        }
+    }
+
+    /// What the agent and the caller say.
+    fn spoken(&mut self, kind: &RoomEventKind, at: Instant, now: Instant) {
+        match kind {
+            RoomEventKind::SpeechStarted => {
+                self.mark(Milestone::AgentSpoke, at);
+                self.claim.heard.set(true, at);
+                self.turns.speech_started(at);
+            }
+            RoomEventKind::SpeechEnded => {
+                self.claim.heard.set(false, at);
+                self.turns.speech_ended(at);
+            }
+            RoomEventKind::SpeechLevel(level) => {
+                let tenths = (f64::from(*level) * 10.0).round();
+                self.report.evidence.speech_level_dbfs = Some(tenths / 10.0);
+            }
+            RoomEventKind::CallerStarted(what) => self.caller_started(*what, at, now),
+            RoomEventKind::CallerEnded { sent } => self.turns.caller_ended(*sent, at),
+            _ => unreachable!("before_verdict passes on nothing else"),
         }
     }
 
@@ -298,53 +338,27 @@ impl ProbeMachine {
         self.actions.push(Action::AgentsConnected(all_connected));
     }
 
-    fn is_agent(&self, identity: &str) -> bool {
-        let agent = self.report.agent.as_ref();
-        agent.is_some_and(|agent| agent.identity == identity)
-    }
-
-    /// The agent may recover from an error, so an error alone is only evidence.
-    fn agent_error(&mut self, identity: &str, message: &str) {
-        if !self.is_agent(identity) {
-            return;
-        }
-        self.add_note(format!("the agent reported an error: {}", quote(message)));
-        if self.outcome.is_none() && names_inference_limit(message) {
-            self.inference_limit.get_or_insert(message.to_owned());
-        }
-    }
-
-    fn agent_metrics(&mut self, identity: &str, metrics: TurnMetrics, at: Instant) {
-        let own = self.is_agent(identity);
-        let started = self.report.timeline.get(Milestone::Started);
-        let entries = &mut self.report.evidence.agent_metrics;
-        if own
-            && entries.len() < MAX_ENTRIES
-            && let Some(started) = started
-        {
-            let since_started = at.saturating_duration_since(started);
-            let at = to_microseconds(since_started.as_secs_f64());
-            entries.push(AgentTurn { at, metrics });
-        }
-    }
-
     /// Notes where the agent's session contradicts what the canary heard. Call it before the verdict.
     pub(super) fn note_contradiction(&mut self, now: Instant) {
-        let note = match (self.agent_spoke(), self.claim.spoke_for(now)) {
-            (true, Some(Duration::ZERO)) => {
-                "the canary heard a voice, but the agent's session never reported that it speaks: \
-                 what was heard may be another sound on its track, such as music"
-                    .to_owned()
-            }
-            (false, Some(claimed)) if claimed >= MIN_NOTED_CLAIM => format!(
-                "the agent's session reported that it spoke for {:.1} s, but the canary heard no voice: check its TTS and its \
-                 audio output. If its voice is quiet, lower speech.threshold_dbfs ({})",
-                claimed.as_secs_f64(),
-                self.target.speech.threshold_dbfs
-            ),
-            _ => return,
+        let Some(claimed) = self.claim.spoke_for(now) else {
+            return;
         };
-        self.add_note(note);
+        let heard = self.claim.heard.total(now);
+        if self.agent_spoke() && claimed.is_zero() {
+            self.add_note(
+                "the canary heard a voice, but the agent's session never reported that it speaks: what was heard may be \
+                 another sound on its track, such as music"
+                    .to_owned(),
+            );
+        } else if claimed > heard * 2 + MIN_NOTED_CLAIM {
+            self.add_note(format!(
+                "the agent's session reported that it spoke for {:.1} s, but the canary heard {:.1} s of speech: check its TTS \
+                 and its audio output. If its voice is quiet, lower speech.threshold_dbfs ({})",
+                claimed.as_secs_f64(),
+                heard.as_secs_f64(),
+                self.target.speech.threshold_dbfs
+            ));
+        }
     }
 
     // Other participants.
@@ -419,7 +433,11 @@ impl ProbeMachine {
             // Also after the verdict: what happens in the room from now on is unknown.
             self.actions.push(Action::LostSight);
         }
-        if self.outcome.is_some() || self.agent_ended_call(&reason, at) {
+        if self.outcome.is_some() {
+            return;
+        }
+        self.turns.close();
+        if self.agent_ended_call(&reason, at) {
             return;
         }
         let timeline = &self.report.timeline;

@@ -3,8 +3,8 @@ use std::time::Duration;
 use super::*;
 use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, MediaPermission, NOT_PERMITTED, RoomEventKind, Speaker,
-    TurnMetrics,
+    Agent, AudioStats, CallerTurn, EndReason, MediaPermission, NOT_PERMITTED, RoomEventKind,
+    SessionEvent, SessionMessage, Speaker, TranscriptText, TurnMetrics, UplinkReport,
 };
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
@@ -19,15 +19,19 @@ struct MachineScript {
     actions: Vec<Action>,
 }
 
+/// Most tests need no reply.
 fn explicit() -> Target {
-    Target {
+    let mut target = Target {
         agent_name: Some("support".to_owned()),
         ..Target::default()
-    }
+    };
+    target.expect.reply = false;
+    target
 }
 
 fn automatic() -> Target {
-    let mut target = Target::default();
+    let mut target = explicit();
+    target.agent_name = None;
     target.dispatch.mode = DispatchMode::Automatic;
     target
 }
@@ -43,6 +47,7 @@ fn expecting(reply: bool, agent_may_leave: AgentMayLeave) -> Target {
         expect: Expect {
             reply,
             agent_may_leave,
+            ..Expect::default()
         },
         ..explicit()
     }
@@ -188,7 +193,7 @@ impl MachineScript {
     /// Media up and the echo track published.
     fn up(self, at: u64) -> Self {
         self.see(at, RoomEventKind::MediaConnected)
-            .see(at, RoomEventKind::EchoPublished)
+            .see(at, RoomEventKind::CallerPublished)
     }
 
     fn joined(self, at: u64) -> Self {
@@ -227,9 +232,16 @@ impl MachineScript {
             .see(end, RoomEventKind::SpeechEnded)
     }
 
+    /// The caller speaks from `start` to `end`, and LiveKit receives every packet.
     fn echo(self, start: u64, end: u64) -> Self {
-        self.see(start, RoomEventKind::EchoStarted)
-            .see(end, RoomEventKind::EchoEnded)
+        let sent = end / 20;
+        let received = UplinkReport {
+            covered: sent,
+            lost: 0,
+        };
+        self.see(start, RoomEventKind::CallerStarted(CallerTurn::default()))
+            .see(end, RoomEventKind::CallerEnded { sent })
+            .see(end, RoomEventKind::UplinkReported(received))
     }
 
     fn hold(self, at: u64, until: u64) -> Self {
@@ -353,7 +365,7 @@ fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
     let script = MachineScript::new(explicit())
         .created(10, Ok(()))
         .signal(40);
-    let script = script.see(60, RoomEventKind::EchoPublished);
+    let script = script.see(60, RoomEventKind::CallerPublished);
     assert_eq!(dispatches(&script), 0);
     let script = script.see(90, RoomEventKind::MediaConnected);
     assert_eq!(dispatches(&script), 1);
@@ -838,11 +850,15 @@ fn agent_without_a_track_is_agent_no_track() {
     assert!(report.timeline.span(Span::AgentJoin).is_some());
 }
 
-fn agent_error(identity: &str, message: &str) -> RoomEventKind {
-    RoomEventKind::AgentError {
+fn session(identity: &str, event: SessionEvent) -> RoomEventKind {
+    RoomEventKind::Session {
         identity: identity.to_owned(),
-        message: message.to_owned(),
+        event,
     }
+}
+
+fn agent_error(identity: &str, message: &str) -> RoomEventKind {
+    session(identity, SessionEvent::Error(message.to_owned()))
 }
 
 #[test]
@@ -909,11 +925,13 @@ fn only_the_agents_own_turn_metrics_are_evidence_up_to_a_bound() {
                 tts_ttfb_seconds: None,
                 e2e_latency_seconds: None,
             };
-            let identity = identity.to_owned();
-            script = script.see(
-                600 + turn,
-                RoomEventKind::AgentMetrics { identity, metrics },
-            );
+            let message = SessionEvent::Message(SessionMessage {
+                speaker: Speaker::Caller,
+                text: TranscriptText::new("Hello"),
+                interrupted: false,
+                metrics: Some(metrics),
+            });
+            script = script.see(600 + turn, session(identity, message));
         }
     }
     let script = script.wait(20_500).listed(20_510, Ok(Vec::new()));
@@ -1013,7 +1031,7 @@ fn agent_is_not_judged_before_the_canarys_media_is_up() {
     let script = MachineScript::new(target)
         .see(10, RoomEventKind::SignalRequested)
         .signal(40)
-        .see(50, RoomEventKind::EchoPublished)
+        .see(50, RoomEventKind::CallerPublished)
         .wait(15_040);
     assert_eq!(script.reason(15_050), Reason::MediaFailed);
 }
@@ -1028,13 +1046,15 @@ fn media_failure_notes_the_addresses_that_the_server_named() {
     };
     let addressed = way_in()
         .see(50, address("UDP 192.0.2.1:7882"))
-        .see(50, RoomEventKind::EchoPublished)
+        .see(50, RoomEventKind::CallerPublished)
         .see(60, address("TCP 192.0.2.1:7881"))
         .wait(15_040);
     let report = addressed.report(15_050);
     let expected = "LiveKit expects media at UDP 192.0.2.1:7882, TCP 192.0.2.1:7881".to_owned();
     assert!(report.evidence.notes.contains(&expected), "{report:?}");
-    let unaddressed = way_in().see(50, RoomEventKind::EchoPublished).wait(15_040);
+    let unaddressed = way_in()
+        .see(50, RoomEventKind::CallerPublished)
+        .wait(15_040);
     let report = unaddressed.report(15_050);
     let none = "LiveKit named no address for media".to_owned();
     assert!(report.evidence.notes.contains(&none), "{report:?}");
@@ -1070,10 +1090,10 @@ fn probe_waits_past_the_hold_for_an_expected_reply() {
         .echo(3_000, 4_300)
         .wait(20_000);
     assert!(!script.is_decided());
-    let script = script
-        .see(21_000, RoomEventKind::SpeechStarted)
-        .wait(21_000);
-    assert_eq!(script.report(21_010).outcome, Outcome::Ok);
+    // The reply is heard to its end, and its evidence is waited for.
+    let script = script.speech(21_000, 22_000).wait(23_999);
+    assert!(!script.is_decided());
+    assert_eq!(script.wait(24_000).report(24_010).outcome, Outcome::Ok);
 }
 
 #[test]
@@ -1081,49 +1101,48 @@ fn reply_after_overlap_counts_as_a_reply_but_has_no_delay() {
     let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script.hold(600, 1_000).speech(700, 2_000);
     let script = script
-        .see(3_000, RoomEventKind::EchoStarted)
+        .see(3_000, RoomEventKind::CallerStarted(CallerTurn::default()))
         .speech(3_500, 3_900)
-        .see(4_300, RoomEventKind::EchoEnded);
-    let script = script.see(6_000, RoomEventKind::SpeechStarted).wait(6_000);
-    let report = script.report(6_010);
+        .see(4_300, RoomEventKind::CallerEnded { sent: 100 });
+    let script = script.speech(6_000, 7_000).wait(9_000);
+    let report = script.report(9_010);
     assert_eq!(report.outcome, Outcome::Ok);
     assert!(report.turns[0].overlap);
     assert_eq!(report.turns[0].reply_delay(), None);
 }
 
 #[test]
-fn echo_that_is_never_sent_is_internal() {
+fn caller_that_never_speaks_is_internal() {
     let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
-    // 30 s for a busy agent, and 40 s for the echo.
-    let script = script.speech(700, 2_000).wait(71_999);
+    // 30 s for a busy agent, and 10 s more.
+    let script = script.speech(700, 2_000).wait(41_999);
     assert!(!script.is_decided());
-    assert_eq!(script.wait(72_000).reason(72_010), Reason::Internal);
+    assert_eq!(script.wait(42_000).reason(42_010), Reason::Internal);
 }
 
 #[test]
 fn agent_that_never_pauses_gives_no_reply() {
     let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
     let script = script
-        .speech(700, 60_000)
-        .see(60_900, RoomEventKind::SpeechStarted);
-    let script = script.wait(120_699);
+        .speech(700, 20_000)
+        .see(20_900, RoomEventKind::SpeechStarted);
+    let script = script.wait(30_699);
     assert!(!script.is_decided());
-    let script = script.wait(120_700).listed(120_710, Ok(Vec::new()));
-    assert_eq!(script.reason(120_720), Reason::AgentNoReply);
+    let script = script.wait(30_700).listed(30_710, Ok(Vec::new()));
+    assert_eq!(script.reason(30_720), Reason::AgentNoReply);
 }
 
 #[test]
 fn long_greeting_still_gets_its_echo_and_reply() {
-    let script = MachineScript::new(expecting(true, AgentMayLeave::Never)).with_agent();
+    let mut target = expecting(true, AgentMayLeave::Never);
+    target.deadlines.agent_turn = Duration::from_mins(2);
+    let script = MachineScript::new(target).with_agent();
     let script = script
         .hold(600, 1_000)
         .speech(700, 100_000)
         .echo(101_000, 131_000);
-    let script = script
-        .wait(140_000)
-        .see(141_000, RoomEventKind::SpeechStarted)
-        .wait(141_000);
-    assert_eq!(script.report(141_010).outcome, Outcome::Ok);
+    let script = script.wait(140_000).speech(141_000, 142_000).wait(144_000);
+    assert_eq!(script.report(144_010).outcome, Outcome::Ok);
 }
 
 #[test]
@@ -1204,7 +1223,7 @@ fn agent_that_leaves_before_the_canarys_media_is_up_is_judged_afterwards() {
         MachineScript::new(automatic())
             .see(10, RoomEventKind::SignalRequested)
             .signal(40)
-            .see(50, RoomEventKind::EchoPublished)
+            .see(50, RoomEventKind::CallerPublished)
             .joined(60)
             .left(80, "AGENT_ERROR")
     };
@@ -1284,8 +1303,22 @@ fn speech_that_only_the_agents_state_shows_is_noted() {
         assert_eq!(reason_of(&report), Reason::AgentSilent);
         report.evidence.notes.join("; ")
     };
-    assert!(claims(3_500).contains("spoke for 2.5 s, but the canary heard no voice"));
-    assert!(!claims(1_900).contains("heard no voice"));
+    assert!(claims(3_500).contains("spoke for 2.5 s, but the canary heard 0.0 s of speech"));
+    assert!(!claims(1_900).contains("0.0 s of speech"));
+    // Half of what it says is too quiet.
+    let state = |state: &str| RoomEventKind::AgentState(state.to_owned());
+    let quiet = MachineScript::new(explicit())
+        .with_agent()
+        .see(700, state("speaking"))
+        .speech(2_000, 3_000)
+        .see(5_000, state("listening"))
+        .hold(5_100, 5_200)
+        .wait(5_200);
+    let notes = quiet.report(5_210).evidence.notes.join("\n");
+    assert!(
+        notes.contains("spoke for 4.3 s, but the canary heard 1.0 s of speech"),
+        "{notes}"
+    );
 }
 
 #[test]
@@ -1386,7 +1419,7 @@ fn slow_step_of_the_canary_has_its_reason() {
         (
             created()
                 .signal(40)
-                .see(60, RoomEventKind::EchoPublished)
+                .see(60, RoomEventKind::CallerPublished)
                 .wait(15_040),
             Reason::MediaFailed,
             Some("media"),
@@ -1562,7 +1595,8 @@ fn probe_emits_each_milestone_once_and_no_more_events_than_promised() {
     };
     let script = script.feed(1_020, Input::Deleted(gone));
     let emitted = script.count(|action| matches!(action, Action::Emit(_)));
-    assert_eq!(emitted, ProbeEvent::MAX_PER_PROBE);
+    // No turn, and no interruption.
+    assert_eq!(emitted, ProbeEvent::max_per_probe(0) - 1);
 }
 
 #[test]
@@ -1596,7 +1630,7 @@ fn any_order_of_events_ends_in_one_outcome() {
             _ => explicit(),
         };
         if random.u8(..4) == 0 {
-            target.echo.mode = crate::config::EchoMode::Continuous;
+            target.caller.mode = crate::config::CallerMode::PassThrough;
         }
         let mut script = MachineScript::new(target);
         let mut at = 0;
@@ -1619,7 +1653,7 @@ fn any_order_of_events_ends_in_one_outcome() {
             "seed {seed}"
         );
         let emitted = script.count(|action| matches!(action, Action::Emit(_)));
-        assert!(emitted <= ProbeEvent::MAX_PER_PROBE, "seed {seed}");
+        assert!(emitted <= ProbeEvent::max_per_probe(1), "seed {seed}");
     }
 }
 
@@ -1688,7 +1722,7 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
             node: String::new(),
         },
         10 | 11 => RoomEventKind::MediaConnected,
-        12 | 13 => RoomEventKind::EchoPublished,
+        12 | 13 => RoomEventKind::CallerPublished,
         14 => RoomEventKind::AgentJoined {
             agent: agent(),
             in_join_response: random.bool(),
@@ -1699,8 +1733,11 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
         17 => RoomEventKind::AgentFirstAudio,
         18 => RoomEventKind::SpeechStarted,
         19 => RoomEventKind::SpeechEnded,
-        20 => RoomEventKind::EchoStarted,
-        21 => RoomEventKind::EchoEnded,
+        20 => RoomEventKind::CallerStarted(CallerTurn {
+            line: None,
+            interrupts: random.bool(),
+        }),
+        21 => RoomEventKind::CallerEnded { sent: 100 },
         22 if random.bool() => RoomEventKind::AgentLeft {
             reason: String::new(),
         },
@@ -2092,3 +2129,5 @@ fn agent_without_a_name_that_is_recognised_at_the_deadline_still_counts() {
     let script = script.listed(33_010, Ok(dispatches("support", Some("JS_RUNNING"))));
     assert_eq!(script.reason(33_020), Reason::AgentNoShow);
 }
+
+mod conversation;

@@ -12,7 +12,7 @@ use support::stack::{AGENT, Agent, AgentEvent, Stack};
 use support::{SECRET, SHORT_TIMEOUT, wait_for};
 
 use super::OnStack::{Can, Cannot};
-use super::{DaemonBatch, Expected, Fault, Observation};
+use super::{DaemonBatch, Expected, Fault, Observation, conversation};
 use crate::agents::take_identity;
 use crate::fixture::{Fixture, reason_by_listed_jobs, wait_for_job};
 use crate::proxy::{Interceptor, TlsProxy};
@@ -57,245 +57,277 @@ const fn limit(kind: LimitKind) -> Expected {
 
 // The longest first, so that no long one runs alone at the end.
 faults! {
-    server_freezes: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 50,
+    server_freezes: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 50,
         [r#""step":"signal""#, r#""deadline_seconds":15.0"#, "hangs"],
         sandbox Can(server_freezes), real Can(server_freezes);
-    job_is_killed: failed(Reason::AgentLeftEarly), Some(Origin::Agent), "-++-", within 55,
+    job_is_killed: failed(Reason::AgentLeftEarly), Some(Origin::Agent), "-++-.", within 55,
         [r#""step":"agent""#, "CONNECTION_TIMEOUT", "crash"],
         sandbox Cannot(NO_PROCESS), real Can(job_is_killed);
-    full_node: limit(LimitKind::Node), Some(Origin::Limit), "...-", within 10,
+    full_node: limit(LimitKind::Node), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"create_room""#, "reached configured limit for node", "raise the limits of the server"],
         sandbox Cannot(NO_SETTING), real Can(full_node);
-    blocked_media: failed(Reason::MediaFailed), Some(Origin::Network), "...-", within 20,
+    blocked_media: failed(Reason::MediaFailed), Some(Origin::Network), "...-.", within 20,
         [r#""step":"media""#, r#""deadline_seconds":5.0"#, "Check UDP and TCP", "LiveKit expects media at UDP "],
         sandbox Can(|fixture| server_fault(fixture, "no_media")), real Can(blocked_media);
-    broken_media: failed(Reason::MediaFailed), Some(Origin::Network), "...-", within 40,
+    broken_media: failed(Reason::MediaFailed), Some(Origin::Network), "...-.", within 40,
         [r#""step":"media""#, "Check UDP and TCP", "LiveKit expects media at TCP "],
         sandbox Cannot(NO_NETWORK), real Can(broken_media);
-    server_is_killed: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 30,
+    server_is_killed: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 30,
         [r#""step":"signal""#, "killed or restarted, or hangs"],
         sandbox Can(server_is_killed), real Can(server_is_killed);
 
     // No failure.
-    nothing: Expected::Ok, None, "++++", within 60, [r#""step":null"#],
+    nothing: Expected::Ok, None, "++++.", within 60, [r#""step":null"#],
         sandbox Can(nothing), real Can(nothing);
-    agent_joins_late: Expected::Ok, None, "+--+", within 60, [r#""step":null"#],
+    agent_joins_late: Expected::Ok, None, "+--+.", within 60, [r#""step":null"#],
         sandbox Can(agent_joins_late), real Can(agent_joins_late);
-    daemon_is_stopped: Expected::Aborted, None, "....", within 60, [r#""reason":null"#],
+    daemon_is_stopped: Expected::Aborted, None, ".....", within 60, [r#""reason":null"#],
         sandbox Can(daemon_is_stopped), real Can(daemon_is_stopped);
 
     // The agent fails.
-    agent_that_never_joins: failed(Reason::AgentNoShow), Some(Origin::Agent), "----", within 15,
+    agent_that_never_joins: failed(Reason::AgentNoShow), Some(Origin::Agent), "----.", within 15,
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "JS_RUNNING", "a worker accepted the job"],
         sandbox Can(never_joins), real Cannot(LISTED);
-    agent_that_never_connects: failed(Reason::AgentNoShow), Some(Origin::Agent), "----", within 20,
+    agent_that_never_connects: failed(Reason::AgentNoShow), Some(Origin::Agent), "----.", within 20,
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "for agent \\\"echo-tester\\\""],
         sandbox Can(never_connects), real Can(never_connects);
-    agent_that_fails_before_it_connects: failed(Reason::AgentNoShow), Some(Origin::Agent), "----", within 20,
+    agent_that_fails_before_it_connects: failed(Reason::AgentNoShow), Some(Origin::Agent), "----.", within 20,
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "for agent \\\"echo-tester\\\""],
         sandbox Can(fails), real Can(fails);
-    no_worker: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----", within 15,
+    no_worker: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----.", within 15,
         [r#""step":"agent_join""#, r#""deadline_seconds":4.0"#, "no job", "Check first that a worker registered"],
         sandbox Can(no_worker), real Can(no_worker);
-    busy_worker: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----", within 15,
+    busy_worker: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----.", within 15,
         [r#""step":"agent_join""#, "no job", "below its load limit"],
         sandbox Can(busy_worker), real Can(busy_worker);
-    wrong_agent_name: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----", within 15,
+    wrong_agent_name: failed(Reason::DispatchUnanswered), Some(Origin::Undetermined), "----.", within 15,
         [r#""step":"agent_join""#, r#"exactly \"no-such-agent\""#],
         sandbox Can(wrong_agent_name), real Can(wrong_agent_name);
-    agent_without_a_track: failed(Reason::AgentNoTrack), Some(Origin::Agent), "-+--", within 20,
+    agent_without_a_track: failed(Reason::AgentNoTrack), Some(Origin::Agent), "-+--.", within 20,
         [r#""step":"agent_track""#, r#""deadline_seconds":3.0"#, "(AGENT, agent name"],
         sandbox Can(no_track), real Can(no_track);
-    agent_without_packets: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--", within 20,
+    agent_without_packets: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--.", within 20,
         [r#""step":"agent_speech""#, r#""deadline_seconds":4.0"#, "no audio packet arrived on its track"],
         sandbox Can(no_packets), real Can(no_packets);
-    agent_with_a_track_of_silence: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--", within 20,
+    agent_with_a_track_of_silence: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--.", within 20,
         [r#""step":"agent_speech""#, r#""deadline_seconds":4.0"#, "audio packets, but no speech in them"],
         sandbox Can(silence), real Can(silence);
-    agent_without_a_reply: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++-", within 40,
-        [r#""step":"agent_reply""#, r#""deadline_seconds":3.0"#, "STT, LLM and turn detection"],
+    agent_without_a_reply: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++--", within 40,
+        [r#""step":"agent_reply""#, r#""deadline_seconds":3.0"#, "Check its"],
         sandbox Can(no_reply), real Can(no_reply);
-    agent_that_hangs_up: failed(Reason::AgentLeftEarly), Some(Origin::Agent), "-++-", within 40,
+    agent_that_hangs_up: failed(Reason::AgentLeftEarly), Some(Origin::Agent), "-++-.", within 40,
         [r#""step":"agent""#, "the agent left (", "while the room was still open"],
         sandbox Can(hangs_up), real Can(hangs_up);
-    two_dispatches: failed(Reason::AgentDuplicate), Some(Origin::Agent), "-++-", within 30,
+    two_dispatches: failed(Reason::AgentDuplicate), Some(Origin::Agent), "-++-.", within 30,
         [r#""step":"agent""#, "a second agent of that name joined (agent-"],
         sandbox Can(two_dispatches), real Can(two_dispatches);
 
+    // The conversation fails.
+    deaf_agent: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++--", within 50,
+        [r#""step":"agent_reply""#, r#""deadline_seconds":4.0"#, "LiveKit received the caller's speech", r#""confirmed":false"#],
+        sandbox Can(conversation::deaf), real Can(conversation::deaf);
+    agent_that_goes_deaf_in_turn_3: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++--", within 80,
+        [r#""step":"agent_reply""#, "in turn 3 of 4", r#""result":"answered""#],
+        sandbox Can(conversation::deaf_later), real Can(conversation::deaf_later);
+    agent_with_a_dead_llm: failed(Reason::AgentNoReply), Some(Origin::Agent), "-++--", within 50,
+        [r#""step":"agent_reply""#, "It spoke, but that was no answer", "Its session reported an error"],
+        sandbox Can(conversation::dead_llm), real Can(conversation::dead_llm);
+    agent_that_never_yields: failed(Reason::AgentNotYielding), Some(Origin::Agent), "-++-+", within 60,
+        [r#""step":"agent_yield""#, "Check whether it allows interruptions", r#""interrupts":true"#],
+        sandbox Can(conversation::never_yields), real Can(conversation::never_yields);
+    reply_with_wrong_words: failed(Reason::AgentWrongReply), Some(Origin::Agent), "-+.-+", within 50,
+        [r#""step":"agent_reply""#, "Check its transcript", "table|seat"],
+        sandbox Can(conversation::wrong_words), real Can(conversation::wrong_words);
+    tool_that_does_not_run: failed(Reason::AgentWrongReply), Some(Origin::Agent), "-+.-+", within 50,
+        [r#""step":"agent_reply""#, "its tools", "book_table"],
+        sandbox Can(conversation::no_tool), real Can(conversation::no_tool);
+    noise_instead_of_a_voice: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--.", within 30,
+        [r#""step":"agent_speech""#, "audio packets, but no speech in them"],
+        sandbox Can(conversation::noise), real Can(conversation::noise);
+    agent_that_waits_for_an_echo: failed(Reason::AgentSilent), Some(Origin::Agent), "-+--.", within 30,
+        [r#""step":"agent_speech""#, "caller.speaks_first"],
+        sandbox Can(conversation::waits_for_an_echo), real Can(conversation::waits_for_an_echo);
+    agent_that_waits_for_the_caller: Expected::Ok, None, "++.++", within 50,
+        [r#""step":null"#, r#""result":"answered""#],
+        sandbox Can(conversation::waits_for_the_caller), real Can(conversation::waits_for_the_caller);
+    lost_uplink: failed(Reason::MediaFailed), Some(Origin::Network), "...-.", within 50,
+        [r#""step":"media""#, "the caller's speech did not reach LiveKit"],
+        sandbox Can(conversation::lost_uplink_of_the_sandbox), real Can(conversation::lost_uplink);
+
     // LiveKit fails.
-    create_room_is_refused: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
+    create_room_is_refused: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"create_room""#, r#""http_status":500"#, "LiveKit refused CreateRoom"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=500")),
         real Can(|fixture| intercepted(fixture, "http-request return status 500 if { path_end /CreateRoom }"));
-    room_is_refused_by_a_setting: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
+    room_is_refused_by_a_setting: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"create_room""#, r#""http_status":400"#, r#""twirp_code":"invalid_argument""#, "metadata"],
         sandbox Cannot(NO_SETTING), real Can(metadata_is_too_long);
-    create_room_hangs: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 15,
+    create_room_hangs: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"create_room""#, r#""deadline_seconds":2.0"#, "no answer within 2s"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=hang")), real Can(server_is_frozen_before);
-    create_room_breaks: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
+    create_room_breaks: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"create_room""#, "CreateRoom failed"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=drop")), real Cannot(NO_PARTIAL);
-    create_room_floods: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-", within 10,
+    create_room_floods: failed(Reason::RoomCreateFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"create_room""#, "CreateRoom failed"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=flood")), real Cannot(NO_PARTIAL);
-    dispatch_is_refused: failed(Reason::DispatchFailed), Some(Origin::Livekit), "...-", within 15,
+    dispatch_is_refused: failed(Reason::DispatchFailed), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"dispatch""#, r#""http_status":500"#, "LiveKit refused CreateDispatch"],
         sandbox Can(|fixture| server_fault(fixture, "create_dispatch=500")),
         real Can(|fixture| intercepted(fixture, "http-request return status 500 if { path_end /CreateDispatch }"));
-    dispatch_hangs: failed(Reason::DispatchFailed), Some(Origin::Livekit), "...-", within 15,
+    dispatch_hangs: failed(Reason::DispatchFailed), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"dispatch""#, r#""deadline_seconds":2.0"#, "no answer within 2s"],
         sandbox Can(|fixture| server_fault(fixture, "create_dispatch=hang")),
         real Can(|fixture| intercepted(fixture, "http-request silent-drop if { path_end /CreateDispatch }"));
-    upgrade_is_refused: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 10,
+    upgrade_is_refused: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"signal""#, r#""http_status":500"#, "LiveKit refused the signal connection"],
         sandbox Can(|fixture| server_fault(fixture, "upgrade=500")),
         real Can(|fixture| intercepted(fixture, "http-request return status 500 if { path_beg /rtc }")),
         mock |fixture| mocked(fixture, "validate_500");
-    upgrade_hangs: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 15,
+    upgrade_hangs: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"signal""#, r#""deadline_seconds":3.0"#, "no join response within 3s"],
         sandbox Can(|fixture| server_fault(fixture, "upgrade=hang")),
         real Can(|fixture| intercepted(fixture, "http-request silent-drop if { path_beg /rtc }"));
-    room_is_gone_before_we_join: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 10,
+    room_is_gone_before_we_join: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"signal""#, r#""http_status":404"#, "room does not exist"],
         sandbox Cannot(NO_SETTING), real Can(gone_before_joining);
-    no_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 15,
+    no_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"signal""#, r#""deadline_seconds":3.0"#, "no join response within 3s"],
         sandbox Can(|fixture| server_fault(fixture, "before_join=hang")), real Cannot(NO_PARTIAL),
         mock |fixture| mocked(fixture, "no_first_message");
-    closed_before_the_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 10,
+    closed_before_the_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"signal""#, "joining failed"],
         sandbox Can(|fixture| server_fault(fixture, "before_join=drop")), real Cannot(NO_PARTIAL),
         mock |fixture| mocked(fixture, "close_before_join");
-    flood_before_the_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 10,
+    flood_before_the_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"signal""#, "joining failed"],
         sandbox Can(|fixture| server_fault(fixture, "before_join=flood")), real Cannot(NO_PARTIAL);
-    leave_instead_of_the_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-", within 10,
+    leave_instead_of_the_join_response: failed(Reason::SignalFailed), Some(Origin::Livekit), "...-.", within 10,
         [r#""step":"signal""#, "Leave SERVER_SHUTDOWN", "before the join response"],
         sandbox Cannot("its Leave message is that of a full room: see full_room"), real Cannot(NO_LEAVE),
         mock |fixture| mocked(fixture, "leave_first_message");
-    connection_drops: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
+    connection_drops: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"signal""#, "killed or restarted, or hangs"],
         sandbox Can(|fixture| server_fault(fixture, "after_join=drop")), real Cannot(NO_PARTIAL),
         mock |fixture| mocked(fixture, "drop_when_connected");
-    connection_closes: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
+    connection_closes: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"signal""#, "the signal connection closed: code 1011"],
         sandbox Cannot("it breaks the connection without a close frame"), real Cannot(NO_PARTIAL),
         mock |fixture| mocked(fixture, "close_when_connected");
-    no_pong: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
+    no_pong: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"signal""#, r#""deadline_seconds":3.0"#],
         sandbox Cannot("its ping timeout is fixed: see server_freezes"), real Cannot("its ping timeout is fixed: see server_freezes"),
         mock |fixture| mocked(fixture, "no_pong");
-    server_shuts_down: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
+    server_shuts_down: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 15,
         ["Leave SERVER_SHUTDOWN", "restarted or drained"],
         sandbox Cannot("its Leave message is that of a lost connection"), real Cannot("it drains, and sends no Leave message during a call"),
         mock |fixture| mocked(fixture, "leave_when_connected");
-    flood_after_the_join_response: failed(Reason::SignalLost), Some(Origin::Livekit), "...-", within 15,
+    flood_after_the_join_response: failed(Reason::SignalLost), Some(Origin::Livekit), "...-.", within 15,
         [r#""step":"signal""#],
         sandbox Can(|fixture| server_fault(fixture, "after_join=flood")), real Cannot(NO_PARTIAL);
-    track_is_not_acknowledged: failed(Reason::PublishFailed), Some(Origin::Livekit), "...-", within 20,
+    track_is_not_acknowledged: failed(Reason::PublishFailed), Some(Origin::Livekit), "...-.", within 20,
         [r#""step":"publish""#, r#""deadline_seconds":5.0"#, "did not acknowledge the echo track"],
         sandbox Can(|fixture| server_fault(fixture, "after_join=hang")), real Cannot("it always acknowledges or rejects a track: see audio_is_not_allowed"),
         mock |fixture| mocked(fixture, "happy");
-    audio_is_not_allowed: failed(Reason::PublishFailed), Some(Origin::Livekit), "...-", within 20,
+    audio_is_not_allowed: failed(Reason::PublishFailed), Some(Origin::Livekit), "...-.", within 20,
         [r#""step":"publish""#, "does not understand the server's SDP answer", "enabled_codecs"],
         sandbox Cannot(NO_SETTING), real Can(no_audio_codec);
 
     // The network fails.
-    closed_port: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 10,
+    closed_port: failed(Reason::Unreachable), Some(Origin::Network), "...-.", within 10,
         [r#""step":"create_room""#, "127.0.0.1:1", "Check that LiveKit runs there"],
         sandbox Can(|fixture| elsewhere(fixture, "ws://127.0.0.1:1")),
         real Can(|fixture| elsewhere(fixture, "ws://127.0.0.1:1"));
-    unknown_host: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 30,
+    unknown_host: failed(Reason::Unreachable), Some(Origin::Network), "...-.", within 30,
         [r#""step":"create_room""#, "no-such-host.invalid", "resolver"],
         sandbox Can(|fixture| elsewhere(fixture, "ws://no-such-host.invalid:7880")),
         real Can(|fixture| elsewhere(fixture, "ws://no-such-host.invalid:7880"));
-    untrusted_certificate: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 10,
+    untrusted_certificate: failed(Reason::Unreachable), Some(Origin::Network), "...-.", within 10,
         [r#""step":"create_room""#, "issuer is not trusted", "ca_file"],
         sandbox Can(untrusted_certificate), real Can(untrusted_certificate);
-    certificate_for_another_name: failed(Reason::Unreachable), Some(Origin::Network), "...-", within 10,
+    certificate_for_another_name: failed(Reason::Unreachable), Some(Origin::Network), "...-.", within 10,
         [r#""step":"create_room""#, "elsewhere.test", "Check the certificate and its host name"],
         sandbox Can(certificate_for_another_name), real Can(certificate_for_another_name);
 
     // Another client interferes.
-    room_is_deleted: failed(Reason::Removed), Some(Origin::External), "....", within 30,
+    room_is_deleted: failed(Reason::Removed), Some(Origin::External), ".....", within 30,
         ["(ROOM_DELETED)", "who deletes rooms"],
         sandbox Can(room_is_deleted), real Can(room_is_deleted);
-    participant_is_removed: failed(Reason::Removed), Some(Origin::External), "....", within 30,
+    participant_is_removed: failed(Reason::Removed), Some(Origin::External), ".....", within 30,
         ["Leave PARTICIPANT_REMOVED", "another program removed the echo participant"],
         sandbox Can(participant_is_removed), real Can(participant_is_removed);
-    agent_is_removed: failed(Reason::Removed), Some(Origin::External), "....", within 30,
+    agent_is_removed: failed(Reason::Removed), Some(Origin::External), ".....", within 30,
         ["another program removed the agent (PARTICIPANT_REMOVED)"],
         sandbox Can(agent_is_removed), real Can(agent_is_removed);
-    identity_is_taken: failed(Reason::Removed), Some(Origin::External), "....", within 30,
+    identity_is_taken: failed(Reason::Removed), Some(Origin::External), ".....", within 30,
         ["Leave DUPLICATE_IDENTITY", "under the echo participant's identity"],
         sandbox Can(identity_is_taken), real Can(identity_is_taken);
 
-    right_to_publish_is_revoked_by_another: failed(Reason::Removed), Some(Origin::External), "....", within 30,
+    right_to_publish_is_revoked_by_another: failed(Reason::Removed), Some(Origin::External), ".....", within 30,
         [r#""step":"permission""#, "right to publish"],
         sandbox Cannot(NO_PERMISSIONS), real Can(right_to_publish_is_revoked);
 
     // A limit of the plan. The real server has only one of these limits. For the others, a proxy responds as LiveKit Cloud would.
-    too_many_connections: limit(LimitKind::Connections), Some(Origin::Limit), "...-", within 10,
+    too_many_connections: limit(LimitKind::Connections), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"signal""#, r#""http_status":429"#, r#""retry_after_seconds":30.0"#, "retry after 30s"],
         sandbox Can(|fixture| server_fault(fixture, "upgrade=429,retry_after=30s")),
         real Can(|fixture| intercepted(fixture, "http-request return status 429 hdr Retry-After 30 content-type text/plain \
             string \"too many connections\" if { path_beg /rtc }"));
-    too_many_calls: limit(LimitKind::ApiRate), Some(Origin::Limit), "...-", within 10,
+    too_many_calls: limit(LimitKind::ApiRate), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"create_room""#, r#""http_status":429"#, r#""twirp_code":"resource_exhausted""#, "gave no retry time"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=429")),
         real Can(|fixture| intercepted(fixture, "http-request return status 429 content-type application/json \
             string '{\"code\":\"resource_exhausted\",\"msg\":\"rate limit exceeded\"}' if { path_end /CreateRoom }"));
-    too_many_calls_for_a_proxy: limit(LimitKind::ApiRate), Some(Origin::Limit), "...-", within 10,
+    too_many_calls_for_a_proxy: limit(LimitKind::ApiRate), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"dispatch""#, r#""http_status":429"#, r#""twirp_code":null"#, "Too Many Requests"],
         sandbox Can(|fixture| server_fault(fixture, "create_dispatch=429,html")),
         real Can(|fixture| intercepted(fixture, "http-request return status 429 content-type text/html \
             string '<html><h1>429 Too Many Requests</h1></html>' if { path_end /CreateDispatch }"));
-    too_many_agent_sessions: limit(LimitKind::AgentSessions), Some(Origin::Limit), "...-", within 10,
+    too_many_agent_sessions: limit(LimitKind::AgentSessions), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"dispatch""#, r#""http_status":429"#, "agent session"],
         sandbox Can(|fixture| server_fault(fixture, "create_dispatch=resource_exhausted")),
         real Can(|fixture| intercepted(fixture, "http-request return status 429 content-type application/json \
             string '{\"code\":\"resource_exhausted\",\"msg\":\"concurrent agent sessions limit reached\"}' \
             if { path_end /CreateDispatch }"));
-    spent_quota: limit(LimitKind::Quota), Some(Origin::Limit), "...-", within 10,
+    spent_quota: limit(LimitKind::Quota), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"create_room""#, "minutes of the plan are used up"],
         sandbox Can(|fixture| intercepted(fixture, SPENT)), real Can(|fixture| intercepted(fixture, SPENT));
-    full_node_of_a_cluster: limit(LimitKind::Node), Some(Origin::Limit), "...-", within 10,
+    full_node_of_a_cluster: limit(LimitKind::Node), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"signal""#, r#""http_status":503"#, "the LiveKit node is full"],
         sandbox Can(|fixture| server_fault(fixture, "upgrade=503")), real Cannot(ONE_NODE);
-    full_room: limit(LimitKind::Room), Some(Origin::Limit), "...-", within 10,
+    full_room: limit(LimitKind::Room), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"signal""#, "Leave JOIN_FAILURE", "limits on participants and rooms"],
         sandbox Can(|fixture| server_fault(fixture, "before_join=leave")), real Cannot(NO_LEAVE);
-    spent_model: limit(LimitKind::Inference), Some(Origin::Limit), "...-", within 20,
+    spent_model: limit(LimitKind::Inference), Some(Origin::Limit), "...-.", within 20,
         ["the agent reported an error", "inference_quota_exceeded", "So the agent failed (agent_silent)"],
         sandbox Can(spent_model), real Can(spent_model);
-    limit_without_a_name: limit(LimitKind::Other), Some(Origin::Limit), "...-", within 10,
+    limit_without_a_name: limit(LimitKind::Other), Some(Origin::Limit), "...-.", within 10,
         [r#""step":"create_room""#, r#""twirp_code":"resource_exhausted""#, "no more of these"],
         sandbox Can(|fixture| server_fault(fixture, "create_room=unnamed")),
         real Can(|fixture| intercepted(fixture, "http-request return status 403 content-type application/json \
             string '{\"code\":\"resource_exhausted\",\"msg\":\"no more of these\"}' if { path_end /CreateRoom }"));
 
     // The settings are wrong.
-    wrong_secret: failed(Reason::AuthRejected), Some(Origin::Config), "....", within 10,
+    wrong_secret: failed(Reason::AuthRejected), Some(Origin::Config), ".....", within 10,
         [r#""step":"create_room""#, r#""http_status":401"#, "api_key and api_secret"],
         sandbox Can(wrong_secret), real Can(wrong_secret), mock wrong_secret;
-    wrong_path: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
+    wrong_path: failed(Reason::ConfigRejected), Some(Origin::Config), ".....", within 10,
         [r#""step":"create_room""#, r#""http_status":404"#, "Check the project's url, including its path"],
         sandbox Can(wrong_path), real Can(wrong_path), mock wrong_path;
-    no_signal_endpoint: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
+    no_signal_endpoint: failed(Reason::ConfigRejected), Some(Origin::Config), ".....", within 10,
         [r#""step":"signal""#, r#""http_status":404"#, "the server has no signal endpoint"],
         sandbox Cannot("it always has one"), real Cannot("it always has one"),
         mock |fixture| mocked(fixture, "validate_service_not_found");
-    region_pinned_for_the_api: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
+    region_pinned_for_the_api: failed(Reason::ConfigRejected), Some(Origin::Config), ".....", within 10,
         [r#""step":"create_room""#, r#""http_status":451"#, "project not allowed in this region", "pinned to a region"],
         sandbox Can(|fixture| pinned(fixture, PINNED_API)), real Can(|fixture| pinned(fixture, PINNED_API)),
         mock |fixture| pinned(fixture, PINNED_MOCK);
-    region_pinned_for_signalling: failed(Reason::ConfigRejected), Some(Origin::Config), "....", within 10,
+    region_pinned_for_signalling: failed(Reason::ConfigRejected), Some(Origin::Config), ".....", within 10,
         [r#""step":"signal""#, r#""http_status":403"#, "pinned to a region"],
         sandbox Can(|fixture| pinned(fixture, PINNED_SIGNAL)), real Can(|fixture| pinned(fixture, PINNED_SIGNAL));
 
     // The canary fails.
-    probe_panics: failed(Reason::Internal), Some(Origin::Canary), "....", within 40,
+    probe_panics: failed(Reason::Internal), Some(Origin::Canary), ".....", within 40,
         ["the canary itself failed"],
         sandbox Can(probe_panics), real Can(probe_panics);
 }
@@ -316,7 +348,7 @@ const PINNED_MOCK: &str =
 // --- settings ---
 
 /// A target whose schedule starts no batch during the test. The test starts the batch.
-fn on_demand(settings: Settings) -> Settings {
+pub(super) fn on_demand(settings: Settings) -> Settings {
     settings
         .set("schedule.cron", "0 0 1 1 *")
         .set("batch.hold", "2s")

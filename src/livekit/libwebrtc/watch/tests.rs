@@ -146,7 +146,7 @@ async fn server_acknowledges_and_ends_the_echo_track() {
     assert!(room.receive(20, published("echo-1")).is_ok());
     assert!(matches!(
         room.events()[1..],
-        [(20, RoomEventKind::EchoPublished)]
+        [(20, RoomEventKind::CallerPublished)]
     ));
     let gone = Response::TrackUnpublished(proto::TrackUnpublishedResponse {
         track_sid: "TR_1".to_owned(),

@@ -1,4 +1,6 @@
-use livekit_protocol::agent::{AgentSessionEvent, agent_session_event, chat_context::ChatItem};
+use livekit_protocol::agent::{
+    AgentSessionEvent, agent_session_event, chat_context::ChatItem, chat_message::ChatContent,
+};
 use livekit_protocol::{Transcription, TranscriptionSegment};
 
 use proptest::collection::vec;
@@ -74,6 +76,9 @@ fn error(message: &str) -> Vec<u8> {
 fn turn(role: ChatRole, metrics: MetricsReport) -> Vec<u8> {
     let message = ChatMessage {
         role: role.into(),
+        content: vec![ChatContent {
+            payload: Some(Payload::Text("Good day to you.".to_owned())),
+        }],
         metrics: Some(metrics),
         ..ChatMessage::default()
     };
@@ -111,15 +116,20 @@ fn turns_are_reported_only_with_valid_measurements() {
             ..MetricsReport::default()
         },
     );
-    assert_eq!(
-        read_turn(ChatRole::Assistant, measured),
-        [AgentMessage::Turn {
-            identity: "agent-x".to_owned(),
-            metrics: own
-        }]
-    );
-    assert_eq!(read_turn(ChatRole::System, measured), []);
-    assert_eq!(read_turn(ChatRole::Assistant, MetricsReport::default()), []);
+    let message = |metrics| AgentMessage::Session {
+        identity: "agent-x".to_owned(),
+        event: SessionEvent::Message(SessionMessage {
+            speaker: Speaker::Agent,
+            text: TranscriptText::new("Good day to you."),
+            interrupted: false,
+            metrics,
+        }),
+    };
+    let measured = read_turn(ChatRole::Assistant, measured);
+    assert_eq!(measured, [message(Some(own))]);
+    let nothing = MetricsReport::default();
+    assert_eq!(read_turn(ChatRole::System, nothing), []);
+    assert_eq!(read_turn(ChatRole::Assistant, nothing), [message(None)]);
 }
 
 /// The header of a transcript's text stream.
@@ -134,7 +144,7 @@ fn transcripts(messages: Vec<AgentMessage>) -> Vec<(String, String, bool)> {
             segment.text.as_str().to_owned(),
             segment.is_final,
         ),
-        other => panic!("{other:?}"),
+        AgentMessage::Session { event, .. } => panic!("{event:?}"),
     });
     segments.collect()
 }
@@ -204,7 +214,10 @@ fn read(packets: &[Vec<u8>]) -> Vec<String> {
         .iter()
         .flat_map(|packet| reader.on_data(Instant::now(), packet));
     let errors = messages.map(|message| match message {
-        AgentMessage::Error { identity, message } => {
+        AgentMessage::Session {
+            identity,
+            event: SessionEvent::Error(message),
+        } => {
             assert_eq!(identity, "agent-x");
             message
         }
@@ -327,6 +340,19 @@ fn any_packet() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
+fn text_length(event: &SessionEvent) -> usize {
+    match event {
+        SessionEvent::Error(text)
+        | SessionEvent::AgentState(text)
+        | SessionEvent::ToolStarted(text)
+        | SessionEvent::ToolExecuted { name: text, .. }
+        | SessionEvent::Handoff(text) => text.len(),
+        SessionEvent::CallerTranscribed { text, .. } => text.as_str().len(),
+        SessionEvent::Message(message) => message.text.as_str().len(),
+        SessionEvent::CallerSpeaks(_) | SessionEvent::FalseInterruption { .. } => 0,
+    }
+}
+
 proptest! {
     #![proptest_config(config(64))]
 
@@ -335,12 +361,11 @@ proptest! {
         let mut reader = StreamReader::new(true);
         for packet in packets {
             let messages = reader.on_data(Instant::now(), &packet);
-            prop_assert!(messages.len() <= 8, "{} at once", messages.len());
+            prop_assert!(messages.len() <= MAX_TOOLS, "{} at once", messages.len());
             for one in messages {
                 let length = match &one {
-                    AgentMessage::Error { message, .. } => message.len(),
+                    AgentMessage::Session { event, .. } => text_length(event),
                     AgentMessage::Transcript(segment) => segment.text.as_str().len(),
-                    AgentMessage::Turn { .. } => 0,
                 };
                 prop_assert!(length <= 1024, "{length}");
                 if let AgentMessage::Transcript(segment) = one {
