@@ -401,10 +401,10 @@ impl Turns {
 
     // The result.
 
-    /// Whether the session has reported the reply, and the agent is silent again.
+    /// Whether the session has reported the reply of a turn that is still open, and the agent is silent again.
     pub(super) fn is_reported(&self) -> bool {
         let replied = self.last_said().is_some_and(|turn| turn.replied.is_some());
-        replied && self.last.reported && self.voice.speaking.is_none()
+        replied && self.last.reported && !self.last.closed && self.voice.speaking.is_none()
     }
 
     /// Ends the last turn because the caller speaks again.
@@ -420,12 +420,6 @@ impl Turns {
             return;
         }
         self.last.closed = self.set_result().is_none();
-    }
-
-    /// Ends the last turn although nothing answered it.
-    pub(super) fn give_up(&mut self) {
-        self.set_result();
-        self.last.closed = true;
     }
 
     /// Returns why the voice after the turn is no reply.

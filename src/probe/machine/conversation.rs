@@ -87,14 +87,10 @@ impl ProbeMachine {
         }
     }
 
-    /// The turn's time is over: a voice after it is its reply, unless the agent's session contradicts that.
+    /// The turn's time is over: a voice after it is its reply, unless the agent's session contradicts that. Without a voice,
+    /// nothing answered it.
     pub(super) fn end_turn(&mut self, now: Instant) {
-        let last = self.turns.last_said();
-        if last.is_some_and(|turn| turn.replied.is_some()) {
-            self.turns.close();
-        } else {
-            self.turns.give_up();
-        }
+        self.turns.close();
         if let Some(fault) = self.reply_fault() {
             self.blame_reply(fault, now);
         }
@@ -132,9 +128,8 @@ impl ProbeMachine {
             _ => {}
         }
         // What a reply needs may be known before its time is over.
-        let listens = self.claim.listens();
         if self.outcome.is_none()
-            && listens
+            && self.claim.listens()
             && self.turns.is_reported()
             && self.reply_fault().is_none()
         {
