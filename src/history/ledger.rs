@@ -156,30 +156,27 @@ impl Ledger {
 
     /// Sets the worst case of a room that is not settled.
     pub(super) fn reserve(&mut self, room: &RoomName, seconds: u64) {
-        let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room) else {
-            return;
-        };
-        if row.settled.is_some() {
-            return;
-        }
-        let (project, day) = (row.project.clone(), row.opened_at.date_naive());
-        let counted = std::mem::replace(&mut row.reserved, seconds);
-        let used = self.day_of(&project, day);
-        *used = (*used + seconds).saturating_sub(counted);
-        self.count_change(room);
+        self.recount(room, |row| row.reserved = seconds);
     }
 
     /// Sets the room's final agent time; a second settlement is ignored.
     pub(super) fn settle(&mut self, room: &RoomName, seconds: u64) {
-        let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room) else {
+        self.recount(room, |row| row.settled = Some(seconds));
+    }
+
+    /// Changes the agent time of a room that is not settled.
+    fn recount(&mut self, room: &RoomName, change: impl FnOnce(&mut LedgerRow)) {
+        let entry = self.entries.get_mut(room);
+        let Some(row) = entry.map(|entry| &mut entry.row) else {
             return;
         };
         if row.settled.is_some() {
             return;
         }
-        let (project, day) = (row.project.clone(), row.opened_at.date_naive());
         let counted = row.seconds();
-        row.settled = Some(seconds);
+        change(row);
+        let (seconds, day) = (row.seconds(), row.opened_at.date_naive());
+        let project = row.project.clone();
         let used = self.day_of(&project, day);
         *used = (*used + seconds).saturating_sub(counted);
         self.count_change(room);
