@@ -159,6 +159,14 @@ pub(crate) struct CallerTurn {
     pub(crate) interrupts: bool,
 }
 
+impl CallerTurn {
+    /// The longest echo: longer speech of the agent is not recorded.
+    pub(crate) const MAX_ECHO: Duration = Duration::from_secs(30);
+
+    /// An agent that speaks on for longer than this after the end of an interruption has not yielded to it.
+    pub(crate) const MAX_YIELD_AFTER: Duration = Duration::from_secs(1);
+}
+
 /// What LiveKit received of the caller's track, by its RTCP receiver reports (RFC 3550, section 6.4.2).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct UplinkReport {

@@ -27,7 +27,7 @@ mod deadlines;
 mod room;
 
 use conversation::{Messages, ReplyFault};
-use deadlines::{ENGINE_GRACE, MAX_ECHO};
+use deadlines::ENGINE_GRACE;
 use room::{NAMELESS, SpeechClaim};
 
 pub use deadlines::{max_overrun, max_time_to_verdict};

@@ -18,9 +18,6 @@ pub(super) const EVIDENCE_WAIT: Duration = Duration::from_secs(2);
 /// An agent that is silent for this long has yielded.
 pub(super) const YIELD_SILENCE: Duration = Duration::from_secs(1);
 
-/// An agent that stops later than this after the end of the interruption has not yielded, but finished.
-const MAX_YIELD_AFTER: Duration = Duration::from_secs(1);
-
 /// What the conversation waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Awaited {
@@ -268,7 +265,9 @@ impl Turns {
                 }
             }
             Some(started) if turn.interrupts => {
-                let limit = turn.caller_ended.map(|ended| ended + MAX_YIELD_AFTER);
+                let limit = turn
+                    .caller_ended
+                    .map(|ended| ended + CallerTurn::MAX_YIELD_AFTER);
                 let in_time = at >= started && limit.is_none_or(|limit| at <= limit);
                 turn.yielded = in_time.then_some(at);
                 if let [.., interrupted, _] = self.list.as_mut_slice() {

@@ -24,9 +24,6 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(400);
 /// How much audio before the start of the speech belongs to the recording: its onset may be too soft to be detected.
 const LEAD_IN: Duration = Duration::from_millis(200);
 
-/// Maximum length of one recording.
-const MAX_RECORDING: Duration = Duration::from_secs(30);
-
 /// Maximum number of frames in memory, whatever their length: 30 s of 10 ms.
 const MAX_FRAMES: usize = 3_000;
 
@@ -59,9 +56,6 @@ const WARM_UP: Duration = Duration::from_millis(3_500);
 /// The agent speaks if its last frame of speech is at most this old: packets are read every 40 ms, and the next word of a
 /// sentence soon follows a pause.
 const MAX_SPEECH_AGE: Duration = Duration::from_millis(120);
-
-/// An agent that speaks on for longer than this after the end of an interruption has not yielded.
-const MAX_YIELD_AFTER: Duration = Duration::from_secs(1);
 
 /// A piece of audio in the form that an engine receives and sends: a coded packet, or samples. Cheap to clone.
 pub(crate) trait Frame: Clone {
@@ -532,7 +526,7 @@ impl<F> TurnPlayer<F> {
             interruption.check_at = None;
         }
         // After an interruption, the agent's reply to it comes first. An agent that did not yield gives none.
-        let spoke_on = |ended: Instant| at > ended + MAX_YIELD_AFTER;
+        let spoke_on = |ended: Instant| at > ended + CallerTurn::MAX_YIELD_AFTER;
         let finished = self.interrupted && self.spoke_until.is_some_and(spoke_on);
         if self.phase != TurnPhase::Recording && !finished {
             return;
@@ -618,7 +612,7 @@ impl<F> TurnPlayer<F> {
         }
         let first = self.recorded.front().map_or(frame.time, |it| it.time);
         let full = self.recorded.len() >= MAX_FRAMES;
-        if !full && frame.time - first < rtp::ticks(MAX_RECORDING) {
+        if !full && frame.time - first < rtp::ticks(CallerTurn::MAX_ECHO) {
             self.recorded.push_back(frame);
         }
     }

@@ -352,7 +352,7 @@ impl ProbeMachine {
         let long = || {
             let length = turn.agent_ended.zip(turn.agent_started);
             length.is_none_or(|(ended, started)| {
-                ended.saturating_duration_since(started) > super::MAX_ECHO
+                ended.saturating_duration_since(started) > CallerTurn::MAX_ECHO
             })
         };
         let cut = said.len().max(heard.len()) >= MAX_COMPARED_BYTES;

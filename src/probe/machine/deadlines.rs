@@ -6,6 +6,7 @@ use tokio::time::Instant;
 
 use super::{Action, DispatchCall, Disruption, Phase, ProbeMachine};
 use crate::config::{Caller, Target};
+use crate::livekit::event::CallerTurn;
 use crate::probe::turns::{Awaited, EVIDENCE_WAIT, YIELD_SILENCE};
 use crate::probe::verdict::{AgentDuty, DispatchListing, MediaState};
 use crate::probe::{Failure, Milestone};
@@ -18,9 +19,6 @@ const MAX_SIGNAL_SILENCE: Duration = Duration::from_secs(20);
 
 /// How much longer than its speech the caller's turn may take. A turn that takes longer is a fault of the canary.
 const CALLER_GRACE: Duration = Duration::from_secs(10);
-
-/// The longest echo: longer speech of the agent is not recorded.
-pub(super) const MAX_ECHO: Duration = Duration::from_secs(30);
 
 /// LiveKit reports what it received about once per second. After a missed reply, its report is waited for.
 const UPLINK_WAIT: Duration = Duration::from_secs(5);
@@ -66,7 +64,7 @@ fn max_caller_wait(target: &Target) -> Duration {
 /// How long the caller may speak.
 fn max_caller_speech(caller: &Caller) -> Duration {
     let lines = caller.lines.iter().map(|line| line.audio.duration());
-    lines.max().unwrap_or(MAX_ECHO).max(MAX_ECHO) + CALLER_GRACE
+    lines.max().unwrap_or_default().max(CallerTurn::MAX_ECHO) + CALLER_GRACE
 }
 
 /// How often the jobs are listed while an agent without a name may be the target's. LiveKit can list a job late.
