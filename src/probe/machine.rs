@@ -26,7 +26,7 @@ mod conversation;
 mod deadlines;
 mod room;
 
-use conversation::{Messages, ReplyFault};
+use conversation::{Message, ReplyFault};
 use deadlines::ENGINE_GRACE;
 use room::{NAMELESS, SpeechClaim};
 
@@ -190,7 +190,8 @@ pub(super) struct ProbeMachine {
     /// What `ListDispatch` showed in the final check.
     final_listing: Option<DispatchListing>,
     claim: SpeechClaim,
-    messages: Messages,
+    /// What was said, by the messages of the agent's session.
+    messages: Vec<Message>,
     transcript: Transcript,
     report: ProbeReport,
     /// Those of the input that is being handled.
@@ -235,7 +236,7 @@ impl ProbeMachine {
             agent_error: None,
             final_listing: None,
             claim: SpeechClaim::default(),
-            messages: Messages::default(),
+            messages: Vec::new(),
             transcript: Transcript::default(),
             report: ProbeReport {
                 expects_reply: target.expect.reply,

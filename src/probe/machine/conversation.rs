@@ -27,12 +27,9 @@ const TICK: Duration = Duration::from_nanos(1);
 /// A longer text was cut when it was received, and can't be compared.
 const MAX_COMPARED_BYTES: usize = 1_000;
 
-/// What was said in the conversation, by the messages of the agent's session.
-#[derive(Debug, Default)]
-pub(super) struct Messages(Vec<Message>);
-
+/// A message of the agent's session, and when it was said.
 #[derive(Debug)]
-struct Message {
+pub(super) struct Message {
     at: Instant,
     speaker: Speaker,
     text: TranscriptText,
@@ -159,8 +156,8 @@ impl ProbeMachine {
                 );
             }
         }
-        if self.messages.0.len() < MAX_MESSAGES {
-            self.messages.0.push(Message {
+        if self.messages.len() < MAX_MESSAGES {
+            self.messages.push(Message {
                 at: self.time_of(&message, at),
                 speaker: message.speaker,
                 text: message.text,
@@ -333,16 +330,24 @@ impl ProbeMachine {
 
     /// What was said from one time on to another, by the messages of the agent's session, or else by its transcript.
     fn text(&self, speaker: Speaker, from: Option<Instant>, to: Option<Instant>) -> Option<String> {
-        let within =
-            |at: Instant| from.is_none_or(|from| at >= from) && to.is_none_or(|to| at < to);
-        let messages = self.messages.0.iter();
-        let messages = messages.filter(|message| message.speaker == speaker && within(message.at));
-        let messages: Vec<&str> = messages.map(|message| message.text.as_str()).collect();
-        if !messages.is_empty() {
-            return Some(messages.join(" "));
+        let messages = self.messages_of(speaker, from, to);
+        let texts: Vec<&str> = messages.map(|message| message.text.as_str()).collect();
+        if !texts.is_empty() {
+            return Some(texts.join(" "));
         }
         let agent = self.report.agent.as_ref().map(|agent| &*agent.identity);
+        let within = |at| is_within(at, from, to);
         self.transcript.text(speaker, agent, within)
+    }
+
+    fn messages_of(
+        &self,
+        speaker: Speaker,
+        from: Option<Instant>,
+        to: Option<Instant>,
+    ) -> impl Iterator<Item = &Message> {
+        let all = self.messages.iter();
+        all.filter(move |message| message.speaker == speaker && is_within(message.at, from, to))
     }
 
     /// `None` if either text is missing, or if not everything that was said was to be heard.
@@ -364,14 +369,15 @@ impl ProbeMachine {
 
     /// Whether what the agent said before this turn was cut off: its text is longer than what was heard of it.
     fn was_interrupted(&self, turn: &Turn) -> bool {
-        let (Some(from), Some(to)) = (turn.agent_started, turn.caller_started) else {
-            return false;
-        };
-        let messages = self.messages.0.iter();
-        let mut own =
-            messages.filter(|it| it.speaker == Speaker::Agent && it.at >= from && it.at < to);
-        own.any(|message| message.interrupted)
+        let (from, to) = (turn.agent_started, turn.caller_started);
+        let mut own = self.messages_of(Speaker::Agent, from, to);
+        from.is_some() && own.any(|message| message.interrupted)
     }
+}
+
+/// Whether a time is within two others, of which the second does not count; without one, there is no bound.
+fn is_within(at: Instant, from: Option<Instant>, to: Option<Instant>) -> bool {
+    from.is_none_or(|from| at >= from) && to.is_none_or(|to| at < to)
 }
 
 /// What the reply lacks of the words that the line expects.

@@ -154,8 +154,6 @@ impl ProbeMachine {
 
     fn due_of_agent(&self) -> Option<(Instant, Due)> {
         let timeline = &self.report.timeline;
-        let limit = |duty| self.limit_of(duty);
-        let due = |from: Instant, duty| Some((from + limit(duty), Due::Agent(duty)));
         let Some(joined) = timeline.get(Milestone::AgentJoined) else {
             return self.due_of_join();
         };
@@ -166,8 +164,10 @@ impl ProbeMachine {
             let audio = [Milestone::AgentTrackSubscribed, Milestone::AgentFirstAudio];
             let track = audio.iter().find_map(|mark| timeline.get(*mark));
             return match track {
-                None => due(start, AgentDuty::Track),
-                Some(_) if !self.target.caller.speaks_first => due(start, AgentDuty::Speech),
+                None => Some(self.due_of_duty(start, AgentDuty::Track)),
+                Some(_) if !self.target.caller.speaks_first => {
+                    Some(self.due_of_duty(start, AgentDuty::Speech))
+                }
                 Some(track) => Some((
                     track + max_caller_wait(&self.target) + CALLER_GRACE,
                     Due::CallerSpeech,
@@ -175,6 +175,10 @@ impl ProbeMachine {
             };
         }
         self.due_of_conversation()
+    }
+
+    fn due_of_duty(&self, from: Instant, duty: AgentDuty) -> (Instant, Due) {
+        (from + self.limit_of(duty), Due::Agent(duty))
     }
 
     /// What is due once someone has spoken.
@@ -202,9 +206,10 @@ impl ProbeMachine {
     fn due_of_turn(&self) -> Option<(Instant, Due)> {
         let expected = self.target.expect.reply;
         let deadlines = &self.target.deadlines;
-        let due = |from: Instant, duty| Some((from + self.limit_of(duty), Due::Agent(duty)));
         match self.turns.awaited() {
-            Awaited::AgentPause { since } if expected => due(since, AgentDuty::Pause),
+            Awaited::AgentPause { since } if expected => {
+                Some(self.due_of_duty(since, AgentDuty::Pause))
+            }
             Awaited::CallerTurn { since } if expected => {
                 let until = since + max_caller_wait(&self.target) + CALLER_GRACE;
                 Some((until, Due::CallerSpeech))
@@ -213,7 +218,7 @@ impl ProbeMachine {
                 let until = since + max_caller_speech(&self.target.caller);
                 Some((until, Due::CallerSpeech))
             }
-            Awaited::Reply { since } if expected => due(since, AgentDuty::Reply),
+            Awaited::Reply { since } if expected => Some(self.due_of_duty(since, AgentDuty::Reply)),
             Awaited::Reply { since } => Some((since + deadlines.reply, Due::TurnEnd)),
             Awaited::ReplyEnd { since } => Some((since + deadlines.agent_turn, Due::TurnEnd)),
             Awaited::Evidence { until } => Some((until, Due::TurnEnd)),
