@@ -241,6 +241,24 @@ pub struct TurnMetrics {
     pub e2e_latency_seconds: Option<f64>,
 }
 
+impl TurnMetrics {
+    /// Those of a turn in which nothing was measured.
+    pub(crate) fn none(speaker: Speaker) -> Self {
+        Self {
+            speaker,
+            interrupted: false,
+            transcription_delay_seconds: None,
+            end_of_turn_delay_seconds: None,
+            on_user_turn_completed_delay_seconds: None,
+            llm_ttft_seconds: None,
+            llm_ttfs_seconds: None,
+            llm_tokens_per_second: None,
+            tts_ttfb_seconds: None,
+            e2e_latency_seconds: None,
+        }
+    }
+}
+
 /// Rounds seconds to microseconds. Anything finer is noise of the scheduler.
 pub(crate) fn to_microseconds(seconds: f64) -> f64 {
     (seconds * 1e6).round() / 1e6

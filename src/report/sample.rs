@@ -176,16 +176,11 @@ pub(crate) fn mixed() -> BatchReport {
                     agent_metrics: vec![AgentTurn {
                         at: 3.012_346,
                         metrics: TurnMetrics {
-                            speaker: Speaker::Agent,
-                            interrupted: false,
-                            transcription_delay_seconds: None,
-                            end_of_turn_delay_seconds: None,
-                            on_user_turn_completed_delay_seconds: None,
                             llm_ttft_seconds: Some(0.3),
                             llm_ttfs_seconds: Some(0.4),
                             llm_tokens_per_second: Some(61.5),
                             tts_ttfb_seconds: Some(0.2),
-                            e2e_latency_seconds: None,
+                            ..TurnMetrics::none(Speaker::Agent)
                         },
                     }],
                     speech_level_dbfs: Some(-21.4),

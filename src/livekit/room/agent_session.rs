@@ -271,7 +271,10 @@ fn name_of(text: &str) -> String {
 fn metrics_of(speaker: Speaker, message: &ChatMessage) -> Option<TurnMetrics> {
     let report = message.metrics.as_ref()?;
     let metrics = figures(speaker, message.interrupted, report);
-    let nothing = figures(speaker, message.interrupted, &MetricsReport::default());
+    let nothing = TurnMetrics {
+        interrupted: message.interrupted,
+        ..TurnMetrics::none(speaker)
+    };
     (metrics != nothing).then_some(metrics)
 }
 

@@ -914,16 +914,8 @@ fn only_the_agents_own_turn_metrics_are_evidence_up_to_a_bound() {
     for (identity, turns) in [("agent-of-another-name", 1), (agent.as_str(), 50)] {
         for turn in 0..turns {
             let metrics = TurnMetrics {
-                speaker: Speaker::Caller,
-                interrupted: false,
                 transcription_delay_seconds: Some(0.25),
-                end_of_turn_delay_seconds: None,
-                on_user_turn_completed_delay_seconds: None,
-                llm_ttft_seconds: None,
-                llm_ttfs_seconds: None,
-                llm_tokens_per_second: None,
-                tts_ttfb_seconds: None,
-                e2e_latency_seconds: None,
+                ..TurnMetrics::none(Speaker::Caller)
             };
             let message = SessionEvent::Message(SessionMessage {
                 speaker: Speaker::Caller,

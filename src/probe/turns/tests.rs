@@ -9,16 +9,9 @@ struct TurnsScript {
 
 fn metrics() -> TurnMetrics {
     TurnMetrics {
-        speaker: Speaker::Agent,
-        interrupted: false,
-        transcription_delay_seconds: None,
-        end_of_turn_delay_seconds: None,
-        on_user_turn_completed_delay_seconds: None,
         llm_ttft_seconds: Some(0.3),
-        llm_ttfs_seconds: None,
-        llm_tokens_per_second: None,
-        tts_ttfb_seconds: None,
         e2e_latency_seconds: Some(0.9),
+        ..TurnMetrics::none(Speaker::Agent)
     }
 }
 

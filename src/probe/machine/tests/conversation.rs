@@ -29,17 +29,18 @@ fn scripted(words: &[&str], tool: Option<&str>) -> Target {
 }
 
 fn message(speaker: Speaker, text: &str, measured: bool) -> SessionEvent {
-    let metrics = TurnMetrics {
-        speaker,
-        interrupted: false,
-        transcription_delay_seconds: Some(0.25).filter(|_| speaker == Speaker::Caller),
-        end_of_turn_delay_seconds: Some(0.5).filter(|_| speaker == Speaker::Caller),
-        on_user_turn_completed_delay_seconds: None,
-        llm_ttft_seconds: Some(0.125).filter(|_| speaker == Speaker::Agent),
-        llm_ttfs_seconds: None,
-        llm_tokens_per_second: None,
-        tts_ttfb_seconds: None,
-        e2e_latency_seconds: Some(0.5).filter(|_| speaker == Speaker::Agent),
+    let nothing = TurnMetrics::none(speaker);
+    let metrics = match speaker {
+        Speaker::Caller => TurnMetrics {
+            transcription_delay_seconds: Some(0.25),
+            end_of_turn_delay_seconds: Some(0.5),
+            ..nothing
+        },
+        Speaker::Agent => TurnMetrics {
+            llm_ttft_seconds: Some(0.125),
+            e2e_latency_seconds: Some(0.5),
+            ..nothing
+        },
     };
     SessionEvent::Message(SessionMessage {
         speaker,
