@@ -410,22 +410,27 @@ def claimed_load(*_) -> float:
     return float(os.environ.get("AGENT_LOAD", "0"))
 
 
-async def main() -> None:
+async def serve(entrypoint, **options) -> None:
+    """Runs a worker whose jobs start with `entrypoint`, until it is stopped."""
     server = AgentServer(
-        num_idle_processes=1,
         # On a loaded machine the start of an interpreter takes several seconds. The default timeout of 10 s is too short.
         initialize_process_timeout=60,
         load_fnc=claimed_load,
         load_threshold=0.7,
-        permissions=WorkerPermissions(hidden=bool(os.environ.get("AGENT_HIDDEN"))),
         host="127.0.0.1",
         port=0,
-        preload_modules=["numpy"],
+        **options,
     )
     server.rtc_session(entrypoint, agent_name=os.environ.get("AGENT_NAME", ""))
     await server.run()
 
 
-if __name__ == "__main__":
+def run(worker) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(main())
+    asyncio.run(worker)
+
+
+if __name__ == "__main__":
+    hidden = bool(os.environ.get("AGENT_HIDDEN"))
+    permissions = WorkerPermissions(hidden=hidden)
+    run(serve(entrypoint, num_idle_processes=1, permissions=permissions, preload_modules=["numpy"]))

@@ -33,7 +33,6 @@ The variables are those of `agent.py`.
 import asyncio
 import functools
 import json
-import logging
 import os
 import time
 
@@ -42,7 +41,6 @@ import numpy as np
 from livekit import rtc
 from livekit.agents import (
     Agent,
-    AgentServer,
     AgentSession,
     BackgroundAudioPlayer,
     BuiltinAudioClip,
@@ -54,7 +52,7 @@ from livekit.agents import (
 from livekit.agents.beta.tools import EndCallTool
 
 import voice
-from agent import claimed_load, report
+from agent import report, run, serve
 from pipeline_models import Llm, Stt, Tts
 
 GREETING = ["How can I help you today?"]
@@ -306,21 +304,5 @@ async def entrypoint(ctx: JobContext) -> None:
         await Conversation(ctx, order).start()
 
 
-async def main() -> None:
-    server = AgentServer(
-        num_idle_processes=2,
-        # On a loaded machine the start of an interpreter takes several seconds. The default timeout of 10 s is too short.
-        initialize_process_timeout=60,
-        load_fnc=claimed_load,
-        load_threshold=0.7,
-        host="127.0.0.1",
-        port=0,
-        preload_modules=["numpy", "numpy.random"],
-    )
-    server.rtc_session(entrypoint, agent_name=os.environ.get("AGENT_NAME", ""))
-    await server.run()
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(main())
+    run(serve(entrypoint, num_idle_processes=2, preload_modules=["numpy", "numpy.random"]))
