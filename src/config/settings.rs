@@ -302,6 +302,17 @@ pub struct Target {
     pub late_agent_window: Duration,
 }
 
+impl Target {
+    /// Whether the agent's transcript is read: it is stored, or what is said is compared with what is expected. An agent whose
+    /// session reports nothing still transcribes.
+    pub(crate) fn reads_transcript(&self) -> bool {
+        let expects_words = |line: &CallerLine| !line.expected_words.is_empty();
+        self.transcript
+            || self.expect.word_error_below.is_some()
+            || self.caller.lines.iter().any(expects_words)
+    }
+}
+
 impl Config {
     /// What differs from `before`, such as `target "sales" added`, in the order of the settings; empty if nothing does.
     pub fn changes_since(&self, before: &Self) -> Vec<String> {

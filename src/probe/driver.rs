@@ -389,7 +389,7 @@ impl Driver {
             speech: target.speech.clone(),
             signal_timeout: target.deadlines.signal,
             ice: self.context.project.ice,
-            transcript: target.transcript,
+            transcript: target.reads_transcript(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Messages that an agent sends over data channels. Each byte stream with the topic `lk.agent.session` carries one
 //! `AgentSessionMessage` (livekit-agents 1.5 and later): errors, states, messages with the metrics of their turns, tools and
-//! handoffs are read. Text streams with the transcript are read, too.
+//! handoffs are read. If requested, text streams with the transcript are read, too.
 //!
 //! A job's first session in a room sends these messages to all participants without being asked, unless its developer
 //! started it with `session_host=False` (`voice/agent_session.py` of livekit-agents 1.8.9).

@@ -3,6 +3,7 @@
 use super::*;
 use crate::clip::SpeechClip;
 use crate::config::{CallerLine, CallerMode};
+use crate::livekit::event::TranscriptSegment;
 use crate::probe::TurnResult;
 
 fn expects_reply() -> Target {
@@ -259,6 +260,34 @@ fn reply_without_the_expected_words_or_tool_is_wrong() {
         let detail = script.detail_of_failure(10_020, Reason::AgentWrongReply);
         assert!(detail.contains(missing), "{detail}");
     }
+}
+
+#[test]
+fn words_are_found_in_the_transcript_of_an_agent_without_a_session_host() {
+    let target = scripted(&["shipped"], None);
+    assert!(!target.transcript && target.reads_transcript());
+    assert!(!scripted(&[], Some("look_up")).reads_transcript());
+    let script = MachineScript::greeted(target);
+    let segment = TranscriptSegment {
+        identity: "agent-1".to_owned(),
+        track: None,
+        segment: "SG_1".to_owned(),
+        text: TranscriptText::new("It has been shipped."),
+        is_final: true,
+        began: script.time(6_100),
+        older: false,
+    };
+    let speaker = Speaker::Agent;
+    let script = script
+        .says(0, 4_000, 5_000)
+        .see(6_000, RoomEventKind::SpeechStarted)
+        .see(6_100, RoomEventKind::Transcribed { speaker, segment })
+        .see(8_000, RoomEventKind::SpeechEnded)
+        .wait(10_000);
+    let report = script.report(10_010);
+    assert_eq!(report.outcome, Outcome::Ok);
+    assert_eq!(report.turns[0].reply_text, None);
+    assert_eq!(report.transcript, None);
 }
 
 #[test]
