@@ -419,9 +419,9 @@ impl ProbeMachine {
         {
             return;
         }
-        let Phase::FinalCheck { .. } = self.phase else {
+        if !matches!(self.phase, Phase::FinalCheck { .. }) {
             return;
-        };
+        }
         let participants = listed.participants.and_then(|call| call.result.ok());
         match listed.dispatches.result {
             Ok(dispatches) => {

@@ -124,6 +124,11 @@ impl Timeline {
             .filter_map(|milestone| Some((milestone, self.get(milestone)?)))
     }
 
+    /// How long after the probe's start this was; `None` if it was before.
+    pub fn since_start(&self, at: Instant) -> Option<Duration> {
+        at.checked_duration_since(self.get(Milestone::Started)?)
+    }
+
     /// From the probe's start; `None` if either is missing or they are reversed.
     pub fn since_started(&self, milestone: Milestone) -> Option<Duration> {
         self.between(Milestone::Started, milestone)

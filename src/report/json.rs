@@ -280,8 +280,7 @@ fn turn_json<'a>(report: &ProbeReport, turn: &'a Turn) -> TurnJson<'a> {
 }
 
 fn since_started(report: &ProbeReport, at: Option<Instant>) -> Option<f64> {
-    let started = report.timeline.get(Milestone::Started)?;
-    Some(seconds(at?.checked_duration_since(started)?))
+    report.timeline.since_start(at?).map(seconds)
 }
 
 /// The page of this room's session in LiveKit Cloud, if the project is known. A room id comes from the server, so one that has

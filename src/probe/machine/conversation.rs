@@ -11,9 +11,7 @@ use crate::livekit::event::{
 };
 use crate::probe::verdict::{AgentDuty, names_inference_limit, quote};
 use crate::probe::words::{contains_any, word_error};
-use crate::probe::{
-    AgentTurn, Milestone, Outcome, ProbeEvent, SessionEntry, Turn, TurnResult, TurnStages,
-};
+use crate::probe::{AgentTurn, Outcome, ProbeEvent, SessionEntry, Turn, TurnResult, TurnStages};
 
 /// Entries of the evidence on the agent's session; a conversation of many turns has more than other lists.
 const MAX_SESSION_ENTRIES: usize = 100;
@@ -211,10 +209,8 @@ impl ProbeMachine {
     }
 
     fn since_started(&self, at: Instant) -> Option<f64> {
-        let started = self.report.timeline.get(Milestone::Started)?;
-        Some(to_microseconds(
-            at.saturating_duration_since(started).as_secs_f64(),
-        ))
+        let since = self.report.timeline.since_start(at)?;
+        Some(to_microseconds(since.as_secs_f64()))
     }
 
     // What is expected of a reply.
