@@ -25,7 +25,7 @@ use crate::probe::driver::{self, Context, Emit, HoldUntil};
 use crate::probe::{
     Failure, Milestone, Outcome, Position, ProbeEvent, ProbeReport, Reason, max_time_to_verdict,
 };
-use crate::report::{BatchReport, Denial, NotOpened};
+use crate::report::{BatchReport, Denial, NotOpened, Purpose};
 
 mod ramp;
 
@@ -73,6 +73,7 @@ pub(crate) fn max_events(rooms: usize, turns: u32) -> usize {
 pub(crate) async fn run(
     batch_id: String,
     target: &str,
+    purpose: Purpose,
     context: Context,
     guard: Option<Guard>,
     abort: CancellationToken,
@@ -107,6 +108,7 @@ pub(crate) async fn run(
     let report = Arc::new(BatchReport {
         batch_id,
         target: target.to_owned(),
+        purpose,
         started_at,
         ended_at: Utc::now().trunc_subsecs(6),
         probes,

@@ -27,7 +27,7 @@ use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
 use crate::probe::driver::{Context, ProbeFault};
-use crate::report::{BatchReport, Denial, counted};
+use crate::report::{BatchReport, Denial, Purpose, counted};
 use crate::schedule::{self, Tick, Ticker};
 use crate::stall::StallWatch;
 
@@ -391,7 +391,7 @@ impl Daemon {
         for _ in 0..tick.dropped {
             target.metrics.skipped(SkipCause::Overlap);
         }
-        let started = self.start_batch(&tick.target, true);
+        let started = self.start_batch(&tick.target, Purpose::Scheduled);
         self.ticker.handled(tick);
         self.publish_next_batch(&tick.target);
         let target = &self.targets[&tick.target];
@@ -420,12 +420,12 @@ impl Daemon {
     }
 
     /// Starts a batch of the existing target `name`, and returns the batch's id.
-    fn start_batch(&mut self, name: &str, by_schedule: bool) -> Result<String, BatchNotStarted> {
+    fn start_batch(&mut self, name: &str, purpose: Purpose) -> Result<String, BatchNotStarted> {
         let target = self
             .targets
             .get_mut(name)
             .expect("the caller has checked that the target exists");
-        if by_schedule && target.paused {
+        if purpose == Purpose::Scheduled && target.paused {
             return Err(BatchNotStarted::Paused);
         }
         if let Some(batch_id) = target.running.clone() {
@@ -442,6 +442,7 @@ impl Daemon {
         target.running = Some(batch_id.clone());
         let recorder = Recorder {
             target: name.to_owned(),
+            purpose,
             settings: Arc::clone(&target.settings),
             metrics: target.metrics.clone(),
             history: self.history.clone(),
@@ -516,7 +517,7 @@ impl Daemon {
         if !self.targets.contains_key(name) {
             return Err(NoSuchTarget.into());
         }
-        self.start_batch(name, false)
+        self.start_batch(name, Purpose::Manual)
             .map_err(|reason| match reason {
                 BatchNotStarted::Busy { batch_id } => BatchRefused::Busy { batch_id },
                 BatchNotStarted::Denied(denial) => BatchRefused::Refused {

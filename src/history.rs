@@ -22,6 +22,7 @@ use crate::config::{self, Project, Target};
 use crate::livekit::RoomName;
 use crate::report::BatchReport;
 
+mod incidents;
 mod ledger;
 mod read;
 mod record;
@@ -33,6 +34,7 @@ use record::BatchRecord;
 use store::{Store, StoreOpenError};
 use writer::HistoryWriter;
 
+pub(crate) use incidents::{DetectionRecord, IncidentRecord, OutboxMessage};
 pub(crate) use ledger::AgentTimeUsed;
 pub(crate) use read::{BatchFilter, LastBatch, MAX_BATCHES, ReadError};
 

@@ -69,6 +69,22 @@ pub struct ProbeReport {
     pub audio: AudioStats,
     /// The agent was dispatched before the canary joined, and was in the room already. The join delay is an upper bound.
     pub join_upper_bound: bool,
+    pub circumstances: Circumstances,
+}
+
+/// What may differ between two rooms of one target. A part that is not known is `None`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Circumstances {
+    /// The LiveKit node of the room, by the join response.
+    pub node: Option<String>,
+    /// The region of that node, by the join response; a server without regions has none.
+    pub region: Option<String>,
+    /// The worker that took the job, by `ListDispatch`.
+    pub worker: Option<String>,
+    /// The transport of the canary's media: `udp` or `tcp`.
+    pub media_path: Option<String>,
+    /// The version that the agent reports.
+    pub agent_version: Option<String>,
 }
 
 impl ProbeReport {
@@ -94,6 +110,7 @@ impl ProbeReport {
             other_agents: 0,
             audio: AudioStats::default(),
             join_upper_bound: false,
+            circumstances: Circumstances::default(),
         }
     }
 

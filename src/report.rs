@@ -25,12 +25,37 @@ pub(crate) fn counted(number: u64, noun: &str) -> String {
     format!("{number} {noun}{plural}")
 }
 
+/// Why a batch runs. Only scheduled batches count in service levels and delay histograms: the others run when something is
+/// wrong, or when a person asks, so they would bias the sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum Purpose {
+    Scheduled,
+    /// To see whether a failure lasts, and whether an outage is over.
+    Confirmation,
+    /// A person or another program started it.
+    Manual,
+}
+
+impl Purpose {
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
+
+    /// The label value in metrics and the `purpose` in output.
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
+}
+
 /// The findings of one batch.
 #[derive(Debug, Clone)]
 pub struct BatchReport {
     /// See [`new_id`](crate::batch::new_id).
     pub batch_id: String,
     pub target: String,
+    pub purpose: Purpose,
     pub started_at: DateTime<Utc>,
     pub ended_at: DateTime<Utc>,
     /// In the order of opening.

@@ -19,7 +19,7 @@ use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
 use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
 use crate::probe::driver::{Context, ProbeFault};
-use crate::report::{BatchReport, json};
+use crate::report::{BatchReport, Purpose, json};
 use crate::stall::StallWatch;
 use crate::telemetry;
 
@@ -281,6 +281,7 @@ async fn run_batch(
     let mut running = Box::pin(batch::run(
         batch::new_id(),
         name,
+        Purpose::Manual,
         context,
         None,
         abort.clone(),

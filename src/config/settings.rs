@@ -22,6 +22,8 @@ use crate::clip::SpeechClip;
 pub struct Config {
     pub daemon: DaemonSettings,
     pub alerts: Alerts,
+    /// The channels that report outages, by their names.
+    pub notify: BTreeMap<String, Channel>,
     pub projects: BTreeMap<String, Project>,
     pub targets: BTreeMap<String, Target>,
 }
@@ -42,6 +44,8 @@ pub struct Http {
     pub web_config_file: Option<PathBuf>,
     /// Allows POST requests on every address, even if no users are configured.
     pub enable_lifecycle: bool,
+    /// The address under which people reach the page; alerts and notifications link to it. `None`: they have no link.
+    pub external_url: Option<Url>,
 }
 
 impl Default for Http {
@@ -50,6 +54,7 @@ impl Default for Http {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 9787)),
             web_config_file: None,
             enable_lifecycle: false,
+            external_url: None,
         }
     }
 }
@@ -129,6 +134,68 @@ impl Default for Alerts {
             ticket: "ticket".to_owned(),
             runbook_base_url: DEFAULT_RUNBOOK.parse().expect("it is an absolute URL"),
         }
+    }
+}
+
+/// Where the canary reports outages itself, in addition to its series.
+#[derive(Debug, Clone)]
+pub struct Channel {
+    pub kind: ChannelKind,
+    /// The targets that it reports. `None`: all of them.
+    pub targets: Option<BTreeSet<String>>,
+    /// Timeout of one request.
+    pub timeout: Duration,
+}
+
+/// What a channel sends, and where to.
+#[derive(Debug, Clone)]
+pub enum ChannelKind {
+    /// A POST request with a JSON document of this project's own, or with one that Slack accepts.
+    Webhook {
+        /// It may contain a secret, as Slack's addresses do.
+        url: SecretString,
+        format: WebhookFormat,
+    },
+    /// Events API v2.
+    Pagerduty {
+        routing_key: SecretString,
+        url: Url,
+    },
+    /// A GET request after every scheduled batch with a verdict on the agent: its absence is an alert elsewhere.
+    Heartbeat { url: SecretString },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum WebhookFormat {
+    #[default]
+    Json,
+    Slack,
+}
+
+impl PartialEq for Channel {
+    fn eq(&self, other: &Self) -> bool {
+        let kind = match (&self.kind, &other.kind) {
+            (
+                ChannelKind::Webhook { url, format },
+                ChannelKind::Webhook {
+                    url: other_url,
+                    format: other_format,
+                },
+            ) => url.expose_secret() == other_url.expose_secret() && format == other_format,
+            (
+                ChannelKind::Pagerduty { routing_key, url },
+                ChannelKind::Pagerduty {
+                    routing_key: other_key,
+                    url: other_url,
+                },
+            ) => routing_key.expose_secret() == other_key.expose_secret() && url == other_url,
+            (ChannelKind::Heartbeat { url }, ChannelKind::Heartbeat { url: other_url }) => {
+                url.expose_secret() == other_url.expose_secret()
+            }
+            _ => false,
+        };
+        kind && self.targets == other.targets && self.timeout == other.timeout
     }
 }
 
@@ -292,6 +359,7 @@ pub struct Target {
     pub schedule: Schedule,
     pub objectives: Objectives,
     pub batch: Batch,
+    pub confirm: Confirm,
     pub deadlines: Deadlines,
     pub caller: Caller,
     pub speech: Speech,
@@ -319,6 +387,7 @@ impl Config {
         let Self {
             daemon,
             alerts,
+            notify,
             projects,
             targets,
         } = self;
@@ -331,6 +400,7 @@ impl Config {
         let tables = tables.into_iter().filter(|(_, changed)| *changed);
         tables
             .map(|(table, _)| format!("{table} changed"))
+            .chain(entry_changes("notify", &before.notify, notify))
             .chain(entry_changes("project", &before.projects, projects))
             .chain(entry_changes("target", &before.targets, targets))
             .collect()
@@ -368,6 +438,7 @@ impl Default for Target {
             schedule: Schedule::default(),
             objectives: Objectives::default(),
             batch: Batch::default(),
+            confirm: Confirm::default(),
             deadlines: Deadlines::default(),
             caller: Caller::default(),
             speech: Speech::default(),
@@ -608,6 +679,39 @@ impl Default for Batch {
             hold: Duration::from_secs(15),
             stop_after_no_shows: 2,
         }
+    }
+}
+
+/// The batches that confirm a failure, in addition to the schedule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Confirm {
+    /// From the first failed room to the first confirmation. Each further one waits twice as long.
+    pub after: Duration,
+    /// Rooms of a confirmation; 0 turns confirmations off.
+    pub rooms: usize,
+    /// Upper bound of the time between two confirmations.
+    pub longest: Duration,
+    /// Maximum agent time of all confirmations of the target per UTC day. `None`: a tenth of the project's budget for a day,
+    /// and no limit without such a budget.
+    pub agent_time_per_day: Option<Duration>,
+}
+
+impl Default for Confirm {
+    fn default() -> Self {
+        Self {
+            after: Duration::from_secs(15),
+            rooms: 2,
+            longest: Duration::from_mins(10),
+            agent_time_per_day: None,
+        }
+    }
+}
+
+impl Confirm {
+    /// The limit that applies within a project with this budget.
+    pub fn daily_limit(&self, budget: &Budget) -> Option<Duration> {
+        let share = budget.agent_time_per_day.map(|day| day / 10);
+        self.agent_time_per_day.or(share)
     }
 }
 

@@ -18,7 +18,7 @@ use super::problem::{Problem, Problems, alternatives, from_variable, in_file, sh
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table};
 use super::settings::{
-    Alerts, Backoff, Batch, Budget, Config, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
+    Alerts, Backoff, Batch, Budget, Config, Confirm, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
     DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives, ParticipantSettings,
     Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
@@ -30,6 +30,9 @@ const YEAR: Duration = Duration::from_hours(8766);
 const MAX_RETENTION: Duration = Duration::from_hours(10 * 8766);
 /// Rarer batches would detect nothing in useful time.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_hours(24 * 30);
+/// A confirmation looks whether a failure lasts. More rooms would show no more.
+const MAX_CONFIRMING_ROOMS: usize = 5;
+const MIN_CONFIRM_LONGEST: Duration = Duration::from_mins(1);
 const MIN_BATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest name of a deployment that LiveKit accepts (`MaxDeploymentLength` of its protocol).
@@ -111,6 +114,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
     Config {
         daemon,
         alerts,
+        notify: BTreeMap::new(),
         projects,
         targets,
     }
@@ -134,6 +138,7 @@ fn http(mut section: Section<'_>) -> Http {
         listen,
         web_config_file,
         enable_lifecycle,
+        external_url: None,
     }
 }
 
@@ -298,14 +303,9 @@ fn project(
 
 fn budget(mut section: Section<'_>) -> Budget {
     let month_place = section.place_of("agent_time_per_month");
-    let mut limit = |key| {
-        // Zero is out of range, so it can stand for a missing or wrong value: these keys have no default.
-        let limit = section.duration(key, Duration::ZERO, Duration::from_mins(1)..=MAX_RETENTION);
-        (!limit.is_zero()).then_some(limit)
-    };
     let budget = Budget {
-        agent_time_per_day: limit("agent_time_per_day"),
-        agent_time_per_month: limit("agent_time_per_month"),
+        agent_time_per_day: agent_time(&mut section, "agent_time_per_day"),
+        agent_time_per_month: agent_time(&mut section, "agent_time_per_month"),
     };
     if let (Some(day), Some(month)) = (budget.agent_time_per_day, budget.agent_time_per_month)
         && month < day
@@ -316,6 +316,13 @@ fn budget(mut section: Section<'_>) -> Budget {
     }
     section.finish();
     budget
+}
+
+/// A limit without a default.
+fn agent_time(section: &mut Section<'_>, key: &'static str) -> Option<Duration> {
+    // Zero is out of range, so it can stand for a missing or wrong value.
+    let limit = section.duration(key, Duration::ZERO, Duration::from_mins(1)..=MAX_RETENTION);
+    (!limit.is_zero()).then_some(limit)
 }
 
 fn backoff(mut section: Section<'_>) -> Backoff {
@@ -525,6 +532,7 @@ fn target(
         section.missing("agent_name", &hint);
     }
     let batch = batch(section.table("batch"), limits);
+    let confirm = confirm(section.table("confirm"), limits);
     let deadlines = deadlines(section.table("deadlines"));
     let caller = caller::read(section.table("caller"), reads_audio);
     let expect = caller::expect(section.table("expect"), &caller);
@@ -538,6 +546,7 @@ fn target(
         schedule: schedule(section.table("schedule")),
         objectives: objectives(section.table("objectives"), &deadlines),
         batch,
+        confirm,
         deadlines,
         caller,
         speech: speech(section.table("speech")),
@@ -894,6 +903,35 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
     }
     section.finish();
     batch
+}
+
+fn confirm(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Confirm {
+    let default = Confirm::default();
+    let [rooms_place, longest_place] = ["rooms", "longest"].map(|key| section.place_of(key));
+    let confirm = Confirm {
+        after: section.duration("after", default.after, MIN_WAIT..=MAX_WAIT),
+        rooms: section.number("rooms", default.rooms, 0..=MAX_CONFIRMING_ROOMS),
+        longest: section.duration("longest", default.longest, MIN_CONFIRM_LONGEST..=DAY),
+        agent_time_per_day: agent_time(&mut section, "agent_time_per_day"),
+    };
+    if confirm.longest < confirm.after {
+        let message = "shorter than after".to_owned();
+        let hint = "set it to at least the value of after";
+        section.problem("longest", longest_place, message, hint);
+    }
+    if let Some((name, limits)) = project
+        && rooms_place.is_some()
+        && confirm.rooms > limits.max_rooms
+    {
+        let message = format!(
+            "{} rooms are open at the same time, but project {name:?} allows {}",
+            confirm.rooms, limits.max_rooms
+        );
+        let hint = "lower rooms, or raise max_rooms of the project";
+        section.problem("rooms", rooms_place, message, hint);
+    }
+    section.finish();
+    confirm
 }
 
 fn deadlines(mut section: Section<'_>) -> Deadlines {

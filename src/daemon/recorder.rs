@@ -13,11 +13,12 @@ use crate::history::History;
 use crate::metrics::{OpenRoom, TargetMetrics};
 use crate::probe::driver::Context;
 use crate::probe::{Outcome, ProbeReport};
-use crate::report::{BatchReport, NotOpened};
+use crate::report::{BatchReport, NotOpened, Purpose};
 
 /// The destinations of one batch's records, with the settings that were in effect when it started.
 pub(super) struct Recorder {
     pub(super) target: String,
+    pub(super) purpose: Purpose,
     pub(super) settings: Arc<Target>,
     pub(super) metrics: TargetMetrics,
     pub(super) history: History,
@@ -38,6 +39,7 @@ impl Recorder {
         batch::run(
             batch_id,
             &self.target,
+            self.purpose,
             context,
             Some(guard),
             abort,

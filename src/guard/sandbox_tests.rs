@@ -25,7 +25,7 @@ use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::token::Keys;
 use crate::probe::driver::Context;
 use crate::probe::{Outcome, Reason};
-use crate::report::BatchReport;
+use crate::report::{BatchReport, Purpose};
 use crate::sandbox::{Handle, Sandbox, SandboxSettings};
 
 const CONFIG: &str = r#"
@@ -99,6 +99,7 @@ impl GuardStage {
         batch::run(
             batch::new_id(),
             "demo",
+            Purpose::Scheduled,
             context,
             Some(self.guard.clone()),
             abort,
@@ -292,7 +293,9 @@ async fn child() {
     let context = context(&config, target, janitor);
     let abort = CancellationToken::new();
     let print = |event: &BatchEvent| print_to_parent(&format!("{event:?}"));
-    batch::run(batch::new_id(), "demo", context, Some(guard), abort, print).await;
+    let id = batch::new_id();
+    let purpose = Purpose::Scheduled;
+    batch::run(id, "demo", purpose, context, Some(guard), abort, print).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,10 +20,10 @@ use crate::metrics::{
     SliVerdict, TargetMetrics,
 };
 use crate::probe::{
-    AgentStage, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
+    Circumstances, AgentStage, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
     Timeline, Turn, TurnResult, TurnStages,
 };
-use crate::report::{BatchReport, BatchResult};
+use crate::report::{BatchReport, BatchResult, Purpose};
 use chrono::{DateTime, TimeDelta, Utc};
 use support::scrape::{Family, Sample, Scrape};
 use tokio::time::Instant;
@@ -119,6 +119,7 @@ fn report() -> ProbeReport {
             jitter: Some(Duration::from_millis(4)),
         },
         join_upper_bound: false,
+        circumstances: Circumstances::default(),
         started_at: moment(),
     }
 }
@@ -149,6 +150,7 @@ fn batch(outcomes: impl IntoIterator<Item = Outcome>) -> BatchReport {
     BatchReport {
         batch_id: "20260921T141320-0a1b2-c3d4".to_owned(),
         target: "support".to_owned(),
+        purpose: Purpose::Scheduled,
         started_at: moment(),
         ended_at: moment() + TimeDelta::seconds(40),
         probes: probes.collect(),

@@ -10,10 +10,10 @@ use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
-    AgentTurn, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
+    AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
     SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
-use crate::report::{BatchReport, NotOpened};
+use crate::report::{BatchReport, NotOpened, Purpose};
 
 fn start_of_day() -> DateTime<Utc> {
     DateTime::from_timestamp(1_790_000_000, 123_456_000).expect("a time that chrono knows")
@@ -110,6 +110,7 @@ pub(crate) fn probe(
         },
         timeline,
         join_upper_bound: false,
+        circumstances: Circumstances::default(),
     }
 }
 
@@ -117,6 +118,7 @@ pub(crate) fn batch(probes: Vec<ProbeReport>, not_opened: Option<NotOpened>) -> 
     BatchReport {
         batch_id: "20260921T141320-0a1b2-c3d4".to_owned(),
         target: "support".to_owned(),
+        purpose: Purpose::Scheduled,
         started_at: start_of_day(),
         ended_at: start_of_day() + Duration::from_secs(40),
         probes,

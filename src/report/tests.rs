@@ -43,6 +43,7 @@ fn summary_excludes_join_delays_that_are_upper_bounds() {
     let batch = BatchReport {
         batch_id: String::new(),
         target: String::new(),
+        purpose: Purpose::Scheduled,
         started_at: Utc::now(),
         ended_at: Utc::now(),
         probes: vec![probe(SECOND, false), probe(9 * SECOND, true)],

@@ -1,0 +1,3 @@
+//! Outages of targets: the state of each target, its incidents, and what differs between its failed and its good rooms.
+
+mod state;
