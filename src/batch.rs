@@ -65,8 +65,7 @@ pub(crate) fn max_events(rooms: usize, turns: u32) -> usize {
 
 /// Runs one batch to its end. A cancelled `abort` ends it early, with every probe `aborted` and every room deleted.
 ///
-/// The batch waits until the project's `guard` has permits for its rooms, and reserves agent time before each of them.
-/// Without a guard, every room may open and none is journalled.
+/// It reserves agent time before each of its rooms, unless its `access` is unguarded.
 ///
 /// `on_event` is called with each event as soon as the batch knows of it. It must not block: the batch waits for it.
 /// Dropping the future drops the probes, and the janitor deletes their rooms.
@@ -75,12 +74,12 @@ pub(crate) async fn run(
     target: &str,
     purpose: Purpose,
     context: Context,
-    guard: Option<Guard>,
+    access: Access,
     abort: CancellationToken,
     mut on_event: impl FnMut(&BatchEvent),
 ) -> Arc<BatchReport> {
     on_event(&BatchEvent::Started);
-    let admission = Admission::wait(target, &context.target, &context.project, guard, &abort).await;
+    let admission = Admission::wait(target, &context.target, &context.project, access, &abort).await;
     let max_rooms = admission.permits.as_ref().map(RoomPermits::count);
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
@@ -151,6 +150,16 @@ fn base32(mut bits: u64, digits: usize) -> String {
     (0..digits).map(digit).collect()
 }
 
+/// How a batch gets the right to open its rooms.
+pub(crate) enum Access {
+    /// Every room may open, and none is journalled.
+    Unguarded,
+    /// The batch waits until the guard has permits for its rooms.
+    Queue(Guard),
+    /// The batch has permits already.
+    Granted(Guard, RoomPermits),
+}
+
 /// What a probe is started with.
 struct ProbeStart {
     room: RoomName,
@@ -178,15 +187,16 @@ impl Admission {
         name: &str,
         target: &Target,
         project: &Project,
-        guard: Option<Guard>,
+        access: Access,
         abort: &CancellationToken,
     ) -> Self {
-        let permits = match &guard {
-            Some(guard) => {
-                let permits = guard.acquire(target);
-                abort.run_until_cancelled(permits).await
+        let (guard, permits) = match access {
+            Access::Unguarded => (None, None),
+            Access::Queue(guard) => {
+                let permits = abort.run_until_cancelled(guard.acquire(target)).await;
+                (Some(guard), permits)
             }
-            None => None,
+            Access::Granted(guard, permits) => (Some(guard), Some(permits)),
         };
         Self {
             guard,

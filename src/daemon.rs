@@ -17,8 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent};
 use crate::config::{self, Config, DaemonSettings, Problems};
-use crate::guard::{Guard, worst_cases};
-use crate::history::{History, LastBatch};
+use crate::detection::{self, Detector, Restored, Sample};
+use crate::guard::{Guard, max_batch_duration, max_rooms_at_once, worst_cases};
+use crate::history::{History, LastBatch, ReadError};
 use crate::http::{
     self, BatchRefused, Control, DaemonStage, Health, LastReload, NoSuchTarget, Pulse, Sources,
     Status, WebConfig,
@@ -26,6 +27,7 @@ use crate::http::{
 use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
 use crate::metrics::{Build, InternalError, Metrics, ProjectMetrics, SkipCause, TargetMetrics};
+use crate::notify::Notifier;
 use crate::probe::driver::{Context, ProbeFault};
 use crate::report::{BatchReport, Denial, Purpose, counted};
 use crate::schedule::{self, Tick, Ticker};
@@ -123,8 +125,15 @@ struct TargetRuntime {
     paused: bool,
     /// Whether an agent has joined one of its rooms, in this process or an earlier one.
     agent_known: bool,
+    detector: Detector,
+    /// The detector has what an earlier run knew.
+    restored: bool,
     /// The id of the batch that runs or waits for room permits.
     running: Option<String>,
+    /// The id of the confirmation that runs, in addition to it.
+    confirmation: Option<String>,
+    /// Without a verdict for this long, its state is unknown. `None` if no batch is scheduled.
+    max_silence: Option<Duration>,
     last_tick: Option<DateTime<Utc>>,
     last_batch: Option<LastBatch>,
 }
@@ -148,6 +157,8 @@ struct Daemon {
     /// Dropped lines of the log that the metrics have counted.
     counted_lost_lines: u64,
     metrics: Metrics,
+    notifier: Notifier,
+    drill: bool,
     janitor: Janitor,
     stalls: StallWatch,
     /// Stalls that the metrics have counted.
@@ -182,6 +193,7 @@ impl Daemon {
         let metrics = Metrics::new(&options.build, options.drill);
         let (ticker, ticks) = Ticker::start(Utc::now).await?;
         let started_at = Utc::now();
+        let history = options.history;
         let (status, status_receiver) = watch::channel(Arc::new(Status {
             version: env!("CARGO_PKG_VERSION"),
             started_at,
@@ -200,7 +212,7 @@ impl Daemon {
             metrics: metrics.clone(),
             status: status_receiver,
             health,
-            history: options.history.clone(),
+            history: history.clone(),
             control: control_sender,
         };
         http.spawn(http::serve(
@@ -218,14 +230,16 @@ impl Daemon {
             targets: BTreeMap::new(),
             ticker,
             ticks,
-            janitor: Janitor::start_with(on_cleanup(&options.history, &metrics)),
+            janitor: Janitor::start_with(on_cleanup(&history, &metrics)),
             stalls: StallWatch::start(),
             counted_stalls: 0,
-            history: options.history,
+            history: history.clone(),
             counted_drops: 0,
             counted_faults: 0,
             counted_lost_lines: 0,
+            notifier: Notifier::start(&options.config.notify, &history, &metrics),
             metrics,
+            drill: options.drill,
             fault: options.fault,
             observer: options.observer,
             batches: JoinSet::new(),
@@ -293,7 +307,20 @@ impl Daemon {
                     anyhow::bail!("the HTTP server has ended: {ended:?}");
                 }
                 () = self.ticker.stopped() => anyhow::bail!("the scheduler has ended"),
-                _ = refresh.tick() => self.refresh(),
+                _ = refresh.tick() => {
+                    self.watch_silence();
+                    self.start_confirmations();
+                    self.refresh();
+                }
+            }
+        }
+    }
+
+    /// Notices targets without a verdict for two and a half intervals.
+    fn watch_silence(&self) {
+        for target in self.targets.values().filter(|target| !target.paused) {
+            if let Some(silence) = target.max_silence {
+                target.detector.elapse(silence);
             }
         }
     }
@@ -304,6 +331,7 @@ impl Daemon {
             if target.last_batch.is_some() && target.agent_known {
                 continue;
             }
+            restore_detection(&self.history, name, target).await;
             let agent_name = target.settings.agent_name.as_deref();
             let read = tokio::try_join!(
                 self.history.last_completed(name),
@@ -407,11 +435,17 @@ impl Daemon {
         record_skip(&tick.target, &target.metrics, None, cause, &why);
     }
 
-    fn publish_next_batch(&self, name: &str) {
-        let target = &self.targets[name];
-        target.metrics.next_batch(self.ticker.next(name));
-        let (schedule, now) = (&target.settings.schedule, Utc::now());
+    fn publish_next_batch(&mut self, name: &str) {
+        let next = self.ticker.next(name);
+        let Some(target) = self.targets.get_mut(name) else {
+            return;
+        };
+        target.metrics.next_batch(next);
+        let settings = Arc::clone(&target.settings);
+        let (schedule, now) = (&settings.schedule, Utc::now());
         let gaps = schedule::gaps(schedule, now, schedule::AHEAD);
+        let project = &self.projects[&settings.project].settings;
+        target.max_silence = gaps.map(|gaps| max_silence(gaps.longest, &settings, project));
         target.metrics.intervals(
             gaps.map(|gaps| gaps.longest),
             gaps.map(|gaps| gaps.shortest),
@@ -419,12 +453,58 @@ impl Daemon {
         );
     }
 
+    /// Starts the confirmations that are due and fit into what the schedules leave free.
+    fn start_confirmations(&mut self) {
+        let now = Utc::now();
+        let due: Vec<(String, usize)> = self
+            .targets
+            .iter()
+            .filter(|(_, target)| !target.paused && target.confirmation.is_none())
+            .filter_map(|(name, target)| {
+                let due = target.detector.next_confirmation(&target.settings.confirm)?;
+                (due.at <= now).then(|| (name.clone(), due.rooms))
+            })
+            .collect();
+        for (name, rooms) in due {
+            self.start_confirmation(&name, rooms);
+        }
+    }
+
+    fn start_confirmation(&mut self, name: &str, rooms: usize) {
+        let target = &self.targets[name];
+        let project = &self.projects[&target.settings.project];
+        let settings = Arc::new(target.settings.confirming(rooms));
+        let worst_case = first_worst_case(&settings, &project.settings);
+        let denied = project
+            .guard
+            .denial(worst_case)
+            .or_else(|| project.guard.confirmation_denial(name, &settings, worst_case));
+        if let Some(denial) = denied {
+            tracing::info!(
+                target_name = name,
+                "target {name}: no confirmation: {denial}"
+            );
+            target.detector.confirmation_attempted();
+            return;
+        }
+        let abort = self.abort.child_token();
+        // If the schedules leave no place, the next turn of the loop tries again.
+        let Some(permits) = project
+            .guard
+            .take_spare(max_rooms_at_once(&settings), &abort)
+        else {
+            return;
+        };
+        let access = batch::Access::Granted(project.guard.clone(), permits);
+        let batch_id = self.spawn_batch(name, Purpose::Confirmation, settings, access, abort);
+        if let Some(target) = self.targets.get_mut(name) {
+            target.confirmation = Some(batch_id);
+        }
+    }
+
     /// Starts a batch of the existing target `name`, and returns the batch's id.
     fn start_batch(&mut self, name: &str, purpose: Purpose) -> Result<String, BatchNotStarted> {
-        let target = self
-            .targets
-            .get_mut(name)
-            .expect("the caller has checked that the target exists");
+        let target = &self.targets[name];
         if purpose == Purpose::Scheduled && target.paused {
             return Err(BatchNotStarted::Paused);
         }
@@ -438,39 +518,57 @@ impl Daemon {
         {
             return Err(BatchNotStarted::Denied(denial));
         }
+        let access = batch::Access::Queue(project.guard.clone());
+        let (settings, abort) = (Arc::clone(&target.settings), self.abort.clone());
+        let batch_id = self.spawn_batch(name, purpose, settings, access, abort);
+        if let Some(target) = self.targets.get_mut(name) {
+            target.running = Some(batch_id.clone());
+        }
+        Ok(batch_id)
+    }
+
+    /// Runs a batch of the existing target `name` in a task of its own.
+    fn spawn_batch(
+        &mut self,
+        name: &str,
+        purpose: Purpose,
+        settings: Arc<config::Target>,
+        access: batch::Access,
+        abort: CancellationToken,
+    ) -> String {
+        let target = &self.targets[name];
         let batch_id = batch::new_id();
-        target.running = Some(batch_id.clone());
         let recorder = Recorder {
             target: name.to_owned(),
             purpose,
-            settings: Arc::clone(&target.settings),
+            settings: Arc::clone(&settings),
             metrics: target.metrics.clone(),
+            detector: target.detector.clone(),
+            notifier: self.notifier.clone(),
             history: self.history.clone(),
             observer: self.observer.clone(),
         };
-        let (access, guard) = (Arc::clone(&project.access), project.guard.clone());
-        let (settings, janitor) = (Arc::clone(&target.settings), self.janitor.clone());
+        let project = Arc::clone(&self.projects[&settings.project].access);
+        let (janitor, stalls) = (self.janitor.clone(), self.stalls.clone());
         let (agent_known, fault) = (target.agent_known, self.fault);
-        let stalls = self.stalls.clone();
-        let (id, abort) = (batch_id.clone(), self.abort.clone());
-        let batch = async move {
-            let access = access.current().await;
+        let id = batch_id.clone();
+        let task = self.batches.spawn(async move {
+            let server = project.current().await;
             let context = Context {
-                project: access.project,
+                project: server.project,
                 target: settings,
-                endpoint: access.endpoint,
-                api: access.api,
+                endpoint: server.endpoint,
+                api: server.api,
                 janitor,
                 stalls,
                 agent_known,
                 fault,
             };
-            recorder.run(id, context, guard, abort).await
-        };
-        let task = self.batches.spawn(batch);
+            recorder.run(id, context, access, abort).await
+        });
         let running = (name.to_owned(), batch_id.clone());
         self.running.insert(task.id(), running);
-        Ok(batch_id)
+        batch_id
     }
 
     fn batch_ended(&mut self, ended: Result<(task::Id, Arc<BatchReport>), JoinError>) {
@@ -488,8 +586,17 @@ impl Daemon {
             .running
             .remove(&id)
             .expect("inserted when the batch started");
-        let target = self.targets.get_mut(&name);
-        if let Some(target) = target.filter(|target| target.running == Some(batch_id)) {
+        let Some(target) = self.targets.get_mut(&name) else {
+            return;
+        };
+        if target.confirmation.as_ref() == Some(&batch_id) {
+            target.confirmation = None;
+            target.detector.confirmation_attempted();
+            if let Some(report) = &report {
+                let mut probes = report.probes.iter();
+                target.agent_known |= probes.any(|probe| probe.agent.is_some());
+            }
+        } else if target.running.as_ref() == Some(&batch_id) {
             target.running = None;
             if let Some(report) = report.filter(|report| !report.opened_nothing()) {
                 let mut probes = report.probes.iter();
@@ -535,6 +642,7 @@ impl Daemon {
     fn set_paused(&mut self, name: &str, paused: bool) -> Result<(), NoSuchTarget> {
         let target = self.targets.get_mut(name).ok_or(NoSuchTarget)?;
         target.paused = paused;
+        target.detector.set_paused(paused);
         target.metrics.paused(paused);
         let what = if paused { "paused" } else { "resumed" };
         tracing::info!(target_name = name, "target {name} is {what}");
@@ -575,6 +683,45 @@ fn send_reply<T>(reply: oneshot::Sender<T>, answer: T) {
     let _lost: Result<(), T> = reply.send(answer);
 }
 
+/// How long a target may be without a verdict before its state is unknown. A batch may take longer than its interval.
+fn max_silence(
+    longest_interval: Duration,
+    target: &config::Target,
+    project: &config::Project,
+) -> Duration {
+    let interval = longest_interval.max(max_batch_duration(target, project));
+    interval * 5 / 2
+}
+
+/// Gives a target's detector what an earlier run knew.
+async fn restore_detection(history: &History, name: &str, target: &mut TargetRuntime) {
+    if std::mem::replace(&mut target.restored, true) {
+        return;
+    }
+    match read_detection(history, name).await {
+        Ok(restored) => target.detector.restore(restored),
+        Err(error) => tracing::warn!(
+            target_name = name,
+            "target {name}: cannot read its earlier state from the history: {error:#}"
+        ),
+    }
+}
+
+async fn read_detection(history: &History, name: &str) -> Result<Restored, ReadError> {
+    let state = history.target_state(name).await?;
+    let id = state.as_deref().and_then(Restored::incident_of);
+    let incident = match id {
+        Some(id) => history.incident(id).await?,
+        None => None,
+    };
+    let recent = history.recent_probes(name, detection::MAX_RECENT).await?;
+    Ok(Restored {
+        state,
+        incident: incident.map(|document| document.get().to_owned()),
+        recent: recent.into_iter().rev().map(Sample::from).collect(),
+    })
+}
+
 /// The most agent time that the first room of a batch may use. If the budget has less left, the batch does not start.
 fn first_worst_case(target: &config::Target, project: &config::Project) -> Duration {
     worst_cases(target, project).next().unwrap_or_default()
@@ -603,6 +750,9 @@ fn record_skip(
 fn skip_cause(denial: &Denial) -> SkipCause {
     match denial {
         Denial::Backoff { .. } => SkipCause::Backoff,
-        Denial::Budget { .. } | Denial::LedgerLost | Denial::LedgerUnread => SkipCause::Budget,
+        Denial::Budget { .. }
+        | Denial::Confirmations { .. }
+        | Denial::LedgerLost
+        | Denial::LedgerUnread => SkipCause::Budget,
     }
 }

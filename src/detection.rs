@@ -1,3 +1,455 @@
 //! Outages of targets: the state of each target, its incidents, and what differs between its failed and its good rooms.
+//!
+//! A [`Detector`] hears of every room that ends. What it decides goes to the history, the series and the channels. It starts no
+//! batch: the daemon asks it when a confirmation is due.
 
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use crate::config::{self, Confirm};
+use crate::history::{DetectionRecord, History, IncidentRecord, OutboxMessage};
+use crate::metrics::{IncidentInfo, TargetMetrics};
+use crate::notify::{Notice, NoticeKind, Notifier};
+use crate::probe::ProbeReport;
+use crate::report::Purpose;
+
+mod difference;
+mod incident;
+#[cfg(test)]
+mod simulation;
 mod state;
+
+pub(crate) use incident::{Incident, Sample};
+pub(crate) use state::{DueConfirmation, Fault, TargetState, Transition, Verdict};
+
+use state::StateMachine;
+
+/// The last rooms of a target, which an incident is compared with.
+pub(crate) const MAX_RECENT: usize = 60;
+
+/// The detection of one target. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Detector {
+    shared: Arc<DetectorShared>,
+}
+
+struct DetectorShared {
+    target: String,
+    outputs: Outputs,
+    detection: Mutex<Detection>,
+}
+
+/// Where a detector reports to.
+#[derive(Clone)]
+pub(crate) struct Outputs {
+    pub(crate) history: History,
+    pub(crate) metrics: TargetMetrics,
+    pub(crate) notifier: Notifier,
+    /// The address of the page.
+    pub(crate) external_url: Option<Url>,
+    /// The faults are simulated.
+    pub(crate) drill: bool,
+}
+
+struct Detection {
+    settings: Arc<config::Target>,
+    kept: Kept,
+    /// The incident that is open, or the last one: it may go on.
+    incident: Option<Incident>,
+    /// The latest is the last one.
+    recent: VecDeque<Sample>,
+    /// A person suspended the target: its rooms show nothing that should page.
+    paused: bool,
+}
+
+/// What the next run of this program needs of a target, in addition to its incident.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Kept {
+    machine: StateMachine,
+    /// The id of the incident that is open, or of the last one.
+    incident: Option<String>,
+    /// When the target became unknown, if that was reported and still is the case.
+    blind: Option<DateTime<Utc>>,
+}
+
+/// What a run of this program finds of a target in the history.
+#[derive(Debug, Default)]
+pub(crate) struct Restored {
+    /// The `state` of the last [`DetectionRecord`].
+    pub(crate) state: Option<String>,
+    /// The document of its incident.
+    pub(crate) incident: Option<String>,
+    /// The latest is the last one.
+    pub(crate) recent: Vec<Sample>,
+}
+
+impl Restored {
+    /// The id of the incident in a state; `None` if there is none or the state can't be read.
+    pub(crate) fn incident_of(state: &str) -> Option<String> {
+        serde_json::from_str::<Kept>(state).ok()?.incident
+    }
+}
+
+impl Detector {
+    pub(crate) fn new(
+        target: &str,
+        settings: Arc<config::Target>,
+        outputs: Outputs,
+        now: DateTime<Utc>,
+    ) -> Self {
+        let detection = Detection {
+            settings,
+            kept: Kept {
+                machine: StateMachine::new(now),
+                incident: None,
+                blind: None,
+            },
+            incident: None,
+            recent: VecDeque::new(),
+            paused: false,
+        };
+        let detector = Self {
+            shared: Arc::new(DetectorShared {
+                target: target.to_owned(),
+                outputs,
+                detection: Mutex::new(detection),
+            }),
+        };
+        detector.shared.publish(&detector.shared.lock());
+        detector
+    }
+
+    /// Continues where an earlier run ended. What can't be read is logged, and counts as unknown.
+    pub(crate) fn restore(&self, restored: Restored) {
+        let mut detection = self.shared.lock();
+        detection.recent.extend(restored.recent);
+        if let Some(state) = restored.state {
+            match serde_json::from_str(&state) {
+                Ok(kept) => detection.kept = kept,
+                Err(error) => tracing::warn!(
+                    target_name = self.shared.target,
+                    "target {}: its earlier state can't be read: {error}",
+                    self.shared.target
+                ),
+            }
+        }
+        detection.incident = restored
+            .incident
+            .and_then(|document| Incident::from_document(&document));
+        self.shared.publish(&detection);
+    }
+
+    /// Takes changed settings.
+    pub(crate) fn configure(&self, settings: &Arc<config::Target>) {
+        self.shared.lock().settings = Arc::clone(settings);
+    }
+
+    /// A room has ended.
+    pub(crate) fn room(&self, batch_id: &str, purpose: Purpose, report: &ProbeReport) {
+        let now = Utc::now();
+        let sample = Sample::of(batch_id, purpose, report, now);
+        let mut detection = self.shared.lock();
+        if detection.paused {
+            return;
+        }
+        let verdict = Verdict::of(&report.outcome);
+        let machine = &mut detection.kept.machine;
+        let in_incident = machine.fault().is_some();
+        let transition = machine.room(report.started_at, now, verdict);
+        let detail = report.outcome.failure();
+        let detail = detail.map(|failure| failure.detail.clone());
+        detection.add(sample, in_incident);
+        self.shared.changed(&mut detection, transition, detail, now);
+    }
+
+    /// Time has passed. Without a verdict for `silence`, the state is unknown.
+    pub(crate) fn elapse(&self, silence: Duration) {
+        let now = Utc::now();
+        let mut detection = self.shared.lock();
+        if let Some(transition) = detection.kept.machine.elapse(now, silence) {
+            self.shared
+                .changed(&mut detection, Some(transition), None, now);
+        }
+    }
+
+    /// While the target is paused, its state is unknown. Its incident ends.
+    pub(crate) fn set_paused(&self, paused: bool) {
+        let now = Utc::now();
+        let mut detection = self.shared.lock();
+        if std::mem::replace(&mut detection.paused, paused) == paused {
+            return;
+        }
+        let was_open = detection.kept.machine.pause(now);
+        let mut messages = Vec::new();
+        if was_open && let Some(incident) = &mut detection.incident {
+            incident.end(now, "paused");
+            messages = self
+                .shared
+                .notice(&detection, NoticeKind::Closed, None, now);
+        }
+        self.shared.record(&detection, was_open, messages);
+    }
+
+    /// The next confirmation; `None` if there is nothing to confirm, or if the settings turn confirmations off.
+    pub(crate) fn next_confirmation(&self, confirm: &Confirm) -> Option<DueConfirmation> {
+        if confirm.rooms == 0 {
+            return None;
+        }
+        self.shared.lock().kept.machine.next_confirmation(confirm)
+    }
+
+    /// A confirmation has ended, or was denied.
+    pub(crate) fn confirmation_attempted(&self) {
+        let mut detection = self.shared.lock();
+        detection.kept.machine.confirmation_attempted(Utc::now());
+    }
+
+    pub(crate) fn state(&self) -> (TargetState, DateTime<Utc>) {
+        let detection = self.shared.lock();
+        (detection.kept.machine.state(), detection.kept.machine.since())
+    }
+
+    /// The id of the open incident.
+    pub(crate) fn open_incident(&self) -> Option<String> {
+        let detection = self.shared.lock();
+        detection.kept.machine.fault()?;
+        detection.kept.incident.clone()
+    }
+}
+
+impl Detection {
+    fn add(&mut self, sample: Sample, in_incident: bool) {
+        if in_incident && let Some(incident) = &mut self.incident {
+            incident.add(sample.clone());
+        }
+        self.recent.push_back(sample);
+        if self.recent.len() > MAX_RECENT {
+            self.recent.pop_front();
+        }
+    }
+}
+
+impl DetectorShared {
+    fn lock(&self) -> MutexGuard<'_, Detection> {
+        // Each change leaves a state that can go on, so a panic elsewhere does not make it unusable.
+        self.detection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Acts on a transition, and records what has changed.
+    fn changed(
+        &self,
+        detection: &mut Detection,
+        transition: Option<Transition>,
+        detail: Option<String>,
+        now: DateTime<Utc>,
+    ) {
+        let is_open = detection.kept.machine.fault().is_some();
+        let mut messages = Vec::new();
+        match transition {
+            None if !is_open => return,
+            None | Some(Transition::Suspected | Transition::Dismissed) => {}
+            Some(Transition::Failed {
+                began_at,
+                fault,
+                continues,
+            }) => {
+                self.open(detection, began_at, fault, continues, now);
+                messages = self.notice(detection, NoticeKind::Opened, detail, now);
+            }
+            Some(Transition::Recovered) => {
+                if let Some(incident) = &mut detection.incident {
+                    incident.end(now, "recovered");
+                }
+                messages = self.notice(detection, NoticeKind::Closed, None, now);
+            }
+            Some(Transition::Lost) => {
+                detection.kept.blind = Some(now);
+                messages = self.notice(detection, NoticeKind::Blind, None, now);
+            }
+            Some(Transition::Found) => {}
+        }
+        if detection.kept.blind.is_some()
+            && detection.kept.machine.state() != TargetState::Unknown
+        {
+            messages.extend(self.notice(detection, NoticeKind::Sighted, None, now));
+            detection.kept.blind = None;
+        }
+        if let Some(transition) = transition {
+            self.log(detection, transition);
+        }
+        let with_incident = is_open || matches!(transition, Some(Transition::Recovered));
+        self.record(detection, with_incident, messages);
+    }
+
+    fn open(
+        &self,
+        detection: &mut Detection,
+        began_at: DateTime<Utc>,
+        fault: Fault,
+        continues: bool,
+        now: DateTime<Utc>,
+    ) {
+        if continues && let Some(incident) = &mut detection.incident {
+            incident.reopen();
+        } else {
+            let id = format!("{}-{}", began_at.format("%Y%m%dT%H%M%SZ"), self.target);
+            let settings = &detection.settings;
+            let incident = Incident::new(
+                id,
+                &self.target,
+                &settings.project,
+                settings.dispatch.mode.name(),
+                fault,
+                began_at,
+                now,
+            );
+            detection.kept.incident = Some(incident.id.clone());
+            detection.incident = Some(incident);
+        }
+        let Some(incident) = &mut detection.incident else {
+            return;
+        };
+        // The rooms since the first failed one belong to it, and those before it show what was different.
+        let (before, since): (Vec<_>, Vec<_>) = detection
+            .recent
+            .iter()
+            .cloned()
+            .partition(|sample| sample.ended_at < began_at);
+        incident.set_before(before);
+        for sample in since {
+            incident.add(sample);
+        }
+    }
+
+    /// The messages to every channel that reports this target.
+    fn notice(
+        &self,
+        detection: &Detection,
+        kind: NoticeKind,
+        detail: Option<String>,
+        now: DateTime<Utc>,
+    ) -> Vec<OutboxMessage> {
+        let incident = match kind {
+            NoticeKind::Opened | NoticeKind::Closed => detection.incident.as_ref(),
+            NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => None,
+        };
+        let blind_since = detection.kept.blind.unwrap_or(now);
+        let blind = || format!("{}-{}-blind", blind_since.format("%Y%m%dT%H%M%SZ"), self.target);
+        let id = incident.map_or_else(blind, |incident| incident.id.clone());
+        let url = incident.and_then(|incident| self.url_of(&incident.id));
+        let reasons = incident.map(Incident::reasons).unwrap_or_default();
+        let notice = Notice {
+            kind,
+            target: self.target.clone(),
+            project: detection.settings.project.clone(),
+            fault: incident.map(|incident| incident.fault.label().to_owned()),
+            continues: incident.is_some_and(|incident| incident.continues),
+            incident: id,
+            began_at: incident.map_or(blind_since, |incident| incident.began_at),
+            at: now,
+            reasons,
+            failed: incident.map_or(0, Incident::failed),
+            rooms: incident.map_or(0, Incident::rooms),
+            differs: incident.map(Incident::sentences).unwrap_or_default(),
+            detail,
+            url,
+            drill: self.outputs.drill,
+        };
+        self.outputs.notifier.messages(&notice)
+    }
+
+    fn url_of(&self, incident: &str) -> Option<String> {
+        let base = self.outputs.external_url.as_ref()?.as_str();
+        Some(format!(
+            "{}/api/v1/incidents/{incident}",
+            base.trim_end_matches('/')
+        ))
+    }
+
+    /// Writes what the next run needs, shows the state, and sends the messages.
+    fn record(&self, detection: &Detection, with_incident: bool, messages: Vec<OutboxMessage>) {
+        let state = serde_json::to_string(&detection.kept);
+        let state = state.expect("plain structs with string keys always serialize");
+        let incident = detection.incident.as_ref().filter(|_| with_incident);
+        self.outputs.history.record_detection(DetectionRecord {
+            target: self.target.clone(),
+            state,
+            incident: incident.map(|incident| IncidentRecord {
+                id: incident.id.clone(),
+                target: incident.target.clone(),
+                project: incident.project.clone(),
+                fault: incident.fault.label().to_owned(),
+                began_at: incident.began_at,
+                ended_at: incident.ended_at,
+                document: incident.document(),
+            }),
+            messages: messages.clone(),
+        });
+        self.publish(detection);
+        self.outputs.notifier.deliver(messages);
+    }
+
+    fn publish(&self, detection: &Detection) {
+        let machine = &detection.kept.machine;
+        let metrics = &self.outputs.metrics;
+        metrics.state(machine.state().label(), machine.since());
+        let fault = machine.fault();
+        let open = detection.incident.as_ref().filter(|_| fault.is_some());
+        metrics.incident(
+            fault.map(Fault::label),
+            open.map(|incident| IncidentInfo {
+                incident: incident.id.clone(),
+                reason: incident.reasons().into_iter().next().map(|(reason, _)| reason),
+                failed: incident.failed(),
+                rooms: incident.rooms(),
+                differs: incident.sentences().join("; "),
+                url: self.url_of(&incident.id),
+            }),
+        );
+    }
+
+    fn log(&self, detection: &Detection, transition: Transition) {
+        let target = &self.target;
+        let incident = detection.incident.as_ref();
+        let id = incident.map(|incident| incident.id.as_str());
+        match transition {
+            Transition::Suspected => tracing::info!(
+                target_name = target,
+                "target {target} is suspect: a room failed, and more rooms are to confirm it"
+            ),
+            Transition::Dismissed => tracing::info!(
+                target_name = target,
+                "target {target} is healthy: the failure did not last"
+            ),
+            Transition::Found => {
+                tracing::info!(target_name = target, "target {target} is healthy");
+            }
+            Transition::Failed { fault, .. } => {
+                let (failed, rooms) =
+                    incident.map_or((0, 0), |incident| (incident.failed(), incident.rooms()));
+                tracing::error!(
+                    target_name = target,
+                    incident = id,
+                    fault = fault.label(),
+                    "target {target} fails: {failed} of {rooms} rooms failed; incident {}",
+                    id.unwrap_or_default()
+                );
+            }
+            Transition::Recovered => tracing::warn!(
+                target_name = target,
+                incident = id,
+                "target {target} is healthy again: incident {} is over",
+                id.unwrap_or_default()
+            ),
+            Transition::Lost => tracing::warn!(
+                target_name = target,
+                "target {target} is unknown: no room has given a verdict on the agent for too long"
+            ),
+        }
+    }
+}

@@ -11,6 +11,7 @@ use chrono::{DateTime, NaiveTime, Utc};
 use humantime::format_duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{Backoff, Budget, Period, Project, RampMode, Stay, Target};
 use crate::history::{AgentTimeUsed, History, RESERVE_TIMEOUT, Reservation};
@@ -31,6 +32,8 @@ pub(crate) struct RoomPermits {
     count: usize,
     /// The project's rejections when the batch began.
     rejections: u64,
+    /// Set for places that were spare.
+    give_way: Option<CancellationToken>,
 }
 
 struct GuardShared {
@@ -49,6 +52,8 @@ struct GuardState {
     held: usize,
     /// Tickets of the batches that wait for permits, the oldest first.
     queue: VecDeque<u64>,
+    /// The holders of places that were spare, until they give way.
+    spare: Vec<CancellationToken>,
     next_ticket: u64,
     /// Plan-limit rejections since the start of this process.
     rejections: u64,
@@ -69,6 +74,7 @@ impl Guard {
                     max_rooms: project.max_rooms,
                     held: 0,
                     queue: VecDeque::new(),
+                    spare: Vec::new(),
                     next_ticket: 0,
                     rejections: 0,
                     consecutive: 0,
@@ -104,6 +110,25 @@ impl Guard {
         }
     }
 
+    /// Takes up to this many places that no batch uses or waits for; `None` if there is none.
+    ///
+    /// `give_way` is cancelled as soon as a waiting batch needs the places. The holder then closes its rooms.
+    pub(crate) fn take_spare(
+        &self,
+        rooms: usize,
+        give_way: &CancellationToken,
+    ) -> Option<RoomPermits> {
+        let mut state = self.shared.lock();
+        let free = state.max_rooms.saturating_sub(state.held);
+        let count = rooms.min(free);
+        if count == 0 || !state.queue.is_empty() {
+            return None;
+        }
+        state.spare.retain(|token| !token.is_cancelled());
+        state.spare.push(give_way.clone());
+        Some(self.shared.permits(&mut state, count, Some(give_way.clone())))
+    }
+
     /// Why a room would be denied now, if it would be. Reserves nothing.
     pub(crate) fn denial(&self, worst_case: Duration) -> Option<Denial> {
         let used = self.shared.history.used(&self.shared.project);
@@ -111,6 +136,19 @@ impl Guard {
         self.check_backoff(now)
             .and_then(|()| self.check_budget(&used, worst_case, now))
             .err()
+    }
+
+    /// Why a room of a confirmation would be denied now by the target's own limit. Reserves nothing.
+    pub(crate) fn confirmation_denial(
+        &self,
+        name: &str,
+        target: &Target,
+        worst_case: Duration,
+    ) -> Option<Denial> {
+        let used = self.shared.history.used(&self.shared.project);
+        let now = self.shared.history.now();
+        let limit = target.confirm.daily_limit(&self.shared.lock().budget)?;
+        confirmation_within(used.confirmations_of(name), worst_case, limit, now).err()
     }
 
     /// Reserves the agent time that a room may use and records its name in the journal, before the room can exist.
@@ -249,7 +287,13 @@ impl RoomPermits {
 
 impl Drop for RoomPermits {
     fn drop(&mut self) {
-        self.shared.lock().held -= self.count;
+        if let Some(give_way) = &self.give_way {
+            give_way.cancel();
+        }
+        let mut state = self.shared.lock();
+        state.held -= self.count;
+        state.spare.retain(|token| !token.is_cancelled());
+        drop(state);
         self.shared.queue_changed.notify_waiters();
     }
 }
@@ -258,6 +302,21 @@ impl GuardShared {
     fn lock(&self) -> MutexGuard<'_, GuardState> {
         // Each change completes before anything in it can panic, so a poisoned lock still guards consistent data.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn permits(
+        self: &Arc<Self>,
+        state: &mut GuardState,
+        count: usize,
+        give_way: Option<CancellationToken>,
+    ) -> RoomPermits {
+        state.held += count;
+        RoomPermits {
+            shared: Arc::clone(self),
+            count,
+            rejections: state.rejections,
+            give_way,
+        }
     }
 }
 
@@ -280,15 +339,16 @@ impl<'a> QueueTicket<'a> {
         let mut state = self.shared.lock();
         let count = wanted.min(state.max_rooms);
         let first = state.queue.front() == Some(&self.number);
+        if first && state.held + count > state.max_rooms {
+            // These rooms are in addition to every schedule, so they must not delay it.
+            for give_way in state.spare.drain(..) {
+                give_way.cancel();
+            }
+        }
         if !first || state.held + count > state.max_rooms {
             return None;
         }
-        state.held += count;
-        Some(RoomPermits {
-            shared: Arc::clone(self.shared),
-            count,
-            rejections: state.rejections,
-        })
+        Some(self.shared.permits(&mut state, count, None))
     }
 }
 
@@ -299,6 +359,26 @@ impl Drop for QueueTicket<'_> {
         drop(state);
         self.shared.queue_changed.notify_waiters();
     }
+}
+
+fn confirmation_within(
+    used: Duration,
+    worst_case: Duration,
+    limit: Duration,
+    now: DateTime<Utc>,
+) -> Result<(), Denial> {
+    if used + worst_case <= limit {
+        return Ok(());
+    }
+    Err(Denial::Confirmations {
+        used,
+        worst_case,
+        limit,
+        resets_at: Period::Day
+            .next(now.date_naive())
+            .and_time(NaiveTime::MIN)
+            .and_utc(),
+    })
 }
 
 /// Maximum number of rooms that a batch holds open at once.

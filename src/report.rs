@@ -198,6 +198,14 @@ pub enum Denial {
         limit: Duration,
         resets_at: DateTime<Utc>,
     },
+    /// The target's confirmations have their own limit of a UTC day.
+    Confirmations {
+        used: Duration,
+        /// The most that the room can use.
+        worst_case: Duration,
+        limit: Duration,
+        resets_at: DateTime<Utc>,
+    },
     Backoff {
         until: DateTime<Utc>,
     },
@@ -211,7 +219,10 @@ impl Denial {
     /// The `cause` of a skipped batch.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::Budget { .. } | Self::LedgerLost | Self::LedgerUnread => "budget",
+            Self::Budget { .. }
+            | Self::Confirmations { .. }
+            | Self::LedgerLost
+            | Self::LedgerUnread => "budget",
             Self::Backoff { .. } => "backoff",
         }
     }
@@ -219,7 +230,9 @@ impl Denial {
     /// When the next request may succeed; `None` if time alone changes nothing.
     pub fn until(&self) -> Option<DateTime<Utc>> {
         match self {
-            Self::Budget { resets_at, .. } => Some(*resets_at),
+            Self::Budget { resets_at, .. } | Self::Confirmations { resets_at, .. } => {
+                Some(*resets_at)
+            }
             Self::Backoff { until } => Some(*until),
             Self::LedgerLost | Self::LedgerUnread => None,
         }
@@ -241,6 +254,19 @@ impl fmt::Display for Denial {
                 format_duration(*used),
                 format_duration(*limit),
                 period.label(),
+                format_duration(*worst_case),
+                minute(*resets_at)
+            ),
+            Self::Confirmations {
+                used,
+                worst_case,
+                limit,
+                resets_at,
+            } => write!(
+                f,
+                "limit of confirmations reached: {} of {} used or reserved this UTC day, and one more room could use {}; the count restarts at {}",
+                format_duration(*used),
+                format_duration(*limit),
                 format_duration(*worst_case),
                 minute(*resets_at)
             ),

@@ -590,7 +590,7 @@ async fn abort_ends_the_wait_for_permits_and_no_room_opens() {
         abort.cancel();
     };
     let settings = target(1);
-    let waiting = Admission::wait("support", &settings, &project, Some(guard), &abort);
+    let waiting = Admission::wait("support", &settings, &project, Access::Queue(guard), &abort);
     let (admission, ()) = tokio::join!(waiting, stop);
     assert!(admission.permits.is_none());
     let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;

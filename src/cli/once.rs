@@ -283,7 +283,7 @@ async fn run_batch(
         name,
         Purpose::Manual,
         context,
-        None,
+        batch::Access::Unguarded,
         abort.clone(),
         |event| view.borrow_mut().show(event),
     ));

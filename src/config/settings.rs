@@ -371,6 +371,23 @@ pub struct Target {
 }
 
 impl Target {
+    /// The same target with the batch of a confirmation: this many rooms at once, or one after the other if rooms must stay one
+    /// by one.
+    pub(crate) fn confirming(&self, rooms: usize) -> Self {
+        let ramp = match self.batch.stay {
+            Stay::Together => RampMode::Burst,
+            Stay::OneByOne => RampMode::AfterJoin,
+        };
+        Self {
+            batch: Batch {
+                rooms,
+                ramp,
+                ..self.batch.clone()
+            },
+            ..self.clone()
+        }
+    }
+
     /// Whether the agent's transcript is read: it is stored, or what is said is compared with what is expected. An agent whose
     /// session reports nothing still transcribes.
     pub(crate) fn reads_transcript(&self) -> bool {

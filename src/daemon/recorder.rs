@@ -6,11 +6,12 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use super::BatchObserver;
-use crate::batch::{self, BatchEvent};
+use crate::batch::{self, Access, BatchEvent};
 use crate::config::{Project, Target};
-use crate::guard::Guard;
+use crate::detection::{Detector, Verdict};
 use crate::history::History;
 use crate::metrics::{OpenRoom, TargetMetrics};
+use crate::notify::Notifier;
 use crate::probe::driver::Context;
 use crate::probe::{Outcome, ProbeReport};
 use crate::report::{BatchReport, NotOpened, Purpose};
@@ -21,6 +22,8 @@ pub(super) struct Recorder {
     pub(super) purpose: Purpose,
     pub(super) settings: Arc<Target>,
     pub(super) metrics: TargetMetrics,
+    pub(super) detector: Detector,
+    pub(super) notifier: Notifier,
     pub(super) history: History,
     pub(super) observer: Option<BatchObserver>,
 }
@@ -30,18 +33,19 @@ impl Recorder {
         self,
         batch_id: String,
         context: Context,
-        guard: Guard,
+        access: Access,
         abort: CancellationToken,
     ) -> Arc<BatchReport> {
         let mut open = HashMap::new();
         let project = Arc::clone(&context.project);
-        let on_event = |event: &BatchEvent| self.record_event(event, &mut open, &project);
+        let id = batch_id.clone();
+        let on_event = |event: &BatchEvent| self.record_event(&id, event, &mut open, &project);
         batch::run(
             batch_id,
             &self.target,
             self.purpose,
             context,
-            Some(guard),
+            access,
             abort,
             on_event,
         )
@@ -50,6 +54,7 @@ impl Recorder {
 
     fn record_event(
         &self,
+        batch_id: &str,
         event: &BatchEvent,
         open: &mut HashMap<usize, OpenRoom>,
         project: &Project,
@@ -61,7 +66,7 @@ impl Recorder {
             }
             BatchEvent::RoomClosed { index, report } => {
                 open.remove(index);
-                self.record_probe(report);
+                self.record_probe(batch_id, report);
             }
             BatchEvent::Ended(report) => self.record_batch(report, project),
         }
@@ -70,8 +75,12 @@ impl Recorder {
         }
     }
 
-    fn record_probe(&self, report: &ProbeReport) {
-        self.metrics.probe(report, &self.settings.objectives);
+    fn record_probe(&self, batch_id: &str, report: &ProbeReport) {
+        let in_incident = self.detector.open_incident().is_some();
+        let objectives = &self.settings.objectives;
+        self.metrics
+            .probe(self.purpose, report, objectives, in_incident);
+        self.detector.room(batch_id, self.purpose, report);
         let Outcome::Failed(failure) = &report.outcome else {
             return;
         };
@@ -101,6 +110,10 @@ impl Recorder {
         }
         self.metrics.batch(report, &self.settings.objectives);
         self.history.record(report, &self.settings, project);
+        let mut verdicts = report.probes.iter().map(|probe| Verdict::of(&probe.outcome));
+        if self.purpose == Purpose::Scheduled && verdicts.any(|verdict| verdict.is_on_agent()) {
+            self.notifier.heartbeat(&self.target);
+        }
         let summary = report.summary();
         let took = report.ended_at - report.started_at;
         let join = summary.join_delay.map_or_else(

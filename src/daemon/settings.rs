@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::access::ProjectAccess;
 use super::{Daemon, ProjectRuntime, TargetRuntime, send_reply, supervisor};
 use crate::config::{self, Config};
+use crate::detection::{Detector, Outputs};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
 
@@ -207,6 +208,7 @@ impl Daemon {
             let settings = Arc::new(config.projects[&name].clone());
             self.set_project(&name, settings, Arc::new(access));
         }
+        self.notifier.configure(&config.notify);
         for (name, target) in &config.targets {
             self.set_target(name, target, &config);
         }
@@ -243,11 +245,23 @@ impl Daemon {
         if let Some(known) = self.targets.get_mut(name) {
             known.agent_known &= known.settings.agent_name == settings.agent_name;
             known.settings = Arc::clone(&settings);
+            known.detector.configure(&settings);
             self.ticker.set(name, &settings.schedule, Utc::now());
         } else {
+            let outputs = Outputs {
+                history: self.history.clone(),
+                metrics: metrics.clone(),
+                notifier: self.notifier.clone(),
+                external_url: config.daemon.http.external_url.clone(),
+                drill: self.drill,
+            };
             let target = TargetRuntime {
                 settings: Arc::clone(&settings),
                 metrics: metrics.clone(),
+                detector: Detector::new(name, Arc::clone(&settings), outputs, Utc::now()),
+                restored: false,
+                confirmation: None,
+                max_silence: None,
                 paused: false,
                 agent_known: false,
                 running: self.running_batch(name),

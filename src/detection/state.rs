@@ -104,6 +104,11 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
+    /// Whether the room shows how the agent is.
+    pub(crate) fn is_on_agent(self) -> bool {
+        matches!(self, Self::Good | Self::Bad(Fault::Agent))
+    }
+
     pub(crate) fn of(outcome: &Outcome) -> Self {
         let failure = match outcome {
             Outcome::Ok => return Self::Good,

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{self, BatchEvent};
+use crate::batch::{self, Access, BatchEvent};
 use crate::config::{self, Config, Period, RawConfig};
 use crate::guard::Guard;
 use crate::history::tests::{print_to_parent, run_and_kill};
@@ -101,7 +101,7 @@ impl GuardStage {
             "demo",
             Purpose::Scheduled,
             context,
-            Some(self.guard.clone()),
+            Access::Queue(self.guard.clone()),
             abort,
             |_| {},
         )
@@ -295,7 +295,7 @@ async fn child() {
     let print = |event: &BatchEvent| print_to_parent(&format!("{event:?}"));
     let id = batch::new_id();
     let purpose = Purpose::Scheduled;
-    batch::run(id, "demo", purpose, context, Some(guard), abort, print).await;
+    batch::run(id, "demo", purpose, context, Access::Queue(guard), abort, print).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
