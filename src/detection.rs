@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
@@ -31,6 +31,26 @@ use state::StateMachine;
 
 /// The last rooms of a target, which an incident is compared with.
 pub(crate) const MAX_RECENT: usize = 60;
+
+/// How many rooms confirmations open in an outage of a whole day, if each fails at once.
+pub(crate) fn rooms_in_a_days_outage(confirm: &Confirm) -> u64 {
+    let start = DateTime::UNIX_EPOCH;
+    let end = start + TimeDelta::days(1);
+    let mut machine = StateMachine::new(start);
+    let mut opened = 0;
+    machine.room(start, start, Verdict::Bad(Fault::Agent));
+    while let Some(due) = machine.next_confirmation(confirm)
+        && due.at < end
+        && due.rooms > 0
+    {
+        for _ in 0..due.rooms {
+            machine.room(due.at, due.at, Verdict::Bad(Fault::Agent));
+        }
+        machine.confirmation_attempted(due.at);
+        opened += due.rooms as u64;
+    }
+    opened
+}
 
 /// The detection of one target. Cheap to clone.
 #[derive(Clone)]

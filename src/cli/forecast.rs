@@ -8,6 +8,7 @@ use chrono::{DateTime, Months, NaiveDate, SecondsFormat, Utc};
 use humantime::format_duration;
 
 use crate::config::{Alerts, CallerMode, Config, Period, Problems, Project, Schedule, Target};
+use crate::detection::rooms_in_a_days_outage;
 use crate::guard::{max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::metrics::Sli;
 use crate::probe::billable_minutes;
@@ -25,6 +26,10 @@ pub(super) struct Forecast<'a> {
 
 struct TargetForecast<'a> {
     target: &'a Target,
+    /// The limit of agent time of its confirmations per UTC day.
+    confirm_limit: Option<Duration>,
+    /// The most agent minutes that one room of a confirmation can use.
+    confirm_room_minutes: u64,
     offset: Duration,
     /// The number of ticks on each of [`Forecast::days`].
     ticks: Vec<u64>,
@@ -111,15 +116,20 @@ impl<'a> Forecast<'a> {
             .take_while(|day| *day < first + Months::new(12));
         let days: Vec<NaiveDate> = year.collect();
         let targets = config.targets.iter().map(|(name, target)| {
+            let project = &config.projects[&target.project];
+            let confirming = target.confirming(target.confirm.rooms.max(1));
+            let room = worst_cases(&confirming, project).max().unwrap_or_default();
             let offset = offset(name, &target.schedule);
             let ticks = days
                 .iter()
                 .map(|day| ticks_on(&target.schedule, offset, *day));
             let forecast = TargetForecast {
                 target,
+                confirm_limit: target.confirm.daily_limit(&project.budget),
+                confirm_room_minutes: room.as_secs() / 60,
                 offset,
                 ticks: ticks.collect(),
-                batch: BatchCost::of(target, &config.projects[&target.project]),
+                batch: BatchCost::of(target, project),
             };
             (name.as_str(), forecast)
         });
@@ -177,6 +187,7 @@ impl<'a> Forecast<'a> {
                 ),
             ));
         }
+        entries.push(("confirm", forecast.confirmations()));
         if let Some(turns) = turns_per_batch(forecast.target) {
             entries.push((
                 "turns",
@@ -291,6 +302,30 @@ impl TargetForecast<'_> {
         gaps(&self.target.schedule, now, AHEAD)
     }
 
+    /// The agent minutes that its confirmations can use in a UTC day: those of an outage that lasts for all of it, up to the
+    /// limit.
+    fn confirming_minutes(&self) -> u64 {
+        let all_day = rooms_in_a_days_outage(&self.target.confirm) * self.confirm_room_minutes;
+        let limit = self.confirm_limit.map(|limit| limit.as_secs() / 60);
+        limit.map_or(all_day, |limit| limit.min(all_day))
+    }
+
+    fn confirmations(&self) -> String {
+        let confirm = &self.target.confirm;
+        if confirm.rooms == 0 {
+            return "off: an outage is seen as late as the schedule allows".to_owned();
+        }
+        let after = format_duration(confirm.after);
+        let rooms = counted(confirm.rooms as u64, "room");
+        let minutes = counted(self.confirming_minutes(), "agent minute");
+        let limit = match (confirm.agent_time_per_day, self.confirm_limit) {
+            (Some(_), _) => "its limit",
+            (None, Some(_)) => "a tenth of the project's budget",
+            (None, None) => "no limit is set; if the agent fails all day",
+        };
+        format!("{rooms} {after} after a failure; up to {minutes} per UTC day ({limit})")
+    }
+
     /// The number of ticks in the busiest 30 days.
     fn ticks_in_30_days(&self) -> u64 {
         let windows = self.ticks.windows(30).map(|days| days.iter().sum());
@@ -330,8 +365,11 @@ fn beyond_budget(
     targets: &[(&str, &TargetForecast<'_>)],
     busiest: impl Fn(fn(&BatchCost) -> u64) -> u64,
 ) -> Vec<String> {
-    let period = period.label();
-    let budget = format!("budget.agent_time_per_{period} is {}", in_minutes(limit));
+    let budget = format!(
+        "budget.agent_time_per_{} is {}",
+        period.label(),
+        in_minutes(limit)
+    );
     let never = targets
         .iter()
         .filter(|(_, forecast)| forecast.batch.max_room_cost > limit);
@@ -346,16 +384,22 @@ fn beyond_budget(
     let least = busiest(|cost| *cost.agent_minutes.start());
     let worst = busiest(|cost| *cost.agent_minutes.end());
     let available = limit.as_secs() / 60;
-    let needed = if least > available {
-        format!("at least {least}")
+    let confirming = targets.iter().map(|(_, target)| target.confirming_minutes());
+    let confirming: u64 = confirming.sum();
+    let text = if least > available {
+        format!("need at least {least}: batches will be skipped (budget)")
     } else if worst > available {
-        format!("up to {worst} if agents join or reply late")
+        format!(
+            "need up to {worst} if agents join or reply late: batches will be skipped (budget)"
+        )
+    } else if period == Period::Day && worst + confirming > available {
+        format!(
+            "need up to {worst}, and confirmations of failures up to {confirming}: batches may be skipped (budget)"
+        )
     } else {
         return warnings;
     };
-    warnings.push(format!(
-        "{budget}, but the schedules of its targets need {needed}: batches will be skipped (budget)"
-    ));
+    warnings.push(format!("{budget}, but the schedules of its targets {text}"));
     warnings
 }
 

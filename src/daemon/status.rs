@@ -68,6 +68,7 @@ impl Daemon {
 
     fn target_status(&self, name: &str, target: &TargetRuntime) -> TargetStatus {
         let settings = &target.settings;
+        let (state, state_since) = target.detector.state();
         TargetStatus {
             name: name.to_owned(),
             project: settings.project.clone(),
@@ -76,7 +77,11 @@ impl Daemon {
             dispatch: settings.dispatch.mode.name(),
             schedule: settings.schedule.to_string(),
             paused: target.paused,
+            state: state.label(),
+            state_since,
+            incident: target.detector.open_incident(),
             running: target.running.clone(),
+            confirming: target.confirmation.clone(),
             next_batch_at: self.ticker.next(name),
             last_tick_at: target.last_tick,
             last_batch: target.last_batch.clone(),

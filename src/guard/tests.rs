@@ -387,3 +387,43 @@ fn worst_case_of_a_room_grows_with_the_number_of_later_rooms() {
     assert_eq!(minutes(&ramp(RampMode::Interval)), [5, 5, 4]);
     assert_eq!(minutes(&ramp(RampMode::Burst)), [4, 4, 4]);
 }
+
+// Spare places.
+
+#[tokio::test(start_paused = true)]
+async fn confirmation_takes_only_places_that_no_batch_uses_or_waits_for() {
+    let fixture = GuardFixture::new(&project(3, None, None));
+    let guard = &fixture.guard;
+    let two = together(2);
+    let held = guard.acquire(&two).await;
+    let spare = guard.take_spare(2, &CancellationToken::new()).unwrap();
+    assert_eq!(spare.count(), 1, "the rest is free");
+    assert!(guard.take_spare(1, &CancellationToken::new()).is_none());
+    drop(spare);
+    let three = together(3);
+    let mut waiting = queue(guard, &three);
+    assert!(poll_once(&mut waiting).await.is_none());
+    let none = guard.take_spare(1, &CancellationToken::new());
+    assert!(none.is_none(), "a batch waits for the free place");
+    drop(held);
+    assert!(poll_once(&mut waiting).await.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn confirmation_gives_way_to_a_batch_that_needs_its_places_and_only_then() {
+    let fixture = GuardFixture::new(&project(3, None, None));
+    let guard = &fixture.guard;
+    let give_way = CancellationToken::new();
+    let spare = guard.take_spare(1, &give_way).unwrap();
+    let two = together(2);
+    let fits = guard.acquire(&two).await;
+    assert!(!give_way.is_cancelled(), "there was a place for both");
+    drop(fits);
+    let three = together(3);
+    let mut waiting = queue(guard, &three);
+    assert!(poll_once(&mut waiting).await.is_none());
+    assert!(give_way.is_cancelled());
+    drop(spare);
+    let permits = poll_once(&mut waiting).await.expect("its turn");
+    assert_eq!((permits.count(), guard.rooms_held()), (3, 3));
+}

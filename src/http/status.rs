@@ -38,8 +38,15 @@ pub(crate) struct TargetStatus {
     /// As in the settings, such as `every 15m`.
     pub(crate) schedule: String,
     pub(crate) paused: bool,
+    /// `unknown`, `healthy`, `suspect` or `failing`.
+    pub(crate) state: &'static str,
+    pub(crate) state_since: DateTime<Utc>,
+    /// The id of the open incident.
+    pub(crate) incident: Option<String>,
     /// The id of the batch that is running.
     pub(crate) running: Option<String>,
+    /// The id of the confirmation that is running, in addition to it.
+    pub(crate) confirming: Option<String>,
     pub(crate) next_batch_at: Option<DateTime<Utc>>,
     pub(crate) last_tick_at: Option<DateTime<Utc>>,
     pub(crate) last_batch: Option<LastBatch>,
