@@ -8,6 +8,7 @@ the settings of that behaviour. Each job writes its events to the file REPORT: o
   AGENT_NAME      the name to register; if it is empty, LiveKit sends the worker to every new room
   AGENT_LOAD      the load to report, 0 to 1 (a server sends no job to a worker above 0.7)
   AGENT_HIDDEN    if it is set, jobs join as hidden participants
+  AGENT_POISONED  if it is set, jobs join and stay silent, whatever their order
   LIVEKIT_AGENT_DEPLOYMENT  the deployment to register
   REPORT          the path of the report
 """
@@ -403,7 +404,10 @@ async def entrypoint(ctx: JobContext) -> None:
     metadata = ctx.job.metadata
     report(ctx.job.room.name, "job", pid=os.getpid(), metadata=metadata)
     order = json.loads(metadata) if metadata else {}
-    await BEHAVIOURS[order.get("behaviour", "greet")](Job(ctx, order))
+    behaviour = order.get("behaviour", "greet")
+    if os.environ.get("AGENT_POISONED") and behaviour != "nothing":
+        behaviour = "silence"
+    await BEHAVIOURS[behaviour](Job(ctx, order))
 
 
 def claimed_load(*_) -> float:

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 mod agents;
 mod conversation;
 mod daemon;
+mod detection;
 mod fixture;
 mod matrix;
 mod network_path;

@@ -47,6 +47,11 @@ use crate::daemon::{
     outage_fails_only_the_batches_within_it, prometheus_has_the_same_counts_as_the_history,
     room_that_an_agent_re_creates_after_a_server_crash_is_deleted,
 };
+use crate::detection::{
+    confirmations_cost_no_scheduled_batch_and_count_in_no_service_level,
+    outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair,
+    poisoned_worker_is_named_by_the_incident,
+};
 use crate::fixture::{
     Fixture, expect, expect_agent_fault, expect_faulty, expect_gone, expect_heard, expect_no_agent,
     expect_ok, join_delays, notes_blocked_udp, range, reason_by_listed_jobs, wait_for_job,
@@ -125,6 +130,9 @@ macro_rules! scenarios {
 pub(crate) use scenarios;
 
 scenarios! { SCENARIOS:
+    outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair: "failing, one message of it and one of its end, over a kill";
+    confirmations_cost_no_scheduled_batch_and_count_in_no_service_level: "no batch skipped, service levels of the schedule", load: 3;
+    poisoned_worker_is_named_by_the_incident: "the worker, and no other factor", load: 4;
     room_that_an_agent_re_creates_after_a_server_crash_is_deleted: "3 signal_lost; 75 s later no room", real only: NO_RESTART, load: 3;
     frozen_daemon_blames_itself_and_goes_on: "internal, nothing counts; then ok";
     outage_fails_only_the_batches_within_it: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;

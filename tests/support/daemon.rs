@@ -281,6 +281,7 @@ schedule.every = \"{every}\"
 batch.rooms = 1
 batch.hold = \"100ms\"
 caller.silence = \"100ms\"
+confirm.rooms = 0
 expect.reply = false
 ",
             engine()

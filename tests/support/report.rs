@@ -9,6 +9,7 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize)]
 pub struct Batch {
     pub result: String,
+    pub purpose: String,
     /// The agent's deployment, if the target names one.
     pub deployment: Option<String>,
     pub started_at: DateTime<Utc>,

@@ -33,6 +33,8 @@ impl Settings {
             .set("expect.reply", false)
             // Even so, a turn that has begun is finished.
             .set("deadlines.reply", "2s")
+            // Most tests count the batches of a schedule.
+            .set("confirm.rooms", 0)
             .set("deadlines.join", "15s")
             .set("late_agent_window", "3s")
     }

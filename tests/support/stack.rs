@@ -64,6 +64,8 @@ pub struct Agent {
     pub deployment: &'static str,
     /// Its jobs join as hidden participants.
     pub hidden: bool,
+    /// Its agents join and stay silent, whatever their behaviour.
+    pub poisoned: bool,
     /// The Python program of the worker, in `tests/real`.
     pub program: &'static str,
 }
@@ -75,6 +77,7 @@ impl Agent {
             load: 0.0,
             deployment: "",
             hidden: false,
+            poisoned: false,
             program: "agent.py",
         }
     }
@@ -91,6 +94,14 @@ impl Agent {
     pub const fn hidden(self) -> Self {
         Self {
             hidden: true,
+            ..self
+        }
+    }
+
+    #[must_use]
+    pub const fn poisoned(self) -> Self {
+        Self {
+            poisoned: true,
             ..self
         }
     }
@@ -287,6 +298,7 @@ impl Stack {
             .env("AGENT_LOAD", agent.load.to_string())
             .env("LIVEKIT_AGENT_DEPLOYMENT", agent.deployment)
             .env("AGENT_HIDDEN", if agent.hidden { "1" } else { "" })
+            .env("AGENT_POISONED", if agent.poisoned { "1" } else { "" })
             .env("REPORT", report(self.dir()));
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir())
     }
