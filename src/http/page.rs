@@ -68,7 +68,7 @@ fn write_page(page: &mut String, status: &Status, now: DateTime<Utc>) -> fmt::Re
     }
     page.push_str(
         "</table></div>\n<p><a href=\"/metrics\">Metrics</a>, API: <a href=\"/api/v1/targets\">targets</a>, \
-         <a href=\"/api/v1/batches\">batches</a></p>\n</html>\n",
+         <a href=\"/api/v1/batches\">batches</a>, <a href=\"/api/v1/incidents\">incidents</a></p>\n</html>\n",
     );
     Ok(())
 }
@@ -81,10 +81,33 @@ fn write_target(page: &mut String, target: &TargetStatus, now: DateTime<Utc>) ->
         Escaped(target.agent_name.as_deref().unwrap_or("any agent")),
         Escaped(&target.project),
     )?;
-    match (&target.running, target.paused) {
-        (Some(_), _) => page.push_str("running"),
-        (None, true) => page.push_str("paused"),
-        (None, false) => page.push_str("waiting"),
+    let class = match target.state {
+        "healthy" => "ok",
+        "failing" | "suspect" => "bad",
+        _ => "",
+    };
+    write!(
+        page,
+        "<span class=\"{class}\">{}</span>",
+        Escaped(target.state)
+    )?;
+    if let Some(incident) = &target.incident {
+        write!(
+            page,
+            ": <a href=\"/api/v1/incidents/{0}\">incident {0}</a>",
+            Escaped(incident)
+        )?;
+    }
+    write!(
+        page,
+        "<small>since {}</small>",
+        RelativeTime(target.state_since, now)
+    )?;
+    match (&target.running, &target.confirming, target.paused) {
+        (Some(_), _, _) => page.push_str("running"),
+        (None, Some(_), _) => page.push_str("confirming"),
+        (None, None, true) => page.push_str("paused"),
+        (None, None, false) => page.push_str("waiting"),
     }
     if let Some(why) = &target.held_back {
         write!(page, "<small class=\"bad\">{}</small>", Escaped(why))?;
