@@ -79,7 +79,15 @@ pub(crate) async fn run(
     mut on_event: impl FnMut(&BatchEvent),
 ) -> Arc<BatchReport> {
     on_event(&BatchEvent::Started);
-    let admission = Admission::wait(target, &context.target, &context.project, access, &abort).await;
+    let admission = Admission::wait(
+        target,
+        purpose,
+        &context.target,
+        &context.project,
+        access,
+        &abort,
+    )
+    .await;
     let max_rooms = admission.permits.as_ref().map(RoomPermits::count);
     let started_at = Utc::now().trunc_subsecs(6);
     let plan = Plan {
@@ -175,6 +183,7 @@ struct Admission {
     /// Held until the batch has ended.
     permits: Option<RoomPermits>,
     target: String,
+    purpose: Purpose,
     /// The beginning of each room's name.
     name_prefix: String,
     room_times: Vec<RoomTime>,
@@ -185,6 +194,7 @@ impl Admission {
     /// Waits until the batch may hold its rooms open. An abort ends the wait, and then no room opens.
     async fn wait(
         name: &str,
+        purpose: Purpose,
         target: &Target,
         project: &Project,
         access: Access,
@@ -202,6 +212,7 @@ impl Admission {
             guard,
             permits,
             target: name.to_owned(),
+            purpose,
             name_prefix: target.room.name_prefix.clone(),
             room_times: room_times(target, project).collect(),
             max_time_to_verdict: max_time_to_verdict(target),
@@ -209,12 +220,15 @@ impl Admission {
     }
 
     fn reserve(&self, index: usize) -> BoxFuture<'static, Admitted> {
-        let (guard, target) = (self.guard.clone(), self.target.clone());
+        let (guard, target, purpose) = (self.guard.clone(), self.target.clone(), self.purpose);
         let worst_case = self.worst_case(index, self.max_time_to_verdict);
         let room = new_room_name(&self.name_prefix);
         Box::pin(async move {
             let reservation = match guard {
-                Some(guard) => guard.reserve(&room, &target, worst_case).await.map(Some),
+                Some(guard) => {
+                    let reserved = guard.reserve(&room, &target, purpose, worst_case);
+                    reserved.await.map(Some)
+                }
                 None => Ok(None),
             };
             Admitted {

@@ -17,7 +17,7 @@ use crate::config::{Backoff, Budget, Period, Project, RampMode, Stay, Target};
 use crate::history::{AgentTimeUsed, History, RESERVE_TIMEOUT, Reservation};
 use crate::livekit::RoomName;
 use crate::probe::{LimitKind, billable_minutes, max_overrun, max_time_to_verdict};
-use crate::report::Denial;
+use crate::report::{Denial, Purpose};
 
 /// The guard rails of one project. Cheap to clone.
 #[derive(Clone)]
@@ -159,6 +159,7 @@ impl Guard {
         &self,
         room: &RoomName,
         target: &str,
+        purpose: Purpose,
         worst_case: Duration,
     ) -> Result<Reservation, Denial> {
         let GuardShared {
@@ -169,7 +170,7 @@ impl Guard {
             self.check_budget(used, worst_case, now)
         };
         history
-            .reserve(room, project, target, worst_case, admit)
+            .reserve(room, project, target, purpose, worst_case, admit)
             .await
     }
 

@@ -1,7 +1,7 @@
-//! The data on disk: batches and their probes, the budget ledger, and the journal of rooms.
+//! The data on disk: batches and their probes, the budget ledger, the journal of rooms, and outages with the messages about them.
 //!
 //! All decisions are made on the ledger in memory, which one thread writes to disk. A reservation waits until its row is
-//! durable; nothing else waits for the disk. If the disk takes nothing, the history is degraded: probing goes on, the
+//! durable, and a message about an outage can wait as well; nothing else waits for the disk. If the disk takes nothing, the history is degraded: probing goes on, the
 //! ledger and the journal count in memory, and both are written when the disk works again.
 //!
 //! It knows no HTTP.
@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::{self, Project, Target};
 use crate::livekit::RoomName;
-use crate::report::BatchReport;
+use crate::report::{BatchReport, Purpose};
 
 mod incidents;
 mod ledger;
@@ -29,16 +29,19 @@ mod record;
 mod store;
 mod writer;
 
-use ledger::{Ledger, LedgerRow, LoadedLedger};
+use incidents::Detections;
+use ledger::{Ledger, LedgerRow};
 use record::BatchRecord;
-use store::{Store, StoreOpenError};
+use store::{LoadedHistory, Store, StoreOpenError};
 use writer::HistoryWriter;
 
 pub(crate) use incidents::{DetectionRecord, IncidentRecord, OutboxMessage};
 pub(crate) use ledger::AgentTimeUsed;
-pub(crate) use read::{BatchFilter, LastBatch, MAX_BATCHES, ReadError};
+pub(crate) use read::{
+    BatchFilter, IncidentFilter, LastBatch, MAX_BATCHES, ReadError, RecentProbe, StoredIncident,
+};
 
-/// How long a reservation waits for the disk. After that the history is degraded, and probing goes on.
+/// How long a reservation or a detection waits for the disk. After that the history is degraded, and probing goes on.
 pub(crate) const RESERVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Batches that may wait for the disk. Further ones are dropped and counted.
@@ -111,6 +114,7 @@ struct HistoryState {
     ledger: Ledger,
     /// Batches that wait for the disk.
     records: VecDeque<Arc<BatchRecord>>,
+    detections: Detections,
     /// A lost ledger counts from zero.
     accepted: bool,
     has_work: bool,
@@ -121,6 +125,8 @@ struct HistoryState {
 struct WriterProgress {
     /// Number of the ledger's last durable change.
     written: u64,
+    /// Number of the last durable change of states, incidents and messages.
+    detections_written: u64,
     /// The ledger's rows can't be written.
     ledger_down: bool,
     /// Something can't be written.
@@ -177,7 +183,7 @@ impl History {
         });
         let store = match Store::open(&settings.dir, (shared.clock)()) {
             Ok((store, loaded)) => {
-                shared.lock().load(loaded);
+                shared.load(loaded);
                 Some(store)
             }
             Err(StoreOpenError::Refused(error)) => return Err(error),
@@ -206,7 +212,10 @@ impl History {
         let ended = progress.wait_for(|progress| progress.ended);
         let ended = timeout_at(deadline, ended).await.is_ok();
         let state = self.shared.lock();
-        ended && state.records.is_empty() && state.ledger.unwritten().0.is_empty()
+        ended
+            && state.records.is_empty()
+            && state.ledger.unwritten().0.is_empty()
+            && state.detections.is_written()
     }
 
     pub(crate) fn is_degraded(&self) -> bool {
@@ -218,7 +227,7 @@ impl History {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
-    /// Faults that were logged: each time that the history became degraded, and each batch that can't be stored.
+    /// Faults that were logged: each time that the history became degraded, and each record that can't be stored.
     pub(crate) fn faults(&self) -> u64 {
         self.shared.faults.load(Ordering::Relaxed)
     }
@@ -256,6 +265,7 @@ impl History {
         room: &RoomName,
         project: &str,
         target: &str,
+        purpose: Purpose,
         worst_case: Duration,
         admit: impl FnOnce(&AgentTimeUsed, DateTime<Utc>) -> Result<(), E>,
     ) -> Result<Reservation, E> {
@@ -266,6 +276,7 @@ impl History {
             let row = LedgerRow {
                 project: project.to_owned(),
                 target: target.to_owned(),
+                purpose,
                 boot: self.shared.boot.clone(),
                 opened_at: now,
                 reserved: whole_seconds(worst_case),
@@ -329,6 +340,72 @@ impl History {
             drop(state);
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Queues a target's state, its incident and the messages about it, which are written together. It replaces what waits for
+    /// the disk under the same keys.
+    pub(crate) fn record_detection(&self, record: DetectionRecord) {
+        let mut state = self.shared.lock();
+        let given_up = state.detections.record(record);
+        self.shared.wake(&mut state);
+        drop(state);
+        self.shared.report_given_up(given_up);
+    }
+
+    /// Waits until all detections that were recorded so far are durable, or the history is degraded: a message that is sent
+    /// after that is sent again at most once.
+    pub(crate) async fn detections_durable(&self) {
+        let change = self.shared.lock().detections.change();
+        let written = |progress: &WriterProgress| {
+            progress.detections_written >= change || progress.degraded || progress.ended
+        };
+        self.shared.wait_until(written).await;
+    }
+
+    /// Removes a message that was delivered or given up.
+    pub(crate) fn message_done(&self, id: &str) {
+        let mut state = self.shared.lock();
+        state.detections.message_done(id);
+        self.shared.wake(&mut state);
+    }
+
+    /// The messages that earlier runs left, the oldest first, excluding those that are done meanwhile. While the history is
+    /// degraded, the disk may have more.
+    pub(crate) fn outbox(&self) -> Vec<OutboxMessage> {
+        self.shared.lock().detections.outbox()
+    }
+
+    /// The last state of the target that was recorded in any run and is on disk.
+    pub(crate) async fn target_state(&self, target: &str) -> Result<Option<String>, ReadError> {
+        let target = target.to_owned();
+        let query = move |connection: &_| read::target_state(connection, &target);
+        self.reader.read(query).await
+    }
+
+    /// Incidents, the latest first.
+    pub(crate) async fn incidents(
+        &self,
+        filter: IncidentFilter,
+    ) -> Result<Vec<StoredIncident>, ReadError> {
+        let query = move |connection: &_| read::incidents(connection, &filter);
+        self.reader.read(query).await
+    }
+
+    /// The document of an incident.
+    pub(crate) async fn incident(&self, id: String) -> Result<Option<Box<RawValue>>, ReadError> {
+        let query = move |connection: &_| read::incident(connection, &id);
+        self.reader.read(query).await
+    }
+
+    /// The latest probes of a target, the newest first, at most [`MAX_BATCHES`].
+    pub(crate) async fn recent_probes(
+        &self,
+        target: &str,
+        limit: usize,
+    ) -> Result<Vec<RecentProbe>, ReadError> {
+        let target = target.to_owned();
+        let query = move |connection: &_| read::recent_probes(connection, &target, limit);
+        self.reader.read(query).await
     }
 
     /// The documents of batches without their probes, the latest first.
@@ -429,17 +506,30 @@ impl std::fmt::Debug for HistoryShared {
     }
 }
 
-impl HistoryState {
-    fn load(&mut self, loaded: LoadedLedger) {
-        self.ledger.load(loaded);
-        self.ledger.lost &= !self.accepted;
-    }
-}
-
 impl HistoryShared {
     fn lock(&self) -> MutexGuard<'_, HistoryState> {
         // The ledger's figures are sums that stay in bounds, so a panic elsewhere does not make them unusable.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds what the disk holds to what has happened since the start.
+    fn load(&self, loaded: LoadedHistory) {
+        let mut state = self.lock();
+        state.ledger.load(loaded.ledger);
+        state.ledger.lost &= !state.accepted;
+        let given_up = state.detections.load(loaded.outbox);
+        drop(state);
+        self.report_given_up(given_up);
+    }
+
+    fn report_given_up(&self, given_up: usize) {
+        if given_up > 0 {
+            self.count_fault();
+            tracing::error!(
+                "too many incidents and messages wait to be written or delivered: the {given_up} oldest are dropped from the \
+                 history"
+            );
+        }
     }
 
     fn wake(&self, state: &mut HistoryState) {
@@ -455,16 +545,24 @@ impl HistoryShared {
 
     /// Waits until the ledger's change is durable, or can't be written.
     async fn wait_until_written(&self, change: u64) {
-        let mut progress = self.progress.subscribe();
-        let decided = progress.wait_for(|progress| {
+        let decided = |progress: &WriterProgress| {
             progress.written >= change || progress.ledger_down || progress.ended
-        });
-        if timeout(RESERVE_TIMEOUT, decided).await.is_err() {
+        };
+        if !self.wait_until(decided).await {
             self.set_ledger_down();
+        }
+    }
+
+    /// Returns whether it came to this. If not, the disk hangs, and the history is degraded.
+    async fn wait_until(&self, decided: impl FnMut(&WriterProgress) -> bool) -> bool {
+        let mut progress = self.progress.subscribe();
+        let in_time = timeout(RESERVE_TIMEOUT, progress.wait_for(decided)).await;
+        if in_time.is_err() {
             self.set_unwritable(&format!(
                 "the disk stored no row within {RESERVE_TIMEOUT:?}"
             ));
         }
+        in_time.is_ok()
     }
 
     // The writer's side.
@@ -493,6 +591,12 @@ impl HistoryShared {
             progress.written = change;
             progress.ledger_down = false;
         });
+    }
+
+    fn detections_written(&self, change: u64) {
+        self.lock().detections.written(change);
+        self.progress
+            .send_modify(|progress| progress.detections_written = change);
     }
 
     fn set_ledger_down(&self) {

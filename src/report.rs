@@ -47,6 +47,12 @@ impl Purpose {
     pub fn label(self) -> &'static str {
         self.into()
     }
+
+    pub(crate) fn of_label(label: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|purpose| purpose.label() == label)
+    }
 }
 
 /// The findings of one batch.

@@ -102,6 +102,7 @@ fn no_guard() -> Admission {
         guard: None,
         permits: None,
         target: "support".to_owned(),
+        purpose: Purpose::Scheduled,
         name_prefix: "canary-".to_owned(),
         room_times: Vec::new(),
         max_time_to_verdict: Duration::ZERO,
@@ -590,7 +591,9 @@ async fn abort_ends_the_wait_for_permits_and_no_room_opens() {
         abort.cancel();
     };
     let settings = target(1);
-    let waiting = Admission::wait("support", &settings, &project, Access::Queue(guard), &abort);
+    let purpose = Purpose::Scheduled;
+    let access = Access::Queue(guard);
+    let waiting = Admission::wait("support", purpose, &settings, &project, access, &abort);
     let (admission, ()) = tokio::join!(waiting, stop);
     assert!(admission.permits.is_none());
     let script = |_, start| Box::pin(joins(SECOND, start)) as ScriptedProbe;

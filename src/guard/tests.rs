@@ -51,7 +51,10 @@ impl GuardFixture {
     async fn open(&mut self, worst_case: Duration) -> Result<Reservation, Denial> {
         self.opened += 1;
         let room = RoomName(format!("canary-test-{}", self.opened));
-        let mut reservation = self.guard.reserve(&room, "support", worst_case).await?;
+        let mut reservation = self
+            .guard
+            .reserve(&room, "support", Purpose::Scheduled, worst_case)
+            .await?;
         reservation.opened();
         Ok(reservation)
     }

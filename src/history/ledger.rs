@@ -10,11 +10,13 @@ use chrono::{DateTime, Months, NaiveDate, Utc};
 
 use crate::config::Period;
 use crate::livekit::RoomName;
+use crate::report::Purpose;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LedgerRow {
     pub(super) project: String,
     pub(super) target: String,
+    pub(super) purpose: Purpose,
     /// The run of this program that opened the room.
     pub(super) boot: String,
     pub(super) opened_at: DateTime<Utc>,
@@ -33,7 +35,7 @@ impl LedgerRow {
 }
 
 /// Agent time that a project has used; open rooms count with their worst case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AgentTimeUsed {
     /// In the current UTC day.
     pub day: Duration,
@@ -47,6 +49,8 @@ pub(crate) struct AgentTimeUsed {
     pub ledger_lost: bool,
     /// Neither figure includes earlier use, because the disk could not be read so far.
     pub ledger_unread: bool,
+    /// The part of `day` that each target used for confirmations.
+    confirmations: BTreeMap<String, Duration>,
 }
 
 impl AgentTimeUsed {
@@ -55,6 +59,11 @@ impl AgentTimeUsed {
             Period::Day => self.day,
             Period::Month => self.month,
         }
+    }
+
+    /// The part of `day` that this target used for confirmations; open rooms count with their worst case.
+    pub(crate) fn confirmations_of(&self, target: &str) -> Duration {
+        self.confirmations.get(target).copied().unwrap_or_default()
     }
 
     /// The part of [`Self::in_period`] that open rooms have reserved. It ends with them: their use replaces it.
@@ -71,9 +80,42 @@ impl AgentTimeUsed {
 pub(super) struct LoadedLedger {
     /// Rooms that are not confirmed to be gone.
     pub(super) rows: Vec<(RoomName, LedgerRow)>,
-    /// Seconds per project and day, the rows above included.
-    pub(super) days: Vec<(String, NaiveDate, u64)>,
+    /// The rows above included.
+    pub(super) sums: Vec<LedgerSum>,
     pub(super) lost: bool,
+}
+
+/// Agent time of the rooms of one target, purpose and UTC day.
+#[derive(Debug)]
+pub(super) struct LedgerSum {
+    pub(super) project: String,
+    pub(super) target: String,
+    pub(super) purpose: Purpose,
+    pub(super) day: NaiveDate,
+    pub(super) seconds: u64,
+}
+
+/// Agent time of a project in one UTC day, in seconds.
+#[derive(Debug, Default)]
+struct DayUse {
+    total: u64,
+    /// The part of each target's confirmations.
+    confirmations: BTreeMap<String, u64>,
+}
+
+impl DayUse {
+    fn add(&mut self, target: &str, purpose: Purpose, seconds: u64) {
+        self.replace(target, purpose, 0, seconds);
+    }
+
+    fn replace(&mut self, target: &str, purpose: Purpose, counted: u64, seconds: u64) {
+        let changed = |used: u64| (used + seconds).saturating_sub(counted);
+        self.total = changed(self.total);
+        if purpose == Purpose::Confirmation {
+            let used = self.confirmations.get(target).copied().unwrap_or(0);
+            self.confirmations.insert(target.to_owned(), changed(used));
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -87,7 +129,8 @@ struct LedgerEntry {
 pub(super) struct Ledger {
     /// Rooms that are not settled, not confirmed to be gone, or not on disk.
     entries: HashMap<RoomName, LedgerEntry>,
-    days: HashMap<String, BTreeMap<NaiveDate, u64>>,
+    /// By project.
+    days: HashMap<String, BTreeMap<NaiveDate, DayUse>>,
     /// Number of changes so far.
     change: u64,
     pub(super) lost: bool,
@@ -105,8 +148,9 @@ impl Ledger {
             };
             self.entries.entry(room).or_insert(entry);
         }
-        for (project, day, seconds) in loaded.days {
-            *self.day_of(&project, day) += seconds;
+        for sum in loaded.sums {
+            self.day_of(&sum.project, sum.day)
+                .add(&sum.target, sum.purpose, sum.seconds);
         }
         self.lost = loaded.lost;
         self.unread = false;
@@ -116,11 +160,14 @@ impl Ledger {
     pub(super) fn used(&self, project: &str, boot: &str, now: DateTime<Utc>) -> AgentTimeUsed {
         let today = now.date_naive();
         let (first, next) = (Period::Month.first_day(today), Period::Month.next(today));
-        let (mut day, mut month) = (0, 0);
-        if let Some(days) = self.days.get(project) {
-            day = days.get(&today).copied().unwrap_or(0);
-            month = days.range(first..next).map(|(_, seconds)| seconds).sum();
-        }
+        let days = self.days.get(project);
+        let month = days.map_or(0, |days| {
+            days.range(first..next).map(|(_, used)| used.total).sum()
+        });
+        let day = days.and_then(|days| days.get(&today));
+        let confirmations = day.iter().flat_map(|used| &used.confirmations);
+        let confirmations =
+            confirmations.map(|(target, seconds)| (target.clone(), Duration::from_secs(*seconds)));
         let reserved = |period: Period| {
             let days = period.first_day(today)..period.next(today);
             let open = self.entries.values().map(|entry| &entry.row);
@@ -133,19 +180,21 @@ impl Ledger {
             Duration::from_secs(open.map(|row| row.reserved).sum())
         };
         AgentTimeUsed {
-            day: Duration::from_secs(day),
+            day: Duration::from_secs(day.map_or(0, |used| used.total)),
             month: Duration::from_secs(month),
             reserved_day: reserved(Period::Day),
             reserved_month: reserved(Period::Month),
             ledger_lost: self.lost,
             ledger_unread: self.unread,
+            confirmations: confirmations.collect(),
         }
     }
 
     /// Adds a row and returns the number of the change.
     pub(super) fn open(&mut self, room: &RoomName, row: LedgerRow) -> u64 {
         let today = row.opened_at.date_naive();
-        *self.day_of(&row.project, today) += row.seconds();
+        self.day_of(&row.project, today)
+            .add(&row.target, row.purpose, row.seconds());
         let entry = LedgerEntry {
             row,
             unwritten: None,
@@ -175,10 +224,9 @@ impl Ledger {
         }
         let counted = row.seconds();
         change(row);
-        let (seconds, day) = (row.seconds(), row.opened_at.date_naive());
-        let project = row.project.clone();
-        let used = self.day_of(&project, day);
-        *used = (*used + seconds).saturating_sub(counted);
+        let row = row.clone();
+        self.day_of(&row.project, row.opened_at.date_naive())
+            .replace(&row.target, row.purpose, counted, row.seconds());
         self.count_change(room);
     }
 
@@ -241,7 +289,7 @@ impl Ledger {
         self.change
     }
 
-    fn day_of(&mut self, project: &str, day: NaiveDate) -> &mut u64 {
+    fn day_of(&mut self, project: &str, day: NaiveDate) -> &mut DayUse {
         // Not `entry()`, which would copy the name for each lookup.
         if !self.days.contains_key(project) {
             self.days.insert(project.to_owned(), BTreeMap::new());

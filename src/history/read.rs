@@ -6,18 +6,20 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use rusqlite::types::ToSql;
-use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::store::{FILE, FileId, time};
+use super::store::{FILE, FileId, purpose, time};
+use crate::probe::Circumstances;
+use crate::report::Purpose;
 
 /// Bound for one query, including the wait for earlier ones.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Maximum number of batches in one answer.
+/// Maximum number of batches, incidents or probes in one answer.
 pub(crate) const MAX_BATCHES: usize = 200;
 
 /// Which batches to return, the latest first.
@@ -26,10 +28,46 @@ pub(crate) struct BatchFilter {
     pub target: Option<String>,
     /// A label of [`BatchResult`](crate::report::BatchResult).
     pub result: Option<String>,
+    pub purpose: Option<Purpose>,
     /// A batch's id: only batches that started before it. The last id of an answer requests the next page.
     pub before: Option<String>,
     /// At most [`MAX_BATCHES`].
     pub limit: usize,
+}
+
+/// Which incidents to return, the latest first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct IncidentFilter {
+    pub target: Option<String>,
+    /// Only open ones, or only those that have ended.
+    pub open: Option<bool>,
+    /// An incident's id: only incidents before it. The last id of an answer requests the next page.
+    pub before: Option<String>,
+    /// At most [`MAX_BATCHES`].
+    pub limit: usize,
+}
+
+/// An incident's id and its document.
+#[derive(Debug, Clone)]
+pub(crate) struct StoredIncident {
+    pub id: String,
+    pub document: Box<RawValue>,
+}
+
+/// A probe of the history, for comparison with those of an incident.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RecentProbe {
+    pub room: String,
+    pub batch_id: String,
+    pub purpose: Purpose,
+    /// Its number in the batch, from 0.
+    pub place: usize,
+    pub started_at: DateTime<Utc>,
+    /// A label of [`Outcome`](crate::probe::Outcome).
+    pub outcome: String,
+    /// A label of [`Reason`](crate::probe::Reason).
+    pub reason: Option<String>,
+    pub circumstances: Circumstances,
 }
 
 /// The last batch of a target that was not aborted.
@@ -121,15 +159,65 @@ pub(super) fn batches(
     connection: &Connection,
     filter: &BatchFilter,
 ) -> rusqlite::Result<Vec<Box<RawValue>>> {
-    let limit = i64::try_from(filter.limit.min(MAX_BATCHES)).unwrap_or(0);
+    let purpose = filter.purpose.map(Purpose::label);
     let conditions = [
-        ("target = ?", &filter.target),
-        ("result = ?", &filter.result),
-        ("id < ?", &filter.before),
+        ("target = ?", optional(&filter.target)),
+        ("result = ?", optional(&filter.result)),
+        ("purpose = ?", optional(&purpose)),
+        ("id < ?", optional(&filter.before)),
     ];
-    let mut sql = "SELECT head FROM batches WHERE true".to_owned();
+    latest(
+        connection,
+        "head",
+        "batches",
+        conditions,
+        filter.limit,
+        |row| json(row, 0),
+    )
+}
+
+pub(super) fn incidents(
+    connection: &Connection,
+    filter: &IncidentFilter,
+) -> rusqlite::Result<Vec<StoredIncident>> {
+    let ended = filter.open.map(|open| !open);
+    let conditions = [
+        ("target = ?", optional(&filter.target)),
+        ("(ended_at IS NOT NULL) = ?", optional(&ended)),
+        ("id < ?", optional(&filter.before)),
+    ];
+    let columns = "id, document";
+    latest(
+        connection,
+        columns,
+        "incidents",
+        conditions,
+        filter.limit,
+        |row| {
+            let id = row.get(0)?;
+            let document = json(row, 1)?;
+            Ok(StoredIncident { id, document })
+        },
+    )
+}
+
+fn optional<T: ToSql>(value: &Option<T>) -> Option<&dyn ToSql> {
+    value.as_ref().map(|value| value as &dyn ToSql)
+}
+
+/// The rows that meet each condition that has a value, by their ids, the latest first.
+fn latest<T, const N: usize>(
+    connection: &Connection,
+    columns: &str,
+    table: &str,
+    conditions: [(&str, Option<&dyn ToSql>); N],
+    limit: usize,
+    read: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<Vec<T>> {
+    let limit = row_limit(limit);
+    let mut sql = format!("SELECT {columns} FROM {table} WHERE true");
     let mut values: Vec<&dyn ToSql> = Vec::new();
-    for (condition, value) in &conditions {
+    for (condition, value) in conditions {
         if let Some(value) = value {
             sql.push_str(" AND ");
             sql.push_str(condition);
@@ -139,8 +227,65 @@ pub(super) fn batches(
     sql.push_str(" ORDER BY id DESC LIMIT ?");
     values.push(&limit);
     let mut statement = connection.prepare(&sql)?;
-    let heads = statement.query_map(&values[..], |row| json(row, 0))?;
-    heads.collect()
+    statement.query_map(&values[..], read)?.collect()
+}
+
+fn row_limit(limit: usize) -> i64 {
+    i64::try_from(limit.min(MAX_BATCHES)).unwrap_or(0)
+}
+
+pub(super) fn incident(
+    connection: &Connection,
+    id: &str,
+) -> rusqlite::Result<Option<Box<RawValue>>> {
+    let sql = "SELECT document FROM incidents WHERE id = ?1";
+    let found = connection.query_row(sql, [id], |row| json(row, 0));
+    found.optional()
+}
+
+pub(super) fn target_state(
+    connection: &Connection,
+    target: &str,
+) -> rusqlite::Result<Option<String>> {
+    let sql = "SELECT document FROM target_states WHERE target = ?1";
+    let found = connection.query_row(sql, [target], |row| row.get(0));
+    found.optional()
+}
+
+pub(super) fn recent_probes(
+    connection: &Connection,
+    target: &str,
+    limit: usize,
+) -> rusqlite::Result<Vec<RecentProbe>> {
+    // The inner query needs no sort: both indexes have its order. Batches may overlap, so the outer one sorts by time.
+    let sql = "SELECT * FROM (
+                   SELECT room, batch, purpose, place, p.started_at AS began, outcome, reason,
+                          node, region, worker, media_path, agent_version
+                   FROM batches JOIN probes AS p ON batch = id
+                   WHERE target = ?1 ORDER BY id DESC, place DESC LIMIT ?2
+               ) ORDER BY began DESC, batch DESC, place DESC";
+    let mut statement = connection.prepare(sql)?;
+    let probes = statement.query_map(params![target, row_limit(limit)], |row| {
+        let label: String = row.get(2)?;
+        let place: i64 = row.get(3)?;
+        Ok(RecentProbe {
+            room: row.get(0)?,
+            batch_id: row.get(1)?,
+            purpose: purpose(&label),
+            place: usize::try_from(place).unwrap_or(0),
+            started_at: time(row.get(4)?),
+            outcome: row.get(5)?,
+            reason: row.get(6)?,
+            circumstances: Circumstances {
+                node: row.get(7)?,
+                region: row.get(8)?,
+                worker: row.get(9)?,
+                media_path: row.get(10)?,
+                agent_version: row.get(11)?,
+            },
+        })
+    })?;
+    probes.collect()
 }
 
 /// The batch's document with its probes.

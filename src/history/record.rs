@@ -5,14 +5,15 @@ use rusqlite::{Transaction, params};
 
 use super::store::millis;
 use crate::config::{Project, Target};
-use crate::probe::Milestone;
-use crate::report::{BatchReport, Summary, json};
+use crate::probe::{Circumstances, Milestone};
+use crate::report::{BatchReport, Purpose, Summary, json};
 
 #[derive(Debug)]
 pub(super) struct BatchRecord {
     id: String,
     target: String,
     project: String,
+    purpose: Purpose,
     started_at: DateTime<Utc>,
     ended_at: DateTime<Utc>,
     result: &'static str,
@@ -29,6 +30,7 @@ struct ProbeRecord {
     outcome: &'static str,
     reason: Option<&'static str>,
     started_at: DateTime<Utc>,
+    circumstances: Circumstances,
     document: String,
 }
 
@@ -41,6 +43,7 @@ impl BatchRecord {
                 outcome: outcome.label(),
                 reason: outcome.failure().map(|failure| failure.reason.label()),
                 started_at: probe.started_at,
+                circumstances: probe.circumstances.clone(),
                 document: json::of_probe(probe, project),
             }
         });
@@ -50,6 +53,7 @@ impl BatchRecord {
             id: batch.batch_id.clone(),
             target: batch.target.clone(),
             project: target.project.clone(),
+            purpose: batch.purpose,
             started_at: batch.started_at,
             ended_at: batch.ended_at,
             result: batch.result().label(),
@@ -65,8 +69,8 @@ impl BatchRecord {
         let count = |rooms: usize| i64::try_from(rooms).unwrap_or(i64::MAX);
         let inserted = transaction.execute(
             "INSERT INTO batches
-             (id, target, project, started_at, ended_at, result, ok, failed, aborted, head)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10) ON CONFLICT DO NOTHING",
+             (id, target, project, started_at, ended_at, result, ok, failed, aborted, head, purpose)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11) ON CONFLICT DO NOTHING",
             params![
                 self.id,
                 self.target,
@@ -78,16 +82,25 @@ impl BatchRecord {
                 count(self.summary.failed),
                 count(self.summary.aborted),
                 self.head,
+                self.purpose.label(),
             ],
         )?;
         if inserted == 0 {
             return Ok(());
         }
         let mut statement = transaction.prepare(
-            "INSERT INTO probes (room, batch, place, outcome, reason, started_at, document)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT INTO probes (room, batch, place, outcome, reason, started_at, document,
+                                 node, region, worker, media_path, agent_version)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
         )?;
         for (place, probe) in self.probes.iter().enumerate() {
+            let Circumstances {
+                node,
+                region,
+                worker,
+                media_path,
+                agent_version,
+            } = &probe.circumstances;
             statement.execute(params![
                 probe.room,
                 self.id,
@@ -96,6 +109,11 @@ impl BatchRecord {
                 probe.reason,
                 millis(probe.started_at),
                 probe.document,
+                node,
+                region,
+                worker,
+                media_path,
+                agent_version,
             ])?;
         }
         if let Some(agent_name) = &self.agent_seen {

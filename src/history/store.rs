@@ -1,6 +1,7 @@
 //! The database file: schema and migrations, opening, writing, and deleting what is too old or too large.
 //!
-//! A corrupt file is moved aside. Its ledger and its journal are copied to a new file as far as they can be read.
+//! A corrupt file is moved aside. Its ledger, its journal, its incidents and the detection's rows are copied to a new file as far as
+//! they can be read.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,10 +15,12 @@ use chrono::{DateTime, Months, NaiveTime, TimeDelta, Utc};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params};
 
 use super::OpenError;
-use super::ledger::{LedgerRow, LoadedLedger};
+use super::incidents::{DetectionRows, IncidentRecord, OutboxMessage};
+use super::ledger::{LedgerRow, LedgerSum, LoadedLedger};
 use super::record::BatchRecord;
 use crate::config::{self, Period};
 use crate::livekit::RoomName;
+use crate::report::Purpose;
 
 /// The database's name in its folder.
 pub(super) const FILE: &str = "history.sqlite3";
@@ -31,12 +34,12 @@ const SUMMED_UP: &str = "";
 
 /// The steps from an empty file to today's schema. A file's `user_version` is the number of steps that it has had.
 ///
-/// Only append to this list: files in the field had each step as it was when it ran. [`salvage`] reads `rooms` and
-/// `ledger` of a corrupt file without migrating it, so a step that changes these tables must adapt `salvage`, too.
+/// Only append to this list: files in the field had each step as it was when it ran. [`salvage`] reads a corrupt file without
+/// migrating it, so a step that changes one of its tables must adapt `salvage`, too.
 ///
 /// Our own few lines, because the newest `rusqlite_migration` (2.6) needs rusqlite 0.40. Its libsqlite3-sys links the
 /// same native library as that of our rusqlite 0.43, and cargo allows only one of them.
-pub(super) const MIGRATIONS: Migrations<'static> = &[VERSION_1];
+pub(super) const MIGRATIONS: Migrations<'static> = &[VERSION_1, VERSION_2];
 
 /// SQL scripts, in the order in which they run.
 pub(super) type Migrations<'a> = &'a [&'a str];
@@ -94,20 +97,69 @@ const VERSION_1: &str = "
     CREATE TABLE ledger (lost INTEGER NOT NULL) STRICT;
 ";
 
+/// Purposes, what may differ between rooms, and outages. Everything before was scheduled.
+const VERSION_2: &str = "
+    ALTER TABLE rooms ADD COLUMN purpose TEXT NOT NULL DEFAULT 'scheduled';
+    ALTER TABLE batches ADD COLUMN purpose TEXT NOT NULL DEFAULT 'scheduled';
+    CREATE INDEX batches_by_purpose ON batches (purpose, id);
+
+    ALTER TABLE probes ADD COLUMN node TEXT;
+    ALTER TABLE probes ADD COLUMN region TEXT;
+    ALTER TABLE probes ADD COLUMN worker TEXT;
+    ALTER TABLE probes ADD COLUMN media_path TEXT;
+    ALTER TABLE probes ADD COLUMN agent_version TEXT;
+
+    CREATE TABLE target_states (target TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE incidents (
+        id TEXT PRIMARY KEY,
+        target TEXT NOT NULL,
+        project TEXT NOT NULL,
+        fault TEXT NOT NULL,
+        began_at INTEGER NOT NULL,
+        ended_at INTEGER,
+        document TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX incidents_of_target ON incidents (target, id);
+    CREATE INDEX incidents_ended ON incidents (ended_at) WHERE ended_at IS NOT NULL;
+
+    CREATE TABLE outbox (
+        id TEXT PRIMARY KEY,
+        channel TEXT NOT NULL,
+        incident TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        document TEXT NOT NULL
+    ) STRICT;
+";
+
 /// How long a statement waits for another connection. Only a reader that recovers the write-ahead log holds one up.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The write-ahead log is truncated to this size when it has been copied into the file.
 const MAX_LOG_BYTES: i64 = 4 << 20;
 
-/// Batches, and ledger rows, that one clean-up step deletes. A reservation never waits for more than one step.
+/// Batches and incidents, and ledger rows, that one clean-up step deletes. A reservation never waits for more than one step.
 const STEP_BATCHES: i64 = 10;
 const STEP_ROOMS: i64 = 500;
 
 /// Pages that a clean-up step returns to the file system.
 const STEP_PAGES: i64 = 256;
 
-const ROOM_COLUMNS: &str = "room, project, target, boot, opened_at, reserved, settled, gone_at";
+const ROOM_COLUMNS: &str =
+    "room, project, target, boot, opened_at, reserved, settled, gone_at, purpose";
+/// A file of format 1 has no purposes.
+const VERSION_1_ROOM_COLUMNS: &str =
+    "room, project, target, boot, opened_at, reserved, settled, gone_at, 'scheduled'";
+const INCIDENT_COLUMNS: &str = "id, target, project, fault, began_at, ended_at, document";
+const OUTBOX_COLUMNS: &str = "id, channel, incident, created_at, document";
+
+/// What this run needs of the file.
+#[derive(Debug)]
+pub(super) struct LoadedHistory {
+    pub(super) ledger: LoadedLedger,
+    /// Messages that are still to be delivered.
+    pub(super) outbox: Vec<OutboxMessage>,
+}
 
 /// Why the store can't be opened.
 #[derive(Debug)]
@@ -188,7 +240,7 @@ impl Store {
     pub(super) fn open(
         dir: &Path,
         now: DateTime<Utc>,
-    ) -> Result<(Self, LoadedLedger), StoreOpenError> {
+    ) -> Result<(Self, LoadedHistory), StoreOpenError> {
         Self::open_with_migrations(dir, now, MIGRATIONS)
     }
 
@@ -196,7 +248,7 @@ impl Store {
         dir: &Path,
         now: DateTime<Utc>,
         migrations: Migrations<'_>,
-    ) -> Result<(Self, LoadedLedger), StoreOpenError> {
+    ) -> Result<(Self, LoadedHistory), StoreOpenError> {
         let unavailable = |what: &str, error: io::Error| {
             StoreOpenError::Unavailable(format!("{what} {}: {error}", dir.display()))
         };
@@ -253,6 +305,13 @@ impl Store {
     pub(super) fn write_rows(&mut self, rows: &[(RoomName, LedgerRow)]) -> rusqlite::Result<()> {
         let transaction = self.begin("FULL")?;
         insert_rows(&transaction, rows)?;
+        transaction.commit()
+    }
+
+    /// Durable when it returns.
+    pub(super) fn write_detections(&mut self, rows: &DetectionRows) -> rusqlite::Result<()> {
+        let transaction = self.begin("FULL")?;
+        insert_detections(&transaction, rows)?;
         transaction.commit()
     }
 
@@ -348,7 +407,11 @@ fn open_file(
         let complete = new.try_exists()? && connect(&new, migrations).is_ok();
         if !complete {
             let lost = set_orphaned_log_aside(path, now)?;
-            create(&new, migrations, &[], lost)?;
+            let nothing = Salvage {
+                lost,
+                ..Salvage::default()
+            };
+            create(&new, migrations, &nothing)?;
         }
         put_in_place(&new, path)?;
     }
@@ -445,12 +508,7 @@ fn migrate(
     Ok(())
 }
 
-fn create(
-    path: &Path,
-    migrations: Migrations<'_>,
-    rows: &[(RoomName, LedgerRow)],
-    lost: bool,
-) -> Result<(), StoreFault> {
+fn create(path: &Path, migrations: Migrations<'_>, content: &Salvage) -> Result<(), StoreFault> {
     for suffix in ["", "-journal", "-wal", "-shm"] {
         remove(&with_suffix(path, suffix))?;
     }
@@ -467,8 +525,9 @@ fn create(
     for step in migrations {
         transaction.execute_batch(step)?;
     }
-    transaction.execute("INSERT INTO ledger (lost) VALUES (?1)", [lost])?;
-    insert_rows(&transaction, rows)?;
+    transaction.execute("INSERT INTO ledger (lost) VALUES (?1)", [content.lost])?;
+    insert_rows(&transaction, &content.rows)?;
+    insert_detections(&transaction, &content.detections)?;
     transaction.pragma_update(None, "user_version", newest(migrations))?;
     transaction.commit()?;
     connection.close().map_err(|(_, error)| error.into())
@@ -488,7 +547,7 @@ fn pragma(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, name, |row| row.get(0))
 }
 
-/// Moves a corrupt file aside, and creates a new one with the part of the ledger and the journal that can be read.
+/// Moves a corrupt file aside, and creates a new one with what can be read of it, excluding batches.
 fn replace(
     path: &Path,
     new: &Path,
@@ -498,7 +557,7 @@ fn replace(
 ) -> Result<(), StoreFault> {
     let salvage = salvage(path);
     // First the new file, then the move: a crash in between leaves one of the two to go on with.
-    create(new, migrations, &salvage.rows, salvage.lost)?;
+    create(new, migrations, &salvage)?;
     let aside = with_suffix(path, &format!(".corrupt-{}", now.format("%Y%m%dT%H%M%SZ")));
     fs::rename(path, &aside)?;
     // The log belongs to the corrupt file: SQLite would replay it into the new one.
@@ -553,66 +612,197 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// What could be read of a corrupt file.
+/// What a new file begins with: what could be read of a corrupt one.
+#[derive(Default)]
 struct Salvage {
     rows: Vec<(RoomName, LedgerRow)>,
-    /// Rows are missing, or were missing before.
+    /// Rows of the ledger are missing, or were missing before.
     lost: bool,
+    detections: DetectionRows,
 }
 
 fn salvage(path: &Path) -> Salvage {
     let mut salvage = Salvage {
-        rows: Vec::new(),
         lost: true,
+        ..Salvage::default()
     };
-    let read = |salvage: &mut Salvage| -> Result<(), StoreFault> {
-        let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-        // Corrupt pages of other tables do not affect this one.
-        let whole = check(&connection, "quick_check(rooms)");
-        let sql = format!("SELECT {ROOM_COLUMNS} FROM rooms");
-        let mut statement = connection.prepare(&sql)?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            salvage.rows.push(read_row(row)?);
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY;
+    let connection = match Connection::open_with_flags(path, flags) {
+        Ok(connection) => connection,
+        Err(fault) => {
+            tracing::debug!(?fault, "could not read anything");
+            return salvage;
         }
-        whole?;
-        salvage.lost = connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))?;
-        Ok(())
     };
-    if let Err(fault) = read(&mut salvage) {
+    if let Err(fault) = salvage_ledger(&connection, &mut salvage) {
         tracing::debug!(?fault, "could not read the whole ledger");
+    }
+    let saved = &mut salvage.detections;
+    // Corrupt pages of one table do not affect the others. A file of format 1 has none of them.
+    for read in [
+        read_each(
+            &connection,
+            "SELECT target, document FROM target_states WHERE json_valid(document)",
+            |row| Ok(saved.states.push((row.get(0)?, row.get(1)?))),
+        ),
+        read_each(
+            &connection,
+            &format!("SELECT {INCIDENT_COLUMNS} FROM incidents WHERE json_valid(document)"),
+            |row| Ok(saved.incidents.push(read_incident(row)?)),
+        ),
+        read_each(
+            &connection,
+            &format!("SELECT {OUTBOX_COLUMNS} FROM outbox WHERE json_valid(document)"),
+            |row| Ok(saved.messages.push(read_message(row)?)),
+        ),
+    ] {
+        if let Err(fault) = read {
+            tracing::debug!(?fault, "could not read all states, incidents and messages");
+        }
     }
     salvage
 }
 
-fn load(connection: &Connection) -> Result<LoadedLedger, StoreFault> {
+fn salvage_ledger(connection: &Connection, salvage: &mut Salvage) -> Result<(), StoreFault> {
+    // Corrupt pages of other tables do not affect this one.
+    let whole = check(connection, "quick_check(rooms)");
+    let columns = match connection.column_exists(None, "rooms", "purpose")? {
+        true => ROOM_COLUMNS,
+        false => VERSION_1_ROOM_COLUMNS,
+    };
+    let sql = format!("SELECT {columns} FROM rooms");
+    read_each(connection, &sql, |row| {
+        Ok(salvage.rows.push(read_row(row)?))
+    })?;
+    whole?;
+    salvage.lost = connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))?;
+    Ok(())
+}
+
+/// Reads until the end, or until a row that can't be read.
+fn read_each(
+    connection: &Connection,
+    sql: &str,
+    mut read: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<()>,
+) -> rusqlite::Result<()> {
+    let mut statement = connection.prepare(sql)?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        read(row)?;
+    }
+    Ok(())
+}
+
+fn load(connection: &Connection) -> Result<LoadedHistory, StoreFault> {
+    let ledger = load_ledger(connection)?;
+    let sql = format!("SELECT {OUTBOX_COLUMNS} FROM outbox");
+    let mut statement = connection.prepare(&sql)?;
+    let outbox = statement.query_map([], read_message)?;
+    let outbox = outbox.collect::<rusqlite::Result<_>>()?;
+    Ok(LoadedHistory { ledger, outbox })
+}
+
+fn load_ledger(connection: &Connection) -> Result<LoadedLedger, StoreFault> {
     let sql = format!("SELECT {ROOM_COLUMNS} FROM rooms WHERE gone_at IS NULL");
     let mut statement = connection.prepare(&sql)?;
     let rows = statement.query_map([], read_row)?;
     let rows = rows.collect::<rusqlite::Result<_>>()?;
     // All days, whatever the clock says now: it may be wrong, and be set later.
     let mut statement = connection.prepare(
-        "SELECT project, opened_at / 86400000 * 86400000, sum(coalesce(settled, reserved))
-         FROM rooms GROUP BY 1, 2",
+        "SELECT project, target, purpose, opened_at / 86400000 * 86400000,
+                sum(coalesce(settled, reserved))
+         FROM rooms GROUP BY 1, 2, 3, 4",
     )?;
-    let days = statement.query_map([], |row| {
-        let seconds: i64 = row.get(2)?;
-        let day = time(row.get(1)?).date_naive();
-        Ok((row.get(0)?, day, seconds.unsigned_abs()))
+    let sums = statement.query_map([], |row| {
+        let label: String = row.get(2)?;
+        let seconds: i64 = row.get(4)?;
+        Ok(LedgerSum {
+            project: row.get(0)?,
+            target: row.get(1)?,
+            purpose: purpose(&label),
+            day: time(row.get(3)?).date_naive(),
+            seconds: seconds.unsigned_abs(),
+        })
     })?;
-    let days = days.collect::<rusqlite::Result<_>>()?;
+    let sums = sums.collect::<rusqlite::Result<_>>()?;
     let lost = connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))?;
-    Ok(LoadedLedger { rows, days, lost })
+    Ok(LoadedLedger { rows, sums, lost })
+}
+
+fn read_incident(row: &rusqlite::Row<'_>) -> rusqlite::Result<IncidentRecord> {
+    Ok(IncidentRecord {
+        id: row.get(0)?,
+        target: row.get(1)?,
+        project: row.get(2)?,
+        fault: row.get(3)?,
+        began_at: time(row.get(4)?),
+        ended_at: row.get::<_, Option<i64>>(5)?.map(time),
+        document: row.get(6)?,
+    })
+}
+
+fn read_message(row: &rusqlite::Row<'_>) -> rusqlite::Result<OutboxMessage> {
+    Ok(OutboxMessage {
+        id: row.get(0)?,
+        channel: row.get(1)?,
+        incident: row.get(2)?,
+        created_at: time(row.get(3)?),
+        document: row.get(4)?,
+    })
+}
+
+/// Inserts rows; a row that exists is replaced. Messages that are done are deleted.
+fn insert_detections(transaction: &Transaction<'_>, rows: &DetectionRows) -> rusqlite::Result<()> {
+    let mut state = transaction.prepare(
+        "INSERT INTO target_states (target, document) VALUES (?1, ?2)
+         ON CONFLICT (target) DO UPDATE SET document = excluded.document",
+    )?;
+    for row in &rows.states {
+        state.execute(params![row.0, row.1])?;
+    }
+    let mut incident = transaction.prepare(&format!(
+        "INSERT OR REPLACE INTO incidents ({INCIDENT_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+    ))?;
+    for row in &rows.incidents {
+        incident.execute(params![
+            row.id,
+            row.target,
+            row.project,
+            row.fault,
+            millis(row.began_at),
+            row.ended_at.map(millis),
+            row.document,
+        ])?;
+    }
+    let mut message = transaction.prepare(&format!(
+        "INSERT OR REPLACE INTO outbox ({OUTBOX_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5)"
+    ))?;
+    for row in &rows.messages {
+        message.execute(params![
+            row.id,
+            row.channel,
+            row.incident,
+            millis(row.created_at),
+            row.document,
+        ])?;
+    }
+    let mut done = transaction.prepare("DELETE FROM outbox WHERE id = ?1")?;
+    for id in &rows.done {
+        done.execute([id])?;
+    }
+    Ok(())
 }
 
 fn read_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<(RoomName, LedgerRow)> {
     let reserved: i64 = row.get(5)?;
     let settled: Option<i64> = row.get(6)?;
+    let label: String = row.get(8)?;
     Ok((
         RoomName(row.get(0)?),
         LedgerRow {
             project: row.get(1)?,
             target: row.get(2)?,
+            purpose: purpose(&label),
             boot: row.get(3)?,
             opened_at: time(row.get(4)?),
             reserved: reserved.unsigned_abs(),
@@ -628,7 +818,7 @@ fn insert_rows(
     rows: &[(RoomName, LedgerRow)],
 ) -> rusqlite::Result<()> {
     let sql = format!(
-        "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+        "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
          ON CONFLICT (room) DO UPDATE SET reserved = excluded.reserved, settled = excluded.settled, gone_at = excluded.gone_at"
     );
     let mut statement = transaction.prepare(&sql)?;
@@ -642,6 +832,7 @@ fn insert_rows(
             whole(row.reserved),
             row.settled.map(whole),
             row.gone_at.map(millis),
+            row.purpose.label(),
         ])?;
     }
     Ok(())
@@ -663,13 +854,19 @@ fn delete_old(
     // The current month and the two before it: one of them counts if the clock is set back, and the other is a reserve.
     let rooms = "DELETE FROM rooms WHERE room IN
                  (SELECT room FROM rooms WHERE opened_at < ?1 ORDER BY opened_at LIMIT ?2)";
+    let incidents = "DELETE FROM incidents WHERE id IN
+                     (SELECT id FROM incidents WHERE ended_at < ?1 ORDER BY ended_at LIMIT ?2)";
     let deleted = batches("failed = 0", before(limits.keep))?
         + batches("failed > 0", before(limits.keep_failures))?
+        + transaction.execute(
+            incidents,
+            params![before(limits.keep_failures), STEP_BATCHES],
+        )?
         + transaction.execute(rooms, params![start_of_month(now, 2), STEP_ROOMS])?;
     Ok(deleted > 0)
 }
 
-/// Replaces closed rooms of past days by one row per target and day, which bounds the ledger: budgets need the sums only.
+/// Replaces closed rooms of past days by one row per target, purpose and day, which bounds the ledger: budgets need the sums only.
 /// Returns whether there was anything to sum up.
 ///
 /// The rows of today and yesterday stay, for those who look up a room. A room of this run that is gone but not settled stays
@@ -693,15 +890,18 @@ fn sum_up_ledger(
     for (room, row) in &closed {
         delete.execute([&room.0])?;
         let day = row.opened_at.date_naive();
-        *sums.entry((day, &row.project, &row.target)).or_default() += row.seconds();
+        let purpose = row.purpose.label();
+        *sums
+            .entry((day, &row.project, &row.target, purpose))
+            .or_default() += row.seconds();
     }
     let mut add = transaction.prepare(&format!(
-        "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, ?5)
+        "INSERT INTO rooms ({ROOM_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, ?5, ?7)
          ON CONFLICT (room) DO UPDATE SET reserved = reserved + excluded.reserved, settled = settled + excluded.settled"
     ))?;
-    for ((day, project, target), seconds) in sums {
+    for ((day, project, target, purpose), seconds) in sums {
         // No room's name contains a space.
-        let name = format!("{day} {project} {target}");
+        let name = format!("{day} {project} {target} {purpose}");
         let start = millis(day.and_time(NaiveTime::MIN).and_utc());
         add.execute(params![
             name,
@@ -709,20 +909,21 @@ fn sum_up_ledger(
             target,
             SUMMED_UP,
             start,
-            whole(seconds)
+            whole(seconds),
+            purpose,
         ])?;
     }
     Ok(!closed.is_empty())
 }
 
-/// Deletes the oldest batches while the file without the ledger is too large: first those without a failure, then the
-/// others. Deleting batches makes the ledger no smaller, and it has a bound of its own.
+/// Deletes the oldest batches while the file without its other tables is too large: first those without a failure, then the
+/// others. Deleting batches makes the other tables no smaller, and each has a bound of its own.
 fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::Result<bool> {
     let limit = whole(max_megabytes.saturating_mul(1_000_000));
     let pages = pragma(transaction, "page_count")? - pragma(transaction, "freelist_count")?;
     let bytes = pages.saturating_mul(pragma(transaction, "page_size")?);
-    // The ledger's size costs a read of all its pages.
-    if bytes <= limit || bytes - ledger_bytes(transaction)? <= limit {
+    // The size of the other tables costs a read of all their pages.
+    if bytes <= limit || bytes - other_bytes(transaction)? <= limit {
         return Ok(false);
     }
     for with in ["failed = 0", "failed > 0"] {
@@ -737,10 +938,12 @@ fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite
     Ok(false)
 }
 
-fn ledger_bytes(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
+/// Bytes of the ledger, and of what the detection keeps.
+fn other_bytes(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
     transaction.query_row(
         "SELECT coalesce(sum(pgsize), 0) FROM dbstat WHERE aggregate = TRUE AND name IN
-         (SELECT name FROM sqlite_schema WHERE tbl_name = 'rooms')",
+         (SELECT name FROM sqlite_schema
+          WHERE tbl_name IN ('rooms', 'incidents', 'outbox', 'target_states'))",
         [],
         |row| row.get(0),
     )
@@ -759,6 +962,11 @@ pub(super) fn millis(at: DateTime<Utc>) -> i64 {
 /// A value outside the calendar was not written by this program; it counts as long past.
 pub(super) fn time(millis: i64) -> DateTime<Utc> {
     DateTime::from_timestamp_millis(millis).unwrap_or(DateTime::UNIX_EPOCH)
+}
+
+/// An unknown purpose was not written by this program; its agent time counts whatever it is.
+pub(super) fn purpose(label: &str) -> Purpose {
+    Purpose::of_label(label).unwrap_or(Purpose::Scheduled)
 }
 
 fn whole(value: u64) -> i64 {

@@ -8,9 +8,10 @@ use chrono::TimeDelta;
 use rusqlite::{Connection, params};
 use tempfile::TempDir;
 
+use super::incidents::{MAX_MESSAGES, MAX_UNWRITTEN_INCIDENTS};
 use super::store::{self, FILE};
 use super::*;
-use crate::probe::{Evidence, Outcome, Reason};
+use crate::probe::{Circumstances, Evidence, Outcome, Reason};
 use crate::report::sample::{self, WELL, failed};
 
 /// What the history holds of a target, for comparison with the counters.
@@ -60,6 +61,7 @@ fn unsigned(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<u64> {
     row.get::<_, i64>(column).map(i64::unsigned_abs)
 }
 
+const SCHEDULED: Purpose = Purpose::Scheduled;
 const MINUTE: Duration = Duration::from_mins(1);
 const DAY: Duration = Duration::from_hours(24);
 
@@ -152,9 +154,15 @@ impl Disk {
 
 impl TestRun {
     async fn reserve(&mut self, name: &str, worst: Duration) -> Reservation {
+        self.reserve_for(SCHEDULED, name, worst).await
+    }
+
+    async fn reserve_for(&mut self, purpose: Purpose, name: &str, worst: Duration) -> Reservation {
         let name = room(name);
         let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
-        let reserving = self.history.reserve(&name, "acme", "support", worst, admit);
+        let reserving = self
+            .history
+            .reserve(&name, "acme", "support", purpose, worst, admit);
         let (reservation, ()) = tokio::join!(reserving, async { self.writer.run_once() });
         reservation.unwrap()
     }
@@ -296,7 +304,10 @@ async fn reservation_waits_until_its_row_is_on_disk() {
     let mut run = disk.start();
     let name = room("1");
     let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
-    let mut reserving = Box::pin(run.history.reserve(&name, "acme", "support", MINUTE, admit));
+    let mut reserving = Box::pin(
+        run.history
+            .reserve(&name, "acme", "support", SCHEDULED, MINUTE, admit),
+    );
     let once =
         std::future::poll_fn(|context| std::task::Poll::Ready(reserving.as_mut().poll(context)));
     assert!(once.await.is_pending());
@@ -412,13 +423,17 @@ async fn targets_share_the_agent_time_of_their_project_and_projects_share_none()
         Ok::<_, ()>(())
     };
     let (name, other) = (room("2"), room("3"));
-    let other_project = run.history.reserve(&name, "beta", "support", MINUTE, admit);
+    let other_project = run
+        .history
+        .reserve(&name, "beta", "support", SCHEDULED, MINUTE, admit);
     let (_two, ()) = tokio::join!(other_project, async { run.writer.run_once() });
     let admit = |used: &AgentTimeUsed, _| {
         assert_eq!(used.day, MINUTE);
         Err("full")
     };
-    let refused = run.history.reserve(&other, "acme", "sales", MINUTE, admit);
+    let refused = run
+        .history
+        .reserve(&other, "acme", "sales", SCHEDULED, MINUTE, admit);
     assert_eq!(refused.await.err(), Some("full"));
     assert_eq!(run.used(), (1, 1));
 }
@@ -550,7 +565,9 @@ async fn hanging_disk_delays_one_reservation_until_the_timeout_and_no_further_on
     for name in ["1", "2"] {
         let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
         let name = room(name);
-        let reservation = run.history.reserve(&name, "acme", "support", MINUTE, admit);
+        let reservation = run
+            .history
+            .reserve(&name, "acme", "support", SCHEDULED, MINUTE, admit);
         std::mem::forget(reservation.await.unwrap());
         assert_eq!(began.elapsed(), RESERVE_TIMEOUT);
     }
@@ -687,6 +704,43 @@ async fn ledger_and_journal_are_saved_from_a_file_that_is_corrupt_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn ledger_is_saved_from_a_corrupt_file_of_the_first_version() {
+    let disk = Disk::with_file(VERSION_1_FILE);
+    assert_eq!(corrupt(&disk.file(), r#""room":"canary-old-4""#), 1);
+    let run = disk.start();
+    assert_eq!(disk.aside(), 1);
+    assert!(!run.is_lost());
+    assert_eq!(run.used(), (5, 5));
+    assert_eq!(run.orphan_rooms(), ["canary-old-2", "canary-old-3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn states_incidents_and_messages_are_saved_from_a_corrupt_file_as_far_as_they_can_be_read() {
+    for (damaged, states, incidents, messages) in [
+        ("DispatchAccepted", true, true, true),
+        ("the state of support", false, true, true),
+        ("the incident i-1", true, false, true),
+        ("the message m-1", true, true, false),
+    ] {
+        let disk = Disk::new();
+        full(&disk).await;
+        let mut run = disk.start();
+        run.history.record_detection(detection(1));
+        run.writer.run_once();
+        drop(run);
+        assert!(corrupt(&disk.file(), damaged) > 0, "{damaged}");
+        let run = disk.start();
+        assert_eq!(disk.aside(), 1, "{damaged}");
+        assert_eq!(run.used(), (2, 2), "{damaged}");
+        let state = run.history.target_state("support").await.unwrap();
+        assert_eq!(state.is_some(), states, "{damaged}");
+        let found = run.history.incident("i-1".to_owned()).await.unwrap();
+        assert_eq!(found.is_some(), incidents, "{damaged}");
+        assert_eq!(!run.history.outbox().is_empty(), messages, "{damaged}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn rows_saved_from_a_corrupt_file_survive_a_kill_before_the_last_step() {
     let disk = Disk::new();
     full(&disk).await;
@@ -731,20 +785,20 @@ fn file_of_a_newer_format_is_refused_and_left_unchanged() {
     let disk = Disk::new();
     drop(disk.start());
     let newer = Connection::open(disk.file()).unwrap();
-    newer.pragma_update(None, "user_version", 2).unwrap();
+    let known = disk.version();
+    newer
+        .pragma_update(None, "user_version", known + 1)
+        .unwrap();
     drop(newer);
     let refused = History::prepare(&disk.settings, disk.clock())
         .err()
         .unwrap();
     assert!(matches!(
         refused,
-        OpenError::Newer {
-            found: 2,
-            known: 1,
-            ..
-        }
+        OpenError::Newer { found, known: newest, .. } if (found, newest) == (known + 1, known)
     ));
-    assert!(refused.to_string().contains("(format 2"));
+    let format = format!("(format {}", known + 1);
+    assert!(refused.to_string().contains(&format));
     assert_eq!(disk.aside(), 0);
 }
 
@@ -799,6 +853,19 @@ async fn history_of_the_first_version_is_read_completely() {
     assert!(probe.unwrap().get().contains(r#""outcome":"failed""#));
     let seen = run.history.has_seen_agent("support", Some("my-agent"));
     assert!(seen.await.unwrap());
+    let scheduled = BatchFilter {
+        purpose: Some(SCHEDULED),
+        ..all()
+    };
+    assert_eq!(ids(&run.history, scheduled).await, ["b-old"]);
+    let used = run.history.used("acme");
+    assert_eq!(used.confirmations_of("support"), Duration::ZERO);
+    let recent = run.history.recent_probes("support", 9).await.unwrap();
+    assert_eq!(recent.len(), 2);
+    assert_eq!(recent[0].purpose, SCHEDULED);
+    assert_eq!(recent[0].circumstances, Circumstances::default());
+    assert_eq!(run.history.outbox(), []);
+    assert_eq!(run.history.target_state("support").await.unwrap(), None);
     drop(run);
     let new = Disk::new();
     drop(new.start());
@@ -809,23 +876,21 @@ async fn history_of_the_first_version_is_read_completely() {
 #[tokio::test(start_paused = true)]
 async fn older_history_is_migrated_step_by_step_and_keeps_every_row() {
     // Both forms of a change: a column is added, and a table with rows that refer to it is rebuilt.
-    const VERSION_2: &str = "ALTER TABLE rooms ADD COLUMN region TEXT NOT NULL DEFAULT 'eu'";
-    const VERSION_3: &str = "
+    const ADDED: &str = "ALTER TABLE rooms ADD COLUMN region TEXT NOT NULL DEFAULT 'eu'";
+    const REBUILT: &str = "
         CREATE TABLE rebuilt (id TEXT PRIMARY KEY, target TEXT NOT NULL, head TEXT NOT NULL) STRICT;
         INSERT INTO rebuilt SELECT id, target, head FROM batches;
         DROP TABLE batches;
         ALTER TABLE rebuilt RENAME TO batches;
     ";
     let disk = Disk::with_file(VERSION_1_FILE);
-    let steps = [store::MIGRATIONS, &[VERSION_2, VERSION_3]].concat();
+    let steps = [store::MIGRATIONS, &[ADDED, REBUILT]].concat();
     let open = |steps| Store::open_with_migrations(&disk.settings.dir, disk.clock()(), steps);
     let (store, loaded) = open(&steps).unwrap();
-    assert_eq!(disk.version(), 3);
-    assert_eq!(loaded.rows.len(), 2);
-    assert_eq!(
-        loaded.days.iter().map(|(.., seconds)| seconds).sum::<u64>(),
-        360
-    );
+    assert_eq!(disk.version(), i64::try_from(steps.len()).unwrap());
+    assert_eq!(loaded.ledger.rows.len(), 2);
+    let sums = loaded.ledger.sums.iter().map(|sum| sum.seconds);
+    assert_eq!(sums.sum::<u64>(), 360);
     let count = |sql: &str| -> i64 {
         store
             .connection
@@ -841,14 +906,15 @@ async fn older_history_is_migrated_step_by_step_and_keeps_every_row() {
     assert_eq!(count("PRAGMA foreign_keys"), 1);
     drop(store);
     let (_again, loaded) = open(&steps).unwrap();
-    assert_eq!(loaded.rows.len(), 2, "no step runs twice");
+    assert_eq!(loaded.ledger.rows.len(), 2, "no step runs twice");
     assert_eq!(disk.aside(), 0);
 }
 
 #[test]
 fn migration_that_fails_changes_nothing_and_the_file_stays_readable() {
     let disk = Disk::with_file(VERSION_1_FILE);
-    let before = disk.schema();
+    drop(disk.start());
+    let before = (disk.schema(), disk.version());
     let half = "ALTER TABLE rooms ADD COLUMN region TEXT; INSERT INTO missing VALUES (1);";
     let steps = [store::MIGRATIONS, &[half]].concat();
     let failed = Store::open_with_migrations(&disk.settings.dir, disk.clock()(), &steps).err();
@@ -856,7 +922,7 @@ fn migration_that_fails_changes_nothing_and_the_file_stays_readable() {
         matches!(&failed, Some(StoreOpenError::Unavailable(why)) if why.contains("no such table")),
         "{failed:?}"
     );
-    assert_eq!((disk.schema(), disk.version()), (before, 1));
+    assert_eq!((disk.schema(), disk.version()), before);
     assert_eq!(disk.start().orphan_rooms().len(), 2);
 }
 
@@ -894,6 +960,7 @@ async fn folder_that_was_removed_or_replaced_in_use_is_noticed_and_its_next_run_
         run.open("1", 3 * MINUTE).await.settle(2 * MINUTE);
         let _open = run.open("2", MINUTE).await;
         run.history.gone(&room("1"));
+        run.history.record_detection(detection(1));
         run.writer.run_once();
         fs::rename(&disk.settings.dir, disk.dir.path().join("moved")).unwrap();
         if replaced {
@@ -915,6 +982,9 @@ async fn folder_that_was_removed_or_replaced_in_use_is_noticed_and_its_next_run_
         let run = disk.start();
         assert!(run.is_lost(), "replaced: {replaced}");
         assert_eq!(run.orphan_rooms(), ["canary-test-2"]);
+        let [state, incidents] = stored(&run).await;
+        assert_eq!((state.as_str(), incidents.as_str()), ("1", "i-1"));
+        assert_eq!(outbox(&run), ["m-1"]);
     }
 }
 
@@ -1018,6 +1088,7 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
         let filter = BatchFilter {
             target: own(target),
             result: own(result),
+            purpose: None,
             before: own(before),
             limit,
         };
@@ -1030,6 +1101,81 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
     assert_eq!(find(None, Some("degraded"), None, 9).await, "b5 b3");
     assert_eq!(find(Some("sales"), Some("ok"), Some("b5"), 9).await, "b2");
     assert_eq!(find(Some("other"), None, None, 9).await, "");
+}
+
+#[tokio::test(start_paused = true)]
+async fn batches_are_found_by_their_purpose() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    for (id, purpose) in [
+        ("b1", Purpose::Manual),
+        ("b2", Purpose::Confirmation),
+        ("b3", SCHEDULED),
+        ("b4", Purpose::Confirmation),
+    ] {
+        let mut batch = batch(id, "support", "2026-03-10T12:00:00Z", Outcome::Ok);
+        batch.purpose = purpose;
+        record(&run, &batch);
+    }
+    run.writer.run_once();
+    for (purpose, expected) in [
+        (SCHEDULED, "b3"),
+        (Purpose::Confirmation, "b4 b2"),
+        (Purpose::Manual, "b1"),
+    ] {
+        let filter = BatchFilter {
+            target: Some("support".to_owned()),
+            purpose: Some(purpose),
+            ..all()
+        };
+        assert_eq!(ids(&run.history, filter).await.join(" "), expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn recent_probes_are_those_of_the_target_by_time_with_what_may_differ() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let silent = failed(Reason::AgentSilent, "no speech");
+    let mut scheduled = batch("b1", "support", "2026-03-10T12:00:00Z", silent);
+    let mut confirmation = batch("b2", "support", "2026-03-10T12:00:10Z", Outcome::Ok);
+    confirmation.purpose = Purpose::Confirmation;
+    // The last room of the scheduled batch opened after the confirmation began.
+    let seconds = [(&mut scheduled, [0, 15]), (&mut confirmation, [10, 20])];
+    for (batch, seconds) in seconds {
+        for (probe, second) in batch.probes.iter_mut().zip(seconds) {
+            probe.started_at = at("2026-03-10T12:00:00Z") + TimeDelta::seconds(second);
+            probe.circumstances = Circumstances {
+                node: Some("ND_1".to_owned()),
+                region: None,
+                worker: Some(format!("AW_{second}")),
+                media_path: Some("tcp".to_owned()),
+                agent_version: Some("1.2".to_owned()),
+            };
+        }
+    }
+    record(&run, &scheduled);
+    record(
+        &run,
+        &batch("b3", "sales", "2026-03-10T12:00:00Z", Outcome::Ok),
+    );
+    record(&run, &confirmation);
+    run.writer.run_once();
+    let recent = run.history.recent_probes("support", 3).await.unwrap();
+    let rooms: Vec<_> = recent.iter().map(|probe| probe.room.as_str()).collect();
+    assert_eq!(rooms, ["canary-b2-1", "canary-b1-1", "canary-b2-0"]);
+    let expected = RecentProbe {
+        room: "canary-b1-1".to_owned(),
+        batch_id: "b1".to_owned(),
+        purpose: SCHEDULED,
+        place: 1,
+        started_at: at("2026-03-10T12:00:15Z"),
+        outcome: "failed".to_owned(),
+        reason: Some("agent_silent".to_owned()),
+        circumstances: scheduled.probes[1].circumstances.clone(),
+    };
+    assert_eq!(recent[1], expected);
+    assert_eq!(recent[0].purpose, Purpose::Confirmation);
 }
 
 #[tokio::test(start_paused = true)]
@@ -1150,6 +1296,240 @@ async fn batch_that_the_schema_rejects_is_dropped_as_one_fault_and_holds_up_no_o
     assert_eq!(ids(&run.history, all()).await, ["b2"]);
     assert_eq!((run.history.dropped(), run.history.faults()), (1, 1));
     assert!(!run.history.is_degraded());
+}
+
+// States, incidents and messages.
+
+/// What `support` records as its change with this number: an open incident, and a message about it.
+fn detection(number: u32) -> DetectionRecord {
+    let now = at("2026-03-10T12:00:00Z") + TimeDelta::seconds(number.into());
+    DetectionRecord {
+        target: "support".to_owned(),
+        state: format!(r#"{{"is":"the state of support","number":{number}}}"#),
+        incident: Some(IncidentRecord {
+            id: format!("i-{number}"),
+            target: "support".to_owned(),
+            project: "acme".to_owned(),
+            fault: "agent".to_owned(),
+            began_at: now,
+            ended_at: None,
+            document: format!(r#"{{"id":"i-{number}","is":"the incident i-{number}"}}"#),
+        }),
+        messages: vec![message(number)],
+    }
+}
+
+fn message(number: u32) -> OutboxMessage {
+    OutboxMessage {
+        id: format!("m-{number}"),
+        channel: "oncall".to_owned(),
+        incident: format!("i-{number}"),
+        created_at: at("2026-03-10T12:00:00Z") + TimeDelta::seconds(number.into()),
+        document: format!(r#"{{"is":"the message m-{number}"}}"#),
+    }
+}
+
+/// The number of the state of `support` on disk, and the ids of the incidents.
+async fn stored(run: &TestRun) -> [String; 2] {
+    let state = run.history.target_state("support").await.unwrap();
+    let state = state.map_or_else(String::new, |state| {
+        let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+        state["number"].to_string()
+    });
+    let filter = IncidentFilter {
+        limit: MAX_BATCHES,
+        ..IncidentFilter::default()
+    };
+    let incidents = run.history.incidents(filter).await.unwrap();
+    let ids: Vec<String> = incidents.into_iter().map(|it| it.id).collect();
+    [state, ids.join(" ")]
+}
+
+fn outbox(run: &TestRun) -> Vec<String> {
+    let messages = run.history.outbox().into_iter();
+    messages.map(|message| message.id).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn detection_is_durable_as_a_whole_and_a_message_stays_until_it_is_done() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    run.history.record_detection(detection(1));
+    run.kill();
+    let mut run = disk.start();
+    assert_eq!(stored(&run).await, ["", ""], "it was not written");
+    assert_eq!(outbox(&run), [""; 0]);
+
+    run.history.record_detection(detection(1));
+    let durable = run.history.detections_durable();
+    let ((), ()) = tokio::join!(durable, async { run.writer.run_once() });
+    assert_eq!(outbox(&run), [""; 0], "only messages of earlier runs");
+    run.kill();
+    let mut run = disk.start();
+    assert_eq!(stored(&run).await, ["1", "i-1"]);
+    assert_eq!(run.history.outbox(), [message(1)]);
+    run.history.message_done("m-1");
+    assert_eq!(outbox(&run), [""; 0]);
+    run.kill();
+    let mut run = disk.start();
+    assert_eq!(outbox(&run), ["m-1"], "its end was not written");
+    run.history.message_done("m-1");
+    run.writer.run_once();
+    run.kill();
+    let run = disk.start();
+    assert_eq!(outbox(&run), [""; 0]);
+    assert_eq!(stored(&run).await, ["1", "i-1"]);
+    assert_eq!(run.history.faults(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn later_state_and_incident_replace_the_earlier_ones_and_messages_are_in_order() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    for number in [1, 2, 3] {
+        let mut record = detection(number);
+        record.incident.as_mut().unwrap().id = "i-1".to_owned();
+        if number == 3 {
+            record.incident.as_mut().unwrap().ended_at = Some(at("2026-03-10T13:00:00Z"));
+        }
+        run.history.record_detection(record);
+        if number == 1 {
+            run.writer.run_once();
+        }
+    }
+    let other = DetectionRecord {
+        target: "sales".to_owned(),
+        state: "{}".to_owned(),
+        incident: None,
+        messages: Vec::new(),
+    };
+    run.history.record_detection(other);
+    run.writer.run_once();
+    assert_eq!(stored(&run).await, ["3", "i-1"]);
+    let state = run.history.target_state("sales").await.unwrap();
+    assert_eq!(state.as_deref(), Some("{}"));
+    assert_eq!(run.history.target_state("none").await.unwrap(), None);
+    let incident = run.history.incident("i-1".to_owned()).await.unwrap();
+    assert!(incident.unwrap().get().contains("the incident i-3"));
+    let filter = |open| IncidentFilter {
+        open: Some(open),
+        limit: 9,
+        ..IncidentFilter::default()
+    };
+    assert_eq!(run.history.incidents(filter(true)).await.unwrap().len(), 0);
+    assert_eq!(run.history.incidents(filter(false)).await.unwrap().len(), 1);
+    run.kill();
+    assert_eq!(outbox(&disk.start()), ["m-1", "m-2", "m-3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn full_disk_keeps_the_latest_state_every_incident_and_every_message_until_there_is_space() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let _open = run.open("first", MINUTE).await;
+    run.fill_disk();
+    for number in 0..150 {
+        let mut record = detection(number);
+        let incident = record.incident.as_mut().unwrap();
+        incident.id = format!("i-{:02}", number / 10);
+        incident.document = format!("{:?}", "x".repeat(3000));
+        incident.ended_at = (number % 10 == 9).then_some(incident.began_at);
+        record.messages[0].id = format!("m-{number:03}");
+        run.history.record_detection(record);
+        run.writer.run_once();
+    }
+    assert!(run.history.is_degraded());
+    // A degraded history holds up no message.
+    run.history.detections_durable().await;
+    for number in 0..140 {
+        run.history.message_done(&format!("m-{number:03}"));
+    }
+    assert_eq!(run.history.shared.lock().detections.len(), [1, 15, 150]);
+    run.free_disk();
+    run.writer.run_once();
+    assert!(!run.history.is_degraded());
+    assert_eq!(run.history.faults(), 1);
+    assert_eq!(run.history.shared.lock().detections.len(), [1, 0, 10]);
+    let [state, incidents] = stored(&run).await;
+    assert_eq!((state.as_str(), incidents.split(' ').count()), ("149", 15));
+    run.kill();
+    let left = outbox(&disk.start());
+    assert_eq!((left.len(), left[0].as_str()), (10, "m-140"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn incidents_and_messages_beyond_their_bounds_are_given_up_as_faults() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    run.history.record_detection(detection(0));
+    run.writer.run_once();
+    let _first = run.open("first", MINUTE).await;
+    run.fill_disk();
+    let surplus = 5;
+    let messages = u32::try_from(MAX_MESSAGES).unwrap();
+    for number in 1..messages + surplus {
+        let mut record = detection(number);
+        let incident = record.incident.as_mut().unwrap();
+        incident.id = format!("i-{number:04}");
+        incident.ended_at = Some(incident.began_at);
+        record.messages[0].id = format!("m-{number:04}");
+        run.history.record_detection(record);
+    }
+    let [states, incidents, messages] = run.history.shared.lock().detections.len();
+    // The first incident is open, so it is not among those that are dropped.
+    assert_eq!((states, incidents), (1, MAX_UNWRITTEN_INCIDENTS));
+    assert!(messages <= 2 * MAX_MESSAGES);
+    assert!(run.history.faults() >= u64::from(surplus));
+    run.free_disk();
+    run.writer.run_once();
+    let [state, stored] = stored(&run).await;
+    assert_eq!(
+        state,
+        (u32::try_from(MAX_MESSAGES).unwrap() + surplus - 1).to_string()
+    );
+    assert!(stored.starts_with("i-1004 i-1003"));
+    assert!(
+        run.history
+            .incident("i-0".to_owned())
+            .await
+            .unwrap()
+            .is_some()
+    );
+    run.kill();
+    let left = outbox(&disk.start());
+    assert_eq!((left.len(), left[0].as_str()), (MAX_MESSAGES, "m-0005"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_of_earlier_runs_are_there_once_the_folder_can_be_read() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    run.history.record_detection(detection(1));
+    run.writer.run_once();
+    drop(run);
+    let away = disk.dir.path().join("away");
+    fs::rename(&disk.settings.dir, &away).unwrap();
+    fs::write(&disk.settings.dir, "a file is in the way").unwrap();
+    let mut run = disk.start();
+    assert_eq!(outbox(&run), [""; 0]);
+    assert!(run.history.target_state("support").await.is_err());
+    run.history.record_detection(detection(2));
+    fs::remove_file(&disk.settings.dir).unwrap();
+    fs::rename(&away, &disk.settings.dir).unwrap();
+    run.writer.run_once();
+    assert_eq!(outbox(&run), ["m-1"]);
+    assert_eq!(stored(&run).await, ["2", "i-2 i-1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn hanging_disk_delays_a_message_until_the_timeout() {
+    let disk = Disk::new();
+    let run = disk.start();
+    run.history.record_detection(detection(1));
+    let began = Instant::now();
+    run.history.detections_durable().await;
+    assert_eq!(began.elapsed(), RESERVE_TIMEOUT);
+    assert!(run.history.is_degraded());
 }
 
 // Deletion of old data.
@@ -1363,6 +1743,87 @@ async fn closed_rows_of_past_days_become_one_row_per_target_and_day_with_the_sam
 }
 
 #[tokio::test(start_paused = true)]
+async fn agent_time_of_confirmations_counts_per_target_and_utc_day_over_restarts() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let of = |run: &TestRun, target: &str| {
+        run.history.used("acme").confirmations_of(target).as_secs() / 60
+    };
+    run.open("scheduled", 9 * MINUTE).await.settle(9 * MINUTE);
+    let manual = run.reserve_for(Purpose::Manual, "manual", 9 * MINUTE).await;
+    manual.settle(9 * MINUTE);
+    let mut open = run
+        .reserve_for(Purpose::Confirmation, "open", 5 * MINUTE)
+        .await;
+    open.opened();
+    assert_eq!(of(&run, "support"), 5);
+    open.shrink(4 * MINUTE);
+    assert_eq!(of(&run, "support"), 4);
+    let settled = run
+        .reserve_for(Purpose::Confirmation, "settled", 5 * MINUTE)
+        .await;
+    settled.settle(2 * MINUTE);
+    run.history.gone(&room("settled"));
+    assert_eq!(of(&run, "support"), 6);
+    assert_eq!(of(&run, "sales"), 0);
+    assert_eq!(run.used(), (24, 24), "they count in the budget as well");
+    run.writer.run_once();
+    std::mem::forget(open);
+    run.kill();
+
+    let mut run = disk.start();
+    assert_eq!(of(&run, "support"), 6);
+    assert_eq!(
+        run.history.used("beta").confirmations_of("support"),
+        Duration::ZERO
+    );
+    // The sums of past days keep the purpose.
+    for name in ["scheduled", "manual", "open"] {
+        run.history.gone(&room(name));
+    }
+    run.writer.run_once();
+    disk.set("2026-03-11T00:00:00Z");
+    assert_eq!(of(&run, "support"), 0);
+    disk.set("2026-03-12T12:00:00Z");
+    delete_expired(&mut run, &disk.settings.clone());
+    assert_eq!(disk.rows(), 3, "one row per target, purpose and day");
+    run.kill();
+    disk.set("2026-03-10T23:59:59Z");
+    let run = disk.start();
+    assert_eq!((of(&run, "support"), run.used()), (6, (24, 24)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn ended_incident_is_kept_as_long_as_failures_and_an_open_one_forever() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    for (number, ended_at) in [
+        (1, Some("2026-03-01T00:00:00Z")),
+        (2, Some("2026-03-02T00:00:01Z")),
+        (3, None),
+    ] {
+        let mut record = detection(number);
+        let incident = record.incident.as_mut().unwrap();
+        incident.began_at = at("2025-01-01T00:00:00Z");
+        incident.ended_at = ended_at.map(at);
+        run.history.record_detection(record);
+    }
+    run.writer.run_once();
+    disk.set("2026-03-22T00:00:00Z");
+    let settings = config::HistorySettings {
+        keep: DAY,
+        keep_failures: 20 * DAY,
+        max_megabytes: 0,
+        ..disk.settings.clone()
+    };
+    delete_expired(&mut run, &settings);
+    assert_eq!(stored(&run).await, ["3", "i-3 i-2"]);
+    disk.set("2036-03-22T00:00:00Z");
+    delete_expired(&mut run, &settings);
+    assert_eq!(stored(&run).await, ["3", "i-3"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn large_ledger_deletes_no_batches() {
     let disk = Disk::new();
     let mut run = disk.start();
@@ -1376,7 +1837,8 @@ async fn large_ledger_deletes_no_batches() {
         .connection
         .execute_batch(
             "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)
-             INSERT INTO rooms SELECT printf('canary-abcde-%013d', i), 'acme', 'support', 'b', 1773144000000, 60, 60, NULL FROM n",
+             INSERT INTO rooms SELECT printf('canary-abcde-%013d', i), 'acme', 'support', 'b', 1773144000000, 60, 60, NULL, 'scheduled'
+             FROM n",
         )
         .unwrap();
     let size = fs::metadata(disk.file()).unwrap().len();
@@ -1404,7 +1866,7 @@ async fn thread_writes_what_is_queued_and_close_writes_the_rest() {
         async move {
             let name = room(&index.to_string());
             history
-                .reserve(&name, "acme", "support", MINUTE, admit)
+                .reserve(&name, "acme", "support", SCHEDULED, MINUTE, admit)
                 .await
         }
     });
@@ -1415,9 +1877,14 @@ async fn thread_writes_what_is_queued_and_close_writes_the_rest() {
     }
     let kept = batch("b1", "support", "2026-03-10T12:00:00Z", Outcome::Ok);
     history.record(&kept, &target(), &sample::project());
+    history.record_detection(detection(1));
+    history.record_detection(detection(2));
+    history.message_done("m-1");
     let soon = Instant::now() + DAY;
     assert!(history.close(soon).await);
     let run = disk.start();
+    assert_eq!(outbox(&run), ["m-2"]);
+    assert_eq!(stored(&run).await, ["2", "i-2 i-1"]);
     assert_eq!(run.used(), (100, 100));
     assert_eq!(ids(&run.history, all()).await, ["b1"]);
 }
@@ -1446,7 +1913,7 @@ async fn reserve_without_end(folder: &Path) {
     for index in 0.. {
         let room = RoomName(format!("canary-{}-{index}", std::process::id()));
         let admit = |_: &AgentTimeUsed, _| Ok::<_, ()>(());
-        let reserved = history.reserve(&room, "acme", "support", 3 * MINUTE, admit);
+        let reserved = history.reserve(&room, "acme", "support", SCHEDULED, 3 * MINUTE, admit);
         let mut reservation = reserved.await.unwrap();
         reservation.opened();
         print_to_parent(&room.0);
@@ -1472,6 +1939,68 @@ fn open(folder: &Path) -> History {
 fn child() {
     let folder = std::env::var_os(CHILD_FOLDER).unwrap();
     reserve_without_end(Path::new(&folder));
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn detect_without_end(folder: &Path) {
+    let history = open(folder);
+    let first = u32::from(history.outbox().is_empty());
+    for number in first.. {
+        let mut record = detection(number);
+        let id = format!("{}-{number}", std::process::id());
+        record.messages[0].id.clone_from(&id);
+        record.incident.as_mut().unwrap().id.clone_from(&id);
+        history.record_detection(record);
+        history.detections_durable().await;
+        print_to_parent(&id);
+        if number % 2 == 0 {
+            history.message_done(&id);
+            history.detections_durable().await;
+            print_to_parent(&format!("{id} done"));
+        }
+    }
+}
+
+#[test]
+#[ignore = "the child of the test below, which kills it"]
+fn detecting_child() {
+    let folder = std::env::var_os(CHILD_FOLDER).unwrap();
+    detect_without_end(Path::new(&folder));
+}
+
+#[tokio::test]
+async fn killed_process_leaves_every_durable_detection_and_no_message_whose_end_is_durable() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = fastrand::Rng::with_seed(21);
+    let mut left = BTreeSet::new();
+    let mut done = BTreeSet::new();
+    for _ in 0..10 {
+        let variables = [(CHILD_FOLDER, folder.path().as_os_str())];
+        let test = "history::tests::detecting_child";
+        for line in run_and_kill(test, random.usize(1..40), &variables) {
+            match line.strip_suffix(" done") {
+                Some(id) => {
+                    left.remove(id);
+                    done.insert(id.to_owned());
+                }
+                None => {
+                    left.insert(line);
+                }
+            }
+        }
+        let history = open(folder.path());
+        let found: BTreeSet<String> = history.outbox().into_iter().map(|it| it.id).collect();
+        assert!(found.is_disjoint(&done), "{done:?} in {found:?}");
+        for id in &left {
+            let incident = history.incident(id.clone()).await.unwrap();
+            assert!(incident.is_some(), "{id}");
+        }
+        // The end of the last message may be durable before the child could print that.
+        let missing: Vec<&String> = left.difference(&found).collect();
+        assert!(missing.len() <= 1, "{missing:?} not in {found:?}");
+        left.retain(|id| found.contains(id));
+        assert!(history.close(Instant::now() + Duration::from_mins(1)).await);
+    }
 }
 
 pub(crate) fn print_to_parent(line: &str) {

@@ -1,6 +1,7 @@
-//! The one thread that writes: ledger rows first, then batches. In between it deletes what is too old or too large.
+//! The one thread that writes: ledger rows first, then what the detection keeps, then batches. In between it deletes what is too
+//! old or too large.
 //!
-//! It retries what it can't write: ledger rows without limit, batches up to a bound.
+//! It retries what it can't write: ledger rows without limit, everything else up to a bound.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -155,13 +156,16 @@ impl HistoryWriter {
                     return false;
                 }
                 // The memory is complete, whatever ledger the new folder has.
-                self.shared.lock().ledger.write_again();
+                let mut state = self.shared.lock();
+                state.ledger.write_again();
+                state.detections.write_again();
+                drop(state);
                 self.displaced = false;
                 self.store = Some(store);
                 true
             }
             Ok((store, loaded)) => {
-                self.shared.lock().load(loaded);
+                self.shared.load(loaded);
                 self.store = Some(store);
                 true
             }
@@ -178,6 +182,7 @@ impl HistoryWriter {
 
     fn write(&mut self) -> rusqlite::Result<()> {
         self.write_ledger()?;
+        self.write_detections()?;
         while let Some(record) = self.shared.next_record() {
             let store = self.store.as_mut().expect("opened before this call");
             match store.write_record(&record) {
@@ -190,8 +195,9 @@ impl HistoryWriter {
                 }
                 Err(error) => return Err(error),
             }
-            // A reservation that came in meanwhile must not wait for the remaining batches.
+            // Neither a reservation nor an outage that came in meanwhile may wait for the remaining batches.
             self.write_ledger()?;
+            self.write_detections()?;
         }
         if Instant::now() >= self.delete_expired_at {
             self.delete_expired()?;
@@ -217,6 +223,25 @@ impl HistoryWriter {
             Err(_) => self.shared.set_ledger_down(),
         }
         written
+    }
+
+    fn write_detections(&mut self) -> rusqlite::Result<()> {
+        let (rows, change) = self.shared.lock().detections.unwritten();
+        if !rows.is_empty() {
+            let store = self.store.as_mut().expect("opened before this call");
+            match store.write_detections(&rows) {
+                Err(error) if is_of_content(&error) => {
+                    tracing::error!(
+                        %error,
+                        "can't write states, incidents and messages to the history: they are dropped"
+                    );
+                    self.shared.count_fault();
+                }
+                written => written?,
+            }
+        }
+        self.shared.detections_written(change);
+        Ok(())
     }
 
     /// Runs one step. If there is more to delete, the next step follows at once.

@@ -9,12 +9,12 @@ use tracing::warn;
 use url::form_urlencoded;
 
 use super::response::{HttpError, ServerResponse, json};
-use crate::history::{BatchFilter, History, MAX_BATCHES, ReadError};
-use crate::report::BatchResult;
+use crate::history::{BatchFilter, History, IncidentFilter, MAX_BATCHES, ReadError};
+use crate::report::{BatchResult, Purpose};
 
-/// The most batches in one response. One less than the history returns, because one more is read.
+/// The most batches or incidents in one response. One less than the history returns, because one more is read.
 const MAX_LIMIT: usize = MAX_BATCHES - 1;
-/// Batches in a response if the query has no `limit`.
+/// Batches or incidents in a response if the query has no `limit`.
 const DEFAULT_LIMIT: usize = 50;
 /// Characters of a wrong key or value that an error repeats.
 const MAX_QUOTED_CHARS: usize = 40;
@@ -27,8 +27,16 @@ struct BatchPage {
     next_before: Option<String>,
 }
 
+#[derive(Serialize)]
+struct IncidentPage {
+    /// The latest first.
+    incidents: Vec<Box<RawValue>>,
+    /// The value of `before` for the next page; null on the last page.
+    next_before: Option<String>,
+}
+
 pub(super) async fn batches(history: &History, uri: &Uri) -> Result<ServerResponse, HttpError> {
-    let filter = filter(uri)?;
+    let filter = batch_filter(uri)?;
     let limit = filter.limit;
     // One more than requested shows whether there is a next page.
     let filter = BatchFilter {
@@ -71,6 +79,33 @@ pub(super) async fn probe(history: &History, room: &str) -> Result<ServerRespons
     Ok(json(StatusCode::OK, &found))
 }
 
+pub(super) async fn incidents(history: &History, uri: &Uri) -> Result<ServerResponse, HttpError> {
+    let filter = incident_filter(uri)?;
+    let limit = filter.limit;
+    // One more than requested shows whether there is a next page.
+    let filter = IncidentFilter {
+        limit: limit + 1,
+        ..filter
+    };
+    let mut incidents = history.incidents(filter).await.map_err(unreadable)?;
+    let more = incidents.len() > limit;
+    incidents.truncate(limit);
+    let last = incidents.last().filter(|_| more);
+    let next_before = last.map(|incident| incident.id.clone());
+    let page = IncidentPage {
+        incidents: incidents.into_iter().map(|it| it.document).collect(),
+        next_before,
+    };
+    Ok(json(StatusCode::OK, &page))
+}
+
+pub(super) async fn incident(history: &History, id: &str) -> Result<ServerResponse, HttpError> {
+    let found = history.incident(id.to_owned()).await.map_err(unreadable)?;
+    let missing = "the history has no incident with this id; /api/v1/incidents lists those it has";
+    let found = found.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, missing))?;
+    Ok(json(StatusCode::OK, &found))
+}
+
 fn unreadable(error: ReadError) -> HttpError {
     let response = HttpError::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string());
     match error {
@@ -82,45 +117,68 @@ fn unreadable(error: ReadError) -> HttpError {
     }
 }
 
-fn filter(uri: &Uri) -> Result<BatchFilter, HttpError> {
-    let [target, result, limit, before] = query(uri, ["target", "result", "limit", "before"])?;
-    let in_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-    if let Some(target) = &target
-        && (target.is_empty() || !target.bytes().all(in_name))
-    {
-        return Err(bad_value(
-            "target",
-            target,
-            "a target's name; /api/v1/targets lists all targets",
-        ));
-    }
+fn batch_filter(uri: &Uri) -> Result<BatchFilter, HttpError> {
+    let keys = ["target", "result", "purpose", "limit", "before"];
+    let [target, result, purpose, limit, before] = query(uri, keys)?;
     if let Some(result) = &result {
-        let labels: Vec<_> = BatchResult::ALL
-            .iter()
-            .map(|result| result.label())
-            .collect();
+        let labels = BatchResult::ALL.map(BatchResult::label);
         if !labels.contains(&result.as_str()) {
             let expected = format!("one of {}", labels.join(", "));
             return Err(bad_value("result", result, &expected));
         }
     }
-    if let Some(before) = &before
-        && (before.is_empty() || !before.bytes().all(in_name))
-    {
-        return Err(bad_value("before", before, "a batch's id"));
-    }
-    let limit = limit.map_or(Ok(DEFAULT_LIMIT), |limit| {
-        let number = limit.parse().ok();
-        number
-            .filter(|number| (1..=MAX_LIMIT).contains(number))
-            .ok_or_else(|| bad_value("limit", &limit, &format!("a number from 1 to {MAX_LIMIT}")))
-    })?;
+    let purpose = purpose.map(|purpose| {
+        Purpose::of_label(&purpose).ok_or_else(|| {
+            let labels = Purpose::ALL.map(Purpose::label);
+            let expected = format!("one of {}", labels.join(", "));
+            bad_value("purpose", &purpose, &expected)
+        })
+    });
     Ok(BatchFilter {
-        target,
+        target: name("target", target, TARGET_NAME)?,
         result,
-        before,
-        limit,
+        purpose: purpose.transpose()?,
+        before: name("before", before, "a batch's id")?,
+        limit: self::limit(limit)?,
     })
+}
+
+fn incident_filter(uri: &Uri) -> Result<IncidentFilter, HttpError> {
+    let [target, open, limit, before] = query(uri, ["target", "open", "limit", "before"])?;
+    let open = open.map(|open| {
+        let parsed = open.parse();
+        parsed.map_err(|_| bad_value("open", &open, "true or false"))
+    });
+    Ok(IncidentFilter {
+        target: name("target", target, TARGET_NAME)?,
+        open: open.transpose()?,
+        before: name("before", before, "an incident's id")?,
+        limit: self::limit(limit)?,
+    })
+}
+
+/// What `target` must be.
+const TARGET_NAME: &str = "a target's name; /api/v1/targets lists all targets";
+
+/// A name or an id, if there is one.
+fn name(key: &str, value: Option<String>, expected: &str) -> Result<Option<String>, HttpError> {
+    let in_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    match value {
+        Some(value) if value.is_empty() || !value.bytes().all(in_name) => {
+            Err(bad_value(key, &value, expected))
+        }
+        value => Ok(value),
+    }
+}
+
+fn limit(limit: Option<String>) -> Result<usize, HttpError> {
+    let Some(limit) = limit else {
+        return Ok(DEFAULT_LIMIT);
+    };
+    let number = limit.parse().ok();
+    number
+        .filter(|number| (1..=MAX_LIMIT).contains(number))
+        .ok_or_else(|| bad_value("limit", &limit, &format!("a number from 1 to {MAX_LIMIT}")))
 }
 
 fn bad_value(key: &str, value: &str, expected: &str) -> HttpError {
@@ -171,6 +229,7 @@ mod tests {
 
     use super::*;
     use crate::config::{self, Target};
+    use crate::history::{DetectionRecord, IncidentRecord};
     use crate::livekit::RoomName;
     use crate::probe::{Evidence, Outcome, Reason};
     use crate::report::BatchReport;
@@ -192,9 +251,33 @@ mod tests {
             batch.started_at += TimeDelta::seconds(number.into());
             batch.probes = vec![probe];
             batch.not_opened = None;
+            if number == 3 {
+                batch.purpose = Purpose::Confirmation;
+            }
             batch
         };
         (0..COUNT).map(batch).collect()
+    }
+
+    /// Of five incidents, the last one is open; every other one is of target `support`.
+    fn incident(number: u8) -> DetectionRecord {
+        let target = ["support", "sales"][usize::from(number % 2)];
+        let ended_at = mixed().ended_at;
+        let incident = IncidentRecord {
+            id: format!("i-{number}"),
+            target: target.to_owned(),
+            project: "acme".to_owned(),
+            fault: "agent".to_owned(),
+            began_at: mixed().started_at,
+            ended_at: (number + 1 < COUNT).then_some(ended_at),
+            document: format!("{{\"id\":\"i-{number}\",\"rooms\":[]}}"),
+        };
+        DetectionRecord {
+            target: target.to_owned(),
+            state: "{}".to_owned(),
+            incident: Some(incident),
+            messages: Vec::new(),
+        }
     }
 
     async fn history() -> (History, TempDir) {
@@ -208,6 +291,9 @@ mod tests {
         let history = History::open_with_clock(&settings, clock).unwrap();
         for batch in batches() {
             history.record(&batch, &Target::default(), &project());
+        }
+        for number in 0..COUNT {
+            history.record_detection(incident(number));
         }
         // After closing, everything is on disk and can still be read.
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -240,6 +326,9 @@ mod tests {
             ("before=b-0", &[], None),
             ("result=failed", &["b-3", "b-1"], None),
             ("result=limited", &[], None),
+            ("purpose=confirmation", &["b-3"], None),
+            ("purpose=scheduled&result=failed", &["b-1"], None),
+            ("purpose=manual", &[], None),
             ("target=unknown", &[], None),
             ("target=support&result=ok&limit=1", &["b-4"], Some("b-4")),
         ] {
@@ -271,12 +360,46 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn query_selects_and_pages_the_incidents_and_returns_their_documents() {
+        let (history, _folder) = history().await;
+        let body = async |response: Result<ServerResponse, HttpError>| {
+            let body = response.unwrap().into_body().collect().await.unwrap();
+            serde_json::from_slice::<Value>(&body.to_bytes()).unwrap()
+        };
+        for (query, ids, next) in [
+            ("", &["i-4", "i-3", "i-2", "i-1", "i-0"][..], None),
+            ("limit=2", &["i-4", "i-3"], Some("i-3")),
+            ("limit=2&before=i-3", &["i-2", "i-1"], Some("i-1")),
+            ("before=i-0", &[], None),
+            ("open=true", &["i-4"], None),
+            ("open=false&limit=4", &["i-3", "i-2", "i-1", "i-0"], None),
+            ("target=sales", &["i-3", "i-1"], None),
+            ("target=sales&open=true", &[], None),
+            ("target=support&open=false", &["i-2", "i-0"], None),
+        ] {
+            let uri = format!("/api/v1/incidents?{query}").parse().unwrap();
+            let page = body(super::incidents(&history, &uri).await).await;
+            let listed = page["incidents"].as_array().unwrap().iter();
+            let listed: Vec<_> = listed.map(|it| it["id"].as_str().unwrap()).collect();
+            assert_eq!(
+                (listed, page["next_before"].as_str()),
+                (ids.to_vec(), next),
+                "{query}"
+            );
+        }
+        let one = body(super::incident(&history, "i-2").await).await;
+        assert_eq!(one, serde_json::json!({"id": "i-2", "rooms": []}));
+        let missing = super::incident(&history, "i-9").await.err().unwrap();
+        assert_eq!(ServerResponse::from(missing).status(), 404);
+    }
+
     #[test]
     fn query_that_would_be_ignored_is_an_error() {
         for (query, expected) in [
             (
                 "targets=a",
-                "\"targets\" is unknown; the known keys are target, result, limit, before",
+                "\"targets\" is unknown; the known keys are target, result, purpose, limit, before",
             ),
             ("target=a&target=b", "\"target\" is given twice"),
             ("target=", "\"\" is not a target's name"),
@@ -286,6 +409,10 @@ mod tests {
                 "\"good\" is not one of ok, degraded, failed, limited, aborted",
             ),
             ("result=OK", "\"OK\" is not one of"),
+            (
+                "purpose=drill",
+                "\"drill\" is not one of scheduled, confirmation, manual",
+            ),
             ("limit=0", "\"0\" is not a number from 1 to 199"),
             ("limit=200", "\"200\" is not a number"),
             ("limit=-1", "\"-1\" is not a number"),
@@ -295,11 +422,25 @@ mod tests {
             ("before=%FF", "is not a batch's id"),
         ] {
             let uri = format!("/?{query}").parse().unwrap();
-            let error = filter(&uri).unwrap_err();
+            let error = batch_filter(&uri).unwrap_err();
+            assert!(error.text().contains(expected), "{query}: {}", error.text());
+        }
+        for (query, expected) in [
+            (
+                "result=ok",
+                "\"result\" is unknown; the known keys are target, open, limit, before",
+            ),
+            ("open=yes", "\"yes\" is not true or false"),
+            ("open=", "\"\" is not true or false"),
+            ("before=a%20b", "\"a b\" is not an incident's id"),
+            ("limit=200", "\"200\" is not a number"),
+        ] {
+            let uri = format!("/?{query}").parse().unwrap();
+            let error = incident_filter(&uri).unwrap_err();
             assert!(error.text().contains(expected), "{query}: {}", error.text());
         }
         let long = format!("/?limit={}", "9".repeat(5000)).parse().unwrap();
-        assert!(filter(&long).unwrap_err().text().len() < 200);
+        assert!(batch_filter(&long).unwrap_err().text().len() < 200);
         assert!(query(&"/?a=1".parse().unwrap(), []).is_err());
         assert!(query(&"/?".parse().unwrap(), []).is_ok());
     }

@@ -57,6 +57,9 @@ pub(super) enum ReadRoute<'a> {
     Batch(&'a str),
     /// By the name of the probe's room.
     Probe(&'a str),
+    Incidents,
+    /// By the incident's id.
+    Incident(&'a str),
 }
 
 /// The routes that change the daemon's state. Each name is a target's.
@@ -82,7 +85,7 @@ struct ReadRule {
 }
 
 impl<'a> Route<'a> {
-    /// Compares names as they are: no batch, room or target has a name that a path must escape.
+    /// Compares names as they are: no batch, room, incident or target has a name that a path must escape.
     pub(super) fn parse(path: &'a str) -> Option<Self> {
         let segments: Vec<_> = path.strip_prefix('/')?.split('/').collect();
         let route = match segments[..] {
@@ -103,6 +106,8 @@ impl<'a> Route<'a> {
             ["batches"] => Self::Read(ReadRoute::Batches),
             ["batches", id] => Self::Read(ReadRoute::Batch(id)),
             ["probes", room] => Self::Read(ReadRoute::Probe(room)),
+            ["incidents"] => Self::Read(ReadRoute::Incidents),
+            ["incidents", id] => Self::Read(ReadRoute::Incident(id)),
             ["targets", name, "batches"] => Self::Change(ChangeRoute::RunBatch(name)),
             ["targets", name, "pause"] => Self::Change(ChangeRoute::Pause(name)),
             ["targets", name, "resume"] => Self::Change(ChangeRoute::Resume(name)),
@@ -133,8 +138,8 @@ impl ReadRoute<'_> {
             // The health probes of an orchestrator have no password.
             Self::Healthy | Self::Ready => (false, true),
             // Browsers and scrapers may add a query of their own to what isn't API.
-            Self::Page | Self::Metrics | Self::Batches => (true, true),
-            Self::Targets | Self::Batch(_) | Self::Probe(_) => (true, false),
+            Self::Page | Self::Metrics | Self::Batches | Self::Incidents => (true, true),
+            Self::Targets | Self::Batch(_) | Self::Probe(_) | Self::Incident(_) => (true, false),
         };
         ReadRule {
             needs_user,
@@ -257,6 +262,8 @@ impl AppState {
             ReadRoute::Batches => api::batches(&self.history, &head.uri).await,
             ReadRoute::Batch(id) => api::batch(&self.history, id).await,
             ReadRoute::Probe(room) => api::probe(&self.history, room).await,
+            ReadRoute::Incidents => api::incidents(&self.history, &head.uri).await,
+            ReadRoute::Incident(id) => api::incident(&self.history, id).await,
         }
     }
 
@@ -334,6 +341,8 @@ impl ReadRouteKind {
             Self::Batches => "/api/v1/batches",
             Self::Batch => "/api/v1/batches/some-batch",
             Self::Probe => "/api/v1/probes/some-room",
+            Self::Incidents => "/api/v1/incidents",
+            Self::Incident => "/api/v1/incidents/some-incident",
         }
     }
 }

@@ -290,6 +290,11 @@ async fn every_path_responds_with_its_content_type_and_forbids_storing() {
             "application/json",
             "{\"batches\":[],\"next_before\":null}\n",
         ),
+        (
+            "/api/v1/incidents?open=true",
+            "application/json",
+            "{\"incidents\":[],\"next_before\":null}\n",
+        ),
         // A path outside the API ignores a query, because a scraper may add one.
         (
             "/metrics?a=b",
@@ -368,11 +373,16 @@ async fn api_names_what_is_missing_and_what_is_wrong_in_a_query() {
         assert_eq!(status, 404);
         assert!(error.contains("/api/v1/batches"), "{error}");
     }
+    let (status, error) = server.get("/api/v1/incidents/none").await.error();
+    assert_eq!(status, 404);
+    assert!(error.contains("/api/v1/incidents"), "{error}");
     for path in [
         "/api/v1/batches?limit=many",
         "/api/v1/batches/none?limit=1",
         "/api/v1/targets?name=support",
         "/api/v1/probes/none?x",
+        "/api/v1/incidents?open=maybe",
+        "/api/v1/incidents/none?open=true",
     ] {
         assert_eq!(server.get(path).await.error().0, 400, "{path}");
     }

@@ -10,8 +10,8 @@ use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
-    AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
+    AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
+    ProbeReport, Reason, SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, NotOpened, Purpose};
 
@@ -108,9 +108,18 @@ pub(crate) fn probe(
             lost: 0,
             jitter: spoke.then_some(Duration::from_micros(1250)),
         },
+        circumstances: Circumstances {
+            node: Some("ND_1".to_owned()),
+            media_path: timeline
+                .get(Milestone::MediaConnected)
+                .map(|_| "udp".to_owned()),
+            worker: timeline
+                .get(Milestone::AgentJoined)
+                .map(|_| "AW_1".to_owned()),
+            ..Circumstances::default()
+        },
         timeline,
         join_upper_bound: false,
-        circumstances: Circumstances::default(),
     }
 }
 
