@@ -10,8 +10,8 @@ use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
 use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
 use crate::probe::{
-    AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
+    AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
+    ProbeReport, Reason, SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, NotOpened, Purpose};
 
