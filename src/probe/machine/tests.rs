@@ -2058,7 +2058,7 @@ fn jobs(of: &[(&str, &str)]) -> Vec<DispatchInfo> {
 }
 
 #[test]
-fn worker_is_asked_for_once_after_the_agents_join_and_recorded() {
+fn worker_is_asked_for_after_the_agents_join_and_recorded() {
     for mode in [
         DispatchMode::Explicit,
         DispatchMode::Room,
@@ -2081,6 +2081,37 @@ fn worker_is_asked_for_once_after_the_agents_join_and_recorded() {
         assert_eq!(report.outcome, Outcome::Ok);
         assert_eq!(report.circumstances.worker.as_deref(), Some("AW_7"));
     }
+}
+
+#[test]
+fn worker_that_is_listed_late_is_asked_for_again_and_not_forever() {
+    let script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 1_000);
+    let script = script.jobs_listed(560, Ok(jobs(&[]))).wait(2_559);
+    assert_eq!(script.job_lists(), 1);
+    let script = script.wait(2_560);
+    assert_eq!(script.job_lists(), 2);
+    let found = script.jobs_listed(2_570, Ok(jobs(&[("agent-1", "AW_7")])));
+    let found = found.hold(9_000, 0).wait(9_000);
+    assert_eq!(found.job_lists(), 2);
+    let worker = found.report(9_010).circumstances.worker;
+    assert_eq!(worker.as_deref(), Some("AW_7"));
+
+    let mut script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 1_000);
+    for at in [560, 3_100, 6_000, 9_000] {
+        script = script.jobs_listed(at, Ok(jobs(&[]))).wait(at + 2_500);
+    }
+    assert_eq!(script.job_lists(), 3);
+    assert!(!script.is_decided());
+    let script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 1_000);
+    let refused = ApiError::Refused(refusal(403, None, "no"));
+    let script = script.jobs_listed(560, Err(refused)).wait(9_000);
+    assert_eq!(script.job_lists(), 1);
 }
 
 #[test]
