@@ -10,7 +10,7 @@ use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
-use crate::livekit::event::{Agent, AudioStats};
+use crate::livekit::event::{Agent, AudioStats, MediaPath};
 
 pub mod driver;
 mod machine;
@@ -79,11 +79,11 @@ pub struct Circumstances {
     pub node: Option<String>,
     /// The region of that node, by the join response; a server without regions has none.
     pub region: Option<String>,
-    /// The worker that took the job, by `ListDispatch`.
+    /// The id of the worker that took the job, by `ListDispatch`. A worker that registers again has a new one.
     pub worker: Option<String>,
-    /// The transport of the canary's media: `udp` or `tcp`.
-    pub media_path: Option<String>,
-    /// The version that the agent reports.
+    /// The transport of the canary's media.
+    pub media_path: Option<MediaPath>,
+    /// The version that the agent reports in its attribute `agent.version`.
     pub agent_version: Option<String>,
 }
 

@@ -157,10 +157,7 @@ pub enum ChannelKind {
         format: WebhookFormat,
     },
     /// Events API v2.
-    Pagerduty {
-        routing_key: SecretString,
-        url: Url,
-    },
+    Pagerduty { routing_key: SecretString, url: Url },
     /// A GET request after every scheduled batch with a verdict on the agent: its absence is an alert elsewhere.
     Heartbeat { url: SecretString },
 }

@@ -18,9 +18,9 @@ use super::problem::{Problem, Problems, alternatives, from_variable, in_file, sh
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table};
 use super::settings::{
-    Alerts, Backoff, Batch, Budget, Config, Confirm, CredentialFiles, DaemonSettings, Deadlines, Dispatch,
-    DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives, ParticipantSettings,
-    Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
+    Alerts, Backoff, Batch, Budget, Config, Confirm, CredentialFiles, DaemonSettings, Deadlines,
+    Dispatch, DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives,
+    ParticipantSettings, Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
 };
 
 const MAX_ROOMS: usize = 10_000;

@@ -20,6 +20,7 @@ use crate::history::tests::{print_to_parent, run_and_kill};
 use crate::history::{BatchFilter, History};
 use crate::janitor::{CleanupResult, Janitor};
 use crate::livekit::RoomName;
+use crate::livekit::event::MediaPath;
 use crate::livekit::wire::api::Api;
 use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::token::Keys;
@@ -221,6 +222,53 @@ async fn every_room_of_a_batch_is_in_the_journal_billed_and_confirmed_gone() {
         (&room.0.into(), &"ok".into())
     );
     assert!(history.has_seen_agent("demo", Some("demo")).await.unwrap());
+}
+
+#[tokio::test]
+async fn poisoned_worker_is_known_by_its_rooms_and_so_are_node_region_path_and_version() {
+    let faults = [
+        "worker2:silent_track",
+        "worker2:version=1.5.0",
+        "room1:node=ND_1",
+        "region=eu",
+    ];
+    let mut stage = GuardStage::new(&faults).await;
+    let target = stage.config.targets.get_mut("demo").unwrap();
+    target.deadlines.speech = Duration::from_secs(2);
+    target.expect.reply = false;
+    let report = stage.batch(4).await;
+    let rooms = report.probes.iter().map(|probe| {
+        let circumstances = &probe.circumstances;
+        let worker = circumstances.worker.as_deref().unwrap_or("unknown");
+        let version = circumstances.agent_version.as_deref();
+        assert_eq!(circumstances.region.as_deref(), Some("eu"));
+        assert_eq!(circumstances.media_path, Some(MediaPath::Udp));
+        (probe.outcome.label(), worker, version)
+    });
+    let (well, silent) = (
+        ("ok", "AW_sandbox1", None),
+        ("failed", "AW_sandbox2", Some("1.5.0")),
+    );
+    assert_eq!(rooms.collect::<Vec<_>>(), [well, silent, well, silent]);
+    let nodes = report.probes.iter().map(|probe| {
+        let node = probe.circumstances.node.as_deref();
+        node == Some("ND_1")
+    });
+    assert_eq!(nodes.collect::<Vec<_>>(), [true, false, false, false]);
+    stage.close().await;
+}
+
+#[tokio::test]
+async fn server_that_cannot_list_jobs_leaves_the_worker_unknown_and_the_probe_ok() {
+    for fault in ["list_dispatch=500", "list_dispatch=hang"] {
+        let mut stage = GuardStage::new(&[fault]).await;
+        stage.config.targets.get_mut("demo").unwrap().expect.reply = false;
+        let report = stage.batch(1).await;
+        let probe = &report.probes[0];
+        assert_eq!(probe.outcome, Outcome::Ok, "{fault}");
+        assert_eq!(probe.circumstances.worker, None, "{fault}");
+        stage.close().await;
+    }
 }
 
 #[tokio::test]

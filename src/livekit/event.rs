@@ -14,6 +14,11 @@ use super::wire::signal::SignalError;
 /// The others are those of the protobufs' `SubscriptionError`.
 pub(crate) const NOT_PERMITTED: &str = "NOT_PERMITTED";
 
+/// The attribute in which an agent reports its own version. LiveKit and livekit-agents set none: `livekit-agents` sends its
+/// version only to the server, which shows it to no client. So the agent's author sets this one, when the worker accepts
+/// the job (`JobRequest.accept`) or later (`LocalParticipant.set_attributes`).
+pub(crate) const AGENT_VERSION: &str = "agent.version";
+
 /// Something that happened in the room.
 ///
 /// `at` is the time of the first receipt: the kernel's timestamp for media, and our code's for everything else.
@@ -35,8 +40,10 @@ pub(crate) enum RoomEventKind {
     },
     /// An address at which the server receives media, such as `UDP 192.0.2.1:7882`. Each address is reported once.
     MediaAddress(String),
-    /// Both peer connections are up.
-    MediaConnected,
+    /// Both peer connections are up. An engine that cannot tell the path has none.
+    MediaConnected {
+        path: Option<MediaPath>,
+    },
     /// Media runs over TCP, although UDP was tried first.
     UdpBlocked,
     /// The server acknowledged the echo track.
@@ -53,6 +60,8 @@ pub(crate) enum RoomEventKind {
     AgentConnected,
     /// The agent's `lk.agent.state` attribute changed.
     AgentState(String),
+    /// The agent's attribute [`AGENT_VERSION`] changed.
+    AgentVersion(String),
     AgentTrackSubscribed,
     /// The agent's audio is on a track of another source than MICROPHONE: this one. It comes before the subscription.
     AgentVoiceSource(&'static str),
@@ -110,6 +119,21 @@ pub(crate) enum RoomEventKind {
         reason: EndReason,
         audio: AudioStats,
     },
+}
+
+/// The transport of the canary's media. It is TCP if any of its two connections uses TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum MediaPath {
+    Udp,
+    Tcp,
+}
+
+impl MediaPath {
+    /// `udp` or `tcp`.
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -20,8 +20,8 @@ use crate::metrics::{
     SliVerdict, TargetMetrics,
 };
 use crate::probe::{
-    Circumstances, AgentStage, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    Timeline, Turn, TurnResult, TurnStages,
+    AgentStage, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
+    ProbeReport, Reason, Timeline, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, BatchResult, Purpose};
 use chrono::{DateTime, TimeDelta, Utc};

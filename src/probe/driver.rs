@@ -325,6 +325,10 @@ impl Driver {
                     })
                 });
             }
+            Action::ListJobs => {
+                let (api, room) = (self.context.api.clone(), self.room.clone());
+                self.call(async move { Input::JobsListed(api.list_dispatch(&room).await) });
+            }
             Action::RecordDispatch(id) => {
                 if let Some(lease) = &mut self.lease {
                     lease.dispatched(id);

@@ -1,7 +1,7 @@
 //! Faults as data: what goes wrong, in which rooms, and the compact text form.
 //!
-//! A rule reads `[roomN:]FAULT[=VALUE]`; without `roomN:` it holds for every room. Rooms are numbered from 1 in the
-//! order in which their names first reach the sandbox.
+//! A rule reads `[roomN:]FAULT[=VALUE]` or `[workerN:]FAULT[=VALUE]`; without a prefix it holds for every room. Rooms are
+//! numbered from 1 in the order in which their names first reach the sandbox, and workers serve them in turn.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,6 +22,8 @@ pub enum RoomSelector {
     All,
     /// The n-th room of this sandbox, from 1.
     Nth(u64),
+    /// The rooms that the n-th worker serves, from 1. There are as many workers as the highest number names.
+    Worker(u64),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +66,8 @@ pub enum InjectedFault {
     RestartsTrack,
     /// Its workers register as this deployment.
     Deployment(String),
+    /// It reports this version of itself.
+    Version(String),
     /// A second agent of its name joins.
     Duplicate,
     /// An agent without a name joins the room too, as the agent of an unnamed worker does.
@@ -105,6 +109,10 @@ pub enum InjectedFault {
     SilentSession,
     /// It reports this error on its session stream and never speaks.
     InferenceError(String),
+    /// The join response names this node.
+    Node(String),
+    /// The join response names this region.
+    Region(String),
     /// No datagram is answered: ICE never comes up.
     NoMedia,
     /// Once a caller's track is there, its media gets lost on the way to the server.
@@ -197,6 +205,7 @@ pub enum FaultAction {
 /// For `--help`: every fault with its form.
 pub const SYNTAX: &str = "\
 A fault is [roomN:]NAME[=VALUE]; without roomN: it applies to every room. Rooms count from 1.
+workerN: instead of roomN: starts N workers, which serve the rooms in turn, and gives the fault to the agents of worker N.
 The agent:
   join_delay=2s            joins late
   never_accepts            no worker takes the job
@@ -217,6 +226,7 @@ The agent:
   encrypted                publishes end-to-end encrypted audio
   restarts_track           greets on one track and answers on another
   deployment=NAME          its workers register as this deployment
+  version=TEXT             reports this version in its attribute agent.version
   duplicate                a second agent joins
   stray                    an agent without a name joins too
   late_after_deletion=1s   connects this long after its room was deleted
@@ -239,6 +249,8 @@ The agent:
   silent_session           reports no state, no event and no transcript
   inference_error[=TEXT]   reports an inference error (429) and falls silent
 The service:
+  node=ID                  the join response names this node
+  region=NAME              the join response names this region
   no_media                 ICE never comes up
   uplink_lost              the caller's media gets lost once its track is there
   STEP=ANSWER              STEP: api, create_room, delete_room, create_dispatch, list_dispatch, delete_dispatch,
@@ -286,26 +298,51 @@ impl From<FaultRule> for String {
 }
 
 fn parse(text: &str) -> Result<FaultRule, String> {
-    let (rooms, fault) = match text.strip_prefix("room").and_then(|t| t.split_once(':')) {
-        Some((number, fault)) => (RoomSelector::Nth(parse_number(number)?), fault),
-        None => (RoomSelector::All, text),
+    let numbered = |prefix| text.strip_prefix(prefix)?.split_once(':');
+    let (rooms, fault) = if let Some((number, fault)) = numbered("room") {
+        (RoomSelector::Nth(parse_number("room", number)?), fault)
+    } else if let Some((number, fault)) = numbered("worker") {
+        (RoomSelector::Worker(parse_number("worker", number)?), fault)
+    } else {
+        (RoomSelector::All, text)
     };
     let (name, value) = match fault.split_once('=') {
         Some((name, value)) => (name.trim(), Some(value.trim())),
         None => (fault.trim(), None),
     };
-    Ok(FaultRule {
-        rooms,
-        fault: parse_fault(name, value)?,
-    })
+    let fault = parse_fault(name, value)?;
+    if matches!(rooms, RoomSelector::Worker(_)) && !fault.is_of_agent() {
+        return Err(format!(
+            "{name} is no fault of one worker's agents; write it without worker"
+        ));
+    }
+    Ok(FaultRule { rooms, fault })
 }
 
-fn parse_number(number: &str) -> Result<u64, String> {
+fn parse_number(what: &str, number: &str) -> Result<u64, String> {
     match number.parse() {
         Ok(number) if number > 0 => Ok(number),
         _ => Err(format!(
-            "\"room{number}\" is not a room; rooms count from 1, as in room2:no_track"
+            "\"{what}{number}\" is not a {what}; {what}s count from 1, as in {what}2:no_track"
         )),
+    }
+}
+
+impl InjectedFault {
+    /// Whether an agent shows it after one worker took the job. If a worker takes no job, another one does.
+    fn is_of_agent(&self) -> bool {
+        !matches!(
+            self,
+            Self::NeverAccepts
+                | Self::Deployment(_)
+                | Self::Stray
+                | Self::Node(_)
+                | Self::Region(_)
+                | Self::NoMedia
+                | Self::UplinkLost
+                | Self::Http { .. }
+                | Self::Signal { .. }
+        )
     }
 }
 
@@ -350,6 +387,7 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "encrypted" => plain(InjectedFault::Encrypted),
         "restarts_track" => plain(InjectedFault::RestartsTrack),
         "deployment" => Ok(InjectedFault::Deployment(text("staging")?)),
+        "version" => Ok(InjectedFault::Version(text("1.4.0")?)),
         "duplicate" => plain(InjectedFault::Duplicate),
         "stray" => plain(InjectedFault::Stray),
         "no_reply" => plain(InjectedFault::NoReply),
@@ -383,6 +421,8 @@ fn parse_fault(name: &str, value: Option<&str>) -> Result<InjectedFault, String>
         "slow_network" => Ok(InjectedFault::SlowNetwork(duration()?)),
         "dead_llm" => plain(InjectedFault::DeadLlm),
         "silent_session" => plain(InjectedFault::SilentSession),
+        "node" => Ok(InjectedFault::Node(text("ND_2")?)),
+        "region" => Ok(InjectedFault::Region(text("eu-west")?)),
         "no_media" => plain(InjectedFault::NoMedia),
         "uplink_lost" => plain(InjectedFault::UplinkLost),
         "inference_error" => Ok(InjectedFault::InferenceError(
@@ -484,8 +524,10 @@ const STAGES: [(AgentStage, &str); 4] = [
 
 impl fmt::Display for FaultRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let RoomSelector::Nth(number) = self.rooms {
-            write!(f, "room{number}:")?;
+        match self.rooms {
+            RoomSelector::All => {}
+            RoomSelector::Nth(number) => write!(f, "room{number}:")?,
+            RoomSelector::Worker(number) => write!(f, "worker{number}:")?,
         }
         self.fault.fmt(f)
     }
@@ -521,6 +563,7 @@ impl fmt::Display for InjectedFault {
             Self::Encrypted => f.write_str("encrypted"),
             Self::RestartsTrack => f.write_str("restarts_track"),
             Self::Deployment(name) => write!(f, "deployment={name}"),
+            Self::Version(text) => write!(f, "version={text}"),
             Self::Duplicate => f.write_str("duplicate"),
             Self::Stray => f.write_str("stray"),
             Self::NoReply => f.write_str("no_reply"),
@@ -545,6 +588,8 @@ impl fmt::Display for InjectedFault {
             Self::SlowNetwork(delay) => timed(f, "slow_network", delay),
             Self::DeadLlm => f.write_str("dead_llm"),
             Self::SilentSession => f.write_str("silent_session"),
+            Self::Node(id) => write!(f, "node={id}"),
+            Self::Region(name) => write!(f, "region={name}"),
             Self::NoMedia => f.write_str("no_media"),
             Self::UplinkLost => f.write_str("uplink_lost"),
             Self::InferenceError(text) => write!(f, "inference_error={text}"),
@@ -598,32 +643,71 @@ fn compact(time: Duration) -> String {
         .replace(' ', "")
 }
 
-/// The faults of one room.
+/// The faults of one room, and the worker that serves it.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Faults(Vec<InjectedFault>);
+pub(crate) struct Faults {
+    faults: Vec<InjectedFault>,
+    /// The number of the worker, from 1; 0 for calls that concern no room.
+    worker: u64,
+}
 
 impl Faults {
-    /// Those of `rules` that hold for room `number`.
+    /// Those of `rules` that hold for room `number`; 0 is no room.
     pub(crate) fn of_room(rules: &[FaultRule], number: u64) -> Self {
+        let named = rules.iter().filter_map(|rule| match rule.rooms {
+            RoomSelector::Worker(nth) => Some(nth),
+            RoomSelector::All | RoomSelector::Nth(_) => None,
+        });
+        let workers = named.max().unwrap_or(1);
+        let worker = number.checked_sub(1).map_or(0, |room| room % workers + 1);
         let holds = |rule: &&FaultRule| match rule.rooms {
             RoomSelector::All => true,
             RoomSelector::Nth(nth) => nth == number,
+            RoomSelector::Worker(nth) => nth == worker,
         };
-        Self(
-            rules
-                .iter()
-                .filter(holds)
-                .map(|rule| rule.fault.clone())
-                .collect(),
-        )
+        let held = rules.iter().filter(holds);
+        Self {
+            faults: held.map(|rule| rule.fault.clone()).collect(),
+            worker,
+        }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &InjectedFault> {
-        self.0.iter()
+        self.faults.iter()
     }
 
     pub(crate) fn has(&self, fault: &InjectedFault) -> bool {
-        self.0.contains(fault)
+        self.faults.contains(fault)
+    }
+
+    /// The id of the worker that serves the room.
+    pub(crate) fn worker_id(&self) -> String {
+        format!("AW_sandbox{}", self.worker)
+    }
+
+    /// The version that the agent reports.
+    pub(crate) fn version(&self) -> Option<&str> {
+        self.iter().find_map(|fault| match fault {
+            InjectedFault::Version(text) => Some(text.as_str()),
+            _ => None,
+        })
+    }
+
+    /// The node that the join response names, if not the sandbox's own.
+    pub(crate) fn node(&self) -> Option<&str> {
+        self.iter().find_map(|fault| match fault {
+            InjectedFault::Node(id) => Some(id.as_str()),
+            _ => None,
+        })
+    }
+
+    /// The region that the join response names; empty as on a server without regions.
+    pub(crate) fn region(&self) -> &str {
+        let named = self.iter().find_map(|fault| match fault {
+            InjectedFault::Region(name) => Some(name.as_str()),
+            _ => None,
+        });
+        named.unwrap_or_default()
     }
 
     /// The deployment as which the agent's workers register; empty if they have none.
@@ -683,6 +767,8 @@ mod tests {
             "encrypted",
             "restarts_track",
             "deployment=staging",
+            "version=1.4.0",
+            "worker2:silent_track",
             "duplicate",
             "stray",
             "late_after_deletion=1m",
@@ -706,6 +792,8 @@ mod tests {
             "slow_network=1s",
             "dead_llm",
             "silent_session",
+            "room2:node=ND_2",
+            "region=eu-west",
             "no_media",
             "uplink_lost",
             "inference_error=quota",
@@ -740,6 +828,9 @@ mod tests {
         assert!(problem("join_delay").contains("join_delay=2s"));
         assert!(problem("join_delay=soon").contains("not a duration"));
         assert!(problem("room0:no_track").contains("count from 1"));
+        assert!(problem("worker0:no_track").contains("count from 1"));
+        assert!(problem("worker2:no_media").contains("no fault of one worker's agents"));
+        assert!(problem("worker2:upgrade=500").contains("no fault of one worker's agents"));
         assert!(problem("no_track=1").contains("takes no value"));
         assert!(problem("deaf_after").contains("deaf_after=2"));
         assert!(problem("tool=").contains("tool=lookup"));
@@ -759,6 +850,22 @@ mod tests {
         assert!(Faults::of_room(&rules, 2).has(&InjectedFault::NoTrack));
         assert!(!Faults::of_room(&rules, 1).has(&InjectedFault::NoTrack));
         assert!(Faults::of_room(&rules, 1).has(&InjectedFault::NoReply));
+    }
+
+    #[test]
+    fn workers_serve_the_rooms_in_turn_and_a_fault_of_one_holds_only_for_its_rooms() {
+        let rules = ["worker3:silent_track".parse().unwrap()];
+        let worker = |room| {
+            let faults = Faults::of_room(&rules, room);
+            let poisoned = faults.has(&InjectedFault::SilentTrack);
+            (faults.worker_id(), poisoned)
+        };
+        let rooms = (1..=4).map(worker).collect::<Vec<_>>();
+        let expected = [("1", false), ("2", false), ("3", true), ("1", false)]
+            .map(|(number, poisoned)| (format!("AW_sandbox{number}"), poisoned));
+        assert_eq!(rooms, expected);
+        assert!(!Faults::of_room(&rules, 0).has(&InjectedFault::SilentTrack));
+        assert_eq!(Faults::of_room(&[], 7).worker_id(), "AW_sandbox1");
     }
 
     #[test]

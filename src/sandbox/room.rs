@@ -822,7 +822,12 @@ impl RoomActor {
             server_info: Some(proto::ServerInfo {
                 version: SERVER_VERSION.to_owned(),
                 protocol: 17,
-                node_id: self.shared.node_id.clone(),
+                node_id: self
+                    .faults
+                    .node()
+                    .unwrap_or(&self.shared.node_id)
+                    .to_owned(),
+                region: self.faults.region().to_owned(),
                 agent_protocol: 1,
                 ..proto::ServerInfo::default()
             }),
@@ -984,7 +989,7 @@ impl RoomActor {
             let faults = if is_target { &self.faults } else { &none };
             let script = AgentScript::new(faults);
             let launch = |script: AgentScript| {
-                let job = Box::new(new_job(&info, &self.info));
+                let job = Box::new(new_job(&info, &self.info, self.faults.worker_id()));
                 let (shared, cancel) = (Arc::clone(&self.shared), cancel.clone());
                 let errand = AgentJob {
                     job,
@@ -1031,6 +1036,10 @@ impl RoomActor {
     /// Adds an agent whose media is not up yet: it does not hear, and the others do not see it.
     fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
         let mut info = agent_info(job);
+        if let Some(version) = self.faults.version() {
+            let version = version.to_owned();
+            info.attributes.insert("agent.version".to_owned(), version);
+        }
         if let Some(permission) = &mut info.permission {
             permission.hidden = script.has(&InjectedFault::Hidden);
         }

@@ -39,7 +39,7 @@ use super::transport::{SdkConnector, WireEvent};
 use super::watch::SignalWatch;
 use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
-use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind};
+use crate::livekit::event::{EndReason, MediaPath, RoomEvent, RoomEventKind};
 use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
@@ -535,11 +535,12 @@ impl<'a> SdkSession<'a> {
             MeasuredStats::Transports(stats) if are_up(&stats) => {
                 self.media_reported = true;
                 self.caller.open(now);
+                let path = media_path(&stats);
                 self.watch
                     .observer
                     .events
-                    .send(now, RoomEventKind::MediaConnected)?;
-                if over_tcp(&stats) {
+                    .send(now, RoomEventKind::MediaConnected { path })?;
+                if path == Some(MediaPath::Tcp) {
                     self.watch
                         .observer
                         .events
@@ -643,8 +644,9 @@ fn are_up(stats: &[RtcStats]) -> bool {
     transports.next() == Some(connected) && transports.all(|state| state == connected)
 }
 
-/// Whether a transport's selected candidate pair uses TCP. The SDK always tries UDP first.
-fn over_tcp(stats: &[RtcStats]) -> bool {
+/// The protocol of the transports' selected candidate pairs: TCP if any uses it. `None` if the SDK shows no selected pair.
+/// The SDK always tries UDP first.
+fn media_path(stats: &[RtcStats]) -> Option<MediaPath> {
     let selected = stats.iter().filter_map(|stats| match stats {
         RtcStats::Transport(it) => Some(&it.transport.selected_candidate_pair_id),
         _ => None,
@@ -657,15 +659,19 @@ fn over_tcp(stats: &[RtcStats]) -> bool {
             _ => None,
         })
     });
-    let mut protocols = local.filter_map(|local| {
+    let paths = local.filter_map(|local| {
         stats.iter().find_map(|stats| match stats {
             RtcStats::LocalCandidate(it) if it.rtc.id == *local => {
-                Some(it.local_candidate.protocol.as_str())
+                match it.local_candidate.protocol.as_str() {
+                    "udp" => Some(MediaPath::Udp),
+                    "tcp" => Some(MediaPath::Tcp),
+                    _ => None,
+                }
             }
             _ => None,
         })
     });
-    protocols.any(|protocol| protocol == "tcp")
+    paths.max()
 }
 
 fn outbound(stats: &[RtcStats]) -> OutboundStats {

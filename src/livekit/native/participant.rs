@@ -27,7 +27,7 @@ use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
 use crate::livekit::audio::opus::{self, Decoder};
 use crate::livekit::audio::rtp::{self, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
-use crate::livekit::event::{EndReason, RoomEvent, RoomEventKind, UplinkReport};
+use crate::livekit::event::{EndReason, MediaPath, RoomEvent, RoomEventKind, UplinkReport};
 use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
@@ -448,10 +448,15 @@ impl<'a> NativeSession<'a> {
     fn on_connected(&mut self, now: Instant) -> Result<(), EndReason> {
         if !self.media_reported && self.publisher.connected() && self.subscriber.connected() {
             self.media_reported = true;
+            let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
+            let path = Some(if over_tcp {
+                MediaPath::Tcp
+            } else {
+                MediaPath::Udp
+            });
             self.observer
                 .events
-                .send(now, RoomEventKind::MediaConnected)?;
-            let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
+                .send(now, RoomEventKind::MediaConnected { path })?;
             if over_tcp && self.udp_tried {
                 self.observer.events.send(now, RoomEventKind::UdpBlocked)?;
             }

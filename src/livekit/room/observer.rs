@@ -122,9 +122,9 @@ impl Observer {
             at,
             RoomEventKind::SignalConnected {
                 room_sid: room.sid,
-                server_version: server.version,
-                region: server.region,
-                node: server.node_id,
+                server_version: sanitize(&server.version),
+                region: sanitize(&server.region),
+                node: sanitize(&server.node_id),
             },
         )?;
         let own = response.participant.clone().unwrap_or_default();
@@ -426,7 +426,7 @@ mod tests {
                 .send(now, RoomEventKind::CallerEnded { sent: 0 })
                 .is_ok()
         );
-        let full = sender.send(now, RoomEventKind::MediaConnected);
+        let full = sender.send(now, RoomEventKind::MediaConnected { path: None });
         assert!(matches!(full, Err(EndReason::Internal(_))));
         last.send(RoomEvent {
             at: now,

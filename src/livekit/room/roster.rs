@@ -9,7 +9,7 @@ use livekit_protocol::participant_info::{Kind, State};
 use livekit_protocol::{DisconnectReason, ParticipantInfo, TrackInfo, TrackSource, TrackType};
 use tokio::time::Instant;
 
-use crate::livekit::event::{Agent, RemoteTrackInfo, RoomEvent, RoomEventKind};
+use crate::livekit::event::{AGENT_VERSION, Agent, RemoteTrackInfo, RoomEvent, RoomEventKind};
 use crate::livekit::wire::request::sanitize;
 
 /// Participants that are remembered; a probe's room has two.
@@ -38,6 +38,7 @@ pub(crate) struct Roster {
     /// The agent's session id. It stays set after the agent has left.
     agent: Option<String>,
     agent_state: Option<String>,
+    agent_version: Option<String>,
     agent_connected: bool,
     /// The agent has had a track with the source MICROPHONE. Audio of another source is then no voice of it.
     has_microphone: bool,
@@ -71,6 +72,7 @@ impl Roster {
             present: HashMap::new(),
             agent: None,
             agent_state: None,
+            agent_version: None,
             agent_connected: false,
             has_microphone: false,
             encryption_reported: false,
@@ -197,6 +199,7 @@ impl Roster {
         self.has_microphone |= has_microphone;
         events.extend(self.connection(at, &sid));
         events.extend(self.state_change(at, &sid));
+        events.extend(self.version_change(at, &sid));
         events
     }
 
@@ -281,6 +284,7 @@ impl Roster {
         }
         events.extend(self.connection(at, &sid));
         events.extend(self.state_change(at, &sid));
+        events.extend(self.version_change(at, &sid));
     }
 
     /// Assigns the role of an agent with the target's name. The first one is the agent, and a second one at the same time is
@@ -356,6 +360,19 @@ impl Roster {
         Some(RoomEvent {
             at,
             kind: RoomEventKind::AgentState(state),
+        })
+    }
+
+    fn version_change(&mut self, at: Instant, sid: &str) -> Option<RoomEvent> {
+        let member = self.present.get(sid)?;
+        let version = sanitize(attribute(&member.info, AGENT_VERSION)?);
+        if member.role != Role::Agent || self.agent_version.as_ref() == Some(&version) {
+            return None;
+        }
+        self.agent_version = Some(version.clone());
+        Some(RoomEvent {
+            at,
+            kind: RoomEventKind::AgentVersion(version),
         })
     }
 

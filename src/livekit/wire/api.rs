@@ -103,6 +103,17 @@ pub(crate) struct JobInfo {
     pub(crate) error: String,
     /// The identity under which the job's agent joins; empty if the server does not name it.
     pub(crate) identity: String,
+    /// The worker that accepted the job; empty if the server does not name it. The server assigns the id when a worker
+    /// registers, so a worker that reconnects has a new one.
+    pub(crate) worker: String,
+}
+
+impl JobInfo {
+    /// Whether the participant with this identity is the job's agent. livekit-agents forms the identity from the job's id,
+    /// unless the worker names another one.
+    pub(crate) fn is_of(&self, identity: &str) -> bool {
+        identity == self.identity || !self.id.is_empty() && identity.contains(&self.id)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -387,6 +398,7 @@ impl From<proto::Job> for JobInfo {
             status: state.status().as_str_name().to_owned(),
             error: sanitize(&state.error),
             identity: state.participant_identity,
+            worker: sanitize(&state.worker_id),
         }
     }
 }

@@ -67,8 +67,9 @@ fn max_caller_speech(caller: &Caller) -> Duration {
     lines.max().unwrap_or_default().max(CallerTurn::MAX_ECHO) + CALLER_GRACE
 }
 
-/// How often the jobs are listed while an agent without a name may be the target's. LiveKit can list a job late.
-const LIST_INTERVAL: Duration = Duration::from_secs(2);
+/// How often the jobs are listed while an agent without a name may be the target's, or while the agent's worker is unknown.
+/// LiveKit can list a job late.
+pub(super) const LIST_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What a deadline is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +79,8 @@ enum Due {
     Agent(AgentDuty),
     /// A list of the jobs, to recognise an agent without a name.
     Recognise,
+    /// A list of the jobs, for the agent's worker.
+    ListJobs,
     /// The end of what the caller says.
     CallerSpeech,
     /// The end of a turn that has a voice after it, or that was not answered and need not be.
@@ -139,7 +142,11 @@ impl ProbeMachine {
                 let joined = self.report.timeline.get(Milestone::SignalConnected)?;
                 Some((joined + deadlines.media, Due::Media))
             }
-            Phase::Watching => self.due_of_agent(),
+            Phase::Watching => {
+                let next_list = self.worker_search.next_at.map(|at| (at, Due::ListJobs));
+                let due = [self.due_of_agent(), next_list];
+                due.into_iter().flatten().min_by_key(|(at, _)| *at)
+            }
             Phase::FinalCheck { at, .. } => {
                 let wait = if self.final_listing.is_some() {
                     UPLINK_WAIT
@@ -315,6 +322,7 @@ impl ProbeMachine {
                 let participants = false;
                 self.actions.push(Action::ListRoom { participants });
             }
+            Due::ListJobs => self.list_jobs(),
             Due::CallerSpeech => self.fail(Failure::of_missing_caller_turn(), now),
             Due::TurnEnd => self.end_turn(now),
             Due::Yield => {

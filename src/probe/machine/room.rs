@@ -126,6 +126,9 @@ impl ProbeMachine {
                     self.mark(Milestone::DispatchAccepted, at);
                 }
                 self.joined_room(room_sid);
+                let circumstances = &mut self.report.circumstances;
+                circumstances.node = Some(node.clone()).filter(|node| !node.is_empty());
+                circumstances.region = Some(region.clone()).filter(|region| !region.is_empty());
                 let region = if region.is_empty() {
                     "unnamed"
                 } else {
@@ -136,7 +139,10 @@ impl ProbeMachine {
                 ));
             }
             RoomEventKind::MediaAddress(address) => push_new(&mut self.media_addresses, address),
-            RoomEventKind::MediaConnected => self.mark(Milestone::MediaConnected, at),
+            RoomEventKind::MediaConnected { path } => {
+                self.report.circumstances.media_path = path;
+                self.mark(Milestone::MediaConnected, at);
+            }
             RoomEventKind::UdpBlocked => self.add_note(
                 "media runs over TCP because UDP does not get through: check the firewalls between this machine and \
                  LiveKit's media ports"
@@ -160,6 +166,9 @@ impl ProbeMachine {
                 }
                 self.claim.on_state(&state, at);
                 self.record_session(&SessionEvent::AgentState(state), at);
+            }
+            RoomEventKind::AgentVersion(version) => {
+                self.report.circumstances.agent_version = Some(version);
             }
             RoomEventKind::AgentTrackSubscribed => {
                 self.mark(Milestone::AgentTrackSubscribed, at);

@@ -3,14 +3,15 @@ use std::time::Duration;
 use super::*;
 use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::{
-    Agent, AudioStats, CallerTurn, EndReason, MediaPermission, NOT_PERMITTED, RoomEventKind,
-    SessionEvent, SessionMessage, Speaker, TranscriptText, TurnMetrics, UplinkReport,
+    Agent, AudioStats, CallerTurn, EndReason, MediaPath, MediaPermission, NOT_PERMITTED,
+    RoomEventKind, SessionEvent, SessionMessage, Speaker, TranscriptText, TurnMetrics,
+    UplinkReport,
 };
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
-use crate::probe::{LimitKind, Span, Turn};
+use crate::probe::{Circumstances, LimitKind, Span, Turn};
 
 /// A probe and its clock, in milliseconds since the start.
 struct MachineScript {
@@ -18,6 +19,10 @@ struct MachineScript {
     base: Instant,
     actions: Vec<Action>,
 }
+
+const OVER_UDP: RoomEventKind = RoomEventKind::MediaConnected {
+    path: Some(MediaPath::Udp),
+};
 
 /// Most tests need no reply.
 fn explicit() -> Target {
@@ -78,6 +83,7 @@ fn dispatches(agent_name: &str, job: Option<&str>) -> Vec<DispatchInfo> {
         status: status.to_owned(),
         error: String::new(),
         identity: "agent-AJ_1".to_owned(),
+        worker: "AW_1".to_owned(),
     });
     vec![DispatchInfo {
         id: "AD_1".to_owned(),
@@ -192,7 +198,7 @@ impl MachineScript {
 
     /// Media up and the echo track published.
     fn up(self, at: u64) -> Self {
-        self.see(at, RoomEventKind::MediaConnected)
+        self.see(at, OVER_UDP)
             .see(at, RoomEventKind::CallerPublished)
     }
 
@@ -367,7 +373,7 @@ fn explicit_dispatch_waits_until_media_is_up_and_the_echo_published() {
         .signal(40);
     let script = script.see(60, RoomEventKind::CallerPublished);
     assert_eq!(dispatches(&script), 0);
-    let script = script.see(90, RoomEventKind::MediaConnected);
+    let script = script.see(90, OVER_UDP);
     assert_eq!(dispatches(&script), 1);
 }
 
@@ -1423,10 +1429,7 @@ fn slow_step_of_the_canary_has_its_reason() {
             Some("publish"),
         ),
         (
-            created()
-                .signal(40)
-                .see(60, RoomEventKind::MediaConnected)
-                .wait(15_040),
+            created().signal(40).see(60, OVER_UDP).wait(15_040),
             Reason::PublishFailed,
             Some("publish"),
         ),
@@ -1686,6 +1689,9 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
                     Err(error())
                 },
             };
+            if random.bool() {
+                return Input::JobsListed(dispatches);
+            }
             return Input::Listed(ListedRoom {
                 dispatches,
                 participants: None,
@@ -1713,7 +1719,7 @@ fn random_input(random: &mut fastrand::Rng, script: &MachineScript, at: u64) -> 
             region: String::new(),
             node: String::new(),
         },
-        10 | 11 => RoomEventKind::MediaConnected,
+        10 | 11 => OVER_UDP,
         12 | 13 => RoomEventKind::CallerPublished,
         14 => RoomEventKind::AgentJoined {
             agent: agent(),
@@ -2011,6 +2017,227 @@ fn hidden_agent_is_no_missing_agent() {
     ] {
         assert_eq!(reason_of(&verdict(present)), Reason::AgentNoShow);
     }
+}
+
+// The circumstances.
+
+impl MachineScript {
+    fn jobs_listed(self, at: u64, result: Result<Vec<DispatchInfo>, ApiError>) -> Self {
+        let call = Call {
+            sent_at: Some(self.time(at)),
+            answered_at: self.time(at),
+            result,
+        };
+        self.feed(at, Input::JobsListed(call))
+    }
+
+    fn job_lists(&self) -> usize {
+        self.count(|action| matches!(action, Action::ListJobs))
+    }
+
+    /// Speaks, and ends the room at once.
+    fn spoken(self, at: u64) -> Self {
+        self.track(at)
+            .speech(at, at + 400)
+            .hold(at, 0)
+            .wait(at + 500)
+    }
+}
+
+/// A dispatch of the target's agent, whose jobs these agents and workers have.
+fn jobs(of: &[(&str, &str)]) -> Vec<DispatchInfo> {
+    let mut all = dispatches("support", Some("JS_RUNNING"));
+    let template = all[0].jobs.remove(0);
+    let of = of.iter().map(|(identity, worker)| JobInfo {
+        identity: (*identity).to_owned(),
+        worker: (*worker).to_owned(),
+        ..template.clone()
+    });
+    all[0].jobs.extend(of);
+    all
+}
+
+#[test]
+fn worker_is_asked_for_after_the_agents_join_and_recorded() {
+    for mode in [
+        DispatchMode::Explicit,
+        DispatchMode::Room,
+        DispatchMode::Token,
+        DispatchMode::Automatic,
+    ] {
+        let mut target = named(mode);
+        if mode == DispatchMode::Automatic {
+            target.agent_name = None;
+        }
+        let script = MachineScript::new(target).created(10, Ok(())).signal(40);
+        let script = script.up(100).dispatched(101, 110, Ok(()));
+        assert_eq!(script.job_lists(), 0);
+        let script = script.joined(500);
+        assert_eq!(script.job_lists(), 1);
+        let script = script.jobs_listed(520, Ok(jobs(&[("agent-1", "AW_7")])));
+        let script = script.spoken(600);
+        assert_eq!(script.job_lists(), 1);
+        let report = script.report(1_110);
+        assert_eq!(report.outcome, Outcome::Ok);
+        assert_eq!(report.circumstances.worker.as_deref(), Some("AW_7"));
+    }
+}
+
+#[test]
+fn worker_that_is_listed_late_is_asked_for_again_and_not_forever() {
+    let script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 1_000);
+    let script = script.jobs_listed(560, Ok(jobs(&[]))).wait(2_559);
+    assert_eq!(script.job_lists(), 1);
+    let script = script.wait(2_560);
+    assert_eq!(script.job_lists(), 2);
+    let found = script.jobs_listed(2_570, Ok(jobs(&[("agent-1", "AW_7")])));
+    let found = found.hold(9_000, 0).wait(9_000);
+    assert_eq!(found.job_lists(), 2);
+    let worker = found.report(9_010).circumstances.worker;
+    assert_eq!(worker.as_deref(), Some("AW_7"));
+
+    let mut script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 1_000);
+    for at in [560, 3_100, 6_000, 9_000] {
+        script = script.jobs_listed(at, Ok(jobs(&[]))).wait(at + 2_500);
+    }
+    assert_eq!(script.job_lists(), 3);
+    assert!(!script.is_decided());
+    let script = MachineScript::new(explicit())
+        .with_agent()
+        .speech(700, 1_000);
+    let refused = ApiError::Refused(refusal(403, None, "no"));
+    let script = script.jobs_listed(560, Err(refused)).wait(9_000);
+    assert_eq!(script.job_lists(), 1);
+}
+
+#[test]
+fn agent_that_joins_before_the_canary_is_ready_has_its_worker_asked_for_later() {
+    let early = MachineScript::new(named(DispatchMode::Room))
+        .created(10, Ok(()))
+        .signal(40)
+        .joined(50);
+    assert_eq!(early.job_lists(), 0);
+    assert_eq!(early.up(100).job_lists(), 1);
+    // CreateDispatch has not returned yet.
+    let script = MachineScript::new(explicit()).way_in().joined(300);
+    assert_eq!(script.job_lists(), 0);
+    assert_eq!(script.dispatched(101, 310, Ok(())).job_lists(), 1);
+}
+
+#[test]
+fn list_of_jobs_that_fails_or_hangs_changes_no_verdict_and_holds_no_room_open() {
+    let failed = || ApiError::Timeout(Duration::from_secs(10));
+    let ends = |script: MachineScript| {
+        let report = script.spoken(600).report(1_110);
+        assert_eq!(report.outcome, Outcome::Ok);
+        assert_eq!(report.circumstances.worker, None);
+        report.evidence.notes.join("; ")
+    };
+    let hangs = MachineScript::new(explicit()).with_agent();
+    assert!(!ends(hangs).contains("worker"));
+    let script = MachineScript::new(explicit()).with_agent();
+    let notes = ends(script.jobs_listed(560, Err(failed())));
+    let noted = "the agent's worker is unknown, because ListDispatch failed";
+    assert!(notes.contains(noted), "{notes}");
+    let refused = ApiError::Refused(refusal(503, Some("unavailable"), "no response"));
+    let script = MachineScript::new(explicit()).with_agent();
+    // The room is being deleted.
+    let script = script.spoken(600).jobs_listed(1_101, Err(refused));
+    let notes = script.report(1_110).evidence.notes.join("; ");
+    assert!(!notes.contains("worker"), "{notes}");
+}
+
+#[test]
+fn answer_about_jobs_is_no_answer_to_the_final_check() {
+    let script = MachineScript::new(explicit()).with_agent().wait(20_500);
+    let script = script.jobs_listed(20_501, Ok(jobs(&[("agent-1", "AW_7")])));
+    assert!(!script.is_decided());
+    let report = script.listed(20_510, Ok(Vec::new())).report(20_520);
+    assert_eq!(reason_of(&report), Reason::AgentSilent);
+    assert_eq!(report.circumstances.worker.as_deref(), Some("AW_7"));
+}
+
+#[test]
+fn answer_after_the_verdict_still_names_the_worker() {
+    let script = MachineScript::new(explicit()).with_agent();
+    let script = script.left(540, "CLIENT_INITIATED");
+    assert!(script.is_decided());
+    let report = script
+        .jobs_listed(545, Ok(jobs(&[("agent-1", "AW_7")])))
+        .report(560);
+    assert_eq!(reason_of(&report), Reason::AgentLeftEarly);
+    assert_eq!(report.circumstances.worker.as_deref(), Some("AW_7"));
+}
+
+#[test]
+fn worker_is_the_one_of_the_agents_own_job_and_never_a_guess() {
+    let worker = |listed| {
+        let script = MachineScript::new(explicit()).with_agent();
+        let script = script.jobs_listed(560, Ok(listed)).spoken(600);
+        script.report(1_110).circumstances.worker
+    };
+    let two = jobs(&[("agent-2", "AW_1"), ("agent-1", "AW_2")]);
+    assert_eq!(worker(two).as_deref(), Some("AW_2"));
+    let unnamed = jobs(&[("", "AW_1"), ("", "AW_1")]);
+    assert_eq!(worker(unnamed).as_deref(), Some("AW_1"));
+    for unknown in [
+        jobs(&[]),
+        jobs(&[("agent-1", "")]),
+        jobs(&[("agent-2", "AW_1")]),
+        jobs(&[("", "AW_1"), ("", "AW_2")]),
+        with_unnamed(Vec::new()),
+    ] {
+        assert_eq!(worker(unknown), None);
+    }
+}
+
+#[test]
+fn worker_of_an_agent_that_never_joined_comes_from_the_final_check() {
+    let script = MachineScript::new(explicit()).waiting().wait(30_101);
+    let script = script.listed(30_110, Ok(dispatches("support", Some("JS_RUNNING"))));
+    assert_eq!(script.job_lists(), 0);
+    let report = script.report(30_120);
+    assert_eq!(reason_of(&report), Reason::AgentNoShow);
+    assert_eq!(report.circumstances.worker.as_deref(), Some("AW_1"));
+}
+
+#[test]
+fn node_region_media_path_and_version_are_recorded_unless_they_are_empty() {
+    let circumstances = |region: &str, node: &str, path, version: Option<&str>| {
+        let joined = RoomEventKind::SignalConnected {
+            room_sid: "RM_1".to_owned(),
+            server_version: "1.13.5".to_owned(),
+            region: region.to_owned(),
+            node: node.to_owned(),
+        };
+        let script = MachineScript::new(explicit())
+            .created(10, Ok(()))
+            .see(40, joined);
+        let script = script
+            .see(90, RoomEventKind::MediaConnected { path })
+            .see(100, RoomEventKind::CallerPublished)
+            .dispatched(101, 110, Ok(()))
+            .joined(500);
+        let script = match version {
+            Some(version) => script.see(510, RoomEventKind::AgentVersion(version.to_owned())),
+            None => script,
+        };
+        script.spoken(600).report(1_110).circumstances
+    };
+    let known = circumstances("eu", "ND_1", Some(MediaPath::Tcp), Some("1.4.0"));
+    let expected = Circumstances {
+        node: Some("ND_1".to_owned()),
+        region: Some("eu".to_owned()),
+        worker: None,
+        media_path: Some(MediaPath::Tcp),
+        agent_version: Some("1.4.0".to_owned()),
+    };
+    assert_eq!(known, expected);
+    assert_eq!(circumstances("", "", None, None), Circumstances::default());
 }
 
 // Agents without a name.

@@ -178,6 +178,9 @@ impl AgentScript {
             | InjectedFault::Encrypted
             | InjectedFault::RestartsTrack
             | InjectedFault::Deployment(_)
+            | InjectedFault::Version(_)
+            | InjectedFault::Node(_)
+            | InjectedFault::Region(_)
             | InjectedFault::Duplicate
             | InjectedFault::Stray
             | InjectedFault::NoMedia

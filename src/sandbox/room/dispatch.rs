@@ -72,7 +72,11 @@ impl AgentJob {
     }
 }
 
-pub(super) fn new_job(dispatch: &proto::AgentDispatch, room: &proto::Room) -> proto::Job {
+pub(super) fn new_job(
+    dispatch: &proto::AgentDispatch,
+    room: &proto::Room,
+    worker_id: String,
+) -> proto::Job {
     let id = guid("AJ_");
     proto::Job {
         dispatch_id: dispatch.id.clone(),
@@ -84,7 +88,7 @@ pub(super) fn new_job(dispatch: &proto::AgentDispatch, room: &proto::Room) -> pr
             status: proto::JobStatus::JsRunning.into(),
             started_at: unix_millis() * 1_000_000,
             participant_identity: format!("agent-{id}"),
-            worker_id: "AW_sandbox".to_owned(),
+            worker_id,
             ..proto::JobState::default()
         }),
         id,

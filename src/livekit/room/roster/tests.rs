@@ -468,3 +468,23 @@ fn agent_with_another_name_or_a_helper_cannot_be_adopted() {
         assert!(room.roster.adopt(room.start, identity).is_empty());
     }
 }
+
+#[test]
+fn version_that_the_agent_reports_is_emitted_once_per_change_and_never_that_of_another() {
+    let mut room = RosterRoom::new(Some("support"));
+    let with_version = |sid: &str, name: &str, version: &str| {
+        let attributes = [(NAME_BY_SERVER, name), (AGENT_VERSION, version)];
+        participant(sid, Kind::Agent, &attributes)
+    };
+    let version = |events: Vec<(u64, String)>| {
+        let mut versions = events.into_iter().map(|(_, what)| what);
+        versions.find(|what| what.starts_with("AgentVersion"))
+    };
+    let other = with_version("PA_0", "billing", "9.9.9");
+    assert_eq!(version(room.update(other)), None);
+    assert_eq!(version(room.update(agent("PA_1"))), None);
+    let first = room.update(with_version("PA_1", "support", "1.4.0"));
+    assert_eq!(version(first).as_deref(), Some("AgentVersion(\"1.4.0\")"));
+    let same = room.update(with_version("PA_1", "support", "1.4.0"));
+    assert_eq!(version(same), None);
+}

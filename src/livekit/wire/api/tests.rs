@@ -243,11 +243,12 @@ fn timeout_below_a_second_does_not_become_the_servers_default() {
 }
 
 #[test]
-fn job_status_is_the_name_from_the_protobuf() {
+fn job_has_its_worker_and_the_name_of_its_status_from_the_protobuf() {
     let job = proto::Job {
         id: "AJ_1".to_owned(),
         state: Some(proto::JobState {
             status: proto::JobStatus::JsRunning.into(),
+            worker_id: "AW_1\n".to_owned(),
             ..proto::JobState::default()
         }),
         ..proto::Job::default()
@@ -260,4 +261,5 @@ fn job_status_is_the_name_from_the_protobuf() {
         ..proto::AgentDispatch::default()
     });
     assert_eq!(dispatch.jobs[0].status, "JS_RUNNING");
+    assert_eq!(dispatch.jobs[0].worker, "AW_1");
 }
