@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent};
 use crate::config::{self, Config, DaemonSettings, Problems};
-use crate::guard::{Guard, worst_cases};
+use crate::guard::{Guard, max_batch_duration, worst_cases};
 use crate::history::{History, LastBatch};
 use crate::http::{
     self, BatchRefused, Control, DaemonStage, Health, LastReload, NoSuchTarget, Pulse, Sources,
@@ -410,12 +410,14 @@ impl Daemon {
     fn publish_next_batch(&self, name: &str) {
         let target = &self.targets[name];
         target.metrics.next_batch(self.ticker.next(name));
+        let project = &self.projects[&target.settings.project].settings;
         let (schedule, now) = (&target.settings.schedule, Utc::now());
         let gaps = schedule::gaps(schedule, now, schedule::AHEAD);
         target.metrics.intervals(
             gaps.map(|gaps| gaps.longest),
             gaps.map(|gaps| gaps.shortest),
             schedule::mean_interval(schedule, now.date_naive()),
+            max_batch_duration(&target.settings, project),
         );
     }
 

@@ -71,7 +71,8 @@ impl Recorder {
     }
 
     fn record_probe(&self, report: &ProbeReport) {
-        self.metrics.probe(report, &self.settings.objectives);
+        self.metrics
+            .probe(self.purpose, report, &self.settings.objectives, false);
         let Outcome::Failed(failure) = &report.outcome else {
             return;
         };
@@ -99,7 +100,7 @@ impl Recorder {
             super::record_skip(&self.target, &self.metrics, id, cause, &denial.to_string());
             return;
         }
-        self.metrics.batch(report, &self.settings.objectives);
+        self.metrics.batch(report, &self.settings.objectives, false);
         self.history.record(report, &self.settings, project);
         let summary = report.summary();
         let took = report.ended_at - report.started_at;
