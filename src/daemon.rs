@@ -450,6 +450,7 @@ impl Daemon {
             gaps.map(|gaps| gaps.longest),
             gaps.map(|gaps| gaps.shortest),
             schedule::mean_interval(schedule, now.date_naive()),
+            max_batch_duration(&target.settings, project),
         );
     }
 

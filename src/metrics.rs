@@ -19,7 +19,7 @@ use crate::config::{Objectives, Period, Project, Target};
 use crate::probe::{
     AgentStage, LimitKind, Outcome, Position, ProbeReport, Reason, Span, Turn, TurnResult,
 };
-use crate::report::{BatchReport, BatchResult};
+use crate::report::{BatchReport, BatchResult, Purpose};
 
 mod catalogue;
 mod family;
@@ -40,6 +40,46 @@ pub struct Build {
     pub revision: String,
     pub rustc: String,
     pub engine: String,
+}
+
+/// The states of a target: the values of the label `state`.
+const STATES: [&str; 4] = ["unknown", "healthy", "suspect", "failing"];
+
+/// Whose fault an incident is: the values of the label `fault`.
+const FAULTS: [&str; 2] = ["agent", "service"];
+
+/// Labels of the series `incident_info`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IncidentInfo {
+    /// The incident's id.
+    pub incident: String,
+    /// The most frequent reason of its failed rooms.
+    pub reason: Option<String>,
+    /// Failed rooms.
+    pub failed: u32,
+    /// Rooms with a verdict since it began.
+    pub rooms: u32,
+    /// What differs between failed and good rooms; empty if nothing is known to differ.
+    pub differs: String,
+    /// The address of its page.
+    pub url: Option<String>,
+}
+
+impl IncidentInfo {
+    /// In whole percent: each other text is a new series, and most outages stay at 100 %. Rounded, but never to 0 % or 100 %.
+    fn share(&self) -> String {
+        let (failed, rooms) = (u64::from(self.failed), u64::from(self.rooms));
+        if rooms == 0 {
+            return String::new();
+        }
+        let rounded = (200 * failed + rooms) / (2 * rooms);
+        let percent = if failed == 0 || failed >= rooms {
+            rounded
+        } else {
+            rounded.clamp(1, 99)
+        };
+        format!("{percent} %")
+    }
 }
 
 /// Why a tick of the schedule started no batch.
@@ -289,7 +329,7 @@ struct TargetInner {
 }
 
 struct TargetSeries {
-    probes: IntCounter,
+    probes: IntCounterVec,
     aborted: IntCounter,
     failures: IntCounterVec,
     limits: IntCounterVec,
@@ -321,9 +361,14 @@ struct TargetSeries {
     max_interval: Gauge,
     min_interval: Gauge,
     mean_interval: Gauge,
+    effective_interval: Gauge,
     slo_threshold: GaugeVec,
     slo_objective: GaugeVec,
     paused: Gauge,
+    state: GaugeVec,
+    state_since: Gauge,
+    incident_open: GaugeVec,
+    incident_info: GaugeVec,
     info: GaugeVec,
 }
 
@@ -344,17 +389,34 @@ fn other_spans() -> impl Iterator<Item = Span> {
 impl TargetMetrics {
     fn new(name: &str, labels: &CommonLabels, process: Arc<CachedRegistry<ProcessSeries>>) -> Self {
         let families = Families::with_label("target", name, labels);
-        let slis = || Sli::ALL.iter().map(|sli| [sli.label()]);
+        let slis = || {
+            let slis = Sli::ALL.iter();
+            slis.flat_map(|sli| IN_INCIDENT.map(|in_incident| [sli.label(), in_incident]))
+        };
+        let purposes = Purpose::ALL.map(Purpose::label);
+        let each_purpose = |labels: [&'static str; 2]| {
+            let [one, other] = labels;
+            purposes.map(|purpose| [purpose, one, other])
+        };
         let in_flight = families.gauge(&catalogue::IN_FLIGHT);
         in_flight.set(0.0);
         let paused = families.gauge(&catalogue::PAUSED);
         paused.set(0.0);
+        let state = families.gauges(&catalogue::STATE);
+        set_state(&state, "unknown");
+        let incident_open = families.gauges(&catalogue::INCIDENT_OPEN);
+        for fault in FAULTS {
+            incident_open.with_label_values(&[fault]).set(f64::NAN);
+        }
         let series = TargetSeries {
-            probes: families.counter(&catalogue::PROBES),
+            probes: families.counters(&catalogue::PROBES, purposes.map(|purpose| [purpose])),
             aborted: families.counter(&catalogue::PROBES_ABORTED),
             failures: families.counters(
                 &catalogue::FAILURES,
-                Reason::ALL.map(|reason| [reason.label(), reason.origin().label()]),
+                Reason::ALL
+                    .map(|reason| [reason.label(), reason.origin().label()])
+                    .into_iter()
+                    .flat_map(each_purpose),
             ),
             limits: families.counters(
                 &catalogue::LIMITS,
@@ -365,7 +427,9 @@ impl TargetMetrics {
             bad_batches: families.counters(&catalogue::BAD_BATCHES, slis()),
             batches: families.counters(
                 &catalogue::BATCHES,
-                BatchResult::ALL.map(|result| [result.label()]),
+                BatchResult::ALL
+                    .into_iter()
+                    .flat_map(|result| purposes.map(|purpose| [purpose, result.label()])),
             ),
             skipped: families.counters(
                 &catalogue::SKIPPED,
@@ -406,9 +470,14 @@ impl TargetMetrics {
             max_interval: families.gauge(&catalogue::MAX_INTERVAL),
             min_interval: families.gauge(&catalogue::MIN_INTERVAL),
             mean_interval: families.gauge(&catalogue::MEAN_INTERVAL),
+            effective_interval: families.gauge(&catalogue::EFFECTIVE_INTERVAL),
             slo_threshold: families.gauges(&catalogue::SLO_THRESHOLD),
             slo_objective: families.gauges(&catalogue::SLO_OBJECTIVE),
             paused,
+            state,
+            state_since: families.gauge(&catalogue::STATE_SINCE),
+            incident_open,
+            incident_info: families.gauges(&catalogue::INCIDENT_INFO),
             info: families.gauges(&catalogue::TARGET_INFO),
         };
         Self(Arc::new(TargetInner {
@@ -462,15 +531,30 @@ impl TargetMetrics {
     }
 
     /// Counts a probe whose outcome is final. A scrape sees all of its changes or none.
-    pub fn probe(&self, report: &ProbeReport, objectives: &Objectives) {
+    ///
+    /// Service levels, delays and audio count scheduled batches only. `in_incident`: an incident of the target was open when
+    /// the probe ended.
+    pub fn probe(
+        &self,
+        purpose: Purpose,
+        report: &ProbeReport,
+        objectives: &Objectives,
+        in_incident: bool,
+    ) {
         let series = self.update();
-        series.count_outcome(&report.outcome);
+        series.count_outcome(purpose, &report.outcome);
         let failure = report.outcome.failure();
         if failure.is_some_and(|failure| failure.reason == Reason::Internal) {
             self.0.process.update().internal_error(InternalError::Probe);
         }
+        if let Some(billed) = report.billed() {
+            series.billed.inc_by(billed.as_secs());
+        }
+        if purpose != Purpose::Scheduled {
+            return;
+        }
         for &sli in Sli::ALL {
-            let label = [sli.label()];
+            let label = [sli.label(), in_incident_label(in_incident)];
             match sli.judge(report, objectives) {
                 SliVerdict::NotEligible => continue,
                 SliVerdict::Bad => {}
@@ -487,9 +571,6 @@ impl TargetMetrics {
             }
             series.observe_turn(turn);
         }
-        if let Some(billed) = report.billed() {
-            series.billed.inc_by(billed.as_secs());
-        }
         series.packets.inc_by(report.audio.packets);
         series.packets_lost.inc_by(report.audio.lost);
         if let Some(jitter) = report.audio.jitter {
@@ -497,18 +578,23 @@ impl TargetMetrics {
         }
     }
 
-    /// Counts a batch that has ended, without its probes: [`TargetMetrics::probe`] counts them.
-    pub fn batch(&self, report: &BatchReport, objectives: &Objectives) {
+    /// Counts a batch that has ended, without its probes: [`TargetMetrics::probe`] counts them. `in_incident`: an incident of
+    /// the target was open when the batch ended.
+    pub fn batch(&self, report: &BatchReport, objectives: &Objectives, in_incident: bool) {
         let series = self.update();
+        let result = report.result();
+        let labels = [report.purpose.label(), result.label()];
+        series.batches.with_label_values(&labels).inc();
+        if report.purpose != Purpose::Scheduled {
+            return;
+        }
         for &sli in Sli::ALL {
             let bad = |probe: &ProbeReport| sli.judge(probe, objectives) == SliVerdict::Bad;
             if report.probes.iter().any(bad) {
-                let label = [sli.label()];
+                let label = [sli.label(), in_incident_label(in_incident)];
                 series.bad_batches.with_label_values(&label).inc();
             }
         }
-        let result = report.result();
-        series.batches.with_label_values(&[result.label()]).inc();
         if result == BatchResult::Aborted {
             return;
         }
@@ -539,17 +625,57 @@ impl TargetMetrics {
         self.update().next_batch.set(at.map_or(f64::NAN, timestamp));
     }
 
-    /// The intervals between two batches over the next seven days. `None` if no batches are scheduled.
-    pub fn intervals(&self, max: Option<Duration>, min: Option<Duration>, mean: Option<Duration>) {
+    /// The intervals between two batches over the next seven days, `None` if no batches are scheduled, and the longest time
+    /// that a batch can take.
+    pub fn intervals(
+        &self,
+        max: Option<Duration>,
+        min: Option<Duration>,
+        mean: Option<Duration>,
+        longest_batch: Duration,
+    ) {
         let seconds = |time: Option<Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64());
         let series = self.update();
         series.max_interval.set(seconds(max));
         series.min_interval.set(seconds(min));
         series.mean_interval.set(seconds(mean));
+        let effective = min.map(|min| min.max(longest_batch));
+        series.effective_interval.set(seconds(effective));
     }
 
     pub fn paused(&self, paused: bool) {
         self.update().paused.set(flag(paused));
+    }
+
+    /// Sets the state that the target has been in since `since`. The labels are those of the detection's states.
+    pub fn state(&self, label: &'static str, since: DateTime<Utc>) {
+        let series = self.update();
+        set_state(&series.state, label);
+        series.state_since.set(timestamp(since));
+    }
+
+    /// Sets whose fault the open incident is, and what is known of it; `None` if no incident is open. To be called only when
+    /// both are known: after a restart, the alert of an open incident must not resolve for a moment.
+    pub fn incident(&self, fault: Option<&'static str>, info: Option<IncidentInfo>) {
+        let series = self.update();
+        for label in FAULTS {
+            let open = series.incident_open.with_label_values(&[label]);
+            open.set(flag(fault == Some(label)));
+        }
+        series.incident_info.reset();
+        if let Some(info) = info {
+            let share = info.share();
+            let IncidentInfo {
+                incident,
+                reason,
+                differs,
+                url,
+                ..
+            } = info;
+            let [reason, url] = [reason, url].map(Option::unwrap_or_default);
+            let labels = [incident, reason, share, differs, url];
+            series.incident_info.with_label_values(&labels).set(1.0);
+        }
     }
 
     /// Counts rooms that may still exist after their clean-up.
@@ -564,16 +690,18 @@ impl TargetMetrics {
 }
 
 impl TargetSeries {
-    fn count_outcome(&self, outcome: &Outcome) {
-        let failure = match outcome {
-            Outcome::Aborted => return self.aborted.inc(),
-            Outcome::Ok => return self.probes.inc(),
-            Outcome::Failed(failure) => failure,
+    fn count_outcome(&self, purpose: Purpose, outcome: &Outcome) {
+        if *outcome == Outcome::Aborted {
+            return self.aborted.inc();
+        }
+        let purpose = purpose.label();
+        self.probes.with_label_values(&[purpose]).inc();
+        let Outcome::Failed(failure) = outcome else {
+            return;
         };
-        self.probes.inc();
         let reason = failure.reason;
         self.failures
-            .with_label_values(&[reason.label(), reason.origin().label()])
+            .with_label_values(&[purpose, reason.label(), reason.origin().label()])
             .inc();
         if let Reason::PlanLimit(kind) = reason {
             self.limits.with_label_values(&[kind.label()]).inc();
@@ -691,6 +819,19 @@ impl ProjectMetrics {
             .backoff_until
             .set(until.map_or(f64::NAN, timestamp));
     }
+}
+
+fn set_state(states: &GaugeVec, label: &str) {
+    for state in STATES {
+        states.with_label_values(&[state]).set(flag(state == label));
+    }
+}
+
+/// The values of the label `in_incident`.
+const IN_INCIDENT: [&str; 2] = [in_incident_label(false), in_incident_label(true)];
+
+const fn in_incident_label(in_incident: bool) -> &'static str {
+    if in_incident { "true" } else { "false" }
 }
 
 fn flag(set: bool) -> f64 {

@@ -108,7 +108,9 @@ impl Recorder {
             super::record_skip(&self.target, &self.metrics, id, cause, &denial.to_string());
             return;
         }
-        self.metrics.batch(report, &self.settings.objectives);
+        let in_incident = self.detector.open_incident().is_some();
+        self.metrics
+            .batch(report, &self.settings.objectives, in_incident);
         self.history.record(report, &self.settings, project);
         let mut verdicts = report.probes.iter().map(|probe| Verdict::of(&probe.outcome));
         if self.purpose == Purpose::Scheduled && verdicts.any(|verdict| verdict.is_on_agent()) {

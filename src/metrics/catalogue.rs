@@ -104,22 +104,24 @@ macro_rules! catalogue {
 }
 
 catalogue! {
-    /// Probes that ended ok or failed, excluding aborted ones.
-    PROBES: "probes_total" ["target"] MetricKind::Counter;
-    /// Probes that were aborted because the canary stopped.
+    /// Probes that ended ok or failed, by the purpose of their batch, excluding aborted ones.
+    PROBES: "probes_total" ["target" "purpose"] MetricKind::Counter;
+    /// Probes that were aborted because the canary stopped, or because a confirmation gave way to a scheduled batch.
     PROBES_ABORTED: "probes_aborted_total" ["target"] MetricKind::Counter;
-    /// Failed probes, by reason and by origin of the fault.
-    FAILURES: "probe_failures_total" ["target" "reason" "origin"] MetricKind::Counter;
+    /// Failed probes, by the purpose of their batch, by reason, and by origin of the fault.
+    FAILURES: "probe_failures_total" ["target" "purpose" "reason" "origin"] MetricKind::Counter;
     /// Probes that ended because LiveKit named a plan limit, by limit.
     LIMITS: "plan_limit_rejections_total" ["target" "limit"] MetricKind::Counter;
-    /// Probes that count towards a service level.
-    ELIGIBLE: "slo_eligible_total" ["target" "sli"] MetricKind::Counter;
-    /// Probes that count towards a service level and were good.
-    GOOD: "slo_good_total" ["target" "sli"] MetricKind::Counter;
-    /// Batches with at least one probe that counts towards a service level and was bad.
-    BAD_BATCHES: "slo_bad_batches_total" ["target" "sli"] MetricKind::Counter;
-    /// Batches, by the combined result of their rooms.
-    BATCHES: "batches_total" ["target" "result"] MetricKind::Counter;
+    /// Probes of scheduled batches that count towards a service level. The label in_incident shows whether an incident was
+    /// open when the probe ended.
+    ELIGIBLE: "slo_eligible_total" ["target" "sli" "in_incident"] MetricKind::Counter;
+    /// Probes of scheduled batches that count towards a service level and were good.
+    GOOD: "slo_good_total" ["target" "sli" "in_incident"] MetricKind::Counter;
+    /// Scheduled batches with at least one probe that counts towards a service level and was bad. The label in_incident shows
+    /// whether an incident was open when the batch ended.
+    BAD_BATCHES: "slo_bad_batches_total" ["target" "sli" "in_incident"] MetricKind::Counter;
+    /// Batches, by purpose and by the combined result of their rooms.
+    BATCHES: "batches_total" ["target" "purpose" "result"] MetricKind::Counter;
     /// Ticks of the schedule that started no batch, by cause.
     SKIPPED: "batches_skipped_total" ["target" "cause"] MetricKind::Counter;
     /// Turns of the caller, by result, excluding those of aborted probes.
@@ -173,9 +175,9 @@ catalogue! {
     LAST_TICK: "last_tick_timestamp_seconds" ["target"] MetricKind::Gauge;
     /// Time of the next scheduled batch. It changes only when a tick has been handled.
     NEXT_BATCH: "next_batch_timestamp_seconds" ["target"] MetricKind::Gauge;
-    /// End of the last batch, excluding aborted ones. It survives a restart.
+    /// End of the last scheduled batch, excluding aborted ones. It survives a restart.
     LAST_COMPLETED: "last_batch_completed_timestamp_seconds" ["target"] MetricKind::Gauge;
-    /// Share of the last batch's rooms that were ok, excluding aborted batches.
+    /// Share of the last scheduled batch's rooms that were ok, excluding aborted batches.
     LAST_SUCCESS_RATIO: "last_batch_success_ratio" ["target"] MetricKind::Gauge;
     /// Longest interval between two batches over the next seven days.
     MAX_INTERVAL: "batch_interval_seconds" ["target"] MetricKind::Gauge;
@@ -183,6 +185,8 @@ catalogue! {
     MIN_INTERVAL: "batch_interval_shortest_seconds" ["target"] MetricKind::Gauge;
     /// Mean interval between batches over the next seven days.
     MEAN_INTERVAL: "batch_interval_mean_seconds" ["target"] MetricKind::Gauge;
+    /// The longer of the shortest interval and the longest possible batch. Alert rules count over a multiple of it.
+    EFFECTIVE_INTERVAL: "batch_interval_effective_seconds" ["target"] MetricKind::Gauge;
     /// Longest delay that counts as good: after the dispatch for the join and the first speech, after the end of the
     /// caller's speech for the reply. NaN if the settings rule the service level out.
     SLO_THRESHOLD: "slo_threshold_seconds" ["target" "sli"] MetricKind::Gauge;
@@ -190,6 +194,16 @@ catalogue! {
     SLO_OBJECTIVE: "slo_objective_ratio" ["target" "sli"] MetricKind::Gauge;
     /// 1 while the target is paused, else 0.
     PAUSED: "target_paused" ["target"] MetricKind::Gauge;
+    /// 1 for the state that the target is in, 0 for the others.
+    STATE: "target_state" ["target" "state"] MetricKind::Gauge;
+    /// Time of the last change of the target's state.
+    STATE_SINCE: "target_state_since_timestamp_seconds" ["target"] MetricKind::Gauge;
+    /// 1 while an incident of this fault is open, also if the state is unknown meanwhile, else 0. NaN until the canary has read
+    /// what an earlier run knew of the target.
+    INCIDENT_OPEN: "incident_open" ["target" "fault"] MetricKind::Gauge;
+    /// The open incident as labels: its most frequent reason, its share of failed rooms, what differs, and its address. Always 1.
+    /// Absent without an incident.
+    INCIDENT_INFO: "incident_info" ["target" "incident" "reason" "share" "differs" "url"] MetricKind::Gauge;
     /// Settings of the target as labels. Always 1.
     TARGET_INFO: "target_info" ["target" "project" "url" "agent_name" "deployment" "dispatch"] MetricKind::Gauge;
 

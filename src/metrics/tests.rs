@@ -16,8 +16,8 @@ use crate::config::{
 use crate::livekit::RoomName;
 use crate::livekit::event::AudioStats;
 use crate::metrics::{
-    Build, CATALOGUE, Definition, InternalError, MetricKind, Metrics, PREFIX, SkipCause, Sli,
-    SliVerdict, TargetMetrics,
+    Build, CATALOGUE, Definition, IncidentInfo, InternalError, MetricKind, Metrics, PREFIX,
+    SkipCause, Sli, SliVerdict, TargetMetrics,
 };
 use crate::probe::{
     AgentStage, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
@@ -171,6 +171,11 @@ fn value_of(scrape: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
     scrape.value(name, labels).unwrap()
 }
 
+/// The sum over the series with this name and these labels.
+fn sum_of(scrape: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
+    scrape.sum(name, labels).unwrap()
+}
+
 /// The series of a family. Of a histogram, only the count.
 fn series<'a>(scrape: &'a Scrape, family: &str) -> impl Iterator<Item = &'a Sample> {
     let name = format!("{PREFIX}_{family}");
@@ -206,11 +211,25 @@ fn total(scrape: &Scrape, family: &str) -> f64 {
     values.sum::<anyhow::Result<f64>>().unwrap()
 }
 
+fn incident() -> IncidentInfo {
+    IncidentInfo {
+        incident: "20260921T141320Z-support".to_owned(),
+        reason: Some("agent_silent".to_owned()),
+        failed: 5,
+        rooms: 6,
+        differs: String::new(),
+        url: None,
+    }
+}
+
+/// The information about an incident is the only family that has no series until there is one.
 #[test]
 fn every_family_of_the_catalogue_exists_before_the_first_event() {
     let metrics = metrics();
     metrics.project("acme", &project());
-    metrics.target("support", &target(), &project());
+    let support = metrics.target("support", &target(), &project());
+    assert!(!metrics.render().contains("incident_info"));
+    support.incident(Some("agent"), Some(incident()));
     let scrape = scraped(&metrics);
     let ours: Vec<_> = scrape
         .families
@@ -232,7 +251,8 @@ fn every_family_of_the_catalogue_exists_before_the_first_event() {
 
 #[test]
 fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
-    let (metrics, _support) = with_a_target();
+    let (metrics, support) = with_a_target();
+    support.incident(Some("agent"), Some(incident()));
     let scrape = scraped(&metrics);
     for family in CATALOGUE {
         let expected: BTreeSet<&str> = family.labels.iter().copied().collect();
@@ -261,20 +281,29 @@ fn every_label_value_exists_at_zero_before_the_first_event() {
     }
     let one = |labels: &[&'static str]| labels.iter().map(|label| vec![*label]).collect();
     let sli_labels = || Sli::ALL.iter().map(|sli| vec![sli.label()]).collect();
-    let reasons = Reason::ALL.map(|reason| vec![reason.label(), reason.origin().label()]);
+    let purposes = ["scheduled", "confirmation", "manual"];
+    let slis = || {
+        let slis = Sli::ALL.iter();
+        slis.flat_map(|sli| ["true", "false"].map(|open| vec![sli.label(), open]))
+            .collect()
+    };
+    let reasons = Reason::ALL.into_iter().flat_map(|reason| {
+        purposes.map(|purpose| vec![purpose, reason.label(), reason.origin().label()])
+    });
+    let results = BatchResult::ALL
+        .into_iter()
+        .flat_map(|result| purposes.map(|purpose| vec![purpose, result.label()]));
     let expected: &[(&str, BTreeSet<Vec<&str>>)] = &[
-        ("probe_failures_total", reasons.into_iter().collect()),
+        ("probes_total", one(&purposes)),
+        ("probe_failures_total", reasons.collect()),
         (
             "plan_limit_rejections_total",
             one(&LimitKind::ALL.map(LimitKind::label)),
         ),
-        ("slo_eligible_total", sli_labels()),
-        ("slo_good_total", sli_labels()),
-        ("slo_bad_batches_total", sli_labels()),
-        (
-            "batches_total",
-            one(&BatchResult::ALL.map(BatchResult::label)),
-        ),
+        ("slo_eligible_total", slis()),
+        ("slo_good_total", slis()),
+        ("slo_bad_batches_total", slis()),
+        ("batches_total", results.collect()),
         (
             "batches_skipped_total",
             one(&["overlap", "budget", "backoff", "paused"]),
@@ -312,6 +341,11 @@ fn every_label_value_exists_at_zero_before_the_first_event() {
             one(&["join", "first_speech", "reply"]),
         ),
         ("slo_objective_ratio", sli_labels()),
+        (
+            "target_state",
+            one(&["unknown", "healthy", "suspect", "failing"]),
+        ),
+        ("incident_open", one(&["agent", "service"])),
         ("agent_budget_seconds", one(&["day", "month"])),
         ("agent_budget_used_seconds", one(&["day", "month"])),
         ("agent_budget_reserved_seconds", one(&["day", "month"])),
@@ -329,7 +363,7 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
         let values: BTreeSet<bool> = series(&scrape, family)
             .map(|sample| sample.value == "NaN")
             .collect();
-        assert_eq!(values.len(), 1, "{family}");
+        assert!(values.len() <= 1, "{family}");
         values.contains(&true)
     };
     let unknown: Vec<&str> = CATALOGUE
@@ -347,6 +381,9 @@ fn gauge_without_a_value_is_nan_and_one_with_a_known_value_is_not() {
             "batch_interval_seconds",
             "batch_interval_shortest_seconds",
             "batch_interval_mean_seconds",
+            "batch_interval_effective_seconds",
+            "target_state_since_timestamp_seconds",
+            "incident_open",
             "backoff_until_timestamp_seconds",
             "agent_budget_seconds",
             "agent_budget_used_seconds",
@@ -455,15 +492,15 @@ fn names_follow_the_rules_of_prometheus() {
 #[test]
 fn good_probe_is_counted_in_every_series_that_it_affects() {
     let (metrics, support) = with_a_target();
-    support.probe(&report(), &Objectives::default());
+    support.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
     let scrape = scraped(&metrics);
-    assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
+    assert_eq!(sum_of(&scrape, "probes_total", &[]), 1.0);
     assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 0.0);
     assert_eq!(total(&scrape, "probe_failures_total"), 0.0);
     for &sli in Sli::ALL {
         let sli = [("sli", sli.label())];
-        assert_eq!(value_of(&scrape, "slo_eligible_total", &sli), 1.0);
-        assert_eq!(value_of(&scrape, "slo_good_total", &sli), 1.0);
+        assert_eq!(sum_of(&scrape, "slo_eligible_total", &sli), 1.0);
+        assert_eq!(sum_of(&scrape, "slo_good_total", &sli), 1.0);
     }
     // From 1.15 s to 62.5 s.
     assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 120.0);
@@ -522,15 +559,20 @@ fn good_probe_is_counted_in_every_series_that_it_affects() {
 fn failure_is_counted_once_under_its_reason_and_origin() {
     for reason in Reason::ALL {
         let (metrics, support) = with_a_target();
-        support.probe(&failed_at_once(reason), &Objectives::default());
+        support.probe(
+            Purpose::Scheduled,
+            &failed_at_once(reason),
+            &Objectives::default(),
+            false,
+        );
         let scrape = scraped(&metrics);
         let labels = [
             ("reason", reason.label()),
             ("origin", reason.origin().label()),
         ];
-        assert_eq!(value_of(&scrape, "probe_failures_total", &labels), 1.0);
+        assert_eq!(sum_of(&scrape, "probe_failures_total", &labels), 1.0);
         assert_eq!(total(&scrape, "probe_failures_total"), 1.0);
-        assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
+        assert_eq!(sum_of(&scrape, "probes_total", &[]), 1.0);
         let limited = matches!(reason, Reason::PlanLimit(_));
         let limits = total(&scrape, "plan_limit_rejections_total");
         assert_eq!(limits, if limited { 1.0 } else { 0.0 }, "{reason:?}");
@@ -554,7 +596,7 @@ fn limit_is_counted_under_its_kind() {
     for (times, kind) in LimitKind::ALL.into_iter().enumerate() {
         for _ in 0..=times {
             let report = failed_at_once(Reason::PlanLimit(kind));
-            support.probe(&report, &Objectives::default());
+            support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
         }
     }
     let scrape = scraped(&metrics);
@@ -582,7 +624,7 @@ fn delays_are_observed_for_every_outcome() {
             position: Position::Later,
             ..report()
         };
-        support.probe(&report, &Objectives::default());
+        support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
     }
     let scrape = scraped(&metrics);
     let later = [("position", "later")];
@@ -596,7 +638,7 @@ fn delays_are_observed_for_every_outcome() {
     );
     // An aborted call costs as much as any other.
     assert_eq!(value_of(&scrape, "agent_billed_seconds_total", &[]), 360.0);
-    assert_eq!(value_of(&scrape, "probes_total", &[]), 2.0);
+    assert_eq!(sum_of(&scrape, "probes_total", &[]), 2.0);
     assert_eq!(value_of(&scrape, "probes_aborted_total", &[]), 1.0);
 }
 
@@ -659,7 +701,7 @@ fn what_is_known_of_a_turn_is_observed_and_what_is_unknown_is_not() {
         turns: vec![answered, early, yielded, unanswered, Turn::default()],
         ..report()
     };
-    support.probe(&report, &Objectives::default());
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
     let scrape = scraped(&metrics);
     for (result, turns) in [
         ("answered", 3.0),
@@ -704,7 +746,7 @@ fn turn_without_a_wrong_word_is_in_the_lowest_bucket() {
         turns: vec![right],
         ..report()
     };
-    support.probe(&report, &Objectives::default());
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
     let bucket = |le| {
         value_of(
             &scraped(&metrics),
@@ -742,7 +784,7 @@ fn turn_that_the_canary_cut_off_is_not_counted() {
         turns: vec![cut_off],
         ..report()
     };
-    support.probe(&report, &Objectives::default());
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
     assert_eq!(total(&scraped(&metrics), "caller_turns_total"), 0.0);
 }
 
@@ -782,10 +824,10 @@ fn upper_bound_of_a_join_delay_is_not_observed() {
         join_upper_bound: true,
         ..report()
     };
-    support.probe(&report, &Objectives::default());
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
     let scrape = scraped(&metrics);
     assert_eq!(total(&scrape, "agent_join_delay_seconds"), 0.0);
-    assert_eq!(value_of(&scrape, "probes_total", &[]), 1.0);
+    assert_eq!(sum_of(&scrape, "probes_total", &[]), 1.0);
 }
 
 #[test]
@@ -799,12 +841,12 @@ fn batch_is_counted_by_its_result_and_an_aborted_one_does_not_become_the_last() 
         limited(),
         Outcome::Ok,
     ];
-    support.batch(&batch(mixed), &objectives);
+    support.batch(&batch(mixed), &objectives, false);
     let mut aborted = batch([Outcome::Ok, Outcome::Aborted]);
     aborted.ended_at = moment() + TimeDelta::hours(1);
-    support.batch(&aborted, &objectives);
+    support.batch(&aborted, &objectives, false);
     let scrape = scraped(&metrics);
-    let of = |result| value_of(&scrape, "batches_total", &[("result", result)]);
+    let of = |result| sum_of(&scrape, "batches_total", &[("result", result)]);
     assert_eq!((of("limited"), of("aborted")), (1.0, 1.0));
     assert_eq!(total(&scrape, "batches_total"), 2.0);
     let completed = value_of(&scrape, "last_batch_completed_timestamp_seconds", &[]);
@@ -816,13 +858,17 @@ fn batch_is_counted_by_its_result_and_an_aborted_one_does_not_become_the_last() 
 fn bad_batch_is_counted_once_in_each_service_level_in_which_it_was_bad() {
     let (metrics, support) = with_a_target();
     let objectives = target().objectives;
-    support.batch(&batch([Outcome::Ok, Outcome::Ok]), &objectives);
+    support.batch(&batch([Outcome::Ok, Outcome::Ok]), &objectives, false);
     let limited = failed(Reason::PlanLimit(LimitKind::Quota));
-    support.batch(&batch([limited.clone(), limited]), &objectives);
+    support.batch(&batch([limited.clone(), limited]), &objectives, false);
     let silent = || failed(Reason::AgentSilent);
-    support.batch(&batch([silent(), Outcome::Ok, silent()]), &objectives);
+    support.batch(
+        &batch([silent(), Outcome::Ok, silent()]),
+        &objectives,
+        false,
+    );
     let scrape = scraped(&metrics);
-    let of = |sli| value_of(&scrape, "slo_bad_batches_total", &[("sli", sli)]);
+    let of = |sli| sum_of(&scrape, "slo_bad_batches_total", &[("sli", sli)]);
     assert_eq!((of("availability"), of("service")), (1.0, 2.0));
 }
 
@@ -835,6 +881,7 @@ fn everything_that_the_daemon_reports_of_a_target_is_shown() {
         Some(Duration::from_mins(15)),
         Some(Duration::from_mins(5)),
         Some(Duration::from_mins(10)),
+        Duration::from_mins(6),
     );
     support.paused(true);
     support.leaked(2);
@@ -849,6 +896,8 @@ fn everything_that_the_daemon_reports_of_a_target_is_shown() {
     assert_eq!(value("batch_interval_seconds"), 900.0);
     assert_eq!(value("batch_interval_shortest_seconds"), 300.0);
     assert_eq!(value("batch_interval_mean_seconds"), 600.0);
+    // A batch can last longer than the shortest interval.
+    assert_eq!(value("batch_interval_effective_seconds"), 360.0);
     assert_eq!(value("target_paused"), 1.0);
     assert_eq!(value("rooms_leaked_total"), 2.0);
     assert_eq!(value("rooms_swept_total"), 3.0);
@@ -865,7 +914,7 @@ fn everything_that_the_daemon_reports_of_a_target_is_shown() {
 
     drop(open);
     support.next_batch(None);
-    support.intervals(None, None, None);
+    support.intervals(None, None, None, Duration::from_mins(6));
     support.paused(false);
     let scrape = scraped(&metrics);
     let value = |name| value_of(&scrape, name, &[]);
@@ -876,9 +925,160 @@ fn everything_that_the_daemon_reports_of_a_target_is_shown() {
         "batch_interval_seconds",
         "batch_interval_shortest_seconds",
         "batch_interval_mean_seconds",
+        "batch_interval_effective_seconds",
     ] {
         assert!(value(gauge).is_nan(), "{gauge}");
     }
+}
+
+/// The delays of confirmations would be those of outages.
+#[test]
+fn only_scheduled_batches_count_in_service_levels_delays_and_the_last_batch() {
+    let (metrics, support) = with_a_target();
+    let everywhere = [
+        "probes_total",
+        "batches_total",
+        "probe_failures_total",
+        "plan_limit_rejections_total",
+        "agent_billed_seconds_total",
+    ];
+    let before = scraped(&metrics);
+    let objectives = Objectives::default();
+    for purpose in [Purpose::Confirmation, Purpose::Manual] {
+        let limited = failed_at_once(Reason::PlanLimit(LimitKind::Quota));
+        for probe in [report(), limited] {
+            support.probe(purpose, &probe, &objectives, false);
+        }
+        let ended = BatchReport {
+            purpose,
+            ..batch([Outcome::Ok, failed(Reason::AgentSilent)])
+        };
+        support.batch(&ended, &objectives, true);
+        let scrape = scraped(&metrics);
+        for (name, expected) in [("probes_total", 2.0), ("batches_total", 1.0)] {
+            let labels = [("purpose", purpose.label())];
+            assert_eq!(sum_of(&scrape, name, &labels), expected, "{purpose:?}");
+        }
+    }
+    let after = scraped(&metrics);
+    let counts = |sample: &&Sample| {
+        let name = sample
+            .name
+            .trim_start_matches(PREFIX)
+            .trim_start_matches('_');
+        !everywhere.contains(&name) && sample.name.starts_with(PREFIX)
+    };
+    let [before, after] = [&before, &after].map(|scrape| {
+        let samples = scrape.samples.iter().filter(counts);
+        samples.collect::<Vec<_>>()
+    });
+    assert_eq!(before, after);
+    assert_eq!(
+        total(&scraped(&metrics), "agent_billed_seconds_total"),
+        240.0
+    );
+    assert_eq!(
+        total(&scraped(&metrics), "plan_limit_rejections_total"),
+        2.0
+    );
+}
+
+#[test]
+fn service_levels_separate_what_ends_during_an_incident() {
+    let (metrics, support) = with_a_target();
+    let objectives = Objectives::default();
+    support.probe(Purpose::Scheduled, &report(), &objectives, false);
+    let silent = failed_at_once(Reason::AgentSilent);
+    support.probe(Purpose::Scheduled, &silent, &objectives, true);
+    support.probe(Purpose::Scheduled, &silent, &objectives, true);
+    support.batch(&batch([failed(Reason::AgentSilent)]), &objectives, true);
+    let scrape = scraped(&metrics);
+    let of = |name, in_incident| {
+        let labels = [("sli", "availability"), ("in_incident", in_incident)];
+        value_of(&scrape, name, &labels)
+    };
+    for (name, outside, inside) in [
+        ("slo_eligible_total", 1.0, 2.0),
+        ("slo_good_total", 1.0, 0.0),
+        ("slo_bad_batches_total", 0.0, 1.0),
+    ] {
+        assert_eq!((of(name, "false"), of(name, "true")), (outside, inside));
+    }
+}
+
+#[test]
+fn exactly_one_state_of_a_target_is_1() {
+    let (metrics, support) = with_a_target();
+    let states = || -> Vec<String> {
+        let scrape = scraped(&metrics);
+        let states = series(&scrape, "target_state").filter(|sample| sample.value == "1");
+        states
+            .map(|sample| sample.labels["state"].clone())
+            .collect()
+    };
+    assert_eq!(states(), ["unknown"]);
+    for state in super::STATES {
+        support.state(state, moment());
+        assert_eq!(states(), [state]);
+    }
+    let scrape = scraped(&metrics);
+    let since = value_of(&scrape, "target_state_since_timestamp_seconds", &[]);
+    assert_eq!(since, 1_790_000_000.25);
+}
+
+#[test]
+fn information_about_an_incident_exists_while_it_is_open_and_only_in_its_last_form() {
+    let (metrics, support) = with_a_target();
+    let open = || {
+        let scrape = scraped(&metrics);
+        ["agent", "service"].map(|fault| value_of(&scrape, "incident_open", &[("fault", fault)]))
+    };
+    assert!(open().iter().all(|value| value.is_nan()));
+    support.incident(None, None);
+    assert_eq!(open(), [0.0, 0.0]);
+    support.incident(Some("service"), Some(incident()));
+    let changed = IncidentInfo {
+        rooms: 7,
+        differs: "only node a fails".to_owned(),
+        url: Some("https://canary/incidents/1".to_owned()),
+        ..incident()
+    };
+    support.incident(Some("service"), Some(changed));
+    assert_eq!(open(), [0.0, 1.0]);
+    let scrape = scraped(&metrics);
+    let info: Vec<&Sample> = series(&scrape, "incident_info").collect();
+    let [info] = info[..] else {
+        panic!("not one series: {info:?}");
+    };
+    let labels = [
+        ("differs", "only node a fails"),
+        ("incident", "20260921T141320Z-support"),
+        ("reason", "agent_silent"),
+        ("share", "71 %"),
+        ("target", "support"),
+        ("url", "https://canary/incidents/1"),
+    ];
+    let labels = labels.map(|(label, value)| (label.to_owned(), value.to_owned()));
+    assert_eq!(info.labels, BTreeMap::from(labels));
+    assert_eq!(info.value, "1");
+    support.incident(None, None);
+    assert_eq!(series(&scraped(&metrics), "incident_info").count(), 0);
+}
+
+/// Each other share is a series of its own in Prometheus.
+#[test]
+fn share_of_an_incident_is_in_whole_percent_and_100_only_if_every_room_failed() {
+    let share = |failed, rooms| {
+        let info = IncidentInfo {
+            failed,
+            rooms,
+            ..incident()
+        };
+        info.share()
+    };
+    let shares = [(3, 3), (1, 3), (999, 1_000), (1, 1_000), (0, 4), (0, 0)];
+    let shares = shares.map(|(failed, rooms)| share(failed, rooms));
+    assert_eq!(shares, ["100 %", "33 %", "99 %", "1 %", "0 %", ""]);
 }
 
 #[test]
@@ -947,22 +1147,22 @@ fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
 #[test]
 fn changed_settings_of_a_target_keep_its_counters() {
     let (metrics, support) = with_a_target();
-    support.probe(&report(), &Objectives::default());
+    support.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
     let mut changed = target();
     changed.agent_name = None;
     changed.dispatch.mode = DispatchMode::Automatic;
     changed.objectives.join_within = Duration::from_millis(500);
     changed.objectives.availability = 0.9;
     let again = metrics.target("support", &changed, &project());
-    again.probe(&report(), &changed.objectives);
+    again.probe(Purpose::Scheduled, &report(), &changed.objectives, false);
     // The handle from before the change counts in the same series.
-    support.probe(&report(), &changed.objectives);
+    support.probe(Purpose::Scheduled, &report(), &changed.objectives, false);
 
     let scrape = scraped(&metrics);
-    assert_eq!(value_of(&scrape, "probes_total", &[]), 3.0);
+    assert_eq!(sum_of(&scrape, "probes_total", &[]), 3.0);
     let join = [("sli", "join")];
-    assert_eq!(value_of(&scrape, "slo_eligible_total", &join), 3.0);
-    assert_eq!(value_of(&scrape, "slo_good_total", &join), 1.0);
+    assert_eq!(sum_of(&scrape, "slo_eligible_total", &join), 3.0);
+    assert_eq!(sum_of(&scrape, "slo_good_total", &join), 1.0);
     assert_eq!(value_of(&scrape, "slo_threshold_seconds", &join), 0.5);
     let availability = [("sli", "availability")];
     assert_eq!(value_of(&scrape, "slo_objective_ratio", &availability), 0.9);
@@ -1006,8 +1206,8 @@ fn series_of_a_removed_target_disappear_and_an_old_handle_does_not_restore_them(
     metrics.target("sales", &target(), &project());
     let open = support.room_opened();
     metrics.remove_target("support");
-    support.probe(&report(), &Objectives::default());
-    support.batch(&batch([Outcome::Ok]), &target().objectives);
+    support.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
+    support.batch(&batch([Outcome::Ok]), &target().objectives, false);
     support.tick(moment());
     support.skipped(SkipCause::Overlap);
     drop(open);
@@ -1016,10 +1216,10 @@ fn series_of_a_removed_target_disappear_and_an_old_handle_does_not_restore_them(
     assert!(text.contains("target=\"sales\""));
 
     let added_again = metrics.target("support", &target(), &project());
-    support.probe(&report(), &Objectives::default());
-    let value = || value_of(&scraped(&metrics), "probes_total", &[("target", "support")]);
+    support.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
+    let value = || total(&scraped(&metrics), "probes_total");
     assert_eq!(value(), 0.0);
-    added_again.probe(&report(), &Objectives::default());
+    added_again.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
     assert_eq!(value(), 1.0);
 }
 
@@ -1039,12 +1239,12 @@ fn targets_do_not_affect_each_other() {
         samples
     };
     let before = of_sales(&metrics);
-    support.probe(&report(), &Objectives::default());
-    support.batch(&batch([Outcome::Ok]), &target().objectives);
+    support.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
+    support.batch(&batch([Outcome::Ok]), &target().objectives, false);
     support.tick(moment());
     let _open = support.room_opened();
     assert_eq!(of_sales(&metrics), before);
-    sales.probe(&report(), &Objectives::default());
+    sales.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
     assert_ne!(of_sales(&metrics), before);
 }
 
@@ -1106,7 +1306,7 @@ fn secrets_and_details_are_not_exported() {
         }),
         ..report()
     };
-    support.probe(&report, &Objectives::default());
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
     let text = metrics.render();
     for word in ["the-key", "the-secret", "the-detail", "canary-0a1b2"] {
         assert!(!text.contains(word), "{word}");
@@ -1125,10 +1325,10 @@ fn target_that_was_removed_before_a_scrape_is_not_in_it() {
             for number in 0..TARGETS {
                 let name = format!("t-{number}");
                 let handle = metrics.target(&name, &target(), &project());
-                handle.probe(&report(), &Objectives::default());
+                handle.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
                 metrics.remove_target(&name);
                 removed.store(number + 1, Ordering::SeqCst);
-                handle.probe(&report(), &Objectives::default());
+                handle.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
             }
             over.store(true, Ordering::SeqCst);
         });
@@ -1161,7 +1361,7 @@ fn scrape_shows_all_changes_of_a_probe_or_none() {
             let (support, probing) = (&support, &probing);
             scope.spawn(move || {
                 for _ in 0..PROBES {
-                    support.probe(&report, &Objectives::default());
+                    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
                 }
                 probing.fetch_sub(1, Ordering::SeqCst);
             });
@@ -1169,9 +1369,9 @@ fn scrape_shows_all_changes_of_a_probe_or_none() {
         loop {
             let last = probing.load(Ordering::SeqCst) == 0;
             let scrape = scraped(&metrics);
-            let probes = value_of(&scrape, "probes_total", &[]);
+            let probes = sum_of(&scrape, "probes_total", &[]);
             let ok = probes - total(&scrape, "probe_failures_total");
-            let of = |name, sli| value_of(&scrape, name, &[("sli", sli)]);
+            let of = |name, sli| sum_of(&scrape, name, &[("sli", sli)]);
             assert_eq!(of("slo_eligible_total", "availability"), probes);
             assert_eq!(of("slo_good_total", "availability"), ok);
             assert_eq!(of("slo_good_total", "join"), probes);
@@ -1239,9 +1439,12 @@ fn docs_list_every_label_value() {
             assert_eq!(listed, values_of(&scrape, label), "{label}");
         }
     }
-    // Values from the settings and from the build can be any text.
+    // Values from the settings, from an incident and from the build can be any text.
     let free = [
         "target",
+        "incident",
+        "share",
+        "differs",
         "project",
         "url",
         "agent_name",

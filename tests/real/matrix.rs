@@ -283,10 +283,24 @@ impl DaemonBatch {
         variables: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
         let dir = DaemonDir::new()?;
-        dir.write_with(lifetime, &settings.text())?;
+        // The only batch is the first one of the schedule, because only scheduled batches count in service levels. No
+        // confirmation follows it.
+        let one_batch = format!(
+            "{}\n[targets.{TARGET}.schedule]\nevery = \"30d\"\n[targets.{TARGET}.confirm]\nrooms = 0\n",
+            settings.text()
+        );
+        dir.write_with(lifetime, &one_batch)?;
         let daemon = dir.start_with(variables)?;
+        let batch_id = daemon.wait_for("the first batch", || {
+            let running = daemon.targets()?.pop().and_then(|target| target.running);
+            let ended = || -> anyhow::Result<_> {
+                let mut batches = daemon.batches(TARGET)?;
+                Ok(batches.pop().map(|batch| batch.batch_id))
+            };
+            running.map_or_else(ended, |id| Ok(Some(id)))
+        })?;
         Ok(Self {
-            batch_id: daemon.start_batch(TARGET)?,
+            batch_id,
             daemon,
             _dir: dir,
         })
