@@ -237,7 +237,7 @@ impl Daemon {
             counted_drops: 0,
             counted_faults: 0,
             counted_lost_lines: 0,
-            notifier: Notifier::start(&options.config.notify, &history, &metrics),
+            notifier: start_notifier(&options.config, &history, &metrics),
             metrics,
             drill: options.drill,
             fault: options.fault,
@@ -684,6 +684,15 @@ fn send_reply<T>(reply: oneshot::Sender<T>, answer: T) {
     let _lost: Result<(), T> = reply.send(answer);
 }
 
+/// Its messages leave the history once they are delivered.
+fn start_notifier(config: &Config, history: &History, metrics: &Metrics) -> Notifier {
+    let done = {
+        let history = history.clone();
+        Arc::new(move |id: &str| history.message_done(id))
+    };
+    Notifier::start_with(&config.notify, history.outbox(), done, metrics.clone())
+}
+
 /// How long a target may be without a verdict before its state is unknown. A batch may take longer than its interval.
 fn max_silence(
     longest_interval: Duration,
@@ -699,13 +708,14 @@ async fn restore_detection(history: &History, name: &str, target: &mut TargetRun
     if std::mem::replace(&mut target.restored, true) {
         return;
     }
-    match read_detection(history, name).await {
-        Ok(restored) => target.detector.restore(restored),
-        Err(error) => tracing::warn!(
+    let restored = read_detection(history, name).await;
+    if let Err(error) = &restored {
+        tracing::warn!(
             target_name = name,
             "target {name}: cannot read its earlier state from the history: {error:#}"
-        ),
+        );
     }
+    target.detector.restore(restored.unwrap_or_default());
 }
 
 async fn read_detection(history: &History, name: &str) -> Result<Restored, ReadError> {

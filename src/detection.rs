@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use crate::config::{self, Confirm};
-use crate::history::{DetectionRecord, History, IncidentRecord, OutboxMessage};
+use crate::history::{DetectionRecord, History, IncidentRecord, RecentProbe};
 use crate::metrics::{IncidentInfo, TargetMetrics};
 use crate::notify::{Notice, NoticeKind, Notifier};
-use crate::probe::ProbeReport;
+use crate::probe::{Position, ProbeReport, Reason};
 use crate::report::Purpose;
 
 mod difference;
@@ -24,9 +24,10 @@ mod incident;
 mod simulation;
 mod state;
 
-pub(crate) use incident::{Incident, Sample};
+pub(crate) use incident::{EndedBy, Incident, IncidentHead, Sample};
 pub(crate) use state::{DueConfirmation, Fault, TargetState, Transition, Verdict};
 
+use difference::Difference;
 use state::StateMachine;
 
 /// The last rooms of a target, which an incident is compared with.
@@ -133,18 +134,18 @@ impl Detector {
             recent: VecDeque::new(),
             paused: false,
         };
-        let detector = Self {
+        Self {
             shared: Arc::new(DetectorShared {
                 target: target.to_owned(),
                 outputs,
                 detection: Mutex::new(detection),
             }),
-        };
-        detector.shared.publish(&detector.shared.lock());
-        detector
+        }
     }
 
     /// Continues where an earlier run ended. What can't be read is logged, and counts as unknown.
+    ///
+    /// Until then, the series show no state: the alert of an open incident must not end for a moment.
     pub(crate) fn restore(&self, restored: Restored) {
         let mut detection = self.shared.lock();
         detection.recent.extend(restored.recent);
@@ -158,9 +159,16 @@ impl Detector {
                 ),
             }
         }
-        detection.incident = restored
-            .incident
-            .and_then(|document| Incident::from_document(&document));
+        if let Some(document) = restored.incident {
+            match Incident::from_document(&document) {
+                Ok(incident) => detection.incident = Some(incident),
+                Err(error) => tracing::warn!(
+                    target_name = self.shared.target,
+                    "target {}: its incident can't be read: {error}",
+                    self.shared.target
+                ),
+            }
+        }
         self.shared.publish(&detection);
     }
 
@@ -205,14 +213,12 @@ impl Detector {
             return;
         }
         let was_open = detection.kept.machine.pause(now);
-        let mut messages = Vec::new();
+        let mut notices = Vec::new();
         if was_open && let Some(incident) = &mut detection.incident {
-            incident.end(now, "paused");
-            messages = self
-                .shared
-                .notice(&detection, NoticeKind::Closed, None, now);
+            incident.end(now, EndedBy::Paused);
+            notices.push(self.shared.notice(&detection, NoticeKind::Closed, now));
         }
-        self.shared.record(&detection, was_open, messages);
+        self.shared.record(&detection, was_open, &notices);
     }
 
     /// The next confirmation; `None` if there is nothing to confirm, or if the settings turn confirmations off.
@@ -269,7 +275,7 @@ impl DetectorShared {
         now: DateTime<Utc>,
     ) {
         let is_open = detection.kept.machine.fault().is_some();
-        let mut messages = Vec::new();
+        let mut notices = Vec::new();
         match transition {
             None if !is_open => return,
             None | Some(Transition::Suspected | Transition::Dismissed) => {}
@@ -279,31 +285,35 @@ impl DetectorShared {
                 continues,
             }) => {
                 self.open(detection, began_at, fault, continues, now);
-                messages = self.notice(detection, NoticeKind::Opened, detail, now);
+                notices.push(Notice {
+                    continues,
+                    detail,
+                    ..self.notice(detection, NoticeKind::Opened, now)
+                });
             }
             Some(Transition::Recovered) => {
                 if let Some(incident) = &mut detection.incident {
-                    incident.end(now, "recovered");
+                    incident.end(now, EndedBy::Recovered);
                 }
-                messages = self.notice(detection, NoticeKind::Closed, None, now);
+                notices.push(self.notice(detection, NoticeKind::Closed, now));
             }
             Some(Transition::Lost) => {
                 detection.kept.blind = Some(now);
-                messages = self.notice(detection, NoticeKind::Blind, None, now);
+                notices.push(self.notice(detection, NoticeKind::Blind, now));
             }
             Some(Transition::Found) => {}
         }
         if detection.kept.blind.is_some()
             && detection.kept.machine.state() != TargetState::Unknown
         {
-            messages.extend(self.notice(detection, NoticeKind::Sighted, None, now));
+            notices.push(self.notice(detection, NoticeKind::Sighted, now));
             detection.kept.blind = None;
         }
         if let Some(transition) = transition {
             self.log(detection, transition);
         }
         let with_incident = is_open || matches!(transition, Some(Transition::Recovered));
-        self.record(detection, with_incident, messages);
+        self.record(detection, with_incident, &notices);
     }
 
     fn open(
@@ -317,70 +327,61 @@ impl DetectorShared {
         if continues && let Some(incident) = &mut detection.incident {
             incident.reopen();
         } else {
-            let id = format!("{}-{}", began_at.format("%Y%m%dT%H%M%SZ"), self.target);
             let settings = &detection.settings;
-            let incident = Incident::new(
-                id,
-                &self.target,
-                &settings.project,
-                settings.dispatch.mode.name(),
+            let head = IncidentHead {
+                id: format!("{}-{}", began_at.format("%Y%m%dT%H%M%SZ"), self.target),
+                target: self.target.clone(),
+                project: settings.project.clone(),
                 fault,
+                dispatch: settings.dispatch.mode.name().to_owned(),
                 began_at,
-                now,
-            );
-            detection.kept.incident = Some(incident.id.clone());
-            detection.incident = Some(incident);
+                opened_at: now,
+            };
+            detection.kept.incident = Some(head.id.clone());
+            let before = detection.recent.iter().filter(|one| one.ended_at < began_at);
+            detection.incident = Some(Incident::new(head, before.cloned().collect()));
         }
         let Some(incident) = &mut detection.incident else {
             return;
         };
-        // The rooms since the first failed one belong to it, and those before it show what was different.
-        let (before, since): (Vec<_>, Vec<_>) = detection
-            .recent
-            .iter()
-            .cloned()
-            .partition(|sample| sample.ended_at < began_at);
-        incident.set_before(before);
-        for sample in since {
-            incident.add(sample);
+        // The rooms since the first failed one belong to it.
+        for sample in detection.recent.iter().filter(|one| one.ended_at >= began_at) {
+            if !incident.has(&sample.room) {
+                incident.add(sample.clone());
+            }
         }
     }
 
-    /// The messages to every channel that reports this target.
-    fn notice(
-        &self,
-        detection: &Detection,
-        kind: NoticeKind,
-        detail: Option<String>,
-        now: DateTime<Utc>,
-    ) -> Vec<OutboxMessage> {
+    fn notice(&self, detection: &Detection, kind: NoticeKind, now: DateTime<Utc>) -> Notice {
         let incident = match kind {
             NoticeKind::Opened | NoticeKind::Closed => detection.incident.as_ref(),
             NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => None,
         };
         let blind_since = detection.kept.blind.unwrap_or(now);
         let blind = || format!("{}-{}-blind", blind_since.format("%Y%m%dT%H%M%SZ"), self.target);
-        let id = incident.map_or_else(blind, |incident| incident.id.clone());
-        let url = incident.and_then(|incident| self.url_of(&incident.id));
+        let id = incident.map_or_else(blind, |incident| incident.head.id.clone());
+        let url = incident.and_then(|incident| self.url_of(&incident.head.id));
         let reasons = incident.map(Incident::reasons).unwrap_or_default();
-        let notice = Notice {
+        let reasons = reasons.iter().map(|one| (one.reason.clone(), one.rooms));
+        let ended_by = incident.and_then(|incident| incident.ended_by);
+        Notice {
             kind,
             target: self.target.clone(),
             project: detection.settings.project.clone(),
-            fault: incident.map(|incident| incident.fault.label().to_owned()),
-            continues: incident.is_some_and(|incident| incident.continues),
+            fault: incident.map(|incident| incident.head.fault.label().to_owned()),
+            continues: false,
             incident: id,
-            began_at: incident.map_or(blind_since, |incident| incident.began_at),
+            began_at: incident.map_or(blind_since, |incident| incident.head.began_at),
             at: now,
-            reasons,
+            reasons: reasons.collect(),
             failed: incident.map_or(0, Incident::failed),
             rooms: incident.map_or(0, Incident::rooms),
-            differs: incident.map(Incident::sentences).unwrap_or_default(),
-            detail,
+            differs: incident.map(sentences).unwrap_or_default(),
+            detail: None,
             url,
+            ended_by: ended_by.map(|by| by.label().to_owned()),
             drill: self.outputs.drill,
-        };
-        self.outputs.notifier.messages(&notice)
+        }
     }
 
     fn url_of(&self, incident: &str) -> Option<String> {
@@ -392,7 +393,10 @@ impl DetectorShared {
     }
 
     /// Writes what the next run needs, shows the state, and sends the messages.
-    fn record(&self, detection: &Detection, with_incident: bool, messages: Vec<OutboxMessage>) {
+    fn record(&self, detection: &Detection, with_incident: bool, notices: &[Notice]) {
+        let notifier = &self.outputs.notifier;
+        let messages = notices.iter().flat_map(|notice| notifier.messages(notice));
+        let messages: Vec<_> = messages.collect();
         let state = serde_json::to_string(&detection.kept);
         let state = state.expect("plain structs with string keys always serialize");
         let incident = detection.incident.as_ref().filter(|_| with_incident);
@@ -400,18 +404,18 @@ impl DetectorShared {
             target: self.target.clone(),
             state,
             incident: incident.map(|incident| IncidentRecord {
-                id: incident.id.clone(),
-                target: incident.target.clone(),
-                project: incident.project.clone(),
-                fault: incident.fault.label().to_owned(),
-                began_at: incident.began_at,
+                id: incident.head.id.clone(),
+                target: incident.head.target.clone(),
+                project: incident.head.project.clone(),
+                fault: incident.head.fault.label().to_owned(),
+                began_at: incident.head.began_at,
                 ended_at: incident.ended_at,
                 document: incident.document(),
             }),
             messages: messages.clone(),
         });
         self.publish(detection);
-        self.outputs.notifier.deliver(messages);
+        notifier.deliver(messages);
     }
 
     fn publish(&self, detection: &Detection) {
@@ -423,12 +427,12 @@ impl DetectorShared {
         metrics.incident(
             fault.map(Fault::label),
             open.map(|incident| IncidentInfo {
-                incident: incident.id.clone(),
-                reason: incident.reasons().into_iter().next().map(|(reason, _)| reason),
+                incident: incident.head.id.clone(),
+                reason: incident.reasons().first().map(|one| one.reason.clone()),
                 failed: incident.failed(),
                 rooms: incident.rooms(),
-                differs: incident.sentences().join("; "),
-                url: self.url_of(&incident.id),
+                differs: sentences(incident).join("; "),
+                url: self.url_of(&incident.head.id),
             }),
         );
     }
@@ -436,7 +440,7 @@ impl DetectorShared {
     fn log(&self, detection: &Detection, transition: Transition) {
         let target = &self.target;
         let incident = detection.incident.as_ref();
-        let id = incident.map(|incident| incident.id.as_str());
+        let id = incident.map(|incident| incident.head.id.as_str());
         match transition {
             Transition::Suspected => tracing::info!(
                 target_name = target,
@@ -470,6 +474,47 @@ impl DetectorShared {
                 target_name = target,
                 "target {target} is unknown: no room has given a verdict on the agent for too long"
             ),
+        }
+    }
+}
+
+/// What differs between its failed and its good rooms, for people.
+fn sentences(incident: &Incident) -> Vec<String> {
+    let differences = incident.differences();
+    differences.iter().map(Difference::sentence).collect()
+}
+
+impl From<RecentProbe> for Sample {
+    fn from(probe: RecentProbe) -> Self {
+        let labelled = |reason: &Reason| Some(reason.label()) == probe.reason.as_deref();
+        let reason = Reason::ALL.into_iter().find(labelled);
+        let known = probe.circumstances;
+        let position = if probe.place == 0 {
+            Position::First
+        } else {
+            Position::Later
+        };
+        Self {
+            room: probe.room,
+            batch_id: probe.batch_id,
+            purpose: probe.purpose.label().to_owned(),
+            position: position.label().to_owned(),
+            opened_at: probe.started_at,
+            // The history keeps no end of a probe.
+            ended_at: probe.started_at,
+            failed: match (probe.outcome.as_str(), reason) {
+                ("ok", _) => Some(false),
+                (_, Some(reason)) => Verdict::of_origin(reason.origin()).is_bad(),
+                (_, None) => None,
+            },
+            outcome: probe.outcome,
+            origin: reason.map(|reason| reason.origin().label().to_owned()),
+            reason: probe.reason,
+            node: known.node,
+            region: known.region,
+            worker: known.worker,
+            media_path: known.media_path.map(|path| path.label().to_owned()),
+            agent_version: known.agent_version,
         }
     }
 }

@@ -13,6 +13,8 @@ use crate::report::counted;
 
 /// How long an aborted batch may take in addition to the deletion of its rooms.
 const ABORT_TIMEOUT: Duration = Duration::from_millis(2500);
+/// How long the channels may take to deliver what can be delivered at once.
+const NOTIFY_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the history may take to write its last records.
 const HISTORY_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -93,6 +95,9 @@ impl Daemon {
                 unconfirmed.why
             );
         }
+        let notifier = self.notifier.clone();
+        let closing = notifier.close(Instant::now() + NOTIFY_CLOSE_TIMEOUT);
+        self.serve_until(closing).await;
         let history = self.history.clone();
         let closing = history.close(Instant::now() + HISTORY_CLOSE_TIMEOUT);
         if !self.serve_until(closing).await {
