@@ -20,8 +20,6 @@ use crate::report::Purpose;
 
 mod difference;
 mod incident;
-#[cfg(test)]
-mod simulation;
 mod state;
 
 pub(crate) use incident::{EndedBy, Incident, IncidentHead, Sample};

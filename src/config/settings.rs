@@ -699,7 +699,8 @@ impl Default for Batch {
 /// The batches that confirm a failure, in addition to the schedule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Confirm {
-    /// From the first failed room to the first confirmation. Each further one waits twice as long.
+    /// From the first failed room to the first confirmation, and from its end to the second one. Each further one waits twice
+    /// as long. Failures of rooms that open sooner than 30 s after the first one confirm nothing.
     pub after: Duration,
     /// Rooms of a confirmation; 0 turns confirmations off.
     pub rooms: usize,
@@ -713,7 +714,7 @@ pub struct Confirm {
 impl Default for Confirm {
     fn default() -> Self {
         Self {
-            after: Duration::from_secs(15),
+            after: Duration::from_secs(30),
             rooms: 2,
             longest: Duration::from_mins(10),
             agent_time_per_day: None,

@@ -1,7 +1,7 @@
 //! The state of a target: what its rooms show of the agent and of LiveKit, and when the canary must look again.
 //!
 //! Pure: it knows no clock, no batch and no disk. Each room and each turn of the daemon's loop gives it the time. It is stored
-//! as JSON, so that a restart continues where the last run ended.
+//! as JSON, so that a restart continues where the last run ended. `simulation` plays years of it.
 
 use std::time::Duration;
 
@@ -11,21 +11,26 @@ use serde::{Deserialize, Serialize};
 use crate::config::Confirm;
 use crate::probe::{Origin, Outcome};
 
-/// A shorter fault is a blip and no outage: from the first failed room to the deciding one.
+/// A shorter fault is a blip and no outage. A room that opens this long after the first failure was known can't fail for it.
 const MIN_OUTAGE: TimeDelta = TimeDelta::seconds(30);
-/// A failure so soon after the end of an incident continues it.
+/// A failure within this time after the end of an incident continues it.
 const CONTINUED_WITHIN: TimeDelta = TimeDelta::minutes(15);
-/// This many more bad rooms than good ones, after the first bad one, are an outage.
-const FAILING_LEAD: i32 = 2;
-/// Bad rooms that opened after the first failure was known. Rooms of one moment may fail for one cause that is over.
+/// This many more bad rooms than good ones, after the first bad one, are an outage. With one less, independent failures of 5 %
+/// of the rooms page 15 times per year, by the simulation.
+const FAILING_LEAD: i32 = 3;
+/// Bad rooms that opened [`MIN_OUTAGE`] after the first failure was known.
 const MIN_CONFIRMING_FAILURES: u32 = 2;
 /// This many good rooms in a row end a suspicion.
 const DISMISSING_ROOMS: u32 = 2;
-/// This many good rooms in a row end an outage.
+/// This many good rooms in a row end an outage in which every room failed.
 const RECOVERED_ROOMS: u32 = 3;
-/// How often the canary looks at the begin of an outage.
+/// If good and bad rooms mix, more are needed, because an outage of half of the rooms has three good ones in a row within
+/// minutes. The run must be this unlikely within the outage, or have this length.
+const CHANCE_OF_RUN: f64 = 0.002;
+const MAX_RECOVERED_ROOMS: u32 = 10;
+/// The interval of confirmations at the start of an outage.
 const FAILING_INTERVAL: TimeDelta = TimeDelta::minutes(1);
-/// From then on it looks less often, the longer the outage lasts.
+/// After this time, the interval grows with the age of the outage.
 const FREQUENT_FOR: TimeDelta = TimeDelta::minutes(30);
 
 /// What the canary knows of a target.
@@ -137,7 +142,7 @@ pub(crate) enum Transition {
         /// The incident before it ended a short time ago, and goes on.
         continues: bool,
     },
-    /// The first good room of a target whose state was unknown.
+    /// A target whose state was unknown has a verdict: it is healthy, or its open incident goes on.
     Found,
     /// The outage is over.
     Recovered,
@@ -159,19 +164,21 @@ pub(crate) struct StateMachine {
     since: DateTime<Utc>,
     /// The last room with a verdict.
     last_verdict_at: Option<DateTime<Utc>>,
+    last_bad_at: Option<DateTime<Utc>>,
+    /// Good rooms that opened after the last bad one was known.
     good_in_a_row: u32,
     doubt: Option<Doubt>,
-    /// An incident is open. It stays open while the state is unknown.
-    fault: Option<Fault>,
-    /// When the last incident ended.
-    recovered_at: Option<DateTime<Utc>>,
+    /// The open incident. It stays open while the state is unknown.
+    outage: Option<Outage>,
+    /// The incident before it.
+    ended: Option<EndedOutage>,
     /// The end of the last confirmation batch since the first failure, or the time at which it was denied.
     last_attempt_at: Option<DateTime<Utc>>,
     /// Confirmation batches since the first failure.
     attempts: u32,
 }
 
-/// What was seen since a room failed.
+/// What the rooms showed since one failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Doubt {
     first_bad_at: DateTime<Utc>,
@@ -181,6 +188,22 @@ struct Doubt {
     confirming_good_in_a_row: u32,
     agent_failures: u32,
     service_failures: u32,
+    good: u32,
+}
+
+/// An incident, with the rooms that tell how unlikely a run of good rooms is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Outage {
+    fault: Fault,
+    bad: u32,
+    /// Good rooms that bad ones followed.
+    good: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct EndedOutage {
+    at: DateTime<Utc>,
+    outage: Outage,
 }
 
 impl Doubt {
@@ -192,44 +215,68 @@ impl Doubt {
             confirming_good_in_a_row: 0,
             agent_failures: 0,
             service_failures: 0,
+            good: 0,
         };
         doubt.blame(fault);
         doubt
     }
 
     fn blame(&mut self, fault: Fault) {
-        match fault {
-            Fault::Agent => self.agent_failures += 1,
-            Fault::Service => self.service_failures += 1,
-        }
+        let failures = match fault {
+            Fault::Agent => &mut self.agent_failures,
+            Fault::Service => &mut self.service_failures,
+        };
+        *failures = failures.saturating_add(1);
     }
 
-    fn bad(&mut self, fault: Fault, confirming: bool) {
+    fn bad(&mut self, opened_at: DateTime<Utc>, fault: Fault) {
         self.blame(fault);
-        self.lead += 1;
-        if confirming {
-            self.confirming_failures += 1;
-            self.confirming_good_in_a_row = 0;
+        self.lead = self.lead.saturating_add(1);
+        self.confirming_good_in_a_row = 0;
+        if opened_at - self.first_bad_at >= MIN_OUTAGE {
+            self.confirming_failures = self.confirming_failures.saturating_add(1);
         }
     }
 
-    fn good(&mut self, confirming: bool) {
-        self.lead -= 1;
-        self.confirming_good_in_a_row += u32::from(confirming);
-    }
-
-    fn is_outage(&self, now: DateTime<Utc>) -> bool {
-        self.lead >= FAILING_LEAD
-            && self.confirming_failures >= MIN_CONFIRMING_FAILURES
-            && now - self.first_bad_at >= MIN_OUTAGE
-    }
-
-    fn fault(&self) -> Fault {
-        if self.service_failures > self.agent_failures {
-            Fault::Service
-        } else {
-            Fault::Agent
+    fn good(&mut self, opened_at: DateTime<Utc>) {
+        self.good = self.good.saturating_add(1);
+        // A good room before the next failure proves little against an outage of some of the rooms.
+        self.lead = self.lead.saturating_sub(1).max(0);
+        if opened_at >= self.first_bad_at {
+            self.confirming_good_in_a_row += 1;
         }
+    }
+
+    fn is_outage(&self) -> bool {
+        self.lead >= FAILING_LEAD && self.confirming_failures >= MIN_CONFIRMING_FAILURES
+    }
+
+    fn outage(&self) -> Outage {
+        Outage {
+            fault: if self.service_failures > self.agent_failures {
+                Fault::Service
+            } else {
+                Fault::Agent
+            },
+            bad: self.agent_failures.saturating_add(self.service_failures),
+            good: self.good,
+        }
+    }
+}
+
+impl Outage {
+    /// The good rooms in a row that end it.
+    fn recovered_rooms(&self) -> u32 {
+        // Laplace's rule: a few rooms that all failed don't prove that every room fails.
+        let good =
+            (f64::from(self.good) + 1.0) / (f64::from(self.good) + f64::from(self.bad) + 2.0);
+        let mut chance = 1.0;
+        let mut rooms = 0;
+        while chance >= CHANCE_OF_RUN && rooms < MAX_RECOVERED_ROOMS {
+            chance *= good;
+            rooms += 1;
+        }
+        rooms.max(RECOVERED_ROOMS)
     }
 }
 
@@ -239,10 +286,11 @@ impl StateMachine {
             state: TargetState::Unknown,
             since: now,
             last_verdict_at: None,
+            last_bad_at: None,
             good_in_a_row: 0,
             doubt: None,
-            fault: None,
-            recovered_at: None,
+            outage: None,
+            ended: None,
             last_attempt_at: None,
             attempts: 0,
         }
@@ -258,7 +306,7 @@ impl StateMachine {
 
     /// Whose fault the open incident is; `None` if none is open.
     pub(crate) fn fault(&self) -> Option<Fault> {
-        self.fault
+        self.outage.map(|outage| outage.fault)
     }
 
     /// A room has ended at `now`. It opened at `opened_at`.
@@ -268,30 +316,26 @@ impl StateMachine {
         now: DateTime<Utc>,
         verdict: Verdict,
     ) -> Option<Transition> {
+        self.forget_the_future(now);
+        if verdict != Verdict::None {
+            self.last_verdict_at = Some(now);
+        }
         match verdict {
             Verdict::None => None,
-            Verdict::Good => {
-                self.last_verdict_at = Some(now);
-                self.good(opened_at, now)
-            }
-            Verdict::Bad(fault) => {
-                self.last_verdict_at = Some(now);
-                self.bad(opened_at, now, fault)
-            }
+            Verdict::Good => self.good(opened_at, now),
+            Verdict::Bad(fault) => self.bad(opened_at, now, fault),
         }
     }
 
     fn good(&mut self, opened_at: DateTime<Utc>, now: DateTime<Utc>) -> Option<Transition> {
-        self.good_in_a_row += 1;
-        if self.fault.is_some() {
-            return if self.good_in_a_row >= RECOVERED_ROOMS {
-                Some(self.recover(now))
-            } else if self.state == TargetState::Unknown {
-                self.enter(TargetState::Failing, now);
-                None
-            } else {
-                None
-            };
+        if self.last_bad_at.is_none_or(|bad| opened_at >= bad) {
+            self.good_in_a_row = self.good_in_a_row.saturating_add(1);
+        }
+        if let Some(outage) = self.outage {
+            if self.good_in_a_row >= outage.recovered_rooms() {
+                return Some(self.recover(outage, now));
+            }
+            return self.resume(now);
         }
         match self.state {
             TargetState::Unknown => {
@@ -300,7 +344,7 @@ impl StateMachine {
             }
             TargetState::Suspect => {
                 let doubt = self.doubt.as_mut()?;
-                doubt.good(opened_at >= doubt.first_bad_at);
+                doubt.good(opened_at);
                 if doubt.confirming_good_in_a_row < DISMISSING_ROOMS {
                     return None;
                 }
@@ -318,50 +362,66 @@ impl StateMachine {
         now: DateTime<Utc>,
         fault: Fault,
     ) -> Option<Transition> {
-        self.good_in_a_row = 0;
-        if self.fault.is_some() {
-            // After a time without verdicts, the incident goes on.
-            if self.state != TargetState::Failing {
-                self.enter(TargetState::Failing, now);
-            }
-            return None;
+        let good_before = std::mem::take(&mut self.good_in_a_row);
+        self.last_bad_at = Some(now);
+        if let Some(outage) = &mut self.outage {
+            outage.bad = outage.bad.saturating_add(1);
+            outage.good = outage.good.saturating_add(good_before);
+            return self.resume(now);
         }
         let Some(doubt) = &mut self.doubt else {
+            // A confirmation that ended after the last suspicion did is none of this one.
+            self.forget_doubt();
             self.doubt = Some(Doubt::new(now, fault));
             self.enter(TargetState::Suspect, now);
             return Some(Transition::Suspected);
         };
-        doubt.bad(fault, opened_at >= doubt.first_bad_at);
+        doubt.bad(opened_at, fault);
         let doubt = *doubt;
-        doubt.is_outage(now).then(|| self.fail(doubt, now))
+        doubt.is_outage().then(|| self.fail(doubt, now))
+    }
+
+    /// After a time without verdicts, the open incident goes on.
+    fn resume(&mut self, now: DateTime<Utc>) -> Option<Transition> {
+        if self.state == TargetState::Failing {
+            return None;
+        }
+        self.enter(TargetState::Failing, now);
+        Some(Transition::Found)
     }
 
     fn fail(&mut self, doubt: Doubt, now: DateTime<Utc>) -> Transition {
-        let fault = doubt.fault();
-        let continues = self
-            .recovered_at
-            .is_some_and(|at| doubt.first_bad_at - at < CONTINUED_WITHIN);
+        let mut outage = doubt.outage();
+        let continued = self
+            .ended
+            .filter(|ended| doubt.first_bad_at - ended.at < CONTINUED_WITHIN);
+        if let Some(ended) = continued {
+            outage.bad = outage.bad.saturating_add(ended.outage.bad);
+            outage.good = outage.good.saturating_add(ended.outage.good);
+        }
         self.enter(TargetState::Failing, now);
-        self.fault = Some(fault);
+        self.outage = Some(outage);
         self.forget_doubt();
         self.last_attempt_at = Some(now);
         Transition::Failed {
             began_at: doubt.first_bad_at,
-            fault,
-            continues,
+            fault: outage.fault,
+            continues: continued.is_some(),
         }
     }
 
-    fn recover(&mut self, now: DateTime<Utc>) -> Transition {
+    fn recover(&mut self, mut outage: Outage, now: DateTime<Utc>) -> Transition {
         self.enter(TargetState::Healthy, now);
-        self.fault = None;
-        self.recovered_at = Some(now);
+        outage.good = outage.good.saturating_add(self.good_in_a_row);
+        self.outage = None;
+        self.ended = Some(EndedOutage { at: now, outage });
         self.forget_doubt();
         Transition::Recovered
     }
 
     /// Time has passed. Without a verdict for `silence`, the state is unknown.
     pub(crate) fn elapse(&mut self, now: DateTime<Utc>, silence: Duration) -> Option<Transition> {
+        self.forget_the_future(now);
         let last = self.last_verdict_at.unwrap_or(self.since).max(self.since);
         let silent = (now - last).to_std().is_ok_and(|time| time >= silence);
         if !silent || self.state == TargetState::Unknown {
@@ -375,42 +435,48 @@ impl StateMachine {
 
     /// The target is paused. Returns whether an incident was open: it ends without a recovery.
     pub(crate) fn pause(&mut self, now: DateTime<Utc>) -> bool {
-        let was_open = self.fault.is_some();
+        let was_open = self.outage.is_some();
         *self = Self::new(now);
         was_open
     }
 
-    /// The next confirmation batch; `None` if there is nothing to confirm.
+    /// The next confirmation batch; `None` if there is nothing to confirm, or confirmations are off.
     pub(crate) fn next_confirmation(&self, confirm: &Confirm) -> Option<DueConfirmation> {
+        if confirm.rooms == 0 {
+            return None;
+        }
         let after = time_delta(confirm.after);
         let longest = time_delta(confirm.longest);
-        match (self.state, &self.doubt) {
-            (TargetState::Suspect, Some(doubt)) => {
-                let at = match self.last_attempt_at {
-                    None => doubt.first_bad_at + after,
-                    Some(last) => last + (after * 2_i32.pow(self.attempts.min(16))).min(longest),
+        match (self.state, &self.doubt, self.outage) {
+            (TargetState::Suspect, Some(doubt), _) => {
+                let wait = match self.attempts {
+                    0 => after,
+                    attempts => (after * 2_i32.pow((attempts - 1).min(16))).min(longest.max(after)),
                 };
                 Some(DueConfirmation {
-                    at,
+                    at: self.last_attempt_at.unwrap_or(doubt.first_bad_at) + wait,
                     rooms: confirm.rooms,
                 })
             }
-            (TargetState::Failing, _) => {
+            (TargetState::Failing, _, Some(outage)) => {
                 let last = self.last_attempt_at.unwrap_or(self.since);
-                Some(if self.good_in_a_row > 0 {
-                    let rooms = RECOVERED_ROOMS.saturating_sub(self.good_in_a_row).max(1);
-                    DueConfirmation {
+                if self.good_in_a_row > 0 {
+                    let missing = outage.recovered_rooms().saturating_sub(self.good_in_a_row);
+                    let missing = usize::try_from(missing).unwrap_or(usize::MAX);
+                    return Some(DueConfirmation {
                         at: last + after,
-                        rooms: usize::try_from(rooms).unwrap_or(1),
-                    }
+                        rooms: missing.clamp(1, confirm.rooms),
+                    });
+                }
+                let lasted = last - self.since;
+                let interval = if lasted < FREQUENT_FOR {
+                    FAILING_INTERVAL
                 } else {
-                    let lasted = last - self.since;
-                    let interval = FAILING_INTERVAL * i32::from(lasted < FREQUENT_FOR)
-                        + (lasted / 30) * i32::from(lasted >= FREQUENT_FOR);
-                    DueConfirmation {
-                        at: last + interval.min(longest),
-                        rooms: 1,
-                    }
+                    (lasted / 30).min(longest.max(FAILING_INTERVAL))
+                };
+                Some(DueConfirmation {
+                    at: last + interval,
+                    rooms: 1,
                 })
             }
             _ => None,
@@ -419,6 +485,7 @@ impl StateMachine {
 
     /// A confirmation batch has ended, or was denied.
     pub(crate) fn confirmation_attempted(&mut self, now: DateTime<Utc>) {
+        self.forget_the_future(now);
         self.last_attempt_at = Some(now);
         self.attempts = self.attempts.saturating_add(1);
     }
@@ -433,8 +500,33 @@ impl StateMachine {
         self.attempts = 0;
         self.last_attempt_at = None;
     }
+
+    /// After a backward clock jump, no time of the past is later than now. Otherwise the state could not change until the clock
+    /// reaches that time again.
+    fn forget_the_future(&mut self, now: DateTime<Utc>) {
+        self.since = self.since.min(now);
+        let optional = [
+            &mut self.last_verdict_at,
+            &mut self.last_bad_at,
+            &mut self.last_attempt_at,
+        ];
+        for at in optional.into_iter().flatten() {
+            *at = (*at).min(now);
+        }
+        if let Some(doubt) = &mut self.doubt {
+            doubt.first_bad_at = doubt.first_bad_at.min(now);
+        }
+        if let Some(ended) = &mut self.ended {
+            ended.at = ended.at.min(now);
+        }
+    }
 }
 
 fn time_delta(duration: Duration) -> TimeDelta {
-    TimeDelta::from_std(duration).unwrap_or(TimeDelta::MAX)
+    // A time that chrono can add to any date.
+    const MAX: TimeDelta = TimeDelta::days(366);
+    TimeDelta::from_std(duration).map_or(MAX, |delta| delta.min(MAX))
 }
+
+#[cfg(test)]
+mod tests;
