@@ -502,8 +502,10 @@ impl From<RecentProbe> for Sample {
             ended_at: probe.started_at,
             failed: match (probe.outcome.as_str(), reason) {
                 ("ok", _) => Some(false),
-                (_, Some(reason)) => Verdict::of_origin(reason.origin()).is_bad(),
-                (_, None) => None,
+                (_, Some(reason)) if Verdict::of_failure(reason.origin()) != Verdict::None => {
+                    Some(true)
+                }
+                _ => None,
             },
             outcome: probe.outcome,
             origin: reason.map(|reason| reason.origin().label().to_owned()),

@@ -115,12 +115,16 @@ impl Verdict {
     }
 
     pub(crate) fn of(outcome: &Outcome) -> Self {
-        let failure = match outcome {
-            Outcome::Ok => return Self::Good,
-            Outcome::Aborted => return Self::None,
-            Outcome::Failed(failure) => failure,
-        };
-        match failure.reason.origin() {
+        match outcome {
+            Outcome::Ok => Self::Good,
+            Outcome::Aborted => Self::None,
+            Outcome::Failed(failure) => Self::of_failure(failure.reason.origin()),
+        }
+    }
+
+    /// What a failed room shows.
+    pub(crate) fn of_failure(origin: Origin) -> Self {
+        match origin {
             Origin::Agent | Origin::Undetermined => Self::Bad(Fault::Agent),
             Origin::Livekit | Origin::Network => Self::Bad(Fault::Service),
             Origin::Limit | Origin::External | Origin::Config | Origin::Canary => Self::None,
