@@ -1,8 +1,9 @@
 //! The data on disk: batches and their probes, the budget ledger, the journal of rooms, and outages with the messages about them.
 //!
 //! All decisions are made on the ledger in memory, which one thread writes to disk. A reservation waits until its row is
-//! durable, and a message about an outage can wait as well; nothing else waits for the disk. If the disk takes nothing, the history is degraded: probing goes on, the
-//! ledger and the journal count in memory, and both are written when the disk works again.
+//! durable, and so can a message about an outage; nothing else waits for the disk. If the disk takes nothing, the history is
+//! degraded: probing goes on, the ledger, the journal and the outages stay in memory, and all are written when the disk works
+//! again.
 //!
 //! It knows no HTTP.
 
@@ -553,7 +554,7 @@ impl HistoryShared {
         }
     }
 
-    /// Returns whether it came to this. If not, the disk hangs, and the history is degraded.
+    /// Returns whether the writer's progress decided this in time. If not, the disk hangs, and the history is degraded.
     async fn wait_until(&self, decided: impl FnMut(&WriterProgress) -> bool) -> bool {
         let mut progress = self.progress.subscribe();
         let in_time = timeout(RESERVE_TIMEOUT, progress.wait_for(decided)).await;

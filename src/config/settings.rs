@@ -66,7 +66,7 @@ pub struct HistorySettings {
     pub dir: PathBuf,
     /// Retention of batches without a failure.
     pub keep: Duration,
-    /// Retention of batches with a failure.
+    /// Retention of batches with a failure, and of incidents from their end.
     pub keep_failures: Duration,
     /// Above this size the oldest batches are deleted, those without a failure first.
     pub max_megabytes: u64,

@@ -257,7 +257,8 @@ pub(super) fn recent_probes(
     target: &str,
     limit: usize,
 ) -> rusqlite::Result<Vec<RecentProbe>> {
-    // The inner query needs no sort: both indexes have its order. Batches may overlap, so the outer one sorts by time.
+    // The inner query walks through the target's batches from the latest one and stops at the limit. Batches may overlap, so the
+    // outer query sorts by time.
     let sql = "SELECT * FROM (
                    SELECT room, batch, purpose, place, p.started_at AS began, outcome, reason,
                           node, region, worker, media_path, agent_version

@@ -1,7 +1,7 @@
 //! The database file: schema and migrations, opening, writing, and deleting what is too old or too large.
 //!
-//! A corrupt file is moved aside. Its ledger, its journal, its incidents and the detection's rows are copied to a new file as far as
-//! they can be read.
+//! A corrupt file is moved aside. Its ledger, its journal, and its outages with their messages are copied to a new file as far
+//! as they can be read.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -138,7 +138,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The write-ahead log is truncated to this size when it has been copied into the file.
 const MAX_LOG_BYTES: i64 = 4 << 20;
 
-/// Batches and incidents, and ledger rows, that one clean-up step deletes. A reservation never waits for more than one step.
+/// How many batches, incidents, and ledger rows one clean-up step deletes. A reservation never waits for more than one step.
 const STEP_BATCHES: i64 = 10;
 const STEP_ROOMS: i64 = 500;
 
@@ -639,22 +639,17 @@ fn salvage(path: &Path) -> Salvage {
     }
     let saved = &mut salvage.detections;
     // Corrupt pages of one table do not affect the others. A file of format 1 has none of them.
+    let select = |columns: &str, table: &str| {
+        format!("SELECT {columns} FROM {table} WHERE json_valid(document)")
+    };
+    let state = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
+    let states = select("target, document", "target_states");
+    let incidents = select(INCIDENT_COLUMNS, "incidents");
+    let outbox = select(OUTBOX_COLUMNS, "outbox");
     for read in [
-        read_each(
-            &connection,
-            "SELECT target, document FROM target_states WHERE json_valid(document)",
-            |row| Ok(saved.states.push((row.get(0)?, row.get(1)?))),
-        ),
-        read_each(
-            &connection,
-            &format!("SELECT {INCIDENT_COLUMNS} FROM incidents WHERE json_valid(document)"),
-            |row| Ok(saved.incidents.push(read_incident(row)?)),
-        ),
-        read_each(
-            &connection,
-            &format!("SELECT {OUTBOX_COLUMNS} FROM outbox WHERE json_valid(document)"),
-            |row| Ok(saved.messages.push(read_message(row)?)),
-        ),
+        read_into(&mut saved.states, &connection, &states, state),
+        read_into(&mut saved.incidents, &connection, &incidents, read_incident),
+        read_into(&mut saved.messages, &connection, &outbox, read_message),
     ] {
         if let Err(fault) = read {
             tracing::debug!(?fault, "could not read all states, incidents and messages");
@@ -666,29 +661,29 @@ fn salvage(path: &Path) -> Salvage {
 fn salvage_ledger(connection: &Connection, salvage: &mut Salvage) -> Result<(), StoreFault> {
     // Corrupt pages of other tables do not affect this one.
     let whole = check(connection, "quick_check(rooms)");
-    let columns = match connection.column_exists(None, "rooms", "purpose")? {
-        true => ROOM_COLUMNS,
-        false => VERSION_1_ROOM_COLUMNS,
+    let columns = if connection.column_exists(None, "rooms", "purpose")? {
+        ROOM_COLUMNS
+    } else {
+        VERSION_1_ROOM_COLUMNS
     };
     let sql = format!("SELECT {columns} FROM rooms");
-    read_each(connection, &sql, |row| {
-        Ok(salvage.rows.push(read_row(row)?))
-    })?;
+    read_into(&mut salvage.rows, connection, &sql, read_row)?;
     whole?;
     salvage.lost = connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))?;
     Ok(())
 }
 
-/// Reads until the end, or until a row that can't be read.
-fn read_each(
+/// Adds rows until the end, or until one that can't be read.
+fn read_into<T>(
+    found: &mut Vec<T>,
     connection: &Connection,
     sql: &str,
-    mut read: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<()>,
+    read: impl Fn(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
 ) -> rusqlite::Result<()> {
     let mut statement = connection.prepare(sql)?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
-        read(row)?;
+        found.push(read(row)?);
     }
     Ok(())
 }

@@ -1353,7 +1353,7 @@ fn outbox(run: &TestRun) -> Vec<String> {
 #[tokio::test(start_paused = true)]
 async fn detection_is_durable_as_a_whole_and_a_message_stays_until_it_is_done() {
     let disk = Disk::new();
-    let mut run = disk.start();
+    let run = disk.start();
     run.history.record_detection(detection(1));
     run.kill();
     let mut run = disk.start();
@@ -1365,7 +1365,7 @@ async fn detection_is_durable_as_a_whole_and_a_message_stays_until_it_is_done() 
     let ((), ()) = tokio::join!(durable, async { run.writer.run_once() });
     assert_eq!(outbox(&run), [""; 0], "only messages of earlier runs");
     run.kill();
-    let mut run = disk.start();
+    let run = disk.start();
     assert_eq!(stored(&run).await, ["1", "i-1"]);
     assert_eq!(run.history.outbox(), [message(1)]);
     run.history.message_done("m-1");
