@@ -121,7 +121,7 @@ pub(crate) enum RoomEventKind {
     },
 }
 
-/// The transport of the canary's media. It is TCP if any of its two connections uses TCP.
+/// The transport of the canary's media. It is TCP if either of its two connections uses TCP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum MediaPath {
