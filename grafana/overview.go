@@ -35,6 +35,8 @@ func overview() (dashboard.Dashboard, error) {
 
 func overallService(board *dashboard.DashboardBuilder) {
 	board.WithRow(dashboard.NewRowBuilder("Are callers affected?")).
+		WithPanel(targetStates(24, 6)).
+		WithPanel(openIncidents(24, 5)).
 		WithPanel(rows(about{
 			"Service levels over the SLO window",
 			"Service level: the share of eligible rooms that were good over the SLO window of the alert rules. Error budget left: " +
@@ -151,11 +153,11 @@ func overallLiveKit(board *dashboard.DashboardBuilder) {
 		}, query{quantile("0.9", "span_duration_seconds", stepsBeforeAgent), "{{target}} {{span}}"})).
 		WithPanel(rows(about{
 			"Failures in the time range",
-			"Every reason that occurred in the dashboard's time range. The link of a target opens its batches, with the evidence " +
+			"Every reason that occurred in scheduled batches in the dashboard's time range. The link of a target opens its batches, with the evidence " +
 				"of each room.",
 			count, 24, 7,
 		}, []string{"target", "origin", "reason"}, column{
-			query{sum(growth("probe_failures_total", "", "$__range")) + " > 0", "Rooms"}, count,
+			query{scheduled("probe_failures_total", "", "$__range") + " > 0", "Rooms"}, count,
 			decimals(0),
 		}))
 }
@@ -171,7 +173,7 @@ func overallPlan(board *dashboard.DashboardBuilder) {
 			"Rooms by the limit that LiveKit reported. The limits connections, agent_sessions, inference and quota affect " +
 				"callers too. Dotted: all rooms that ended.",
 			count, 8, 8,
-		}, probes(), rejections("{{target}} {{limit}}"))).
+		}, allProbes(), rejections("{{target}} {{limit}}"))).
 		WithPanel(counts(about{
 			"Skipped batches, last $window",
 			"Ticks that started no batch. overlap: the previous batch still ran. budget: the agent budget is spent. backoff: a " +

@@ -110,6 +110,45 @@ func states(about about, one query) *statetimeline.PanelBuilder {
 		To:     cog.ToPtr(1.0),
 		Result: dashboard.ValueMappingResult{Text: &degraded, Color: cog.ToPtr("orange")},
 	}}
+	// The first mapping that fits decides.
+	return timeline(about, one).Mappings([]dashboard.ValueMapping{{ValueMap: &mappings}, {RangeMap: &between}})
+}
+
+// The state of each target over time.
+func targetStates(width, height uint32) *statetimeline.PanelBuilder {
+	colours := []string{"text", "green", "orange", "red"}
+	results := map[string]dashboard.ValueMappingResult{}
+	for number, name := range stateNames {
+		results[fmt.Sprint(number)] = dashboard.ValueMappingResult{Text: cog.ToPtr(name), Color: cog.ToPtr(colours[number])}
+	}
+	return timeline(about{
+		"State",
+		"What the last rooms say. unknown: no verdict on the agent, or paused. suspect: a room failed, and more rooms are to " +
+			"confirm it. failing: an incident is open, and a page has left.",
+		count, width, height,
+	}, state()).
+		Mappings([]dashboard.ValueMapping{{ValueMap: &dashboard.ValueMap{
+			Type: dashboard.MappingTypeValueToText, Options: results,
+		}}})
+}
+
+// The incidents that are open, and what the canary knows of them.
+func openIncidents(width, height uint32) *table.PanelBuilder {
+	return rows(about{
+		"Open incidents",
+		"Outages that last: the most frequent reason, the share of failed rooms since the begin, and what differs between failed " +
+			"and good rooms. Empty without an outage.",
+		count, width, height,
+	}, []string{"target", "reason", "share", "differs", "url"},
+		column{query: query{expr: latest("incident_info", "")}, unit: count}).
+		OverrideByName("url", []dashboard.DynamicConfigValue{
+			{Id: "links", Value: []map[string]any{
+				{"title": "Show the incident on the canary", "targetBlank": true, "url": "${__value.raw}"},
+			}},
+		})
+}
+
+func timeline(about about, one query) *statetimeline.PanelBuilder {
 	return statetimeline.NewPanelBuilder().
 		Title(about.title).Description(about.description).Unit(about.unit).
 		Span(about.width).Height(about.height).
@@ -118,8 +157,6 @@ func states(about about, one query) *statetimeline.PanelBuilder {
 		MergeValues(true).
 		ShowValue(common.VisibilityModeNever).
 		RowHeight(0.9).
-		// The first mapping that fits decides.
-		Mappings([]dashboard.ValueMapping{{ValueMap: &mappings}, {RangeMap: &between}}).
 		Legend(common.NewVizLegendOptionsBuilder().
 			ShowLegend(true).
 			DisplayMode(common.LegendDisplayModeList).

@@ -12,6 +12,9 @@ import (
 
 const prefix = "livekit_canary_"
 
+// The states of a target, from the one that says least to the worst.
+var stateNames = []string{"unknown", "healthy", "suspect", "failing"}
+
 // The steps before an agent joins.
 const stepsBeforeAgent = `span=~"room_create|signal|media|publish|dispatch"`
 
@@ -50,6 +53,14 @@ func growth(name, matchers, window string) string {
 	return fmt.Sprintf("increase(%s%s%s[%s])", prefix, name, selector(matchers), window)
 }
 
+// The increase of a counter that has a purpose, over scheduled batches: the others run when something is wrong.
+func scheduled(name, matchers, window string, over ...string) string {
+	if matchers != "" {
+		matchers += ", "
+	}
+	return sum(growth(name, matchers+`purpose="scheduled"`, window), append([]string{"purpose"}, over...)...)
+}
+
 // The increase of a counter in the same window of the day before.
 func growthYesterday(name, window string) string {
 	return fmt.Sprintf("increase(%s%s%s[%s] offset 1d)", prefix, name, selector(""), window)
@@ -58,8 +69,8 @@ func growthYesterday(name, window string) string {
 // The share of eligible probes that were good. It has no value if no probe was eligible: the level is unknown then.
 func serviceLevel(matchers, window string) string {
 	return fmt.Sprintf("%s\n/ (%s > 0)",
-		sum(growth("slo_good_total", matchers, window)),
-		sum(growth("slo_eligible_total", matchers, window)))
+		sum(growth("slo_good_total", matchers, window), "in_incident"),
+		sum(growth("slo_eligible_total", matchers, window), "in_incident"))
 }
 
 // A series that the recording rules hold. They count over the SLO window: a panel that did so itself would take seconds for
@@ -138,14 +149,19 @@ func slowest(name, matchers string, over ...string) query {
 	return query{quantile("1", name, matchers, over...), "{{target}} slowest"}
 }
 
-// All rooms that ended, as the total for failures.
+// All rooms of scheduled batches that ended, as the total for failures.
 func probes() query {
-	return query{sum(growth("probes_total", "", "$window")), "{{target}} all"}
+	return query{scheduled("probes_total", "", "$window"), "{{target}} all"}
+}
+
+// All rooms that ended, as the total for what every batch counts.
+func allProbes() query {
+	return query{sum(growth("probes_total", "", "$window"), "purpose"), "{{target}} all"}
 }
 
 // Only reasons that occurred: every target has a series for each of about twenty reasons.
 func failures(matchers, name string, over ...string) query {
-	return query{sum(growth("probe_failures_total", matchers, "$window"), over...) + " > 0", name}
+	return query{scheduled("probe_failures_total", matchers, "$window", over...) + " > 0", name}
 }
 
 // All turns of the caller, as the total for their results.
@@ -172,7 +188,17 @@ func rejections(name string) query {
 }
 
 func batches() query {
-	return query{sum(growth("batches_total", "", "$window"), "result"), "{{target}} batches"}
+	return query{scheduled("batches_total", "", "$window", "result"), "{{target}} batches"}
+}
+
+// The state of each target as a number: 0 unknown, 1 healthy, 2 suspect, 3 failing.
+func state() query {
+	numbered := make([]string, 0, len(stateNames))
+	for number, name := range stateNames {
+		is := fmt.Sprintf(`state="%s"`, name)
+		numbered = append(numbered, fmt.Sprintf("(%starget_state%s == 1) * %d", prefix, selector(is), number))
+	}
+	return query{aggregate("max", strings.Join(numbered, " or "), []string{"state"}), "{{target}}"}
 }
 
 func skipped(name string) query {

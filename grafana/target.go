@@ -55,6 +55,8 @@ func targetNow(board *dashboard.DashboardBuilder) {
 		WithPanel(number(about{
 			"Open rooms", "The number of open rooms.", count, 4, 4,
 		}, query{latest("rooms_in_flight", ""), "rooms"}).Decimals(0)).
+		WithPanel(targetStates(24, 4)).
+		WithPanel(openIncidents(24, 4)).
 		WithPanel(states(about{
 			"Result of the last batch",
 			"The rooms of the last batch at each time: all ok, some ok (degraded), or none ok (failed). An aborted batch changes " +
@@ -244,7 +246,7 @@ func targetPlan(board *dashboard.DashboardBuilder) {
 			"Rooms that reached a plan limit, last $window",
 			"Rooms by the limit that LiveKit reported. Dotted: all rooms that ended.",
 			count, 8, 7,
-		}, probes(), rejections("{{limit}}"))).
+		}, allProbes(), rejections("{{limit}}"))).
 		WithPanel(counts(about{
 			"Skipped batches, last $window",
 			"Ticks that started no batch, by cause: overlap, budget, backoff, paused. Dotted: batches that ended.",
@@ -263,15 +265,16 @@ func targetBatches(board *dashboard.DashboardBuilder) {
 		WithPanel(counts(about{
 			"Batches by result, last $window",
 			"ok: every room that opened was ok. degraded: some were ok. failed: none was ok. limited: a plan limit was reached. " +
-				"aborted: the canary stopped. Dotted: all batches.",
+				"aborted: the canary stopped. Scheduled batches only. Dotted: all of these.",
 			count, 8, 7,
-		}, batches(), query{sum(growth("batches_total", "", "$window")), "{{result}}"})).
+		}, batches(), query{scheduled("batches_total", "", "$window"), "{{result}}"})).
 		WithPanel(lines(about{
 			"Rooms, last $window",
-			"Rooms that ended, and rooms that were aborted because the canary stopped. Aborted rooms are not counted anywhere else.",
+			"Rooms that ended, by the purpose of their batch. Confirmations run while something is wrong. Rooms that were aborted are " +
+				"not counted anywhere else.",
 			count, 8, 7,
 		},
-			query{sum(growth("probes_total", "", "$window")), "ended"},
+			query{sum(growth("probes_total", "", "$window")), "{{purpose}}"},
 			query{sum(growth("probes_aborted_total", "", "$window")), "aborted"},
 		)).
 		WithPanel(lines(about{

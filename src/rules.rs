@@ -10,50 +10,56 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::config::{Alerts, Config};
+use crate::config::{Alerts, Config, Project, Target};
 
 mod catalogue;
 mod records;
 mod window;
 mod yaml;
 
+use catalogue::Group;
 pub use catalogue::{ALERTS, Alert, Severity};
 pub(crate) use window::max_watched_interval;
 
 use records::{BAD_BATCHES, ELIGIBLE, FAST, GOOD, RecordingRule, SLOW, record_name};
-use window::{MINUTE, Pace};
+use window::Pace;
 
 /// Upper bounds of the interval classes, in minutes. Common schedules fit exactly, others within a factor of about two.
 /// Prometheus evaluates the windows of all classes for every target. Longer intervals need windows of days, so their
 /// classes exist only if these settings contain such a schedule.
 const LADDER: [u64; 7] = [2, 5, 10, 15, 30, 60, 180];
 
-/// The rules for these settings, as the text of a Prometheus rule file.
-pub(crate) fn render(config: &Config, now: DateTime<Utc>) -> String {
+/// The rules for these settings, as the text of a Prometheus rule file. `longest_batch` returns how long a batch of a target
+/// can take.
+pub(crate) fn render(
+    config: &Config,
+    longest_batch: fn(&Target, &Project) -> Duration,
+    now: DateTime<Utc>,
+) -> String {
     let alerts = &config.alerts;
     let mut file = yaml::RuleFile::new(alerts);
-    file.group("livekit-canary", None);
+    file.group(Group::Incidents);
+    file.record("livekit_canary:incident_open:live", INCIDENT_OPEN);
+    add_alerts(&mut file, alerts, Group::Incidents);
+    file.group(Group::Batches);
     for pace in Pace::ALL {
         file.record(&pace.series(), &interval_of_target(*pace));
     }
     file.record("livekit_canary:slo_objective:ratio", OBJECTIVE);
-    let (shortest, mean) = (
-        classes(config, Pace::Shortest, now),
-        classes(config, Pace::Mean, now),
-    );
+    let [effective, mean] =
+        [Pace::Effective, Pace::Mean].map(|pace| classes(config, pace, longest_batch, now));
     let add_records = |file: &mut yaml::RuleFile<'_>, records: &[RecordingRule]| {
         for record in records {
             let classes = match record.window.pace() {
-                Pace::Shortest => &shortest,
+                Pace::Effective => &effective,
                 Pace::Mean => &mean,
             };
             file.record(&record_name(record), &by_class(record, classes, alerts));
         }
     };
     add_records(&mut file, FAST);
-    add_alerts(&mut file, alerts, false);
-    // Windows of hours and days change slowly and are expensive, so these rules are evaluated less often.
-    file.group("livekit-canary-slow", Some(2 * MINUTE));
+    add_alerts(&mut file, alerts, Group::Batches);
+    file.group(Group::Slow);
     add_records(&mut file, SLOW);
     for (name, counter) in [
         ("slo_eligible", ELIGIBLE),
@@ -64,12 +70,12 @@ pub(crate) fn render(config: &Config, now: DateTime<Utc>) -> String {
         file.record(&format!("livekit_canary:{name}:slo_window"), &expr);
     }
     file.record("livekit_canary:slo_error_budget_left:ratio", BUDGET_LEFT);
-    add_alerts(&mut file, alerts, true);
+    add_alerts(&mut file, alerts, Group::Slow);
     file.text
 }
 
-fn add_alerts(file: &mut yaml::RuleFile<'_>, alerts: &Alerts, slow: bool) {
-    for alert in ALERTS.iter().filter(|alert| alert.slow == slow) {
+fn add_alerts(file: &mut yaml::RuleFile<'_>, alerts: &Alerts, group: Group) {
+    for alert in ALERTS.iter().filter(|alert| alert.group == group) {
         file.alert(alert, &alert.expr(alerts));
     }
 }
@@ -84,6 +90,10 @@ fn interval_of_target(pace: Pace) -> String {
     )
 }
 
+/// What a canary shows now, over all of its pods: an old and a new one may both be scraped for a while. A canary that has just
+/// started shows NaN until it has read its history. The record has no pod, so its last value is the latest one of any pod.
+const INCIDENT_OPEN: &str = "max without (instance, pod) (livekit_canary_incident_open >= 0)";
+
 /// Without the service levels that the settings rule out, whose objective is NaN.
 const OBJECTIVE: &str =
     "max without (instance, pod) (last_over_time(livekit_canary_slo_objective_ratio[1h])) > 0";
@@ -93,10 +103,17 @@ const BUDGET_LEFT: &str = "\
   / (1 - livekit_canary:slo_objective:ratio)";
 
 /// The upper bounds of the interval classes, ascending.
-fn classes(config: &Config, pace: Pace, now: DateTime<Utc>) -> Vec<Duration> {
+fn classes(
+    config: &Config,
+    pace: Pace,
+    longest_batch: fn(&Target, &Project) -> Duration,
+    now: DateTime<Utc>,
+) -> Vec<Duration> {
     let ladder = LADDER.map(Duration::from_mins);
-    let own = config.targets.values();
-    let own = own.filter_map(|target| pace.of(&target.schedule, now));
+    let own = config.targets.values().filter_map(|target| {
+        let longest_batch = longest_batch(target, &config.projects[&target.project]);
+        pace.of(&target.schedule, longest_batch, now)
+    });
     // Rounded up to whole seconds: a mean is seldom whole.
     let own = own.map(|interval| {
         let part = u64::from(interval.subsec_nanos() > 0);
@@ -105,7 +122,7 @@ fn classes(config: &Config, pace: Pace, now: DateTime<Utc>) -> Vec<Duration> {
     let all: BTreeSet<Duration> = ladder.into_iter().chain(own).collect();
     let longest = max_watched_interval(&config.alerts);
     all.into_iter()
-        .filter(|class| pace == Pace::Shortest || *class <= longest)
+        .filter(|class| pace == Pace::Effective || *class <= longest)
         .collect()
 }
 

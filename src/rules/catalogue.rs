@@ -27,6 +27,36 @@ impl Severity {
     }
 }
 
+/// Rules that Prometheus evaluates together, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    /// What the canary has decided itself, and what must page at once.
+    Incidents,
+    /// Counts of the latest batches.
+    Batches,
+    /// Counts of hours and days, which change slowly and are expensive.
+    Slow,
+}
+
+impl Group {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Incidents => "livekit-canary-incidents",
+            Self::Batches => "livekit-canary",
+            Self::Slow => "livekit-canary-slow",
+        }
+    }
+
+    /// How often the group is evaluated; `None`: as the settings of Prometheus require.
+    pub(super) fn interval(self) -> Option<Duration> {
+        match self {
+            Self::Incidents => Some(Duration::from_secs(15)),
+            Self::Batches => None,
+            Self::Slow => Some(2 * MINUTE),
+        }
+    }
+}
+
 /// One alert rule.
 #[derive(Debug, Clone, Copy)]
 pub struct Alert {
@@ -34,20 +64,19 @@ pub struct Alert {
     pub severity: Severity,
     /// How long the expression must hold before the alert fires.
     pub(super) lasting: Duration,
-    /// Whether the alert belongs to the group of slow rules, which is evaluated every two minutes.
-    pub(super) slow: bool,
-    /// What happened, in one line; the annotation `summary`.
-    pub(super) summary: &'static str,
-    /// What to do; the annotation `description`.
-    pub remedy: &'static str,
+    pub(super) group: Group,
+    /// What happened, in one line.
+    summary: &'static str,
+    /// What to do.
+    remedy: &'static str,
     condition: Condition,
 }
 
 /// How the expression of an alert is built.
 #[derive(Debug, Clone, Copy)]
 enum Condition {
-    /// Two batches were bad, and fewer than half as many probes were good as the objective requires.
-    Outage { slis: &'static str, own: bool },
+    /// The canary has an open incident of this fault.
+    Incident { fault: &'static str },
     /// The error budget burns too fast.
     Burn(BurnRate),
     /// A complete expression.
@@ -65,6 +94,24 @@ struct BurnRate {
     bad_batches: &'static str,
 }
 
+// Annotations read what changes during an incident by a query. As labels, these values would make each change a new alert.
+// A query finds nothing while the canary is down, so each part is left out then.
+
+/// Sets `$of` to the label matchers of the alert's target, with the labels of the scrape.
+const OF_TARGET: &str = "{{ $of := \"\" }}{{ range $label, $value := $labels }}\
+     {{ if not (match \"^(__name__|fault)$\" $label) }}{{ $of = printf \"%s%s=%q,\" $of $label $value }}{{ end }}{{ end }}";
+const SHARE_OF_INCIDENT: &str = "{{ with query (printf \"livekit_canary_incident_info{%s}\" $of) }}{{ with first . }}\
+     {{ if .Labels.share }}: {{ .Labels.share }} of its rooms{{ end }}{{ if .Labels.reason }}, mostly {{ .Labels.reason }}{{ end }}\
+     {{ end }}{{ end }}";
+/// The state can be unknown during an incident. Then it does not show how long the incident has lasted.
+const SINCE: &str = "{{ with query (printf \"livekit_canary_target_state_since_timestamp_seconds{%s} \
+     and ignoring (state) livekit_canary_target_state{%sstate=\\\"failing\\\"} == 1\" $of $of) }}\
+     , since {{ (. | first | value | toTime).UTC.Format \"2006-01-02 15:04:05 UTC\" }}{{ end }}";
+const DIFFERENCE: &str = "{{ with query (printf \"livekit_canary_incident_info{%s}\" $of) }}{{ with first . }}\
+     {{ if .Labels.differs }}What differs: {{ .Labels.differs }}. {{ end }}{{ end }}{{ end }}";
+const ADDRESS: &str = "{{ with query (printf \"livekit_canary_incident_info{%s}\" $of) }}{{ with first . }}\
+     {{ if .Labels.url }} The incident: {{ .Labels.url }}{{ end }}{{ end }}{{ end }}";
+
 /// A rate over fewer probes than this is not significant.
 const MIN_SAMPLES: &str = "19.5";
 
@@ -76,24 +123,46 @@ impl Alert {
         url
     }
 
+    /// The annotation `summary`: what happened, and of an incident since when, for which reason, and how many rooms fail.
+    pub(super) fn summary(&self) -> String {
+        match self.condition {
+            Condition::Incident { .. } => {
+                format!("{OF_TARGET}{}{SHARE_OF_INCIDENT}{SINCE}", self.summary)
+            }
+            Condition::Burn(_) | Condition::Plain(_) => self.summary.to_owned(),
+        }
+    }
+
+    /// The annotation `description`: what to do, and of an incident what differs and where its details are.
+    pub(super) fn description(&self) -> String {
+        match self.condition {
+            Condition::Incident { .. } => {
+                format!("{OF_TARGET}{DIFFERENCE}{}{ADDRESS}", self.remedy)
+            }
+            Condition::Burn(_) | Condition::Plain(_) => self.remedy.to_owned(),
+        }
+    }
+
     /// The PromQL expression. Thresholds of counts are halves, such as 1.5 for "at least two": `increase` extrapolates, so
     /// its result is seldom a whole number.
     pub(super) fn expr(&self, alerts: &Alerts) -> String {
         match self.condition {
-            Condition::Outage { slis, own } => {
-                let failing = most_fail(slis);
-                let failing = if own {
-                    by_livekit(&failing, "fast")
-                } else {
-                    failing
-                };
-                let outage = format!("{failing}\nand livekit_canary:slo_bad_batches:fast > 1.5");
-                // A single bad batch does not start an outage, and it does not end one either.
-                let over = format!(
-                    "livekit_canary:slo_eligible:fast > 0.5 unless (\n{}\n)",
-                    indented(&failing)
+            // The last value within an hour, which is the current one while the canary answers: a canary that dies during an
+            // outage must not end the alert. Only if it answers and no longer has the target, the incident is gone.
+            Condition::Incident { fault } => {
+                let last = format!(
+                    "last_over_time(livekit_canary:incident_open:live{{fault=\"{fault}\"}}[1h])"
                 );
-                self.latched(&outage, &over)
+                format!(
+                    "(
+  {last}
+    and ignoring (fault) max without (instance, pod) (livekit_canary_target_paused)
+  or
+  {last}
+    unless ignoring (fault, target) group without (instance, pod, version, revision, rustc, engine)
+      (livekit_canary_build_info)
+) == 1"
+                )
             }
             Condition::Burn(burn) => {
                 let agents = burn.expr(alerts, "sli!=\"service\"");
@@ -127,7 +196,7 @@ or (
   unless (
 {}
   )
-  and ignoring (sli) livekit_canary:batch_interval:shortest
+  and ignoring (sli) livekit_canary:batch_interval:effective
   and livekit_canary:slo_objective:ratio
 )",
             indented(condition),
@@ -166,13 +235,6 @@ and livekit_canary:slo_bad_batches:{w}_recent > 0.5"
     }
 }
 
-fn most_fail(slis: &str) -> String {
-    format!(
-        "livekit_canary:slo_good:fast{{{slis}}}
-  < livekit_canary:slo_eligible:fast * livekit_canary:slo_objective:ratio / 2"
-    )
-}
-
 /// Restricts a condition to cases in which LiveKit or the network caused more than half of the bad probes. Agents and
 /// limits have their own alerts.
 fn by_livekit(condition: &str, window: &str) -> String {
@@ -197,34 +259,27 @@ pub const ALERTS: &[Alert] = &[
         name: "AgentFailing",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
-        summary: "{{ $labels.target }}: the agent fails most calls ({{ $labels.sli }})",
-        remedy: "The status page and probe_failures_total show the reasons of the failed rooms. Look them up in \
-                 docs/reasons.md, and read the agent's log for these rooms. If only join, first_speech or reply fails, it comes \
-                 too late.",
-        condition: Condition::Outage {
-            slis: "sli!=\"service\"",
-            own: false,
-        },
+        group: Group::Incidents,
+        summary: "{{ $labels.target }}: the agent fails",
+        remedy: "Look up the reason in docs/reasons.md, and read the agent's log for the failed rooms. If the agent was deployed \
+                 just before, roll it back.",
+        condition: Condition::Incident { fault: "agent" },
     },
     Alert {
         name: "ServiceFailing",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
-        summary: "{{ $labels.target }}: LiveKit or the network fails most calls",
-        remedy: "The reasons of the failed rooms show which step fails. Check LiveKit's status and the network between \
-                 the canary and LiveKit. This alert says nothing about the agent.",
-        condition: Condition::Outage {
-            slis: "sli=\"service\"",
-            own: true,
-        },
+        group: Group::Incidents,
+        summary: "{{ $labels.target }}: LiveKit or the network fails",
+        remedy: "The reason shows which step fails. Check LiveKit's status and the network between the canary and LiveKit. \
+                 This alert says nothing about the agent.",
+        condition: Condition::Incident { fault: "service" },
     },
     Alert {
         name: "ErrorBudgetBurnsFast",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: true,
+        group: Group::Slow,
         summary: "{{ $labels.target }}: {{ $labels.sli }} misses its objective, and the error budget burns fast",
         remedy: "Some calls fail repeatedly. Compare failed rooms with good ones in the history: first room or later, time of \
                  day, reason. Then continue as for AgentFailing or, if sli is service, as for ServiceFailing.",
@@ -239,7 +294,7 @@ pub const ALERTS: &[Alert] = &[
         name: "ErrorBudgetBurnsSlowly",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: true,
+        group: Group::Slow,
         summary: "{{ $labels.target }}: {{ $labels.sli }} misses its objective, and the error budget burns slowly",
         remedy: "Proceed as for ErrorBudgetBurnsFast, within working hours.",
         condition: Condition::Burn(BurnRate {
@@ -253,7 +308,7 @@ pub const ALERTS: &[Alert] = &[
         name: "ErrorBudgetSpent",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: true,
+        group: Group::Slow,
         summary: "{{ $labels.target }}: {{ $labels.sli }} missed its objective over the whole SLO window",
         remedy: "Put reliability first until the bad batches leave the window, or choose an objective that can be met.",
         condition: Condition::Plain(
@@ -267,18 +322,18 @@ and ignoring (sli) livekit_canary:batch_interval:mean",
         name: "CanaryBlind",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: batches run, but none gives a verdict on the agent",
         remedy: "Find out why the rooms fail: wrong settings, LiveKit, the network, limits or the canary itself. Until then, \
                  the canary can't detect an outage of the agent.",
         condition: Condition::Plain(
             "(
   sum without (result) (livekit_canary:batches:fast{result!~\"aborted|limited\"}) > 1.5
-  and ignoring (sli) livekit_canary:slo_eligible:fast{sli=\"availability\"} < 0.5
+  and livekit_canary:agent_verdicts:fast < 0.5
 )
 or (
   livekit_canary:ticks_limited:page > 19.5
-  and ignoring (sli) livekit_canary:slo_eligible:page{sli=\"availability\"} < 0.5
+  and livekit_canary:agent_verdicts:page < 0.5
 )",
         ),
     },
@@ -286,7 +341,7 @@ or (
         name: "CredentialsRejected",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: LiveKit rejects the canary's credentials",
         remedy: "Set the project's key and secret to a valid pair, and reload. Check that they belong to this URL, and check \
                  the host's clock. Find out whether the agents' credentials were changed as well.",
@@ -299,7 +354,7 @@ and ignoring (result) livekit_canary:batches:fast{result=\"failed\"} > 1.5",
         name: "PlanLimitHit",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: LiveKit reported a plan limit ({{ $labels.limit }})",
         remedy: "Compare the plan's limit with what callers and the canary use together. Lower batch.rooms, or raise the \
                  plan.",
@@ -309,7 +364,7 @@ and ignoring (result) livekit_canary:batches:fast{result=\"failed\"} > 1.5",
         name: "PlanLimitHit",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: the plan limit {{ $labels.limit }} persists, so callers fail as well",
         remedy: "Raise the plan, or end what uses it up. A paused target leaves its share to callers.",
         condition: Condition::Plain(
@@ -322,7 +377,7 @@ and ignoring (limit) livekit_canary:ticks_limited:persisting > 2.5",
         name: "CanarySilent",
         severity: Severity::Page,
         lasting: MINUTE,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: a batch is overdue",
         remedy: "The schedule of the canary no longer ticks. Read the canary's log, keep it for a report, and restart the canary.",
         condition: Condition::Plain(
@@ -334,7 +389,7 @@ unless max without (instance, pod) (livekit_canary_target_paused) == 1",
         name: "CanaryStuck",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: a batch does not end and blocks the next ones",
         remedy: "If `check` warns that a batch may outlast its interval, make the interval longer. Otherwise keep the log for \
                  a report, and restart the canary.",
@@ -348,7 +403,7 @@ and ignoring (cause) sum without (result) (livekit_canary:batches:fast) < 0.5",
         name: "CanaryAbsent",
         severity: Severity::Page,
         lasting: Duration::from_mins(10),
-        slow: false,
+        group: Group::Batches,
         summary: "Prometheus scrapes no canary, or no longer scrapes one of them",
         remedy: "Check whether the canary is deployed, and whether Prometheus still finds it.",
         condition: Condition::Plain(
@@ -365,7 +420,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "CanaryDown",
         severity: Severity::Page,
         lasting: Duration::from_mins(5),
-        slow: false,
+        group: Group::Batches,
         summary: "The canary of job {{ $labels.job }} answers no scrape",
         remedy: "Check whether the canary runs, and read its log. Then check the network and the credentials between the canary and \
                  Prometheus.",
@@ -379,7 +434,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "CanaryCrashLooping",
         severity: Severity::Page,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "The canary of job {{ $labels.job }} restarts repeatedly",
         remedy: "Read the end of the canary's log and the log of its service manager. Usual causes are wrong settings, the \
                  history's disk, and memory.",
@@ -393,7 +448,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "AgentTimeSpent",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: the budget of agent time is spent, so no batch starts",
         remedy: "Batches resume with the next UTC day or month. `check` shows how much agent time the schedules need. Raise \
                  the budget, or lower rooms, hold or frequency.",
@@ -403,7 +458,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "BackingOff",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: batches are paused after a plan limit",
         remedy: "Proceed as for PlanLimitHit. Until the pause ends, the canary measures less.",
         condition: Condition::Plain("livekit_canary:batches_skipped:fast{cause=\"backoff\"} > 0.5"),
@@ -412,7 +467,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "ReloadFailed",
         severity: Severity::Ticket,
         lasting: Duration::from_mins(5),
-        slow: false,
+        group: Group::Batches,
         summary: "The canary of job {{ $labels.job }} rejected its new settings and still uses the old ones",
         remedy: "`check --config` and the canary's log name every mistake. Correct the settings, and reload.",
         condition: Condition::Plain(
@@ -423,7 +478,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "HistoryDegraded",
         severity: Severity::Ticket,
         lasting: Duration::from_mins(5),
-        slow: false,
+        group: Group::Batches,
         summary: "The canary of job {{ $labels.job }} can't write its history",
         remedy: "Check the disk under history.dir: it may be full, read-only or slow. Probing continues, but the canary keeps \
                  the budget in memory only.",
@@ -433,7 +488,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "RoomsLeaking",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "{{ $labels.target }}: the canary could not delete rooms",
         remedy: "The canary's log names the rooms. Delete those that still exist, and find out why DeleteRoom failed. The \
                  canary looks for them again at its next start.",
@@ -445,7 +500,7 @@ or absent(last_over_time(livekit_canary_build_info{drill=\"\"}[1d]))",
         name: "InternalErrors",
         severity: Severity::Ticket,
         lasting: Duration::ZERO,
-        slow: false,
+        group: Group::Batches,
         summary: "The canary of job {{ $labels.job }} had an internal error ({{ $labels.kind }})",
         remedy: "Report the error with the canary's log.",
         condition: Condition::Plain(

@@ -32,34 +32,51 @@ const fn counted(
 }
 
 pub(super) const ELIGIBLE: &str =
-    "sum without (instance, pod) (increase(livekit_canary_slo_eligible_total[$w]))";
+    "sum without (instance, pod, in_incident) (increase(livekit_canary_slo_eligible_total[$w]))";
 pub(super) const GOOD: &str =
-    "sum without (instance, pod) (increase(livekit_canary_slo_good_total[$w]))";
+    "sum without (instance, pod, in_incident) (increase(livekit_canary_slo_good_total[$w]))";
 pub(super) const BAD_BATCHES: &str =
-    "sum without (instance, pod) (increase(livekit_canary_slo_bad_batches_total[$w]))";
-const BY_LIVEKIT: &str = "sum without (instance, pod, reason, origin) \
-     (increase(livekit_canary_probe_failures_total{origin=~\"livekit|network\"}[$w]))";
-const TICKS_LIMITED: &str = "sum without (instance, pod, result) \
-     (increase(livekit_canary_batches_total{result=\"limited\"}[$w])) + sum without (instance, pod, cause) \
-     (increase(livekit_canary_batches_skipped_total{cause=\"backoff\"}[$w]))";
+    "sum without (instance, pod, in_incident) (increase(livekit_canary_slo_bad_batches_total[$w]))";
+/// An outage pages by its incident, so the burn rate that pages does not count what ended during one.
+const ELIGIBLE_OUTSIDE: &str = "sum without (instance, pod, in_incident) \
+     (increase(livekit_canary_slo_eligible_total{in_incident=\"false\"}[$w]))";
+const GOOD_OUTSIDE: &str = "sum without (instance, pod, in_incident) \
+     (increase(livekit_canary_slo_good_total{in_incident=\"false\"}[$w]))";
+const BAD_BATCHES_OUTSIDE: &str = "sum without (instance, pod, in_incident) \
+     (increase(livekit_canary_slo_bad_batches_total{in_incident=\"false\"}[$w]))";
+/// Rooms with a verdict on the agent.
+const AGENT_VERDICTS: &str = "sum without (instance, pod, in_incident, sli) \
+     (increase(livekit_canary_slo_eligible_total{sli=\"availability\"}[$w]))";
+const BY_LIVEKIT: &str = "sum without (instance, pod, purpose, reason, origin) \
+     (increase(livekit_canary_probe_failures_total{purpose=\"scheduled\", origin=~\"livekit|network\"}[$w]))";
+/// The counter of failures does not show whether an incident was open. Only failures of LiveKit, of the network and of limits
+/// count towards the service and not towards the agent's availability.
+const BY_LIVEKIT_OUTSIDE: &str = "sum without (instance, pod, in_incident, sli) \
+     (increase(livekit_canary_slo_eligible_total{in_incident=\"false\", sli=\"service\"}[$w]))\n  \
+     - sum without (instance, pod, in_incident, sli) \
+     (increase(livekit_canary_slo_eligible_total{in_incident=\"false\", sli=\"availability\"}[$w]))\n  \
+     - sum without (instance, pod, purpose, reason, origin) \
+     (increase(livekit_canary_probe_failures_total{purpose=\"scheduled\", origin=\"limit\"}[$w]))";
+const BATCHES_LIMITED: &str = "sum without (instance, pod, purpose, result) \
+     (increase(livekit_canary_batches_total{purpose=\"scheduled\", result=\"limited\"}[$w]))";
+const TICKS_LIMITED: &str = "sum without (instance, pod, purpose, result) \
+     (increase(livekit_canary_batches_total{purpose=\"scheduled\", result=\"limited\"}[$w]))\n  \
+     + sum without (instance, pod, cause) (increase(livekit_canary_batches_skipped_total{cause=\"backoff\"}[$w]))";
 
 pub(super) const FAST: &[RecordingRule] = &[
-    counted("slo_eligible", RuleWindow::Fast, "sli", ELIGIBLE),
-    counted("slo_good", RuleWindow::Fast, "sli", GOOD),
-    counted("slo_bad_batches", RuleWindow::Fast, "sli", BAD_BATCHES),
-    counted("failures_by_livekit", RuleWindow::Fast, "", BY_LIVEKIT),
+    counted("agent_verdicts", RuleWindow::Fast, "", AGENT_VERDICTS),
     counted(
         "credentials_rejected",
         RuleWindow::Fast,
         "",
-        "sum without (instance, pod, reason, origin) \
-         (increase(livekit_canary_probe_failures_total{reason=\"auth_rejected\"}[$w]))",
+        "sum without (instance, pod, purpose, reason, origin) \
+         (increase(livekit_canary_probe_failures_total{purpose=\"scheduled\", reason=\"auth_rejected\"}[$w]))",
     ),
     counted(
         "batches",
         RuleWindow::Fast,
         "result",
-        "sum without (instance, pod) (increase(livekit_canary_batches_total[$w]))",
+        "sum without (instance, pod, purpose) (increase(livekit_canary_batches_total{purpose=\"scheduled\"}[$w]))",
     ),
     counted(
         "batches_skipped",
@@ -68,12 +85,7 @@ pub(super) const FAST: &[RecordingRule] = &[
         "sum without (instance, pod) (increase(livekit_canary_batches_skipped_total[$w]))",
     ),
     counted("ticks_limited", RuleWindow::Persisting, "", TICKS_LIMITED),
-    counted(
-        "batches_limited",
-        RuleWindow::Lately,
-        "",
-        "sum without (instance, pod, result) (increase(livekit_canary_batches_total{result=\"limited\"}[$w]))",
-    ),
+    counted("batches_limited", RuleWindow::Lately, "", BATCHES_LIMITED),
     counted(
         "limit_rejections",
         RuleWindow::Lately,
@@ -83,17 +95,33 @@ pub(super) const FAST: &[RecordingRule] = &[
 ];
 
 pub(super) const SLOW: &[RecordingRule] = &[
-    counted("slo_eligible", RuleWindow::Page, "sli", ELIGIBLE),
-    counted("slo_good", RuleWindow::Page, "sli", GOOD),
-    counted("slo_bad_batches", RuleWindow::Page, "sli", BAD_BATCHES),
-    counted("failures_by_livekit", RuleWindow::Page, "", BY_LIVEKIT),
+    counted("slo_eligible", RuleWindow::Page, "sli", ELIGIBLE_OUTSIDE),
+    counted("slo_good", RuleWindow::Page, "sli", GOOD_OUTSIDE),
+    counted(
+        "slo_bad_batches",
+        RuleWindow::Page,
+        "sli",
+        BAD_BATCHES_OUTSIDE,
+    ),
+    counted(
+        "failures_by_livekit",
+        RuleWindow::Page,
+        "",
+        BY_LIVEKIT_OUTSIDE,
+    ),
+    counted("agent_verdicts", RuleWindow::Page, "", AGENT_VERDICTS),
     counted("ticks_limited", RuleWindow::Page, "", TICKS_LIMITED),
-    counted("slo_eligible", RuleWindow::PageRecent, "sli", ELIGIBLE),
+    counted(
+        "slo_eligible",
+        RuleWindow::PageRecent,
+        "sli",
+        ELIGIBLE_OUTSIDE,
+    ),
     counted(
         "slo_bad_batches",
         RuleWindow::PageRecent,
         "sli",
-        BAD_BATCHES,
+        BAD_BATCHES_OUTSIDE,
     ),
     counted("slo_eligible", RuleWindow::Ticket, "sli", ELIGIBLE),
     counted("slo_good", RuleWindow::Ticket, "sli", GOOD),

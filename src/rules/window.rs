@@ -19,7 +19,7 @@ const MIN_SLOW_INTERVALS: u32 = 24;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub(super) enum RuleWindow {
-    /// Contains two batches, even if one of them ends late, and seldom a third.
+    /// Contains the ends of two batches, even if one of them ends late, and seldom a third.
     Fast,
     /// Contains three ticks of the schedule.
     Persisting,
@@ -55,11 +55,11 @@ impl RuleWindow {
         length.max(MIN_SCRAPES * alerts.scrape_interval)
     }
 
-    /// The interval that the window is a multiple of. In windows of hours, the shortest interval determines when the next
-    /// batch is due. Windows of days include nights and weekends, so the mean determines the number of batches.
+    /// The interval that the window is a multiple of. In windows of hours, the effective interval determines when the next
+    /// batch ends. Windows of days include nights and weekends, so the mean determines the number of batches.
     pub(super) fn pace(self) -> Pace {
         match self {
-            Self::Fast | Self::Persisting | Self::Lately => Pace::Shortest,
+            Self::Fast | Self::Persisting | Self::Lately => Pace::Effective,
             Self::Page | Self::PageRecent | Self::Ticket | Self::TicketRecent => Pace::Mean,
         }
     }
@@ -72,7 +72,9 @@ pub(super) const TICKET_WINDOW: Duration = Duration::from_hours(72);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub(super) enum Pace {
-    Shortest,
+    /// The longer of the shortest interval and the longest possible batch: ticks are skipped while a batch runs, so a short
+    /// interval says nothing about how often batches end.
+    Effective,
     Mean,
 }
 
@@ -83,9 +85,16 @@ impl Pace {
         self.into()
     }
 
-    pub(super) fn of(self, schedule: &Schedule, now: DateTime<Utc>) -> Option<Duration> {
+    pub(super) fn of(
+        self,
+        schedule: &Schedule,
+        longest_batch: Duration,
+        now: DateTime<Utc>,
+    ) -> Option<Duration> {
         match self {
-            Self::Shortest => gaps(schedule, now, AHEAD).map(|gaps| gaps.shortest),
+            Self::Effective => {
+                gaps(schedule, now, AHEAD).map(|gaps| gaps.shortest.max(longest_batch))
+            }
             Self::Mean => mean_interval(schedule, now.date_naive()),
         }
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::catalogue::{Alert, COMPONENT, Severity};
+use super::catalogue::{Alert, COMPONENT, Group, Severity};
 use crate::config::Alerts;
 
 const DAY: Duration = Duration::from_hours(24);
@@ -38,9 +38,9 @@ groups:
         }
     }
 
-    pub(super) fn group(&mut self, name: &str, interval: Option<Duration>) {
-        self.line(&format!("- name: {name}"));
-        if let Some(interval) = interval {
+    pub(super) fn group(&mut self, group: Group) {
+        self.line(&format!("- name: {}", group.name()));
+        if let Some(interval) = group.interval() {
             self.line(&format!("  interval: {}", duration(interval)));
         }
         self.line("  rules:");
@@ -63,9 +63,10 @@ groups:
         };
         let labels = [("severity", severity.as_str()), ("component", COMPONENT)];
         let runbook = alert.runbook(self.alerts);
+        let (summary, description) = (alert.summary(), alert.description());
         let annotations = [
-            ("summary", alert.summary),
-            ("description", alert.remedy),
+            ("summary", summary.as_str()),
+            ("description", description.as_str()),
             ("runbook_url", runbook.as_str()),
         ];
         for (block, entries) in [("labels", &labels[..]), ("annotations", &annotations[..])] {

@@ -1,5 +1,6 @@
 //! What `rules` prints. tests/rules checks with promtool what the rules do.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use livekit_canary::metrics::{CATALOGUE, MetricKind, PREFIX};
@@ -32,9 +33,38 @@ fn rules_have_windows_for_the_schedule_of_the_settings() {
     let settings = "[targets.support]\nagent_name = \"a\"\nschedule.every = \"20m\"\n";
     let rules = rules(settings);
     assert!(
-        rules.contains("[50m]))\n        and ignoring (sli) (livekit_canary:batch_interval:shortest > 900 <= 1200)"),
+        rules.contains(
+            "[50m]))\n        and ignoring (result) (livekit_canary:batch_interval:effective > 900 <= 1200)"
+        ),
         "{rules}"
     );
+}
+
+/// Ticks are skipped while a batch runs, so two batches can end later than two intervals.
+#[test]
+fn windows_of_a_short_interval_fit_the_longest_batch() {
+    let settings = |every: &str| {
+        format!(
+            "alerts.scrape_interval = \"1s\"\n[targets.support]\nagent_name = \"a\"\nschedule.every = \"{every}\"\n"
+        )
+    };
+    let classes = |rules: &str| -> BTreeSet<String> {
+        let lines = rules
+            .lines()
+            .filter(|line| line.contains("batch_interval:effective"));
+        let bounds = lines.filter_map(|line| line.split_once("<= "));
+        bounds.map(|(_, bound)| bound.to_owned()).collect()
+    };
+    let known = classes(&rules(""));
+    let own = |every| {
+        let all = classes(&rules(&settings(every)));
+        all.difference(&known).cloned().collect::<Vec<_>>()
+    };
+    // The longest batch of the default settings lasts longer than both of them, and not as long as the third.
+    let short = own("10s");
+    assert_eq!(short.len(), 1, "{short:?}");
+    assert_eq!(own("20s"), short);
+    assert_eq!(own("25m"), ["1500)"]);
 }
 
 #[test]
