@@ -2,4 +2,6 @@
 
 mod difference;
 mod incident;
+#[cfg(test)]
+mod simulation;
 mod state;
