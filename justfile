@@ -27,6 +27,10 @@ doc:
 test:
     cargo test
 
+# Play years of batches through the state machine of detection, and print the table of docs/operate.md.
+simulate:
+    cargo test --lib detection::simulation -- --nocapture
+
 # Accept what the snapshot tests print now; look at the difference before you commit it.
 snapshots:
     INSTA_UPDATE=always INSTA_FORCE_PASS=1 cargo test

@@ -20,6 +20,8 @@ use crate::report::Purpose;
 
 mod difference;
 mod incident;
+#[cfg(test)]
+mod simulation;
 mod state;
 
 pub(crate) use incident::{EndedBy, Incident, IncidentHead, Sample};
