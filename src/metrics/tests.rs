@@ -20,8 +20,8 @@ use crate::metrics::{
     SliVerdict, TargetMetrics,
 };
 use crate::probe::{
-    Circumstances, AgentStage, Evidence, Failure, LimitKind, Milestone, Outcome, Position, ProbeReport, Reason,
-    Timeline, Turn, TurnResult, TurnStages,
+    AgentStage, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
+    ProbeReport, Reason, Timeline, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, BatchResult, Purpose};
 use chrono::{DateTime, TimeDelta, Utc};
@@ -65,10 +65,11 @@ fn target() -> Target {
     }
 }
 
-/// Metrics with one project and one target.
+/// Metrics with one project, one target and one channel.
 fn with_a_target() -> (Metrics, TargetMetrics) {
     let metrics = metrics();
     metrics.project("acme", &project());
+    metrics.channel("team");
     let support = metrics.target("support", &target(), &project());
     (metrics, support)
 }
@@ -208,9 +209,7 @@ fn total(scrape: &Scrape, family: &str) -> f64 {
 
 #[test]
 fn every_family_of_the_catalogue_exists_before_the_first_event() {
-    let metrics = metrics();
-    metrics.project("acme", &project());
-    metrics.target("support", &target(), &project());
+    let (metrics, _support) = with_a_target();
     let scrape = scraped(&metrics);
     let ours: Vec<_> = scrape
         .families
@@ -945,6 +944,25 @@ fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
 }
 
 #[test]
+fn attempts_failures_and_losses_of_a_channel_are_counted_until_it_is_removed() {
+    let metrics = metrics();
+    let team = metrics.channel("team");
+    team.attempt(true);
+    team.attempt(false);
+    team.lost(3);
+    // The same channel after a reload.
+    metrics.channel("team").attempt(true);
+    let scrape = scraped(&metrics);
+    let value = |name| value_of(&scrape, name, &[("channel", "team")]);
+    assert_eq!(value("notifications_total"), 3.0);
+    assert_eq!(value("notification_failures_total"), 1.0);
+    assert_eq!(value("notifications_lost_total"), 3.0);
+    metrics.remove_channel("team");
+    team.attempt(true);
+    assert!(!metrics.render().contains("team"));
+}
+
+#[test]
 fn changed_settings_of_a_target_keep_its_counters() {
     let (metrics, support) = with_a_target();
     support.probe(&report(), &Objectives::default());
@@ -1243,6 +1261,7 @@ fn docs_list_every_label_value() {
     let free = [
         "target",
         "project",
+        "channel",
         "url",
         "agent_name",
         "deployment",
