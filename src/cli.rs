@@ -88,6 +88,10 @@ struct RunArgs {
     #[arg(long = "web.enable-lifecycle")]
     enable_lifecycle: bool,
 
+    /// Address of the page that alerts and messages link to, such as https://canary.example.com
+    #[arg(long = "web.external-url", value_name = "URL")]
+    external_url: Option<String>,
+
     /// If the ledger of used agent time is lost, count the used time from zero
     #[arg(long)]
     accept_lost_ledger: bool,
@@ -211,9 +215,10 @@ Exit status: the first that applies to any room
 /// Opens no room. Warns if a schedule exceeds its budget or its interval.
 ///
 /// Exit status:
-///   0  the settings are valid and, with --connect, the credentials work
+///   0  the settings are valid and, with --connect, the credentials work and, with
+///      --notify, every channel took the message
 ///   2  wrong usage, settings or credentials
-///   4  a server cannot be reached, or answers with an error
+///   4  a server or a channel cannot be reached, or answers with an error
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 struct CheckArgs {
@@ -236,6 +241,10 @@ struct CheckArgs {
     /// Also test each project's credentials with a read-only request
     #[arg(long)]
     connect: bool,
+
+    /// Also send a test message to each channel of [notify]
+    #[arg(long)]
+    notify: bool,
 }
 
 /// Print Prometheus alert rules for the settings

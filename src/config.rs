@@ -6,6 +6,7 @@ mod caller;
 mod credential;
 mod cron;
 mod file;
+mod notify;
 mod problem;
 mod raw;
 mod section;

@@ -149,6 +149,7 @@ struct MetricsInner {
 struct LiveSeries {
     targets: BTreeMap<String, TargetMetrics>,
     projects: BTreeMap<String, ProjectMetrics>,
+    channels: BTreeMap<String, ChannelMetrics>,
 }
 
 struct ProcessSeries {
@@ -249,6 +250,19 @@ impl Metrics {
         self.live().projects.remove(name);
     }
 
+    /// Returns the handle of a channel of notifications, and creates it if it is new.
+    pub fn channel(&self, name: &str) -> ChannelMetrics {
+        let mut live = self.live();
+        let entry = live.channels.entry(name.to_owned());
+        let metrics = entry.or_insert_with(|| ChannelMetrics::new(name, &self.inner.labels));
+        metrics.clone()
+    }
+
+    /// Removes the channel's series. Handles to it stay valid, but no scrape shows what they count.
+    pub fn remove_channel(&self, name: &str) {
+        self.live().channels.remove(name);
+    }
+
     pub fn internal_error(&self, kind: InternalError) {
         self.inner.process.update().internal_error(kind);
     }
@@ -284,16 +298,22 @@ impl Metrics {
     /// changed targets it takes some milliseconds for 1.3 MB, so a server calls it off the async threads.
     pub fn render(&self) -> String {
         let own_process = self.inner.process_metrics.encode();
-        let (targets, projects) = {
+        let (targets, projects, channels) = {
             let live = self.live();
             let targets: Vec<_> = live.targets.values().cloned().collect();
             let projects: Vec<_> = live.projects.values().cloned().collect();
-            (targets, projects)
+            let channels: Vec<_> = live.channels.values().cloned().collect();
+            (targets, projects, channels)
         };
         let process = iter::once(self.inner.process.encoded());
         let projects = projects.iter().map(|project| project.0.encoded());
         let targets = targets.iter().map(|target| target.0.series.encoded());
-        let cached: Vec<_> = process.chain(projects).chain(targets).collect();
+        let channels = channels.iter().map(|channel| channel.0.encoded());
+        let cached: Vec<_> = process
+            .chain(projects)
+            .chain(targets)
+            .chain(channels)
+            .collect();
         let mut families: BTreeMap<&str, Vec<&EncodedFamily>> = BTreeMap::new();
         for family in own_process
             .iter()
@@ -832,6 +852,44 @@ const IN_INCIDENT: [&str; 2] = [in_incident_label(false), in_incident_label(true
 
 const fn in_incident_label(in_incident: bool) -> &'static str {
     if in_incident { "true" } else { "false" }
+}
+
+}
+
+/// The series of one channel of notifications. Cheap to clone.
+#[derive(Clone)]
+pub struct ChannelMetrics(Arc<CachedRegistry<ChannelSeries>>);
+
+struct ChannelSeries {
+    attempts: IntCounter,
+    failures: IntCounter,
+    lost: IntCounter,
+}
+
+impl ChannelMetrics {
+    fn new(name: &str, labels: &CommonLabels) -> Self {
+        let families = Families::with_label("channel", name, labels);
+        let series = ChannelSeries {
+            attempts: families.counter(&catalogue::NOTIFICATIONS),
+            failures: families.counter(&catalogue::NOTIFICATION_FAILURES),
+            lost: families.counter(&catalogue::NOTIFICATIONS_LOST),
+        };
+        Self(Arc::new(families.cache(series)))
+    }
+
+    /// Counts an attempt to send.
+    pub fn attempt(&self, succeeded: bool) {
+        let series = self.0.update();
+        series.attempts.inc();
+        if !succeeded {
+            series.failures.inc();
+        }
+    }
+
+    /// Counts messages that will never be delivered.
+    pub fn lost(&self, messages: u64) {
+        self.0.update().lost.inc_by(messages);
+    }
 }
 
 fn flag(set: bool) -> f64 {

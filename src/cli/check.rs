@@ -1,6 +1,8 @@
 //! `check`: prints how the canary reads the settings, and tests the credentials.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use chrono::Utc;
 use humantime::format_duration;
@@ -8,13 +10,14 @@ use humantime::format_duration;
 use super::forecast::{self, Forecast};
 use super::{CheckArgs, Exit, once, print};
 use crate::config::{
-    Caller, CallerMode, Config, Period, Problems, Project, RampMode, RawConfig, RoomSettings, Stay,
-    Target,
+    Caller, CallerMode, Channel, Config, Period, Problems, Project, RampMode, RawConfig,
+    RoomSettings, Stay, Target,
 };
 use crate::http::WebConfig;
 use crate::livekit::wire::api::ApiError;
 use crate::livekit::wire::token::Keys;
 use crate::livekit::{RoomName, wire};
+use crate::notify::{SendError, send_test};
 use crate::probe::USUAL_HEADER_BYTES;
 use crate::probe::driver::join_token_bytes;
 use crate::report::counted;
@@ -76,9 +79,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
             let (line, project_exit) = connection_result(connection);
             entry(&mut text, "connect", &line);
             // Wrong settings of one project outrank an unreachable server of another.
-            if exit != Exit::Config && project_exit != Exit::Ok {
-                exit = project_exit;
-            }
+            exit = exit.max(project_exit);
         }
         warn(&mut text, &forecast.warnings_of_project(name, project));
         text.push('\n');
@@ -97,9 +98,52 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<Exit> {
     if config.targets.is_empty() {
         text.push_str("no targets are configured\n");
     }
+    if args.notify {
+        let notified = notify(&all.notify)?;
+        text.push_str(&notification_results(&notified));
+        let exits = notified.values().map(exit_of_notification);
+        exit = exits.fold(exit, Exit::max);
+    }
     print(text.trim_end_matches('\n'))?;
     print("\n")?;
     Ok(exit)
+}
+
+/// Sends a test message to every channel, all at the same time.
+fn notify(channels: &BTreeMap<String, Channel>) -> anyhow::Result<Notified> {
+    let runtime = super::runtime()?;
+    let sent = channels
+        .iter()
+        .map(|(name, channel)| async { (name.clone(), send_test(channel).await) });
+    let results = runtime.block_on(futures_util::future::join_all(sent));
+    runtime.shutdown_background();
+    Ok(results.into_iter().collect())
+}
+
+/// What each channel answered, and how fast.
+type Notified = BTreeMap<String, Result<Duration, SendError>>;
+
+fn notification_results(notified: &Notified) -> String {
+    if notified.is_empty() {
+        return "notify: no channels are configured; add [notify.NAME]\n".to_owned();
+    }
+    let width = notified.keys().map(String::len).max().unwrap_or(0);
+    let lines = notified.iter().map(|(name, result)| {
+        let result = match result {
+            Ok(took) => format!("delivered in {} ms", took.as_millis()),
+            Err(error) => format!("failed: {error}"),
+        };
+        format!("notify {name:<width$}   {result}\n")
+    });
+    lines.collect()
+}
+
+fn exit_of_notification(result: &Result<Duration, SendError>) -> Exit {
+    match result {
+        Ok(_) => Exit::Ok,
+        Err(error) if error.blames_settings() => Exit::Config,
+        Err(_) => Exit::Inconclusive,
+    }
 }
 
 /// Removes every other target, and the projects that only they use.

@@ -80,6 +80,10 @@ fn settings(args: &RunArgs) -> Result<Config, Problems> {
         let flag = "--web.enable-lifecycle";
         draft.set(&["http", "enable_lifecycle"], "true".to_owned(), flag);
     }
+    if let Some(url) = &args.external_url {
+        let flag = "--web.external-url";
+        draft.set(&["http", "external_url"], url.clone(), flag);
+    }
     let config = draft.validate()?;
     if config.targets.is_empty() {
         return Err(Problems::single(

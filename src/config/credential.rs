@@ -3,10 +3,81 @@
 //! No message of this module contains any part of such a text, or the name of its file, which may be the secret itself under
 //! the wrong key.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::file::{MAX_FILE_BYTES, read_regular_text};
+use super::problem::in_file;
+use super::section::{Lookup, RawValue, Section};
 use super::settings::Project;
+
+/// A key or a secret, and its file if it has one.
+pub(super) struct SecretText {
+    pub(super) value: String,
+    pub(super) file: Option<PathBuf>,
+}
+
+/// Reads a secret that is set directly or in a file. `None` if the settings have neither of the two keys, and `Some(None)` after
+/// a mistake, which is reported. `if_empty` is the hint about an empty value.
+pub(super) fn find(
+    section: &mut Section<'_>,
+    key: &'static str,
+    file_key: &'static str,
+    if_empty: &'static str,
+) -> Option<Option<SecretText>> {
+    match (section.text(key), section.text(file_key)) {
+        (Lookup::Invalid, _) | (_, Lookup::Invalid) => Some(None),
+        (Lookup::Found(text), Lookup::Found(file)) => {
+            // An override by the environment wins over the settings file, whichever of the two keys it sets.
+            match (is_override(&text), is_override(&file)) {
+                (true, false) => Some(inline(section, key, text, if_empty)),
+                (false, true) => Some(from_file(section, file_key, file)),
+                _ => {
+                    let message = format!("{file_key} is also set");
+                    section.problem(key, text.place, message, "set only one of the two");
+                    Some(None)
+                }
+            }
+        }
+        (Lookup::Found(text), Lookup::Missing) => Some(inline(section, key, text, if_empty)),
+        (Lookup::Missing, Lookup::Found(file)) => Some(from_file(section, file_key, file)),
+        (Lookup::Missing, Lookup::Missing) => None,
+    }
+}
+
+/// Whether the environment or a flag sets it.
+pub(super) fn is_override(text: &RawValue) -> bool {
+    text.place.as_deref().and_then(in_file).is_none()
+}
+
+/// Reads a secret that is set directly.
+pub(super) fn inline(
+    section: &mut Section<'_>,
+    key: &'static str,
+    text: RawValue,
+    if_empty: &'static str,
+) -> Option<SecretText> {
+    let mistake = match cleaned(&text.value) {
+        Ok(value) if !value.is_empty() => return Some(SecretText { value, file: None }),
+        Ok(_) => CredentialMistake::new("empty", if_empty),
+        Err(mistake) => mistake,
+    };
+    section.problem(key, text.place, mistake.message, mistake.hint);
+    None
+}
+
+fn from_file(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<SecretText> {
+    let path = text.path();
+    match read(&path) {
+        Ok(value) => Some(SecretText {
+            value,
+            file: Some(path),
+        }),
+        Err(mistake) => {
+            section.problem(key, text.place, mistake.message, mistake.hint);
+            None
+        }
+    }
+}
 
 /// Why a text is no key and no secret, and what to do.
 pub(super) struct CredentialMistake {
@@ -94,7 +165,7 @@ pub(super) fn is_quoted(text: &str) -> bool {
 }
 
 /// Reads the file of a credential.
-pub(super) fn read(path: &Path) -> Result<String, CredentialMistake> {
+fn read(path: &Path) -> Result<String, CredentialMistake> {
     const HINT: &str = "name a readable file that contains only this value";
     let content = read_regular_text(path, MAX_FILE_BYTES)
         .map_err(|error| CredentialMistake::new(format!("can't read this file: {error}"), HINT))?;

@@ -198,7 +198,7 @@ fn unwrapped<'a>(path: &[&str], value: &'a str) -> Option<&'a str> {
         return Some(value);
     }
     let mut value = value.trim();
-    if is_quoted(value) && !matches!(key, "api_key" | "api_secret") {
+    if is_quoted(value) && !matches!(key, "api_key" | "api_secret" | "routing_key") {
         value = value[1..value.len() - 1].trim();
     }
     (!value.is_empty()).then_some(value)

@@ -219,6 +219,11 @@ impl<'a> Section<'a> {
         self.take(key)
     }
 
+    /// Removes a key that is reported already, so that it is not reported as unknown as well.
+    pub(super) fn ignore(&mut self, key: &str) {
+        self.table.remove(key);
+    }
+
     /// All values of a table whose keys the user chooses.
     pub(super) fn all_texts(&mut self) -> Vec<(String, RawValue)> {
         let keys: Vec<String> = self.table.keys().cloned().collect();

@@ -145,6 +145,21 @@ pub struct Channel {
     pub targets: Option<BTreeSet<String>>,
     /// Timeout of one request.
     pub timeout: Duration,
+    /// PEM certificates to trust in addition to the built-in public roots.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl Channel {
+    pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+    /// The Events API v2 of PagerDuty's service region in the US.
+    pub const PAGERDUTY_URL: &str = "https://events.pagerduty.com/v2/enqueue";
+
+    /// Whether it reports this target.
+    pub fn reports(&self, target: &str) -> bool {
+        self.targets
+            .as_ref()
+            .is_none_or(|targets| targets.contains(target))
+    }
 }
 
 /// What a channel sends, and where to.
@@ -192,7 +207,9 @@ impl PartialEq for Channel {
             }
             _ => false,
         };
-        kind && self.targets == other.targets && self.timeout == other.timeout
+        kind && self.targets == other.targets
+            && self.timeout == other.timeout
+            && self.ca_file == other.ca_file
     }
 }
 

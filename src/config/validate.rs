@@ -11,9 +11,10 @@ use rustls_pki_types::pem::{self, PemObject};
 use url::Url;
 
 use super::caller;
-use super::credential::{self, CredentialMistake};
+use super::credential::{self, SecretText, is_override};
 use super::cron;
 use super::file::{MAX_CA_BYTES, read_regular};
+use super::notify;
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
 use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table};
@@ -76,6 +77,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
     let mut root = Section::root(raw.settings.cache, problems);
     let mut project_entries = root.named("projects");
     let target_entries = root.named("targets");
+    let notify_entries = root.named("notify");
     let daemon = DaemonSettings {
         http: http(root.table("http")),
         history: history(root.table("history"), &raw.folder),
@@ -104,6 +106,21 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
             projects.insert(name, project);
         }
     }
+    let target_names: Vec<&str> = target_entries
+        .iter()
+        .map(|(name, ..)| name.as_str())
+        .collect();
+    let mut notify = BTreeMap::new();
+    for (name, place, mut table) in notify_entries {
+        if !raw.signs_in {
+            table.retain(|key, _| !notify::SECRETS.contains(&key.as_str()));
+        }
+        let mut section = Section::of("notify", &name, place, table, problems);
+        let ca_file = ca_file(&mut section);
+        if let Some(channel) = notify::read(section, ca_file, &target_names, raw.signs_in) {
+            notify.insert(name, channel);
+        }
+    }
     let targets = target_entries
         .into_iter()
         .map(|(name, place, table)| {
@@ -114,7 +131,7 @@ fn config(raw: RawConfig, problems: &mut Vec<Problem>) -> Config {
     Config {
         daemon,
         alerts,
-        notify: BTreeMap::new(),
+        notify,
         projects,
         targets,
     }
@@ -133,13 +150,37 @@ fn http(mut section: Section<'_>) -> Http {
     };
     let web_config_file = path(&mut section, "web_config_file");
     let enable_lifecycle = section.boolean("enable_lifecycle", default.enable_lifecycle);
+    let external_url = external_url(&mut section);
     section.finish();
     Http {
         listen,
         web_config_file,
         enable_lifecycle,
-        external_url: None,
+        external_url,
     }
+}
+
+/// The address of the page. Links append a path to it.
+fn external_url(section: &mut Section<'_>) -> Option<Url> {
+    let Lookup::Found(text) = section.text("external_url") else {
+        return None;
+    };
+    let mistake = match Url::parse(&text.value) {
+        Err(_) => "not an absolute URL",
+        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
+            "its scheme is neither http nor https"
+        }
+        Ok(url) if url.query().is_some() || url.fragment().is_some() => {
+            "it has a query or a fragment, but links append a path to it"
+        }
+        Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+            "it contains credentials, which every alert and message would show"
+        }
+        Ok(url) => return Some(url),
+    };
+    let hint = "write it as \"https://canary.example.com\", with the path of a reverse proxy if there is one";
+    section.problem("external_url", text.place, mistake.to_owned(), hint);
+    None
 }
 
 /// A file or folder; it need not exist.
@@ -263,12 +304,12 @@ fn project(
     fallback: &EnvCredentials,
 ) -> Option<Project> {
     let url = server_url(&mut section, fallback.url.as_deref());
-    let api_key = credential(
+    let api_key = key_or_secret(
         &mut section,
         ["api_key", "api_key_file", "LIVEKIT_API_KEY"],
         fallback.api_key.as_deref(),
     );
-    let api_secret = credential(
+    let api_secret = key_or_secret(
         &mut section,
         ["api_secret", "api_secret_file", "LIVEKIT_API_SECRET"],
         fallback.api_secret.as_deref(),
@@ -380,78 +421,24 @@ fn server_url(section: &mut Section<'_>, fallback: Option<&str>) -> Option<Url> 
     None
 }
 
-/// A key or a secret, and its file if it has one.
-struct CredentialText {
-    value: String,
-    file: Option<PathBuf>,
-}
-
-/// A key or a secret: set directly, in a file, or by the environment.
-fn credential(
+/// Half of the key pair: from the settings, or from the environment.
+fn key_or_secret(
     section: &mut Section<'_>,
     [key, file_key, variable]: [&'static str; 3],
     fallback: Option<&str>,
-) -> Option<CredentialText> {
-    match (section.text(key), section.text(file_key)) {
-        (Lookup::Invalid, _) | (_, Lookup::Invalid) => None,
-        (Lookup::Found(text), Lookup::Found(file)) => {
-            // An override by the environment wins over the settings file, whichever of the two keys it sets.
-            match (is_override(&text), is_override(&file)) {
-                (true, false) => inline(section, key, text),
-                (false, true) => from_file(section, file_key, file),
-                _ => {
-                    let message = format!("{file_key} is also set");
-                    section.problem(key, text.place, message, "set only one of the two");
-                    None
-                }
-            }
-        }
-        (Lookup::Found(text), Lookup::Missing) => inline(section, key, text),
-        (Lookup::Missing, Lookup::Found(file)) => from_file(section, file_key, file),
-        (Lookup::Missing, Lookup::Missing) => {
+) -> Option<SecretText> {
+    const EMPTY: &str = "set a value, or remove the key to use the environment variable";
+    match credential::find(section, key, file_key, EMPTY) {
+        Some(found) => found,
+        None => {
             if let Some(value) = fallback {
                 let (value, place) = (value.to_owned(), Some(from_variable(variable)));
-                inline(section, key, RawValue { value, place })
+                credential::inline(section, key, RawValue { value, place }, EMPTY)
             } else {
                 let hint = format!("set {variable}, or {key} or {file_key} in the settings");
                 section.missing(key, &hint);
                 None
             }
-        }
-    }
-}
-
-fn is_override(text: &RawValue) -> bool {
-    text.place.as_deref().and_then(in_file).is_none()
-}
-
-fn inline(section: &mut Section<'_>, key: &'static str, text: RawValue) -> Option<CredentialText> {
-    let mistake = match credential::cleaned(&text.value) {
-        Ok(value) if !value.is_empty() => return Some(CredentialText { value, file: None }),
-        Ok(_) => CredentialMistake {
-            message: "empty".to_owned(),
-            hint: "set a value, or remove the key to use the environment variable",
-        },
-        Err(mistake) => mistake,
-    };
-    section.problem(key, text.place, mistake.message, mistake.hint);
-    None
-}
-
-fn from_file(
-    section: &mut Section<'_>,
-    key: &'static str,
-    text: RawValue,
-) -> Option<CredentialText> {
-    let path = text.path();
-    match credential::read(&path) {
-        Ok(value) => Some(CredentialText {
-            value,
-            file: Some(path),
-        }),
-        Err(mistake) => {
-            section.problem(key, text.place, mistake.message, mistake.hint);
-            None
         }
     }
 }

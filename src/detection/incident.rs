@@ -66,7 +66,7 @@ impl Sample {
             node: known.node,
             region: known.region,
             worker: known.worker,
-            media_path: known.media_path,
+            media_path: known.media_path.map(|path| path.label().to_owned()),
             agent_version: known.agent_version,
         }
     }

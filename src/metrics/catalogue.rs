@@ -79,7 +79,7 @@ impl Definition {
     /// The labels without `target` or `project`, which the registry adds.
     pub(super) fn labels_within(&self) -> &'static [&'static str] {
         match self.labels {
-            ["target" | "project", within @ ..] => within,
+            ["target" | "project" | "channel", within @ ..] => within,
             all => all,
         }
     }
@@ -143,6 +143,12 @@ catalogue! {
     HISTORY_DROPPED: "history_dropped_total" [] MetricKind::Counter;
     /// Lines of the log that were dropped because the lines before them were not read.
     LOG_DROPPED: "log_lines_dropped_total" [] MetricKind::Counter;
+    /// Attempts to send a message or a heartbeat to a channel.
+    NOTIFICATIONS: "notifications_total" ["channel"] MetricKind::Counter;
+    /// Attempts that failed. A message is sent again for a day.
+    NOTIFICATION_FAILURES: "notification_failures_total" ["channel"] MetricKind::Counter;
+    /// Messages that were never delivered: refused for good, given up after a day, or dropped because too many waited.
+    NOTIFICATIONS_LOST: "notifications_lost_total" ["channel"] MetricKind::Counter;
 
     /// Time from the dispatch to the agent's join, whatever the outcome. The label position separates the first room of
     /// a batch, which a cold start affects, from later rooms. Delays of which only an upper bound is known are

@@ -65,10 +65,11 @@ fn target() -> Target {
     }
 }
 
-/// Metrics with one project and one target.
+/// Metrics with one project, one target and one channel.
 fn with_a_target() -> (Metrics, TargetMetrics) {
     let metrics = metrics();
     metrics.project("acme", &project());
+    metrics.channel("team");
     let support = metrics.target("support", &target(), &project());
     (metrics, support)
 }
@@ -225,9 +226,8 @@ fn incident() -> IncidentInfo {
 /// The information about an incident is the only family that has no series until there is one.
 #[test]
 fn every_family_of_the_catalogue_exists_before_the_first_event() {
-    let metrics = metrics();
+    let (metrics, support) = with_a_target();
     metrics.project("acme", &project());
-    let support = metrics.target("support", &target(), &project());
     assert!(!metrics.render().contains("incident_info"));
     support.incident(Some("agent"), Some(incident()));
     let scrape = scraped(&metrics);
@@ -1145,6 +1145,25 @@ fn everything_that_the_daemon_reports_of_a_project_and_of_itself_is_shown() {
 }
 
 #[test]
+fn attempts_failures_and_losses_of_a_channel_are_counted_until_it_is_removed() {
+    let metrics = metrics();
+    let team = metrics.channel("team");
+    team.attempt(true);
+    team.attempt(false);
+    team.lost(3);
+    // The same channel after a reload.
+    metrics.channel("team").attempt(true);
+    let scrape = scraped(&metrics);
+    let value = |name| value_of(&scrape, name, &[("channel", "team")]);
+    assert_eq!(value("notifications_total"), 3.0);
+    assert_eq!(value("notification_failures_total"), 1.0);
+    assert_eq!(value("notifications_lost_total"), 3.0);
+    metrics.remove_channel("team");
+    team.attempt(true);
+    assert!(!metrics.render().contains("team"));
+}
+
+#[test]
 fn changed_settings_of_a_target_keep_its_counters() {
     let (metrics, support) = with_a_target();
     support.probe(Purpose::Scheduled, &report(), &Objectives::default(), false);
@@ -1446,6 +1465,7 @@ fn docs_list_every_label_value() {
         "share",
         "differs",
         "project",
+        "channel",
         "url",
         "agent_name",
         "deployment",

@@ -627,6 +627,63 @@ fn check_connects_and_prints_why_it_failed() {
     }
 }
 
+/// `check --notify` with one channel of this kind and address.
+fn check_channel(kind: &str, url: &str) -> Finished {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = if kind == "pagerduty" {
+        format!("routing_key = \"{SECRET}\"\n")
+    } else {
+        String::new()
+    };
+    let settings = format!("[notify.team]\nkind = \"{kind}\"\nurl = \"{url}\"\n{secret}");
+    std::fs::write(folder.path().join("canary.toml"), settings).unwrap();
+    let run = canary(
+        folder.path(),
+        ["check", "--notify", "--config", "canary.toml"],
+        &[
+            ("LIVEKIT_URL", "ws://127.0.0.1:1"),
+            ("LIVEKIT_API_KEY", "devkey"),
+            ("LIVEKIT_API_SECRET", SECRET),
+        ],
+    );
+    assert!(!run.output().contains(SECRET), "{}", run.output());
+    run
+}
+
+#[test]
+fn check_sends_a_message_to_each_channel_and_prints_why_it_was_not_delivered() {
+    for (kind, response, code, line) in [
+        ("webhook", ROOMS, 0, "delivered in "),
+        ("pagerduty", ROOMS, 0, "delivered in "),
+        ("heartbeat", ROOMS, 0, "delivered in "),
+        ("webhook", UNAUTHORIZED, 2, "failed: 127.0.0.1 answered 401"),
+        ("heartbeat", TOO_MANY, 4, "failed: 127.0.0.1 answered 429"),
+        (
+            "webhook",
+            MOVED,
+            2,
+            "failed: 127.0.0.1 redirects to livekit.invalid",
+        ),
+    ] {
+        let url = server_that_responds(response).replacen("ws", "http", 1);
+        let run = check_channel(kind, &format!("{url}/{SECRET}"));
+        assert_eq!(run.code, Some(code), "{}", run.output());
+        let line = format!("\nnotify team   {line}");
+        assert!(
+            run.stdout.contains(&line),
+            "{line:?} is not in\n{}",
+            run.stdout
+        );
+    }
+    let url = closed_port().replacen("ws", "http", 1);
+    let run = check_channel("webhook", &url);
+    assert_eq!(run.code, Some(4), "{}", run.output());
+    let without = run_with_url("ws://127.0.0.1:1", &["check", "--notify"]);
+    assert_eq!(without.code, Some(0), "{}", without.output());
+    let line = "notify: no channels are configured; add [notify.NAME]\n";
+    assert!(without.stdout.contains(line), "{}", without.stdout);
+}
+
 #[test]
 fn interrupt_ends_a_batch_whose_server_hangs() {
     signal_ends_a_hanging_batch(Signal::INT);

@@ -8,8 +8,9 @@ use std::time::Duration;
 use chrono_tz::Tz;
 use insta::assert_snapshot;
 use livekit_canary::config::{
-    Alerts, Backoff, Budget, CallerMode, Config, DaemonSettings, DispatchMode, HistorySettings,
-    Project, RampMode, RawConfig, RoomSettings, Schedule, Target,
+    Alerts, Backoff, Budget, CallerMode, Channel, ChannelKind, Config, DaemonSettings,
+    DispatchMode, HistorySettings, Project, RampMode, RawConfig, RoomSettings, Schedule, Target,
+    WebhookFormat,
 };
 use secrecy::ExposeSecret;
 use tempfile::TempDir;
@@ -809,6 +810,131 @@ fn unusable_secret_files_are_reported() {
 #[test]
 fn certificate_file_without_certificates_is_reported() {
     assert_snapshot!(error_of("[projects.acme]\nca_file = \"canary.toml\"\n"));
+}
+
+/// A part of an address and a routing key, which no message may show.
+const HOOK: &str = "hook-that-must-stay-secret";
+
+fn error_of_channel(keys: &str) -> String {
+    let settings = format!("{}[notify.team]\n{keys}\n", target_with(""));
+    let error = error_of(&settings);
+    assert!(!error.contains(HOOK), "{error}");
+    error
+}
+
+#[test]
+fn mistakes_of_a_channel_are_reported() {
+    for (name, keys) in [
+        ("no_kind", "url = \"https://hooks.example/a\"".to_owned()),
+        ("unknown_kind", "kind = \"webhok\"".to_owned()),
+        ("no_url", "kind = \"heartbeat\"".to_owned()),
+        ("another_scheme", format!("kind = \"webhook\"\nurl = \"slack://{HOOK}\"")),
+        ("a_relative_url", format!("kind = \"webhook\"\nurl = \"{HOOK}\"")),
+        ("a_fragment", format!("kind = \"webhook\"\nurl = \"https://hooks.example/#{HOOK}\"")),
+        ("two_urls", format!("kind = \"webhook\"\nurl = \"https://hooks.example/{HOOK}\"\nurl_file = \"url\"")),
+        ("a_missing_file", "kind = \"webhook\"\nurl_file = \"missing\"".to_owned()),
+        ("no_routing_key", "kind = \"pagerduty\"".to_owned()),
+        ("keys_of_other_kinds", format!("kind = \"pagerduty\"\nrouting_key = \"{HOOK}\"\nurl_file = \"url\"\nformat = \"slack\"")),
+        ("a_key_of_pagerduty", format!("kind = \"webhook\"\nurl = \"https://hooks.example\"\nrouting_key = \"{HOOK}\"")),
+        ("unknown_targets", "kind = \"heartbeat\"\nurl = \"https://hooks.example\"\ntargets = [\"suport\", \"other\"]".to_owned()),
+        ("no_targets", "kind = \"heartbeat\"\nurl = \"https://hooks.example\"\ntargets = []".to_owned()),
+        ("a_long_timeout", "kind = \"heartbeat\"\nurl = \"https://hooks.example\"\ntimeout = \"2m\"".to_owned()),
+        ("an_unknown_key", "kind = \"heartbeat\"\nurl = \"https://hooks.example\"\nevery = \"2m\"".to_owned()),
+    ] {
+        assert_snapshot!(format!("channel_with_{name}"), error_of_channel(&keys));
+    }
+}
+
+#[test]
+fn channels_are_read_with_their_defaults_and_their_files() {
+    let settings = format!(
+        "{}[notify.team]\nkind = \"webhook\"\nurl_file = \"hook\"\n\
+         [notify.pager]\nkind = \"pagerduty\"\ntargets = [\"support\"]\ntimeout = \"3s\"\n",
+        target_with("")
+    );
+    let folder = folder_with(&settings);
+    let hook = format!("https://user:pass@hooks.example/{HOOK}?x=1");
+    std::fs::write(folder.path().join("hook"), format!("{hook}\n")).unwrap();
+    let mut variables = CREDENTIALS.to_vec();
+    variables.push(("LIVEKIT_CANARY__notify__pager__routing_key", HOOK));
+    let config = read_file(&folder.path().join("canary.toml"), &variables);
+    let team = &config.notify["team"];
+    let ChannelKind::Webhook { url, format } = &team.kind else {
+        panic!("{team:?}");
+    };
+    assert_eq!(url.expose_secret(), hook);
+    assert_eq!(*format, WebhookFormat::Json);
+    assert_eq!(team.timeout, Duration::from_secs(10));
+    assert!(team.reports("support") && team.reports("other"));
+    let pager = &config.notify["pager"];
+    let ChannelKind::Pagerduty { url, routing_key } = &pager.kind else {
+        panic!("{pager:?}");
+    };
+    assert_eq!(url.as_str(), "https://events.pagerduty.com/v2/enqueue");
+    assert_eq!(routing_key.expose_secret(), HOOK);
+    assert_eq!(pager.timeout, Duration::from_secs(3));
+    assert!(pager.reports("support") && !pager.reports("other"));
+    assert!(!format!("{config:?}").contains(HOOK));
+    // Commands that send nothing read no secret.
+    let file = folder.path().join("canary.toml");
+    std::fs::remove_file(folder.path().join("hook")).unwrap();
+    let draft = RawConfig::read(Some(&file), [])
+        .unwrap()
+        .without_credentials();
+    assert_eq!(draft.validate().unwrap().notify.len(), 2);
+}
+
+/// The sample has no channel, because each needs an address. Its example shows every key.
+#[test]
+fn sample_of_a_channel_shows_every_key() {
+    let sample = std::fs::read_to_string(sample()).unwrap();
+    let (_, example) = sample.split_once("#[notify.team]\n").unwrap();
+    let (example, _) = example.split_once("\n\n").unwrap();
+    for kind in ["webhook", "pagerduty", "heartbeat"] {
+        let error = error_of_channel(&format!("kind = \"{kind}\"\nqqqqqq = 1"));
+        let (_, known) = error.split_once("known keys: ").unwrap();
+        for key in known.lines().next().unwrap().split(", ") {
+            assert!(
+                example.contains(&format!("\n#{key} =")) || key == "kind",
+                "{key}"
+            );
+        }
+    }
+    let keys = example.lines().filter_map(|line| line.strip_prefix('#'));
+    let keys = keys.filter(|line| !line.starts_with(' '));
+    let keys = keys.filter(|line| !line.contains("_file") && !line.contains("routing_key"));
+    let settings = format!(
+        "{}[notify.team]\n{}\n",
+        target_with(""),
+        keys.collect::<Vec<_>>().join("\n")
+    );
+    assert_eq!(
+        read(&settings, &CREDENTIALS).notify["team"].timeout,
+        Channel::DEFAULT_TIMEOUT
+    );
+}
+
+#[test]
+fn address_of_the_page_that_no_link_can_be_made_of_is_reported() {
+    for (name, url) in [
+        ("relative", "canary.example.com"),
+        ("another_scheme", "ftp://canary.example.com"),
+        ("a_query", "https://canary.example.com/?a=b"),
+        ("credentials", "https://user:pass@canary.example.com/"),
+    ] {
+        let error = error_of(&format!("[http]\nexternal_url = \"{url}\"\n"));
+        assert_snapshot!(format!("external_url_with_{name}"), error);
+    }
+    let settings = format!(
+        "[http]\nexternal_url = \"https://canary.example.com/live\"\n{}",
+        target_with("")
+    );
+    let url = read(&settings, &CREDENTIALS)
+        .daemon
+        .http
+        .external_url
+        .unwrap();
+    assert_eq!(url.as_str(), "https://canary.example.com/live");
 }
 
 #[test]

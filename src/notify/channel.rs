@@ -1,0 +1,298 @@
+//! The task of one channel: it sends what its queue holds, one request at a time.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::OnDone;
+use super::queue::{Delivery, MAX_WAITING, Pending, Queue, Step, Style};
+use super::sender::{SendError, Sender};
+use crate::config::{Channel, ChannelKind};
+use crate::metrics::ChannelMetrics;
+
+/// A channel, its task, and what they share.
+pub(super) struct Worker {
+    settings: Channel,
+    shared: Arc<Shared>,
+    task: AbortOnDropHandle<()>,
+}
+
+struct Shared {
+    name: String,
+    /// The error of an address that cannot be used. Validated settings have none.
+    sender: Mutex<Arc<Result<Sender, SendError>>>,
+    feed: Feed,
+    /// There is something to do.
+    news: Notify,
+    closing: AtomicBool,
+    metrics: ChannelMetrics,
+    done: OnDone,
+}
+
+/// What a channel sends.
+enum Feed {
+    Messages(Mutex<Queue>),
+    /// Whether a heartbeat is due. A later one replaces it.
+    Beats(AtomicBool),
+}
+
+impl Worker {
+    pub(super) fn start(
+        name: &str,
+        settings: &Channel,
+        metrics: ChannelMetrics,
+        done: OnDone,
+    ) -> Self {
+        let sender = Sender::new(settings);
+        let feed = if is_heartbeat(settings) {
+            Feed::Beats(AtomicBool::new(false))
+        } else {
+            Feed::Messages(Mutex::new(Queue::new(style(settings))))
+        };
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            sender: Mutex::new(Arc::new(sender)),
+            feed,
+            news: Notify::new(),
+            closing: AtomicBool::new(false),
+            metrics,
+            done,
+        });
+        let task = tokio::spawn(Arc::clone(&shared).run());
+        Self {
+            settings: settings.clone(),
+            shared,
+            task: AbortOnDropHandle::new(task),
+        }
+    }
+
+    /// Whether a channel with these settings can continue with this one's queue.
+    pub(super) fn takes(&self, settings: &Channel) -> bool {
+        is_heartbeat(settings) == is_heartbeat(&self.settings)
+            && style(settings) == style(&self.settings)
+    }
+
+    pub(super) fn configure(&mut self, settings: &Channel) {
+        if *settings == self.settings {
+            return;
+        }
+        self.settings = settings.clone();
+        *lock(&self.shared.sender) = Arc::new(Sender::new(settings));
+        if let Feed::Messages(queue) = &self.shared.feed {
+            lock(queue).wake(Instant::now());
+        }
+        self.shared.news.notify_one();
+    }
+
+    pub(super) fn reports(&self, target: &str) -> bool {
+        self.settings.reports(target)
+    }
+
+    pub(super) fn takes_messages(&self) -> bool {
+        matches!(self.shared.feed, Feed::Messages(_))
+    }
+
+    pub(super) fn push(&self, message: Pending) {
+        let Feed::Messages(queue) = &self.shared.feed else {
+            return;
+        };
+        let displaced = lock(queue).push(message);
+        if let Some(displaced) = displaced {
+            let Shared { name, .. } = &*self.shared;
+            tracing::error!(
+                channel = name,
+                "the oldest message to {name} is dropped: more than {MAX_WAITING} messages wait"
+            );
+            self.shared.lost(&[displaced]);
+        }
+        self.shared.news.notify_one();
+    }
+
+    /// Requests the heartbeat; a channel of another kind ignores it.
+    pub(super) fn beat(&self) {
+        if let Feed::Beats(due) = &self.shared.feed {
+            due.store(true, Ordering::Release);
+            self.shared.news.notify_one();
+        }
+    }
+
+    /// The task ends when it has sent what can be sent at once.
+    pub(super) fn finish(&self) {
+        self.shared.closing.store(true, Ordering::Release);
+        self.shared.news.notify_one();
+    }
+
+    /// Waits for the end of the task. Cancel-safe.
+    pub(super) async fn ended(&mut self) {
+        let ended = (&mut self.task).await;
+        if let Err(error) = ended {
+            tracing::error!("the task of a channel has ended: {error}");
+        }
+    }
+
+    /// Ends the task at once. Returns the messages that it has not delivered.
+    pub(super) fn stop(self) -> Vec<Pending> {
+        self.task.abort();
+        match &self.shared.feed {
+            Feed::Messages(queue) => lock(queue).clear(),
+            Feed::Beats(_) => Vec::new(),
+        }
+    }
+}
+
+impl Shared {
+    async fn run(self: Arc<Self>) {
+        match &self.feed {
+            Feed::Messages(queue) => self.send_messages(queue).await,
+            Feed::Beats(due) => self.send_beats(due).await,
+        }
+    }
+
+    async fn send_messages(&self, queue: &Mutex<Queue>) {
+        loop {
+            let closing = self.closing.load(Ordering::Acquire);
+            let step = lock(queue).next(Instant::now(), closing);
+            match step {
+                Step::Send(delivery) => self.send(queue, &delivery).await,
+                Step::Skip(messages) => {
+                    let Self { name, .. } = self;
+                    tracing::info!(
+                        channel = name,
+                        "an incident is not reported to {name}: it was over before a message could be sent"
+                    );
+                    self.remove(&messages);
+                }
+                Step::GiveUp(messages) => {
+                    let Self { name, .. } = self;
+                    tracing::error!(
+                        channel = name,
+                        "{} messages to {name} are given up: they could not be delivered within a day",
+                        messages.len()
+                    );
+                    self.lost(&messages);
+                }
+                Step::WaitUntil(_) | Step::Idle if closing => return,
+                Step::WaitUntil(at) => tokio::select! {
+                    () = sleep_until(at) => {}
+                    () = self.news.notified() => {}
+                },
+                Step::Idle => self.news.notified().await,
+            }
+        }
+    }
+
+    async fn send(&self, queue: &Mutex<Queue>, delivery: &Delivery) {
+        let Self { name, .. } = self;
+        let sender = Arc::clone(&lock(&self.sender));
+        let sent = match &*sender {
+            Ok(sender) => sender.deliver(delivery).await,
+            Err(error) => Err(error.clone()),
+        };
+        self.metrics.attempt(sent.is_ok());
+        let now = Instant::now();
+        match sent {
+            Ok(()) => {
+                let delivered = lock(queue).delivered(delivery, now);
+                tracing::info!(
+                    channel = name,
+                    messages = delivered.len(),
+                    attempt = delivery.attempts + 1,
+                    "notified {name}: {}",
+                    delivery.summary()
+                );
+                self.remove(&delivered);
+            }
+            Err(error) if error.is_final() => {
+                let refused = lock(queue).refused(delivery);
+                tracing::error!(
+                    channel = name,
+                    "a message to {name} is given up, because it would be refused again: {error}"
+                );
+                self.lost(&refused);
+            }
+            Err(error) => {
+                let next =
+                    lock(queue).failed(delivery, now, error.pause(), error.may_have_arrived());
+                let wait = next.saturating_duration_since(now).as_secs();
+                // Once per message: a receiver that is down for a day would fill the log.
+                if delivery.attempts == 0 {
+                    tracing::warn!(
+                        channel = name,
+                        "cannot notify {name}: {error}. The next attempt is in {wait} s; further ones follow for a day"
+                    );
+                } else {
+                    tracing::debug!(
+                        channel = name,
+                        "cannot notify {name}: {error}. The next attempt is in {wait} s"
+                    );
+                }
+            }
+        }
+    }
+
+    async fn send_beats(&self, due: &AtomicBool) {
+        let Self { name, .. } = self;
+        let mut failed = false;
+        loop {
+            if due.swap(false, Ordering::AcqRel) {
+                let sender = Arc::clone(&lock(&self.sender));
+                let sent = match &*sender {
+                    Ok(sender) => sender.beat().await,
+                    Err(error) => Err(error.clone()),
+                };
+                self.metrics.attempt(sent.is_ok());
+                match sent {
+                    // Once per series of failures: the next heartbeat is the next attempt.
+                    Err(error) if !failed => {
+                        tracing::warn!(channel = name, "the heartbeat {name} failed: {error}");
+                        failed = true;
+                    }
+                    Err(error) => {
+                        tracing::debug!(channel = name, "the heartbeat {name} failed: {error}")
+                    }
+                    Ok(()) => {
+                        if failed {
+                            tracing::info!(channel = name, "the heartbeat {name} works again");
+                        }
+                        failed = false;
+                    }
+                }
+            } else if self.closing.load(Ordering::Acquire) {
+                return;
+            } else {
+                self.news.notified().await;
+            }
+        }
+    }
+
+    /// Removes messages from the history that need no further attempt.
+    fn remove(&self, messages: &[Pending]) {
+        for message in messages {
+            (self.done)(&message.id);
+        }
+    }
+
+    fn lost(&self, messages: &[Pending]) {
+        self.metrics.lost(messages.len() as u64);
+        self.remove(messages);
+    }
+}
+
+fn is_heartbeat(settings: &Channel) -> bool {
+    matches!(settings.kind, ChannelKind::Heartbeat { .. })
+}
+
+fn style(settings: &Channel) -> Style {
+    match settings.kind {
+        ChannelKind::Webhook { .. } | ChannelKind::Heartbeat { .. } => Style::Texts,
+        ChannelKind::Pagerduty { .. } => Style::Events,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic can't leave a queue inconsistent: each of its steps replaces whole values.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
