@@ -854,8 +854,6 @@ const fn in_incident_label(in_incident: bool) -> &'static str {
     if in_incident { "true" } else { "false" }
 }
 
-}
-
 /// The series of one channel of notifications. Cheap to clone.
 #[derive(Clone)]
 pub struct ChannelMetrics(Arc<CachedRegistry<ChannelSeries>>);

@@ -269,6 +269,7 @@ pub(super) fn recent_probes(
     let probes = statement.query_map(params![target, row_limit(limit)], |row| {
         let label: String = row.get(2)?;
         let place: i64 = row.get(3)?;
+        let media_path: Option<String> = row.get(10)?;
         Ok(RecentProbe {
             room: row.get(0)?,
             batch_id: row.get(1)?,
@@ -281,7 +282,7 @@ pub(super) fn recent_probes(
                 node: row.get(7)?,
                 region: row.get(8)?,
                 worker: row.get(9)?,
-                media_path: row.get(10)?,
+                media_path: media_path.and_then(|label| label.parse().ok()),
                 agent_version: row.get(11)?,
             },
         })

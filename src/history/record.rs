@@ -5,6 +5,7 @@ use rusqlite::{Transaction, params};
 
 use super::store::millis;
 use crate::config::{Project, Target};
+use crate::livekit::event::MediaPath;
 use crate::probe::{Circumstances, Milestone};
 use crate::report::{BatchReport, Purpose, Summary, json};
 
@@ -112,7 +113,7 @@ impl BatchRecord {
                 node,
                 region,
                 worker,
-                media_path,
+                media_path.map(MediaPath::label),
                 agent_version,
             ])?;
         }

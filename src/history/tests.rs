@@ -1149,7 +1149,7 @@ async fn recent_probes_are_those_of_the_target_by_time_with_what_may_differ() {
                 node: Some("ND_1".to_owned()),
                 region: None,
                 worker: Some(format!("AW_{second}")),
-                media_path: Some("tcp".to_owned()),
+                media_path: Some(crate::livekit::event::MediaPath::Tcp),
                 agent_version: Some("1.2".to_owned()),
             };
         }

@@ -122,7 +122,9 @@ pub(crate) enum RoomEventKind {
 }
 
 /// The transport of the canary's media. It is TCP if either of its two connections uses TCP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::IntoStaticStr)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::EnumString, strum::IntoStaticStr,
+)]
 #[strum(serialize_all = "snake_case")]
 pub enum MediaPath {
     Udp,

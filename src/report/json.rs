@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::BatchReport;
 use crate::config::{Project, Target};
 use crate::livekit::event::TranscriptText;
-use crate::livekit::event::{Speaker, to_microseconds};
+use crate::livekit::event::{MediaPath, Speaker, to_microseconds};
 use crate::probe::{
     AgentStage, Circumstances, Evidence, Milestone, ProbeReport, Reason, Span, Turn,
 };
@@ -271,7 +271,7 @@ fn circumstances(of: &Circumstances) -> CircumstancesJson<'_> {
         node: of.node.as_deref(),
         region: of.region.as_deref(),
         worker: of.worker.as_deref(),
-        media_path: of.media_path.as_deref(),
+        media_path: of.media_path.map(MediaPath::label),
         agent_version: of.agent_version.as_deref(),
     }
 }

@@ -25,7 +25,7 @@ fn sample(second: u64, worker: &str, outcome: Outcome) -> Sample {
         node: Some("ND_a".to_owned()),
         region: Some("eu".to_owned()),
         worker: Some(worker.to_owned()),
-        media_path: Some("udp".to_owned()),
+        media_path: Some(crate::livekit::event::MediaPath::Udp),
         agent_version: None,
     };
     let batch = format!("batch-{second}");
