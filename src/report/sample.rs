@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
-use crate::livekit::event::{Agent, AudioStats, Speaker, TurnMetrics};
+use crate::livekit::event::{Agent, AudioStats, MediaPath, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
     ProbeReport, Reason, SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
@@ -112,7 +112,7 @@ pub(crate) fn probe(
             node: Some("ND_1".to_owned()),
             media_path: timeline
                 .get(Milestone::MediaConnected)
-                .map(|_| "udp".to_owned()),
+                .map(|_| MediaPath::Udp),
             worker: timeline
                 .get(Milestone::AgentJoined)
                 .map(|_| "AW_1".to_owned()),
