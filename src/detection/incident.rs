@@ -93,19 +93,8 @@ impl Sample {
 }
 
 /// Why an incident ended.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Serialize,
-    Deserialize,
-    strum::IntoStaticStr,
-    strum::VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 pub(crate) enum EndedBy {
     /// Enough good rooms in a row.
     Recovered,
@@ -113,12 +102,6 @@ pub(crate) enum EndedBy {
     Paused,
     /// The target is no longer in the settings.
     Removed,
-}
-
-impl EndedBy {
-    pub(crate) fn label(self) -> &'static str {
-        self.into()
-    }
 }
 
 /// The failed rooms with one reason.
