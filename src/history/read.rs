@@ -161,10 +161,10 @@ pub(super) fn batches(
 ) -> rusqlite::Result<Vec<Box<RawValue>>> {
     let purpose = filter.purpose.map(Purpose::label);
     let conditions = [
-        ("target = ?", optional(&filter.target)),
-        ("result = ?", optional(&filter.result)),
-        ("purpose = ?", optional(&purpose)),
-        ("id < ?", optional(&filter.before)),
+        ("target = ?", optional(filter.target.as_ref())),
+        ("result = ?", optional(filter.result.as_ref())),
+        ("purpose = ?", optional(purpose.as_ref())),
+        ("id < ?", optional(filter.before.as_ref())),
     ];
     latest(
         connection,
@@ -182,9 +182,9 @@ pub(super) fn incidents(
 ) -> rusqlite::Result<Vec<StoredIncident>> {
     let ended = filter.open.map(|open| !open);
     let conditions = [
-        ("target = ?", optional(&filter.target)),
-        ("(ended_at IS NOT NULL) = ?", optional(&ended)),
-        ("id < ?", optional(&filter.before)),
+        ("target = ?", optional(filter.target.as_ref())),
+        ("(ended_at IS NOT NULL) = ?", optional(ended.as_ref())),
+        ("id < ?", optional(filter.before.as_ref())),
     ];
     let columns = "id, document";
     latest(
@@ -201,8 +201,8 @@ pub(super) fn incidents(
     )
 }
 
-fn optional<T: ToSql>(value: &Option<T>) -> Option<&dyn ToSql> {
-    value.as_ref().map(|value| value as &dyn ToSql)
+fn optional<T: ToSql>(value: Option<&T>) -> Option<&dyn ToSql> {
+    value.map(|value| value as &dyn ToSql)
 }
 
 /// The rows that meet each condition that has a value, by their ids, the latest first.

@@ -109,7 +109,9 @@ pub(crate) fn probe(
             jitter: spoke.then_some(Duration::from_micros(1250)),
         },
         circumstances: Circumstances {
-            node: Some("ND_1".to_owned()),
+            node: timeline
+                .get(Milestone::SignalConnected)
+                .map(|_| "ND_1".to_owned()),
             media_path: timeline
                 .get(Milestone::MediaConnected)
                 .map(|_| MediaPath::Udp),
