@@ -117,8 +117,9 @@ fn refuse_keys_of_other_kinds(section: &mut Section<'_>, kind: Kind) {
 
 /// The targets of the key `targets`; `None` without the key.
 fn reported_targets(section: &mut Section<'_>, known: &[&str]) -> Option<BTreeSet<String>> {
-    let place = section.place_of("targets")?;
+    let place = section.place_of("targets");
     let texts = section.texts("targets");
+    let place = place?;
     if texts.is_empty() {
         let message = "it names no target".to_owned();
         let hint = "remove the key to report every target";
