@@ -16,31 +16,48 @@ pub(super) struct SecretText {
     pub(super) file: Option<PathBuf>,
 }
 
-/// Reads a secret that is set directly or in a file. `None` if the settings have neither of the two keys, and `Some(None)` after
-/// a mistake, which is reported. `if_empty` is the hint about an empty value.
+/// What the settings have of a secret.
+pub(super) enum SecretLookup {
+    Found(SecretText),
+    Missing,
+    /// The mistake is already reported.
+    Invalid,
+}
+
+impl SecretLookup {
+    fn of(read: Option<SecretText>) -> Self {
+        read.map_or(Self::Invalid, Self::Found)
+    }
+}
+
+/// Reads a secret that is set directly or in a file. `if_empty` is the hint about an empty value.
 pub(super) fn find(
     section: &mut Section<'_>,
     key: &'static str,
     file_key: &'static str,
     if_empty: &'static str,
-) -> Option<Option<SecretText>> {
+) -> SecretLookup {
     match (section.text(key), section.text(file_key)) {
-        (Lookup::Invalid, _) | (_, Lookup::Invalid) => Some(None),
+        (Lookup::Invalid, _) | (_, Lookup::Invalid) => SecretLookup::Invalid,
         (Lookup::Found(text), Lookup::Found(file)) => {
             // An override by the environment wins over the settings file, whichever of the two keys it sets.
             match (is_override(&text), is_override(&file)) {
-                (true, false) => Some(inline(section, key, text, if_empty)),
-                (false, true) => Some(from_file(section, file_key, file)),
+                (true, false) => SecretLookup::of(inline(section, key, text, if_empty)),
+                (false, true) => SecretLookup::of(from_file(section, file_key, file)),
                 _ => {
                     let message = format!("{file_key} is also set");
                     section.problem(key, text.place, message, "set only one of the two");
-                    Some(None)
+                    SecretLookup::Invalid
                 }
             }
         }
-        (Lookup::Found(text), Lookup::Missing) => Some(inline(section, key, text, if_empty)),
-        (Lookup::Missing, Lookup::Found(file)) => Some(from_file(section, file_key, file)),
-        (Lookup::Missing, Lookup::Missing) => None,
+        (Lookup::Found(text), Lookup::Missing) => {
+            SecretLookup::of(inline(section, key, text, if_empty))
+        }
+        (Lookup::Missing, Lookup::Found(file)) => {
+            SecretLookup::of(from_file(section, file_key, file))
+        }
+        (Lookup::Missing, Lookup::Missing) => SecretLookup::Missing,
     }
 }
 

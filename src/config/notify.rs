@@ -10,7 +10,7 @@ use secrecy::SecretString;
 use strum::VariantArray;
 use url::Url;
 
-use super::credential;
+use super::credential::{self, SecretLookup};
 use super::problem::{alternatives, similar};
 use super::section::{Lookup, MIN_WAIT, Section};
 use super::settings::{Channel, ChannelKind, WebhookFormat};
@@ -117,8 +117,9 @@ fn refuse_keys_of_other_kinds(section: &mut Section<'_>, kind: Kind) {
 
 /// The targets of the key `targets`; `None` without the key.
 fn reported_targets(section: &mut Section<'_>, known: &[&str]) -> Option<BTreeSet<String>> {
-    let place = section.place_of("targets")?;
+    let place = section.place_of("targets");
     let texts = section.texts("targets");
+    let place = place?;
     if texts.is_empty() {
         let message = "it names no target".to_owned();
         let hint = "remove the key to report every target";
@@ -145,15 +146,15 @@ fn secret_url(section: &mut Section<'_>, reads_secrets: bool) -> Option<SecretSt
     let place = section
         .place_of("url")
         .or_else(|| section.place_of("url_file"));
-    let found = credential::find(section, "url", "url_file", HINT);
-    if !reads_secrets {
-        return Some(NOT_READ.into());
-    }
-    let Some(found) = found else {
-        section.missing("url", "set url, or url_file to a file that contains it");
-        return None;
+    let text = match credential::find(section, "url", "url_file", HINT) {
+        _ if !reads_secrets => return Some(NOT_READ.into()),
+        SecretLookup::Found(text) => text,
+        SecretLookup::Invalid => return None,
+        SecretLookup::Missing => {
+            section.missing("url", "set url, or url_file to a file that contains it");
+            return None;
+        }
     };
-    let text = found?;
     let key = if text.file.is_some() {
         "url_file"
     } else {
@@ -194,15 +195,15 @@ fn pagerduty(section: &mut Section<'_>, reads_secrets: bool) -> Option<ChannelKi
             }
         }
     }
-    let found = credential::find(section, "routing_key", "routing_key_file", HINT);
-    let routing_key = if !reads_secrets {
-        NOT_READ.into()
-    } else if let Some(found) = found {
-        found?.value.into()
-    } else {
-        let hint = "set routing_key, or routing_key_file to a file that contains it";
-        section.missing("routing_key", hint);
-        return None;
+    let routing_key = match credential::find(section, "routing_key", "routing_key_file", HINT) {
+        _ if !reads_secrets => NOT_READ.into(),
+        SecretLookup::Found(text) => text.value.into(),
+        SecretLookup::Invalid => return None,
+        SecretLookup::Missing => {
+            let hint = "set routing_key, or routing_key_file to a file that contains it";
+            section.missing("routing_key", hint);
+            return None;
+        }
     };
     let url = Url::parse(&url).expect("the default is a URL, and any other was parsed above");
     Some(ChannelKind::Pagerduty { routing_key, url })

@@ -11,7 +11,7 @@ use rustls_pki_types::pem::{self, PemObject};
 use url::Url;
 
 use super::caller;
-use super::credential::{self, SecretText, is_override};
+use super::credential::{self, SecretLookup, SecretText, is_override};
 use super::cron;
 use super::file::{MAX_CA_BYTES, read_regular};
 use super::notify;
@@ -429,8 +429,9 @@ fn key_or_secret(
 ) -> Option<SecretText> {
     const EMPTY: &str = "set a value, or remove the key to use the environment variable";
     match credential::find(section, key, file_key, EMPTY) {
-        Some(found) => found,
-        None => {
+        SecretLookup::Found(found) => Some(found),
+        SecretLookup::Invalid => None,
+        SecretLookup::Missing => {
             if let Some(value) = fallback {
                 let (value, place) = (value.to_owned(), Some(from_variable(variable)));
                 credential::inline(section, key, RawValue { value, place }, EMPTY)

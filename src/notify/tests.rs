@@ -19,6 +19,12 @@ use crate::metrics::Build;
 /// A part of every address, and the routing key: neither may be shown.
 const SECRET: &str = "T0SECRET0T";
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+const QUOTING: &str =
+    "HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\nno hook /hooks/T0SECRET0T?token=T0SECRET0T";
+const INVALID: &str = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n{\"errors\":[\"routing_key T0SECRET0T is invalid\"]}";
+const MOVED: &str = "HTTP/1.1 308 Permanent Redirect\r\nLocation: https://new.example/T0SECRET0T\r\nContent-Length: 0\r\n\r\n";
+const BUSY: &str = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n";
+const QUOTING_LOGGED: &str = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nbad T0SECRET0T";
 const UNAVAILABLE: &str = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n";
 
 fn time(seconds: i64) -> DateTime<Utc> {
@@ -906,7 +912,6 @@ async fn error_of(
 
 #[tokio::test]
 async fn error_names_the_host_and_what_to_do_and_no_part_of_the_address() {
-    const QUOTING: &str = "HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\nno hook /hooks/T0SECRET0T?token=T0SECRET0T";
     let error = error_of(&[QUOTING], Receiver::webhook).await;
     assert!(error.blames_settings() && !error.is_final());
     assert_eq!(
@@ -914,7 +919,6 @@ async fn error_names_the_host_and_what_to_do_and_no_part_of_the_address() {
         "127.0.0.1 answered 404: no hook [secret]. Check the address and the key of the channel"
     );
 
-    const INVALID: &str = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n{\"errors\":[\"routing_key T0SECRET0T is invalid\"]}";
     let error = error_of(&[INVALID], Receiver::pagerduty).await;
     assert!(error.blames_settings() && error.is_final());
     assert!(
@@ -924,7 +928,6 @@ async fn error_names_the_host_and_what_to_do_and_no_part_of_the_address() {
         "{error}"
     );
 
-    const MOVED: &str = "HTTP/1.1 308 Permanent Redirect\r\nLocation: https://new.example/T0SECRET0T\r\nContent-Length: 0\r\n\r\n";
     let error = error_of(&[MOVED], Receiver::webhook).await;
     assert!(error.blames_settings());
     assert_eq!(
@@ -932,8 +935,6 @@ async fn error_names_the_host_and_what_to_do_and_no_part_of_the_address() {
         "127.0.0.1 redirects to new.example, which is not followed. Set the address to which it leads"
     );
 
-    const BUSY: &str =
-        "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n";
     let error = error_of(&[BUSY], Receiver::pagerduty).await;
     assert_eq!(error.pause(), Some(Duration::from_secs(7)));
     assert!(!error.blames_settings() && !error.is_final() && !error.may_have_arrived());
@@ -1006,8 +1007,7 @@ async fn log_has_failures_and_no_secret() {
         .with_writer(move || writer.clone())
         .finish();
     let _guard = tracing::subscriber::set_default(subscriber);
-    const QUOTING: &str = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nbad T0SECRET0T";
-    let receiver = Receiver::start(&[QUOTING]).await;
+    let receiver = Receiver::start(&[QUOTING_LOGGED]).await;
     let mut setup = start(
         &[
             ("team", &receiver.webhook()),

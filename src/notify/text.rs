@@ -45,11 +45,11 @@ impl Notice {
             }
             (NoticeKind::Closed, Tense::Present) => match self.ended_without_recovery() {
                 Some(why) => format!(
-                    "{target}: {why} at {at}. {} failed since {began} ({lasted}){share}. No recovery was seen.",
+                    "{target}: {why} at {at}. {} had failed since {began} ({lasted}){share}. No recovery was seen.",
                     capitalized(who)
                 ),
                 None => format!(
-                    "{target}: recovered at {at}, after {lasted}. {} failed since {began}{share}.",
+                    "{target}: recovered at {at}, after {lasted}. {} had failed since {began}{share}.",
                     capitalized(who)
                 ),
             },
@@ -101,7 +101,8 @@ impl Notice {
                 NoticeKind::Opened => "Last failure: ",
                 _ => "",
             };
-            sentences.push(format!("{label}{detail}"));
+            let end = if detail.ends_with('.') { "" } else { "." };
+            sentences.push(format!("{label}{detail}{end}"));
         }
         sentences
     }
