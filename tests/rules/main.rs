@@ -296,7 +296,14 @@ fn livekit_outage_has_its_own_pages() {
 #[test]
 fn one_fifth_of_lost_rooms_pages_by_the_burn_rate_of_the_service() {
     let events = [SHORT_START, (6, OneLostRoom), (30, Good)];
-    expect_alerts(&[(Story::new(FIVE, &events), &[])]);
+    expect_alerts(&[(
+        Story::new(FIVE, &events),
+        &[
+            ("ErrorBudgetBurnsSlowly ticket sli=service", 31, None),
+            ("ErrorBudgetBurnsFast page sli=service", 36, Some(136)),
+            ("ErrorBudgetSpent ticket sli=service", 96, None),
+        ],
+    )]);
 }
 
 #[test]
@@ -317,11 +324,17 @@ fn slow_joins_page_by_the_burn_rate_of_the_join() {
     expect_alerts(&[
         (
             Story::new(QUARTER, &events),
-            &[("ErrorBudgetBurnsSlowly ticket sli=join", 151, None)],
+            &[
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 151, None),
+                ("ErrorBudgetBurnsFast page sli=join", 166, Some(271)),
+            ],
         ),
         (
             Story::new(HOUR, &events),
-            &[("ErrorBudgetBurnsSlowly ticket sli=join", 603, None)],
+            &[
+                ("ErrorBudgetBurnsSlowly ticket sli=join", 603, Some(1083)),
+                ("ErrorBudgetBurnsFast page sli=join", 663, Some(1083)),
+            ],
         ),
     ]);
 }
@@ -358,11 +371,17 @@ fn slow_replies_page_by_the_burn_rate_of_the_reply() {
     expect_alerts(&[
         (
             Story::new(QUARTER, &events),
-            &[("ErrorBudgetBurnsSlowly ticket sli=reply", 151, None)],
+            &[
+                ("ErrorBudgetBurnsSlowly ticket sli=reply", 151, None),
+                ("ErrorBudgetBurnsFast page sli=reply", 166, Some(271)),
+            ],
         ),
         (
             Story::new(HOUR, &events),
-            &[("ErrorBudgetBurnsSlowly ticket sli=reply", 603, None)],
+            &[
+                ("ErrorBudgetBurnsSlowly ticket sli=reply", 603, Some(1083)),
+                ("ErrorBudgetBurnsFast page sli=reply", 663, Some(1083)),
+            ],
         ),
     ]);
 }
@@ -394,7 +413,12 @@ fn alert_ends_when_the_settings_no_longer_expect_a_reply() {
     let events = [SHORT_START, (6, OneDeafRoom), (6, ReplyOptional)];
     expect_alerts(&[(
         Story::new(FIVE, &events),
-        &[("ErrorBudgetBurnsSlowly ticket sli=availability", 32, None)],
+        &[
+            ("ErrorBudgetBurnsSlowly ticket sli=availability", 31, None),
+            ("ErrorBudgetBurnsSlowly ticket sli=reply", 31, Some(50)),
+            ("ErrorBudgetBurnsFast page sli=availability", 36, None),
+            ("ErrorBudgetBurnsFast page sli=reply", 36, Some(50)),
+        ],
     )]);
 }
 
