@@ -24,13 +24,16 @@ pub(crate) enum Event {
     Good,
     /// Only the first room fails.
     OneRoom,
-    /// No agent joins. After two rooms the others don't open.
+    /// No agent joins. After two rooms the others don't open. Confirmations fail as well, so an incident opens two minutes after
+    /// the tick. Each incident ends a minute after the tick of the next good batch.
     Outage,
+    /// No agent joins, but confirmations are good, so no incident opens.
+    Blip,
     /// Agents join later than the objective.
     SlowJoins,
-    /// Agents join and don't speak. No reply is due.
+    /// Agents join and don't speak. No reply is due. An incident opens.
     SilentAgents,
-    /// Agents speak first, and don't reply.
+    /// Agents speak first, and don't reply. An incident opens.
     DeafAgents,
     /// Only the agent of the first room does not reply.
     OneDeafRoom,
@@ -38,7 +41,9 @@ pub(crate) enum Event {
     SlowReplies,
     /// As `Good`, with settings that expect no reply.
     ReplyOptional,
-    /// The server can't be reached. After the first room the others don't open.
+    /// The network fails only the first room.
+    OneLostRoom,
+    /// The server can't be reached. After the first room the others don't open. An incident opens.
     LiveKitDown,
     /// The key pair is no longer valid. After the first room the others don't open.
     RotatedKey,
@@ -58,8 +63,10 @@ pub(crate) enum Event {
     Down,
     /// The canary ends and starts again every three minutes, before it has opened a room.
     CrashLoop,
-    /// As `Good`, in a new pod.
+    /// As `Good`, in a new pod. It has read its history after a minute.
     Rollout,
+    /// The settings no longer have the target.
+    Removed,
     /// The canary is no longer scraped.
     Gone,
     /// As `Good`, while the changed settings are rejected.
@@ -151,6 +158,8 @@ struct Canary {
     backoff_until: usize,
     rest: usize,
     hung: bool,
+    /// The fault of the open incident.
+    incident: Option<&'static str>,
 }
 
 impl Canary {
@@ -163,6 +172,10 @@ impl Canary {
         for (name, value) in [
             (
                 "livekit_canary_batch_interval_shortest_seconds",
+                seconds(reference.every),
+            ),
+            (
+                "livekit_canary_batch_interval_effective_seconds",
                 seconds(reference.every),
             ),
             ("livekit_canary_batch_interval_mean_seconds", seconds(mean)),
@@ -190,7 +203,9 @@ impl Canary {
             backoff_until: 0,
             rest: 60,
             hung: false,
+            incident: None,
         };
+        canary.show_incident();
         canary.reset();
         canary
     }
@@ -200,11 +215,16 @@ impl Canary {
         self.counters.clear();
         for sli in SLIS {
             for name in ["eligible", "good", "bad_batches"] {
-                self.count(&format!("slo_{name}_total"), &[("sli", sli)], 0);
+                for in_incident in ["false", "true"] {
+                    let labels = [("sli", sli), ("in_incident", in_incident)];
+                    self.count(&format!("slo_{name}_total"), &labels, 0);
+                }
             }
         }
-        for result in ["ok", "degraded", "failed", "limited", "aborted"] {
-            self.count("batches_total", &[("result", result)], 0);
+        for purpose in ["scheduled", "confirmation"] {
+            for result in ["ok", "degraded", "failed", "limited", "aborted"] {
+                self.end(purpose, result, 0);
+            }
         }
         for cause in ["overlap", "budget", "backoff", "paused"] {
             self.count("batches_skipped_total", &[("cause", cause)], 0);
@@ -218,7 +238,8 @@ impl Canary {
             ("plan_limit", "limit"),
             ("internal", "canary"),
         ] {
-            self.fail(reason, 0);
+            self.fail("scheduled", reason, 0);
+            self.fail("confirmation", reason, 0);
         }
         for limit in ["api_rate", "connections"] {
             self.count("plan_limit_rejections_total", &[("limit", limit)], 0);
@@ -238,16 +259,49 @@ impl Canary {
         *self.counters.entry(series).or_default() += by as f64;
     }
 
-    fn fail(&mut self, (reason, origin): (&str, &str), by: usize) {
-        let labels = [("reason", reason), ("origin", origin)];
+    fn fail(&mut self, purpose: &str, (reason, origin): (&str, &str), by: usize) {
+        let labels = [("purpose", purpose), ("reason", reason), ("origin", origin)];
         self.count("probe_failures_total", &labels, by);
+    }
+
+    fn end(&mut self, purpose: &str, result: &str, by: usize) {
+        let labels = [("purpose", purpose), ("result", result)];
+        self.count("batches_total", &labels, by);
+    }
+
+    /// One room of one confirmation fails.
+    fn confirm(&mut self, fault: &str) {
+        let reason = match fault {
+            "agent" => ("agent_silent", "agent"),
+            _ => ("unreachable", "network"),
+        };
+        self.fail("confirmation", reason, 1);
+        self.end("confirmation", "failed", 1);
+    }
+
+    fn set_incident(&mut self, incident: Option<&'static str>) {
+        self.incident = incident;
+        self.show_incident();
+    }
+
+    fn show_incident(&mut self) {
+        for fault in ["agent", "service"] {
+            let open = series("livekit_canary_incident_open", &[("fault", fault)]);
+            let value = u8::from(self.incident == Some(fault));
+            self.gauges.insert(open, f64::from(value));
+        }
     }
 
     /// Counts the good and bad rooms of a batch in a service level.
     fn judge(&mut self, sli: &str, good: usize, bad: usize) {
-        self.count("slo_eligible_total", &[("sli", sli)], good + bad);
-        self.count("slo_good_total", &[("sli", sli)], good);
-        let labels = [("sli", sli)];
+        let in_incident = if self.incident.is_some() {
+            "true"
+        } else {
+            "false"
+        };
+        let labels = [("sli", sli), ("in_incident", in_incident)];
+        self.count("slo_eligible_total", &labels, good + bad);
+        self.count("slo_good_total", &labels, good);
         self.count("slo_bad_batches_total", &labels, usize::from(bad > 0));
     }
 
@@ -257,17 +311,29 @@ impl Canary {
             (0, _) => "failed",
             _ => "degraded",
         };
-        self.count("batches_total", &[("result", result)], 1);
+        self.end("scheduled", result, 1);
     }
 
     /// The time from a tick until the next.
     fn interval(&mut self, event: Event, next: usize) {
         if event == Event::Rollout {
             self.new_process(true);
+            for fault in ["agent", "service"] {
+                let open = series("livekit_canary_incident_open", &[("fault", fault)]);
+                self.gauges.insert(open, f64::NAN);
+            }
+        }
+        if event == Event::Paused {
+            self.set_incident(None);
         }
         let handled = !matches!(
             event,
-            Event::Down | Event::CrashLoop | Event::DeadScheduler | Event::Night | Event::Gone
+            Event::Down
+                | Event::CrashLoop
+                | Event::DeadScheduler
+                | Event::Night
+                | Event::Gone
+                | Event::Removed
         );
         for (series, holds) in [
             (
@@ -299,11 +365,19 @@ impl Canary {
         let end = self.now + self.reference.every * 60;
         // A good batch takes one minute. A batch that waits for agents takes half a minute more.
         let ends = match event {
-            Event::Outage | Event::SilentAgents | Event::DeafAgents => self.now + 90,
+            Event::Outage | Event::Blip | Event::SilentAgents | Event::DeafAgents => self.now + 90,
             Event::LiveKitDown | Event::RotatedKey | Event::Limit(_) => self.now + 30,
             _ => self.now + 60,
         };
         let mut runs = handled && !self.skips(event);
+        let begin = self.now;
+        let is_good = runs && !matches!(event, Event::RotatedKey | Event::Limit(_) | Event::Blip);
+        // What is open at the begin, or opens later.
+        let fault = match event {
+            Event::Outage | Event::SilentAgents | Event::DeafAgents => Some("agent"),
+            Event::LiveKitDown => Some("service"),
+            _ => None,
+        };
         while self.now < end {
             if event == Event::CrashLoop && self.now.is_multiple_of(180) {
                 self.new_process(false);
@@ -311,13 +385,26 @@ impl Canary {
                 let next_batch = series("livekit_canary_next_batch_timestamp_seconds", &[]);
                 self.gauges.insert(next_batch, (self.now + 60) as f64);
             }
+            if let Some(fault) = fault {
+                if self.incident.is_none() && self.now >= begin + 120 {
+                    self.set_incident(Some(fault));
+                }
+            } else if is_good && self.now == begin + 60 {
+                self.set_incident(None);
+            }
+            if let Some(fault) = self.incident
+                && handled
+                && self.now.is_multiple_of(60)
+            {
+                self.confirm(fault);
+            }
             if runs && self.now >= ends {
                 self.end_batch(event);
                 runs = false;
             }
             let down = event == Event::Down || event == Event::CrashLoop && self.now % 180 < 60;
             if event != Event::Gone {
-                self.scrape(down);
+                self.scrape(down, event == Event::Removed);
             }
             self.now += SCRAPE_INTERVAL;
         }
@@ -371,7 +458,7 @@ impl Canary {
             // The failed room counts in no service level.
             Event::OwnFault => {
                 all(self, &SLIS, rooms - 1, 0);
-                self.fail(("internal", "canary"), 1);
+                self.fail("scheduled", ("internal", "canary"), 1);
                 self.count_fault(1);
                 self.batch(rooms - 1, 1);
             }
@@ -379,13 +466,13 @@ impl Canary {
                 // Without an agent no reply is due.
                 all(self, &except("reply"), rooms - 1, 1);
                 self.judge("reply", rooms - 1, 0);
-                self.fail(("dispatch_unanswered", "undetermined"), 1);
+                self.fail("scheduled", ("dispatch_unanswered", "undetermined"), 1);
                 self.batch(rooms - 1, 1);
             }
-            Event::Outage => {
+            Event::Outage | Event::Blip => {
                 let opened = rooms.min(2);
                 all(self, &except("reply"), 0, opened);
-                self.fail(("dispatch_unanswered", "undetermined"), opened);
+                self.fail("scheduled", ("dispatch_unanswered", "undetermined"), opened);
                 self.batch(0, opened);
             }
             Event::SlowJoins => {
@@ -401,36 +488,42 @@ impl Canary {
             Event::DeafAgents => {
                 all(self, &["availability", "reply", "service"], 0, rooms);
                 all(self, &["join", "first_speech"], rooms, 0);
-                self.fail(("agent_no_reply", "agent"), rooms);
+                self.fail("scheduled", ("agent_no_reply", "agent"), rooms);
                 self.batch(0, rooms);
             }
             Event::SilentAgents => {
                 all(self, &["availability", "first_speech", "service"], 0, rooms);
                 self.judge("join", rooms, 0);
-                self.fail(("agent_silent", "agent"), rooms);
+                self.fail("scheduled", ("agent_silent", "agent"), rooms);
                 self.batch(0, rooms);
             }
             Event::OneDeafRoom => {
                 all(self, &["availability", "reply", "service"], rooms - 1, 1);
                 all(self, &["join", "first_speech"], rooms, 0);
-                self.fail(("agent_no_reply", "agent"), 1);
+                self.fail("scheduled", ("agent_no_reply", "agent"), 1);
+                self.batch(rooms - 1, 1);
+            }
+            Event::OneLostRoom => {
+                all(self, &except("service"), rooms - 1, 0);
+                self.judge("service", rooms - 1, 1);
+                self.fail("scheduled", ("unreachable", "network"), 1);
                 self.batch(rooms - 1, 1);
             }
             Event::LiveKitDown => {
                 self.judge("service", 0, 1);
-                self.fail(("unreachable", "network"), 1);
+                self.fail("scheduled", ("unreachable", "network"), 1);
                 self.batch(0, 1);
             }
             // A wrong setting counts in no service level.
             Event::RotatedKey => {
-                self.fail(("auth_rejected", "config"), 1);
+                self.fail("scheduled", ("auth_rejected", "config"), 1);
                 self.batch(0, 1);
             }
             Event::Limit(limit) => {
                 self.judge("service", 0, 1);
-                self.fail(("plan_limit", "limit"), 1);
+                self.fail("scheduled", ("plan_limit", "limit"), 1);
                 self.count("plan_limit_rejections_total", &[("limit", limit)], 1);
-                self.count("batches_total", &[("result", "limited")], 1);
+                self.end("scheduled", "limited", 1);
                 self.backoff_until = self.now + self.rest;
                 self.rest = (self.rest * 2).min(3600);
             }
@@ -446,7 +539,7 @@ impl Canary {
         self.reset();
     }
 
-    fn scrape(&mut self, down: bool) {
+    fn scrape(&mut self, down: bool, without_target: bool) {
         let at = self.now / SCRAPE_INTERVAL;
         let place = format!(
             "job=\"livekit-canary\",region=\"eu\",instance=\"10.0.0.{0}:9787\",pod=\"canary-{0}\"}}",
@@ -458,6 +551,9 @@ impl Canary {
             return;
         }
         for (series, value) in self.counters.iter().chain(&self.gauges) {
+            if without_target && series.contains("target=") {
+                continue;
+            }
             self.history.add(format!("{series}{place}"), at, *value);
         }
     }
