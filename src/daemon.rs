@@ -462,7 +462,9 @@ impl Daemon {
             .iter()
             .filter(|(_, target)| !target.paused && target.confirmation.is_none())
             .filter_map(|(name, target)| {
-                let due = target.detector.next_confirmation(&target.settings.confirm)?;
+                let due = target
+                    .detector
+                    .next_confirmation(&target.settings.confirm)?;
                 (due.at <= now).then(|| (name.clone(), due.rooms))
             })
             .collect();
@@ -476,10 +478,11 @@ impl Daemon {
         let project = &self.projects[&target.settings.project];
         let settings = Arc::new(target.settings.confirming(rooms));
         let worst_case = first_worst_case(&settings, &project.settings);
-        let denied = project
-            .guard
-            .denial(worst_case)
-            .or_else(|| project.guard.confirmation_denial(name, &settings, worst_case));
+        let denied = project.guard.denial(worst_case).or_else(|| {
+            project
+                .guard
+                .confirmation_denial(name, &settings, worst_case)
+        });
         if let Some(denial) = denied {
             tracing::info!(
                 target_name = name,

@@ -237,7 +237,10 @@ impl Detector {
 
     pub(crate) fn state(&self) -> (TargetState, DateTime<Utc>) {
         let detection = self.shared.lock();
-        (detection.kept.machine.state(), detection.kept.machine.since())
+        (
+            detection.kept.machine.state(),
+            detection.kept.machine.since(),
+        )
     }
 
     /// The id of the open incident.
@@ -263,7 +266,9 @@ impl Detection {
 impl DetectorShared {
     fn lock(&self) -> MutexGuard<'_, Detection> {
         // Each change leaves a state that can go on, so a panic elsewhere does not make it unusable.
-        self.detection.lock().unwrap_or_else(PoisonError::into_inner)
+        self.detection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Acts on a transition, and records what has changed.
@@ -303,8 +308,7 @@ impl DetectorShared {
             }
             Some(Transition::Found) => {}
         }
-        if detection.kept.blind.is_some()
-            && detection.kept.machine.state() != TargetState::Unknown
+        if detection.kept.blind.is_some() && detection.kept.machine.state() != TargetState::Unknown
         {
             notices.push(self.notice(detection, NoticeKind::Sighted, now));
             detection.kept.blind = None;
@@ -338,14 +342,21 @@ impl DetectorShared {
                 opened_at: now,
             };
             detection.kept.incident = Some(head.id.clone());
-            let before = detection.recent.iter().filter(|one| one.ended_at < began_at);
+            let before = detection
+                .recent
+                .iter()
+                .filter(|one| one.ended_at < began_at);
             detection.incident = Some(Incident::new(head, before.cloned().collect()));
         }
         let Some(incident) = &mut detection.incident else {
             return;
         };
         // The rooms since the first failed one belong to it.
-        for sample in detection.recent.iter().filter(|one| one.ended_at >= began_at) {
+        for sample in detection
+            .recent
+            .iter()
+            .filter(|one| one.ended_at >= began_at)
+        {
             if !incident.has(&sample.room) {
                 incident.add(sample.clone());
             }
@@ -358,7 +369,13 @@ impl DetectorShared {
             NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => None,
         };
         let blind_since = detection.kept.blind.unwrap_or(now);
-        let blind = || format!("{}-{}-blind", blind_since.format("%Y%m%dT%H%M%SZ"), self.target);
+        let blind = || {
+            format!(
+                "{}-{}-blind",
+                blind_since.format("%Y%m%dT%H%M%SZ"),
+                self.target
+            )
+        };
         let id = incident.map_or_else(blind, |incident| incident.head.id.clone());
         let url = incident.and_then(|incident| self.url_of(&incident.head.id));
         let reasons = incident.map(Incident::reasons).unwrap_or_default();

@@ -126,7 +126,10 @@ impl Guard {
         }
         state.spare.retain(|token| !token.is_cancelled());
         state.spare.push(give_way.clone());
-        Some(self.shared.permits(&mut state, count, Some(give_way.clone())))
+        Some(
+            self.shared
+                .permits(&mut state, count, Some(give_way.clone())),
+        )
     }
 
     /// Why a room would be denied now, if it would be. Reserves nothing.

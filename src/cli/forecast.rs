@@ -384,14 +384,14 @@ fn beyond_budget(
     let least = busiest(|cost| *cost.agent_minutes.start());
     let worst = busiest(|cost| *cost.agent_minutes.end());
     let available = limit.as_secs() / 60;
-    let confirming = targets.iter().map(|(_, target)| target.confirming_minutes());
+    let confirming = targets
+        .iter()
+        .map(|(_, target)| target.confirming_minutes());
     let confirming: u64 = confirming.sum();
     let text = if least > available {
         format!("need at least {least}: batches will be skipped (budget)")
     } else if worst > available {
-        format!(
-            "need up to {worst} if agents join or reply late: batches will be skipped (budget)"
-        )
+        format!("need up to {worst} if agents join or reply late: batches will be skipped (budget)")
     } else if period == Period::Day && worst + confirming > available {
         format!(
             "need up to {worst}, and confirmations of failures up to {confirming}: batches may be skipped (budget)"

@@ -112,7 +112,10 @@ impl Recorder {
         self.metrics
             .batch(report, &self.settings.objectives, in_incident);
         self.history.record(report, &self.settings, project);
-        let mut verdicts = report.probes.iter().map(|probe| Verdict::of(&probe.outcome));
+        let mut verdicts = report
+            .probes
+            .iter()
+            .map(|probe| Verdict::of(&probe.outcome));
         if self.purpose == Purpose::Scheduled && verdicts.any(|verdict| verdict.is_on_agent()) {
             self.notifier.heartbeat(&self.target);
         }

@@ -93,7 +93,8 @@ impl Sample {
 }
 
 /// Why an incident ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum EndedBy {
     /// Enough good rooms in a row.
@@ -102,6 +103,13 @@ pub(crate) enum EndedBy {
     Paused,
     /// The target is no longer in the settings.
     Removed,
+}
+
+impl EndedBy {
+    /// The value of `ended_by` in output.
+    pub(crate) fn label(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// The failed rooms with one reason.

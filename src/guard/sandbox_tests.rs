@@ -343,7 +343,16 @@ async fn child() {
     let print = |event: &BatchEvent| print_to_parent(&format!("{event:?}"));
     let id = batch::new_id();
     let purpose = Purpose::Scheduled;
-    batch::run(id, "demo", purpose, context, Access::Queue(guard), abort, print).await;
+    batch::run(
+        id,
+        "demo",
+        purpose,
+        context,
+        Access::Queue(guard),
+        abort,
+        print,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

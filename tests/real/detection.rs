@@ -64,7 +64,10 @@ impl Webhook {
     }
 
     fn settings(&self) -> String {
-        format!("\n[notify.hook]\nkind = \"webhook\"\nurl = {:?}\n", self.url)
+        format!(
+            "\n[notify.hook]\nkind = \"webhook\"\nurl = {:?}\n",
+            self.url
+        )
     }
 }
 
@@ -232,7 +235,9 @@ pub(crate) fn confirmations_cost_no_scheduled_batch_and_count_in_no_service_leve
     let whole = history.iter().filter(|batch| batch.purpose == "scheduled");
     ensure!(
         whole.clone().count() as u64 >= batches
-            && whole.clone().all(|batch| batch.probes.len() as u64 == ROOMS),
+            && whole
+                .clone()
+                .all(|batch| batch.probes.len() as u64 == ROOMS),
         "{history:?}"
     );
     daemon.terminate()?;
@@ -245,7 +250,9 @@ pub(crate) fn poisoned_worker_is_named_by_the_incident(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     const MAX_BATCHES: usize = 10;
-    let behaviour = Behaviour::greets().with("seconds", 0.3).fault("worker2:silent_track");
+    let behaviour = Behaviour::greets()
+        .with("seconds", 0.3)
+        .fault("worker2:silent_track");
     // LiveKit prefers a worker with less load, so the poisoned one gets more of the jobs.
     let healthy = Agent {
         load: 0.4,
@@ -268,11 +275,17 @@ pub(crate) fn poisoned_worker_is_named_by_the_incident(
         let batch_id = daemon.start_batch(TARGET)?;
         daemon.wait_for_batch(&batch_id)?;
         let incidents: Value = daemon.http.json("/api/v1/incidents")?;
-        let Some(incident) = incidents["incidents"].as_array().and_then(|all| all.first()) else {
+        let Some(incident) = incidents["incidents"]
+            .as_array()
+            .and_then(|all| all.first())
+        else {
             continue;
         };
         let named = incident["differs"].as_array().context("no differs")?;
-        let factors: BTreeSet<_> = named.iter().filter_map(|it| it["factor"].as_str()).collect();
+        let factors: BTreeSet<_> = named
+            .iter()
+            .filter_map(|it| it["factor"].as_str())
+            .collect();
         if factors.is_empty() {
             continue;
         }
