@@ -15,6 +15,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::network::{self, LoopbackIpv6, Namespace};
+use support::process;
 use support::stack::{AGENT, Agent, BUSY_AGENT, Stack, StackKind};
 use tokio::runtime;
 use tokio::sync::Semaphore;
@@ -239,6 +240,7 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
         // Each case starts a stack.
         StackKind::Sandbox | StackKind::Mock => (None, None),
         StackKind::Real => {
+            process::prioritise_media()?;
             network::sweep()?;
             let namespaces = Namespace::prepare(STACKS_BEHIND_VETH)?;
             let network = (LoopbackIpv6::add()?, namespaces);
