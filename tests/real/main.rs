@@ -15,6 +15,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::network::{self, LoopbackIpv6, Namespace};
+use support::process;
 use support::stack::{AGENT, Agent, BUSY_AGENT, Stack, StackKind};
 use tokio::runtime;
 use tokio::sync::Semaphore;
@@ -45,9 +46,9 @@ const STACKS_BEHIND_VETH: usize = 10;
 /// The variable with the number of runs. After several runs, the figures of all runs are printed.
 const REPEAT: &str = "REPEAT";
 
-/// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process. If more than
-/// this share two slow cores, some of them receive no echo for a second or two.
-const MAX_LOAD: usize = 6;
+/// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process, and one that
+/// converses counts twice. If more than this share two slow cores, some of them receive no echo for a second or two.
+const MAX_LOAD: usize = 8;
 
 /// One scenario or one fault on one kind of stack.
 struct Case {
@@ -115,7 +116,7 @@ impl Case {
     fn load(&self) -> u32 {
         match (self.stack, self.test) {
             (StackKind::Real, Test::Scenario(scenario)) => scenario.load,
-            (StackKind::Real, Test::Fault(_)) => 1,
+            (StackKind::Real, Test::Fault(fault)) => fault.load(),
             (StackKind::Sandbox | StackKind::Mock, _) => 0,
         }
     }
@@ -240,6 +241,7 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
         // Each case starts a stack.
         StackKind::Sandbox | StackKind::Mock => (None, None),
         StackKind::Real => {
+            process::prioritise_media()?;
             network::sweep()?;
             let namespaces = Namespace::prepare(STACKS_BEHIND_VETH)?;
             let network = (LoopbackIpv6::add()?, namespaces);
@@ -282,8 +284,8 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 fn max_threads(stack: StackKind) -> usize {
     match stack {
         StackKind::Sandbox | StackKind::Mock => 16,
-        // Each job of an agent is a Python process. Four cases leave half of two cores idle.
-        StackKind::Real => 6,
+        // Each job of an agent is a Python process. Six cases leave a third of two cores idle.
+        StackKind::Real => 8,
     }
 }
 

@@ -76,6 +76,11 @@ impl Fault {
         })
     }
 
+    /// How much of the load of the real stack it uses. An agent that is to reply converses.
+    pub(crate) fn load(&self) -> u32 {
+        if self.slis.ends_with('.') { 1 } else { 2 }
+    }
+
     /// The expectation as text, for the table.
     pub(crate) fn expected(&self) -> String {
         let verdict = self.expected.text();

@@ -52,7 +52,7 @@ from livekit.agents import (
 from livekit.agents.beta.tools import EndCallTool
 
 import voice
-from agent import report, run, serve
+from agent import prioritise, report, run, serve
 from pipeline_models import Llm, Stt, Tts
 
 GREETING = ["How can I help you today?"]
@@ -297,6 +297,7 @@ class Colleague(Agent):
 
 
 async def entrypoint(ctx: JobContext) -> None:
+    prioritise()
     metadata = ctx.job.metadata
     report(ctx.job.room.name, "job", pid=os.getpid(), metadata=metadata)
     order = json.loads(metadata) if metadata else {}

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, setpriority_process};
 
 use crate::network::Namespace;
 use crate::wait_for;
@@ -95,6 +95,22 @@ pub(crate) fn command_in(namespace: Option<&Namespace>, program: &str) -> Comman
         command.args(["ip", "netns", "exec", namespace.name()]);
     }
     command.arg(program);
+    command
+}
+
+/// The priority of everything that carries media on the real stack. What starts an interpreter has the usual one: otherwise it
+/// takes the CPU time for which the audio of a call can't wait, and agents hear only parts of what the caller says.
+const MEDIA_NICENESS: i32 = -10;
+
+/// Gives that priority to this process, and so to all that it starts. It needs root.
+pub fn prioritise_media() -> anyhow::Result<()> {
+    setpriority_process(None, MEDIA_NICENESS).context("can't raise the priority")
+}
+
+/// A command with the usual priority, from a process that carries media.
+pub(crate) fn background_in(namespace: Option<&Namespace>, program: &str) -> Command {
+    let mut command = command_in(namespace, "nice");
+    command.args(["-n", &(-MEDIA_NICENESS).to_string(), program]);
     command
 }
 

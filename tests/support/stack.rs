@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::api::LivekitApi;
 use crate::network::Namespace;
-use crate::process::{Process, command, command_in, free_ports, program, source};
+use crate::process::{Process, background_in, command, command_in, free_ports, program, source};
 use crate::{SECRET, SHORT_TIMEOUT, canary, wait_for};
 
 /// The API key of the real servers.
@@ -288,7 +288,8 @@ impl Stack {
     }
 
     fn spawn_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
-        let mut command = command_in(self.namespace.as_deref(), &program("PYTHON")?);
+        // Each job raises its own priority once it has started.
+        let mut command = background_in(self.namespace.as_deref(), &program("PYTHON")?);
         command
             .arg(source(agent.program))
             .env("LIVEKIT_URL", &self.url)
