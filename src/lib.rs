@@ -40,7 +40,7 @@
 //! - `livekit`: the client side of LiveKit. `janitor`: owns every room name and deletes every room.
 //! - `probe`: one call, from the room's creation to its deletion. `batch`: the rooms of one tick. `report`: what they found.
 //! - `stall`: when this process did not run, so that no probe blames others for it.
-//! - `guard`: what a project may use. `history`: the database of batches, used agent time and room names.
+//! - `guard`: what a project may use. `history`: the database of batches, outages, used agent time and room names.
 //! - `daemon`: runs all of the above for `run`, `demo` and `drill`. `http`: its metrics, health, page and API.
 //! - `notify`: reports outages to people.
 //! - `sandbox`: a LiveKit server on loopback for demos, drills and tests. It shares no code with the client side, so that a
