@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, BatchEvent};
 use crate::config::{self, Config, DaemonSettings, Problems};
-use crate::detection::{self, Detector, Restored, Sample};
+use crate::detection::{self, Courier, Detector, Restored, Sample};
 use crate::guard::{Guard, max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::history::{History, LastBatch, ReadError};
 use crate::http::{
@@ -158,6 +158,9 @@ struct Daemon {
     counted_lost_lines: u64,
     metrics: Metrics,
     notifier: Notifier,
+    courier: Courier,
+    /// The task of the courier.
+    _delivery: JoinSet<()>,
     drill: bool,
     janitor: Janitor,
     stalls: StallWatch,
@@ -194,6 +197,8 @@ impl Daemon {
         let (ticker, ticks) = Ticker::start(Utc::now).await?;
         let started_at = Utc::now();
         let history = options.history;
+        let notifier = start_notifier(&options.config, &history, &metrics);
+        let mut delivery = JoinSet::new();
         let (status, status_receiver) = watch::channel(Arc::new(Status {
             version: env!("CARGO_PKG_VERSION"),
             started_at,
@@ -237,7 +242,9 @@ impl Daemon {
             counted_drops: 0,
             counted_faults: 0,
             counted_lost_lines: 0,
-            notifier: start_notifier(&options.config, &history, &metrics),
+            courier: Courier::start(history.clone(), notifier.clone(), &mut delivery),
+            _delivery: delivery,
+            notifier,
             metrics,
             drill: options.drill,
             fault: options.fault,

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use url::Url;
 
 use crate::config::{self, Confirm};
-use crate::history::{DetectionRecord, History, IncidentRecord, RecentProbe};
+use crate::history::{DetectionRecord, History, IncidentRecord, OutboxMessage, RecentProbe};
 use crate::metrics::{IncidentInfo, TargetMetrics};
 use crate::notify::{Notice, NoticeKind, Notifier};
 use crate::probe::{Position, ProbeReport, Reason};
@@ -32,6 +34,9 @@ use state::StateMachine;
 
 /// The last rooms of a target, which an incident is compared with.
 pub(crate) const MAX_RECENT: usize = 60;
+
+/// Records of all targets whose messages wait for the disk.
+const MAX_WAITING_RECORDS: usize = 1000;
 
 /// How many rooms confirmations open in an outage of a whole day, if each fails at once.
 pub(crate) fn rooms_in_a_days_outage(confirm: &Confirm) -> u64 {
@@ -71,10 +76,37 @@ pub(crate) struct Outputs {
     pub(crate) history: History,
     pub(crate) metrics: TargetMetrics,
     pub(crate) notifier: Notifier,
+    pub(crate) courier: Courier,
     /// The address of the page.
     pub(crate) external_url: Option<Url>,
     /// The faults are simulated.
     pub(crate) drill: bool,
+}
+
+/// Hands messages to the channels once the history has them: a message that is sent is not sent again after a crash, but for the
+/// moment between its delivery and the removal from the history. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Courier(mpsc::Sender<Vec<OutboxMessage>>);
+
+impl Courier {
+    /// The task ends when the last courier is dropped.
+    pub(crate) fn start(history: History, notifier: Notifier, tasks: &mut JoinSet<()>) -> Self {
+        let (sender, mut messages) = mpsc::channel(MAX_WAITING_RECORDS);
+        tasks.spawn(async move {
+            while let Some(messages) = messages.recv().await {
+                history.detections_durable().await;
+                notifier.deliver(messages);
+            }
+        });
+        Self(sender)
+    }
+
+    /// Does not wait. If too many wait, the messages stay in the history, and the next run sends them.
+    fn hand_over(&self, messages: Vec<OutboxMessage>) {
+        if let Err(error) = self.0.try_send(messages) {
+            tracing::error!("messages about outages wait until the next start: {error}");
+        }
+    }
 }
 
 struct Detection {
@@ -179,7 +211,10 @@ impl Detector {
 
     /// A room has ended.
     pub(crate) fn room(&self, batch_id: &str, purpose: Purpose, report: &ProbeReport) {
-        let now = Utc::now();
+        self.room_at(batch_id, purpose, report, Utc::now());
+    }
+
+    fn room_at(&self, batch_id: &str, purpose: Purpose, report: &ProbeReport, now: DateTime<Utc>) {
         let sample = Sample::of(batch_id, purpose, report, now);
         let mut detection = self.shared.lock();
         if detection.paused {
@@ -207,18 +242,17 @@ impl Detector {
 
     /// While the target is paused, its state is unknown. Its incident ends.
     pub(crate) fn set_paused(&self, paused: bool) {
-        let now = Utc::now();
         let mut detection = self.shared.lock();
-        if std::mem::replace(&mut detection.paused, paused) == paused {
-            return;
+        if std::mem::replace(&mut detection.paused, paused) != paused {
+            self.shared.suspend(&mut detection, EndedBy::Paused);
         }
-        let was_open = detection.kept.machine.pause(now);
-        let mut notices = Vec::new();
-        if was_open && let Some(incident) = &mut detection.incident {
-            incident.end(now, EndedBy::Paused);
-            notices.push(self.shared.notice(&detection, NoticeKind::Closed, now));
-        }
-        self.shared.record(&detection, was_open, &notices);
+    }
+
+    /// The target is no longer in the settings: its incident ends.
+    pub(crate) fn remove(&self) {
+        let mut detection = self.shared.lock();
+        detection.paused = true;
+        self.shared.suspend(&mut detection, EndedBy::Removed);
     }
 
     /// The next confirmation; `None` if there is nothing to confirm, or if the settings turn confirmations off.
@@ -269,6 +303,18 @@ impl DetectorShared {
         self.detection
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets the state. An open incident ends without a recovery.
+    fn suspend(&self, detection: &mut Detection, by: EndedBy) {
+        let now = Utc::now();
+        let was_open = detection.kept.machine.pause(now);
+        let mut notices = Vec::new();
+        if was_open && let Some(incident) = &mut detection.incident {
+            incident.end(now, by);
+            notices.push(self.notice(detection, NoticeKind::Closed, now));
+        }
+        self.record(detection, was_open, &notices);
     }
 
     /// Acts on a transition, and records what has changed.
@@ -432,7 +478,9 @@ impl DetectorShared {
             messages: messages.clone(),
         });
         self.publish(detection);
-        notifier.deliver(messages);
+        if !messages.is_empty() {
+            self.outputs.courier.hand_over(messages);
+        }
     }
 
     fn publish(&self, detection: &Detection) {
@@ -537,3 +585,6 @@ impl From<RecentProbe> for Sample {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

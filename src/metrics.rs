@@ -43,10 +43,10 @@ pub struct Build {
 }
 
 /// The states of a target: the values of the label `state`.
-const STATES: [&str; 4] = ["unknown", "healthy", "suspect", "failing"];
+pub(crate) const STATES: [&str; 4] = ["unknown", "healthy", "suspect", "failing"];
 
 /// Whose fault an incident is: the values of the label `fault`.
-const FAULTS: [&str; 2] = ["agent", "service"];
+pub(crate) const FAULTS: [&str; 2] = ["agent", "service"];
 
 /// Labels of the series `incident_info`.
 #[derive(Debug, Clone, PartialEq, Eq)]

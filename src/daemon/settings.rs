@@ -196,9 +196,10 @@ impl Daemon {
             }
             stays
         });
-        self.targets.retain(|name, _| {
+        self.targets.retain(|name, target| {
             let stays = config.targets.contains_key(name);
             if !stays {
+                target.detector.remove();
                 self.ticker.remove(name);
                 self.metrics.remove_target(name);
             }
@@ -252,6 +253,7 @@ impl Daemon {
                 history: self.history.clone(),
                 metrics: metrics.clone(),
                 notifier: self.notifier.clone(),
+                courier: self.courier.clone(),
                 external_url: config.daemon.http.external_url.clone(),
                 drill: self.drill,
             };

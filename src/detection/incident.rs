@@ -254,6 +254,7 @@ impl Incident {
     }
 
     /// The rooms, in the order of their end.
+    #[cfg(test)]
     pub(crate) fn samples(&self) -> &[Sample] {
         &self.samples
     }

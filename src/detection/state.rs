@@ -61,6 +61,7 @@ pub(crate) enum TargetState {
 }
 
 impl TargetState {
+    #[cfg(test)]
     pub(crate) const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
 
     /// The value of the label `state`.
@@ -91,6 +92,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
+    #[cfg(test)]
     pub(crate) const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
 
     /// The value of the label `fault`.

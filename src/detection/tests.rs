@@ -1,0 +1,181 @@
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::config::Target;
+use crate::livekit::RoomName;
+use crate::metrics::{Build, FAULTS, Metrics, STATES};
+use crate::probe::Outcome;
+use crate::report::sample;
+
+const START: DateTime<Utc> = DateTime::UNIX_EPOCH;
+
+/// A detector without channels, and what shows its state.
+struct Fixture {
+    detector: Detector,
+    history: History,
+    metrics: Metrics,
+    _tasks: JoinSet<()>,
+}
+
+impl Fixture {
+    fn new(history: History) -> Self {
+        let build = Build {
+            version: "1".to_owned(),
+            revision: "2".to_owned(),
+            rustc: "3".to_owned(),
+            engine: "4".to_owned(),
+        };
+        let metrics = Metrics::new(&build, false);
+        let settings = Target::default();
+        let project = sample::project();
+        let notifier = Notifier::start_with(
+            &BTreeMap::new(),
+            Vec::new(),
+            Arc::new(|_: &str| {}),
+            metrics.clone(),
+        );
+        let mut tasks = JoinSet::new();
+        let outputs = Outputs {
+            history: history.clone(),
+            metrics: metrics.target("support", &settings, &project),
+            courier: Courier::start(history.clone(), notifier.clone(), &mut tasks),
+            notifier,
+            external_url: Some("https://canary.example.com/".parse().unwrap()),
+            drill: false,
+        };
+        let detector = Detector::new("support", Arc::new(settings), outputs, START);
+        Self {
+            detector,
+            history,
+            metrics,
+            _tasks: tasks,
+        }
+    }
+
+    fn in_memory() -> Self {
+        Self::new(History::in_memory(Arc::new(|| START)))
+    }
+
+    /// A room that opens and ends at these seconds.
+    fn room(&self, opened: i64, ended: i64, outcome: Outcome) {
+        let room = RoomName(format!("canary-{opened}-{ended}"));
+        let opened_at = START + TimeDelta::seconds(opened);
+        let report = ProbeReport::new(room, Position::First, opened_at, outcome);
+        let ended_at = START + TimeDelta::seconds(ended);
+        self.detector
+            .room_at("batch", Purpose::Confirmation, &report, ended_at);
+    }
+
+    fn bad(&self, opened: i64, ended: i64) {
+        let silent = sample::failed(Reason::AgentSilent, "no speech within 20 s");
+        self.room(opened, ended, silent);
+    }
+
+    fn fail(&self) {
+        self.room(0, 20, Outcome::Ok);
+        self.bad(100, 121);
+        for opened in [152, 153, 154] {
+            self.bad(opened, opened + 21);
+        }
+        assert_eq!(self.detector.state().0, TargetState::Failing);
+    }
+
+    fn shows(&self, series: &str) -> bool {
+        self.metrics.render().lines().any(|line| line == series)
+    }
+}
+
+fn state(state: &str, value: u8) -> String {
+    format!("livekit_canary_target_state{{state=\"{state}\",target=\"support\"}} {value}")
+}
+
+fn open(fault: &str, value: u8) -> String {
+    format!("livekit_canary_incident_open{{fault=\"{fault}\",target=\"support\"}} {value}")
+}
+
+#[test]
+fn series_have_every_state_and_every_fault() {
+    let states: Vec<_> = TargetState::ALL.iter().map(|one| one.label()).collect();
+    let faults: Vec<_> = Fault::ALL.iter().map(|one| one.label()).collect();
+    assert_eq!((states, faults), (STATES.to_vec(), FAULTS.to_vec()));
+}
+
+#[tokio::test]
+async fn outage_opens_an_incident_and_good_rooms_end_it() {
+    let fixture = Fixture::in_memory();
+    fixture.fail();
+    assert!(fixture.shows(&state("failing", 1)) && fixture.shows(&state("healthy", 0)));
+    assert!(fixture.shows(&open("agent", 1)) && fixture.shows(&open("service", 0)));
+    let id = fixture.detector.open_incident();
+    assert_eq!(id.as_deref(), Some("19700101T000201Z-support"));
+    for opened in 300..304 {
+        fixture.room(opened, opened + 20, Outcome::Ok);
+    }
+    assert_eq!(fixture.detector.state().0, TargetState::Healthy);
+    assert_eq!(fixture.detector.open_incident(), None);
+    assert!(fixture.shows(&open("agent", 0)) && fixture.shows(&state("healthy", 1)));
+}
+
+#[tokio::test]
+async fn next_run_continues_an_open_incident() {
+    let first = Fixture::in_memory();
+    first.fail();
+    let detection = first.detector.shared.lock();
+    let kept = serde_json::to_string(&detection.kept).unwrap();
+    let document = detection.incident.as_ref().unwrap().document();
+    drop(detection);
+    assert_eq!(
+        Restored::incident_of(&kept),
+        first.detector.open_incident(),
+        "the next run looks for this incident"
+    );
+
+    let second = Fixture::new(first.history.clone());
+    assert!(
+        !second.shows(&open("agent", 0)),
+        "the alert would end for a moment"
+    );
+    second.detector.restore(Restored {
+        state: Some(kept),
+        incident: Some(document),
+        recent: Vec::new(),
+    });
+    assert_eq!(second.detector.state(), first.detector.state());
+    assert_eq!(
+        second.detector.open_incident(),
+        first.detector.open_incident()
+    );
+    assert!(second.shows(&open("agent", 1)));
+}
+
+#[tokio::test]
+async fn paused_target_is_unknown_and_its_rooms_change_nothing() {
+    let fixture = Fixture::in_memory();
+    fixture.fail();
+    fixture.detector.set_paused(true);
+    assert_eq!(fixture.detector.state().0, TargetState::Unknown);
+    assert!(fixture.shows(&open("agent", 0)));
+    fixture.bad(400, 421);
+    assert_eq!(fixture.detector.state().0, TargetState::Unknown);
+    fixture.detector.set_paused(false);
+    fixture.room(500, 520, Outcome::Ok);
+    assert_eq!(fixture.detector.state().0, TargetState::Healthy);
+}
+
+#[tokio::test]
+async fn unreadable_state_counts_as_unknown() {
+    let fixture = Fixture::in_memory();
+    fixture.detector.restore(Restored {
+        state: Some("{\"of\": \"another version\"}".to_owned()),
+        incident: Some("[]".to_owned()),
+        recent: Vec::new(),
+    });
+    assert_eq!(fixture.detector.state().0, TargetState::Unknown);
+    assert!(fixture.shows(&state("unknown", 1)));
+}
+
+#[test]
+fn outage_of_a_day_opens_a_bounded_number_of_rooms() {
+    let rooms = rooms_in_a_days_outage(&Confirm::default());
+    assert!((100..400).contains(&rooms), "{rooms}");
+}
