@@ -127,13 +127,14 @@ fn canary_that_dies_during_an_outage_does_not_end_it() {
     )]);
 }
 
+/// It ends after an hour: see `texts`.
 #[test]
-fn outage_ends_an_hour_after_its_canary_was_removed() {
-    let events = [SHORT_START, (2, Outage), (6, Gone)];
+fn outage_of_a_canary_that_is_no_longer_scraped_stays() {
+    let events = [SHORT_START, (2, Outage), (3, Gone)];
     expect_alerts(&[(
         Story::new(QUARTER, &events),
         &[
-            ("AgentFailing page", 62, Some(150)),
+            ("AgentFailing page", 62, None),
             ("CanaryAbsent page", 100, None),
         ],
     )]);

@@ -116,6 +116,8 @@ fn alert_of_an_outage_names_its_reason_share_difference_and_address_while_they_a
         alert(5, "AgentFailing", "support: the agent fails", ["", ""]),
         // The canary is gone.
         alert(20, "AgentFailing", "support: the agent fails", ["", ""]),
+        // More than an hour later.
+        "  - {eval_time: 75m, alertname: AgentFailing}\n".to_owned(),
     ];
     let test = format!(
         "rule_files: [rules.yml]
