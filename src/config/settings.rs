@@ -137,7 +137,7 @@ impl Default for Alerts {
     }
 }
 
-/// Where the canary reports outages itself, in addition to its series.
+/// A receiver of messages about outages, in addition to the series.
 #[derive(Debug, Clone)]
 pub struct Channel {
     pub kind: ChannelKind,
