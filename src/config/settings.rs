@@ -151,7 +151,7 @@ pub struct Channel {
 
 impl Channel {
     pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
-    /// The Events API v2 of PagerDuty's service region in the US.
+    /// The Events API v2 of `PagerDuty`'s service region in the US.
     pub const PAGERDUTY_URL: &str = "https://events.pagerduty.com/v2/enqueue";
 
     /// Whether it reports this target.
