@@ -1,4 +1,4 @@
-//! Reports outages to people: webhooks, PagerDuty and heartbeats.
+//! Reports outages to people: webhooks, `PagerDuty` and heartbeats.
 //!
 //! Each message is in the history before it is sent, and it leaves the history once a channel has taken it. So it is delivered
 //! at least once, over restarts, and in order per incident.

@@ -137,7 +137,7 @@ impl Default for Alerts {
     }
 }
 
-/// Where the canary reports outages itself, in addition to its series.
+/// A receiver of messages about outages, in addition to the series.
 #[derive(Debug, Clone)]
 pub struct Channel {
     pub kind: ChannelKind,
@@ -151,7 +151,7 @@ pub struct Channel {
 
 impl Channel {
     pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
-    /// The Events API v2 of PagerDuty's service region in the US.
+    /// The Events API v2 of `PagerDuty`'s service region in the US.
     pub const PAGERDUTY_URL: &str = "https://events.pagerduty.com/v2/enqueue";
 
     /// Whether it reports this target.

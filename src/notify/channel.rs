@@ -251,7 +251,7 @@ impl Shared {
                         failed = true;
                     }
                     Err(error) => {
-                        tracing::debug!(channel = name, "the heartbeat {name} failed: {error}")
+                        tracing::debug!(channel = name, "the heartbeat {name} failed: {error}");
                     }
                     Ok(()) => {
                         if failed {

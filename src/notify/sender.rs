@@ -114,7 +114,7 @@ impl SendError {
     }
 }
 
-/// Where a channel's requests go, and what they contain.
+/// The receiver of a channel's requests, and what they contain.
 pub(super) struct Sender {
     url: Url,
     /// The path of the request, with its query.

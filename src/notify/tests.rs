@@ -444,7 +444,12 @@ fn pause_that_the_receiver_asks_for_holds_for_all_messages() {
 fn message_is_given_up_a_day_after_it_was_created() {
     let (mut queue, now) = (Queue::new(Style::Texts), Instant::now());
     let hour = Duration::from_hours(1);
-    let old = Pending::new("1".to_owned(), opened("support"), now, GIVE_UP_AFTER - hour);
+    let old = Pending::new(
+        "1".to_owned(),
+        opened("support"),
+        now,
+        Duration::from_hours(23),
+    );
     queue.push(old);
     queue.push(pending("2", opened("sales"), now));
     let later = now + hour;

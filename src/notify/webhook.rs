@@ -118,13 +118,16 @@ pub(super) fn slack(notices: &[Notice], tense: Tense) -> Value {
             escaped(&text::group_headline(notices), 2_500)
         )));
         for notice in notices.iter().take(MAX_SECTIONS) {
-            let line = text::undrilled(&notice.headline(tense)).to_owned();
+            let headline = notice.headline(tense);
             let link = notice
                 .url
                 .as_deref()
                 .map_or_else(String::new, |url| format!(" {}", link(url, "Open")));
             let room = MAX_SECTION_CHARS.saturating_sub(link.chars().count());
-            blocks.push(section(&format!("{}{link}", escaped(&line, room))));
+            blocks.push(section(&format!(
+                "{}{link}",
+                escaped(text::undrilled(&headline), room)
+            )));
         }
         if notices.len() > MAX_SECTIONS {
             let more = notices.len() - MAX_SECTIONS;
