@@ -341,15 +341,19 @@ impl Daemon {
             restore_detection(&self.history, name, target).await;
             let agent_name = target.settings.agent_name.as_deref();
             let read = tokio::try_join!(
-                self.history.last_completed(name),
+                self.history.last_completed(name, &[Purpose::Scheduled]),
+                self.history
+                    .last_completed(name, &[Purpose::Scheduled, Purpose::Manual]),
                 self.history.has_seen_agent(name, agent_name),
             );
             match read {
-                Ok((last, agent_known)) => {
+                Ok((scheduled, last, agent_known)) => {
                     target.agent_known |= agent_known;
-                    if let (None, Some(last)) = (&target.last_batch, last) {
-                        target.metrics.restore_last_batch(last.ended_at);
-                        target.last_batch = Some(last);
+                    if target.last_batch.is_none() {
+                        if let Some(scheduled) = scheduled {
+                            target.metrics.restore_last_batch(scheduled.ended_at);
+                        }
+                        target.last_batch = last;
                     }
                 }
                 Err(error) => {

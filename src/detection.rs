@@ -70,7 +70,7 @@ struct DetectorShared {
     detection: Mutex<Detection>,
 }
 
-/// Where a detector reports to.
+/// The destinations of a detector's reports.
 #[derive(Clone)]
 pub(crate) struct Outputs {
     pub(crate) history: History,

@@ -430,13 +430,14 @@ impl History {
         self.reader.read(query).await
     }
 
-    /// The target's last batch that was not aborted.
+    /// The target's last batch with one of these purposes that was not aborted.
     pub(crate) async fn last_completed(
         &self,
         target: &str,
+        purposes: &'static [Purpose],
     ) -> Result<Option<LastBatch>, ReadError> {
         let target = target.to_owned();
-        let query = move |connection: &_| read::last_completed(connection, &target);
+        let query = move |connection: &_| read::last_completed(connection, &target, purposes);
         self.reader.read(query).await
     }
 

@@ -31,9 +31,10 @@
 //! metrics → config, probe, report
 //! http → config, history, metrics, report
 //! notify → config, history, livekit, metrics
-//! daemon → batch, config, guard, history, http, janitor, livekit, metrics, probe, report, schedule, stall, telemetry
+//! detection → config, history, metrics, notify, probe, report
+//! daemon → batch, config, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, schedule, stall, telemetry
 //! sandbox → nothing
-//! cli → batch, config, daemon, guard, history, http, janitor, livekit, metrics, notify, probe, report, rules, sandbox, schedule, stall, telemetry
+//! cli → batch, config, daemon, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, rules, sandbox, schedule, stall, telemetry
 //! ```
 //!
 //! - `clip`: recorded speech. `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.
@@ -42,7 +43,7 @@
 //! - `stall`: when this process did not run, so that no probe blames others for it.
 //! - `guard`: what a project may use. `history`: the database of batches, outages, used agent time and room names.
 //! - `daemon`: runs all of the above for `run`, `demo` and `drill`. `http`: its metrics, health, page and API.
-//! - `notify`: reports outages to people.
+//! - `detection`: the state of each target, and its outages. `notify`: reports outages to people.
 //! - `sandbox`: a LiveKit server on loopback for demos, drills and tests. It shares no code with the client side, so that a
 //!   mistake in one does not hide in the other.
 //! - `cli`: the commands. `telemetry`: which events are logged, and where to.

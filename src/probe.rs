@@ -10,6 +10,7 @@ use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
+pub use crate::livekit::event::MediaPath;
 use crate::livekit::event::{Agent, AudioStats, MediaPath};
 
 pub mod driver;

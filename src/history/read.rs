@@ -327,14 +327,19 @@ pub(super) fn probe(
 pub(super) fn last_completed(
     connection: &Connection,
     target: &str,
+    purposes: &[Purpose],
 ) -> rusqlite::Result<Option<LastBatch>> {
-    let sql = "SELECT id, started_at, ended_at, result, ok, failed, aborted FROM batches
-               WHERE target = ?1 AND result <> 'aborted' ORDER BY id DESC LIMIT 1";
+    let labels: Vec<_> = purposes.iter().map(|purpose| purpose.label()).collect();
+    let sql = format!(
+        "SELECT id, started_at, ended_at, result, ok, failed, aborted FROM batches
+         WHERE target = ?1 AND result <> 'aborted' AND purpose IN ('{}') ORDER BY id DESC LIMIT 1",
+        labels.join("', '")
+    );
     let count = |row: &rusqlite::Row<'_>, column| {
         let count: i64 = row.get(column)?;
         Ok::<_, rusqlite::Error>(usize::try_from(count).unwrap_or(0))
     };
-    let last = connection.query_row(sql, [target], |row| {
+    let last = connection.query_row(&sql, [target], |row| {
         Ok(LastBatch {
             batch_id: row.get(0)?,
             started_at: time(row.get(1)?),

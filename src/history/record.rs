@@ -5,8 +5,7 @@ use rusqlite::{Transaction, params};
 
 use super::store::millis;
 use crate::config::{Project, Target};
-use crate::livekit::event::MediaPath;
-use crate::probe::{Circumstances, Milestone};
+use crate::probe::{Circumstances, MediaPath, Milestone};
 use crate::report::{BatchReport, Purpose, Summary, json};
 
 #[derive(Debug)]

@@ -145,9 +145,10 @@ fn rooms_of_the_command_line_raise_the_default_limit_but_not_one_that_is_set() {
         "--ramp",
         "burst",
     ];
-    let opened = |run: &Finished| run.stderr.matches(" opens\n").count();
+    // The first rooms to fail may end the ramp before the others open.
+    let began = |run: &Finished| run.stderr.contains("room 1 of 7: ");
     let run = run_with_url(&closed_port(), &rooms);
-    assert_eq!((run.code, opened(&run)), (Some(4), 7), "{}", run.output());
+    assert_eq!((run.code, began(&run)), (Some(4), true), "{}", run.output());
 
     let run = run_with_url(
         &closed_port(),
@@ -171,7 +172,7 @@ fn rooms_of_the_command_line_raise_the_default_limit_but_not_one_that_is_set() {
         [&rooms[..], &["--max-rooms", "7"]].concat(),
         &variables,
     );
-    assert_eq!((run.code, opened(&run)), (Some(4), 7), "{}", run.output());
+    assert_eq!((run.code, began(&run)), (Some(4), true), "{}", run.output());
 }
 
 #[test]

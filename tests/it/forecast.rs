@@ -172,7 +172,14 @@ fn budget_below_the_worst_case_of_the_schedule_gives_its_own_warning() {
         &output,
         &[&format!("need up to {worst} if agents join or reply late")],
     );
-    assert_eq!(warnings(&with_minutes(worst)), [] as [&str; 0]);
+    // Confirmations may use a tenth of the budget.
+    let confirming = worst / 10;
+    assert_only_warning(
+        &with_minutes(worst),
+        &[&format!("up to {worst}, and confirmations of failures up to {confirming}")],
+    );
+    let enough = worst * 10 / 9 + 1;
+    assert_eq!(warnings(&with_minutes(enough)), [] as [&str; 0]);
 }
 
 #[test]
