@@ -262,8 +262,9 @@ scrape_configs:
         "2",
         "--after",
         "15s",
+        // An outage lasts for half a minute at least.
         "--recover-after",
-        "35s",
+        "1m",
         "--web.listen-address",
         &listen,
     ];
