@@ -105,7 +105,10 @@ impl Recorder {
             && report.probes.is_empty()
         {
             let (id, cause) = (Some(report.batch_id.as_str()), super::skip_cause(denial));
-            super::record_skip(&self.target, &self.metrics, id, cause, &denial.to_string());
+            // A confirmation is no tick of the schedule.
+            if self.purpose != Purpose::Confirmation {
+                super::record_skip(&self.target, &self.metrics, id, cause, &denial.to_string());
+            }
             return;
         }
         let in_incident = self.detector.open_incident().is_some();

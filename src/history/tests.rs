@@ -1234,7 +1234,11 @@ async fn last_batch_that_was_not_aborted_is_known_after_a_restart() {
     run.writer.run_once();
     run.kill();
     let run = disk.start();
-    let last = run.history.last_completed("support", &[Purpose::Scheduled, Purpose::Manual]).await.unwrap();
+    let last = run
+        .history
+        .last_completed("support", &[Purpose::Scheduled, Purpose::Manual])
+        .await
+        .unwrap();
     let expected = LastBatch {
         batch_id: "b2".to_owned(),
         started_at: at("2026-03-10T12:15:00Z"),
@@ -1245,7 +1249,13 @@ async fn last_batch_that_was_not_aborted_is_known_after_a_restart() {
         aborted: 0,
     };
     assert_eq!(last, Some(expected));
-    assert_eq!(run.history.last_completed("sales", &[Purpose::Scheduled, Purpose::Manual]).await.unwrap(), None);
+    assert_eq!(
+        run.history
+            .last_completed("sales", &[Purpose::Scheduled, Purpose::Manual])
+            .await
+            .unwrap(),
+        None
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -176,7 +176,9 @@ fn budget_below_the_worst_case_of_the_schedule_gives_its_own_warning() {
     let confirming = worst / 10;
     assert_only_warning(
         &with_minutes(worst),
-        &[&format!("up to {worst}, and confirmations of failures up to {confirming}")],
+        &[&format!(
+            "up to {worst}, and confirmations of failures up to {confirming}"
+        )],
     );
     let enough = worst * 10 / 9 + 1;
     assert_eq!(warnings(&with_minutes(enough)), [] as [&str; 0]);
