@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::livekit::RoomName;
 pub use crate::livekit::event::MediaPath;
-use crate::livekit::event::{Agent, AudioStats, MediaPath};
+use crate::livekit::event::{Agent, AudioStats};
 
 pub mod driver;
 mod machine;

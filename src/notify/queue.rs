@@ -120,6 +120,7 @@ impl Queue {
         }
     }
 
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.waiting.len()
     }
