@@ -183,7 +183,10 @@ impl Detector {
         detection.recent.extend(restored.recent);
         if let Some(state) = restored.state {
             match serde_json::from_str(&state) {
-                Ok(kept) => detection.kept = kept,
+                Ok(kept) => {
+                    detection.kept = kept;
+                    detection.kept.machine.resume(Utc::now());
+                }
                 Err(error) => tracing::warn!(
                     target_name = self.shared.target,
                     "target {}: its earlier state can't be read: {error}",
@@ -232,9 +235,15 @@ impl Detector {
 
     /// Time has passed. Without a verdict for `silence`, the state is unknown.
     pub(crate) fn elapse(&self, silence: Duration) {
-        let now = Utc::now();
+        self.elapse_at(silence, Utc::now());
+    }
+
+    fn elapse_at(&self, silence: Duration, now: DateTime<Utc>) {
         let mut detection = self.shared.lock();
-        if let Some(transition) = detection.kept.machine.elapse(now, silence) {
+        let lost = detection.kept.machine.elapse(now, silence);
+        // A target that was never known is reported once, too.
+        let never_known = detection.kept.blind.is_none() && detection.is_unknown_for(silence, now);
+        if let Some(transition) = lost.or(never_known.then_some(Transition::Lost)) {
             self.shared
                 .changed(&mut detection, Some(transition), None, now);
         }
@@ -286,6 +295,12 @@ impl Detector {
 }
 
 impl Detection {
+    fn is_unknown_for(&self, time: Duration, now: DateTime<Utc>) -> bool {
+        let machine = &self.kept.machine;
+        let since = (now - machine.since()).to_std().unwrap_or_default();
+        machine.state() == TargetState::Unknown && since >= time && !self.paused
+    }
+
     fn add(&mut self, sample: Sample, in_incident: bool) {
         if in_incident && let Some(incident) = &mut self.incident {
             incident.add(sample.clone());

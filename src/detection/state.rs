@@ -425,6 +425,11 @@ impl StateMachine {
         Transition::Recovered
     }
 
+    /// A new run of the program continues with this state. The time between the runs is no silence of the target.
+    pub(crate) fn resume(&mut self, now: DateTime<Utc>) {
+        self.last_verdict_at = Some(now);
+    }
+
     /// Time has passed. Without a verdict for `silence`, the state is unknown.
     pub(crate) fn elapse(&mut self, now: DateTime<Utc>, silence: Duration) -> Option<Transition> {
         self.forget_the_future(now);

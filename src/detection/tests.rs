@@ -163,6 +163,39 @@ async fn paused_target_is_unknown_and_its_rooms_change_nothing() {
 }
 
 #[tokio::test]
+async fn target_without_a_verdict_is_unknown_and_that_is_reported_once() {
+    let fixture = Fixture::in_memory();
+    let silence = Duration::from_mins(40);
+    let elapse = |minutes| {
+        let now = START + TimeDelta::minutes(minutes);
+        fixture.detector.elapse_at(silence, now);
+        fixture.detector.shared.lock().kept.blind
+    };
+    assert_eq!(elapse(39), None);
+    let never_known = elapse(40);
+    assert_eq!(never_known, Some(START + TimeDelta::minutes(40)));
+    assert_eq!(elapse(50), never_known, "it is reported once");
+    fixture.room(3600, 3620, Outcome::Ok);
+    assert_eq!(elapse(61), None);
+    assert_eq!(elapse(120), Some(START + TimeDelta::minutes(120)));
+}
+
+#[tokio::test]
+async fn time_between_two_runs_is_no_silence() {
+    let first = Fixture::in_memory();
+    first.room(0, 20, Outcome::Ok);
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        ..Restored::default()
+    });
+    // The stored room is of 1970.
+    second.detector.elapse(Duration::from_mins(40));
+    assert_eq!(second.detector.state().0, TargetState::Healthy);
+}
+
+#[tokio::test]
 async fn unreadable_state_counts_as_unknown() {
     let fixture = Fixture::in_memory();
     fixture.detector.restore(Restored {
