@@ -185,7 +185,7 @@ impl Detector {
             match serde_json::from_str(&state) {
                 Ok(kept) => {
                     detection.kept = kept;
-                    detection.kept.machine.resume(Utc::now());
+                    detection.kept.machine.restart(Utc::now());
                 }
                 Err(error) => tracing::warn!(
                     target_name = self.shared.target,
@@ -329,6 +329,10 @@ impl DetectorShared {
             incident.end(now, by);
             notices.push(self.notice(detection, NoticeKind::Closed, now));
         }
+        if detection.kept.blind.is_some() {
+            notices.push(self.notice(detection, NoticeKind::Sighted, now));
+            detection.kept.blind = None;
+        }
         self.record(detection, was_open, &notices);
     }
 
@@ -344,7 +348,7 @@ impl DetectorShared {
         let mut notices = Vec::new();
         match transition {
             None if !is_open => return,
-            None | Some(Transition::Suspected | Transition::Dismissed) => {}
+            None | Some(Transition::Suspected | Transition::Dismissed | Transition::Found) => {}
             Some(Transition::Failed {
                 began_at,
                 fault,
@@ -367,7 +371,6 @@ impl DetectorShared {
                 detection.kept.blind = Some(now);
                 notices.push(self.notice(detection, NoticeKind::Blind, now));
             }
-            Some(Transition::Found) => {}
         }
         if detection.kept.blind.is_some() && detection.kept.machine.state() != TargetState::Unknown
         {

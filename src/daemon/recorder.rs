@@ -119,7 +119,7 @@ impl Recorder {
             .probes
             .iter()
             .map(|probe| Verdict::of(&probe.outcome));
-        if self.purpose == Purpose::Scheduled && verdicts.any(|verdict| verdict.is_on_agent()) {
+        if self.purpose == Purpose::Scheduled && verdicts.any(Verdict::is_on_agent) {
             self.notifier.heartbeat(&self.target);
         }
         let summary = report.summary();

@@ -426,7 +426,7 @@ impl StateMachine {
     }
 
     /// A new run of the program continues with this state. The time between the runs is no silence of the target.
-    pub(crate) fn resume(&mut self, now: DateTime<Utc>) {
+    pub(crate) fn restart(&mut self, now: DateTime<Utc>) {
         self.last_verdict_at = Some(now);
     }
 

@@ -112,13 +112,13 @@ catalogue! {
     FAILURES: "probe_failures_total" ["target" "purpose" "reason" "origin"] MetricKind::Counter;
     /// Probes that ended because LiveKit named a plan limit, by limit.
     LIMITS: "plan_limit_rejections_total" ["target" "limit"] MetricKind::Counter;
-    /// Probes of scheduled batches that count towards a service level. The label in_incident shows whether an incident was
-    /// open when the probe ended.
+    /// Probes of scheduled batches that count towards a service level. A label shows whether an incident was open when the
+    /// probe ended.
     ELIGIBLE: "slo_eligible_total" ["target" "sli" "in_incident"] MetricKind::Counter;
     /// Probes of scheduled batches that count towards a service level and were good.
     GOOD: "slo_good_total" ["target" "sli" "in_incident"] MetricKind::Counter;
-    /// Scheduled batches with at least one probe that counts towards a service level and was bad. The label in_incident shows
-    /// whether an incident was open when the batch ended.
+    /// Scheduled batches with at least one probe that counts towards a service level and was bad. A label shows whether an
+    /// incident was open when the batch ended.
     BAD_BATCHES: "slo_bad_batches_total" ["target" "sli" "in_incident"] MetricKind::Counter;
     /// Batches, by purpose and by the combined result of their rooms.
     BATCHES: "batches_total" ["target" "purpose" "result"] MetricKind::Counter;

@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::queue::{Delivery, GIVE_UP_AFTER, GROUP_WINDOW, MAX_WAITING, Queue, Step, Style};
+use super::queue::{Delivery, GROUP_WINDOW, MAX_WAITING, Queue, Step, Style};
 use super::text::Tense;
 use super::*;
 use crate::config::{ChannelKind, WebhookFormat};

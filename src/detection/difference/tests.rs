@@ -25,9 +25,9 @@ fn p_values_are_the_published_ones() {
         ([0, 5, 0, 9], 1.0),
         ([7, 0, 9, 0], 1.0),
     ] {
-        let [a, b, c, d] = table;
-        let p = p_value(a, b, c, d);
-        assert!((p - expected).abs() < 1e-12, "{table:?}: {p}");
+        let [bad, good, bad_others, good_others] = table;
+        let found = p_value(bad, good, bad_others, good_others);
+        assert!((found - expected).abs() < 1e-12, "{table:?}: {found}");
     }
 }
 
@@ -213,7 +213,11 @@ fn batches_that_fail_as_a_whole_name_no_factor() {
 fn each_room_of_a_large_batch_counts_if_both_workers_are_in_it() {
     let rooms: Vec<_> = (0..20)
         .map(|index| {
-            let worker = if index % 2 == 0 { "AW_a" } else { "AW_b" };
+            let worker = if index.is_multiple_of(2) {
+                "AW_a"
+            } else {
+                "AW_b"
+            };
             Room::new(0, index % 2 == 0).with(Factor::Worker, worker)
         })
         .collect();
@@ -279,7 +283,7 @@ fn correction_counts_every_test() {
 fn one_value_of_three_that_fails_is_named_and_one_that_is_good_is_not() {
     let room = |index: usize| {
         let node = ["ND_a", "ND_b", "ND_c"][index % 3];
-        Room::new(index, index % 3 == 0).with(Factor::Node, node)
+        Room::new(index, index.is_multiple_of(3)).with(Factor::Node, node)
     };
     let one_fails: Vec<_> = (0..30).map(room).collect();
     let sentences: Vec<_> = found(&one_fails).iter().map(Difference::sentence).collect();

@@ -106,6 +106,30 @@ impl ProbeMachine {
         }
     }
 
+    fn signal_connected(&mut self, room_sid: String, at: Instant) {
+        self.mark(Milestone::SignalConnected, at);
+        // The join response answers the request that named the agent. If none was named, nothing was accepted.
+        let facts = self.facts();
+        if facts.request == DispatchRequest::Join && facts.names_agent {
+            self.mark(Milestone::DispatchAccepted, at);
+        }
+        self.joined_room(room_sid);
+    }
+
+    fn server_known(&mut self, version: &str, region: String, node: String) {
+        let named = if region.is_empty() {
+            "unnamed"
+        } else {
+            &region
+        };
+        self.add_note(format!(
+            "joined LiveKit {version}, region {named}, node {node}"
+        ));
+        let circumstances = &mut self.report.circumstances;
+        circumstances.node = Some(node).filter(|node| !node.is_empty());
+        circumstances.region = Some(region).filter(|region| !region.is_empty());
+    }
+
     fn before_verdict(&mut self, kind: RoomEventKind, at: Instant, now: Instant) {
         match kind {
             RoomEventKind::SignalRequested => {
@@ -119,24 +143,8 @@ impl ProbeMachine {
                 region,
                 node,
             } => {
-                self.mark(Milestone::SignalConnected, at);
-                // The join response answers the request that named the agent. If none was named, nothing was accepted.
-                let facts = self.facts();
-                if facts.request == DispatchRequest::Join && facts.names_agent {
-                    self.mark(Milestone::DispatchAccepted, at);
-                }
-                self.joined_room(room_sid);
-                let circumstances = &mut self.report.circumstances;
-                circumstances.node = Some(node.clone()).filter(|node| !node.is_empty());
-                circumstances.region = Some(region.clone()).filter(|region| !region.is_empty());
-                let region = if region.is_empty() {
-                    "unnamed"
-                } else {
-                    &region
-                };
-                self.add_note(format!(
-                    "joined LiveKit {server_version}, region {region}, node {node}"
-                ));
+                self.signal_connected(room_sid, at);
+                self.server_known(&server_version, region, node);
             }
             RoomEventKind::MediaAddress(address) => push_new(&mut self.media_addresses, address),
             RoomEventKind::MediaConnected { path } => {

@@ -2141,8 +2141,8 @@ fn list_of_jobs_that_fails_or_hangs_changes_no_verdict_and_holds_no_room_open() 
     assert!(!ends(hangs).contains("worker"));
     let script = MachineScript::new(explicit()).with_agent();
     let notes = ends(script.jobs_listed(560, Err(failed())));
-    let noted = "the agent's worker is unknown, because ListDispatch failed";
-    assert!(notes.contains(noted), "{notes}");
+    let why = "the agent's worker is unknown, because ListDispatch failed";
+    assert!(notes.contains(why), "{notes}");
     let refused = ApiError::Refused(refusal(503, Some("unavailable"), "no response"));
     let script = MachineScript::new(explicit()).with_agent();
     // The room is being deleted.
