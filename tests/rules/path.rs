@@ -212,10 +212,6 @@ fn alert_of_a_drill_arrives_and_resolves_through_prometheus_3() {
     expect_alert(three);
 }
 
-#[expect(
-    clippy::too_many_lines,
-    reason = "one story, from the drill to the webhook"
-)]
 fn expect_alert(prometheus_server: &Path) {
     let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let [drill_dir, prometheus_dir, alertmanager_dir] =

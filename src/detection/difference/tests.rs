@@ -213,7 +213,7 @@ fn batches_that_fail_as_a_whole_name_no_factor() {
 fn each_room_of_a_large_batch_counts_if_both_workers_are_in_it() {
     let rooms: Vec<_> = (0..20)
         .map(|index| {
-            let worker = if index.is_multiple_of(2) {
+            let worker = if index % 2 == 0 {
                 "AW_a"
             } else {
                 "AW_b"
@@ -267,7 +267,7 @@ fn correction_counts_every_test() {
                 let of_a = if place == 0 {
                     index < 5
                 } else {
-                    index % 2 == 0
+                    index.is_multiple_of(2)
                 };
                 room = room.with(*factor, if of_a { "a" } else { "b" });
             }
