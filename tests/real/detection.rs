@@ -249,13 +249,11 @@ pub(crate) fn confirmations_cost_no_scheduled_batch_and_count_in_no_service_leve
 pub(crate) fn poisoned_worker_is_named_by_the_incident(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    const MAX_BATCHES: usize = 10;
-    let behaviour = Behaviour::greets()
-        .with("seconds", 0.3)
-        .fault("worker2:silent_track");
+    const MAX_BATCHES: usize = 20;
+    let behaviour = Behaviour::greets().with("seconds", 0.3);
     // LiveKit prefers a worker with less load, so the poisoned one gets more of the jobs.
     let healthy = Agent {
-        load: 0.4,
+        load: 0.65,
         ..Agent::named(AGENT)
     };
     let stack = fixture.own_stack(&[healthy, Agent::named(AGENT).poisoned()], &behaviour)?;

@@ -213,11 +213,7 @@ fn batches_that_fail_as_a_whole_name_no_factor() {
 fn each_room_of_a_large_batch_counts_if_both_workers_are_in_it() {
     let rooms: Vec<_> = (0..20)
         .map(|index| {
-            let worker = if index % 2 == 0 {
-                "AW_a"
-            } else {
-                "AW_b"
-            };
+            let worker = if index % 2 == 0 { "AW_a" } else { "AW_b" };
             Room::new(0, index % 2 == 0).with(Factor::Worker, worker)
         })
         .collect();
