@@ -30,8 +30,10 @@ const CHANCE_OF_RUN: f64 = 0.002;
 const MAX_RECOVERED_ROOMS: u32 = 10;
 /// The interval of confirmations at the start of an outage.
 const FAILING_INTERVAL: TimeDelta = TimeDelta::minutes(1);
-/// After this time, the interval grows with the age of the outage.
-const FREQUENT_FOR: TimeDelta = TimeDelta::minutes(30);
+/// The interval is at least the age of the outage divided by this, so that an outage of an hour is still looked at every minute.
+const OUTAGE_LOOKS: i32 = 60;
+/// Maximum time from a good room to the next confirmation in an outage.
+const RECOVERY_INTERVAL: TimeDelta = TimeDelta::seconds(15);
 
 /// What the canary knows of a target.
 #[derive(
@@ -475,16 +477,12 @@ impl StateMachine {
                     let missing = outage.recovered_rooms().saturating_sub(self.good_in_a_row);
                     let missing = usize::try_from(missing).unwrap_or(usize::MAX);
                     return Some(DueConfirmation {
-                        at: last + after,
+                        at: last + after.min(RECOVERY_INTERVAL),
                         rooms: missing.clamp(1, confirm.rooms),
                     });
                 }
                 let lasted = last - self.since;
-                let interval = if lasted < FREQUENT_FOR {
-                    FAILING_INTERVAL
-                } else {
-                    (lasted / 30).min(longest.max(FAILING_INTERVAL))
-                };
+                let interval = (lasted / OUTAGE_LOOKS).min(longest).max(FAILING_INTERVAL);
                 Some(DueConfirmation {
                     at: last + interval,
                     rooms: 1,

@@ -288,10 +288,9 @@ impl DaemonBatch {
         variables: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
         let dir = DaemonDir::new()?;
-        // The only batch is the first one of the schedule, because only scheduled batches count in service levels. No
-        // confirmation follows it.
+        // The only batch is the first one of the schedule, because only scheduled batches count in service levels.
         let one_batch = format!(
-            "{}\n[targets.{TARGET}.schedule]\nevery = \"30d\"\n[targets.{TARGET}.confirm]\nrooms = 0\n",
+            "{}\n[targets.{TARGET}.schedule]\nevery = \"30d\"\n",
             settings.text()
         );
         dir.write_with(lifetime, &one_batch)?;
