@@ -288,12 +288,7 @@ impl DaemonBatch {
         variables: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
         let dir = DaemonDir::new()?;
-        // The only batch is the first one of the schedule, because only scheduled batches count in service levels.
-        let one_batch = format!(
-            "{}\n[targets.{TARGET}.schedule]\nevery = \"30d\"\n",
-            settings.text()
-        );
-        dir.write_with(lifetime, &one_batch)?;
+        dir.write_with(lifetime, &settings.text())?;
         let daemon = dir.start_with(variables)?;
         let batch_id = daemon.wait_for("the first batch", || {
             let running = daemon.targets()?.pop().and_then(|target| target.running);

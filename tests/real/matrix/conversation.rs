@@ -5,7 +5,7 @@ use support::settings::Settings;
 use support::stack::{Agent, Stack};
 use toml::{Table, Value};
 
-use super::faults::on_demand;
+use super::faults::one_batch;
 use super::{DaemonBatch, Observation};
 use crate::fixture::Fixture;
 
@@ -23,7 +23,7 @@ fn converse_on(
     behaviour: &Behaviour,
     set: impl FnOnce(Settings) -> Settings,
 ) -> anyhow::Result<Observation> {
-    let settings = on_demand(Settings::new(stack).behaviour(behaviour))
+    let settings = one_batch(Settings::new(stack).behaviour(behaviour))
         .set("expect.reply", true)
         .set("deadlines.reply", "4s");
     DaemonBatch::start(&set(settings))?.finish(stack)

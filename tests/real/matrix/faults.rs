@@ -347,10 +347,11 @@ const PINNED_MOCK: &str =
 
 // --- settings ---
 
-/// A target whose schedule starts no batch during the test. The test starts the batch.
-pub(super) fn on_demand(settings: Settings) -> Settings {
+/// A target whose schedule starts one batch during the test, a short time after the daemon's start. Only scheduled batches count
+/// in service levels.
+pub(super) fn one_batch(settings: Settings) -> Settings {
     settings
-        .set("schedule.cron", "0 0 1 1 *")
+        .set("schedule.every", "30d")
         .set("batch.hold", "2s")
         .set("late_agent_window", "1s")
         .set("objectives.join_within", "15s")
@@ -362,7 +363,7 @@ pub(super) fn on_demand(settings: Settings) -> Settings {
 /// A stack whose agent has this behaviour, and settings that call it.
 fn call<'a>(fixture: &'a Fixture, behaviour: &Behaviour) -> anyhow::Result<(&'a Stack, Settings)> {
     let (stack, settings) = fixture.call(behaviour)?;
-    Ok((stack, on_demand(settings)))
+    Ok((stack, one_batch(settings)))
 }
 
 /// One room with such an agent, and with these keys of the target.
@@ -416,7 +417,7 @@ fn mocked(fixture: &Fixture, signal: &str) -> anyhow::Result<Observation> {
     let stack = fixture.own_stack(&[], &Behaviour::greets())?;
     let control = serde_json::json!({ "signal": signal }).to_string();
     let settings =
-        with_short_deadlines(on_demand(Settings::new(stack))).attribute("lk.mock", &control);
+        with_short_deadlines(one_batch(Settings::new(stack))).attribute("lk.mock", &control);
     DaemonBatch::start(&settings)?.finish(stack)
 }
 
@@ -429,7 +430,7 @@ fn elsewhere(fixture: &Fixture, url: &str) -> anyhow::Result<Observation> {
 /// A livekit-server with these additional settings, in YAML, and without an agent.
 fn configured(fixture: &Fixture, yaml: &str) -> anyhow::Result<Observation> {
     let stack = fixture.own_stack_with(yaml, &[])?;
-    DaemonBatch::start(&with_short_deadlines(on_demand(Settings::new(stack))))?.finish(stack)
+    DaemonBatch::start(&with_short_deadlines(one_batch(Settings::new(stack))))?.finish(stack)
 }
 
 /// A call in which the agent has greeted and stays.
@@ -442,7 +443,7 @@ fn greeted<'a>(fixture: &'a Fixture, tag: &str) -> anyhow::Result<Call<'a>> {
 fn greeted_alone<'a>(fixture: &'a Fixture, tag: &str) -> anyhow::Result<Call<'a>> {
     let behaviour = Behaviour::greets().tag(tag);
     let stack = fixture.own_stack(&[Agent::named(AGENT)], &behaviour)?;
-    let settings = on_demand(Settings::new(stack).behaviour(&behaviour))
+    let settings = one_batch(Settings::new(stack).behaviour(&behaviour))
         .project("api_timeout", "2s")
         .set("deadlines.cleanup", "2s");
     Call::start(stack, settings, tag)
@@ -537,7 +538,7 @@ fn listed_or_not(
 }
 
 fn no_agent_joins(stack: &Stack, agent: &str) -> anyhow::Result<Observation> {
-    let settings = on_demand(Settings::new(stack)).set("agent_name", agent);
+    let settings = one_batch(Settings::new(stack)).set("agent_name", agent);
     DaemonBatch::start(&set(settings, &SHORT_JOIN))?.finish(stack)
 }
 
@@ -623,7 +624,7 @@ fn server_is_killed(fixture: &Fixture) -> anyhow::Result<Observation> {
 fn server_is_frozen_before(fixture: &Fixture) -> anyhow::Result<Observation> {
     let stack = fixture.own_stack(&[], &Behaviour::greets())?;
     stack.server.signal(Signal::STOP)?;
-    let batch = DaemonBatch::start(&with_short_deadlines(on_demand(Settings::new(stack))))?;
+    let batch = DaemonBatch::start(&with_short_deadlines(one_batch(Settings::new(stack))))?;
     let seen = batch.verdict()?;
     stack.server.signal(Signal::CONT)?;
     batch.end(stack, &seen)?;
@@ -638,7 +639,7 @@ fn metadata_is_too_long(fixture: &Fixture) -> anyhow::Result<Observation> {
 fn gone_before_joining(fixture: &Fixture) -> anyhow::Result<Observation> {
     let stack = fixture.own_stack_with("room:\n  auto_create: false\n", &[])?;
     let gate = Gate::before(stack.address(), Hold::Signal)?;
-    let settings = on_demand(Settings::new(stack)).project("url", format!("ws://{}", gate.address));
+    let settings = one_batch(Settings::new(stack)).project("url", format!("ws://{}", gate.address));
     let batch = DaemonBatch::start(&settings)?;
     let room = wait_for("the room", SHORT_TIMEOUT, || Ok(stack.api.rooms()?.pop()))?;
     stack.api.delete_room(&room)?;
@@ -663,7 +664,7 @@ fn full_node(fixture: &Fixture) -> anyhow::Result<Observation> {
         stack.api.delete_room(room)?;
         Ok(None)
     })?;
-    let seen = DaemonBatch::start(&with_short_deadlines(on_demand(Settings::new(stack))))?
+    let seen = DaemonBatch::start(&with_short_deadlines(one_batch(Settings::new(stack))))?
         .finish(stack)?;
     other.signal(Signal::INT)?;
     other.finish()?;
@@ -676,13 +677,13 @@ fn blocked_media(fixture: &Fixture) -> anyhow::Result<Observation> {
     let stack = fixture.stack_behind_veth(&[])?;
     stack.block_udp()?;
     stack.block_media_over_tcp()?;
-    DaemonBatch::start(&with_short_deadlines(on_demand(Settings::new(stack))))?.finish(stack)
+    DaemonBatch::start(&with_short_deadlines(one_batch(Settings::new(stack))))?.finish(stack)
 }
 
 fn broken_media(fixture: &Fixture) -> anyhow::Result<Observation> {
     let tag = "media-breaks-in-the-matrix";
     let stack = fixture.stack_behind_veth(&[Agent::named(AGENT)])?;
-    let settings = on_demand(Settings::new(stack).behaviour(&Behaviour::greets().tag(tag)));
+    let settings = one_batch(Settings::new(stack).behaviour(&Behaviour::greets().tag(tag)));
     let call = Call::start(stack, settings.project("ice", "tcp"), tag)?;
     stack.reset_media_over_tcp()?;
     call.finish()
