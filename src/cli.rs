@@ -88,7 +88,7 @@ struct RunArgs {
     #[arg(long = "web.enable-lifecycle")]
     enable_lifecycle: bool,
 
-    /// Address of the page that alerts and messages link to, such as https://canary.example.com
+    /// Address of the page that alerts and messages link to
     #[arg(long = "web.external-url", value_name = "URL")]
     external_url: Option<String>,
 
@@ -242,7 +242,7 @@ struct CheckArgs {
     #[arg(long)]
     connect: bool,
 
-    /// Also send a test message to each channel of [notify]
+    /// Also send a test message to each channel of the settings
     #[arg(long)]
     notify: bool,
 }

@@ -29,6 +29,8 @@ const OUTAGE_TIMEOUT: Duration = Duration::from_mins(3);
 struct Webhook {
     url: String,
     open: Arc<AtomicBool>,
+    /// It has refused a message.
+    refused: Arc<AtomicBool>,
     accepted: Arc<Mutex<Vec<Value>>>,
 }
 
@@ -38,18 +40,22 @@ impl Webhook {
         let webhook = Self {
             url: format!("http://{}/hook", listener.local_addr()?),
             open: Arc::default(),
+            refused: Arc::default(),
             accepted: Arc::default(),
         };
         let (open, accepted) = (Arc::clone(&webhook.open), Arc::clone(&webhook.accepted));
+        let refused = Arc::clone(&webhook.refused);
         // The thread ends with the process.
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let is_open = open.load(Ordering::Relaxed);
-                if let Ok(body) = receive(client, is_open)
-                    && is_open
-                {
-                    let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
-                    accepted.push(body);
+                match receive(client, is_open) {
+                    Ok(body) if is_open => {
+                        let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
+                        accepted.push(body);
+                    }
+                    Ok(_) => refused.store(true, Ordering::Relaxed),
+                    Err(_) => {}
                 }
             }
         });
@@ -154,6 +160,10 @@ pub(crate) fn outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair(
     let seen = begin.elapsed();
     let id = failing["incident"].as_str().context("no incident")?;
     let id = id.to_owned();
+    // The canary sends a message once its state is on the disk.
+    wait_for("a refused message", SHORT_TIMEOUT, || {
+        Ok(webhook.refused.load(Ordering::Relaxed).then_some(()))
+    })?;
     daemon.signal(Signal::KILL)?;
     daemon.finish()?;
 
