@@ -199,14 +199,14 @@ pub(crate) fn outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair(
 pub(crate) fn confirmations_cost_no_scheduled_batch_and_count_in_no_service_level(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    const BATCHES: u64 = 5;
+    const BATCHES: u64 = 4;
     const ROOMS: u64 = 3;
     let behaviour = Behaviour::is_silent();
     let (_, settings) = fixture.call(&behaviour)?;
     let dir = DaemonDir::new()?;
     let settings = settings
         .project("max_rooms", i64::try_from(ROOMS)?)
-        .set("schedule.every", "12s")
+        .set("schedule.every", "20s")
         .set("batch.rooms", i64::try_from(ROOMS)?)
         .set("batch.ramp", "burst")
         .set("confirm.rooms", 2)
