@@ -47,7 +47,7 @@ const REPEAT: &str = "REPEAT";
 
 /// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process, and one that
 /// converses counts twice. If more than this share two slow cores, some of them receive no echo for a second or two.
-const MAX_LOAD: usize = 8;
+const MAX_LOAD: usize = 6;
 
 /// One scenario or one fault on one kind of stack.
 struct Case {
@@ -283,8 +283,8 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 fn max_threads(stack: StackKind) -> usize {
     match stack {
         StackKind::Sandbox | StackKind::Mock => 16,
-        // Each job of an agent is a Python process. Six cases leave a third of two cores idle.
-        StackKind::Real => 8,
+        // Each job of an agent is a Python process. With eight, the start of interpreters takes all of two cores for minutes.
+        StackKind::Real => 6,
     }
 }
 
