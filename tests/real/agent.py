@@ -9,6 +9,7 @@ the settings of that behaviour. Each job writes its events to the file REPORT: o
   AGENT_LOAD      the load to report, 0 to 1 (a server sends no job to a worker above 0.7)
   AGENT_HIDDEN    if it is set, jobs join as hidden participants
   AGENT_POISONED  if it is set, jobs join and stay silent, whatever their order
+  AGENT_NICENESS  the priority of a job once it has started; raising it needs root
   LIVEKIT_AGENT_DEPLOYMENT  the deployment to register
   REPORT          the path of the report
 """
@@ -46,8 +47,6 @@ HEIGHT = 240
 # An echo begins after this many frames with the tone, and ends after this much silence.
 BEGIN_FRAMES = 5
 END_SECONDS = 0.4
-# That of livekit-server and of the canary, too: MEDIA_NICENESS in tests/support/process.rs.
-MEDIA_NICENESS = -10
 
 
 def report(room: str, event: str, **details: object) -> None:
@@ -405,8 +404,9 @@ BEHAVIOURS = {
 def prioritise() -> None:
     """Puts the media of this job before the jobs that are still starting. Without it, their interpreters take the CPU time for
     which the audio of a call can't wait: the jitter buffer grows, and speech is lost."""
-    for thread in os.listdir("/proc/self/task"):
-        os.setpriority(os.PRIO_PROCESS, int(thread), MEDIA_NICENESS)
+    if niceness := os.environ.get("AGENT_NICENESS"):
+        for thread in os.listdir("/proc/self/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), int(niceness))
 
 
 async def entrypoint(ctx: JobContext) -> None:

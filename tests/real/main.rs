@@ -46,9 +46,12 @@ const STACKS_BEHIND_VETH: usize = 10;
 /// The variable with the number of runs. After several runs, the figures of all runs are printed.
 const REPEAT: &str = "REPEAT";
 
-/// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process, and one that
-/// converses counts twice. If more than this share two slow cores, some of them receive no echo for a second or two.
-const MAX_LOAD: usize = 8;
+/// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process. If more than
+/// this share two slow cores, some of them receive no echo for a second or two.
+const MAX_LOAD: usize = 6;
+
+/// What a room with an agent that converses counts at least: its models need as much time as another agent.
+const CONVERSATION_LOAD: u32 = 2;
 
 /// One scenario or one fault on one kind of stack.
 struct Case {
@@ -115,8 +118,12 @@ impl Case {
     /// How much of [`MAX_LOAD`] the case uses.
     fn load(&self) -> u32 {
         match (self.stack, self.test) {
+            (StackKind::Real, Test::Scenario(scenario)) if conversation::contains(scenario) => {
+                scenario.load.max(CONVERSATION_LOAD)
+            }
             (StackKind::Real, Test::Scenario(scenario)) => scenario.load,
-            (StackKind::Real, Test::Fault(fault)) => fault.load(),
+            (StackKind::Real, Test::Fault(fault)) if fault.expects_reply() => CONVERSATION_LOAD,
+            (StackKind::Real, Test::Fault(_)) => 1,
             (StackKind::Sandbox | StackKind::Mock, _) => 0,
         }
     }
@@ -284,8 +291,8 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 fn max_threads(stack: StackKind) -> usize {
     match stack {
         StackKind::Sandbox | StackKind::Mock => 16,
-        // Each job of an agent is a Python process. Six cases leave a third of two cores idle.
-        StackKind::Real => 8,
+        // Each job of an agent is a Python process. With eight, the start of interpreters takes all of two cores for minutes.
+        StackKind::Real => 6,
     }
 }
 

@@ -76,9 +76,9 @@ impl Fault {
         })
     }
 
-    /// How much of the load of the real stack it uses. An agent that is to reply converses.
-    pub(crate) fn load(&self) -> u32 {
-        if self.slis.ends_with('.') { 1 } else { 2 }
+    /// Whether the service level of replies counts its room.
+    pub(crate) fn expects_reply(&self) -> bool {
+        !self.slis.ends_with('.')
     }
 
     /// The expectation as text, for the table.

@@ -100,7 +100,7 @@ pub(crate) fn command_in(namespace: Option<&Namespace>, program: &str) -> Comman
 
 /// The priority of everything that carries media on the real stack. What starts an interpreter has the usual one: otherwise it
 /// takes the CPU time for which the audio of a call can't wait, and agents hear only parts of what the caller says.
-const MEDIA_NICENESS: i32 = -10;
+pub(crate) const MEDIA_NICENESS: i32 = -10;
 
 /// Gives that priority to this process, and so to all that it starts. It needs root.
 pub fn prioritise_media() -> anyhow::Result<()> {

@@ -15,7 +15,9 @@ use tempfile::TempDir;
 
 use crate::api::LivekitApi;
 use crate::network::Namespace;
-use crate::process::{Process, background_in, command, command_in, free_ports, program, source};
+use crate::process::{
+    MEDIA_NICENESS, Process, background_in, command, command_in, free_ports, program, source,
+};
 use crate::{SECRET, SHORT_TIMEOUT, canary, wait_for};
 
 /// The API key of the real servers.
@@ -300,6 +302,7 @@ impl Stack {
             .env("LIVEKIT_AGENT_DEPLOYMENT", agent.deployment)
             .env("AGENT_HIDDEN", if agent.hidden { "1" } else { "" })
             .env("AGENT_POISONED", if agent.poisoned { "1" } else { "" })
+            .env("AGENT_NICENESS", MEDIA_NICENESS.to_string())
             .env("REPORT", report(self.dir()));
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir())
     }

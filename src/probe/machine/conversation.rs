@@ -367,7 +367,7 @@ impl ProbeMachine {
     fn was_interrupted(&self, turn: &Turn) -> bool {
         let (from, to) = (turn.agent_started, turn.caller_started);
         let mut own = self.messages_of(Speaker::Agent, from, to);
-        from.is_some() && own.any(|message| message.interrupted)
+        from.and(to).is_some() && own.any(|message| message.interrupted)
     }
 }
 
