@@ -99,7 +99,7 @@ fn main() -> anyhow::Result<()> {
     }
     if wants(StackChoice::Real) {
         network::sweep()?;
-        let stack = Stack::real(&[Agent::named(AGENT)])?;
+        let stack = Stack::real(&[Agent::named(AGENT).in_processes()])?;
         found.accuracy.push(join_accuracy(&stack)?);
         found.accuracy.push(reply_accuracy(&stack)?);
         let speakers = SpeakingStack::real(stack, &packets)?;

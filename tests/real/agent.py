@@ -9,6 +9,7 @@ the settings of that behaviour. Each job writes its events to the file REPORT: o
   AGENT_LOAD      the load to report, 0 to 1 (a server sends no job to a worker above 0.7)
   AGENT_HIDDEN    if it is set, jobs join as hidden participants
   AGENT_POISONED  if it is set, jobs join and stay silent, whatever their order
+  AGENT_THREADS   if it is set, jobs run in threads of the worker, and not in processes
   AGENT_NICENESS  the priority of a job once it has started; raising it needs root
   LIVEKIT_AGENT_DEPLOYMENT  the deployment to register
   REPORT          the path of the report
@@ -28,6 +29,7 @@ from livekit.agents import (
     AgentStateChangedEvent,
     BackgroundAudioPlayer,
     JobContext,
+    JobExecutorType,
     WorkerPermissions,
 )
 from livekit.agents.voice.room_io import RoomOptions
@@ -426,7 +428,9 @@ def claimed_load(*_) -> float:
 
 async def serve(entrypoint, **options) -> None:
     """Runs a worker whose jobs start with `entrypoint`, until it is stopped."""
+    threads = os.environ.get("AGENT_THREADS")
     server = AgentServer(
+        job_executor_type=JobExecutorType.THREAD if threads else JobExecutorType.PROCESS,
         # On a loaded machine the start of an interpreter takes several seconds. The default timeout of 10 s is too short.
         initialize_process_timeout=60,
         load_fnc=claimed_load,

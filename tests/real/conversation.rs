@@ -24,7 +24,7 @@ const NO_SESSION: &str = "its agent is no AgentSession";
 const NO_NETWORK: &str = "it listens on 127.0.0.1 only, so there is no network in between";
 
 scenarios! { CONVERSATIONS:
-    every_turn_of_a_conversation_matches_the_agents_log: "ok, 10 turns; reply delay and onsets match the log", real only: NO_SESSION, load: 6;
+    every_turn_of_a_conversation_matches_the_agents_log: "ok, 10 turns; reply delay and onsets match the log", real only: NO_SESSION, load: 9;
     long_answer_is_interrupted: "ok, yield delay as in the log", real only: NO_SESSION;
     network_delay_is_the_unexplained_part_of_a_reply: "ok, twice 150 ms are unexplained", real only: NO_NETWORK;
     quiet_agent_is_heard: "ok at -51 dBFS, its whole greeting echoed", real only: NO_SESSION;

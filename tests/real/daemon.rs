@@ -131,7 +131,7 @@ fn wait_for_batches(daemon: &Daemon, count: f64, limit: Duration) -> anyhow::Res
 }
 
 pub(crate) fn outage_fails_only_the_batches_within_it(fixture: &Fixture) -> anyhow::Result<String> {
-    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let stack = fixture.own_stack(&[Agent::named(AGENT).in_processes()], &short_greeting())?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
         .behaviour(&short_greeting())

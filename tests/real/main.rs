@@ -16,7 +16,7 @@ use anyhow::Context as _;
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::network::{self, LoopbackIpv6, Namespace};
 use support::process;
-use support::stack::{AGENT, Agent, BUSY_AGENT, Stack, StackKind};
+use support::stack::{AGENT, Agent, BUSY_AGENT, Nursery, Stack, StackKind};
 use tokio::runtime;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -26,6 +26,7 @@ mod conversation;
 mod daemon;
 mod detection;
 mod fixture;
+mod machine;
 mod matrix;
 mod network_path;
 mod proxy;
@@ -36,6 +37,7 @@ mod timeline;
 
 use conversation::CONVERSATIONS;
 use fixture::Fixture;
+use machine::Machine;
 use matrix::{FAULTS, Fault};
 use scenarios::{SCENARIOS, Scenario};
 use timeline::Timeline;
@@ -48,7 +50,7 @@ const REPEAT: &str = "REPEAT";
 
 /// The maximum of rooms on the real stack in which agents speak at the same time. Each agent is a Python process. If more than
 /// this share two slow cores, some of them receive no echo for a second or two.
-const MAX_LOAD: usize = 6;
+const MAX_LOAD: usize = 9;
 
 /// What a room with an agent that converses counts at least: its models need as much time as another agent.
 const CONVERSATION_LOAD: u32 = 2;
@@ -244,25 +246,30 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
     if requested(kind, arguments).next().is_none() {
         return Ok(problems);
     }
-    let (_network, shared) = match kind {
+    let (_needs, shared) = match kind {
         // Each case starts a stack.
         StackKind::Sandbox | StackKind::Mock => (None, None),
         StackKind::Real => {
             process::prioritise_media()?;
             network::sweep()?;
             let namespaces = Namespace::prepare(STACKS_BEHIND_VETH)?;
-            let network = (LoopbackIpv6::add()?, namespaces);
-            (Some(network), Some(Arc::new(shared_stack()?)))
+            let needs = (LoopbackIpv6::add()?, namespaces, Nursery::start()?);
+            (Some(needs), Some(Arc::new(shared_stack()?)))
         }
     };
     let load = Arc::new(Semaphore::new(MAX_LOAD));
+    let machine = Arc::new(Machine::default());
     let runtime = runtime::Builder::new_current_thread().build()?;
     let trials = requested(kind, arguments).map(|(index, case)| {
         let (shared, rows, load) = (shared.clone(), Arc::clone(rows), Arc::clone(&load));
+        let machine = Arc::clone(&machine);
         let runtime = runtime.handle().clone();
         Trial::test(case.name(), move || {
             // The semaphore is fair, so that a case with much load doesn't wait for ever.
             let _permits = runtime.block_on(load.acquire_many(case.load()));
+            if kind == StackKind::Real {
+                machine.wait()?;
+            }
             trial(index, case, shared.as_deref(), &rows)
         })
     });
@@ -291,8 +298,7 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
 fn max_threads(stack: StackKind) -> usize {
     match stack {
         StackKind::Sandbox | StackKind::Mock => 16,
-        // Each job of an agent is a Python process. With eight, the start of interpreters takes all of two cores for minutes.
-        StackKind::Real => 6,
+        StackKind::Real => 9,
     }
 }
 
@@ -302,7 +308,8 @@ fn shared_stack() -> anyhow::Result<Stack> {
         load: 1.0,
         ..Agent::named("")
     };
-    Stack::real(&[Agent::named(AGENT), busy, Agent::conversation()])
+    let (tones, conversation) = (Agent::named(AGENT), Agent::conversation());
+    Stack::real(&[tones.in_processes(), busy, conversation.in_processes()])
 }
 
 fn trial(index: usize, case: &Case, shared: Option<&Stack>, rows: &Rows) -> Result<(), Failed> {

@@ -771,7 +771,7 @@ fn killed_job_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
 }
 
 fn killed_worker_is_agent_left_early(fixture: &Fixture) -> anyhow::Result<String> {
-    let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets())?;
+    let stack = fixture.own_stack(&[Agent::named(AGENT).in_processes()], &Behaviour::greets())?;
     let running = Settings::new(stack).set("batch.hold", "60s").once()?;
     let limit = Duration::from_secs(30);
     stack.wait_for_event("greeted", limit, |event| event.name() == "greeted")?;

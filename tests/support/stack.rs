@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -70,6 +70,9 @@ pub struct Agent {
     pub poisoned: bool,
     /// The Python program of the worker, in `tests/real`.
     pub program: &'static str,
+    /// The worker is a program of its own, and runs each job in a process, as users run it. Other workers are forked from the
+    /// [`Nursery`], and their jobs run in threads.
+    pub in_processes: bool,
 }
 
 impl Agent {
@@ -81,6 +84,7 @@ impl Agent {
             hidden: false,
             poisoned: false,
             program: "agent.py",
+            in_processes: false,
         }
     }
 
@@ -89,6 +93,14 @@ impl Agent {
         Self {
             program: "pipeline.py",
             ..Self::named(CONVERSATION_AGENT)
+        }
+    }
+
+    #[must_use]
+    pub const fn in_processes(self) -> Self {
+        Self {
+            in_processes: true,
+            ..self
         }
     }
 
@@ -111,6 +123,48 @@ impl Agent {
     #[must_use]
     pub const fn deployed_as(self, deployment: &'static str) -> Self {
         Self { deployment, ..self }
+    }
+}
+
+/// A Python process that has imported livekit-agents, and forks workers. Without it, the imports of each worker take some 15 s of
+/// CPU time, for which the audio of the other rooms has to wait.
+pub struct Nursery {
+    _process: Process,
+    _dir: TempDir,
+}
+
+/// The socket of the running nursery.
+static NURSERY: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+impl Nursery {
+    /// Starts one for the workers of all stacks, until it is dropped.
+    pub fn start() -> anyhow::Result<Self> {
+        let dir = temporary_dir()?;
+        let socket = dir.path().join("socket");
+        let mut command = background_in(None, &program("PYTHON")?);
+        command.arg(source(NURSERY_PROGRAM)).arg(&socket);
+        let process = Process::spawn("nursery", command, dir.path())?;
+        *Self::socket() = Some(socket);
+        Ok(Self {
+            _process: process,
+            _dir: dir,
+        })
+    }
+
+    fn socket() -> MutexGuard<'static, Option<PathBuf>> {
+        NURSERY.lock().expect("nothing panics while it is locked")
+    }
+
+    /// What stands before the program of a worker; empty without a nursery.
+    fn arguments() -> Vec<PathBuf> {
+        let socket = Self::socket().clone();
+        socket.map_or_else(Vec::new, |socket| vec![source(NURSERY_PROGRAM), socket])
+    }
+}
+
+impl Drop for Nursery {
+    fn drop(&mut self) {
+        *Self::socket() = None;
     }
 }
 
@@ -292,6 +346,10 @@ impl Stack {
     fn spawn_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
         // Each job raises its own priority once it has started.
         let mut command = background_in(self.namespace.as_deref(), &program("PYTHON")?);
+        if !agent.in_processes {
+            command.env("AGENT_THREADS", "1");
+            command.args(Nursery::arguments());
+        }
         command
             .arg(source(agent.program))
             .env("LIVEKIT_URL", &self.url)
@@ -303,6 +361,8 @@ impl Stack {
             .env("AGENT_HIDDEN", if agent.hidden { "1" } else { "" })
             .env("AGENT_POISONED", if agent.poisoned { "1" } else { "" })
             .env("AGENT_NICENESS", MEDIA_NICENESS.to_string())
+            // The monitor of its event loop takes two thirds of the time of an idle job, and would only say that the machine is busy.
+            .env("LIVEKIT_AGENTS_LOOP_BLOCK_WARN_MS", "0")
             .env("REPORT", report(self.dir()));
         Process::spawn(&format!("agent-{}", agent.name), command, self.dir())
     }
@@ -471,6 +531,7 @@ impl AgentEvent {
     }
 }
 
+const NURSERY_PROGRAM: &str = "nursery.py";
 const SERVER_CONFIG: &str = "livekit.yaml";
 
 fn spawn_server(name: &str, namespace: Option<&Namespace>, dir: &Path) -> anyhow::Result<Process> {
