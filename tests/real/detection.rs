@@ -136,7 +136,7 @@ pub(crate) fn outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     let behaviour = Behaviour::greets().with("seconds", 0.3);
-    let stack = fixture.own_stack(&[Agent::named(AGENT)], &behaviour)?;
+    let stack = fixture.own_stack(&[Agent::named(AGENT).in_processes()], &behaviour)?;
     let webhook = Webhook::start()?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
