@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 use std::thread::{available_parallelism, sleep};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use procfs::{CurrentSI as _, KernelStats};
@@ -11,8 +11,8 @@ use procfs::{CurrentSI as _, KernelStats};
 const MIN_IDLE: f64 = 0.25;
 /// Over how long the share is measured. A case that has just started shows its need within this time.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How long a case waits. After that it starts anyway, because something else keeps the machine busy.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// After this many intervals a case starts anyway, because something else keeps the machine busy.
+const PATIENCE: usize = 15;
 
 /// Lets one case after the other start, each once the processors have time for it. Otherwise the audio of a call arrives late on
 /// a slow machine: the jitter buffers of agents grow, and they hear only parts of what the caller says.
@@ -22,8 +22,11 @@ pub(crate) struct Machine(Mutex<()>);
 impl Machine {
     pub(crate) fn wait(&self) -> anyhow::Result<()> {
         let _turn = self.0.lock().ok().context("a case panicked here")?;
-        let start = Instant::now();
-        while idle()? < MIN_IDLE && start.elapsed() < PATIENCE {}
+        for _ in 0..PATIENCE {
+            if idle()? >= MIN_IDLE {
+                break;
+            }
+        }
         Ok(())
     }
 }
@@ -31,11 +34,10 @@ impl Machine {
 /// The share of the processors' time that the next [`INTERVAL`] leaves unused, 0 to 1.
 fn idle() -> anyhow::Result<f64> {
     let before = idle_time()?;
-    let start = Instant::now();
     sleep(INTERVAL);
-    let processors = available_parallelism()?.get();
-    let available = start.elapsed().as_secs_f64() * processors as f64;
-    Ok((idle_time()? - before).as_secs_f64() / available)
+    let unused = idle_time()?.saturating_sub(before);
+    let processors = u32::try_from(available_parallelism()?.get())?;
+    Ok(unused.div_duration_f64(INTERVAL * processors))
 }
 
 /// How long the processors have been idle since the machine started, all together.
