@@ -445,8 +445,8 @@ fn long_answer_is_interrupted(fixture: &Fixture) -> anyhow::Result<String> {
         .filter(|it| it.flag("interrupted"))
         .collect();
     ensure!(cut.len() == 1, "{} speeches were interrupted", cut.len());
-    let began = cut[0].number("began")? - unix_seconds(call.probe.started_at);
-    let in_log = began + cut[0].number("seconds")? - started;
+    let ended = cut[0].number("ended")? - unix_seconds(call.probe.started_at);
+    let in_log = ended - started;
     let seen = format!("ok, yielded after {delay:.3} s ({in_log:.3} s in the log)");
     ensure!((delay - in_log).abs() < YIELD_TOLERANCE, "{seen}");
     Ok(seen)

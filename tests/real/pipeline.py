@@ -71,6 +71,7 @@ class Conversation:
         self.utterances = list(order.get("hears", []))
         self.replies = 0
         self.began = None
+        self.ended = None
         self.background = None
 
     async def start(self) -> None:
@@ -180,6 +181,9 @@ class Conversation:
         def started(event) -> None:
             self.began = event.created_at
 
+        def progressed(event) -> None:
+            self.ended = event.started_at + event.duration
+
         def finished(event) -> None:
             began, self.began = self.began, None
             if began is None:
@@ -188,11 +192,14 @@ class Conversation:
             self.report(
                 "spoke",
                 began=began,
+                # Later than `began` and `seconds` say if the source ran dry in between, as it does on a busy machine.
+                ended=self.ended,
                 seconds=event.playback_position,
                 interrupted=event.interrupted,
             )
 
         output.on("playback_started", started)
+        output.on("playback_progressed", progressed)
         output.on("playback_finished", finished)
 
     async def start_sounds(self) -> None:
