@@ -57,6 +57,8 @@ from pipeline_models import Llm, Stt, Tts
 
 GREETING = ["How can I help you today?"]
 REPLIES = ["Thank you, I have noted that."]
+# From the request of a speech to its first sound.
+START_SECONDS = 0.15
 INTERRUPTION = "Wait a moment please"
 
 
@@ -238,7 +240,7 @@ class Conversation:
             if isinstance(part, str):
                 await self.say(part)
             else:
-                await asyncio.sleep(part)
+                await asyncio.sleep(self.ended + part - START_SECONDS - time.time())
 
     async def say(self, text: str, audio=None) -> None:
         options = {"audio": audio} if audio else {}

@@ -343,6 +343,13 @@ impl Stack {
         bail!("no job reached {:?}\n{}", agent.name, self.logs());
     }
 
+    /// Starts one more worker. It ends when the result is dropped.
+    pub fn start_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
+        let mut worker = self.spawn_worker(agent)?;
+        worker.wait_for_line("registered worker", Duration::from_mins(2))?;
+        Ok(worker)
+    }
+
     fn spawn_worker(&self, agent: &Agent) -> anyhow::Result<Process> {
         // Each job raises its own priority once it has started.
         let mut command = background_in(self.namespace.as_deref(), &program("PYTHON")?);
