@@ -386,7 +386,7 @@ impl std::fmt::Display for Accuracy {
 fn join_accuracy(stack: &Stack) -> anyhow::Result<Accuracy> {
     let finished = Settings::new(stack)
         .project("max_rooms", JOINS)
-        .behaviour(&Behaviour::greets().with("seconds", 0.3))
+        .behaviour(&Behaviour::greets_briefly())
         .set("batch.rooms", JOINS)
         .set("batch.stay", "one_by_one")
         .set("batch.hold", "2s")

@@ -82,11 +82,6 @@ fn expect_equal(scrape: &Scrape, target: &str, batches: &[Batch]) -> anyhow::Res
     expect("agent_audio_packets_total", &[], packets)
 }
 
-/// A short greeting makes a short batch.
-fn short_greeting() -> Behaviour {
-    Behaviour::greets().with("seconds", 0.3)
-}
-
 // --- an outage ---
 
 fn freeze(worker: &Process) -> anyhow::Result<DateTime<Utc>> {
@@ -131,10 +126,13 @@ fn wait_for_batches(daemon: &Daemon, count: f64, limit: Duration) -> anyhow::Res
 }
 
 pub(crate) fn outage_fails_only_the_batches_within_it(fixture: &Fixture) -> anyhow::Result<String> {
-    let stack = fixture.own_stack(&[Agent::named(AGENT).in_processes()], &short_greeting())?;
+    let stack = fixture.own_stack(
+        &[Agent::named(AGENT).in_processes()],
+        &Behaviour::greets_briefly(),
+    )?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
-        .behaviour(&short_greeting())
+        .behaviour(&Behaviour::greets_briefly())
         .set("schedule.every", format!("{INTERVAL}s"))
         .set("batch.rooms", 2)
         .set("batch.hold", "1s")
@@ -302,11 +300,11 @@ impl Database {
 pub(crate) fn killed_daemon_keeps_its_ledger_and_the_next_daemon_deletes_its_rooms(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets_briefly())?;
     let dir = DaemonDir::new()?;
     let budget = toml::Table::from_iter([("agent_time_per_day".to_owned(), "20h".into())]);
     let settings = Settings::new(stack)
-        .behaviour(&short_greeting())
+        .behaviour(&Behaviour::greets_briefly())
         .project("budget", budget)
         .set("schedule.every", "5s")
         .set("batch.rooms", 2)
@@ -568,10 +566,10 @@ pub(crate) fn prometheus_has_the_same_counts_as_the_history(_: &Fixture) -> anyh
 const FREEZE: Duration = Duration::from_secs(33);
 
 pub(crate) fn frozen_daemon_blames_itself_and_goes_on(fixture: &Fixture) -> anyhow::Result<String> {
-    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets_briefly())?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
-        .behaviour(&short_greeting())
+        .behaviour(&Behaviour::greets_briefly())
         .set("schedule.every", "30d")
         .set("batch.hold", "8s")
         .set("late_agent_window", "20s");
@@ -613,10 +611,10 @@ pub(crate) fn frozen_daemon_blames_itself_and_goes_on(fixture: &Fixture) -> anyh
 pub(crate) fn room_that_an_agent_re_creates_after_a_server_crash_is_deleted(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let stack = fixture.own_stack(&[Agent::named(AGENT)], &short_greeting())?;
+    let stack = fixture.own_stack(&[Agent::named(AGENT)], &Behaviour::greets_briefly())?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
-        .behaviour(&short_greeting())
+        .behaviour(&Behaviour::greets_briefly())
         .set("schedule.every", "30d")
         .set("batch.rooms", 3)
         .set("batch.hold", "40s")

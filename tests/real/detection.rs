@@ -2,7 +2,6 @@
 //! cost no scheduled batch.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +12,8 @@ use anyhow::{Context as _, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 use support::behaviour::Behaviour;
-use support::daemon::{Daemon, DaemonDir};
+use support::daemon::{Daemon, DaemonDir, TargetStatus};
+use support::http;
 use support::process::Process;
 use support::settings::{Settings, TARGET};
 use support::stack::{AGENT, Agent, Stack};
@@ -78,37 +78,21 @@ impl Webhook {
 }
 
 /// Reads one request, and responds to it.
-fn receive(mut client: TcpStream, is_open: bool) -> anyhow::Result<Value> {
-    let mut reader = BufReader::new(client.try_clone()?);
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
-            length = value.trim().parse()?;
-        }
-        if line.trim_end().is_empty() {
-            break;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body)?;
+fn receive(client: TcpStream, is_open: bool) -> anyhow::Result<Value> {
     let status = if is_open { "200 OK" } else { "503 Busy" };
-    let head = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-    client.write_all(head.as_bytes())?;
+    let body = http::receive(client, status, "")?;
     Ok(serde_json::from_slice(&body)?)
 }
 
 /// The status of the only target.
-fn status(daemon: &Daemon) -> anyhow::Result<Value> {
-    let status: Value = daemon.http.json("/api/v1/targets")?;
-    Ok(status["targets"][0].clone())
+fn status(daemon: &Daemon) -> anyhow::Result<TargetStatus> {
+    daemon.targets()?.pop().context("no target")
 }
 
-fn wait_for_state(daemon: &Daemon, state: &str) -> anyhow::Result<Value> {
+fn wait_for_state(daemon: &Daemon, state: &str) -> anyhow::Result<TargetStatus> {
     let reached = wait_for(state, OUTAGE_TIMEOUT, || {
         let status = status(daemon)?;
-        Ok((status["state"] == state).then_some(status))
+        Ok((status.state == state).then_some(status))
     });
     reached.with_context(|| format!("{:?}", status(daemon)))
 }
@@ -135,7 +119,7 @@ fn frozen_process(stack: &Stack) -> &Process {
 pub(crate) fn outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
-    let behaviour = Behaviour::greets().with("seconds", 0.3);
+    let behaviour = Behaviour::greets_briefly();
     let stack = fixture.own_stack(&[Agent::named(AGENT).in_processes()], &behaviour)?;
     let webhook = Webhook::start()?;
     let dir = DaemonDir::new()?;
@@ -158,8 +142,7 @@ pub(crate) fn outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair(
     daemon.start_batch(TARGET)?;
     let failing = wait_for_state(&daemon, "failing")?;
     let seen = begin.elapsed();
-    let id = failing["incident"].as_str().context("no incident")?;
-    let id = id.to_owned();
+    let id = failing.incident.context("no incident")?;
     // The canary sends a message once its state is on the disk.
     wait_for("a refused message", SHORT_TIMEOUT, || {
         Ok(webhook.refused.load(Ordering::Relaxed).then_some(()))
@@ -172,8 +155,8 @@ pub(crate) fn outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair(
     let daemon = dir.start()?;
     let status = status(&daemon)?;
     ensure!(
-        status["state"] == "failing" && status["incident"] == id.as_str(),
-        "after the restart: {status}"
+        status.state == "failing" && status.incident.as_ref() == Some(&id),
+        "after the restart: {status:?}"
     );
     wait_for_messages(&webhook, &["opened"])?;
 
@@ -241,7 +224,7 @@ pub(crate) fn confirmations_cost_no_scheduled_batch_and_count_in_no_service_leve
         let seen = count(name, &[("sli", "availability")])?;
         ensure!(seen == expected, "{name}: {seen}, expected {expected}");
     }
-    let history = daemon.batches(TARGET)?;
+    let history = daemon.all_batches(TARGET)?;
     let whole = history.iter().filter(|batch| batch.purpose == "scheduled");
     ensure!(
         whole.clone().count() as u64 >= batches
@@ -260,8 +243,8 @@ pub(crate) fn poisoned_worker_is_named_by_the_incident(
     fixture: &Fixture,
 ) -> anyhow::Result<String> {
     const MAX_BATCHES: usize = 40;
-    let behaviour = Behaviour::greets().with("seconds", 0.3);
-    // Alone at first, so that the incident opens without luck.
+    let behaviour = Behaviour::greets_briefly();
+    // Alone until the incident is open: good rooms in between often dismiss the suspicion.
     let stack = fixture.own_stack(&[Agent::named(AGENT).poisoned()], &behaviour)?;
     let dir = DaemonDir::new()?;
     let settings = Settings::new(stack)
@@ -275,26 +258,22 @@ pub(crate) fn poisoned_worker_is_named_by_the_incident(
         .set("deadlines.speech", "6s");
     dir.write(&settings.text())?;
     let daemon = dir.start()?;
-    let mut healthy = None;
     for batches in 1..=MAX_BATCHES {
-        let batch_id = daemon.start_batch(TARGET)?;
-        daemon.wait_for_batch(&batch_id)?;
-        let incidents: Value = daemon.http.json("/api/v1/incidents")?;
-        let Some(incident) = incidents["incidents"]
-            .as_array()
-            .and_then(|all| all.first())
-        else {
-            continue;
-        };
-        if healthy.is_none() {
-            // LiveKit prefers a worker with less load, so most jobs still reach the poisoned one.
-            let busier = Agent {
-                load: 0.65,
-                ..Agent::named(AGENT)
-            };
-            healthy = Some(stack.start_worker(&busier)?);
-            continue;
+        run_batch(&daemon)?;
+        if latest_incident(&daemon)?.is_some() {
+            break;
         }
+        ensure!(batches < MAX_BATCHES, "no incident");
+    }
+    // LiveKit prefers a worker with less load, so most jobs still reach the poisoned one.
+    let busier = Agent {
+        load: 0.65,
+        ..Agent::named(AGENT)
+    };
+    let _healthy = stack.start_worker(&busier)?;
+    for batches in 1..=MAX_BATCHES {
+        run_batch(&daemon)?;
+        let incident = latest_incident(&daemon)?.context("the incident is gone")?;
         let named = incident["differs"].as_array().context("no differs")?;
         let factors: BTreeSet<_> = named
             .iter()
@@ -306,10 +285,20 @@ pub(crate) fn poisoned_worker_is_named_by_the_incident(
         ensure!(factors == BTreeSet::from(["worker"]), "{incident}");
         daemon.terminate()?;
         return Ok(format!(
-            "{} after {batches} batches",
+            "{}, {batches} batches after the other worker's start",
             named[0]["sentence"].as_str().unwrap_or_default()
         ));
     }
-    let incidents: Value = daemon.http.json("/api/v1/incidents")?;
-    anyhow::bail!("no worker was named: {incidents}")
+    anyhow::bail!("no worker was named: {:?}", latest_incident(&daemon)?)
+}
+
+fn run_batch(daemon: &Daemon) -> anyhow::Result<()> {
+    let batch_id = daemon.start_batch(TARGET)?;
+    daemon.wait_for_batch(&batch_id)?;
+    Ok(())
+}
+
+fn latest_incident(daemon: &Daemon) -> anyhow::Result<Option<Value>> {
+    let incidents: Value = daemon.http.json("/api/v1/incidents?limit=1")?;
+    Ok(incidents["incidents"].get(0).cloned())
 }

@@ -291,12 +291,9 @@ impl DaemonBatch {
         dir.write_with(lifetime, &settings.text())?;
         let daemon = dir.start_with(variables)?;
         let batch_id = daemon.wait_for("the first batch", || {
-            let running = daemon.targets()?.pop().and_then(|target| target.running);
-            let ended = || -> anyhow::Result<_> {
-                let mut batches = daemon.batches(TARGET)?;
-                Ok(batches.pop().map(|batch| batch.batch_id))
-            };
-            running.map_or_else(ended, |id| Ok(Some(id)))
+            let target = daemon.targets()?.pop().context("no target")?;
+            let ended = target.last_batch.map(|batch| batch.batch_id);
+            Ok(target.running.or(ended))
         })?;
         Ok(Self {
             batch_id,

@@ -106,8 +106,6 @@ const SAME: &str = "a killed daemon leaves the same on both stacks";
 const OWN_SANDBOX: &str = "it starts its own sandbox on both stacks";
 const NO_PERMISSIONS: &str = "it can't revoke a permission";
 const NO_SETTINGS: &str = "it always creates a room for a token";
-const NO_PREFERENCE: &str =
-    "its workers serve in turn, so no outage of most rooms can be one worker's";
 const NO_RESTART: &str = "it ends at once, and listens on another port after a restart";
 
 /// A table of scenarios. The longest come first, so that no long one runs alone at the end.
@@ -134,7 +132,7 @@ pub(crate) use scenarios;
 scenarios! { SCENARIOS:
     outage_is_confirmed_survives_a_kill_and_is_over_after_the_repair: "failing, one message of it and one of its end, over a kill";
     confirmations_cost_no_scheduled_batch_and_count_in_no_service_level: "no batch skipped, service levels of the schedule", load: 3;
-    poisoned_worker_is_named_by_the_incident: "the worker, and no other factor", real only: NO_PREFERENCE, load: 4;
+    poisoned_worker_is_named_by_the_incident: "the worker, and no other factor", real only: NO_PROCESS, load: 4;
     room_that_an_agent_re_creates_after_a_server_crash_is_deleted: "3 signal_lost; 75 s later no room", real only: NO_RESTART, load: 3;
     frozen_daemon_blames_itself_and_goes_on: "internal, nothing counts; then ok";
     outage_fails_only_the_batches_within_it: "dispatch_unanswered within, ok outside, counters = history, exit 0", real only: NO_PROCESS;

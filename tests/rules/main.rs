@@ -801,11 +801,15 @@ fn write_rules(dir: &Path, args: &[&str]) {
 fn run(promtool: &Path, story: &Story, expected: &[Fired]) -> Run {
     let folder = tempfile::tempdir().unwrap();
     write_rules(folder.path(), &[]);
-    let tests = folder.path().join("tests.yml");
-    std::fs::write(&tests, unit_tests(story, expected)).unwrap();
+    std::fs::write(folder.path().join("tests.yml"), unit_tests(story, expected)).unwrap();
+    promtool_test(promtool, folder.path())
+}
+
+/// Runs the unit tests of `tests.yml` in `dir`.
+fn promtool_test(promtool: &Path, dir: &Path) -> Run {
     let output = Command::new(promtool)
-        .args(["test", "rules"])
-        .arg(&tests)
+        .args(["test", "rules", "tests.yml"])
+        .current_dir(dir)
         // Half of the time would go to the garbage collector.
         .envs([("GOGC", "off"), ("GOMEMLIMIT", "1GiB")])
         .output()
@@ -830,12 +834,16 @@ fn step(story: &Story) -> usize {
 /// or later.
 const GROUPS: &str = "[livekit-canary-incidents, livekit-canary, livekit-canary-slow]";
 
+/// The begin of promtool's unit tests, up to the series.
+fn test_head(evaluation_interval: &str, interval: &str) -> String {
+    format!(
+        "rule_files: [rules.yml]\ngroup_eval_order: {GROUPS}\nevaluation_interval: {evaluation_interval}\ntests:\n\
+        - interval: {interval}\n  input_series:\n"
+    )
+}
+
 fn unit_tests(story: &Story, expected: &[Fired]) -> String {
-    let mut text = format!(
-        "rule_files: [rules.yml]\ngroup_eval_order: {GROUPS}\nevaluation_interval: {}m\ntests:\n\
-        - interval: {SCRAPE_INTERVAL}s\n  input_series:\n",
-        step(story)
-    );
+    let mut text = test_head(&format!("{}m", step(story)), &format!("{SCRAPE_INTERVAL}s"));
     for (series, values) in story.series() {
         writeln!(text, "  - series: '{series}'\n    values: '{values}'").unwrap();
     }

@@ -1,8 +1,7 @@
 //! The way of an alert: a real Prometheus scrapes a canary and notifies a real Alertmanager, which calls a webhook.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use support::canary::binary;
+use support::http;
 use support::process::{Process, command, free_ports};
 
 /// Starts a program in `dir`, with its log there.
@@ -27,7 +27,8 @@ fn webhook(listener: TcpListener) -> Receiver<Value> {
     // The thread ends with the process.
     thread::spawn(move || {
         for client in listener.incoming() {
-            let notification = read_request(client.unwrap());
+            let body = http::receive(client.unwrap(), "200 OK", "").unwrap();
+            let notification: Value = serde_json::from_slice(&body).unwrap();
             for alert in notification["alerts"].as_array().unwrap() {
                 if sender.send(alert.clone()).is_err() {
                     return;
@@ -38,47 +39,11 @@ fn webhook(listener: TcpListener) -> Receiver<Value> {
     alerts
 }
 
-/// Reads the body of one request, and responds.
-fn read_request(mut client: TcpStream) -> Value {
-    let body = read_body(&client);
-    respond(&mut client, "");
-    serde_json::from_slice(&body).unwrap()
-}
-
-fn respond(client: &mut TcpStream, body: &str) {
-    let response = format!(
-        "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
-        body.len()
-    );
-    client.write_all(response.as_bytes()).unwrap();
-}
-
-fn read_body(client: &TcpStream) -> Vec<u8> {
-    let mut reader = BufReader::new(client.try_clone().unwrap());
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).unwrap();
-        let line = line.trim_end().to_lowercase();
-        if let Some(value) = line.strip_prefix("content-length:") {
-            length = value.trim().parse().unwrap();
-        }
-        if line.is_empty() {
-            break;
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).unwrap();
-    body
-}
-
 /// Answers scrapes with the series of an outage of the agent, while it is `open`, and reports each scrape.
 fn scraped(listener: TcpListener, open: Arc<AtomicBool>, scrapes: Sender<()>) {
     // The thread ends with the process.
     thread::spawn(move || {
         for client in listener.incoming() {
-            let mut client = client.unwrap();
-            read_body(&client);
             let open = open.load(Ordering::SeqCst);
             let mut text = format!(
                 "livekit_canary_build_info{{version=\"1\"}} 1
@@ -91,7 +56,7 @@ livekit_canary_incident_open{{target=\"support\",fault=\"service\"}} 0
             if open {
                 text += "livekit_canary_incident_info{target=\"support\",incident=\"one\",reason=\"agent_silent\",share=\"100 %\",differs=\"\",url=\"\"} 1\n";
             }
-            respond(&mut client, &text);
+            http::receive(client.unwrap(), "200 OK", &text).unwrap();
             if scrapes.send(()).is_err() {
                 return;
             }

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::process::Command;
 
 /// Runs a unit test of promtool with the rules for these settings.
 fn expect_pass(settings: &str, test: &str) {
@@ -12,11 +11,8 @@ fn expect_pass(settings: &str, test: &str) {
     super::write_rules(dir, &["--config", "canary.toml"]);
     fs::write(dir.join("tests.yml"), test).unwrap();
     for promtool in &super::programs().promtools {
-        let mut command = Command::new(promtool);
-        command.args(["test", "rules", "tests.yml"]);
-        let output = command.current_dir(dir).output().unwrap();
-        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-        assert!(output.status.success(), "{}: {said}", promtool.display());
+        let run = super::promtool_test(promtool, dir);
+        assert!(run.passed, "{}: {}", promtool.display(), run.output);
     }
 }
 
@@ -120,15 +116,9 @@ fn alert_of_an_outage_names_its_reason_share_difference_and_address_while_they_a
         "  - {eval_time: 75m, alertname: AgentFailing}\n".to_owned(),
     ];
     let test = format!(
-        "rule_files: [rules.yml]
-group_eval_order: {}
-evaluation_interval: 1m
-tests:
-- interval: 1m
-  input_series:
-{}  alert_rule_test:
+        "{}{}  alert_rule_test:
 {}",
-        super::GROUPS,
+        super::test_head("1m", "1m"),
         input.concat(),
         expected.concat()
     );
@@ -148,15 +138,9 @@ fn alert_of_a_service_outage_says_that_it_is_not_the_agent() {
         ["", ""],
     );
     let test = format!(
-        "rule_files: [rules.yml]
-group_eval_order: {}
-evaluation_interval: 1m
-tests:
-- interval: 1m
-  input_series:
-{}  alert_rule_test:
+        "{}{}  alert_rule_test:
 {expected}",
-        super::GROUPS,
+        super::test_head("1m", "1m"),
         input.concat(),
     );
     expect_pass("", &test);
@@ -215,15 +199,9 @@ fn rules_see_two_batches_of_a_dead_worker_whose_interval_is_short() {
         .unwrap();
     }
     let test = format!(
-        "rule_files: [rules.yml]
-group_eval_order: {}
-evaluation_interval: 15s
-tests:
-- interval: 5s
-  input_series:
-{}  promql_expr_test:
+        "{}{}  promql_expr_test:
 {queries}",
-        super::GROUPS,
+        super::test_head("15s", "5s"),
         input.concat(),
     );
     expect_pass(settings, &test);

@@ -33,6 +33,11 @@ impl Behaviour {
         Self::new("greet", &["no_reply"])
     }
 
+    /// Greets so briefly that a batch is short.
+    pub fn greets_briefly() -> Self {
+        Self::greets().with("seconds", 0.3)
+    }
+
     /// Greets, and replies to the first echo.
     pub fn replies() -> Self {
         Self::new("reply", &[])

@@ -252,11 +252,20 @@ fn logged(running: &Running, text: &str) -> anyhow::Result<Vec<Value>> {
     Ok(log.filter(has_text).collect())
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 pub struct TargetStatus {
     pub name: String,
+    pub state: String,
+    /// The id of the open incident.
+    pub incident: Option<String>,
     /// The id of the batch that runs.
     pub running: Option<String>,
+    pub last_batch: Option<LastBatch>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct LastBatch {
+    pub batch_id: String,
 }
 
 /// Settings of `count` targets on one project, each with one short room.

@@ -1,6 +1,7 @@
-//! An HTTP client for servers on loopback.
+//! An HTTP client for servers on loopback, and what a test needs to serve one request itself.
 
-use std::net::SocketAddr;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -81,4 +82,39 @@ impl Response {
     pub fn json(&self) -> anyhow::Result<serde_json::Value> {
         serde_json::from_str(&self.body).with_context(|| self.body.clone())
     }
+}
+
+/// Reads one request and responds to it. Returns the body of the request.
+pub fn receive(mut client: TcpStream, status: &str, response: &str) -> anyhow::Result<Vec<u8>> {
+    let body = read_body(&client)?;
+    respond(&mut client, status, response)?;
+    Ok(body)
+}
+
+fn read_body(client: &TcpStream) -> anyhow::Result<Vec<u8>> {
+    let mut reader = BufReader::new(client.try_clone()?);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let line = line.trim_end().to_lowercase();
+        if let Some(value) = line.strip_prefix("content-length:") {
+            length = value.trim().parse()?;
+        }
+        if line.is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    Ok(body)
+}
+
+fn respond(client: &mut TcpStream, status: &str, body: &str) -> anyhow::Result<()> {
+    // The type of a scrape, which a receiver of webhooks does not read.
+    let response = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    Ok(client.write_all(response.as_bytes())?)
 }

@@ -8,7 +8,6 @@ use serde::Deserialize;
 
 #[derive(Debug, Deserialize)]
 pub struct Batch {
-    pub batch_id: String,
     pub result: String,
     pub purpose: String,
     /// The agent's deployment, if the target names one.
