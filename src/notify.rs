@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::config::Channel;
 use crate::history::OutboxMessage;
 use crate::metrics::Metrics;
+use crate::report::counted;
 
 mod channel;
 mod pagerduty;
@@ -129,8 +130,8 @@ impl Notifier {
         notifier.configure(channels);
         if !left.is_empty() {
             tracing::info!(
-                "{} messages about outages were not delivered by an earlier run, and are sent now",
-                left.len()
+                "an earlier run did not deliver {} about outages; this run will",
+                counted(left.len() as u64, "message")
             );
         }
         notifier.enqueue(left, true);
@@ -272,8 +273,8 @@ impl Notifier {
         }
         tracing::warn!(
             channel,
-            "{} messages to {channel} are dropped: {why}",
-            messages.len()
+            "the canary drops {} to {channel}: {why}",
+            counted(messages.len() as u64, "message")
         );
         for message in messages {
             (self.inner.done)(&message.id);
@@ -302,7 +303,8 @@ impl Notifier {
 }
 
 fn warn_of_undelivered(messages: usize) {
-    tracing::warn!("{messages} messages about outages are not delivered; the next run sends them");
+    let messages = counted(messages as u64, "message");
+    tracing::warn!("this run did not deliver {messages} about outages; the next run will");
 }
 
 /// Sends a test message to a channel; returns how long that took.

@@ -12,6 +12,7 @@ use super::queue::{Delivery, MAX_WAITING, Pending, Queue, Step, Style};
 use super::sender::{SendError, Sender};
 use crate::config::{Channel, ChannelKind};
 use crate::metrics::ChannelMetrics;
+use crate::report::counted;
 
 /// A channel, its task, and what they share.
 pub(super) struct Worker {
@@ -169,8 +170,8 @@ impl Shared {
                     let Self { name, .. } = self;
                     tracing::error!(
                         channel = name,
-                        "{} messages to {name} are given up: they could not be delivered within a day",
-                        messages.len()
+                        "the canary gives up {} to {name}: no delivery within a day",
+                        counted(messages.len() as u64, "message")
                     );
                     self.lost(&messages);
                 }
