@@ -17,7 +17,7 @@ use super::file::{MAX_CA_BYTES, read_regular};
 use super::notify;
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
-use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table};
+use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table, http_url};
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, Confirm, CredentialFiles, DaemonSettings, Deadlines,
     Dispatch, DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives,
@@ -165,11 +165,8 @@ fn external_url(section: &mut Section<'_>) -> Option<Url> {
     let Lookup::Found(text) = section.text("external_url") else {
         return None;
     };
-    let mistake = match Url::parse(&text.value) {
-        Err(_) => "not an absolute URL",
-        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
-            "its scheme is neither http nor https"
-        }
+    let mistake = match http_url(&text.value) {
+        Err(mistake) => mistake,
         Ok(url) if url.query().is_some() || url.fragment().is_some() => {
             "it has a query or a fragment, but links append a path to it"
         }
@@ -281,20 +278,15 @@ fn runbook_base_url(section: &mut Section<'_>, default: Url) -> Url {
     let Lookup::Found(text) = section.text("runbook_base_url") else {
         return default;
     };
-    let mistake = match Url::parse(&text.value) {
-        Err(_) => "not an absolute URL".to_owned(),
-        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
-            "its scheme is neither http nor https".to_owned()
-        }
-        Ok(url) if url.fragment().is_some() => {
-            "it has a fragment, but every alert adds its own".to_owned()
-        }
+    let mistake = match http_url(&text.value) {
+        Err(mistake) => mistake,
+        Ok(url) if url.fragment().is_some() => "it has a fragment, but every alert adds its own",
         // Prometheus expands braces in an annotation as a template.
-        Ok(url) if url.as_str().contains(['{', '}']) => "it contains braces".to_owned(),
+        Ok(url) if url.as_str().contains(['{', '}']) => "it contains braces",
         Ok(url) => return url,
     };
     let hint = "write it as \"https://host/path\": every alert appends its own anchor";
-    section.problem("runbook_base_url", text.place, mistake, hint);
+    section.problem("runbook_base_url", text.place, mistake.to_owned(), hint);
     default
 }
 
