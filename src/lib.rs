@@ -30,7 +30,7 @@
 //! batch → config, guard, history, livekit, probe, report
 //! metrics → config, probe, report
 //! http → config, history, metrics, report
-//! notify → config, history, livekit, metrics
+//! notify → config, history, livekit, metrics, report
 //! detection → config, history, metrics, notify, probe, report
 //! daemon → batch, config, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, schedule, stall, telemetry
 //! sandbox → nothing

@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::config::Channel;
 use crate::history::OutboxMessage;
 use crate::metrics::Metrics;
+use crate::report::counted;
 
 mod channel;
 mod pagerduty;
@@ -96,7 +97,8 @@ pub(crate) struct Notifier {
 }
 
 struct NotifierInner {
-    workers: Mutex<BTreeMap<String, Worker>>,
+    /// `None` once the notifier is closed.
+    workers: Mutex<Option<BTreeMap<String, Worker>>>,
     done: OnDone,
     metrics: Metrics,
     /// The time of the last message's id, in microseconds.
@@ -119,7 +121,7 @@ impl Notifier {
     ) -> Self {
         let notifier = Self {
             inner: Arc::new(NotifierInner {
-                workers: Mutex::default(),
+                workers: Mutex::new(Some(BTreeMap::new())),
                 done,
                 metrics,
                 last_id: AtomicI64::new(0),
@@ -128,8 +130,8 @@ impl Notifier {
         notifier.configure(channels);
         if !left.is_empty() {
             tracing::info!(
-                "{} messages about outages were not delivered by an earlier run, and are sent now",
-                left.len()
+                "an earlier run did not deliver {} about outages; this run will",
+                counted(left.len() as u64, "message")
             );
         }
         notifier.enqueue(left, true);
@@ -137,8 +139,12 @@ impl Notifier {
     }
 
     /// Takes changed settings. Messages of a removed channel are dropped; those of a changed one are sent as it says now.
+    /// After [`Self::close`], it starts no channel.
     pub(crate) fn configure(&self, channels: &BTreeMap<String, Channel>) {
         let mut workers = self.workers();
+        let Some(workers) = workers.as_mut() else {
+            return;
+        };
         let gone: Vec<String> = workers
             .keys()
             .filter(|name| !channels.contains_key(*name))
@@ -173,6 +179,7 @@ impl Notifier {
         let workers = self.workers();
         let reporting = workers
             .iter()
+            .flatten()
             .filter(|(_, worker)| worker.takes_messages() && worker.reports(&notice.target));
         reporting
             .map(|(name, _)| OutboxMessage {
@@ -192,7 +199,7 @@ impl Notifier {
 
     /// Requests the heartbeats that report this target: the canary has a verdict on it. Does not wait for them.
     pub(crate) fn heartbeat(&self, target: &str) {
-        for worker in self.workers().values() {
+        for worker in self.workers().iter().flat_map(BTreeMap::values) {
             if worker.reports(target) {
                 worker.beat();
             }
@@ -200,9 +207,9 @@ impl Notifier {
     }
 
     /// Sends what can be sent at once, and ends the tasks at `deadline` at the latest. Other messages stay in the history, for
-    /// the next run.
+    /// the next run, also those that arrive later.
     pub(crate) async fn close(&self, deadline: Instant) {
-        let workers = std::mem::take(&mut *self.workers());
+        let workers = self.workers().take().unwrap_or_default();
         for worker in workers.values() {
             worker.finish();
         }
@@ -215,15 +222,18 @@ impl Notifier {
             left += worker.stop().len();
         }
         if left > 0 {
-            tracing::warn!(
-                "{left} messages about outages are not delivered; the next run sends them"
-            );
+            warn_of_undelivered(left);
         }
     }
 
     fn enqueue(&self, messages: Vec<OutboxMessage>, from_earlier_run: bool) {
         let (now, wall) = (Instant::now(), Utc::now());
         let workers = self.workers();
+        let Some(workers) = &*workers else {
+            // Not `done`: that would remove them from the history.
+            warn_of_undelivered(messages.len());
+            return;
+        };
         for message in messages {
             let OutboxMessage { id, channel, .. } = &message;
             let Some(worker) = workers
@@ -263,8 +273,8 @@ impl Notifier {
         }
         tracing::warn!(
             channel,
-            "{} messages to {channel} are dropped: {why}",
-            messages.len()
+            "the canary drops {} to {channel}: {why}",
+            counted(messages.len() as u64, "message")
         );
         for message in messages {
             (self.inner.done)(&message.id);
@@ -283,13 +293,18 @@ impl Notifier {
         format!("{time:016}-{:08x}", fastrand::u32(..))
     }
 
-    fn workers(&self) -> MutexGuard<'_, BTreeMap<String, Worker>> {
-        // Each change is a single insert or remove, so a panic elsewhere leaves the map consistent.
+    fn workers(&self) -> MutexGuard<'_, Option<BTreeMap<String, Worker>>> {
+        // Each change is a single insert, remove or take, so a panic elsewhere leaves the map consistent.
         self.inner
             .workers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn warn_of_undelivered(messages: usize) {
+    let messages = counted(messages as u64, "message");
+    tracing::warn!("this run did not deliver {messages} about outages; the next run will");
 }
 
 /// Sends a test message to a channel; returns how long that took.

@@ -12,7 +12,7 @@ use url::Url;
 
 use super::credential::{self, SecretLookup};
 use super::problem::{alternatives, similar};
-use super::section::{Lookup, MIN_WAIT, Section};
+use super::section::{Lookup, MIN_WAIT, Section, http_url};
 use super::settings::{Channel, ChannelKind, WebhookFormat};
 
 /// The keys that only commands that send need.
@@ -160,36 +160,34 @@ fn secret_url(section: &mut Section<'_>, reads_secrets: bool) -> Option<SecretSt
     } else {
         "url"
     };
-    match mistake_of_url(&text.value) {
-        None => Some(text.value.into()),
-        Some(mistake) => {
+    match request_url(&text.value) {
+        Ok(_) => Some(text.value.into()),
+        Err(mistake) => {
             section.problem(key, place, mistake.to_owned(), HINT);
             None
         }
     }
 }
 
-/// What is wrong with the address of a request. The text contains nothing of the address.
-fn mistake_of_url(text: &str) -> Option<&'static str> {
-    match Url::parse(text) {
-        Err(_) => Some("not an absolute URL"),
-        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
-            Some("its scheme is neither http nor https")
-        }
-        Ok(url) if url.fragment().is_some() => {
-            Some("it has a fragment, which a request cannot send")
-        }
-        Ok(_) => None,
+/// Reads the address of a request.
+///
+/// # Errors
+/// What is wrong. The text contains nothing of the address.
+fn request_url(text: &str) -> Result<Url, &'static str> {
+    let url = http_url(text)?;
+    if url.fragment().is_some() {
+        return Err("it has a fragment, which a request cannot send");
     }
+    Ok(url)
 }
 
 fn pagerduty(section: &mut Section<'_>, reads_secrets: bool) -> Option<ChannelKind> {
     const HINT: &str = "copy the integration key of an Events API v2 integration";
-    let mut url = Channel::PAGERDUTY_URL.to_owned();
+    let mut url = Url::parse(Channel::PAGERDUTY_URL).expect("it is an absolute URL");
     if let Lookup::Found(text) = section.text("url") {
-        match mistake_of_url(&text.value) {
-            None => url = text.value,
-            Some(mistake) => {
+        match request_url(&text.value) {
+            Ok(other) => url = other,
+            Err(mistake) => {
                 let hint = format!("remove it for {:?}", Channel::PAGERDUTY_URL);
                 section.problem("url", text.place, mistake.to_owned(), &hint);
             }
@@ -205,6 +203,5 @@ fn pagerduty(section: &mut Section<'_>, reads_secrets: bool) -> Option<ChannelKi
             return None;
         }
     };
-    let url = Url::parse(&url).expect("the default is a URL, and any other was parsed above");
     Some(ChannelKind::Pagerduty { routing_key, url })
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use config::{Map, Value};
 use strum::VariantArray;
+use url::Url;
 
 use super::problem::{Problem, alternatives, in_file, shown, similar};
 
@@ -28,6 +29,19 @@ fn table_of(value: Value) -> Option<Table> {
 
 fn place_of(value: &Value) -> Option<String> {
     value.origin().map(str::to_owned)
+}
+
+/// Reads an absolute URL of the scheme http or https.
+///
+/// # Errors
+/// What is wrong. The text contains nothing of the URL, which may be a secret.
+pub(super) fn http_url(text: &str) -> Result<Url, &'static str> {
+    let url = Url::parse(text).map_err(|_| "not an absolute URL")?;
+    if matches!(url.scheme(), "http" | "https") {
+        Ok(url)
+    } else {
+        Err("its scheme is neither http nor https")
+    }
 }
 
 /// One value as text, and where it was set.

@@ -17,7 +17,7 @@ use super::file::{MAX_CA_BYTES, read_regular};
 use super::notify;
 use super::problem::{Problem, Problems, alternatives, from_variable, in_file, shown, similar};
 use super::raw::{EnvCredentials, RawConfig};
-use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table};
+use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table, http_url};
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, Confirm, CredentialFiles, DaemonSettings, Deadlines,
     Dispatch, DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives,
@@ -165,11 +165,8 @@ fn external_url(section: &mut Section<'_>) -> Option<Url> {
     let Lookup::Found(text) = section.text("external_url") else {
         return None;
     };
-    let mistake = match Url::parse(&text.value) {
-        Err(_) => "not an absolute URL",
-        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
-            "its scheme is neither http nor https"
-        }
+    let mistake = match http_url(&text.value) {
+        Err(mistake) => mistake,
         Ok(url) if url.query().is_some() || url.fragment().is_some() => {
             "it has a query or a fragment, but links append a path to it"
         }
@@ -281,20 +278,15 @@ fn runbook_base_url(section: &mut Section<'_>, default: Url) -> Url {
     let Lookup::Found(text) = section.text("runbook_base_url") else {
         return default;
     };
-    let mistake = match Url::parse(&text.value) {
-        Err(_) => "not an absolute URL".to_owned(),
-        Ok(url) if !matches!(url.scheme(), "http" | "https") => {
-            "its scheme is neither http nor https".to_owned()
-        }
-        Ok(url) if url.fragment().is_some() => {
-            "it has a fragment, but every alert adds its own".to_owned()
-        }
+    let mistake = match http_url(&text.value) {
+        Err(mistake) => mistake,
+        Ok(url) if url.fragment().is_some() => "it has a fragment, but every alert adds its own",
         // Prometheus expands braces in an annotation as a template.
-        Ok(url) if url.as_str().contains(['{', '}']) => "it contains braces".to_owned(),
+        Ok(url) if url.as_str().contains(['{', '}']) => "it contains braces",
         Ok(url) => return url,
     };
     let hint = "write it as \"https://host/path\": every alert appends its own anchor";
-    section.problem("runbook_base_url", text.place, mistake, hint);
+    section.problem("runbook_base_url", text.place, mistake.to_owned(), hint);
     default
 }
 
@@ -520,7 +512,7 @@ fn target(
         section.missing("agent_name", &hint);
     }
     let batch = batch(section.table("batch"), limits);
-    let confirm = confirm(section.table("confirm"), limits);
+    let confirm = confirm(section.table("confirm"), batch.stay, limits);
     let deadlines = deadlines(section.table("deadlines"));
     let caller = caller::read(section.table("caller"), reads_audio);
     let expect = caller::expect(section.table("expect"), &caller);
@@ -861,14 +853,9 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
             0..=MAX_ROOMS,
         ),
     };
-    if let Some((name, limits)) = project
-        && batch.stay == Stay::Together
-        && batch.rooms > limits.max_rooms
+    if let Some((name, _)) = project
+        && let Some(message) = too_many_at_once(batch.stay, batch.rooms, project)
     {
-        let message = format!(
-            "{} rooms are open at the same time, but project {name:?} allows {}",
-            batch.rooms, limits.max_rooms
-        );
         let by_flag = rooms_place
             .as_deref()
             .is_some_and(|place| place.starts_with("--rooms"));
@@ -893,7 +880,27 @@ fn batch(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Ba
     batch
 }
 
-fn confirm(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> Confirm {
+/// What is wrong if more of these rooms are open at the same time than the project allows.
+fn too_many_at_once(
+    stay: Stay,
+    rooms: usize,
+    project: Option<(&str, ProjectLimits)>,
+) -> Option<String> {
+    let (name, limits) = project?;
+    (stay == Stay::Together && rooms > limits.max_rooms).then(|| {
+        format!(
+            "{rooms} rooms are open at the same time, but project {name:?} allows {}",
+            limits.max_rooms
+        )
+    })
+}
+
+/// `stay` is that of the target's batches: a confirmation holds its rooms in the same way.
+fn confirm(
+    mut section: Section<'_>,
+    stay: Stay,
+    project: Option<(&str, ProjectLimits)>,
+) -> Confirm {
     let default = Confirm::default();
     let [rooms_place, longest_place] = ["rooms", "longest"].map(|key| section.place_of(key));
     let confirm = Confirm {
@@ -907,14 +914,9 @@ fn confirm(mut section: Section<'_>, project: Option<(&str, ProjectLimits)>) -> 
         let hint = "set it to at least the value of after";
         section.problem("longest", longest_place, message, hint);
     }
-    if let Some((name, limits)) = project
-        && rooms_place.is_some()
-        && confirm.rooms > limits.max_rooms
+    if rooms_place.is_some()
+        && let Some(message) = too_many_at_once(stay, confirm.rooms, project)
     {
-        let message = format!(
-            "{} rooms are open at the same time, but project {name:?} allows {}",
-            confirm.rooms, limits.max_rooms
-        );
         let hint = "lower rooms, or raise max_rooms of the project";
         section.problem("rooms", rooms_place, message, hint);
     }
@@ -948,4 +950,39 @@ fn speech(mut section: Section<'_>) -> Speech {
     };
     section.finish();
     speech
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn validate(stay: &str) -> Result<Config, Problems> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("canary.toml");
+        let settings = format!(
+            "[projects.main]\nmax_rooms = 1\n\n[targets.support]\nagent_name = \"my-agent\"\nbatch.stay = {stay:?}\n\
+             confirm.rooms = 2\n"
+        );
+        std::fs::write(&file, settings).unwrap();
+        let variables = [
+            ("LIVEKIT_URL", "wss://canary.example"),
+            ("LIVEKIT_API_KEY", "key"),
+            ("LIVEKIT_API_SECRET", "secret"),
+        ];
+        let variables = variables.map(|(name, value)| (name.into(), value.into()));
+        RawConfig::read(Some(&file), variables).unwrap().validate()
+    }
+
+    #[test]
+    fn confirmation_of_more_rooms_than_the_project_allows_is_valid_one_by_one() {
+        let config = validate("one_by_one").unwrap();
+        assert_eq!(config.targets["support"].confirm.rooms, 2);
+        let problems = validate("together").unwrap_err().to_string();
+        assert!(
+            problems.contains(
+                "confirm.rooms: 2 rooms are open at the same time, but project \"main\" allows 1"
+            ),
+            "{problems}"
+        );
+    }
 }

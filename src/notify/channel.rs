@@ -12,6 +12,7 @@ use super::queue::{Delivery, MAX_WAITING, Pending, Queue, Step, Style};
 use super::sender::{SendError, Sender};
 use crate::config::{Channel, ChannelKind};
 use crate::metrics::ChannelMetrics;
+use crate::report::counted;
 
 /// A channel, its task, and what they share.
 pub(super) struct Worker {
@@ -47,10 +48,9 @@ impl Worker {
         done: OnDone,
     ) -> Self {
         let sender = Sender::new(settings);
-        let feed = if is_heartbeat(settings) {
-            Feed::Beats(AtomicBool::new(false))
-        } else {
-            Feed::Messages(Mutex::new(Queue::new(style(settings))))
+        let feed = match style(settings) {
+            Some(style) => Feed::Messages(Mutex::new(Queue::new(style))),
+            None => Feed::Beats(AtomicBool::new(false)),
         };
         let shared = Arc::new(Shared {
             name: name.to_owned(),
@@ -71,8 +71,7 @@ impl Worker {
 
     /// Whether a channel with these settings can continue with this one's queue.
     pub(super) fn takes(&self, settings: &Channel) -> bool {
-        is_heartbeat(settings) == is_heartbeat(&self.settings)
-            && style(settings) == style(&self.settings)
+        style(settings) == style(&self.settings)
     }
 
     pub(super) fn configure(&mut self, settings: &Channel) {
@@ -169,8 +168,8 @@ impl Shared {
                     let Self { name, .. } = self;
                     tracing::error!(
                         channel = name,
-                        "{} messages to {name} are given up: they could not be delivered within a day",
-                        messages.len()
+                        "the canary gives up {} to {name}: no delivery within a day",
+                        counted(messages.len() as u64, "message")
                     );
                     self.lost(&messages);
                 }
@@ -186,12 +185,7 @@ impl Shared {
 
     async fn send(&self, queue: &Mutex<Queue>, delivery: &Delivery) {
         let Self { name, .. } = self;
-        let sender = Arc::clone(&lock(&self.sender));
-        let sent = match &*sender {
-            Ok(sender) => sender.deliver(delivery).await,
-            Err(error) => Err(error.clone()),
-        };
-        self.metrics.attempt(sent.is_ok());
+        let sent = self.attempt(Some(delivery)).await;
         let now = Instant::now();
         match sent {
             Ok(()) => {
@@ -238,13 +232,7 @@ impl Shared {
         let mut failed = false;
         loop {
             if due.swap(false, Ordering::AcqRel) {
-                let sender = Arc::clone(&lock(&self.sender));
-                let sent = match &*sender {
-                    Ok(sender) => sender.beat().await,
-                    Err(error) => Err(error.clone()),
-                };
-                self.metrics.attempt(sent.is_ok());
-                match sent {
+                match self.attempt(None).await {
                     // Once per series of failures: the next heartbeat is the next attempt.
                     Err(error) if !failed => {
                         tracing::warn!(channel = name, "the heartbeat {name} failed: {error}");
@@ -268,6 +256,18 @@ impl Shared {
         }
     }
 
+    /// Makes one request and counts it: this delivery, or the heartbeat if there is none.
+    async fn attempt(&self, delivery: Option<&Delivery>) -> Result<(), SendError> {
+        let sender = Arc::clone(&lock(&self.sender));
+        let sent = match (&*sender, delivery) {
+            (Ok(sender), Some(delivery)) => sender.deliver(delivery).await,
+            (Ok(sender), None) => sender.beat().await,
+            (Err(error), _) => Err(error.clone()),
+        };
+        self.metrics.attempt(sent.is_ok());
+        sent
+    }
+
     /// Removes messages from the history that need no further attempt.
     fn remove(&self, messages: &[Pending]) {
         for message in messages {
@@ -281,14 +281,12 @@ impl Shared {
     }
 }
 
-fn is_heartbeat(settings: &Channel) -> bool {
-    matches!(settings.kind, ChannelKind::Heartbeat { .. })
-}
-
-fn style(settings: &Channel) -> Style {
+/// How a channel combines messages; `None` for a heartbeat, which sends none.
+fn style(settings: &Channel) -> Option<Style> {
     match settings.kind {
-        ChannelKind::Webhook { .. } | ChannelKind::Heartbeat { .. } => Style::Texts,
-        ChannelKind::Pagerduty { .. } => Style::Events,
+        ChannelKind::Webhook { .. } => Some(Style::Texts),
+        ChannelKind::Pagerduty { .. } => Some(Style::Events),
+        ChannelKind::Heartbeat { .. } => None,
     }
 }
 

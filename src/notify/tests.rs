@@ -901,6 +901,21 @@ async fn close_does_not_wait_longer_than_its_deadline() {
     assert!(setup.done.borrow().is_empty());
 }
 
+#[tokio::test]
+async fn message_that_arrives_after_close_stays_in_the_history() {
+    let mut team = Receiver::start(&[OK]).await;
+    let setup = start(&[("team", &team.webhook())], Vec::new());
+    let messages = setup.notifier.messages(&opened("support"));
+    assert_eq!(messages.len(), 1);
+    setup.notifier.close(Instant::now()).await;
+    setup.notifier.deliver(messages);
+    assert!(setup.done.borrow().is_empty());
+    // A reload during the shutdown starts no channel that nothing would end.
+    setup.notifier.configure(&map(&[("team", &team.webhook())]));
+    assert!(setup.notifier.messages(&opened("support")).is_empty());
+    assert!(team.requests.try_recv().is_err());
+}
+
 /// Sends a message to a receiver with this answer, and returns the error.
 async fn error_of(
     answers: &'static [&'static str],

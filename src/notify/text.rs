@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use humantime::format_duration;
 
 use super::{Notice, NoticeKind};
+use crate::report::counted;
 
 /// Reasons and differences that a text names. The incident's page has all of them.
 const MAX_NAMED: usize = 5;
@@ -132,7 +133,7 @@ impl Notice {
         if self.rooms == 0 {
             return String::new();
         }
-        let rooms = rooms(self.rooms);
+        let rooms = counted(self.rooms.into(), "room");
         let Some(((first, number), others)) = self.reasons.split_first() else {
             return format!(": {} of {rooms} failed", self.failed);
         };
@@ -192,10 +193,6 @@ pub(super) fn group_headline(notices: &[Notice]) -> String {
 /// A line below a headline that says that it is a drill.
 pub(super) fn undrilled(headline: &str) -> &str {
     headline.strip_prefix("DRILL: ").unwrap_or(headline)
-}
-
-fn rooms(number: u32) -> String {
-    format!("{number} {}", if number == 1 { "room" } else { "rooms" })
 }
 
 fn utc(time: DateTime<Utc>) -> String {
