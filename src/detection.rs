@@ -241,8 +241,12 @@ impl Detector {
     fn elapse_at(&self, silence: Duration, now: DateTime<Utc>) {
         let mut detection = self.shared.lock();
         let lost = detection.kept.machine.elapse(now, silence);
+        let machine = &detection.kept.machine;
         // A target that was never known is reported once, too.
-        let never_known = detection.kept.blind.is_none() && detection.is_unknown_for(silence, now);
+        let never_known = machine.state() == TargetState::Unknown
+            && machine.is_silent(now, silence)
+            && !detection.paused
+            && detection.kept.blind.is_none();
         if let Some(transition) = lost.or(never_known.then_some(Transition::Lost)) {
             self.shared
                 .changed(&mut detection, Some(transition), None, now);
@@ -295,12 +299,6 @@ impl Detector {
 }
 
 impl Detection {
-    fn is_unknown_for(&self, time: Duration, now: DateTime<Utc>) -> bool {
-        let machine = &self.kept.machine;
-        let since = (now - machine.since()).to_std().unwrap_or_default();
-        machine.state() == TargetState::Unknown && since >= time && !self.paused
-    }
-
     fn add(&mut self, sample: Sample, in_incident: bool) {
         if in_incident && let Some(incident) = &mut self.incident {
             incident.add(sample.clone());

@@ -435,15 +435,19 @@ impl StateMachine {
     /// Time has passed. Without a verdict for `silence`, the state is unknown.
     pub(crate) fn elapse(&mut self, now: DateTime<Utc>, silence: Duration) -> Option<Transition> {
         self.forget_the_future(now);
-        let last = self.last_verdict_at.unwrap_or(self.since).max(self.since);
-        let silent = (now - last).to_std().is_ok_and(|time| time >= silence);
-        if !silent || self.state == TargetState::Unknown {
+        if self.state == TargetState::Unknown || !self.is_silent(now, silence) {
             return None;
         }
         self.enter(TargetState::Unknown, now);
         self.good_in_a_row = 0;
         self.forget_doubt();
         Some(Transition::Lost)
+    }
+
+    /// Whether this run of the program has had no verdict for `silence`, in this state.
+    pub(crate) fn is_silent(&self, now: DateTime<Utc>, silence: Duration) -> bool {
+        let last = self.last_verdict_at.unwrap_or(self.since).max(self.since);
+        (now - last).to_std().is_ok_and(|time| time >= silence)
     }
 
     /// The target is paused. Returns whether an incident was open: it ends without a recovery.

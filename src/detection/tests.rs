@@ -195,6 +195,28 @@ async fn time_between_two_runs_is_no_silence() {
     assert_eq!(second.detector.state().0, TargetState::Healthy);
 }
 
+/// A pause is not stored, and a target that was removed may come back days later.
+#[tokio::test]
+async fn target_that_was_paused_in_the_last_run_has_a_full_interval_for_its_first_verdict() {
+    let first = Fixture::in_memory();
+    first.room(0, 20, Outcome::Ok);
+    first.detector.set_paused(true);
+    let second = Fixture::new(first.history.clone());
+    let mut kept = first.detector.shared.lock().kept.clone();
+    // It was paused in 1970.
+    kept.machine.pause(START);
+    second.detector.restore(Restored {
+        state: Some(serde_json::to_string(&kept).unwrap()),
+        ..Restored::default()
+    });
+    let silence = Duration::from_mins(40);
+    second.detector.elapse(silence);
+    assert_eq!(second.detector.shared.lock().kept.blind, None);
+    let later = Utc::now() + silence;
+    second.detector.elapse_at(silence, later);
+    assert_eq!(second.detector.shared.lock().kept.blind, Some(later));
+}
+
 #[tokio::test]
 async fn unreadable_state_counts_as_unknown() {
     let fixture = Fixture::in_memory();
