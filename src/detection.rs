@@ -128,6 +128,9 @@ struct Kept {
     incident: Option<String>,
     /// When the target became unknown, if that was reported and still is the case.
     blind: Option<DateTime<Utc>>,
+    /// The last verdict before that. A state that an earlier version stored has none.
+    #[serde(default)]
+    silent_since: Option<DateTime<Utc>>,
 }
 
 /// What a run of this program finds of a target in the history.
@@ -148,6 +151,14 @@ impl Restored {
     }
 }
 
+impl Kept {
+    /// The target has a verdict again, or it needs none.
+    fn end_silence(&mut self) {
+        self.blind = None;
+        self.silent_since = None;
+    }
+}
+
 impl Detector {
     pub(crate) fn new(
         target: &str,
@@ -161,6 +172,7 @@ impl Detector {
                 machine: StateMachine::new(now),
                 incident: None,
                 blind: None,
+                silent_since: None,
             },
             incident: None,
             recent: VecDeque::new(),
@@ -247,7 +259,10 @@ impl Detector {
             && machine.is_silent(now, silence)
             && !detection.paused
             && detection.kept.blind.is_none();
-        if let Some(transition) = lost.or(never_known.then_some(Transition::Lost)) {
+        let never_known = never_known.then(|| Transition::Lost {
+            since: machine.since(),
+        });
+        if let Some(transition) = lost.or(never_known) {
             self.shared
                 .changed(&mut detection, Some(transition), None, now);
         }
@@ -329,7 +344,7 @@ impl DetectorShared {
         }
         if detection.kept.blind.is_some() {
             notices.push(self.notice(detection, NoticeKind::Sighted, now));
-            detection.kept.blind = None;
+            detection.kept.end_silence();
         }
         self.record(detection, was_open, &notices);
     }
@@ -365,15 +380,16 @@ impl DetectorShared {
                 }
                 notices.push(self.notice(detection, NoticeKind::Closed, now));
             }
-            Some(Transition::Lost) => {
+            Some(Transition::Lost { since }) => {
                 detection.kept.blind = Some(now);
+                detection.kept.silent_since = Some(since);
                 notices.push(self.notice(detection, NoticeKind::Blind, now));
             }
         }
         if detection.kept.blind.is_some() && detection.kept.machine.state() != TargetState::Unknown
         {
             notices.push(self.notice(detection, NoticeKind::Sighted, now));
-            detection.kept.blind = None;
+            detection.kept.end_silence();
         }
         if let Some(transition) = transition {
             self.log(detection, transition);
@@ -431,6 +447,7 @@ impl DetectorShared {
             NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => None,
         };
         let blind_since = detection.kept.blind.unwrap_or(now);
+        let silent_since = detection.kept.silent_since.unwrap_or(blind_since);
         let blind = || {
             format!(
                 "{}-{}-blind",
@@ -450,7 +467,7 @@ impl DetectorShared {
             fault: incident.map(|incident| incident.head.fault.label().to_owned()),
             continues: false,
             incident: id,
-            began_at: incident.map_or(blind_since, |incident| incident.head.began_at),
+            began_at: incident.map_or(silent_since, |incident| incident.head.began_at),
             at: now,
             reasons: reasons.collect(),
             failed: incident.map_or(0, Incident::failed),
@@ -551,7 +568,7 @@ impl DetectorShared {
                 "target {target} is healthy again: incident {} is over",
                 id.unwrap_or_default()
             ),
-            Transition::Lost => tracing::warn!(
+            Transition::Lost { .. } => tracing::warn!(
                 target_name = target,
                 "target {target} is unknown: no room has given a verdict on the agent for too long"
             ),

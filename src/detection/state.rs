@@ -154,8 +154,8 @@ pub(crate) enum Transition {
     Found,
     /// The outage is over.
     Recovered,
-    /// No verdict for too long.
-    Lost,
+    /// No verdict for too long, since the last one or since the target is known.
+    Lost { since: DateTime<Utc> },
 }
 
 /// A confirmation batch that is due.
@@ -172,6 +172,9 @@ pub(crate) struct StateMachine {
     since: DateTime<Utc>,
     /// The last room with a verdict.
     last_verdict_at: Option<DateTime<Utc>>,
+    /// When this run of the program continued with the state of an earlier one.
+    #[serde(skip)]
+    restarted_at: Option<DateTime<Utc>>,
     last_bad_at: Option<DateTime<Utc>>,
     /// Good rooms that opened after the last bad one was known.
     good_in_a_row: u32,
@@ -294,6 +297,7 @@ impl StateMachine {
             state: TargetState::Unknown,
             since: now,
             last_verdict_at: None,
+            restarted_at: None,
             last_bad_at: None,
             good_in_a_row: 0,
             doubt: None,
@@ -429,7 +433,7 @@ impl StateMachine {
 
     /// A new run of the program continues with this state. The time between the runs is no silence of the target.
     pub(crate) fn restart(&mut self, now: DateTime<Utc>) {
-        self.last_verdict_at = Some(now);
+        self.restarted_at = Some(now);
     }
 
     /// Time has passed. Without a verdict for `silence`, the state is unknown.
@@ -438,15 +442,18 @@ impl StateMachine {
         if self.state == TargetState::Unknown || !self.is_silent(now, silence) {
             return None;
         }
+        let since = self.last_verdict_at.unwrap_or(self.since);
         self.enter(TargetState::Unknown, now);
         self.good_in_a_row = 0;
         self.forget_doubt();
-        Some(Transition::Lost)
+        Some(Transition::Lost { since })
     }
 
     /// Whether this run of the program has had no verdict for `silence`, in this state.
     pub(crate) fn is_silent(&self, now: DateTime<Utc>, silence: Duration) -> bool {
-        let last = self.last_verdict_at.unwrap_or(self.since).max(self.since);
+        // `None` is less than any time.
+        let last = self.last_verdict_at.max(self.restarted_at);
+        let last = last.unwrap_or(self.since).max(self.since);
         (now - last).to_std().is_ok_and(|time| time >= silence)
     }
 
@@ -520,6 +527,7 @@ impl StateMachine {
         self.since = self.since.min(now);
         let optional = [
             &mut self.last_verdict_at,
+            &mut self.restarted_at,
             &mut self.last_bad_at,
             &mut self.last_attempt_at,
         ];

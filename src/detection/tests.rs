@@ -218,6 +218,53 @@ async fn target_that_was_paused_in_the_last_run_has_a_full_interval_for_its_firs
 }
 
 #[tokio::test]
+async fn message_about_silence_names_the_last_verdict() {
+    let first = Fixture::in_memory();
+    let silence = Duration::from_mins(40);
+    let minute = |minute| START + TimeDelta::minutes(minute);
+    let names = |fixture: &Fixture, kind, at| {
+        let detection = fixture.detector.shared.lock();
+        let notice = fixture.detector.shared.notice(&detection, kind, at);
+        (notice.began_at, notice.incident)
+    };
+    let id = |time: &str| format!("19700101T{time}Z-support-blind");
+    first.detector.elapse_at(silence, minute(50));
+    let never_known = (minute(0), id("005000"));
+    assert_eq!(names(&first, NoticeKind::Blind, minute(50)), never_known);
+    first.room(3580, 3600, Outcome::Ok);
+    first.detector.elapse_at(silence, minute(105));
+    let known = (minute(60), id("014500"));
+    assert_eq!(names(&first, NoticeKind::Blind, minute(105)), known);
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        ..Restored::default()
+    });
+    assert_eq!(names(&second, NoticeKind::Sighted, Utc::now()), known);
+}
+
+#[tokio::test]
+async fn message_about_silence_after_a_restart_names_the_last_verdict_of_the_run_before() {
+    let first = Fixture::in_memory();
+    first.room(0, 20, Outcome::Ok);
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        ..Restored::default()
+    });
+    let silence = Duration::from_mins(40);
+    let later = Utc::now() + silence;
+    second.detector.elapse_at(silence, later);
+    let detection = second.detector.shared.lock();
+    assert_eq!(detection.kept.blind, Some(later));
+    let shared = &second.detector.shared;
+    let notice = shared.notice(&detection, NoticeKind::Blind, later);
+    assert_eq!(notice.began_at, START + TimeDelta::seconds(20));
+}
+
+#[tokio::test]
 async fn unreadable_state_counts_as_unknown() {
     let fixture = Fixture::in_memory();
     fixture.detector.restore(Restored {
