@@ -216,7 +216,10 @@ impl Detector {
                 ),
             }
         }
-        self.shared.publish(&detection);
+        let open = detection.incident.as_ref();
+        let open = open.filter(|_| detection.kept.machine.fault().is_some());
+        let differences = open.map(Incident::differences).unwrap_or_default();
+        self.shared.publish(&detection, &sentences(&differences));
     }
 
     /// Takes changed settings.
@@ -346,7 +349,7 @@ impl DetectorShared {
             notices.push(self.notice(detection, NoticeKind::Sighted, now));
             detection.kept.end_silence();
         }
-        self.record(detection, was_open, &notices);
+        self.record(detection, was_open, notices);
     }
 
     /// Acts on a transition, and records what has changed.
@@ -395,7 +398,7 @@ impl DetectorShared {
             self.log(detection, transition);
         }
         let with_incident = is_open || matches!(transition, Some(Transition::Recovered));
-        self.record(detection, with_incident, &notices);
+        self.record(detection, with_incident, notices);
     }
 
     fn open(
@@ -472,7 +475,8 @@ impl DetectorShared {
             reasons: reasons.collect(),
             failed: incident.map_or(0, Incident::failed),
             rooms: incident.map_or(0, Incident::rooms),
-            differs: incident.map(sentences).unwrap_or_default(),
+            // `record` knows what differs.
+            differs: Vec::new(),
             detail: None,
             url,
             ended_by: ended_by.map(|by| by.label().to_owned()),
@@ -489,13 +493,21 @@ impl DetectorShared {
     }
 
     /// Writes what the next run needs, shows the state, and sends the messages.
-    fn record(&self, detection: &Detection, with_incident: bool, notices: &[Notice]) {
+    fn record(&self, detection: &Detection, with_incident: bool, mut notices: Vec<Notice>) {
+        let incident = detection.incident.as_ref().filter(|_| with_incident);
+        // Compares up to 2000 rooms by each factor, so the document, the series and the messages share the result.
+        let differences = incident.map(Incident::differences).unwrap_or_default();
+        let differs = sentences(&differences);
+        for notice in &mut notices {
+            if let NoticeKind::Opened | NoticeKind::Closed = notice.kind {
+                notice.differs.clone_from(&differs);
+            }
+        }
         let notifier = &self.outputs.notifier;
         let messages = notices.iter().flat_map(|notice| notifier.messages(notice));
         let messages: Vec<_> = messages.collect();
         let state = serde_json::to_string(&detection.kept);
         let state = state.expect("plain structs with string keys always serialize");
-        let incident = detection.incident.as_ref().filter(|_| with_incident);
         self.outputs.history.record_detection(DetectionRecord {
             target: self.target.clone(),
             state,
@@ -506,17 +518,18 @@ impl DetectorShared {
                 fault: incident.head.fault.label().to_owned(),
                 began_at: incident.head.began_at,
                 ended_at: incident.ended_at,
-                document: incident.document(),
+                document: incident.document(&differences),
             }),
             messages: messages.clone(),
         });
-        self.publish(detection);
+        self.publish(detection, &differs);
         if !messages.is_empty() {
             self.outputs.courier.hand_over(messages);
         }
     }
 
-    fn publish(&self, detection: &Detection) {
+    /// `differs` says what differs between the rooms of the open incident.
+    fn publish(&self, detection: &Detection, differs: &[String]) {
         let machine = &detection.kept.machine;
         let metrics = &self.outputs.metrics;
         metrics.state(machine.state().label(), machine.since());
@@ -529,7 +542,7 @@ impl DetectorShared {
                 reason: incident.reasons().first().map(|one| one.reason.clone()),
                 failed: incident.failed(),
                 rooms: incident.rooms(),
-                differs: sentences(incident).join("; "),
+                differs: differs.join("; "),
                 url: self.url_of(&incident.head.id),
             }),
         );
@@ -576,9 +589,7 @@ impl DetectorShared {
     }
 }
 
-/// What differs between its failed and its good rooms, for people.
-fn sentences(incident: &Incident) -> Vec<String> {
-    let differences = incident.differences();
+fn sentences(differences: &[Difference]) -> Vec<String> {
     differences.iter().map(Difference::sentence).collect()
 }
 

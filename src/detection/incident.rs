@@ -162,7 +162,7 @@ struct Document<'a> {
     duration_seconds: Option<f64>,
     /// Failed rooms of all rooms with a verdict.
     share: Option<f64>,
-    differs: Vec<DifferenceJson>,
+    differs: Vec<DifferenceJson<'a>>,
     nodes: Vec<ValueCount>,
     regions: Vec<ValueCount>,
     workers: Vec<ValueCount>,
@@ -172,9 +172,9 @@ struct Document<'a> {
 }
 
 #[derive(Serialize)]
-struct DifferenceJson {
+struct DifferenceJson<'a> {
     #[serde(flatten)]
-    difference: Difference,
+    difference: &'a Difference,
     sentence: String,
 }
 
@@ -272,16 +272,13 @@ impl Incident {
         difference::differences(&rooms, &good)
     }
 
-    /// The JSON of `/api/v1/incidents/{id}`; see `docs/api.md`.
-    pub(crate) fn document(&self) -> String {
+    /// The JSON of `/api/v1/incidents/{id}`; see `docs/api.md`. It takes its own [`differences`](Self::differences).
+    pub(crate) fn document(&self, differences: &[Difference]) -> String {
         let duration = self.ended_at.map(|ended| ended - self.head.began_at);
-        let differs = self
-            .differences()
-            .into_iter()
-            .map(|difference| DifferenceJson {
-                sentence: difference.sentence(),
-                difference,
-            });
+        let differs = differences.iter().map(|difference| DifferenceJson {
+            sentence: difference.sentence(),
+            difference,
+        });
         let document = Document {
             state: if self.ended_at.is_some() {
                 "ended"

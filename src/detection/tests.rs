@@ -122,7 +122,8 @@ async fn next_run_continues_an_open_incident() {
     first.fail();
     let detection = first.detector.shared.lock();
     let kept = serde_json::to_string(&detection.kept).unwrap();
-    let document = detection.incident.as_ref().unwrap().document();
+    let incident = detection.incident.as_ref().unwrap();
+    let document = incident.document(&incident.differences());
     drop(detection);
     assert_eq!(
         Restored::incident_of(&kept),
