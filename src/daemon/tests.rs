@@ -15,6 +15,12 @@ targets.late = { agent_name = "late", schedule.cron = "*/5 * * * *" }
 "#;
 
 async fn daemon() -> (Daemon, TempDir) {
+    daemon_with(|settings| History::open(settings).unwrap()).await
+}
+
+async fn daemon_with(
+    history: impl FnOnce(&config::HistorySettings) -> History,
+) -> (Daemon, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("canary.toml");
     std::fs::write(&file, SETTINGS).unwrap();
@@ -31,7 +37,7 @@ async fn daemon() -> (Daemon, TempDir) {
     };
     let options = DaemonOptions {
         web: WebConfig::load(&config.daemon.http).unwrap(),
-        history: History::open(&config.daemon.history).unwrap(),
+        history: history(&config.daemon.history),
         read_config: Arc::new({
             let config = config.clone();
             move || Ok(config.clone())
@@ -153,4 +159,15 @@ async fn day_of_batches_leaks_no_task_no_series_and_no_room_permit() {
     );
     let counts = daemon.history.counts("early").await.unwrap();
     assert_eq!(counts.batches["failed"], 24 * 60 / 5, "{counts:?}");
+}
+
+#[tokio::test]
+async fn target_has_its_series_although_the_read_for_another_one_failed() {
+    // It has no file, so each read fails.
+    let (daemon, _folder) = daemon_with(|_| History::in_memory(Arc::new(Utc::now))).await;
+    let text = daemon.metrics.render();
+    for target in ["early", "late"] {
+        let open = format!("livekit_canary_incident_open{{fault=\"agent\",target=\"{target}\"}} 0");
+        assert!(text.lines().any(|line| line == open), "{open} in {text}");
+    }
 }
