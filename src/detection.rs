@@ -18,7 +18,7 @@ use crate::history::{DetectionRecord, History, IncidentRecord, OutboxMessage, Re
 use crate::metrics::{IncidentInfo, TargetMetrics};
 use crate::notify::{Notice, NoticeKind, Notifier};
 use crate::probe::{Position, ProbeReport, Reason};
-use crate::report::Purpose;
+use crate::report::{Fault, Purpose, TargetState};
 
 mod difference;
 mod incident;
@@ -27,7 +27,7 @@ mod simulation;
 mod state;
 
 pub(crate) use incident::{EndedBy, Incident, IncidentHead, Sample};
-pub(crate) use state::{DueConfirmation, Fault, TargetState, Transition, Verdict};
+pub(crate) use state::{DueConfirmation, Transition, Verdict};
 
 use difference::Difference;
 use state::StateMachine;
@@ -532,11 +532,11 @@ impl DetectorShared {
     fn publish(&self, detection: &Detection, differs: &[String]) {
         let machine = &detection.kept.machine;
         let metrics = &self.outputs.metrics;
-        metrics.state(machine.state().label(), machine.since());
+        metrics.state(machine.state(), machine.since());
         let fault = machine.fault();
         let open = detection.incident.as_ref().filter(|_| fault.is_some());
         metrics.incident(
-            fault.map(Fault::label),
+            fault,
             open.map(|incident| IncidentInfo {
                 incident: incident.head.id.clone(),
                 reason: incident.reasons().first().map(|one| one.reason.clone()),

@@ -7,9 +7,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::difference::{self, Case, Difference, Factor};
-use super::state::{Fault, Verdict};
+use super::state::Verdict;
 use crate::probe::ProbeReport;
-use crate::report::Purpose;
+use crate::report::{Fault, Purpose};
 
 /// The rooms that an incident keeps. If there are more, the first and the last half of them.
 const MAX_SAMPLES: usize = 2000;

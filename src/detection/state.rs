@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Confirm;
 use crate::probe::{Origin, Outcome};
+use crate::report::{Fault, TargetState};
 
 /// A shorter fault is a blip and no outage. A room that opens this long after the first failure was known can't fail for it.
 const MIN_OUTAGE: TimeDelta = TimeDelta::seconds(30);
@@ -34,74 +35,6 @@ const FAILING_INTERVAL: TimeDelta = TimeDelta::minutes(1);
 const OUTAGE_LOOKS: i32 = 60;
 /// Maximum time from a good room to the next confirmation in an outage.
 const RECOVERY_INTERVAL: TimeDelta = TimeDelta::seconds(15);
-
-/// What the canary knows of a target.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Default,
-    Serialize,
-    Deserialize,
-    strum::IntoStaticStr,
-    strum::VariantArray,
-)]
-#[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
-pub(crate) enum TargetState {
-    /// The canary just started, the target is paused, or no room has given a verdict for 2.5 intervals.
-    #[default]
-    Unknown,
-    /// The last rooms were good.
-    Healthy,
-    /// A room failed, and more rooms are to confirm it.
-    Suspect,
-    /// An incident is open.
-    Failing,
-}
-
-impl TargetState {
-    #[cfg(test)]
-    pub(crate) const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
-
-    /// The value of the label `state`.
-    pub(crate) fn label(self) -> &'static str {
-        self.into()
-    }
-}
-
-/// Whose fault an outage is.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Serialize,
-    Deserialize,
-    strum::IntoStaticStr,
-    strum::VariantArray,
-)]
-#[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
-pub(crate) enum Fault {
-    /// The agent, or nothing proves that it is not the agent.
-    Agent,
-    /// LiveKit or the network.
-    Service,
-}
-
-impl Fault {
-    #[cfg(test)]
-    pub(crate) const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
-
-    /// The value of the label `fault`.
-    pub(crate) fn label(self) -> &'static str {
-        self.into()
-    }
-}
 
 /// What one room shows of the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
