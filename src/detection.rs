@@ -597,7 +597,11 @@ impl From<RecentProbe> for Sample {
     fn from(probe: RecentProbe) -> Self {
         let labelled = |reason: &Reason| Some(reason.label()) == probe.reason.as_deref();
         let reason = Reason::ALL.into_iter().find(labelled);
-        let known = probe.circumstances;
+        let verdict = match (probe.outcome.as_str(), reason) {
+            ("ok", _) => Verdict::Good,
+            (_, Some(reason)) => Verdict::of_failure(reason.origin()),
+            (_, None) => Verdict::None,
+        };
         let position = if probe.place == 0 {
             Position::First
         } else {
@@ -611,21 +615,11 @@ impl From<RecentProbe> for Sample {
             opened_at: probe.started_at,
             // The history keeps no end of a probe.
             ended_at: probe.started_at,
-            failed: match (probe.outcome.as_str(), reason) {
-                ("ok", _) => Some(false),
-                (_, Some(reason)) if Verdict::of_failure(reason.origin()) != Verdict::None => {
-                    Some(true)
-                }
-                _ => None,
-            },
+            failed: verdict.failed(),
             outcome: probe.outcome,
             origin: reason.map(|reason| reason.origin().label().to_owned()),
             reason: probe.reason,
-            node: known.node,
-            region: known.region,
-            worker: known.worker,
-            media_path: known.media_path.map(|path| path.label().to_owned()),
-            agent_version: known.agent_version,
+            circumstances: probe.circumstances,
         }
     }
 }

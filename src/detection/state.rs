@@ -51,6 +51,15 @@ impl Verdict {
         matches!(self, Self::Good | Self::Bad(Fault::Agent))
     }
 
+    /// Whether the room failed; `None` if it shows nothing.
+    pub(crate) fn failed(self) -> Option<bool> {
+        match self {
+            Self::Good => Some(false),
+            Self::Bad(_) => Some(true),
+            Self::None => None,
+        }
+    }
+
     pub(crate) fn of(outcome: &Outcome) -> Self {
         match outcome {
             Outcome::Ok => Self::Good,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::BatchReport;
 use crate::config::{Project, Target};
 use crate::livekit::event::TranscriptText;
-use crate::livekit::event::{MediaPath, Speaker, to_microseconds};
+use crate::livekit::event::{Speaker, to_microseconds};
 use crate::probe::{
     AgentStage, Circumstances, Evidence, Milestone, ProbeReport, Reason, Span, Turn,
 };
@@ -58,7 +58,7 @@ struct ProbeJson<'a> {
     turns: Vec<TurnJson<'a>>,
     transcript: Option<Vec<TranscriptLineJson<'a>>>,
     agent: Option<AgentJson<'a>>,
-    circumstances: CircumstancesJson<'a>,
+    circumstances: &'a Circumstances,
     audio: AudioJson,
     url: Option<String>,
 }
@@ -114,15 +114,6 @@ struct AgentJson<'a> {
     name: Option<&'a str>,
     /// The server's own stamp in Unix milliseconds, by which a join delay can be checked.
     joined_at_ms: Option<i64>,
-}
-
-#[derive(Serialize)]
-struct CircumstancesJson<'a> {
-    node: Option<&'a str>,
-    region: Option<&'a str>,
-    worker: Option<&'a str>,
-    media_path: Option<&'a str>,
-    agent_version: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -256,23 +247,13 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
             name: agent.name.as_deref(),
             joined_at_ms: (agent.joined_at_ms > 0).then_some(agent.joined_at_ms),
         }),
-        circumstances: circumstances(&report.circumstances),
+        circumstances: &report.circumstances,
         audio: AudioJson {
             packets: report.audio.packets,
             lost: report.audio.lost,
             jitter_seconds: report.audio.jitter.map(seconds),
         },
         url: session_url(report, project),
-    }
-}
-
-fn circumstances(of: &Circumstances) -> CircumstancesJson<'_> {
-    CircumstancesJson {
-        node: of.node.as_deref(),
-        region: of.region.as_deref(),
-        worker: of.worker.as_deref(),
-        media_path: of.media_path.map(MediaPath::label),
-        agent_version: of.agent_version.as_deref(),
     }
 }
 
