@@ -316,7 +316,9 @@ mod tests {
     use insta::assert_snapshot;
     use serde_json::Value;
 
-    use super::super::sample::{WELL, batch, mixed, probe as sample_probe, project};
+    use super::super::sample::{
+        WELL, assert_same_keys, batch, mixed, probe as sample_probe, project,
+    };
     use super::*;
     use crate::config::Target;
     use crate::probe::Outcome;
@@ -332,23 +334,6 @@ mod tests {
         let (example, _) = after.split_once("```").unwrap();
         let example: Value = serde_json::from_str(example).unwrap();
         assert_same_keys(&example, &rendered(&mixed()), "");
-    }
-
-    fn assert_same_keys(example: &Value, real: &Value, path: &str) {
-        match (example, real) {
-            (Value::Object(example), Value::Object(real)) => {
-                let keys =
-                    |map: &serde_json::Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
-                assert_eq!(keys(example), keys(real), "at {path}");
-                for (key, value) in example {
-                    assert_same_keys(value, &real[key], &format!("{path}.{key}"));
-                }
-            }
-            (Value::Array(example), Value::Array(real)) if !example.is_empty() => {
-                assert_same_keys(&example[0], &real[0], &format!("{path}[]"));
-            }
-            _ => {}
-        }
     }
 
     #[test]

@@ -4,17 +4,15 @@ use serde_json::Value;
 
 use super::*;
 use crate::livekit::RoomName;
-use crate::probe::{Circumstances, Failure, LimitKind, Outcome, Position, Reason};
+use crate::probe::{LimitKind, Outcome, Position, Reason};
+use crate::report::sample::{self, assert_same_keys};
 
 fn at(seconds: u64) -> DateTime<Utc> {
     DateTime::UNIX_EPOCH + Duration::from_secs(1_790_000_000 + seconds)
 }
 
 fn failed(reason: Reason) -> Outcome {
-    Outcome::Failed(Failure {
-        reason,
-        detail: "as scripted".to_owned(),
-    })
+    sample::failed(reason, "as scripted")
 }
 
 /// A room that opens at this second and lasts 20 s.
@@ -72,23 +70,6 @@ fn document_has_the_shape_that_the_docs_show() {
     ended.end(at(400), EndedBy::Recovered);
     let real: Value = serde_json::from_str(&rendered(&ended)).unwrap();
     assert_same_keys(&example, &real, "");
-}
-
-fn assert_same_keys(example: &Value, real: &Value, path: &str) {
-    match (example, real) {
-        (Value::Object(example), Value::Object(real)) => {
-            let keys =
-                |map: &serde_json::Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
-            assert_eq!(keys(example), keys(real), "at {path}");
-            for (key, value) in example {
-                assert_same_keys(value, &real[key], &format!("{path}.{key}"));
-            }
-        }
-        (Value::Array(example), Value::Array(real)) if !example.is_empty() && !real.is_empty() => {
-            assert_same_keys(&example[0], &real[0], &format!("{path}[]"));
-        }
-        _ => {}
-    }
 }
 
 #[test]

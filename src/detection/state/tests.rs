@@ -1,5 +1,6 @@
 use super::*;
-use crate::probe::{Failure, LimitKind, Reason};
+use crate::probe::{LimitKind, Reason};
+use crate::report::sample;
 
 const AGENT: Verdict = Verdict::Bad(Fault::Agent);
 const SERVICE: Verdict = Verdict::Bad(Fault::Service);
@@ -42,10 +43,7 @@ impl Story {
 }
 
 fn failed(reason: Reason) -> Outcome {
-    Outcome::Failed(Failure {
-        reason,
-        detail: String::new(),
-    })
+    sample::failed(reason, "")
 }
 
 #[test]
