@@ -254,7 +254,8 @@ impl Daemon {
                 metrics: metrics.clone(),
                 notifier: self.notifier.clone(),
                 courier: self.courier.clone(),
-                external_url: config.daemon.http.external_url.clone(),
+                // A target that a reload adds has the address of the others, until the next start.
+                external_url: self.started_with.http.external_url.clone(),
                 drill: self.drill,
             };
             let target = TargetRuntime {

@@ -1,11 +1,14 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use chrono::TimeDelta;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::config::RawConfig;
+use crate::probe::{Position, ProbeReport, Reason};
+use crate::report::sample;
 
 /// The port is closed: every probe fails at once, and no room needs a clean-up.
 const SETTINGS: &str = r#"
@@ -170,4 +173,34 @@ async fn target_has_its_series_although_the_read_for_another_one_failed() {
         let open = format!("livekit_canary_incident_open{{fault=\"agent\",target=\"{target}\"}} 0");
         assert!(text.lines().any(|line| line == open), "{open} in {text}");
     }
+}
+
+#[tokio::test]
+async fn target_that_a_reload_adds_links_to_the_address_that_the_daemon_started_with() {
+    let (mut daemon, _folder) = daemon().await;
+    let mut config = daemon.config.clone();
+    let added = config.targets["early"].clone();
+    config.targets.insert("added".to_owned(), added);
+    config.daemon.http.external_url = Some("https://new.example.com/".parse().unwrap());
+    let access = settings::access(&config).unwrap();
+    daemon.apply(config, access);
+    let detector = daemon.targets["added"].detector.clone();
+    let now = Utc::now();
+    for (number, seconds) in [0, 40, 40, 40].into_iter().enumerate() {
+        let report = ProbeReport::new(
+            RoomName(format!("canary-{number}")),
+            Position::First,
+            now + TimeDelta::seconds(seconds),
+            sample::failed(Reason::AgentSilent, "as scripted"),
+        );
+        detector.room("batch", Purpose::Scheduled, &report);
+    }
+    assert!(detector.open_incident().is_some());
+    let text = daemon.metrics.render();
+    let mut lines = text.lines();
+    let info = lines.find(|line| line.starts_with("livekit_canary_incident_info{"));
+    assert!(
+        info.is_some_and(|info| info.contains("url=\"\"")),
+        "{info:?}"
+    );
 }
