@@ -178,8 +178,8 @@ struct Daemon {
     fault: Option<ProbeFault>,
     observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,
-    /// The target and the batch id of each running task.
-    running: HashMap<task::Id, (String, String)>,
+    /// The batch of each running task.
+    running: HashMap<task::Id, RunningBatch>,
     abort: CancellationToken,
     control: mpsc::Receiver<Control>,
     status: watch::Sender<Arc<Status>>,
@@ -191,6 +191,12 @@ struct Daemon {
     http: JoinSet<()>,
     http_end: CancellationToken,
     sweep: JoinSet<SweepResult>,
+}
+
+struct RunningBatch {
+    target: String,
+    batch_id: String,
+    purpose: Purpose,
 }
 
 /// Why a batch does not start.
@@ -575,7 +581,11 @@ impl Daemon {
             };
             recorder.run(id, context, access, abort).await
         });
-        let running = (name.to_owned(), batch_id.clone());
+        let running = RunningBatch {
+            target: name.to_owned(),
+            batch_id: batch_id.clone(),
+            purpose,
+        };
         self.running.insert(task.id(), running);
         batch_id
     }
@@ -591,25 +601,24 @@ impl Daemon {
                 (error.id(), None)
             }
         };
-        let (name, batch_id) = self
+        let ended = self
             .running
             .remove(&id)
             .expect("inserted when the batch started");
-        let Some(target) = self.targets.get_mut(&name) else {
+        let Some(target) = self.targets.get_mut(&ended.target) else {
             return;
         };
-        if target.confirmation.as_ref() == Some(&batch_id) {
+        let has_agent = report.as_ref().is_some_and(|report| {
+            let mut probes = report.probes.iter();
+            probes.any(|probe| probe.agent.is_some())
+        });
+        target.agent_known |= has_agent;
+        if ended.purpose == Purpose::Confirmation {
             target.confirmation = None;
             target.detector.confirmation_attempted();
-            if let Some(report) = &report {
-                let mut probes = report.probes.iter();
-                target.agent_known |= probes.any(|probe| probe.agent.is_some());
-            }
-        } else if target.running.as_ref() == Some(&batch_id) {
+        } else {
             target.running = None;
             if let Some(report) = report.filter(|report| !report.opened_nothing()) {
-                let mut probes = report.probes.iter();
-                target.agent_known |= probes.any(|probe| probe.agent.is_some());
                 target.last_batch = Some(last_batch(&report));
             }
         }

@@ -204,3 +204,26 @@ async fn target_that_a_reload_adds_links_to_the_address_that_the_daemon_started_
         "{info:?}"
     );
 }
+
+#[tokio::test]
+async fn confirmation_of_a_target_that_is_back_is_still_a_confirmation() {
+    let (mut daemon, _folder) = daemon().await;
+    daemon.start_confirmation("early", 1);
+    let running = daemon.targets["early"].confirmation.clone();
+    assert!(running.is_some());
+    let config = daemon.config.clone();
+    let mut without = config.clone();
+    without.targets.remove("early");
+    for config in [without, config] {
+        let access = settings::access(&config).unwrap();
+        daemon.apply(config, access);
+    }
+    let early = &daemon.targets["early"];
+    assert_eq!((&early.running, &early.confirmation), (&None, &running));
+    while let Some(ended) = daemon.batches.join_next_with_id().await {
+        daemon.batch_ended(ended);
+    }
+    let early = &daemon.targets["early"];
+    assert_eq!(early.confirmation, None);
+    assert!(early.last_batch.is_none(), "{:?}", early.last_batch);
+}
