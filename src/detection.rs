@@ -445,9 +445,12 @@ impl DetectorShared {
     }
 
     fn notice(&self, detection: &Detection, kind: NoticeKind, now: DateTime<Utc>) -> Notice {
-        let incident = match kind {
-            NoticeKind::Opened | NoticeKind::Closed => detection.incident.as_ref(),
-            NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => None,
+        // The id of an incident is known even if its document can't be read.
+        let (incident, id) = match kind {
+            NoticeKind::Opened | NoticeKind::Closed => {
+                (detection.incident.as_ref(), detection.kept.incident.clone())
+            }
+            NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => (None, None),
         };
         let blind_since = detection.kept.blind.unwrap_or(now);
         let silent_since = detection.kept.silent_since.unwrap_or(blind_since);
@@ -458,8 +461,7 @@ impl DetectorShared {
                 self.target
             )
         };
-        let id = incident.map_or_else(blind, |incident| incident.head.id.clone());
-        let url = incident.and_then(|incident| self.url_of(&incident.head.id));
+        let url = id.as_ref().and_then(|id| self.url_of(id));
         let reasons = incident.map(Incident::reasons).unwrap_or_default();
         let reasons = reasons.iter().map(|one| (one.reason.clone(), one.rooms));
         let ended_by = incident.and_then(|incident| incident.ended_by);
@@ -469,7 +471,7 @@ impl DetectorShared {
             project: detection.settings.project.clone(),
             fault: incident.map(|incident| incident.head.fault.label().to_owned()),
             continues: false,
-            incident: id,
+            incident: id.unwrap_or_else(blind),
             began_at: incident.map_or(silent_since, |incident| incident.head.began_at),
             at: now,
             reasons: reasons.collect(),

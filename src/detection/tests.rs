@@ -258,6 +258,26 @@ async fn message_about_silence_after_a_restart_names_the_last_verdict_of_the_run
     assert_eq!(notice.began_at, START + TimeDelta::seconds(20));
 }
 
+/// PagerDuty ends an incident by the id that its first message had.
+#[tokio::test]
+async fn end_of_an_incident_whose_document_cannot_be_read_has_its_id() {
+    let first = Fixture::in_memory();
+    first.fail();
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        incident: Some("[]".to_owned()),
+        recent: Vec::new(),
+    });
+    let id = first.detector.open_incident();
+    assert!(id.is_some());
+    let detection = second.detector.shared.lock();
+    let shared = &second.detector.shared;
+    let notice = shared.notice(&detection, NoticeKind::Closed, Utc::now());
+    assert_eq!(Some(notice.incident), id);
+}
+
 #[tokio::test]
 async fn unreadable_state_counts_as_unknown() {
     let fixture = Fixture::in_memory();
