@@ -47,7 +47,6 @@ pub(crate) fn rooms_in_a_days_outage(confirm: &Confirm) -> u64 {
     machine.room(start, start, Verdict::Bad(Fault::Agent));
     while let Some(due) = machine.next_confirmation(confirm)
         && due.at < end
-        && due.rooms > 0
     {
         for _ in 0..due.rooms {
             machine.room(due.at, due.at, Verdict::Bad(Fault::Agent));
@@ -288,9 +287,6 @@ impl Detector {
 
     /// The next confirmation; `None` if there is nothing to confirm, or if the settings turn confirmations off.
     pub(crate) fn next_confirmation(&self, confirm: &Confirm) -> Option<DueConfirmation> {
-        if confirm.rooms == 0 {
-            return None;
-        }
         self.shared.lock().kept.machine.next_confirmation(confirm)
     }
 
