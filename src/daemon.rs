@@ -138,6 +138,15 @@ struct TargetRuntime {
     last_batch: Option<LastBatch>,
 }
 
+impl TargetRuntime {
+    /// Gives its detector what an earlier run knew, once: later the detector knows more.
+    fn restore_detection(&mut self, restored: Restored) {
+        if !std::mem::replace(&mut self.restored, true) {
+            self.detector.restore(restored);
+        }
+    }
+}
+
 struct Daemon {
     config: Config,
     /// The settings of the start: those of the HTTP server and the history stay in effect.
@@ -169,8 +178,8 @@ struct Daemon {
     fault: Option<ProbeFault>,
     observer: Option<BatchObserver>,
     batches: JoinSet<Arc<BatchReport>>,
-    /// The target and the batch id of each running task.
-    running: HashMap<task::Id, (String, String)>,
+    /// The batch of each running task.
+    running: HashMap<task::Id, RunningBatch>,
     abort: CancellationToken,
     control: mpsc::Receiver<Control>,
     status: watch::Sender<Arc<Status>>,
@@ -182,6 +191,12 @@ struct Daemon {
     http: JoinSet<()>,
     http_end: CancellationToken,
     sweep: JoinSet<SweepResult>,
+}
+
+struct RunningBatch {
+    target: String,
+    batch_id: String,
+    purpose: Purpose,
 }
 
 /// Why a batch does not start.
@@ -332,38 +347,23 @@ impl Daemon {
         }
     }
 
-    /// Restores the last batch of targets that are new to this process from the history.
+    /// Restores the state and the last batch of targets that are new to this process from the history.
     async fn restore(&mut self) {
+        let mut is_readable = true;
         for (name, target) in &mut self.targets {
             if target.last_batch.is_some() && target.agent_known {
                 continue;
             }
-            restore_detection(&self.history, name, target).await;
-            let agent_name = target.settings.agent_name.as_deref();
-            let read = tokio::try_join!(
-                self.history.last_completed(name, &[Purpose::Scheduled]),
-                self.history
-                    .last_completed(name, &[Purpose::Scheduled, Purpose::Manual]),
-                self.history.has_seen_agent(name, agent_name),
-            );
-            match read {
-                Ok((scheduled, last, agent_known)) => {
-                    target.agent_known |= agent_known;
-                    if target.last_batch.is_none() {
-                        if let Some(scheduled) = scheduled {
-                            target.metrics.restore_last_batch(scheduled.ended_at);
-                        }
-                        target.last_batch = last;
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(
-                        "cannot read the targets' earlier batches from the history: {error:#}"
-                    );
-                    // Each further read could take as long as this one did.
-                    return;
-                }
+            // Each further read could take as long as the one that failed.
+            if is_readable && let Err(error) = restore_target(&self.history, name, target).await {
+                is_readable = false;
+                tracing::warn!(
+                    target_name = name,
+                    "target {name}: cannot read its earlier state and batches from the history, so no further target is read: {error:#}"
+                );
             }
+            // Without an earlier state it is unknown. Its series must show that.
+            target.restore_detection(Restored::default());
         }
     }
 
@@ -581,7 +581,11 @@ impl Daemon {
             };
             recorder.run(id, context, access, abort).await
         });
-        let running = (name.to_owned(), batch_id.clone());
+        let running = RunningBatch {
+            target: name.to_owned(),
+            batch_id: batch_id.clone(),
+            purpose,
+        };
         self.running.insert(task.id(), running);
         batch_id
     }
@@ -597,25 +601,24 @@ impl Daemon {
                 (error.id(), None)
             }
         };
-        let (name, batch_id) = self
+        let ended = self
             .running
             .remove(&id)
             .expect("inserted when the batch started");
-        let Some(target) = self.targets.get_mut(&name) else {
+        let Some(target) = self.targets.get_mut(&ended.target) else {
             return;
         };
-        if target.confirmation.as_ref() == Some(&batch_id) {
+        let has_agent = report.as_ref().is_some_and(|report| {
+            let mut probes = report.probes.iter();
+            probes.any(|probe| probe.agent.is_some())
+        });
+        target.agent_known |= has_agent;
+        if ended.purpose == Purpose::Confirmation {
             target.confirmation = None;
             target.detector.confirmation_attempted();
-            if let Some(report) = &report {
-                let mut probes = report.probes.iter();
-                target.agent_known |= probes.any(|probe| probe.agent.is_some());
-            }
-        } else if target.running.as_ref() == Some(&batch_id) {
+        } else {
             target.running = None;
             if let Some(report) = report.filter(|report| !report.opened_nothing()) {
-                let mut probes = report.probes.iter();
-                target.agent_known |= probes.any(|probe| probe.agent.is_some());
                 target.last_batch = Some(last_batch(&report));
             }
         }
@@ -717,19 +720,30 @@ fn max_silence(
     interval * 5 / 2
 }
 
-/// Gives a target's detector what an earlier run knew.
-async fn restore_detection(history: &History, name: &str, target: &mut TargetRuntime) {
-    if std::mem::replace(&mut target.restored, true) {
-        return;
+/// Gives a target what an earlier run knew.
+async fn restore_target(
+    history: &History,
+    name: &str,
+    target: &mut TargetRuntime,
+) -> Result<(), ReadError> {
+    if !target.restored {
+        let restored = read_detection(history, name).await?;
+        target.restore_detection(restored);
     }
-    let restored = read_detection(history, name).await;
-    if let Err(error) = &restored {
-        tracing::warn!(
-            target_name = name,
-            "target {name}: cannot read its earlier state from the history: {error:#}"
-        );
+    let agent_name = target.settings.agent_name.as_deref();
+    let (scheduled, last, agent_known) = tokio::try_join!(
+        history.last_completed(name, &[Purpose::Scheduled]),
+        history.last_completed(name, &[Purpose::Scheduled, Purpose::Manual]),
+        history.has_seen_agent(name, agent_name),
+    )?;
+    target.agent_known |= agent_known;
+    if target.last_batch.is_none() {
+        if let Some(scheduled) = scheduled {
+            target.metrics.restore_last_batch(scheduled.ended_at);
+        }
+        target.last_batch = last;
     }
-    target.detector.restore(restored.unwrap_or_default());
+    Ok(())
 }
 
 async fn read_detection(history: &History, name: &str) -> Result<Restored, ReadError> {

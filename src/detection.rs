@@ -18,7 +18,7 @@ use crate::history::{DetectionRecord, History, IncidentRecord, OutboxMessage, Re
 use crate::metrics::{IncidentInfo, TargetMetrics};
 use crate::notify::{Notice, NoticeKind, Notifier};
 use crate::probe::{Position, ProbeReport, Reason};
-use crate::report::Purpose;
+use crate::report::{Fault, Purpose, TargetState};
 
 mod difference;
 mod incident;
@@ -27,7 +27,7 @@ mod simulation;
 mod state;
 
 pub(crate) use incident::{EndedBy, Incident, IncidentHead, Sample};
-pub(crate) use state::{DueConfirmation, Fault, TargetState, Transition, Verdict};
+pub(crate) use state::{DueConfirmation, Transition, Verdict};
 
 use difference::Difference;
 use state::StateMachine;
@@ -47,7 +47,6 @@ pub(crate) fn rooms_in_a_days_outage(confirm: &Confirm) -> u64 {
     machine.room(start, start, Verdict::Bad(Fault::Agent));
     while let Some(due) = machine.next_confirmation(confirm)
         && due.at < end
-        && due.rooms > 0
     {
         for _ in 0..due.rooms {
             machine.room(due.at, due.at, Verdict::Bad(Fault::Agent));
@@ -128,6 +127,9 @@ struct Kept {
     incident: Option<String>,
     /// When the target became unknown, if that was reported and still is the case.
     blind: Option<DateTime<Utc>>,
+    /// The last verdict before that. A state that an earlier version stored has none.
+    #[serde(default)]
+    silent_since: Option<DateTime<Utc>>,
 }
 
 /// What a run of this program finds of a target in the history.
@@ -148,6 +150,14 @@ impl Restored {
     }
 }
 
+impl Kept {
+    /// The target has a verdict again, or it needs none.
+    fn end_silence(&mut self) {
+        self.blind = None;
+        self.silent_since = None;
+    }
+}
+
 impl Detector {
     pub(crate) fn new(
         target: &str,
@@ -161,6 +171,7 @@ impl Detector {
                 machine: StateMachine::new(now),
                 incident: None,
                 blind: None,
+                silent_since: None,
             },
             incident: None,
             recent: VecDeque::new(),
@@ -204,7 +215,10 @@ impl Detector {
                 ),
             }
         }
-        self.shared.publish(&detection);
+        let open = detection.incident.as_ref();
+        let open = open.filter(|_| detection.kept.machine.fault().is_some());
+        let differences = open.map(Incident::differences).unwrap_or_default();
+        self.shared.publish(&detection, &sentences(&differences));
     }
 
     /// Takes changed settings.
@@ -241,9 +255,16 @@ impl Detector {
     fn elapse_at(&self, silence: Duration, now: DateTime<Utc>) {
         let mut detection = self.shared.lock();
         let lost = detection.kept.machine.elapse(now, silence);
+        let machine = &detection.kept.machine;
         // A target that was never known is reported once, too.
-        let never_known = detection.kept.blind.is_none() && detection.is_unknown_for(silence, now);
-        if let Some(transition) = lost.or(never_known.then_some(Transition::Lost)) {
+        let never_known = machine.state() == TargetState::Unknown
+            && machine.is_silent(now, silence)
+            && !detection.paused
+            && detection.kept.blind.is_none();
+        let never_known = never_known.then(|| Transition::Lost {
+            since: machine.since(),
+        });
+        if let Some(transition) = lost.or(never_known) {
             self.shared
                 .changed(&mut detection, Some(transition), None, now);
         }
@@ -266,9 +287,6 @@ impl Detector {
 
     /// The next confirmation; `None` if there is nothing to confirm, or if the settings turn confirmations off.
     pub(crate) fn next_confirmation(&self, confirm: &Confirm) -> Option<DueConfirmation> {
-        if confirm.rooms == 0 {
-            return None;
-        }
         self.shared.lock().kept.machine.next_confirmation(confirm)
     }
 
@@ -295,12 +313,6 @@ impl Detector {
 }
 
 impl Detection {
-    fn is_unknown_for(&self, time: Duration, now: DateTime<Utc>) -> bool {
-        let machine = &self.kept.machine;
-        let since = (now - machine.since()).to_std().unwrap_or_default();
-        machine.state() == TargetState::Unknown && since >= time && !self.paused
-    }
-
     fn add(&mut self, sample: Sample, in_incident: bool) {
         if in_incident && let Some(incident) = &mut self.incident {
             incident.add(sample.clone());
@@ -331,9 +343,9 @@ impl DetectorShared {
         }
         if detection.kept.blind.is_some() {
             notices.push(self.notice(detection, NoticeKind::Sighted, now));
-            detection.kept.blind = None;
+            detection.kept.end_silence();
         }
-        self.record(detection, was_open, &notices);
+        self.record(detection, was_open, notices);
     }
 
     /// Acts on a transition, and records what has changed.
@@ -367,21 +379,22 @@ impl DetectorShared {
                 }
                 notices.push(self.notice(detection, NoticeKind::Closed, now));
             }
-            Some(Transition::Lost) => {
+            Some(Transition::Lost { since }) => {
                 detection.kept.blind = Some(now);
+                detection.kept.silent_since = Some(since);
                 notices.push(self.notice(detection, NoticeKind::Blind, now));
             }
         }
         if detection.kept.blind.is_some() && detection.kept.machine.state() != TargetState::Unknown
         {
             notices.push(self.notice(detection, NoticeKind::Sighted, now));
-            detection.kept.blind = None;
+            detection.kept.end_silence();
         }
         if let Some(transition) = transition {
             self.log(detection, transition);
         }
         let with_incident = is_open || matches!(transition, Some(Transition::Recovered));
-        self.record(detection, with_incident, &notices);
+        self.record(detection, with_incident, notices);
     }
 
     fn open(
@@ -428,11 +441,15 @@ impl DetectorShared {
     }
 
     fn notice(&self, detection: &Detection, kind: NoticeKind, now: DateTime<Utc>) -> Notice {
-        let incident = match kind {
-            NoticeKind::Opened | NoticeKind::Closed => detection.incident.as_ref(),
-            NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => None,
+        // The id of an incident is known even if its document can't be read.
+        let (incident, id) = match kind {
+            NoticeKind::Opened | NoticeKind::Closed => {
+                (detection.incident.as_ref(), detection.kept.incident.clone())
+            }
+            NoticeKind::Blind | NoticeKind::Sighted | NoticeKind::Test => (None, None),
         };
         let blind_since = detection.kept.blind.unwrap_or(now);
+        let silent_since = detection.kept.silent_since.unwrap_or(blind_since);
         let blind = || {
             format!(
                 "{}-{}-blind",
@@ -440,8 +457,7 @@ impl DetectorShared {
                 self.target
             )
         };
-        let id = incident.map_or_else(blind, |incident| incident.head.id.clone());
-        let url = incident.and_then(|incident| self.url_of(&incident.head.id));
+        let url = id.as_ref().and_then(|id| self.url_of(id));
         let reasons = incident.map(Incident::reasons).unwrap_or_default();
         let reasons = reasons.iter().map(|one| (one.reason.clone(), one.rooms));
         let ended_by = incident.and_then(|incident| incident.ended_by);
@@ -451,13 +467,14 @@ impl DetectorShared {
             project: detection.settings.project.clone(),
             fault: incident.map(|incident| incident.head.fault.label().to_owned()),
             continues: false,
-            incident: id,
-            began_at: incident.map_or(blind_since, |incident| incident.head.began_at),
+            incident: id.unwrap_or_else(blind),
+            began_at: incident.map_or(silent_since, |incident| incident.head.began_at),
             at: now,
             reasons: reasons.collect(),
             failed: incident.map_or(0, Incident::failed),
             rooms: incident.map_or(0, Incident::rooms),
-            differs: incident.map(sentences).unwrap_or_default(),
+            // `record` knows what differs.
+            differs: Vec::new(),
             detail: None,
             url,
             ended_by: ended_by.map(|by| by.label().to_owned()),
@@ -474,13 +491,21 @@ impl DetectorShared {
     }
 
     /// Writes what the next run needs, shows the state, and sends the messages.
-    fn record(&self, detection: &Detection, with_incident: bool, notices: &[Notice]) {
+    fn record(&self, detection: &Detection, with_incident: bool, mut notices: Vec<Notice>) {
+        let incident = detection.incident.as_ref().filter(|_| with_incident);
+        // Compares up to 2000 rooms by each factor, so the document, the series and the messages share the result.
+        let differences = incident.map(Incident::differences).unwrap_or_default();
+        let differs = sentences(&differences);
+        for notice in &mut notices {
+            if let NoticeKind::Opened | NoticeKind::Closed = notice.kind {
+                notice.differs.clone_from(&differs);
+            }
+        }
         let notifier = &self.outputs.notifier;
         let messages = notices.iter().flat_map(|notice| notifier.messages(notice));
         let messages: Vec<_> = messages.collect();
         let state = serde_json::to_string(&detection.kept);
         let state = state.expect("plain structs with string keys always serialize");
-        let incident = detection.incident.as_ref().filter(|_| with_incident);
         self.outputs.history.record_detection(DetectionRecord {
             target: self.target.clone(),
             state,
@@ -491,30 +516,31 @@ impl DetectorShared {
                 fault: incident.head.fault.label().to_owned(),
                 began_at: incident.head.began_at,
                 ended_at: incident.ended_at,
-                document: incident.document(),
+                document: incident.document(&differences),
             }),
             messages: messages.clone(),
         });
-        self.publish(detection);
+        self.publish(detection, &differs);
         if !messages.is_empty() {
             self.outputs.courier.hand_over(messages);
         }
     }
 
-    fn publish(&self, detection: &Detection) {
+    /// `differs` says what differs between the rooms of the open incident.
+    fn publish(&self, detection: &Detection, differs: &[String]) {
         let machine = &detection.kept.machine;
         let metrics = &self.outputs.metrics;
-        metrics.state(machine.state().label(), machine.since());
+        metrics.state(machine.state(), machine.since());
         let fault = machine.fault();
         let open = detection.incident.as_ref().filter(|_| fault.is_some());
         metrics.incident(
-            fault.map(Fault::label),
+            fault,
             open.map(|incident| IncidentInfo {
                 incident: incident.head.id.clone(),
                 reason: incident.reasons().first().map(|one| one.reason.clone()),
                 failed: incident.failed(),
                 rooms: incident.rooms(),
-                differs: sentences(incident).join("; "),
+                differs: differs.join("; "),
                 url: self.url_of(&incident.head.id),
             }),
         );
@@ -553,7 +579,7 @@ impl DetectorShared {
                 "target {target} is healthy again: incident {} is over",
                 id.unwrap_or_default()
             ),
-            Transition::Lost => tracing::warn!(
+            Transition::Lost { .. } => tracing::warn!(
                 target_name = target,
                 "target {target} is unknown: no room has given a verdict on the agent for too long"
             ),
@@ -561,9 +587,7 @@ impl DetectorShared {
     }
 }
 
-/// What differs between its failed and its good rooms, for people.
-fn sentences(incident: &Incident) -> Vec<String> {
-    let differences = incident.differences();
+fn sentences(differences: &[Difference]) -> Vec<String> {
     differences.iter().map(Difference::sentence).collect()
 }
 
@@ -571,7 +595,11 @@ impl From<RecentProbe> for Sample {
     fn from(probe: RecentProbe) -> Self {
         let labelled = |reason: &Reason| Some(reason.label()) == probe.reason.as_deref();
         let reason = Reason::ALL.into_iter().find(labelled);
-        let known = probe.circumstances;
+        let verdict = match (probe.outcome.as_str(), reason) {
+            ("ok", _) => Verdict::Good,
+            (_, Some(reason)) => Verdict::of_failure(reason.origin()),
+            (_, None) => Verdict::None,
+        };
         let position = if probe.place == 0 {
             Position::First
         } else {
@@ -585,21 +613,11 @@ impl From<RecentProbe> for Sample {
             opened_at: probe.started_at,
             // The history keeps no end of a probe.
             ended_at: probe.started_at,
-            failed: match (probe.outcome.as_str(), reason) {
-                ("ok", _) => Some(false),
-                (_, Some(reason)) if Verdict::of_failure(reason.origin()) != Verdict::None => {
-                    Some(true)
-                }
-                _ => None,
-            },
+            failed: verdict.failed(),
             outcome: probe.outcome,
             origin: reason.map(|reason| reason.origin().label().to_owned()),
             reason: probe.reason,
-            node: known.node,
-            region: known.region,
-            worker: known.worker,
-            media_path: known.media_path.map(|path| path.label().to_owned()),
-            agent_version: known.agent_version,
+            circumstances: probe.circumstances,
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::config::{Objectives, Period, Project, Target};
 use crate::probe::{
     AgentStage, LimitKind, Outcome, Position, ProbeReport, Reason, Span, Turn, TurnResult,
 };
-use crate::report::{BatchReport, BatchResult, Purpose};
+use crate::report::{BatchReport, BatchResult, Fault, Purpose, TargetState};
 
 mod catalogue;
 mod family;
@@ -41,12 +41,6 @@ pub struct Build {
     pub rustc: String,
     pub engine: String,
 }
-
-/// The states of a target: the values of the label `state`.
-pub(crate) const STATES: [&str; 4] = ["unknown", "healthy", "suspect", "failing"];
-
-/// Whose fault an incident is: the values of the label `fault`.
-pub(crate) const FAULTS: [&str; 2] = ["agent", "service"];
 
 /// Labels of the series `incident_info`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -423,10 +417,11 @@ impl TargetMetrics {
         let paused = families.gauge(&catalogue::PAUSED);
         paused.set(0.0);
         let state = families.gauges(&catalogue::STATE);
-        set_state(&state, "unknown");
+        set_state(&state, TargetState::Unknown);
         let incident_open = families.gauges(&catalogue::INCIDENT_OPEN);
-        for fault in FAULTS {
-            incident_open.with_label_values(&[fault]).set(f64::NAN);
+        for fault in Fault::ALL {
+            let open = incident_open.with_label_values(&[fault.label()]);
+            open.set(f64::NAN);
         }
         let series = TargetSeries {
             probes: families.counters(&catalogue::PROBES, purposes.map(|purpose| [purpose])),
@@ -667,20 +662,20 @@ impl TargetMetrics {
         self.update().paused.set(flag(paused));
     }
 
-    /// Sets the state that the target has been in since `since`. The labels are those of the detection's states.
-    pub fn state(&self, label: &'static str, since: DateTime<Utc>) {
+    /// Sets the state that the target has been in since `since`.
+    pub fn state(&self, state: TargetState, since: DateTime<Utc>) {
         let series = self.update();
-        set_state(&series.state, label);
+        set_state(&series.state, state);
         series.state_since.set(timestamp(since));
     }
 
     /// Sets whose fault the open incident is, and what is known of it; `None` if no incident is open. To be called only when
     /// both are known: after a restart, the alert of an open incident must not resolve for a moment.
-    pub fn incident(&self, fault: Option<&'static str>, info: Option<IncidentInfo>) {
+    pub fn incident(&self, fault: Option<Fault>, info: Option<IncidentInfo>) {
         let series = self.update();
-        for label in FAULTS {
-            let open = series.incident_open.with_label_values(&[label]);
-            open.set(flag(fault == Some(label)));
+        for one in Fault::ALL {
+            let open = series.incident_open.with_label_values(&[one.label()]);
+            open.set(flag(fault == Some(one)));
         }
         series.incident_info.reset();
         if let Some(info) = info {
@@ -841,9 +836,10 @@ impl ProjectMetrics {
     }
 }
 
-fn set_state(states: &GaugeVec, label: &str) {
-    for state in STATES {
-        states.with_label_values(&[state]).set(flag(state == label));
+fn set_state(states: &GaugeVec, state: TargetState) {
+    for one in TargetState::ALL {
+        let gauge = states.with_label_values(&[one.label()]);
+        gauge.set(flag(one == state));
     }
 }
 

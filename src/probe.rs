@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
 use strum::VariantArray;
 use tokio::time::Instant;
 
@@ -73,8 +74,9 @@ pub struct ProbeReport {
     pub circumstances: Circumstances,
 }
 
-/// What may differ between two rooms of one target. A part that is not known is `None`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What may differ between two rooms of one target. A part that is not known is `None`. The names of the fields are keys of
+/// the API.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Circumstances {
     /// The LiveKit node of the room, by the join response.
     pub node: Option<String>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use humantime::format_duration;
+use serde::{Deserialize, Serialize};
 use strum::VariantArray;
 
 use crate::config::Period;
@@ -52,6 +53,78 @@ impl Purpose {
         Self::ALL
             .into_iter()
             .find(|purpose| purpose.label() == label)
+    }
+}
+
+/// What the canary knows of a target.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    Serialize,
+    Deserialize,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
+#[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
+pub enum TargetState {
+    /// The canary just started, the target is paused, or no room has given a verdict for 2.5 intervals.
+    #[default]
+    Unknown,
+    /// The last rooms were good.
+    Healthy,
+    /// A room failed, and more rooms are to confirm it.
+    Suspect,
+    /// An incident is open.
+    Failing,
+}
+
+impl TargetState {
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
+
+    /// The value of the label `state`.
+    pub fn label(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// Whose fault an outage is.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Serialize,
+    Deserialize,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
+#[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
+pub enum Fault {
+    /// The agent, or nothing proves that it is not the agent.
+    Agent,
+    /// LiveKit or the network.
+    Service,
+}
+
+impl Fault {
+    pub const ALL: [Self; <Self as VariantArray>::VARIANTS.len()] =
+        *<Self as VariantArray>::VARIANTS
+            .first_chunk()
+            .expect("the array has the length of the slice");
+
+    /// The value of the label `fault`.
+    pub fn label(self) -> &'static str {
+        self.into()
     }
 }
 

@@ -18,6 +18,7 @@ use crate::config::{self, Config};
 use crate::detection::{Detector, Outputs};
 use crate::guard::Guard;
 use crate::http::{LastReload, ReloadRefused};
+use crate::report::Purpose;
 
 /// How long a reload waits for the files. After that it has failed.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -254,7 +255,8 @@ impl Daemon {
                 metrics: metrics.clone(),
                 notifier: self.notifier.clone(),
                 courier: self.courier.clone(),
-                external_url: config.daemon.http.external_url.clone(),
+                // A target that a reload adds has the address of the others, until the next start.
+                external_url: self.started_with.http.external_url.clone(),
                 drill: self.drill,
             };
             let target = TargetRuntime {
@@ -262,11 +264,11 @@ impl Daemon {
                 metrics: metrics.clone(),
                 detector: Detector::new(name, Arc::clone(&settings), outputs, Utc::now()),
                 restored: false,
-                confirmation: None,
+                confirmation: self.running_batch(name, true),
                 max_silence: None,
                 paused: false,
                 agent_known: false,
-                running: self.running_batch(name),
+                running: self.running_batch(name, false),
                 last_tick: None,
                 last_batch: None,
             };
@@ -278,10 +280,12 @@ impl Daemon {
         self.publish_next_batch(name);
     }
 
-    /// A target that was removed and is back may still have a running batch.
-    fn running_batch(&self, name: &str) -> Option<String> {
+    /// A target that was removed and is back may still have a running batch and a running confirmation.
+    fn running_batch(&self, name: &str, is_confirmation: bool) -> Option<String> {
         let mut running = self.running.values();
-        let found = running.find(|(target, _)| target == name);
-        found.map(|(_, batch_id)| batch_id.clone())
+        let found = running.find(|batch| {
+            batch.target == name && (batch.purpose == Purpose::Confirmation) == is_confirmation
+        });
+        found.map(|batch| batch.batch_id.clone())
     }
 }

@@ -1,11 +1,14 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use chrono::TimeDelta;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::config::RawConfig;
+use crate::probe::{Position, ProbeReport, Reason};
+use crate::report::sample;
 
 /// The port is closed: every probe fails at once, and no room needs a clean-up.
 const SETTINGS: &str = r#"
@@ -15,6 +18,12 @@ targets.late = { agent_name = "late", schedule.cron = "*/5 * * * *" }
 "#;
 
 async fn daemon() -> (Daemon, TempDir) {
+    daemon_with(|settings| History::open(settings).unwrap()).await
+}
+
+async fn daemon_with(
+    history: impl FnOnce(&config::HistorySettings) -> History,
+) -> (Daemon, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("canary.toml");
     std::fs::write(&file, SETTINGS).unwrap();
@@ -31,7 +40,7 @@ async fn daemon() -> (Daemon, TempDir) {
     };
     let options = DaemonOptions {
         web: WebConfig::load(&config.daemon.http).unwrap(),
-        history: History::open(&config.daemon.history).unwrap(),
+        history: history(&config.daemon.history),
         read_config: Arc::new({
             let config = config.clone();
             move || Ok(config.clone())
@@ -153,4 +162,68 @@ async fn day_of_batches_leaks_no_task_no_series_and_no_room_permit() {
     );
     let counts = daemon.history.counts("early").await.unwrap();
     assert_eq!(counts.batches["failed"], 24 * 60 / 5, "{counts:?}");
+}
+
+#[tokio::test]
+async fn target_has_its_series_although_the_read_for_another_one_failed() {
+    // It has no file, so each read fails.
+    let (daemon, _folder) = daemon_with(|_| History::in_memory(Arc::new(Utc::now))).await;
+    let text = daemon.metrics.render();
+    for target in ["early", "late"] {
+        let open = format!("livekit_canary_incident_open{{fault=\"agent\",target=\"{target}\"}} 0");
+        assert!(text.lines().any(|line| line == open), "{open} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn target_that_a_reload_adds_links_to_the_address_that_the_daemon_started_with() {
+    let (mut daemon, _folder) = daemon().await;
+    let mut config = daemon.config.clone();
+    let added = config.targets["early"].clone();
+    config.targets.insert("added".to_owned(), added);
+    config.daemon.http.external_url = Some("https://new.example.com/".parse().unwrap());
+    let access = settings::access(&config).unwrap();
+    daemon.apply(config, access);
+    let detector = daemon.targets["added"].detector.clone();
+    let now = Utc::now();
+    for (number, seconds) in [0, 40, 40, 40].into_iter().enumerate() {
+        let report = ProbeReport::new(
+            RoomName(format!("canary-{number}")),
+            Position::First,
+            now + TimeDelta::seconds(seconds),
+            sample::failed(Reason::AgentSilent, "as scripted"),
+        );
+        detector.room("batch", Purpose::Scheduled, &report);
+    }
+    assert!(detector.open_incident().is_some());
+    let text = daemon.metrics.render();
+    let mut lines = text.lines();
+    let info = lines.find(|line| line.starts_with("livekit_canary_incident_info{"));
+    assert!(
+        info.is_some_and(|info| info.contains("url=\"\"")),
+        "{info:?}"
+    );
+}
+
+#[tokio::test]
+async fn confirmation_of_a_target_that_is_back_is_still_a_confirmation() {
+    let (mut daemon, _folder) = daemon().await;
+    daemon.start_confirmation("early", 1);
+    let running = daemon.targets["early"].confirmation.clone();
+    assert!(running.is_some());
+    let config = daemon.config.clone();
+    let mut without = config.clone();
+    without.targets.remove("early");
+    for config in [without, config] {
+        let access = settings::access(&config).unwrap();
+        daemon.apply(config, access);
+    }
+    let early = &daemon.targets["early"];
+    assert_eq!((&early.running, &early.confirmation), (&None, &running));
+    while let Some(ended) = daemon.batches.join_next_with_id().await {
+        daemon.batch_ended(ended);
+    }
+    let early = &daemon.targets["early"];
+    assert_eq!(early.confirmation, None);
+    assert!(early.last_batch.is_none(), "{:?}", early.last_batch);
 }

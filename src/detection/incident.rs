@@ -7,9 +7,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::difference::{self, Case, Difference, Factor};
-use super::state::{Fault, Verdict};
-use crate::probe::ProbeReport;
-use crate::report::Purpose;
+use super::state::Verdict;
+use crate::probe::{Circumstances, MediaPath, ProbeReport};
+use crate::report::{Fault, Purpose};
 
 /// The rooms that an incident keeps. If there are more, the first and the last half of them.
 const MAX_SAMPLES: usize = 2000;
@@ -32,11 +32,8 @@ pub(crate) struct Sample {
     pub(crate) origin: Option<String>,
     /// `None` if the room shows nothing of the target: a plan limit, wrong settings, an abort.
     pub(crate) failed: Option<bool>,
-    pub(crate) node: Option<String>,
-    pub(crate) region: Option<String>,
-    pub(crate) worker: Option<String>,
-    pub(crate) media_path: Option<String>,
-    pub(crate) agent_version: Option<String>,
+    #[serde(flatten)]
+    pub(crate) circumstances: Circumstances,
 }
 
 impl Sample {
@@ -47,7 +44,6 @@ impl Sample {
         ended_at: DateTime<Utc>,
     ) -> Self {
         let failure = report.outcome.failure();
-        let known = report.circumstances.clone();
         Self {
             room: report.room.0.clone(),
             batch_id: batch_id.to_owned(),
@@ -58,27 +54,20 @@ impl Sample {
             outcome: report.outcome.label().to_owned(),
             reason: failure.map(|failure| failure.reason.label().to_owned()),
             origin: failure.map(|failure| failure.reason.origin().label().to_owned()),
-            failed: match Verdict::of(&report.outcome) {
-                Verdict::Good => Some(false),
-                Verdict::Bad(_) => Some(true),
-                Verdict::None => None,
-            },
-            node: known.node,
-            region: known.region,
-            worker: known.worker,
-            media_path: known.media_path.map(|path| path.label().to_owned()),
-            agent_version: known.agent_version,
+            failed: Verdict::of(&report.outcome).failed(),
+            circumstances: report.circumstances.clone(),
         }
     }
 
     fn value(&self, factor: Factor) -> Option<&str> {
+        let known = &self.circumstances;
         match factor {
-            Factor::Node => self.node.as_deref(),
-            Factor::Region => self.region.as_deref(),
-            Factor::Worker => self.worker.as_deref(),
+            Factor::Node => known.node.as_deref(),
+            Factor::Region => known.region.as_deref(),
+            Factor::Worker => known.worker.as_deref(),
             Factor::Position => Some(&self.position),
-            Factor::MediaPath => self.media_path.as_deref(),
-            Factor::AgentVersion => self.agent_version.as_deref(),
+            Factor::MediaPath => known.media_path.map(MediaPath::label),
+            Factor::AgentVersion => known.agent_version.as_deref(),
         }
     }
 
@@ -162,7 +151,7 @@ struct Document<'a> {
     duration_seconds: Option<f64>,
     /// Failed rooms of all rooms with a verdict.
     share: Option<f64>,
-    differs: Vec<DifferenceJson>,
+    differs: Vec<DifferenceJson<'a>>,
     nodes: Vec<ValueCount>,
     regions: Vec<ValueCount>,
     workers: Vec<ValueCount>,
@@ -172,9 +161,9 @@ struct Document<'a> {
 }
 
 #[derive(Serialize)]
-struct DifferenceJson {
+struct DifferenceJson<'a> {
     #[serde(flatten)]
-    difference: Difference,
+    difference: &'a Difference,
     sentence: String,
 }
 
@@ -272,16 +261,13 @@ impl Incident {
         difference::differences(&rooms, &good)
     }
 
-    /// The JSON of `/api/v1/incidents/{id}`; see `docs/api.md`.
-    pub(crate) fn document(&self) -> String {
+    /// The JSON of `/api/v1/incidents/{id}`; see `docs/api.md`. It takes its own [`differences`](Self::differences).
+    pub(crate) fn document(&self, differences: &[Difference]) -> String {
         let duration = self.ended_at.map(|ended| ended - self.head.began_at);
-        let differs = self
-            .differences()
-            .into_iter()
-            .map(|difference| DifferenceJson {
-                sentence: difference.sentence(),
-                difference,
-            });
+        let differs = differences.iter().map(|difference| DifferenceJson {
+            sentence: difference.sentence(),
+            difference,
+        });
         let document = Document {
             state: if self.ended_at.is_some() {
                 "ended"

@@ -10,8 +10,9 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use fastrand::Rng;
 
-use super::state::{Fault, StateMachine, Transition, Verdict};
+use super::state::{StateMachine, Transition, Verdict};
 use crate::config::Confirm;
+use crate::report::Fault;
 
 /// Milliseconds since the start of the simulation.
 type Millis = i64;

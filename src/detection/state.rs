@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Confirm;
 use crate::probe::{Origin, Outcome};
+use crate::report::{Fault, TargetState};
 
 /// A shorter fault is a blip and no outage. A room that opens this long after the first failure was known can't fail for it.
 const MIN_OUTAGE: TimeDelta = TimeDelta::seconds(30);
@@ -35,74 +36,6 @@ const OUTAGE_LOOKS: i32 = 60;
 /// Maximum time from a good room to the next confirmation in an outage.
 const RECOVERY_INTERVAL: TimeDelta = TimeDelta::seconds(15);
 
-/// What the canary knows of a target.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Default,
-    Serialize,
-    Deserialize,
-    strum::IntoStaticStr,
-    strum::VariantArray,
-)]
-#[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
-pub(crate) enum TargetState {
-    /// The canary just started, the target is paused, or no room has given a verdict for 2.5 intervals.
-    #[default]
-    Unknown,
-    /// The last rooms were good.
-    Healthy,
-    /// A room failed, and more rooms are to confirm it.
-    Suspect,
-    /// An incident is open.
-    Failing,
-}
-
-impl TargetState {
-    #[cfg(test)]
-    pub(crate) const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
-
-    /// The value of the label `state`.
-    pub(crate) fn label(self) -> &'static str {
-        self.into()
-    }
-}
-
-/// Whose fault an outage is.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Serialize,
-    Deserialize,
-    strum::IntoStaticStr,
-    strum::VariantArray,
-)]
-#[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
-pub(crate) enum Fault {
-    /// The agent, or nothing proves that it is not the agent.
-    Agent,
-    /// LiveKit or the network.
-    Service,
-}
-
-impl Fault {
-    #[cfg(test)]
-    pub(crate) const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
-
-    /// The value of the label `fault`.
-    pub(crate) fn label(self) -> &'static str {
-        self.into()
-    }
-}
-
 /// What one room shows of the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -116,6 +49,15 @@ impl Verdict {
     /// Whether the room shows how the agent is.
     pub(crate) fn is_on_agent(self) -> bool {
         matches!(self, Self::Good | Self::Bad(Fault::Agent))
+    }
+
+    /// Whether the room failed; `None` if it shows nothing.
+    pub(crate) fn failed(self) -> Option<bool> {
+        match self {
+            Self::Good => Some(false),
+            Self::Bad(_) => Some(true),
+            Self::None => None,
+        }
     }
 
     pub(crate) fn of(outcome: &Outcome) -> Self {
@@ -154,8 +96,8 @@ pub(crate) enum Transition {
     Found,
     /// The outage is over.
     Recovered,
-    /// No verdict for too long.
-    Lost,
+    /// No verdict for too long, since the last one or since the target is known.
+    Lost { since: DateTime<Utc> },
 }
 
 /// A confirmation batch that is due.
@@ -172,6 +114,9 @@ pub(crate) struct StateMachine {
     since: DateTime<Utc>,
     /// The last room with a verdict.
     last_verdict_at: Option<DateTime<Utc>>,
+    /// When this run of the program continued with the state of an earlier one.
+    #[serde(skip)]
+    restarted_at: Option<DateTime<Utc>>,
     last_bad_at: Option<DateTime<Utc>>,
     /// Good rooms that opened after the last bad one was known.
     good_in_a_row: u32,
@@ -294,6 +239,7 @@ impl StateMachine {
             state: TargetState::Unknown,
             since: now,
             last_verdict_at: None,
+            restarted_at: None,
             last_bad_at: None,
             good_in_a_row: 0,
             doubt: None,
@@ -429,21 +375,28 @@ impl StateMachine {
 
     /// A new run of the program continues with this state. The time between the runs is no silence of the target.
     pub(crate) fn restart(&mut self, now: DateTime<Utc>) {
-        self.last_verdict_at = Some(now);
+        self.restarted_at = Some(now);
     }
 
     /// Time has passed. Without a verdict for `silence`, the state is unknown.
     pub(crate) fn elapse(&mut self, now: DateTime<Utc>, silence: Duration) -> Option<Transition> {
         self.forget_the_future(now);
-        let last = self.last_verdict_at.unwrap_or(self.since).max(self.since);
-        let silent = (now - last).to_std().is_ok_and(|time| time >= silence);
-        if !silent || self.state == TargetState::Unknown {
+        if self.state == TargetState::Unknown || !self.is_silent(now, silence) {
             return None;
         }
+        let since = self.last_verdict_at.unwrap_or(self.since);
         self.enter(TargetState::Unknown, now);
         self.good_in_a_row = 0;
         self.forget_doubt();
-        Some(Transition::Lost)
+        Some(Transition::Lost { since })
+    }
+
+    /// Whether this run of the program has had no verdict for `silence`, in this state.
+    pub(crate) fn is_silent(&self, now: DateTime<Utc>, silence: Duration) -> bool {
+        // `None` is less than any time.
+        let last = self.last_verdict_at.max(self.restarted_at);
+        let last = last.unwrap_or(self.since).max(self.since);
+        (now - last).to_std().is_ok_and(|time| time >= silence)
     }
 
     /// The target is paused. Returns whether an incident was open: it ends without a recovery.
@@ -516,6 +469,7 @@ impl StateMachine {
         self.since = self.since.min(now);
         let optional = [
             &mut self.last_verdict_at,
+            &mut self.restarted_at,
             &mut self.last_bad_at,
             &mut self.last_attempt_at,
         ];

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::config::Target;
 use crate::livekit::RoomName;
-use crate::metrics::{Build, FAULTS, Metrics, STATES};
+use crate::metrics::{Build, Metrics};
 use crate::probe::Outcome;
 use crate::report::sample;
 
@@ -93,13 +93,6 @@ fn open(fault: &str, value: u8) -> String {
     format!("livekit_canary_incident_open{{fault=\"{fault}\",target=\"support\"}} {value}")
 }
 
-#[test]
-fn series_have_every_state_and_every_fault() {
-    let states: Vec<_> = TargetState::ALL.iter().map(|one| one.label()).collect();
-    let faults: Vec<_> = Fault::ALL.iter().map(|one| one.label()).collect();
-    assert_eq!((states, faults), (STATES.to_vec(), FAULTS.to_vec()));
-}
-
 #[tokio::test]
 async fn outage_opens_an_incident_and_good_rooms_end_it() {
     let fixture = Fixture::in_memory();
@@ -122,7 +115,8 @@ async fn next_run_continues_an_open_incident() {
     first.fail();
     let detection = first.detector.shared.lock();
     let kept = serde_json::to_string(&detection.kept).unwrap();
-    let document = detection.incident.as_ref().unwrap().document();
+    let incident = detection.incident.as_ref().unwrap();
+    let document = incident.document(&incident.differences());
     drop(detection);
     assert_eq!(
         Restored::incident_of(&kept),
@@ -193,6 +187,95 @@ async fn time_between_two_runs_is_no_silence() {
     // The stored room is of 1970.
     second.detector.elapse(Duration::from_mins(40));
     assert_eq!(second.detector.state().0, TargetState::Healthy);
+}
+
+/// A pause is not stored, and a target that was removed may come back days later.
+#[tokio::test]
+async fn target_that_was_paused_in_the_last_run_has_a_full_interval_for_its_first_verdict() {
+    let first = Fixture::in_memory();
+    first.room(0, 20, Outcome::Ok);
+    first.detector.set_paused(true);
+    let second = Fixture::new(first.history.clone());
+    let mut kept = first.detector.shared.lock().kept.clone();
+    // It was paused in 1970.
+    kept.machine.pause(START);
+    second.detector.restore(Restored {
+        state: Some(serde_json::to_string(&kept).unwrap()),
+        ..Restored::default()
+    });
+    let silence = Duration::from_mins(40);
+    second.detector.elapse(silence);
+    assert_eq!(second.detector.shared.lock().kept.blind, None);
+    let later = Utc::now() + silence;
+    second.detector.elapse_at(silence, later);
+    assert_eq!(second.detector.shared.lock().kept.blind, Some(later));
+}
+
+#[tokio::test]
+async fn message_about_silence_names_the_last_verdict() {
+    let first = Fixture::in_memory();
+    let silence = Duration::from_mins(40);
+    let minute = |minute| START + TimeDelta::minutes(minute);
+    let names = |fixture: &Fixture, kind, at| {
+        let detection = fixture.detector.shared.lock();
+        let notice = fixture.detector.shared.notice(&detection, kind, at);
+        (notice.began_at, notice.incident)
+    };
+    let id = |time: &str| format!("19700101T{time}Z-support-blind");
+    first.detector.elapse_at(silence, minute(50));
+    let never_known = (minute(0), id("005000"));
+    assert_eq!(names(&first, NoticeKind::Blind, minute(50)), never_known);
+    first.room(3580, 3600, Outcome::Ok);
+    first.detector.elapse_at(silence, minute(105));
+    let known = (minute(60), id("014500"));
+    assert_eq!(names(&first, NoticeKind::Blind, minute(105)), known);
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        ..Restored::default()
+    });
+    assert_eq!(names(&second, NoticeKind::Sighted, Utc::now()), known);
+}
+
+#[tokio::test]
+async fn message_about_silence_after_a_restart_names_the_last_verdict_of_the_run_before() {
+    let first = Fixture::in_memory();
+    first.room(0, 20, Outcome::Ok);
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        ..Restored::default()
+    });
+    let silence = Duration::from_mins(40);
+    let later = Utc::now() + silence;
+    second.detector.elapse_at(silence, later);
+    let detection = second.detector.shared.lock();
+    assert_eq!(detection.kept.blind, Some(later));
+    let shared = &second.detector.shared;
+    let notice = shared.notice(&detection, NoticeKind::Blind, later);
+    assert_eq!(notice.began_at, START + TimeDelta::seconds(20));
+}
+
+/// PagerDuty ends an incident by the id that its first message had.
+#[tokio::test]
+async fn end_of_an_incident_whose_document_cannot_be_read_has_its_id() {
+    let first = Fixture::in_memory();
+    first.fail();
+    let kept = serde_json::to_string(&first.detector.shared.lock().kept).unwrap();
+    let second = Fixture::new(first.history.clone());
+    second.detector.restore(Restored {
+        state: Some(kept),
+        incident: Some("[]".to_owned()),
+        recent: Vec::new(),
+    });
+    let id = first.detector.open_incident();
+    assert!(id.is_some());
+    let detection = second.detector.shared.lock();
+    let shared = &second.detector.shared;
+    let notice = shared.notice(&detection, NoticeKind::Closed, Utc::now());
+    assert_eq!(Some(notice.incident), id);
 }
 
 #[tokio::test]

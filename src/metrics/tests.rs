@@ -23,7 +23,7 @@ use crate::probe::{
     AgentStage, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
     ProbeReport, Reason, Timeline, Turn, TurnResult, TurnStages,
 };
-use crate::report::{BatchReport, BatchResult, Purpose};
+use crate::report::{BatchReport, BatchResult, Fault, Purpose, TargetState};
 use chrono::{DateTime, TimeDelta, Utc};
 use support::scrape::{Family, Sample, Scrape};
 use tokio::time::Instant;
@@ -229,7 +229,7 @@ fn every_family_of_the_catalogue_exists_before_the_first_event() {
     let (metrics, support) = with_a_target();
     metrics.project("acme", &project());
     assert!(!metrics.render().contains("incident_info"));
-    support.incident(Some("agent"), Some(incident()));
+    support.incident(Some(Fault::Agent), Some(incident()));
     let scrape = scraped(&metrics);
     let ours: Vec<_> = scrape
         .families
@@ -252,7 +252,7 @@ fn every_family_of_the_catalogue_exists_before_the_first_event() {
 #[test]
 fn every_series_of_a_target_has_the_labels_of_the_catalogue() {
     let (metrics, support) = with_a_target();
-    support.incident(Some("agent"), Some(incident()));
+    support.incident(Some(Fault::Agent), Some(incident()));
     let scrape = scraped(&metrics);
     for family in CATALOGUE {
         let expected: BTreeSet<&str> = family.labels.iter().copied().collect();
@@ -1017,9 +1017,9 @@ fn exactly_one_state_of_a_target_is_1() {
             .collect()
     };
     assert_eq!(states(), ["unknown"]);
-    for state in super::STATES {
+    for state in TargetState::ALL {
         support.state(state, moment());
-        assert_eq!(states(), [state]);
+        assert_eq!(states(), [state.label()]);
     }
     let scrape = scraped(&metrics);
     let since = value_of(&scrape, "target_state_since_timestamp_seconds", &[]);
@@ -1036,14 +1036,14 @@ fn information_about_an_incident_exists_while_it_is_open_and_only_in_its_last_fo
     assert!(open().iter().all(|value| value.is_nan()));
     support.incident(None, None);
     assert_eq!(open(), [0.0, 0.0]);
-    support.incident(Some("service"), Some(incident()));
+    support.incident(Some(Fault::Service), Some(incident()));
     let changed = IncidentInfo {
         rooms: 7,
         differs: "only node a fails".to_owned(),
         url: Some("https://canary/incidents/1".to_owned()),
         ..incident()
     };
-    support.incident(Some("service"), Some(changed));
+    support.incident(Some(Fault::Service), Some(changed));
     assert_eq!(open(), [0.0, 1.0]);
     let scrape = scraped(&metrics);
     let info: Vec<&Sample> = series(&scrape, "incident_info").collect();

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::BatchReport;
 use crate::config::{Project, Target};
 use crate::livekit::event::TranscriptText;
-use crate::livekit::event::{MediaPath, Speaker, to_microseconds};
+use crate::livekit::event::{Speaker, to_microseconds};
 use crate::probe::{
     AgentStage, Circumstances, Evidence, Milestone, ProbeReport, Reason, Span, Turn,
 };
@@ -58,7 +58,7 @@ struct ProbeJson<'a> {
     turns: Vec<TurnJson<'a>>,
     transcript: Option<Vec<TranscriptLineJson<'a>>>,
     agent: Option<AgentJson<'a>>,
-    circumstances: CircumstancesJson<'a>,
+    circumstances: &'a Circumstances,
     audio: AudioJson,
     url: Option<String>,
 }
@@ -114,15 +114,6 @@ struct AgentJson<'a> {
     name: Option<&'a str>,
     /// The server's own stamp in Unix milliseconds, by which a join delay can be checked.
     joined_at_ms: Option<i64>,
-}
-
-#[derive(Serialize)]
-struct CircumstancesJson<'a> {
-    node: Option<&'a str>,
-    region: Option<&'a str>,
-    worker: Option<&'a str>,
-    media_path: Option<&'a str>,
-    agent_version: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -256,23 +247,13 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
             name: agent.name.as_deref(),
             joined_at_ms: (agent.joined_at_ms > 0).then_some(agent.joined_at_ms),
         }),
-        circumstances: circumstances(&report.circumstances),
+        circumstances: &report.circumstances,
         audio: AudioJson {
             packets: report.audio.packets,
             lost: report.audio.lost,
             jitter_seconds: report.audio.jitter.map(seconds),
         },
         url: session_url(report, project),
-    }
-}
-
-fn circumstances(of: &Circumstances) -> CircumstancesJson<'_> {
-    CircumstancesJson {
-        node: of.node.as_deref(),
-        region: of.region.as_deref(),
-        worker: of.worker.as_deref(),
-        media_path: of.media_path.map(MediaPath::label),
-        agent_version: of.agent_version.as_deref(),
     }
 }
 
@@ -335,7 +316,9 @@ mod tests {
     use insta::assert_snapshot;
     use serde_json::Value;
 
-    use super::super::sample::{WELL, batch, mixed, probe as sample_probe, project};
+    use super::super::sample::{
+        WELL, assert_same_keys, batch, mixed, probe as sample_probe, project,
+    };
     use super::*;
     use crate::config::Target;
     use crate::probe::Outcome;
@@ -351,23 +334,6 @@ mod tests {
         let (example, _) = after.split_once("```").unwrap();
         let example: Value = serde_json::from_str(example).unwrap();
         assert_same_keys(&example, &rendered(&mixed()), "");
-    }
-
-    fn assert_same_keys(example: &Value, real: &Value, path: &str) {
-        match (example, real) {
-            (Value::Object(example), Value::Object(real)) => {
-                let keys =
-                    |map: &serde_json::Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
-                assert_eq!(keys(example), keys(real), "at {path}");
-                for (key, value) in example {
-                    assert_same_keys(value, &real[key], &format!("{path}.{key}"));
-                }
-            }
-            (Value::Array(example), Value::Array(real)) if !example.is_empty() => {
-                assert_same_keys(&example[0], &real[0], &format!("{path}[]"));
-            }
-            _ => {}
-        }
     }
 
     #[test]

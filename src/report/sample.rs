@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::config::{Backoff, Budget, Ice, Project};
@@ -40,6 +41,25 @@ pub(crate) fn failed(reason: Reason, detail: &str) -> Outcome {
         reason,
         detail: detail.to_owned(),
     })
+}
+
+/// Both documents have the same keys in the same order. Only the first element of an array counts; the example may have an
+/// empty one.
+pub(crate) fn assert_same_keys(example: &Value, real: &Value, path: &str) {
+    match (example, real) {
+        (Value::Object(example), Value::Object(real)) => {
+            let keys =
+                |map: &serde_json::Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
+            assert_eq!(keys(example), keys(real), "at {path}");
+            for (key, value) in example {
+                assert_same_keys(value, &real[key], &format!("{path}.{key}"));
+            }
+        }
+        (Value::Array(example), Value::Array(real)) if !example.is_empty() => {
+            assert_same_keys(&example[0], &real[0], &format!("{path}[]"));
+        }
+        _ => {}
+    }
 }
 
 /// One room; `marks` are milliseconds since its start.

@@ -1,5 +1,6 @@
 use super::*;
-use crate::probe::{Failure, LimitKind, Reason};
+use crate::probe::{LimitKind, Reason};
+use crate::report::sample;
 
 const AGENT: Verdict = Verdict::Bad(Fault::Agent);
 const SERVICE: Verdict = Verdict::Bad(Fault::Service);
@@ -42,10 +43,7 @@ impl Story {
 }
 
 fn failed(reason: Reason) -> Outcome {
-    Outcome::Failed(Failure {
-        reason,
-        detail: String::new(),
-    })
+    sample::failed(reason, "")
 }
 
 #[test]
@@ -316,7 +314,8 @@ fn state_without_a_verdict_becomes_unknown_and_the_incident_stays_open() {
     // A plan limit is no verdict.
     story.room(200, 220, Verdict::None);
     assert_eq!(story.0.elapse(at(last - 1), SILENCE), None);
-    assert_eq!(story.0.elapse(at(last), SILENCE), Some(Transition::Lost));
+    let lost = Transition::Lost { since: at(100) };
+    assert_eq!(story.0.elapse(at(last), SILENCE), Some(lost));
     assert_eq!(story.0.elapse(at(last + 1), SILENCE), None);
     assert_eq!(story.0.state(), TargetState::Unknown);
     assert_eq!(story.0.fault(), Some(Fault::Agent));
@@ -340,7 +339,8 @@ fn state_without_a_verdict_becomes_unknown_and_the_incident_stays_open() {
 fn suspicion_without_a_verdict_is_forgotten() {
     let mut story = Story::healthy();
     story.room(-20, 0, AGENT);
-    assert_eq!(story.0.elapse(at(2250), SILENCE), Some(Transition::Lost));
+    let lost = Transition::Lost { since: at(0) };
+    assert_eq!(story.0.elapse(at(2250), SILENCE), Some(lost));
     assert_eq!(story.next(), None);
     assert_eq!(story.room(2300, 2320, AGENT), Some(Transition::Suspected));
 }
@@ -393,10 +393,10 @@ fn backward_jump_of_the_clock_delays_nothing() {
         story.room(jump + room, jump + room, GOOD);
     }
     assert_eq!(story.0.state(), TargetState::Healthy);
-    assert_eq!(
-        story.0.elapse(at(jump + 9 + 2250), SILENCE),
-        Some(Transition::Lost)
-    );
+    let lost = Transition::Lost {
+        since: at(jump + 9),
+    };
+    assert_eq!(story.0.elapse(at(jump + 9 + 2250), SILENCE), Some(lost));
 }
 
 #[test]
