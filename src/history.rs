@@ -39,7 +39,7 @@ use writer::HistoryWriter;
 pub(crate) use incidents::{DetectionRecord, IncidentRecord, OutboxMessage};
 pub(crate) use ledger::AgentTimeUsed;
 pub(crate) use read::{
-    BatchFilter, IncidentFilter, LastBatch, MAX_BATCHES, ReadError, RecentProbe, StoredIncident,
+    BatchFilter, IncidentFilter, LastBatch, MAX_BATCHES, ReadError, RecentProbe, StoredDocument,
 };
 
 /// How long a reservation or a detection waits for the disk. After that the history is degraded, and probing goes on.
@@ -387,7 +387,7 @@ impl History {
     pub(crate) async fn incidents(
         &self,
         filter: IncidentFilter,
-    ) -> Result<Vec<StoredIncident>, ReadError> {
+    ) -> Result<Vec<StoredDocument>, ReadError> {
         let query = move |connection: &_| read::incidents(connection, &filter);
         self.reader.read(query).await
     }
@@ -413,7 +413,7 @@ impl History {
     pub(crate) async fn batches(
         &self,
         filter: BatchFilter,
-    ) -> Result<Vec<Box<RawValue>>, ReadError> {
+    ) -> Result<Vec<StoredDocument>, ReadError> {
         let query = move |connection: &_| read::batches(connection, &filter);
         self.reader.read(query).await
     }

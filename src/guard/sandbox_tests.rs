@@ -212,7 +212,7 @@ async fn every_room_of_a_batch_is_in_the_journal_billed_and_confirmed_gone() {
         ..BatchFilter::default()
     };
     let heads = history.batches(filter).await.unwrap();
-    let head: Value = serde_json::from_str(heads[0].get()).unwrap();
+    let head: Value = serde_json::from_str(heads[0].document.get()).unwrap();
     assert_eq!(head["batch_id"], report.batch_id.as_str());
     let room = report.probes[0].room.clone();
     let probe = history.probe(room.0.clone()).await.unwrap().unwrap();

@@ -47,9 +47,9 @@ pub(crate) struct IncidentFilter {
     pub limit: usize,
 }
 
-/// An incident's id and its document.
+/// The document of a batch or an incident, with its id.
 #[derive(Debug, Clone)]
-pub(crate) struct StoredIncident {
+pub(crate) struct StoredDocument {
     pub id: String,
     pub document: Box<RawValue>,
 }
@@ -158,7 +158,7 @@ impl HistoryReader {
 pub(super) fn batches(
     connection: &Connection,
     filter: &BatchFilter,
-) -> rusqlite::Result<Vec<Box<RawValue>>> {
+) -> rusqlite::Result<Vec<StoredDocument>> {
     let purpose = filter.purpose.map(Purpose::label);
     let conditions = [
         ("target = ?", optional(filter.target.as_ref())),
@@ -166,38 +166,25 @@ pub(super) fn batches(
         ("purpose = ?", optional(purpose.as_ref())),
         ("id < ?", optional(filter.before.as_ref())),
     ];
-    latest(
-        connection,
-        "head",
-        "batches",
-        conditions,
-        filter.limit,
-        |row| json(row, 0),
-    )
+    latest(connection, "batches", "head", &conditions, filter.limit)
 }
 
 pub(super) fn incidents(
     connection: &Connection,
     filter: &IncidentFilter,
-) -> rusqlite::Result<Vec<StoredIncident>> {
+) -> rusqlite::Result<Vec<StoredDocument>> {
     let ended = filter.open.map(|open| !open);
     let conditions = [
         ("target = ?", optional(filter.target.as_ref())),
         ("(ended_at IS NOT NULL) = ?", optional(ended.as_ref())),
         ("id < ?", optional(filter.before.as_ref())),
     ];
-    let columns = "id, document";
     latest(
         connection,
-        columns,
         "incidents",
-        conditions,
+        "document",
+        &conditions,
         filter.limit,
-        |row| {
-            let id = row.get(0)?;
-            let document = json(row, 1)?;
-            Ok(StoredIncident { id, document })
-        },
     )
 }
 
@@ -205,29 +192,34 @@ fn optional<T: ToSql>(value: Option<&T>) -> Option<&dyn ToSql> {
     value.map(|value| value as &dyn ToSql)
 }
 
-/// The rows that meet each condition that has a value, by their ids, the latest first.
-fn latest<T, const N: usize>(
+/// The rows that meet each condition that has a value, by their ids, the latest first. `document` is the column of the document.
+fn latest(
     connection: &Connection,
-    columns: &str,
     table: &str,
-    conditions: [(&str, Option<&dyn ToSql>); N],
+    document: &str,
+    conditions: &[(&str, Option<&dyn ToSql>)],
     limit: usize,
-    read: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
-) -> rusqlite::Result<Vec<T>> {
+) -> rusqlite::Result<Vec<StoredDocument>> {
     let limit = row_limit(limit);
-    let mut sql = format!("SELECT {columns} FROM {table} WHERE true");
+    let mut sql = format!("SELECT id, {document} FROM {table} WHERE true");
     let mut values: Vec<&dyn ToSql> = Vec::new();
     for (condition, value) in conditions {
         if let Some(value) = value {
             sql.push_str(" AND ");
             sql.push_str(condition);
-            values.push(value);
+            values.push(*value);
         }
     }
     sql.push_str(" ORDER BY id DESC LIMIT ?");
     values.push(&limit);
     let mut statement = connection.prepare(&sql)?;
-    statement.query_map(&values[..], read)?.collect()
+    let found = statement.query_map(&values[..], |row| {
+        Ok(StoredDocument {
+            id: row.get(0)?,
+            document: json(row, 1)?,
+        })
+    })?;
+    found.collect()
 }
 
 fn row_limit(limit: usize) -> i64 {

@@ -283,7 +283,7 @@ async fn ids(history: &History, filter: BatchFilter) -> Vec<String> {
     let heads = history.batches(filter).await.unwrap().into_iter();
     heads
         .map(|head| {
-            let head: serde_json::Value = serde_json::from_str(head.get()).unwrap();
+            let head: serde_json::Value = serde_json::from_str(head.document.get()).unwrap();
             head["batch_id"].as_str().unwrap().to_owned()
         })
         .collect()

@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use http::{StatusCode, Uri};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use tracing::warn;
 use url::form_urlencoded;
 
 use super::response::{HttpError, ServerResponse, json};
-use crate::history::{BatchFilter, History, IncidentFilter, MAX_BATCHES, ReadError};
+use crate::history::{
+    BatchFilter, History, IncidentFilter, MAX_BATCHES, ReadError, StoredDocument,
+};
 use crate::report::{BatchResult, Purpose};
 
 /// The most batches or incidents in one response. One less than the history returns, because one more is read.
@@ -36,18 +38,12 @@ struct IncidentPage {
 }
 
 pub(super) async fn batches(history: &History, uri: &Uri) -> Result<ServerResponse, HttpError> {
-    let filter = batch_filter(uri)?;
+    let mut filter = batch_filter(uri)?;
     let limit = filter.limit;
     // One more than requested shows whether there is a next page.
-    let filter = BatchFilter {
-        limit: limit + 1,
-        ..filter
-    };
-    let mut batches = history.batches(filter).await.map_err(unreadable)?;
-    let more = batches.len() > limit;
-    batches.truncate(limit);
-    let last = batches.last().filter(|_| more);
-    let next_before = last.and_then(|batch| batch_id(batch));
+    filter.limit += 1;
+    let found = history.batches(filter).await.map_err(unreadable)?;
+    let (batches, next_before) = page(found, limit);
     let page = BatchPage {
         batches,
         next_before,
@@ -55,53 +51,53 @@ pub(super) async fn batches(history: &History, uri: &Uri) -> Result<ServerRespon
     Ok(json(StatusCode::OK, &page))
 }
 
-fn batch_id(batch: &RawValue) -> Option<String> {
-    #[derive(Deserialize)]
-    struct WithBatchId {
-        batch_id: String,
-    }
-    let batch: WithBatchId = serde_json::from_str(batch.get()).ok()?;
-    Some(batch.batch_id)
-}
-
 pub(super) async fn batch(history: &History, id: &str) -> Result<ServerResponse, HttpError> {
-    let found = history.batch(id.to_owned()).await.map_err(unreadable)?;
     let missing = "the history has no ended batch with this id; /api/v1/batches lists those it has";
-    let found = found.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, missing))?;
-    Ok(json(StatusCode::OK, &found))
+    document(history.batch(id.to_owned()).await, missing)
 }
 
 /// A probe's id is the name of its room.
 pub(super) async fn probe(history: &History, room: &str) -> Result<ServerResponse, HttpError> {
-    let found = history.probe(room.to_owned()).await.map_err(unreadable)?;
     let missing = "the history has no probe of this room; /api/v1/batches/{batch_id} lists the probes of a batch";
-    let found = found.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, missing))?;
-    Ok(json(StatusCode::OK, &found))
+    document(history.probe(room.to_owned()).await, missing)
 }
 
 pub(super) async fn incidents(history: &History, uri: &Uri) -> Result<ServerResponse, HttpError> {
-    let filter = incident_filter(uri)?;
+    let mut filter = incident_filter(uri)?;
     let limit = filter.limit;
     // One more than requested shows whether there is a next page.
-    let filter = IncidentFilter {
-        limit: limit + 1,
-        ..filter
-    };
-    let mut incidents = history.incidents(filter).await.map_err(unreadable)?;
-    let more = incidents.len() > limit;
-    incidents.truncate(limit);
-    let last = incidents.last().filter(|_| more);
-    let next_before = last.map(|incident| incident.id.clone());
+    filter.limit += 1;
+    let found = history.incidents(filter).await.map_err(unreadable)?;
+    let (incidents, next_before) = page(found, limit);
     let page = IncidentPage {
-        incidents: incidents.into_iter().map(|it| it.document).collect(),
+        incidents,
         next_before,
     };
     Ok(json(StatusCode::OK, &page))
 }
 
 pub(super) async fn incident(history: &History, id: &str) -> Result<ServerResponse, HttpError> {
-    let found = history.incident(id.to_owned()).await.map_err(unreadable)?;
     let missing = "the history has no incident with this id; /api/v1/incidents lists those it has";
+    document(history.incident(id.to_owned()).await, missing)
+}
+
+/// The first `limit` documents. If more were found, also the value of `before` for the next page.
+fn page(mut found: Vec<StoredDocument>, limit: usize) -> (Vec<Box<RawValue>>, Option<String>) {
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let last = found.last().filter(|_| more);
+    let next_before = last.map(|last| last.id.clone());
+    let documents = found.into_iter().map(|it| it.document).collect();
+    (documents, next_before)
+}
+
+/// # Errors
+/// 404 with the text `missing` if the history has no such document, 503 if it can't be read.
+fn document(
+    found: Result<Option<Box<RawValue>>, ReadError>,
+    missing: &str,
+) -> Result<ServerResponse, HttpError> {
+    let found = found.map_err(unreadable)?;
     let found = found.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, missing))?;
     Ok(json(StatusCode::OK, &found))
 }
