@@ -254,6 +254,15 @@ impl History {
             .used(project, &self.shared.boot, now)
     }
 
+    /// Agent time that this target used for confirmations in the current UTC day; open rooms count with their worst case.
+    pub(crate) fn confirmations_used(&self, project: &str, target: &str) -> Duration {
+        let now = self.now();
+        self.shared
+            .lock()
+            .ledger
+            .confirmations(project, target, now)
+    }
+
     /// Reserves agent time and records the room in the journal, before the room can exist. When it returns, the row is
     /// durable or the history is degraded.
     ///

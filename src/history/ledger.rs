@@ -35,7 +35,7 @@ impl LedgerRow {
 }
 
 /// Agent time that a project has used; open rooms count with their worst case.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AgentTimeUsed {
     /// In the current UTC day.
     pub day: Duration,
@@ -49,8 +49,6 @@ pub(crate) struct AgentTimeUsed {
     pub ledger_lost: bool,
     /// Neither figure includes earlier use, because the disk could not be read so far.
     pub ledger_unread: bool,
-    /// The part of `day` that each target used for confirmations.
-    confirmations: BTreeMap<String, Duration>,
 }
 
 impl AgentTimeUsed {
@@ -59,11 +57,6 @@ impl AgentTimeUsed {
             Period::Day => self.day,
             Period::Month => self.month,
         }
-    }
-
-    /// The part of `day` that this target used for confirmations; open rooms count with their worst case.
-    pub(crate) fn confirmations_of(&self, target: &str) -> Duration {
-        self.confirmations.get(target).copied().unwrap_or_default()
     }
 
     /// The part of [`Self::in_period`] that open rooms have reserved. It ends with them: their use replaces it.
@@ -165,9 +158,6 @@ impl Ledger {
             days.range(first..next).map(|(_, used)| used.total).sum()
         });
         let day = days.and_then(|days| days.get(&today));
-        let confirmations = day.iter().flat_map(|used| &used.confirmations);
-        let confirmations =
-            confirmations.map(|(target, seconds)| (target.clone(), Duration::from_secs(*seconds)));
         let reserved = |period: Period| {
             let days = period.first_day(today)..period.next(today);
             let open = self.entries.values().map(|entry| &entry.row);
@@ -186,8 +176,20 @@ impl Ledger {
             reserved_month: reserved(Period::Month),
             ledger_lost: self.lost,
             ledger_unread: self.unread,
-            confirmations: confirmations.collect(),
         }
+    }
+
+    /// Agent time that this target used for confirmations in the current UTC day; open rooms count with their worst case.
+    pub(super) fn confirmations(
+        &self,
+        project: &str,
+        target: &str,
+        now: DateTime<Utc>,
+    ) -> Duration {
+        let days = self.days.get(project);
+        let day = days.and_then(|days| days.get(&now.date_naive()));
+        let seconds = day.and_then(|used| used.confirmations.get(target));
+        Duration::from_secs(seconds.copied().unwrap_or(0))
     }
 
     /// Adds a row and returns the number of the change.

@@ -858,8 +858,8 @@ async fn history_of_the_first_version_is_read_completely() {
         ..all()
     };
     assert_eq!(ids(&run.history, scheduled).await, ["b-old"]);
-    let used = run.history.used("acme");
-    assert_eq!(used.confirmations_of("support"), Duration::ZERO);
+    let confirmations = run.history.confirmations_used("acme", "support");
+    assert_eq!(confirmations, Duration::ZERO);
     let recent = run.history.recent_probes("support", 9).await.unwrap();
     assert_eq!(recent.len(), 2);
     assert_eq!(recent[0].purpose, SCHEDULED);
@@ -1759,9 +1759,8 @@ async fn closed_rows_of_past_days_become_one_row_per_target_and_day_with_the_sam
 async fn agent_time_of_confirmations_counts_per_target_and_utc_day_over_restarts() {
     let disk = Disk::new();
     let mut run = disk.start();
-    let of = |run: &TestRun, target: &str| {
-        run.history.used("acme").confirmations_of(target).as_secs() / 60
-    };
+    let of =
+        |run: &TestRun, target: &str| run.history.confirmations_used("acme", target).as_secs() / 60;
     run.open("scheduled", 9 * MINUTE).await.settle(9 * MINUTE);
     let manual = run.reserve_for(Purpose::Manual, "manual", 9 * MINUTE).await;
     manual.settle(9 * MINUTE);
@@ -1787,7 +1786,7 @@ async fn agent_time_of_confirmations_counts_per_target_and_utc_day_over_restarts
     let mut run = disk.start();
     assert_eq!(of(&run, "support"), 6);
     assert_eq!(
-        run.history.used("beta").confirmations_of("support"),
+        run.history.confirmations_used("beta", "support"),
         Duration::ZERO
     );
     // The sums of past days keep the purpose.
