@@ -24,6 +24,7 @@ use crate::livekit::RoomName;
 use crate::report::{BatchReport, Purpose};
 
 mod incidents;
+mod kept;
 mod ledger;
 mod read;
 mod record;
