@@ -50,8 +50,6 @@ pub(crate) struct OutboxMessage {
     pub(crate) id: String,
     /// The name of the channel.
     pub(crate) channel: String,
-    /// Messages of one incident to one channel are delivered in order.
-    pub(crate) incident: String,
     pub(crate) created_at: DateTime<Utc>,
     /// The notice, as JSON.
     pub(crate) document: String,

@@ -1333,7 +1333,6 @@ fn message(number: u32) -> OutboxMessage {
     OutboxMessage {
         id: format!("m-{number}"),
         channel: "oncall".to_owned(),
-        incident: format!("i-{number}"),
         created_at: at("2026-03-10T12:00:00Z") + TimeDelta::seconds(number.into()),
         document: format!(r#"{{"is":"the message m-{number}"}}"#),
     }
