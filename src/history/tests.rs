@@ -12,6 +12,7 @@ use super::incidents::{MAX_MESSAGES, MAX_UNWRITTEN_INCIDENTS};
 use super::store::{self, FILE};
 use super::*;
 use crate::probe::{Circumstances, Evidence, Outcome, Reason};
+use crate::report::BatchResult;
 use crate::report::sample::{self, WELL, failed};
 
 /// What the history holds of a target, for comparison with the counters.
@@ -1083,11 +1084,11 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
         record(&run, &batch(id, target, "2026-03-10T12:00:00Z", outcome));
     }
     run.writer.run_once();
-    let find = async |target: Option<&str>, result: Option<&str>, before: Option<&str>, limit| {
+    let find = async |target: Option<&str>, result, before: Option<&str>, limit| {
         let own = |text: Option<&str>| text.map(str::to_owned);
         let filter = BatchFilter {
             target: own(target),
-            result: own(result),
+            result,
             purpose: None,
             before: own(before),
             limit,
@@ -1098,8 +1099,9 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
     assert_eq!(find(None, None, None, 2).await, "b5 b4");
     assert_eq!(find(None, None, Some("b4"), 2).await, "b3 b2");
     assert_eq!(find(Some("support"), None, None, 9).await, "b4 b3 b1");
-    assert_eq!(find(None, Some("degraded"), None, 9).await, "b5 b3");
-    assert_eq!(find(Some("sales"), Some("ok"), Some("b5"), 9).await, "b2");
+    let (degraded, ok) = (Some(BatchResult::Degraded), Some(BatchResult::Ok));
+    assert_eq!(find(None, degraded, None, 9).await, "b5 b3");
+    assert_eq!(find(Some("sales"), ok, Some("b5"), 9).await, "b2");
     assert_eq!(find(Some("other"), None, None, 9).await, "");
 }
 
@@ -1633,7 +1635,7 @@ async fn above_the_size_limit_the_oldest_good_batches_are_deleted_first_and_the_
     let left = ids(
         &run.history,
         BatchFilter {
-            result: Some("ok".to_owned()),
+            result: Some(BatchResult::Ok),
             ..all()
         },
     )
