@@ -134,6 +134,21 @@ impl Disk {
         TestRun { history, writer }
     }
 
+    /// Puts a file in the place of the folder, so that it can neither be read nor created.
+    fn move_folder_away(&self) {
+        fs::rename(&self.settings.dir, self.away()).unwrap();
+        fs::write(&self.settings.dir, "a file is in the way").unwrap();
+    }
+
+    fn move_folder_back(&self) {
+        fs::remove_file(&self.settings.dir).unwrap();
+        fs::rename(self.away(), &self.settings.dir).unwrap();
+    }
+
+    fn away(&self) -> std::path::PathBuf {
+        self.dir.path().join("away")
+    }
+
     /// How many corrupt files were moved aside.
     fn aside(&self) -> usize {
         let names = fs::read_dir(&self.settings.dir).unwrap();
@@ -604,14 +619,11 @@ async fn earlier_agent_time_is_added_once_the_folder_can_be_read() {
     run.open("1", 2 * MINUTE).await.settle(2 * MINUTE);
     run.writer.run_once();
     drop(run);
-    let away = disk.dir.path().join("away");
-    fs::rename(&disk.settings.dir, &away).unwrap();
-    fs::write(&disk.settings.dir, "a file is in the way").unwrap();
+    disk.move_folder_away();
     let mut run = disk.start();
     let _open = run.open("2", MINUTE).await;
     assert_eq!(run.used(), (1, 1));
-    fs::remove_file(&disk.settings.dir).unwrap();
-    fs::rename(&away, &disk.settings.dir).unwrap();
+    disk.move_folder_back();
     run.writer.run_once();
     assert_eq!(run.used(), (3, 3));
     assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
@@ -1521,15 +1533,12 @@ async fn messages_of_earlier_runs_are_there_once_the_folder_can_be_read() {
     run.history.record_detection(detection(1));
     run.writer.run_once();
     drop(run);
-    let away = disk.dir.path().join("away");
-    fs::rename(&disk.settings.dir, &away).unwrap();
-    fs::write(&disk.settings.dir, "a file is in the way").unwrap();
+    disk.move_folder_away();
     let mut run = disk.start();
     assert_eq!(outbox(&run), [""; 0]);
     assert!(run.history.target_state("support").await.is_err());
     run.history.record_detection(detection(2));
-    fs::remove_file(&disk.settings.dir).unwrap();
-    fs::rename(&away, &disk.settings.dir).unwrap();
+    disk.move_folder_back();
     run.writer.run_once();
     assert_eq!(outbox(&run), ["m-1"]);
     assert_eq!(stored(&run).await, ["2", "i-2 i-1"]);
