@@ -148,10 +148,12 @@ impl Guard {
         target: &Target,
         worst_case: Duration,
     ) -> Option<Denial> {
-        let used = self.shared.history.used(&self.shared.project);
-        let now = self.shared.history.now();
         let limit = target.confirm.daily_limit(&self.shared.lock().budget)?;
-        confirmation_within(used.confirmations_of(name), worst_case, limit, now).err()
+        let GuardShared {
+            project, history, ..
+        } = &*self.shared;
+        let used = history.confirmations_used(project, name);
+        confirmation_within(used, worst_case, limit, history.now()).err()
     }
 
     /// Reserves the agent time that a room may use and records its name in the journal, before the room can exist.

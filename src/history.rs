@@ -24,6 +24,7 @@ use crate::livekit::RoomName;
 use crate::report::{BatchReport, Purpose};
 
 mod incidents;
+mod kept;
 mod ledger;
 mod read;
 mod record;
@@ -252,6 +253,15 @@ impl History {
             .lock()
             .ledger
             .used(project, &self.shared.boot, now)
+    }
+
+    /// Agent time that this target used for confirmations in the current UTC day; open rooms count with their worst case.
+    pub(crate) fn confirmations_used(&self, project: &str, target: &str) -> Duration {
+        let now = self.now();
+        self.shared
+            .lock()
+            .ledger
+            .confirmations(project, target, now)
     }
 
     /// Reserves agent time and records the room in the journal, before the room can exist. When it returns, the row is

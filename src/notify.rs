@@ -185,7 +185,6 @@ impl Notifier {
             .map(|(name, _)| OutboxMessage {
                 id: self.new_id(),
                 channel: name.clone(),
-                incident: notice.incident.clone(),
                 created_at: Utc::now(),
                 document: document.clone(),
             })

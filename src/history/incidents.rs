@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 
+use super::kept::Kept;
+
 /// Messages that may wait for their delivery. Beyond it, the oldest ones are given up.
 pub(super) const MAX_MESSAGES: usize = 1000;
 /// Incidents that may wait for the disk. Beyond it, the oldest ended ones are dropped.
@@ -48,8 +50,6 @@ pub(crate) struct OutboxMessage {
     pub(crate) id: String,
     /// The name of the channel.
     pub(crate) channel: String,
-    /// Messages of one incident to one channel are delivered in order.
-    pub(crate) incident: String,
     pub(crate) created_at: DateTime<Utc>,
     /// The notice, as JSON.
     pub(crate) document: String,
@@ -75,21 +75,6 @@ impl DetectionRows {
             done,
         } = self;
         states.is_empty() && incidents.is_empty() && messages.is_empty() && done.is_empty()
-    }
-}
-
-/// A row with the number of its last change, if the disk does not have it yet.
-#[derive(Debug)]
-struct Kept<T> {
-    value: T,
-    unwritten: Option<u64>,
-}
-
-impl<T> Kept<T> {
-    fn written(&mut self, change: u64) {
-        if self.unwritten.is_some_and(|unwritten| unwritten <= change) {
-            self.unwritten = None;
-        }
     }
 }
 

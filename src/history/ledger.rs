@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Months, NaiveDate, Utc};
 
+use super::kept::Kept;
 use crate::config::Period;
 use crate::livekit::RoomName;
 use crate::report::Purpose;
@@ -35,7 +36,7 @@ impl LedgerRow {
 }
 
 /// Agent time that a project has used; open rooms count with their worst case.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AgentTimeUsed {
     /// In the current UTC day.
     pub day: Duration,
@@ -49,8 +50,6 @@ pub(crate) struct AgentTimeUsed {
     pub ledger_lost: bool,
     /// Neither figure includes earlier use, because the disk could not be read so far.
     pub ledger_unread: bool,
-    /// The part of `day` that each target used for confirmations.
-    confirmations: BTreeMap<String, Duration>,
 }
 
 impl AgentTimeUsed {
@@ -59,11 +58,6 @@ impl AgentTimeUsed {
             Period::Day => self.day,
             Period::Month => self.month,
         }
-    }
-
-    /// The part of `day` that this target used for confirmations; open rooms count with their worst case.
-    pub(crate) fn confirmations_of(&self, target: &str) -> Duration {
-        self.confirmations.get(target).copied().unwrap_or_default()
     }
 
     /// The part of [`Self::in_period`] that open rooms have reserved. It ends with them: their use replaces it.
@@ -118,17 +112,10 @@ impl DayUse {
     }
 }
 
-#[derive(Debug)]
-struct LedgerEntry {
-    row: LedgerRow,
-    /// Number of the row's last change, if the disk does not have it yet.
-    unwritten: Option<u64>,
-}
-
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     /// Rooms that are not settled, not confirmed to be gone, or not on disk.
-    entries: HashMap<RoomName, LedgerEntry>,
+    entries: HashMap<RoomName, Kept<LedgerRow>>,
     /// By project.
     days: HashMap<String, BTreeMap<NaiveDate, DayUse>>,
     /// Number of changes so far.
@@ -142,8 +129,8 @@ impl Ledger {
     /// Adds what the disk holds to what has happened since the start.
     pub(super) fn load(&mut self, loaded: LoadedLedger) {
         for (room, row) in loaded.rows {
-            let entry = LedgerEntry {
-                row,
+            let entry = Kept {
+                value: row,
                 unwritten: None,
             };
             self.entries.entry(room).or_insert(entry);
@@ -165,12 +152,9 @@ impl Ledger {
             days.range(first..next).map(|(_, used)| used.total).sum()
         });
         let day = days.and_then(|days| days.get(&today));
-        let confirmations = day.iter().flat_map(|used| &used.confirmations);
-        let confirmations =
-            confirmations.map(|(target, seconds)| (target.clone(), Duration::from_secs(*seconds)));
         let reserved = |period: Period| {
             let days = period.first_day(today)..period.next(today);
-            let open = self.entries.values().map(|entry| &entry.row);
+            let open = self.entries.values().map(|entry| &entry.value);
             let open = open.filter(|row| {
                 row.project == project
                     && row.boot == boot
@@ -186,8 +170,20 @@ impl Ledger {
             reserved_month: reserved(Period::Month),
             ledger_lost: self.lost,
             ledger_unread: self.unread,
-            confirmations: confirmations.collect(),
         }
+    }
+
+    /// Agent time that this target used for confirmations in the current UTC day; open rooms count with their worst case.
+    pub(super) fn confirmations(
+        &self,
+        project: &str,
+        target: &str,
+        now: DateTime<Utc>,
+    ) -> Duration {
+        let days = self.days.get(project);
+        let day = days.and_then(|days| days.get(&now.date_naive()));
+        let seconds = day.and_then(|used| used.confirmations.get(target));
+        Duration::from_secs(seconds.copied().unwrap_or(0))
     }
 
     /// Adds a row and returns the number of the change.
@@ -195,8 +191,8 @@ impl Ledger {
         let today = row.opened_at.date_naive();
         self.day_of(&row.project, today)
             .add(&row.target, row.purpose, row.seconds());
-        let entry = LedgerEntry {
-            row,
+        let entry = Kept {
+            value: row,
             unwritten: None,
         };
         self.entries.insert(room.clone(), entry);
@@ -216,7 +212,7 @@ impl Ledger {
     /// Changes the agent time of a room that is not settled.
     fn recount(&mut self, room: &RoomName, change: impl FnOnce(&mut LedgerRow)) {
         let entry = self.entries.get_mut(room);
-        let Some(row) = entry.map(|entry| &mut entry.row) else {
+        let Some(row) = entry.map(|entry| &mut entry.value) else {
             return;
         };
         if row.settled.is_some() {
@@ -231,7 +227,7 @@ impl Ledger {
     }
 
     pub(super) fn gone(&mut self, room: &RoomName, now: DateTime<Utc>) {
-        if let Some(LedgerEntry { row, .. }) = self.entries.get_mut(room)
+        if let Some(Kept { value: row, .. }) = self.entries.get_mut(room)
             && row.gone_at.is_none()
         {
             row.gone_at = Some(now);
@@ -240,14 +236,14 @@ impl Ledger {
     }
 
     pub(super) fn get(&self, room: &RoomName) -> Option<&LedgerRow> {
-        self.entries.get(room).map(|entry| &entry.row)
+        self.entries.get(room).map(|entry| &entry.value)
     }
 
     /// Rooms of earlier runs that are not confirmed to be gone.
     pub(super) fn orphans(&self, boot: &str) -> impl Iterator<Item = (&RoomName, &LedgerRow)> {
         self.entries
             .iter()
-            .map(|(room, entry)| (room, &entry.row))
+            .map(|(room, entry)| (room, &entry.value))
             .filter(move |(_, row)| row.boot != boot && row.gone_at.is_none())
     }
 
@@ -257,17 +253,15 @@ impl Ledger {
             .entries
             .iter()
             .filter(|(_, entry)| entry.unwritten.is_some());
-        let rows = entries.map(|(room, entry)| (room.clone(), entry.row.clone()));
+        let rows = entries.map(|(room, entry)| (room.clone(), entry.value.clone()));
         (rows.collect(), self.change)
     }
 
     /// Records that the disk has every change up to this one, and removes the rows that can't change any more.
     pub(super) fn written(&mut self, change: u64, boot: &str) {
         self.entries.retain(|_, entry| {
-            if entry.unwritten.is_some_and(|unwritten| unwritten <= change) {
-                entry.unwritten = None;
-            }
-            let row = &entry.row;
+            entry.written(change);
+            let row = &entry.value;
             let closed = row.gone_at.is_some() && (row.settled.is_some() || row.boot != boot);
             entry.unwritten.is_some() || !closed
         });

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::store::{FILE, FileId, purpose, time};
 use crate::probe::Circumstances;
-use crate::report::Purpose;
+use crate::report::{BatchResult, Purpose};
 
 /// Bound for one query, including the wait for earlier ones.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,8 +26,7 @@ pub(crate) const MAX_BATCHES: usize = 200;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct BatchFilter {
     pub target: Option<String>,
-    /// A label of [`BatchResult`](crate::report::BatchResult).
-    pub result: Option<String>,
+    pub result: Option<BatchResult>,
     pub purpose: Option<Purpose>,
     /// A batch's id: only batches that started before it. The last id of an answer requests the next page.
     pub before: Option<String>,
@@ -159,10 +158,11 @@ pub(super) fn batches(
     connection: &Connection,
     filter: &BatchFilter,
 ) -> rusqlite::Result<Vec<StoredDocument>> {
+    let result = filter.result.map(BatchResult::label);
     let purpose = filter.purpose.map(Purpose::label);
     let conditions = [
         ("target = ?", optional(filter.target.as_ref())),
-        ("result = ?", optional(filter.result.as_ref())),
+        ("result = ?", optional(result.as_ref())),
         ("purpose = ?", optional(purpose.as_ref())),
         ("id < ?", optional(filter.before.as_ref())),
     ];

@@ -126,7 +126,6 @@ const VERSION_2: &str = "
     CREATE TABLE outbox (
         id TEXT PRIMARY KEY,
         channel TEXT NOT NULL,
-        incident TEXT NOT NULL,
         created_at INTEGER NOT NULL,
         document TEXT NOT NULL
     ) STRICT;
@@ -151,7 +150,7 @@ const ROOM_COLUMNS: &str =
 const VERSION_1_ROOM_COLUMNS: &str =
     "room, project, target, boot, opened_at, reserved, settled, gone_at, 'scheduled'";
 const INCIDENT_COLUMNS: &str = "id, target, project, fault, began_at, ended_at, document";
-const OUTBOX_COLUMNS: &str = "id, channel, incident, created_at, document";
+const OUTBOX_COLUMNS: &str = "id, channel, created_at, document";
 
 /// What this run needs of the file.
 #[derive(Debug)]
@@ -740,9 +739,8 @@ fn read_message(row: &rusqlite::Row<'_>) -> rusqlite::Result<OutboxMessage> {
     Ok(OutboxMessage {
         id: row.get(0)?,
         channel: row.get(1)?,
-        incident: row.get(2)?,
-        created_at: time(row.get(3)?),
-        document: row.get(4)?,
+        created_at: time(row.get(2)?),
+        document: row.get(3)?,
     })
 }
 
@@ -770,13 +768,12 @@ fn insert_detections(transaction: &Transaction<'_>, rows: &DetectionRows) -> rus
         ])?;
     }
     let mut message = transaction.prepare(&format!(
-        "INSERT OR REPLACE INTO outbox ({OUTBOX_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5)"
+        "INSERT OR REPLACE INTO outbox ({OUTBOX_COLUMNS}) VALUES (?1, ?2, ?3, ?4)"
     ))?;
     for row in &rows.messages {
         message.execute(params![
             row.id,
             row.channel,
-            row.incident,
             millis(row.created_at),
             row.document,
         ])?;

@@ -12,6 +12,7 @@ use super::incidents::{MAX_MESSAGES, MAX_UNWRITTEN_INCIDENTS};
 use super::store::{self, FILE};
 use super::*;
 use crate::probe::{Circumstances, Evidence, Outcome, Reason};
+use crate::report::BatchResult;
 use crate::report::sample::{self, WELL, failed};
 
 /// What the history holds of a target, for comparison with the counters.
@@ -131,6 +132,21 @@ impl Disk {
     fn start(&self) -> TestRun {
         let (history, writer) = History::prepare(&self.settings, self.clock()).unwrap();
         TestRun { history, writer }
+    }
+
+    /// Puts a file in the place of the folder, so that it can neither be read nor created.
+    fn move_folder_away(&self) {
+        fs::rename(&self.settings.dir, self.away()).unwrap();
+        fs::write(&self.settings.dir, "a file is in the way").unwrap();
+    }
+
+    fn move_folder_back(&self) {
+        fs::remove_file(&self.settings.dir).unwrap();
+        fs::rename(self.away(), &self.settings.dir).unwrap();
+    }
+
+    fn away(&self) -> std::path::PathBuf {
+        self.dir.path().join("away")
     }
 
     /// How many corrupt files were moved aside.
@@ -603,14 +619,11 @@ async fn earlier_agent_time_is_added_once_the_folder_can_be_read() {
     run.open("1", 2 * MINUTE).await.settle(2 * MINUTE);
     run.writer.run_once();
     drop(run);
-    let away = disk.dir.path().join("away");
-    fs::rename(&disk.settings.dir, &away).unwrap();
-    fs::write(&disk.settings.dir, "a file is in the way").unwrap();
+    disk.move_folder_away();
     let mut run = disk.start();
     let _open = run.open("2", MINUTE).await;
     assert_eq!(run.used(), (1, 1));
-    fs::remove_file(&disk.settings.dir).unwrap();
-    fs::rename(&away, &disk.settings.dir).unwrap();
+    disk.move_folder_back();
     run.writer.run_once();
     assert_eq!(run.used(), (3, 3));
     assert_eq!(run.orphan_rooms(), ["canary-test-1"]);
@@ -858,8 +871,8 @@ async fn history_of_the_first_version_is_read_completely() {
         ..all()
     };
     assert_eq!(ids(&run.history, scheduled).await, ["b-old"]);
-    let used = run.history.used("acme");
-    assert_eq!(used.confirmations_of("support"), Duration::ZERO);
+    let confirmations = run.history.confirmations_used("acme", "support");
+    assert_eq!(confirmations, Duration::ZERO);
     let recent = run.history.recent_probes("support", 9).await.unwrap();
     assert_eq!(recent.len(), 2);
     assert_eq!(recent[0].purpose, SCHEDULED);
@@ -1083,11 +1096,11 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
         record(&run, &batch(id, target, "2026-03-10T12:00:00Z", outcome));
     }
     run.writer.run_once();
-    let find = async |target: Option<&str>, result: Option<&str>, before: Option<&str>, limit| {
+    let find = async |target: Option<&str>, result, before: Option<&str>, limit| {
         let own = |text: Option<&str>| text.map(str::to_owned);
         let filter = BatchFilter {
             target: own(target),
-            result: own(result),
+            result,
             purpose: None,
             before: own(before),
             limit,
@@ -1098,8 +1111,9 @@ async fn batches_are_found_by_target_and_result_page_by_page() {
     assert_eq!(find(None, None, None, 2).await, "b5 b4");
     assert_eq!(find(None, None, Some("b4"), 2).await, "b3 b2");
     assert_eq!(find(Some("support"), None, None, 9).await, "b4 b3 b1");
-    assert_eq!(find(None, Some("degraded"), None, 9).await, "b5 b3");
-    assert_eq!(find(Some("sales"), Some("ok"), Some("b5"), 9).await, "b2");
+    let (degraded, ok) = (Some(BatchResult::Degraded), Some(BatchResult::Ok));
+    assert_eq!(find(None, degraded, None, 9).await, "b5 b3");
+    assert_eq!(find(Some("sales"), ok, Some("b5"), 9).await, "b2");
     assert_eq!(find(Some("other"), None, None, 9).await, "");
 }
 
@@ -1333,7 +1347,6 @@ fn message(number: u32) -> OutboxMessage {
     OutboxMessage {
         id: format!("m-{number}"),
         channel: "oncall".to_owned(),
-        incident: format!("i-{number}"),
         created_at: at("2026-03-10T12:00:00Z") + TimeDelta::seconds(number.into()),
         document: format!(r#"{{"is":"the message m-{number}"}}"#),
     }
@@ -1520,15 +1533,12 @@ async fn messages_of_earlier_runs_are_there_once_the_folder_can_be_read() {
     run.history.record_detection(detection(1));
     run.writer.run_once();
     drop(run);
-    let away = disk.dir.path().join("away");
-    fs::rename(&disk.settings.dir, &away).unwrap();
-    fs::write(&disk.settings.dir, "a file is in the way").unwrap();
+    disk.move_folder_away();
     let mut run = disk.start();
     assert_eq!(outbox(&run), [""; 0]);
     assert!(run.history.target_state("support").await.is_err());
     run.history.record_detection(detection(2));
-    fs::remove_file(&disk.settings.dir).unwrap();
-    fs::rename(&away, &disk.settings.dir).unwrap();
+    disk.move_folder_back();
     run.writer.run_once();
     assert_eq!(outbox(&run), ["m-1"]);
     assert_eq!(stored(&run).await, ["2", "i-2 i-1"]);
@@ -1634,7 +1644,7 @@ async fn above_the_size_limit_the_oldest_good_batches_are_deleted_first_and_the_
     let left = ids(
         &run.history,
         BatchFilter {
-            result: Some("ok".to_owned()),
+            result: Some(BatchResult::Ok),
             ..all()
         },
     )
@@ -1759,9 +1769,8 @@ async fn closed_rows_of_past_days_become_one_row_per_target_and_day_with_the_sam
 async fn agent_time_of_confirmations_counts_per_target_and_utc_day_over_restarts() {
     let disk = Disk::new();
     let mut run = disk.start();
-    let of = |run: &TestRun, target: &str| {
-        run.history.used("acme").confirmations_of(target).as_secs() / 60
-    };
+    let of =
+        |run: &TestRun, target: &str| run.history.confirmations_used("acme", target).as_secs() / 60;
     run.open("scheduled", 9 * MINUTE).await.settle(9 * MINUTE);
     let manual = run.reserve_for(Purpose::Manual, "manual", 9 * MINUTE).await;
     manual.settle(9 * MINUTE);
@@ -1787,7 +1796,7 @@ async fn agent_time_of_confirmations_counts_per_target_and_utc_day_over_restarts
     let mut run = disk.start();
     assert_eq!(of(&run, "support"), 6);
     assert_eq!(
-        run.history.used("beta").confirmations_of("support"),
+        run.history.confirmations_used("beta", "support"),
         Duration::ZERO
     );
     // The sums of past days keep the purpose.

@@ -116,24 +116,10 @@ fn unreadable(error: ReadError) -> HttpError {
 fn batch_filter(uri: &Uri) -> Result<BatchFilter, HttpError> {
     let keys = ["target", "result", "purpose", "limit", "before"];
     let [target, result, purpose, limit, before] = query(uri, keys)?;
-    if let Some(result) = &result {
-        let labels = BatchResult::ALL.map(BatchResult::label);
-        if !labels.contains(&result.as_str()) {
-            let expected = format!("one of {}", labels.join(", "));
-            return Err(bad_value("result", result, &expected));
-        }
-    }
-    let purpose = purpose.map(|purpose| {
-        Purpose::of_label(&purpose).ok_or_else(|| {
-            let labels = Purpose::ALL.map(Purpose::label);
-            let expected = format!("one of {}", labels.join(", "));
-            bad_value("purpose", &purpose, &expected)
-        })
-    });
     Ok(BatchFilter {
+        result: one_of("result", result, &BatchResult::ALL, BatchResult::label)?,
         target: name("target", target, TARGET_NAME)?,
-        result,
-        purpose: purpose.transpose()?,
+        purpose: one_of("purpose", purpose, &Purpose::ALL, Purpose::label)?,
         before: name("before", before, "a batch's id")?,
         limit: self::limit(limit)?,
     })
@@ -155,6 +141,25 @@ fn incident_filter(uri: &Uri) -> Result<IncidentFilter, HttpError> {
 
 /// What `target` must be.
 const TARGET_NAME: &str = "a target's name; /api/v1/targets lists all targets";
+
+/// The value with this label, if there is one.
+fn one_of<T: Copy>(
+    key: &str,
+    value: Option<String>,
+    all: &[T],
+    label: fn(T) -> &'static str,
+) -> Result<Option<T>, HttpError> {
+    let Some(value) = value else {
+        return Ok(None);
+    };
+    let found = all.iter().find(|&&it| label(it) == value).copied();
+    if found.is_none() {
+        let labels: Vec<_> = all.iter().map(|&it| label(it)).collect();
+        let expected = format!("one of {}", labels.join(", "));
+        return Err(bad_value(key, &value, &expected));
+    }
+    Ok(found)
+}
 
 /// A name or an id, if there is one.
 fn name(key: &str, value: Option<String>, expected: &str) -> Result<Option<String>, HttpError> {

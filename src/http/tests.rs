@@ -507,6 +507,7 @@ async fn page_escapes_every_text_that_it_shows() {
         target.agent_name = Some(hostile());
         target.schedule = hostile();
         target.held_back = Some(hostile());
+        target.incident = Some(hostile());
         let batch = target.last_batch.as_mut().unwrap();
         batch.batch_id = hostile();
         batch.result = hostile();
@@ -527,7 +528,7 @@ async fn page_escapes_every_text_that_it_shows() {
         "{page}"
     );
     let shown = page.matches("&lt;script&gt;&quot;&#39;&amp;").count();
-    assert_eq!(shown, 10, "{page}");
+    assert_eq!(shown, 12, "{page}");
     let policy = reply.header("content-security-policy");
     assert!(policy.starts_with("default-src 'none';"), "{policy}");
 }

@@ -685,14 +685,6 @@ impl Faults {
         format!("AW_sandbox{}", self.worker)
     }
 
-    /// The version that the agent reports.
-    pub(crate) fn version(&self) -> Option<&str> {
-        self.iter().find_map(|fault| match fault {
-            InjectedFault::Version(text) => Some(text.as_str()),
-            _ => None,
-        })
-    }
-
     /// The node that the join response names, if not the sandbox's own.
     pub(crate) fn node(&self) -> Option<&str> {
         self.iter().find_map(|fault| match fault {

@@ -1036,9 +1036,9 @@ impl RoomActor {
     /// Adds an agent whose media is not up yet: it does not hear, and the others do not see it.
     fn agent_joins(&mut self, job: &proto::Job, script: AgentScript, now: Instant) {
         let mut info = agent_info(job);
-        if let Some(version) = self.faults.version() {
-            let version = version.to_owned();
-            info.attributes.insert("agent.version".to_owned(), version);
+        if let Some(version) = &script.version {
+            info.attributes
+                .insert("agent.version".to_owned(), version.clone());
         }
         if let Some(permission) = &mut info.permission {
             permission.hidden = script.has(&InjectedFault::Hidden);

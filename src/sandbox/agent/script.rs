@@ -29,6 +29,8 @@ pub(crate) struct AgentScript {
     pub join_delay: Duration,
     /// The agent connects this long after its room was deleted.
     pub late: Option<Duration>,
+    /// The version that it reports.
+    pub version: Option<String>,
     pub(super) track: TrackBehaviour,
     pub(super) leaves_after: Option<Duration>,
     /// It leaves by deleting the room.
@@ -94,6 +96,7 @@ impl AgentScript {
             // The time that a worker with a warm process needs.
             join_delay: Duration::from_millis(fastrand::u64(120..320)),
             late: None,
+            version: None,
             track: TrackBehaviour::Speaking,
             leaves_after: None,
             deletes_room: false,
@@ -139,6 +142,10 @@ impl AgentScript {
                 self.deletes_room = true;
             }
             InjectedFault::LateAfterDeletion(after) => self.late = Some(*after),
+            InjectedFault::Version(text) => {
+                // As with nodes and regions, the first rule that names one counts.
+                self.version.get_or_insert_with(|| text.clone());
+            }
             InjectedFault::TwoPartGreeting(pause) => self.greeting_pause = Some(*pause),
             InjectedFault::DeafAfter(turns) => self.hears_turns = Some(*turns),
             InjectedFault::Hears(text) => self.hears = Some(text.clone()),
@@ -178,7 +185,6 @@ impl AgentScript {
             | InjectedFault::Encrypted
             | InjectedFault::RestartsTrack
             | InjectedFault::Deployment(_)
-            | InjectedFault::Version(_)
             | InjectedFault::Node(_)
             | InjectedFault::Region(_)
             | InjectedFault::Duplicate
