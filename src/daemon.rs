@@ -488,11 +488,12 @@ impl Daemon {
         let target = &self.targets[name];
         let project = &self.projects[&target.settings.project];
         let settings = Arc::new(target.settings.confirming(rooms));
-        let worst_case = first_worst_case(&settings, &project.settings);
-        let denied = project.guard.denial(worst_case).or_else(|| {
+        let first = first_worst_case(&settings, &project.settings);
+        let all_rooms = worst_cases(&settings, &project.settings).sum();
+        let denied = project.guard.denial(first).or_else(|| {
             project
                 .guard
-                .confirmation_denial(name, &settings, worst_case)
+                .confirmation_denial(name, &settings, all_rooms)
         });
         if let Some(denial) = denied {
             tracing::info!(

@@ -141,7 +141,8 @@ impl Guard {
             .err()
     }
 
-    /// Why a room of a confirmation would be denied now by the target's own limit. Reserves nothing.
+    /// Why a confirmation would be denied now by the target's own limit. `worst_case` is that of all its rooms: the limit is what all
+    /// confirmations of a day may use. Reserves nothing.
     pub(crate) fn confirmation_denial(
         &self,
         name: &str,

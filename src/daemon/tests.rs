@@ -227,3 +227,20 @@ async fn confirmation_of_a_target_that_is_back_is_still_a_confirmation() {
     assert_eq!(early.confirmation, None);
     assert!(early.last_batch.is_none(), "{:?}", early.last_batch);
 }
+
+#[tokio::test]
+async fn confirmation_starts_only_if_the_limit_of_the_day_is_enough_for_all_its_rooms() {
+    let (mut daemon, _folder) = daemon().await;
+    let target = daemon.targets.get_mut("early").unwrap();
+    let project = &daemon.projects["acme"].settings;
+    let [one, two] = [1, 2].map(|rooms| {
+        let settings = target.settings.confirming(rooms);
+        worst_cases(&settings, project).sum::<Duration>()
+    });
+    let settings = Arc::make_mut(&mut target.settings);
+    settings.confirm.agent_time_per_day = Some((one + two) / 2);
+    daemon.start_confirmation("early", 2);
+    assert_eq!(daemon.targets["early"].confirmation, None);
+    daemon.start_confirmation("early", 1);
+    assert!(daemon.targets["early"].confirmation.is_some());
+}
