@@ -21,7 +21,9 @@ use catalogue::Group;
 pub use catalogue::{ALERTS, Alert, Severity};
 pub(crate) use window::max_watched_interval;
 
-use records::{BAD_BATCHES, ELIGIBLE, FAST, GOOD, RecordingRule, SLOW, record_name};
+use records::{
+    BAD_BATCHES, BY_LIVEKIT_OUTSIDE, ELIGIBLE, FAST, GOOD, RecordingRule, SLOW, record_name,
+};
 use window::Pace;
 
 /// Upper bounds of the interval classes, in minutes. Common schedules fit exactly, others within a factor of about two.
@@ -61,6 +63,10 @@ pub(crate) fn render(
     add_alerts(&mut file, alerts, Group::Batches);
     file.group(Group::Slow);
     add_records(&mut file, SLOW);
+    file.record(
+        "livekit_canary:failures_by_livekit:page",
+        BY_LIVEKIT_OUTSIDE,
+    );
     for (name, counter) in [
         ("slo_eligible", ELIGIBLE),
         ("slo_good", GOOD),

@@ -49,14 +49,15 @@ const AGENT_VERDICTS: &str = "sum without (instance, pod, in_incident, sli) \
      (increase(livekit_canary_slo_eligible_total{sli=\"availability\"}[$w]))";
 const BY_LIVEKIT: &str = "sum without (instance, pod, purpose, reason, origin) \
      (increase(livekit_canary_probe_failures_total{purpose=\"scheduled\", origin=~\"livekit|network\"}[$w]))";
-/// The counter of failures does not show whether an incident was open. Only failures of LiveKit, of the network and of limits
-/// count towards the service and not towards the agent's availability.
-const BY_LIVEKIT_OUTSIDE: &str = "sum without (instance, pod, in_incident, sli) \
-     (increase(livekit_canary_slo_eligible_total{in_incident=\"false\", sli=\"service\"}[$w]))\n  \
-     - sum without (instance, pod, in_incident, sli) \
-     (increase(livekit_canary_slo_eligible_total{in_incident=\"false\", sli=\"availability\"}[$w]))\n  \
-     - sum without (instance, pod, purpose, reason, origin) \
+const BY_LIMIT: &str = "sum without (instance, pod, purpose, reason, origin) \
      (increase(livekit_canary_probe_failures_total{purpose=\"scheduled\", origin=\"limit\"}[$w]))";
+/// The counter of failures does not show whether an incident was open. Only failures of LiveKit, of the network and of limits
+/// count towards the service and not towards the agent's availability. Computed from records, because their windows are long and
+/// thus expensive.
+pub(super) const BY_LIVEKIT_OUTSIDE: &str = "\
+livekit_canary:slo_eligible:page{sli=\"service\"}
+  - ignoring (sli) livekit_canary:slo_eligible:page{sli=\"availability\"}
+  - ignoring (sli) livekit_canary:failures_by_limit:page";
 const BATCHES_LIMITED: &str = "sum without (instance, pod, purpose, result) \
      (increase(livekit_canary_batches_total{purpose=\"scheduled\", result=\"limited\"}[$w]))";
 const TICKS_LIMITED: &str = "sum without (instance, pod, purpose, result) \
@@ -103,12 +104,7 @@ pub(super) const SLOW: &[RecordingRule] = &[
         "sli",
         BAD_BATCHES_OUTSIDE,
     ),
-    counted(
-        "failures_by_livekit",
-        RuleWindow::Page,
-        "",
-        BY_LIVEKIT_OUTSIDE,
-    ),
+    counted("failures_by_limit", RuleWindow::Page, "", BY_LIMIT),
     counted("agent_verdicts", RuleWindow::Page, "", AGENT_VERDICTS),
     counted("ticks_limited", RuleWindow::Page, "", TICKS_LIMITED),
     counted(

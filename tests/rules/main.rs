@@ -1,5 +1,5 @@
-//! Which alerts fire in the stories of three canaries, minute by minute, in the promtool of Prometheus 2 and 3. Run it with
-//! `cargo test --test rules`.
+//! Which alerts fire in the stories of three canaries, minute by minute, in the promtool of Prometheus 3. In some stories also
+//! in the promtool of Prometheus 2, so that each alert fires and clears in both. Run it with `cargo test --test rules`.
 //!
 //! A story is what happens to a canary at each tick; `simulation` turns it into series. A test lists each alert with the minute
 //! in which it begins to fire and the minute in which it ends. It fails if another alert fires, or at another minute.
@@ -57,7 +57,9 @@ const LONG_START: (usize, Event) = (8, Good);
 #[test]
 fn single_failed_rooms_and_batches_are_quiet() {
     let events = [SHORT_START, (1, OneRoom), (5, Good), (1, Blip), (5, Good)];
-    expect_alerts(&REFERENCES.map(|reference| (Story::new(reference, &events), &[] as &[Fired])));
+    expect_alerts_in_both(
+        &REFERENCES.map(|reference| (Story::new(reference, &events), &[] as &[Fired])),
+    );
 }
 
 #[test]
@@ -118,7 +120,7 @@ fn long_outage_pages_once() {
 #[test]
 fn canary_that_dies_during_an_outage_does_not_end_it() {
     let events = [SHORT_START, (2, Outage), (3, Down), (3, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page", 62, Some(136)),
@@ -198,7 +200,7 @@ fn limit_that_persists_makes_the_canary_blind() {
 #[test]
 fn batch_that_never_ends_pages() {
     let events = [SHORT_START, (4, Hung), (4, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("CanaryStuck page", 90, Some(121))],
     )]);
@@ -230,7 +232,7 @@ fn drill_that_ends_or_crashes_pages_no_one() {
 #[test]
 fn crash_loop_pages() {
     let events = [SHORT_START, (4, CrashLoop), (4, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("CanaryCrashLooping page", 67, Some(141))],
     )]);
@@ -274,7 +276,7 @@ fn outage_pages_at_once_for_any_interval() {
 #[test]
 fn livekit_outage_has_its_own_pages() {
     let events = [LONG_START, (4, LiveKitDown), (6, Good)];
-    expect_alerts(&[
+    expect_alerts_in_both(&[
         (
             Story::new(QUARTER, &events),
             &[
@@ -297,7 +299,7 @@ fn livekit_outage_has_its_own_pages() {
 #[test]
 fn one_fifth_of_lost_rooms_pages_by_the_burn_rate_of_the_service() {
     let events = [SHORT_START, (6, OneLostRoom), (30, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(FIVE, &events),
         &[
             ("ErrorBudgetBurnsSlowly ticket sli=service", 31, None),
@@ -523,7 +525,7 @@ fn limit_on_connections_that_persists_pages() {
     let events = [SHORT_START, (6, Limit("connections")), (11, Good)];
     // The maximum back-off, so that no batch is skipped.
     let hour = [SHORT_START, (6, Limit("connections")), (5, Good)];
-    expect_alerts(&[
+    expect_alerts_in_both(&[
         (
             Story::new(QUARTER, &events),
             &[
@@ -545,7 +547,7 @@ fn limit_on_connections_that_persists_pages() {
 #[test]
 fn spent_budget_of_agent_time_is_only_a_ticket() {
     let events = [SHORT_START, (6, Spent), (4, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("AgentTimeSpent ticket", 60, Some(173))],
     )]);
@@ -554,7 +556,7 @@ fn spent_budget_of_agent_time_is_only_a_ticket() {
 #[test]
 fn dead_scheduler_pages_when_a_batch_is_overdue() {
     let events = [SHORT_START, (3, DeadScheduler), (1, Rollout), (3, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("CanarySilent page", 64, Some(105))],
     )]);
@@ -578,7 +580,7 @@ fn outage_stays_during_a_night_until_a_batch_is_good() {
 #[test]
 fn outage_stays_while_no_batch_has_a_verdict_on_the_agent() {
     let events = [SHORT_START, (2, Outage), (4, RotatedKey), (4, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[
             ("AgentFailing page", 62, Some(151)),
@@ -600,7 +602,7 @@ fn paused_target_is_muted() {
 #[test]
 fn canary_that_is_no_longer_scraped_pages() {
     let events = [SHORT_START, (3, Gone), (1, Rollout), (3, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("CanaryAbsent page", 70, Some(105))],
     )]);
@@ -618,7 +620,7 @@ fn canary_that_was_never_scraped_pages() {
 #[test]
 fn settings_that_stay_rejected_are_a_ticket() {
     let events = [SHORT_START, (1, BadSettings), (3, Good)];
-    expect_alerts(&[
+    expect_alerts_in_both(&[
         (
             Story::new(QUARTER, &events),
             &[("ReloadFailed ticket", 65, Some(75))],
@@ -630,7 +632,7 @@ fn settings_that_stay_rejected_are_a_ticket() {
 #[test]
 fn history_that_stays_unwritable_is_a_ticket() {
     let events = [SHORT_START, (1, FullDisk), (3, Good)];
-    expect_alerts(&[
+    expect_alerts_in_both(&[
         (
             Story::new(QUARTER, &events),
             &[("HistoryDegraded ticket", 65, Some(75))],
@@ -642,7 +644,7 @@ fn history_that_stays_unwritable_is_a_ticket() {
 #[test]
 fn room_that_can_not_be_deleted_is_a_ticket_even_if_its_target_is_paused() {
     let events = [SHORT_START, (1, LeakedRoom), (4, Paused), (6, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("RoomsLeaking ticket", 61, Some(181))],
     )]);
@@ -651,7 +653,7 @@ fn room_that_can_not_be_deleted_is_a_ticket_even_if_its_target_is_paused() {
 #[test]
 fn failure_of_the_canary_is_a_ticket() {
     let events = [SHORT_START, (1, OwnFault), (10, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(QUARTER, &events),
         &[("InternalErrors ticket kind=probe", 61, Some(181))],
     )]);
@@ -659,25 +661,26 @@ fn failure_of_the_canary_is_a_ticket() {
 
 #[test]
 fn spent_error_budget_is_a_ticket_until_enough_rooms_are_good() {
+    // With 0.95, six failed rooms of 120 would spend the budget exactly, and rounding would decide whether the alerts fire.
     let modest = Reference {
-        objective: 0.95,
+        objective: 0.951,
         ..FIVE
     };
     let events = [SHORT_START, (6, OneRoom), (20, Good)];
-    expect_alerts(&[(
+    expect_alerts_in_both(&[(
         Story::new(modest, &events),
         &[
             (
                 "ErrorBudgetBurnsSlowly ticket sli=availability",
                 31,
-                Some(116),
+                Some(121),
             ),
             (
                 "ErrorBudgetBurnsSlowly ticket sli=first_speech",
                 31,
-                Some(116),
+                Some(121),
             ),
-            ("ErrorBudgetBurnsSlowly ticket sli=join", 31, Some(116)),
+            ("ErrorBudgetBurnsSlowly ticket sli=join", 31, Some(121)),
             ("ErrorBudgetSpent ticket sli=availability", 96, Some(121)),
             ("ErrorBudgetSpent ticket sli=first_speech", 96, Some(121)),
             ("ErrorBudgetSpent ticket sli=join", 96, Some(121)),
@@ -702,18 +705,33 @@ fn deployed_configuration_is_valid_with_its_rules() {
 /// This reads the source of the tests above.
 #[test]
 fn every_alert_has_a_story_in_which_it_fires_and_clears() {
-    let text: String = include_str!("main.rs").split_whitespace().collect();
+    let missing = never_clears(include_str!("main.rs"));
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// This reads the source of the tests above.
+#[test]
+fn every_alert_fires_and_clears_in_prometheus_2_as_well() {
+    let tests = include_str!("main.rs").split("\n}\n");
+    let in_both: Vec<&str> = tests
+        .filter(|test| test.contains("\n    expect_alerts_in_both("))
+        .collect();
+    let missing = never_clears(&in_both.concat());
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// The alerts that clear in no story of this source.
+fn never_clears(source: &str) -> Vec<(&'static str, &'static str)> {
+    let text: String = source.split_whitespace().collect();
     let clears = |alert: &&Alert| {
         let fires = format!("(\"{}{}", alert.name, alert.severity.name());
         let mut stories = text.split(&fires).skip(1);
         stories.any(|rest| rest.split(')').next().unwrap().contains("Some("))
     };
-    let missing: Vec<&str> = ALERTS
-        .iter()
-        .filter(|alert| !clears(alert))
-        .map(|alert| alert.name)
-        .collect();
-    assert!(missing.is_empty(), "{missing:?}");
+    let missing = ALERTS.iter().filter(|alert| !clears(alert));
+    missing
+        .map(|alert| (alert.name, alert.severity.name()))
+        .collect()
 }
 
 /// The programs of Prometheus 2 and of Prometheus 3.
@@ -741,17 +759,28 @@ fn programs() -> &'static Programs {
     })
 }
 
-/// In these stories these alerts fire, and no others.
+/// In these stories these alerts fire in Prometheus 3, and no others.
 fn expect_alerts(stories: &[(Story, &[Fired])]) {
+    let [_, three] = &programs().promtools;
+    expect_alerts_in(&[three], stories);
+}
+
+/// In these stories these alerts fire, and no others, in Prometheus 2 as well. Its range selectors also contain a sample exactly
+/// at the start of the window. A few stories show that no alert depends on that.
+fn expect_alerts_in_both(stories: &[(Story, &[Fired])]) {
+    expect_alerts_in(&programs().promtools.each_ref(), stories);
+}
+
+fn expect_alerts_in(promtools: &[&PathBuf], stories: &[(Story, &[Fired])]) {
     let differences: Vec<String> = stories
         .iter()
-        .filter_map(|(story, expected)| difference(story, expected))
+        .filter_map(|(story, expected)| difference(promtools, story, expected))
         .collect();
     assert!(differences.is_empty(), "{}", differences.concat());
 }
 
-fn difference(story: &Story, expected: &[Fired]) -> Option<String> {
-    let failed = programs().promtools.iter().find_map(|promtool| {
+fn difference(promtools: &[&PathBuf], story: &Story, expected: &[Fired]) -> Option<String> {
+    let failed = promtools.iter().find_map(|promtool| {
         let run = run(promtool, story, expected);
         (!run.passed).then_some((promtool, run.output))
     });
@@ -810,8 +839,8 @@ fn promtool_test(promtool: &Path, dir: &Path) -> Run {
     let output = Command::new(promtool)
         .args(["test", "rules", "tests.yml"])
         .current_dir(dir)
-        // Half of the time would go to the garbage collector.
-        .envs([("GOGC", "off"), ("GOMEMLIMIT", "1GiB")])
+        // By default, a quarter of the time goes to the garbage collector. With a limit of 1 GiB, as much goes to page faults.
+        .envs([("GOGC", "off"), ("GOMEMLIMIT", "256MiB")])
         .output()
         .unwrap();
     Run {
