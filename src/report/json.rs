@@ -13,6 +13,7 @@ use crate::livekit::event::{Speaker, to_microseconds};
 use crate::probe::{
     AgentStage, Circumstances, Evidence, Milestone, ProbeReport, Reason, Span, Turn,
 };
+use crate::recording::{SavedRecording, SavedTrack, Waveform};
 
 #[derive(Serialize)]
 struct BatchJson<'a> {
@@ -60,6 +61,8 @@ struct ProbeJson<'a> {
     agent: Option<AgentJson<'a>>,
     circumstances: &'a Circumstances,
     audio: AudioJson,
+    recording: Option<RecordingJson>,
+    waveform: Option<WaveformJson<'a>>,
     url: Option<String>,
 }
 
@@ -121,6 +124,30 @@ struct AudioJson {
     packets: u64,
     lost: u64,
     jitter_seconds: Option<f64>,
+}
+
+/// The files of a call. The history replaces it by null when they are deleted.
+#[derive(Serialize)]
+struct RecordingJson {
+    /// Seconds since the probe's start.
+    started: Option<f64>,
+    agent: Option<RecordedTrackJson>,
+    caller: Option<RecordedTrackJson>,
+}
+
+#[derive(Serialize)]
+struct RecordedTrackJson {
+    bytes: u64,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct WaveformJson<'a> {
+    /// Seconds since the probe's start.
+    started: Option<f64>,
+    step_seconds: f64,
+    agent: Option<&'a [u8]>,
+    caller: Option<&'a [u8]>,
 }
 
 #[derive(Serialize)]
@@ -253,7 +280,36 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
             lost: report.audio.lost,
             jitter_seconds: report.audio.jitter.map(seconds),
         },
+        recording: report
+            .recording
+            .as_ref()
+            .map(|recording| recording_json(report, recording)),
+        waveform: report
+            .waveform
+            .as_ref()
+            .map(|waveform| waveform_json(report, waveform)),
         url: session_url(report, project),
+    }
+}
+
+fn recording_json(report: &ProbeReport, recording: &SavedRecording) -> RecordingJson {
+    let track = |track: SavedTrack| RecordedTrackJson {
+        bytes: track.bytes,
+        seconds: seconds(track.duration),
+    };
+    RecordingJson {
+        started: since_started(report, Some(recording.started)),
+        agent: recording.agent.map(track),
+        caller: recording.caller.map(track),
+    }
+}
+
+fn waveform_json<'a>(report: &ProbeReport, waveform: &'a Waveform) -> WaveformJson<'a> {
+    WaveformJson {
+        started: since_started(report, Some(waveform.started)),
+        step_seconds: seconds(waveform.step),
+        agent: waveform.agent.as_deref(),
+        caller: waveform.caller.as_deref(),
     }
 }
 
