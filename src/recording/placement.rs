@@ -20,6 +20,9 @@ const CLOCK_JUMP: i64 = rtp::CLOCK_RATE as i64 / 5;
 /// alone or with others, changes no position.
 const FASTEST_OF: usize = 50;
 
+/// The last packets of a part are too few to tell the shortest delay, so that of this many decides for them.
+const FEWEST: usize = 10;
+
 /// How much later than their position packets may arrive, while the fastest of them decides: 20 ms. Beyond that, the sender
 /// has paused without a step of its timestamps, as libwebrtc does.
 const MAX_LATE: i64 = rtp::CLOCK_RATE as i64 / 50;
@@ -154,7 +157,7 @@ fn positions(part: &[Timed]) -> Vec<i64> {
         .collect()
 }
 
-/// The smallest of each value and the [`FASTEST_OF`] - 1 after it.
+/// The smallest of each value and the [`FASTEST_OF`] - 1 after it, and for the last ones that of [`FEWEST`].
 fn shortest_ahead(delays: &[i64]) -> Vec<i64> {
     // Places whose values increase: each is the smallest of those before the next.
     let mut window: VecDeque<usize> = VecDeque::new();
@@ -174,6 +177,11 @@ fn shortest_ahead(delays: &[i64]) -> Vec<i64> {
             window.pop_back();
         }
         shortest[place] = window.back().map_or(0, |place| delays[*place]);
+    }
+    let last = delays.len().saturating_sub(FEWEST);
+    let at_the_end = shortest.get(last).copied().unwrap_or(0);
+    for value in shortest.iter_mut().skip(last) {
+        *value = at_the_end;
     }
     shortest
 }

@@ -222,7 +222,6 @@ async fn name_of_a_room_cannot_leave_the_folder() {
     for room in [
         "../other",
         "/etc/other",
-        "..",
         "a/b",
         "a\\b",
         "a\0b",

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Serialize, Serializer};
+use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::BatchReport;
@@ -62,7 +63,7 @@ struct ProbeJson<'a> {
     circumstances: &'a Circumstances,
     audio: AudioJson,
     recording: Option<RecordingJson>,
-    waveform: Option<WaveformJson<'a>>,
+    waveform: Option<WaveformJson>,
     url: Option<String>,
 }
 
@@ -142,12 +143,12 @@ struct RecordedTrackJson {
 }
 
 #[derive(Serialize)]
-struct WaveformJson<'a> {
+struct WaveformJson {
     /// Seconds since the probe's start.
     started: Option<f64>,
     step_seconds: f64,
-    agent: Option<&'a [u8]>,
-    caller: Option<&'a [u8]>,
+    agent: Option<Box<RawValue>>,
+    caller: Option<Box<RawValue>>,
 }
 
 #[derive(Serialize)]
@@ -304,12 +305,17 @@ fn recording_json(report: &ProbeReport, recording: &SavedRecording) -> Recording
     }
 }
 
-fn waveform_json<'a>(report: &ProbeReport, waveform: &'a Waveform) -> WaveformJson<'a> {
+fn waveform_json(report: &ProbeReport, waveform: &Waveform) -> WaveformJson {
+    // On one line, in a document that is indented, too.
+    let levels = |levels: &Option<Vec<u8>>| {
+        let levels = levels.as_ref()?;
+        Some(serde_json::value::to_raw_value(levels).expect(SERIALIZES))
+    };
     WaveformJson {
         started: since_started(report, Some(waveform.started)),
         step_seconds: seconds(waveform.step),
-        agent: waveform.agent.as_deref(),
-        caller: waveform.caller.as_deref(),
+        agent: levels(&waveform.agent),
+        caller: levels(&waveform.caller),
     }
 }
 
