@@ -35,7 +35,7 @@
 //! detection → config, history, metrics, notify, probe, report
 //! daemon → batch, config, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, schedule, stall, telemetry
 //! sandbox → nothing
-//! cli → batch, config, daemon, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, rules, sandbox, schedule, stall, telemetry
+//! cli → batch, config, daemon, detection, guard, history, http, janitor, livekit, metrics, notify, probe, recording, report, rules, sandbox, schedule, stall, telemetry
 //! ```
 //!
 //! - `clip`: recorded speech. `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.

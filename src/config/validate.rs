@@ -565,7 +565,7 @@ fn target(
 
 fn record(mut section: Section<'_>, engine: Engine) -> RecordAudio {
     let place = section.place_of("audio");
-    let record = section.choice("audio", "a choice of calls to record");
+    let record = section.choice("audio", "one of never, failures and always");
     if record != RecordAudio::Never && engine == Engine::Libwebrtc {
         let message =
             "the engine \"libwebrtc\" can't record: its SDK does not pass on the packets of a call";
