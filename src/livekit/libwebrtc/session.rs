@@ -338,7 +338,13 @@ impl<'a> SdkSession<'a> {
 
     fn on_wire_event(&mut self, event: WireEvent) -> Result<(), EndReason> {
         match self.watch.on_wire_event(event)? {
-            Some(at) => self.select_voice(at),
+            Some(at) => {
+                // The first time after the join is that of the join response.
+                if self.watch.joined() {
+                    self.sound.start(at);
+                }
+                self.select_voice(at)
+            }
             None => Ok(()),
         }
     }
