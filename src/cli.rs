@@ -188,6 +188,10 @@ struct OnceArgs {
     #[arg(long)]
     transcript: bool,
 
+    /// Write what the agent and the caller said to DIR, as two Ogg Opus files per room; they may contain personal data
+    #[arg(long, value_name = "DIR")]
+    record: Option<PathBuf>,
+
     /// Output format of the result
     #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
     format: OutputFormat,

@@ -567,6 +567,7 @@ impl Daemon {
         let project = Arc::clone(&self.projects[&settings.project].access);
         let (janitor, stalls) = (self.janitor.clone(), self.stalls.clone());
         let (agent_known, fault) = (target.agent_known, self.fault);
+        let recordings = Some(self.history.recordings().clone());
         let id = batch_id.clone();
         let task = self.batches.spawn(async move {
             let server = project.current().await;
@@ -577,6 +578,7 @@ impl Daemon {
                 api: server.api,
                 janitor,
                 stalls,
+                recordings,
                 agent_known,
                 fault,
             };

@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::{self, Project, Target};
 use crate::livekit::RoomName;
+use crate::recording::RecordingStore;
 use crate::report::{BatchReport, Purpose};
 
 mod incidents;
@@ -49,6 +50,9 @@ pub(crate) const RESERVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Batches that may wait for the disk. Further ones are dropped and counted.
 const MAX_QUEUED_BATCHES: usize = 32;
 
+/// The folder of the recordings, in that of the history.
+const RECORDINGS: &str = "recordings";
+
 /// The source of the wall clock; tests set their own.
 pub(crate) type UtcClock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
 
@@ -57,6 +61,7 @@ pub(crate) type UtcClock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
 pub(crate) struct History {
     shared: Arc<HistoryShared>,
     reader: read::HistoryReader,
+    recordings: RecordingStore,
     _close: Arc<CloseOnDrop>,
 }
 
@@ -197,12 +202,16 @@ impl History {
                 None
             }
         };
+        let max_bytes = settings.max_recording_megabytes.saturating_mul(1_000_000);
+        let recordings = RecordingStore::open(settings.dir.join(RECORDINGS), max_bytes);
         let history = Self {
             shared: Arc::clone(&shared),
             reader: read::HistoryReader::new(&settings.dir),
+            recordings: recordings.clone(),
             _close: Arc::new(CloseOnDrop(Arc::clone(&shared))),
         };
-        Ok((history, HistoryWriter::new(shared, settings.clone(), store)))
+        let writer = HistoryWriter::new(shared, settings.clone(), store, recordings);
+        Ok((history, writer))
     }
 
     /// Writes what is waiting and ends the thread. Returns whether all of it was written before the deadline.
@@ -218,6 +227,11 @@ impl History {
             && state.records.is_empty()
             && state.ledger.unwritten().0.is_empty()
             && state.detections.is_written()
+    }
+
+    /// The recordings of calls. The history deletes them with their probes.
+    pub(crate) fn recordings(&self) -> &RecordingStore {
+        &self.recordings
     }
 
     pub(crate) fn is_degraded(&self) -> bool {
@@ -348,6 +362,8 @@ impl History {
             state.records.push_back(record);
             self.shared.wake(&mut state);
         } else {
+            self.recordings.discard(record.recorded_rooms());
+            self.shared.wake(&mut state);
             drop(state);
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         }

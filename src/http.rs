@@ -5,6 +5,7 @@
 
 mod access;
 mod api;
+mod audio;
 mod client_certificate;
 mod control;
 mod health;

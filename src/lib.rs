@@ -23,24 +23,25 @@
 //! janitor → livekit
 //! stall → nothing
 //! telemetry → nothing
-//! probe → config, janitor, livekit, stall
-//! report → config, livekit, probe
-//! history → config, livekit, probe, report
+//! recording → livekit
+//! probe → config, janitor, livekit, recording, stall
+//! report → config, livekit, probe, recording
+//! history → config, livekit, probe, recording, report
 //! guard → config, history, livekit, probe, report
 //! batch → config, guard, history, livekit, probe, report
 //! metrics → config, probe, report
-//! http → config, history, metrics, report
+//! http → config, history, livekit, metrics, recording, report
 //! notify → config, history, livekit, metrics, report
 //! detection → config, history, metrics, notify, probe, report
 //! daemon → batch, config, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, schedule, stall, telemetry
 //! sandbox → nothing
-//! cli → batch, config, daemon, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, rules, sandbox, schedule, stall, telemetry
+//! cli → batch, config, daemon, detection, guard, history, http, janitor, livekit, metrics, notify, probe, recording, report, rules, sandbox, schedule, stall, telemetry
 //! ```
 //!
 //! - `clip`: recorded speech. `config`: the settings, read and validated. `schedule`: when a batch is due. `rules`: Prometheus rules for the settings.
 //! - `livekit`: the client side of LiveKit. `janitor`: owns every room name and deletes every room.
 //! - `probe`: one call, from the room's creation to its deletion. `batch`: the rooms of one tick. `report`: what they found.
-//! - `stall`: when this process did not run, so that no probe blames others for it.
+//! - `recording`: the audio of a call as files, and its levels. `stall`: when this process did not run, so that no probe blames others for it.
 //! - `guard`: what a project may use. `history`: the database of batches, outages, used agent time and room names.
 //! - `daemon`: runs all of the above for `run`, `demo` and `drill`. `http`: its metrics, health, page and API.
 //! - `detection`: the state of each target, and its outages. `notify`: reports outages to people.
@@ -62,6 +63,7 @@ pub mod livekit;
 pub mod metrics;
 mod notify;
 pub mod probe;
+mod recording;
 mod report;
 pub mod rules;
 pub mod sandbox;

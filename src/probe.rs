@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::livekit::RoomName;
 pub use crate::livekit::event::MediaPath;
 use crate::livekit::event::{Agent, AudioStats};
+use crate::recording::{SavedRecording, Waveform};
 
 pub mod driver;
 mod machine;
@@ -72,6 +73,10 @@ pub struct ProbeReport {
     /// The agent was dispatched before the canary joined, and was in the room already. The join delay is an upper bound.
     pub join_upper_bound: bool,
     pub circumstances: Circumstances,
+    /// `None` unless the target records a call of this outcome.
+    pub recording: Option<SavedRecording>,
+    /// `None` if the canary did not join.
+    pub waveform: Option<Waveform>,
 }
 
 /// What may differ between two rooms of one target. A part that is not known is `None`. The names of the fields are keys of
@@ -114,6 +119,8 @@ impl ProbeReport {
             audio: AudioStats::default(),
             join_upper_bound: false,
             circumstances: Circumstances::default(),
+            recording: None,
+            waveform: None,
         }
     }
 

@@ -15,6 +15,7 @@ use super::once::verdict;
 use super::progress::ProgressView;
 use super::{DemoArgs, Exit, format, print_unless_closed};
 use crate::batch::BatchEvent;
+use crate::config::RecordAudio;
 use crate::probe::{LimitKind, Outcome, ProbeReport, Reason, Span};
 use crate::report::{BatchReport, counted};
 use crate::sandbox::fault::{FaultRule, RoomSelector};
@@ -223,6 +224,7 @@ async fn run_demo(args: &DemoArgs, view: ProgressView) -> anyhow::Result<Exit> {
         rooms: args.rooms,
         every: args.every,
         history_dir: folder.path().to_owned(),
+        record: RecordAudio::Always,
     };
     let config = target.draft(&sandbox)?.validate()?;
     let url = sandbox.url();

@@ -18,7 +18,7 @@ use super::local_daemon::{
 use super::progress::ProgressView;
 use super::{DrillArgs, Exit, format, print_error, print_unless_closed};
 use crate::batch::BatchEvent;
-use crate::config::{Config, Problems};
+use crate::config::{Config, Problems, RecordAudio};
 use crate::daemon::DaemonCommand;
 use crate::probe::driver::ProbeFault;
 use crate::probe::{LimitKind, Outcome, Reason};
@@ -138,6 +138,7 @@ async fn run_drill(
         rooms: args.rooms,
         every: args.every,
         history_dir: (args.history_dir.clone()).unwrap_or_else(|| temporary.path().to_owned()),
+        record: RecordAudio::Never,
     };
     let scene = fault.map(|fault| &fault.scene);
     let draft = || {

@@ -21,7 +21,7 @@ use super::progress::{ProgressView, REFRESH_INTERVAL};
 use super::stop_signals::StopSignals;
 use super::{format, table};
 use crate::batch::{self, BatchEvent};
-use crate::config::{Config, Http, Problems, RawConfig};
+use crate::config::{Config, Http, Problems, RawConfig, RecordAudio};
 use crate::daemon::{self, BatchObserver, DaemonCommand, DaemonOptions, ShutdownKind};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -69,6 +69,7 @@ pub(super) struct LocalTarget {
     pub(super) rooms: usize,
     pub(super) every: Duration,
     pub(super) history_dir: PathBuf,
+    pub(super) record: RecordAudio,
 }
 
 impl LocalTarget {
@@ -97,6 +98,8 @@ impl LocalTarget {
         }
         let folder = self.history_dir.display().to_string();
         draft.set(&["history", "dir"], folder, "--history-dir");
+        let record: &str = self.record.into();
+        draft.set_by_flag(target, &["record", "audio"], record.to_owned(), target);
         let every = humantime::format_duration(self.every).to_string();
         draft.set_by_flag(target, &["schedule", "every"], every, "--every");
         let rooms = self.rooms.to_string();

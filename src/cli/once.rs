@@ -19,7 +19,8 @@ use crate::config::{Config, Problems, Project, RampMode, RawConfig, Target};
 use crate::janitor::{self, FINAL_DELETION_TIMEOUT, Janitor, UnconfirmedRoom};
 use crate::livekit::wire;
 use crate::probe::driver::{Context, ProbeFault};
-use crate::report::{BatchReport, Purpose, json};
+use crate::recording::RecordingStore;
+use crate::report::{BatchReport, Purpose, counted, json};
 use crate::stall::StallWatch;
 use crate::telemetry;
 
@@ -39,6 +40,7 @@ pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
     let (target, project) = selected(&config, &name);
     let fault = ProbeFault::from_env()?;
     let output = ResultOutput::open(args.format, args.output.as_deref())?;
+    let recordings = args.record.as_deref().map(open_recordings).transpose()?;
     let view = ProgressView::new(&target, &project);
     telemetry::log_to(view.log_writer(), ProgressView::colour(), "warn");
 
@@ -53,15 +55,22 @@ pub(super) fn run(args: &OnceArgs) -> anyhow::Result<Exit> {
             api,
             janitor: Janitor::start(),
             stalls: StallWatch::start(),
+            recordings,
             agent_known: false,
             fault,
         };
-        probe_and_print(&name, context, view, output).await
+        probe_and_print(&name, context, view, output, args.record.as_deref()).await
     });
     // Does not wait for a DNS lookup that hangs: it runs on a blocking thread and cannot be cancelled. Everything else has
     // ended by now.
     runtime.shutdown_background();
     exit
+}
+
+/// Opens the folder before any room opens: a wrong name is a mistake of the user.
+fn open_recordings(folder: &Path) -> anyhow::Result<RecordingStore> {
+    let opened = RecordingStore::open_unmanaged(folder);
+    opened.with_context(|| format!("cannot write recordings to {}", folder.display()))
 }
 
 /// Reads the settings, and returns them with the name of the target to probe. A flag overrides the environment, and the
@@ -72,7 +81,7 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
     draft.ensure_target(&name);
     let duration =
         |value: Option<Duration>| value.map(|value| humantime::format_duration(value).to_string());
-    let flags: [(&str, &[&str], Option<String>); 15] = [
+    let flags: [(&str, &[&str], Option<String>); 16] = [
         ("--agent-name", &["agent_name"], args.agent_name.clone()),
         (
             "--deployment",
@@ -119,6 +128,11 @@ fn settings(args: &OnceArgs) -> Result<(String, Config), Problems> {
             "--transcript",
             &["transcript"],
             args.transcript.then(|| "true".to_owned()),
+        ),
+        (
+            "--record",
+            &["record", "audio"],
+            args.record.is_some().then(|| "always".to_owned()),
         ),
     ];
     for (flag, key, value) in flags {
@@ -190,6 +204,7 @@ async fn probe_and_print(
     context: Context,
     mut view: ProgressView,
     mut output: ResultOutput,
+    recordings: Option<&Path>,
 ) -> anyhow::Result<Exit> {
     let mut signals = StopSignals::new()?;
     let janitor = context.janitor.clone();
@@ -198,7 +213,13 @@ async fn probe_and_print(
 
     let printed = report.as_ref().map_or(Ok(()), |report| {
         output.write(|format, width| match format {
-            OutputFormat::Table => table::render(report, &project, width),
+            OutputFormat::Table => {
+                let mut text = table::render(report, &project, width);
+                if let Some(folder) = recordings {
+                    text.push_str(&recorded(report, folder));
+                }
+                text
+            }
             OutputFormat::Json => json::render(report, &target, &project),
             OutputFormat::Markdown => markdown::render(report, &target, &project),
             OutputFormat::Junit => junit::render(report, &target, &project),
@@ -223,6 +244,13 @@ async fn probe_and_print(
         Some(report) if interrupted_at.is_none() => verdict(&report),
         _ => Exit::Aborted,
     })
+}
+
+/// A line about the recordings.
+fn recorded(report: &BatchReport, folder: &Path) -> String {
+    let recorded = report.probes.iter().filter(|it| it.recording.is_some());
+    let rooms = counted(recorded.count() as u64, "room");
+    format!("\nrecordings of {rooms} in {}\n", folder.display())
 }
 
 /// The destination of the result, and its format.

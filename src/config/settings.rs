@@ -70,6 +70,10 @@ pub struct HistorySettings {
     pub keep_failures: Duration,
     /// Above this size the oldest batches are deleted, those without a failure first.
     pub max_megabytes: u64,
+    /// Retention of recordings. A recording is deleted with its batch, too.
+    pub keep_recordings: Duration,
+    /// Above this size of all recordings the oldest are deleted.
+    pub max_recording_megabytes: u64,
 }
 
 impl Default for HistorySettings {
@@ -80,6 +84,8 @@ impl Default for HistorySettings {
             keep: 30 * DAY,
             keep_failures: 180 * DAY,
             max_megabytes: 512,
+            keep_recordings: 7 * DAY,
+            max_recording_megabytes: 1024,
         }
     }
 }
@@ -378,6 +384,8 @@ pub struct Target {
     pub expect: Expect,
     /// Whether the agent's transcript is stored. It may contain personal data.
     pub transcript: bool,
+    /// Which calls are recorded. A recording is personal data.
+    pub record: RecordAudio,
     /// How long a deleted room is checked again if an agent may still join it: that re-creates the room.
     pub late_agent_window: Duration,
 }
@@ -473,6 +481,7 @@ impl Default for Target {
             speech: Speech::default(),
             expect: Expect::default(),
             transcript: false,
+            record: RecordAudio::default(),
             late_agent_window: Duration::from_mins(1),
         }
     }
@@ -500,6 +509,17 @@ impl Engine {
     pub fn name(self) -> &'static str {
         self.into()
     }
+}
+
+/// The calls whose audio is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum RecordAudio {
+    #[default]
+    Never,
+    /// Those that failed.
+    Failures,
+    Always,
 }
 
 /// When a target's batches start.

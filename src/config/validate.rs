@@ -21,7 +21,8 @@ use super::section::{Lookup, MAX_WAIT, MIN_WAIT, RawValue, Section, Table, http_
 use super::settings::{
     Alerts, Backoff, Batch, Budget, Config, Confirm, CredentialFiles, DaemonSettings, Deadlines,
     Dispatch, DispatchMode, Engine, HistorySettings, Http, Ice, Lifetime, Objectives,
-    ParticipantSettings, Project, RampMode, RoomSettings, Schedule, Speech, Stay, Target,
+    ParticipantSettings, Project, RampMode, RecordAudio, RoomSettings, Schedule, Speech, Stay,
+    Target,
 };
 
 const MAX_ROOMS: usize = 10_000;
@@ -199,13 +200,26 @@ fn path(section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
 
 fn history(mut section: Section<'_>, folder: &Path) -> HistorySettings {
     let default = HistorySettings::default();
-    let [keep_place, failures_place] = ["keep", "keep_failures"].map(|key| section.place_of(key));
+    let [keep_place, failures_place, recordings_place] =
+        ["keep", "keep_failures", "keep_recordings"].map(|key| section.place_of(key));
     let dir = path(&mut section, "dir").unwrap_or_else(|| folder.join(default.dir));
     let mut duration = |key, default| section.duration(key, default, DAY..=MAX_RETENTION);
+    let keep = duration("keep", default.keep);
+    let keep_failures = duration("keep_failures", default.keep_failures);
     let history = HistorySettings {
         dir,
-        keep: duration("keep", default.keep),
-        keep_failures: duration("keep_failures", default.keep_failures),
+        keep,
+        keep_failures,
+        // A recording is deleted with its batch, so a shorter retention of batches shortens the default.
+        keep_recordings: duration(
+            "keep_recordings",
+            default.keep_recordings.min(keep_failures),
+        ),
+        max_recording_megabytes: section.number(
+            "max_recording_megabytes",
+            default.max_recording_megabytes,
+            1..=1_000_000,
+        ),
         max_megabytes: section.number("max_megabytes", default.max_megabytes, 8..=1_000_000),
     };
     if history.keep_failures < history.keep {
@@ -217,6 +231,12 @@ fn history(mut section: Section<'_>, folder: &Path) -> HistorySettings {
             message,
             hint,
         );
+    }
+    if history.keep_recordings > history.keep_failures {
+        let message = "longer than keep_failures".to_owned();
+        let hint =
+            "set it to at most the value of keep_failures: a recording is deleted with its batch";
+        section.problem("keep_recordings", recordings_place, message, hint);
     }
     section.finish();
     history
@@ -532,6 +552,7 @@ fn target(
         speech: speech(section.table("speech")),
         expect,
         transcript: section.boolean("transcript", default.transcript),
+        record: record(section.table("record"), engine),
         late_agent_window: section.duration(
             "late_agent_window",
             default.late_agent_window,
@@ -540,6 +561,19 @@ fn target(
     };
     section.finish();
     target
+}
+
+fn record(mut section: Section<'_>, engine: Engine) -> RecordAudio {
+    let place = section.place_of("audio");
+    let record = section.choice("audio", "one of never, failures and always");
+    if record != RecordAudio::Never && engine == Engine::Libwebrtc {
+        let message =
+            "the engine \"libwebrtc\" can't record: its SDK does not pass on the packets of a call";
+        let hint = "set engine = \"native\", or record.audio = \"never\"";
+        section.problem("audio", place, message.to_owned(), hint);
+    }
+    section.finish();
+    record
 }
 
 fn engine(section: &mut Section<'_>, project: Option<(&str, ProjectLimits)>) -> Engine {

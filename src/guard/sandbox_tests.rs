@@ -174,6 +174,7 @@ fn context(config: &Config, target: config::Target, janitor: Janitor) -> Context
         api,
         janitor,
         stalls: crate::stall::tests::manual().0,
+        recordings: None,
         agent_known: false,
         fault: None,
     }

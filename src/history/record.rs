@@ -31,6 +31,7 @@ struct ProbeRecord {
     reason: Option<&'static str>,
     started_at: DateTime<Utc>,
     circumstances: Circumstances,
+    is_recorded: bool,
     document: String,
 }
 
@@ -44,6 +45,7 @@ impl BatchRecord {
                 reason: outcome.failure().map(|failure| failure.reason.label()),
                 started_at: probe.started_at,
                 circumstances: probe.circumstances.clone(),
+                is_recorded: probe.recording.is_some(),
                 document: json::of_probe(probe, project),
             }
         });
@@ -62,6 +64,12 @@ impl BatchRecord {
             probes: probes.collect(),
             agent_seen: seen.then(|| target.agent_name.clone().unwrap_or_default()),
         }
+    }
+
+    /// The rooms whose calls were recorded.
+    pub(super) fn recorded_rooms(&self) -> impl Iterator<Item = String> {
+        let recorded = self.probes.iter().filter(|probe| probe.is_recorded);
+        recorded.map(|probe| probe.room.clone())
     }
 
     /// Inserts the batch and its probes. A batch that is already stored is left unchanged.

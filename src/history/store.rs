@@ -220,8 +220,10 @@ impl FileId {
 }
 
 /// What one step of the clean-up did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Expiry {
+    /// The rooms of the probes that were deleted.
+    pub(super) rooms: Vec<String>,
     /// There may be more to delete.
     pub(super) more: bool,
     /// Batches were deleted only because the file is too large.
@@ -321,6 +323,25 @@ impl Store {
         transaction.commit()
     }
 
+    /// Removes the recording from the documents of these rooms' probes: its files are deleted.
+    pub(super) fn remove_recordings(&mut self, rooms: &[String]) -> rusqlite::Result<()> {
+        let transaction = self.begin("NORMAL")?;
+        let mut statement = transaction.prepare(
+            "UPDATE probes SET document = json_set(document, '$.recording', NULL) WHERE room = ?1",
+        )?;
+        for room in rooms {
+            statement.execute([room])?;
+        }
+        drop(statement);
+        transaction.commit()
+    }
+
+    /// Whether there is a probe of this room.
+    pub(super) fn has_probe(&self, room: &str) -> rusqlite::Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM probes WHERE room = ?1)";
+        self.connection.query_row(sql, [room], |row| row.get(0))
+    }
+
     /// Durable when it returns.
     pub(super) fn accept_lost_ledger(&mut self) -> rusqlite::Result<()> {
         let transaction = self.begin("FULL")?;
@@ -351,12 +372,13 @@ impl Store {
     ) -> rusqlite::Result<Expiry> {
         let transaction = self.begin("NORMAL")?;
         let mut expiry = Expiry::default();
+        let rooms = &mut expiry.rooms;
         if let Some(now) = now {
-            expiry.more = delete_old(&transaction, limits, now)?;
+            expiry.more = delete_old(&transaction, limits, now, rooms)?;
             expiry.more |= sum_up_ledger(&transaction, now, boot)?;
         }
         if !expiry.more {
-            expiry.for_size = delete_to_size(&transaction, limits.max_megabytes)?;
+            expiry.for_size = delete_to_size(&transaction, limits.max_megabytes, rooms)?;
         }
         transaction.commit()?;
         expiry.more |= self.free_pages()? || expiry.for_size;
@@ -834,14 +856,12 @@ fn delete_old(
     transaction: &Transaction<'_>,
     limits: &config::HistorySettings,
     now: DateTime<Utc>,
+    deleted_rooms: &mut Vec<String>,
 ) -> rusqlite::Result<bool> {
     let before = |keep: Duration| millis(now).saturating_sub(whole_millis(keep));
-    let batches = |with: &str, before: i64| {
-        let sql = format!(
-            "DELETE FROM batches WHERE id IN (SELECT id FROM batches
-             WHERE {with} AND started_at < ?1 ORDER BY started_at LIMIT ?2)"
-        );
-        transaction.execute(&sql, params![before, STEP_BATCHES])
+    let mut batches = |with: &str, before: i64| {
+        let old = format!("{with} AND started_at < {before}");
+        delete_batches(transaction, &old, deleted_rooms)
     };
     // The current month and the two before it: one of them counts if the clock is set back, and the other is a reserve.
     let rooms = "DELETE FROM rooms WHERE room IN
@@ -910,7 +930,11 @@ fn sum_up_ledger(
 
 /// Deletes the oldest batches while the file without its other tables is too large: first those without a failure, then the
 /// others. Deleting batches makes the other tables no smaller, and each has a bound of its own.
-fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite::Result<bool> {
+fn delete_to_size(
+    transaction: &Transaction<'_>,
+    max_megabytes: u64,
+    deleted_rooms: &mut Vec<String>,
+) -> rusqlite::Result<bool> {
     let limit = whole(max_megabytes.saturating_mul(1_000_000));
     let pages = pragma(transaction, "page_count")? - pragma(transaction, "freelist_count")?;
     let bytes = pages.saturating_mul(pragma(transaction, "page_size")?);
@@ -919,15 +943,29 @@ fn delete_to_size(transaction: &Transaction<'_>, max_megabytes: u64) -> rusqlite
         return Ok(false);
     }
     for with in ["failed = 0", "failed > 0"] {
-        let sql = format!(
-            "DELETE FROM batches WHERE id IN
-             (SELECT id FROM batches WHERE {with} ORDER BY started_at LIMIT ?1)"
-        );
-        if transaction.execute(&sql, [STEP_BATCHES])? > 0 {
+        if delete_batches(transaction, with, deleted_rooms)? > 0 {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// Deletes one step's worth of the oldest batches that meet a condition, and adds the rooms of their probes to `rooms`. Returns
+/// the number of batches.
+fn delete_batches(
+    transaction: &Transaction<'_>,
+    condition: &str,
+    rooms: &mut Vec<String>,
+) -> rusqlite::Result<usize> {
+    let oldest =
+        format!("SELECT id FROM batches WHERE {condition} ORDER BY started_at, id LIMIT ?1");
+    let mut statement = transaction.prepare(&format!(
+        "SELECT room FROM probes WHERE batch IN ({oldest})"
+    ))?;
+    let found = statement.query_map([STEP_BATCHES], |row| row.get(0))?;
+    rooms.append(&mut found.collect::<rusqlite::Result<_>>()?);
+    let sql = format!("DELETE FROM batches WHERE id IN ({oldest})");
+    transaction.execute(&sql, [STEP_BATCHES])
 }
 
 /// Bytes of the ledger, and of what the detection keeps.

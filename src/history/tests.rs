@@ -11,8 +11,10 @@ use tempfile::TempDir;
 use super::incidents::{MAX_MESSAGES, MAX_UNWRITTEN_INCIDENTS};
 use super::store::{self, FILE};
 use super::*;
+use crate::livekit::event::Speaker;
 use crate::probe::{Circumstances, Evidence, Outcome, Reason};
 use crate::report::BatchResult;
+use crate::recording;
 use crate::report::sample::{self, WELL, failed};
 
 /// What the history holds of a target, for comparison with the counters.
@@ -1196,7 +1198,11 @@ async fn recent_probes_are_those_of_the_target_by_time_with_what_may_differ() {
 async fn batch_and_probe_are_returned_as_the_documents_that_were_rendered() {
     let disk = Disk::new();
     let mut run = disk.start();
-    let mixed = sample::mixed();
+    let mut mixed = sample::mixed();
+    for probe in &mut mixed.probes {
+        // There are no files.
+        probe.recording = None;
+    }
     record(&run, &mixed);
     run.writer.run_once();
     let rendered = crate::report::json::render(&mixed, &target(), &sample::project());
@@ -1599,6 +1605,113 @@ async fn batches_with_a_failure_are_kept_longer_than_batches_without() {
     assert!(run.history.probe(gone.0).await.unwrap().is_none());
     let kept = RoomName("canary-b2-0".to_owned());
     assert!(run.history.probe(kept.0).await.unwrap().is_some());
+}
+
+/// Records a batch of one room whose call was recorded, and returns the room.
+async fn record_with_audio(run: &mut TestRun, id: &str, started_at: &str) -> String {
+    let mut batch = batch(id, "support", started_at, Outcome::Ok);
+    let saving = run.history.recordings().save(
+        &batch.probes[0].room,
+        recording::sample_call(Duration::from_secs(1)),
+    );
+    batch.probes[0].recording = Some(saving.await.unwrap());
+    record(run, &batch);
+    run.writer.run_once();
+    batch.probes[0].room.0.clone()
+}
+
+/// Whether the document of a probe has a recording, and whether there is a file.
+async fn audio_of(run: &TestRun, room: &str) -> (Option<bool>, bool) {
+    let document = run.history.probe(room.to_owned()).await.unwrap();
+    let document = document.map(|document| {
+        let document: serde_json::Value = serde_json::from_str(document.get()).unwrap();
+        let keys = document.as_object().unwrap();
+        assert!(keys.contains_key("waveform") && keys.contains_key("outcome"));
+        !keys["recording"].is_null()
+    });
+    let file = run.history.recordings().read(room, Speaker::Agent).unwrap();
+    (document, file.is_some())
+}
+
+// The files have the time of the real clock, and their writing takes a thread, so the clock is not paused.
+#[tokio::test]
+async fn recordings_are_deleted_with_their_probes_by_age_and_by_size() {
+    let disk = Disk::new();
+    *disk.now.lock().unwrap() = Utc::now();
+    let mut run = disk.start();
+    let started_at = Utc::now().to_rfc3339();
+    let room = record_with_audio(&mut run, "b1", &started_at).await;
+    assert_eq!(audio_of(&run, &room).await, (Some(true), true));
+    let bytes = run
+        .history
+        .recordings()
+        .read(&room, Speaker::Agent)
+        .unwrap()
+        .unwrap()
+        .bytes;
+
+    // By its own retention, as soon as the clock is trusted, and the probe stays.
+    let now = *disk.now.lock().unwrap();
+    *disk.now.lock().unwrap() = now + TimeDelta::days(8);
+    let old = now + TimeDelta::days(8) - disk.settings.keep_recordings;
+    run.history.recordings().expire(old.into());
+    run.writer.run_once();
+    assert_eq!(audio_of(&run, &room).await, (Some(false), false));
+
+    // With its probe.
+    let room = record_with_audio(&mut run, "b2", &started_at).await;
+    *disk.now.lock().unwrap() = now + TimeDelta::days(31);
+    let expiry = run
+        .writer
+        .store()
+        .delete_expired(&disk.settings, Some(run.history.now()), "boot")
+        .unwrap();
+    assert!(expiry.rooms.contains(&"canary-b1-0".to_owned()) && expiry.rooms.contains(&room));
+    run.history.recordings().delete(expiry.rooms);
+    run.writer.run_once();
+    assert_eq!(audio_of(&run, &room).await, (None, false));
+    run.kill();
+
+    // By the size of the folder; the first is deleted before its batch is stored.
+    let mut settings = disk.settings.clone();
+    settings.max_recording_megabytes = 0;
+    let (history, writer) = History::prepare(&settings, disk.clock()).unwrap();
+    let mut run = TestRun { history, writer };
+    assert!(bytes > 1_000);
+    let room = record_with_audio(&mut run, "b3", &started_at).await;
+    assert_eq!(audio_of(&run, &room).await, (Some(false), false));
+}
+
+#[tokio::test]
+async fn recording_whose_probe_is_not_stored_is_deleted() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    let room = record_with_audio(&mut run, "b1", "2026-03-01T00:00:00Z").await;
+    let orphan = RoomName("canary-orphan".to_owned());
+    let save = |run: &TestRun| {
+        let call = recording::sample_call(Duration::from_secs(1));
+        let recordings = run.history.recordings().clone();
+        let orphan = orphan.clone();
+        async move { recordings.save(&orphan, call).await.unwrap() }
+    };
+    save(&run).await;
+    run.kill();
+    let mut run = disk.start();
+    run.writer.run_once();
+    assert_eq!(audio_of(&run, &room).await, (Some(true), true));
+    assert_eq!(audio_of(&run, &orphan.0).await, (None, false));
+
+    // A batch that the queue has no place for.
+    let mut batch = batch("b2", "support", "2026-03-01T00:00:00Z", Outcome::Ok);
+    for _ in 0..MAX_QUEUED_BATCHES {
+        record(&run, &batch);
+    }
+    batch.probes[0].room = orphan.clone();
+    batch.probes[0].recording = Some(save(&run).await);
+    record(&run, &batch);
+    assert_eq!(run.history.dropped(), 1);
+    run.writer.run_once();
+    assert_eq!(audio_of(&run, &orphan.0).await, (None, false));
 }
 
 #[tokio::test(start_paused = true)]

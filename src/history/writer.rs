@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::HistoryShared;
 use super::store::{Store, StoreOpenError, is_of_content};
 use crate::config;
+use crate::recording::RecordingStore;
 
 /// Pause between two attempts while the disk takes nothing.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
@@ -59,6 +60,9 @@ impl ClockTrust {
 pub(super) struct HistoryWriter {
     shared: Arc<HistoryShared>,
     settings: config::HistorySettings,
+    recordings: RecordingStore,
+    /// Rooms whose recordings were deleted, and whose documents do not say so yet.
+    unrecorded: Vec<String>,
     /// `None` while it can't be opened.
     store: Option<Store>,
     delete_expired_at: Instant,
@@ -75,12 +79,15 @@ impl HistoryWriter {
         shared: Arc<HistoryShared>,
         settings: config::HistorySettings,
         store: Option<Store>,
+        recordings: RecordingStore,
     ) -> Self {
         let now = Instant::now();
         Self {
             clock: ClockTrust::new((shared.clock)(), now),
             shared,
             settings,
+            recordings,
+            unrecorded: Vec::new(),
             store,
             delete_expired_at: now,
             size_warned_at: None,
@@ -186,10 +193,17 @@ impl HistoryWriter {
         while let Some(record) = self.shared.next_record() {
             let store = self.store.as_mut().expect("opened before this call");
             match store.write_record(&record) {
-                Ok(()) => self.shared.record_done(true),
+                Ok(()) => {
+                    // Those that were deleted before their probe was stored, for the size of the folder.
+                    let gone = record.recorded_rooms();
+                    let gone = gone.filter(|room| !self.recordings.contains(room));
+                    self.unrecorded.extend(gone);
+                    self.shared.record_done(true);
+                }
                 Err(error) if is_of_content(&error) => {
                     // Dropped, because a retry would fail in the same way and hold up all later batches.
                     tracing::error!(%error, "can't write a batch to the history: it is dropped");
+                    self.recordings.discard(record.recorded_rooms());
                     self.shared.count_fault();
                     self.shared.record_done(false);
                 }
@@ -201,6 +215,19 @@ impl HistoryWriter {
         }
         if Instant::now() >= self.delete_expired_at {
             self.delete_expired()?;
+        }
+        self.update_recordings()
+    }
+
+    /// Deletes the recordings without a probe, and removes deleted ones from the documents of their probes.
+    fn update_recordings(&mut self) -> rusqlite::Result<()> {
+        let store = self.store.as_mut().expect("opened before this call");
+        self.recordings.sweep(|room| store.has_probe(room))?;
+        self.recordings.delete_discarded();
+        self.unrecorded.append(&mut self.recordings.take_deleted());
+        if !self.unrecorded.is_empty() {
+            store.remove_recordings(&self.unrecorded)?;
+            self.unrecorded.clear();
         }
         Ok(())
     }
@@ -250,8 +277,11 @@ impl HistoryWriter {
         let (wall, now) = ((self.shared.clock)(), Instant::now());
         let trusted = self.clock.trusts(wall, now).then_some(wall);
         let expiry = store.delete_expired(&self.settings, trusted, &self.shared.boot)?;
+        self.recordings.delete(expiry.rooms);
         if let Some(wall) = trusted {
             self.shared.lock().ledger.forget(wall);
+            self.recordings
+                .expire((wall - self.settings.keep_recordings).into());
         }
         if expiry.for_size {
             self.warn_of_size(now);

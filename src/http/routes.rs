@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, X_CONTENT_TYPE_OPTIONS};
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, StatusCode};
+use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
 use http_body_util::{BodyExt, Collected, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use tokio::sync::{mpsc, watch};
@@ -22,9 +22,14 @@ use super::scrape::Scrapes;
 use super::status::{DaemonStage, Status};
 use super::users::Passwords;
 use super::web_config::WebConfig;
-use super::{api, page};
+use super::{api, audio, page};
 use crate::history::History;
+use crate::livekit::event::Speaker;
 use crate::metrics::{InternalError, Metrics};
+
+/// The `http` crate has no constant for it.
+const CROSS_ORIGIN_RESOURCE_POLICY: HeaderName =
+    HeaderName::from_static("cross-origin-resource-policy");
 
 /// From the headers of a request to its response.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -57,6 +62,11 @@ pub(super) enum ReadRoute<'a> {
     Batch(&'a str),
     /// By the name of the probe's room.
     Probe(&'a str),
+    /// One track of a recorded call.
+    Audio {
+        room: &'a str,
+        track: Speaker,
+    },
     Incidents,
     /// By the incident's id.
     Incident(&'a str),
@@ -106,6 +116,10 @@ impl<'a> Route<'a> {
             ["batches"] => Self::Read(ReadRoute::Batches),
             ["batches", id] => Self::Read(ReadRoute::Batch(id)),
             ["probes", room] => Self::Read(ReadRoute::Probe(room)),
+            ["probes", room, "audio", file] => Self::Read(ReadRoute::Audio {
+                room,
+                track: audio::track(file)?,
+            }),
             ["incidents"] => Self::Read(ReadRoute::Incidents),
             ["incidents", id] => Self::Read(ReadRoute::Incident(id)),
             ["targets", name, "batches"] => Self::Change(ChangeRoute::RunBatch(name)),
@@ -133,13 +147,22 @@ impl<'a> Route<'a> {
 }
 
 impl ReadRoute<'_> {
+    /// Whether the response has what was said in a call.
+    pub(super) fn is_sensitive(self) -> bool {
+        matches!(self, Self::Audio { .. })
+    }
+
     fn rule(self) -> ReadRule {
         let (needs_user, takes_query) = match self {
             // The health probes of an orchestrator have no password.
             Self::Healthy | Self::Ready => (false, true),
             // Browsers and scrapers may add a query of their own to what isn't API.
             Self::Page | Self::Metrics | Self::Batches | Self::Incidents => (true, true),
-            Self::Targets | Self::Batch(_) | Self::Probe(_) | Self::Incident(_) => (true, false),
+            Self::Targets
+            | Self::Batch(_)
+            | Self::Probe(_)
+            | Self::Audio { .. }
+            | Self::Incident(_) => (true, false),
         };
         ReadRule {
             needs_user,
@@ -205,7 +228,9 @@ impl AppState {
             }
         };
         let headers = response.headers_mut();
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        headers
+            .entry(CACHE_CONTROL)
+            .or_insert(HeaderValue::from_static("no-store"));
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         response
     }
@@ -252,6 +277,24 @@ impl AppState {
     }
 
     async fn read(&self, route: ReadRoute<'_>, head: &Parts) -> Result<ServerResponse, HttpError> {
+        let mut answer = self.answer(route, head).await;
+        if route.is_sensitive()
+            && let Ok(response) = &mut answer
+        {
+            // A page of another origin can't play it either.
+            let policy = HeaderValue::from_static("same-origin");
+            response
+                .headers_mut()
+                .insert(CROSS_ORIGIN_RESOURCE_POLICY, policy);
+        }
+        answer
+    }
+
+    async fn answer(
+        &self,
+        route: ReadRoute<'_>,
+        head: &Parts,
+    ) -> Result<ServerResponse, HttpError> {
         let status = || Arc::clone(&self.status.borrow());
         match route {
             ReadRoute::Page => Ok(page(&status())),
@@ -262,6 +305,9 @@ impl AppState {
             ReadRoute::Batches => api::batches(&self.history, &head.uri).await,
             ReadRoute::Batch(id) => api::batch(&self.history, id).await,
             ReadRoute::Probe(room) => api::probe(&self.history, room).await,
+            ReadRoute::Audio { room, track } => {
+                audio::recording(&self.history, room, track, &head.headers).await
+            }
             ReadRoute::Incidents => api::incidents(&self.history, &head.uri).await,
             ReadRoute::Incident(id) => api::incident(&self.history, id).await,
         }
@@ -341,6 +387,7 @@ impl ReadRouteKind {
             Self::Batches => "/api/v1/batches",
             Self::Batch => "/api/v1/batches/some-batch",
             Self::Probe => "/api/v1/probes/some-room",
+            Self::Audio => "/api/v1/probes/some-room/audio/agent.ogg",
             Self::Incidents => "/api/v1/incidents",
             Self::Incident => "/api/v1/incidents/some-incident",
         }

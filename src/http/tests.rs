@@ -34,7 +34,9 @@ use super::routes::{ChangeRouteKind, ReadRouteKind};
 use super::*;
 use crate::config;
 use crate::history::{History, LastBatch};
+use crate::livekit::RoomName;
 use crate::metrics::{Build, Metrics};
+use crate::recording;
 
 /// The beginning of a line that every scrape has.
 const SERIES: &str = "\nlivekit_canary_history_degraded ";
@@ -100,6 +102,7 @@ struct HttpFixture {
     status: watch::Sender<Arc<Status>>,
     health: Health,
     control: mpsc::Receiver<Control>,
+    history: History,
     shutdown: CancellationToken,
     task: JoinHandle<()>,
     _state: TempDir,
@@ -131,12 +134,13 @@ impl HttpFixture {
         let history = History::open(&config::HistorySettings {
             dir: state.path().to_owned(),
             ..config::HistorySettings::default()
-        });
+        })
+        .unwrap();
         let sources = Sources {
             metrics: metrics.clone(),
             status: status_receiver,
             health: health.clone(),
-            history: history.unwrap(),
+            history: history.clone(),
             control: control_sender,
         };
         let web = WebConfig::load(http).unwrap();
@@ -147,6 +151,7 @@ impl HttpFixture {
             status,
             health,
             control,
+            history,
             shutdown: shutdown.clone(),
             task: tokio::spawn(serve(listener, web, sources, shutdown)),
             _state: state,
@@ -313,6 +318,74 @@ async fn every_path_responds_with_its_content_type_and_forbids_storing() {
         assert_eq!(reply.header("x-content-type-options"), "nosniff", "{path}");
         assert!(reply.text().contains(part), "{path}: {}", reply.text());
     }
+}
+
+#[tokio::test]
+async fn recording_is_served_as_a_whole_or_in_part_and_not_to_other_origins() {
+    const PATH: &str = "/api/v1/probes/canary-1/audio/agent.ogg";
+    let server = HttpFixture::start().await;
+    let room = RoomName("canary-1".to_owned());
+    let call = recording::sample_call(Duration::from_secs(1));
+    let saved = server.history.recordings().save(&room, call).await.unwrap();
+    let bytes = saved.agent.unwrap().bytes;
+
+    let whole = server.get(PATH).await;
+    assert_eq!(whole.status, StatusCode::OK);
+    assert_eq!(whole.body.len() as u64, bytes);
+    assert!(whole.body.starts_with(b"OggS"));
+    for (name, value) in [
+        ("content-type", "audio/ogg"),
+        ("accept-ranges", "bytes"),
+        ("cache-control", "private, no-cache"),
+        ("cross-origin-resource-policy", "same-origin"),
+        ("x-content-type-options", "nosniff"),
+    ] {
+        assert_eq!(whole.header(name), value, "{name}");
+    }
+    let tag = whole.header("etag").to_owned();
+
+    let head = server.send(request(Method::HEAD, PATH)).await;
+    assert_eq!(head.status, StatusCode::OK);
+    assert!(head.body.is_empty());
+    assert_eq!(head.header("content-length"), bytes.to_string());
+
+    let ranged = |range: &str| with(request(Method::GET, PATH), "range", range);
+    let part = server.send(ranged("bytes=100-199")).await;
+    assert_eq!(part.status, StatusCode::PARTIAL_CONTENT);
+    assert_eq!(part.body, whole.body[100..200]);
+    assert_eq!(
+        part.header("content-range"),
+        format!("bytes 100-199/{bytes}")
+    );
+    assert_eq!(part.header("etag"), tag);
+    let last = server.send(ranged("bytes=-10")).await;
+    assert_eq!(last.body, whole.body[whole.body.len() - 10..]);
+    let beyond = server.send(ranged(&format!("bytes={bytes}-"))).await;
+    assert_eq!(beyond.status, StatusCode::RANGE_NOT_SATISFIABLE);
+    assert_eq!(beyond.header("content-range"), format!("bytes */{bytes}"));
+    let unchanged = with(ranged("bytes=0-9"), "if-range", &tag);
+    assert_eq!(server.send(unchanged).await.body.len(), 10);
+    let changed = with(ranged("bytes=0-9"), "if-range", "\"another\"");
+    assert_eq!(server.send(changed).await.body, whole.body);
+    let known = with(request(Method::GET, PATH), "if-none-match", &tag);
+    let known = server.send(known).await;
+    assert_eq!(known.status, StatusCode::NOT_MODIFIED);
+    assert!(known.body.is_empty());
+
+    for missing in [
+        "/api/v1/probes/canary-1/audio/caller.ogg",
+        "/api/v1/probes/canary-2/audio/agent.ogg",
+        "/api/v1/probes/../audio/agent.ogg",
+        "/api/v1/probes/..%2F..%2Fx/audio/agent.ogg",
+    ] {
+        let (status, error) = server.get(missing).await.error();
+        assert_eq!(status, 404, "{missing}");
+        assert!(error.contains("was not recorded"), "{missing}: {error}");
+    }
+    server.history.recordings().delete([room.0]);
+    let (status, error) = server.get(PATH).await.error();
+    assert_eq!(status, 404);
+    assert!(error.contains("was deleted"), "{error}");
 }
 
 #[tokio::test]

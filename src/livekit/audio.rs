@@ -4,5 +4,6 @@
 
 pub(crate) mod caller;
 pub mod opus;
+pub(crate) mod recording;
 pub(crate) mod rtp;
 pub(crate) mod speech;

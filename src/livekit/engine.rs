@@ -5,11 +5,12 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::audio::recording::CallSound;
 use super::audio::rtp::RtpReceiver;
 #[cfg(not(feature = "libwebrtc"))]
 use super::event::AudioStats;
@@ -26,6 +27,7 @@ const MAX_QUEUED_EVENTS: usize = 256;
 /// A running participant. Dropping it aborts the actor without leaving the room first.
 pub(crate) struct Participant {
     pub(crate) events: mpsc::Receiver<RoomEvent>,
+    sound: oneshot::Receiver<CallSound>,
     leave: CancellationToken,
     adopted: watch::Sender<Option<String>>,
     _actor: AbortOnDropHandle<()>,
@@ -37,10 +39,12 @@ pub(crate) fn join(engine: Engine, request: JoinRequest) -> Participant {
     let leave = CancellationToken::new();
     let (adopted, adoption) = watch::channel(None);
     let adoption = Adoption::new(adoption);
-    let actor = supervise(engine, request, sender, leave.clone(), adoption);
+    let (sound_tx, sound) = oneshot::channel();
+    let actor = supervise(engine, request, sender, sound_tx, leave.clone(), adoption);
     let actor = tokio::spawn(actor);
     Participant {
         events,
+        sound,
         leave,
         adopted,
         _actor: AbortOnDropHandle::new(actor),
@@ -51,6 +55,11 @@ impl Participant {
     /// Asks the actor to leave. `RoomEventKind::Ended` follows on `events` within the actor's own short deadline.
     pub(crate) fn leave(&self) {
         self.leave.cancel();
+    }
+
+    /// The call's audio, once: after `RoomEventKind::Ended`.
+    pub(crate) fn take_sound(&mut self) -> Option<CallSound> {
+        self.sound.try_recv().ok()
     }
 
     /// Treats this participant, an agent without a name attribute, as the target's agent from now on.
@@ -64,6 +73,7 @@ async fn supervise(
     engine: Engine,
     request: JoinRequest,
     events: mpsc::Sender<RoomEvent>,
+    sound_tx: oneshot::Sender<CallSound>,
     leave: CancellationToken,
     adoption: Adoption,
 ) {
@@ -71,16 +81,17 @@ async fn supervise(
     let Ok(last) = events.clone().reserve_owned().await else {
         return;
     };
+    let mut sound = CallSound::new(request.record);
     let (reason, audio) = match engine {
         Engine::Native => {
             let mut voice = RtpReceiver::default();
-            let actor = participant::run(request, events, leave, adoption, &mut voice);
+            let actor = participant::run(request, events, leave, adoption, &mut voice, &mut sound);
             (catch_panic(Box::pin(actor)).await, voice.stats())
         }
         #[cfg(feature = "libwebrtc")]
         Engine::Libwebrtc => {
             let mut voice = libwebrtc::InboundTotals::default();
-            let actor = libwebrtc::run(request, events, leave, adoption, &mut voice);
+            let actor = libwebrtc::run(request, events, leave, adoption, &mut voice, &mut sound);
             (catch_panic(Box::pin(actor)).await, voice.stats())
         }
         // The settings reject this engine before a probe starts.
@@ -90,6 +101,8 @@ async fn supervise(
             (EndReason::Internal(why), AudioStats::default())
         }
     };
+    // If the reader is gone, nothing can use it.
+    drop(sound_tx.send(sound));
     last.send(RoomEvent {
         at: Instant::now(),
         kind: RoomEventKind::Ended { reason, audio },
@@ -98,7 +111,7 @@ async fn supervise(
 
 /// Turns a panic of the actor into its end.
 ///
-/// The actor may be asserted unwind-safe: only the audio counters outlive a panic, and they are plain numbers.
+/// The actor may be asserted unwind-safe: only the audio counters and the call's audio outlive a panic, and they are plain data.
 async fn catch_panic(actor: impl Future<Output = EndReason>) -> EndReason {
     AssertUnwindSafe(actor)
         .catch_unwind()

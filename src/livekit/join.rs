@@ -52,6 +52,8 @@ pub(crate) struct JoinRequest {
     pub(crate) ice: Ice,
     /// Whether the agent's transcript is read.
     pub(crate) transcript: bool,
+    /// Whether the packets of both tracks are kept.
+    pub(crate) record: bool,
 }
 
 impl JoinRequest {
@@ -82,5 +84,6 @@ pub(crate) fn request(endpoint: Endpoint) -> JoinRequest {
         signal_timeout: Duration::from_secs(10),
         ice: Ice::default(),
         transcript: true,
+        record: true,
     }
 }

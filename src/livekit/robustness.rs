@@ -23,7 +23,7 @@ use crate::livekit::arbitrary::{
     ANSWER, OFFER, bytes, candidate, check, config, protobuf, sdp, sdp_changes,
 };
 use crate::livekit::audio::caller::{AgentActivity, AgentFrame, CallerPlayer};
-use crate::livekit::audio::opus::{self, Decoder};
+use crate::livekit::audio::opus::{self, Decoder, OpusFrame};
 use crate::livekit::audio::rtp::{RtpHeader, RtpReceiver};
 use crate::livekit::audio::speech::{Detector, SpeechEvent};
 use crate::livekit::engine::join;
@@ -385,7 +385,7 @@ proptest! {
                     arrived: now,
                     time: position.time,
                     level: speech.last_level(),
-                    frame: payload,
+                    frame: OpusFrame { payload, peak: 0 },
                 });
                 for event in heard {
                     match event {

@@ -121,6 +121,8 @@ fn report() -> ProbeReport {
         },
         join_upper_bound: false,
         circumstances: Circumstances::default(),
+        recording: None,
+        waveform: None,
         started_at: moment(),
     }
 }

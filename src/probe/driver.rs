@@ -19,9 +19,10 @@ use tokio_util::sync::CancellationToken;
 use super::machine::{Action, Input, ListedRoom, ProbeMachine};
 use super::verdict::{REGION_PIN, expected_agent};
 use super::{Position, ProbeEvent, ProbeReport};
-use crate::config::{DispatchRequest, Project, Target};
+use crate::config::{DispatchRequest, Project, RecordAudio, Target};
 use crate::janitor::{Deletion, Janitor, RoomLease};
 use crate::livekit::RoomName;
+use crate::livekit::audio::recording::CallSound;
 use crate::livekit::engine::{self, Participant, panic_message};
 use crate::livekit::event::{AudioStats, EndReason, RoomEvent, RoomEventKind};
 use crate::livekit::join::JoinRequest;
@@ -30,6 +31,7 @@ use crate::livekit::wire::connect::Endpoint;
 use crate::livekit::wire::request::HttpRejection;
 use crate::livekit::wire::signal::SignalError;
 use crate::livekit::wire::token::{Keys, TokenParticipant};
+use crate::recording::{self, RecordingStore};
 use crate::stall::{StallWatch, Stalls};
 
 /// The participant's identity. There is one canary in each room, so it can be the same in all.
@@ -55,6 +57,8 @@ pub struct Context {
     pub api: Api,
     pub janitor: Janitor,
     pub stalls: StallWatch,
+    /// Takes the files of calls that the target records; without it, none is recorded.
+    pub recordings: Option<RecordingStore>,
     /// An agent has joined under this target's name before. If none joins now, the name is not the first thing to check.
     pub agent_known: bool,
     /// A fault to inject, for drills and for tests of this program.
@@ -136,6 +140,8 @@ struct Driver {
     stalls_before: Stalls,
     /// `None` before the join and after its last event.
     participant: Option<Participant>,
+    /// The call's audio and the time at which the participant had left.
+    sound: Option<(CallSound, Instant)>,
     /// Calls under way. Each ends with an input, within its own deadline.
     calls: FuturesUnordered<BoxFuture<'static, Input>>,
     /// Inputs that are due now, in order.
@@ -177,6 +183,7 @@ impl Driver {
             lease: Some(lease),
             stalls_before: context.stalls.seen(),
             participant: None,
+            sound: None,
             calls: FuturesUnordered::new(),
             inputs: VecDeque::from([Input::Start, Input::HoldUntil(hold)]),
             hold_until: Some(hold_until),
@@ -195,7 +202,12 @@ impl Driver {
             // The janitor continues with the room. This report has no stamp of its deletion.
             () = too_long => tracing::debug!(room = %self.room, "an aborted probe did not end in time"),
         }
-        self.machine.into_report()
+        let sound = self.sound.take();
+        let mut report = self.machine.into_report();
+        if let Some((sound, left)) = sound {
+            keep_sound(&mut report, sound, left, &self.context).await;
+        }
+        report
     }
 
     async fn drive_and_catch_panics(&mut self) {
@@ -260,7 +272,7 @@ impl Driver {
         tokio::select! {
             biased;
             () = cancelled(&mut self.abort) => Input::Abort,
-            event = next_event(&mut self.participant) => Input::Room(event),
+            event = next_event(&mut self.participant, &mut self.sound) => Input::Room(event),
             Some(input) = self.calls.next() => input,
             until = changed(&mut self.hold_until) => Input::HoldUntil(until),
             () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => Input::DeadlinePassed,
@@ -394,6 +406,34 @@ impl Driver {
             signal_timeout: target.deadlines.signal,
             ice: self.context.project.ice,
             transcript: target.reads_transcript(),
+            record: self.context.recordings.is_some() && target.record != RecordAudio::Never,
+        }
+    }
+}
+
+/// Adds the levels of a call to its report, and writes its recording if the target keeps one of this outcome.
+async fn keep_sound(report: &mut ProbeReport, sound: CallSound, left: Instant, context: &Context) {
+    let Some((waveform, recording)) = recording::of_call(sound, left) else {
+        return;
+    };
+    report.waveform = Some(waveform);
+    let (Some(recording), Some(store)) = (recording, &context.recordings) else {
+        return;
+    };
+    let is_kept = match context.target.record {
+        RecordAudio::Never => false,
+        RecordAudio::Failures => report.outcome.failure().is_some(),
+        RecordAudio::Always => true,
+    };
+    if !is_kept {
+        return;
+    }
+    match store.save(&report.room, recording).await {
+        Ok(saved) => report.recording = Some(saved),
+        Err(error) => {
+            tracing::warn!(room = %report.room, "cannot write the recording of room {}: {error}", report.room);
+            let note = format!("the recording of the call could not be written: {error}");
+            report.evidence.notes.push(note);
         }
     }
 }
@@ -494,7 +534,10 @@ async fn cancelled(abort: &mut Option<CancellationToken>) {
 }
 
 /// The next event. If the task of the participant ended without a last event, that is an internal error.
-async fn next_event(participant: &mut Option<Participant>) -> RoomEvent {
+async fn next_event(
+    participant: &mut Option<Participant>,
+    sound: &mut Option<(CallSound, Instant)>,
+) -> RoomEvent {
     let Some(running) = participant else {
         return pending().await;
     };
@@ -508,6 +551,7 @@ async fn next_event(participant: &mut Option<Participant>) -> RoomEvent {
         },
     });
     if matches!(event.kind, RoomEventKind::Ended { .. }) {
+        *sound = running.take_sound().map(|sound| (sound, event.at));
         *participant = None;
     }
     event

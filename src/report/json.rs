@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Serialize, Serializer};
+use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::BatchReport;
@@ -13,6 +14,7 @@ use crate::livekit::event::{Speaker, to_microseconds};
 use crate::probe::{
     AgentStage, Circumstances, Evidence, Milestone, ProbeReport, Reason, Span, Turn,
 };
+use crate::recording::{SavedRecording, SavedTrack, Waveform};
 
 #[derive(Serialize)]
 struct BatchJson<'a> {
@@ -60,6 +62,8 @@ struct ProbeJson<'a> {
     agent: Option<AgentJson<'a>>,
     circumstances: &'a Circumstances,
     audio: AudioJson,
+    recording: Option<RecordingJson>,
+    waveform: Option<WaveformJson>,
     url: Option<String>,
 }
 
@@ -121,6 +125,30 @@ struct AudioJson {
     packets: u64,
     lost: u64,
     jitter_seconds: Option<f64>,
+}
+
+/// The files of a call. The history replaces it by null when they are deleted.
+#[derive(Serialize)]
+struct RecordingJson {
+    /// Seconds since the probe's start.
+    started: Option<f64>,
+    agent: Option<RecordedTrackJson>,
+    caller: Option<RecordedTrackJson>,
+}
+
+#[derive(Serialize)]
+struct RecordedTrackJson {
+    bytes: u64,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct WaveformJson {
+    /// Seconds since the probe's start.
+    started: Option<f64>,
+    step_seconds: f64,
+    agent: Option<Box<RawValue>>,
+    caller: Option<Box<RawValue>>,
 }
 
 #[derive(Serialize)]
@@ -253,7 +281,41 @@ fn probe<'a>(report: &'a ProbeReport, project: &Project) -> ProbeJson<'a> {
             lost: report.audio.lost,
             jitter_seconds: report.audio.jitter.map(seconds),
         },
+        recording: report
+            .recording
+            .as_ref()
+            .map(|recording| recording_json(report, recording)),
+        waveform: report
+            .waveform
+            .as_ref()
+            .map(|waveform| waveform_json(report, waveform)),
         url: session_url(report, project),
+    }
+}
+
+fn recording_json(report: &ProbeReport, recording: &SavedRecording) -> RecordingJson {
+    let track = |track: SavedTrack| RecordedTrackJson {
+        bytes: track.bytes,
+        seconds: seconds(track.duration),
+    };
+    RecordingJson {
+        started: since_started(report, Some(recording.started)),
+        agent: recording.agent.map(track),
+        caller: recording.caller.map(track),
+    }
+}
+
+fn waveform_json(report: &ProbeReport, waveform: &Waveform) -> WaveformJson {
+    // On one line, in a document that is indented, too.
+    let levels = |levels: &Option<Vec<u8>>| {
+        let levels = levels.as_ref()?;
+        Some(serde_json::value::to_raw_value(levels).expect(SERIALIZES))
+    };
+    WaveformJson {
+        started: since_started(report, Some(waveform.started)),
+        step_seconds: seconds(waveform.step),
+        agent: levels(&waveform.agent),
+        caller: levels(&waveform.caller),
     }
 }
 

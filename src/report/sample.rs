@@ -14,6 +14,7 @@ use crate::probe::{
     AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
     ProbeReport, Reason, SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
 };
+use crate::recording::{SavedRecording, SavedTrack, Waveform};
 use crate::report::{BatchReport, NotOpened, Purpose};
 
 fn start_of_day() -> DateTime<Utc> {
@@ -140,6 +141,23 @@ pub(crate) fn probe(
                 .map(|_| "AW_1".to_owned()),
             ..Circumstances::default()
         },
+        recording: spoke.then(|| {
+            let track = |bytes| SavedTrack {
+                bytes,
+                duration: Duration::from_millis(15_950),
+            };
+            SavedRecording {
+                started: at(30),
+                agent: Some(track(61_000)),
+                caller: Some(track(20_000)),
+            }
+        }),
+        waveform: spoke.then(|| Waveform {
+            started: at(30),
+            step: Duration::from_millis(100),
+            agent: Some(vec![0, 71, 84]),
+            caller: None,
+        }),
         timeline,
         join_upper_bound: false,
     }

@@ -134,6 +134,65 @@ fn is_ready(daemon: &Daemon) -> anyhow::Result<u16> {
 }
 
 #[test]
+fn only_failed_calls_are_recorded_if_the_target_says_so() -> anyhow::Result<()> {
+    let settings = [
+        ("targets.demo.record.audio", "failures"),
+        ("targets.demo.batch.rooms", "2"),
+        ("targets.demo.confirm.rooms", "0"),
+        ("targets.demo.expect.reply", "false"),
+    ];
+    let mut fixture = Fixture::new(&["room2:silent_track"], &settings)?;
+    let folder = fixture.dir.path().join("state/recordings");
+    let daemon = fixture.dir.start()?;
+    let batch = run_batch(&daemon, "demo")?;
+    let [good, silent] = &batch["probes"].as_array().context("no probes")?[..] else {
+        panic!("{batch:#?}");
+    };
+    assert_eq!(good["outcome"], "ok", "{batch:#?}");
+    assert_eq!(silent["reason"], "agent_silent", "{batch:#?}");
+    assert!(good["recording"].is_null() && good["waveform"].is_object());
+    let room = silent["room"].as_str().context("no room")?;
+    let recording = &silent["recording"];
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(&folder)? {
+        let entry = entry?;
+        let name = entry.file_name().into_string().unwrap();
+        let track = name
+            .strip_prefix(room)
+            .and_then(|track| track.strip_suffix(".ogg"));
+        let track = track.with_context(|| format!("{name} is not of room {room}"))?;
+        let bytes = &recording[&track[1..]]["bytes"];
+        assert_eq!(entry.metadata()?.len(), bytes.as_u64().context("no bytes")?);
+        names.push(name);
+    }
+    assert_eq!(names.len(), 2, "{names:?}");
+    let audio = |room: &Value, track: &str| {
+        let path = format!(
+            "/api/v1/probes/{}/audio/{track}.ogg",
+            room.as_str().unwrap()
+        );
+        Ok::<_, anyhow::Error>(daemon.http.status(&path)?)
+    };
+    assert_eq!(audio(&silent["room"], "agent")?, 200);
+    assert_eq!(audio(&silent["room"], "caller")?, 200);
+    assert_eq!(audio(&good["room"], "agent")?, 404);
+    daemon.terminate()?;
+
+    // The next run keeps it, and a file without a probe goes.
+    std::fs::write(folder.join("canary-orphan.agent.ogg"), "")?;
+    fixture.set("targets.demo.record.audio", "never")?;
+    let daemon = fixture.dir.start()?;
+    daemon.wait_for("the sweep", || {
+        let orphan = folder.join("canary-orphan.agent.ogg");
+        Ok((!orphan.exists()).then_some(()))
+    })?;
+    run_batch(&daemon, "demo")?;
+    assert_eq!(std::fs::read_dir(&folder)?.count(), 2);
+    daemon.terminate()?;
+    Ok(())
+}
+
+#[test]
 fn counters_of_scheduled_batches_equal_the_history_and_the_rooms_of_the_server()
 -> anyhow::Result<()> {
     let settings = [

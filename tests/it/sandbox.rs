@@ -1,5 +1,6 @@
 //! The sandbox and the canary with each other: two implementations of the protocol that share no code.
 
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use livekit_canary::livekit::wire::token::Keys;
 use livekit_canary::sandbox::{Handle, Sandbox, SandboxSettings};
 use serde_json::Value;
 use support::gate::{Gate, Hold};
+use support::recording::Heard;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -176,6 +178,142 @@ fn rooms_are_ok_and_the_agent_hears_every_echo() {
         assert_eq!(heard.count(), 1, "{probe:#?}");
     }
     assert_eq!(sandbox.handle.rooms(), Vec::<String>::new());
+}
+
+/// How far the speech of a recording is from the times that the probe reports, in seconds: of the agent's greeting, and of the
+/// start and the end of the caller's turn.
+fn differences(probe: &Value, folder: &Path) -> [f64; 3] {
+    let room = probe["room"].as_str().unwrap();
+    let heard = |track: &str| Heard::read(&folder.join(format!("{room}.{track}.ogg"))).unwrap();
+    let recording = &probe["recording"];
+    let seconds = |value: &Value| value.as_f64().unwrap();
+    let started = seconds(&recording["started"]);
+    assert_eq!(recording["started"], probe["milestones"]["SignalConnected"]);
+    let tracks = ["agent", "caller"].map(|track| {
+        let heard = heard(track);
+        let duration = seconds(&recording[track]["seconds"]);
+        assert!((heard.seconds() - duration).abs() < 0.001, "{duration}");
+        let left = seconds(&probe["milestones"]["Left"]);
+        // Leaving takes a moment, and more on a busy machine.
+        assert!(
+            (left - 1.0..left + 0.01).contains(&(started + duration)),
+            "{probe:#?}"
+        );
+        heard.loud(0.5)
+    });
+    let turn = &probe["turns"][0];
+    let (greeting, _) = tracks[0][0];
+    let (first, last) = tracks[1][0];
+    [
+        started + greeting - seconds(&probe["milestones"]["AgentSpoke"]),
+        started + first - seconds(&turn["caller_started"]),
+        started + last - seconds(&turn["caller_ended"]),
+    ]
+}
+
+#[test]
+fn recording_has_the_speech_at_the_times_that_the_probe_reports() {
+    let sandbox = SandboxThread::new("demo", &[]);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("calls");
+    let settings = format!("{CONFIG}[[targets.demo.caller.lines]]\naudio = \"builtin:hello\"\n");
+    let record = dir.to_str().unwrap();
+    let flags = ["--agent-name", "demo", "--rooms", "4", "--record", record];
+    let script = ("LIVEKIT_CANARY__targets__demo__caller__mode", "script");
+    let (code, report) = once(&sandbox.url, &settings, &flags, &[EXPECT_REPLY, script]);
+    assert_eq!(code, Some(0), "{report:#?}");
+    let probes = report["probes"].as_array().unwrap();
+    let mut names: Vec<_> = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let mut expected: Vec<_> = probes
+        .iter()
+        .flat_map(|probe| ["agent", "caller"].map(|track| (probe["room"].as_str().unwrap(), track)))
+        .map(|(room, track)| format!("{room}.{track}.ogg"))
+        .collect();
+    expected.sort();
+    assert_eq!(names, expected);
+    // The probe's times are those of single packets, and on a busy machine such a packet may be late. In a recording it is where
+    // it belongs. So not every room has to match.
+    let found: Vec<_> = probes
+        .iter()
+        .map(|probe| differences(probe, &dir))
+        .collect();
+    // The caller's clip has 40 ms of silence at both ends.
+    let expected = [
+        ("greeting", 0.0),
+        ("start of the turn", 0.04),
+        ("end of the turn", -0.04),
+    ];
+    for (place, (what, expected)) in expected.into_iter().enumerate() {
+        let differs = |it: &[f64; 3]| (it[place] - expected).abs();
+        assert!(
+            found.iter().any(|it| differs(it) <= 0.02),
+            "{what}: {found:?}"
+        );
+        assert!(
+            found.iter().all(|it| differs(it) < 0.5),
+            "{what}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn waveform_shows_who_spoke_when_without_a_recording() {
+    let sandbox = SandboxThread::new("demo", &[]);
+    let flags = ["--agent-name", "demo", "--rooms", "1"];
+    let (_, probes) = sandbox.once_with(&flags, &[EXPECT_REPLY]);
+    let probe = &probes[0];
+    assert!(probe["recording"].is_null());
+    let waveform = &probe["waveform"];
+    assert_eq!(waveform["step_seconds"], 0.1);
+    assert_eq!(waveform["started"], probe["milestones"]["SignalConnected"]);
+    let started = waveform["started"].as_f64().unwrap();
+    // The loudest level of a side in a span, in seconds since the start of the probe.
+    let loudest = |side: &str, from: f64, to: f64| {
+        let levels = waveform[side].as_array().unwrap().iter().enumerate();
+        let within = levels.filter(|(place, _)| {
+            let at = started + 0.1 * f64::from(u32::try_from(*place).unwrap());
+            (from..to).contains(&at)
+        });
+        within
+            .map(|(_, level)| level.as_u64().unwrap())
+            .max()
+            .unwrap_or_default()
+    };
+    let turn = |key: &str| probe["turns"][0][key].as_f64().unwrap();
+    let (spoke, stopped) = (turn("agent_started"), turn("agent_ended"));
+    let (began, ended) = (turn("caller_started"), turn("caller_ended"));
+    assert!(
+        (60..=100).contains(&loudest("agent", spoke, stopped)),
+        "{probe}"
+    );
+    assert!(
+        (60..=100).contains(&loudest("caller", began, ended)),
+        "{probe}"
+    );
+    assert!(loudest("caller", 0.0, began - 0.1) < 30, "{probe}");
+    assert!(loudest("agent", stopped + 0.3, began) < 30, "{probe}");
+}
+
+#[test]
+fn folder_that_cannot_take_recordings_is_reported_before_a_room_opens() {
+    let sandbox = SandboxThread::new("demo", &[]);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("file"), "").unwrap();
+    let credentials = [
+        ("LIVEKIT_URL", sandbox.url.as_str()),
+        ("LIVEKIT_API_KEY", "devkey"),
+        ("LIVEKIT_API_SECRET", "secret"),
+    ];
+    let args = ["once", "--agent-name", "demo", "--record", "file/calls"];
+    let run = canary(folder.path(), args, &credentials);
+    assert_eq!(run.code, Some(2), "{}", run.output());
+    let expected = "cannot write recordings to file/calls: ";
+    assert!(run.stderr.contains(expected), "{}", run.stderr);
+    assert_eq!(sandbox.handle.rooms_seen(), 0);
 }
 
 #[test]

@@ -108,6 +108,32 @@ fn engine_that_the_binary_lacks_is_reported_with_a_hint() {
 }
 
 #[test]
+fn mistakes_of_recordings_are_reported() {
+    assert_snapshot!(error_of(&format!(
+        "[history]\nkeep = \"2d\"\nkeep_failures = \"3d\"\nkeep_recordings = \"4d\"\nmax_recording_megabytes = 0\n{}",
+        target_with("record.audio = \"failure\"")
+    )));
+}
+
+#[test]
+fn retention_of_recordings_is_shorter_if_that_of_failures_is() {
+    let settings = "[history]\nkeep = \"2d\"\nkeep_failures = \"3d\"\n";
+    let config = read(&format!("{settings}{}", target_with("")), &CREDENTIALS);
+    let kept = config.daemon.history.keep_recordings;
+    assert_eq!(kept, Duration::from_hours(72));
+}
+
+#[test]
+fn engine_that_cannot_record_is_reported() {
+    let settings = target_with("engine = \"libwebrtc\"\nrecord.audio = \"always\"");
+    let error = error_of(&settings);
+    assert!(
+        error.contains("record.audio: the engine \"libwebrtc\" can't record"),
+        "{error}"
+    );
+}
+
+#[test]
 fn engine_without_tcp_only_is_reported_if_the_project_needs_it() {
     let settings = format!(
         "[projects.acme]\nice = \"tcp\"\n{}",
@@ -177,6 +203,8 @@ fn secret_under_a_wrong_key_is_not_printed() {
         "history.keep",
         "history.keep_failures",
         "history.max_megabytes",
+        "history.keep_recordings",
+        "history.max_recording_megabytes",
         "lifetime.startup_delay",
         "lifetime.drain_grace",
         "lifetime.shutdown_linger",

@@ -6,14 +6,16 @@ use anyhow::{Context as _, ensure};
 use chrono::Utc;
 use rustix::process::Signal;
 use support::behaviour::Behaviour;
-use support::canary::Canary;
+use support::canary::{Canary, engine};
 use support::gate::{Gate, Hold};
 use support::process::{Process, command, kill, program, source};
+use support::recording::Heard;
 use support::report::{Probe, unix_seconds};
 use support::settings::Settings;
 use support::stack::{AGENT, Agent, AgentEvent, Stack, StackKind};
 use support::{SECRET, wait_for};
 use tokio::time::Instant;
+use toml::Table;
 
 use crate::agents::{
     agent_in_an_update_before_the_join_response_is_seen,
@@ -190,6 +192,7 @@ scenarios! { SCENARIOS:
     hidden_agent_is_named: "agent_no_track, hidden, exit 1", load: 2;
     second_agent_is_agent_duplicate: "agent_duplicate, exit 1";
     pypi_client_hears_the_agent_and_is_heard: "greeting heard, 2 s of tone heard, reply heard";
+    call_is_recorded_with_its_speech_at_the_reported_times: "2 ok, both sides recorded, exit 0", load: 2;
     agent_that_replies_has_a_reply_delay: "ok with a reply delay, exit 0";
     missing_reply_is_agent_no_reply: "agent_no_reply, exit 1";
     continuous_echo_is_heard: "ok, echo heard, exit 0";
@@ -315,6 +318,65 @@ fn agent_that_replies_has_a_reply_delay(fixture: &Fixture) -> anyhow::Result<Str
         "ok, reply after {}",
         range(&batch, |probe| probe.reply_delay_seconds)?
     ))
+}
+
+fn call_is_recorded_with_its_speech_at_the_reported_times(
+    fixture: &Fixture,
+) -> anyhow::Result<String> {
+    if engine() == "libwebrtc" {
+        return Ok("this engine can't record".to_owned());
+    }
+    let (stack, settings) = fixture.call(&Behaviour::greets())?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().to_str().context("no UTF-8")?;
+    let settings = settings
+        .set("batch.rooms", 2)
+        .set("batch.hold", "12s")
+        .line("builtin:hello", Table::new());
+    let finished = Canary::once()
+        .config(&settings.text())?
+        .args(&["--record", path])
+        .run()?;
+    let batch = expect_ok(fixture, stack, &finished, 2)?;
+    let mut found = Vec::new();
+    for probe in &batch.probes {
+        let recording = probe.recording.as_ref().context("no recording")?;
+        let track =
+            |name: &str| Heard::read(&folder.path().join(format!("{}.{name}.ogg", probe.room)));
+        let (agent, caller) = (track("agent")?, track("caller")?);
+        ensure!(recording.started == probe.seconds("SignalConnected")?);
+        let call = probe.seconds("Left")? - recording.started;
+        for heard in [&agent, &caller] {
+            let missing = call - heard.seconds();
+            ensure!((-0.01..1.0).contains(&missing), "{missing} s: {probe:?}");
+        }
+        let [agent, caller] = [agent, caller].map(|heard| heard.loud(0.5));
+        let turn = probe.turns.first().context("no turn")?;
+        let (greeting, turn_start, turn_end) = (
+            agent.first().context("the agent is silent")?.0,
+            caller.first().context("the caller is silent")?.0,
+            caller.last().context("the caller is silent")?.1,
+        );
+        let seconds = |time: Option<f64>| time.context("no time of the turn");
+        found.push([
+            recording.started + greeting - probe.seconds("AgentSpoke")?,
+            recording.started + turn_start - seconds(turn.caller_started)?,
+            recording.started + turn_end - seconds(turn.caller_ended)?,
+        ]);
+    }
+    // A time of the probe is that of one packet, which may be late. In the recording it is where it belongs.
+    // The caller's clip has 40 ms of silence at both ends.
+    for (place, expected) in [0.0, 0.04, -0.04].into_iter().enumerate() {
+        let differs = |it: &[f64; 3]| (it[place] - expected).abs();
+        ensure!(found.iter().any(|it| differs(it) <= 0.03), "{found:?}");
+        ensure!(found.iter().all(|it| differs(it) < 0.4), "{found:?}");
+    }
+    let shown = found
+        .iter()
+        .flatten()
+        .map(|it| format!("{:.0}", it * 1_000.0));
+    let shown: Vec<_> = shown.collect();
+    Ok(format!("2 ok, differences of {} ms", shown.join(", ")))
 }
 
 fn continuous_echo_is_heard(fixture: &Fixture) -> anyhow::Result<String> {

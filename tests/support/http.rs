@@ -43,6 +43,12 @@ impl HttpClient {
         Response::read(self.agent.post(self.url(path)).send_empty(), path)
     }
 
+    /// The status of a response with any content.
+    pub fn status(&self, path: &str) -> anyhow::Result<u16> {
+        let response = self.agent.get(self.url(path)).call();
+        Ok(response.with_context(|| path.to_owned())?.status().as_u16())
+    }
+
     /// The body of a successful response.
     pub fn text(&self, path: &str) -> anyhow::Result<String> {
         self.get(path)?.success()

@@ -17,6 +17,7 @@ pub mod gate;
 pub mod http;
 pub mod network;
 pub mod process;
+pub mod recording;
 pub mod report;
 pub mod scrape;
 pub mod settings;

@@ -37,6 +37,7 @@ pub struct Probe {
     pub milestones: BTreeMap<String, Option<f64>>,
     pub turns: Vec<Turn>,
     pub audio: Audio,
+    pub recording: Option<Recording>,
     pub transcript: Option<Vec<Segment>>,
 }
 
@@ -94,6 +95,20 @@ pub struct Audio {
     pub packets: u64,
     pub lost: u64,
     pub jitter_seconds: Option<f64>,
+}
+
+/// The files of a call. They begin this many seconds after the start of the probe.
+#[derive(Debug, Deserialize)]
+pub struct Recording {
+    pub started: f64,
+    pub agent: Option<RecordedTrack>,
+    pub caller: Option<RecordedTrack>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct RecordedTrack {
+    pub bytes: u64,
+    pub seconds: f64,
 }
 
 impl Batch {

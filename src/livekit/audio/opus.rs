@@ -12,6 +12,7 @@ use ropus::silk::decoder::{SilkDecControl, SilkDecoder, silk_decode};
 use ropus::{Channels, DecodeMode};
 
 use super::caller::Frame;
+use super::recording;
 use super::rtp::{self, MediaPosition};
 use super::speech::PcmChunk;
 use crate::clip::SpeechClip;
@@ -230,24 +231,53 @@ fn frames(packet: &[u8]) -> Option<impl Iterator<Item = &[u8]>> {
     }))
 }
 
-/// The payload of one RTP packet.
-impl Frame for Arc<[u8]> {
+/// The payload of one RTP packet, with the largest magnitude of its samples.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OpusFrame {
+    pub(crate) payload: Arc<[u8]>,
+    pub(crate) peak: u16,
+}
+
+impl Frame for OpusFrame {
     fn silence() -> Self {
-        Self::from(SILENCE)
+        Self {
+            payload: Arc::from(SILENCE),
+            peak: 0,
+        }
     }
 
     fn of_clip(clip: &SpeechClip) -> Vec<Self> {
-        clip.packets.clone()
+        let samples = clip.pcm.len() / clip.packets.len().max(1);
+        let pcm = clip.pcm.chunks(samples.max(1));
+        let peaks = pcm.map(recording::peak).chain(std::iter::repeat(0));
+        let frames = clip.packets.iter().zip(peaks);
+        frames
+            .map(|(payload, peak)| Self {
+                payload: Arc::clone(payload),
+                peak,
+            })
+            .collect()
     }
 
     fn duration(&self) -> Duration {
-        duration(self)
+        duration(&self.payload)
     }
+}
+
+/// Whether a decoder accepts the packet (RFC 6716, section 3.4).
+pub(crate) fn is_well_formed(packet: &[u8]) -> bool {
+    !packet.is_empty()
+        && frames(packet).is_some_and(|frames| {
+            let length = opus_packet_get_samples_per_frame(packet, HERTZ);
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            let samples = length.saturating_mul(frames.count());
+            (1..=MAX_PACKET_SAMPLES).contains(&samples)
+        })
 }
 
 /// How long a packet plays. The first byte tells the frame length, the second the number of frames if there are more
 /// than two (RFC 6716, sections 3.1 and 3.2).
-fn duration(payload: &[u8]) -> Duration {
+pub(crate) fn duration(payload: &[u8]) -> Duration {
     let Some(&toc) = payload.first() else {
         return DEFAULT_DURATION;
     };

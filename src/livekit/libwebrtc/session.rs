@@ -37,9 +37,11 @@ use super::stats::{InboundStats, InboundTotals, OutboundStats, UplinkTotals};
 use super::streams::{self, OpenedStream};
 use super::transport::{SdkConnector, WireEvent};
 use super::watch::SignalWatch;
-use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
+use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer, Frame as _};
+use crate::livekit::audio::recording::{self, CallSound};
+use crate::livekit::audio::rtp;
 use crate::livekit::audio::speech::{Detector, PcmChunk, SpeechEvent};
-use crate::livekit::event::{EndReason, MediaPath, RoomEvent, RoomEventKind};
+use crate::livekit::event::{EndReason, MediaPath, RoomEvent, RoomEventKind, Speaker};
 use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
@@ -83,6 +85,7 @@ pub(crate) async fn run(
     leave: CancellationToken,
     mut adoption: Adoption,
     audio: &mut InboundTotals,
+    sound: &mut CallSound,
 ) -> EndReason {
     let token = match request.token() {
         Ok(token) => token,
@@ -97,7 +100,13 @@ pub(crate) async fn run(
         request.signal_timeout,
         hang_up.clone(),
     );
-    let mut session = SdkSession::new(&request, EventSender::new(events), wire_events, audio);
+    let mut session = SdkSession::new(
+        &request,
+        EventSender::new(events),
+        wire_events,
+        audio,
+        sound,
+    );
     let connecting = Room::connect(
         request.endpoint.url.as_str(),
         token.expose_secret(),
@@ -168,6 +177,7 @@ struct SdkSession<'a> {
     wire_events: mpsc::Receiver<WireEvent>,
     watch: SignalWatch,
     audio: &'a mut InboundTotals,
+    sound: &'a mut CallSound,
     speech: Detector,
     caller: CallerPlayer<Arc<[i16]>>,
     uplink: UplinkTotals,
@@ -211,6 +221,7 @@ impl<'a> SdkSession<'a> {
         events: EventSender,
         wire_events: mpsc::Receiver<WireEvent>,
         audio: &'a mut InboundTotals,
+        sound: &'a mut CallSound,
     ) -> Self {
         let source =
             NativeAudioSource::new(AudioSourceOptions::default(), pcm::RATE, 1, SDK_QUEUE_MS);
@@ -221,6 +232,7 @@ impl<'a> SdkSession<'a> {
             wire_events,
             watch: SignalWatch::new(Instant::now(), Observer::new(request, events, cid)),
             audio,
+            sound,
             speech: Detector::new(request.speech.clone(), pcm::RATE),
             caller: CallerPlayer::new(request.caller.clone(), request.agent_turn),
             uplink: UplinkTotals::default(),
@@ -326,7 +338,13 @@ impl<'a> SdkSession<'a> {
 
     fn on_wire_event(&mut self, event: WireEvent) -> Result<(), EndReason> {
         match self.watch.on_wire_event(event)? {
-            Some(at) => self.select_voice(at),
+            Some(at) => {
+                // The first time after the join is that of the join response.
+                if self.watch.joined() {
+                    self.sound.start(at);
+                }
+                self.select_voice(at)
+            }
             None => Ok(()),
         }
     }
@@ -449,6 +467,9 @@ impl<'a> SdkSession<'a> {
             pcm,
         };
         let events = self.speech.on_sound(at, sound);
+        let length = rtp::span(pcm.len() as u64);
+        self.sound
+            .on_level(Speaker::Agent, at, length, recording::peak(pcm));
         self.caller.on_frame(AgentFrame {
             arrived: at,
             time: position.time,
@@ -493,7 +514,11 @@ impl<'a> SdkSession<'a> {
                         .events
                         .send(now, RoomEventKind::CallerEnded { sent })?;
                 }
-                CallerOutput::Send { frame, .. } => send(&self.source, &frame).await?,
+                CallerOutput::Send { due, frame, .. } => {
+                    let (length, peak) = (frame.duration(), recording::peak(&frame));
+                    self.sound.on_level(Speaker::Caller, due, length, peak);
+                    send(&self.source, &frame).await?;
+                }
             }
         }
         Ok(())

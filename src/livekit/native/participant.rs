@@ -24,10 +24,13 @@ use super::peer::{
 };
 use crate::config::Ice;
 use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer};
-use crate::livekit::audio::opus::{self, Decoder};
-use crate::livekit::audio::rtp::{self, RtpReceiver};
+use crate::livekit::audio::opus::{self, Decoder, OpusFrame};
+use crate::livekit::audio::recording::{self, CallSound, SoundPacket};
+use crate::livekit::audio::rtp::{self, RtpHeader, RtpReceiver};
 use crate::livekit::audio::speech::Detector;
-use crate::livekit::event::{EndReason, MediaPath, RoomEvent, RoomEventKind, UplinkReport};
+use crate::livekit::event::{
+    EndReason, MediaPath, RoomEvent, RoomEventKind, Speaker, UplinkReport,
+};
 use crate::livekit::join::{Adoption, JoinRequest};
 use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
@@ -77,11 +80,12 @@ pub(crate) async fn run(
     leave: CancellationToken,
     mut adoption: Adoption,
     voice: &mut RtpReceiver,
+    sound: &mut CallSound,
 ) -> EndReason {
     let events = EventSender::new(events);
     let joining = async {
         let joined = connect(&request, &events).await?;
-        NativeSession::start(&request, events, voice, joined)
+        NativeSession::start(&request, events, voice, sound, joined)
     };
     let mut session = tokio::select! {
         biased;
@@ -127,9 +131,10 @@ struct NativeSession<'a> {
     publisher: PeerConnection,
     subscriber: PeerConnection,
     voice: &'a mut RtpReceiver,
+    sound: &'a mut CallSound,
     decoder: Decoder,
     speech: Detector,
-    caller: CallerPlayer<Arc<[u8]>>,
+    caller: CallerPlayer<OpusFrame>,
     track: CallerTrack,
     voice_selector: VoiceSelector<Mid, ReceivedPacket>,
     /// The m-line of each received SSRC; cleared by each negotiation.
@@ -174,6 +179,7 @@ impl<'a> NativeSession<'a> {
         request: &JoinRequest,
         events: EventSender,
         voice: &'a mut RtpReceiver,
+        sound: &'a mut CallSound,
         joined: Joined,
     ) -> Result<Box<Self>, EndReason> {
         let Joined {
@@ -187,6 +193,7 @@ impl<'a> NativeSession<'a> {
         let cid = format!("echo-{:016x}", fastrand::u64(..));
         let mut observer = Observer::new(request, events, cid.clone());
         observer.on_join(at, &response)?;
+        sound.start(at);
         let peer = |target| {
             let peer = PeerConnection::new(target, local.ip(), request.ice);
             peer.map_err(|error| media_failed(peer::name(target), &error))
@@ -201,6 +208,7 @@ impl<'a> NativeSession<'a> {
             publisher,
             subscriber,
             voice,
+            sound,
             decoder: Decoder::default(),
             speech: Detector::new(request.speech.clone(), opus::RATE),
             caller: CallerPlayer::new(request.caller.clone(), request.agent_turn),
@@ -597,16 +605,27 @@ impl<'a> NativeSession<'a> {
     fn on_voice(&mut self, packet: &ReceivedPacket) -> Result<(), EndReason> {
         let at = packet.at;
         self.observer.first_audio(at)?;
+        self.sound.on_packet(Speaker::Agent, || SoundPacket {
+            at,
+            header: packet.header,
+            payload: Arc::clone(&packet.payload),
+        });
         let Some(position) = self.voice.on_packet(at, packet.header) else {
             return Ok(());
         };
         let sound = self.decoder.decode(position, &packet.payload);
+        let peak = recording::peak(sound.pcm);
         let events = self.speech.on_sound(at, sound);
+        self.sound
+            .on_level(Speaker::Agent, at, opus::duration(&packet.payload), peak);
         self.caller.on_frame(AgentFrame {
             arrived: at,
             time: position.time,
             level: self.speech.last_level(),
-            frame: packet.payload.clone(),
+            frame: OpusFrame {
+                payload: Arc::clone(&packet.payload),
+                peak,
+            },
         });
         for event in events {
             self.observer
@@ -657,12 +676,24 @@ impl<'a> NativeSession<'a> {
         Ok(())
     }
 
-    fn send_packet(&mut self, now: Instant, due: Instant, payload: Arc<[u8]>, resumes: bool) {
+    fn send_packet(&mut self, now: Instant, due: Instant, frame: OpusFrame, resumes: bool) {
         let mid = self.track.mid;
         let Some(payload_type) = self.publisher.payload_type(mid) else {
             return;
         };
         let (sequence, timestamp) = self.track.next(due);
+        let OpusFrame { payload, peak } = frame;
+        self.sound.on_packet(Speaker::Caller, || SoundPacket {
+            at: due,
+            header: RtpHeader {
+                ssrc: 0,
+                sequence,
+                timestamp,
+            },
+            payload: Arc::clone(&payload),
+        });
+        self.sound
+            .on_level(Speaker::Caller, due, opus::duration(&payload), peak);
         let packet = OutgoingPacket {
             payload_type,
             sequence,

@@ -105,6 +105,7 @@ fn context(url: &Url) -> Context {
         endpoint,
         janitor: Janitor::start(),
         stalls: crate::stall::tests::manual().0,
+        recordings: None,
         agent_known: false,
         fault: None,
     }

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::super::opus::SILENCE;
+use super::super::opus::{OpusFrame, SILENCE};
 use super::*;
 use crate::config::CallerLine;
 
@@ -9,6 +9,13 @@ const AGENT_TURN: Duration = Duration::from_secs(30);
 /// Levels of a frame of speech and of one of a pause, in dBFS.
 const LOUD: f32 = -20.0;
 const QUIET: f32 = -80.0;
+
+fn frame<const N: usize>(payload: [u8; N]) -> OpusFrame {
+    OpusFrame {
+        payload: Arc::from(payload),
+        peak: 0,
+    }
+}
 
 fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
@@ -41,31 +48,31 @@ fn script(lines: u8, silence: u64) -> CallerSettings {
     }
 }
 
-const STARTED: CallerOutput<Arc<[u8]>> = CallerOutput::Started(CallerTurn {
+const STARTED: CallerOutput<OpusFrame> = CallerOutput::Started(CallerTurn {
     line: None,
     interrupts: false,
 });
 
-fn started(line: usize) -> CallerOutput<Arc<[u8]>> {
+fn started(line: usize) -> CallerOutput<OpusFrame> {
     CallerOutput::Started(CallerTurn {
         line: Some(line),
         interrupts: false,
     })
 }
 
-const INTERRUPTS: CallerOutput<Arc<[u8]>> = CallerOutput::Started(CallerTurn {
+const INTERRUPTS: CallerOutput<OpusFrame> = CallerOutput::Started(CallerTurn {
     line: None,
     interrupts: true,
 });
 
 /// A call on a simulated clock: an agent that sends a packet every 20 ms, with a number in its payload.
 struct SimulatedCall {
-    echo: CallerPlayer<Arc<[u8]>>,
+    echo: CallerPlayer<OpusFrame>,
     start: Instant,
     now: Instant,
     number: u8,
     agent: AgentActivity,
-    out: Vec<(u64, CallerOutput<Arc<[u8]>>)>,
+    out: Vec<(u64, CallerOutput<OpusFrame>)>,
 }
 
 impl SimulatedCall {
@@ -118,7 +125,7 @@ impl SimulatedCall {
                 arrived: self.now,
                 time: rtp::ticks(self.now.duration_since(self.start)),
                 level,
-                frame: Arc::from([SPEECH, self.number, 0, 0]),
+                frame: frame([SPEECH, self.number, 0, 0]),
             });
             self.number = self.number.wrapping_add(1);
             if level == LOUD && self.agent.last_speech.is_some() {
@@ -154,15 +161,15 @@ impl SimulatedCall {
         let mut echoed = Vec::new();
         for (at, out) in &self.out {
             if let CallerOutput::Send { frame, .. } = out
-                && frame[0] == SPEECH
+                && frame.payload[0] == SPEECH
             {
-                echoed.push((*at, frame[1]));
+                echoed.push((*at, frame.payload[1]));
             }
         }
         echoed
     }
 
-    fn marks(&self) -> Vec<(u64, CallerOutput<Arc<[u8]>>)> {
+    fn marks(&self) -> Vec<(u64, CallerOutput<OpusFrame>)> {
         let marks = self.out.iter();
         marks
             .filter(|(_, out)| !matches!(out, CallerOutput::Send { .. }))
@@ -191,7 +198,7 @@ fn turn_is_played_once_at_its_pace_and_silence_follows() {
     assert_eq!(times[..10], tail);
     assert_eq!(times[10] - times[9], 400);
     for (_, out) in after {
-        assert!(matches!(out, CallerOutput::Send { frame, .. } if **frame == SILENCE));
+        assert!(matches!(out, CallerOutput::Send { frame, .. } if *frame.payload == SILENCE));
     }
 }
 
@@ -362,7 +369,7 @@ fn recording_ends_after_thirty_seconds() {
 
 #[test]
 fn echo_sends_nothing_before_the_track_is_open() {
-    let mut echo = CallerPlayer::<Arc<[u8]>>::new(CallerSettings::default(), AGENT_TURN);
+    let mut echo = CallerPlayer::<OpusFrame>::new(CallerSettings::default(), AGENT_TURN);
     let now = Instant::now();
     assert_eq!(echo.next_deadline(), None);
     assert_eq!(echo.poll(now, AgentActivity::default()), None);
@@ -409,7 +416,7 @@ fn continuous_echo_keeps_the_agents_pace_under_jitter() {
             arrived: call.now,
             time: 960 * i,
             level: LOUD,
-            frame: Arc::from([SPEECH, 0, 0, 0]),
+            frame: frame([SPEECH, 0, 0, 0]),
         });
     }
     call.wait(5_000);
