@@ -267,9 +267,9 @@ struct RulesArgs {
 /// Show the canary at work on this machine, without an account
 ///
 /// Starts a LiveKit server with a demo agent on a free loopback port, and runs a
-/// batch against it every few seconds until Ctrl-C. After two good batches, every
-/// second batch has a fault. The demo announces the fault, and then prints what
-/// the canary found. It uses no settings and connects only to 127.0.0.1.
+/// batch against it every few seconds until Ctrl-C. Every second batch has a fault.
+/// The demo announces the fault, and then prints what the canary found. It uses no
+/// settings and connects only to 127.0.0.1.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 struct DemoArgs {

@@ -21,8 +21,8 @@ use crate::detection::{self, Courier, Detector, Restored, Sample};
 use crate::guard::{Guard, max_batch_duration, max_rooms_at_once, worst_cases};
 use crate::history::{History, LastBatch, ReadError};
 use crate::http::{
-    self, BatchRefused, Control, DaemonStage, Health, LastReload, NoSuchTarget, Pulse, Sources,
-    Status, WebConfig,
+    self, BatchRefused, Control, DaemonStage, Health, LastReload, LiveProgress, NoSuchTarget,
+    Pulse, Sources, Status, WebConfig,
 };
 use crate::janitor::{CleanupResult, Janitor, OnCleanup, SweepResult};
 use crate::livekit::RoomName;
@@ -183,6 +183,7 @@ struct Daemon {
     abort: CancellationToken,
     control: mpsc::Receiver<Control>,
     status: watch::Sender<Arc<Status>>,
+    progress: LiveProgress,
     stage: DaemonStage,
     started_at: DateTime<Utc>,
     last_reload: Option<LastReload>,
@@ -228,7 +229,9 @@ impl Daemon {
         let watchdog = Watchdog::start(&health);
         let http_end = CancellationToken::new();
         let mut http = JoinSet::new();
+        let progress = LiveProgress::default();
         let sources = Sources {
+            progress: progress.clone(),
             metrics: metrics.clone(),
             status: status_receiver,
             health,
@@ -269,6 +272,7 @@ impl Daemon {
             abort: CancellationToken::new(),
             control,
             status,
+            progress,
             stage: DaemonStage::Starting,
             started_at,
             last_reload: None,
@@ -562,6 +566,7 @@ impl Daemon {
             detector: target.detector.clone(),
             notifier: self.notifier.clone(),
             history: self.history.clone(),
+            progress: self.progress.clone(),
             observer: self.observer.clone(),
         };
         let project = Arc::clone(&self.projects[&settings.project].access);

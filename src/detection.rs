@@ -485,7 +485,7 @@ impl DetectorShared {
     fn url_of(&self, incident: &str) -> Option<String> {
         let base = self.outputs.external_url.as_ref()?.as_str();
         Some(format!(
-            "{}/api/v1/incidents/{incident}",
+            "{}/incidents/{incident}",
             base.trim_end_matches('/')
         ))
     }

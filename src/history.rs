@@ -24,11 +24,13 @@ use crate::livekit::RoomName;
 use crate::recording::RecordingStore;
 use crate::report::{BatchReport, Purpose};
 
+mod events;
 mod incidents;
 mod kept;
 mod ledger;
 mod read;
 mod record;
+mod statistics;
 mod store;
 mod writer;
 
@@ -38,10 +40,15 @@ use record::BatchRecord;
 use store::{LoadedHistory, Store, StoreOpenError};
 use writer::HistoryWriter;
 
+pub(crate) use events::{EventFilter, HistoryEvent};
 pub(crate) use incidents::{DetectionRecord, IncidentRecord, OutboxMessage};
 pub(crate) use ledger::AgentTimeUsed;
 pub(crate) use read::{
-    BatchFilter, IncidentFilter, LastBatch, MAX_BATCHES, ReadError, RecentProbe, StoredDocument,
+    BatchFilter, IncidentFilter, LastBatch, MAX_BATCHES, ProbeCursor, ProbeFilter, ReadError,
+    RecentProbe, RoomCount, RoomFilter, StoredDocument,
+};
+pub(crate) use statistics::{
+    ComparedSpan, Percentiles, SpanStatistics, Statistics, TargetStatistics,
 };
 
 /// How long a reservation or a detection waits for the disk. After that the history is degraded, and probing goes on.
@@ -52,6 +59,9 @@ const MAX_QUEUED_BATCHES: usize = 32;
 
 /// The folder of the recordings, in that of the history.
 const RECORDINGS: &str = "recordings";
+
+/// Events that may wait for the disk.
+const MAX_QUEUED_EVENTS: usize = 100;
 
 /// The source of the wall clock; tests set their own.
 pub(crate) type UtcClock = Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>;
@@ -81,6 +91,16 @@ pub(crate) enum OpenError {
     },
     #[error("can't start a thread for the history")]
     Thread(#[source] io::Error),
+}
+
+/// Whether an event is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EventRecorded {
+    Durable,
+    /// The disk takes nothing now. The event is written when the disk works again, unless this run ends before.
+    Waiting,
+    /// Too many events wait already.
+    Dropped,
 }
 
 /// A room that an earlier run recorded in the journal and that is not confirmed to be gone.
@@ -121,6 +141,10 @@ struct HistoryState {
     ledger: Ledger,
     /// Batches that wait for the disk.
     records: VecDeque<Arc<BatchRecord>>,
+    /// Events that wait for the disk.
+    events: VecDeque<HistoryEvent>,
+    /// Events that were queued so far.
+    queued_events: u64,
     detections: Detections,
     /// A lost ledger counts from zero.
     accepted: bool,
@@ -134,6 +158,8 @@ struct WriterProgress {
     written: u64,
     /// Number of the last durable change of states, incidents and messages.
     detections_written: u64,
+    /// Queued events that were written, or that the disk will never take.
+    events_written: u64,
     /// The ledger's rows can't be written.
     ledger_down: bool,
     /// Something can't be written.
@@ -225,6 +251,7 @@ impl History {
         let state = self.shared.lock();
         ended
             && state.records.is_empty()
+            && state.events.is_empty()
             && state.ledger.unwritten().0.is_empty()
             && state.detections.is_written()
     }
@@ -369,6 +396,29 @@ impl History {
         }
     }
 
+    /// Queues an event for the disk, and waits until it is durable or the history is degraded.
+    pub(crate) async fn record_event(&self, event: HistoryEvent) -> EventRecorded {
+        let number = {
+            let mut state = self.shared.lock();
+            if state.events.len() >= MAX_QUEUED_EVENTS {
+                return EventRecorded::Dropped;
+            }
+            state.events.push_back(event);
+            state.queued_events += 1;
+            self.shared.wake(&mut state);
+            state.queued_events
+        };
+        let decided = |progress: &WriterProgress| {
+            progress.events_written >= number || progress.degraded || progress.ended
+        };
+        self.shared.wait_until(decided).await;
+        if self.shared.progress.borrow().events_written >= number {
+            EventRecorded::Durable
+        } else {
+            EventRecorded::Waiting
+        }
+    }
+
     /// Queues a target's state, its incident and the messages about it, which are written together. It replaces what waits for
     /// the disk under the same keys.
     pub(crate) fn record_detection(&self, record: DetectionRecord) {
@@ -441,6 +491,27 @@ impl History {
         filter: BatchFilter,
     ) -> Result<Vec<StoredDocument>, ReadError> {
         let query = move |connection: &_| read::batches(connection, &filter);
+        self.reader.read(query).await
+    }
+
+    /// The documents of probes with their batches' ids and targets, the latest first.
+    pub(crate) async fn probes(
+        &self,
+        filter: ProbeFilter,
+    ) -> Result<Vec<StoredDocument>, ReadError> {
+        let query = move |connection: &_| read::probes(connection, &filter);
+        self.reader.read(query).await
+    }
+
+    /// Events, the latest first.
+    pub(crate) async fn events(&self, filter: EventFilter) -> Result<Vec<HistoryEvent>, ReadError> {
+        let query = move |connection: &_| events::events(connection, &filter);
+        self.reader.read(query).await
+    }
+
+    /// The rooms of scheduled batches in the hours and days before `now`, for comparison with those before.
+    pub(crate) async fn statistics(&self, now: DateTime<Utc>) -> Result<Statistics, ReadError> {
+        let query = move |connection: &_| statistics::statistics(connection, now);
         self.reader.read(query).await
     }
 
@@ -625,6 +696,17 @@ impl HistoryShared {
         self.lock().detections.written(change);
         self.progress
             .send_modify(|progress| progress.detections_written = change);
+    }
+
+    fn next_event(&self) -> Option<HistoryEvent> {
+        self.lock().events.front().cloned()
+    }
+
+    /// Removes the event in front.
+    fn event_done(&self) {
+        self.lock().events.pop_front();
+        self.progress
+            .send_modify(|progress| progress.events_written += 1);
     }
 
     fn set_ledger_down(&self) {

@@ -6,15 +6,20 @@
 mod access;
 mod api;
 mod audio;
+mod badge;
 mod client_certificate;
 mod control;
+mod csv;
+mod event;
 mod health;
 mod page;
 mod response;
 mod routes;
 mod scrape;
+mod sensitive;
 mod server;
 mod status;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod users;
@@ -25,6 +30,7 @@ pub(crate) use health::{Health, Pulse};
 pub(crate) use routes::Sources;
 pub(crate) use server::serve;
 pub(crate) use status::{
-    BudgetStatus, DaemonStage, LastReload, ProjectStatus, Status, TargetStatus,
+    BudgetStatus, DaemonStage, LastReload, ObjectivesStatus, ProjectStatus, Status, TargetStatus,
 };
+pub(crate) use stream::{BatchProgress, LiveProgress, RoomProgress};
 pub(crate) use web_config::WebConfig;

@@ -30,7 +30,7 @@
 //! guard → config, history, livekit, probe, report
 //! batch → config, guard, history, livekit, probe, report
 //! metrics → config, probe, report
-//! http → config, history, livekit, metrics, recording, report
+//! http → config, history, livekit, metrics, probe, recording, report, telemetry
 //! notify → config, history, livekit, metrics, report
 //! detection → config, history, metrics, notify, probe, report
 //! daemon → batch, config, detection, guard, history, http, janitor, livekit, metrics, notify, probe, report, schedule, stall, telemetry

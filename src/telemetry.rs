@@ -185,6 +185,11 @@ fn one_line(event: &[u8]) -> String {
         Some(text) => (text, "\n"),
         None => (&*text, ""),
     };
+    without_marks(text) + end
+}
+
+/// The text on one line, and without marks that change its direction.
+pub(crate) fn without_marks(text: &str) -> String {
     let mut line = String::with_capacity(text.len() + 1);
     for char in text.chars() {
         match char {
@@ -201,7 +206,6 @@ fn one_line(event: &[u8]) -> String {
             _ => line.push(char),
         }
     }
-    line.push_str(end);
     line
 }
 

@@ -24,9 +24,6 @@ use crate::telemetry;
 
 const TARGET: &str = "demo";
 
-/// Batches without a fault before the first batch with one. After that they alternate.
-const FIRST_GOOD_BATCHES: usize = 2;
-
 /// A fault that is injected into one batch.
 struct ScheduledFault {
     fault: DemoFault,
@@ -76,8 +73,9 @@ const fn in_all(reason: Reason) -> ScheduledFault {
     }
 }
 
-/// The faults in the order of their batches: familiar ones first, and never two of the same kind in a row.
+/// The faults in the order of their batches: one that can be heard, then familiar ones, and never two of the same kind in a row.
 const SCHEDULE: &[ScheduledFault] = &[
+    in_one(Reason::AgentLeftEarly),
     ScheduledFault {
         fault: DemoFault::LateJoin,
         rooms: AffectedRooms::One,
@@ -85,7 +83,6 @@ const SCHEDULE: &[ScheduledFault] = &[
     in_one(Reason::AgentSilent),
     in_all(Reason::PlanLimit(LimitKind::Connections)),
     in_all(Reason::DispatchUnanswered),
-    in_one(Reason::AgentLeftEarly),
     in_one(Reason::SignalLost),
     in_one(Reason::AgentNoTrack),
     in_all(Reason::PlanLimit(LimitKind::Node)),
@@ -141,12 +138,12 @@ impl DemoFault {
 }
 
 impl ScheduledFault {
-    /// Returns the fault of batch `number`, which starts at 1.
+    /// Returns the fault of batch `number`, which starts at 1: every second batch has one.
     fn of_batch(number: usize) -> Option<&'static Self> {
-        let faulty = number.checked_sub(FIRST_GOOD_BATCHES + 1)?;
-        faulty
+        let index = (number / 2).checked_sub(1)?;
+        number
             .is_multiple_of(2)
-            .then(|| &SCHEDULE[faulty / 2 % SCHEDULE.len()])
+            .then(|| &SCHEDULE[index % SCHEDULE.len()])
     }
 
     /// Returns the index of the affected room of a batch, and `None` if all rooms are affected.
@@ -307,10 +304,7 @@ fn introduction(args: &DemoArgs, url: &str, page: &str) -> String {
     } else {
         (
             format!(" every {}", humantime::format_duration(args.every)),
-            format!(
-                "The first {FIRST_GOOD_BATCHES} batches have no fault, then every second one has. \
-                 Ctrl-C ends the demo.\n"
-            ),
+            "Every second batch has a fault. Ctrl-C ends the demo.\n".to_owned(),
         )
     };
     format!(
@@ -382,13 +376,9 @@ mod tests {
     #[test]
     fn every_fault_gets_a_batch_with_a_good_batch_after_it() {
         let good = |number| ScheduledFault::of_batch(number).is_none();
-        assert!(good(1) && good(2));
-        let last = FIRST_GOOD_BATCHES + 2 * SCHEDULE.len();
-        for number in FIRST_GOOD_BATCHES + 1..=last {
-            assert_eq!(
-                good(number),
-                (number - FIRST_GOOD_BATCHES).is_multiple_of(2)
-            );
+        let last = 2 * SCHEDULE.len();
+        for number in 1..=last {
+            assert_eq!(good(number), !number.is_multiple_of(2));
         }
         let injected = (1..=last).filter_map(ScheduledFault::of_batch);
         assert!(
@@ -396,7 +386,7 @@ mod tests {
                 .map(|fault| fault.fault)
                 .eq(SCHEDULE.iter().map(|fault| fault.fault))
         );
-        assert!(ScheduledFault::of_batch(last + 1).unwrap().fault == SCHEDULE[0].fault);
+        assert!(ScheduledFault::of_batch(last + 2).unwrap().fault == SCHEDULE[0].fault);
     }
 
     #[test]

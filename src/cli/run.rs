@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::stop_signals::StopSignals;
 use super::{Exit, RunArgs, forecast};
-use crate::config::{Config, Engine, Http, Problems, RawConfig};
+use crate::config::{Config, Engine, Http, Problems, RawConfig, SensitiveAccess};
 use crate::daemon::{self, DaemonCommand, DaemonOptions};
 use crate::history::History;
 use crate::http::WebConfig;
@@ -116,6 +116,12 @@ fn log_start(address: SocketAddr, http: &Http, web: &WebConfig) {
         tracing::warn!(
             "everyone who reaches {address} can start batches and pause targets: enable_lifecycle is set, and there are no \
              users. Set basic_auth_users in http.web_config_file, or remove enable_lifecycle"
+        );
+    }
+    if open && !web.has_client_certificates() && http.sensitive == SensitiveAccess::Everyone {
+        tracing::warn!(
+            "everyone who reaches {address} can read transcripts and recordings: http.sensitive is \"everyone\", and there are \
+             no users. Set basic_auth_users in http.web_config_file, or remove http.sensitive"
         );
     }
 }

@@ -44,6 +44,8 @@ pub struct Http {
     pub web_config_file: Option<PathBuf>,
     /// Allows POST requests on every address, even if no users are configured.
     pub enable_lifecycle: bool,
+    /// Who may read transcripts and recordings.
+    pub sensitive: SensitiveAccess,
     /// The address under which people reach the page; alerts and notifications link to it. `None`: they have no link.
     pub external_url: Option<Url>,
 }
@@ -54,9 +56,21 @@ impl Default for Http {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 9787)),
             web_config_file: None,
             enable_lifecycle: false,
+            sensitive: SensitiveAccess::default(),
             external_url: None,
         }
     }
+}
+
+/// Who may read what people said in a call: transcripts and recordings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum SensitiveAccess {
+    /// Users, clients with a verified certificate, and, on a loopback address, everyone on this machine.
+    #[default]
+    Users,
+    /// Every client that reaches the server.
+    Everyone,
 }
 
 /// The folder of the records, and how long they are kept.
@@ -127,9 +141,8 @@ pub struct Alerts {
     pub runbook_base_url: Url,
 }
 
-/// The page of alerts in this project's repository.
-const DEFAULT_RUNBOOK: &str =
-    "https://github.com/livekit-canary/livekit-canary/blob/main/docs/alerts.md";
+/// The files of this project's repository.
+pub(crate) const REPOSITORY: &str = "https://github.com/livekit-canary/livekit-canary/blob/main";
 
 impl Default for Alerts {
     fn default() -> Self {
@@ -138,7 +151,9 @@ impl Default for Alerts {
             scrape_interval: Duration::from_secs(30),
             page: "page".to_owned(),
             ticket: "ticket".to_owned(),
-            runbook_base_url: DEFAULT_RUNBOOK.parse().expect("it is an absolute URL"),
+            runbook_base_url: format!("{REPOSITORY}/docs/alerts.md")
+                .parse()
+                .expect("it is an absolute URL"),
         }
     }
 }

@@ -151,12 +151,14 @@ fn http(mut section: Section<'_>) -> Http {
     };
     let web_config_file = path(&mut section, "web_config_file");
     let enable_lifecycle = section.boolean("enable_lifecycle", default.enable_lifecycle);
+    let sensitive = section.choice("sensitive", "a group of readers");
     let external_url = external_url(&mut section);
     section.finish();
     Http {
         listen,
         web_config_file,
         enable_lifecycle,
+        sensitive,
         external_url,
     }
 }

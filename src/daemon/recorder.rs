@@ -10,10 +10,11 @@ use crate::batch::{self, Access, BatchEvent};
 use crate::config::{Project, Target};
 use crate::detection::{Detector, Verdict};
 use crate::history::History;
+use crate::http::{BatchProgress, LiveProgress, RoomProgress};
 use crate::metrics::{OpenRoom, TargetMetrics};
 use crate::notify::Notifier;
 use crate::probe::driver::Context;
-use crate::probe::{Outcome, ProbeReport};
+use crate::probe::{Outcome, ProbeReport, Span};
 use crate::report::{BatchReport, NotOpened, Purpose};
 
 /// The destinations of one batch's records, with the settings that were in effect when it started.
@@ -25,6 +26,7 @@ pub(super) struct Recorder {
     pub(super) detector: Detector,
     pub(super) notifier: Notifier,
     pub(super) history: History,
+    pub(super) progress: LiveProgress,
     pub(super) observer: Option<BatchObserver>,
 }
 
@@ -37,9 +39,23 @@ impl Recorder {
         abort: CancellationToken,
     ) -> Arc<BatchReport> {
         let mut open = HashMap::new();
+        let mut progress = BatchProgress {
+            batch_id: batch_id.clone(),
+            target: self.target.clone(),
+            purpose: self.purpose.label(),
+            opened: 0,
+            ok: 0,
+            failed: 0,
+            aborted: 0,
+            room: None,
+            result: None,
+        };
         let project = Arc::clone(&context.project);
         let id = batch_id.clone();
-        let on_event = |event: &BatchEvent| self.record_event(&id, event, &mut open, &project);
+        let on_event = |event: &BatchEvent| {
+            self.record_event(&id, event, &mut open, &project);
+            self.publish(event, &mut progress);
+        };
         batch::run(
             batch_id,
             &self.target,
@@ -73,6 +89,39 @@ impl Recorder {
         if let Some(observer) = &self.observer {
             observer(event);
         }
+    }
+
+    /// Sends the progress to those who watch the daemon at this moment.
+    fn publish(&self, event: &BatchEvent, progress: &mut BatchProgress) {
+        match event {
+            BatchEvent::RoomOpened { .. } => {
+                progress.opened += 1;
+                return;
+            }
+            BatchEvent::RoomClosed { report, .. } => {
+                *match &report.outcome {
+                    Outcome::Ok => &mut progress.ok,
+                    Outcome::Failed(_) => &mut progress.failed,
+                    Outcome::Aborted => &mut progress.aborted,
+                } += 1;
+                let failure = report.outcome.failure();
+                let join = report.timeline.span(Span::AgentJoin);
+                progress.room = Some(RoomProgress {
+                    room: report.room.0.clone(),
+                    outcome: report.outcome.label(),
+                    reason: failure.map(|failure| failure.reason.label()),
+                    join_delay_seconds: join.map(|delay| delay.as_secs_f64()),
+                });
+            }
+            BatchEvent::Ended(report) => {
+                progress.room = None;
+                progress.result = Some(report.result().label());
+            }
+            BatchEvent::Started | BatchEvent::Probe { .. } | BatchEvent::HoldDecided { .. } => {
+                return;
+            }
+        }
+        self.progress.send(progress.clone());
     }
 
     fn record_probe(&self, batch_id: &str, report: &ProbeReport) {

@@ -1,10 +1,12 @@
 //! What the daemon publishes of itself: the status for HTTP, and the gauges that it must poll.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Daemon, ProjectRuntime, TargetRuntime, first_worst_case};
 use crate::config::Period;
-use crate::http::{BudgetStatus, ProjectStatus, Status, TargetStatus};
+use crate::guard::worst_cases;
+use crate::http::{BudgetStatus, ObjectivesStatus, ProjectStatus, Status, TargetStatus};
 use crate::metrics::InternalError;
 use crate::telemetry;
 
@@ -68,14 +70,23 @@ impl Daemon {
 
     fn target_status(&self, name: &str, target: &TargetRuntime) -> TargetStatus {
         let settings = &target.settings;
+        let project = &self.projects[&settings.project].settings;
+        let worst_case: Duration = worst_cases(settings, project).sum();
         let (state, state_since) = target.detector.state();
         TargetStatus {
             name: name.to_owned(),
             project: settings.project.clone(),
-            url: self.projects[&settings.project].settings.url.to_string(),
+            url: project.url.to_string(),
             agent_name: settings.agent_name.clone(),
             dispatch: settings.dispatch.mode.name(),
             schedule: settings.schedule.to_string(),
+            rooms: settings.batch.rooms,
+            worst_case_seconds: worst_case.as_secs(),
+            objectives: ObjectivesStatus {
+                join_within_seconds: settings.objectives.join_within.as_secs_f64(),
+                first_speech_within_seconds: settings.objectives.first_speech_within.as_secs_f64(),
+                reply_within_seconds: settings.objectives.reply_within.as_secs_f64(),
+            },
             paused: target.paused,
             state: state.label(),
             state_since,

@@ -258,7 +258,7 @@ async fn message_about_silence_after_a_restart_names_the_last_verdict_of_the_run
     assert_eq!(notice.began_at, START + TimeDelta::seconds(20));
 }
 
-/// PagerDuty ends an incident by the id that its first message had.
+/// `PagerDuty` ends an incident by the id that its first message had.
 #[tokio::test]
 async fn end_of_an_incident_whose_document_cannot_be_read_has_its_id() {
     let first = Fixture::in_memory();

@@ -1,6 +1,8 @@
 //! Reads the history: on a separate read-only connection, off the async threads, one query at a time.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,8 +14,8 @@ use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::store::{FILE, FileId, purpose, time};
-use crate::probe::Circumstances;
+use super::store::{FILE, FileId, millis, purpose, time};
+use crate::probe::{Circumstances, Origin, Reason};
 use crate::report::{BatchResult, Purpose};
 
 /// Bound for one query, including the wait for earlier ones.
@@ -28,10 +30,68 @@ pub(crate) struct BatchFilter {
     pub target: Option<String>,
     pub result: Option<BatchResult>,
     pub purpose: Option<Purpose>,
+    /// Only batches that started at this time or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Only batches that started before this time.
+    pub until: Option<DateTime<Utc>>,
+    /// Only batches with such a room.
+    pub with_room: RoomFilter,
     /// A batch's id: only batches that started before it. The last id of an answer requests the next page.
     pub before: Option<String>,
     /// At most [`MAX_BATCHES`].
     pub limit: usize,
+}
+
+/// A room that meets each condition that is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct RoomFilter {
+    pub reason: Option<Reason>,
+    pub origin: Option<Origin>,
+    pub node: Option<String>,
+    pub worker: Option<String>,
+}
+
+/// Which probes to return, the latest first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ProbeFilter {
+    pub target: Option<String>,
+    /// A label of [`Outcome`](crate::probe::Outcome).
+    pub outcome: Option<&'static str>,
+    pub purpose: Option<Purpose>,
+    /// Only probes that started at this time or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Only probes that started before this time.
+    pub until: Option<DateTime<Utc>>,
+    pub room: RoomFilter,
+    /// Only probes after this place of the list. The id of the last document of an answer requests the next page.
+    pub before: Option<ProbeCursor>,
+    /// At most [`MAX_BATCHES`].
+    pub limit: usize,
+}
+
+/// A probe's place in the list of all probes: `{start in Unix milliseconds}-{row}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ProbeCursor {
+    started_at: i64,
+    row: i64,
+}
+
+impl fmt::Display for ProbeCursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.started_at, self.row)
+    }
+}
+
+impl FromStr for ProbeCursor {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (started_at, row) = text.split_once('-').ok_or(())?;
+        match (started_at.parse(), row.parse()) {
+            (Ok(started_at), Ok(row)) => Ok(Self { started_at, row }),
+            _ => Err(()),
+        }
+    }
 }
 
 /// Which incidents to return, the latest first.
@@ -46,7 +106,7 @@ pub(crate) struct IncidentFilter {
     pub limit: usize,
 }
 
-/// The document of a batch or an incident, with its id.
+/// A document of a list, with the id that requests the documents after it.
 #[derive(Debug, Clone)]
 pub(crate) struct StoredDocument {
     pub id: String,
@@ -64,7 +124,7 @@ pub(crate) struct RecentProbe {
     pub started_at: DateTime<Utc>,
     /// A label of [`Outcome`](crate::probe::Outcome).
     pub outcome: String,
-    /// A label of [`Reason`](crate::probe::Reason).
+    /// A label of [`Reason`].
     pub reason: Option<String>,
     pub circumstances: Circumstances,
 }
@@ -79,6 +139,13 @@ pub(crate) struct LastBatch {
     pub ok: usize,
     pub failed: usize,
     pub aborted: usize,
+}
+
+/// How the rooms of a span of time ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct RoomCount {
+    pub(crate) ok: usize,
+    pub(crate) failed: usize,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -160,13 +227,101 @@ pub(super) fn batches(
 ) -> rusqlite::Result<Vec<StoredDocument>> {
     let result = filter.result.map(BatchResult::label);
     let purpose = filter.purpose.map(Purpose::label);
-    let conditions = [
-        ("target = ?", optional(filter.target.as_ref())),
+    let (since, until) = (filter.since.map(millis), filter.until.map(millis));
+    let (target, purpose) = (optional(filter.target.as_ref()), optional(purpose.as_ref()));
+    let of_batch = [
         ("result = ?", optional(result.as_ref())),
-        ("purpose = ?", optional(purpose.as_ref())),
+        ("batches.started_at >= ?", optional(since.as_ref())),
+        ("batches.started_at < ?", optional(until.as_ref())),
         ("id < ?", optional(filter.before.as_ref())),
     ];
-    latest(connection, "batches", "head", &conditions, filter.limit)
+    // The ids first: their indexes have every column of the conditions, so no head is read in vain.
+    let (sql, conditions): (_, Conditions<'_>) = if filter.with_room == RoomFilter::default() {
+        // One condition has an index in the order of the list. For several, one pass over an index that has all columns.
+        let equal = [target.is_some(), purpose.is_some(), result.is_some()];
+        let is_of_time = since.is_some() || until.is_some();
+        let sql = if is_of_time || equal.into_iter().filter(|is_set| *is_set).count() > 1 {
+            "SELECT id FROM batches INDEXED BY batches_by_time WHERE {} ORDER BY id DESC LIMIT ?"
+        } else {
+            "SELECT id FROM batches WHERE {} ORDER BY id DESC LIMIT ?"
+        };
+        let other = [("target = ?", target), ("purpose = ?", purpose)];
+        (sql, of_batch.into_iter().chain(other).collect())
+    } else {
+        // The index of probes has these columns, too.
+        let other = [
+            ("probes.target = ?", target),
+            ("probes.purpose = ?", purpose),
+        ];
+        // The cursor again, for the index of probes.
+        let before = ("batch < ?", optional(filter.before.as_ref()));
+        let of_room = filter.with_room.conditions().into_iter().chain([before]);
+        let conditions = of_batch.into_iter().chain(other).chain(of_room);
+        let sql =
+            "SELECT id FROM probes INDEXED BY probes_of_batch CROSS JOIN batches ON id = batch
+                   WHERE {} GROUP BY batch ORDER BY batch DESC LIMIT ?";
+        (sql, filter.with_room.add_reasons(conditions.collect()))
+    };
+    let ids = sql.replace("{}", &conditions.sql);
+    let limit = row_limit(filter.limit);
+    let values: Vec<&dyn ToSql> = conditions.values.into_iter().chain([&limit as _]).collect();
+    let sql = format!("SELECT id, head FROM batches WHERE id IN ({ids}) ORDER BY id DESC");
+    let mut statement = connection.prepare(&sql)?;
+    let found = statement.query_map(&values[..], document)?;
+    found.collect()
+}
+
+pub(super) fn probes(
+    connection: &Connection,
+    filter: &ProbeFilter,
+) -> rusqlite::Result<Vec<StoredDocument>> {
+    let purpose = filter.purpose.map(Purpose::label);
+    let (since, until) = (filter.since.map(millis), filter.until.map(millis));
+    let conditions = [
+        ("target = ?", optional(filter.target.as_ref())),
+        ("outcome = ?", optional(filter.outcome.as_ref())),
+        ("purpose = ?", optional(purpose.as_ref())),
+        ("started_at >= ?", optional(since.as_ref())),
+        ("started_at < ?", optional(until.as_ref())),
+    ];
+    let conditions = conditions.into_iter().chain(filter.room.conditions());
+    let mut conditions = filter.room.add_reasons(conditions.collect());
+    if let Some(ProbeCursor { started_at, row }) = &filter.before {
+        conditions
+            .sql
+            .push_str(" AND started_at <= ? AND (started_at < ? OR rowid < ?)");
+        conditions
+            .values
+            .extend([started_at as &dyn ToSql, started_at, row]);
+    }
+    let is_not_ok = filter.outcome.is_some_and(|outcome| outcome != "ok");
+    let index = if is_not_ok || filter.room.needs_failure() {
+        // SQLite uses this index only if the query has its condition word by word.
+        conditions.sql.push_str(" AND outcome <> 'ok'");
+        "probes_not_ok"
+    } else {
+        "probes_by_time"
+    };
+    let limit = row_limit(filter.limit);
+    let values: Vec<&dyn ToSql> = conditions.values.into_iter().chain([&limit as _]).collect();
+    let sql = format!(
+        "SELECT document, batch, target, started_at, rowid FROM probes WHERE rowid IN (
+             SELECT rowid FROM probes INDEXED BY {index} WHERE {} ORDER BY started_at DESC, rowid DESC LIMIT ?
+         ) ORDER BY started_at DESC, rowid DESC",
+        conditions.sql
+    );
+    let mut statement = connection.prepare(&sql)?;
+    let found = statement.query_map(&values[..], |row| {
+        let cursor = ProbeCursor {
+            started_at: row.get(3)?,
+            row: row.get(4)?,
+        };
+        Ok(StoredDocument {
+            id: cursor.to_string(),
+            document: probe_document(row)?,
+        })
+    })?;
+    found.collect()
 }
 
 pub(super) fn incidents(
@@ -179,50 +334,83 @@ pub(super) fn incidents(
         ("(ended_at IS NOT NULL) = ?", optional(ended.as_ref())),
         ("id < ?", optional(filter.before.as_ref())),
     ];
-    latest(
-        connection,
-        "incidents",
-        "document",
-        &conditions,
-        filter.limit,
-    )
-}
-
-fn optional<T: ToSql>(value: Option<&T>) -> Option<&dyn ToSql> {
-    value.map(|value| value as &dyn ToSql)
-}
-
-/// The rows that meet each condition that has a value, by their ids, the latest first. `document` is the column of the document.
-fn latest(
-    connection: &Connection,
-    table: &str,
-    document: &str,
-    conditions: &[(&str, Option<&dyn ToSql>)],
-    limit: usize,
-) -> rusqlite::Result<Vec<StoredDocument>> {
-    let limit = row_limit(limit);
-    let mut sql = format!("SELECT id, {document} FROM {table} WHERE true");
-    let mut values: Vec<&dyn ToSql> = Vec::new();
-    for (condition, value) in conditions {
-        if let Some(value) = value {
-            sql.push_str(" AND ");
-            sql.push_str(condition);
-            values.push(*value);
-        }
-    }
-    sql.push_str(" ORDER BY id DESC LIMIT ?");
-    values.push(&limit);
+    let conditions: Conditions<'_> = conditions.into_iter().collect();
+    let limit = row_limit(filter.limit);
+    let values: Vec<&dyn ToSql> = conditions.values.into_iter().chain([&limit as _]).collect();
+    let sql = format!(
+        "SELECT id, document FROM incidents WHERE {} ORDER BY id DESC LIMIT ?",
+        conditions.sql
+    );
     let mut statement = connection.prepare(&sql)?;
-    let found = statement.query_map(&values[..], |row| {
-        Ok(StoredDocument {
-            id: row.get(0)?,
-            document: json(row, 1)?,
-        })
-    })?;
+    let found = statement.query_map(&values[..], document)?;
     found.collect()
 }
 
-fn row_limit(limit: usize) -> i64 {
+/// A condition, and its value if it is to be met.
+type Condition<'a> = (&'static str, Option<&'a dyn ToSql>);
+
+/// The conditions that have a value, as SQL with a `?` for each value.
+pub(super) struct Conditions<'a> {
+    pub(super) sql: String,
+    pub(super) values: Vec<&'a dyn ToSql>,
+}
+
+impl<'a> FromIterator<Condition<'a>> for Conditions<'a> {
+    fn from_iter<T: IntoIterator<Item = Condition<'a>>>(conditions: T) -> Self {
+        let mut sql = "true".to_owned();
+        let mut values = Vec::new();
+        for (condition, value) in conditions {
+            if let Some(value) = value {
+                sql.push_str(" AND ");
+                sql.push_str(condition);
+                values.push(value);
+            }
+        }
+        Self { sql, values }
+    }
+}
+
+pub(super) fn optional<T: ToSql>(value: Option<&T>) -> Option<&dyn ToSql> {
+    value.map(|value| value as &dyn ToSql)
+}
+
+impl RoomFilter {
+    fn conditions(&self) -> [Condition<'_>; 2] {
+        [
+            ("node = ?", optional(self.node.as_ref())),
+            ("worker = ?", optional(self.worker.as_ref())),
+        ]
+    }
+
+    fn needs_failure(&self) -> bool {
+        self.reason.is_some() || self.origin.is_some()
+    }
+
+    /// Adds the reasons that meet both reason and origin: the origin follows from the reason and has no column.
+    fn add_reasons<'a>(&self, mut conditions: Conditions<'a>) -> Conditions<'a> {
+        if self.needs_failure() {
+            let meets = |reason: &Reason| {
+                self.reason
+                    .is_none_or(|only| only.label() == reason.label())
+                    && self.origin.is_none_or(|origin| reason.origin() == origin)
+            };
+            let reasons = Reason::ALL.into_iter().filter(meets);
+            let labels: Vec<_> = reasons.map(Reason::label).collect();
+            let list = format!(" AND reason IN ('{}')", labels.join("', '"));
+            conditions.sql.push_str(&list);
+        }
+        conditions
+    }
+}
+
+fn document(row: &rusqlite::Row<'_>) -> rusqlite::Result<StoredDocument> {
+    Ok(StoredDocument {
+        id: row.get(0)?,
+        document: json(row, 1)?,
+    })
+}
+
+pub(super) fn row_limit(limit: usize) -> i64 {
     i64::try_from(limit.min(MAX_BATCHES)).unwrap_or(0)
 }
 
@@ -252,10 +440,10 @@ pub(super) fn recent_probes(
     // The inner query walks through the target's batches from the latest one and stops at the limit. Batches may overlap, so the
     // outer query sorts by time.
     let sql = "SELECT * FROM (
-                   SELECT room, batch, purpose, place, p.started_at AS began, outcome, reason,
+                   SELECT room, batch, batches.purpose, place, p.started_at AS began, outcome, reason,
                           node, region, worker, media_path, agent_version
                    FROM batches JOIN probes AS p ON batch = id
-                   WHERE target = ?1 ORDER BY id DESC, place DESC LIMIT ?2
+                   WHERE batches.target = ?1 ORDER BY id DESC, place DESC LIMIT ?2
                ) ORDER BY began DESC, batch DESC, place DESC";
     let mut statement = connection.prepare(sql)?;
     let probes = statement.query_map(params![target, row_limit(limit)], |row| {
@@ -304,16 +492,18 @@ pub(super) fn probe(
     connection: &Connection,
     room: &str,
 ) -> rusqlite::Result<Option<Box<RawValue>>> {
-    let sql =
-        "SELECT document, batch, target FROM probes JOIN batches ON id = batch WHERE room = ?1";
-    let found = connection.query_row(sql, [room], |row| {
-        let document: String = row.get(0)?;
-        let quoted = |text: String| serde_json::Value::String(text).to_string();
-        let (batch, target) = (quoted(row.get(1)?), quoted(row.get(2)?));
-        let fields = format!("\"batch_id\":{batch},\"target\":{target}");
-        raw(append(&document, &fields), 0)
-    });
+    let sql = "SELECT document, batch, target FROM probes WHERE room = ?1";
+    let found = connection.query_row(sql, [room], probe_document);
     found.optional()
+}
+
+/// The document of the first column, with the batch's id and the target of the next two.
+fn probe_document(row: &rusqlite::Row<'_>) -> rusqlite::Result<Box<RawValue>> {
+    let document: String = row.get(0)?;
+    let quoted = |text: String| serde_json::Value::String(text).to_string();
+    let (batch, target) = (quoted(row.get(1)?), quoted(row.get(2)?));
+    let fields = format!("\"batch_id\":{batch},\"target\":{target}");
+    raw(append(&document, &fields), 0)
 }
 
 pub(super) fn last_completed(
@@ -327,10 +517,6 @@ pub(super) fn last_completed(
          WHERE target = ?1 AND result <> 'aborted' AND purpose IN ('{}') ORDER BY id DESC LIMIT 1",
         labels.join("', '")
     );
-    let count = |row: &rusqlite::Row<'_>, column| {
-        let count: i64 = row.get(column)?;
-        Ok::<_, rusqlite::Error>(usize::try_from(count).unwrap_or(0))
-    };
     let last = connection.query_row(&sql, [target], |row| {
         Ok(LastBatch {
             batch_id: row.get(0)?,
@@ -343,6 +529,11 @@ pub(super) fn last_completed(
         })
     });
     last.optional()
+}
+
+pub(super) fn count(row: &rusqlite::Row<'_>, column: usize) -> rusqlite::Result<usize> {
+    let count: i64 = row.get(column)?;
+    Ok(usize::try_from(count).unwrap_or(0))
 }
 
 pub(super) fn has_seen_agent(

@@ -3,6 +3,7 @@
 use chrono::{DateTime, Utc};
 use rusqlite::{Transaction, params};
 
+use super::statistics::{self, RoomSample};
 use super::store::millis;
 use crate::config::{Project, Target};
 use crate::probe::{Circumstances, MediaPath, Milestone};
@@ -32,6 +33,8 @@ struct ProbeRecord {
     started_at: DateTime<Utc>,
     circumstances: Circumstances,
     is_recorded: bool,
+    /// `None` if the room shows nothing of the target.
+    sample: Option<RoomSample>,
     document: String,
 }
 
@@ -46,6 +49,7 @@ impl BatchRecord {
                 started_at: probe.started_at,
                 circumstances: probe.circumstances.clone(),
                 is_recorded: probe.recording.is_some(),
+                sample: RoomSample::of(probe),
                 document: json::of_probe(probe, project),
             }
         });
@@ -98,8 +102,8 @@ impl BatchRecord {
         }
         let mut statement = transaction.prepare(
             "INSERT INTO probes (room, batch, place, outcome, reason, started_at, document,
-                                 node, region, worker, media_path, agent_version)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                                 node, region, worker, media_path, agent_version, target, purpose)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
         )?;
         for (place, probe) in self.probes.iter().enumerate() {
             let Circumstances {
@@ -122,7 +126,13 @@ impl BatchRecord {
                 worker,
                 media_path.map(MediaPath::label),
                 agent_version,
+                self.target,
+                self.purpose.label(),
             ])?;
+        }
+        if self.purpose == Purpose::Scheduled {
+            let samples = self.probes.iter().filter_map(|probe| probe.sample);
+            statistics::add(transaction, &self.target, samples)?;
         }
         if let Some(agent_name) = &self.agent_seen {
             transaction.execute(

@@ -15,9 +15,11 @@ use chrono::{DateTime, Months, NaiveTime, TimeDelta, Utc};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior, params};
 
 use super::OpenError;
+use super::events::HistoryEvent;
 use super::incidents::{DetectionRows, IncidentRecord, OutboxMessage};
 use super::ledger::{LedgerRow, LedgerSum, LoadedLedger};
 use super::record::BatchRecord;
+use super::statistics;
 use crate::config::{self, Period};
 use crate::livekit::RoomName;
 use crate::report::Purpose;
@@ -39,7 +41,7 @@ const SUMMED_UP: &str = "";
 ///
 /// Our own few lines, because the newest `rusqlite_migration` (2.6) needs rusqlite 0.40. Its libsqlite3-sys links the
 /// same native library as that of our rusqlite 0.43, and cargo allows only one of them.
-pub(super) const MIGRATIONS: Migrations<'static> = &[VERSION_1, VERSION_2];
+pub(super) const MIGRATIONS: Migrations<'static> = &[VERSION_1, VERSION_2, VERSION_3];
 
 /// SQL scripts, in the order in which they run.
 pub(super) type Migrations<'a> = &'a [&'a str];
@@ -129,6 +131,91 @@ const VERSION_2: &str = "
         created_at INTEGER NOT NULL,
         document TEXT NOT NULL
     ) STRICT;
+";
+
+/// Lists by every filter, statistics and events.
+///
+/// A document lies in front of the later columns of its row, mostly on further pages. So each list is filtered on an index that
+/// has all columns of its filter, and reads the documents of the result only.
+const VERSION_3: &str = "
+    CREATE INDEX batches_by_time ON batches (started_at, id, purpose, target, result, ok, failed);
+
+    ALTER TABLE probes ADD COLUMN target TEXT NOT NULL DEFAULT '';
+    ALTER TABLE probes ADD COLUMN purpose TEXT NOT NULL DEFAULT 'scheduled';
+    UPDATE probes SET target = batches.target, purpose = batches.purpose FROM batches WHERE id = batch;
+    DROP INDEX probes_of_batch;
+    CREATE INDEX probes_of_batch ON probes (batch, place, target, purpose, reason, node, worker);
+    CREATE INDEX probes_by_time ON probes (started_at, target, purpose, outcome, reason, node, worker);
+    CREATE INDEX probes_not_ok ON probes (started_at, target, purpose, outcome, reason, node, worker)
+        WHERE outcome <> 'ok';
+
+    CREATE TABLE events (
+        id TEXT PRIMARY KEY,
+        at INTEGER NOT NULL,
+        target TEXT,
+        kind TEXT NOT NULL,
+        text TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX events_by_time ON events (at);
+
+    CREATE TABLE statistics (
+        width INTEGER NOT NULL,
+        start INTEGER NOT NULL,
+        target TEXT NOT NULL,
+        ok INTEGER NOT NULL,
+        failed INTEGER NOT NULL,
+        join_delays TEXT NOT NULL,
+        first_speech_delays TEXT NOT NULL,
+        reply_delays TEXT NOT NULL,
+        PRIMARY KEY (width, start, target)
+    ) STRICT, WITHOUT ROWID;
+    WITH
+        rooms AS MATERIALIZED (
+            SELECT target, started_at, outcome,
+                   iif(document ->> '$.join_upper_bound', NULL, document ->> '$.join_delay_seconds') AS join_delay,
+                   document ->> '$.first_speech_delay_seconds' AS first_speech_delay,
+                   document ->> '$.reply_delay_seconds' AS reply_delay
+            FROM probes WHERE purpose = 'scheduled' AND outcome IN ('ok', 'failed')
+        ),
+        widths (width) AS (VALUES (3600000), (86400000)),
+        delays AS (
+            SELECT target, started_at, 'join' AS kind, CAST(round(join_delay * 1e6) AS INTEGER) / 1000 AS delay FROM rooms
+            UNION ALL
+            SELECT target, started_at, 'first_speech', CAST(round(first_speech_delay * 1e6) AS INTEGER) / 1000
+            FROM rooms
+            UNION ALL
+            SELECT target, started_at, 'reply', CAST(round(reply_delay * 1e6) AS INTEGER) / 1000 FROM rooms
+        ),
+        classes AS (
+            SELECT width, started_at / width * width AS start, target, kind, count(*) AS rooms,
+                   CASE WHEN delay < 128 THEN delay
+                        WHEN delay < 256 THEN delay / 2 * 2
+                        WHEN delay < 512 THEN delay / 4 * 4
+                        WHEN delay < 1024 THEN delay / 8 * 8
+                        WHEN delay < 2048 THEN delay / 16 * 16
+                        WHEN delay < 4096 THEN delay / 32 * 32
+                        WHEN delay < 8192 THEN delay / 64 * 64
+                        WHEN delay < 16384 THEN delay / 128 * 128
+                        WHEN delay < 32768 THEN delay / 256 * 256
+                        ELSE delay / 512 * 512 END AS class
+            FROM delays, widths WHERE delay IS NOT NULL GROUP BY 1, 2, 3, 4, 6
+        ),
+        histograms AS (
+            SELECT width, start, target, kind, json_group_object(CAST(class AS TEXT), rooms) AS delays
+            FROM classes GROUP BY 1, 2, 3, 4
+        ),
+        counts AS (
+            SELECT width, started_at / width * width AS start, target,
+                   sum(outcome = 'ok') AS ok, sum(outcome = 'failed') AS failed
+            FROM rooms, widths GROUP BY 1, 2, 3
+        )
+    INSERT INTO statistics
+    SELECT width, start, target, ok, failed,
+           coalesce(max(delays) FILTER (WHERE kind = 'join'), '{}'),
+           coalesce(max(delays) FILTER (WHERE kind = 'first_speech'), '{}'),
+           coalesce(max(delays) FILTER (WHERE kind = 'reply'), '{}')
+    FROM counts LEFT JOIN histograms USING (width, start, target)
+    GROUP BY width, start, target, ok, failed;
 ";
 
 /// How long a statement waits for another connection. Only a reader that recovers the write-ahead log holds one up.
@@ -313,6 +400,13 @@ impl Store {
     pub(super) fn write_detections(&mut self, rows: &DetectionRows) -> rusqlite::Result<()> {
         let transaction = self.begin("FULL")?;
         insert_detections(&transaction, rows)?;
+        transaction.commit()
+    }
+
+    /// Durable when it returns.
+    pub(super) fn write_event(&mut self, event: &HistoryEvent) -> rusqlite::Result<()> {
+        let transaction = self.begin("FULL")?;
+        event.insert(&transaction)?;
         transaction.commit()
     }
 
@@ -874,7 +968,12 @@ fn delete_old(
             incidents,
             params![before(limits.keep_failures), STEP_BATCHES],
         )?
-        + transaction.execute(rooms, params![start_of_month(now, 2), STEP_ROOMS])?;
+        + transaction.execute(rooms, params![start_of_month(now, 2), STEP_ROOMS])?
+        + transaction.execute(
+            "DELETE FROM events WHERE at < ?1",
+            params![before(limits.keep)],
+        )?
+        + statistics::delete_old(transaction, now)?;
     Ok(deleted > 0)
 }
 
@@ -968,12 +1067,12 @@ fn delete_batches(
     transaction.execute(&sql, [STEP_BATCHES])
 }
 
-/// Bytes of the ledger, and of what the detection keeps.
+/// Bytes of the ledger, of what the detection keeps, and of statistics and events.
 fn other_bytes(transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
     transaction.query_row(
         "SELECT coalesce(sum(pgsize), 0) FROM dbstat WHERE aggregate = TRUE AND name IN
          (SELECT name FROM sqlite_schema
-          WHERE tbl_name IN ('rooms', 'incidents', 'outbox', 'target_states'))",
+          WHERE tbl_name IN ('rooms', 'incidents', 'outbox', 'target_states', 'events', 'statistics'))",
         [],
         |row| row.get(0),
     )

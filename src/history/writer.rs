@@ -1,4 +1,4 @@
-//! The one thread that writes: ledger rows first, then what the detection keeps, then batches. In between it deletes what is too
+//! The one thread that writes: ledger rows first, then what the detection keeps, then events and batches. In between it deletes what is too
 //! old or too large.
 //!
 //! It retries what it can't write: ledger rows without limit, everything else up to a bound.
@@ -190,6 +190,7 @@ impl HistoryWriter {
     fn write(&mut self) -> rusqlite::Result<()> {
         self.write_ledger()?;
         self.write_detections()?;
+        self.write_events()?;
         while let Some(record) = self.shared.next_record() {
             let store = self.store.as_mut().expect("opened before this call");
             match store.write_record(&record) {
@@ -212,6 +213,7 @@ impl HistoryWriter {
             // Neither a reservation nor an outage that came in meanwhile may wait for the remaining batches.
             self.write_ledger()?;
             self.write_detections()?;
+            self.write_events()?;
         }
         if Instant::now() >= self.delete_expired_at {
             self.delete_expired()?;
@@ -268,6 +270,21 @@ impl HistoryWriter {
             }
         }
         self.shared.detections_written(change);
+        Ok(())
+    }
+
+    fn write_events(&mut self) -> rusqlite::Result<()> {
+        while let Some(event) = self.shared.next_event() {
+            let store = self.store.as_mut().expect("opened before this call");
+            match store.write_event(&event) {
+                Err(error) if is_of_content(&error) => {
+                    tracing::error!(%error, "can't write an event to the history: it is dropped");
+                    self.shared.count_fault();
+                }
+                written => written?,
+            }
+            self.shared.event_done();
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::response::HttpError;
+use crate::config::SensitiveAccess;
 
 /// Proof that a request may change the daemon's state. Only [`permit_change`] creates one.
 #[derive(Debug)]
@@ -17,14 +18,51 @@ pub(super) struct ChangePermit {
 }
 
 /// What protects the daemon.
-#[derive(Debug, Clone, Copy)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact of its own, and any combination can be configured"
+)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Protection {
     /// The caller has authenticated the request.
     pub(super) has_users: bool,
+    /// The handshake has verified the certificate of every client.
+    pub(super) has_client_certificates: bool,
     /// `http.enable_lifecycle` is set.
     pub(super) enable_lifecycle: bool,
     /// `http.listen` is a loopback address.
     pub(super) on_loopback: bool,
+    /// `http.sensitive`.
+    pub(super) sensitive: SensitiveAccess,
+}
+
+/// Why a document lacks what people said, and what shows it.
+pub(super) const WITHHELD: &str = "transcripts and recordings are withheld: reading them requires users (basic_auth_users in \
+     http.web_config_file), client certificates (client_auth_type: RequireAndVerifyClientCert), a loopback address in \
+     http.listen, or http.sensitive = \"everyone\"";
+
+impl Protection {
+    /// Whether the client of an allowed request may also read what people said: transcripts and recordings. Every path that
+    /// serves such data asks this.
+    pub(super) fn is_sensitive_allowed(self) -> bool {
+        match self.sensitive {
+            SensitiveAccess::Everyone => true,
+            SensitiveAccess::Users => {
+                self.has_users || self.has_client_certificates || self.on_loopback
+            }
+        }
+    }
+
+    /// For a path that serves nothing else.
+    ///
+    /// # Errors
+    /// 403 with the setting that would have to change.
+    pub(super) fn check_sensitive(self) -> Result<(), HttpError> {
+        if self.is_sensitive_allowed() {
+            return Ok(());
+        }
+        Err(HttpError::new(StatusCode::FORBIDDEN, WITHHELD))
+    }
 }
 
 /// Checks that a request reaches what it was sent to: if the loopback address is the only protection, a page whose name
@@ -44,7 +82,6 @@ pub(super) fn check_host(headers: &HeaderMap, protection: Protection) -> Result<
 
 /// Checks that a request may change the daemon's state.
 ///
-///
 /// # Errors
 /// 403 with the setting or the header that would have to change.
 pub(super) fn permit_change(
@@ -56,6 +93,7 @@ pub(super) fn permit_change(
         has_users,
         enable_lifecycle,
         on_loopback,
+        ..
     } = protection;
     if !has_users && !enable_lifecycle && !on_loopback {
         return forbidden(
@@ -222,6 +260,47 @@ mod tests {
             assert_eq!(is_for_private_host(&headers), private, "{host}");
         }
         assert!(!is_for_private_host(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn what_people_said_needs_users_certificates_loopback_or_the_setting() {
+        let none = Protection::default();
+        // The permission to change something is no permission to read this.
+        let lifecycle = Protection {
+            enable_lifecycle: true,
+            ..none
+        };
+        for closed in [none, lifecycle] {
+            assert!(!closed.is_sensitive_allowed(), "{closed:?}");
+            for way_out in [
+                "basic_auth_users",
+                "client_auth_type",
+                "http.listen",
+                "http.sensitive",
+            ] {
+                assert!(WITHHELD.contains(way_out), "{way_out}");
+            }
+        }
+        for open in [
+            Protection {
+                has_users: true,
+                ..none
+            },
+            Protection {
+                has_client_certificates: true,
+                ..none
+            },
+            Protection {
+                on_loopback: true,
+                ..none
+            },
+            Protection {
+                sensitive: SensitiveAccess::Everyone,
+                ..none
+            },
+        ] {
+            assert!(open.is_sensitive_allowed(), "{open:?}");
+        }
     }
 
     #[test]

@@ -54,6 +54,11 @@ impl ClientAuth {
         }
     }
 
+    /// Whether every client has proven who it is, before its first request.
+    pub(super) fn identifies_every_client(self) -> bool {
+        self.is_mandatory() && self.verifies()
+    }
+
     /// Whether a certificate must come from the authority in `client_ca_file`.
     fn verifies(self) -> bool {
         match self {

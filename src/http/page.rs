@@ -1,221 +1,283 @@
-//! The status page: plain HTML without scripts and without external resources.
+//! The pages for people: what fails, since when, and room by room what happened.
+//!
+//! HTML that is complete without its one script, which only follows what changes. Links are relative, so that the pages work behind
+//! a prefix of a proxy.
 
-use std::fmt::{self, Display, Formatter, Write};
+mod batch;
+mod docs;
+mod document;
+mod figure;
+mod incident;
+mod layout;
+mod list;
+mod overview;
+mod past;
+mod probe;
+mod target;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use http::{StatusCode, Uri};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tracing::warn;
 
-use super::status::{DaemonStage, ProjectStatus, Status, TargetStatus};
+use self::document::{BatchDocument, IncidentDocument, ProbeDocument};
+use self::incident::Sides;
+pub(super) use self::layout::{POLICY, Tone};
+use self::list::List;
+use self::overview::Overview;
+use self::past::Past;
+use self::target::TargetPage;
+use super::api::{self, Api};
+use super::response::HttpError;
+use super::status::Status;
+use crate::history::{BatchFilter, EventFilter, IncidentFilter, MAX_BATCHES, ReadError};
 
-/// Allows only the inline style. A name that was not escaped could neither load nor run anything.
-pub(super) const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; \
-                                 frame-ancestors 'none'";
+/// The files that all pages use, by their names, and the type of each.
+pub(super) const ASSETS: [(&str, &str, &str); 2] = [
+    (
+        "style.css",
+        "text/css; charset=utf-8",
+        include_str!("page/style.css"),
+    ),
+    (
+        "live.js",
+        "text/javascript; charset=utf-8",
+        include_str!("page/live.js"),
+    ),
+];
 
-const STYLE: &str = "\
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { margin: 1rem auto; padding: 0 1rem; max-width: 75rem }
-div { overflow-x: auto }
-table { border-collapse: collapse; width: 100% }
-th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8884 }
-small { opacity: .75; display: block }
-.ok { color: light-dark(#17692f, #6fd58c) }
-.bad { color: light-dark(#b3261e, #ff8a80) }";
+/// Batches that a page lists.
+const RECENT_BATCHES: usize = 20;
+/// Incidents that the page of a target lists.
+const RECENT_INCIDENTS: usize = 10;
 
-/// The page as it is at `now`.
-pub(super) fn render(status: &Status, now: DateTime<Utc>) -> String {
-    let mut page = String::with_capacity(4096);
-    write_page(&mut page, status, now).expect("writing to a String cannot fail");
-    page
+/// Why there is no page.
+#[derive(Debug)]
+pub(super) enum PageError {
+    Http(HttpError),
+    /// A document of the history is not as this version expects it.
+    Document(serde_json::Error),
+    History(ReadError),
 }
 
-fn write_page(page: &mut String, status: &Status, now: DateTime<Utc>) -> fmt::Result {
-    write!(
-        page,
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>livekit-canary</title>\n<style>\n{STYLE}\n</style>\n<h1>livekit-canary</h1>\n\
-         <p>Version {}, {}, up since {}. Times are UTC.</p>\n",
-        Escaped(status.version),
-        match status.stage {
-            DaemonStage::Starting => "starting",
-            DaemonStage::Running => "running",
-            DaemonStage::Draining => "draining: no new batch starts",
-        },
-        RelativeTime(status.started_at, now),
-    )?;
-    if let Some(error) = status
-        .last_reload
-        .as_ref()
-        .and_then(|reload| reload.error.as_ref())
-    {
-        write!(
-            page,
-            "<p class=\"bad\">The last reload was refused; the settings before it are in force.</p>\n<pre>{}</pre>\n",
-            Escaped(error)
-        )?;
+impl From<ReadError> for PageError {
+    fn from(error: ReadError) -> Self {
+        Self::History(error)
     }
-    page.push_str(
-        "<h2>Targets</h2>\n<div><table>\n\
-         <tr><th>Target<th>State<th>Last batch<th>Next batch\n",
-    );
-    for target in &status.targets {
-        write_target(page, target, now)?;
-    }
-    page.push_str(
-        "</table></div>\n<h2>Projects</h2>\n<div><table>\n<tr><th>Project<th>Rooms<th>Agent time\n",
-    );
-    for project in &status.projects {
-        write_project(page, project, now)?;
-    }
-    page.push_str(
-        "</table></div>\n<p><a href=\"/metrics\">Metrics</a>, API: <a href=\"/api/v1/targets\">targets</a>, \
-         <a href=\"/api/v1/batches\">batches</a>, <a href=\"/api/v1/incidents\">incidents</a></p>\n</html>\n",
-    );
-    Ok(())
 }
 
-fn write_target(page: &mut String, target: &TargetStatus, now: DateTime<Utc>) -> fmt::Result {
-    write!(
-        page,
-        "<tr><td><b>{}</b><small>{} on {}</small><td>",
-        Escaped(&target.name),
-        Escaped(target.agent_name.as_deref().unwrap_or("any agent")),
-        Escaped(&target.project),
-    )?;
-    let class = match target.state {
-        "healthy" => "ok",
-        "failing" | "suspect" => "bad",
-        _ => "",
-    };
-    write!(
-        page,
-        "<span class=\"{class}\">{}</span>",
-        Escaped(target.state)
-    )?;
-    if let Some(incident) = &target.incident {
-        write!(
-            page,
-            ": <a href=\"/api/v1/incidents/{0}\">incident {0}</a>",
-            Escaped(incident)
-        )?;
+impl From<HttpError> for PageError {
+    fn from(error: HttpError) -> Self {
+        Self::Http(error)
     }
-    write!(
-        page,
-        "<small>since {}</small>",
-        RelativeTime(target.state_since, now)
-    )?;
-    match (&target.running, &target.confirming, target.paused) {
-        (Some(_), _, _) => page.push_str("running"),
-        (None, Some(_), _) => page.push_str("confirming"),
-        (None, None, true) => page.push_str("paused"),
-        (None, None, false) => page.push_str("waiting"),
+}
+
+impl From<serde_json::Error> for PageError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Document(error)
     }
-    if let Some(why) = &target.held_back {
-        write!(page, "<small class=\"bad\">{}</small>", Escaped(why))?;
+}
+
+/// What the pages show, at one moment.
+pub(super) struct Pages<'a> {
+    pub(super) status: &'a Status,
+    /// Withholds what the reader may not see.
+    pub(super) api: Api<'a>,
+    pub(super) now: DateTime<Utc>,
+}
+
+impl Pages<'_> {
+    /// The first page. Without the history it shows what the daemon knows by itself.
+    pub(super) async fn overview(&self) -> Result<String, PageError> {
+        let past = self.past(None).await;
+        let overview = Overview {
+            status: self.status,
+            past: without_history(past)?,
+            now: self.now,
+        };
+        Ok(overview.render())
     }
-    page.push_str("<td>");
-    match &target.last_batch {
-        None => page.push_str("none yet"),
-        Some(batch) => {
-            write!(
-                page,
-                "<a href=\"/api/v1/batches/{}\" class=\"{}\">{}</a>: {} ok, {} failed",
-                Escaped(&batch.batch_id),
-                if batch.result == "ok" { "ok" } else { "bad" },
-                Escaped(&batch.result),
-                batch.ok,
-                batch.failed,
-            )?;
-            if batch.aborted > 0 {
-                write!(page, ", {} aborted", batch.aborted)?;
-            }
-            write!(page, "<small>{}</small>", RelativeTime(batch.ended_at, now))?;
+
+    pub(super) async fn target(&self, name: &str) -> Result<String, PageError> {
+        let missing = || {
+            HttpError::new(
+                StatusCode::NOT_FOUND,
+                "no target has this name; the first page lists all targets",
+            )
+        };
+        let target = self
+            .status
+            .targets
+            .iter()
+            .find(|target| target.name == name);
+        let target = target.ok_or_else(missing)?;
+        let past = self.past(Some(name)).await;
+        let page = TargetPage {
+            target,
+            past: without_history(past)?,
+            now: self.now,
+        };
+        Ok(page.render())
+    }
+
+    /// A batch that has ended, or one that is running.
+    pub(super) async fn batch(&self, id: &str) -> Result<String, PageError> {
+        let running = self.status.targets.iter().find(|target| {
+            [&target.running, &target.confirming]
+                .into_iter()
+                .flatten()
+                .any(|running| running == id)
+        });
+        if let Some(target) = running {
+            return Ok(batch::render_running(id, target));
+        }
+        let document = self.api.find_batch(id).await?;
+        let batch: BatchDocument = serde_json::from_str(document.get())?;
+        Ok(batch::render(&batch, self.now))
+    }
+
+    pub(super) async fn probe(&self, room: &str) -> Result<String, PageError> {
+        let document = self.api.find_probe(room).await?;
+        let probe: ProbeDocument = serde_json::from_str(document.get())?;
+        Ok(probe::render(&probe, self.now))
+    }
+
+    pub(super) async fn incident(&self, id: &str) -> Result<String, PageError> {
+        let document = self.api.find_incident(id).await?;
+        let incident: IncidentDocument = serde_json::from_str(document.get())?;
+        let sides = Sides {
+            good: self.side(incident.last_good()).await?,
+            bad: self.side(incident.first_bad()).await?,
+        };
+        Ok(incident::render(&incident, &sides, self.now))
+    }
+
+    pub(super) async fn batches(&self, uri: &Uri) -> Result<String, PageError> {
+        let query = list::query_of(uri);
+        let (filter, _) = api::batch_filter(&query)?;
+        let (found, next) = self.api.find_batches(filter).await?;
+        let batches = read_all(found.iter().map(|it| &it.document))?;
+        Ok(list::batches(&batches, &self.list(&query, next)))
+    }
+
+    pub(super) async fn probes(&self, uri: &Uri) -> Result<String, PageError> {
+        let query = list::query_of(uri);
+        let (filter, _) = api::probe_filter(&query)?;
+        let (found, next) = self.api.find_probes(filter).await?;
+        let probes = read_all(found.iter().map(|it| &it.document))?;
+        Ok(list::probes(&probes, &self.list(&query, next)))
+    }
+
+    pub(super) async fn incidents(&self, uri: &Uri) -> Result<String, PageError> {
+        let query = list::query_of(uri);
+        let filter = api::incident_filter(&query)?;
+        let (found, next) = self.api.find_incidents(filter).await?;
+        let incidents = read_all(found.iter().map(|it| &it.document))?;
+        Ok(list::incidents(&incidents, &self.list(&query, next)))
+    }
+
+    fn list<'a>(&'a self, query: &'a Uri, next: Option<String>) -> List<'a> {
+        List {
+            targets: self
+                .status
+                .targets
+                .iter()
+                .map(|target| target.name.as_str())
+                .collect(),
+            query,
+            next,
+            now: self.now,
         }
     }
-    page.push_str("<td>");
-    match target.next_batch_at {
-        _ if target.paused => page.push_str("paused"),
-        None => page.push_str("none"),
-        Some(at) => write!(page, "{}", RelativeTime(at, now))?,
-    }
-    writeln!(page, "<small>{}</small>", Escaped(&target.schedule))
-}
 
-fn write_project(page: &mut String, project: &ProjectStatus, now: DateTime<Utc>) -> fmt::Result {
-    write!(
-        page,
-        "<tr><td><b>{}</b><small>{}</small><td>{} of {}",
-        Escaped(&project.name),
-        Escaped(&project.url),
-        project.rooms_in_flight,
-        project.max_rooms,
-    )?;
-    if let Some(until) = project.backoff_until {
-        write!(
-            page,
-            "<small class=\"bad\">backing off until {}</small>",
-            RelativeTime(until, now)
-        )?;
-    }
-    page.push_str("<td>");
-    for budget in &project.budgets {
-        let (used, reserved) = (budget.used_seconds, budget.reserved_seconds);
-        write!(
-            page,
-            "this {}: {} min used",
-            Escaped(budget.period),
-            used.div_ceil(60)
-        )?;
-        if reserved > 0 {
-            write!(page, ", {} reserved", reserved.div_ceil(60))?;
-        }
-        if let Some(limit) = budget.limit_seconds {
-            write!(page, ", limit {}", limit / 60)?;
-        }
-        page.push_str("<br>");
-    }
-    page.push('\n');
-    Ok(())
-}
-
-/// Text that is safe between tags and inside a quoted attribute.
-struct Escaped<'a>(&'a str);
-
-impl Display for Escaped<'_> {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        self.0.chars().try_for_each(|char| match char {
-            '&' => f.write_str("&amp;"),
-            '<' => f.write_str("&lt;"),
-            '>' => f.write_str("&gt;"),
-            '"' => f.write_str("&quot;"),
-            '\'' => f.write_str("&#39;"),
-            char => f.write_char(char),
+    /// What a page shows of the history: of one target; otherwise of all targets, and only the open incidents.
+    async fn past(&self, target: Option<&str>) -> Result<Past, PageError> {
+        let incidents = IncidentFilter {
+            target: target.map(str::to_owned),
+            open: target.is_none().then_some(true),
+            limit: if target.is_none() {
+                MAX_BATCHES
+            } else {
+                RECENT_INCIDENTS
+            },
+            ..IncidentFilter::default()
+        };
+        let batches = BatchFilter {
+            target: target.map(str::to_owned),
+            limit: RECENT_BATCHES,
+            ..BatchFilter::default()
+        };
+        let events = EventFilter {
+            target: target.map(str::to_owned),
+            since: Some(self.now - TimeDelta::days(30)),
+            limit: MAX_BATCHES,
+            ..EventFilter::default()
+        };
+        let history = self.api.history;
+        let incidents = history.incidents(incidents).await?;
+        let batches = history.batches(batches).await?;
+        Ok(Past {
+            incidents: read_all(incidents.iter().map(|it| &it.document))?,
+            batches: read_all(batches.iter().map(|it| &it.document))?,
+            statistics: history.statistics(self.now).await?,
+            events: history.events(events).await?,
         })
     }
-}
 
-/// A time, and its distance from now: `2026-11-24 13:15:00 (2 min ago)`.
-struct RelativeTime(DateTime<Utc>, DateTime<Utc>);
-
-impl Display for RelativeTime {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self(at, now) = self;
-        let distance = *now - *at;
-        let (before, after) = if distance < TimeDelta::zero() {
-            ("in ", "")
-        } else {
-            ("", " ago")
+    /// All that the history has of a room of an incident. It may have been deleted before the incident.
+    async fn side(
+        &self,
+        sample: Option<&document::SampleDocument>,
+    ) -> Result<Option<ProbeDocument>, PageError> {
+        let Some(sample) = sample else {
+            return Ok(None);
         };
-        let seconds = distance.num_seconds().unsigned_abs();
-        let (number, unit) = match seconds {
-            0..120 => (seconds, "s"),
-            120..7_200 => (seconds / 60, "min"),
-            7_200..172_800 => (seconds / 3_600, "h"),
-            _ => (seconds / 86_400, "days"),
+        let Ok(document) = self.api.find_probe(&sample.room).await else {
+            return Ok(None);
         };
-        write!(
-            f,
-            "{} ({before}{number} {unit}{after})",
-            at.format("%Y-%m-%d %H:%M:%S")
-        )
+        Ok(Some(serde_json::from_str(document.get())?))
     }
 }
+
+/// A document of `docs/` as a page.
+///
+/// # Errors
+/// 404 if there is none of this name.
+pub(super) fn docs(name: &str) -> Result<String, PageError> {
+    let missing = || {
+        HttpError::new(
+            StatusCode::NOT_FOUND,
+            "no document has this name; docs/reasons links to all of them",
+        )
+    };
+    Ok(docs::render(name).ok_or_else(missing)?)
+}
+
+/// The page of an error. `depth` is the number of folders above the page.
+pub(super) fn error(text: &str, depth: usize) -> String {
+    let root = ["./", "../"].get(depth).copied().unwrap_or("../");
+    layout::error(text, root)
+}
+
+/// A history that can't be read takes only its part of a page away.
+fn without_history(past: Result<Past, PageError>) -> Result<Option<Past>, PageError> {
+    match past {
+        Err(PageError::History(error)) => {
+            warn!("HTTP: a page lacks the history: {error}");
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
+}
+
+fn read_all<'a, T: Deserialize<'a>>(
+    documents: impl Iterator<Item = &'a Box<RawValue>>,
+) -> serde_json::Result<Vec<T>> {
+    documents
+        .map(|document| serde_json::from_str(document.get()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

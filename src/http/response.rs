@@ -5,19 +5,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use serde::Serialize;
 
+use super::stream::EventBody;
 use crate::metrics::{InternalError, Metrics};
 
-pub(super) type ServerResponse = Response<Full<Bytes>>;
+pub(super) type ServerResponse = Response<Either<Full<Bytes>, EventBody>>;
 
 pub(super) fn response(
     status: StatusCode,
     content_type: &'static str,
     body: impl Into<Bytes>,
 ) -> ServerResponse {
-    let mut response = Response::new(Full::new(body.into()));
+    let mut response = Response::new(Either::Left(Full::new(body.into())));
     *response.status_mut() = status;
     response
         .headers_mut()
@@ -60,7 +61,10 @@ impl HttpError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, text)
     }
 
-    #[cfg(test)]
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
     pub(super) fn text(&self) -> &str {
         &self.text
     }

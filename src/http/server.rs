@@ -52,7 +52,7 @@ pub(crate) async fn serve(
     let on_loopback = listener
         .local_addr()
         .is_ok_and(|address| address.ip().to_canonical().is_loopback());
-    let state = Arc::new(AppState::new(on_loopback, web, sources));
+    let state = Arc::new(AppState::new(on_loopback, web, sources, shutdown.clone()));
     let mut clients = Clients::default();
     while let Some(stream) = select! {
         () = shutdown.cancelled() => None,

@@ -37,6 +37,11 @@ pub(crate) struct TargetStatus {
     pub(crate) dispatch: &'static str,
     /// As in the settings, such as `every 15m`.
     pub(crate) schedule: String,
+    /// Rooms of a batch.
+    pub(crate) rooms: usize,
+    /// The most agent time that all rooms of a batch can use.
+    pub(crate) worst_case_seconds: u64,
+    pub(crate) objectives: ObjectivesStatus,
     pub(crate) paused: bool,
     /// `unknown`, `healthy`, `suspect` or `failing`.
     pub(crate) state: &'static str,
@@ -52,6 +57,15 @@ pub(crate) struct TargetStatus {
     pub(crate) last_batch: Option<LastBatch>,
     /// Why no batch could start now: a back-off or a budget, as text for people.
     pub(crate) held_back: Option<String>,
+}
+
+/// How soon an event must come to count as good.
+#[derive(Debug, Clone, Serialize)]
+#[expect(clippy::struct_field_names, reason = "keys of the API with their unit")]
+pub(crate) struct ObjectivesStatus {
+    pub(crate) join_within_seconds: f64,
+    pub(crate) first_speech_within_seconds: f64,
+    pub(crate) reply_within_seconds: f64,
 }
 
 #[derive(Debug, Clone, Serialize)]

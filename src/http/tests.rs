@@ -35,8 +35,10 @@ use super::*;
 use crate::config;
 use crate::history::{History, LastBatch};
 use crate::livekit::RoomName;
+use crate::livekit::event::TranscriptText;
 use crate::metrics::{Build, Metrics};
 use crate::recording;
+use crate::report::sample::{mixed, project};
 
 /// The beginning of a line that every scrape has.
 const SERIES: &str = "\nlivekit_canary_history_degraded ";
@@ -59,6 +61,13 @@ fn status() -> Status {
             agent_name: Some("support-agent".to_owned()),
             dispatch: "explicit",
             schedule: "every 15m".to_owned(),
+            rooms: 3,
+            worst_case_seconds: 360,
+            objectives: ObjectivesStatus {
+                join_within_seconds: 5.0,
+                first_speech_within_seconds: 8.0,
+                reply_within_seconds: 5.0,
+            },
             paused: false,
             state: "failing",
             state_since: "2026-11-24T12:01:00Z".parse().unwrap(),
@@ -102,6 +111,7 @@ struct HttpFixture {
     status: watch::Sender<Arc<Status>>,
     health: Health,
     control: mpsc::Receiver<Control>,
+    progress: LiveProgress,
     history: History,
     shutdown: CancellationToken,
     task: JoinHandle<()>,
@@ -136,12 +146,14 @@ impl HttpFixture {
             ..config::HistorySettings::default()
         })
         .unwrap();
+        let progress = LiveProgress::default();
         let sources = Sources {
             metrics: metrics.clone(),
             status: status_receiver,
             health: health.clone(),
             history: history.clone(),
             control: control_sender,
+            progress: progress.clone(),
         };
         let web = WebConfig::load(http).unwrap();
         let shutdown = CancellationToken::new();
@@ -151,6 +163,7 @@ impl HttpFixture {
             status,
             health,
             control,
+            progress,
             history,
             shutdown: shutdown.clone(),
             task: tokio::spawn(serve(listener, web, sources, shutdown)),
@@ -304,6 +317,31 @@ async fn every_path_responds_with_its_content_type_and_forbids_storing() {
             "application/json",
             "{\"incidents\":[],\"next_before\":null}\n",
         ),
+        (
+            "/api/v1/probes?outcome=failed&since=2026-09-21T14:00:00Z",
+            "application/json",
+            "{\"probes\":[],\"next_before\":null}\n",
+        ),
+        (
+            "/api/v1/probes?format=csv",
+            "text/csv; charset=utf-8; header=present",
+            "room,batch_id,target,",
+        ),
+        (
+            "/api/v1/batches?format=csv",
+            "text/csv; charset=utf-8; header=present",
+            "batch_id,target,",
+        ),
+        (
+            "/api/v1/events?target=support",
+            "application/json",
+            "{\"events\":[],\"next_before\":null}\n",
+        ),
+        (
+            "/api/v1/statistics",
+            "application/json",
+            "\"targets\":[]}\n",
+        ),
         // A path outside the API ignores a query, because a scraper may add one.
         (
             "/metrics?a=b",
@@ -424,6 +462,7 @@ async fn unknown_path_is_404_and_wrong_method_is_405_with_the_allowed_methods() 
         (Method::POST, "/metrics", "GET, HEAD"),
         (Method::PUT, "/", "GET, HEAD"),
         (Method::OPTIONS, "/api/v1/targets", "GET, HEAD"),
+        (Method::DELETE, "/api/v1/events", "GET, HEAD, POST"),
         (Method::GET, "/-/reload", "POST"),
         (Method::HEAD, "/-/reload", "POST"),
         (Method::DELETE, "/api/v1/targets/support/pause", "POST"),
@@ -445,19 +484,25 @@ async fn unknown_path_is_404_and_wrong_method_is_405_with_the_allowed_methods() 
 #[tokio::test]
 async fn api_names_what_is_missing_and_what_is_wrong_in_a_query() {
     let mut server = HttpFixture::start().await;
-    for path in ["/api/v1/batches/none", "/api/v1/probes/none"] {
+    for (path, list) in [
+        ("/api/v1/batches/none", "/api/v1/batches"),
+        ("/api/v1/probes/none", "/api/v1/probes"),
+        ("/api/v1/incidents/none", "/api/v1/incidents"),
+        ("/api/v1/targets/none/badge.svg", "/api/v1/targets"),
+    ] {
         let (status, error) = server.get(path).await.error();
         assert_eq!(status, 404);
-        assert!(error.contains("/api/v1/batches"), "{error}");
+        assert!(error.contains(list), "{error}");
     }
-    let (status, error) = server.get("/api/v1/incidents/none").await.error();
-    assert_eq!(status, 404);
-    assert!(error.contains("/api/v1/incidents"), "{error}");
     for path in [
         "/api/v1/batches?limit=many",
         "/api/v1/batches/none?limit=1",
         "/api/v1/targets?name=support",
         "/api/v1/probes/none?x",
+        "/api/v1/probes?state=failed",
+        "/api/v1/events?until=tomorrow",
+        "/api/v1/statistics?days=7",
+        "/api/v1/stream?target=support",
         "/api/v1/incidents?open=maybe",
         "/api/v1/incidents/none?open=true",
     ] {
@@ -474,14 +519,25 @@ async fn every_route_that_changes_state_takes_only_post_and_every_other_only_get
     let mut server = HttpFixture::start().await;
     let reads = ReadRouteKind::VARIANTS.iter().map(|kind| kind.example());
     for path in reads.clone() {
+        // The stream has no end.
+        if path == ReadRouteKind::Stream.example() {
+            continue;
+        }
         let reply = server.get(path).await;
         assert_ne!(reply.status, StatusCode::METHOD_NOT_ALLOWED, "{path}");
         assert!(!reply.text().contains("no such path"), "{path}");
     }
+    // This path takes both: its route depends on the method.
+    let of_both = |path: &&str| *path == ChangeRouteKind::RecordEvent.example();
+    let both = reads.clone().filter(of_both);
+    assert_eq!(both.clone().count(), 1);
+    let both = both.map(|path| (path, Vec::new(), "GET, HEAD, POST"));
+    let reads = reads.filter(move |path| !of_both(path));
     let reads = reads.map(|path| (path, vec![Method::POST], "GET, HEAD"));
-    let changes = changes().map(|path| (path, vec![Method::GET, Method::HEAD], "POST"));
+    let changes = changes().filter(move |path| !of_both(path));
+    let changes = changes.map(|path| (path, vec![Method::GET, Method::HEAD], "POST"));
     let never = [Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
-    for (path, wrong, allowed) in reads.chain(changes) {
+    for (path, wrong, allowed) in reads.chain(changes).chain(both) {
         for method in wrong.iter().chain(&never) {
             let reply = server.send(request(method.clone(), path)).await;
             assert_eq!(
@@ -596,12 +652,11 @@ async fn page_escapes_every_text_that_it_shows() {
     });
     let reply = server.get("/").await;
     let page = reply.text();
-    assert!(
-        !page.contains("<script") && !page.contains(HOSTILE),
-        "{page}"
-    );
-    let shown = page.matches("&lt;script&gt;&quot;&#39;&amp;").count();
-    assert_eq!(shown, 12, "{page}");
+    // One script is the page's own.
+    assert_eq!(page.matches("<script").count(), 1, "{page}");
+    assert!(!page.contains(HOSTILE), "{page}");
+    let shown = page.matches("&lt;script&gt;&quot;'&amp;").count();
+    assert_eq!(shown, 16, "{page}");
     let policy = reply.header("content-security-policy");
     assert!(policy.starts_with("default-src 'none';"), "{policy}");
 }
@@ -691,6 +746,263 @@ async fn batch_is_accepted_or_refused_with_a_reason() {
 }
 
 #[tokio::test]
+async fn event_is_kept_and_listed_and_a_mistake_in_it_is_named() {
+    let server = HttpFixture::start().await;
+    let post = async |body: String| {
+        let sent = request(Method::POST, "/api/v1/events").map(|_| Full::from(body));
+        server.send(sent).await
+    };
+    let sent = json!({"kind": "deploy", "text": " deployed 1.2.3 ", "target": "support", "at": "2026-09-21T14:00:00+02:00"});
+    let reply = post(sent.to_string()).await;
+    assert_eq!(reply.status, StatusCode::CREATED, "{}", reply.text());
+    let event = reply.json();
+    let id = event["id"].as_str().unwrap();
+    assert_eq!(
+        event,
+        json!({"id": id, "at": "2026-09-21T12:00:00Z", "target": "support", "kind": "deploy", "text": "deployed 1.2.3"})
+    );
+    let before = Utc::now() - TimeDelta::seconds(1);
+    let now = post(json!({"kind": "note", "text": "<b>"}).to_string())
+        .await
+        .json();
+    let at: DateTime<Utc> = now["at"].as_str().unwrap().parse().unwrap();
+    assert!((before..=Utc::now()).contains(&at), "{now}");
+    assert_eq!(now["target"], Value::Null);
+    let list = server.get("/api/v1/events?limit=1").await.json();
+    assert_eq!(list["events"], json!([now]));
+    let next = list["next_before"].as_str().unwrap();
+    let list = server
+        .get(&format!("/api/v1/events?before={next}"))
+        .await
+        .json();
+    assert_eq!(list, json!({"events": [event], "next_before": null}));
+    let text = |text: &str| json!({"kind": "deploy", "text": text}).to_string();
+    let kind = |kind: &str| json!({"kind": kind, "text": "x"}).to_string();
+    for (body, code, expected) in [
+        (String::new(), 400, "the body is no event"),
+        ("[]".to_owned(), 400, "expected {\"kind\""),
+        ("{\"text\": \"x\"}".to_owned(), 400, "missing field `kind`"),
+        (
+            json!({"kind": "a", "text": "b", "txet": 1}).to_string(),
+            400,
+            "unknown field `txet`",
+        ),
+        (kind(""), 400, "kind: use 1 to 32 characters"),
+        (kind("Big Deploy"), 400, "kind: use 1 to 32 characters"),
+        (kind(&"k".repeat(33)), 400, "kind: use 1 to 32 characters"),
+        (
+            text("  "),
+            400,
+            "text: use one line of 1 to 200 characters; this one has 0",
+        ),
+        (text(&"é".repeat(201)), 400, "this one has 201"),
+        (text("two\nlines"), 400, "text: use one line"),
+        (
+            json!({"kind": "a", "text": "b", "target": "other"}).to_string(),
+            404,
+            "target: no target has this name",
+        ),
+        (
+            json!({"kind": "a", "text": "b", "at": "yesterday"}).to_string(),
+            400,
+            "the body is no event",
+        ),
+        (
+            json!({"kind": "a", "text": "b", "at": Utc::now() + TimeDelta::hours(2)}).to_string(),
+            400,
+            "at: use a time in the past",
+        ),
+        (text(&"x".repeat(5000)), 413, "longer than 4096 bytes"),
+    ] {
+        let (status, error) = post(body.clone()).await.error();
+        assert_eq!(status, code, "{body}");
+        assert!(error.contains(expected), "{body}: {error}");
+    }
+    let longest = text(&"é".repeat(200));
+    assert_eq!(post(longest).await.status, StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn csv_has_a_row_per_probe_and_the_address_of_the_next_page() {
+    let server = HttpFixture::start().await;
+    record_call(&server).await;
+    let first = server
+        .get("/api/v1/probes?format=csv&target=support&limit=3&before=9999999999999-1")
+        .await;
+    assert_eq!(
+        first.header("content-disposition"),
+        "attachment; filename=\"probes.csv\""
+    );
+    assert_eq!(first.text().lines().count(), 4, "{}", first.text());
+    assert!(
+        first.text().contains(",failed,plan_limit,limit,api_rate,"),
+        "{}",
+        first.text()
+    );
+    let link = first.header("link");
+    let query = link
+        .strip_prefix('<')
+        .unwrap()
+        .strip_suffix(">; rel=\"next\"")
+        .unwrap();
+    assert!(
+        query.starts_with("?format=csv&target=support&limit=3&before="),
+        "{query}"
+    );
+    let last = server.get(&format!("/api/v1/probes{query}")).await;
+    assert_eq!(last.header("link"), "");
+    let rows: Vec<_> = last.text().lines().collect();
+    assert_eq!(rows.len(), 2, "{rows:?}");
+    assert!(
+        rows[1].contains(",support,2026-09-21T14:13:21.123456Z,first,ok,"),
+        "{rows:?}"
+    );
+    let batches = server
+        .get("/api/v1/batches?format=csv&reason=agent_no_show")
+        .await;
+    assert!(
+        batches.text().contains(",support,,scheduled,"),
+        "{}",
+        batches.text()
+    );
+    assert_eq!(
+        server
+            .get("/api/v1/batches?reason=agent_silent")
+            .await
+            .json()["batches"],
+        json!([])
+    );
+}
+
+#[tokio::test]
+async fn badge_shows_the_state_and_may_not_be_kept() {
+    let server = HttpFixture::start().await;
+    let badge = server
+        .get("/api/v1/targets/support/badge.svg?cache=1")
+        .await;
+    assert_eq!(badge.status, StatusCode::OK);
+    assert_eq!(badge.header("content-type"), "image/svg+xml");
+    assert_eq!(badge.header("cache-control"), "no-cache");
+    assert_eq!(
+        badge.header("content-security-policy"),
+        "default-src 'none'"
+    );
+    assert!(
+        badge.text().contains("support: failing"),
+        "{}",
+        badge.text()
+    );
+    let mut paused = status();
+    paused.targets[0].paused = true;
+    server.status.send_replace(Arc::new(paused));
+    let badge = server.get("/api/v1/targets/support/badge.svg").await;
+    assert!(badge.text().contains("support: paused"), "{}", badge.text());
+}
+
+/// Opens `/api/v1/stream`, and reads until the events have `end`.
+async fn read_stream(stream: &mut TcpStream, end: &str) -> String {
+    let mut text = String::new();
+    let read = async {
+        while !text.contains(end) {
+            let mut buffer = [0; 4096];
+            match stream.read(&mut buffer).await.unwrap() {
+                0 => break,
+                length => text += std::str::from_utf8(&buffer[..length]).unwrap(),
+            }
+        }
+    };
+    timeout(TEST_TIMEOUT, read).await.unwrap();
+    text
+}
+
+const OPEN_STREAM: &[u8] = b"GET /api/v1/stream HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+#[tokio::test]
+async fn stream_sends_the_status_and_batches_and_ends_with_the_server() {
+    let mut server = HttpFixture::start().await;
+    let mut stream = server.tcp().await;
+    stream.write_all(OPEN_STREAM).await.unwrap();
+    let start = read_stream(&mut stream, "support-agent").await;
+    assert!(start.starts_with("HTTP/1.1 200 OK\r\n"), "{start}");
+    assert!(
+        start.contains("content-type: text/event-stream\r\n"),
+        "{start}"
+    );
+    assert!(start.contains("cache-control: no-store\r\n"), "{start}");
+    assert!(
+        start.contains("event: status\ndata: {\"version\":\"1.2.3\""),
+        "{start}"
+    );
+    server.progress.send(BatchProgress {
+        batch_id: "b-1".to_owned(),
+        target: "support".to_owned(),
+        purpose: "scheduled",
+        opened: 1,
+        ok: 0,
+        failed: 1,
+        aborted: 0,
+        room: Some(RoomProgress {
+            room: "canary-1".to_owned(),
+            outcome: "failed",
+            reason: Some("agent_silent"),
+            join_delay_seconds: Some(0.5),
+        }),
+        result: None,
+    });
+    let batch = read_stream(&mut stream, "}\n\n").await;
+    assert!(
+        batch.contains("event: batch\ndata: {\"batch_id\":\"b-1\""),
+        "{batch}"
+    );
+    assert!(
+        batch.contains(
+            "\"room\":{\"room\":\"canary-1\",\"outcome\":\"failed\",\"reason\":\"agent_silent\""
+        ),
+        "{batch}"
+    );
+    let mut changed = status();
+    changed.stage = DaemonStage::Draining;
+    server.status.send_replace(Arc::new(changed));
+    let change = read_stream(&mut stream, "draining").await;
+    assert!(change.contains("event: status"), "{change}");
+    server.shutdown.cancel();
+    // A server that waited for the stream would take the whole drain timeout, and then cut the response off.
+    let end = read_stream(&mut stream, "0\r\n\r\n").await;
+    assert!(end.ends_with("0\r\n\r\n"), "{end}");
+    timeout(TEST_TIMEOUT, &mut server.task)
+        .await
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn stream_beyond_the_limit_is_refused_until_another_one_ends() {
+    let server = HttpFixture::start().await;
+    let mut open = Vec::new();
+    for _ in 0..20 {
+        let mut stream = server.tcp().await;
+        stream.write_all(OPEN_STREAM).await.unwrap();
+        read_stream(&mut stream, "event: status").await;
+        open.push(stream);
+    }
+    let refused = server.get("/api/v1/stream").await;
+    assert_eq!(refused.error().0, 503);
+    assert_eq!(refused.header("retry-after"), "5");
+    open.pop();
+    let freed = async {
+        loop {
+            let mut stream = server.tcp().await;
+            stream.write_all(OPEN_STREAM).await.unwrap();
+            let start = read_stream(&mut stream, "\r\n\r\n").await;
+            if start.starts_with("HTTP/1.1 200") {
+                break;
+            }
+        }
+    };
+    timeout(TEST_TIMEOUT, freed).await.unwrap();
+}
+
+#[tokio::test]
 async fn target_is_paused_and_resumed() {
     let mut server = HttpFixture::start().await;
     for (path, expected) in [("pause", true), ("resume", false)] {
@@ -753,6 +1065,21 @@ fn changes() -> impl Iterator<Item = &'static str> {
     ChangeRouteKind::VARIANTS.iter().map(|kind| kind.example())
 }
 
+/// The request of a change, with the body that it needs.
+fn change(path: &str) -> Request<Full<Bytes>> {
+    let body = if path == ChangeRouteKind::RecordEvent.example() {
+        "{\"kind\": \"deploy\", \"text\": \"1.2.3\"}"
+    } else {
+        ""
+    };
+    request(Method::POST, path).map(|_| Full::from(body))
+}
+
+/// The path of every change that the daemon itself makes.
+fn changes_of_the_daemon() -> impl Iterator<Item = &'static str> {
+    changes().filter(|path| *path != ChangeRouteKind::RecordEvent.example())
+}
+
 /// Accepts the next request as the daemon.
 async fn accept_next(control: &mut mpsc::Receiver<Control>) {
     match control.recv().await.unwrap() {
@@ -767,7 +1094,7 @@ async fn every_change_of_state_from_the_network_requires_users_or_the_setting() 
     let any = Ipv4Addr::UNSPECIFIED;
     let server = HttpFixture::with(&config::Http::default(), any).await;
     for path in changes() {
-        let (status, error) = server.post(path).await.error();
+        let (status, error) = server.send(change(path)).await.error();
         assert_eq!(status, 403, "{path}");
         for way_out in ["basic_auth_users", "http.listen", "http.enable_lifecycle"] {
             assert!(error.contains(way_out), "{error}");
@@ -785,11 +1112,17 @@ async fn every_change_of_state_from_the_network_requires_users_or_the_setting() 
         (folder.http(), Some("Basic YWxpY2U6c2VjcmV0")),
     ] {
         let mut server = HttpFixture::with(&http, any).await;
-        for path in changes() {
-            let mut sent = with(request(Method::POST, path), "host", "canary.example");
-            if let Some(authorization) = authorization {
-                sent = with(sent, "authorization", authorization);
+        let allowed = |path| {
+            let sent = with(change(path), "host", "canary.example");
+            match authorization {
+                Some(authorization) => with(sent, "authorization", authorization),
+                None => sent,
             }
+        };
+        let event = allowed(ChangeRouteKind::RecordEvent.example());
+        assert_eq!(server.send(event).await.status, StatusCode::CREATED);
+        for path in changes_of_the_daemon() {
+            let sent = allowed(path);
             let stream = server.tcp().await;
             let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
             assert!(reply.status.is_success(), "{path}: {}", reply.text());
@@ -809,7 +1142,7 @@ async fn every_change_of_state_is_refused_for_another_origin_or_another_host() {
             ("host", "evil.example"),
             ("host", "localhost.evil.example:9787"),
         ] {
-            let sent = with(request(Method::POST, path), name, value);
+            let sent = with(change(path), name, value);
             let reply = server.send(sent).await;
             assert_eq!(reply.error().0, 403, "{path} with {name}: {value}");
         }
@@ -829,6 +1162,81 @@ async fn every_change_of_state_is_refused_for_another_origin_or_another_host() {
         let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
         assert_eq!(reply.status, StatusCode::ACCEPTED, "{name}: {value}");
     }
+}
+
+/// The form of a page works without a script.
+#[tokio::test]
+async fn form_that_starts_a_batch_leads_to_the_page_of_the_batch() {
+    let mut server = HttpFixture::start().await;
+    let path = ChangeRouteKind::RunBatch.example();
+    let sent = with(request(Method::POST, path), "accept", "text/html,*/*;q=0.8");
+    let stream = server.tcp().await;
+    let (reply, ()) = tokio::join!(send_on(stream, sent), accept_next(&mut server.control));
+    assert_eq!(reply.status, StatusCode::SEE_OTHER);
+    // The browser resolves it against the path of the form's request.
+    let request = format!("http://canary/prefix{path}")
+        .parse::<url::Url>()
+        .unwrap();
+    let page = request.join(reply.header("location")).unwrap();
+    assert_eq!(page.path(), "/prefix/batches/some-batch");
+}
+
+#[tokio::test]
+async fn missing_page_is_a_page_and_a_missing_document_is_json() {
+    let server = HttpFixture::start().await;
+    for path in [
+        "/batches/none",
+        "/probes/none",
+        "/incidents/none",
+        "/targets/none",
+        "/docs/none",
+    ] {
+        let reply = server.get(path).await;
+        assert_eq!(reply.status, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(
+            reply.header("content-type"),
+            "text/html; charset=utf-8",
+            "{path}"
+        );
+        assert!(
+            reply.text().contains("<a href=\"../\">All targets</a>"),
+            "{path}: {}",
+            reply.text()
+        );
+    }
+    let (status, error) = server.get("/api/v1/batches/none").await.error();
+    assert!(
+        status == 404 && error.contains("/api/v1/batches"),
+        "{error}"
+    );
+    let reply = server.get("/probes?reason=none").await;
+    assert_eq!(reply.status, StatusCode::BAD_REQUEST);
+    assert!(
+        reply.text().contains("&quot;none&quot; is not one of"),
+        "{}",
+        reply.text()
+    );
+}
+
+#[tokio::test]
+async fn batch_that_runs_has_a_page() {
+    let server = HttpFixture::start().await;
+    server.status.send_modify(|status| {
+        Arc::make_mut(status).targets[0].running = Some("some-batch".to_owned());
+    });
+    let page = server.get("/batches/some-batch").await;
+    assert_eq!(page.status, StatusCode::OK);
+    assert!(
+        page.text()
+            .contains("<title>support: batch is running</title>"),
+        "{}",
+        page.text()
+    );
+    assert!(
+        page.text().contains("data-live=\"../api/v1/stream\""),
+        "{}",
+        page.text()
+    );
 }
 
 /// A page whose name was rebound to the canary's address is of the same origin for its browser.
@@ -865,7 +1273,7 @@ async fn page_with_a_rebound_name_reads_nothing_on_loopback_and_changes_nothing_
     };
     let mut server = HttpFixture::with(&enabled, Ipv4Addr::UNSPECIFIED).await;
     for path in changes() {
-        let sent = with(request(Method::POST, path), "host", "evil.example:9787");
+        let sent = with(change(path), "host", "evil.example:9787");
         let sent = with(sent, "origin", "http://evil.example:9787");
         assert_eq!(server.send(sent).await.error().0, 403, "{path}");
     }
@@ -1139,8 +1547,10 @@ async fn with_users_every_path_except_health_requires_one() {
     for path in ["/-/healthy", "/-/ready"] {
         assert_eq!(server.get(path).await.status, StatusCode::OK, "{path}");
     }
-    let mut closed = vec!["/", "/metrics", "/api/v1/targets", "/nowhere"];
-    closed.extend(changes());
+    let is_open = |path: &&str| path.starts_with("/-/") && !path.ends_with("reload");
+    let reads = ReadRouteKind::VARIANTS.iter().map(|kind| kind.example());
+    let mut closed: Vec<_> = reads.chain(changes()).chain(["/nowhere"]).collect();
+    closed.retain(|path| !is_open(path));
     for path in closed {
         for method in [Method::GET, Method::POST] {
             let reply = server.send(request(method, path)).await;
@@ -1158,6 +1568,98 @@ async fn with_users_every_path_except_health_requires_one() {
     ] {
         let reply = server.send(get_as("/metrics", name, password)).await;
         assert_eq!(reply.status.as_u16(), code, "{name}");
+    }
+}
+
+/// Records a batch with a transcript and with replies, and closes the history, so that it can be read at once.
+async fn record_call(server: &HttpFixture) -> (String, String) {
+    let mut batch = mixed();
+    for turn in &mut batch.probes[0].turns {
+        turn.heard = Some(TranscriptText::new("a heard secret"));
+        turn.reply_text = Some(TranscriptText::new("a replied secret"));
+    }
+    let target = config::Target::default();
+    server.history.record(&batch, &target, &project());
+    assert!(server.history.close(Instant::now() + TEST_TIMEOUT).await);
+    (batch.batch_id.clone(), batch.probes[0].room.0.clone())
+}
+
+#[tokio::test]
+async fn what_people_said_is_shown_to_users_on_loopback_and_by_the_setting_only() {
+    let any = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+    let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+    let everyone = config::Http {
+        sensitive: config::SensitiveAccess::Everyone,
+        ..config::Http::default()
+    };
+    let users = WebFolder::new(USERS, &[("alice", "secret")]);
+    for (http, ip, is_shown) in [
+        (config::Http::default(), any, false),
+        (config::Http::default(), loopback, true),
+        (everyone, any, true),
+        (users.http(), any, true),
+    ] {
+        let server = HttpFixture::with(&http, ip).await;
+        let (batch, room) = record_call(&server).await;
+        let (batch, probe) = (
+            format!("/api/v1/batches/{batch}"),
+            format!("/api/v1/probes/{room}"),
+        );
+        let get = async |path: &str| server.send(get_as(path, "alice", "secret")).await;
+        let list = get("/api/v1/probes").await;
+        // The first room is the last one of the list.
+        let listed = list.json()["probes"]
+            .as_array()
+            .unwrap()
+            .last()
+            .unwrap()
+            .clone();
+        let of_batch = get(&batch).await.json();
+        let texts = |probe: &Value| {
+            let turn = &probe["turns"][0];
+            let texts = [
+                &probe["transcript"][0]["text"],
+                &turn["heard"],
+                &turn["reply_text"],
+            ];
+            texts.map(|text| text.as_str().map(str::to_owned))
+        };
+        let expected = if is_shown {
+            ["Good day to you.", "a heard secret", "a replied secret"].map(|it| Some(it.to_owned()))
+        } else {
+            [const { None }; 3]
+        };
+        let one = get(&probe).await.json();
+        for (document, probe) in [
+            (&one, &one),
+            (&listed, &listed),
+            (&of_batch, &of_batch["probes"][0]),
+        ] {
+            assert_eq!(texts(probe), expected, "{http:?}");
+            match document["withheld"].as_str() {
+                None => assert!(is_shown, "{document}"),
+                Some(why) => assert!(!is_shown && why.contains("http.sensitive"), "{why}"),
+            }
+        }
+        let audio = get(&format!("{probe}/audio/agent.ogg")).await;
+        let (status, error) = audio.error();
+        let expected = if is_shown {
+            (404, "was not recorded")
+        } else {
+            (403, "http.sensitive")
+        };
+        assert_eq!(status, expected.0, "{error}");
+        assert!(error.contains(expected.1), "{error}");
+        let pages = [&probe, &batch].map(|path| path.replace("/api/v1", ""));
+        let lists = ["/api/v1/probes?format=csv", "/api/v1/batches"].map(str::to_owned);
+        for path in pages.into_iter().chain(lists) {
+            let reply = get(&path).await;
+            assert_eq!(reply.status, StatusCode::OK, "{path}");
+            let is_told = ["secret", "Good day"]
+                .iter()
+                .any(|text| reply.text().contains(text));
+            assert!(is_shown || !is_told, "{path}: {}", reply.text());
+        }
     }
 }
 

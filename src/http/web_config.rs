@@ -24,12 +24,15 @@ use tracing::{debug, info, warn};
 
 use super::client_certificate::{ClientAuth, ClientRules};
 use super::users::{Users, not_a_hash};
-use crate::config::{self, MAX_CA_BYTES, MAX_FILE_BYTES, read_regular, read_regular_text};
+use crate::config::{
+    self, MAX_CA_BYTES, MAX_FILE_BYTES, SensitiveAccess, read_regular, read_regular_text,
+};
 use crate::report::counted;
 
 /// How the server is protected: TLS and users if a file sets them, and whether POST is allowed without either.
 pub(crate) struct WebConfig {
     pub(super) enable_lifecycle: bool,
+    pub(super) sensitive: SensitiveAccess,
     source: SecuritySource,
 }
 
@@ -64,7 +67,7 @@ pub(super) struct WebSecurity {
     pub(super) tls: Option<Arc<ServerConfig>>,
     /// `None` if the file sets no users: every client may read.
     pub(super) users: Option<Users>,
-    client_auth: ClientAuth,
+    pub(super) client_auth: ClientAuth,
 }
 
 impl WebConfig {
@@ -82,6 +85,7 @@ impl WebConfig {
         };
         Ok(Self {
             enable_lifecycle: http.enable_lifecycle,
+            sensitive: http.sensitive,
             source,
         })
     }
@@ -93,6 +97,11 @@ impl WebConfig {
     pub(crate) fn has_users(&self) -> bool {
         self.latest()
             .is_some_and(|security| security.users.is_some())
+    }
+
+    pub(crate) fn has_client_certificates(&self) -> bool {
+        self.latest()
+            .is_some_and(|security| security.client_auth.identifies_every_client())
     }
 
     /// The version that was read last. `None` if no file is set.

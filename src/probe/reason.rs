@@ -15,6 +15,9 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Every label.
+    pub const LABELS: [&str; 3] = ["ok", "failed", "aborted"];
+
     /// The `outcome` in output and history.
     pub fn label(&self) -> &'static str {
         self.into()

@@ -209,8 +209,8 @@ pub(super) mod tests {
             assert_eq!(ticks(opus::duration(&packet)), samples);
             let mut pcm = vec![1; 5_760];
             let mut decoder = Decoder::new(48_000, Channels::Mono).unwrap();
-            let decoded = decoder.decode(&packet, &mut pcm, DecodeMode::Normal);
-            assert_eq!(decoded.unwrap(), length);
+            let samples = decoder.decode(&packet, &mut pcm, DecodeMode::Normal);
+            assert_eq!(samples.unwrap(), length);
             assert!(pcm[..length].iter().all(|sample| *sample == 0));
         }
     }

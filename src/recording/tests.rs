@@ -176,7 +176,7 @@ proptest! {
 }
 
 /// A folder of a daemon that holds this many bytes, and how many bytes the recording of [`call`] has.
-async fn store(max_bytes: u64) -> (tempfile::TempDir, RecordingStore) {
+fn store(max_bytes: u64) -> (tempfile::TempDir, RecordingStore) {
     let folder = tempfile::tempdir().unwrap();
     let store = RecordingStore::open(folder.path().join("state/recordings"), max_bytes);
     (folder, store)
@@ -197,7 +197,7 @@ fn names(folder: &Path) -> Vec<String> {
 
 #[tokio::test]
 async fn files_are_private_complete_and_named_after_room_and_track() {
-    let (folder, store) = store(u64::MAX).await;
+    let (folder, store) = store(u64::MAX);
     let saved = save(&store, "canary-1").await.unwrap();
     let dir = folder.path().join("state/recordings");
     assert_eq!(names(&dir), ["canary-1.agent.ogg"]);
@@ -215,7 +215,7 @@ async fn files_are_private_complete_and_named_after_room_and_track() {
 
 #[tokio::test]
 async fn name_of_a_room_cannot_leave_the_folder() {
-    let (folder, store) = store(u64::MAX).await;
+    let (folder, store) = store(u64::MAX);
     save(&store, "canary-1").await.unwrap();
     fs::write(folder.path().join("state/other.agent.ogg"), "x").unwrap();
     let long = "a".repeat(300);
@@ -247,10 +247,10 @@ async fn name_of_a_room_cannot_leave_the_folder() {
 #[tokio::test]
 async fn oldest_recordings_are_deleted_above_the_limit() {
     let bytes = {
-        let (_folder, store) = store(u64::MAX).await;
+        let (_folder, store) = store(u64::MAX);
         save(&store, "a").await.unwrap().agent.unwrap().bytes
     };
-    let (folder, store) = store(bytes * 2 + 10).await;
+    let (folder, store) = store(bytes * 2 + 10);
     for room in ["c", "b", "a"] {
         save(&store, room).await.unwrap();
         // File systems may have a coarse clock: names decide then.
@@ -270,7 +270,7 @@ async fn oldest_recordings_are_deleted_above_the_limit() {
 
 #[tokio::test]
 async fn recordings_expire_by_age_and_are_deleted_by_room() {
-    let (folder, store) = store(u64::MAX).await;
+    let (folder, store) = store(u64::MAX);
     for room in ["a", "b", "c", "d"] {
         save(&store, room).await.unwrap();
     }
@@ -292,7 +292,7 @@ async fn recordings_expire_by_age_and_are_deleted_by_room() {
 
 #[tokio::test]
 async fn start_removes_incomplete_files_and_sweeps_recordings_without_a_probe() {
-    let (folder, store) = store(u64::MAX).await;
+    let (folder, store) = store(u64::MAX);
     for room in ["known", "orphan"] {
         save(&store, room).await.unwrap();
     }

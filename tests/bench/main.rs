@@ -1,4 +1,4 @@
-//! What the canary costs, and how accurate its delays are, against the sandbox in another process and against the real
+//! What the canary costs, how fast it answers with a large history, and how accurate its delays are, against the sandbox in another process and against the real
 //! server. Run it with `cargo bench --bench load` or `just bench`. It prints tables, and then a JSON object per line. The
 //! figures are only valid on an otherwise idle machine.
 
@@ -22,8 +22,10 @@ use support::{SECRET, network, wait_for};
 use tokio::time::Instant;
 
 mod daemon;
+mod history;
 
 use daemon::Daemons;
+use history::Latency;
 
 /// How long the load of one number of rooms is measured.
 const WINDOW: Duration = Duration::from_secs(30);
@@ -63,6 +65,10 @@ struct Arguments {
     #[arg(long, value_name = "CMD")]
     peer: Option<String>,
 
+    /// Measure only the pages and lists with a large history
+    #[arg(long)]
+    history: bool,
+
     /// Set by cargo
     #[arg(long, hide = true)]
     bench: bool,
@@ -76,17 +82,25 @@ enum StackChoice {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    if arguments.history {
+        for latency in history::measure()? {
+            println!("{latency}\n{}", latency.json());
+        }
+        return Ok(());
+    }
     let wants = |stack| arguments.stack.is_none_or(|only| only == stack);
     let packets = speech()?;
     let decoding = decoding(&packets)?;
     let mut found = Findings {
         decoding,
         daemons: None,
+        latencies: Vec::new(),
         accuracy: Vec::new(),
         loads: Vec::new(),
     };
     if wants(StackChoice::Sandbox) {
         found.daemons = Some(daemon::measure()?);
+        found.latencies = history::measure()?;
         for rooms in arguments.rooms_on(ROOMS_ON_SANDBOX) {
             for program in arguments.programs() {
                 // Each program gets a new sandbox, so that rooms of an earlier one don't cost it time.
@@ -139,6 +153,7 @@ struct Findings {
     /// CPU seconds to decode one minute of speech.
     decoding: f64,
     daemons: Option<Daemons>,
+    latencies: Vec<Latency>,
     accuracy: Vec<Accuracy>,
     loads: Vec<Load>,
 }
@@ -148,6 +163,9 @@ fn print_tables(found: &Findings, ratios: &[Ratio]) {
     println!();
     if let Some(daemons) = &found.daemons {
         println!("{daemons}");
+    }
+    for latency in &found.latencies {
+        println!("{latency}");
     }
     println!("decoding: {decoding:.3} CPU s per room-minute");
     for accuracy in &found.accuracy {
@@ -198,6 +216,9 @@ fn print_json(found: &Findings, ratios: &[Ratio]) {
     }
     if let Some(daemons) = &found.daemons {
         println!("{}", daemons.json());
+    }
+    for latency in &found.latencies {
+        println!("{}", latency.json());
     }
     for load in &found.loads {
         println!("{}", load.json());

@@ -171,7 +171,7 @@ fn only_failed_calls_are_recorded_if_the_target_says_so() -> anyhow::Result<()> 
             "/api/v1/probes/{}/audio/{track}.ogg",
             room.as_str().unwrap()
         );
-        Ok::<_, anyhow::Error>(daemon.http.status(&path)?)
+        daemon.http.status(&path)
     };
     assert_eq!(audio(&silent["room"], "agent")?, 200);
     assert_eq!(audio(&silent["room"], "caller")?, 200);

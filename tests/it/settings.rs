@@ -200,6 +200,7 @@ fn secret_under_a_wrong_key_is_not_printed() {
     for key in [
         "http.listen",
         "http.enable_lifecycle",
+        "http.sensitive",
         "history.keep",
         "history.keep_failures",
         "history.max_megabytes",
@@ -460,6 +461,11 @@ fn boolean_that_is_neither_true_nor_false_is_reported() {
     assert_snapshot!(error_of(
         "[http]\nenable_lifecycle = \"perhaps\"\nweb_config_file = \"\"\n"
     ));
+}
+
+#[test]
+fn unknown_group_of_readers_is_reported() {
+    assert_snapshot!(error_of("[http]\nsensitive = \"all\"\n"));
 }
 
 #[test]

@@ -314,8 +314,8 @@ fn state_without_a_verdict_becomes_unknown_and_the_incident_stays_open() {
     // A plan limit is no verdict.
     story.room(200, 220, Verdict::None);
     assert_eq!(story.0.elapse(at(last - 1), SILENCE), None);
-    let lost = Transition::Lost { since: at(100) };
-    assert_eq!(story.0.elapse(at(last), SILENCE), Some(lost));
+    let transition = Transition::Lost { since: at(100) };
+    assert_eq!(story.0.elapse(at(last), SILENCE), Some(transition));
     assert_eq!(story.0.elapse(at(last + 1), SILENCE), None);
     assert_eq!(story.0.state(), TargetState::Unknown);
     assert_eq!(story.0.fault(), Some(Fault::Agent));
