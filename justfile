@@ -63,6 +63,11 @@ deployment:
     tests/deploy/setup.sh
     cd tests/deploy && go test -count=1 ./...
 
+# Open every page in Chromium, in every state of a daemon; the screenshots are in target/browser. Needs Python, and root or Chromium.
+browser:
+    cargo build --release
+    .ci/run browser
+
 # Run the alert rules on Prometheus 2 and 3, and send an alert through Alertmanager to a webhook. Needs Go.
 rules FILTER="":
     cargo test --test rules -- {{FILTER}}
