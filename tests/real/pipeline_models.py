@@ -160,7 +160,8 @@ class Recogniser:
         # It is imported late, because few jobs need it.
         from pocketsphinx import Decoder
 
-        known = " | ".join(re.sub("[^a-z ]", "", sentence.lower()) for sentence in sentences)
+        self.sentences = [re.sub("[^a-z ]", "", sentence.lower()) for sentence in sentences]
+        known = " | ".join(self.sentences)
         self.decoder = Decoder(samprate=LISTEN_RATE, lm=None, loglevel="FATAL")
         grammar = f"#JSGF V1.0; grammar known; public <speech> = ({known})+;"
         self.decoder.add_jsgf_string("known", grammar)
@@ -171,7 +172,17 @@ class Recogniser:
         self.decoder.process_raw(signal.astype(np.int16).tobytes(), full_utt=True)
         self.decoder.end_utt()
         found = self.decoder.hyp()
-        return found.hypstr if found else ""
+        return self.whole_sentences(found.hypstr) if found else ""
+
+    def whole_sentences(self, heard: str) -> str:
+        """Without a last word that only begins a sentence: PocketSphinx takes a noise at the end for one."""
+        whole = ""
+        while True:
+            longer = [f"{whole} {sentence}".strip() for sentence in self.sentences]
+            found = [text for text in longer if f"{heard} ".startswith(f"{text} ")]
+            if not found:
+                return whole
+            whole = found[0]
 
 
 class SttStream(stt.RecognizeStream):
