@@ -7,13 +7,9 @@ set -euo pipefail
 exec 3>&1 1>&2
 cd "$(dirname "$0")"
 
-cache="${XDG_CACHE_HOME:-$HOME/.cache}/livekit-canary"
-mkdir -p "$cache"
-# Only one run at a time may build into the folder.
-exec 9>"$cache/lock-browser"
-flock 9
-
 source ../packages.sh
+lock_cache lock-browser
+
 need chromium chromium
 need chromedriver chromium-driver
 # Without a font, every text is boxes.
@@ -21,14 +17,7 @@ need chromedriver chromium-driver
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 install_missing
 
-venv="$cache/browser-$( (python3 -VV; cat requirements.txt) | sha256sum | cut -c1-16)"
-if [ ! -e "$venv/complete" ]; then
-  echo "installing selenium, pytest and axe-core"
-  rm -rf "$venv"
-  python3 -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
-  touch "$venv/complete"
-fi
+python_environment browser
 
 cat >&3 <<EOF
 CHROMIUM=$(command -v chromium)

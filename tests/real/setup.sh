@@ -9,15 +9,11 @@ set -euo pipefail
 exec 3>&1 1>&2
 cd "$(dirname "$0")"
 
-cache="${XDG_CACHE_HOME:-$HOME/.cache}/livekit-canary"
-mkdir -p "$cache"
-# Only one run at a time may build into the folder.
-exec 9>"$cache/lock"
-flock 9
+source ../packages.sh
+lock_cache lock
 
 hash_of() { cat "$@" | sha256sum | cut -c1-16; }
 
-source ../packages.sh
 need espeak-ng espeak-ng
 need haproxy haproxy
 need ip iproute2
@@ -43,14 +39,7 @@ server=$(build livekit-server "go.mod go.sum" github.com/livekit/livekit-server/
 mock=$(build test-server "go.mod go.sum" github.com/livekit/livekit-server/cmd/test-server)
 talker=$(build talker "go.mod go.sum talker/main.go" ./talker)
 
-venv="$cache/agents-$( (python3 -VV; cat requirements.txt) | sha256sum | cut -c1-16)"
-if [ ! -e "$venv/complete" ]; then
-  echo "installing livekit-agents"
-  rm -rf "$venv"
-  python3 -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
-  touch "$venv/complete"
-fi
+python_environment agents
 
 echo "LIVEKIT_SERVER=$server" >&3
 echo "TEST_SERVER=$mock" >&3

@@ -7,13 +7,9 @@ set -euo pipefail
 exec 3>&1 1>&2
 cd "$(dirname "$0")"
 
-cache="${XDG_CACHE_HOME:-$HOME/.cache}/livekit-canary"
-mkdir -p "$cache"
-# Only one run at a time may build into the folder.
-exec 9>"$cache/lock-prometheus"
-flock 9
-
 source ../packages.sh
+lock_cache lock-prometheus
+
 need prometheus prometheus
 need prometheus-alertmanager prometheus-alertmanager
 need promtool prometheus
