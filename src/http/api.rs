@@ -97,10 +97,9 @@ impl Api<'_> {
         mut filter: BatchFilter,
     ) -> Result<(Vec<StoredDocument>, Option<String>), HttpError> {
         let limit = filter.limit;
-        // One more than requested shows whether there is a next page.
         filter.limit += 1;
         let found = self.history.batches(filter).await.map_err(unreadable)?;
-        Ok(page(found, limit))
+        Ok(page(found, limit, |it| &it.id))
     }
 
     pub(super) async fn batch(&self, id: &str) -> Result<ServerResponse, HttpError> {
@@ -137,10 +136,9 @@ impl Api<'_> {
         mut filter: ProbeFilter,
     ) -> Result<(Vec<StoredDocument>, Option<String>), HttpError> {
         let limit = filter.limit;
-        // One more than requested shows whether there is a next page.
         filter.limit += 1;
         let found = self.history.probes(filter).await.map_err(unreadable)?;
-        Ok(page(found, limit))
+        Ok(page(found, limit, |it| &it.id))
     }
 
     /// A probe's id is the name of its room.
@@ -169,10 +167,9 @@ impl Api<'_> {
         mut filter: IncidentFilter,
     ) -> Result<(Vec<StoredDocument>, Option<String>), HttpError> {
         let limit = filter.limit;
-        // One more than requested shows whether there is a next page.
         filter.limit += 1;
         let found = self.history.incidents(filter).await.map_err(unreadable)?;
-        Ok(page(found, limit))
+        Ok(page(found, limit, |it| &it.id))
     }
 
     pub(super) async fn incident(&self, id: &str) -> Result<ServerResponse, HttpError> {
@@ -188,15 +185,12 @@ impl Api<'_> {
     pub(super) async fn events(&self, uri: &Uri) -> Result<ServerResponse, HttpError> {
         let mut filter = event_filter(uri)?;
         let limit = filter.limit;
-        // One more than requested shows whether there is a next page.
         filter.limit += 1;
-        let mut events = self.history.events(filter).await.map_err(unreadable)?;
-        let more = events.len() > limit;
-        events.truncate(limit);
-        let last = events.last().filter(|_| more);
+        let events = self.history.events(filter).await.map_err(unreadable)?;
+        let (events, next_before) = page(events, limit, |it| &it.id);
         let page = EventPage {
-            next_before: last.map(|last| last.id.clone()),
             events,
+            next_before,
         };
         Ok(json(StatusCode::OK, &page))
     }
@@ -260,12 +254,13 @@ pub(super) fn with_before(uri: &Uri, before: &str) -> String {
         .finish()
 }
 
-/// The first `limit` documents. If more were found, also the value of `before` for the next page.
-fn page(mut found: Vec<StoredDocument>, limit: usize) -> (Vec<StoredDocument>, Option<String>) {
+/// The first `limit` of what was found with a limit of one more. If there is one more, also the value of `before` for the next
+/// page.
+fn page<T>(mut found: Vec<T>, limit: usize, id: fn(&T) -> &str) -> (Vec<T>, Option<String>) {
     let more = found.len() > limit;
     found.truncate(limit);
     let last = found.last().filter(|_| more);
-    let next_before = last.map(|last| last.id.clone());
+    let next_before = last.map(|last| id(last).to_owned());
     (found, next_before)
 }
 

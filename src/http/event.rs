@@ -71,7 +71,7 @@ fn parse(status: &Status, body: &[u8], now: DateTime<Utc>) -> Result<HistoryEven
         )));
     }
     if let Some(name) = &event.target
-        && !status.targets.iter().any(|target| target.name == *name)
+        && status.target(name).is_none()
     {
         let text = format!("target: {NoSuchTarget}");
         return Err(HttpError::new(StatusCode::NOT_FOUND, text));

@@ -106,12 +106,7 @@ impl Pages<'_> {
                 "no target has this name; the first page lists all targets",
             )
         };
-        let target = self
-            .status
-            .targets
-            .iter()
-            .find(|target| target.name == name);
-        let target = target.ok_or_else(missing)?;
+        let target = self.status.target(name).ok_or_else(missing)?;
         let past = self.past(Some(name)).await;
         let page = TargetPage {
             target,

@@ -513,8 +513,7 @@ fn asset(file: &str) -> Result<ServerResponse, HttpError> {
 }
 
 fn badge(status: &Status, name: &str) -> Result<ServerResponse, HttpError> {
-    let mut targets = status.targets.iter();
-    let target = targets.find(|target| target.name == name);
+    let target = status.target(name);
     let target =
         target.ok_or_else(|| HttpError::new(StatusCode::NOT_FOUND, NoSuchTarget.to_string()))?;
     let state = if target.paused {

@@ -17,6 +17,12 @@ pub(crate) struct Status {
     pub(crate) last_reload: Option<LastReload>,
 }
 
+impl Status {
+    pub(crate) fn target(&self, name: &str) -> Option<&TargetStatus> {
+        self.targets.iter().find(|target| target.name == name)
+    }
+}
+
 /// The daemon is ready only while it is [`DaemonStage::Running`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

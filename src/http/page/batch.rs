@@ -1,6 +1,6 @@
 //! A batch: its rooms on one axis of time, and the table that `once` prints.
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use maud::html;
 
 use super::docs::Advice;
@@ -117,7 +117,8 @@ fn reasons(batch: &BatchDocument) -> Vec<&str> {
 }
 
 fn row(batch: &BatchDocument, probe: &ProbeDocument) -> Row<'static> {
-    let offset = seconds_of(probe.started_at - batch.started_at);
+    let offset = probe.started_at - batch.started_at;
+    let offset = offset.as_seconds_f64().max(0.0);
     let at = |milestone: &str| probe.at(milestone).map(|at| offset + at);
     let bars = PARTS.iter().filter_map(|&(from, to, class, name)| {
         let from = at(from)?;
@@ -143,8 +144,4 @@ fn row(batch: &BatchDocument, probe: &ProbeDocument) -> Row<'static> {
         marks: mark.into_iter().collect(),
         ..Row::default()
     }
-}
-
-pub(super) fn seconds_of(length: TimeDelta) -> f64 {
-    length.as_seconds_f64().max(0.0)
 }

@@ -44,17 +44,10 @@ pub(super) fn query_of(uri: &Uri) -> Uri {
 const TIME: &str = "2026-09-21T14:00:00Z";
 
 pub(super) fn batches(batches: &[BatchDocument], list: &List<'_>) -> String {
-    let fields = [
-        list.target(),
-        Field::Choice("result", BatchResult::ALL.map(BatchResult::label).to_vec()),
-        purpose(),
-        reason(),
-        origin(),
-        Field::Text("node", ""),
-        Field::Text("worker", ""),
-        Field::Text("since", TIME),
-        Field::Text("until", TIME),
-    ];
+    let fields = list.room_fields(Field::Choice(
+        "result",
+        BatchResult::ALL.map(BatchResult::label).to_vec(),
+    ));
     list.page(
         "batch",
         batches.len(),
@@ -65,17 +58,7 @@ pub(super) fn batches(batches: &[BatchDocument], list: &List<'_>) -> String {
 }
 
 pub(super) fn probes(probes: &[ProbeDocument], list: &List<'_>) -> String {
-    let fields = [
-        list.target(),
-        Field::Choice("outcome", Outcome::LABELS.to_vec()),
-        purpose(),
-        reason(),
-        origin(),
-        Field::Text("node", ""),
-        Field::Text("worker", ""),
-        Field::Text("since", TIME),
-        Field::Text("until", TIME),
-    ];
+    let fields = list.room_fields(Field::Choice("outcome", Outcome::LABELS.to_vec()));
     let table = html! {
         div .scroll { table {
             thead { tr { th { "Room" } th { "Target" } th { "Outcome" } th { "Joined" } th { "Spoke" } th { "Reply" } } }
@@ -105,21 +88,24 @@ pub(super) fn incidents(incidents: &[IncidentDocument], list: &List<'_>) -> Stri
     list.page("incident", incidents.len(), &fields, false, &table)
 }
 
-fn purpose() -> Field<'static> {
-    Field::Choice("purpose", Purpose::ALL.map(Purpose::label).to_vec())
-}
-
-fn reason() -> Field<'static> {
-    Field::Choice("reason", Reason::ALL.map(Reason::label).to_vec())
-}
-
-fn origin() -> Field<'static> {
-    Field::Choice("origin", Origin::ALL.map(Origin::label).to_vec())
-}
-
 impl List<'_> {
     fn target(&self) -> Field<'_> {
         Field::Choice("target", self.targets.clone())
+    }
+
+    /// What selects batches and rooms alike. `outcome` is how those of this list end.
+    fn room_fields<'a>(&'a self, outcome: Field<'a>) -> [Field<'a>; 9] {
+        [
+            self.target(),
+            outcome,
+            Field::Choice("purpose", Purpose::ALL.map(Purpose::label).to_vec()),
+            Field::Choice("reason", Reason::ALL.map(Reason::label).to_vec()),
+            Field::Choice("origin", Origin::ALL.map(Origin::label).to_vec()),
+            Field::Text("node", ""),
+            Field::Text("worker", ""),
+            Field::Text("since", TIME),
+            Field::Text("until", TIME),
+        ]
     }
 
     /// `noun` names what is listed.
