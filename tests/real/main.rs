@@ -275,20 +275,20 @@ fn run_stack(kind: StackKind, arguments: &Arguments, rows: &Rows) -> anyhow::Res
     });
     let mut arguments = arguments.clone();
     arguments.test_threads.get_or_insert(max_threads(kind));
-    let mut failed = libtest_mimic::run(&arguments, trials.collect()).has_failed();
+    let failed = libtest_mimic::run(&arguments, trials.collect()).has_failed();
     if let Some(shared) = shared {
         // Every case has ended, so a room that exists now was left behind.
         let left = shared.api.rooms()?;
-        if !left.is_empty() {
-            problems.push(format!(
-                "rooms left on the {} server: {left:?}",
-                kind.label()
-            ));
-            println!("{}", shared.logs_about(&left.join(" ")));
-            failed = true;
-        }
-        if failed {
+        if failed || !left.is_empty() {
             println!("{}", shared.logs());
+        }
+        if !left.is_empty() {
+            // With its log lines at the end of the output, the only part that CI shows.
+            problems.push(format!(
+                "rooms left on the {} server: {left:?}\n{}",
+                kind.label(),
+                shared.logs_about(&left.join(" "))
+            ));
         }
     }
     Ok(problems)

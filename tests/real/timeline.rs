@@ -62,12 +62,13 @@ pub(crate) struct Timeline {
 
 impl Timeline {
     pub(crate) fn new(probe: &Probe) -> Self {
-        // If the agent deletes the room, LiveKit informs the participants in any order: the canary leaves by itself only if it
-        // sees the agent leave first.
+        // If the agent or another client deletes the room, LiveKit informs the participants in any order: the canary leaves by
+        // itself only if it sees the agent leave first.
         let mut notes = probe.evidence.notes.iter();
         let ended_by_agent = notes.any(|note| note.starts_with("the call ended ("));
+        let deleted_by_another = ended_by_agent || probe.outcome == "removed";
         let marks = probe.milestones.iter();
-        let marks = marks.filter(|(name, _)| !(ended_by_agent && *name == "Left"));
+        let marks = marks.filter(|(name, _)| !(deleted_by_another && *name == "Left"));
         Self {
             aborted: probe.outcome == "aborted",
             marks: marks
