@@ -1,7 +1,7 @@
 //! One outage of a target: its rooms, and what they show. It becomes the JSON that the history keeps and the API returns.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
@@ -133,6 +133,9 @@ pub(crate) struct Incident {
     /// Rooms with a verdict, including those that are no longer kept.
     rooms: u32,
     failed: u32,
+    /// Batches of these rooms. Absent in documents of older versions.
+    #[serde(default)]
+    batches: u32,
     /// The most frequent first.
     reasons: Vec<ReasonCount>,
     /// In the order of their end.
@@ -185,6 +188,7 @@ impl Incident {
             ended_by: None,
             rooms: 0,
             failed: 0,
+            batches: 0,
             reasons: Vec::new(),
             samples: Vec::new(),
             before,
@@ -194,6 +198,8 @@ impl Incident {
     /// A room has ended.
     pub(crate) fn add(&mut self, sample: Sample) {
         if let Some(failed) = sample.failed {
+            let is_first = !judged(&self.samples).any(|known| known.batch_id == sample.batch_id);
+            self.batches = self.batches.saturating_add(u32::from(is_first));
             self.rooms = self.rooms.saturating_add(1);
             self.failed = self.failed.saturating_add(u32::from(failed));
         }
@@ -290,7 +296,14 @@ impl Incident {
 
     /// Reads what [`document`](Self::document) wrote.
     pub(crate) fn from_document(document: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str(document)
+        let mut incident: Self = serde_json::from_str(document)?;
+        if incident.batches == 0 {
+            let batches: BTreeSet<_> = judged(&incident.samples)
+                .map(|sample| &sample.batch_id)
+                .collect();
+            incident.batches = u32::try_from(batches.len()).unwrap_or(u32::MAX);
+        }
+        Ok(incident)
     }
 
     /// The values of a factor, the most frequent first.
@@ -315,6 +328,11 @@ impl Incident {
         counts.truncate(MAX_VALUES);
         counts
     }
+}
+
+/// The rooms with a verdict.
+fn judged(samples: &[Sample]) -> impl Iterator<Item = &Sample> {
+    samples.iter().filter(|sample| sample.failed.is_some())
 }
 
 /// Zero if the clock jumped backwards in between.

@@ -84,6 +84,7 @@ fn document_has_figures_of_the_rooms_and_what_differs() {
         (&document["rooms"], &document["failed"]),
         (&13.into(), &6.into())
     );
+    assert_eq!(document["batches"], 13);
     assert_eq!(document["reasons"][0]["reason"], "agent_silent");
     assert_eq!(document["workers"][0]["value"], "AW_b");
     assert_eq!(document["workers"][1]["failed"], 6);
@@ -116,12 +117,28 @@ fn incident_is_read_back_as_it_was_written() {
 }
 
 #[test]
+fn batch_counts_once_also_in_a_document_of_an_older_version() {
+    let mut incident = incident();
+    for (second, batch) in [(1, "one"), (2, "two"), (3, "one"), (4, "two")] {
+        let mut room = sample(second, "AW_a", failed(Reason::AgentSilent));
+        room.batch_id = batch.to_owned();
+        incident.add(room);
+    }
+    let mut document: Value = serde_json::from_str(&rendered(&incident)).unwrap();
+    assert_eq!(document["batches"], 2);
+    document.as_object_mut().unwrap().remove("batches");
+    let read = Incident::from_document(&document.to_string()).unwrap();
+    assert_eq!(read, incident);
+}
+
+#[test]
 fn room_without_a_verdict_is_kept_and_not_counted() {
     let mut incident = mixed();
     let limit = Reason::PlanLimit(LimitKind::Quota);
     incident.add(sample(200, "AW_c", failed(limit)));
     incident.add(sample(201, "AW_c", Outcome::Aborted));
     assert_eq!((incident.rooms(), incident.failed()), (13, 6));
+    assert_eq!(incident.batches, 13);
     assert_eq!(incident.samples().len(), 15);
     assert_eq!(incident.reasons().len(), 1);
     assert!(incident.has("canary-0a1b2-201"));

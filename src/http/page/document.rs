@@ -185,6 +185,8 @@ pub(super) struct IncidentDocument {
     pub(super) ended_by: Option<String>,
     pub(super) rooms: u64,
     pub(super) failed: u64,
+    /// Absent in documents of older versions.
+    pub(super) batches: Option<u64>,
     pub(super) reasons: Vec<ReasonDocument>,
     pub(super) samples: Vec<SampleDocument>,
     pub(super) before: Vec<SampleDocument>,

@@ -11,7 +11,8 @@ use crate::report::counted;
 use crate::telemetry::without_marks;
 
 impl IncidentDocument {
-    /// `support FAILS: agent_silent, 3 of 3 rooms, since 15:12:52 UTC (22 min); last ok 15:12:39`.
+    /// `support FAILS: agent_silent, 3 of 3 rooms, since 15:12:52 UTC (22 min, 14 batches); last ok
+    /// 15:12:39`.
     pub(super) fn headline(&self, now: DateTime<Utc>) -> String {
         let reason = self
             .reasons
@@ -25,8 +26,11 @@ impl IncidentDocument {
         let last_ok = self.last_good().map_or_else(String::new, |sample| {
             format!("; last ok {}", sample.ended_at.format("%H:%M:%S"))
         });
+        let batches = self.batches.map_or_else(String::new, |batches| {
+            format!(", {}", counted(batches, "batch"))
+        });
         let headline = format!(
-            "{} {verb}: {reason}, {} of {}, since {since} UTC ({}){last_ok}",
+            "{} {verb}: {reason}, {} of {}, since {since} UTC ({}{batches}){last_ok}",
             self.target,
             self.failed,
             counted(self.rooms, "room"),
