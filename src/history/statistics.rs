@@ -19,7 +19,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::read::{RoomCount, count};
 use super::store::{millis, time};
-use crate::probe::{Outcome, ProbeReport, Span, Turn};
+use crate::probe::{Outcome, ProbeReport, Reason, Span, Turn};
 
 const HOURS: i32 = 24;
 const DAYS: i32 = 30;
@@ -41,12 +41,12 @@ pub(super) struct RoomSample {
 }
 
 impl RoomSample {
-    /// `None` for an aborted room.
+    /// `None` for a room that shows nothing of the service.
     pub(super) fn of(probe: &ProbeReport) -> Option<Self> {
         let ok = match &probe.outcome {
             Outcome::Ok => true,
-            Outcome::Failed(_) => false,
-            Outcome::Aborted => return None,
+            Outcome::Failed(failure) if failure.reason.origin().is_of_service() => false,
+            Outcome::Failed(_) | Outcome::Aborted => return None,
         };
         let join = probe.timeline.span(Span::AgentJoin);
         Some(Self {
@@ -452,10 +452,18 @@ fn last_hour(
     connection: &Connection,
     now: DateTime<Utc>,
 ) -> rusqlite::Result<BTreeMap<String, RoomCount>> {
-    let mut statement = connection.prepare(
+    let other = Reason::ALL
+        .iter()
+        .filter(|reason| !reason.origin().is_of_service());
+    let other: Vec<_> = other
+        .map(|reason| format!("'{}'", reason.label()))
+        .collect();
+    let mut statement = connection.prepare(&format!(
         "SELECT target, sum(outcome = 'ok'), sum(outcome = 'failed') FROM probes INDEXED BY probes_by_time
-         WHERE started_at >= ?1 AND purpose = 'scheduled' GROUP BY target",
-    )?;
+         WHERE started_at >= ?1 AND purpose = 'scheduled' AND coalesce(reason, '') NOT IN ({})
+         GROUP BY target",
+        other.join(", ")
+    ))?;
     let from = millis(now - TimeDelta::hours(1));
     let counts = statement.query_map([from], |row| {
         let counts = RoomCount {

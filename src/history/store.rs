@@ -176,6 +176,7 @@ const VERSION_3: &str = "
                    document ->> '$.first_speech_delay_seconds' AS first_speech_delay,
                    document ->> '$.reply_delay_seconds' AS reply_delay
             FROM probes WHERE purpose = 'scheduled' AND outcome IN ('ok', 'failed')
+                AND coalesce(document ->> '$.origin', '') NOT IN ('external', 'config', 'canary')
         ),
         widths (width) AS (VALUES (3600000), (86400000)),
         delays AS (

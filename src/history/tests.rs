@@ -1530,6 +1530,36 @@ async fn statistics_have_the_rooms_and_delays_of_scheduled_batches_by_hour_and_d
 }
 
 #[tokio::test(start_paused = true)]
+async fn statistics_count_what_shows_something_of_the_service() {
+    let disk = Disk::new();
+    let mut run = disk.start();
+    for (minute, reason) in Reason::ALL.iter().enumerate() {
+        let started_at = format!("2026-03-10T12:{minute:02}:00Z");
+        let outcome = failed(*reason, "as scripted");
+        let id = format!("b{minute:02}");
+        record(&run, &batch_in_time(&id, "support", &started_at, outcome));
+    }
+    run.writer.run_once();
+    let statistics = run.history.statistics(at("2026-03-10T12:59:00Z")).await;
+    let [support] = &statistics.unwrap().targets[..] else {
+        panic!("one target")
+    };
+    // Wrong settings, refused credentials, another client that removes the canary, and the canary itself.
+    let own = ["auth_rejected", "config_rejected", "internal", "removed"];
+    let (ok, failed) = (Reason::ALL.len(), Reason::ALL.len() - own.len());
+    assert_eq!(support.last_hour, RoomCount { ok, failed });
+    let day = support.last_day();
+    assert_eq!((day.ok, day.failed), (ok as u64, failed as u64));
+    for reason in own {
+        assert!(
+            support.reasons.iter().any(|it| it.reason == reason),
+            "{reason}: {:?}",
+            support.reasons
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn statistics_outlive_the_batches_they_were_counted_from() {
     let disk = Disk::new();
     let mut run = disk.start();
@@ -1564,6 +1594,9 @@ async fn migration_fills_columns_and_statistics_as_recording_does() {
             probe.room = room(&number.to_string());
             probe.started_at = template.started_at;
             probe.join_upper_bound = number == 7;
+            if number % 10 == 9 {
+                probe.outcome = failed(Reason::ConfigRejected, "as scripted");
+            }
             probe
         })
         .collect();

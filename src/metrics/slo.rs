@@ -102,13 +102,11 @@ impl Sli {
         }
     }
 
-    /// Whether failures of this origin count. Other users of the room, wrong settings and the canary's own faults count
-    /// towards no service level.
+    /// Whether failures of this origin count.
     fn concerns(self, origin: Origin) -> bool {
-        match origin {
-            Origin::Agent | Origin::Undetermined => true,
-            Origin::Livekit | Origin::Network | Origin::Limit => self == Self::Service,
-            Origin::External | Origin::Config | Origin::Canary => false,
+        match self {
+            Self::Service => origin.is_of_service(),
+            _ => matches!(origin, Origin::Agent | Origin::Undetermined),
         }
     }
 }

@@ -150,6 +150,15 @@ impl Origin {
     pub fn label(self) -> &'static str {
         self.into()
     }
+
+    /// Whether such a failure shows something of the service. Other users of the room, wrong settings and the canary's own faults
+    /// don't.
+    pub fn is_of_service(self) -> bool {
+        match self {
+            Self::Agent | Self::Undetermined | Self::Livekit | Self::Network | Self::Limit => true,
+            Self::External | Self::Config | Self::Canary => false,
+        }
+    }
 }
 
 /// The limit of the plan or the server that the service named.
