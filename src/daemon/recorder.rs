@@ -10,11 +10,11 @@ use crate::batch::{self, Access, BatchEvent};
 use crate::config::{Project, Target};
 use crate::detection::{Detector, Verdict};
 use crate::history::History;
-use crate::http::{BatchProgress, LiveProgress, RoomProgress};
+use crate::http::{LiveBatch, LiveProgress};
 use crate::metrics::{OpenRoom, TargetMetrics};
 use crate::notify::Notifier;
 use crate::probe::driver::Context;
-use crate::probe::{Outcome, ProbeReport, Span};
+use crate::probe::{Outcome, ProbeReport};
 use crate::report::{BatchReport, NotOpened, Purpose};
 
 /// The destinations of one batch's records, with the settings that were in effect when it started.
@@ -39,22 +39,14 @@ impl Recorder {
         abort: CancellationToken,
     ) -> Arc<BatchReport> {
         let mut open = HashMap::new();
-        let mut progress = BatchProgress {
-            batch_id: batch_id.clone(),
-            target: self.target.clone(),
-            purpose: self.purpose.label(),
-            opened: 0,
-            ok: 0,
-            failed: 0,
-            aborted: 0,
-            room: None,
-            result: None,
-        };
+        let live = self
+            .progress
+            .start(&batch_id, &self.target, self.purpose.label());
         let project = Arc::clone(&context.project);
         let id = batch_id.clone();
         let on_event = |event: &BatchEvent| {
             self.record_event(&id, event, &mut open, &project);
-            self.publish(event, &mut progress);
+            show_live(&live, event);
         };
         batch::run(
             batch_id,
@@ -89,39 +81,6 @@ impl Recorder {
         if let Some(observer) = &self.observer {
             observer(event);
         }
-    }
-
-    /// Sends the progress to those who watch the daemon at this moment.
-    fn publish(&self, event: &BatchEvent, progress: &mut BatchProgress) {
-        match event {
-            BatchEvent::RoomOpened { .. } => {
-                progress.opened += 1;
-                return;
-            }
-            BatchEvent::RoomClosed { report, .. } => {
-                *match &report.outcome {
-                    Outcome::Ok => &mut progress.ok,
-                    Outcome::Failed(_) => &mut progress.failed,
-                    Outcome::Aborted => &mut progress.aborted,
-                } += 1;
-                let failure = report.outcome.failure();
-                let join = report.timeline.span(Span::AgentJoin);
-                progress.room = Some(RoomProgress {
-                    room: report.room.0.clone(),
-                    outcome: report.outcome.label(),
-                    reason: failure.map(|failure| failure.reason.label()),
-                    join_delay_seconds: join.map(|delay| delay.as_secs_f64()),
-                });
-            }
-            BatchEvent::Ended(report) => {
-                progress.room = None;
-                progress.result = Some(report.result().label());
-            }
-            BatchEvent::Started | BatchEvent::Probe { .. } | BatchEvent::HoldDecided { .. } => {
-                return;
-            }
-        }
-        self.progress.send(progress.clone());
     }
 
     fn record_probe(&self, batch_id: &str, report: &ProbeReport) {
@@ -199,5 +158,16 @@ impl Recorder {
             summary.aborted,
             report.batch_id
         );
+    }
+}
+
+/// Shows an event to those who watch the batch at this moment.
+fn show_live(live: &LiveBatch, event: &BatchEvent) {
+    match event {
+        BatchEvent::Started | BatchEvent::HoldDecided { .. } => {}
+        BatchEvent::RoomOpened { room, .. } => live.room_opened(&room.0),
+        BatchEvent::Probe { index, event } => live.probe_advanced(*index, event),
+        BatchEvent::RoomClosed { index, report } => live.room_closed(*index, report),
+        BatchEvent::Ended(report) => live.ended(report.result().label()),
     }
 }

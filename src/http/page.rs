@@ -29,6 +29,7 @@ use self::overview::Overview;
 use self::past::Past;
 use self::target::TargetPage;
 use super::api::{self, Api};
+use super::live::LiveProgress;
 use super::response::HttpError;
 use super::status::Status;
 use crate::history::{BatchFilter, EventFilter, IncidentFilter, MAX_BATCHES, ReadError};
@@ -82,6 +83,7 @@ impl From<serde_json::Error> for PageError {
 /// What the pages show, at one moment.
 pub(super) struct Pages<'a> {
     pub(super) status: &'a Status,
+    pub(super) live: &'a LiveProgress,
     /// Withholds what the reader may not see.
     pub(super) api: Api<'a>,
     pub(super) now: DateTime<Utc>,
@@ -116,20 +118,21 @@ impl Pages<'_> {
         Ok(page.render())
     }
 
-    /// A batch that has ended, or one that is running.
+    /// A batch that is running, or one that has ended.
     pub(super) async fn batch(&self, id: &str) -> Result<String, PageError> {
-        let running = self.status.targets.iter().find(|target| {
-            [&target.running, &target.confirming]
-                .into_iter()
-                .flatten()
-                .any(|running| running == id)
-        });
-        if let Some(target) = running {
-            return Ok(batch::render_running(id, target));
+        if let Some(batch) = self.live.running(id) {
+            let page = batch::render_running(id, &batch.target, Some(&batch), self.now);
+            return Ok(page);
         }
-        let document = self.api.find_batch(id).await?;
-        let batch: BatchDocument = serde_json::from_str(document.get())?;
-        Ok(batch::render(&batch, self.now))
+        match (self.api.find_batch(id).await, self.status.of_batch(id)) {
+            (Ok(document), _) => {
+                let batch: BatchDocument = serde_json::from_str(document.get())?;
+                Ok(batch::render(&batch, self.now))
+            }
+            // It is about to start, or it has just ended.
+            (Err(_), Some(target)) => Ok(batch::render_running(id, &target.name, None, self.now)),
+            (Err(error), None) => Err(error.into()),
+        }
     }
 
     pub(super) async fn probe(&self, room: &str) -> Result<String, PageError> {

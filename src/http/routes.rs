@@ -24,11 +24,12 @@ use super::access::{self, ChangePermit, Protection};
 use super::api::Api;
 use super::control::{Control, Controller, NoSuchTarget};
 use super::health::Health;
+use super::live::LiveProgress;
 use super::page::{self, PageError, Pages};
 use super::response::{HttpError, ServerResponse, json, plain, response};
 use super::scrape::Scrapes;
 use super::status::{DaemonStage, Status};
-use super::stream::{LiveProgress, Streams};
+use super::stream::Streams;
 use super::users::Passwords;
 use super::web_config::WebConfig;
 use super::{api, audio, badge, event};
@@ -265,6 +266,7 @@ pub(super) struct AppState {
     health: Health,
     history: History,
     streams: Streams,
+    live: LiveProgress,
 }
 
 impl AppState {
@@ -277,7 +279,8 @@ impl AppState {
     ) -> Self {
         Self {
             on_loopback,
-            streams: Streams::new(sources.status.clone(), sources.progress, shutdown),
+            streams: Streams::new(sources.status.clone(), sources.progress.clone(), shutdown),
+            live: sources.progress,
             web,
             passwords: Passwords::new(),
             scrapes: Scrapes::new(sources.metrics.clone()),
@@ -394,6 +397,7 @@ impl AppState {
         };
         let pages = Pages {
             status: &status,
+            live: &self.live,
             api,
             now: Utc::now(),
         };

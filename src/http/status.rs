@@ -21,6 +21,14 @@ impl Status {
     pub(crate) fn target(&self, name: &str) -> Option<&TargetStatus> {
         self.targets.iter().find(|target| target.name == name)
     }
+
+    /// The target whose batch of this id is running.
+    pub(super) fn of_batch(&self, id: &str) -> Option<&TargetStatus> {
+        self.targets.iter().find(|target| {
+            let mut running = [&target.running, &target.confirming].into_iter().flatten();
+            running.any(|running| running == id)
+        })
+    }
 }
 
 /// The daemon is ready only while it is [`DaemonStage::Running`].

@@ -1,7 +1,7 @@
 //! `/api/v1/stream`: what changes, as server-sent events.
 //!
 //! A stream has no buffer of its own. It makes the next event when the connection can send it, from the status of that moment, so
-//! a reader that is slow misses states in between. Ends of rooms can't be left out like that: a reader that falls too far behind
+//! a reader that is slow misses states in between. What happens in a batch can't be left out like that: a reader that falls too far behind
 //! is disconnected.
 
 use std::convert::Infallible;
@@ -15,13 +15,13 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::{Either, StreamBody};
 use hyper::body::Frame;
-use serde::Serialize;
 use tokio::select;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::live::{BatchProgress, LiveProgress};
 use super::response::{HttpError, ServerResponse};
 use super::status::Status;
 
@@ -33,51 +33,6 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// A client whose stream has ended tries again after this long.
 const RETRY: Duration = Duration::from_secs(5);
-/// The ends of rooms that a reader may be behind.
-const MAX_BEHIND: usize = 256;
-
-/// How far a batch is: sent when a room has ended, and when the batch has. The names of the fields are keys of the API.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct BatchProgress {
-    pub(crate) batch_id: String,
-    pub(crate) target: String,
-    pub(crate) purpose: &'static str,
-    /// Rooms that have opened so far.
-    pub(crate) opened: usize,
-    /// How the rooms that have ended so far did.
-    pub(crate) ok: usize,
-    pub(crate) failed: usize,
-    pub(crate) aborted: usize,
-    /// The room that has just ended. `None` if the batch has.
-    pub(crate) room: Option<RoomProgress>,
-    /// `None` while the batch runs.
-    pub(crate) result: Option<&'static str>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct RoomProgress {
-    pub(crate) room: String,
-    pub(crate) outcome: &'static str,
-    pub(crate) reason: Option<&'static str>,
-    pub(crate) join_delay_seconds: Option<f64>,
-}
-
-/// Sends the progress of batches to the open streams. Without one, nothing is kept.
-#[derive(Debug, Clone)]
-pub(crate) struct LiveProgress(broadcast::Sender<Arc<BatchProgress>>);
-
-impl Default for LiveProgress {
-    fn default() -> Self {
-        Self(broadcast::Sender::new(MAX_BEHIND))
-    }
-}
-
-impl LiveProgress {
-    pub(crate) fn send(&self, progress: BatchProgress) {
-        // Fails if no stream is open, which is no error.
-        self.0.send(Arc::new(progress)).ok();
-    }
-}
 
 pub(super) type EventBody = StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>;
 
@@ -131,7 +86,7 @@ impl Streams {
                 sent: None,
                 next_at: Instant::now(),
             },
-            progress: self.progress.0.subscribe(),
+            progress: self.progress.subscribe(),
             shutdown: self.shutdown.clone(),
             silent_until: Instant::now() + KEEP_ALIVE_INTERVAL,
             _place: place,
@@ -206,6 +161,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::http::live::MAX_BEHIND;
     use crate::http::status::DaemonStage;
 
     fn status(stage: DaemonStage) -> Arc<Status> {
@@ -217,20 +173,6 @@ mod tests {
             projects: Vec::new(),
             last_reload: None,
         })
-    }
-
-    fn progress(ok: usize) -> BatchProgress {
-        BatchProgress {
-            batch_id: "b-1".to_owned(),
-            target: "support".to_owned(),
-            purpose: "scheduled",
-            opened: 9,
-            ok,
-            failed: 0,
-            aborted: 0,
-            room: None,
-            result: None,
-        }
     }
 
     fn streams() -> (Streams, watch::Sender<Arc<Status>>) {
@@ -269,13 +211,15 @@ mod tests {
         let (streams, _sender) = streams();
         let mut events = streams.events().unwrap();
         events.next().await.unwrap();
-        streams.progress.send(progress(3));
+        let batch = streams.progress.start("b-1", "support", "scheduled");
+        batch.room_opened("canary-1");
         let next = events.next().await.unwrap();
         let expected = "event: batch\ndata: {\"batch_id\":\"b-1\",\"target\":\"support\",\"purpose\":\"scheduled\",\
-                        \"opened\":9,\"ok\":3,\"failed\":0,\"aborted\":0,\"room\":null,\"result\":null}\n\n";
+                        \"opened\":1,\"ok\":0,\"failed\":0,\"aborted\":0,\"room\":{\"room\":\"canary-1\",\"stage\":\"opened\",\
+                        \"outcome\":null,\"reason\":null,\"join_delay_seconds\":null},\"result\":null}\n\n";
         assert_eq!(next, expected);
-        for ok in 0..=MAX_BEHIND {
-            streams.progress.send(progress(ok));
+        for _ in 0..=MAX_BEHIND {
+            batch.room_opened("canary-2");
         }
         assert_eq!(events.next().await, None);
     }

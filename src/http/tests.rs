@@ -37,6 +37,7 @@ use crate::history::{History, LastBatch};
 use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
 use crate::metrics::{Build, Metrics};
+use crate::probe::{Failure, Milestone, Outcome, ProbeEvent, Reason};
 use crate::recording;
 use crate::report::sample::{mixed, project};
 
@@ -933,32 +934,16 @@ async fn stream_sends_the_status_and_batches_and_ends_with_the_server() {
         start.contains("event: status\ndata: {\"version\":\"1.2.3\""),
         "{start}"
     );
-    server.progress.send(BatchProgress {
-        batch_id: "b-1".to_owned(),
-        target: "support".to_owned(),
-        purpose: "scheduled",
-        opened: 1,
-        ok: 0,
-        failed: 1,
-        aborted: 0,
-        room: Some(RoomProgress {
-            room: "canary-1".to_owned(),
-            outcome: "failed",
-            reason: Some("agent_silent"),
-            join_delay_seconds: Some(0.5),
-        }),
-        result: None,
-    });
-    let batch = read_stream(&mut stream, "}\n\n").await;
+    let batch = server.progress.start("b-1", "support", "scheduled");
+    batch.room_opened("canary-1");
+    let opened = read_stream(&mut stream, "}\n\n").await;
     assert!(
-        batch.contains("event: batch\ndata: {\"batch_id\":\"b-1\""),
-        "{batch}"
+        opened.contains("event: batch\ndata: {\"batch_id\":\"b-1\""),
+        "{opened}"
     );
     assert!(
-        batch.contains(
-            "\"room\":{\"room\":\"canary-1\",\"outcome\":\"failed\",\"reason\":\"agent_silent\""
-        ),
-        "{batch}"
+        opened.contains("\"room\":{\"room\":\"canary-1\",\"stage\":\"opened\",\"outcome\":null"),
+        "{opened}"
     );
     let mut changed = status();
     changed.stage = DaemonStage::Draining;
@@ -1219,24 +1204,69 @@ async fn missing_page_is_a_page_and_a_missing_document_is_json() {
 }
 
 #[tokio::test]
-async fn batch_that_runs_has_a_page() {
+async fn batch_that_runs_has_a_page_with_its_rooms() {
     let server = HttpFixture::start().await;
     server.status.send_modify(|status| {
-        Arc::make_mut(status).targets[0].running = Some("some-batch".to_owned());
+        Arc::make_mut(status).targets[0].running = Some("b-1".to_owned());
     });
-    let page = server.get("/batches/some-batch").await;
+    let page = server.get("/batches/b-1").await;
     assert_eq!(page.status, StatusCode::OK);
-    assert!(
-        page.text()
-            .contains("<title>support: batch is running</title>"),
-        "{}",
-        page.text()
-    );
-    assert!(
-        page.text().contains("data-live=\"../api/v1/stream\""),
-        "{}",
-        page.text()
-    );
+    for expected in [
+        "<title>support: batch is running, 0 ok, 0 failed</title>",
+        "data-live=\"../api/v1/stream\"",
+        "No room is open.",
+    ] {
+        assert!(page.text().contains(expected), "{}", page.text());
+    }
+
+    let batch = server.progress.start("b-1", "support", "scheduled");
+    for room in ["canary-good", "canary-bad", "canary-open"] {
+        batch.room_opened(room);
+    }
+    let start = Instant::now();
+    let reached = |milestone, millis| ProbeEvent::Reached {
+        milestone,
+        at: start + Duration::from_millis(millis),
+    };
+    for index in 0..3 {
+        batch.probe_advanced(index, &reached(Milestone::Started, 0));
+        batch.probe_advanced(index, &reached(Milestone::DispatchSent, 100));
+    }
+    batch.probe_advanced(0, &reached(Milestone::AgentJoined, 612));
+    batch.probe_advanced(0, &decided(Outcome::Ok));
+    let failure = Failure {
+        reason: Reason::AgentSilent,
+        detail: "said <nothing>".to_owned(),
+    };
+    batch.probe_advanced(1, &decided(Outcome::Failed(failure)));
+
+    let page = server.get("/batches/b-1").await;
+    for expected in [
+        "<title>support: batch is running, 1 ok, 1 failed</title>",
+        "<h1 class=\"bad\">",
+        "0.512\u{a0}s",
+        "agent_silent<small>said &lt;nothing&gt;</small>",
+        "canary-open",
+        "waits for the agent",
+    ] {
+        assert!(
+            page.text().contains(expected),
+            "{expected}: {}",
+            page.text()
+        );
+    }
+
+    // It has ended, and the history has it not yet.
+    drop(batch);
+    let page = server.get("/batches/b-1").await;
+    assert!(page.text().contains("batch is running"), "{}", page.text());
+}
+
+fn decided(outcome: Outcome) -> ProbeEvent {
+    ProbeEvent::OutcomeDecided {
+        outcome,
+        retry_after: None,
+    }
 }
 
 /// A page whose name was rebound to the canary's address is of the same origin for its browser.

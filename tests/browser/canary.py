@@ -93,7 +93,7 @@ record.audio = "always"
 schedule.{schedule}
 batch.rooms = {rooms}
 batch.ramp = "burst"
-batch.hold = "1s"
+batch.hold = {hold}
 confirm.rooms = {confirm_rooms}
 caller.silence = "500ms"
 """
@@ -103,14 +103,14 @@ class Daemon:
     """`livekit-canary run` with one target, which runs a batch at its start unless the schedule is a cron expression."""
 
     def __init__(self, folder: Path, sandbox: Sandbox, target="support", agent_name="demo",
-                 schedule='every = "2h"', rooms=2, confirm_rooms=0):
+                 schedule='every = "2h"', rooms=2, confirm_rooms=0, hold="1s"):
         self.folder = folder
         self.target = target
         folder.mkdir(parents=True, exist_ok=True)
         settings = SETTINGS.format(
             url=text(sandbox.url), api_key=text(sandbox.api_key), api_secret=text(sandbox.api_secret),
             target=target, agent_name=text(agent_name), schedule=schedule, rooms=rooms,
-            confirm_rooms=confirm_rooms,
+            confirm_rooms=confirm_rooms, hold=text(hold),
         )
         (folder / "canary.toml").write_text(settings)
         self.start()
@@ -157,6 +157,13 @@ class Daemon:
         """The probes of the last batches, the latest first."""
         batches = self.get("batches?limit=20")["batches"]
         return [probe for batch in batches for probe in self.get(f"batches/{batch['batch_id']}")["probes"]]
+
+    def running_batch(self) -> str:
+        return self.status()["running"]
+
+    def page(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.url}/{path}", timeout=30) as response:
+            return response.read().decode()
 
     def latest_batch(self) -> str:
         return self.get("batches?limit=1")["batches"][0]["batch_id"]

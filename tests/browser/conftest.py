@@ -50,6 +50,16 @@ def states(tmp_path_factory):
         daemon.wait_for_batches(1)
         return daemon
 
+    def running():
+        # One of three rooms has failed, and the others are open for longer than the tests take.
+        sandbox = states.sandbox("running", "room2:leaves_early=500ms")
+        daemon = states.daemon("running", sandbox, rooms=3, hold="30m")
+        wait_for(daemon.running_batch, "a running batch")
+        batch = f"batches/{daemon.running_batch()}"
+        wait_for(lambda: "agent_left_early" in daemon.page(batch), "a failed room of the running batch")
+        wait_for(lambda: daemon.page(batch).count("in conversation") >= 2, "two calls")
+        return daemon
+
     def failing():
         faults = [f"room{room}:leaves_early=500ms" for room in range(FIRST_BAD_ROOM, 100)]
         versions = [f"room{room}:version={1 if room < FIRST_BAD_ROOM else 2}.0" for room in range(1, 100)]
@@ -78,7 +88,7 @@ def states(tmp_path_factory):
         seed.fill(folder / "state" / "history.sqlite3", probes=10_000, days=30, incidents=12)
         return good("history")
 
-    for create in [empty, manual, good, paused, suspect, limited, failing, hostile, history]:
+    for create in [empty, manual, good, paused, suspect, limited, running, failing, hostile, history]:
         states.begin("healthy" if create is good else create.__name__, create)
     yield states
     states.stop()

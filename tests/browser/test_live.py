@@ -40,7 +40,7 @@ def test_button_leads_to_the_running_batch_and_to_its_end(states, page, way):
         wait(driver).until(lambda driver: "/batches/" in driver.current_url)
         batch = driver.current_url
         assert re.fullmatch(re.escape(root) + r"/batches/[\w-]+", batch)
-        assert driver.title == "support: batch is running"
+        assert driver.title.startswith("support: batch is running")
         wait(driver).until(lambda driver: driver.title == "support: batch ok, 1 ok, 0 failed")
         assert driver.current_url == batch
         assert page.errors() == []
@@ -49,6 +49,23 @@ def test_button_leads_to_the_running_batch_and_to_its_end(states, page, way):
         assert ended != before and batch.endswith(ended["batch_id"])
         page.script(True)
         driver.get("about:blank")
+
+
+def test_running_batch_shows_its_room_before_it_ends(states, page):
+    daemon = states.get("manual")
+    batch = daemon.post("targets/support/batches")["batch_id"]
+    page.driver.get(f"{daemon.url}/batches/{batch}")
+    # Each title and the rows of the table as the script puts them in, from the first load to the last.
+    page.run("""
+      window.seen = [];
+      const look = () => window.seen.push([document.title, document.querySelectorAll("tbody tr").length]);
+      new MutationObserver(look).observe(document.body, {childList: true, subtree: true});
+      look();
+    """)
+    wait(page.driver).until(lambda driver: driver.title == "support: batch ok, 1 ok, 0 failed")
+    seen = page.run("return window.seen")
+    assert ["support: batch is running, 0 ok, 0 failed", 1] in seen, seen
+    assert page.errors() == []
 
 
 def test_live_page_shows_a_change_and_keeps_the_focus(states, page):

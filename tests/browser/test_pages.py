@@ -28,6 +28,7 @@ PATHS = {
     "overview": lambda daemon: "",
     "target": lambda daemon: f"targets/{daemon.target}",
     "batch": lambda daemon: f"batches/{daemon.latest_batch()}",
+    "running-batch": lambda daemon: f"batches/{daemon.running_batch()}",
     "good-probe": lambda daemon: f"probes/{good_probe(daemon)}",
     "failed-probe": lambda daemon: f"probes/{failed_probe(daemon)}",
     "incident": lambda daemon: f"incidents/{daemon.latest_incident()}",
@@ -46,6 +47,7 @@ PAGES = {
     "healthy": ["overview", "target", "batch", "good-probe"],
     "paused": ["overview", "target"],
     "suspect": ["overview", "target", "batch", "failed-probe"],
+    "running": ["target", "running-batch"],
     "failing": ["overview", "target", "batch", "failed-probe", "incident"],
     "hostile": ["overview", "target", "batch", "good-probe", "failed-probe", "incident", *LISTS],
     "history": ["overview", "target", "batch", "good-probe", "failed-probe", "incident", *LISTS],
@@ -53,11 +55,12 @@ PAGES = {
 
 # What the first page and the page of the target say of each state, in the verdict.
 VERDICTS = {
-    "empty": "unknown|not known yet",
-    "limited": "no batch can start|not known yet",
+    "empty": "never ran",
+    "limited": "no batch can start|unknown",
     "healthy": "healthy",
-    "paused": "paused|unknown|not known yet",
+    "paused": "paused|unknown",
     "suspect": "suspect|a room failed",
+    "running": "never ran|suspect",
     "failing": "FAILS",
     "hostile": "FAILS",
     "history": "healthy",

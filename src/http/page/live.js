@@ -1,4 +1,4 @@
-// Follows what changes: loads the content of a page again when the canary's status changes. A page is complete without it.
+// Follows what changes: loads the content of a page again when the canary's status changes, or a room of a batch does. A page is complete without it.
 "use strict";
 const main = document.querySelector("main[data-live]");
 let stream;
@@ -61,7 +61,7 @@ function listen() {
   stream?.close();
   if (document.hidden) return;
   stream = new EventSource(main.dataset.live);
-  stream.addEventListener("status", follow);
+  for (const event of ["status", "batch"]) stream.addEventListener(event, follow);
 }
 
 if (main) {

@@ -117,25 +117,21 @@ fn verdict(status: &Status, incidents: &[IncidentDocument], now: DateTime<Utc>) 
             .map(|target| target.name.as_str())
             .collect::<Vec<_>>()
     };
-    match (
-        &names("failing")[..],
-        &names("suspect")[..],
-        &names("unknown")[..],
-    ) {
-        (failing @ [_, ..], _, _) => (format!("{} FAILS", failing.join(", ")), Tone::Bad),
-        ([], suspect @ [_, ..], _) => {
+    match (&names("failing")[..], &names("suspect")[..]) {
+        (failing @ [_, ..], _) => (format!("{} FAILS", failing.join(", ")), Tone::Bad),
+        ([], suspect @ [_, ..]) => {
             let text = format!(
                 "{}: a room failed, and more rooms are to confirm it",
                 suspect.join(", ")
             );
             (text, Tone::Warning)
         }
-        ([], [], unknown) => calm_verdict(status, unknown),
+        ([], []) => calm_verdict(status),
     }
 }
 
 /// The verdict while nothing fails. What keeps batches from starting comes before a state that is old.
-fn calm_verdict(status: &Status, unknown: &[&str]) -> (String, Tone) {
+fn calm_verdict(status: &Status) -> (String, Tone) {
     if status.targets.is_empty() {
         return ("no targets".to_owned(), Tone::Neutral);
     }
@@ -145,11 +141,13 @@ fn calm_verdict(status: &Status, unknown: &[&str]) -> (String, Tone) {
         format!("{}: {obstacle}", target.name)
     });
     let mut parts: Vec<_> = obstacles.collect();
-    let waiting = status.targets.iter().filter(|target| !held(target));
-    let waiting = waiting.map(|target| target.name.as_str());
-    let waiting: Vec<_> = waiting.filter(|name| unknown.contains(name)).collect();
-    if !waiting.is_empty() {
-        parts.push(format!("not known yet: {}", waiting.join(", ")));
+    for state in ["never ran", "unknown"] {
+        let in_state = |target: &&TargetStatus| !held(target) && target.shown_state() == state;
+        let targets = status.targets.iter().filter(in_state);
+        let names: Vec<_> = targets.map(|target| target.name.as_str()).collect();
+        if !names.is_empty() {
+            parts.push(format!("{state}: {}", names.join(", ")));
+        }
     }
     if parts.is_empty() {
         let targets = counted(status.targets.len() as u64, "target");
@@ -168,6 +166,14 @@ fn calm_verdict(status: &Status, unknown: &[&str]) -> (String, Tone) {
 }
 
 impl TargetStatus {
+    /// The state; `never ran` before the first batch.
+    pub(super) fn shown_state(&self) -> &'static str {
+        match (self.state, &self.last_batch) {
+            ("unknown", None) => "never ran",
+            (state, _) => state,
+        }
+    }
+
     /// Why no batch of the schedule starts.
     pub(super) fn obstacle(&self) -> Option<String> {
         match &self.held_back {
@@ -230,7 +236,7 @@ fn target_row(target: &TargetStatus, now: DateTime<Utc>) -> Markup {
                 small { bdi { (target.agent_name.as_deref().unwrap_or("any agent")) } " on " bdi { (target.project) } }
             }
             td {
-                span .(Tone::of_state(target.state).class()) { (target.state) }
+                span .(Tone::of_state(target.state).class()) { (target.shown_state()) }
                 @if let Some(incident) = &target.incident { ": " a href={ "incidents/" (incident) } { "incident" } }
                 small { "since " (Moment { at: target.state_since, now }) "; " (activity) }
                 @if let Some(why) = &target.held_back { small .bad { (why) } }

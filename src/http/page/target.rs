@@ -49,7 +49,7 @@ impl TargetPage<'_> {
                 dt { "Agent" } dd { bdi { (target.agent_name.as_deref().unwrap_or("any agent")) } ", dispatch " (target.dispatch) }
                 dt { "Project" } dd { (target.project) " " small { (target.url) } }
                 dt { "State" } dd {
-                    span .(Tone::of_state(target.state).class()) { (target.state) }
+                    span .(Tone::of_state(target.state).class()) { (target.shown_state()) }
                     " since " (Moment { at: target.state_since, now })
                     @if target.paused { ", paused" }
                 }
@@ -149,7 +149,10 @@ fn events(events: &[&HistoryEvent], now: DateTime<Utc>) -> Markup {
 
 /// The verdict without an open incident.
 fn idle_verdict(target: &TargetStatus, now: DateTime<Utc>) -> String {
-    let state = format!("{} for {}", target.state, length(now - target.state_since));
+    let state = match target.shown_state() {
+        "never ran" => "never ran".to_owned(),
+        state => format!("{state} for {}", length(now - target.state_since)),
+    };
     match target.obstacle() {
         Some(obstacle) => format!("{}: {obstacle}; {state}", target.name),
         None => format!("{}: {state}", target.name),
