@@ -47,7 +47,7 @@ fn canary<A: AsRef<OsStr>>(
 }
 
 /// How many cases of a test run at the same time. They mostly wait.
-const MAX_PARALLEL: usize = 12;
+const MAX_PARALLEL: usize = 8;
 
 /// Runs all cases, some at the same time, and returns their results in any order.
 fn in_parallel<T: Sync, R: Send>(cases: &[T], case: impl Fn(&T) -> R + Sync) -> Vec<R> {

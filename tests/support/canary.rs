@@ -1,9 +1,10 @@
 //! Runs the canary's binary as a user does, and reads what it prints.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{env, fs, thread};
 
@@ -197,6 +198,7 @@ impl Running {
         for output in [&stdout, &stderr] {
             expect_no_secret(output)?;
         }
+        rooms_in_doubt().extend(named_rooms(&stderr));
         Ok(Finished {
             code: status.code(),
             stdout,
@@ -215,6 +217,19 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The rooms of which a canary that has ended said that they may still exist: it had to end before an agent on its way to them
+/// could connect.
+pub fn rooms_in_doubt() -> MutexGuard<'static, BTreeSet<String>> {
+    static ROOMS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    ROOMS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn named_rooms(stderr: &str) -> impl Iterator<Item = String> + '_ {
+    let rooms = stderr.split("room ").skip(1);
+    let rooms = rooms.filter_map(|rest| rest.split_once(" may still exist"));
+    rooms.map(|(room, _)| room.to_owned())
 }
 
 /// # Errors

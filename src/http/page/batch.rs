@@ -184,7 +184,7 @@ impl<'a> Room<'a> {
     fn link(&self) -> Markup {
         html! {
             @if self.has_page { a href={ "../probes/" (self.name) } { (self.name) } }
-            @else { (self.name) }
+            @else { span .room { (self.name) } }
         }
     }
 
