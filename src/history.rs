@@ -509,9 +509,15 @@ impl History {
         self.reader.read(query).await
     }
 
-    /// The rooms of scheduled batches in the hours and days before `now`, for comparison with those before.
-    pub(crate) async fn statistics(&self, now: DateTime<Utc>) -> Result<Statistics, ReadError> {
-        let query = move |connection: &_| statistics::statistics(connection, now);
+    /// The rooms of scheduled batches in the hours and days before `now`, for comparison with those before: of all targets, or of
+    /// one.
+    pub(crate) async fn statistics(
+        &self,
+        now: DateTime<Utc>,
+        target: Option<String>,
+    ) -> Result<Statistics, ReadError> {
+        let query =
+            move |connection: &_| statistics::statistics(connection, now, target.as_deref());
         self.reader.read(query).await
     }
 

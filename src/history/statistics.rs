@@ -350,9 +350,11 @@ pub(crate) struct ReasonCount {
 /// The spans of one width, by target and start.
 type Tallies = BTreeMap<String, BTreeMap<DateTime<Utc>, Tally>>;
 
+/// Of all targets, or of one.
 pub(super) fn statistics(
     connection: &Connection,
     now: DateTime<Utc>,
+    target: Option<&str>,
 ) -> rusqlite::Result<Statistics> {
     let (hour, day) = (TimeDelta::hours(1), TimeDelta::days(1));
     let current = |width| now.duration_trunc(width).unwrap_or(now);
@@ -361,9 +363,10 @@ pub(super) fn statistics(
     let first_day = current(day) - day * (DAYS - 1);
     let week_before = first_hour - week;
     let end = current(hour) + hour;
-    let hours = tallies(connection, HOUR, first_hour - day, end)?;
-    let hours_of_week_before = tallies(connection, HOUR, week_before, week_before + day)?;
-    let days = tallies(connection, DAY, first_day - week, end)?;
+    let tallies = |width, from, to| tallies(connection, width, from, to, target);
+    let hours = tallies(HOUR, first_hour - day, end)?;
+    let hours_of_week_before = tallies(HOUR, week_before, week_before + day)?;
+    let days = tallies(DAY, first_day - week, end)?;
     let last_hour = last_hour(connection, now)?;
     let mut reasons = reasons(connection, first_hour)?;
     let spans = |tallies: &Tallies, target: &str, from, width: TimeDelta, count| {
@@ -435,11 +438,13 @@ fn tallies(
     width: i64,
     from: DateTime<Utc>,
     to: DateTime<Utc>,
+    target: Option<&str>,
 ) -> rusqlite::Result<Tallies> {
     let mut statement = connection.prepare(&format!(
-        "SELECT target, start, {TALLY_COLUMNS} FROM statistics WHERE width = ?1 AND start >= ?2 AND start < ?3"
+        "SELECT target, start, {TALLY_COLUMNS} FROM statistics
+         WHERE width = ?1 AND start >= ?2 AND start < ?3 AND (?4 IS NULL OR target = ?4)"
     ))?;
-    let mut rows = statement.query(params![width, millis(from), millis(to)])?;
+    let mut rows = statement.query(params![width, millis(from), millis(to), target])?;
     let mut tallies = Tallies::new();
     while let Some(row) = rows.next()? {
         let spans = tallies.entry(row.get(0)?).or_default();

@@ -1452,7 +1452,7 @@ async fn statistics_have_the_rooms_and_delays_of_scheduled_batches_by_hour_and_d
     run.writer.run_once();
     let statistics = run
         .history
-        .statistics(at("2026-03-10T12:34:56Z"))
+        .statistics(at("2026-03-10T12:34:56Z"), None)
         .await
         .unwrap();
     let targets: Vec<_> = statistics
@@ -1500,15 +1500,21 @@ async fn statistics_have_the_rooms_and_delays_of_scheduled_batches_by_hour_and_d
         ("agent_no_show 1", "agent_silent 1")
     );
     assert_eq!(support.last_hour, RoomCount::default());
+    let of_one = run
+        .history
+        .statistics(at("2026-03-10T12:34:56Z"), Some("support".to_owned()))
+        .await
+        .unwrap();
+    assert_eq!(of_one.targets, [support.clone()]);
     let earlier = run
         .history
-        .statistics(at("2026-03-10T08:59:59Z"))
+        .statistics(at("2026-03-10T08:59:59Z"), None)
         .await
         .unwrap();
     assert_eq!(earlier.targets[0].last_hour, RoomCount { ok: 1, failed: 0 });
     let later = run
         .history
-        .statistics(at("2026-05-10T12:00:00Z"))
+        .statistics(at("2026-05-10T12:00:00Z"), None)
         .await
         .unwrap();
     assert_eq!(later.targets, []);
@@ -1540,7 +1546,10 @@ async fn statistics_count_what_shows_something_of_the_service() {
         record(&run, &batch_in_time(&id, "support", &started_at, outcome));
     }
     run.writer.run_once();
-    let statistics = run.history.statistics(at("2026-03-10T12:59:00Z")).await;
+    let statistics = run
+        .history
+        .statistics(at("2026-03-10T12:59:00Z"), None)
+        .await;
     let [support] = &statistics.unwrap().targets[..] else {
         panic!("one target")
     };
@@ -1565,10 +1574,10 @@ async fn statistics_outlive_the_batches_they_were_counted_from() {
     let mut run = disk.start();
     record_series(&mut run);
     let now = at("2026-03-10T12:34:56Z");
-    let before = run.history.statistics(now).await.unwrap();
+    let before = run.history.statistics(now, None).await.unwrap();
     let connection = &run.writer.store().connection;
     connection.execute("DELETE FROM batches", []).unwrap();
-    let after = run.history.statistics(now).await.unwrap();
+    let after = run.history.statistics(now, None).await.unwrap();
     assert_eq!(after.targets[0].days, before.targets[0].days);
     assert_eq!(after.targets[0].reasons, []);
 }
@@ -1752,10 +1761,18 @@ async fn events_and_statistics_expire() {
     };
     assert_eq!(event_texts(&run.history, all()).await, "new");
     let now = at("2026-03-10T12:00:00Z");
-    assert_eq!(run.history.statistics(now).await.unwrap().targets.len(), 2);
+    assert_eq!(
+        run.history
+            .statistics(now, None)
+            .await
+            .unwrap()
+            .targets
+            .len(),
+        2
+    );
     disk.set("2026-04-20T12:00:00Z");
     delete_expired(&mut run, &settings);
-    assert_eq!(run.history.statistics(now).await.unwrap().targets, []);
+    assert_eq!(run.history.statistics(now, None).await.unwrap().targets, []);
 }
 
 #[tokio::test(start_paused = true)]

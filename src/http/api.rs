@@ -196,7 +196,11 @@ impl Api<'_> {
     }
 
     pub(super) async fn statistics(&self, now: DateTime<Utc>) -> Result<ServerResponse, HttpError> {
-        let statistics = self.history.statistics(now).await.map_err(unreadable)?;
+        let statistics = self
+            .history
+            .statistics(now, None)
+            .await
+            .map_err(unreadable)?;
         Ok(json(StatusCode::OK, &statistics))
     }
 

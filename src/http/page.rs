@@ -218,7 +218,9 @@ impl Pages<'_> {
         Ok(Past {
             incidents: read_all(incidents.iter().map(|it| &it.document))?,
             batches: read_all(batches.iter().map(|it| &it.document))?,
-            statistics: history.statistics(self.now).await?,
+            statistics: history
+                .statistics(self.now, target.map(str::to_owned))
+                .await?,
             events: history.events(events).await?,
         })
     }

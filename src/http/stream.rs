@@ -31,6 +31,8 @@ const MAX_STREAMS: usize = 20;
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a stream may be silent: proxies close connections that they take for dead.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// A stream ends after this long. Browsers open it again, and with that the canary checks their credentials again.
+const MAX_AGE: Duration = Duration::from_mins(10);
 /// A client whose stream has ended tries again after this long.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -89,6 +91,7 @@ impl Streams {
             progress: self.progress.subscribe(),
             shutdown: self.shutdown.clone(),
             silent_until: Instant::now() + KEEP_ALIVE_INTERVAL,
+            ends_at: Instant::now() + MAX_AGE,
             _place: place,
         })
     }
@@ -101,6 +104,7 @@ struct LiveEvents {
     shutdown: CancellationToken,
     /// When the next comment is due, unless an event comes before it.
     silent_until: Instant,
+    ends_at: Instant,
     _place: OwnedSemaphorePermit,
 }
 
@@ -110,6 +114,7 @@ impl LiveEvents {
         let event = select! {
             biased;
             () = self.shutdown.cancelled() => return None,
+            () = sleep_until(self.ends_at) => return None,
             status = self.status.next() => event("status", &status?),
             progress = self.progress.recv() => match progress {
                 Ok(progress) => {
@@ -222,6 +227,15 @@ mod tests {
             batch.room_opened("canary-2");
         }
         assert_eq!(events.next().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stream_ends_so_that_its_reader_shows_its_credentials_again() {
+        let (streams, _sender) = streams();
+        let mut events = streams.events().unwrap();
+        let start = Instant::now();
+        while events.next().await.is_some() {}
+        assert_eq!(start.elapsed(), MAX_AGE);
     }
 
     #[tokio::test(start_paused = true)]
