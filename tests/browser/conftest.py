@@ -77,6 +77,7 @@ def states(tmp_path_factory):
         daemon = states.daemon("hostile", states.sandbox("hostile", *faults, agent_name=HOSTILE),
                                target=LONG_NAME, agent_name=HOSTILE)
         daemon.wait_for_batches(1)
+        daemon.wait_for_outcomes("ok", "failed")
         # What the settings, the sandbox or LiveKit refuse.
         seed.make_hostile(daemon.database, LONG_NAME, states.get("failing").database)
         return daemon
