@@ -1505,7 +1505,7 @@ async fn statistics_have_the_rooms_and_delays_of_scheduled_batches_by_hour_and_d
         .statistics(at("2026-03-10T12:34:56Z"), Some("support".to_owned()))
         .await
         .unwrap();
-    assert_eq!(of_one.targets, [support.clone()]);
+    assert_eq!(of_one.targets, std::slice::from_ref(support));
     let earlier = run
         .history
         .statistics(at("2026-03-10T08:59:59Z"), None)
