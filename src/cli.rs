@@ -375,8 +375,8 @@ struct SandboxArgs {
 
 /// Ask a daemon on this machine whether it is healthy
 ///
-/// For a container's health check. Uses plain HTTP only: if the daemon has TLS,
-/// check it from outside.
+/// For a container's health check. If the port does not speak plain HTTP, the
+/// request goes over TLS. Every certificate of the daemon is accepted.
 ///
 /// Exit status:
 ///   0  the daemon answers with success
@@ -385,8 +385,16 @@ struct SandboxArgs {
 #[command(verbatim_doc_comment)]
 struct HealthArgs {
     /// URL to request
-    #[arg(value_name = "URL", value_parser = health::plain_url, default_value = "http://127.0.0.1:9787/-/healthy")]
+    #[arg(value_name = "URL", value_parser = health::http_url, default_value = "http://127.0.0.1:9787/-/healthy")]
     url: url::Url,
+
+    /// Certificate to present, in PEM, if the daemon requires one of its clients
+    #[arg(long, value_name = "FILE", requires = "client_key")]
+    client_cert: Option<PathBuf>,
+
+    /// Private key of that certificate, in PEM
+    #[arg(long, value_name = "FILE", requires = "client_cert")]
+    client_key: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

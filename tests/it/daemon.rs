@@ -900,7 +900,8 @@ fn health_command_exits_0_only_if_the_daemon_is_healthy() -> anyhow::Result<()> 
     let gone = ask(&url);
     assert_eq!(gone.code, Some(1));
     assert!(gone.stderr.contains("refused"), "{}", gone.output());
-    assert_eq!(ask("https://127.0.0.1:1/").code, Some(2));
+    assert_eq!(ask("https://127.0.0.1:1/").code, Some(1));
+    assert_eq!(ask("ftp://127.0.0.1:1/").code, Some(2));
     Ok(())
 }
 
