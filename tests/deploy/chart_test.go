@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
+	"helm.sh/helm/v3/pkg/chart"
 	"helm.sh/helm/v3/pkg/chart/loader"
 	"helm.sh/helm/v3/pkg/chartutil"
 	"helm.sh/helm/v3/pkg/engine"
@@ -39,6 +40,10 @@ func template(values map[string]any) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	return templateOf(chart, values)
+}
+
+func templateOf(chart *chart.Chart, values map[string]any) (map[string]string, error) {
 	options := chartutil.ReleaseOptions{Name: "eu", Namespace: "canaries", Revision: 1, IsInstall: true}
 	merged, err := chartutil.ToRenderValues(chart, values, options, chartutil.DefaultCapabilities)
 	if err != nil {
@@ -87,10 +92,14 @@ func decode(document string) (any, error) {
 	types := map[string]any{
 		"ConfigMap":             &core.ConfigMap{},
 		"Deployment":            &apps.Deployment{},
+		"Ingress":               &networking.Ingress{},
 		"NetworkPolicy":         &networking.NetworkPolicy{},
 		"PersistentVolumeClaim": &core.PersistentVolumeClaim{},
+		"Pod":                   &core.Pod{},
+		"PodMonitor":            &monitoring.PodMonitor{},
 		"PrometheusRule":        &monitoring.PrometheusRule{},
 		"Service":               &core.Service{},
+		"ServiceAccount":        &core.ServiceAccount{},
 		"ServiceMonitor":        &monitoring.ServiceMonitor{},
 	}
 	object, known := types[kind.Kind]
@@ -197,6 +206,7 @@ func TestTheEnvironmentOfThePodNamesItsCredentials(t *testing.T) {
 	for _, variable := range container.Env {
 		// Where the pod has them, a folder of this test has them.
 		value := strings.Replace(variable.Value, "/etc/livekit-canary/credentials", folder, 1)
+		value = strings.Replace(value, "/etc/livekit-canary/web", folder, 1)
 		variables = append(variables, variable.Name+"="+value)
 	}
 	for _, project := range []string{"main", "eu-west"} {
@@ -206,6 +216,7 @@ func TestTheEnvironmentOfThePodNamesItsCredentials(t *testing.T) {
 		write(t, filepath.Join(folder, project, "api-key"), "key")
 		write(t, filepath.Join(folder, project, "api-secret"), "secret")
 	}
+	write(t, filepath.Join(folder, "web.yml"), "{}")
 	settings := filepath.Join(folder, "canary.toml")
 	write(t, settings, values(t, "full")["settings"].(string))
 	output, err := command(binary(t), variables, "check", "--config", settings).CombinedOutput()
@@ -218,6 +229,54 @@ func TestReleaseWithoutSettingsIsRefused(t *testing.T) {
 	_, err := template(map[string]any{})
 	if err == nil || !strings.Contains(err.Error(), "--set-file settings=canary.toml") {
 		t.Errorf("it is not, or not in these words: %v", err)
+	}
+}
+
+func TestSecretInTheSettingsIsRefused(t *testing.T) {
+	for settings, refused := range map[string]bool{
+		"[projects.main]\napi_secret = \"x\"":               true,
+		"projects.main.api_secret=\"x\"":                    true,
+		"projects.main = { \"api_secret\" = \"x\" }":        true,
+		"[projects.main]\napi_secret_file = \"/secrets/x\"": false,
+		"# api_secret = \"x\"":                              false,
+	} {
+		_, err := template(map[string]any{"settings": settings})
+		if (err != nil) != refused || err != nil && !strings.Contains(err.Error(), "name it in credentials") {
+			t.Errorf("%s: %v", settings, err)
+		}
+	}
+}
+
+func TestTwoMonitorsOfOneCanaryAreRefused(t *testing.T) {
+	with := values(t, "full")
+	with["podMonitor"] = map[string]any{"enabled": true}
+	if _, err := template(with); err == nil || !strings.Contains(err.Error(), "twice") {
+		t.Errorf("they are not: %v", err)
+	}
+	with["serviceMonitor"] = map[string]any{"enabled": false}
+	monitor := one[monitoring.PodMonitor](t, render(t, with))
+	if endpoint := monitor.Spec.PodMetricsEndpoints[0]; *endpoint.Scheme != "https" || *endpoint.Port != "http" {
+		t.Errorf("%+v", endpoint)
+	}
+}
+
+// On OpenShift the cluster chooses them.
+func TestIdsOfThePodCanBeRemoved(t *testing.T) {
+	security := one[apps.Deployment](t, render(t, values(t, "full"))).Spec.Template.Spec.SecurityContext
+	if security.RunAsUser != nil || security.FSGroup != nil || !*security.RunAsNonRoot {
+		t.Errorf("%+v", security)
+	}
+}
+
+func TestServiceSendsNothingToThePodOfHelmTest(t *testing.T) {
+	files := render(t, values(t, "full"))
+	service, pod := one[core.Service](t, files), one[core.Pod](t, files)
+	matches := true
+	for name, value := range service.Spec.Selector {
+		matches = matches && pod.Labels[name] == value
+	}
+	if matches {
+		t.Errorf("%v selects it", service.Spec.Selector)
 	}
 }
 
