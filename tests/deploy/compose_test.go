@@ -1,9 +1,12 @@
 package deploy
 
 import (
+	"bufio"
 	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -11,26 +14,56 @@ import (
 	"github.com/compose-spec/compose-go/v2/types"
 )
 
+// What a person exports to probe a project.
+var own = []string{"LIVEKIT_URL=wss://main.livekit.cloud", "AGENT_NAME=support"}
+
 // As `docker compose config` reads it: against the schema of the compose specification.
-func compose(t *testing.T, profiles ...string) *types.Project {
+func load(t *testing.T, environment []string) (*types.Project, error) {
 	t.Helper()
 	options, err := cli.NewProjectOptions(
 		[]string{path(t, "deploy", "compose.yml")},
-		cli.WithProfiles(profiles),
+		cli.WithEnv(environment),
+		cli.WithDefaultProfiles(),
 		cli.WithResolvedPaths(true),
 	)
 	if err != nil {
 		t.Fatal(err)
 	}
-	project, err := options.LoadProject(context.Background())
+	return options.LoadProject(context.Background())
+}
+
+func compose(t *testing.T, environment []string) *types.Project {
+	t.Helper()
+	project, err := load(t, environment)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return project
 }
 
+// The variables of `--env-file deploy/demo/compose.env`.
+func demo(t *testing.T) []string {
+	t.Helper()
+	var variables []string
+	for _, line := range strings.Split(read(t, path(t, "deploy", "demo", "compose.env")), "\n") {
+		if strings.Contains(line, "=") {
+			variables = append(variables, line)
+		}
+	}
+	return variables
+}
+
+func TestForgottenURLOrAgentIsAnError(t *testing.T) {
+	for i, missing := range []string{"LIVEKIT_URL", "AGENT_NAME"} {
+		_, err := load(t, slices.Delete(slices.Clone(own), i, i+1))
+		if err == nil || !strings.Contains(err.Error(), "set "+missing) {
+			t.Errorf("%s: %v", missing, err)
+		}
+	}
+}
+
 func TestComposeFileIsValidAndEverythingThatItMountsOrBuildsIsThere(t *testing.T) {
-	project := compose(t, "livekit")
+	project := compose(t, demo(t))
 	for name, service := range project.Services {
 		for _, volume := range service.Volumes {
 			if volume.Type != types.VolumeTypeBind {
@@ -55,7 +88,7 @@ func TestComposeFileIsValidAndEverythingThatItMountsOrBuildsIsThere(t *testing.T
 }
 
 func TestImagesRunTheVersionsThatAreTested(t *testing.T) {
-	services := compose(t, "livekit").Services
+	services := compose(t, demo(t)).Services
 	// The module of Prometheus 3.16.0 is v0.316.0.
 	prometheus := required(t, "rules", "github.com/prometheus/prometheus")
 	for service, version := range map[string]string{
@@ -79,7 +112,7 @@ func required(t *testing.T, tests, module string) string {
 }
 
 func TestServerAndAgentComeOnlyWithTheirProfile(t *testing.T) {
-	without, with := compose(t), compose(t, "livekit")
+	without, with := compose(t, own), compose(t, demo(t))
 	for _, name := range []string{"livekit", "agent"} {
 		if _, there := without.Services[name]; there {
 			t.Errorf("%s starts by itself", name)
@@ -91,7 +124,7 @@ func TestServerAndAgentComeOnlyWithTheirProfile(t *testing.T) {
 }
 
 func TestEveryPortIsOnLoopbackAlone(t *testing.T) {
-	for name, service := range compose(t, "livekit").Services {
+	for name, service := range compose(t, demo(t)).Services {
 		for _, port := range service.Ports {
 			if port.HostIP != "127.0.0.1" {
 				t.Errorf("%s: port %s is open to the network", name, port.Published)
@@ -102,13 +135,66 @@ func TestEveryPortIsOnLoopbackAlone(t *testing.T) {
 
 // The canary's own reading of what compose sets.
 func TestTheEnvironmentOfTheCanaryIsASetting(t *testing.T) {
+	project := compose(t, demo(t))
 	var variables []string
-	for name, value := range compose(t).Services["canary"].Environment {
+	for name, value := range project.Services["canary"].Environment {
+		// Where the container has its secrets, compose has their files.
+		for secret, source := range project.Secrets {
+			*value = strings.ReplaceAll(*value, "/run/secrets/"+secret, source.File)
+		}
 		variables = append(variables, name+"="+*value)
 	}
 	output, err := command(binary(t), variables, "check").CombinedOutput()
 	if err != nil || !strings.Contains(string(output), "support") {
 		t.Errorf("%v\n%s", err, output)
+	}
+}
+
+// As a new user has it: with what is in the file, the month's cost is within the budget, and the key pair is in no variable.
+func TestDefaultsOfComposeFitTheBudget(t *testing.T) {
+	environment := compose(t, own).Services["canary"].Environment
+	var variables []string
+	for name, value := range environment {
+		if strings.Contains(name, "LIVEKIT_API") {
+			t.Errorf("%s shows the key pair to everyone who may inspect the container", name)
+		}
+		if !strings.Contains(name, "_file") {
+			variables = append(variables, name+"="+*value)
+		}
+	}
+	variables = append(variables, "LIVEKIT_API_KEY=key", "LIVEKIT_API_SECRET=secret")
+	output, err := command(binary(t), variables, "check").CombinedOutput()
+	if err != nil || !strings.Contains(string(output), "every 15m") || strings.Contains(string(output), "warning") {
+		t.Errorf("%v\n%s", err, output)
+	}
+}
+
+// From Alertmanager to the log of the service.
+func TestPagerPrintsThePage(t *testing.T) {
+	port, manager := freePort(t), freePort(t)
+	pager := exec.Command("python3", "-u", path(t, "deploy", "prometheus", "pager.py"), port)
+	output, err := pager.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := pager.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer pager.Process.Kill()
+	lines := bufio.NewScanner(output)
+	lines.Scan()
+
+	file := filepath.Join(t.TempDir(), "alertmanager.yml")
+	deployed := read(t, path(t, "deploy", "prometheus", "alertmanager.yml"))
+	write(t, file, strings.Replace(deployed, "http://pager:9094/", "http://127.0.0.1:"+port+"/", 1))
+	background(t, "prometheus-alertmanager", "--config.file="+file, "--storage.path="+t.TempDir(),
+		"--cluster.listen-address=", "--web.listen-address=127.0.0.1:"+manager)
+	eventually(t, "Alertmanager", func() error {
+		return exec.Command("amtool", "--alertmanager.url=http://127.0.0.1:"+manager, "alert", "add", "AgentFailing",
+			"severity=page", "target=support", "--annotation=summary=the agent is silent").Run()
+	})
+	if !lines.Scan() || !strings.HasPrefix(lines.Text(), "FIRING AgentFailing support - the agent is silent") {
+		t.Errorf("it prints %q", lines.Text())
 	}
 }
 

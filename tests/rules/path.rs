@@ -67,8 +67,11 @@ livekit_canary_incident_open{{target=\"support\",fault=\"service\"}} 0
 /// The deployed configuration of Alertmanager, with this webhook as each receiver.
 fn deployed_routes(hook: &str) -> String {
     let deployed = include_str!("../../deploy/prometheus/alertmanager.yml");
+    let pager = "    webhook_configs:\n      - url: http://pager:9094/\n";
+    assert!(deployed.contains(pager), "{deployed}");
+    let deployed = deployed.replace(pager, "");
     let receivers = ["pages", "tickets", "drills"];
-    receivers.iter().fold(deployed.to_owned(), |text, name| {
+    receivers.iter().fold(deployed, |text, name| {
         let name = format!("  - name: {name}\n");
         assert!(text.contains(&name), "{text}");
         let hook =
