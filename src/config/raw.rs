@@ -206,16 +206,20 @@ fn unwrapped<'a>(path: &[&str], value: &'a str) -> Option<&'a str> {
 
 /// `targets__My_Agent__batch__rooms` → `targets`, `my-agent`, `batch`, `rooms`.
 ///
-/// A shell can't export a name that contains `-`, and names of projects and targets never contain `_`. Only attributes
+/// A shell can't export a name that contains `-`, and names of projects, targets and channels never contain `_`. Only attributes
 /// keep their case.
 fn override_path(path: &str) -> Vec<String> {
+    let named = path.split("__").next().is_some_and(|table| {
+        let table = table.to_lowercase();
+        matches!(table.as_str(), "projects" | "targets" | "notify")
+    });
     path.split("__")
         .enumerate()
         .scan(false, |verbatim, (depth, part)| {
             let folded = part.to_lowercase();
             let segment = match depth {
                 _ if *verbatim => part.to_owned(),
-                1 => folded.replace('_', "-"),
+                1 if named => folded.replace('_', "-"),
                 _ => folded,
             };
             *verbatim |= depth == 3 && segment == "attributes";

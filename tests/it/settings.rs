@@ -1075,6 +1075,22 @@ fn agent_name_with_white_space_around_it_is_reported() {
     );
 }
 
+/// Only the names of projects, targets and channels have `-` for `_`.
+#[test]
+fn variable_can_set_a_key_of_two_words_in_every_table() {
+    let folder = folder_with(&target_with(""));
+    let mut variables = CREDENTIALS.to_vec();
+    variables.push(("LIVEKIT_CANARY__lifetime__startup_delay", "7m"));
+    variables.push(("LIVEKIT_CANARY__notify__on_call__kind", "webhook"));
+    variables.push((
+        "LIVEKIT_CANARY__notify__on_call__url",
+        "https://example.com",
+    ));
+    let config = read_file(&folder.path().join("canary.toml"), &variables);
+    assert_eq!(config.daemon.lifetime.startup_delay, Duration::from_mins(7));
+    assert!(config.notify.contains_key("on-call"));
+}
+
 /// Compose and Helm pass a value that is not set on as an empty one.
 #[test]
 fn empty_variable_counts_as_unset() {
