@@ -216,7 +216,7 @@ func TestTheEnvironmentOfThePodNamesItsCredentials(t *testing.T) {
 		write(t, filepath.Join(folder, project, "api-key"), "key")
 		write(t, filepath.Join(folder, project, "api-secret"), "secret")
 	}
-	write(t, filepath.Join(folder, "web.yml"), "{}")
+	webSecret(t, folder, serverCertificate)
 	settings := filepath.Join(folder, "canary.toml")
 	write(t, settings, values(t, "full")["settings"].(string))
 	output, err := command(binary(t), variables, "check", "--config", settings).CombinedOutput()
