@@ -57,9 +57,9 @@ dashboards:
     tests/rules/setup.sh
     cd grafana && go test -count=1 ./...
 
-# Check the files in deploy/ as far as that goes without a container engine. Needs Go and systemd.
+# Check the files in deploy/: run the image, install the package, give the chart to an API server. Needs Go, and root on Debian.
 deployment:
-    cargo build
+    cargo rustc --bin livekit-canary -- -C target-feature=+crt-static
     tests/deploy/setup.sh
     cd tests/deploy && go test -count=1 ./...
 
@@ -67,6 +67,10 @@ deployment:
 browser:
     cargo build --release
     .ci/run browser
+
+# Make the files of a release in dist/, for all architectures or some. Needs rustup, Zig, cargo-deb and buildah.
+release *ARCHITECTURES:
+    deploy/release.sh {{ARCHITECTURES}}
 
 # Run the alert rules on Prometheus 2 and 3, and send an alert through Alertmanager to a webhook. Needs Go.
 rules FILTER="":

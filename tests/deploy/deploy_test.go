@@ -1,5 +1,5 @@
-// Package deploy holds what deploy/ ships against the programs and types that read it: what can't be run without a
-// container engine or a cluster is validated here as far as that goes.
+// Package deploy runs what deploy/ ships: the release, its image and its package, and the unit. What needs a cluster is given to an
+// API server, and the rest is read by the programs and types that will read it.
 package deploy
 
 import (
@@ -37,15 +37,22 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
-// The canary's binary: CANARY, or what `cargo build` leaves.
+// The canary's binary: CANARY, or what `just deployment` builds.
+func builtBinary() string {
+	if file := os.Getenv("CANARY"); file != "" {
+		return file
+	}
+	return filepath.Join(root, "target", "debug", "livekit-canary")
+}
+
 func binary(t *testing.T) string {
 	t.Helper()
-	file := os.Getenv("CANARY")
-	if file == "" {
-		file = path(t, "target", "debug", "livekit-canary")
+	file, err := filepath.Abs(builtBinary())
+	if err != nil {
+		t.Fatal(err)
 	}
 	if _, err := os.Stat(file); err != nil {
-		t.Fatalf("build the canary first (cargo build), or set CANARY: %v", err)
+		t.Fatalf("build the canary first (`just deployment`), or set CANARY: %v", err)
 	}
 	return file
 }

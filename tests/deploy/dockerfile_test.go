@@ -1,7 +1,11 @@
 package deploy
 
 import (
+	"io/fs"
+	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -45,8 +49,21 @@ func TestImageHasTheBinaryAloneAndRunsItWithoutRoot(t *testing.T) {
 		t.Error("it runs as root")
 	}
 	for _, stage := range stages[:len(stages)-1] {
-		assertPinned(t, stage.BaseName)
+		if base := strings.NewReplacer("${RUST}", argument(t, "RUST"), "${BINARY}", "").Replace(stage.BaseName); base != "" && base != "scratch" {
+			assertPinned(t, base)
+		}
 	}
+}
+
+// The default of an argument of the Dockerfile.
+func argument(t *testing.T, name string) string {
+	t.Helper()
+	_, rest, found := strings.Cut(read(t, path(t, "deploy", "Dockerfile")), "\nARG "+name+"=")
+	if !found {
+		t.Fatalf("no argument %s", name)
+	}
+	value, _, _ := strings.Cut(rest, "\n")
+	return value
 }
 
 func TestHealthCheckIsACommandOfTheBinary(t *testing.T) {
@@ -68,6 +85,10 @@ func TestDockerfilesCopyWhatThereIs(t *testing.T) {
 					continue
 				}
 				for _, source := range copied.SourcePaths {
+					// The script of a release makes it.
+					if strings.HasPrefix(source, "dist/") {
+						continue
+					}
 					found, err := filepath.Glob(path(t, context, source))
 					if err != nil || len(found) == 0 {
 						t.Errorf("%s: there is no %s in %s", file, source, context)
@@ -84,11 +105,34 @@ func TestWhatTheImageIsBuiltFromIsInItsContext(t *testing.T) {
 	for _, line := range strings.Fields(read(t, path(t, "deploy", "Dockerfile.dockerignore"))) {
 		kept[strings.TrimPrefix(line, "!")] = strings.HasPrefix(line, "!")
 	}
-	for _, copied := range of[*instructions.CopyCommand](stages(t, path(t, "deploy", "Dockerfile"))[0]) {
-		for _, source := range copied.SourcePaths {
+	copied := map[string]bool{}
+	for _, command := range of[*instructions.CopyCommand](stages(t, path(t, "deploy", "Dockerfile"))[0]) {
+		for _, source := range command.SourcePaths {
+			copied[source] = true
 			if !kept[source] {
 				t.Errorf("%s is left out of the context", source)
 			}
+		}
+	}
+	// The code includes files that are not in src.
+	included := regexp.MustCompile(`include_(?:str|bytes)!\((?:concat!\()?"(?:\.\./)+([a-z]+)/`)
+	var folders []string
+	err := filepath.WalkDir(path(t, "src"), func(file string, entry fs.DirEntry, err error) error {
+		if err != nil || filepath.Ext(file) != ".rs" || strings.HasSuffix(file, "tests.rs") {
+			return err
+		}
+		for _, found := range included.FindAllStringSubmatch(read(t, file), -1) {
+			folders = append(folders, found[1])
+		}
+		return nil
+	})
+	if err != nil || !slices.Contains(folders, "docs") {
+		t.Fatalf("the page shows the documentation, but only these are found: %v %v", folders, err)
+	}
+	for _, folder := range folders {
+		_, inside := os.Stat(path(t, "src", folder))
+		if !copied[folder] && inside != nil {
+			t.Errorf("the code includes files of %s, which is not copied", folder)
 		}
 	}
 }
