@@ -9,6 +9,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -190,4 +192,34 @@ func TestProbesTestAndScrapesOfTheChartWorkWithTLSAndUsers(t *testing.T) {
 	}
 	args[1] = strings.Replace(args[1], "://probe:9787", "://127.0.0.1:"+port, 1)
 	run(t, binary(t), args...)
+}
+
+// With the lines of the deployed configuration that are for it.
+func TestDeployedPrometheusScrapesACanaryWithTLSAndUsers(t *testing.T) {
+	folder := t.TempDir()
+	address := serve(t, folder, serverCertificate)
+	write(t, filepath.Join(folder, "password"), password)
+	deployed := read(t, path(t, "deploy", "prometheus", "prometheus.yml"))
+	for _, key := range []string{"scheme", "tls_config", "basic_auth"} {
+		if !strings.Contains(deployed, "    # "+key+": ") {
+			t.Fatalf("no line for %s", key)
+		}
+		deployed = strings.Replace(deployed, "    # "+key+": ", "    "+key+": ", 1)
+	}
+	file := filepath.Join(folder, "prometheus.yml")
+	write(t, file, strings.NewReplacer("canary:9787", address, "rule_files: [livekit-canary.rules.yml]", "", "15s", "1s").Replace(deployed))
+	port := freePort(t)
+	background(t, "prometheus", "--config.file="+file, "--storage.tsdb.path="+t.TempDir(), "--web.listen-address=127.0.0.1:"+port)
+	eventually(t, "a scrape", func() error {
+		response, err := http.Get("http://127.0.0.1:" + port + "/api/v1/query?query=up%7Bjob%3D%22livekit-canary%22%7D")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		answer, err := io.ReadAll(response.Body)
+		if err == nil && !strings.Contains(string(answer), `,"1"]`) {
+			err = fmt.Errorf("%s", answer)
+		}
+		return err
+	})
 }

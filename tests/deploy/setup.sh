@@ -14,6 +14,7 @@ lock_cache lock-deployment
 need amtool prometheus-alertmanager
 need buildah buildah
 need podman podman
+need prometheus prometheus
 need runc runc
 need systemd-analyze systemd
 install_missing
