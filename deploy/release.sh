@@ -19,6 +19,8 @@ revision=$(git rev-parse --short=12 HEAD)
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 export SOURCE_DATE_EPOCH
 dist=$PWD/dist
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
 main() {
   rm -rf "$dist"
@@ -85,13 +87,15 @@ debian() {
   cargo deb --no-build --no-strip --quiet --target "$target" --output "$dist/livekit-canary_${version}_$1.deb"
 }
 
-# image ARCHITECTURE: an archive that `docker load` and `podman load` read.
+# image ARCHITECTURE: an archive that `docker load` and `podman load` read. The stages go into a storage of their own, which ends with
+# the script, so that this machine keeps none of them.
 image() {
   local name="livekit-canary:$version-$1"
-  buildah build --isolation chroot --quiet --layers=false --platform "linux/$1" --timestamp "$SOURCE_DATE_EPOCH" \
+  local storage=(--root "$scratch/storage" --runroot "$scratch/run" --storage-driver vfs)
+  buildah "${storage[@]}" build --isolation chroot --quiet --layers=false --platform "linux/$1" --timestamp "$SOURCE_DATE_EPOCH" \
     --build-arg BINARY=given --build-arg TARGETARCH="$1" --build-arg VERSION="$version" --build-arg REVISION="$revision" \
     --format docker --ignorefile deploy/Dockerfile.dockerignore --file deploy/Dockerfile --tag "$name" .
-  buildah push --quiet "$name" "docker-archive:$dist/livekit-canary-image-$version-$1.tar:$name"
+  buildah "${storage[@]}" push --quiet "$name" "docker-archive:$dist/livekit-canary-image-$version-$1.tar:$name"
 }
 
 main "$@"

@@ -104,7 +104,8 @@ func TestChartAndCrateHaveOneVersion(t *testing.T) {
 func container(t *testing.T, options []string, command ...string) string {
 	t.Helper()
 	loaded := strings.Fields(run(t, "podman", "load", "--quiet", "--input", releaseFile(t, "livekit-canary-image-*.tar")))
-	image := loaded[len(loaded)-1]
+	// By its id, because it may have been loaded under more than one name.
+	image := strings.TrimSpace(run(t, "podman", "image", "inspect", "--format", "{{.Id}}", loaded[len(loaded)-1]))
 	args := []string{
 		"--runtime", "runc", "run", "--detach", "--network", "none", "--read-only", "--cap-drop", "all",
 		"--security-opt", "no-new-privileges", "--ulimit", "nofile=20000:20000", "--ulimit", "nproc=4096:4096",
@@ -121,6 +122,7 @@ func container(t *testing.T, options []string, command ...string) string {
 			t.Logf("%s", log)
 		}
 		run(t, "podman", "--runtime", "runc", "rm", "--force", "--volumes", "--time", "0", name)
+		run(t, "podman", "rmi", "--force", image)
 	})
 	return name
 }
