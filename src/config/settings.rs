@@ -371,11 +371,22 @@ impl Project {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 pub enum Ice {
-    /// UDP, and TCP if UDP is blocked.
+    /// UDP; TCP and TURN relays if UDP is blocked.
     #[default]
     All,
     /// Only TCP.
     Tcp,
+    /// Only TURN relays.
+    Relay,
+    /// Only TURN relays that are reached over TLS, as on a network that lets nothing but HTTPS out.
+    Tls,
+}
+
+impl Ice {
+    /// The name in the settings.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// One agent on a project: how the canary dispatches it, how often, and what the canary expects from it.

@@ -593,15 +593,20 @@ fn engine(section: &mut Section<'_>, project: Option<(&str, ProjectLimits)>) -> 
     }
     if engine == Engine::Libwebrtc
         && let Some((name, limits)) = project
-        && limits.ice == Ice::Tcp
+        && let Some(transport) = match limits.ice {
+            Ice::Tcp => Some("TCP"),
+            Ice::Tls => Some("TURN over TLS"),
+            Ice::All | Ice::Relay => None,
+        }
     {
         let message = format!(
-            "{:?} can't be restricted to TCP, but project {name:?} sets ice = \"tcp\"",
-            engine.name()
+            "{:?} can't be restricted to {transport}, but project {name:?} sets ice = {:?}",
+            engine.name(),
+            limits.ice.name(),
         );
         problem(
             message,
-            "set ice = \"all\" in the project, or engine = \"native\"",
+            "set ice = \"all\" or \"relay\" in the project, or engine = \"native\"",
         );
     }
     engine

@@ -44,8 +44,10 @@ pub(crate) enum RoomEventKind {
     MediaConnected {
         path: Option<MediaPath>,
     },
-    /// Media runs over TCP, although UDP was tried first.
+    /// Media runs on another path, although direct UDP was tried first.
     UdpBlocked,
+    /// What else a person should know of the media's path, such as a TURN server that failed and why.
+    MediaNote(String),
     /// The server acknowledged the echo track.
     CallerPublished,
     AgentJoined {
@@ -121,7 +123,7 @@ pub(crate) enum RoomEventKind {
     },
 }
 
-/// The transport of the canary's media. It is TCP if either of its two connections uses TCP.
+/// The transport of the canary's media, the plainest first. Of its two peer connections, the less plain one counts.
 #[derive(
     Debug,
     Clone,
@@ -139,11 +141,20 @@ pub(crate) enum RoomEventKind {
 #[strum(serialize_all = "snake_case")]
 pub enum MediaPath {
     Udp,
+    /// Over a TURN server that is reached over UDP.
+    RelayUdp,
     Tcp,
+    RelayTcp,
+    RelayTls,
 }
 
 impl MediaPath {
-    /// `udp` or `tcp`.
+    /// Whether a TURN server is on the path.
+    pub(crate) fn is_relayed(self) -> bool {
+        matches!(self, Self::RelayUdp | Self::RelayTcp | Self::RelayTls)
+    }
+
+    /// `udp`, `relay_tls`, …
     pub fn label(self) -> &'static str {
         self.into()
     }

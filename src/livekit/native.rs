@@ -3,4 +3,5 @@
 pub(crate) mod ice_tcp;
 pub(crate) mod participant;
 pub(crate) mod peer;
+pub(crate) mod relay;
 pub(crate) mod udp;

@@ -1,5 +1,5 @@
-//! Everything that crosses the network to LiveKit, excluding media: connections, HTTP requests, tokens, the server API and
-//! the signal connection. The module knows no room state and no audio.
+//! Everything that crosses the network to LiveKit, excluding media: connections, HTTP requests, tokens, the server API, the
+//! signal connection and what it offers for media. The module knows no room state and no audio.
 
 use crate::config::Project;
 
@@ -9,6 +9,7 @@ pub mod connect;
 pub mod request;
 pub(crate) mod signal;
 pub mod token;
+pub(crate) mod turn;
 
 /// The endpoint and the server API of a project. It connects to nothing yet.
 ///

@@ -20,6 +20,9 @@ use crate::livekit::wire::signal::SignalError;
 /// Characters of a server's text that a `detail` quotes at most; the evidence holds more.
 const MAX_QUOTE: usize = 200;
 
+/// Maximum length of the cause of a media failure, which may name two TURN servers and what each of them answered.
+const MAX_MEDIA_DETAIL: usize = 700;
+
 /// What many proxies and load balancers accept of a request's headers by default, in bytes.
 pub const USUAL_HEADER_BYTES: usize = 8 * 1024;
 
@@ -503,7 +506,7 @@ impl Failure {
             }
             EndReason::MediaFailed { transport, detail } => {
                 evidence.step = Some("media");
-                let detail = quote(&detail);
+                let detail = one_line(&detail, MAX_MEDIA_DETAIL);
                 Self::new(
                     Reason::MediaFailed,
                     format!(
@@ -1112,8 +1115,12 @@ fn summary(rejection: &HttpRejection) -> String {
 
 /// A server's text on one line, cut to [`MAX_QUOTE`] characters.
 pub(super) fn quote(text: &str) -> String {
+    one_line(text, MAX_QUOTE)
+}
+
+fn one_line(text: &str, max: usize) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(MAX_QUOTE) {
+    match line.char_indices().nth(max) {
         Some((cut, _)) => format!("{}…", &line[..cut]),
         None => line,
     }

@@ -134,15 +134,18 @@ fn engine_that_cannot_record_is_reported() {
 }
 
 #[test]
-fn engine_without_tcp_only_is_reported_if_the_project_needs_it() {
-    let settings = format!(
-        "[projects.acme]\nice = \"tcp\"\n{}",
-        target_with("engine = \"libwebrtc\"")
-    );
-    let error = error_of(&settings);
-    let expected =
-        "can't be restricted to TCP, but project \"acme\" sets ice = \"tcp\"\n  --> canary.toml:5";
-    assert!(error.contains(expected), "{error}");
+fn engine_that_cannot_be_restricted_is_reported_if_the_project_needs_it() {
+    for (ice, restriction) in [("tcp", "TCP"), ("tls", "TURN over TLS")] {
+        let settings = format!(
+            "[projects.acme]\nice = \"{ice}\"\n{}",
+            target_with("engine = \"libwebrtc\"")
+        );
+        let error = error_of(&settings);
+        let expected = format!(
+            "can't be restricted to {restriction}, but project \"acme\" sets ice = \"{ice}\"\n  --> canary.toml:5"
+        );
+        assert!(error.contains(&expected), "{error}");
+    }
 }
 
 #[test]

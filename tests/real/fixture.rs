@@ -8,9 +8,10 @@ use support::behaviour::Behaviour;
 use support::canary::Finished;
 use support::report::{Batch, Probe};
 use support::settings::Settings;
-use support::stack::{AGENT, Agent, AgentEvent, Stack, StackKind};
+use support::stack::{AGENT, Agent, AgentEvent, Stack, StackKind, Turn};
 use support::{SHORT_TIMEOUT, wait_for};
 
+use crate::proxy::certificates;
 use crate::timeline::Timeline;
 
 /// The server and the agents of one scenario.
@@ -73,6 +74,17 @@ impl<'a> Fixture<'a> {
     /// A real stack on the far side of a veth pair.
     pub(crate) fn stack_behind_veth(&self, agents: &[Agent]) -> anyhow::Result<&Stack> {
         self.set_own(Stack::real_behind_veth(agents)?)
+    }
+
+    /// Such a stack with a TURN server. Returns the certificate of the authority that the server's is from, too.
+    pub(crate) fn stack_with_turn(&self, turn: Turn) -> anyhow::Result<(&Stack, String)> {
+        let mut authority = String::new();
+        let stack = Stack::real_with_turn(&[Agent::named(AGENT)], turn, |host| {
+            let (certificate, server) = certificates(&host.to_string())?;
+            authority = certificate;
+            Ok(server)
+        })?;
+        Ok((self.set_own(stack)?, authority))
     }
 
     fn set_own(&self, stack: Stack) -> anyhow::Result<&Stack> {

@@ -35,6 +35,7 @@ mod relay;
 mod reports;
 mod scenarios;
 mod timeline;
+mod turn;
 
 use conversation::CONVERSATIONS;
 use fixture::Fixture;
@@ -44,7 +45,7 @@ use scenarios::{SCENARIOS, Scenario};
 use timeline::Timeline;
 
 /// The number of scenarios and faults that start a stack behind a veth pair.
-const STACKS_BEHIND_VETH: usize = 10;
+const STACKS_BEHIND_VETH: usize = 16;
 
 /// The variable with the number of runs. After several runs, the figures of all runs are printed.
 const REPEAT: &str = "REPEAT";

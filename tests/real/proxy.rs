@@ -91,7 +91,7 @@ backend livekit
 }
 
 /// An authority's certificate, and a server's certificate and key signed by it, all PEM.
-fn certificates(name: &str) -> anyhow::Result<(String, String)> {
+pub(crate) fn certificates(name: &str) -> anyhow::Result<(String, String)> {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
     let mut authority = CertificateParams::new(Vec::new())?;

@@ -70,6 +70,12 @@ use crate::reports::{
     transcript_is_not_recorded_by_default, transcript_is_recorded_if_the_target_requests_it,
     tts_that_responds_with_429_is_a_plan_limit,
 };
+use crate::turn::{
+    blocked_udp_is_a_call_over_the_plainest_path_that_is_left,
+    media_address_without_a_route_is_reached_over_turn, reset_turn_connection_is_media_failed,
+    turn_over_tls_carries_a_call, turn_over_udp_carries_a_call,
+    turn_that_refuses_the_media_address_names_the_setting,
+};
 
 pub(crate) struct Scenario {
     /// The sentence that is false if the scenario fails.
@@ -104,6 +110,7 @@ const NO_MODELS: &str = "its agent has no models";
 const NO_VIDEO: &str = "its agent has no video";
 const NO_DENIAL: &str = "its agent permits every subscription";
 const NO_TCP: &str = "it supports media over UDP only";
+const NO_TURN: &str = "it has no TURN server";
 const SAME: &str = "a killed daemon leaves the same on both stacks";
 const OWN_SANDBOX: &str = "it starts its own sandbox on both stacks";
 const NO_PERMISSIONS: &str = "it can't revoke a permission";
@@ -207,6 +214,12 @@ scenarios! { SCENARIOS:
     blocked_udp_is_a_call_over_tcp_with_a_note: "2 ok over TCP, noted, exit 0", real only: NO_NETWORK, load: 2;
     blocked_udp_and_tcp_is_media_failed_within_its_deadline: "media_failed within 15 s, exit 4", real only: NO_NETWORK;
     reset_media_connection_is_media_failed: "media_failed within 10 s, exit 4", real only: NO_NETWORK;
+    turn_over_udp_carries_a_call: "ok over relay_udp, exit 0", real only: NO_TURN, load: 2;
+    turn_over_tls_carries_a_call: "ok over relay_tls, exit 0", real only: NO_TURN, load: 2;
+    media_address_without_a_route_is_reached_over_turn: "ok over relay_udp, noted, exit 0", real only: NO_TURN, load: 2;
+    blocked_udp_is_a_call_over_the_plainest_path_that_is_left: "3 ok: udp, tcp, relay_tls, exit 0", real only: NO_TURN, load: 2;
+    turn_that_refuses_the_media_address_names_the_setting: "media_failed, the setting named, exit 4", real only: NO_TURN;
+    reset_turn_connection_is_media_failed: "media_failed within 10 s, TURN named, exit 4", real only: NO_TURN;
     tcp_only_is_ok: "2 ok over TCP, exit 0", real only: NO_TCP, load: 2;
     wss_with_a_private_authority_is_ok: "ok, exit 0";
     untrusted_certificate_is_unreachable: "unreachable, exit 4";

@@ -124,7 +124,7 @@ impl Namespace {
     fn create(bridge: &Arc<Bridge>) -> anyhow::Result<Self> {
         static CREATED: AtomicU8 = AtomicU8::new(0);
         // A new name each time: the kernel deletes a namespace some time after its name.
-        let number = CREATED.fetch_add(1, Ordering::Relaxed) % 250;
+        let number = CREATED.fetch_add(1, Ordering::Relaxed) % 100;
         let id = format!("{}-{number}", std::process::id());
         let this = Self {
             name: format!("canary-{id}"),
@@ -159,6 +159,18 @@ impl Namespace {
 
     pub(crate) fn device(&self) -> &str {
         &self.device
+    }
+
+    /// An address in the namespace that our side cannot reach: nothing there answers our side's search for it (ARP).
+    pub(crate) fn add_hidden_address(&self) -> anyhow::Result<Ipv4Addr> {
+        let name = &self.name;
+        let [a, b, net, number] = self.address.octets();
+        let address = Ipv4Addr::new(a, b, net, number + 128);
+        ip(&format!(
+            "netns exec {name} sysctl -qw net.ipv4.conf.all.arp_ignore=1"
+        ))?;
+        ip(&format!("-n {name} addr add {address}/32 dev lo"))?;
+        Ok(address)
     }
 
     /// Adds a rule for packets that arrive from our side.

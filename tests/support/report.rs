@@ -27,6 +27,7 @@ pub struct Probe {
     pub limit: Option<String>,
     pub detail: Option<String>,
     pub evidence: Evidence,
+    pub circumstances: Circumstances,
     pub started_at: DateTime<Utc>,
     pub join_delay_seconds: Option<f64>,
     pub join_upper_bound: bool,
@@ -79,6 +80,11 @@ pub struct Evidence {
     pub notes: Vec<String>,
     pub agent_metrics: Vec<serde_json::Value>,
     pub speech_level_dbfs: Option<f64>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Circumstances {
+    pub media_path: Option<String>,
 }
 
 /// A part of the transcript.

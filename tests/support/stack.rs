@@ -168,6 +168,19 @@ impl Drop for Nursery {
     }
 }
 
+/// The TURN server of a stack behind a veth pair.
+#[derive(Clone, Copy)]
+pub struct Turn {
+    /// The server's media address is one that only its own namespace reaches.
+    pub hides_media: bool,
+    /// Without this, livekit-server refuses to relay to the media address, which is a private one.
+    pub relays_to_private_networks: bool,
+}
+
+/// livekit-server offers no other port for TLS.
+pub const TURN_TLS_PORT: u16 = 443;
+pub const TURN_UDP_PORT: u16 = 3478;
+
 /// One server with its workers. Dropping it ends them all.
 pub struct Stack {
     pub url: String,
@@ -199,6 +212,42 @@ impl Stack {
     /// Such a stack on the far side of a veth pair. None of its addresses is a loopback address.
     pub fn real_behind_veth(agents: &[Agent]) -> anyhow::Result<Self> {
         Self::start(agents, Some(Namespace::take()?), "")
+    }
+
+    /// Such a stack with the TURN server of livekit-server, over UDP and over TLS. `certificate` is that of its TLS, by the
+    /// address of the server.
+    pub fn real_with_turn(
+        agents: &[Agent],
+        turn: Turn,
+        certificate: impl FnOnce(Ipv4Addr) -> anyhow::Result<String>,
+    ) -> anyhow::Result<Self> {
+        let namespace = Namespace::take()?;
+        let host = namespace.address();
+        let (media, device) = if turn.hides_media {
+            (namespace.add_hidden_address()?, "lo".to_owned())
+        } else {
+            (host, namespace.device().to_owned())
+        };
+        let dir = temporary_dir()?;
+        let pem = dir.path().join("turn.pem");
+        fs::write(&pem, certificate(host)?)?;
+        let pem = pem.display();
+        // The host of the URL for TLS is the domain, and its port always 443. An address as the domain needs no resolver.
+        let mut settings = format!(
+            "turn:
+  enabled: true
+  domain: {host}
+  bind_addresses: [\"{host}\"]
+  cert_file: {pem}
+  key_file: {pem}
+  udp_port: {TURN_UDP_PORT}
+  tls_port: {TURN_TLS_PORT}
+"
+        );
+        if turn.relays_to_private_networks {
+            settings += "  allow_restricted_peer_cidrs: [\"10.0.0.0/8\"]\n";
+        }
+        Self::start_in(dir, agents, Some(namespace), (media, &device), &settings)
     }
 
     /// Upstream's mock. An attribute of the participant selects what it does.
@@ -269,13 +318,27 @@ impl Stack {
         namespace: Option<Arc<Namespace>>,
         settings: &str,
     ) -> anyhow::Result<Self> {
-        let dir = temporary_dir()?;
+        let at = |namespace: &Arc<Namespace>| (namespace.address(), namespace.device().to_owned());
+        let (host, device) = namespace
+            .as_ref()
+            .map_or((Ipv4Addr::LOCALHOST, "lo".to_owned()), at);
+        let media = (host, device.as_str());
+        Self::start_in(temporary_dir()?, agents, namespace, media, settings)
+    }
+
+    /// `media` are the address and the device of the server's media.
+    fn start_in(
+        dir: TempDir,
+        agents: &[Agent],
+        namespace: Option<Arc<Namespace>>,
+        media: (Ipv4Addr, &str),
+        settings: &str,
+    ) -> anyhow::Result<Self> {
         let port = free_ports()?;
         let host = namespace
             .as_ref()
             .map_or(Ipv4Addr::LOCALHOST, |namespace| namespace.address());
-        let device = namespace.as_ref().map_or("lo", |it| it.device());
-        let config = server_config(host, device, port) + settings;
+        let config = server_config(host, media, port) + settings;
         fs::write(dir.path().join(SERVER_CONFIG), config)?;
         let server = spawn_server("livekit-server", namespace.as_deref(), dir.path())?;
         let mut stack = Self {
@@ -399,6 +462,13 @@ impl Stack {
         let port = self.port + 1;
         self.filter(&format!(
             "-p tcp --dport {port} -j REJECT --reject-with tcp-reset"
+        ))
+    }
+
+    /// Resets every connection with the TURN server over TLS, and every new one.
+    pub fn reset_turn_over_tls(&self) -> anyhow::Result<()> {
+        self.filter(&format!(
+            "-p tcp --dport {TURN_TLS_PORT} -j REJECT --reject-with tcp-reset"
         ))
     }
 
@@ -558,14 +628,14 @@ fn wait_for_api(name: &str, server: &mut Process, api: &LivekitApi) -> anyhow::R
 /// Media uses one interface only: `node_ip` replaces the address of each interface. On a machine with several interfaces, the
 /// server would respond to a check from another address than the one that was checked. Such a path dies within seconds, and
 /// sometimes ends the call.
-fn server_config(address: Ipv4Addr, device: &str, port: u16) -> String {
+fn server_config(address: Ipv4Addr, (media, device): (Ipv4Addr, &str), port: u16) -> String {
     format!(
         "port: {port}
 bind_addresses: [\"{address}\"]
 rtc:
   tcp_port: {}
   udp_port: {}
-  node_ip: {address}
+  node_ip: {media}
   use_external_ip: false
   interfaces: {{includes: [{}]}}
   enable_loopback_candidate: {}
@@ -575,6 +645,6 @@ keys:
         port + 1,
         port + 2,
         device,
-        address.is_loopback()
+        device == "lo"
     )
 }

@@ -19,7 +19,11 @@ use livekit::webrtc::audio_frame::AudioFrame;
 use livekit::webrtc::audio_source::native::NativeAudioSource;
 use livekit::webrtc::audio_source::{AudioSourceOptions, RtcAudioSource};
 use livekit::webrtc::audio_stream::native::{NativeAudioStream, NativeAudioStreamOptions};
-use livekit::webrtc::stats::{DtlsTransportState, RtcStats};
+use livekit::webrtc::peer_connection_factory::IceTransportsType;
+use livekit::webrtc::stats::dictionaries::IceCandidateStats;
+use livekit::webrtc::stats::{
+    DtlsTransportState, IceCandidateType, IceServerTransportProtocol, RtcStats,
+};
 use livekit::{
     ByteStreamInfo, RoomDataStreamOptions, RoomEvent as SdkEvent, StreamReader, TextStreamInfo,
 };
@@ -37,6 +41,7 @@ use super::stats::{InboundStats, InboundTotals, OutboundStats, UplinkTotals};
 use super::streams::{self, OpenedStream};
 use super::transport::{SdkConnector, WireEvent};
 use super::watch::SignalWatch;
+use crate::config::Ice;
 use crate::livekit::audio::caller::{AgentFrame, CallerOutput, CallerPlayer, Frame as _};
 use crate::livekit::audio::recording::{self, CallSound};
 use crate::livekit::audio::rtp;
@@ -140,6 +145,10 @@ fn options(request: &JoinRequest) -> RoomOptions {
     let mut options = RoomOptions::default();
     options.join_retries = 0;
     options.connect_timeout = request.signal_timeout;
+    // The settings refuse every other restriction for this engine.
+    if request.ice == Ice::Relay {
+        options.rtc_config.ice_transport_type = IceTransportsType::Relay;
+    }
     options.data_stream =
         RoomDataStreamOptions::default().with_max_payload_byte_length(MAX_STREAM_BYTES);
     options
@@ -195,6 +204,8 @@ struct SdkSession<'a> {
     samples: u32,
     published: bool,
     media_reported: bool,
+    /// The settings allow direct UDP, so any other path means that it failed.
+    udp_tried: bool,
 }
 
 /// The track that carries the agent's voice.
@@ -248,6 +259,7 @@ impl<'a> SdkSession<'a> {
             samples: 0,
             published: false,
             media_reported: false,
+            udp_tried: request.ice == Ice::All,
         }
     }
 
@@ -565,7 +577,7 @@ impl<'a> SdkSession<'a> {
                     .observer
                     .events
                     .send(now, RoomEventKind::MediaConnected { path })?;
-                if path == Some(MediaPath::Tcp) {
+                if self.udp_tried && path.is_some_and(|path| path != MediaPath::Udp) {
                     self.watch
                         .observer
                         .events
@@ -669,7 +681,7 @@ fn are_up(stats: &[RtcStats]) -> bool {
     transports.next() == Some(connected) && transports.all(|state| state == connected)
 }
 
-/// The protocol of the transports' selected candidate pairs: TCP if any uses it. `None` if the SDK shows no selected pair.
+/// The path of the transports' selected candidate pairs: the less plain one. `None` if the SDK shows no selected pair.
 /// The SDK always tries UDP first.
 fn media_path(stats: &[RtcStats]) -> Option<MediaPath> {
     let selected = stats.iter().filter_map(|stats| match stats {
@@ -686,17 +698,26 @@ fn media_path(stats: &[RtcStats]) -> Option<MediaPath> {
     });
     let paths = local.filter_map(|local| {
         stats.iter().find_map(|stats| match stats {
-            RtcStats::LocalCandidate(it) if it.rtc.id == *local => {
-                match it.local_candidate.protocol.as_str() {
-                    "udp" => Some(MediaPath::Udp),
-                    "tcp" => Some(MediaPath::Tcp),
-                    _ => None,
-                }
-            }
+            RtcStats::LocalCandidate(it) if it.rtc.id == *local => path_of(&it.local_candidate),
             _ => None,
         })
     });
     paths.max()
+}
+
+fn path_of(local: &IceCandidateStats) -> Option<MediaPath> {
+    if local.candidate_type == Some(IceCandidateType::Relay) {
+        return local.relay_protocol.map(|protocol| match protocol {
+            IceServerTransportProtocol::Udp => MediaPath::RelayUdp,
+            IceServerTransportProtocol::Tcp => MediaPath::RelayTcp,
+            IceServerTransportProtocol::Tls => MediaPath::RelayTls,
+        });
+    }
+    match local.protocol.as_str() {
+        "udp" => Some(MediaPath::Udp),
+        "tcp" => Some(MediaPath::Tcp),
+        _ => None,
+    }
 }
 
 fn outbound(stats: &[RtcStats]) -> OutboundStats {

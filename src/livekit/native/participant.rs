@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::peer::relays::Relays;
 use super::peer::{
     self, BrokenTransport, Incoming, OutgoingPacket, PeerConnection, PeerError, PeerEvent,
     ReceivedPacket, ReceiverReport,
@@ -36,6 +37,7 @@ use crate::livekit::room::observer::{EventSender, LEAVE_TIMEOUT, Observer};
 use crate::livekit::room::voice_selector::VoiceSelector;
 use crate::livekit::wire::candidate::candidate_line;
 use crate::livekit::wire::signal::{Joined, Signal, SignalError};
+use crate::livekit::wire::turn::TurnServer;
 
 /// How long a transport may be down while the signal connection is alive. A ping every five seconds shows whether it
 /// is.
@@ -73,6 +75,9 @@ const MAX_DATAGRAMS_IN_A_ROW: usize = 64;
 /// The id of the canary's only offer; the server's answer repeats it.
 const OFFER_ID: u32 = 1;
 
+const FORCED_RELAY: &str = "LiveKit asked for media over TURN servers only (force_relay): calls of the same room and identity \
+                            failed without";
+
 /// Runs a participant: joins, detects speech and speaks as the caller until it leaves or fails. The caller sends the last event.
 pub(crate) async fn run(
     request: JoinRequest,
@@ -100,6 +105,9 @@ pub(crate) async fn run(
     let why = served
         .and_then(|why| reported.map(|()| why))
         .unwrap_or_else(|why| why);
+    for peer in [&mut session.publisher, &mut session.subscriber] {
+        peer.close(Instant::now());
+    }
     // A connection that failed or that the server closed carries no `Leave`.
     if !matches!(why, EndReason::Signal(_) | EndReason::Removed { .. }) {
         session.signal.leave(LEAVE_TIMEOUT).await;
@@ -194,8 +202,11 @@ impl<'a> NativeSession<'a> {
         let mut observer = Observer::new(request, events, cid.clone());
         observer.on_join(at, &response)?;
         sound.start(at);
+        let ice = forced_relay(request.ice, &response);
+        let servers = TurnServer::offered(&response.ice_servers);
         let peer = |target| {
-            let peer = PeerConnection::new(target, local.ip(), request.ice);
+            let relays = Relays::new(&request.endpoint, &servers, ice);
+            let peer = PeerConnection::new(target, local.ip(), ice, relays);
             peer.map_err(|error| media_failed(peer::name(target), &error))
         };
         let mut publisher = peer(proto::SignalTarget::Publisher)?;
@@ -231,9 +242,13 @@ impl<'a> NativeSession<'a> {
             } else {
                 READ_INTERVAL
             },
-            udp_tried: request.ice == Ice::All,
+            udp_tried: ice == Ice::All,
         });
         session.publish(cid, offer)?;
+        session.report_addresses()?;
+        if ice != request.ice {
+            session.note(at, FORCED_RELAY.to_owned())?;
+        }
         session.on_participants(at, response.other_participants, true)?;
         // The canary is in the room only since the join response, so the time of an earlier message says nothing.
         for message in early {
@@ -386,6 +401,10 @@ impl<'a> NativeSession<'a> {
                 PeerEvent::Connected => self.on_connected(now)?,
                 PeerEvent::Packet(packet) => self.on_packet(packet)?,
                 PeerEvent::Data(at, data) => self.observer.on_data(at, &data)?,
+                PeerEvent::Candidate(line) => {
+                    self.trickle(proto::SignalTarget::Subscriber, vec![line])?;
+                }
+                PeerEvent::RelayFailed(fault) => self.note(now, fault)?,
                 // It sends no track.
                 PeerEvent::Report(_) => {}
             }
@@ -402,6 +421,10 @@ impl<'a> NativeSession<'a> {
                     let report = self.track.uplink(report);
                     self.observer.on_uplink(now, report)?;
                 }
+                PeerEvent::Candidate(line) => {
+                    self.trickle(proto::SignalTarget::Publisher, vec![line])?;
+                }
+                PeerEvent::RelayFailed(fault) => self.note(now, fault)?,
                 // It receives neither.
                 PeerEvent::Packet(_) | PeerEvent::Data(..) => {}
             }
@@ -421,7 +444,7 @@ impl<'a> NativeSession<'a> {
             {
                 return Err(EndReason::MediaFailed {
                     transport: peer.name(),
-                    detail: broken.reason.to_owned(),
+                    detail: peer.describe(broken),
                 });
             }
         }
@@ -456,20 +479,21 @@ impl<'a> NativeSession<'a> {
     fn on_connected(&mut self, now: Instant) -> Result<(), EndReason> {
         if !self.media_reported && self.publisher.connected() && self.subscriber.connected() {
             self.media_reported = true;
-            let over_tcp = self.publisher.over_tcp() || self.subscriber.over_tcp();
-            let path = Some(if over_tcp {
-                MediaPath::Tcp
-            } else {
-                MediaPath::Udp
-            });
+            let path = self.publisher.path().max(self.subscriber.path());
             self.observer
                 .events
                 .send(now, RoomEventKind::MediaConnected { path })?;
-            if over_tcp && self.udp_tried {
+            if path != Some(MediaPath::Udp) && self.udp_tried {
                 self.observer.events.send(now, RoomEventKind::UdpBlocked)?;
             }
         }
         Ok(())
+    }
+
+    fn note(&mut self, now: Instant, note: String) -> Result<(), EndReason> {
+        self.observer
+            .events
+            .send(now, RoomEventKind::MediaNote(note))
     }
 
     async fn on_message(&mut self, at: Instant, message: Response) -> Result<(), EndReason> {
@@ -790,6 +814,19 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
         sdp,
         id,
         ..proto::SessionDescription::default()
+    }
+}
+
+/// LiveKit has a client use relays alone after several calls of the same room and identity failed without them, as SDKs do.
+fn forced_relay(ice: Ice, response: &proto::JoinResponse) -> Ice {
+    let forced = response
+        .client_configuration
+        .as_ref()
+        .is_some_and(|it| it.force_relay() == proto::ClientConfigSetting::Enabled);
+    if forced && ice == Ice::All {
+        Ice::Relay
+    } else {
+        ice
     }
 }
 

@@ -5,9 +5,11 @@
 //! The stack has two rules. Its output must be polled to the end after each input, and it acts on a description or a
 //! candidate only at the next `Input::Timeout`, which [`PeerConnection::wake`] requests.
 
-use std::collections::HashMap;
+pub(super) mod relays;
+
+use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,13 +20,15 @@ use str0m::media::{Direction, MediaKind, Mid, Pt};
 use str0m::net::{Protocol, Receive, TcpType, Transmit};
 use str0m::rtp::{Extension, ExtensionMap, ExtensionValues, RtpPacket, RtpWrite};
 use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcError};
-use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
+use self::relays::{Relays, relayed_candidate};
 use super::ice_tcp::{IceTcpConnection, TcpEvent};
-use super::udp::{Datagram, MediaSocket};
+use super::relay::{RelayError, RelayEvent};
+use super::udp::{Datagram, MediaSocket, route_to};
 use crate::config::Ice;
 use crate::livekit::audio::rtp::RtpHeader;
+use crate::livekit::event::MediaPath;
 use crate::livekit::wire::candidate::media_address;
 use crate::livekit::wire::connect::is_shortage;
 
@@ -72,6 +76,10 @@ pub(crate) enum PeerEvent {
     Packet(ReceivedPacket),
     /// A message of a data channel and the time at which it was received.
     Data(Instant, Vec<u8>),
+    /// A local candidate for the server that was found later than the description.
+    Candidate(String),
+    /// A TURN server failed, and another path may still work. The text names the server.
+    RelayFailed(String),
     /// The server's latest receiver report for the sent track; emitted every [`REPORT_INTERVAL`].
     Report(ReceiverReport),
 }
@@ -101,6 +109,11 @@ pub(crate) enum PeerError {
     Unexpected(&'static str),
     #[error("no UDP socket could be opened on the local address that reaches the server")]
     NoRoute,
+    #[error("LiveKit offers no TURN server{}, and the settings or LiveKit itself allow no other path", if *.tls { " over TLS" } else { "" })]
+    NoRelay { tls: bool },
+    /// With one text for each.
+    #[error("{0}")]
+    Relays(String),
     /// The process has no descriptor or no memory left.
     #[error("no {protocol} socket could be opened: {error}")]
     Shortage {
@@ -125,6 +138,9 @@ pub(crate) struct PeerConnection {
     ice: Ice,
     sockets: Vec<MediaSocket>,
     tcp: TcpFallback,
+    relays: Relays,
+    /// Events that did not come from the stack.
+    notices: VecDeque<PeerEvent>,
     /// When the stack needs its next `Input::Timeout`.
     timeout: Instant,
     /// The stack's output has not been polled to the end since its last input.
@@ -132,9 +148,11 @@ pub(crate) struct PeerConnection {
     /// ICE has selected a path at least once.
     path: bool,
     connected: bool,
-    /// The protocol of the last sent packet that is no ICE check.
-    carrier: Option<Protocol>,
+    /// How the last sent packet that is no ICE check left.
+    carrier: Option<MediaPath>,
     broken: Option<BrokenTransport>,
+    /// The TURN servers that failed, and why.
+    relay_faults: Vec<String>,
     /// When the last datagram arrived that the stack accepted.
     last_received_at: Instant,
     pending: Option<(u32, SdpPendingOffer)>,
@@ -169,15 +187,29 @@ pub(crate) enum Incoming {
     Opened(IpAddr),
     /// The TCP connection to this candidate failed or ended.
     Closed(Candidate, io::Error),
+    /// With the index of the relay.
+    Relay(usize, RelayEvent),
 }
 
 impl PeerConnection {
-    /// Creates a peer connection with a UDP host candidate on `local`, the local address of the signal connection. With
-    /// [`Ice::Tcp`], it has no candidate yet.
+    /// Creates a peer connection with a UDP host candidate on `local`, the local address of the signal connection. Unless
+    /// `ice` is [`Ice::All`], it has no candidate yet.
     ///
     /// # Errors
-    /// [`PeerError::NoRoute`] or [`PeerError::Shortage`] if no UDP socket can be bound to `local`.
-    pub(crate) fn new(target: SignalTarget, local: IpAddr, ice: Ice) -> Result<Self, PeerError> {
+    /// [`PeerError::NoRoute`] or [`PeerError::Shortage`] if no UDP socket can be bound to `local`; [`PeerError::NoRelay`] if
+    /// only a relay may be used and there is none.
+    pub(crate) fn new(
+        target: SignalTarget,
+        local: IpAddr,
+        ice: Ice,
+        relays: Relays,
+    ) -> Result<Self, PeerError> {
+        let relays_only = matches!(ice, Ice::Relay | Ice::Tls);
+        if relays_only && relays.is_empty() {
+            return Err(PeerError::NoRelay {
+                tls: ice == Ice::Tls,
+            });
+        }
         let mut extensions = ExtensionMap::empty();
         extensions.set(1, Extension::AudioLevel);
         extensions.set(4, Extension::RtpMid);
@@ -208,18 +240,24 @@ impl PeerConnection {
             ice,
             sockets: Vec::new(),
             tcp: TcpFallback::default(),
+            addresses: relays.servers().map(ToString::to_string).collect(),
+            relays,
+            notices: VecDeque::new(),
             timeout: now,
             unpolled: true,
             path: false,
             connected: false,
             carrier: None,
             broken: None,
+            relay_faults: Vec::new(),
             last_received_at: now,
             pending: None,
             candidates: 0,
-            addresses: Vec::new(),
             tracks: HashMap::new(),
         };
+        if relays_only {
+            peer.relays.start_at(now);
+        }
         if ice == Ice::All {
             let socket = MediaSocket::bind(local).map_err(|error| {
                 if is_shortage(&error) {
@@ -244,9 +282,22 @@ impl PeerConnection {
         self.connected
     }
 
-    /// Whether the media is sent over TCP.
-    pub(crate) fn over_tcp(&self) -> bool {
-        self.carrier == Some(Protocol::Tcp)
+    /// How media is sent; `None` until the first packet that is no ICE check.
+    pub(crate) fn path(&self) -> Option<MediaPath> {
+        self.carrier
+    }
+
+    /// Why a transport is down that `broken` describes, with the TURN server's part in it.
+    pub(crate) fn describe(&self, broken: BrokenTransport) -> String {
+        match self.relay_faults.last() {
+            Some(fault) if self.carrier.is_some_and(MediaPath::is_relayed) => fault.clone(),
+            _ => broken.reason.to_owned(),
+        }
+    }
+
+    /// Gives the relays' addresses back to their servers.
+    pub(crate) fn close(&mut self, now: Instant) {
+        self.relays.close(now);
     }
 
     /// Returns since when and why a connected transport is down. Call it only when no datagram waits to be read.
@@ -383,14 +434,28 @@ impl PeerConnection {
                 return Poll::Ready(Incoming::from_udp(&datagram, socket));
             }
         }
+        if let Poll::Ready((index, event)) = self.relays.poll(cx, buffer) {
+            // The buffer holds the peer's datagram, without the frame around it.
+            if self.connected
+                && matches!(event, RelayEvent::Datagram { .. })
+                && buffer[0] > MAX_STUN_FIRST_BYTE
+            {
+                self.relays.open[index].relay.stop_watching();
+            }
+            return Poll::Ready(Incoming::Relay(index, event));
+        }
         self.tcp.poll(cx, buffer)
     }
 
     /// Reads the next datagram that waits on a UDP socket.
     pub(crate) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<Incoming> {
-        self.sockets.iter_mut().find_map(|socket| {
+        let direct = self.sockets.iter_mut().find_map(|socket| {
             let datagram = socket.try_recv(buffer)?;
             Some(Incoming::from_udp(&datagram, socket))
+        });
+        direct.or_else(|| {
+            let (index, event) = self.relays.try_recv(buffer)?;
+            Some(Incoming::Relay(index, event))
         })
     }
 
@@ -435,7 +500,74 @@ impl PeerConnection {
                 self.wake(now);
                 Ok(())
             }
+            Incoming::Relay(index, event) => self.on_relay(now, *index, event, buffer),
         }
+    }
+
+    fn on_relay(
+        &mut self,
+        now: Instant,
+        index: usize,
+        event: &RelayEvent,
+        buffer: &[u8],
+    ) -> Result<(), PeerError> {
+        let path = &mut self.relays.open[index];
+        match event {
+            RelayEvent::Allocated(relayed) => {
+                let Some(candidate) = relayed_candidate(*relayed) else {
+                    return self.on_relay_failed(now, index, &RelayError::Refused(None));
+                };
+                let line = candidate.to_sdp_string();
+                self.notices.push_back(PeerEvent::Candidate(line));
+                path.candidate = Some(candidate);
+            }
+            // Not before: the server drops packets to a peer without a permission, and with them the first ICE check,
+            // whose repetition costs a quarter of a second.
+            RelayEvent::Usable => {
+                if let Some(candidate) = path.candidate.clone() {
+                    self.rtc.add_local_candidate(candidate);
+                    self.wake(now);
+                }
+            }
+            RelayEvent::Datagram { at, from, length } => {
+                let Some(relayed) = path.relay.relayed() else {
+                    return Ok(());
+                };
+                return match Receive::new(Protocol::Udp, *from, relayed, &buffer[..*length]) {
+                    Ok(receive) => self.on_receive(*at, now, receive),
+                    Err(_) => Ok(()),
+                };
+            }
+            RelayEvent::Failed(error) => return self.on_relay_failed(now, index, error),
+        }
+        Ok(())
+    }
+
+    fn on_relay_failed(
+        &mut self,
+        now: Instant,
+        index: usize,
+        error: &RelayError,
+    ) -> Result<(), PeerError> {
+        let path = &self.relays.open[index];
+        let fault = format!("{} {error}", path.relay.server());
+        if let Some(candidate) = &path.candidate {
+            self.rtc.direct_api().invalidate_candidate(candidate);
+        }
+        self.wake(now);
+        self.relay_faults.push(fault.clone());
+        let all_failed = self.relays.all_failed(index);
+        if !self.path && error.is_shortage() {
+            return Err(PeerError::Shortage {
+                protocol: "TURN",
+                error: error.to_string(),
+            });
+        }
+        if !self.path && all_failed && self.ice != Ice::All {
+            return Err(PeerError::Relays(self.relay_faults.join("; ")));
+        }
+        self.notices.push_back(PeerEvent::RelayFailed(fault));
+        Ok(())
     }
 
     /// The stack's time must not go back, so it gets `now`. The time of arrival, `at`, is stored for the events.
@@ -461,6 +593,11 @@ impl PeerConnection {
     pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<PeerEvent>, PeerError> {
         if !self.path {
             self.tcp.connect(now);
+            self.relays.connect(now);
+        }
+        self.relays.on_time(now);
+        if let Some(notice) = self.notices.pop_front() {
+            return Ok(Some(notice));
         }
         // Without an input or a due timer, the stack has no output. Most rounds concern only the other peer connection.
         if !self.unpolled && self.timeout > now {
@@ -477,7 +614,7 @@ impl PeerConnection {
                         self.timeout = Instant::from_std(at);
                         break;
                     }
-                    Output::Transmit(packet) => self.transmit(&packet),
+                    Output::Transmit(packet) => self.transmit(now, &packet),
                     Output::Event(event) => {
                         if let Some(event) = self.on_event(now, event) {
                             return Ok(Some(event));
@@ -504,8 +641,9 @@ impl PeerConnection {
 
     /// When [`poll`](Self::poll) has to be called next if nothing arrives.
     pub(crate) fn next_deadline(&self) -> Instant {
-        let due = self.tcp.due.filter(|_| !self.path);
-        due.map_or(self.timeout, |due| due.min(self.timeout))
+        let fallbacks = [self.tcp.due, self.relays.due()].map(|due| due.filter(|_| !self.path));
+        let others = fallbacks.into_iter().chain([self.relays.next_deadline()]);
+        others.flatten().fold(self.timeout, Instant::min)
     }
 
     fn on_event(&mut self, now: Instant, event: Event) -> Option<PeerEvent> {
@@ -551,36 +689,45 @@ impl PeerConnection {
 
     /// Sends a packet of the stack. A packet that the kernel drops counts as lost on the way, as UDP promises no
     /// delivery.
-    fn transmit(&mut self, packet: &Transmit) {
+    fn transmit(&mut self, now: Instant, packet: &Transmit) {
         let (source, bytes) = (packet.source, &*packet.contents);
-        if bytes
-            .first()
-            .is_some_and(|first| *first > MAX_STUN_FIRST_BYTE)
-        {
-            self.carrier = Some(packet.proto);
-        }
-        if packet.proto == Protocol::Tcp {
-            self.tcp.send(packet.destination, bytes);
-            return;
-        }
         let same = |it: &&MediaSocket| {
             let local = it.local();
             local.ip() == source.ip() && local.port() == source.port()
         };
-        if let Some(socket) = self.sockets.iter().find(same)
-            && let Err(error) = socket.send(bytes, packet.destination)
+        let path = if packet.proto == Protocol::Tcp {
+            self.tcp.send(packet.destination, bytes);
+            MediaPath::Tcp
+        } else if let Some(relay) = self.relays.of_address(source) {
+            relay.send(now, packet.destination, bytes);
+            relay.server().transport.into()
+        } else {
+            if let Some(socket) = self.sockets.iter().find(same)
+                && let Err(error) = socket.send(bytes, packet.destination)
+            {
+                tracing::trace!(transport = self.name(), %error, "dropped a datagram: the kernel did not take it");
+            }
+            MediaPath::Udp
+        };
+        if bytes
+            .first()
+            .is_some_and(|first| *first > MAX_STUN_FIRST_BYTE)
         {
-            tracing::trace!(transport = self.name(), %error, "dropped a datagram: the kernel did not take it");
+            self.carrier = Some(path);
         }
     }
 
-    /// Parses a candidate of the server and records its address. Returns `None` if it cannot be used: UDP is not
-    /// allowed, the TCP candidate does not listen, or there are too many.
+    /// Parses a candidate of the server and records its address. Returns `None` if it cannot be used: its protocol is
+    /// not allowed, the TCP candidate does not listen, or there are too many.
     fn usable(&mut self, line: &str) -> Option<Candidate> {
         let candidate = Candidate::from_sdp_string(line.trim()).ok()?;
         let usable = match candidate.proto() {
-            Protocol::Udp => self.ice == Ice::All,
-            Protocol::Tcp => candidate.tcptype() == Some(TcpType::Passive),
+            // With relays only, it is what they relay to.
+            Protocol::Udp => self.ice != Ice::Tcp,
+            Protocol::Tcp => {
+                matches!(self.ice, Ice::All | Ice::Tcp)
+                    && candidate.tcptype() == Some(TcpType::Passive)
+            }
             _ => false,
         };
         (usable && self.candidates < MAX_CANDIDATES).then(|| {
@@ -608,16 +755,22 @@ impl PeerConnection {
     }
 
     /// Opens a UDP socket on the local address that routes to `remote`, unless there is one. A TCP candidate is
-    /// connected later, if it is needed.
+    /// connected later, if it is needed, and so are relays to `remote`.
     ///
     /// The address comes from the route and never from a constant, which would work on loopback only.
     async fn reach(&mut self, remote: Candidate) -> Option<String> {
+        let now = Instant::now();
         if remote.proto() == Protocol::Tcp {
             let wait = match self.ice {
-                Ice::All => UDP_HEAD_START,
                 Ice::Tcp => Duration::ZERO,
+                _ => UDP_HEAD_START,
             };
-            self.tcp.offer(remote, Instant::now() + wait);
+            self.tcp.offer(remote, now + wait);
+            return None;
+        }
+        self.relays.start_at(now + UDP_HEAD_START);
+        self.relays.permit(now, remote.addr());
+        if self.ice != Ice::All {
             return None;
         }
         let local = route_to(remote.addr()).await?;
@@ -746,18 +899,6 @@ pub(crate) struct OutgoingPacket {
     pub(crate) payload: Arc<[u8]>,
 }
 
-/// Returns the local address that packets to `remote` leave from. Connecting a UDP socket looks up the route without
-/// sending.
-async fn route_to(remote: SocketAddr) -> Option<IpAddr> {
-    let any: IpAddr = match remote {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let socket = UdpSocket::bind((any, 0)).await.ok()?;
-    socket.connect(remote).await.ok()?;
-    Some(socket.local_addr().ok()?.ip())
-}
-
 /// Replaces the stack's own text, which may quote the SDP with its ICE credentials.
 fn sdp_error(error: RtcError, what: &'static str) -> PeerError {
     match error {
@@ -822,7 +963,8 @@ mod tests {
     }
 
     fn peer(target: SignalTarget, ice: Ice) -> PeerConnection {
-        PeerConnection::new(target, Ipv4Addr::LOCALHOST.into(), ice).unwrap()
+        let local = IpAddr::from([127, 0, 0, 1]);
+        PeerConnection::new(target, local, ice, Relays::default()).unwrap()
     }
 
     /// livekit-server can't make its next offer after an answer that rejects an m-line.
@@ -847,12 +989,6 @@ mod tests {
             assert!(!answer.contains("m=video 0 "), "{codec}: {answer}");
             assert!(answer.contains("BUNDLE 0 1 2"), "{codec}: {answer}");
         }
-    }
-
-    #[tokio::test]
-    async fn local_address_follows_the_route() {
-        let loopback: SocketAddr = "127.0.0.1:9".parse().unwrap();
-        assert_eq!(route_to(loopback).await, Some(loopback.ip()));
     }
 
     #[tokio::test]

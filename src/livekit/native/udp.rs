@@ -3,7 +3,7 @@
 //! It knows no ICE.
 
 use std::io::{self, IoSliceMut};
-use std::net::{self, IpAddr, SocketAddr};
+use std::net::{self, IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -190,6 +190,18 @@ fn arrival_time(
     at.map_or(empty_at, |at| at.max(empty_at))
 }
 
+/// Returns the local address that packets to `remote` leave from. Connecting a UDP socket looks up the route without
+/// sending.
+pub(crate) async fn route_to(remote: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match remote {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = tokio::net::UdpSocket::bind((any, 0)).await.ok()?;
+    socket.connect(remote).await.ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
@@ -236,6 +248,12 @@ mod tests {
         let received = poll_fn(|cx| Poll::Ready(ours.poll_recv(cx, &mut buffer))).await;
         assert!(received.is_pending());
         assert!(ours.try_recv(&mut buffer).is_some());
+    }
+
+    #[tokio::test]
+    async fn local_address_follows_the_route() {
+        let loopback: SocketAddr = "127.0.0.1:9".parse().unwrap();
+        assert_eq!(route_to(loopback).await, Some(loopback.ip()));
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::config::{MAX_CA_BYTES, read_regular};
 #[derive(Clone)]
 pub struct Endpoint {
     pub(crate) url: Url,
-    pub(crate) tls: Option<Arc<rustls::ClientConfig>>,
+    tls: Arc<rustls::ClientConfig>,
 }
 
 /// Why no connection could be opened, by stage.
@@ -50,14 +50,12 @@ impl Endpoint {
     /// # Errors
     /// The URL has another scheme or no host, or `ca_file` cannot be read or contains no certificate.
     pub fn new(url: &Url, ca_file: Option<&Path>) -> anyhow::Result<Self> {
-        let secure = match url.scheme() {
-            "wss" | "https" => true,
-            "ws" | "http" => false,
-            other => bail!("scheme {other:?} is not one of wss, ws, https, http"),
-        };
+        let scheme = url.scheme();
+        if !["wss", "ws", "https", "http"].contains(&scheme) {
+            bail!("scheme {scheme:?} is not one of wss, ws, https, http");
+        }
         ensure!(url.host().is_some(), "the URL has no host");
-        let roots = roots(ca_file)?;
-        let tls = secure.then(|| client_config(roots)).transpose()?;
+        let tls = client_config(roots(ca_file)?)?;
         let mut url = url.clone();
         // LiveKit's protocol has no credentials in the URL, and they must not reach an error message.
         url.set_username("").ok();
@@ -67,10 +65,19 @@ impl Endpoint {
         Ok(Self { url, tls })
     }
 
+    /// Another service of the same project, which may present the same certificates.
+    pub(crate) fn service(&self, host: &Host, port: u16, secure: bool) -> Self {
+        let scheme = if secure { "https" } else { "http" };
+        let url = format!("{scheme}://{host}:{port}").parse();
+        Self {
+            url: url.expect("a host that was parsed and a port are a URL"),
+            tls: Arc::clone(&self.tls),
+        }
+    }
+
     /// Opens a connection: DNS, TCP, TLS. If `deadline` passes, the error names the stage that did not finish.
     pub(crate) async fn connect(&self, deadline: Instant) -> Result<Stream, ConnectError> {
-        let started = Instant::now();
-        let addresses = self.resolve(started, deadline).await?;
+        let addresses = self.resolve(deadline).await?;
         let tcp = self.dial(&addresses, deadline).await?;
         // Signal messages are small: Nagle's algorithm would delay them and distort every span that is measured.
         let local = tcp
@@ -80,9 +87,10 @@ impl Endpoint {
                 address: self.authority(),
                 error: error.to_string(),
             })?;
-        let io = match &self.tls {
-            None => Io::Plain(tcp),
-            Some(config) => Io::Tls(Box::new(self.secure(config, tcp, deadline).await?)),
+        let io = if ["wss", "https"].contains(&self.url.scheme()) {
+            Io::Tls(Box::new(self.secure(tcp, deadline).await?))
+        } else {
+            Io::Plain(tcp)
         };
         Ok(Stream { local, io })
     }
@@ -106,11 +114,9 @@ impl Endpoint {
             .expect("an endpoint's URL has a host: `new` checks it")
     }
 
-    async fn resolve(
-        &self,
-        started: Instant,
-        deadline: Instant,
-    ) -> Result<Vec<SocketAddr>, ConnectError> {
+    /// The addresses of the host; at least one.
+    pub(crate) async fn resolve(&self, deadline: Instant) -> Result<Vec<SocketAddr>, ConnectError> {
+        let started = Instant::now();
         let port = self
             .url
             .port_or_known_default()
@@ -169,7 +175,6 @@ impl Endpoint {
 
     async fn secure(
         &self,
-        config: &Arc<rustls::ClientConfig>,
         tcp: TcpStream,
         deadline: Instant,
     ) -> Result<TlsStream<TcpStream>, ConnectError> {
@@ -184,7 +189,7 @@ impl Endpoint {
             _ => ServerName::try_from(self.host().to_owned())
                 .map_err(|_| failed("the host is not a valid name for a certificate".to_owned()))?,
         };
-        let connector = TlsConnector::from(Arc::clone(config));
+        let connector = TlsConnector::from(Arc::clone(&self.tls));
         timeout_at(deadline, connector.connect(name, tcp))
             .await
             .map_err(|_| failed(timed_out(started)))?

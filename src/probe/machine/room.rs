@@ -8,7 +8,8 @@ use tokio::time::Instant;
 use super::{Action, DispatchCall, Disruption, MAX_ENTRIES, Phase, ProbeMachine, push_new};
 use crate::config::DispatchRequest;
 use crate::livekit::event::{
-    Agent, AudioStats, EndReason, RemoteTrackInfo, RoomEvent, RoomEventKind, SessionEvent, Speaker,
+    Agent, AudioStats, EndReason, MediaPath, RemoteTrackInfo, RoomEvent, RoomEventKind,
+    SessionEvent, Speaker,
 };
 use crate::probe::verdict::{DispatchListing, ends_call};
 use crate::probe::{Failure, Milestone, Reason};
@@ -151,11 +152,8 @@ impl ProbeMachine {
                 self.report.circumstances.media_path = path;
                 self.mark(Milestone::MediaConnected, at);
             }
-            RoomEventKind::UdpBlocked => self.add_note(
-                "media runs over TCP because UDP does not get through: check the firewalls between this machine and \
-                 LiveKit's media ports"
-                    .to_owned(),
-            ),
+            RoomEventKind::UdpBlocked => self.note_blocked_udp(),
+            RoomEventKind::MediaNote(note) => self.add_note(note),
             RoomEventKind::CallerPublished => self.mark(Milestone::CallerPublished, at),
             RoomEventKind::AgentJoined {
                 agent,
@@ -221,6 +219,19 @@ impl ProbeMachine {
             | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),
         }
+    }
+
+    fn note_blocked_udp(&mut self) {
+        let path = match self.report.circumstances.media_path {
+            Some(MediaPath::RelayUdp) => "a TURN server over UDP",
+            Some(MediaPath::RelayTcp) => "a TURN server over TCP",
+            Some(MediaPath::RelayTls) => "a TURN server over TLS",
+            _ => "TCP",
+        };
+        self.add_note(format!(
+            "media runs over {path} because UDP does not get through: check the firewalls between this machine and \
+             LiveKit's media ports"
+        ));
     }
 
     /// What the agent and the caller say.

@@ -9,8 +9,8 @@ use super::*;
 use crate::livekit::arbitrary::{ANSWER, OFFER, bytes, candidate, check, sdp, sdp_changes};
 
 fn peer(target: SignalTarget) -> PeerConnection {
-    let local = Ipv4Addr::LOCALHOST.into();
-    PeerConnection::new(target, local, Ice::All).unwrap()
+    let local = IpAddr::from([127, 0, 0, 1]);
+    PeerConnection::new(target, local, Ice::All, Relays::default()).unwrap()
 }
 
 /// Advances the time of `peer` in steps up to 60 s. The transport may fail on the way.

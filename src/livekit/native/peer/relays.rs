@@ -1,0 +1,170 @@
+//! The TURN relays of one peer connection: which servers it may use, when it connects to them, and the ICE candidate of
+//! each. Every peer connection has allocations of its own: LiveKit tells peer connections apart by the address of the sender.
+
+use std::net::SocketAddr;
+use std::task::{Context, Poll};
+
+use str0m::Candidate;
+use str0m::net::Protocol;
+use tokio::time::Instant;
+
+use crate::config::Ice;
+use crate::livekit::event::MediaPath;
+use crate::livekit::native::relay::{RelayEvent, TurnRelay};
+use crate::livekit::wire::connect::Endpoint;
+use crate::livekit::wire::turn::{TurnServer, TurnTransport};
+
+/// Maximum number of LiveKit's addresses that are kept for relays that connect later.
+const MAX_PEERS: usize = 16;
+
+/// The relays of a peer connection.
+#[derive(Default)]
+pub(crate) struct Relays {
+    /// Servers without a connection yet.
+    offered: Vec<(Endpoint, TurnServer)>,
+    /// When to connect to them, unless ICE has a path by then.
+    due: Option<Instant>,
+    pub(super) open: Vec<RelayPath>,
+    /// LiveKit's UDP addresses: what each relay must be allowed to send to.
+    peers: Vec<SocketAddr>,
+}
+
+/// A relay, and its ICE candidate once the server has allocated an address.
+pub(super) struct RelayPath {
+    pub(super) relay: TurnRelay,
+    pub(super) candidate: Option<Candidate>,
+    failed: bool,
+}
+
+impl Relays {
+    /// Selects the servers that `ice` allows: at most one over UDP, and one over TLS or else TCP.
+    pub(crate) fn new(endpoint: &Endpoint, servers: &[TurnServer], ice: Ice) -> Self {
+        use TurnTransport::{Tcp, Tls, Udp};
+        let first = |transport| servers.iter().find(|it| it.transport == transport);
+        let selected = match ice {
+            // UDP is first: ICE prefers the first one of two relays.
+            Ice::All | Ice::Relay => [first(Udp), first(Tls).or_else(|| first(Tcp))],
+            Ice::Tls => [first(Tls), None],
+            Ice::Tcp => [None, None],
+        };
+        let offered = selected.into_iter().flatten();
+        Self {
+            offered: offered
+                .map(|server| (endpoint.clone(), server.clone()))
+                .collect(),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.offered.is_empty() && self.open.is_empty()
+    }
+
+    pub(super) fn servers(&self) -> impl Iterator<Item = &TurnServer> {
+        let open = self.open.iter().map(|path| path.relay.server());
+        self.offered.iter().map(|(_, server)| server).chain(open)
+    }
+
+    /// Sets when to connect, unless it is set.
+    pub(super) fn start_at(&mut self, due: Instant) {
+        if !self.offered.is_empty() {
+            self.due.get_or_insert(due);
+        }
+    }
+
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Connects to the servers if that is due.
+    pub(super) fn connect(&mut self, now: Instant) {
+        if self.due.take_if(|due| *due <= now).is_none() {
+            return;
+        }
+        for (endpoint, server) in self.offered.drain(..) {
+            let mut relay = TurnRelay::connect(&endpoint, server);
+            for peer in &self.peers {
+                relay.permit(now, *peer);
+            }
+            self.open.push(RelayPath {
+                relay,
+                candidate: None,
+                failed: false,
+            });
+        }
+    }
+
+    /// Has all relays send to `peer`, an address of LiveKit's.
+    pub(super) fn permit(&mut self, now: Instant, peer: SocketAddr) {
+        if self.peers.len() < MAX_PEERS && !self.peers.contains(&peer) {
+            self.peers.push(peer);
+            for path in &mut self.open {
+                path.relay.permit(now, peer);
+            }
+        }
+    }
+
+    pub(super) fn on_time(&mut self, now: Instant) {
+        for path in &mut self.open {
+            path.relay.on_time(now);
+        }
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let deadlines = self.open.iter().filter_map(|it| it.relay.next_deadline());
+        deadlines.min()
+    }
+
+    /// Waits for an event of a relay; returns its index, too.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<(usize, RelayEvent)> {
+        for (index, path) in self.open.iter_mut().enumerate() {
+            if let Poll::Ready(event) = path.relay.poll(cx, buffer) {
+                return Poll::Ready((index, event));
+            }
+        }
+        Poll::Pending
+    }
+
+    pub(super) fn try_recv(&mut self, buffer: &mut [u8]) -> Option<(usize, RelayEvent)> {
+        let mut paths = self.open.iter_mut().enumerate();
+        paths.find_map(|(index, path)| Some((index, path.relay.try_recv(buffer)?)))
+    }
+
+    /// The relay whose allocated address this is.
+    pub(super) fn of_address(&mut self, relayed: SocketAddr) -> Option<&mut TurnRelay> {
+        let mut relays = self.open.iter_mut().map(|path| &mut path.relay);
+        relays.find(|relay| relay.relayed() == Some(relayed))
+    }
+
+    /// Whether every relay has failed, the one of `index` now.
+    pub(super) fn all_failed(&mut self, index: usize) -> bool {
+        self.open[index].failed = true;
+        self.offered.is_empty() && self.open.iter().all(|path| path.failed)
+    }
+
+    pub(super) fn close(&mut self, now: Instant) {
+        for path in &mut self.open {
+            path.relay.close(now);
+        }
+    }
+}
+
+/// The candidate of an allocation; `None` if no peer could send to that address.
+pub(super) fn relayed_candidate(relayed: SocketAddr) -> Option<Candidate> {
+    // The protocol is that of the relayed side, however the server is reached.
+    Candidate::relayed(relayed, relayed, Protocol::Udp).ok()
+}
+
+impl From<TurnTransport> for MediaPath {
+    fn from(transport: TurnTransport) -> Self {
+        match transport {
+            TurnTransport::Udp => Self::RelayUdp,
+            TurnTransport::Tcp => Self::RelayTcp,
+            TurnTransport::Tls => Self::RelayTls,
+        }
+    }
+}
