@@ -17,7 +17,8 @@ use prometheus::{Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounte
 
 use crate::config::{Objectives, Period, Project, Target};
 use crate::probe::{
-    AgentStage, LimitKind, Outcome, Position, ProbeReport, Reason, Span, Turn, TurnResult,
+    AgentStage, LimitKind, MediaPath, Outcome, Position, ProbeReport, Reason, Span, Turn,
+    TurnResult,
 };
 use crate::report::{BatchReport, BatchResult, Fault, Purpose, TargetState};
 
@@ -353,6 +354,7 @@ struct TargetSeries {
     batches: IntCounterVec,
     skipped: IntCounterVec,
     billed: IntCounter,
+    paths: IntCounterVec,
     packets: IntCounter,
     packets_lost: IntCounter,
     leaked: IntCounter,
@@ -366,6 +368,7 @@ struct TargetSeries {
     yield_delay: Histogram,
     word_error: Histogram,
     span_duration: HistogramVec,
+    round_trip: Histogram,
     jitter: Histogram,
     in_flight: Gauge,
     last_tick: Gauge,
@@ -451,6 +454,10 @@ impl TargetMetrics {
                 SkipCause::ALL.iter().map(|cause| [cause.label()]),
             ),
             billed: families.counter(&catalogue::BILLED),
+            paths: families.counters(
+                &catalogue::PATHS,
+                MediaPath::ALL.iter().map(|path| [path.label()]),
+            ),
             packets: families.counter(&catalogue::PACKETS),
             packets_lost: families.counter(&catalogue::PACKETS_LOST),
             leaked: families.counter(&catalogue::LEAKED),
@@ -476,6 +483,7 @@ impl TargetMetrics {
                 &catalogue::SPAN_DURATION,
                 other_spans().map(|span| [span.label()]),
             ),
+            round_trip: families.histogram(&catalogue::ROUND_TRIP),
             jitter: families.histogram(&catalogue::JITTER),
             in_flight,
             last_tick: families.gauge(&catalogue::LAST_TICK),
@@ -585,6 +593,14 @@ impl TargetMetrics {
                 turns.inc();
             }
             series.observe_turn(turn);
+        }
+        if let Some(path) = report.circumstances.media_path {
+            series.paths.with_label_values(&[path.label()]).inc();
+        }
+        for connection in &report.evidence.media {
+            if let Some(seconds) = connection.round_trip_seconds {
+                series.round_trip.observe(seconds);
+            }
         }
         series.packets.inc_by(report.audio.packets);
         series.packets_lost.inc_by(report.audio.lost);

@@ -11,8 +11,8 @@ use strum::VariantArray;
 use tokio::time::Instant;
 
 use crate::livekit::RoomName;
-pub use crate::livekit::event::MediaPath;
 use crate::livekit::event::{Agent, AudioStats};
+pub use crate::livekit::event::{MediaConnection, MediaPath};
 use crate::recording::{SavedRecording, Waveform};
 
 pub mod driver;

@@ -44,6 +44,8 @@ pub(crate) enum RoomEventKind {
     MediaConnected {
         path: Option<MediaPath>,
     },
+    /// How the media of both peer connections runs now. It replaces the last report.
+    MediaConnections(Vec<MediaConnection>),
     /// Media runs on another path, although direct UDP was tried first.
     UdpBlocked,
     /// What else a person should know of the media's path, such as a TURN server that failed and why.
@@ -136,6 +138,7 @@ pub(crate) enum RoomEventKind {
     Deserialize,
     strum::EnumString,
     strum::IntoStaticStr,
+    strum::VariantArray,
 )]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
@@ -149,6 +152,8 @@ pub enum MediaPath {
 }
 
 impl MediaPath {
+    pub const ALL: &'static [Self] = <Self as strum::VariantArray>::VARIANTS;
+
     /// Whether a TURN server is on the path.
     pub(crate) fn is_relayed(self) -> bool {
         matches!(self, Self::RelayUdp | Self::RelayTcp | Self::RelayTls)
@@ -158,6 +163,18 @@ impl MediaPath {
     pub fn label(self) -> &'static str {
         self.into()
     }
+}
+
+/// How one of the canary's two peer connections reaches LiveKit. The names of the fields are keys of the API.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MediaConnection {
+    /// `publisher` or `subscriber`.
+    pub connection: &'static str,
+    pub path: MediaPath,
+    /// Host and port of the TURN server on the path.
+    pub via: Option<String>,
+    /// The mean round trip of the ICE checks on the path; `None` until it is measured.
+    pub round_trip_seconds: Option<f64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

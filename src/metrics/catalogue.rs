@@ -25,6 +25,11 @@ const JITTER_BUCKETS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0,
 ];
 
+/// Bucket bounds of a round trip, in seconds: from the same host to the other side of the world and back over a relay.
+const ROUND_TRIP_BUCKETS: &[f64] = &[
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0,
+];
+
 /// Bucket bounds of the stages that an agent reports of a reply, in seconds. A transcript can be ready within a hundredth of a
 /// second, and an LLM can take half a minute.
 const STAGE_BUCKETS: &[f64] = &[
@@ -129,6 +134,8 @@ catalogue! {
     /// Agent time as LiveKit bills it: from the agent's join to the room's end, rounded up to whole minutes per
     /// session.
     BILLED: "agent_billed_seconds_total" ["target"] MetricKind::Counter;
+    /// Probes whose media connected, by the path that it took.
+    PATHS: "probe_paths_total" ["target" "path"] MetricKind::Counter;
     /// RTP packets of the agent's audio that arrived.
     PACKETS: "agent_audio_packets_total" ["target"] MetricKind::Counter;
     /// RTP packets of the agent's audio that did not arrive.
@@ -172,6 +179,8 @@ catalogue! {
     /// Duration of the other steps of a probe, whatever the outcome: the canary's own connection, the dispatch call,
     /// the agent's start-up.
     SPAN_DURATION: "span_duration_seconds" ["target" "span"] MetricKind::Histogram(SPAN_BUCKETS);
+    /// Round trip of the ICE checks on the path of each peer connection: the mean of the call, once per connection.
+    ROUND_TRIP: "media_round_trip_seconds" ["target"] MetricKind::Histogram(ROUND_TRIP_BUCKETS);
     /// Interarrival jitter of the agent's audio when the audio ends, once per probe.
     JITTER: "agent_audio_jitter_seconds" ["target"] MetricKind::Histogram(JITTER_BUCKETS);
 

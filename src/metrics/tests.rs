@@ -20,8 +20,8 @@ use crate::metrics::{
     SkipCause, Sli, SliVerdict, TargetMetrics,
 };
 use crate::probe::{
-    AgentStage, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
-    ProbeReport, Reason, Timeline, Turn, TurnResult, TurnStages,
+    AgentStage, Circumstances, Evidence, Failure, LimitKind, MediaConnection, MediaPath, Milestone,
+    Outcome, Position, ProbeReport, Reason, Timeline, Turn, TurnResult, TurnStages,
 };
 use crate::report::{BatchReport, BatchResult, Fault, Purpose, TargetState};
 use chrono::{DateTime, TimeDelta, Utc};
@@ -310,6 +310,10 @@ fn every_label_value_exists_at_zero_before_the_first_event() {
             "batches_skipped_total",
             one(&["overlap", "budget", "backoff", "paused"]),
         ),
+        (
+            "probe_paths_total",
+            one(&["udp", "relay_udp", "tcp", "relay_tcp", "relay_tls"]),
+        ),
         ("agent_join_delay_seconds", one(&["first", "later"])),
         (
             "span_duration_seconds",
@@ -403,6 +407,8 @@ fn bounds_of_the_buckets_are_unchanged_and_include_the_default_thresholds() {
     const SPANS: &str = "0.001 0.002 0.005 0.01 0.02 0.03 0.05 0.075 0.1 0.15 0.2 0.3 0.5 0.75 1 2 3 5 10 15 30 60 120 \
                          300 +Inf";
     const JITTER: &str = "0.001 0.002 0.005 0.01 0.02 0.03 0.05 0.1 0.2 0.5 1 +Inf";
+    const ROUND_TRIPS: &str =
+        "0.001 0.002 0.005 0.01 0.02 0.03 0.05 0.075 0.1 0.15 0.2 0.3 0.5 1 2 +Inf";
     const STAGES: &str = "0.01 0.02 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 1.5 2 3 5 10 20 30 +Inf";
     const DIFFERENCES: &str =
         "-5 -2 -1 -0.5 -0.3 -0.2 -0.1 -0.05 0 0.05 0.1 0.15 0.2 0.3 0.5 0.75 1 1.5 2 3 5 10 +Inf";
@@ -431,6 +437,7 @@ fn bounds_of_the_buckets_are_unchanged_and_include_the_default_thresholds() {
         ("_agent_stage_seconds_bucket", STAGES),
         ("_first_speech_delay_seconds_bucket", DELAYS),
         ("_heard_word_error_ratio_bucket", WORD_ERRORS),
+        ("_media_round_trip_seconds_bucket", ROUND_TRIPS),
         ("_reply_delay_seconds_bucket", DELAYS),
         ("_reply_unexplained_seconds_bucket", DIFFERENCES),
         ("_span_duration_seconds_bucket", SPANS),
@@ -772,6 +779,31 @@ fn histogram_whose_values_can_be_negative_has_no_sum() {
         let has_sum = scrape.samples.iter().any(|sample| sample.name == name);
         assert_eq!(has_sum, bounds[0] >= 0.0, "{name}");
     }
+}
+
+#[test]
+fn path_counts_once_per_probe_and_its_round_trip_once_per_connection() {
+    let (metrics, support) = with_a_target();
+    let mut report = report();
+    report.circumstances.media_path = Some(MediaPath::RelayTls);
+    let connection = |connection, round_trip_seconds| MediaConnection {
+        connection,
+        path: MediaPath::RelayTls,
+        via: Some("turn.example.com:443".to_owned()),
+        round_trip_seconds,
+    };
+    report.evidence.media = vec![
+        connection("publisher", Some(0.25)),
+        connection("subscriber", Some(0.5)),
+    ];
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
+    report.evidence.media = vec![connection("publisher", None)];
+    support.probe(Purpose::Scheduled, &report, &Objectives::default(), false);
+    let scrape = scraped(&metrics);
+    let paths = |path| value_of(&scrape, "probe_paths_total", &[("path", path)]);
+    assert_eq!([paths("relay_tls"), paths("udp")], [2.0, 0.0]);
+    let round_trip = |part| value_of(&scrape, &format!("media_round_trip_seconds_{part}"), &[]);
+    assert_eq!([round_trip("count"), round_trip("sum")], [2.0, 0.75]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use strum::{EnumCount, VariantArray};
 
-use crate::livekit::event::{SessionEvent, TurnMetrics};
+use crate::livekit::event::{MediaConnection, SessionEvent, TurnMetrics};
 
 #[derive(Debug, Clone, PartialEq, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
@@ -209,6 +209,8 @@ pub struct Evidence {
     pub agent_metrics: Vec<AgentTurn>,
     /// What the agent's session reported: states, tools, handoffs, false interruptions.
     pub session: Vec<SessionEntry>,
+    /// How the canary's two peer connections reached LiveKit; empty before both are up, and with the engine `libwebrtc`.
+    pub media: Vec<MediaConnection>,
     /// The mean level of the agent's speech in dB relative to full scale, to a tenth.
     pub speech_level_dbfs: Option<f64>,
     /// Other observations, one sentence each.

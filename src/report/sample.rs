@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::config::{Backoff, Budget, Ice, Project};
 use crate::livekit::RoomName;
 use crate::livekit::event::TranscriptText;
-use crate::livekit::event::{Agent, AudioStats, MediaPath, Speaker, TurnMetrics};
+use crate::livekit::event::{Agent, AudioStats, MediaConnection, MediaPath, Speaker, TurnMetrics};
 use crate::probe::{
     AgentTurn, Circumstances, Evidence, Failure, LimitKind, Milestone, Outcome, Position,
     ProbeReport, Reason, SessionEntry, Timeline, TranscriptLine, Turn, TurnResult, TurnStages,
@@ -233,6 +233,12 @@ pub(crate) fn mixed() -> BatchReport {
                             tts_ttfb_seconds: Some(0.2),
                             ..TurnMetrics::none(Speaker::Agent)
                         },
+                    }],
+                    media: vec![MediaConnection {
+                        connection: "publisher",
+                        path: MediaPath::Udp,
+                        via: None,
+                        round_trip_seconds: Some(0.018),
                     }],
                     speech_level_dbfs: Some(-21.4),
                     ..Evidence::default()

@@ -294,7 +294,7 @@ pub(crate) fn expect_faulty(
     expect_agent_fault(fixture, stack, &settings, reason)
 }
 
-const UDP_BLOCKED: &str = "media runs over TCP because UDP does not get through";
+const UDP_BLOCKED: &str = "because UDP does not get through";
 
 /// Whether a note says that UDP is blocked.
 pub(crate) fn notes_blocked_udp(probe: &Probe) -> bool {

@@ -216,7 +216,7 @@ scenarios! { SCENARIOS:
     reset_media_connection_is_media_failed: "media_failed within 10 s, exit 4", real only: NO_NETWORK;
     turn_over_udp_carries_a_call: "ok over relay_udp, exit 0", real only: NO_TURN, load: 2;
     turn_over_tls_carries_a_call: "ok over relay_tls, exit 0", real only: NO_TURN, load: 2;
-    media_address_without_a_route_is_reached_over_turn: "ok over relay_udp, noted, exit 0", real only: NO_TURN, load: 2;
+    media_address_without_a_route_is_reached_over_turn: "ok over relay_tls, noted, exit 0", real only: NO_TURN, load: 2;
     blocked_udp_is_a_call_over_the_plainest_path_that_is_left: "3 ok: udp, tcp, relay_tls, exit 0", real only: NO_TURN, load: 2;
     turn_that_refuses_the_media_address_names_the_setting: "media_failed, the setting named, exit 4", real only: NO_TURN;
     reset_turn_connection_is_media_failed: "media_failed within 10 s, TURN named, exit 4", real only: NO_TURN;

@@ -43,10 +43,28 @@ fn expect_path(
     let probe = batch.only_probe()?;
     let taken = probe.circumstances.media_path.as_deref();
     ensure!(taken == Some(path), "{taken:?}: {probe:?}");
+    let connections: Vec<_> = probe.evidence.media.iter().collect();
+    let names = connections.iter().map(|it| &*it.connection);
+    ensure!(
+        names.eq(["publisher", "subscriber"]) && connections.iter().all(|it| it.path == path),
+        "{connections:?}"
+    );
+    let round_trips: Option<Vec<_>> = connections.iter().map(|it| it.round_trip_seconds).collect();
+    let round_trips = round_trips.with_context(|| format!("no round trip: {connections:?}"))?;
+    let round_trip = round_trips.into_iter().fold(0.0, f64::max);
+    // All of it is one machine.
+    ensure!(round_trip > 0.0 && round_trip < 0.5, "{round_trip} s");
+    let fell_back = path != "udp" && !settings.is_restricted();
+    ensure!(
+        notes_blocked_udp(probe) == fell_back,
+        "{:?}",
+        probe.evidence
+    );
     expect_heard(stack, probe)?;
     Ok(format!(
-        "ok over {path}, media up after {:.2} s",
-        media(probe)?
+        "ok over {path}, media up after {:.2} s, round trip {:.1} ms",
+        media(probe)?,
+        round_trip * 1e3
     ))
 }
 
@@ -73,17 +91,8 @@ pub(crate) fn media_address_without_a_route_is_reached_over_turn(
         ..REACHABLE
     };
     let (stack, settings) = stack(fixture, hidden)?;
-    let finished = settings.run()?;
-    let batch = expect_ok(fixture, stack, &finished, 1)?;
-    let probe = batch.only_probe()?;
-    let taken = probe.circumstances.media_path.as_deref();
-    ensure!(taken == Some("relay_udp"), "{taken:?}: {probe:?}");
-    ensure!(notes_blocked_udp(probe), "{:?}", probe.evidence);
-    expect_heard(stack, probe)?;
-    Ok(format!(
-        "ok over relay_udp, media up after {:.2} s",
-        media(probe)?
-    ))
+    // The URL of TURN over UDP has the media address as its host.
+    expect_path(fixture, stack, &settings, "relay_tls")
 }
 
 pub(crate) fn blocked_udp_is_a_call_over_the_plainest_path_that_is_left(

@@ -77,9 +77,19 @@ pub struct Evidence {
     pub participants: Vec<String>,
     /// One line for each track of other participants.
     pub tracks: Vec<String>,
+    pub media: Vec<MediaConnection>,
     pub notes: Vec<String>,
     pub agent_metrics: Vec<serde_json::Value>,
     pub speech_level_dbfs: Option<f64>,
+}
+
+/// How one of the canary's two peer connections reached LiveKit.
+#[derive(Debug, Deserialize)]
+pub struct MediaConnection {
+    pub connection: String,
+    pub path: String,
+    pub via: Option<String>,
+    pub round_trip_seconds: Option<f64>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -51,6 +51,11 @@ impl Settings {
         self
     }
 
+    /// Whether the project restricts the paths of media.
+    pub fn is_restricted(&self) -> bool {
+        self.project.contains_key("ice")
+    }
+
     /// Sets a key of the target, with dots: `batch.rooms`.
     #[must_use]
     pub fn set(mut self, path: &str, value: impl Into<Value>) -> Self {

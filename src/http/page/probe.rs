@@ -36,6 +36,7 @@ pub(super) fn render(probe: &ProbeDocument, now: DateTime<Utc>) -> String {
             @for (name, value) in &probe.circumstances {
                 @if let Some(value) = value { dt { (label(name)) } dd { (value) } }
             }
+            (media(probe))
             dt { "Audio received" } dd {
                 (probe.audio.packets) " packets, " (probe.audio.lost) " lost, jitter " (seconds(probe.audio.jitter_seconds))
             }
@@ -147,6 +148,20 @@ fn lanes(probe: &ProbeDocument) -> [Row<'_>; 3] {
             marks: said("caller"),
         },
     ]
+}
+
+/// How each of the canary's two peer connections reached LiveKit.
+fn media(probe: &ProbeDocument) -> Markup {
+    let connections = probe.evidence["media"].as_array();
+    html! {
+        @for one in connections.into_iter().flatten() {
+            dt { "Media, " (one["connection"].as_str().unwrap_or_default()) } dd {
+                (one["path"].as_str().unwrap_or_default())
+                @if let Some(via) = one["via"].as_str() { " via " bdi { (via) } }
+                ", round trip " (seconds(one["round_trip_seconds"].as_f64()))
+            }
+        }
+    }
 }
 
 /// `media_path` as `Media path`.

@@ -401,6 +401,7 @@ impl<'a> NativeSession<'a> {
                 PeerEvent::Connected => self.on_connected(now)?,
                 PeerEvent::Packet(packet) => self.on_packet(packet)?,
                 PeerEvent::Data(at, data) => self.observer.on_data(at, &data)?,
+                PeerEvent::RoundTrip => self.report_connections(now)?,
                 PeerEvent::Candidate(line) => {
                     self.trickle(proto::SignalTarget::Subscriber, vec![line])?;
                 }
@@ -425,8 +426,8 @@ impl<'a> NativeSession<'a> {
                     self.trickle(proto::SignalTarget::Publisher, vec![line])?;
                 }
                 PeerEvent::RelayFailed(fault) => self.note(now, fault)?,
-                // It receives neither.
-                PeerEvent::Packet(_) | PeerEvent::Data(..) => {}
+                // It receives neither, and its round trip is reported with the subscriber's.
+                PeerEvent::Packet(_) | PeerEvent::Data(..) | PeerEvent::RoundTrip => {}
             }
         }
         Ok(())
@@ -486,8 +487,20 @@ impl<'a> NativeSession<'a> {
             if path != Some(MediaPath::Udp) && self.udp_tried {
                 self.observer.events.send(now, RoomEventKind::UdpBlocked)?;
             }
+            self.report_connections(now)?;
         }
         Ok(())
+    }
+
+    /// Reports the paths of both peer connections, once both are up.
+    fn report_connections(&mut self, now: Instant) -> Result<(), EndReason> {
+        if !self.media_reported {
+            return Ok(());
+        }
+        let peers = [&self.publisher, &self.subscriber];
+        let connections = peers.into_iter().filter_map(PeerConnection::connection);
+        let event = RoomEventKind::MediaConnections(connections.collect());
+        self.observer.events.send_if_room(now, event)
     }
 
     fn note(&mut self, now: Instant, note: String) -> Result<(), EndReason> {
@@ -858,6 +871,26 @@ mod tests {
         assert_eq!(track.next(epoch + Duration::from_millis(20)), (9, 0));
         assert_eq!(track.next(epoch), (10, 1));
         assert_eq!(track.next(epoch + Duration::from_secs(1)), (11, 47_040));
+    }
+
+    #[test]
+    fn forced_relay_replaces_all_paths_and_no_narrower_setting() {
+        let response = |force_relay: proto::ClientConfigSetting| proto::JoinResponse {
+            client_configuration: Some(proto::ClientConfiguration {
+                force_relay: force_relay.into(),
+                ..proto::ClientConfiguration::default()
+            }),
+            ..proto::JoinResponse::default()
+        };
+        let forced = response(proto::ClientConfigSetting::Enabled);
+        assert_eq!(forced_relay(Ice::All, &forced), Ice::Relay);
+        for ice in [Ice::Tcp, Ice::Relay, Ice::Tls] {
+            assert_eq!(forced_relay(ice, &forced), ice);
+        }
+        let unset = response(proto::ClientConfigSetting::Unset);
+        for free in [unset, proto::JoinResponse::default()] {
+            assert_eq!(forced_relay(Ice::All, &free), Ice::All);
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ use super::relay::{RelayError, RelayEvent};
 use super::udp::{Datagram, MediaSocket, route_to};
 use crate::config::Ice;
 use crate::livekit::audio::rtp::RtpHeader;
-use crate::livekit::event::MediaPath;
+use crate::livekit::event::{MediaConnection, MediaPath, to_microseconds};
 use crate::livekit::wire::candidate::media_address;
 use crate::livekit::wire::connect::is_shortage;
 
@@ -62,6 +62,9 @@ const MAX_ICE_CHECKS: usize = 8;
 /// How often the receiver reports for the sent track are passed on. The server sends one about every second.
 const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 
+/// How often the round trip of a receiving connection is read; that of a sending one comes with its reports.
+const ROUND_TRIP_INTERVAL: Duration = Duration::from_secs(2);
+
 /// A cumulative count of lost packets is a signed number of 24 bits (RFC 3550, section 6.4.1); duplicates make it negative.
 const MAX_LOST: u64 = (1 << 23) - 1;
 
@@ -76,6 +79,8 @@ pub(crate) enum PeerEvent {
     Packet(ReceivedPacket),
     /// A message of a data channel and the time at which it was received.
     Data(Instant, Vec<u8>),
+    /// The round trip of the path was measured; emitted every [`ROUND_TRIP_INTERVAL`] by the subscriber.
+    RoundTrip,
     /// A local candidate for the server that was found later than the description.
     Candidate(String),
     /// A TURN server failed, and another path may still work. The text names the server.
@@ -150,6 +155,10 @@ pub(crate) struct PeerConnection {
     connected: bool,
     /// How the last sent packet that is no ICE check left.
     carrier: Option<MediaPath>,
+    /// The index of the relay that it took.
+    carrying_relay: Option<usize>,
+    /// The mean over the ICE checks on the selected path.
+    round_trip: Option<Duration>,
     broken: Option<BrokenTransport>,
     /// The TURN servers that failed, and why.
     relay_faults: Vec<String>,
@@ -230,9 +239,10 @@ impl PeerConnection {
             .set_rtp_mode(true);
         config.set_max_stun_rto(ICE_CHECK_INTERVAL);
         config.set_max_stun_retransmits(MAX_ICE_CHECKS);
-        if target == SignalTarget::Publisher {
-            config = config.set_stats_interval(Some(REPORT_INTERVAL));
-        }
+        let config = config.set_stats_interval(Some(match target {
+            SignalTarget::Publisher => REPORT_INTERVAL,
+            SignalTarget::Subscriber => ROUND_TRIP_INTERVAL,
+        }));
         let rtc = config.build(now.into_std());
         let mut peer = Self {
             rtc: Box::new(rtc),
@@ -248,6 +258,8 @@ impl PeerConnection {
             path: false,
             connected: false,
             carrier: None,
+            carrying_relay: None,
+            round_trip: None,
             broken: None,
             relay_faults: Vec::new(),
             last_received_at: now,
@@ -285,6 +297,17 @@ impl PeerConnection {
     /// How media is sent; `None` until the first packet that is no ICE check.
     pub(crate) fn path(&self) -> Option<MediaPath> {
         self.carrier
+    }
+
+    /// How media is sent, and what is known of that path; `None` until it is known how.
+    pub(crate) fn connection(&self) -> Option<MediaConnection> {
+        let relay = self.carrying_relay.map(|index| &self.relays.open[index]);
+        Some(MediaConnection {
+            connection: self.name(),
+            path: self.carrier?,
+            via: relay.map(|path| path.relay.server().authority()),
+            round_trip_seconds: self.round_trip.map(|it| to_microseconds(it.as_secs_f64())),
+        })
     }
 
     /// Why a transport is down that `broken` describes, with the TURN server's part in it.
@@ -667,6 +690,12 @@ impl PeerConnection {
                     },
                 })
             }),
+            Event::PeerStats(stats) => {
+                let pair = stats.selected_candidate_pair?;
+                let checks = u32::try_from(pair.responses_received).ok()?;
+                self.round_trip = pair.total_round_trip_time.checked_div(checks);
+                (self.target == SignalTarget::Subscriber).then_some(PeerEvent::RoundTrip)
+            }
             Event::IceConnectionStateChange(state) => {
                 self.path |= state.is_connected();
                 let lost = self.connected && state == IceConnectionState::Disconnected;
@@ -695,10 +724,12 @@ impl PeerConnection {
             let local = it.local();
             local.ip() == source.ip() && local.port() == source.port()
         };
+        let relay = self.relays.of_address(source);
         let path = if packet.proto == Protocol::Tcp {
             self.tcp.send(packet.destination, bytes);
             MediaPath::Tcp
-        } else if let Some(relay) = self.relays.of_address(source) {
+        } else if let Some(index) = relay {
+            let relay = &mut self.relays.open[index].relay;
             relay.send(now, packet.destination, bytes);
             relay.server().transport.into()
         } else {
@@ -714,6 +745,7 @@ impl PeerConnection {
             .is_some_and(|first| *first > MAX_STUN_FIRST_BYTE)
         {
             self.carrier = Some(path);
+            self.carrying_relay = relay.filter(|_| path.is_relayed());
         }
     }
 
@@ -943,6 +975,8 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
+    use crate::livekit::wire::connect::Endpoint;
+    use crate::livekit::wire::turn::TurnServer;
 
     #[test]
     fn tracks_are_read_from_the_m_lines_that_send() {
@@ -1082,6 +1116,98 @@ mod tests {
         peer.poll(Instant::now()).unwrap();
         assert!(peer.sockets.is_empty());
         assert_eq!(peer.tcp.connections.len(), MAX_TCP_CONNECTIONS);
+    }
+
+    /// A peer connection to which a server offered TURN over UDP and TLS on a closed port.
+    fn with_relays(ice: Ice) -> Result<PeerConnection, PeerError> {
+        let offered = livekit_protocol::IceServer {
+            urls: ["turn:127.0.0.1:1?transport=udp", "turns:127.0.0.1:1"]
+                .map(str::to_owned)
+                .into(),
+            ..livekit_protocol::IceServer::default()
+        };
+        let endpoint = Endpoint::new(&"ws://127.0.0.1:1".parse().unwrap(), None).unwrap();
+        let relays = Relays::new(&endpoint, &TurnServer::offered(&[offered]), ice);
+        let local = IpAddr::from([127, 0, 0, 1]);
+        PeerConnection::new(SignalTarget::Publisher, local, ice, relays)
+    }
+
+    const HOST: &str = "candidate:1 1 udp 1 127.0.0.1 1 typ host";
+
+    #[tokio::test]
+    async fn relays_connect_only_after_a_second_without_udp() {
+        let mut peer = with_relays(Ice::All).unwrap();
+        assert_eq!(peer.relays.due(), None);
+        peer.add_candidate(HOST).await;
+        let due = peer.relays.due().unwrap();
+        peer.poll(due - Duration::from_millis(1)).unwrap();
+        assert!(peer.relays.open.is_empty());
+        assert!(peer.next_deadline() <= due);
+        let mut connected = with_relays(Ice::All).unwrap();
+        connected.add_candidate(HOST).await;
+        connected.path = true;
+        connected.poll(due + UDP_HEAD_START).unwrap();
+        assert!(connected.relays.open.is_empty());
+        peer.poll(due).unwrap();
+        assert_eq!(peer.relays.open.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn relays_alone_connect_at_once_and_open_no_other_socket() {
+        for (ice, relays) in [(Ice::Relay, 2), (Ice::Tls, 1)] {
+            let mut peer = with_relays(ice).unwrap();
+            assert_eq!(peer.add_candidate(HOST).await, [""; 0]);
+            peer.add_candidate(PASSIVE).await;
+            peer.poll(Instant::now()).unwrap();
+            assert_eq!(peer.relays.open.len(), relays, "{ice:?}");
+            assert!(peer.sockets.is_empty() && peer.tcp.due.is_none(), "{ice:?}");
+        }
+        let peer = with_relays(Ice::Tcp).unwrap();
+        assert!(peer.relays.is_empty());
+    }
+
+    /// With relays alone, the last one that fails ends the connection; otherwise another path may work.
+    #[tokio::test]
+    async fn failed_relays_end_a_connection_that_has_no_other_path() {
+        for (ice, ends) in [(Ice::Relay, true), (Ice::All, false)] {
+            let mut peer = with_relays(ice).unwrap();
+            peer.add_candidate(HOST).await;
+            peer.poll(Instant::now() + UDP_HEAD_START).unwrap();
+            let now = Instant::now();
+            let failed = |index, code| {
+                Incoming::Relay(index, RelayEvent::Failed(RelayError::Refused(Some(code))))
+            };
+            peer.on_incoming(now, &failed(0, 486), &[]).unwrap();
+            let last = peer.on_incoming(now, &failed(1, 508), &[]);
+            assert_eq!(last.is_err(), ends, "{last:?}");
+            match last {
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(text.contains("TURN/UDP 127.0.0.1:1 refused"), "{text}");
+                    assert!(text.contains("TURN/TLS 127.0.0.1:1 refused"), "{text}");
+                }
+                Ok(()) => {
+                    let noted = peer.poll(now).unwrap();
+                    assert!(
+                        matches!(noted, Some(PeerEvent::RelayFailed(_))),
+                        "{noted:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn relays_that_are_required_but_not_offered_are_an_error() {
+        for (ice, text) in [
+            (Ice::Relay, "no TURN server,"),
+            (Ice::Tls, "no TURN server over TLS,"),
+        ] {
+            let local = IpAddr::from([127, 0, 0, 1]);
+            let peer = PeerConnection::new(SignalTarget::Publisher, local, ice, Relays::default());
+            let error = peer.err().unwrap().to_string();
+            assert!(error.contains(text), "{error}");
+        }
     }
 
     #[tokio::test]

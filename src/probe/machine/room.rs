@@ -96,6 +96,9 @@ impl ProbeMachine {
                 }
                 self.transcript.record(speaker, segment);
             }
+            RoomEventKind::MediaConnections(connections) => {
+                self.report.evidence.media = connections;
+            }
             RoomEventKind::TrackChanged(track) => self.track_changed(track),
             RoomEventKind::SubscriptionFailed { track_sid, error } => {
                 self.subscription_failed(track_sid, error);
@@ -215,6 +218,7 @@ impl ProbeMachine {
             RoomEventKind::Session { .. }
             | RoomEventKind::Transcribed { .. }
             | RoomEventKind::UplinkReported(_)
+            | RoomEventKind::MediaConnections(_)
             | RoomEventKind::TrackChanged(_)
             | RoomEventKind::SubscriptionFailed { .. }
             | RoomEventKind::Ended { .. } => unreachable!("room_event handles them"),

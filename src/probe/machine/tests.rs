@@ -3,9 +3,9 @@ use std::time::Duration;
 use super::*;
 use crate::config::{DispatchMode, Expect};
 use crate::livekit::event::{
-    Agent, AudioStats, CallerTurn, EndReason, MediaPath, MediaPermission, NOT_PERMITTED,
-    RoomEventKind, SessionEvent, SessionMessage, Speaker, TranscriptText, TurnMetrics,
-    UplinkReport,
+    Agent, AudioStats, CallerTurn, EndReason, MediaConnection, MediaPath, MediaPermission,
+    NOT_PERMITTED, RoomEventKind, SessionEvent, SessionMessage, Speaker, TranscriptText,
+    TurnMetrics, UplinkReport,
 };
 use crate::livekit::wire::api::JobInfo;
 use crate::livekit::wire::connect::ConnectError;
@@ -1032,6 +1032,42 @@ fn agent_is_not_judged_before_the_canarys_media_is_up() {
         .see(50, RoomEventKind::CallerPublished)
         .wait(15_040);
     assert_eq!(script.reason(15_050), Reason::MediaFailed);
+}
+
+#[test]
+fn path_that_is_not_udp_is_noted_and_the_last_report_of_the_connections_is_evidence() {
+    let connection = |round_trip_seconds| MediaConnection {
+        connection: "publisher",
+        path: MediaPath::RelayTls,
+        via: Some("turn.example.com:443".to_owned()),
+        round_trip_seconds,
+    };
+    let seen = |round_trip| RoomEventKind::MediaConnections(vec![connection(round_trip)]);
+    let path = Some(MediaPath::RelayTls);
+    let report = MachineScript::new(explicit())
+        .created(10, Ok(()))
+        .signal(40)
+        .see(90, RoomEventKind::MediaConnected { path })
+        .see(90, RoomEventKind::UdpBlocked)
+        .see(
+            91,
+            RoomEventKind::MediaNote("TURN/UDP a:1 failed".to_owned()),
+        )
+        .see(92, seen(None))
+        .see(95, seen(Some(0.041)))
+        .wait(15_040)
+        .report(15_050);
+    let notes = &report.evidence.notes;
+    let blocked = "media runs over a TURN server over TLS because UDP does not get through";
+    assert!(
+        notes.iter().any(|note| note.starts_with(blocked)),
+        "{notes:?}"
+    );
+    assert!(
+        notes.contains(&"TURN/UDP a:1 failed".to_owned()),
+        "{notes:?}"
+    );
+    assert_eq!(report.evidence.media, [connection(Some(0.041))]);
 }
 
 #[test]

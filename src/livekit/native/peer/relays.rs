@@ -134,10 +134,10 @@ impl Relays {
         paths.find_map(|(index, path)| Some((index, path.relay.try_recv(buffer)?)))
     }
 
-    /// The relay whose allocated address this is.
-    pub(super) fn of_address(&mut self, relayed: SocketAddr) -> Option<&mut TurnRelay> {
-        let mut relays = self.open.iter_mut().map(|path| &mut path.relay);
-        relays.find(|relay| relay.relayed() == Some(relayed))
+    /// The index of the relay whose allocated address this is.
+    pub(super) fn of_address(&self, relayed: SocketAddr) -> Option<usize> {
+        let mut relays = self.open.iter().map(|path| &path.relay);
+        relays.position(|relay| relay.relayed() == Some(relayed))
     }
 
     /// Whether every relay has failed, the one of `index` now.
