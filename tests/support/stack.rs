@@ -638,6 +638,7 @@ rtc:
   node_ip: {media}
   use_external_ip: false
   interfaces: {{includes: [{}]}}
+  ips: {{includes: [\"{media}/32\"]}}
   enable_loopback_candidate: {}
 keys:
   {KEY}: {SECRET}

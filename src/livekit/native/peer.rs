@@ -537,7 +537,8 @@ impl PeerConnection {
         let path = &mut self.relays.open[index];
         match event {
             RelayEvent::Allocated(relayed) => {
-                let Some(candidate) = relayed_candidate(*relayed) else {
+                let Some(candidate) = relayed_candidate(*relayed, path.relay.server().transport)
+                else {
                     return self.on_relay_failed(now, index, &RelayError::Refused(None));
                 };
                 let line = candidate.to_sdp_string();

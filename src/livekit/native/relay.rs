@@ -52,7 +52,7 @@ const MAX_UNSENT: usize = 16 * 1024;
 /// A timer that does not advance must not keep the task busy.
 const MIN_TIMER_STEP: Duration = Duration::from_millis(10);
 
-/// The server's address for `rtc-turn` where a stream leads to it, whose address nobody needs.
+/// What `rtc-turn` takes for the server's address if a stream leads to it. Any address will do.
 const STREAM_PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 443);
 
 /// What happened on a relay.
@@ -92,7 +92,7 @@ pub(crate) enum RelayError {
     PeerRefused(IpAddr, u16),
     #[error("closed the connection")]
     Closed,
-    #[error("broke the connection: {0}")]
+    #[error("lost the connection: {0}")]
     Broken(String),
 }
 

@@ -1,11 +1,11 @@
 //! The TURN relays of one peer connection: which servers it may use, when it connects to them, and the ICE candidate of
 //! each. Every peer connection has allocations of its own: LiveKit tells peer connections apart by the address of the sender.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::task::{Context, Poll};
 
-use str0m::Candidate;
 use str0m::net::Protocol;
+use str0m::{Candidate, CandidateKind};
 use tokio::time::Instant;
 
 use crate::config::Ice;
@@ -42,7 +42,6 @@ impl Relays {
         use TurnTransport::{Tcp, Tls, Udp};
         let first = |transport| servers.iter().find(|it| it.transport == transport);
         let selected = match ice {
-            // UDP is first: ICE prefers the first one of two relays.
             Ice::All | Ice::Relay => [first(Udp), first(Tls).or_else(|| first(Tcp))],
             Ice::Tls => [first(Tls), None],
             Ice::Tcp => [None, None],
@@ -154,9 +153,36 @@ impl Relays {
 }
 
 /// The candidate of an allocation; `None` if no peer could send to that address.
-pub(super) fn relayed_candidate(relayed: SocketAddr) -> Option<Candidate> {
-    // The protocol is that of the relayed side, however the server is reached.
-    Candidate::relayed(relayed, relayed, Protocol::Udp).ok()
+///
+/// Its priority is explicit, because LiveKit chooses between the candidates by what is sent to it: the stack would give
+/// equal priorities to all relays, and that of a reflexive address, which is above TCP, to the checks that it sends over one.
+pub(super) fn relayed_candidate(
+    relayed: SocketAddr,
+    transport: TurnTransport,
+) -> Option<Candidate> {
+    const COMPONENT: u16 = 1;
+    // The type preferences of libwebrtc.
+    let preference: u32 = match transport {
+        TurnTransport::Udp => 2,
+        TurnTransport::Tcp => 1,
+        TurnTransport::Tls => 0,
+    };
+    // RFC 8445, section 5.1.2.1, for the only component.
+    let priority = preference << 24 | u32::from(u16::MAX) << 8 | (256 - u32::from(COMPONENT));
+    // Refuses an address that is none of a host.
+    Candidate::relayed(relayed, relayed, Protocol::Udp).ok()?;
+    Some(Candidate::from_parts(
+        format!("relay{preference}"),
+        COMPONENT,
+        // The protocol of the relayed side, however the server is reached.
+        Protocol::Udp,
+        priority,
+        relayed,
+        CandidateKind::Relayed,
+        Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)),
+        None,
+        None,
+    ))
 }
 
 impl From<TurnTransport> for MediaPath {
@@ -166,5 +192,30 @@ impl From<TurnTransport> for MediaPath {
             TurnTransport::Tcp => Self::RelayTcp,
             TurnTransport::Tls => Self::RelayTls,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plainer_relay_has_the_higher_priority_and_every_relay_less_than_tcp() {
+        use TurnTransport::{Tcp, Tls, Udp};
+        let address: SocketAddr = "192.0.2.1:40000".parse().unwrap();
+        let priority = |transport| relayed_candidate(address, transport).unwrap().prio();
+        let tcp = Candidate::host(address, Protocol::Tcp).unwrap().prio();
+        let priorities = [tcp, priority(Udp), priority(Tcp), priority(Tls)];
+        assert!(
+            priorities.is_sorted_by(|one, next| one > next),
+            "{priorities:?}"
+        );
+        let line = relayed_candidate(address, Udp).unwrap().to_sdp_string();
+        assert_eq!(
+            line,
+            "candidate:relay2 1 udp 50331647 192.0.2.1 40000 typ relay raddr 0.0.0.0 rport 0"
+        );
+        let unusable = "0.0.0.0:0".parse().unwrap();
+        assert!(relayed_candidate(unusable, Udp).is_none());
     }
 }
