@@ -389,6 +389,10 @@ struct TargetSeries {
     info: GaugeVec,
 }
 
+fn paths() -> impl Iterator<Item = [&'static str; 1]> {
+    MediaPath::ALL.iter().map(|path| [path.label()])
+}
+
 /// The spans without a histogram of their own: they share `span_duration_seconds`.
 fn other_spans() -> impl Iterator<Item = Span> {
     Span::ALL.into_iter().filter(|span| match span {
@@ -454,10 +458,7 @@ impl TargetMetrics {
                 SkipCause::ALL.iter().map(|cause| [cause.label()]),
             ),
             billed: families.counter(&catalogue::BILLED),
-            paths: families.counters(
-                &catalogue::PATHS,
-                MediaPath::ALL.iter().map(|path| [path.label()]),
-            ),
+            paths: families.counters(&catalogue::PATHS, paths()),
             packets: families.counter(&catalogue::PACKETS),
             packets_lost: families.counter(&catalogue::PACKETS_LOST),
             leaked: families.counter(&catalogue::LEAKED),

@@ -68,6 +68,9 @@ const ROUND_TRIP_INTERVAL: Duration = Duration::from_secs(2);
 /// A cumulative count of lost packets is a signed number of 24 bits (RFC 3550, section 6.4.1); duplicates make it negative.
 const MAX_LOST: u64 = (1 << 23) - 1;
 
+/// The first two bytes of the answer to an ICE check: a success response to a Binding request (RFC 8489, section 5).
+const CHECK_ANSWER: [u8; 2] = [1, 1];
+
 /// A connected transport that receives nothing for this long is down: the server answers an ICE check every second.
 const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -159,6 +162,8 @@ pub(crate) struct PeerConnection {
     carrying_relay: Option<usize>,
     /// The mean over the ICE checks on the selected path.
     round_trip: Option<Duration>,
+    /// How long answers to ICE checks waited in the socket, in total, and how many there were.
+    waited: (Duration, u32),
     broken: Option<BrokenTransport>,
     /// The TURN servers that failed, and why.
     relay_faults: Vec<String>,
@@ -260,6 +265,7 @@ impl PeerConnection {
             carrier: None,
             carrying_relay: None,
             round_trip: None,
+            waited: (Duration::ZERO, 0),
             broken: None,
             relay_faults: Vec::new(),
             last_received_at: now,
@@ -498,8 +504,9 @@ impl PeerConnection {
                 length,
             } => {
                 // The socket is open to every sender, so a datagram that is not STUN, DTLS or SRTP is dropped.
-                match Receive::new(*proto, *from, *to, &buffer[..*length]) {
-                    Ok(receive) => self.on_receive(*at, now, receive),
+                let bytes = &buffer[..*length];
+                match Receive::new(*proto, *from, *to, bytes) {
+                    Ok(receive) => self.on_receive(*at, now, receive, bytes),
                     Err(_) => Ok(()),
                 }
             }
@@ -557,8 +564,9 @@ impl PeerConnection {
                 let Some(relayed) = path.relay.relayed() else {
                     return Ok(());
                 };
-                return match Receive::new(Protocol::Udp, *from, relayed, &buffer[..*length]) {
-                    Ok(receive) => self.on_receive(*at, now, receive),
+                let bytes = &buffer[..*length];
+                return match Receive::new(Protocol::Udp, *from, relayed, bytes) {
+                    Ok(receive) => self.on_receive(*at, now, receive, bytes),
                     Err(_) => Ok(()),
                 };
             }
@@ -600,9 +608,15 @@ impl PeerConnection {
         at: Instant,
         now: Instant,
         receive: Receive<'_>,
+        bytes: &[u8],
     ) -> Result<(), PeerError> {
+        let is_check_answer = bytes.starts_with(&CHECK_ANSWER);
         let input = Input::Receive(now.into_std(), receive);
         if self.rtc.accepts(&input) {
+            if is_check_answer {
+                self.waited.0 += now.saturating_duration_since(at);
+                self.waited.1 += 1;
+            }
             self.last_received_at = at;
             self.unpolled = true;
             self.rtc.handle_input(input)?;
@@ -694,7 +708,8 @@ impl PeerConnection {
             Event::PeerStats(stats) => {
                 let pair = stats.selected_candidate_pair?;
                 let checks = u32::try_from(pair.responses_received).ok()?;
-                self.round_trip = pair.total_round_trip_time.checked_div(checks);
+                let measured = pair.total_round_trip_time.checked_div(checks);
+                self.round_trip = measured.map(|it| without_wait(it, self.waited));
                 (self.target == SignalTarget::Subscriber).then_some(PeerEvent::RoundTrip)
             }
             Event::IceConnectionStateChange(state) => {
@@ -909,6 +924,13 @@ impl ReceivedPacket {
             payload: packet.payload,
         }
     }
+}
+
+/// A round trip by the stack's clock, without the mean time that the answers waited in the socket: once media flows, sockets
+/// are read at an interval, which is longer than many round trips.
+fn without_wait(round_trip: Duration, (waited, answers): (Duration, u32)) -> Duration {
+    let wait = waited.checked_div(answers).unwrap_or_default();
+    round_trip.saturating_sub(wait)
 }
 
 /// `publisher` or `subscriber`.
@@ -1167,6 +1189,14 @@ mod tests {
         assert!(peer.relays.is_empty());
     }
 
+    #[test]
+    fn round_trip_excludes_the_mean_wait_in_the_socket() {
+        let millis = Duration::from_millis;
+        assert_eq!(without_wait(millis(21), (millis(60), 3)), millis(1));
+        assert_eq!(without_wait(millis(21), (millis(0), 0)), millis(21));
+        assert_eq!(without_wait(millis(5), (millis(60), 3)), millis(0));
+    }
+
     /// With relays alone, the last one that fails ends the connection; otherwise another path may work.
     #[tokio::test]
     async fn failed_relays_end_a_connection_that_has_no_other_path() {
@@ -1181,19 +1211,16 @@ mod tests {
             peer.on_incoming(now, &failed(0, 486), &[]).unwrap();
             let last = peer.on_incoming(now, &failed(1, 508), &[]);
             assert_eq!(last.is_err(), ends, "{last:?}");
-            match last {
-                Err(error) => {
-                    let text = error.to_string();
-                    assert!(text.contains("TURN/UDP 127.0.0.1:1 refused"), "{text}");
-                    assert!(text.contains("TURN/TLS 127.0.0.1:1 refused"), "{text}");
-                }
-                Ok(()) => {
-                    let noted = peer.poll(now).unwrap();
-                    assert!(
-                        matches!(noted, Some(PeerEvent::RelayFailed(_))),
-                        "{noted:?}"
-                    );
-                }
+            if let Err(error) = last {
+                let text = error.to_string();
+                assert!(text.contains("TURN/UDP 127.0.0.1:1 refused"), "{text}");
+                assert!(text.contains("TURN/TLS 127.0.0.1:1 refused"), "{text}");
+            } else {
+                let noted = peer.poll(now).unwrap();
+                assert!(
+                    matches!(noted, Some(PeerEvent::RelayFailed(_))),
+                    "{noted:?}"
+                );
             }
         }
     }

@@ -43,7 +43,10 @@ const PERMISSION_GRACE: Duration = Duration::from_secs(1);
 /// Maximum number of LiveKit's addresses that the server is asked to relay to.
 const MAX_PEERS: usize = 16;
 
-/// How often one permission is requested: the server may have renewed its nonce in between (error 438).
+/// The server has renewed its nonce, so the request is repeated with the new one.
+const STALE_NONCE: u16 = 438;
+
+/// How often one permission is requested.
 const MAX_ATTEMPTS: u8 = 3;
 
 /// Maximum number of bytes that wait for space in the kernel's buffer: about two seconds of one voice.
@@ -395,7 +398,7 @@ impl TurnRelay {
             tracing::trace!("ignored a message of the TURN server");
         }
         let mut datagram = None;
-        while let Some(event) = self.client.as_mut().and_then(|client| client.poll_event()) {
+        while let Some(event) = self.next_client_event() {
             match event {
                 Event::DataIndicationOrChannelData(_, from, data) => {
                     let length = data.len();
@@ -413,8 +416,12 @@ impl TurnRelay {
         datagram
     }
 
+    fn next_client_event(&mut self) -> Option<Event> {
+        self.client.as_mut()?.poll_event()
+    }
+
     fn on_client_events(&mut self, now: Instant) {
-        while let Some(event) = self.client.as_mut().and_then(|client| client.poll_event()) {
+        while let Some(event) = self.next_client_event() {
             self.on_client_event(now, &event, None);
         }
     }
@@ -459,7 +466,6 @@ impl TurnRelay {
         let Some(permission) = self.peers.iter_mut().find(|it| it.state == requested) else {
             return;
         };
-        const STALE_NONCE: u16 = 438;
         permission.state = match code {
             None | Some(STALE_NONCE) if permission.attempts < MAX_ATTEMPTS => {
                 PermissionState::Wanted

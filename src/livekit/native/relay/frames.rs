@@ -1,4 +1,5 @@
-//! The frames of TURN over a stream (RFC 8656, sections 3.1 and 12.5): STUN messages, and ChannelData with padding.
+//! The frames of TURN over a stream (RFC 8656, sections 3.1 and 12.5): STUN messages, and
+//! `ChannelData` with padding.
 
 use std::io;
 

@@ -28,7 +28,7 @@ fn address(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// The value of an attribute with an IPv4 address, XORed with the cookie (RFC 8489, section 14.2).
+/// The value of an attribute with an IPv4 address, in the XOR form with the cookie (RFC 8489, section 14.2).
 fn xor_address(address: SocketAddr) -> Vec<u8> {
     let IpAddr::V4(ip) = address.ip() else {
         panic!("IPv4 only")
