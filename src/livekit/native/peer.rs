@@ -68,6 +68,9 @@ const ROUND_TRIP_INTERVAL: Duration = Duration::from_secs(2);
 /// A cumulative count of lost packets is a signed number of 24 bits (RFC 3550, section 6.4.1); duplicates make it negative.
 const MAX_LOST: u64 = (1 << 23) - 1;
 
+/// Maximum number of ICE paths whose round trips are measured; few are ever answered.
+const MAX_PAIRS: usize = 32;
+
 /// The first two bytes of the answer to an ICE check: a success response to a Binding request (RFC 8489, section 5).
 const CHECK_ANSWER: [u8; 2] = [1, 1];
 
@@ -162,8 +165,8 @@ pub(crate) struct PeerConnection {
     carrying_relay: Option<usize>,
     /// The mean over the ICE checks on the selected path.
     round_trip: Option<Duration>,
-    /// How long answers to ICE checks waited in the socket, in total, and how many there were.
-    waited: (Duration, u32),
+    /// How long answers to ICE checks waited in the socket, in total, and how many there were: by local and remote address.
+    waited: HashMap<(SocketAddr, SocketAddr), (Duration, u32)>,
     broken: Option<BrokenTransport>,
     /// The TURN servers that failed, and why.
     relay_faults: Vec<String>,
@@ -265,7 +268,7 @@ impl PeerConnection {
             carrier: None,
             carrying_relay: None,
             round_trip: None,
-            waited: (Duration::ZERO, 0),
+            waited: HashMap::new(),
             broken: None,
             relay_faults: Vec::new(),
             last_received_at: now,
@@ -611,11 +614,14 @@ impl PeerConnection {
         bytes: &[u8],
     ) -> Result<(), PeerError> {
         let is_check_answer = bytes.starts_with(&CHECK_ANSWER);
+        let pair = (receive.destination, receive.source);
         let input = Input::Receive(now.into_std(), receive);
         if self.rtc.accepts(&input) {
-            if is_check_answer {
-                self.waited.0 += now.saturating_duration_since(at);
-                self.waited.1 += 1;
+            if is_check_answer && (self.waited.len() < MAX_PAIRS || self.waited.contains_key(&pair))
+            {
+                let (waited, answers) = self.waited.entry(pair).or_default();
+                *waited += now.saturating_duration_since(at);
+                *answers += 1;
             }
             self.last_received_at = at;
             self.unpolled = true;
@@ -709,7 +715,9 @@ impl PeerConnection {
                 let pair = stats.selected_candidate_pair?;
                 let checks = u32::try_from(pair.responses_received).ok()?;
                 let measured = pair.total_round_trip_time.checked_div(checks);
-                self.round_trip = measured.map(|it| without_wait(it, self.waited));
+                let waited = self.waited.get(&(pair.local.addr, pair.remote.addr));
+                let waited = waited.copied().unwrap_or_default();
+                self.round_trip = measured.map(|it| without_wait(it, waited));
                 (self.target == SignalTarget::Subscriber).then_some(PeerEvent::RoundTrip)
             }
             Event::IceConnectionStateChange(state) => {
