@@ -342,7 +342,7 @@ pub(crate) struct Percentiles {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct ReasonCount {
-    /// A label of [`Reason`](crate::probe::Reason).
+    /// A label of [`Reason`].
     pub(crate) reason: String,
     pub(crate) rooms: u64,
 }
