@@ -496,10 +496,9 @@ fn interval_and_burst_open_rooms_before_any_agent_joins() {
         let joined = probes[0]["milestones"]["AgentJoined"].as_f64().unwrap();
         let first_join = started[0] + Duration::from_secs_f64(joined);
         assert!(started.iter().all(|at| *at < first_join), "{started:?}");
-        // The wall clock is read a little after each timer.
-        let least = TimeDelta::milliseconds(apart / 2);
-        let mut pairs = started.windows(2);
-        assert!(pairs.all(|pair| pair[1] - pair[0] >= least), "{started:?}");
+        // A room that opens late on a busy machine delays none after it, so single intervals may be short.
+        let least = TimeDelta::milliseconds(4 * apart / 2);
+        assert!(started[4] - started[0] >= least, "{started:?}");
     });
 }
 
