@@ -4,6 +4,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from canary import PATIENCE_SECONDS
 
 ROWS = "return [...document.querySelectorAll('main tbody tr')].map((it) => it.innerText)"
 
@@ -16,6 +19,15 @@ def tab_to(page, selector: str):
     raise AssertionError(f"the keyboard does not reach {selector}")
 
 
+def enter(page):
+    """Presses Enter, and waits for the page that it leads to."""
+    before = page.driver.current_url
+    ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+    WebDriverWait(page.driver, PATIENCE_SECONDS, poll_frequency=0.1).until(
+        lambda driver: driver.current_url != before and page.run("return document.readyState") == "complete"
+    )
+
+
 def test_form_filters_rooms_and_older_pages_keep_the_filter(states, page):
     daemon = states.get("history")
     page.script(False)
@@ -25,7 +37,7 @@ def test_form_filters_rooms_and_older_pages_keep_the_filter(states, page):
     tab_to(page, "select[name=outcome]")
     ActionChains(driver).send_keys("failed").perform()
     tab_to(page, "form.filters button")
-    ActionChains(driver).send_keys(Keys.ENTER).perform()
+    enter(page)
     seen = set()
     for _ in range(2):
         assert parse_qs(urlsplit(driver.current_url).query)["outcome"] == ["failed"]
@@ -36,7 +48,7 @@ def test_form_filters_rooms_and_older_pages_keep_the_filter(states, page):
         assert not rooms & seen
         seen |= rooms
         tab_to(page, "main a[href*='before=']")
-        ActionChains(driver).send_keys(Keys.ENTER).perform()
+        enter(page)
 
 
 def test_wrong_filter_is_explained_on_the_page(states, page):
