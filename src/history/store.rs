@@ -287,7 +287,7 @@ pub(super) struct Store {
     /// The file that is open.
     file: FileId,
     /// Held while the connection is open: fields drop in the order of their declaration.
-    _locks: [Option<File>; 2],
+    _locks: [Option<Lock>; 2],
 }
 
 /// Which file a path names, whatever its content.
@@ -324,6 +324,25 @@ impl fmt::Debug for Store {
     }
 }
 
+/// A locked file. A process that is being started holds a copy of every open file for a moment, and so the lock, unless it is
+/// released explicitly.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Lock {
+    fn take(file: File) -> Result<Self, TryLockError> {
+        file.try_lock()?;
+        Ok(Self(file))
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // If it fails, the lock ends with the process.
+        self.0.unlock().ok();
+    }
+}
+
 impl Store {
     /// Opens the folder's database, migrates it, or creates it if it is missing.
     pub(super) fn open(
@@ -350,18 +369,17 @@ impl Store {
             .mode(PRIVATE)
             .open(dir.join(LOCK_FILE))
             .map_err(|error| unavailable("can't write to", error))?;
-        match lock.try_lock() {
-            Ok(()) => {}
+        let lock = match Lock::take(lock) {
+            Ok(lock) => lock,
             Err(TryLockError::WouldBlock) => return Err(in_use()),
             Err(TryLockError::Error(error)) => return Err(unavailable("can't lock", error)),
-        }
+        };
         // The folder as well, because the lock file can be deleted. Not all file systems can lock a folder (NFS can't).
-        let folder = File::open(dir).ok();
-        if let Some(folder) = &folder
-            && let Err(TryLockError::WouldBlock) = folder.try_lock()
-        {
-            return Err(in_use());
-        }
+        let folder = match File::open(dir).ok().map(Lock::take) {
+            Some(Err(TryLockError::WouldBlock)) => return Err(in_use()),
+            Some(Ok(lock)) => Some(lock),
+            Some(Err(TryLockError::Error(_))) | None => None,
+        };
         let path = dir.join(FILE);
         make_private(dir);
         let opened = open_file(&path, now, migrations).and_then(|connection| {
